@@ -1,0 +1,86 @@
+"""What a run stands on: seeds and generators, the device, the precision."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from base.errors import ConfigError
+
+
+def derived_seed(seed: int, purpose: str, *indices: int) -> int:
+    """A 63-bit seed that is a pure function of its arguments.
+
+    `purpose` names what is drawn (`"order"`, `"augmentation"`), `indices` are the epoch, the batch or sample index and so on.
+    Two different argument lists give unrelated seeds, so draws for one purpose never depend on how many were made for another.
+    """
+    text = ":".join([str(seed), purpose, *map(str, indices)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def torch_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
+    """A CPU `torch.Generator` seeded by `derived_seed`."""
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, *indices))
+
+
+def numpy_generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
+    """A `numpy.random.Generator` seeded by `derived_seed`."""
+    return np.random.default_rng(derived_seed(seed, purpose, *indices))
+
+
+def seed_global_generators(seed: int) -> None:
+    """Seed torch's global generators: weight initialisation and dropout draw from them, nothing else does."""
+    torch.manual_seed(derived_seed(seed, "model"))
+
+
+def choose_device(device: str, n_gpu: int = 1) -> torch.device:
+    """The `torch.device` for the config's `system.device` and `n_gpu`.
+
+    `"auto"` takes the first CUDA device, then Apple's, then the CPU; `n_gpu` 0 asks for the CPU.
+
+    Raises:
+        ConfigError: the device is named but is not there.
+    """
+    if device == "auto":
+        if n_gpu > 0 and torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        if n_gpu > 0 and torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"system.device: {device!r} is not a device; expected auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"system.device: {device!r} asked for, but {torch.cuda.device_count()} CUDA devices are visible")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("system.device: 'mps' asked for, but this machine has none")
+    return chosen
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """`"fp32"` or `"bf16"` for the config's `system.precision`; `"auto"` is bf16 where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    return "bf16" if native else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context in which forward passes run: bf16 autocast, or nothing for fp32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def set_determinism(deterministic: bool, num_threads: int | None) -> None:
+    """Apply `system.deterministic` and `system.num_threads` to this process."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(deterministic, warn_only=False)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
