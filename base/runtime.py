@@ -1,7 +1,9 @@
 """What a run stands on: seeds and generators, the device, the precision."""
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +34,18 @@ def numpy_generator(seed: int, purpose: str, *indices: int) -> np.random.Generat
 def seed_global_generators(seed: int) -> None:
     """Seed torch's global generators: weight initialisation and dropout draw from them, nothing else does."""
     torch.manual_seed(derived_seed(seed, "model"))
+
+
+def get_rng_state() -> dict[str, Any]:
+    """The states of torch's global generators, which dropout draws from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what `get_rng_state` returned; generators of devices that are not here are skipped."""
+    torch.set_rng_state(state["cpu"])
+    for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device_state, index)
 
 
 def choose_device(device: str, n_gpu: int = 1) -> torch.device:

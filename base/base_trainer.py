@@ -1,0 +1,263 @@
+"""BaseTrainer: the epoch loop and everything around it that does not depend on how a minibatch is trained on."""
+
+import logging
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from base.base_data_loader import BaseDataLoader
+from base.base_model import BaseModel
+from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_weights, publish_copy, save_checkpoint
+from base.config import Config
+from base.errors import CheckpointError, NonFiniteError, Stopped
+from base.optimization import Schedule
+from base.progress import Progress
+from base.run_folder import describe
+from base.runtime import autocast, get_rng_state, set_rng_state
+from base.totals import BatchResult, Totals
+from base.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+Evaluate = Callable[[BaseModel, BaseDataLoader], dict[str, float]]
+
+
+class BaseTrainer(ABC):
+    """Trains a model: epochs, validation, monitoring, early stop, checkpoints, resume, logging, signals.
+
+    A subclass writes `train_batch`, with `update` for each optimiser step in it, so that a training method reads like the
+    algorithm of its paper. SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which `resume`
+    continues bit for bit (on the same device and library versions).
+
+    Args:
+        config: the resolved config.
+        model: on its device.
+        optimizer: over the model's parameters.
+        schedule: of the optimiser's learning rate.
+        train_loader: shuffled, augmented minibatches.
+        validation_loader: the held-out images; None to train without validation.
+        evaluate: `(model, loader) -> {name: mean over samples}`; used for validation.
+        precision: `"fp32"` or `"bf16"`, for forward passes.
+        folder: the run folder, which exists.
+        trackers: receive the values of every epoch.
+        metadata: further plain values for every checkpoint (config, mean, std, fingerprints, versions).
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        model: BaseModel,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        train_loader: BaseDataLoader,
+        validation_loader: BaseDataLoader | None,
+        evaluate: Evaluate,
+        precision: str,
+        folder: Path,
+        trackers: Sequence[Tracker],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.train_loader = train_loader
+        self.validation_loader = validation_loader
+        self.evaluate = evaluate
+        self.precision = precision
+        self.folder = folder
+        self.trackers = trackers
+        self.metadata = metadata
+        self.device = next(model.parameters()).device
+        self.progress = Progress()
+        self.totals = Totals()
+        self._signal: int | None = None
+
+    @abstractmethod
+    def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
+        """Train on one minibatch: every forward pass, and `update` for every optimiser step.
+
+        `images` float32 `(B, C, H, W)` in `[0, 1]`, `labels` int64 `(B,)`, both on the model's device; the model is in training
+        mode. Returns sums and counts, never means.
+        """
+
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step on `loss` (0-dim).
+
+        Raises:
+            NonFiniteError: the loss or a gradient is infinite or NaN; nothing was updated.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if not torch.isfinite(loss.detach() + torch.nn.utils.get_total_norm(gradients)):
+            raise NonFiniteError(self._describe_non_finite(loss))
+        self.optimizer.step()
+
+    def autocast(self) -> Any:
+        """The context for forward passes in the run's precision."""
+        return autocast(self.device, self.precision)
+
+    def train(self) -> None:
+        """Train until the last epoch or the early stop.
+
+        Raises:
+            Stopped: a signal asked for it; the state is saved.
+            NonFiniteError: see `update`; the last saved checkpoint is intact.
+        """
+        with self._signals_caught():
+            while not self.finished:
+                learning_rate = self.schedule.learning_rate
+                log = {"epoch": self.progress.epochs_done + 1, "lr": learning_rate, **self._train_epoch(), **self.validate()}
+                self._finish_epoch(log)
+                if self._signal is not None:
+                    self._stop(self._signal)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is done or the early stop is due."""
+        patience = self.config.trainer.early_stop
+        if patience is not None and self.progress.epochs_without_improvement >= patience:
+            return True
+        return self.progress.epochs_done >= self.config.trainer.epochs
+
+    def validate(self) -> dict[str, float]:
+        """Values on the held-out images, their names prefixed with `val_`."""
+        if self.validation_loader is None:
+            return {}
+        return {f"val_{name}": value for name, value in self.evaluate(self.model, self.validation_loader).items()}
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Everything `resume` needs, and what a reader needs to use the weights."""
+        return {
+            **self.metadata,
+            "arch": type(self.model).__name__,
+            "epoch": self.progress.epochs_done,
+            "batch": self.progress.batches_done,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_type": type(self.optimizer).__name__,
+            "scheduler": self.schedule.state_dict(),
+            "scheduler_type": self.config.lr_scheduler.type,
+            "monitor_best": self.progress.best_value,
+            "progress": vars(self.progress),
+            "totals": self.totals.state_dict(),
+            "rng": get_rng_state(),
+        }
+
+    def resume(self, checkpoint: Mapping[str, Any], source: Path) -> None:
+        """Continue from a checkpoint of this run.
+
+        Raises:
+            CheckpointError: it is of another architecture, optimiser or schedule, or holds no training state.
+        """
+        if "progress" not in checkpoint:
+            raise CheckpointError(f"{source}: holds no training state (ConvNorm's format): it can be evaluated, not resumed")
+        for key, ours in (
+            ("optimizer_type", type(self.optimizer).__name__),
+            ("scheduler_type", self.config.lr_scheduler.type),
+        ):
+            if checkpoint[key] != ours:
+                raise CheckpointError(f"{source}: was trained with {key} {checkpoint[key]}, this config has {ours}")
+        load_weights(self.model, checkpoint["state_dict"], source)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.schedule.load_state_dict(checkpoint["scheduler"])
+        self.progress = Progress(**checkpoint["progress"])
+        self.totals.load_state_dict(checkpoint["totals"], self.device)
+        set_rng_state(checkpoint["rng"])
+        logger.info("continuing %s after %d epochs and %d batches", source, checkpoint["epoch"], checkpoint["batch"])
+
+    def _train_epoch(self) -> dict[str, float]:
+        self.model.train()
+        progress = self.progress
+        epoch = progress.epochs_done + 1
+        self.train_loader.set_epoch(epoch, first_batch=progress.batches_done)
+        bar = tqdm(
+            self.train_loader,
+            desc=f"epoch {epoch}/{self.config.trainer.epochs}",
+            total=len(self.train_loader),
+            initial=progress.batches_done,
+            disable=None,  # quiet when not a terminal
+            leave=False,
+        )
+        begin = perf_counter()
+        for images, labels in bar:
+            result = self.train_batch(images, labels)
+            self.totals.add(result)
+            self.schedule.step_batch()
+            progress.batches_done += 1
+            progress.images_seen += len(images)
+            if not bar.disable and progress.batches_done % 10 == 0:
+                bar.set_postfix_str(describe(self.totals.means()))
+            if self._signal is not None:
+                progress.train_seconds += perf_counter() - begin
+                self._stop(self._signal)
+        means = self.totals.means()  # reads the device, so the time is that of finished work
+        progress.train_seconds += perf_counter() - begin
+        return means
+
+    def _finish_epoch(self, log: dict[str, Any]) -> None:
+        self.schedule.step_epoch(log)
+        self.totals = Totals()
+        improved = self.progress.finish_epoch(log, self.config.trainer.monitor)
+        self._save(improved)
+        for tracker in self.trackers:
+            tracker.log_epoch(log)
+        logger.info("%s%s", describe(log), "  (best)" if improved else "")
+
+    def _save(self, improved: bool) -> None:
+        settings = self.config.trainer
+        last = self.folder / LAST
+        save_checkpoint(last, self.checkpoint())
+        if improved:
+            publish_copy(last, self.folder / BEST)
+        if self.progress.epochs_done % settings.save_period == 0:
+            publish_copy(last, self.folder / NUMBERED.format(self.progress.epochs_done))
+        if settings.keep_checkpoints:
+            keep_newest(self.folder, settings.keep_checkpoints)
+
+    def _stop(self, signal_number: int) -> NoReturn:
+        """Save in the middle of an epoch, or after one, and leave."""
+        save_checkpoint(self.folder / LAST, self.checkpoint())
+        done = f"{self.progress.epochs_done} epochs and {self.progress.batches_done} batches"
+        name = signal.Signals(signal_number).name
+        raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", signal_number)
+
+    @contextmanager
+    def _signals_caught(self) -> Iterator[None]:
+        """While training, SIGINT and SIGTERM only ask for the stop; the loop stops where a checkpoint is exact."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _describe_non_finite(self, loss: Tensor) -> str:
+        what = "loss" if not torch.isfinite(loss) else "gradient"
+        culprit = ""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                culprit = f", first in {name}"
+                break
+        place = f"epoch {self.progress.epochs_done + 1}, batch {self.progress.batches_done + 1}"
+        kept = f"; {self.folder / LAST} is of the last good epoch" if (self.folder / LAST).exists() else ""
+        return f"{place}: the {what} is not finite{culprit}: training stopped before the update{kept}"

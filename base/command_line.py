@@ -1,0 +1,89 @@
+"""What every script's command line shares: config flags, overrides, errors as one line and an exit code."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from base.config_files import Override
+from base.errors import ConfigError, ProjectError
+
+SHORT_FLAGS = (
+    (("--lr", "--learning_rate"), "optimizer.args.lr", "learning rate"),
+    (("--wd", "--weight_decay"), "optimizer.args.weight_decay", "weight decay"),
+    (("--bs", "--batch_size"), "data_loader.args.batch_size", "minibatch size"),
+    (("--conv", "--conv_layer"), "arch.args.conv_layer_type", "convolution type"),
+    (("--norm", "--norm_layer"), "arch.args.norm_layer_type", "normalization type"),
+    (("--percent",), "trainer.percent", "rate of label noise"),
+    (("--subset_percent",), "trainer.subset_percent", "fraction of the training set"),
+    (("--sym",), "trainer.sym", "symmetric label noise"),
+    (("--asym",), "trainer.asym", "asymmetric label noise"),
+    (("--OCNN",), "trainer.OCNN", "OCNN's orthogonality penalty"),
+    (("--name", "--exp_name"), "name", "name of the experiment"),
+    (("--key", "--comet_key"), "comet.api", "Comet key"),
+    (("--offline", "--comet_offline"), "comet.offline", "Comet without a server"),
+    (("--seed",), "seed", "seed of everything random"),
+)
+BOOLEANS = ("trainer.sym", "trainer.asym", "trainer.OCNN", "comet.offline")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like every other error of the project."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def config_parser(description: str) -> Parser:
+    """A parser for scripts that run a config: `-c -r -d --run_dir --set` and ConvNorm's short flags."""
+    parser = Parser(description=description, allow_abbrev=False)
+    parser.add_argument("-c", "--config", help="config file")
+    parser.add_argument("-r", "--resume", metavar="CHECKPOINT", help="checkpoint or run folder to continue, in that folder")
+    parser.add_argument("-d", "--device", metavar="DEVICES", help="indices of the CUDA devices to use, such as 0 or 0,1")
+    parser.add_argument("--run_dir", metavar="DIR", help="write exactly here instead of <save_dir>/<name>/<run id>")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value, such as trainer.epochs=10"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for flags, key, text in SHORT_FLAGS:
+        optional = {"nargs": "?", "const": "true"} if key in BOOLEANS else {}
+        parser.add_argument(*flags, dest=key, metavar="VALUE", help=f"{text} ({key})", **optional)
+    return parser
+
+
+def config_overrides(arguments: argparse.Namespace) -> list[Override]:
+    """The config overrides of a parsed command line: `--set` in the order given, then the short flags."""
+    overrides = []
+    for setting in arguments.set:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as trainer.epochs=10")
+        overrides.append((key, value))
+    values = vars(arguments)
+    return overrides + [(key, values[key]) for _, key, _ in SHORT_FLAGS if values[key] is not None]
+
+
+def select_devices(devices: str | None) -> None:
+    """Show only these CUDA devices to torch; call it before anything uses CUDA."""
+    if devices is None:
+        return
+    if not re.fullmatch(r"\d+(,\d+)*", devices):
+        raise ConfigError(f"-d {devices}: expected device indices such as 0 or 0,1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback."""
+    try:
+        main()
+    except ProjectError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,314 @@
+"""The typed config tree: every key, its type, default, range and meaning.
+
+A config file is JSON (`base.config_files` reads it); this module says what may stand in it. The key names of ConvNorm are
+canonical, so its published config files are valid here.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ArchName = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "preact_resnet18",
+    "wide_resnet", "wide_resnet28_10", "wide_resnet34_10", "vgg11", "vgg13", "vgg16", "vgg19", "simpleCNN", "simpleCNN2",
+]  # fmt: skip
+ConvName = Literal["conv", "prec_conv", "conv_norm", "sn_conv", "oni_conv", "own_conv"]
+NormName = Literal["bn", "gn", "in", "no"]
+ActivationName = Literal["relu", "srelu"]
+DataLoaderName = Literal["CIFAR10DataLoader", "CIFAR100DataLoader", "ImageFolderDataLoader", "DigitsDataLoader"]
+MetricName = Literal["top1", "top5", "my_metric", "my_metric2"]
+METRIC_ALIASES = {"my_metric": "top1", "my_metric2": "top5"}
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
+
+
+class Section(BaseModel):
+    """One object of the tree: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class ArchArgs(Section):
+    """Arguments of the model; null takes the model's own default."""
+
+    num_classes: Positive | None = None
+    """Number of classes; null takes the data set's."""
+    norm_layer_type: NormName = "bn"
+    """bn BatchNorm, gn GroupNorm, in InstanceNorm, no none."""
+    conv_layer_type: ConvName = "conv"
+    """conv plain, prec_conv or conv_norm ConvNorm, sn_conv spectral normalization, oni_conv ONI, own_conv OWN."""
+    linear_layer_type: Literal["linear"] = "linear"
+    """Type of the classifier."""
+    activation_layer_type: ActivationName = "relu"
+    """relu, or srelu: shifted ReLU with a learnt threshold per channel."""
+    norm_groups: Positive | None = None
+    """Groups of gn; fewer are used where the channels do not divide. Default 32."""
+    stem: Literal["cifar", "imagenet"] | None = None
+    """First layers of a ResNet: 3x3 (cifar, the default) or 7x7 with stride and pooling (imagenet)."""
+    depth: Positive | None = None
+    """Depth of wide_resnet: 6 n + 4."""
+    widen_factor: Positive | None = None
+    """Width factor of wide_resnet."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout rate inside the blocks of a wide ResNet."""
+
+
+class ArchConfig(Section):
+    """The model."""
+
+    type: ArchName = "resnet18"
+    """Name of the model."""
+    args: ArchArgs = ArchArgs()
+    """Its arguments."""
+
+
+class DataLoaderArgs(Section):
+    """Arguments of the data loader."""
+
+    data_dir: str | None = None
+    """Folder of the data set; DigitsDataLoader needs none."""
+    batch_size: Positive = 128
+    """Images in a minibatch."""
+    shuffle: bool = True
+    """A new order in every epoch."""
+    validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of every class held out for validation; 0 with a val_ monitor holds out 0.1."""
+    num_workers: Count = 0
+    """Worker processes that decode streamed images."""
+    pin_memory: bool = False
+    """Page-locked memory for streamed images."""
+    num_batches: Count = 0
+    """Above 0, a training epoch ends after that many batches."""
+    mean: Channels | None = None
+    """Per-channel mean in [0, 1]; null takes the published one for CIFAR and the training set's own elsewhere."""
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] | None = None
+    """Per-channel standard deviation in [0, 1]; null as for mean."""
+    image_size: Positive | None = None
+    """ImageFolderDataLoader: side in pixels that images are resized and cropped to; null: all have one size already."""
+    in_memory: bool | None = None
+    """ImageFolderDataLoader: keep all images decoded in memory; null decides by size."""
+
+
+class DataLoaderConfig(Section):
+    """The data set and how it is read."""
+
+    type: DataLoaderName
+    """Name of the data loader."""
+    args: DataLoaderArgs = DataLoaderArgs()
+    """Its arguments."""
+
+    @model_validator(mode="after")
+    def _has_data_dir(self) -> Self:
+        if self.type != "DigitsDataLoader" and self.args.data_dir is None:
+            raise ValueError("args.data_dir: required: the folder of the data set")
+        if self.type != "ImageFolderDataLoader":
+            for name in ("image_size", "in_memory"):
+                if getattr(self.args, name) is not None:
+                    raise ValueError(f"args.{name}: only ImageFolderDataLoader takes it, not {self.type}")
+        return self
+
+
+class AugmentationConfig(Section):
+    """What is done to training images, in batches on the training device."""
+
+    crop_padding: Count = 4
+    """Zero pixels added on each side before a random crop to the original size; 0 for no crop."""
+    flip: bool = True
+    """Random horizontal flip."""
+    cutout: Count = 0
+    """Side in pixels of the square that is masked at a random place; 0 for none."""
+    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Both parameters of the Beta distribution of mixup's weight; 0 for no mixup."""
+
+
+class OptimizerConfig(Section):
+    """The optimiser."""
+
+    type: str = "SGD"
+    """Name of a class of torch.optim."""
+    args: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    """Its arguments, checked against its signature."""
+
+
+class SchedulerConfig(Section):
+    """The learning-rate schedule."""
+
+    type: str = "none"
+    """Name of a class of torch.optim.lr_scheduler, or none."""
+    args: dict[str, Any] = {}
+    """Its arguments. T_max of CosineAnnealingLR and total_steps of OneCycleLR default to the whole run."""
+    interval: Literal["epoch", "batch"] | None = None
+    """When it steps; null: after every batch for OneCycleLR and CyclicLR, after every epoch for the others."""
+    monitor: str | None = None
+    """ReduceLROnPlateau: the value it watches; null: val_loss, or loss without a validation set."""
+
+
+class TrainerConfig(Section):
+    """Training, label noise and data subset, under ConvNorm's names."""
+
+    epochs: Positive = 200
+    """Passes over the training set."""
+    save_dir: str = "saved/"
+    """Folder of all run folders: <save_dir>/<name>/<run id>."""
+    save_period: Positive = 1
+    """Every so many epochs model_epoch_N.pth is written."""
+    keep_checkpoints: Count = 1
+    """How many of the newest model_epoch_N.pth are kept; 0 keeps all. model_best.pth and model_last.pth are always kept."""
+    verbosity: Annotated[int, Field(ge=0, le=2)] = 2
+    """0 warnings only, 1 and 2 a line per epoch."""
+    label_dir: str | None = None
+    """ConvNorm's key, accepted and not used: labels.npz lies in the run folder."""
+    monitor: str = "max val_top1"
+    """What the best model is: 'min' or 'max' and a logged value, or 'off'."""
+    early_stop: Positive | None = None
+    """Epochs in a row without improvement after which training stops; null never."""
+    tensorboard: bool = False
+    """Write TensorBoard events to the run folder."""
+    percent: Fraction = 0.0
+    """Rate of label noise."""
+    sym: bool = False
+    """Symmetric label noise."""
+    asym: bool = False
+    """Asymmetric label noise: similar classes of CIFAR-10 and CIFAR-100."""
+    noise_law: Literal["inclusive", "exclusive"] = "inclusive"
+    """Symmetric noise draws from all classes (inclusive, as published) or from the wrong ones only (exclusive)."""
+    noise_file: str | None = None
+    """A .npy or .pt of labels for the whole training set, such as CIFAR-N's."""
+    noise_key: str | None = None
+    """Which entry of a noise_file that holds several label sets."""
+    noisy_validation: bool = True
+    """Validation labels carry the same noise; accuracy on the clean ones is always reported beside."""
+    subset_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the whole training set that is trained on, the same for every class; at most what validation leaves."""
+    OCNN: bool = False
+    """Add OCNN's orthogonality penalty to the loss."""
+    lamb_ocnn: Annotated[float, Field(ge=0)] = 0.001
+    """Weight of OCNN's penalty."""
+    do_adv: bool = False
+    """Free adversarial training."""
+    fgsm_step: Annotated[float, Field(ge=0)] = 8
+    """Free adversarial training: step in 1/255 of the pixel range."""
+    adv_clip_eps: Annotated[float, Field(ge=0)] = 8
+    """Free adversarial training: l-inf bound in 1/255 of the pixel range."""
+    adv_repeats: Positive = 4
+    """Free adversarial training: updates per minibatch."""
+
+    @field_validator("monitor")
+    @classmethod
+    def _monitor_is_known(cls, text: str) -> str:
+        if text == "off":
+            return text
+        mode, _, value = text.partition(" ")
+        prefix = next((p for p in ("val_clean_", "val_") if value.startswith(p)), "")
+        name = METRIC_ALIASES.get(value.removeprefix(prefix), value.removeprefix(prefix))
+        if mode not in ("min", "max") or name not in ("loss", "top1", "top5"):
+            raise ValueError(
+                f"{text!r} is neither 'off' nor 'min' or 'max' followed by loss, top1, top5, alone or after val_ or val_clean_"
+                " (never the test set)"
+            )
+        return f"{mode} {prefix}{name}"
+
+    @model_validator(mode="after")
+    def _one_noise(self) -> Self:
+        chosen = [key for key in ("sym", "asym", "noise_file") if getattr(self, key)]
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[0]} and {chosen[1]}: only one kind of label noise at a time")
+        if self.percent > 0 and not (self.sym or self.asym):
+            raise ValueError(f"percent: {self.percent} has no effect: set sym or asym")
+        if self.noise_key is not None and self.noise_file is None:
+            raise ValueError("noise_key: has no effect without noise_file")
+        return self
+
+
+class PGDAttackConfig(Section):
+    """The attack report after adversarial training."""
+
+    K: Positive = 10
+    """Steps."""
+    step: Annotated[float, Field(ge=0)] = 2
+    """Step size in 1/255 of the pixel range."""
+
+
+class SystemConfig(Section):
+    """The machine."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """auto is bf16 autocast where the hardware has it."""
+    channels_last: bool = False
+    """Channels-last memory format."""
+    compile: bool = False
+    """torch.compile the model."""
+    deterministic: bool = False
+    """Deterministic algorithms only; an operation without one stops the run."""
+    num_threads: Positive | None = None
+    """CPU threads of torch; null leaves its choice."""
+
+
+class CometConfig(Section):
+    """Logging to Comet; without this section there is none."""
+
+    api: str | None = Field(default=None, exclude=True, repr=False)
+    """API key. Better set in the environment as COMET_API_KEY; never written anywhere."""
+    offline: bool = True
+    """Write a zip into the run folder instead of talking to the server."""
+    project: str = "convnorm"
+    """Project name."""
+    workspace: str | None = None
+    """Workspace; null takes the account's default."""
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\\]+$")] = "Experiment"
+    """Name of the experiment: a folder in save_dir."""
+    seed: Count = 0
+    """Seed of everything random."""
+    n_gpu: Count = 1
+    """Devices to use; 0 for the CPU."""
+    num_classes: Positive | None = None
+    """ConvNorm's second place for arch.args.num_classes; both must agree."""
+    exper_name: str | None = None
+    """Written by ConvNorm into its run folders; accepted and not used."""
+    arch: ArchConfig = ArchConfig()
+    data_loader: DataLoaderConfig
+    augmentation: AugmentationConfig = AugmentationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_scheduler: SchedulerConfig = SchedulerConfig()
+    train_loss: Literal["cross_entropy"] = "cross_entropy"
+    """Loss of training."""
+    val_loss: Literal["cross_entropy"] = "cross_entropy"
+    """Loss reported on validation and test set."""
+    metrics: list[MetricName] = ["top1", "top5"]
+    """Metrics in progress and logs; my_metric is top1, my_metric2 is top5."""
+    trainer: TrainerConfig = TrainerConfig()
+    pgd_attack: PGDAttackConfig = PGDAttackConfig()
+    system: SystemConfig = SystemConfig()
+    comet: CometConfig | None = None
+    """Comet logging; null for none."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _one_name_per_metric(cls, names: list[str]) -> list[str]:
+        return list(dict.fromkeys(METRIC_ALIASES.get(name, name) for name in names))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.name in (".", ".."):
+            raise ValueError(f"name: {self.name!r} is not a folder name")
+        inner = self.arch.args.num_classes
+        if self.num_classes and inner and self.num_classes != inner:
+            raise ValueError(f"num_classes: {self.num_classes} contradicts arch.args.num_classes: {inner}")
+        noisy = self.trainer.sym or self.trainer.asym or self.trainer.noise_file
+        if "val_clean_" in self.trainer.monitor and not (noisy and self.trainer.noisy_validation):
+            raise ValueError(f"trainer.monitor: {self.trainer.monitor!r} is only logged where validation labels carry noise")
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved tree as plain JSON values, without secrets; validating it again gives the same config."""
+        return self.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,178 @@
+"""Optimisers and learning-rate schedules by the names of `torch.optim`, checked before any data is read."""
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+
+from base.config import OptimizerConfig, SchedulerConfig
+from base.errors import ConfigError
+from base.registry import did_you_mean, lookup
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer
+}
+SCHEDULERS: dict[str, type] = {
+    name: cls
+    for name, cls in vars(lr_scheduler).items()
+    if inspect.isclass(cls) and issubclass(cls, lr_scheduler.LRScheduler) and name not in ("LRScheduler", "_LRScheduler")
+}
+UNUSABLE = {
+    "LBFGS": "it evaluates the loss several times in one step",
+    "SparseAdam": "it takes sparse gradients only",
+    "LambdaLR": "it takes a Python function, which JSON cannot hold",
+    "MultiplicativeLR": "it takes a Python function, which JSON cannot hold",
+}
+STEPPED_BY_BATCH = ("OneCycleLR", "CyclicLR")
+WHOLE_RUN_ARGUMENT = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps"}
+"""The argument that defaults to the number of steps in the whole run."""
+
+
+def check_optimization(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
+    """Build both for a single dummy weight, so that a wrong name, argument or value is found before any data is read.
+
+    Raises:
+        ConfigError: naming `optimizer.args.x` or `lr_scheduler.args.x`.
+    """
+    dummy = nn.Linear(2, 2, bias=False)
+    Schedule(scheduler, build_optimizer(optimizer, dummy), epochs=10, batches_per_epoch=10, has_validation=True)
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
+    """The optimiser of `model`; thresholds of shifted ReLUs are exempt from weight decay, as in ConvNorm."""
+    cls = _usable(OPTIMIZERS, config.type, "optimizer.type")
+    _check_arguments(cls, config.args, "optimizer.args", given=1)
+    thresholds, others = [], []
+    for name, parameter in model.named_parameters():
+        (thresholds if name.endswith("srelu_bias") else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if thresholds:
+        groups.append({"params": thresholds, "weight_decay": 0.0})
+    return _build(cls, "optimizer.args", groups, config.args)
+
+
+class Schedule:
+    """A learning-rate schedule that knows when to step: after every batch, or after every epoch.
+
+    Args:
+        config: the type, its arguments, the interval.
+        optimizer: whose learning rates it sets.
+        epochs: epochs of the whole run.
+        batches_per_epoch: minibatches in one epoch.
+        has_validation: whether `val_loss` will be logged; ReduceLROnPlateau watches it by default, and `loss` otherwise.
+
+    Raises:
+        ConfigError: naming `lr_scheduler.args.x`.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, optimizer: Optimizer, epochs: int, batches_per_epoch: int, has_validation: bool
+    ) -> None:
+        self.optimizer = optimizer
+        by_batch = (config.interval or ("batch" if config.type in STEPPED_BY_BATCH else "epoch")) == "batch"
+        self.steps_by_batch = by_batch
+        self.monitor = config.monitor or ("val_loss" if has_validation else "loss")
+        self.scheduler: Any = None
+        if config.type != "none":
+            steps = epochs * (batches_per_epoch if by_batch else 1)
+            self.scheduler = _build_scheduler(config.type, config.args, optimizer, steps, "lr_scheduler")
+        self.on_plateau = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
+        if self.on_plateau and by_batch:
+            raise ConfigError("lr_scheduler.interval: ReduceLROnPlateau steps after every epoch, not after every batch")
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate that the next update uses (of the first parameter group)."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step_batch(self) -> None:
+        """Called after every minibatch."""
+        if self.scheduler is not None and self.steps_by_batch:
+            self.scheduler.step()
+
+    def step_epoch(self, log: Mapping[str, float]) -> None:
+        """Called after every epoch with the values it logged.
+
+        Raises:
+            ConfigError: the plateau schedule watches a value that is not logged.
+        """
+        if self.on_plateau:
+            self.scheduler.step(lookup(log, self.monitor, "lr_scheduler.monitor"))
+        elif self.scheduler is not None and not self.steps_by_batch:
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's state; empty for `none`."""
+        return {} if self.scheduler is None else self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state. The optimiser's own state holds the learning rates."""
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(_restore_counters(self.scheduler, state))
+
+
+def _build_scheduler(name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int, key: str) -> Any:
+    cls = _usable(SCHEDULERS, name, f"{key}.type")
+    args = dict(args)
+    whole_run = WHOLE_RUN_ARGUMENT.get(name)
+    if whole_run and "epochs" not in args:
+        args.setdefault(whole_run, steps)
+    _check_arguments(cls, args, f"{key}.args", given=0 if name == "ChainedScheduler" else 1)
+    if "schedulers" in inspect.signature(cls).parameters:  # SequentialLR and ChainedScheduler are made of others
+        args["schedulers"] = [
+            _build_scheduler(part["type"], part.get("args", {}), optimizer, steps, f"{key}.args.schedulers.{index}")
+            for index, part in enumerate(_parts(args["schedulers"], f"{key}.args.schedulers"))
+        ]
+    return _build(cls, f"{key}.args", optimizer, args) if name != "ChainedScheduler" else cls(**args, optimizer=optimizer)
+
+
+def _parts(value: Any, key: str) -> Iterable[Mapping[str, Any]]:
+    if isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value):
+        return value
+    raise ConfigError(f'{key}: expected a list of {{"type": ..., "args": ...}}, not {value!r}')
+
+
+def _usable(table: Mapping[str, type], name: str, key: str) -> type:
+    cls = lookup(table, name, key)
+    if name in UNUSABLE:
+        raise ConfigError(f"{key}: {name} cannot be used from a config: {UNUSABLE[name]}")
+    return cls
+
+
+def _check_arguments(cls: type, args: Mapping[str, Any], key: str, given: int) -> None:
+    """Compare `args` with the signature of `cls`, whose first `given` parameters are not the config's."""
+    parameters = list(inspect.signature(cls).parameters.values())[given:]
+    names = [parameter.name for parameter in parameters if parameter.name not in ("optimizer", "last_epoch")]
+    for name in args:
+        if name not in names:
+            hint = f"{did_you_mean(name, names)} (it takes: {', '.join(names)})"
+            raise ConfigError(f"{key}.{name}: {cls.__name__} takes no such argument{hint}")
+    for parameter in parameters:
+        if parameter.name in names and parameter.default is parameter.empty and parameter.name not in args:
+            raise ConfigError(f"{key}.{parameter.name}: required by {cls.__name__}, but not given")
+
+
+def _build(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
+    try:
+        return cls(first, **args)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key}: {cls.__name__} does not accept {dict(args)}: {reason}") from None
+
+
+def _restore_counters(scheduler: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Checkpoints hold plain dicts; where the scheduler itself uses a Counter (MultiStepLR's milestones), give it one."""
+    restored = dict(state)
+    for key, value in state.items():
+        if isinstance(getattr(scheduler, key, None), Counter):
+            restored[key] = Counter(value)
+    if "_schedulers" in state:
+        pairs = zip(scheduler._schedulers, state["_schedulers"], strict=True)
+        restored["_schedulers"] = [_restore_counters(part, part_state) for part, part_state in pairs]
+    return restored

@@ -1,0 +1,137 @@
+"""The run folder: where one run writes, and what it says about itself.
+
+`<save_dir>/<name>/<run id>/`, or exactly the folder that `--run_dir` names.
+"""
+
+import json
+import logging
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base.errors import ConfigError
+
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
+SECRET_FLAGS = ("--key", "--comet_key")
+
+
+def create_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Path:
+    """Make an empty folder for a new run and return it.
+
+    Raises:
+        ConfigError: `run_dir` already holds a run, or the folder cannot be made.
+    """
+    folder = Path(run_dir) if run_dir else Path(save_dir) / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    if (folder / "config.json").exists():
+        raise ConfigError(f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(run_dir))
+    except OSError as error:
+        raise ConfigError(f"{folder}: the run folder cannot be made: {error.strerror}") from None
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+@contextmanager
+def logging_to(file: Path, verbosity: int) -> Iterator[None]:
+    """Send log messages to the terminal and to `file` (appended): warnings at verbosity 0, a line per epoch above it."""
+    root = logging.getLogger()
+    level = root.level
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), logging.FileHandler(file)]
+    handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(logging.INFO if verbosity > 0 else logging.WARNING)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, command, commit and hardware of this process, for `environment.json`; secrets of the command are left out."""
+    return {
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "command": without_secrets(sys.argv),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """The installed versions of the packages that results depend on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def without_secrets(command: Sequence[str]) -> list[str]:
+    """The command line with the Comet key replaced by `***`, however it was given."""
+    cleaned: list[str] = []
+    for word in command:
+        if cleaned and cleaned[-1] in SECRET_FLAGS:
+            cleaned.append("***")
+        else:
+            cleaned.append(re.sub(r"^((?:--key|--comet_key|(?:--set=)?comet\.api)=).*", r"\1***", word))
+    return cleaned
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """One readable line of logged values: accuracies in per cent, the rest in four significant digits."""
+    return "  ".join(f"{key} {_number(key, value)}" for key, value in values.items())
+
+
+def _number(key: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2%}" if "top" in key else f"{value:.4g}"
+    return str(value)
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of a git command in this project's folder; None where there is no git or no repository."""
+    try:
+        result = subprocess.run(  # noqa: S603 - fixed program and arguments
+            ["git", *arguments],  # noqa: S607
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,50 @@
+"""Sums and counts over samples: every metric is reduced once, never averaged over batch means."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What one minibatch adds to an epoch.
+
+    Attributes:
+        sums: 0-dim tensors: a value summed over the samples, such as the loss, or the number of correct predictions.
+        count: the number of samples summed over; with several updates per minibatch each counts its samples.
+    """
+
+    sums: Mapping[str, Tensor]
+    count: int
+
+
+class Totals:
+    """Running sums of `BatchResult`s. They stay on the device until they are read, so adding does not synchronise."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, result: BatchResult) -> None:
+        """Add one batch. Sums are float64 where the device has it, so that their rounding does not grow with the epoch."""
+        for name, value in result.sums.items():
+            value = value.detach()
+            value = value if value.device.type == "mps" else value.double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += result.count
+
+    def means(self) -> dict[str, float]:
+        """Every sum over the count; empty before the first batch."""
+        return {name: float(value) / self.count for name, value in self.sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and count, for a checkpoint in the middle of an epoch."""
+        return {"sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue from saved sums."""
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.count = state["count"]

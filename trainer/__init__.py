@@ -1,0 +1,1 @@
+"""Training methods and evaluation. Models, loaders and attacks arrive as objects."""

@@ -1,0 +1,57 @@
+"""Evaluation of a model on a loader: sums over samples, reduced once."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from base.base_data_loader import BaseDataLoader
+from base.totals import BatchResult, Totals
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""`(logits (B, C), labels (B,)) -> losses (B,)`, one per sample."""
+Metric = Callable[[Tensor, Tensor], Tensor]
+"""`(logits (B, C), labels (B,)) -> number of correct samples`, 0-dim."""
+
+
+def batch_result(losses: Tensor, logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric]) -> BatchResult:
+    """The sums of one batch: `loss` and every metric."""
+    logits = logits.detach()
+    sums = {"loss": losses.detach().sum(), **{name: metric(logits, labels) for name, metric in metrics.items()}}
+    return BatchResult(sums, len(labels))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: BaseDataLoader,
+    *,
+    loss: Loss,
+    metrics: Mapping[str, Metric],
+    autocast: Callable[[], AbstractContextManager],
+    description: str = "evaluating",
+) -> dict[str, float]:
+    """The mean loss and metrics over every sample of `loader`, as fractions.
+
+    Where the loader's labels carry noise, `clean_` values against the labels before the noise stand beside those against the
+    noisy ones. The model is put in evaluation mode and restored; no generator is drawn from, so evaluating does not disturb
+    training.
+    """
+    was_training = model.training
+    model.eval()
+    totals, clean_totals = Totals(), Totals()
+    seen = 0
+    try:
+        for images, labels in tqdm(loader, desc=description, disable=None, leave=False):
+            with autocast():
+                logits = model(images)
+            totals.add(batch_result(loss(logits, labels), logits, labels, metrics))
+            if loader.clean_labels is not None:
+                clean = loader.clean_labels[seen : seen + len(labels)]
+                clean_totals.add(batch_result(loss(logits, clean), logits, clean, metrics))
+            seen += len(labels)
+    finally:
+        model.train(was_training)
+    return totals.means() | {f"clean_{name}": value for name, value in clean_totals.means().items()}
