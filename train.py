@@ -24,7 +24,7 @@ def main() -> None:
         raise ConfigError("-c CONFIG or -r CHECKPOINT is required (see train.py --help)")
     config = load_config(arguments.config, overrides)
     if config.trainer.do_adv:
-        raise ConfigError("trainer.do_adv: true asks for adversarial training, train.py trains on clean images: set it to false")
+        raise ConfigError("trainer.do_adv: true asks for adversarial training, train.py trains on clean images; set it false")
     Experiment.from_config(config).run(arguments.run_dir)
 
 

@@ -130,10 +130,10 @@ def plain(value: Any) -> Any:
         return type(value)(map(plain, value)) if type(value) in (list, tuple) else list(map(plain, value))
     if isinstance(value, Tensor):
         return value.detach()
-    if hasattr(value, "item") and not isinstance(value, (bool, int, float, str, bytes)):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+    if value is None or type(value) in (bool, int, float, str, bytes):
         return value
+    if hasattr(value, "item"):  # NumPy's scalars, of which float64 is even a subclass of float
+        return value.item()
     raise TypeError(f"a checkpoint holds tensors and plain values only, not {type(value).__name__}")
 
 

@@ -34,11 +34,11 @@ def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
 
 
 def read_tree(path: str | Path, children: tuple[Path, ...] = ()) -> Tree:
-    """The JSON tree of a file merged over its parents', without comments."""
+    """The JSON tree of a file merged over its parents'."""
     file = Path(path)
     if file.resolve() in children:
         raise ConfigError(f"{path}: extends itself, by way of {', '.join(str(child) for child in children)}")
-    tree = _without_comments(_read_json(file))
+    tree = _read_json(file)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
@@ -80,7 +80,7 @@ def validate(tree: Tree, source: str = "config") -> Config:
     Raises:
         ConfigError: one line that names `source`, the dotted key, the value, what was expected and the nearest valid name.
     """
-    tree = _explain_placeholders(merge({}, tree), source)
+    tree = _explain_placeholders(merge({}, _without_comments(tree)), source)
     try:
         return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:

@@ -1,0 +1,76 @@
+"""The data loaders a config can name: CIFAR-10, CIFAR-100, a folder of images, and scikit-learn's digits."""
+
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from data_loader.datasets import LabelledImages, read_cifar, read_digits, read_image_folder
+from data_loader.training_data_loader import ReadTest, TrainingDataLoader
+
+MEMORY_LIMIT = 2 * 1024**3
+"""Bytes of uint8 pixels up to which an image folder is kept in memory when `in_memory` is None."""
+
+
+class CIFAR10DataLoader(TrainingDataLoader):
+    """CIFAR-10: 10 classes, 50,000 + 10,000 images of 32 x 32; see `TrainingDataLoader` and `datasets.read_cifar`."""
+
+    default_mean = (0.4914, 0.4822, 0.4465)
+    default_std = (0.2023, 0.1994, 0.2010)
+
+    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
+        return read_cifar(10, data_dir, train=True), partial(read_cifar, 10, data_dir, train=False)
+
+
+class CIFAR100DataLoader(TrainingDataLoader):
+    """CIFAR-100: 100 classes, 50,000 + 10,000 images of 32 x 32; see `TrainingDataLoader` and `datasets.read_cifar`."""
+
+    default_mean = (0.5071, 0.4867, 0.4408)
+    default_std = (0.2675, 0.2565, 0.2761)
+
+    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
+        return read_cifar(100, data_dir, train=True), partial(read_cifar, 100, data_dir, train=False)
+
+
+class ImageFolderDataLoader(TrainingDataLoader):
+    """Any images in `data_dir/train/<class>/` and `data_dir/test/<class>/`; see `datasets.read_image_folder`.
+
+    Takes the arguments of `TrainingDataLoader` and two more. Only images that are used are decoded.
+
+    Args:
+        image_size: side that every image is resized and cropped to; None if all images have one size.
+        in_memory: decode once and keep the pixels, or decode every batch anew; None keeps them up to 2 GiB for the images of
+            training subset, validation and test together. Batches are the same either way.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        *arguments: Any,
+        image_size: int | None = None,
+        in_memory: bool | None = None,
+        **options: Any,
+    ) -> None:
+        self._image_size, self._keep = image_size, in_memory
+        super().__init__(data_dir, *arguments, **options)
+
+    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
+        train, test = read_image_folder(data_dir, self._image_size, num_workers, pin_memory)
+        self._test_part = test
+        return train, lambda: test
+
+    def _fits_in_memory(self, n_train_and_validation: int) -> bool:
+        if self._keep is not None:
+            return self._keep
+        images = self._test_part.images
+        return (n_train_and_validation + len(images)) * prod(images.shape) <= MEMORY_LIMIT
+
+
+class DigitsDataLoader(TrainingDataLoader):
+    """The digits of scikit-learn as 32 x 32 RGB, nothing to download; `data_dir` is ignored. See `datasets.read_digits`."""
+
+    def __init__(self, data_dir: str | Path | None = None, *arguments: Any, **options: Any) -> None:
+        super().__init__(data_dir or "", *arguments, **options)
+
+    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
+        return read_digits(train=True), partial(read_digits, train=False)

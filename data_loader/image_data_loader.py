@@ -1,0 +1,124 @@
+"""ImageDataLoader: batches of any labelled images, in memory or in files."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from base.base_data_loader import BaseDataLoader
+from base.runtime import torch_generator
+from data_loader import augment
+from data_loader.images import FileImages, MemoryImages
+
+
+class ImageDataLoader(BaseDataLoader):
+    """One part of a data set, in batches; see `BaseDataLoader` for what iterating yields.
+
+    Images that fit in memory are moved to the device once, as uint8, and every batch is gathered, augmented and turned into
+    floats there; others are decoded batch by batch, with the same result. The order of epoch e is a function of (seed, e), the
+    augmentation of its b-th batch of (seed, e, b). The last batch is never dropped.
+
+    Args:
+        images: `N` images.
+        labels: int64 `(N,)`.
+        class_names: in label order.
+        mean: per-channel mean, in `[0, 1]`; also the colour of cutout's squares.
+        std: per-channel standard deviation, in `[0, 1]`.
+        batch_size: images per batch.
+        shuffle: a new order every epoch; False keeps the order of `images`.
+        num_batches: above 0 ends every epoch after that many batches.
+        seed: of order and augmentation.
+        crop_padding: pixels of zero padding for random crops; 0 for none.
+        flip: mirror half of the images.
+        cutout: side in pixels of the square that is overwritten; 0 for none.
+        clean_labels: int64 `(N,)` labels before the noise, where `labels` carry noise.
+        in_memory: decode files once, at the first iteration, and keep the pixels.
+        device: where the batches shall be.
+        test: gives the test loader; None where this is it.
+    """
+
+    def __init__(
+        self,
+        images: MemoryImages | FileImages,
+        labels: np.ndarray,
+        class_names: Sequence[str],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        shuffle: bool = False,
+        num_batches: int = 0,
+        seed: int = 0,
+        crop_padding: int = 0,
+        flip: bool = False,
+        cutout: int = 0,
+        clean_labels: np.ndarray | None = None,
+        in_memory: bool = True,
+        device: str | torch.device = "cpu",
+        test: "Callable[[], ImageDataLoader] | None" = None,
+    ) -> None:
+        self.batch_size = batch_size
+        self.n_samples = min(len(labels), num_batches * batch_size) if num_batches > 0 else len(labels)
+        self.num_classes = len(class_names)
+        self.class_names = tuple(class_names)
+        self.image_shape = images.shape
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.device = torch.device(device)
+        self.clean_labels = None
+        if clean_labels is not None and not shuffle:
+            self.clean_labels = torch.from_numpy(clean_labels[: self.n_samples]).to(self.device)
+        self._source, self._in_memory = images, in_memory
+        self._labels = torch.from_numpy(labels).to(self.device)
+        self._shuffle, self._seed = shuffle, seed
+        self._crop_padding, self._flip, self._cutout = crop_padding, flip, cutout
+        self._epoch, self._first_batch = 1, 0
+        self._test = test
+
+    @property
+    def images(self) -> MemoryImages | FileImages:
+        """The images, decoded and moved to the device at the first call if they are to stay in memory.
+
+        Raises:
+            DataError: a file cannot be decoded.
+        """
+        if self._in_memory or isinstance(self._source, MemoryImages):
+            self._source = self._source.in_memory(self.device)
+        return self._source
+
+    def __len__(self) -> int:
+        return -(-self.n_samples // self.batch_size)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        self._epoch, self._first_batch = epoch, first_batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._batches(self._epoch, self._first_batch)
+
+    def _batches(self, epoch: int, first_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._shuffle:
+            order = torch.randperm(len(self._labels), generator=torch_generator(self._seed, "order", epoch))
+        else:
+            order = torch.arange(len(self._labels))
+        batches = order.to(self.device).split(self.batch_size)[first_batch : len(self)]
+        numbered = enumerate(zip(batches, self.images.batches(batches), strict=True), start=first_batch)
+        for number, (positions, pixels) in numbered:
+            pixels = pixels.to(self.device, non_blocking=True)
+            yield self._augmented(pixels, epoch, number), self._labels[positions]
+
+    def _augmented(self, pixels: Tensor, epoch: int, number: int) -> Tensor:
+        generator = torch_generator(self._seed, "augmentation", epoch, number)
+        if self._crop_padding > 0:
+            pixels = augment.random_crop(pixels, self._crop_padding, generator)
+        if self._flip:
+            pixels = augment.random_flip(pixels, generator)
+        images = augment.to_float(pixels)
+        if self._cutout > 0:
+            images = augment.cutout(images, self._cutout, self.mean, generator)
+        return images
+
+    def split_validation(self) -> "ImageDataLoader | None":
+        return None
+
+    def test_loader(self) -> "ImageDataLoader":
+        return self if self._test is None else self._test()

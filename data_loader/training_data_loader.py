@@ -1,0 +1,209 @@
+"""TrainingDataLoader: the training part of a data set, its split, its label noise, and the way to validation and test parts."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from base.runtime import numpy_generator
+from data_loader.datasets import LabelledImages
+from data_loader.image_data_loader import ImageDataLoader
+from data_loader.images import FileImages, pixel_statistics
+from data_loader.label_noise import CLEAN, LabelNoise, apply_noise, realised_rate, transition_matrix
+from data_loader.noise_file import read_noise_file
+from data_loader.splits import stratified_split, stratified_subset
+
+STATISTICS_SAMPLE = 5000
+"""Images that mean and standard deviation are computed from where the images are not in memory."""
+
+EVALUATION_BATCH = 256
+"""Validation and test batches are at least this large: they need no gradients."""
+
+ReadTest = Callable[[], LabelledImages]
+
+
+class TrainingDataLoader(ImageDataLoader):
+    """The training part of a data set, which also knows its validation and test parts.
+
+    The names up to `std` are those of ConvNorm's loaders.
+
+    Args:
+        data_dir: folder of the data set.
+        batch_size: images per training batch; validation and test use max(batch_size, 256).
+        shuffle: a new order every epoch.
+        validation_split: fraction of every class that is held out, in `[0, 1)`; see `splits.stratified_split`.
+        num_workers: processes that decode image files; data that is in memory needs none.
+        pin_memory: page-locked batches for image files on the way to a CUDA device.
+        num_batches: above 0 ends the training epoch after that many batches; validation and test are never shortened.
+        mean: per-channel mean in `[0, 1]`; None for the data set's own: published constants for CIFAR, otherwise computed from
+            the training images that are used (in memory from all, else from a seeded sample of 5,000).
+        std: per-channel standard deviation in `[0, 1]`; None likewise.
+        seed: of split, subset, noise, order and augmentation, each drawn independently.
+        subset_percent: part of the whole training set to train on, in `(0, 1]`; see `splits.stratified_subset`.
+        noise: what happens to training and validation labels; test labels are always clean. The law is applied to the labels of
+            one split: the chosen subset, or the validation part.
+        crop_padding: pixels of padding for random crops of training images; 0 for none.
+        flip: mirror half of the training images.
+        cutout: side in pixels of a square overwritten with the mean in training images; 0 for none.
+        device: where batches shall be.
+
+    Raises:
+        DataError: data is missing or broken, a class has too few images for the fractions, or the noise does not fit.
+    """
+
+    default_mean: tuple[float, ...] | None = None
+    default_std: tuple[float, ...] | None = None
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        batch_size: int = 128,
+        shuffle: bool = True,
+        validation_split: float = 0.0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        num_batches: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        *,
+        seed: int = 0,
+        subset_percent: float = 1.0,
+        noise: LabelNoise = CLEAN,
+        crop_padding: int = 0,
+        flip: bool = False,
+        cutout: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        pin_memory = pin_memory and torch.device(device).type == "cuda"
+        train, self._read_test = self._read(data_dir, num_workers, pin_memory)
+        remaining, self._val_index = stratified_split(train.labels, validation_split, seed)
+        self._train_index = stratified_subset(remaining, train.labels, subset_percent, seed)
+        self._noise = noise
+        self._label_arrays = self._draw_labels(train, seed)
+        self._val_images = train.images.select(self._val_index)
+        self._validation: ImageDataLoader | None = None
+        self._test_loader: ImageDataLoader | None = None
+        super().__init__(
+            train.images.select(self._train_index),
+            self._label_arrays["train_label"],
+            train.class_names,
+            mean=(),
+            std=(),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            num_batches=num_batches,
+            seed=seed,
+            crop_padding=crop_padding,
+            flip=flip,
+            cutout=cutout,
+            clean_labels=self._label_arrays["train_clean_label"] if noise.active else None,
+            in_memory=self._fits_in_memory(len(self._train_index) + len(self._val_index)),
+            device=device,
+        )
+        self.mean, self.std = self._mean_and_std(mean or self.default_mean, std or self.default_std)
+
+    @abstractmethod
+    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
+        """The training part, and a function that gives the test part."""
+
+    def _fits_in_memory(self, n_train_and_validation: int) -> bool:
+        return True
+
+    def _draw_labels(self, train: LabelledImages, seed: int) -> dict[str, np.ndarray]:
+        noise, from_file = self._noise, None
+        if noise.kind == "file":
+            from_file = read_noise_file(str(noise.file), noise.key, train.labels, len(train.class_names))
+        arrays = {}
+        for part, index in (("train", self._train_index), ("val", self._val_index)):
+            clean = train.labels[index]
+            if part == "val" and not noise.on_validation:
+                noisy = clean
+            elif from_file is not None:
+                noisy = from_file[index]
+            else:
+                noisy = apply_noise(clean, train.class_names, noise, numpy_generator(seed, f"label noise {part}"))
+            arrays.update({f"{part}_index": index, f"{part}_label": noisy, f"{part}_clean_label": clean})
+        return arrays
+
+    def _mean_and_std(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if mean is None or std is None:
+            images = self.images
+            if isinstance(images, FileImages) and len(images) > STATISTICS_SAMPLE:
+                sample = numpy_generator(self._seed, "statistics").permutation(len(images))[:STATISTICS_SAMPLE]
+                images = images.select(np.sort(sample))
+            own_mean, own_std = pixel_statistics(images)
+            mean, std = mean or own_mean, std or own_std
+        return tuple(map(float, mean)), tuple(map(float, std))
+
+    def split_validation(self) -> ImageDataLoader | None:
+        if len(self._val_index) == 0:
+            return None
+        if self._validation is None:
+            noisy = self._noise.active and self._noise.on_validation
+            self._validation = self._evaluation_loader(
+                LabelledImages(self._val_images, self._label_arrays["val_label"], self.class_names),
+                clean_labels=self._label_arrays["val_clean_label"] if noisy else None,
+                test=self.test_loader,
+            )
+        return self._validation
+
+    def test_loader(self) -> ImageDataLoader:
+        if self._test_loader is None:
+            self._test_loader = self._evaluation_loader(self._read_test())
+        return self._test_loader
+
+    def _evaluation_loader(self, part: LabelledImages, **options: Any) -> ImageDataLoader:
+        return ImageDataLoader(
+            part.images,
+            part.labels,
+            part.class_names,
+            mean=self.mean,
+            std=self.std,
+            batch_size=max(self.batch_size, EVALUATION_BATCH),
+            seed=self._seed,
+            in_memory=self._in_memory,
+            device=self.device,
+            **options,
+        )
+
+    def label_arrays(self) -> dict[str, np.ndarray]:
+        """What `labels.npz` of a run folder holds: `train_index, train_label, train_clean_label` and the same for `val`.
+
+        int64; an index is a position in the original training set. Copies: changing them changes nothing here.
+        """
+        return {name: array.copy() for name, array in self._label_arrays.items()}
+
+    def noise_report(self) -> dict[str, Any] | None:
+        """What the label noise amounts to, in plain values for JSON; None without noise.
+
+        Rates are shares of changed labels in `[0, 1]`. `asked_rate` is the share of labels that the law picked (None for a
+        file), `val_rate` is None where nothing is held out, `transition_matrix` is `label_noise.transition_matrix` of the
+        training labels.
+        """
+        if not self._noise.active:
+            return None
+        arrays = self._label_arrays
+        clean, noisy = arrays["train_clean_label"], arrays["train_label"]
+        return {
+            "kind": self._noise.kind,
+            "law": self._noise.law if self._noise.kind == "sym" else None,
+            "file": self._noise.file if self._noise.kind == "file" else None,
+            "key": self._noise.key if self._noise.kind == "file" else None,
+            "asked_rate": None if self._noise.kind == "file" else self._noise.percent,
+            "train_rate": realised_rate(clean, noisy),
+            "val_rate": realised_rate(arrays["val_clean_label"], arrays["val_label"]) if len(self._val_index) else None,
+            "transition_matrix": transition_matrix(clean, noisy, self.num_classes).tolist(),
+        }
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of split and labels: two runs with the same one trained and validated on the same labels."""
+        digest = hashlib.sha256()
+        for name, array in self._label_arrays.items():
+            digest.update(f"{name}:{len(array)}:".encode() + array.astype("<i8").tobytes())
+        return digest.hexdigest()

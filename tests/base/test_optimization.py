@@ -1,0 +1,135 @@
+"""Optimisers and schedules by name: checked before data is read, stepped at the right moment, resumed exactly."""
+
+import pytest
+import torch
+from torch import nn
+
+from base.checkpoint import load_checkpoint, save_checkpoint
+from base.config import OptimizerConfig, SchedulerConfig
+from base.errors import ConfigError
+from base.optimization import OPTIMIZERS, SCHEDULERS, UNUSABLE, Schedule, build_optimizer, check_optimization
+
+SGD = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9})
+PARTS = [{"type": "LinearLR"}, {"type": "MultiStepLR", "args": {"milestones": [2]}}]
+SCHEDULER_ARGS = {
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [2, 4]},
+    "ExponentialLR": {"gamma": 0.9},
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "CyclicLR": {"base_lr": 0.1, "max_lr": 0.2, "step_size_up": 3},
+    "OneCycleLR": {"max_lr": 0.3},
+    "ReduceLROnPlateau": {"patience": 0},
+    "SequentialLR": {"schedulers": PARTS, "milestones": [2]},
+    "ChainedScheduler": {"schedulers": PARTS},
+}
+
+
+def start(name, epochs=5):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(SGD, model)
+    config = SchedulerConfig(type=name, args=SCHEDULER_ARGS.get(name, {}))
+    return model, optimizer, Schedule(config, optimizer, epochs, batches_per_epoch=2, has_validation=True)
+
+
+def train(model, optimizer, schedule, epochs):
+    rates = []
+    for epoch in epochs:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).square().sum().backward()
+            optimizer.step()
+            rates.append(schedule.learning_rate)
+            schedule.step_batch()
+        schedule.step_epoch({"val_loss": 1.0 + epoch})
+    return rates
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - set(UNUSABLE)))
+def test_every_scheduler_resumes_exactly_through_a_checkpoint_file(name, tmp_path):
+    uninterrupted = start(name)
+    rates = train(*uninterrupted, range(5))
+    first = start(name)
+    resumed_rates = train(*first, range(3))
+    model, optimizer, schedule = first
+    contents = {"optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()}
+    save_checkpoint(tmp_path / "c.pth", {"state_dict": model.state_dict(), **contents})
+    stored = load_checkpoint(tmp_path / "c.pth")
+    second = start(name)
+    second[0].load_state_dict(stored["state_dict"])
+    second[1].load_state_dict(stored["optimizer"])
+    second[2].load_state_dict(stored["scheduler"])
+    resumed_rates += train(*second, range(3, 5))
+    assert resumed_rates == rates
+    assert torch.equal(second[0].weight, uninterrupted[0].weight)
+    if name != "none":
+        assert len(set(rates)) > 1 or name == "ConstantLR", "a schedule that changes nothing shows nothing"
+
+
+def test_rates_by_hand():
+    assert train(*start("StepLR"), range(4)) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01])
+    # T_max defaults to the run's five epochs: 0.05 (1 + cos(pi e / 5))
+    cosine = [0.1, 0.0904508, 0.0654508, 0.0345492, 0.0095492]
+    assert train(*start("CosineAnnealingLR"), range(5))[::2] == pytest.approx(cosine, abs=1e-6)
+    # total_steps defaults to the run's ten batches: stepped after each of them, the peak comes at 30 %
+    one_cycle = train(*start("OneCycleLR"), range(5))
+    assert max(one_cycle) == pytest.approx(0.3)
+    assert one_cycle.index(max(one_cycle)) == 2
+    # the loss of this run rises from the second epoch on: without patience every epoch divides by ten
+    assert train(*start("ReduceLROnPlateau"), range(4))[::2] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(UNUSABLE)))
+def test_every_optimizer_can_be_named(name):
+    check_optimization(OptimizerConfig(type=name, args={"lr": 0.01}), SchedulerConfig())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "message"),
+    [
+        (("SDG", {}), None, r"optimizer.type: 'SDG' is not one of: .*did you mean 'SGD'\?"),
+        (("SGD", {"momentun": 0.9}), None, r"optimizer.args.momentun: SGD takes no such argument; did you mean 'momentum'\?"),
+        (("SGD", {"lr": -1}), None, r"optimizer.args: SGD does not accept \{'lr': -1\}: Invalid learning rate"),
+        (("SGD", {"lr": "fast"}), None, "optimizer.args: SGD does not accept"),
+        (("LBFGS", {}), None, "optimizer.type: LBFGS cannot be used from a config: it evaluates the loss several times"),
+        (("SparseAdam", {}), None, "optimizer.type: SparseAdam cannot be used"),
+        (None, ("StepLR", {}), "lr_scheduler.args.step_size: required by StepLR, but not given"),
+        (None, ("steplr", {}), r"lr_scheduler.type: 'steplr' .*did you mean 'StepLR'\?"),
+        (None, ("MultiStepLR", {"milestones": 3}), "lr_scheduler.args: MultiStepLR does not accept"),
+        (None, ("LambdaLR", {}), "lr_scheduler.type: LambdaLR cannot be used from a config: it takes a Python function"),
+        (None, ("SequentialLR", {"schedulers": [1], "milestones": [2]}), "lr_scheduler.args.schedulers: expected a list of"),
+        (
+            None,
+            ("ChainedScheduler", {"schedulers": [{"type": "StepLR", "args": {"size": 1}}]}),
+            "lr_scheduler.args.schedulers.0.args.size: StepLR takes no such argument",
+        ),
+    ],
+)
+def test_wrong_names_and_arguments_are_one_line(optimizer, scheduler, message):
+    optimizer_config = OptimizerConfig(type=optimizer[0], args=optimizer[1]) if optimizer else SGD
+    scheduler_config = SchedulerConfig(type=scheduler[0], args=scheduler[1]) if scheduler else SchedulerConfig()
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_optimization(optimizer_config, scheduler_config)
+    assert "\n" not in str(caught.value)
+
+
+def test_plateau_watches_a_logged_value_and_steps_by_epoch_only():
+    _, optimizer, _ = start("none")
+    plateau = SchedulerConfig(type="ReduceLROnPlateau", monitor="val_lss")
+    schedule = Schedule(plateau, optimizer, 5, 2, has_validation=True)
+    with pytest.raises(ConfigError, match=r"lr_scheduler.monitor: 'val_lss' is not one of: .*did you mean 'val_loss'\?"):
+        schedule.step_epoch({"val_loss": 1.0, "loss": 1.0})
+    with pytest.raises(ConfigError, match="ReduceLROnPlateau steps after every epoch"):
+        Schedule(SchedulerConfig(type="ReduceLROnPlateau", interval="batch"), optimizer, 5, 2, has_validation=True)
+    assert Schedule(SchedulerConfig(type="ReduceLROnPlateau"), optimizer, 5, 2, has_validation=False).monitor == "loss"
+
+
+def test_thresholds_of_shifted_relus_do_not_decay():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(2))
+    model.srelu_bias = nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer(OptimizerConfig(type="SGD", args={"lr": 1.0, "weight_decay": 0.5}), model)
+    (model.weight.sum() * 0 + model.srelu_bias.sum() * 0).backward()
+    optimizer.step()
+    assert model.weight.tolist() == [0.5, 0.5]
+    assert model.srelu_bias.tolist() == [1.0, 1.0]

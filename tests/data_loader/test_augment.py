@@ -1,0 +1,71 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data_loader import augment
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def images():
+    return torch.randint(1, 256, (50, 3, 9, 7), generator=generator(9), dtype=torch.uint8)
+
+
+def test_crop_is_a_window_of_the_padded_image(images):
+    cropped = augment.random_crop(images, 2, generator())
+    tops, lefts = torch.randint(0, 5, (2, 50), generator=generator()).tolist()
+    for image, result, top, left in zip(images, cropped, tops, lefts, strict=True):
+        assert torch.equal(result, F.pad(image, (2, 2, 2, 2))[:, top : top + 9, left : left + 7])
+    assert set(tops) == set(lefts) == set(range(5))
+
+
+def test_crop_of_floats_and_without_padding(images):
+    whole = augment.random_crop(images, 2, generator())
+    assert torch.equal(augment.random_crop(augment.to_float(images), 2, generator()), augment.to_float(whole))
+    assert torch.equal(augment.random_crop(images, 0, generator()), images)
+
+
+def test_flip_mirrors_about_half(images):
+    flipped = augment.random_flip(images, generator())
+    mirrored = (torch.rand(50, generator=generator()) < 0.5).tolist()
+    for image, result, flip in zip(images, flipped, mirrored, strict=True):
+        assert torch.equal(result, torch.flip(image, [2]) if flip else image)
+    assert 10 < sum(mirrored) < 40
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 40])
+def test_cutout_overwrites_one_clipped_square(images, size):
+    fill = (0.0, 0.5, 1.0)
+    pixels = augment.to_float(images)
+    cut = augment.cutout(pixels, size, fill, generator())
+    draws = generator()
+    rows = torch.randint(0, 9, (50, 1), generator=draws).flatten().tolist()
+    columns = torch.randint(0, 7, (50, 1), generator=draws).flatten().tolist()
+    for image, result, row, column in zip(pixels, cut, rows, columns, strict=True):
+        expected = image.clone()
+        top, left = row - size // 2, column - size // 2
+        area = (slice(None), slice(max(top, 0), max(top + size, 0)), slice(max(left, 0), max(left + size, 0)))
+        expected[area] = torch.tensor(fill)[:, None, None]
+        assert torch.equal(result, expected)
+
+
+def test_to_float_is_exact(images):
+    pixels = augment.to_float(torch.arange(256, dtype=torch.uint8))
+    assert torch.equal(pixels, torch.arange(256) / 255)
+    assert pixels.dtype == torch.float32
+
+
+def test_inputs_are_left_alone_and_draws_repeat(images):
+    before = images.clone()
+    for function in (
+        lambda g: augment.random_crop(images, 4, g),
+        lambda g: augment.random_flip(images, g),
+        lambda g: augment.cutout(images, 3, (0, 0, 0), g),
+    ):
+        assert torch.equal(function(generator(1)), function(generator(1)))
+        assert not torch.equal(function(generator(1)), function(generator(2)))
+    augment.to_float(images)
+    assert torch.equal(images, before)

@@ -1,0 +1,272 @@
+import numpy as np
+import pytest
+import torch
+
+from base.base_data_loader import BaseDataLoader
+from base.errors import DataError
+from data_loader import DATA_LOADERS, DigitsDataLoader, ImageFolderDataLoader, LabelNoise, data_loaders, training_data_loader
+from data_loader.image_data_loader import ImageDataLoader
+from data_loader.images import MemoryImages
+
+AUGMENTED = {"crop_padding": 2, "flip": True, "cutout": 3}
+
+
+def collect(loader, epoch=1, first_batch=0):
+    loader.set_epoch(epoch, first_batch)
+    return list(loader)
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(ours, theirs, strict=True)
+    )
+
+
+def folder_loader(folder, **options):
+    return ImageFolderDataLoader(folder, **{"batch_size": 16, "validation_split": 0.2, **AUGMENTED, **options})
+
+
+def test_the_table_names_the_four_loaders():
+    assert set(DATA_LOADERS) == {"CIFAR10DataLoader", "CIFAR100DataLoader", "ImageFolderDataLoader", "DigitsDataLoader"}
+    assert all(issubclass(loader, BaseDataLoader) for loader in DATA_LOADERS.values())
+
+
+def test_batches_keep_the_contract(session_folder):
+    loader = folder_loader(session_folder)
+    assert (loader.n_samples, len(loader), loader.num_classes, loader.image_shape) == (48, 3, 3, (3, 8, 8))
+    assert loader.class_names == ("ant", "bee", "cow")
+    for images, labels in collect(loader):
+        assert images.dtype == torch.float32
+        assert images.shape == (16, 3, 8, 8)
+        assert labels.dtype == torch.int64
+        assert 0 <= images.min() <= images.max() <= 1
+    validation, test = loader.split_validation(), loader.test_loader()
+    assert (validation.n_samples, test.n_samples) == (12, 15)
+    assert validation.batch_size == test.batch_size == 256
+    assert (validation.mean, validation.std) == (loader.mean, loader.std) == (test.mean, test.std)
+    assert validation is loader.split_validation()
+    assert validation.test_loader() is test is loader.test_loader() is test.test_loader()
+    assert validation.split_validation() is None
+    assert loader.clean_labels is None
+    assert loader.noise_report() is None
+
+
+def test_the_last_batch_is_not_dropped(session_folder):
+    loader = folder_loader(session_folder, batch_size=20)
+    assert [len(labels) for _, labels in loader] == [20, 20, 8]
+    assert len(loader) == 3
+
+
+def test_evaluation_is_neither_shuffled_nor_augmented(session_folder):
+    loader = folder_loader(session_folder)
+    images, labels = next(iter(loader.test_loader()))
+    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    plain = ImageFolderDataLoader(session_folder, shuffle=False)
+    everything, _ = next(iter(plain))
+    index = loader.label_arrays()["val_index"]
+    assert torch.equal(next(iter(loader.split_validation()))[0], everything[torch.from_numpy(index)])
+    assert torch.equal(next(iter(plain.test_loader()))[0], images)
+    assert plain.split_validation() is None
+
+
+def test_workers_and_memory_do_not_change_batches(session_folder):
+    reference = folder_loader(session_folder, in_memory=True)
+    for options in ({"in_memory": False}, {"in_memory": False, "num_workers": 2}, {"in_memory": True, "num_workers": 2}):
+        loader = folder_loader(session_folder, **options)
+        assert (loader.mean, loader.std) == (reference.mean, reference.std)
+        for epoch in (1, 2):
+            assert same(collect(loader, epoch), collect(reference, epoch))
+        assert same(collect(loader.split_validation()), collect(reference.split_validation()))
+        assert same(collect(loader.test_loader()), collect(reference.test_loader()))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_an_epoch_continues_where_it_was_left(session_folder, in_memory):
+    loader = folder_loader(session_folder, in_memory=in_memory)
+    whole = collect(loader, epoch=3)
+    assert same(collect(loader, epoch=3, first_batch=1), whole[1:])
+    assert collect(loader, epoch=3, first_batch=3) == []
+    assert len(loader) == 3
+
+
+def test_batches_are_a_function_of_seed_and_epoch(session_folder):
+    ours, again, other = (folder_loader(session_folder, seed=seed) for seed in (1, 1, 2))
+    assert same(collect(ours, 2), collect(again, 2))
+    assert not same(collect(ours, 2), collect(ours, 1))
+    assert not same(collect(ours, 2), collect(other, 2))
+    assert ours.fingerprint() == again.fingerprint() != other.fingerprint()
+
+
+def test_an_iterator_keeps_its_epoch(session_folder):
+    loader = folder_loader(session_folder)
+    second = collect(loader, 2)
+    loader.set_epoch(2)
+    iterator = iter(loader)
+    loader.set_epoch(3)
+    assert same(list(iterator), second)
+
+
+def test_iterating_leaves_the_global_generator_alone(session_folder):
+    loader = folder_loader(session_folder, in_memory=False, num_workers=1)
+    state = torch.get_rng_state()
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_epoch_covers_every_training_image_once(session_folder):
+    loader = folder_loader(session_folder, crop_padding=0, flip=False, cutout=0)
+    shuffled = torch.cat([images for images, _ in collect(loader)])
+    ordered = torch.cat(
+        [images for images, _ in folder_loader(session_folder, shuffle=False, crop_padding=0, flip=False, cutout=0)]
+    )
+    sums = shuffled.double().sum(dim=(1, 2, 3)), ordered.double().sum(dim=(1, 2, 3))
+    assert not torch.equal(*sums)
+    assert torch.equal(sums[0].sort()[0], sums[1].sort()[0])
+
+
+def test_num_batches_shortens_training_only(session_folder):
+    whole, short = folder_loader(session_folder), folder_loader(session_folder, num_batches=2)
+    assert (len(short), short.n_samples) == (2, 32)
+    assert same(collect(short), collect(whole)[:2])
+    assert short.split_validation().n_samples == 12
+    assert short.test_loader().n_samples == 15
+    assert (len(folder_loader(session_folder, num_batches=9)), folder_loader(session_folder, num_batches=9).n_samples) == (
+        3,
+        48,
+    )
+
+
+def test_mean_and_std_come_from_the_images_used(session_folder):
+    loader = folder_loader(session_folder, subset_percent=0.5)
+    pixels = loader.images.pixels.numpy() / 255
+    assert len(pixels) == 30
+    assert loader.mean == pytest.approx(pixels.mean(axis=(0, 2, 3)))
+    assert loader.std == pytest.approx(pixels.std(axis=(0, 2, 3)))
+    given = folder_loader(session_folder, mean=[0.1, 0.2, 0.3])
+    assert given.mean == (0.1, 0.2, 0.3)
+    assert given.std == folder_loader(session_folder).std
+
+
+def test_streamed_statistics_come_from_a_seeded_sample(session_folder, monkeypatch):
+    monkeypatch.setattr(training_data_loader, "STATISTICS_SAMPLE", 10)
+    ours, again, other = (folder_loader(session_folder, in_memory=False, seed=seed) for seed in (1, 1, 2))
+    assert ours.mean == again.mean != other.mean
+    assert ours.mean == pytest.approx(folder_loader(session_folder, seed=1).mean, abs=0.05)
+
+
+def test_large_folders_are_streamed(session_folder, monkeypatch):
+    used = (48 + 12 + 15) * 3 * 8 * 8
+    monkeypatch.setattr(data_loaders, "MEMORY_LIMIT", used)
+    assert isinstance(folder_loader(session_folder).images, MemoryImages)
+    monkeypatch.setattr(data_loaders, "MEMORY_LIMIT", used - 1)
+    assert not isinstance(folder_loader(session_folder).images, MemoryImages)
+    assert isinstance(folder_loader(session_folder, subset_percent=0.5).images, MemoryImages)
+
+
+def test_only_used_images_are_decoded(folder):
+    used = folder_loader(folder, subset_percent=0.5, validation_split=0.0).label_arrays()["train_index"]
+    files = sorted((folder / "train").rglob("*.jpg"))
+    for position in set(range(1, 8)) - set(used.tolist()):  # the first one gives the size
+        files[position].write_bytes(b"broken")
+    assert len(next(iter(folder_loader(folder, subset_percent=0.5, validation_split=0.0)))[1]) == 4
+    with pytest.raises(DataError, match="cannot be decoded"):
+        folder_loader(folder, validation_split=0.0)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_truncated_image_is_one_line(folder, in_memory):
+    path = folder / "train" / "ant" / "002.jpg"
+    path.write_bytes(path.read_bytes()[:-40])
+    given = {"mean": [0.5] * 3, "std": [0.5] * 3, "validation_split": 0.0, "in_memory": in_memory}
+    with pytest.raises(DataError, match=r"ant/002\.jpg: cannot be decoded"):
+        list(folder_loader(folder, num_workers=1, **given))
+    with pytest.raises(DataError, match=r"ant/002\.jpg: cannot be decoded"):
+        folder_loader(folder, in_memory=in_memory, validation_split=0.0)
+
+
+def test_image_size_brings_everything_to_one_size(session_folder):
+    loader = folder_loader(session_folder, image_size=5)
+    assert loader.image_shape == (3, 5, 5)
+    assert next(iter(loader))[0].shape == (16, 3, 5, 5)
+    assert next(iter(loader.test_loader()))[0].shape == (15, 3, 5, 5)
+
+
+def test_noise_reaches_training_and_validation_but_not_test(session_folder):
+    noise = LabelNoise("sym", 0.5, "exclusive")
+    loader, clean = folder_loader(session_folder, noise=noise), folder_loader(session_folder)
+    arrays, clean_arrays = loader.label_arrays(), clean.label_arrays()
+    for part, count in (("train", 24), ("val", 6)):
+        assert np.array_equal(arrays[f"{part}_index"], clean_arrays[f"{part}_index"])
+        assert np.array_equal(arrays[f"{part}_clean_label"], clean_arrays[f"{part}_label"])
+        assert np.sum(arrays[f"{part}_label"] != arrays[f"{part}_clean_label"]) == count
+        assert all(array.dtype == np.int64 for array in arrays.values())
+    validation = loader.split_validation()
+    assert validation.clean_labels.tolist() == arrays["val_clean_label"].tolist()
+    assert next(iter(validation))[1].tolist() == arrays["val_label"].tolist()
+    assert loader.clean_labels is None  # it is shuffled
+    assert loader.test_loader().clean_labels is None
+    report = loader.noise_report()
+    assert (report["asked_rate"], report["train_rate"], report["val_rate"]) == (0.5, 0.5, 0.5)
+    assert np.array(report["transition_matrix"]).shape == (3, 3)
+    assert loader.fingerprint() != clean.fingerprint()
+
+
+def test_noise_can_leave_validation_clean(session_folder):
+    loader = folder_loader(session_folder, noise=LabelNoise("sym", 0.5, on_validation=False))
+    arrays = loader.label_arrays()
+    assert np.array_equal(arrays["val_label"], arrays["val_clean_label"])
+    assert loader.split_validation().clean_labels is None
+    assert loader.noise_report()["val_rate"] == 0
+
+
+def test_unshuffled_training_knows_its_clean_labels(session_folder):
+    loader = folder_loader(session_folder, noise=LabelNoise("sym", 0.5), shuffle=False, num_batches=2)
+    assert loader.clean_labels.tolist() == loader.label_arrays()["train_clean_label"][:32].tolist()
+
+
+def test_a_noise_file_speaks_of_original_positions(session_folder, tmp_path):
+    clean = np.repeat(np.arange(3), 20)
+    labels = clean.copy()
+    labels[::4] = (labels[::4] + 1) % 3
+    np.save(tmp_path / "noise.npy", labels)
+    loader = folder_loader(session_folder, subset_percent=0.5, noise=LabelNoise("file", file=str(tmp_path / "noise.npy")))
+    arrays = loader.label_arrays()
+    assert np.array_equal(arrays["train_label"], labels[arrays["train_index"]])
+    assert np.array_equal(arrays["val_label"], labels[arrays["val_index"]])
+    assert loader.noise_report()["asked_rate"] is None
+
+
+def test_validation_does_not_depend_on_the_subset(session_folder):
+    index = [folder_loader(session_folder, subset_percent=p).label_arrays()["val_index"] for p in (0.1, 0.5, 1.0)]
+    assert np.array_equal(index[0], index[1])
+    assert np.array_equal(index[0], index[2])
+
+
+@pytest.mark.parametrize(("name", "n_train", "classes"), [("CIFAR10DataLoader", 90, 10), ("CIFAR100DataLoader", 100, 100)])
+def test_cifar_loaders(fake_cifar, name, n_train, classes):
+    loader = DATA_LOADERS[name](fake_cifar, 32, validation_split=0.1, noise=LabelNoise("asym", 0.4), **AUGMENTED)
+    assert (loader.n_samples, loader.num_classes, loader.image_shape) == (n_train, classes, (3, 32, 32))
+    assert loader.mean == loader.default_mean
+    assert loader.std == loader.default_std
+    assert sum(len(labels) for _, labels in loader) == n_train
+    assert loader.test_loader().n_samples == classes
+    assert loader.noise_report()["train_rate"] > 0
+
+
+def test_digits_need_no_folder_and_keep_their_test_set():
+    ours, other = DigitsDataLoader(seed=1, validation_split=0.1), DigitsDataLoader("anywhere", seed=2, subset_percent=0.1)
+    assert ours.image_shape == (3, 32, 32)
+    assert same(collect(ours.test_loader()), collect(other.test_loader()))
+    assert ours.n_samples + ours.split_validation().n_samples + ours.test_loader().n_samples == 1797
+
+
+def test_labels_follow_their_images():
+    pixels = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1).repeat(1, 3, 2, 2)
+    options = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "batch_size": 7, "shuffle": True}
+    loader = ImageDataLoader(MemoryImages(pixels), np.arange(100), list(map(str, range(100))), **options)
+    seen = []
+    for images, labels in loader:
+        assert (images[:, 0, 0, 0] * 255).round().long().tolist() == labels.tolist()
+        seen += labels.tolist()
+    assert sorted(seen) == list(range(100))
+    assert seen != sorted(seen)

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from base.errors import DataError
+from data_loader.splits import stratified_split, stratified_subset
+
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [40, 40, 100, 25]))
+
+
+def per_class(index):
+    return np.bincount(LABELS[index], minlength=4).tolist()
+
+
+def test_split_is_disjoint_complete_sorted_and_stratified():
+    train, held_out = stratified_split(LABELS, 0.1, seed=3)
+    assert np.array_equal(np.sort(np.concatenate([train, held_out])), np.arange(len(LABELS)))
+    assert (np.diff(train) > 0).all()
+    assert (np.diff(held_out) > 0).all()
+    assert per_class(held_out) == [4, 4, 10, 3]  # 2.5 rounds up
+    assert train.dtype == held_out.dtype == np.int64
+
+
+def test_split_depends_on_the_seed_only():
+    assert np.array_equal(stratified_split(LABELS, 0.1, 3)[1], stratified_split(LABELS, 0.1, 3)[1])
+    assert not np.array_equal(stratified_split(LABELS, 0.1, 3)[1], stratified_split(LABELS, 0.1, 4)[1])
+
+
+def test_no_fraction_holds_nothing_out_and_a_tiny_one_holds_out_one_per_class():
+    assert stratified_split(LABELS, 0.0, 0)[1].size == 0
+    assert per_class(stratified_split(LABELS, 0.001, 0)[1]) == [1, 1, 1, 1]
+
+
+def test_split_leaves_something_to_train_on():
+    with pytest.raises(DataError, match=r"validation_split: 0\.9.*all 3 images of class 0"):
+        stratified_split(np.zeros(3, np.int64), 0.9, 0)
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.1])
+def test_subsets_are_nested_stratified_and_taken_from_what_validation_leaves(validation):
+    train, held_out = stratified_split(LABELS, validation, seed=5)
+    smaller = None
+    for fraction in (0.1, 0.25, 0.5, 0.9, 1.0):
+        subset = stratified_subset(train, LABELS, fraction, seed=5)
+        assert np.isin(subset, train).all()
+        assert not np.isin(subset, held_out).any()
+        if fraction < 0.9:
+            assert per_class(subset) == [int(fraction * n + 0.5) for n in (40, 40, 100, 25)]
+        if smaller is not None:
+            assert np.isin(smaller, subset).all()
+        smaller = subset
+    assert np.array_equal(smaller, train)
+
+
+def test_ninety_five_percent_and_all_mean_what_validation_leaves():
+    train, _ = stratified_split(LABELS, 0.1, seed=5)
+    assert np.array_equal(stratified_subset(train, LABELS, 0.95, 5), train)
+
+
+def test_a_class_without_images_is_an_error():
+    with pytest.raises(DataError, match=r"trainer\.subset_percent: 0\.01 of the 40 images of class 0 is none"):
+        stratified_subset(np.arange(len(LABELS)), LABELS, 0.01, 0)
