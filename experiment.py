@@ -108,7 +108,7 @@ class Experiment:
             raise CheckpointError(f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed")
         tree = merge(checkpoint["config"], read_tree(config_file) if config_file else {})
         config = validate(override(tree, overrides), config_file or str(file))
-        refuse_other_experiment(checkpoint["config"], config.dump())
+        refuse_other_experiment(checkpoint["config"], config.dump(), file)
         experiment = cls.from_config(config)
         fingerprint = experiment.train_loader.fingerprint()
         if fingerprint != checkpoint["fingerprint"]:
@@ -194,6 +194,8 @@ class Experiment:
             self.config.arch.type, self.model.num_parameters(), next(self.model.parameters()).device, self.precision,
             loader.n_samples, held_out, self.test_loader.n_samples, loader.num_classes,
         )  # fmt: skip
+        if held_out and self.config.data_loader.args.validation_split == 0:
+            logger.warning("validation_split is 0, but val_ values are watched: 10 % of every class is held out")
         noise = loader.noise_report()
         if noise is not None:
             for key, value in noise.items():
@@ -231,7 +233,6 @@ def build_data_loader(config: Config, device: torch.device) -> Any:
     settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
     watches_validation = "val_" in settings.monitor or "val_" in (config.lr_scheduler.monitor or "")
     if watches_validation and args["validation_split"] == 0:
-        logger.warning("data_loader.args.validation_split is 0, but val_ values are watched: 10 %% of every class is held out")
         args["validation_split"] = HELD_OUT_BY_DEFAULT
     kind = "sym" if settings.sym else "asym" if settings.asym else "file" if settings.noise_file else "none"
     noise = LabelNoise(
@@ -276,14 +277,21 @@ def ocnn_penalty(config: Config) -> Callable[[nn.Module], Tensor] | None:
     return lambda model: config.trainer.lamb_ocnn * penalty(model)
 
 
-def refuse_other_experiment(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> None:
-    """Raise a ConfigError for the first value that differs and would make a resumed run another experiment."""
+def refuse_other_experiment(before: Mapping[str, Any], after: Mapping[str, Any], source: Path, path: str = "") -> None:
+    """Refuse the first config value that differs and would make a resumed run another experiment.
+
+    Raises:
+        CheckpointError: the architecture differs.
+        ConfigError: anything else that matters differs.
+    """
     for key in sorted(before.keys() | after.keys()):
         dotted = f"{path}{key}"
         old, new = before.get(key), after.get(key)
         if old == new or dotted in MAY_CHANGE_ON_RESUME:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            refuse_other_experiment(old, new, f"{dotted}.")
-            continue
-        raise ConfigError(f"{dotted}: the run was started with {old!r}; resuming with {new!r} would make it another experiment")
+            refuse_other_experiment(old, new, source, f"{dotted}.")
+        elif dotted.startswith("arch."):
+            raise CheckpointError(f"{source}: is of another architecture: {dotted} is {old!r} there and {new!r} in this config")
+        else:
+            raise ConfigError(f"{dotted}: the run was started with {old!r}; {new!r} would make it another experiment")

@@ -118,9 +118,7 @@ class BaseTrainer(ABC):
         """
         with self._signals_caught():
             while not self.finished:
-                learning_rate = self.schedule.learning_rate
-                log = {"epoch": self.progress.epochs_done + 1, "lr": learning_rate, **self._train_epoch(), **self.validate()}
-                self._finish_epoch(log)
+                self._finish_epoch({**self._train_epoch(), **self.validate()})
                 if self._signal is not None:
                     self._stop(self._signal)
 
@@ -178,10 +176,12 @@ class BaseTrainer(ABC):
         set_rng_state(checkpoint["rng"])
         logger.info("continuing %s after %d epochs and %d batches", source, checkpoint["epoch"], checkpoint["batch"])
 
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self) -> dict[str, Any]:
         self.model.train()
         progress = self.progress
         epoch = progress.epochs_done + 1
+        if progress.batches_done == 0:
+            progress.learning_rate = self.schedule.learning_rate
         self.train_loader.set_epoch(epoch, first_batch=progress.batches_done)
         bar = tqdm(
             self.train_loader,
@@ -205,7 +205,7 @@ class BaseTrainer(ABC):
                 self._stop(self._signal)
         means = self.totals.means()  # reads the device, so the time is that of finished work
         progress.train_seconds += perf_counter() - begin
-        return means
+        return {"epoch": epoch, "lr": progress.learning_rate, **means}
 
     def _finish_epoch(self, log: dict[str, Any]) -> None:
         self.schedule.step_epoch(log)

@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules by the names of `torch.optim`, checked before any data is read."""
 
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -105,7 +106,10 @@ class Schedule:
         if self.on_plateau:
             self.scheduler.step(lookup(log, self.monitor, "lr_scheduler.monitor"))
         elif self.scheduler is not None and not self.steps_by_batch:
-            self.scheduler.step()
+            with warnings.catch_warnings():
+                # torch misses an optimiser step where the epoch's last one was taken by the process that this one continues
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+                self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's state; empty for `none`."""

@@ -12,6 +12,7 @@ class Progress:
     Attributes:
         epochs_done: finished epochs.
         batches_done: minibatches done of the epoch after them.
+        learning_rate: the learning rate that epoch began with.
         history: the logged values of every finished epoch.
         best_value: the monitored value at its best; None before the first epoch, or without monitoring.
         best_epoch: the epoch it was reached in; the first of several equally good ones.
@@ -22,6 +23,7 @@ class Progress:
 
     epochs_done: int = 0
     batches_done: int = 0
+    learning_rate: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     best_value: float | None = None
     best_epoch: int | None = None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sys
 import zipfile
 
@@ -115,7 +116,7 @@ def test_run_folders_are_new_and_never_shared(tmp_path):
 def test_secrets_are_cut_from_the_command():
     command = ["train.py", "--key", "s1", "--comet_key=s2", "--set", "comet.api=s3", "--set=comet.api=s4", "--seed", "1"]
     cleaned = without_secrets(command)
-    assert cleaned == "train.py --key *** --comet_key=*** --set comet.api=*** --set=comet.api=*** --seed 1".split()
+    assert cleaned == shlex.split("train.py --key *** --comet_key=*** --set comet.api=*** --set=comet.api=*** --seed 1")
 
 
 def test_run_log_is_cut_back_to_the_resumed_history(tmp_path):
@@ -178,7 +179,7 @@ def test_comet_key_is_no_part_of_a_dump():
 
 def test_short_flags_and_settings_become_overrides():
     arguments = config_parser("").parse_args(
-        "-c x.json --sym --asym False --lr 0.5 --conv_layer conv --set trainer.epochs=3 --set name=a=b".split()
+        shlex.split("-c x.json --sym --asym False --lr 0.5 --conv_layer conv --set trainer.epochs=3 --set name=a=b")
     )
     overrides = config_overrides(arguments)
     assert overrides == [

@@ -1,0 +1,242 @@
+"""From a config to a run folder, and back into the middle of it, bit for bit."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from base.base_trainer import BaseTrainer
+from base.checkpoint import load_checkpoint
+from base.config_files import merge, validate
+from base.errors import CheckpointError, ConfigError, Stopped
+from experiment import Experiment
+
+TINY = {
+    "name": "tiny",
+    "seed": 3,
+    "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
+    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 8, "num_batches": 3, "validation_split": 0.1}},
+    "optimizer": {"type": "SGD", "args": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}},
+    "trainer": {"epochs": 3, "verbosity": 0},
+}
+
+
+def config_of(**sections):
+    return validate(merge(TINY, sections))
+
+
+def run(folder, config):
+    return Experiment.from_config(config).run(str(folder))
+
+
+def interrupt(monkeypatch, folder, config, after):
+    """Run until `after` updates are done, then send this process SIGTERM, as a cluster would."""
+    update, count = BaseTrainer.update, 0
+
+    def counted(self, loss):
+        nonlocal count
+        update(self, loss)
+        count += 1
+        if count == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseTrainer, "update", counted)
+        with pytest.raises(Stopped, match=rf"stopped by SIGTERM after .* continue with -r {folder}") as caught:
+            run(folder, config)
+    assert caught.value.exit_code == 143
+    assert count == after
+
+
+def difference(first, second):
+    """Names of everything that differs between two checkpoints, wall-clock time aside."""
+    different = []
+
+    def walk(a, b, path):
+        if isinstance(a, dict):
+            if a.keys() != b.keys():
+                different.append(path)
+                return
+            for key in a:
+                if key != "train_seconds":
+                    walk(a[key], b[key], f"{path}.{key}")
+        elif isinstance(a, (list, tuple)):
+            if len(a) != len(b):
+                different.append(path)
+                return
+            for index, (x, y) in enumerate(zip(a, b, strict=True)):
+                walk(x, y, f"{path}.{index}")
+        elif isinstance(a, torch.Tensor):
+            if not torch.equal(a, b):
+                different.append(path)
+        elif a != b:
+            different.append(path)
+
+    walk(load_checkpoint(first), load_checkpoint(second), "")
+    return different
+
+
+RESUMABLE = {
+    "ConvNorm, cosine": {"lr_scheduler": {"type": "CosineAnnealingLR"}},
+    "spectral norm, noise, OneCycle, mixup": {
+        "arch": {"args": {"conv_layer_type": "sn_conv", "norm_layer_type": "bn"}},
+        "trainer": {"sym": True, "percent": 0.4},
+        "lr_scheduler": {"type": "OneCycleLR", "args": {"max_lr": 0.1}},
+        "augmentation": {"mixup_alpha": 0.5, "cutout": 8},
+    },
+    "dropout, AdamW, early stop, plateau": {
+        "arch": {
+            "type": "wide_resnet",
+            "args": {"conv_layer_type": "conv", "norm_layer_type": "bn", "depth": 10, "widen_factor": 1, "dropout": 0.3},
+        },
+        "optimizer": {"type": "AdamW", "args": {"momentum": None}},
+        "trainer": {"early_stop": 2},
+        "lr_scheduler": {"type": "ReduceLROnPlateau", "args": {"patience": 0}},
+    },
+    "bf16, OCNN, MultiStepLR": {
+        "arch": {"args": {"conv_layer_type": "conv", "norm_layer_type": "gn", "activation_layer_type": "srelu"}},
+        "system": {"precision": "bf16"},
+        "trainer": {"OCNN": True},
+        "lr_scheduler": {"type": "MultiStepLR", "args": {"milestones": [1, 2]}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        *((name, 2) for name in RESUMABLE),  # in the middle of the first epoch
+        ("ConvNorm, cosine", 3),  # after its last batch
+        ("ConvNorm, cosine", 4),  # in the second epoch
+    ],
+)
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, name, after):
+    config = config_of(**RESUMABLE[name])
+    result = run(tmp_path / "whole", config)
+    interrupt(monkeypatch, tmp_path / "stopped", config, after)
+    torch.manual_seed(99)  # a new process knows nothing of the old one's generators
+    resumed_result = Experiment.resume(str(tmp_path / "stopped"))
+    assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / "stopped" / "model_last.pth") == []
+    assert difference(tmp_path / "whole" / "model_best.pth", tmp_path / "stopped" / "model_best.pth") == []
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "stopped" / "metrics.jsonl").read_bytes()
+    times = ("train_seconds", "images_per_second")
+    assert {k: v for k, v in result.items() if k not in times} == {k: v for k, v in resumed_result.items() if k not in times}
+
+
+def test_the_comparison_can_fail(tmp_path):
+    for seed in (3, 4):
+        run(tmp_path / str(seed), config_of(seed=seed))
+    different = difference(tmp_path / "3" / "model_last.pth", tmp_path / "4" / "model_last.pth")
+    assert any(path.startswith(".state_dict") for path in different)
+    assert any(path.startswith(".optimizer") for path in different)
+
+
+def test_run_folder_holds_everything(tmp_path):
+    config = config_of(trainer={"sym": True, "percent": 0.5, "tensorboard": True, "save_period": 2, "verbosity": 1})
+    result = run(tmp_path / "run", config)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "result.json", "info.log", "environment.json", "labels.npz", "tensorboard",
+        "model_best.pth", "model_last.pth", "model_epoch_2.pth",
+    }  # fmt: skip
+    read = {path.name: json.loads(path.read_text()) for path in (tmp_path / "run").glob("*.json")}
+    assert validate(read["config.json"]).dump() == config.dump()
+    assert read["result.json"] == result
+    assert {"test_top1", "test_top5", "val_top1", "best_epoch", "epochs", "train_seconds", "images_per_second"} <= result.keys()
+    assert {"val_clean_top1", "last_test_top1", "n_train", "n_val", "n_test"} <= result.keys()
+    assert {"packages", "command", "commit", "cpu", "gpus"} <= read["environment.json"].keys()
+    labels = np.load(tmp_path / "run" / "labels.npz")
+    assert set(labels) == {f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")}
+    assert not set(labels["train_index"]) & set(labels["val_index"])
+    realised = float((labels["train_label"] != labels["train_clean_label"]).mean())
+    assert 0.4 < realised < 0.5, "half of the labels drawn from ten classes: 45 % change"
+    log = (tmp_path / "run" / "info.log").read_text()
+    assert f"train_rate {realised}" in log
+    assert "transition_matrix [[" in log
+    checkpoint = load_checkpoint(tmp_path / "run" / "model_best.pth")
+    assert {"config", "mean", "std", "class_names", "fingerprint", "versions", "schema_version"} <= checkpoint.keys()
+
+
+def test_result_is_the_best_model_measured_on_the_test_set(tmp_path):
+    config = config_of()
+    result = run(tmp_path / "run", config)
+    experiment = Experiment.from_config(config)
+    for name, prefix in (("model_best.pth", ""), ("model_last.pth", "last_")):
+        experiment.model.load_state_dict(load_checkpoint(tmp_path / "run" / name)["state_dict"])
+        images, labels = (torch.cat(part) for part in zip(*experiment.test_loader, strict=True))
+        logits = experiment.model.eval()(images)
+        assert result[f"{prefix}test_top1"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    assert result["n_test"] == len(labels)
+
+
+def test_noise_changes_training_and_only_through_labels(tmp_path):
+    clean = run(tmp_path / "clean", config_of())
+    noisy = run(tmp_path / "noisy", config_of(trainer={"sym": True, "percent": 0.4}))
+    assert clean["n_train"] == noisy["n_train"]
+    first = {name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("clean", "noisy")}
+    assert first["clean"]["loss"] != first["noisy"]["loss"]
+    indices = [np.load(tmp_path / name / "labels.npz")["train_index"] for name in ("clean", "noisy")]
+    assert np.array_equal(*indices)
+
+
+def test_two_runs_of_one_seed_write_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        run(tmp_path / name, config_of())
+    for file in ("metrics.jsonl", "labels.npz", "config.json"):
+        if file == "labels.npz":
+            a, b = (dict(np.load(tmp_path / name / file)) for name in "ab")
+            assert all(np.array_equal(a[key], b[key]) for key in a)
+        else:
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_val_monitor_without_a_split_holds_out_a_tenth_with_a_warning(tmp_path, caplog):
+    without = {"data_loader": {"args": {"validation_split": 0.0}}}
+    result = run(tmp_path / "watched", config_of(**without))
+    assert "10 % of every class is held out" in caplog.text
+    assert "10 % of every class is held out" in (tmp_path / "watched" / "info.log").read_text()
+    assert result["n_val"] == pytest.approx(0.1 * 1438, abs=10)
+    caplog.clear()
+    result = run(tmp_path / "off", config_of(**without, trainer={"monitor": "off"}))
+    assert (result["n_val"], result["val_top1"], caplog.text) == (0, None, "")
+
+
+def test_resume_refuses_another_experiment_and_takes_more_epochs(tmp_path):
+    run(tmp_path / "run", config_of())
+    with pytest.raises(ConfigError, match=r"optimizer.args.lr: the run was started with 0.05; 0.1 would make it"):
+        Experiment.resume(str(tmp_path / "run"), overrides=[("optimizer.args.lr", "0.1")])
+    with pytest.raises(CheckpointError, match="another architecture: arch.type is 'simpleCNN' there and 'simpleCNN2' in this"):
+        Experiment.resume(str(tmp_path / "run"), overrides=[("arch.type", "simpleCNN2")])
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    result = Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "4")])
+    assert result["epochs"] == 4
+    after = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == 4
+
+
+def test_resume_refuses_other_data_and_the_originals_checkpoints(tmp_path, monkeypatch):
+    run(tmp_path / "run", config_of())
+    path = tmp_path / "run" / "model_last.pth"
+    contents = load_checkpoint(path)
+    torch.save({**contents, "fingerprint": "other"}, path)
+    with pytest.raises(CheckpointError, match="was trained on other images or labels"):
+        Experiment.resume(str(path))
+    torch.save({"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3}, path)
+    with pytest.raises(CheckpointError, match="holds no config"):
+        Experiment.resume(str(path))
+
+
+def test_class_counts_must_agree():
+    with pytest.raises(ConfigError, match=r"arch.args.num_classes: 7, but DigitsDataLoader has 10 classes"):
+        Experiment.from_config(config_of(arch={"args": {"num_classes": 7}}))
+
+
+def test_compiled_model_saves_the_same_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: torch._dynamo.optimize("eager")(function))
+    plain, compiled = Experiment.from_config(config_of()), Experiment.from_config(config_of(system={"compile": True}))
+    compiled.run(str(tmp_path / "run"))
+    assert load_checkpoint(tmp_path / "run" / "model_last.pth")["state_dict"].keys() == plain.model.state_dict().keys()

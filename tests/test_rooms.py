@@ -1,0 +1,57 @@
+"""Who may call whom: one walk over every import of every room."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "experiment", "configs", "benchmarks", "tests")
+MAY_IMPORT = {
+    "base": set(),
+    "models": {"base"},
+    "data_loader": {"base"},
+    "attacks": {"base"},
+    "trainer": {"base", "attacks"},
+    "experiment": {"base", "models", "data_loader", "attacks", "trainer"},
+    "script": {"base", "experiment"},
+}
+BASE_PACKAGES = {"torch", "pydantic", "numpy", "tqdm", "comet_ml"}
+
+
+def room_of(file):
+    top = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    return top if top in ROOMS else "script"
+
+
+def imports_of(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+
+
+FILES = [
+    file
+    for pattern in ("*.py", "base/**/*.py", "models/**/*.py", "data_loader/**/*.py", "attacks/**/*.py", "trainer/**/*.py")
+    for file in sorted(ROOT.glob(pattern))
+]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_rooms_import_only_what_they_may(file):
+    room = room_of(file)
+    for name in imports_of(file):
+        top = name.partition(".")[0]
+        if top in ROOMS and top != room:
+            assert top in MAY_IMPORT[room], f"{file.name} of {room} imports {name}"
+        if room == "base" and top not in ROOMS:
+            assert top in BASE_PACKAGES or top in sys.stdlib_module_names, f"{file.name} of base imports {name}"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "script"], ids=lambda file: file.name)
+def test_scripts_are_short(file):
+    assert len(file.read_text().splitlines()) < 60

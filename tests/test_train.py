@@ -1,0 +1,144 @@
+"""train.py as a user runs it: in its own process, from another folder."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=4", "--set", "system.num_threads=1"]
+
+
+def command(*words):
+    return [sys.executable, "-W", "error::DeprecationWarning", str(ROOT / "train.py"), *map(str, words)]
+
+
+def train(*words, cwd):
+    return subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs with spaces") / "прогон 🙂"
+    done = train("-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *SHORT, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_quickstart_in_small(finished_run):
+    folder, done = finished_run
+    result = json.loads((folder / "result.json").read_text())
+    assert result["epochs"] == 2
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "epoch 2" in done.stdout
+    assert "test_top1" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_finished_run_cannot_be_overwritten(finished_run, tmp_path):
+    folder, _ = finished_run
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    again = train("-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *SHORT, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "already holds a run; continue it with -r" in again.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def image_folder(root, *, broken=False):
+    """Two classes of a few 8x8 images."""
+    generator = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for number in range(4):
+                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+    if broken:
+        path = root / "train" / "dog" / "2.png"
+        path.write_bytes(path.read_bytes()[:100])
+    return root
+
+
+def bad_inputs(tmp_path):
+    """Config, further words, exit code, what the one line names."""
+    digits = {"data_loader": {"type": "DigitsDataLoader"}}
+    images = {"data_loader": {"type": "ImageFolderDataLoader", "args": {"data_dir": "images"}}}
+    image_folder(tmp_path / "broken", broken=True)
+    (tmp_path / "weights.pth").write_bytes(b"not weights")
+    return {
+        "misspelt key": ({**digits, "trainer": {"epoch": 3}}, [], 2, "trainer.epoch: unknown key; did you mean 'epochs'?"),
+        "wrong type": ({**digits, "trainer": {"epochs": "3"}}, [], 2, 'trainer.epochs: Input should be a valid integer, not'),
+        "unknown layer": (digits, ["--conv", "prec_cnov"], 2, "did you mean 'prec_conv'?"),
+        "unknown optimiser argument": (digits, ["--set", "optimizer.args.momentun=1"], 2, "did you mean 'momentum'?"),
+        "adversarial": ({**digits, "trainer": {"do_adv": True}}, [], 2, "trainer.do_adv: true asks for adversarial training"),
+        "no config": (None, [], 2, "-c CONFIG or -r CHECKPOINT is required"),
+        "missing data folder": (images, [], 4, "images"),
+        "truncated image": (images, ["--set", f"data_loader.args.data_dir={tmp_path / 'broken'}"], 4, "dog/2.png"),
+        "damaged checkpoint": (None, ["-r", tmp_path / "weights.pth"], 3, "weights.pth: is no readable checkpoint"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "misspelt key", "wrong type", "unknown layer", "unknown optimiser argument", "adversarial", "no config",
+        "missing data folder", "truncated image", "damaged checkpoint",
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_an_exit_code_and_nothing_written(tmp_path, name):
+    tree, words, code, message = bad_inputs(tmp_path)[name]
+    if tree is not None:
+        (tmp_path / "config.json").write_text(json.dumps(tree))
+        words = ["-c", "config.json", "--set", "system.num_threads=1", *words]
+    before = sorted(tmp_path.rglob("*"))
+    done = train(*words, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_checkpoint_of_another_architecture_is_refused_and_kept(finished_run, tmp_path):
+    folder, _ = finished_run
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = {"arch": {"type": "resnet18"}, "data_loader": {"type": "DigitsDataLoader"}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    done = train("-c", "other.json", "-r", folder, cwd=tmp_path)
+    assert done.returncode == 3
+    assert "model_last.pth: is of another architecture: arch.type is 'simpleCNN' there and 'resnet18' in" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, number, code):
+    """SIGKILL repeats the broken epoch; SIGINT saves in its middle."""
+    words = ["-c", ROOT / "configs" / "quickstart.json", "--set", "trainer.epochs=3", "--set", "system.num_threads=1"]
+    process = subprocess.Popen(
+        command(*words, "--run_dir", tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # into the second epoch
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    finished_epochs = len(metrics.read_text().splitlines())
+    assert finished_epochs < 3, "the run was killed before its end"
+    resumed = train("-r", tmp_path / "killed", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = train(*words, "--run_dir", tmp_path / "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    weights = [torch.load(tmp_path / run / "model_last.pth", weights_only=True)["state_dict"] for run in ("killed", "whole")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+    assert torch.load(tmp_path / "killed" / "model_last.pth", weights_only=True)["progress"]["batches_done"] == 0

@@ -1,0 +1,263 @@
+"""The epoch loop, on a model and data small enough to follow by hand."""
+
+import json
+import logging
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models.layers  # noqa: F401 - fills the layer tables
+from base.base_data_loader import BaseDataLoader
+from base.base_model import BaseModel
+from base.base_trainer import BaseTrainer
+from base.checkpoint import load_checkpoint
+from base.config_files import merge, validate
+from base.errors import CheckpointError, NonFiniteError
+from base.optimization import Schedule, build_optimizer
+from base.tracking import RunLog
+from models.losses import LOSSES
+from models.metrics import METRICS
+from trainer.evaluate import evaluate
+from trainer.trainer import Trainer
+
+METRICS_USED = {name: METRICS[name] for name in ("top1", "top5")}
+BASE = {
+    "data_loader": {"type": "DigitsDataLoader"},
+    "optimizer": {"type": "SGD", "args": {"lr": 0.5, "momentum": 0.9}},
+    "trainer": {"epochs": 3, "monitor": "max val_top1"},
+}
+
+
+class TinyLoader(BaseDataLoader):
+    """Eleven images of 2x2 in batches of four: the last batch is smaller."""
+
+    def __init__(self, noisy=False, values=None):
+        generator = torch.Generator().manual_seed(3)
+        self.images = torch.rand(11, 3, 2, 2, generator=generator) if values is None else values
+        self.labels = torch.randint(7, (11,), generator=generator)
+        self.clean_labels = torch.randint(7, (11,), generator=generator) if noisy else None
+        self.batch_size, self.n_samples, self.num_classes = 4, 11, 7
+
+    def __iter__(self):
+        return zip(self.images.split(4), self.labels.split(4), strict=True)
+
+    def __len__(self):
+        return 3
+
+    def set_epoch(self, epoch, first_batch=0):
+        assert first_batch == 0
+
+    def split_validation(self):
+        return None
+
+    def test_loader(self):
+        return self
+
+
+class TinyModel(BaseModel):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm2d(3)
+        self.linear = nn.Linear(12, 7)
+
+    def forward_normalized(self, inputs):
+        return self.linear(self.norm(inputs).flatten(1))
+
+
+def evaluate_tiny(model, loader):
+    return evaluate(model, loader, loss=LOSSES["cross_entropy"], metrics=METRICS_USED, autocast=nullcontext)
+
+
+def build(folder, settings=None, *, train_loader=None, validation_loader="same", scheduler=None, **options):
+    config = validate(merge(BASE, settings or {}))
+    model = TinyModel()
+    optimizer = build_optimizer(config.optimizer, model)
+    loader = train_loader or TinyLoader()
+    validation = TinyLoader() if validation_loader == "same" else validation_loader
+    return Trainer(
+        loss=LOSSES["cross_entropy"],
+        metrics=METRICS_USED,
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        schedule=Schedule(config.lr_scheduler, optimizer, config.trainer.epochs, len(loader), validation is not None),
+        train_loader=loader,
+        validation_loader=validation,
+        evaluate=options.pop("evaluate", evaluate_tiny),
+        precision="fp32",
+        folder=folder,
+        trackers=[RunLog(folder / "metrics.jsonl")],
+        metadata={"config": config.dump()},
+        **options,
+    )
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_update_and_every_logged_value_against_a_plain_loop(tmp_path):
+    settings = {"lr_scheduler": {"type": "StepLR", "args": {"step_size": 1, "gamma": 0.5}}}
+    trainer = build(tmp_path, settings)
+    trainer.train()
+    model, loader = TinyModel(), TinyLoader()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for epoch, log in enumerate(lines(tmp_path)):
+        outputs, losses = [], []
+        for images, labels in loader:
+            optimizer.param_groups[0]["lr"] = 0.5**epoch * 0.5
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            loss.mean().backward()
+            optimizer.step()
+            outputs.append(logits.detach())
+            losses.append(loss.detach())
+        assert log["epoch"] == epoch + 1
+        assert log["lr"] == 0.5**epoch * 0.5
+        assert log["loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-6)
+        assert log["top1"] == pytest.approx(float((torch.cat(outputs).argmax(1) == loader.labels).double().mean()))
+        model.eval()
+        with torch.no_grad():
+            logits = model(loader.images)
+        model.train()
+        top5 = (logits.topk(5).indices == loader.labels[:, None]).any(1)
+        assert log["val_top5"] == pytest.approx(float(top5.double().mean()))
+        assert log["val_loss"] == pytest.approx(float(F.cross_entropy(logits, loader.labels)), rel=1e-6)
+    for (name, ours), theirs in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_evaluation_restores_the_mode_draws_nothing_and_reports_clean_labels(tmp_path):
+    loader = TinyLoader(noisy=True)
+    model = TinyModel()
+    before, generator_before = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    values = evaluate_tiny(model, loader)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), generator_before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    logits = model.eval()(loader.images).detach()
+    assert values["clean_top1"] == pytest.approx(float((logits.argmax(1) == loader.clean_labels).double().mean()))
+    assert values["top1"] == pytest.approx(float((logits.argmax(1) == loader.labels).double().mean()))
+    assert values["clean_loss"] == pytest.approx(float(F.cross_entropy(logits, loader.clean_labels)), rel=1e-6)
+    assert not any(key.startswith("clean") for key in evaluate_tiny(model, TinyLoader()))
+
+
+def scripted(values):
+    """An evaluation that returns these values, one a call."""
+    remaining = iter(values)
+    return lambda model, loader: {"top1": next(remaining)}
+
+
+def test_best_is_saved_the_epoch_it_happens_whatever_the_save_period(tmp_path):
+    settings = {"trainer": {"epochs": 5, "save_period": 2, "keep_checkpoints": 0}}
+    build(tmp_path, settings, evaluate=scripted([0.1, 0.2, 0.6, 0.6, 0.3])).train()
+    assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 3
+    assert load_checkpoint(tmp_path / "model_best.pth")["monitor_best"] == 0.6
+    assert load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 5
+    assert sorted(path.name for path in tmp_path.glob("model_epoch_*")) == ["model_epoch_2.pth", "model_epoch_4.pth"]
+
+
+def test_early_stop_counts_epochs_without_improvement(tmp_path):
+    trainer = build(tmp_path, {"trainer": {"epochs": 9, "early_stop": 2}}, evaluate=scripted([0.3, 0.5, 0.4, 0.5, 0.9]))
+    trainer.train()
+    assert trainer.progress.epochs_done == 4
+    assert trainer.progress.best_epoch == 2
+
+
+def test_without_validation_and_monitor_the_last_model_is_the_best(tmp_path):
+    trainer = build(tmp_path, {"trainer": {"monitor": "off"}}, validation_loader=None)
+    trainer.train()
+    assert trainer.progress.best_epoch == 3
+    assert set(lines(tmp_path)[0]) == {"epoch", "lr", "loss", "top1", "top5"}
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_non_finite_numbers_stop_before_the_update(tmp_path, what):
+    trainer = build(tmp_path)
+    trainer.train()
+    last_good = (tmp_path / "model_last.pth").read_bytes()
+    trainer.progress.epochs_done = 1
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    if what == "loss":
+        trainer.loss = lambda logits, labels: logits.sum(1) * math.inf
+    else:
+        # the square root's slope at zero: a finite loss with an infinite gradient
+        trainer.loss = lambda logits, labels: (logits - logits.detach()).square().sum(1).sqrt()
+    message = f"epoch 2, batch 1: the {what} is not finite, first in norm.weight: .*model_last.pth"
+    with pytest.raises(NonFiniteError, match=message):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert (tmp_path / "model_last.pth").read_bytes() == last_good
+
+
+def test_penalty_is_added_to_the_loss_but_not_to_its_log(tmp_path):
+    plain, penalised = (build(tmp_path, penalty=p) for p in (None, lambda model: 3 * model.linear.bias.sum()))
+    images, labels = next(iter(TinyLoader()))
+    results = [trainer.train_batch(images, labels) for trainer in (plain, penalised)]
+    assert torch.equal(results[0].sums["loss"], results[1].sums["loss"])
+    difference = plain.model.linear.bias - penalised.model.linear.bias
+    torch.testing.assert_close(difference, torch.full((7,), 0.5 * 3))  # one SGD step of lr 0.5 on a gradient of 3
+
+
+def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
+    seen = []
+
+    class Recorder(TinyModel):
+        def forward(self, images):
+            seen.append(images.detach().clone())
+            return super().forward(images)
+
+    trainer = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
+    trainer.model = Recorder()
+    images, labels = next(iter(TinyLoader()))
+    result = trainer.train_batch(images, labels)
+    # find weight and partners from what the model saw: x' = w x + (1 - w) x[p]
+    candidates = []
+    for i in range(4):
+        for j in range(4):
+            direction = (images[i] - images[j]).flatten()
+            moved = (seen[0][i] - images[j]).flatten()
+            weight = float(direction @ moved / direction.square().sum()) if i != j else 1.0
+            if torch.allclose(moved, weight * direction, atol=1e-6):
+                candidates.append((i, j, weight))
+    weights = {round(weight, 4) for _, _, weight in candidates} - {1.0}  # an image may be its own partner
+    assert len(weights) == 1
+    assert 0 < weights.pop() < 1
+    assert {i for i, _, _ in candidates} == {0, 1, 2, 3}
+    assert 0 <= float(result.sums["top1"]) <= 4
+    again = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
+    again.model = Recorder()
+    again.train_batch(images, labels)
+    assert torch.equal(seen[0], seen[1]), "the draw is a function of seed, epoch and batch"
+
+
+def test_other_optimisers_and_foreign_checkpoints_are_refused(tmp_path):
+    trainer = build(tmp_path)
+    trainer.train()
+    checkpoint = load_checkpoint(tmp_path / "model_last.pth")
+    other = build(tmp_path, {"optimizer": {"type": "Adam", "args": {"lr": 0.1, "momentum": None}}})
+    with pytest.raises(CheckpointError, match="was trained with optimizer_type SGD, this config has Adam"):
+        other.resume(checkpoint, tmp_path)
+    other = build(tmp_path, {"lr_scheduler": {"type": "StepLR", "args": {"step_size": 1}}})
+    with pytest.raises(CheckpointError, match="was trained with scheduler_type none, this config has StepLR"):
+        other.resume(checkpoint, tmp_path)
+    with pytest.raises(CheckpointError, match="holds no training state"):
+        trainer.resume({"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3}, tmp_path)
+
+
+def test_base_trainer_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        BaseTrainer()
+
+
+def test_a_line_per_epoch_names_the_best(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        build(tmp_path, evaluate=scripted([0.5, 0.25, 0.75])).train()
+    assert [record.message.endswith("(best)") for record in caplog.records] == [True, False, True]
+    assert "val_top1 25.00%" in caplog.records[1].message
