@@ -269,8 +269,8 @@ class Config(Section):
     """Name of the experiment: a folder in save_dir."""
     seed: Count = 0
     """Seed of everything random."""
-    n_gpu: Count = 1
-    """Devices to use; 0 for the CPU."""
+    n_gpu: Annotated[int, Field(ge=0, le=1)] = 1
+    """GPUs to use, where there are any; 0 for the CPU. Several are not supported yet."""
     num_classes: Positive | None = None
     """ConvNorm's second place for arch.args.num_classes; both must agree."""
     exper_name: str | None = None
