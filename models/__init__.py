@@ -1,0 +1,66 @@
+"""Networks by name: `build_model` turns the config's `arch` into a model."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from base.base_model import BaseModel
+from base.errors import ConfigError
+from base.registry import did_you_mean, lookup
+from models import layers as layers  # fills the layer tables that the models resolve their names in
+from models.resnet import BasicBlock, Bottleneck, PreActResNet, ResNet
+from models.simple_cnn import SimpleCNN, SimpleCNN2
+from models.vgg import VGG
+from models.wide_resnet import WideResNet
+
+__all__ = ["MODELS", "build_model"]
+
+MODELS: dict[str, Callable[..., BaseModel]] = {
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
+    "preact_resnet18": partial(PreActResNet, (2, 2, 2, 2)),
+    "wide_resnet": WideResNet,
+    "wide_resnet34_10": partial(WideResNet, 34, 10),
+    "wide_resnet28_10": partial(WideResNet, 28, 10),
+    "vgg11": partial(VGG, "vgg11"),
+    "vgg13": partial(VGG, "vgg13"),
+    "vgg16": partial(VGG, "vgg16"),
+    "vgg19": partial(VGG, "vgg19"),
+    "simpleCNN": SimpleCNN,
+    "simpleCNN2": SimpleCNN2,
+}
+"""Config name -> constructor; the keyword arguments it takes are the model's `arch.args`, with `mean` and `std`."""
+
+
+def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> BaseModel:
+    """The network that the config's `arch` describes, with fresh weights.
+
+    Args:
+        arch: `{"type": a name in MODELS, "args": {...}}`; an argument that is None counts as not given.
+        mean: per-channel mean of the data set's pixels, in `[0, 1]`; None for 0.
+        std: per-channel standard deviation of the data set's pixels, in `[0, 1]`; None for 1.
+
+    Raises:
+        ConfigError: the model, one of its layers or one of its arguments is unknown.
+    """
+    name = arch.get("type")
+    model = lookup(MODELS, name, "arch.type")
+    args = {key: value for key, value in (arch.get("args") or {}).items() if value is not None}
+    known = arguments_of(model)
+    for key in args:
+        if key not in known:
+            takes = ", ".join(known)
+            raise ConfigError(f"arch.args.{key}: {name} takes no such argument; it takes: {takes}{did_you_mean(key, known)}")
+    return model(**args, mean=mean, std=std)
+
+
+def arguments_of(model: Callable[..., BaseModel]) -> list[str]:
+    """The `arch.args` that an entry of MODELS takes: its own, then those it passes on to `BaseModel`."""
+    own = inspect.signature(model).parameters.values()
+    inherited = inspect.signature(BaseModel).parameters.values()
+    names = [parameter.name for parameter in (*own, *inherited) if parameter.kind is not parameter.VAR_KEYWORD]
+    return [name for name in names if name not in ("mean", "std")]

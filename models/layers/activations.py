@@ -1,0 +1,30 @@
+"""Activation layers, each called as `(channels, inplace=True)`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def relu(channels: int, inplace: bool = True) -> nn.ReLU:
+    """`max(x, 0)`; `channels` is ignored."""
+    return nn.ReLU(inplace=inplace)
+
+
+class SReLU(nn.Module):
+    """`max(x, b) = relu(x - b) + b` with one learned threshold b per channel.
+
+    State: `srelu_bias` `(1, channels, 1, 1)`, -1 at first. A threshold should not be pulled to zero, so weight decay leaves
+    parameters of this name out.
+
+    Args:
+        channels: the number of channels.
+        inplace: accepted for the signature's sake; x itself is never overwritten.
+    """
+
+    def __init__(self, channels: int, inplace: bool = True) -> None:
+        super().__init__()
+        self.srelu_bias = nn.Parameter(torch.full((1, channels, 1, 1), -1.0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(B, channels, H, W)` -> the same shape."""
+        return F.relu(input - self.srelu_bias) + self.srelu_bias

@@ -1,0 +1,13 @@
+"""Where a weight is turned into another weight, bf16 is too coarse: this switches autocast off for that part."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """A context in which operations on `tensor`'s device keep the precision of their operands."""
+    if tensor.device.type == "meta":  # the meta device has no autocast to switch off
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)

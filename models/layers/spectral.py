@@ -1,0 +1,97 @@
+"""Spectral normalisation: convolutions divided by the largest singular value of their weight matrix.
+
+Takeru Miyato, Toshiki Kataoka, Masanori Koyama, Yuichi Yoshida: "Spectral Normalization for Generative Adversarial Networks",
+ICLR 2018, arXiv:1802.05957, algorithm 1.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers.precision import without_autocast
+
+_OLD_NAMES = {
+    "weight": ("weight_orig", "parametrizations.weight.original"),
+    "weight_u": ("parametrizations.weight.0._u",),
+    "weight_v": ("parametrizations.weight.0._v",),
+    "bias": (),
+}
+
+
+class SpectralNormConv2d(nn.Conv2d):
+    """Convolution with `W / sigma(W)`, where sigma is the largest singular value of W as a `(C_out, C_in / groups * k_h * k_w)`
+    matrix, so that matrix has spectral norm 1. (The convolution's own operator norm lies between that and the kernel's area.)
+
+    sigma is estimated by the power iteration `v <- W^T u / |W^T u|`, `u <- W v / |W v|`, `sigma = u^T W v`, carried on from
+    step to step; u and v are constants for the gradient. In training each forward pass makes one iteration; in eval none is
+    made and the stored u and v are used. A new layer starts with 15 iterations (PyTorch's own: from a random u).
+
+    State: `weight`, `weight_u` `(C_out,)`, `weight_v` `(C_in / groups * k_h * k_w,)`, `bias`. Checkpoints of
+    `torch.nn.utils.spectral_norm` and of `torch.nn.utils.parametrizations.spectral_norm` load as well, with or without the
+    `conv.` that the original's wrapper puts before their keys.
+
+    Deviation: where a product vanishes (an all-zero weight) u and v are kept and the weight is not divided; the original
+    returns NaN from then on.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in `nn.Conv2d`, but
+            `bias` is False unless asked for, as in the original.
+    """
+
+    weight_u: Tensor
+    weight_v: Tensor
+    eps = 1e-12
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0))
+        self.register_buffer("weight_v", F.normalize(torch.randn(self.weight[0].numel()), dim=0))
+        for _ in range(15):
+            self._iterate(self.weight.detach().flatten(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, as `nn.Conv2d` with the normalised weight."""
+        return self._conv_forward(input, self.normalized_weight(), self.bias)
+
+    def normalized_weight(self) -> Tensor:
+        """`weight / sigma`; in training it advances the power iteration."""
+        with without_autocast(self.weight):
+            matrix = self.weight.flatten(1)
+            if self.training:
+                self._iterate(matrix.detach())
+            # copies, so that a second forward pass before the backward pass does not change what this one saved
+            u, v = self.weight_u.clone(), self.weight_v.clone()
+            sigma = torch.dot(u, torch.mv(matrix, v))
+            return self.weight / torch.where(sigma.abs() > self.eps, sigma, 1.0)
+
+    @torch.no_grad()
+    def _iterate(self, matrix: Tensor) -> None:
+        self.weight_v.copy_(_direction(torch.mv(matrix.mT, self.weight_u), self.weight_v, self.eps))
+        self.weight_u.copy_(_direction(torch.mv(matrix, self.weight_v), self.weight_u, self.eps))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Translates the key names of PyTorch's two spectral norms; see the class."""
+        for name, old_names in _OLD_NAMES.items():
+            for old_name in (prefix + wrapper + old for wrapper in ("", "conv.") for old in (*old_names, name)):
+                if prefix + name not in state_dict and old_name in state_dict:
+                    state_dict[prefix + name] = state_dict.pop(old_name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _direction(vector: Tensor, fallback: Tensor, eps: float) -> Tensor:
+    """`vector` at length 1; `fallback` where it has no direction."""
+    norm = torch.linalg.vector_norm(vector)
+    return torch.where(norm > eps, vector / norm.clamp_min(eps), fallback)

@@ -1,0 +1,23 @@
+"""Losses per sample, so that the trainer can sum, weight and count them."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """`-log softmax(logits)[label]` of every sample, in nats.
+
+    Args:
+        logits: `(B, C)`, of any precision; the loss is computed in float32.
+        labels: int64 `(B,)` in [0, C), or class probabilities `(B, C)` (mixup).
+
+    Returns:
+        float32 `(B,)`.
+    """
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy}
+"""Config name -> `(logits, labels) -> losses (B,)`."""

@@ -1,0 +1,185 @@
+"""ResNet and pre-activation ResNet.
+
+Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: "Deep Residual Learning for Image Recognition", arXiv:1512.03385, and
+"Identity Mappings in Deep Residual Networks", arXiv:1603.05027.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from base.base_model import BaseModel
+from base.registry import Constructor, lookup
+
+STEMS = {
+    "cifar": {"kernel_size": 3, "stride": 1, "padding": 1},
+    "imagenet": {"kernel_size": 7, "stride": 2, "padding": 3},
+}
+"""The first convolution; after the ImageNet one a 3x3 maximum with stride 2 follows."""
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut. Both activations are one layer, as in the original."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor, act: Constructor
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.norm1 = norm(planes)
+        self.relu = act(planes)
+        self.conv2 = conv(planes, planes, kernel_size=3, stride=1, padding=1, bias=False)
+        self.norm2 = norm(planes)
+        self.shortcut = _projection(in_planes, planes, stride, conv, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
+        out = self.relu(self.norm1(self.conv1(x)))
+        return self.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut.
+
+    `relu_out` follows the sum: it has four times the channels of `relu`, and the original, which uses one layer for both,
+    cannot be built with an activation that has parameters.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self, in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor, act: Constructor
+    ) -> None:
+        super().__init__()
+        out_planes = self.expansion * planes
+        self.conv1 = conv(in_planes, planes, kernel_size=1, bias=False)
+        self.norm1 = norm(planes)
+        self.conv2 = conv(planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.norm2 = norm(planes)
+        self.conv3 = conv(planes, out_planes, kernel_size=1, bias=False)
+        self.norm3 = norm(out_planes)
+        self.relu = act(planes)
+        self.relu_out = act(out_planes)
+        self.shortcut = _projection(in_planes, out_planes, stride, conv, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in_planes, H, W)` -> `(B, 4 * planes, H / stride, W / stride)`."""
+        out = self.relu(self.norm1(self.conv1(x)))
+        out = self.relu(self.norm2(self.conv2(out)))
+        return self.relu_out(self.norm3(self.conv3(out)) + self.shortcut(x))
+
+
+class ResNet(BaseModel):
+    """ResNet for images of 32x32 (`stem="cifar"`) or of about 224x224 (`stem="imagenet"`) pixels.
+
+    The state dict has the keys of the original ConvNorm models. Deviation: the features are averaged over the whole image,
+    whatever its size; the original averages 4x4 and takes 32x32 images only.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        num_blocks: how many blocks each of the four stages has.
+        num_classes: the number of logits.
+        stem: a name in `STEMS`.
+        layer_types: the arguments of `BaseModel`.
+
+    Raises:
+        ConfigError: `stem` or a layer type is unknown.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        num_blocks: tuple[int, int, int, int],
+        num_classes: int = 10,
+        stem: str = "cifar",
+        **layer_types: Any,
+    ) -> None:
+        super().__init__(**layer_types)
+        self.conv1 = self.conv_layer(3, 64, bias=False, **lookup(STEMS, stem, "arch.args.stem"))
+        self.norm1 = self.norm_layer(64)
+        self.relu = self.activation_layer(64)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        in_planes = 64
+        for stage, (planes, blocks) in enumerate(zip((64, 128, 256, 512), num_blocks, strict=True), start=1):
+            layers = []
+            for position in range(blocks):
+                stride = 2 if stage > 1 and position == 0 else 1
+                layers.append(block(in_planes, planes, stride, self.conv_layer, self.norm_layer, self.activation_layer))
+                in_planes = block.expansion * planes
+            self.add_module(f"layer{stage}", nn.Sequential(*layers))
+        self.linear = self.linear_layer(in_planes, num_classes)
+
+    def forward_normalized(self, inputs: Tensor) -> Tensor:
+        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        out = self.maxpool(self.relu(self.norm1(self.conv1(inputs))))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
+
+
+class PreActBlock(nn.Module):
+    """Norm, activation and 3x3 convolution, twice; the shortcut's 1x1 convolution sees the activated input and has no norm."""
+
+    def __init__(
+        self, in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor, act: Constructor
+    ) -> None:
+        super().__init__()
+        self.bn1 = norm(in_planes)
+        self.relu1 = act(in_planes, inplace=False)  # the input is also the shortcut, even where the norm is the identity
+        self.conv1 = conv(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = norm(planes)
+        self.relu2 = act(planes)
+        self.conv2 = conv(planes, planes, kernel_size=3, stride=1, padding=1, bias=False)
+        self.shortcut = None
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(conv(in_planes, planes, kernel_size=1, stride=stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
+        out = self.relu1(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(self.relu2(self.bn2(self.conv1(out)))) + shortcut
+
+
+class PreActResNet(BaseModel):
+    """Pre-activation ResNet-18 in the layout that the literature on adversarial training uses (Rice, Wong, Kolter,
+    arXiv:2002.11569): `conv1`, four stages, a last norm `bn` and activation, the average, `linear`.
+
+    Args:
+        num_blocks: how many blocks each of the four stages has.
+        num_classes: the number of logits.
+        layer_types: the arguments of `BaseModel`.
+
+    Raises:
+        ConfigError: a layer type is unknown.
+    """
+
+    def __init__(self, num_blocks: tuple[int, int, int, int], num_classes: int = 10, **layer_types: Any) -> None:
+        super().__init__(**layer_types)
+        self.conv1 = self.conv_layer(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        in_planes = 64
+        for stage, (planes, blocks) in enumerate(zip((64, 128, 256, 512), num_blocks, strict=True), start=1):
+            layers = []
+            for position in range(blocks):
+                stride = 2 if stage > 1 and position == 0 else 1
+                layers.append(PreActBlock(in_planes, planes, stride, self.conv_layer, self.norm_layer, self.activation_layer))
+                in_planes = planes
+            self.add_module(f"layer{stage}", nn.Sequential(*layers))
+        self.bn = self.norm_layer(in_planes)
+        self.relu = self.activation_layer(in_planes)
+        self.linear = self.linear_layer(in_planes, num_classes)
+
+    def forward_normalized(self, inputs: Tensor) -> Tensor:
+        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(inputs)))))
+        return self.linear(torch.flatten(F.adaptive_avg_pool2d(self.relu(self.bn(out)), 1), 1))
+
+
+def _projection(in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor) -> nn.Sequential:
+    """The shortcut: nothing where shapes agree, else a strided 1x1 convolution and its norm."""
+    if stride == 1 and in_planes == planes:
+        return nn.Sequential()
+    return nn.Sequential(conv(in_planes, planes, kernel_size=1, stride=stride, bias=False), norm(planes))

@@ -1,0 +1,31 @@
+"""Losses and metrics against numpy."""
+
+import numpy as np
+import torch
+
+from models.losses import LOSSES
+from models.metrics import METRICS
+
+
+def test_cross_entropy_is_per_sample_and_in_float32():
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16() * 30
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    losses = LOSSES["cross_entropy"](logits, labels)
+    exact = logits.double().numpy()
+    expected = np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1)) + exact.max(1) - exact[range(6), labels]
+    assert losses.dtype == torch.float32
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_metrics_count_samples():
+    generator = np.random.default_rng(0)
+    logits, labels = generator.standard_normal((50, 9)), generator.integers(0, 9, 50)
+    ranks = (logits > logits[range(50), labels][:, None]).sum(1)
+    for name, expected in (("top1", (ranks == 0).sum()), ("top5", (ranks < 5).sum())):
+        count = METRICS[name](torch.from_numpy(logits), torch.from_numpy(labels))
+        assert count.dtype == torch.int64
+        assert count.shape == ()
+        assert count == expected
+    assert METRICS["top5"](torch.rand(7, 3), torch.zeros(7, dtype=torch.int64)) == 7
+    assert METRICS["my_metric"] is METRICS["top1"]
+    assert METRICS["my_metric2"] is METRICS["top5"]
