@@ -1,6 +1,5 @@
 """Progress: how far a run has come, and how good it was."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +14,8 @@ class Progress:
         learning_rate: the learning rate that epoch began with.
         history: the logged values of every finished epoch.
         best_value: the monitored value at its best; None before the first epoch, or without monitoring.
-        best_epoch: the epoch it was reached in; the first of several equally good ones.
-        epochs_without_improvement: epochs since then.
+        best_epoch: the epoch it was reached in; the last of several equally good ones.
+        epochs_without_improvement: epochs since the value last became better.
         train_seconds: time spent in training steps.
         images_seen: images trained on, counted once per minibatch.
     """
@@ -34,22 +33,20 @@ class Progress:
     def finish_epoch(self, log: dict[str, Any], monitor: str) -> bool:
         """Count an epoch and its logged values; returns whether it is the best so far.
 
-        `monitor` is `"max NAME"` or `"min NAME"` of a logged value, or `"off"`: the newest epoch is the best.
+        `monitor` is `"max NAME"` or `"min NAME"` of a logged value, or `"off"`: the newest epoch is the best. Of equally good
+        epochs the newest is the best, as in ConvNorm; but only a better one counts as an improvement.
         """
         self.history.append(log)
         self.epochs_done += 1
         self.batches_done = 0
-        if monitor != "off" and not self._improves(log, monitor):
-            self.epochs_without_improvement += 1
-            return False
-        self.best_epoch = self.epochs_done
-        self.epochs_without_improvement = 0
-        return True
-
-    def _improves(self, log: Mapping[str, Any], monitor: str) -> bool:
+        if monitor == "off":
+            self.best_epoch = self.epochs_done
+            return True
         mode, _, name = monitor.partition(" ")
         value = log[name]
-        if self.best_value is not None and not (value > self.best_value if mode == "max" else value < self.best_value):
+        gain = None if self.best_value is None else value - self.best_value if mode == "max" else self.best_value - value
+        self.epochs_without_improvement = 0 if gain is None or gain > 0 else self.epochs_without_improvement + 1
+        if gain is not None and not gain >= 0:  # also where the value is not a number
             return False
-        self.best_value = value
+        self.best_value, self.best_epoch = value, self.epochs_done
         return True

@@ -63,7 +63,7 @@ def test_totals_are_sums_over_samples_not_means_of_means():
 @pytest.mark.parametrize(
     ("monitor", "values", "best_epoch", "without"),
     [
-        ("max val_top1", [0.1, 0.3, 0.3, 0.2], 2, 2),
+        ("max val_top1", [0.1, 0.3, 0.3, 0.2], 3, 2),
         ("min val_loss", [3.0, 1.0, 2.0, 0.5], 4, 0),
         ("off", [1.0, 2.0, 3.0], 3, 0),
     ],
