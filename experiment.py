@@ -5,7 +5,8 @@
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
@@ -24,9 +26,10 @@ from base.config_files import Override, merge, override, read_tree, validate
 from base.errors import CheckpointError, ConfigError
 from base.optimization import Schedule, build_optimizer, check_optimization
 from base.registry import lookup
-from base.run_folder import create_run_folder, describe, environment, logging_to, package_versions, write_json
+from base.resuming import refuse_other_experiment
+from base.run_folder import create_run_folder, describe, logging_to, package_versions, record_environment, write_json
 from base.runtime import autocast, choose_device, choose_precision, seed_global_generators, set_determinism
-from base.tracking import start_trackers
+from base.tracking import start_trackers, tell
 from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise
 from models import build_model
@@ -39,13 +42,6 @@ from trainer.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 HELD_OUT_BY_DEFAULT = 0.1
-MAY_CHANGE_ON_RESUME = (
-    "trainer.epochs", "trainer.early_stop", "trainer.save_dir", "trainer.save_period", "trainer.keep_checkpoints",
-    "trainer.verbosity", "trainer.label_dir", "trainer.tensorboard", "name", "exper_name", "n_gpu", "comet", "system",
-    "pgd_attack", "data_loader.args.data_dir", "data_loader.args.num_workers", "data_loader.args.pin_memory",
-    "data_loader.args.in_memory",
-)  # fmt: skip
-"""Config keys that a resumed run may have other values for: none of them changes what is learnt from what."""
 
 
 @dataclass
@@ -58,6 +54,8 @@ class Experiment:
         validation_loader: held-out images; None where the config holds out nothing.
         test_loader: the test set, looked at only after training.
         model: on its device, weights drawn from the config's seed.
+        optimizer: over the model's parameters.
+        schedule: of its learning rate.
         precision: `"fp32"` or `"bf16"`.
     """
 
@@ -66,11 +64,13 @@ class Experiment:
     validation_loader: BaseDataLoader | None
     test_loader: BaseDataLoader
     model: BaseModel
+    optimizer: Optimizer
+    schedule: Schedule
     precision: str
 
     @classmethod
     def from_config(cls, config: Config) -> "Experiment":
-        """Check the optimisation, read the data, build the model.
+        """Check the optimisation, read the data, build the model and its optimiser.
 
         Raises:
             ConfigError, DataError: one line that names the key or file.
@@ -79,15 +79,20 @@ class Experiment:
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = choose_device(config.system.device, config.n_gpu)
         train_loader = build_data_loader(config, device)
-        test_loader = train_loader.test_loader()
+        validation_loader, test_loader = train_loader.split_validation(), train_loader.test_loader()
+        for loader in filter(None, (train_loader, validation_loader, test_loader)):
+            loader.prepare()
         model = build_experiment_model(config, train_loader, device)
+        optimizer = build_optimizer(config.optimizer, model)
+        epochs, batches = config.trainer.epochs, len(train_loader)
+        schedule = Schedule(config.lr_scheduler, optimizer, epochs, batches, validation_loader is not None)
         precision = choose_precision(config.system.precision, device)
-        return cls(config, train_loader, train_loader.split_validation(), test_loader, model, precision)
+        return cls(config, train_loader, validation_loader, test_loader, model, optimizer, schedule, precision)
 
     def run(self, run_dir: str | None = None) -> dict[str, Any]:
         """Train into a new run folder and return what `result.json` holds."""
         folder = create_run_folder(self.config.trainer.save_dir, self.config.name, run_dir)
-        return self._run_in(folder)
+        return self._run(self.build_trainer(folder))
 
     @classmethod
     def resume(cls, path: str, config_file: str | None = None, overrides: Iterable[Override] = ()) -> dict[str, Any]:
@@ -108,53 +113,51 @@ class Experiment:
             raise CheckpointError(f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed")
         tree = merge(checkpoint["config"], read_tree(config_file) if config_file else {})
         config = validate(override(tree, overrides), config_file or str(file))
-        refuse_other_experiment(checkpoint["config"], config.dump(), file)
+        refuse_other_experiment(checkpoint["config"], config, file)
         experiment = cls.from_config(config)
-        fingerprint = experiment.train_loader.fingerprint()
-        if fingerprint != checkpoint["fingerprint"]:
+        loader = experiment.train_loader
+        same_pixels = np.allclose([*loader.mean, *loader.std], [*checkpoint["mean"], *checkpoint["std"]], rtol=0, atol=1e-6)
+        if loader.fingerprint() != checkpoint["fingerprint"] or not same_pixels:
             raise CheckpointError(f"{file}: was trained on other images or labels than data_loader.args.data_dir now holds")
-        return experiment._run_in(file.parent, checkpoint, file)
+        trainer = experiment.build_trainer(file.parent)
+        trainer.resume(checkpoint, file)
+        return experiment._run(trainer, resumed=True)
 
-    def _run_in(self, folder: Path, checkpoint: Mapping[str, Any] | None = None, source: Path | None = None) -> dict[str, Any]:
+    def _run(self, trainer: BaseTrainer, resumed: bool = False) -> dict[str, Any]:
+        folder, progress = trainer.folder, trainer.progress
         with logging_to(folder / "info.log", self.config.trainer.verbosity):
-            self._describe(folder)
-            history = checkpoint["progress"]["history"] if checkpoint else ()
-            trackers = start_trackers(self.config, folder, history)
+            self._describe(folder, resumed)
+            if resumed:
+                logger.info("resumed after %d epochs and %d batches", progress.epochs_done, progress.batches_done)
+            else:
+                seed_global_generators(self.config.seed, "training")
+            trainer.trackers = start_trackers(self.config, folder, progress.history)
             try:
-                trainer = self.build_trainer(folder, trackers)
-                if checkpoint and source:
-                    trainer.resume(checkpoint, source)
                 if self.config.system.compile:
                     self.model.compile()
                 trainer.train()
-                result = self._conclude(trainer, folder)
-                for tracker in trackers:
-                    tracker.log_result(result)
+                result = self._conclude(trainer)
+                tell(trainer.trackers, lambda tracker: tracker.log_result(result))
             finally:
-                for tracker in trackers:
-                    tracker.close()
+                tell(trainer.trackers, lambda tracker: tracker.close())
         return result
 
-    def build_trainer(self, folder: Path, trackers: list[Any]) -> BaseTrainer:
-        """The trainer that the config asks for."""
+    def build_trainer(self, folder: Path) -> BaseTrainer:
+        """The trainer that the config asks for, which will write into `folder`."""
         config = self.config
-        optimizer = build_optimizer(config.optimizer, self.model)
-        batches = len(self.train_loader)
-        has_validation = self.validation_loader is not None
         return Trainer(
             loss=LOSSES[config.train_loss],
             metrics=self._metrics(),
             penalty=ocnn_penalty(config),
             config=config,
             model=self.model,
-            optimizer=optimizer,
-            schedule=Schedule(config.lr_scheduler, optimizer, config.trainer.epochs, batches, has_validation),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
             train_loader=self.train_loader,
             validation_loader=self.validation_loader,
             evaluate=partial(self.evaluate, description="validating"),
             precision=self.precision,
             folder=folder,
-            trackers=trackers,
             metadata={
                 "config": config.dump(),
                 "mean": list(self.train_loader.mean),
@@ -181,32 +184,38 @@ class Experiment:
         """The config's metrics, and always the two that results are reported in."""
         return {name: METRICS[name] for name in dict.fromkeys(["top1", "top5", *self.config.metrics])}
 
-    def _describe(self, folder: Path) -> None:
+    def _describe(self, folder: Path, resumed: bool) -> None:
         """Write what the run is, before it begins: config, environment, labels."""
-        loader = self.train_loader
+        loader, counts = self.train_loader, self._counts()
         write_json(folder / "config.json", self.config.dump())
-        write_json(folder / "environment.json", environment())
+        record_environment(folder, resumed)
         np.savez_compressed(folder / "labels.npz", **loader.label_arrays())
-        held_out = self.validation_loader.n_samples if self.validation_loader else 0
         logger.info("run folder %s", folder)
         logger.info(
             "%s with %d parameters on %s (%s); %d training, %d validation, %d test images of %d classes",
             self.config.arch.type, self.model.num_parameters(), next(self.model.parameters()).device, self.precision,
-            loader.n_samples, held_out, self.test_loader.n_samples, loader.num_classes,
+            *counts.values(), loader.num_classes,
         )  # fmt: skip
-        if held_out and self.config.data_loader.args.validation_split == 0:
+        if counts["n_val"] and self.config.data_loader.args.validation_split == 0:
             logger.warning("validation_split is 0, but val_ values are watched: 10 % of every class is held out")
         noise = loader.noise_report()
         if noise is not None:
             for key, value in noise.items():
                 logger.info("label noise: %s %s", key, value)
 
-    def _conclude(self, trainer: BaseTrainer, folder: Path) -> dict[str, Any]:
+    def _counts(self) -> dict[str, int]:
+        """How many images there are to train on, to validate and to test."""
+        held_out = self.validation_loader.n_samples if self.validation_loader else 0
+        n_train = len(self.train_loader.label_arrays()["train_index"])  # of which num_batches may take fewer in an epoch
+        return {"n_train": n_train, "n_val": held_out, "n_test": self.test_loader.n_samples}
+
+    def _conclude(self, trainer: BaseTrainer) -> dict[str, Any]:
         """Test the last and the best model, write `result.json`."""
-        progress = trainer.progress
-        last = self.evaluate(self.model, self.test_loader)
-        load_weights(self.model, load_checkpoint(folder / BEST)["state_dict"], folder / BEST)
-        best = self.evaluate(self.model, self.test_loader)
+        folder, progress = trainer.folder, trainer.progress
+        best = last = self.evaluate(self.model, self.test_loader)
+        if progress.best_epoch != progress.epochs_done or progress.batches_done > 0:
+            load_weights(self.model, load_checkpoint(folder / BEST)["state_dict"], folder / BEST)
+            best = self.evaluate(self.model, self.test_loader)
         log = progress.history[progress.best_epoch - 1]
         result = {
             **{f"test_{name}": value for name, value in best.items()},
@@ -217,9 +226,7 @@ class Experiment:
             "epochs": progress.epochs_done,
             "train_seconds": progress.train_seconds,
             "images_per_second": progress.images_seen / progress.train_seconds,
-            "n_train": self.train_loader.n_samples,
-            "n_val": self.validation_loader.n_samples if self.validation_loader else 0,
-            "n_test": self.test_loader.n_samples,
+            **self._counts(),
             "parameters": self.model.num_parameters(),
             "seed": self.config.seed,
         }
@@ -263,11 +270,29 @@ def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch
     if asked is not None and asked != loader.num_classes:
         raise ConfigError(f"arch.args.num_classes: {asked}, but {config.data_loader.type} has {loader.num_classes} classes")
     arch["args"]["num_classes"] = loader.num_classes
-    seed_global_generators(config.seed)
+    seed_global_generators(config.seed, "weights")
     model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
     if config.system.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    refuse_unfit_images(model, loader, config.arch.type)
     return model
+
+
+def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> None:
+    """Try one forward pass in training mode, on a copy, with the smallest batch that will occur (two images are enough).
+
+    Raises:
+        ConfigError: the network cannot take images of that size, or so few.
+    """
+    count = min(2, loader.n_samples % loader.batch_size or loader.batch_size)
+    images = torch.zeros(count, *loader.image_shape, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            deepcopy(model).train()(images)
+    except (RuntimeError, ValueError) as error:
+        size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}") from None
 
 
 def ocnn_penalty(config: Config) -> Callable[[nn.Module], Tensor] | None:
@@ -275,23 +300,3 @@ def ocnn_penalty(config: Config) -> Callable[[nn.Module], Tensor] | None:
     if not config.trainer.OCNN:
         return None
     return lambda model: config.trainer.lamb_ocnn * penalty(model)
-
-
-def refuse_other_experiment(before: Mapping[str, Any], after: Mapping[str, Any], source: Path, path: str = "") -> None:
-    """Refuse the first config value that differs and would make a resumed run another experiment.
-
-    Raises:
-        CheckpointError: the architecture differs.
-        ConfigError: anything else that matters differs.
-    """
-    for key in sorted(before.keys() | after.keys()):
-        dotted = f"{path}{key}"
-        old, new = before.get(key), after.get(key)
-        if old == new or dotted in MAY_CHANGE_ON_RESUME:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            refuse_other_experiment(old, new, source, f"{dotted}.")
-        elif dotted.startswith("arch."):
-            raise CheckpointError(f"{source}: is of another architecture: {dotted} is {old!r} there and {new!r} in this config")
-        else:
-            raise ConfigError(f"{dotted}: the run was started with {old!r}; {new!r} would make it another experiment")

@@ -5,7 +5,7 @@
     python train.py -r saved/quickstart/20260101-120000-000000
 """
 
-from base.command_line import config_overrides, config_parser, run_script, select_devices
+from base.command_line import config_overrides, config_parser, run_script, select_device
 from base.config_files import load_config
 from base.errors import ConfigError
 from experiment import Experiment
@@ -13,7 +13,7 @@ from experiment import Experiment
 
 def main() -> None:
     arguments = config_parser("Standard training from a JSON config.").parse_args()
-    select_devices(arguments.device)
+    select_device(arguments.device)
     overrides = config_overrides(arguments)
     if arguments.resume:
         if arguments.run_dir:

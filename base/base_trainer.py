@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_weights, publish_copy, save_checkpoint
+from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, load_weights, publish_copy, save_checkpoint
 from base.config import Config
 from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.optimization import Schedule
@@ -26,7 +26,7 @@ from base.progress import Progress
 from base.run_folder import describe
 from base.runtime import autocast, get_rng_state, set_rng_state
 from base.totals import BatchResult, Totals
-from base.tracking import Tracker
+from base.tracking import Tracker, tell
 
 logger = logging.getLogger(__name__)
 Evaluate = Callable[[BaseModel, BaseDataLoader], dict[str, float]]
@@ -37,7 +37,8 @@ class BaseTrainer(ABC):
 
     A subclass writes `train_batch`, with `update` for each optimiser step in it, so that a training method reads like the
     algorithm of its paper. SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which `resume`
-    continues bit for bit (on the same device and library versions).
+    continues bit for bit (on the same device and library versions). Values of every epoch go to `trackers`, which are set from
+    outside.
 
     Args:
         config: the resolved config.
@@ -49,7 +50,6 @@ class BaseTrainer(ABC):
         evaluate: `(model, loader) -> {name: mean over samples}`; used for validation.
         precision: `"fp32"` or `"bf16"`, for forward passes.
         folder: the run folder, which exists.
-        trackers: receive the values of every epoch.
         metadata: further plain values for every checkpoint (config, mean, std, fingerprints, versions).
     """
 
@@ -65,7 +65,6 @@ class BaseTrainer(ABC):
         evaluate: Evaluate,
         precision: str,
         folder: Path,
-        trackers: Sequence[Tracker],
         metadata: Mapping[str, Any],
     ) -> None:
         self.config = config
@@ -77,7 +76,7 @@ class BaseTrainer(ABC):
         self.evaluate = evaluate
         self.precision = precision
         self.folder = folder
-        self.trackers = trackers
+        self.trackers: list[Tracker] = []
         self.metadata = metadata
         self.device = next(model.parameters()).device
         self.progress = Progress()
@@ -96,7 +95,8 @@ class BaseTrainer(ABC):
         """One optimiser step on `loss` (0-dim).
 
         Raises:
-            NonFiniteError: the loss or a gradient is infinite or NaN; nothing was updated.
+            NonFiniteError: the loss or a gradient is infinite or NaN; no parameter was updated (running statistics, which the
+            forward pass moves, were).
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -117,6 +117,8 @@ class BaseTrainer(ABC):
             NonFiniteError: see `update`; the last saved checkpoint is intact.
         """
         with self._signals_caught():
+            if self.progress.epochs_done == 0 and self.progress.batches_done == 0:
+                save_checkpoint(self.folder / LAST, self.checkpoint())  # a run killed in its first epoch can be resumed, too
             while not self.finished:
                 self._finish_epoch({**self._train_epoch(), **self.validate()})
                 if self._signal is not None:
@@ -168,13 +170,25 @@ class BaseTrainer(ABC):
         ):
             if checkpoint[key] != ours:
                 raise CheckpointError(f"{source}: was trained with {key} {checkpoint[key]}, this config has {ours}")
+        progress = Progress(**checkpoint["progress"])
+        self._restore_best(progress, source)
         load_weights(self.model, checkpoint["state_dict"], source)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.schedule.load_state_dict(checkpoint["scheduler"])
-        self.progress = Progress(**checkpoint["progress"])
+        self.progress = progress
         self.totals.load_state_dict(checkpoint["totals"], self.device)
         set_rng_state(checkpoint["rng"])
-        logger.info("continuing %s after %d epochs and %d batches", source, checkpoint["epoch"], checkpoint["batch"])
+
+    def _restore_best(self, progress: Progress, source: Path) -> None:
+        """Make sure that `model_best.pth` is the best model of the run as far as it is resumed."""
+        best = self.folder / BEST
+        if progress.best_epoch is None:
+            return
+        if progress.best_epoch == progress.epochs_done and progress.batches_done == 0:
+            if source.resolve() != best.resolve():
+                publish_copy(source, best)  # it may not have come to that when the run was killed
+        elif not best.is_file() or load_checkpoint(best)["epoch"] != progress.best_epoch:
+            raise CheckpointError(f"{source}: its best model so far is of epoch {progress.best_epoch}, but {best} is not")
 
     def _train_epoch(self) -> dict[str, Any]:
         self.model.train()
@@ -212,8 +226,7 @@ class BaseTrainer(ABC):
         self.totals = Totals()
         improved = self.progress.finish_epoch(log, self.config.trainer.monitor)
         self._save(improved)
-        for tracker in self.trackers:
-            tracker.log_epoch(log)
+        tell(self.trackers, lambda tracker: tracker.log_epoch(log))
         logger.info("%s%s", describe(log), "  (best)" if improved else "")
 
     def _save(self, improved: bool) -> None:
@@ -225,7 +238,7 @@ class BaseTrainer(ABC):
         if self.progress.epochs_done % settings.save_period == 0:
             publish_copy(last, self.folder / NUMBERED.format(self.progress.epochs_done))
         if settings.keep_checkpoints:
-            keep_newest(self.folder, settings.keep_checkpoints)
+            keep_newest(self.folder, settings.keep_checkpoints, self.progress.epochs_done)
 
     def _stop(self, signal_number: int) -> NoReturn:
         """Save in the middle of an epoch, or after one, and leave."""

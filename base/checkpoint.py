@@ -44,22 +44,33 @@ def publish_copy(source: Path, target: Path) -> None:
     """Give a saved checkpoint a second name: a hard link where the file system has them, a copy elsewhere.
 
     A link is safe because checkpoints are only ever replaced as a whole, never written in place.
+
+    Raises:
+        CheckpointError: the folder cannot be written; an older `target` is untouched.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
-        temporary.hardlink_to(source)
-    except OSError:
-        temporary.write_bytes(source.read_bytes())
-    temporary.replace(target)
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.hardlink_to(source)
+        except OSError:
+            temporary.write_bytes(source.read_bytes())
+        temporary.replace(target)
+        temporary.unlink(missing_ok=True)  # replacing a link by another one to the same file does nothing
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from error
 
 
-def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the `count` newest of a run folder's numbered checkpoints."""
+def keep_newest(folder: Path, count: int, epoch: int) -> None:
+    """Of a run folder's numbered checkpoints up to `epoch`, remove all but the `count` newest.
+
+    Later ones belong to a future that a resumed run has left; they stay until it writes them anew.
+    """
     pattern = re.compile(NUMBERED.format(r"(\d+)").replace(".", r"\."))
     numbered = {int(match[1]): path for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
-    for epoch in sorted(numbered)[:-count]:
-        numbered[epoch].unlink()
+    for number in sorted(n for n in numbered if n <= epoch)[:-count]:
+        numbered[number].unlink(missing_ok=True)
 
 
 def find_checkpoint(path: str | Path, prefer: str = BEST) -> Path:
@@ -88,7 +99,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     file = find_checkpoint(path)
     try:
         contents = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{file}: is no readable checkpoint: damaged, or more than tensors and plain values in it; nothing of it was run"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file}: is no readable checkpoint: {reason}") from None
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
@@ -105,7 +120,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     Raises:
         CheckpointError: the weights belong to another architecture; the message names both sides' first differing key.
     """
-    state = {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in state_dict.items()}
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state_dict.items()}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -41,7 +40,7 @@ def config_parser(description: str) -> Parser:
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("-c", "--config", help="config file")
     parser.add_argument("-r", "--resume", metavar="CHECKPOINT", help="checkpoint or run folder to continue, in that folder")
-    parser.add_argument("-d", "--device", metavar="DEVICES", help="indices of the CUDA devices to use, such as 0 or 0,1")
+    parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
     parser.add_argument("--run_dir", metavar="DIR", help="write exactly here instead of <save_dir>/<name>/<run id>")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value, such as trainer.epochs=10"
@@ -65,13 +64,17 @@ def config_overrides(arguments: argparse.Namespace) -> list[Override]:
     return overrides + [(key, values[key]) for _, key, _ in SHORT_FLAGS if values[key] is not None]
 
 
-def select_devices(devices: str | None) -> None:
-    """Show only these CUDA devices to torch; call it before anything uses CUDA."""
-    if devices is None:
+def select_device(device: str | None) -> None:
+    """Show only this CUDA device to torch; call it before anything uses CUDA."""
+    if device is None:
         return
-    if not re.fullmatch(r"\d+(,\d+)*", devices):
-        raise ConfigError(f"-d {devices}: expected device indices such as 0 or 0,1")
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    if not device.isdecimal():
+        raise ConfigError(f"-d {device}: expected the index of one CUDA device, such as 0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = device
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"-d {device}: there is no such CUDA device")
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:

@@ -8,16 +8,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-ArchName = Literal[
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "preact_resnet18",
-    "wide_resnet", "wide_resnet28_10", "wide_resnet34_10", "vgg11", "vgg13", "vgg16", "vgg19", "simpleCNN", "simpleCNN2",
-]  # fmt: skip
-ConvName = Literal["conv", "prec_conv", "conv_norm", "sn_conv", "oni_conv", "own_conv"]
-NormName = Literal["bn", "gn", "in", "no"]
-ActivationName = Literal["relu", "srelu"]
-DataLoaderName = Literal["CIFAR10DataLoader", "CIFAR100DataLoader", "ImageFolderDataLoader", "DigitsDataLoader"]
-MetricName = Literal["top1", "top5", "my_metric", "my_metric2"]
-METRIC_ALIASES = {"my_metric": "top1", "my_metric2": "top5"}
+from base.config_names import (
+    LOGGED_VALUES,
+    METRIC_ALIASES,
+    ActivationName,
+    ArchName,
+    ConvName,
+    DataLoaderName,
+    MetricName,
+    NormName,
+    logged_value,
+)
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -125,12 +126,12 @@ class AugmentationConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The optimiser."""
+    """The optimiser; without this section SGD with lr 0.1, momentum 0.9 and weight decay 5e-4."""
 
     type: str = "SGD"
     """Name of a class of torch.optim."""
-    args: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-    """Its arguments, checked against its signature."""
+    args: dict[str, Any] = {}
+    """Its arguments, checked against its signature; what is left out has torch's default."""
 
 
 class SchedulerConfig(Section):
@@ -144,6 +145,14 @@ class SchedulerConfig(Section):
     """When it steps; null: after every batch for OneCycleLR and CyclicLR, after every epoch for the others."""
     monitor: str | None = None
     """ReduceLROnPlateau: the value it watches; null: val_loss, or loss without a validation set."""
+
+    @field_validator("monitor")
+    @classmethod
+    def _monitor_is_known(cls, name: str | None) -> str | None:
+        known = name if name is None else logged_value(name)
+        if name is not None and known is None:
+            raise ValueError(f"{name!r} is not a logged value: {LOGGED_VALUES}")
+        return known
 
 
 class TrainerConfig(Section):
@@ -202,14 +211,10 @@ class TrainerConfig(Section):
         if text == "off":
             return text
         mode, _, value = text.partition(" ")
-        prefix = next((p for p in ("val_clean_", "val_") if value.startswith(p)), "")
-        name = METRIC_ALIASES.get(value.removeprefix(prefix), value.removeprefix(prefix))
-        if mode not in ("min", "max") or name not in ("loss", "top1", "top5"):
-            raise ValueError(
-                f"{text!r} is neither 'off' nor 'min' or 'max' followed by loss, top1, top5, alone or after val_ or val_clean_"
-                " (never the test set)"
-            )
-        return f"{mode} {prefix}{name}"
+        name = logged_value(value)
+        if mode not in ("min", "max") or name is None:
+            raise ValueError(f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value: {LOGGED_VALUES}")
+        return f"{mode} {name}"
 
     @model_validator(mode="after")
     def _one_noise(self) -> Self:
@@ -245,7 +250,7 @@ class SystemConfig(Section):
     """torch.compile the model."""
     deterministic: bool = False
     """Deterministic algorithms only; an operation without one stops the run."""
-    num_threads: Positive | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of torch; null leaves its choice."""
 
 
@@ -265,7 +270,7 @@ class CometConfig(Section):
 class Config(Section):
     """One experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\\]+$")] = "Experiment"
+    name: Annotated[str, Field(pattern=r"^[^/\\\x00]+$")] = "Experiment"
     """Name of the experiment: a folder in save_dir."""
     seed: Count = 0
     """Seed of everything random."""
@@ -278,7 +283,7 @@ class Config(Section):
     arch: ArchConfig = ArchConfig()
     data_loader: DataLoaderConfig
     augmentation: AugmentationConfig = AugmentationConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
     lr_scheduler: SchedulerConfig = SchedulerConfig()
     train_loss: Literal["cross_entropy"] = "cross_entropy"
     """Loss of training."""
@@ -304,9 +309,10 @@ class Config(Section):
         inner = self.arch.args.num_classes
         if self.num_classes and inner and self.num_classes != inner:
             raise ValueError(f"num_classes: {self.num_classes} contradicts arch.args.num_classes: {inner}")
-        noisy = self.trainer.sym or self.trainer.asym or self.trainer.noise_file
-        if "val_clean_" in self.trainer.monitor and not (noisy and self.trainer.noisy_validation):
-            raise ValueError(f"trainer.monitor: {self.trainer.monitor!r} is only logged where validation labels carry noise")
+        noisy = self.trainer.percent > 0 or self.trainer.noise_file
+        for key, name in (("trainer", self.trainer.monitor), ("lr_scheduler", self.lr_scheduler.monitor or "")):
+            if "val_clean_" in name and not (noisy and self.trainer.noisy_validation):
+                raise ValueError(f"{key}.monitor: {name!r} is only logged where validation labels carry noise")
         return self
 
     def dump(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ it its default. A key that begins with `_`, and `$schema`, is a comment.
 import json
 import re
 from collections.abc import Iterable
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def validate(tree: Tree, source: str = "config") -> Config:
     except ValidationError as error:
         problems = error.errors()
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{source}: {_one_line(problems[0])}{more}") from None
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in _one_line(problems[0]))
+        raise ConfigError(f"{source}: {line}{more}") from None
 
 
 def _read_json(file: Path) -> Tree:
@@ -97,7 +99,7 @@ def _read_json(file: Path) -> Tree:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as UTF-8 text: {error}") from None
     try:
-        tree = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        tree = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_number, parse_float=_finite_float)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
@@ -116,8 +118,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Tree:
     return tree
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not valid JSON")
+def _refuse_number(text: str) -> None:
+    raise ValueError(f"{text} is not a finite number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if isinf(value):
+        _refuse_number(text)
+    return value
 
 
 def _without_comments(value: Any) -> Any:
@@ -133,7 +142,7 @@ def _parse(text: str, path: list[str]) -> Any:
     if bool in types and text.lower() in ("true", "false"):
         return text.lower() == "true"  # Python's spelling too, as on ConvNorm's command line
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_refuse_number, parse_float=_finite_float)
     except (ValueError, RecursionError):
         return text
     if str in types and value is not None and not isinstance(value, str):

@@ -27,6 +27,7 @@ SCHEDULERS: dict[str, type] = {
 UNUSABLE = {
     "LBFGS": "it evaluates the loss several times in one step",
     "SparseAdam": "it takes sparse gradients only",
+    "Muon": "it takes matrices only, and convolutions and biases are none",
     "LambdaLR": "it takes a Python function, which JSON cannot hold",
     "MultiplicativeLR": "it takes a Python function, which JSON cannot hold",
 }
@@ -36,13 +37,26 @@ WHOLE_RUN_ARGUMENT = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps"}
 
 
 def check_optimization(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
-    """Build both for a single dummy weight, so that a wrong name, argument or value is found before any data is read.
+    """Build both for a dummy layer and take a few steps, so that wrong arguments are found before any data is read.
 
     Raises:
         ConfigError: naming `optimizer.args.x` or `lr_scheduler.args.x`.
     """
-    dummy = nn.Linear(2, 2, bias=False)
-    Schedule(scheduler, build_optimizer(optimizer, dummy), epochs=10, batches_per_epoch=10, has_validation=True)
+    dummy = nn.Conv2d(2, 2, 1)
+    built = build_optimizer(optimizer, dummy)
+    schedule = Schedule(scheduler, built, epochs=1000, batches_per_epoch=1, has_validation=True)
+    logged = {f"{part}{name}": 1.0 for part in ("", "val_", "val_clean_") for name in ("loss", "top1", "top5")}
+    key = "optimizer.args"
+    try:
+        for _ in range(3):
+            dummy(torch.ones(1, 2, 1, 1)).sum().backward()
+            built.step()
+            key = "lr_scheduler.args"
+            schedule.step_batch()
+            schedule.step_epoch(logged)
+            key = "optimizer.args"
+    except Exception as error:
+        raise ConfigError(f"{key}: a step with these arguments fails: {_first_line(error)}") from None
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
@@ -56,6 +70,19 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     if thresholds:
         groups.append({"params": thresholds, "weight_decay": 0.0})
     return _build(cls, "optimizer.args", groups, config.args)
+
+
+def spans_whole_run(scheduler: SchedulerConfig) -> bool:
+    """Whether the schedule's length is the run's, because no argument says otherwise."""
+    parts = [{"type": scheduler.type, "args": scheduler.args}]
+    while parts:
+        part = parts.pop()
+        args = part.get("args", {})
+        length = WHOLE_RUN_ARGUMENT.get(part["type"])
+        if length and length not in args and "epochs" not in args:
+            return True
+        parts += args.get("schedulers", [])
+    return False
 
 
 class Schedule:
@@ -80,9 +107,11 @@ class Schedule:
         self.steps_by_batch = by_batch
         self.monitor = config.monitor or ("val_loss" if has_validation else "loss")
         self.scheduler: Any = None
+        steps = epochs * (batches_per_epoch if by_batch else 1)
         if config.type != "none":
-            steps = epochs * (batches_per_epoch if by_batch else 1)
             self.scheduler = _build_scheduler(config.type, config.args, optimizer, steps, "lr_scheduler")
+        if isinstance(self.scheduler, lr_scheduler.OneCycleLR) and self.scheduler.total_steps < steps:
+            raise ConfigError(f"lr_scheduler.args: the cycle has {self.scheduler.total_steps} steps, the run takes {steps}")
         self.on_plateau = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
         if self.on_plateau and by_batch:
             raise ConfigError("lr_scheduler.interval: ReduceLROnPlateau steps after every epoch, not after every batch")
@@ -133,13 +162,17 @@ def _build_scheduler(name: str, args: Mapping[str, Any], optimizer: Optimizer, s
             _build_scheduler(part["type"], part.get("args", {}), optimizer, steps, f"{key}.args.schedulers.{index}")
             for index, part in enumerate(_parts(args["schedulers"], f"{key}.args.schedulers"))
         ]
-    return _build(cls, f"{key}.args", optimizer, args) if name != "ChainedScheduler" else cls(**args, optimizer=optimizer)
+    return _build(cls, f"{key}.args", args.pop("schedulers") if name == "ChainedScheduler" else optimizer, args)
 
 
 def _parts(value: Any, key: str) -> Iterable[Mapping[str, Any]]:
-    if isinstance(value, list) and all(isinstance(part, dict) and "type" in part for part in value):
+    if isinstance(value, list) and value and all(_is_part(part) for part in value):
         return value
     raise ConfigError(f'{key}: expected a list of {{"type": ..., "args": ...}}, not {value!r}')
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("type"), str) and isinstance(value.get("args", {}), dict)
 
 
 def _usable(table: Mapping[str, type], name: str, key: str) -> type:
@@ -165,9 +198,12 @@ def _check_arguments(cls: type, args: Mapping[str, Any], key: str, given: int) -
 def _build(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
     try:
         return cls(first, **args)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}: {cls.__name__} does not accept {dict(args)}: {reason}") from None
+    except Exception as error:  # whatever torch's classes raise on values they did not expect
+        raise ConfigError(f"{key}: {cls.__name__} does not accept {dict(args)}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _restore_counters(scheduler: Any, state: dict[str, Any]) -> dict[str, Any]:

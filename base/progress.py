@@ -1,6 +1,7 @@
 """Progress: how far a run has come, and how good it was."""
 
 from dataclasses import dataclass, field
+from math import inf, isnan
 from typing import Any
 
 
@@ -44,9 +45,15 @@ class Progress:
             return True
         mode, _, name = monitor.partition(" ")
         value = log[name]
-        gain = None if self.best_value is None else value - self.best_value if mode == "max" else self.best_value - value
-        self.epochs_without_improvement = 0 if gain is None or gain > 0 else self.epochs_without_improvement + 1
-        if gain is not None and not gain >= 0:  # also where the value is not a number
+        if isnan(value):
+            gain = -inf
+        elif self.best_value is None:
+            gain = inf
+        else:
+            gain = value - self.best_value if mode == "max" else self.best_value - value
+        self.epochs_without_improvement = 0 if gain > 0 else self.epochs_without_improvement + 1
+        if gain < 0 and self.best_epoch is not None:
             return False
-        self.best_value, self.best_epoch = value, self.epochs_done
+        self.best_epoch = self.epochs_done
+        self.best_value = None if isnan(value) else value
         return True

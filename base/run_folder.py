@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
 
-from base.errors import ConfigError
+from base.errors import ConfigError, ProjectError
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
 SECRET_FLAGS = ("--key", "--comet_key")
@@ -31,12 +32,16 @@ def create_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> P
         ConfigError: `run_dir` already holds a run, or the folder cannot be made.
     """
     folder = Path(run_dir) if run_dir else Path(save_dir) / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    if (folder / "config.json").exists():
-        raise ConfigError(f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder")
+    folder = folder.expanduser()
     try:
+        taken = (folder / "config.json").exists()
         folder.mkdir(parents=True, exist_ok=bool(run_dir))
-    except OSError as error:
-        raise ConfigError(f"{folder}: the run folder cannot be made: {error.strerror}") from None
+        with NamedTemporaryFile(dir=folder):
+            pass  # can be written to, then
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: the run folder cannot be made or written: {error}") from None
+    if taken:
+        raise ConfigError(f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder")
     return folder
 
 
@@ -59,11 +64,24 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
     root.setLevel(logging.INFO if verbosity > 0 else logging.WARNING)
     try:
         yield
+    except ProjectError as error:  # the terminal gets it from the script, as its last line
+        handlers[1].handle(logging.makeLogRecord({"levelname": "ERROR", "levelno": logging.ERROR, "msg": str(error)}))
+        raise
     finally:
         root.setLevel(level)
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
+
+
+def record_environment(folder: Path, resumed: bool) -> None:
+    """Write `environment.json`; a resumed run keeps what it began with and adds what it goes on with under `resumed`."""
+    file = folder / "environment.json"
+    now = environment()
+    if resumed and file.exists():
+        first = json.loads(file.read_text())
+        now = {**first, "resumed": [*first.get("resumed", []), now]}
+    write_json(file, now)
 
 
 def environment() -> dict[str, Any]:
@@ -73,7 +91,7 @@ def environment() -> dict[str, Any]:
         "packages": package_versions(),
         "command": without_secrets(sys.argv),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_files": _git("status", "--porcelain", "--untracked-files=no"),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
@@ -99,7 +117,7 @@ def without_secrets(command: Sequence[str]) -> list[str]:
         if cleaned and cleaned[-1] in SECRET_FLAGS:
             cleaned.append("***")
         else:
-            cleaned.append(re.sub(r"^((?:--key|--comet_key|(?:--set=)?comet\.api)=).*", r"\1***", word))
+            cleaned.append(re.sub(r"^((?:--key|--comet_key|(?:--set=)?comet(?:\.api)?)=).*", r"\1***", word))
     return cleaned
 
 

@@ -1,6 +1,7 @@
 """What a run stands on: seeds and generators, the device, the precision."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -31,9 +32,9 @@ def numpy_generator(seed: int, purpose: str, *indices: int) -> np.random.Generat
     return np.random.default_rng(derived_seed(seed, purpose, *indices))
 
 
-def seed_global_generators(seed: int) -> None:
-    """Seed torch's global generators: weight initialisation and dropout draw from them, nothing else does."""
-    torch.manual_seed(derived_seed(seed, "model"))
+def seed_global_generators(seed: int, purpose: str) -> None:
+    """Seed torch's global generators, from which only weight initialisation and dropout draw."""
+    torch.manual_seed(derived_seed(seed, purpose))
 
 
 def get_rng_state() -> dict[str, Any]:
@@ -66,6 +67,8 @@ def choose_device(device: str, n_gpu: int = 1) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"system.device: {device!r} is not a device; expected auto, cpu, cuda, cuda:N or mps") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"system.device: {device!r} is not supported; expected auto, cpu, cuda, cuda:N or mps")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"system.device: {device!r} asked for, but {torch.cuda.device_count()} CUDA devices are visible")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
@@ -95,6 +98,8 @@ def set_determinism(deterministic: bool, num_threads: int | None) -> None:
     """Apply `system.deterministic` and `system.num_threads` to this process."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no deterministic algorithms
     torch.use_deterministic_algorithms(deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic

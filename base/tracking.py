@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,18 @@ class Comet(Tracker):
 
     def close(self) -> None:
         self.experiment.end()
+
+
+def tell(trackers: list[Tracker], what: Callable[[Tracker], None]) -> None:
+    """Call `what` for every tracker. One that fails is dropped after a warning; only the run log may end a run."""
+    for tracker in list(trackers):
+        try:
+            what(tracker)
+        except Exception as error:
+            if isinstance(tracker, RunLog):
+                raise
+            trackers.remove(tracker)
+            logger.warning("%s failed (%s): training goes on without it", type(tracker).__name__, error)
 
 
 def start_trackers(config: Config, folder: Path, history: Sequence[EpochLog] = ()) -> list[Tracker]:

@@ -3,7 +3,7 @@
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -51,11 +51,15 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabelledI
 
     source = {10: CIFAR10, 100: CIFAR100}[num_classes]
     folder = Path(data_dir).expanduser()
+    existed = folder.exists()
     try:
         with _bounded_network(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy finds the dtypes in these old pickles outdated
             data = source(root=folder, train=train, download=True)
     except (OSError, RuntimeError, HTTPException) as error:
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()  # the download begins by making it
         raise DataError(_cifar_error(source, num_classes, folder, error)) from None
     pixels = torch.from_numpy(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)))
     return LabelledImages(MemoryImages(pixels), np.asarray(data.targets, dtype=np.int64), tuple(data.classes))

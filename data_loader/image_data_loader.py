@@ -86,6 +86,14 @@ class ImageDataLoader(BaseDataLoader):
             self._source = self._source.in_memory(self.device)
         return self._source
 
+    def prepare(self) -> None:
+        """Decode now what is to stay in memory, so that a broken file is found before training.
+
+        Raises:
+            DataError: a file cannot be decoded.
+        """
+        _ = self.images
+
     def __len__(self) -> int:
         return -(-self.n_samples // self.batch_size)
 

@@ -115,7 +115,7 @@ class FileImages:
                 num_workers=min(self.num_workers, len(batches)),
                 pin_memory=self.pin_memory,
                 collate_fn=_unchanged,
-                worker_init_fn=_leave_interrupts_to_the_main_process,
+                worker_init_fn=_leave_signals_to_the_main_process,
                 generator=torch.Generator(),  # otherwise starting the workers would draw from the global one
             )
             return iter(loader)
@@ -210,9 +210,11 @@ def _unchanged(item: Tensor | str) -> Tensor | str:
     return item
 
 
-def _leave_interrupts_to_the_main_process(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main one finishes its batch and saves, for which it needs the workers.
+def _leave_signals_to_the_main_process(_: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the main one finishes its batch and saves, for which it
+    # needs the workers. They end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _reason(error: Exception, path: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,9 +11,16 @@ import torch
 
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
+from base.config import ArchArgs, Config
 from base.config_files import merge, validate
+from base.config_names import ActivationName, ArchName, ConvName, DataLoaderName, MetricName, NormName
 from base.errors import CheckpointError, ConfigError, Stopped
+from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS
+from data_loader import DATA_LOADERS
 from experiment import Experiment
+from models import MODELS, arguments_of
+from models.losses import LOSSES
+from models.metrics import METRICS
 
 TINY = {
     "name": "tiny",
@@ -126,6 +134,37 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypa
     assert {k: v for k, v in result.items() if k not in times} == {k: v for k, v in resumed_result.items() if k not in times}
 
 
+def test_a_crash_in_the_first_epoch_can_be_resumed(tmp_path, monkeypatch):
+    run(tmp_path / "whole", config_of())
+
+    def crash(self, loss):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseTrainer, "update", crash)
+        with pytest.raises(MemoryError):
+            run(tmp_path / "crashed", config_of())
+    Experiment.resume(str(tmp_path / "crashed"))
+    assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / "crashed" / "model_last.pth") == []
+
+
+def test_fewer_epochs_in_the_middle_of_one_report_the_best_finished_one(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", config_of(trainer={"epochs": 1}))
+    interrupt(monkeypatch, tmp_path / "stopped", config_of(), after=5)
+    result = Experiment.resume(str(tmp_path / "stopped"), overrides=[("trainer.epochs", "1")])
+    assert result["best_epoch"] == whole["best_epoch"] == 1
+    assert result["test_loss"] == whole["test_loss"]
+    assert result["last_test_loss"] != whole["test_loss"]
+
+
+def test_dropout_does_not_depend_on_what_else_the_process_did(tmp_path):
+    config = config_of(**RESUMABLE["dropout, AdamW, early stop, plateau"])
+    first, second = Experiment.from_config(config), Experiment.from_config(config)
+    first.run(str(tmp_path / "a"))
+    second.run(str(tmp_path / "b"))
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
+
+
 def test_the_comparison_can_fail(tmp_path):
     for seed in (3, 4):
         run(tmp_path / str(seed), config_of(seed=seed))
@@ -148,6 +187,7 @@ def test_run_folder_holds_everything(tmp_path):
     assert {"test_top1", "test_top5", "val_top1", "best_epoch", "epochs", "train_seconds", "images_per_second"} <= result.keys()
     assert {"val_clean_top1", "last_test_top1", "n_train", "n_val", "n_test"} <= result.keys()
     assert {"packages", "command", "commit", "cpu", "gpus"} <= read["environment.json"].keys()
+    assert result["n_train"] == len(np.load(tmp_path / "run" / "labels.npz")["train_index"]) > 3 * 8
     labels = np.load(tmp_path / "run" / "labels.npz")
     assert set(labels) == {f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")}
     assert not set(labels["train_index"]) & set(labels["val_index"])
@@ -210,6 +250,9 @@ def test_resume_refuses_another_experiment_and_takes_more_epochs(tmp_path):
         Experiment.resume(str(tmp_path / "run"), overrides=[("optimizer.args.lr", "0.1")])
     with pytest.raises(CheckpointError, match="another architecture: arch.type is 'simpleCNN' there and 'simpleCNN2' in this"):
         Experiment.resume(str(tmp_path / "run"), overrides=[("arch.type", "simpleCNN2")])
+    run(tmp_path / "cosine", config_of(lr_scheduler={"type": "CosineAnnealingLR"}))
+    with pytest.raises(ConfigError, match=r"trainer.epochs: .* another experiment; CosineAnnealingLR spans the whole run"):
+        Experiment.resume(str(tmp_path / "cosine"), overrides=[("trainer.epochs", "4")])
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     result = Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "4")])
     assert result["epochs"] == 4
@@ -225,9 +268,29 @@ def test_resume_refuses_other_data_and_the_originals_checkpoints(tmp_path, monke
     torch.save({**contents, "fingerprint": "other"}, path)
     with pytest.raises(CheckpointError, match="was trained on other images or labels"):
         Experiment.resume(str(path))
+    torch.save({**contents, "mean": [0.5, 0.5, 0.5]}, path)
+    with pytest.raises(CheckpointError, match="was trained on other images or labels"):
+        Experiment.resume(str(path))
     torch.save({"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3}, path)
     with pytest.raises(CheckpointError, match="holds no config"):
         Experiment.resume(str(path))
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (ArchName, MODELS), (ConvName, CONV_LAYERS), (NormName, NORM_LAYERS), (ActivationName, ACTIVATION_LAYERS),
+        (DataLoaderName, DATA_LOADERS), (MetricName, METRICS), (Config.model_fields["train_loss"].annotation, LOSSES),
+        (Config.model_fields["val_loss"].annotation, LOSSES),
+    ],
+)  # fmt: skip
+def test_the_config_names_exactly_what_the_tables_hold(names, table):
+    assert set(get_args(names)) == set(table)
+
+
+def test_the_config_knows_every_argument_of_every_model():
+    taken = {name for model in MODELS.values() for name in arguments_of(model)}
+    assert taken == set(ArchArgs.model_fields)
 
 
 def test_class_counts_must_agree():

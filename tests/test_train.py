@@ -1,6 +1,7 @@
 """train.py as a user runs it: in its own process, from another folder."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def test_a_finished_run_cannot_be_overwritten(finished_run, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def image_folder(root, *, broken=False):
+def image_folder(root, *, broken=None):
     """Two classes of a few 8x8 images."""
     generator = np.random.default_rng(0)
     for part in ("train", "test"):
@@ -61,7 +62,7 @@ def image_folder(root, *, broken=False):
                 pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / part / name / f"{number}.png")
     if broken:
-        path = root / "train" / "dog" / "2.png"
+        path = root / broken / "dog" / "2.png"
         path.write_bytes(path.read_bytes()[:100])
     return root
 
@@ -70,7 +71,11 @@ def bad_inputs(tmp_path):
     """Config, further words, exit code, what the one line names."""
     digits = {"data_loader": {"type": "DigitsDataLoader"}}
     images = {"data_loader": {"type": "ImageFolderDataLoader", "args": {"data_dir": "images"}}}
-    image_folder(tmp_path / "broken", broken=True)
+    image_folder(tmp_path / "broken", broken="train")
+    image_folder(tmp_path / "broken test", broken="test")
+    broken_test = {"data_loader": {**images["data_loader"], "args": {"data_dir": "broken test"}}}
+    small = {"arch": {"type": "vgg11"}, "data_loader": {**images["data_loader"], "args": {"data_dir": "whole"}}}
+    image_folder(tmp_path / "whole")
     (tmp_path / "weights.pth").write_bytes(b"not weights")
     return {
         "misspelt key": ({**digits, "trainer": {"epoch": 3}}, [], 2, "trainer.epoch: unknown key; did you mean 'epochs'?"),
@@ -81,6 +86,8 @@ def bad_inputs(tmp_path):
         "no config": (None, [], 2, "-c CONFIG or -r CHECKPOINT is required"),
         "missing data folder": (images, [], 4, "images"),
         "truncated image": (images, ["--set", f"data_loader.args.data_dir={tmp_path / 'broken'}"], 4, "dog/2.png"),
+        "truncated test image": (broken_test, [], 4, "test/dog/2.png"),
+        "image too small": (small, [], 2, "arch.type: vgg11 cannot be trained on batches of 2 images of 8x8"),
         "damaged checkpoint": (None, ["-r", tmp_path / "weights.pth"], 3, "weights.pth: is no readable checkpoint"),
     }
 
@@ -89,7 +96,7 @@ def bad_inputs(tmp_path):
     "name",
     [
         "misspelt key", "wrong type", "unknown layer", "unknown optimiser argument", "adversarial", "no config",
-        "missing data folder", "truncated image", "damaged checkpoint",
+        "missing data folder", "truncated image", "truncated test image", "image too small", "damaged checkpoint",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_an_exit_code_and_nothing_written(tmp_path, name):
@@ -142,3 +149,30 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, number, code):
     weights = [torch.load(tmp_path / run / "model_last.pth", weights_only=True)["state_dict"] for run in ("killed", "whole")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
     assert torch.load(tmp_path / "killed" / "model_last.pth", weights_only=True)["progress"]["batches_done"] == 0
+
+
+def test_sigterm_to_the_whole_process_group_saves_although_workers_get_it_too(tmp_path):
+    image_folder(tmp_path / "images")
+    streamed = {"in_memory": False, "num_workers": 2}
+    args = {"data_dir": str(tmp_path / "images"), "batch_size": 2, "validation_split": 0.2, **streamed}
+    tree = {
+        "arch": {"type": "simpleCNN"},
+        "data_loader": {"type": "ImageFolderDataLoader", "args": args},
+        "trainer": {"epochs": 10_000},
+        "system": {"num_threads": 1},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    process = subprocess.Popen(
+        command("-c", tmp_path / "config.json", "--run_dir", tmp_path / "run"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "stopped by SIGTERM" in errors
+    progress = torch.load(tmp_path / "run" / "model_last.pth", weights_only=True)["progress"]
+    assert progress["epochs_done"] >= 1

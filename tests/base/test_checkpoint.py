@@ -62,10 +62,10 @@ def test_a_second_name_survives_the_replacement_of_the_first(tmp_path):
 
 
 def test_retention_keeps_the_newest_by_number_and_touches_nothing_else(tmp_path):
-    names = [f"model_epoch_{epoch}.pth" for epoch in (1, 2, 9, 10)] + ["model_best.pth", "model_epoch_3.pth.old", "notes.txt"]
+    names = [f"model_epoch_{epoch}.pth" for epoch in (1, 2, 9, 10, 40)] + ["model_best.pth", "model_epoch_3.pth.old", "notes"]
     for name in names:
         (tmp_path / name).touch()
-    keep_newest(tmp_path, 2)
+    keep_newest(tmp_path, 2, epoch=10)
     assert {path.name for path in tmp_path.iterdir()} == set(names) - {"model_epoch_1.pth", "model_epoch_2.pth"}
 
 
@@ -141,7 +141,7 @@ def test_weights_of_another_architecture_name_both_sides():
         load_weights(model, {"weight": torch.zeros(4, 2), "bias": torch.zeros(3)}, "f.pth")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
 def test_wrappers_prefixes_are_dropped(prefix):
     model = nn.Linear(2, 3)
     load_weights(model, {f"{prefix}weight": torch.full((3, 2), 7.0), f"{prefix}bias": torch.zeros(3)}, "f.pth")

@@ -135,6 +135,7 @@ def test_later_override_wins_and_null_restores_the_default():
         ("arch.type", "ResNet18", r"arch.type: 'ResNet18' is not one of: resnet18.*did you mean 'resnet18'\?"),
         ("trainer.monitor", "max test_top1", "trainer.monitor: 'max test_top1' is neither 'off' nor .*never the test set"),
         ("trainer.monitor", "max val_clean_top1", "'max val_clean_top1' is only logged where validation labels carry noise"),
+        ("lr_scheduler.monitor", "val_lss", "lr_scheduler.monitor: 'val_lss' is not a logged value: loss, top1"),
         ("trainer.percent", 0.4, "trainer.percent: 0.4 has no effect: set sym or asym"),
         ("trainer", {"sym": True, "asym": True}, "trainer.sym and asym: only one kind of label noise"),
         ("trainer.noise_key", "worse_label", "trainer.noise_key: has no effect without noise_file"),
@@ -169,7 +170,8 @@ def test_two_places_for_num_classes_must_agree():
     [
         ('{"seed": 1,\n "name" 2}', "line 2, column 9: not valid JSON"),
         ('{"seed": 1, "seed": 2}', "key 'seed' is given twice"),
-        ('{"seed": NaN}', "NaN is not valid JSON"),
+        ('{"seed": NaN}', "NaN is not a finite number"),
+        ('{"seed": 1e400}', "1e400 is not a finite number"),
         ("[1]", "expected a JSON object, not list"),
         ('{"a":' * 100_000, "nested too deeply"),
         ('{"extends": 3}', "extends: expected the path of a config file, not 3"),

@@ -5,13 +5,14 @@ import logging
 import shlex
 import sys
 import zipfile
+from math import nan
 
 import pytest
 import torch
 
 import models.layers  # noqa: F401 - fills the layer tables
 from base.base_model import BaseModel
-from base.command_line import SHORT_FLAGS, config_overrides, config_parser, run_script, select_devices
+from base.command_line import SHORT_FLAGS, config_overrides, config_parser, run_script, select_device
 from base.config import CometConfig
 from base.config_files import annotation_at, override, validate
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
@@ -20,7 +21,7 @@ from base.registry import lookup
 from base.run_folder import create_run_folder, without_secrets
 from base.runtime import choose_device, choose_precision, derived_seed, numpy_generator, torch_generator
 from base.totals import BatchResult, Totals
-from base.tracking import RunLog, start_trackers
+from base.tracking import RunLog, Tracker, start_trackers, tell
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 
@@ -36,6 +37,8 @@ def test_generators_are_pure_functions_of_their_arguments():
 
 
 def test_devices_and_precision():
+    with pytest.raises(ConfigError, match="system.device: 'meta' is not supported"):
+        choose_device("meta")
     assert choose_device("auto", n_gpu=0) == torch.device("cpu")
     assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="system.device: 'gpu' is not a device"):
@@ -66,6 +69,7 @@ def test_totals_are_sums_over_samples_not_means_of_means():
         ("max val_top1", [0.1, 0.3, 0.3, 0.2], 3, 2),
         ("min val_loss", [3.0, 1.0, 2.0, 0.5], 4, 0),
         ("off", [1.0, 2.0, 3.0], 3, 0),
+        ("min val_loss", [nan, 2.0, nan, 3.0], 2, 2),
     ],
 )
 def test_progress_knows_its_best_epoch(monitor, values, best_epoch, without):
@@ -109,14 +113,16 @@ def test_run_folders_are_new_and_never_shared(tmp_path):
     with pytest.raises(ConfigError, match=r"already holds a run; continue it with -r"):
         create_run_folder("unused", "name", str(named))
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="the run folder cannot be made"):
+    with pytest.raises(ConfigError, match="the run folder cannot be made or written"):
         create_run_folder(str(tmp_path / "file"), "name")
 
 
 def test_secrets_are_cut_from_the_command():
-    command = ["train.py", "--key", "s1", "--comet_key=s2", "--set", "comet.api=s3", "--set=comet.api=s4", "--seed", "1"]
+    command = ["train.py", "--key", "s1", "--comet_key=s2", "--set", "comet.api=s3", "--set=comet.api=s4"]
+    command += ["--set", 'comet={"api":"s5"}', "--seed", "1"]
     cleaned = without_secrets(command)
-    assert cleaned == shlex.split("train.py --key *** --comet_key=*** --set comet.api=*** --set=comet.api=*** --seed 1")
+    expected = "train.py --key *** --comet_key=*** --set comet.api=*** --set=comet.api=*** --set comet=*** --seed 1"
+    assert cleaned == shlex.split(expected)
 
 
 def test_run_log_is_cut_back_to_the_resumed_history(tmp_path):
@@ -173,6 +179,21 @@ def test_absent_tracker_is_one_warning(tmp_path, monkeypatch, caplog, module, tr
     assert "not installed" in caplog.text
 
 
+def test_a_tracker_that_fails_is_dropped_but_the_run_log_may_not_fail(tmp_path, caplog):
+    class Broken(Tracker):
+        def log_epoch(self, log):
+            raise ConnectionError("no server")
+
+    trackers = [Broken(), RunLog(tmp_path / "metrics.jsonl")]
+    tell(trackers, lambda tracker: tracker.log_epoch({"epoch": 1}))
+    assert [type(tracker) for tracker in trackers] == [RunLog]
+    assert "Broken failed (no server): training goes on without it" in caplog.text
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+    trackers[0].path = tmp_path
+    with pytest.raises(IsADirectoryError):
+        tell(trackers, lambda tracker: tracker.log_epoch({"epoch": 2}))
+
+
 def test_comet_key_is_no_part_of_a_dump():
     assert "api" not in CometConfig(api="x").model_dump()
 
@@ -204,8 +225,8 @@ def test_wrong_command_line_is_one_line(words):
         config_parser("").parse_args(words)
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         config_overrides(config_parser("").parse_args(["--set", "trainer.epochs"]))
-    with pytest.raises(ConfigError, match="-d gpu0: expected device indices"):
-        select_devices("gpu0")
+    with pytest.raises(ConfigError, match="-d 0,1: expected the index of one CUDA device"):
+        select_device("0,1")
 
 
 @pytest.mark.parametrize(

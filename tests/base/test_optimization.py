@@ -7,7 +7,7 @@ from torch import nn
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
-from base.optimization import OPTIMIZERS, SCHEDULERS, UNUSABLE, Schedule, build_optimizer, check_optimization
+from base.optimization import OPTIMIZERS, SCHEDULERS, UNUSABLE, Schedule, build_optimizer, check_optimization, spans_whole_run
 
 SGD = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9})
 PARTS = [{"type": "LinearLR"}, {"type": "MultiStepLR", "args": {"milestones": [2]}}]
@@ -80,8 +80,28 @@ def test_rates_by_hand():
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(UNUSABLE)))
-def test_every_optimizer_can_be_named(name):
-    check_optimization(OptimizerConfig(type=name, args={"lr": 0.01}), SchedulerConfig())
+def test_every_optimizer_can_be_named_alone_and_moves_a_network(name):
+    check_optimization(OptimizerConfig(type=name), SchedulerConfig())
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+    optimizer = build_optimizer(OptimizerConfig(type=name), model)
+    before = [parameter.clone() for parameter in model.parameters()]
+    model(torch.rand(4, 3, 4, 4)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before[0], next(iter(model.parameters())))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "spans"),
+    [
+        (("CosineAnnealingLR", {}), True),
+        (("CosineAnnealingLR", {"T_max": 3}), False),
+        (("SequentialLR", {"schedulers": [{"type": "LinearLR"}, {"type": "CosineAnnealingLR"}], "milestones": [2]}), True),
+        (("StepLR", {"step_size": 2}), False),
+        (("none", {}), False),
+    ],
+)
+def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
+    assert spans_whole_run(SchedulerConfig(type=scheduler[0], args=scheduler[1])) is spans
 
 
 @pytest.mark.parametrize(
@@ -92,6 +112,11 @@ def test_every_optimizer_can_be_named(name):
         (("SGD", {"lr": -1}), None, r"optimizer.args: SGD does not accept \{'lr': -1\}: Invalid learning rate"),
         (("SGD", {"lr": "fast"}), None, "optimizer.args: SGD does not accept"),
         (("LBFGS", {}), None, "optimizer.type: LBFGS cannot be used from a config: it evaluates the loss several times"),
+        (("AdamW", {"betas": [0.9]}), None, "optimizer.args: AdamW does not accept"),
+        (("Muon", {}), None, "optimizer.type: Muon cannot be used from a config: it takes matrices only"),
+        (None, ("StepLR", {"step_size": 0}), "lr_scheduler.args: a step with these arguments fails: .*zero"),
+        (None, ("OneCycleLR", {"max_lr": 0.1, "total_steps": 3}), "the cycle has 3 steps, the run takes 1000"),
+        (None, ("ChainedScheduler", {"schedulers": []}), "lr_scheduler.args.schedulers: expected a list of"),
         (("SparseAdam", {}), None, "optimizer.type: SparseAdam cannot be used"),
         (None, ("StepLR", {}), "lr_scheduler.args.step_size: required by StepLR, but not given"),
         (None, ("steplr", {}), r"lr_scheduler.type: 'steplr' .*did you mean 'StepLR'\?"),
@@ -115,10 +140,10 @@ def test_wrong_names_and_arguments_are_one_line(optimizer, scheduler, message):
 
 def test_plateau_watches_a_logged_value_and_steps_by_epoch_only():
     _, optimizer, _ = start("none")
-    plateau = SchedulerConfig(type="ReduceLROnPlateau", monitor="val_lss")
+    plateau = SchedulerConfig(type="ReduceLROnPlateau", monitor="val_my_metric")
     schedule = Schedule(plateau, optimizer, 5, 2, has_validation=True)
-    with pytest.raises(ConfigError, match=r"lr_scheduler.monitor: 'val_lss' is not one of: .*did you mean 'val_loss'\?"):
-        schedule.step_epoch({"val_loss": 1.0, "loss": 1.0})
+    with pytest.raises(ConfigError, match="lr_scheduler.monitor: 'val_top1' is not one of: loss, top1"):
+        schedule.step_epoch({"loss": 1.0, "top1": 0.5})
     with pytest.raises(ConfigError, match="ReduceLROnPlateau steps after every epoch"):
         Schedule(SchedulerConfig(type="ReduceLROnPlateau", interval="batch"), optimizer, 5, 2, has_validation=True)
     assert Schedule(SchedulerConfig(type="ReduceLROnPlateau"), optimizer, 5, 2, has_validation=False).monitor == "loss"

@@ -51,6 +51,7 @@ def test_cifar_that_is_nowhere(tmp_path, no_network):
     assert "\n" not in message
     with pytest.raises(DataError, match=r"CIFAR-100.*cifar-100-python\.tar\.gz \(md5 eb9058c3a382ffc7106e4002c42a8d85\)"):
         read_cifar(100, tmp_path / "nothing", train=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_cifar_files_are_named(fake_cifar, no_network):

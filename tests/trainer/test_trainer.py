@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import base.base_trainer as base_trainer_module
 import models.layers  # noqa: F401 - fills the layer tables
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
@@ -79,7 +80,7 @@ def build(folder, settings=None, *, train_loader=None, validation_loader="same",
     optimizer = build_optimizer(config.optimizer, model)
     loader = train_loader or TinyLoader()
     validation = TinyLoader() if validation_loader == "same" else validation_loader
-    return Trainer(
+    trainer = Trainer(
         loss=LOSSES["cross_entropy"],
         metrics=METRICS_USED,
         config=config,
@@ -91,10 +92,11 @@ def build(folder, settings=None, *, train_loader=None, validation_loader="same",
         evaluate=options.pop("evaluate", evaluate_tiny),
         precision="fp32",
         folder=folder,
-        trackers=[RunLog(folder / "metrics.jsonl")],
         metadata={"config": config.dump()},
         **options,
     )
+    trainer.trackers = [RunLog(folder / "metrics.jsonl")]
+    return trainer
 
 
 def lines(folder):
@@ -161,6 +163,34 @@ def test_best_is_saved_the_epoch_it_happens_whatever_the_save_period(tmp_path):
     assert load_checkpoint(tmp_path / "model_best.pth")["monitor_best"] == 0.6
     assert load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 5
     assert sorted(path.name for path in tmp_path.glob("model_epoch_*")) == ["model_epoch_2.pth", "model_epoch_4.pth"]
+
+
+def test_a_kill_between_saving_last_and_best_loses_nothing(tmp_path, monkeypatch):
+    trainer = build(tmp_path, evaluate=scripted([0.1, 0.5]))
+    publish, calls = base_trainer_module.publish_copy, []
+
+    def killed_the_second_time(source, target):
+        calls.append(target.name)
+        if calls.count("model_best.pth") == 2:
+            raise KeyboardInterrupt
+        publish(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(base_trainer_module, "publish_copy", killed_the_second_time)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 1
+    resumed = build(tmp_path, evaluate=scripted([0.3]))
+    resumed.resume(load_checkpoint(tmp_path / "model_last.pth"), tmp_path / "model_last.pth")
+    resumed.train()
+    assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == resumed.progress.best_epoch == 2
+
+
+def test_an_earlier_checkpoint_whose_best_is_gone_is_refused(tmp_path):
+    build(tmp_path, {"trainer": {"keep_checkpoints": 0}}, evaluate=scripted([0.5, 0.1, 0.9])).train()
+    path = tmp_path / "model_epoch_2.pth"
+    with pytest.raises(CheckpointError, match="its best model so far is of epoch 1, but .*model_best.pth is not"):
+        build(tmp_path).resume(load_checkpoint(path), path)
 
 
 def test_early_stop_counts_epochs_without_improvement(tmp_path):

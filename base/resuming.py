@@ -1,0 +1,42 @@
+"""Which config values a resumed run may change, and which would make it another experiment."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from base.config import Config
+from base.errors import CheckpointError, ConfigError
+from base.optimization import spans_whole_run
+
+MAY_CHANGE_ON_RESUME = (
+    "trainer.epochs", "trainer.early_stop", "trainer.save_dir", "trainer.save_period", "trainer.keep_checkpoints",
+    "trainer.verbosity", "trainer.label_dir", "trainer.tensorboard", "name", "exper_name", "n_gpu", "comet", "system",
+    "pgd_attack", "data_loader.args.data_dir", "data_loader.args.num_workers", "data_loader.args.pin_memory",
+)  # fmt: skip
+"""Config keys that a resumed run may have other values for: none of them changes what is learnt from what."""
+
+
+def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: Path) -> None:
+    """Refuse the first config value that differs from a checkpoint's and would make a resumed run another experiment.
+
+    Raises:
+        CheckpointError: the architecture differs.
+        ConfigError: anything else that matters differs.
+    """
+    for key, old, new in _differences(before, config.dump()):
+        if key.startswith("arch."):
+            raise CheckpointError(f"{source}: is of another architecture: {key} is {old!r} there and {new!r} in this config")
+        spans_run = key == "trainer.epochs" and spans_whole_run(config.lr_scheduler)
+        if spans_run or (key not in MAY_CHANGE_ON_RESUME and key.partition(".")[0] not in MAY_CHANGE_ON_RESUME):
+            why = f"; {config.lr_scheduler.type} spans the whole run" if spans_run else ""
+            raise ConfigError(f"{key}: the run was started with {old!r}; {new!r} would make it another experiment{why}")
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, old and new value of every leaf in which two trees differ."""
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{path}{key}.")
+        elif old != new:
+            yield f"{path}{key}", old, new
