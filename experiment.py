@@ -31,7 +31,7 @@ from base.run_folder import create_run_folder, describe, logging_to, package_ver
 from base.runtime import autocast, choose_device, choose_precision, seed_global_generators, set_determinism
 from base.tracking import start_trackers, tell
 from data_loader import DATA_LOADERS
-from data_loader.label_noise import LabelNoise
+from data_loader.label_noise import LabelNoise, describe_transitions
 from models import build_model
 from models.losses import LOSSES
 from models.metrics import METRICS
@@ -189,7 +189,8 @@ class Experiment:
         loader, counts = self.train_loader, self._counts()
         write_json(folder / "config.json", self.config.dump())
         record_environment(folder, resumed)
-        np.savez_compressed(folder / "labels.npz", **loader.label_arrays())
+        labels = loader.label_arrays()
+        np.savez_compressed(folder / "labels.npz", **labels)
         logger.info("run folder %s", folder)
         logger.info(
             "%s with %d parameters on %s (%s); %d training, %d validation, %d test images of %d classes",
@@ -200,8 +201,9 @@ class Experiment:
             logger.warning("validation_split is 0, but val_ values are watched: 10 % of every class is held out")
         noise = loader.noise_report()
         if noise is not None:
-            for key, value in noise.items():
-                logger.info("label noise: %s %s", key, value)
+            logger.info("label noise: %s", ", ".join(f"{key} {value}" for key, value in noise.items() if value is not None))
+            for line in describe_transitions(labels["transition_matrix"], loader.class_names):
+                logger.info("label noise: %s", line)
 
     def _counts(self) -> dict[str, int]:
         """How many images there are to train on, to validate and to test."""

@@ -144,6 +144,15 @@ def transition_matrix(clean: np.ndarray, noisy: np.ndarray, num_classes: int) ->
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
+def describe_transitions(matrix: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """A line per class that says what its labels became, most frequent first: `cat -> cat 60.0 %, dog 40.0 %`."""
+    lines = []
+    for name, row in zip(class_names, matrix, strict=True):
+        targets = [f"{class_names[target]} {row[target]:.1%}" for target in np.argsort(-row, kind="stable") if row[target] > 0]
+        lines.append(f"{name} -> {', '.join(targets)}")
+    return lines
+
+
 def realised_rate(clean: np.ndarray, noisy: np.ndarray) -> float:
     """The share of labels that differ, in `[0, 1]`."""
     return float(np.mean(clean != noisy)) if len(clean) else 0.0

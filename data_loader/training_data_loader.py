@@ -175,16 +175,20 @@ class TrainingDataLoader(ImageDataLoader):
     def label_arrays(self) -> dict[str, np.ndarray]:
         """What `labels.npz` of a run folder holds: `train_index, train_label, train_clean_label` and the same for `val`.
 
-        int64; an index is a position in the original training set. Copies: changing them changes nothing here.
+        int64; an index is a position in the original training set. With label noise there is also `transition_matrix`, float64,
+        of the training labels. Copies: changing them changes nothing here.
         """
-        return {name: array.copy() for name, array in self._label_arrays.items()}
+        arrays = {name: array.copy() for name, array in self._label_arrays.items()}
+        if self._noise.active:
+            clean, noisy = arrays["train_clean_label"], arrays["train_label"]
+            arrays["transition_matrix"] = transition_matrix(clean, noisy, self.num_classes)
+        return arrays
 
     def noise_report(self) -> dict[str, Any] | None:
         """What the label noise amounts to, in plain values for JSON; None without noise.
 
         Rates are shares of changed labels in `[0, 1]`. `asked_rate` is the share of labels that the law picked (None for a
-        file), `val_rate` is None where nothing is held out, `transition_matrix` is `label_noise.transition_matrix` of the
-        training labels.
+        file), `val_rate` is None where nothing is held out.
         """
         if not self._noise.active:
             return None
@@ -198,7 +202,6 @@ class TrainingDataLoader(ImageDataLoader):
             "asked_rate": None if self._noise.kind == "file" else self._noise.percent,
             "train_rate": realised_rate(clean, noisy),
             "val_rate": realised_rate(arrays["val_clean_label"], arrays["val_label"]) if len(self._val_index) else None,
-            "transition_matrix": transition_matrix(clean, noisy, self.num_classes).tolist(),
         }
 
     def fingerprint(self) -> str:

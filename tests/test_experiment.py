@@ -189,13 +189,16 @@ def test_run_folder_holds_everything(tmp_path):
     assert {"packages", "command", "commit", "cpu", "gpus"} <= read["environment.json"].keys()
     assert result["n_train"] == len(np.load(tmp_path / "run" / "labels.npz")["train_index"]) > 3 * 8
     labels = np.load(tmp_path / "run" / "labels.npz")
-    assert set(labels) == {f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")}
+    names = {f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")}
+    assert set(labels) == names | {"transition_matrix"}
+    kept = [(labels["train_label"] == digit)[labels["train_clean_label"] == digit].mean() for digit in range(10)]
+    assert labels["transition_matrix"].diagonal() == pytest.approx(kept)
     assert not set(labels["train_index"]) & set(labels["val_index"])
     realised = float((labels["train_label"] != labels["train_clean_label"]).mean())
     assert 0.4 < realised < 0.5, "half of the labels drawn from ten classes: 45 % change"
     log = (tmp_path / "run" / "info.log").read_text()
     assert f"train_rate {realised}" in log
-    assert "transition_matrix [[" in log
+    assert f"label noise: 7 -> 7 {kept[7]:.1%}, " in log
     checkpoint = load_checkpoint(tmp_path / "run" / "model_best.pth")
     assert {"config", "mean", "std", "class_names", "fingerprint", "versions", "schema_version"} <= checkpoint.keys()
 

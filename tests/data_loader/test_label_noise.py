@@ -16,6 +16,7 @@ from data_loader.label_noise import (
     LabelNoise,
     apply_noise,
     asymmetric_noise,
+    describe_transitions,
     realised_rate,
     symmetric_noise,
     transition_matrix,
@@ -114,6 +115,11 @@ def test_apply_noise_dispatches_and_is_idle_at_zero():
     flipped = apply_noise(labels, CIFAR10_CLASSES, LabelNoise("asym", 1.0), rng())
     assert flipped.tolist() == [0, 1, 0, 5, 7, 3, 6, 7, 8, 1]
     assert (apply_noise(labels, CIFAR10_CLASSES, LabelNoise("sym", 1.0, "exclusive"), rng()) != labels).all()
+
+
+def test_transitions_in_words_the_most_frequent_first():
+    lines = describe_transitions(np.array([[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]]), ("cat", "dog", "frog"))
+    assert lines == ["cat -> dog 75.0%, cat 25.0%", "dog -> ", "frog -> frog 100.0%"]
 
 
 def test_transition_matrix_of_an_absent_class_is_zero():
