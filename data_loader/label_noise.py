@@ -145,7 +145,7 @@ def transition_matrix(clean: np.ndarray, noisy: np.ndarray, num_classes: int) ->
 
 
 def describe_transitions(matrix: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """A line per class that says what its labels became, most frequent first: `cat -> cat 60.0 %, dog 40.0 %`."""
+    """A line per class that says what its labels became, most frequent first: `cat -> cat 60.0%, dog 40.0%`."""
     lines = []
     for name, row in zip(class_names, matrix, strict=True):
         targets = [f"{class_names[target]} {row[target]:.1%}" for target in np.argsort(-row, kind="stable") if row[target] > 0]
