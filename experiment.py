@@ -1,11 +1,11 @@
 """Experiment: the one place that knows every room. Config -> loaders, model, optimiser, trainer -> run folder.
 
-    experiment = Experiment.from_config(load_config("configs/quickstart.json"))
-    result = experiment.run()
+experiment = Experiment.from_config(load_config("configs/quickstart.json"))
+result = experiment.run()
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -14,34 +14,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import assembly
+from attacks import from_config
+from attacks.report import measure
+from attacks.threat_model import as_written
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.base_trainer import BaseTrainer
+from base.base_trainer import BaseTrainer, Validate
 from base.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_weights
 from base.config import Config
 from base.config_files import Override, merge, override, read_tree, validate
-from base.errors import CheckpointError, ConfigError
+from base.errors import CheckpointError
 from base.optimization import Schedule, build_optimizer, check_optimization
-from base.registry import lookup
 from base.resuming import refuse_other_experiment
 from base.run_folder import create_run_folder, describe, logging_to, package_versions, record_environment, write_json
 from base.runtime import autocast, choose_device, choose_precision, seed_global_generators, set_determinism
 from base.tracking import start_trackers, tell
-from data_loader import DATA_LOADERS
-from data_loader.label_noise import LabelNoise, describe_transitions
-from models import build_model
+from data_loader.label_noise import describe_transitions
+from data_loader.splits import first_of_every_class
 from models.losses import LOSSES
-from models.metrics import METRICS
-from models.ocnn import penalty
 from trainer.evaluate import evaluate
-from trainer.trainer import Trainer
+from trainer.robust_validation import RobustValidation
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT_BY_DEFAULT = 0.1
 
 
 @dataclass
@@ -78,11 +75,11 @@ class Experiment:
         check_optimization(config.optimizer, config.lr_scheduler)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = choose_device(config.system.device, config.n_gpu)
-        train_loader = build_data_loader(config, device)
+        train_loader = assembly.build_data_loader(config, device)
         validation_loader, test_loader = train_loader.split_validation(), train_loader.test_loader()
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
-        model = build_experiment_model(config, train_loader, device)
+        model = assembly.build_experiment_model(config, train_loader, device)
         optimizer = build_optimizer(config.optimizer, model)
         epochs, batches = config.trainer.epochs, len(train_loader)
         schedule = Schedule(config.lr_scheduler, optimizer, epochs, batches, validation_loader is not None)
@@ -144,22 +141,17 @@ class Experiment:
 
     def build_trainer(self, folder: Path) -> BaseTrainer:
         """The trainer that the config asks for, which will write into `folder`."""
-        config = self.config
-        return Trainer(
-            loss=LOSSES[config.train_loss],
-            metrics=self._metrics(),
-            penalty=ocnn_penalty(config),
-            config=config,
+        return assembly.build_trainer(
+            self.config,
             model=self.model,
             optimizer=self.optimizer,
             schedule=self.schedule,
             train_loader=self.train_loader,
-            validation_loader=self.validation_loader,
-            evaluate=partial(self.evaluate, description="validating"),
+            validate=self._validator(),
             precision=self.precision,
             folder=folder,
             metadata={
-                "config": config.dump(),
+                "config": self.config.dump(),
                 "mean": list(self.train_loader.mean),
                 "std": list(self.train_loader.std),
                 "class_names": list(self.train_loader.class_names),
@@ -168,21 +160,44 @@ class Experiment:
             },
         )
 
+    def _validator(self) -> Validate:
+        """What is measured on the validation set after an epoch: loss and accuracies, in some epochs robust accuracy."""
+        loader, robust = self.validation_loader, self.robust_validation()
+        if loader is None:
+            return lambda model, epoch: {}
+        clean = partial(self.evaluate, loader=loader, description="validating")
+        return lambda model, epoch: {**clean(model), **(robust(model, epoch) if robust else {})}
+
+    def robust_validation(self) -> RobustValidation | None:
+        """The attack on a part of the validation set that the config asks for; None where it asks for none."""
+        config, loader = self.config, self.validation_loader
+        if loader is None or config.robust_validation_period == 0:
+            return None
+        index = first_of_every_class(loader.labels.cpu().numpy(), config.adversarial.validate_images)
+        return RobustValidation(
+            loader.subset(torch.from_numpy(index)),
+            from_config.pgd(config),
+            from_config.fgsm(config) if config.adversarial_method == "fgsm" else None,
+            period=config.robust_validation_period,
+            epochs=config.trainer.epochs,
+            seed=config.seed,
+            autocast=self.autocast,
+        )
+
+    def autocast(self) -> Any:
+        """The context of forward passes in the run's precision."""
+        return autocast(next(self.model.parameters()).device, self.precision)
+
     def evaluate(self, model: BaseModel, loader: BaseDataLoader, description: str = "testing") -> dict[str, float]:
         """Mean loss and accuracies (fractions) of `model` on `loader`."""
-        device = next(model.parameters()).device
         return evaluate(
             model,
             loader,
             loss=LOSSES[self.config.val_loss],
-            metrics=self._metrics(),
-            autocast=lambda: autocast(device, self.precision),
+            metrics=assembly.metrics(self.config),
+            autocast=self.autocast,
             description=description,
         )
-
-    def _metrics(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        """The config's metrics, and always the two that results are reported in."""
-        return {name: METRICS[name] for name in dict.fromkeys(["top1", "top5", *self.config.metrics])}
 
     def _describe(self, folder: Path, resumed: bool) -> None:
         """Write what the run is, before it begins: config, environment, labels."""
@@ -199,6 +214,7 @@ class Experiment:
         )  # fmt: skip
         if counts["n_val"] and self.config.data_loader.args.validation_split == 0:
             logger.warning("validation_split is 0, but val_ values are watched: 10 % of every class is held out")
+        self._describe_adversary()
         noise = loader.noise_report()
         if noise is not None:
             logger.info("label noise: %s", ", ".join(f"{key} {value}" for key, value in noise.items() if value is not None))
@@ -211,19 +227,37 @@ class Experiment:
         n_train = len(self.train_loader.label_arrays()["train_index"])  # of which num_batches may take fewer in an epoch
         return {"n_train": n_train, "n_val": held_out, "n_test": self.test_loader.n_samples}
 
+    def _describe_adversary(self) -> None:
+        config, robust = self.config, self.robust_validation()
+        threat = from_config.threat_model(config)
+        radius = f"{threat.norm} {as_written(threat.epsilon, threat.norm)}"
+        if config.adversarial_method != "none":
+            logger.info("adversarial training: %s, %s", config.adversarial_method, radius)
+        if robust is not None:
+            logger.info(
+                "robust validation: PGD-%d, %s, on %d of %d validation images (the first of every class), every %d epochs",
+                config.pgd_attack.K, radius, robust.loader.n_samples, self.validation_loader.n_samples, robust.period,
+            )  # fmt: skip
+
     def _conclude(self, trainer: BaseTrainer) -> dict[str, Any]:
-        """Test the last and the best model, write `result.json`."""
+        """Test the last and the best model, and their averages; write `result.json`."""
         folder, progress = trainer.folder, trainer.progress
-        best = last = self.evaluate(self.model, self.test_loader)
-        if progress.best_epoch != progress.epochs_done or progress.batches_done > 0:
-            load_weights(self.model, load_checkpoint(folder / BEST)["state_dict"], folder / BEST)
-            best = self.evaluate(self.model, self.test_loader)
-        log = progress.history[progress.best_epoch - 1]
+        last_is_best = progress.best_epoch in (None, progress.epochs_done) and progress.batches_done == 0
+        names = ["last", "best"] if last_is_best else ["last"]
+        best = last = self._test_all(self.model, trainer.average.model if trainer.average else None, names, folder)
+        if not last_is_best:
+            saved, averaged = load_checkpoint(folder / BEST), None
+            load_weights(self.model, saved["state_dict"], folder / BEST)
+            if trainer.average:
+                averaged = deepcopy(self.model)
+                load_weights(averaged, saved["ema_state_dict"], folder / BEST)
+            best = self._test_all(self.model, averaged, ["best"], folder)
+        log = progress.history[(progress.best_epoch or progress.epochs_done) - 1]
         result = {
-            **{f"test_{name}": value for name, value in best.items()},
-            **{f"last_test_{name}": value for name, value in last.items()},
+            **best,
+            **{f"last_{name}": value for name, value in last.items()},
             "val_top1": log.get("val_top1"),
-            **{key: value for key, value in log.items() if key.startswith("val_clean_")},
+            **{key: value for key, value in log.items() if key.startswith(("val_clean_", "val_ema_", "val_robust_"))},
             "best_epoch": progress.best_epoch,
             "epochs": progress.epochs_done,
             "train_seconds": progress.train_seconds,
@@ -236,69 +270,33 @@ class Experiment:
         logger.info("done: %s", describe(result))
         return result
 
+    def _test_all(self, model: BaseModel, averaged: BaseModel | None, names: list[str], folder: Path) -> dict[str, float]:
+        """Values on the test set, prefixed with `test_`, and with `ema_test_` for the averaged weights."""
+        values = self._test(model, names, folder)
+        if averaged is not None:
+            of_average = self._test(averaged, [f"{name}_ema" for name in names], folder)
+            values |= {f"ema_{key}": value for key, value in of_average.items()}
+        return values
 
-def build_data_loader(config: Config, device: torch.device) -> Any:
-    """The training loader of a config. With a `val_` monitor and no validation split, a tenth of every class is held out."""
-    settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
-    watches_validation = "val_" in settings.monitor or "val_" in (config.lr_scheduler.monitor or "")
-    if watches_validation and args["validation_split"] == 0:
-        args["validation_split"] = HELD_OUT_BY_DEFAULT
-    kind = "sym" if settings.sym else "asym" if settings.asym else "file" if settings.noise_file else "none"
-    noise = LabelNoise(
-        kind=kind,
-        percent=settings.percent,
-        law=settings.noise_law,
-        file=settings.noise_file,
-        key=settings.noise_key,
-        on_validation=settings.noisy_validation,
-    )
-    augmentation = config.augmentation
-    return lookup(DATA_LOADERS, config.data_loader.type, "data_loader.type")(
-        **args,
-        seed=config.seed,
-        subset_percent=settings.subset_percent,
-        noise=noise,
-        crop_padding=augmentation.crop_padding,
-        flip=augmentation.flip,
-        cutout=augmentation.cutout,
-        device=device,
-    )
-
-
-def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch.device) -> BaseModel:
-    """The config's model for the loader's classes, with the loader's mean and std, on the device."""
-    arch = config.arch.model_dump(exclude_none=True)
-    asked = config.arch.args.num_classes or config.num_classes
-    if asked is not None and asked != loader.num_classes:
-        raise ConfigError(f"arch.args.num_classes: {asked}, but {config.data_loader.type} has {loader.num_classes} classes")
-    arch["args"]["num_classes"] = loader.num_classes
-    seed_global_generators(config.seed, "weights")
-    model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
-    if config.system.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    refuse_unfit_images(model, loader, config.arch.type)
-    return model
-
-
-def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> None:
-    """Try one forward pass in training mode, on a copy, with the smallest batch that will occur (two images are enough).
-
-    Raises:
-        ConfigError: the network cannot take images of that size, or so few.
-    """
-    count = min(2, loader.n_samples % loader.batch_size or loader.batch_size)
-    images = torch.zeros(count, *loader.image_shape, device=next(model.parameters()).device)
-    try:
-        with torch.no_grad():
-            deepcopy(model).train()(images)
-    except (RuntimeError, ValueError) as error:
-        size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}") from None
-
-
-def ocnn_penalty(config: Config) -> Callable[[nn.Module], Tensor] | None:
-    """OCNN's weighted penalty, where the config asks for it."""
-    if not config.trainer.OCNN:
-        return None
-    return lambda model: config.trainer.lamb_ocnn * penalty(model)
+    def _test(self, model: BaseModel, names: list[str], folder: Path) -> dict[str, float]:
+        values = {f"test_{key}": value for key, value in self.evaluate(model, self.test_loader).items()}
+        if not self.config.reports_robustness:
+            return values
+        loader, count = self.test_loader, self.config.adversarial.report_images
+        if count is not None:
+            loader = loader.subset(torch.from_numpy(first_of_every_class(loader.labels.cpu().numpy(), count)))
+        report = measure(
+            model,
+            loader,
+            from_config.pgd(self.config, stop_at_rank=5),
+            seed=self.config.seed,
+            checkpoint=names[-1],
+            autocast=self.autocast,
+            description=f"attacking the {names[0]} model",
+        )
+        for name in names:
+            report.save(folder / "eval" / f"pgd_{name}.json")
+        logger.info("%s model: %s", " and ".join(names), report)
+        for warning in report.values["warnings"]:
+            logger.warning("%s model: %s", names[0], warning)
+        return {**values, **{f"test_{key}": report.values[key] for key in ("robust_top1", "robust_top5")}}

@@ -1,12 +1,11 @@
 """Standard training from a JSON config, with validation, checkpoints and a final test.
 
-    python train.py -c configs/quickstart.json
-    python train.py -c configs/quickstart.json --conv conv --norm bn --seed 1 --set trainer.epochs=5
-    python train.py -r saved/quickstart/20260101-120000-000000
+python train.py -c configs/quickstart.json
+python train.py -c configs/quickstart.json --conv conv --norm bn --seed 1 --set trainer.epochs=5
+python train.py -r saved/quickstart/20260101-120000-000000
 """
 
-from base.command_line import config_overrides, config_parser, run_script, select_device
-from base.config_files import load_config
+from base.command_line import config_overrides, config_parser, read_config, run_script, select_device
 from base.errors import ConfigError
 from experiment import Experiment
 
@@ -16,15 +15,12 @@ def main() -> None:
     select_device(arguments.device)
     overrides = config_overrides(arguments)
     if arguments.resume:
-        if arguments.run_dir:
-            raise ConfigError("--run_dir: a resumed run stays in its own folder")
         Experiment.resume(arguments.resume, arguments.config, overrides)
         return
-    if not arguments.config:
-        raise ConfigError("-c CONFIG or -r CHECKPOINT is required (see train.py --help)")
-    config = load_config(arguments.config, overrides)
-    if config.trainer.do_adv:
-        raise ConfigError("trainer.do_adv: true asks for adversarial training, train.py trains on clean images; set it false")
+    config = read_config(arguments, overrides)
+    if config.adversarial_method != "none":
+        key = "adversarial.method" if config.adversarial.method else "trainer.do_adv"
+        raise ConfigError(f"{key}: asks for adversarial training, train.py trains on clean images; use train_robust.py")
     Experiment.from_config(config).run(arguments.run_dir)
 
 

@@ -21,6 +21,8 @@ class BaseDataLoader(ABC):
         image_shape: `(C, H, W)`.
         mean: per-channel mean of the pixels, in `[0, 1]`.
         std: per-channel standard deviation of the pixels, in `[0, 1]`.
+        labels: int64, the labels in the order of the data set, on the loader's device.
+        positions: int64, for each image of an unshuffled loader its place in the part of the data set it was taken from.
         clean_labels: where the labels of an unshuffled loader carry noise, int64 `(n_samples,)` labels before the noise in the
             order of iteration, on the loader's device; None where the labels are clean.
     """
@@ -32,6 +34,8 @@ class BaseDataLoader(ABC):
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    labels: Tensor
+    positions: Tensor
     clean_labels: Tensor | None = None
 
     @abstractmethod
@@ -45,6 +49,10 @@ class BaseDataLoader(ABC):
     @abstractmethod
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the epoch (from 1 on) whose order and augmentation the next iteration uses, and the batch it begins with."""
+
+    @abstractmethod
+    def subset(self, index: Tensor) -> "BaseDataLoader":
+        """A loader of the images at `index` (int64, positions in `labels`), in that order, neither shuffled nor augmented."""
 
     @abstractmethod
     def split_validation(self) -> "BaseDataLoader | None":

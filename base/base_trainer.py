@@ -27,9 +27,10 @@ from base.run_folder import describe
 from base.runtime import autocast, get_rng_state, set_rng_state
 from base.totals import BatchResult, Totals
 from base.tracking import Tracker, tell
+from base.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
-Evaluate = Callable[[BaseModel, BaseDataLoader], dict[str, float]]
+Validate = Callable[[BaseModel, int], dict[str, float]]
 
 
 class BaseTrainer(ABC):
@@ -46,8 +47,7 @@ class BaseTrainer(ABC):
         optimizer: over the model's parameters.
         schedule: of the optimiser's learning rate.
         train_loader: shuffled, augmented minibatches.
-        validation_loader: the held-out images; None to train without validation.
-        evaluate: `(model, loader) -> {name: mean over samples}`; used for validation.
+        validate: `(model, epoch) -> {name: value}` on held-out images; empty to train without validation.
         precision: `"fp32"` or `"bf16"`, for forward passes.
         folder: the run folder, which exists.
         metadata: further plain values for every checkpoint (config, mean, std, fingerprints, versions).
@@ -61,8 +61,7 @@ class BaseTrainer(ABC):
         optimizer: Optimizer,
         schedule: Schedule,
         train_loader: BaseDataLoader,
-        validation_loader: BaseDataLoader | None,
-        evaluate: Evaluate,
+        validate: Validate,
         precision: str,
         folder: Path,
         metadata: Mapping[str, Any],
@@ -72,8 +71,7 @@ class BaseTrainer(ABC):
         self.optimizer = optimizer
         self.schedule = schedule
         self.train_loader = train_loader
-        self.validation_loader = validation_loader
-        self.evaluate = evaluate
+        self.validate_model = validate
         self.precision = precision
         self.folder = folder
         self.trackers: list[Tracker] = []
@@ -81,6 +79,8 @@ class BaseTrainer(ABC):
         self.device = next(model.parameters()).device
         self.progress = Progress()
         self.totals = Totals()
+        decay = config.trainer.ema_decay
+        self.average = None if decay is None else WeightAverage(model, decay)
         self._signal: int | None = None
 
     @abstractmethod
@@ -104,6 +104,8 @@ class BaseTrainer(ABC):
         if not torch.isfinite(loss.detach() + torch.nn.utils.get_total_norm(gradients)):
             raise NonFiniteError(self._describe_non_finite(loss))
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
 
     def autocast(self) -> Any:
         """The context for forward passes in the run's precision."""
@@ -133,15 +135,29 @@ class BaseTrainer(ABC):
         return self.progress.epochs_done >= self.config.trainer.epochs
 
     def validate(self) -> dict[str, float]:
-        """Values on the held-out images, their names prefixed with `val_`."""
-        if self.validation_loader is None:
-            return {}
-        return {f"val_{name}": value for name, value in self.evaluate(self.model, self.validation_loader).items()}
+        """Values on the held-out images, their names prefixed with `val_`, and with `val_ema_` for the averaged weights."""
+        epoch = self.progress.epochs_done + 1
+        values = {f"val_{name}": value for name, value in self.validate_model(self.model, epoch).items()}
+        if self.average is not None:
+            averaged = self.validate_model(self.average.model, epoch)
+            values |= {f"val_ema_{name}": value for name, value in averaged.items()}
+        return values
+
+    def method_state(self) -> dict[str, Any]:
+        """What a training method carries from minibatch to minibatch, for checkpoints: tensors and plain values."""
+        return {}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional
+        """Continue from what `method_state` returned."""
 
     def checkpoint(self) -> dict[str, Any]:
         """Everything `resume` needs, and what a reader needs to use the weights."""
+        average = {}
+        if self.average is not None:
+            average = {"ema_state_dict": self.average.model.state_dict(), "ema_updates": self.average.updates}
         return {
             **self.metadata,
+            **average,
             "arch": type(self.model).__name__,
             "epoch": self.progress.epochs_done,
             "batch": self.progress.batches_done,
@@ -153,6 +169,7 @@ class BaseTrainer(ABC):
             "monitor_best": self.progress.best_value,
             "progress": vars(self.progress),
             "totals": self.totals.state_dict(),
+            "method": self.method_state(),
             "rng": get_rng_state(),
         }
 
@@ -177,6 +194,9 @@ class BaseTrainer(ABC):
         self.schedule.load_state_dict(checkpoint["scheduler"])
         self.progress = progress
         self.totals.load_state_dict(checkpoint["totals"], self.device)
+        self.load_method_state(checkpoint.get("method", {}))
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["ema_state_dict"], checkpoint["ema_updates"])
         set_rng_state(checkpoint["rng"])
 
     def _restore_best(self, progress: Progress, source: Path) -> None:
@@ -199,7 +219,7 @@ class BaseTrainer(ABC):
         self.train_loader.set_epoch(epoch, first_batch=progress.batches_done)
         bar = tqdm(
             self.train_loader,
-            desc=f"epoch {epoch}/{self.config.trainer.epochs}",
+            desc=f"epoch {epoch}/{self.config.trainer.epochs}{self._accuracies_so_far()}",
             total=len(self.train_loader),
             initial=progress.batches_done,
             disable=None,  # quiet when not a terminal
@@ -220,6 +240,13 @@ class BaseTrainer(ABC):
         means = self.totals.means()  # reads the device, so the time is that of finished work
         progress.train_seconds += perf_counter() - begin
         return {"epoch": epoch, "lr": progress.learning_rate, **means}
+
+    def _accuracies_so_far(self) -> str:
+        """Validation accuracies of the last epoch, for the progress bar."""
+        log = next(reversed(self.progress.history), {})
+        kinds = {"clean": log.get("val_top1"), "robust": log.get("val_robust_top1")}
+        known = [f"{value:.1%} {kind}" for kind, value in kinds.items() if value is not None]
+        return f" (validation: {', '.join(known)})" if known else ""
 
     def _finish_epoch(self, log: dict[str, Any]) -> None:
         self.schedule.step_epoch(log)

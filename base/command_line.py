@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from base.config_files import Override
+from base.config import Config
+from base.config_files import Override, load_config
 from base.errors import ConfigError, ProjectError
 
 SHORT_FLAGS = (
@@ -53,7 +54,13 @@ def config_parser(description: str) -> Parser:
 
 
 def config_overrides(arguments: argparse.Namespace) -> list[Override]:
-    """The config overrides of a parsed command line: `--set` in the order given, then the short flags."""
+    """The config overrides of a parsed command line: `--set` in the order given, then the short flags.
+
+    Raises:
+        ConfigError: a setting without a value, or flags that contradict each other.
+    """
+    if arguments.resume and arguments.run_dir:
+        raise ConfigError("--run_dir: a resumed run stays in its own folder")
     overrides = []
     for setting in arguments.set:
         key, equals, value = setting.partition("=")
@@ -62,6 +69,17 @@ def config_overrides(arguments: argparse.Namespace) -> list[Override]:
         overrides.append((key, value))
     values = vars(arguments)
     return overrides + [(key, values[key]) for _, key, _ in SHORT_FLAGS if values[key] is not None]
+
+
+def read_config(arguments: argparse.Namespace, overrides: list[Override]) -> Config:
+    """The config that a new run is started with.
+
+    Raises:
+        ConfigError: none is named, or it cannot be used.
+    """
+    if not arguments.config:
+        raise ConfigError("-c CONFIG or -r CHECKPOINT is required (see --help)")
+    return load_config(arguments.config, overrides)
 
 
 def select_device(device: str | None) -> None:

@@ -6,7 +6,7 @@ canonical, so its published config files are valid here.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from base.config_names import (
     LOGGED_VALUES,
@@ -19,17 +19,10 @@ from base.config_names import (
     NormName,
     logged_value,
 )
+from base.config_robustness import AdversarialConfig, PGDAttackConfig, refuse_other_units
+from base.config_section import Count, Fraction, Positive, Section
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
-
-
-class Section(BaseModel):
-    """One object of the tree: strict types, no unknown keys, immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class ArchArgs(Section):
@@ -130,7 +123,7 @@ class OptimizerConfig(Section):
 
     type: str = "SGD"
     """Name of a class of torch.optim."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default={})
     """Its arguments, checked against its signature; what is left out has torch's default."""
 
 
@@ -139,7 +132,7 @@ class SchedulerConfig(Section):
 
     type: str = "none"
     """Name of a class of torch.optim.lr_scheduler, or none."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default={})
     """Its arguments. T_max of CosineAnnealingLR and total_steps of OneCycleLR default to the whole run."""
     interval: Literal["epoch", "batch"] | None = None
     """When it steps; null: after every batch for OneCycleLR and CyclicLR, after every epoch for the others."""
@@ -196,12 +189,14 @@ class TrainerConfig(Section):
     """Add OCNN's orthogonality penalty to the loss."""
     lamb_ocnn: Annotated[float, Field(ge=0)] = 0.001
     """Weight of OCNN's penalty."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per update of a moving average of the weights, which is evaluated and saved beside them; null: no average."""
     do_adv: bool = False
-    """Free adversarial training."""
+    """Adversarial training by train_robust.py: free, unless adversarial.method says otherwise."""
     fgsm_step: Annotated[float, Field(ge=0)] = 8
-    """Free adversarial training: step in 1/255 of the pixel range."""
+    """Free adversarial training under linf: step in 1/255 of the pixel range."""
     adv_clip_eps: Annotated[float, Field(ge=0)] = 8
-    """Free adversarial training: l-inf bound in 1/255 of the pixel range."""
+    """The l-inf bound of training and of attacks, in 1/255 of the pixel range, where adversarial.epsilon gives none."""
     adv_repeats: Positive = 4
     """Free adversarial training: updates per minibatch."""
 
@@ -226,15 +221,6 @@ class TrainerConfig(Section):
         if self.noise_key is not None and self.noise_file is None:
             raise ValueError("noise_key: has no effect without noise_file")
         return self
-
-
-class PGDAttackConfig(Section):
-    """The attack report after adversarial training."""
-
-    K: Positive = 10
-    """Steps."""
-    step: Annotated[float, Field(ge=0)] = 2
-    """Step size in 1/255 of the pixel range."""
 
 
 class SystemConfig(Section):
@@ -289,9 +275,10 @@ class Config(Section):
     """Loss of training."""
     val_loss: Literal["cross_entropy"] = "cross_entropy"
     """Loss reported on validation and test set."""
-    metrics: list[MetricName] = ["top1", "top5"]
+    metrics: list[MetricName] = Field(default=["top1", "top5"])
     """Metrics in progress and logs; my_metric is top1, my_metric2 is top5."""
     trainer: TrainerConfig = TrainerConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
     pgd_attack: PGDAttackConfig = PGDAttackConfig()
     system: SystemConfig = SystemConfig()
     comet: CometConfig | None = None
@@ -313,7 +300,40 @@ class Config(Section):
         for key, name in (("trainer", self.trainer.monitor), ("lr_scheduler", self.lr_scheduler.monitor or "")):
             if "val_clean_" in name and not (noisy and self.trainer.noisy_validation):
                 raise ValueError(f"{key}.monitor: {name!r} is only logged where validation labels carry noise")
+            if "val_ema_" in name and self.trainer.ema_decay is None:
+                raise ValueError(f"{key}.monitor: {name!r} is only logged with trainer.ema_decay")
+            if "robust_" in name and self.robust_validation_period == 0:
+                raise ValueError(f"{key}.monitor: {name!r} is only logged with adversarial.validate_every above 0")
         return self
+
+    @model_validator(mode="after")
+    def _attack_sizes(self) -> Self:
+        adversarial, trainer = self.adversarial, self.trainer
+        if adversarial.method == "none" and trainer.do_adv:
+            raise ValueError("adversarial.method: none contradicts trainer.do_adv: true")
+        refuse_other_units("trainer.adv_clip_eps", trainer.adv_clip_eps, "linf")
+        refuse_other_units("adversarial.epsilon", adversarial.epsilon, adversarial.norm)
+        refuse_other_units("trainer.fgsm_step", trainer.fgsm_step, "linf", is_step=True)
+        refuse_other_units("adversarial.step_size", adversarial.step_size, adversarial.norm, is_step=True)
+        refuse_other_units("pgd_attack.step", self.pgd_attack.step, adversarial.norm, is_step=True)
+        return self
+
+    @property
+    def adversarial_method(self) -> str:
+        """The training method: `none`, `free`, `fgsm`, `pgd` or `trades`."""
+        return self.adversarial.method or ("free" if self.trainer.do_adv else "none")
+
+    @property
+    def robust_validation_period(self) -> int:
+        """Epochs from one robust validation to the next; 0 for none."""
+        every = self.adversarial.validate_every
+        return int(self.adversarial_method != "none") if every is None else every
+
+    @property
+    def reports_robustness(self) -> bool:
+        """Whether the test set is attacked after training."""
+        report = self.adversarial.report
+        return self.adversarial_method != "none" if report is None else report
 
     def dump(self) -> dict[str, Any]:
         """The resolved tree as plain JSON values, without secrets; validating it again gives the same config."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from base.config import Config, Section
+from base.config import Config
+from base.config_section import Section
 from base.errors import ConfigError
 from base.registry import did_you_mean
 

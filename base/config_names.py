@@ -13,12 +13,16 @@ DataLoaderName = Literal["CIFAR10DataLoader", "CIFAR100DataLoader", "ImageFolder
 MetricName = Literal["top1", "top5", "my_metric", "my_metric2"]
 METRIC_ALIASES = {"my_metric": "top1", "my_metric2": "top5"}
 
-LOGGED_VALUES = "loss, top1, top5, alone or after val_ or val_clean_ (never the test set)"
+LOGGED_VALUES = (
+    "loss, top1, top5, alone or after val_, val_clean_ or val_ema_, and val_robust_top1, val_ema_robust_top1"
+    " (never the test set)"
+)
 
 
 def logged_value(name: str) -> str | None:
     """The canonical name of a value that epochs log, such as `val_top1` for ConvNorm's `val_my_metric`; None if unknown."""
-    prefix = next((prefix for prefix in ("val_clean_", "val_") if name.startswith(prefix)), "")
+    prefix = next((prefix for prefix in ("val_clean_", "val_ema_", "val_") if name.startswith(prefix)), "")
     rest = name.removeprefix(prefix)
     rest = METRIC_ALIASES.get(rest, rest)
-    return prefix + rest if rest in ("loss", "top1", "top5") else None
+    known = ("loss", "top1", "top5", "robust_top1") if prefix in ("val_", "val_ema_") else ("loss", "top1", "top5")
+    return prefix + rest if rest in known else None

@@ -35,7 +35,8 @@ class Progress:
         """Count an epoch and its logged values; returns whether it is the best so far.
 
         `monitor` is `"max NAME"` or `"min NAME"` of a logged value, or `"off"`: the newest epoch is the best. Of equally good
-        epochs the newest is the best, as in ConvNorm; but only a better one counts as an improvement.
+        epochs the newest is the best, as in ConvNorm; but only a better one counts as an improvement. An epoch in which the
+        value was not measured is neither better nor worse.
         """
         self.history.append(log)
         self.epochs_done += 1
@@ -44,7 +45,9 @@ class Progress:
             self.best_epoch = self.epochs_done
             return True
         mode, _, name = monitor.partition(" ")
-        value = log[name]
+        value = log.get(name)
+        if value is None:
+            return False
         if isnan(value):
             gain = -inf
         elif self.best_value is None:

@@ -68,8 +68,9 @@ class ImageDataLoader(BaseDataLoader):
         self.clean_labels = None
         if clean_labels is not None and not shuffle:
             self.clean_labels = torch.from_numpy(clean_labels[: self.n_samples]).to(self.device)
+        self.positions = torch.arange(self.n_samples)
         self._source, self._in_memory = images, in_memory
-        self._labels = torch.from_numpy(labels).to(self.device)
+        self.labels = torch.from_numpy(labels).to(self.device)
         self._shuffle, self._seed = shuffle, seed
         self._crop_padding, self._flip, self._cutout = crop_padding, flip, cutout
         self._epoch, self._first_batch = 1, 0
@@ -105,14 +106,14 @@ class ImageDataLoader(BaseDataLoader):
 
     def _batches(self, epoch: int, first_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self._shuffle:
-            order = torch.randperm(len(self._labels), generator=torch_generator(self._seed, "order", epoch))
+            order = torch.randperm(len(self.labels), generator=torch_generator(self._seed, "order", epoch))
         else:
-            order = torch.arange(len(self._labels))
+            order = torch.arange(len(self.labels))
         batches = order.to(self.device).split(self.batch_size)[first_batch : len(self)]
         numbered = enumerate(zip(batches, self.images.batches(batches), strict=True), start=first_batch)
         for number, (positions, pixels) in numbered:
             pixels = pixels.to(self.device, non_blocking=True)
-            yield self._augmented(pixels, epoch, number), self._labels[positions]
+            yield self._augmented(pixels, epoch, number), self.labels[positions]
 
     def _augmented(self, pixels: Tensor, epoch: int, number: int) -> Tensor:
         generator = torch_generator(self._seed, "augmentation", epoch, number)
@@ -124,6 +125,23 @@ class ImageDataLoader(BaseDataLoader):
         if self._cutout > 0:
             images = augment.cutout(images, self._cutout, self.mean, generator)
         return images
+
+    def subset(self, index: Tensor) -> "ImageDataLoader":
+        chosen = index.cpu().numpy()
+        clean = None if self.clean_labels is None else self.clean_labels.cpu().numpy()[chosen]
+        part = ImageDataLoader(
+            self._source.select(chosen),
+            self.labels.cpu().numpy()[chosen],
+            self.class_names,
+            mean=self.mean,
+            std=self.std,
+            batch_size=self.batch_size,
+            clean_labels=clean,
+            in_memory=self._in_memory,
+            device=self.device,
+        )
+        part.positions = self.positions[index.cpu()]
+        return part
 
     def split_validation(self) -> "ImageDataLoader | None":
         return None

@@ -10,12 +10,12 @@ def top1(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: `(B, C)`.
-        labels: int64 `(B,)` in [0, C).
+        labels: int64 `(B,)` in [0, C), or class probabilities `(B, C)` (mixup): a prediction counts its class's share.
 
     Returns:
-        int64, without dimensions, on the logits' device.
+        int64 (float for probabilities), without dimensions, on the logits' device.
     """
-    return (logits.argmax(dim=1) == labels).sum()
+    return _share(logits.argmax(dim=1, keepdim=True), labels)
 
 
 def top5(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,13 +23,19 @@ def top5(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: `(B, C)`.
-        labels: int64 `(B,)` in [0, C).
+        labels: as for `top1`.
 
     Returns:
-        int64, without dimensions, on the logits' device.
+        As `top1`.
     """
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    return (best == labels.unsqueeze(1)).any(dim=1).sum()
+    return _share(logits.topk(min(5, logits.shape[1]), dim=1).indices, labels)
+
+
+def _share(predictions: Tensor, labels: Tensor) -> Tensor:
+    """How many samples have their label among their predictions `(B, K)`, or how much of their label's probability."""
+    if labels.ndim == 2:
+        return labels.gather(1, predictions).sum()
+    return (predictions == labels.unsqueeze(1)).sum()
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"top1": top1, "top5": top5, "my_metric": top1, "my_metric2": top5}

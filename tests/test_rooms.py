@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "experiment", "configs", "benchmarks", "tests")
+ASSEMBLING = ("assembly", "experiment", "attack_checkpoint")
+"""The modules that know every room."""
+
+ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "configs", "benchmarks", "tests", *ASSEMBLING)
 MAY_IMPORT = {
     "base": set(),
     "models": {"base"},
     "data_loader": {"base"},
     "attacks": {"base"},
     "trainer": {"base", "attacks"},
-    "experiment": {"base", "models", "data_loader", "attacks", "trainer"},
-    "script": {"base", "experiment"},
+    "assembly": {"base", "models", "data_loader", "attacks", "trainer"},
+    "experiment": {"base", "models", "data_loader", "attacks", "trainer", "assembly"},
+    "attack_checkpoint": {"base", "models", "data_loader", "attacks", "trainer", "assembly"},
+    "script": {"base", "experiment", "attack_checkpoint"},
 }
 BASE_PACKAGES = {"torch", "pydantic", "numpy", "tqdm", "comet_ml"}
 

@@ -79,10 +79,10 @@ def bad_inputs(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"not weights")
     return {
         "misspelt key": ({**digits, "trainer": {"epoch": 3}}, [], 2, "trainer.epoch: unknown key; did you mean 'epochs'?"),
-        "wrong type": ({**digits, "trainer": {"epochs": "3"}}, [], 2, 'trainer.epochs: Input should be a valid integer, not'),
+        "wrong type": ({**digits, "trainer": {"epochs": "3"}}, [], 2, "trainer.epochs: Input should be a valid integer, not"),
         "unknown layer": (digits, ["--conv", "prec_cnov"], 2, "did you mean 'prec_conv'?"),
         "unknown optimiser argument": (digits, ["--set", "optimizer.args.momentun=1"], 2, "did you mean 'momentum'?"),
-        "adversarial": ({**digits, "trainer": {"do_adv": True}}, [], 2, "trainer.do_adv: true asks for adversarial training"),
+        "adversarial": ({**digits, "trainer": {"do_adv": True}}, [], 2, "trainer.do_adv: asks for adversarial training"),
         "no config": (None, [], 2, "-c CONFIG or -r CHECKPOINT is required"),
         "missing data folder": (images, [], 4, "images"),
         "truncated image": (images, ["--set", f"data_loader.args.data_dir={tmp_path / 'broken'}"], 4, "dog/2.png"),

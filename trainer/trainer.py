@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.base_trainer import BaseTrainer
@@ -37,30 +38,37 @@ class Trainer(BaseTrainer):
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
         """One forward pass, one update. The logged loss is without the penalty."""
-        alpha = self.config.augmentation.mixup_alpha
-        if alpha > 0:
-            return self._train_mixed_batch(images, labels, alpha)
+        return self.train_on(*self.mixed(images, labels))
+
+    def train_on(self, images: Tensor, targets: Tensor) -> BatchResult:
+        """One forward pass and one update on these images; `targets` are labels `(B,)` or class probabilities `(B, C)`."""
         with self.autocast():
             logits = self.model(images)
-        losses = self.loss(logits, labels)
-        self.update(self._penalised(losses.mean()))
-        return batch_result(losses, logits, labels, self.metrics)
+        losses = self.loss(logits, targets)
+        self.update(self.penalised(losses.mean()))
+        return batch_result(losses, logits, targets, self.metrics)
 
-    def _train_mixed_batch(self, images: Tensor, labels: Tensor, alpha: float) -> BatchResult:
-        """Mixup (Zhang et al., arXiv 1710.09412): images and losses of pairs are averaged with one Beta(alpha, alpha) weight.
+    def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup (Zhang et al., arXiv:1710.09412), where the config asks for it: pairs of images and of labels are averaged with
+        one Beta(alpha, alpha) weight per minibatch.
 
-        Metrics are averaged over the two labels with the same weight, so a prediction of either counts its share.
+        Returns images and class probabilities `(B, C)`; without mixup, images and labels `(B,)` as they came. As cross entropy
+        is linear in the probabilities, it is that of both labels with their weights, in training and inside every attack.
         """
-        key = ("mixup", self.progress.epochs_done + 1, self.progress.batches_done)
+        alpha = self.config.augmentation.mixup_alpha
+        if alpha == 0:
+            return images, labels
+        key = ("mixup", *self.minibatch)
         weight = float(numpy_generator(self.config.seed, *key).beta(alpha, alpha))
         partner = torch.randperm(len(labels), generator=torch_generator(self.config.seed, *key)).to(labels.device)
-        with self.autocast():
-            logits = self.model(torch.lerp(images[partner], images, weight))
-        losses = weight * self.loss(logits, labels) + (1 - weight) * self.loss(logits, labels[partner])
-        self.update(self._penalised(losses.mean()))
-        own = batch_result(losses, logits, labels, self.metrics).sums
-        other = batch_result(losses, logits, labels[partner], self.metrics).sums
-        return BatchResult({name: weight * own[name] + (1 - weight) * other[name] for name in own}, len(labels))
+        targets = F.one_hot(labels, self.train_loader.num_classes).to(images.dtype)
+        return torch.lerp(images[partner], images, weight), torch.lerp(targets[partner], targets, weight)
 
-    def _penalised(self, loss: Tensor) -> Tensor:
+    @property
+    def minibatch(self) -> tuple[int, int]:
+        """Epoch and number of the minibatch that is being trained on, from which its random draws are derived."""
+        return self.progress.epochs_done + 1, self.progress.batches_done
+
+    def penalised(self, loss: Tensor) -> Tensor:
+        """The loss with the penalty on the weights, if there is one."""
         return loss if self.penalty is None else loss + self.penalty(self.model)

@@ -215,6 +215,11 @@ class ConvNorm2d(nn.Conv2d):
                 self.running_V.data = newest.clone()
         return inverse_root
 
+    @torch.no_grad()
+    def buffers_from_weights(self) -> None:
+        """Forget `running_V`, so that V comes from the weights: for weights that no training step has made (averages)."""
+        self.running_V.data = torch.zeros_like(self.running_V.flatten()[:1])
+
     def _newest_factor(self) -> Tensor:
         """The cosine ramp-down (arXiv:1608.03983) at the current step, as a tensor: reading the counter would stall a GPU."""
         progress = self.num_batches_tracked.clamp(max=RAMPDOWN_STEPS).to(self.running_V.dtype) / RAMPDOWN_STEPS

@@ -78,6 +78,12 @@ class SpectralNormConv2d(nn.Conv2d):
             return self.weight / torch.where(sigma.abs() > self.eps, sigma, 1.0)
 
     @torch.no_grad()
+    def buffers_from_weights(self) -> None:
+        """Adapt u and v to weights that no training step has made (averages), by 15 power iterations from where they are."""
+        for _ in range(15):
+            self._iterate(self.weight.flatten(1))
+
+    @torch.no_grad()
     def _iterate(self, matrix: Tensor) -> None:
         self.weight_v.copy_(_direction(torch.mv(matrix.mT, self.weight_u), self.weight_v, self.eps))
         self.weight_u.copy_(_direction(torch.mv(matrix, self.weight_v), self.weight_u, self.eps))

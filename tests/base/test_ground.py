@@ -257,5 +257,3 @@ def test_debug_keeps_the_traceback(monkeypatch):
 
     with pytest.raises(ConfigError):
         run_script(main)
-
-

@@ -52,6 +52,9 @@ class TinyLoader(BaseDataLoader):
     def set_epoch(self, epoch, first_batch=0):
         assert first_batch == 0
 
+    def subset(self, index):
+        raise NotImplementedError
+
     def split_validation(self):
         return None
 
@@ -88,8 +91,7 @@ def build(folder, settings=None, *, train_loader=None, validation_loader="same",
         optimizer=optimizer,
         schedule=Schedule(config.lr_scheduler, optimizer, config.trainer.epochs, len(loader), validation is not None),
         train_loader=loader,
-        validation_loader=validation,
-        evaluate=options.pop("evaluate", evaluate_tiny),
+        validate=options.pop("validate", lambda model, epoch: evaluate_tiny(model, validation) if validation else {}),
         precision="fp32",
         folder=folder,
         metadata={"config": config.dump()},
@@ -151,22 +153,30 @@ def test_evaluation_restores_the_mode_draws_nothing_and_reports_clean_labels(tmp
 
 
 def scripted(values):
-    """An evaluation that returns these values, one a call."""
+    """A validation that returns these values, one a call; None: not measured in that epoch."""
     remaining = iter(values)
-    return lambda model, loader: {"top1": next(remaining)}
+    return lambda model, epoch: {} if (value := next(remaining)) is None else {"top1": value}
 
 
 def test_best_is_saved_the_epoch_it_happens_whatever_the_save_period(tmp_path):
     settings = {"trainer": {"epochs": 5, "save_period": 2, "keep_checkpoints": 0}}
-    build(tmp_path, settings, evaluate=scripted([0.1, 0.6, 0.6, 0.2, 0.3])).train()
+    build(tmp_path, settings, validate=scripted([0.1, 0.6, 0.6, 0.2, 0.3])).train()
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 3
     assert load_checkpoint(tmp_path / "model_best.pth")["monitor_best"] == 0.6
     assert load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 5
     assert sorted(path.name for path in tmp_path.glob("model_epoch_*")) == ["model_epoch_2.pth", "model_epoch_4.pth"]
 
 
+def test_epochs_without_the_monitored_value_are_neither_better_nor_worse(tmp_path):
+    settings = {"trainer": {"epochs": 6, "early_stop": 2}}
+    trainer = build(tmp_path, settings, validate=scripted([None, 0.4, None, None, 0.3, 0.5]))
+    trainer.train()
+    assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 6
+    assert trainer.progress.epochs_done == 6, "epochs 3 and 4 do not count against early_stop"
+
+
 def test_a_kill_between_saving_last_and_best_loses_nothing(tmp_path, monkeypatch):
-    trainer = build(tmp_path, evaluate=scripted([0.1, 0.5]))
+    trainer = build(tmp_path, validate=scripted([0.1, 0.5]))
     publish, calls = base_trainer_module.publish_copy, []
 
     def killed_the_second_time(source, target):
@@ -180,21 +190,21 @@ def test_a_kill_between_saving_last_and_best_loses_nothing(tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 1
-    resumed = build(tmp_path, evaluate=scripted([0.3]))
+    resumed = build(tmp_path, validate=scripted([0.3]))
     resumed.resume(load_checkpoint(tmp_path / "model_last.pth"), tmp_path / "model_last.pth")
     resumed.train()
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == resumed.progress.best_epoch == 2
 
 
 def test_an_earlier_checkpoint_whose_best_is_gone_is_refused(tmp_path):
-    build(tmp_path, {"trainer": {"keep_checkpoints": 0}}, evaluate=scripted([0.5, 0.1, 0.9])).train()
+    build(tmp_path, {"trainer": {"keep_checkpoints": 0}}, validate=scripted([0.5, 0.1, 0.9])).train()
     path = tmp_path / "model_epoch_2.pth"
     with pytest.raises(CheckpointError, match="its best model so far is of epoch 1, but .*model_best.pth is not"):
         build(tmp_path).resume(load_checkpoint(path), path)
 
 
 def test_early_stop_counts_epochs_without_improvement(tmp_path):
-    trainer = build(tmp_path, {"trainer": {"epochs": 9, "early_stop": 2}}, evaluate=scripted([0.3, 0.5, 0.4, 0.5, 0.9]))
+    trainer = build(tmp_path, {"trainer": {"epochs": 9, "early_stop": 2}}, validate=scripted([0.3, 0.5, 0.4, 0.5, 0.9]))
     trainer.train()
     assert trainer.progress.epochs_done == 4
     assert trainer.progress.best_epoch == 4, "of equally good epochs the last, but no improvement"
@@ -258,9 +268,16 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
                 candidates.append((i, j, weight))
     weights = {round(weight, 4) for _, _, weight in candidates} - {1.0}  # an image may be its own partner
     assert len(weights) == 1
-    assert 0 < weights.pop() < 1
+    mixed = {i: (j, weight) for i, j, weight in candidates if round(weight, 4) != 1}
+    weight = next(iter(mixed.values()))[1]
+    assert 0 < weight < 1
     assert {i for i, _, _ in candidates} == {0, 1, 2, 3}
-    assert 0 <= float(result.sums["top1"]) <= 4
+    logits = TinyModel()(seen[0])
+    partners = [mixed.get(i, (i,))[0] for i in range(4)]
+    losses = [F.cross_entropy(logits, labels[chosen], reduction="none") for chosen in ([0, 1, 2, 3], partners)]
+    torch.testing.assert_close(result.sums["loss"], (weight * losses[0] + (1 - weight) * losses[1]).sum().detach())
+    right = [(logits.argmax(1) == labels[chosen]).float() for chosen in ([0, 1, 2, 3], partners)]
+    torch.testing.assert_close(result.sums["top1"], (weight * right[0] + (1 - weight) * right[1]).sum())
     again = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
     again.model = Recorder()
     again.train_batch(images, labels)
@@ -288,6 +305,6 @@ def test_base_trainer_is_abstract():
 
 def test_a_line_per_epoch_names_the_best(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        build(tmp_path, evaluate=scripted([0.5, 0.25, 0.75])).train()
+        build(tmp_path, validate=scripted([0.5, 0.25, 0.75])).train()
     assert [record.message.endswith("(best)") for record in caplog.records] == [True, False, True]
     assert "val_top1 25.00%" in caplog.records[1].message

@@ -1,0 +1,125 @@
+"""From a config to its parts: data loader, model, trainer. `experiment` puts them together."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attacks import from_config
+from base.base_data_loader import BaseDataLoader
+from base.base_model import BaseModel
+from base.base_trainer import BaseTrainer
+from base.config import Config
+from base.errors import ConfigError
+from base.registry import lookup
+from base.runtime import seed_global_generators
+from data_loader import DATA_LOADERS
+from data_loader.label_noise import LabelNoise
+from models import build_model
+from models.losses import LOSSES
+from models.metrics import METRICS
+from models.ocnn import penalty
+from trainer.adversarial_trainer import AdversarialTrainer, FreeTrainer, TradesTrainer
+from trainer.trainer import Trainer
+
+HELD_OUT_BY_DEFAULT = 0.1
+
+
+def build_data_loader(config: Config, device: torch.device) -> Any:
+    """The training loader of a config. With a `val_` monitor and no validation split, a tenth of every class is held out."""
+    settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
+    watches_validation = "val_" in settings.monitor or "val_" in (config.lr_scheduler.monitor or "")
+    if watches_validation and args["validation_split"] == 0:
+        args["validation_split"] = HELD_OUT_BY_DEFAULT
+    kind = "sym" if settings.sym else "asym" if settings.asym else "file" if settings.noise_file else "none"
+    noise = LabelNoise(
+        kind=kind,
+        percent=settings.percent,
+        law=settings.noise_law,
+        file=settings.noise_file,
+        key=settings.noise_key,
+        on_validation=settings.noisy_validation,
+    )
+    augmentation = config.augmentation
+    return lookup(DATA_LOADERS, config.data_loader.type, "data_loader.type")(
+        **args,
+        seed=config.seed,
+        subset_percent=settings.subset_percent,
+        noise=noise,
+        crop_padding=augmentation.crop_padding,
+        flip=augmentation.flip,
+        cutout=augmentation.cutout,
+        device=device,
+    )
+
+
+def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch.device) -> BaseModel:
+    """The config's model for the loader's classes, with the loader's mean and std, on the device."""
+    arch = config.arch.model_dump(exclude_none=True)
+    asked = config.arch.args.num_classes or config.num_classes
+    if asked is not None and asked != loader.num_classes:
+        raise ConfigError(f"arch.args.num_classes: {asked}, but {config.data_loader.type} has {loader.num_classes} classes")
+    arch["args"]["num_classes"] = loader.num_classes
+    seed_global_generators(config.seed, "weights")
+    model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
+    if config.system.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    refuse_unfit_images(model, loader, config.arch.type)
+    return model
+
+
+def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> None:
+    """Try one forward pass in training mode, on a copy, with the smallest batch that will occur (two images are enough).
+
+    Raises:
+        ConfigError: the network cannot take images of that size, or so few.
+    """
+    count = min(2, loader.n_samples % loader.batch_size or loader.batch_size)
+    images = torch.zeros(count, *loader.image_shape, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            deepcopy(model).train()(images)
+    except (RuntimeError, ValueError) as error:
+        size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}") from None
+
+
+def build_trainer(config: Config, **parts: Any) -> BaseTrainer:
+    """The trainer of the config's training method; `parts` are what every `BaseTrainer` takes."""
+    parts |= {"config": config, "loss": LOSSES[config.train_loss], "metrics": metrics(config), "penalty": ocnn_penalty(config)}
+    return _trainer_class(config)(**parts)
+
+
+def _trainer_class(config: Config) -> Callable[..., BaseTrainer]:
+    settings = config.adversarial
+    match config.adversarial_method:
+        case "none":
+            return Trainer
+        case "free":
+            return partial(
+                FreeTrainer,
+                threat_model=from_config.threat_model(config),
+                step_size=from_config.training_step_size(config),
+                repeats=config.trainer.adv_repeats,
+                carry=settings.noise == "carry",
+            )
+    attack = {"attack": from_config.training_attack(config), "bn_mode": settings.bn_mode}
+    if config.adversarial_method == "trades":
+        return partial(TradesTrainer, beta=settings.beta, **attack)
+    return partial(AdversarialTrainer, **attack)
+
+
+def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The config's metrics, and always the two that results are reported in."""
+    return {name: METRICS[name] for name in dict.fromkeys(["top1", "top5", *config.metrics])}
+
+
+def ocnn_penalty(config: Config) -> Callable[[nn.Module], Tensor] | None:
+    """OCNN's weighted penalty, where the config asks for it."""
+    if not config.trainer.OCNN:
+        return None
+    return lambda model: config.trainer.lamb_ocnn * penalty(model)

@@ -1,0 +1,245 @@
+"""The path that validate_pgd.py and fgsm.py share: checkpoint and config -> test images, model, attack -> report."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import assembly
+from attacks import PGD, Attack, from_config
+from attacks.checks import doctor
+from attacks.report import Report, add_doctor, describe_attack, measure, title
+from attacks.robustness import Autocast, attack_batch
+from base.base_data_loader import BaseDataLoader
+from base.base_model import BaseModel
+from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
+from base.command_line import Parser
+from base.config import Config
+from base.config_files import Override, merge, override, read_tree, validate
+from base.errors import CheckpointError, ConfigError, DataError
+from base.ranks import gather, rank, ranks, world_size
+from base.runtime import autocast, choose_device, choose_precision, set_determinism
+from data_loader import DATA_LOADERS
+from data_loader.splits import first_of_every_class
+
+ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+"""What the original ConvNorm's attack scripts normalise by, whatever the data set; its checkpoints hold neither."""
+
+DOCTOR_IMAGES = 200
+EXAMPLES = 8
+SIZES = (
+    ("--norm", "adversarial.norm", "linf or l2"),
+    ("--epsilon", "adversarial.epsilon", "radius: in 1/255 for linf, in units of the pixel range for l2"),
+    ("--steps", "pgd_attack.K", "steps"),
+    ("--step_size", "pgd_attack.step", "step size, in the units of epsilon"),
+    ("--restarts", "pgd_attack.restarts", "random starts"),
+    ("--loss", "pgd_attack.loss", "ce, margin or dlr"),
+)
+ATTACKS: dict[str, Callable[[Config], Attack]] = {
+    "fgsm": partial(from_config.fgsm, stop_at_rank=5),
+    "pgd": partial(from_config.pgd, stop_at_rank=5),
+    "apgd": from_config.apgd,
+    "autoattack": from_config.auto_attack,
+}
+EVALUATED = ("name", "seed", "n_gpu", "num_classes", "arch", "data_loader", "adversarial", "pgd_attack", "system")
+"""The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
+
+
+def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
+    """The command line of an attack script; `sizes` are the flags of `SIZES` that its attack has."""
+    parser = Parser(description=description, allow_abbrev=False)
+    parser.add_argument("-s", "--checkpoint", required=True, help="checkpoint or run folder, whose best model is attacked")
+    parser.add_argument("-c", "--config", help="config file; not needed where the checkpoint holds its own")
+    parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random starts")
+    parser.add_argument("--limit", type=int, metavar="N", help="attack N test images only, the first of every class")
+    parser.add_argument("--batch_size", type=int, default=250, metavar="N", help="images attacked at a time")
+    parser.add_argument("--ema", action="store_true", help="attack the averaged weights")
+    for flag, key, text in SIZES:
+        if flag in sizes:
+            parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{text} ({key})")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here, and a verdict per image beside it")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw clean and adversarial images (png, pdf or svg)")
+    parser.add_argument("--doctor", action="store_true", help="check whether the number can be believed")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None:
+    """Run one of `ATTACKS` on the checkpoint that the command line names; the last line printed holds the accuracies.
+
+    Under torchrun the images are shared out over the processes; rank 0 writes and prints.
+    """
+    for name in ("limit", "batch_size"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name}: expected at least 1, not {getattr(arguments, name)}")
+    with ranks():
+        file = find_checkpoint(arguments.checkpoint)
+        checkpoint = load_checkpoint(file)
+        config = _config(arguments, checkpoint, file)
+        set_determinism(config.system.deterministic, config.system.num_threads)
+        device = choose_device(config.system.device, config.n_gpu)
+        loader = _test_images(config, checkpoint, device, arguments)
+        model = _model(config, loader, checkpoint, file, device, ema=arguments.ema)
+        attack = ATTACKS[attack_name](config)
+        precision = choose_precision(config.system.precision, device)
+        context = {"seed": arguments.seed, "autocast": lambda: autocast(device, precision)}
+        target = arguments.json or _default_target(Path(arguments.checkpoint), attack, arguments)
+        partial = None if target is None else _partial(target, checkpoint, loader, attack, arguments)
+        report = measure(model, loader, attack, checkpoint=str(file), partial=partial, **context)
+        gather(None)  # nobody removes its part before all are done
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        if rank() == 0:
+            _conclude(report, model, loader, attack, config, target, arguments, context)
+        gather(None)
+
+
+def _conclude(
+    report: Report,
+    model: BaseModel,
+    loader: BaseDataLoader,
+    attack: Attack,
+    config: Config,
+    target: Path | None,
+    arguments: argparse.Namespace,
+    context: dict[str, Any],
+) -> None:
+    """Doctor, files, pictures, and the report itself as the last line."""
+    if arguments.doctor:
+        few = loader.subset(torch.from_numpy(first_of_every_class(loader.labels.cpu().numpy(), DOCTOR_IMAGES)))
+        examined = attack if isinstance(attack, PGD) else from_config.pgd(config)
+        checks, curve = doctor(model, few, examined, **context)
+        add_doctor(report, checks)
+        print(*checks, sep="\n")
+        _draw_curve(curve, report, few, arguments.figure or target)
+    if target is not None:
+        report.save(target)
+        print(f"report {target}, verdicts {target.with_suffix('.verdicts.npz')}")
+    if arguments.figure:
+        _draw_examples(arguments.figure, report, model, loader, attack, **context)
+        print(f"figure {arguments.figure}")
+    for warning in report.values["warnings"]:
+        print(f"warning: {warning}")
+    if report.values["reliable"] is not None:
+        print("reliable: every check passed" if report.values["reliable"] else "NOT RELIABLE: see the warnings")
+    print(report)
+
+
+def _config(arguments: argparse.Namespace, checkpoint: Mapping[str, Any], file: Path) -> Config:
+    """The config's part that matters for an evaluation, with the command line's values."""
+    if arguments.config:
+        tree, source = read_tree(arguments.config), arguments.config
+    elif "config" in checkpoint:
+        tree, source = checkpoint["config"], str(file)
+    else:
+        raise ConfigError(f"-c CONFIG: required, as {file} is of ConvNorm's own format and holds no config")
+    overrides: list[Override] = []
+    for setting in arguments.set:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as system.num_threads=1")
+        overrides.append((key, value))
+    given = {key: vars(arguments).get(key) for _, key, _ in SIZES if vars(arguments).get(key) is not None}
+    before = validate(override(tree, overrides), source)
+    tree = before.dump()
+    if given.get("adversarial.norm", before.adversarial.norm) != before.adversarial.norm:
+        # sizes of the other norm mean nothing in this one
+        tree = merge(tree, {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}})
+    kept = {key: tree[key] for key in EVALUATED if key in tree}
+    kept["trainer"] = {"adv_clip_eps": before.trainer.adv_clip_eps, "monitor": "off"}
+    return validate(override(kept, given.items()), source)
+
+
+def _test_images(
+    config: Config, checkpoint: Mapping[str, Any], device: torch.device, arguments: argparse.Namespace
+) -> BaseDataLoader:
+    """The test set, or the part of it that is asked for."""
+    args = config.data_loader.args.model_dump(exclude_none=True) | {"validation_split": 0.0, "num_batches": 0}
+    if "mean" in checkpoint:
+        args |= {"mean": checkpoint["mean"], "std": checkpoint["std"]}
+    elif "mean" not in args:
+        args |= {"mean": ORIGINAL_MEAN, "std": ORIGINAL_STD}
+        if rank() == 0:
+            print("the checkpoint holds no mean and std: normalising by those of CIFAR-10, as the original's scripts do")
+    loader = DATA_LOADERS[config.data_loader.type](**args, device=device).test_loader()
+    if loader.n_samples == 0:
+        raise DataError(f"{args.get('data_dir')}: the test set is empty")
+    known = checkpoint.get("class_names")
+    if known is not None and list(known) != list(loader.class_names):
+        theirs, ours = ", ".join(loader.class_names), ", ".join(known)
+        raise DataError(f"{args.get('data_dir')}: has the classes {theirs}; the model was trained on {ours}")
+    index = first_of_every_class(loader.labels.cpu().numpy(), arguments.limit or loader.n_samples)
+    if len(index) < world_size():
+        raise ConfigError(f"--limit: {len(index)} images cannot be shared out over {world_size()} processes")
+    loader = loader.subset(torch.from_numpy(index))
+    loader.batch_size = arguments.batch_size
+    return loader
+
+
+def _model(
+    config: Config, loader: BaseDataLoader, checkpoint: Mapping[str, Any], file: Path, device: torch.device, *, ema: bool
+) -> BaseModel:
+    model = assembly.build_experiment_model(config, loader, device)
+    if ema and "ema_state_dict" not in checkpoint:
+        raise CheckpointError(f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)")
+    load_weights(model, checkpoint["ema_state_dict" if ema else "state_dict"], file)
+    return model.eval()
+
+
+def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace) -> Path | None:
+    """Reports on a run folder go into it; other checkpoints are reported on only where `--json` says so."""
+    if not source.is_dir():
+        return None
+    words = title(describe_attack(attack)).split("(")[0].lower().replace("/255", "").replace(",", "").split()
+    extra = ["ema"] * arguments.ema + [f"n{arguments.limit}"] * (arguments.limit is not None) + [f"seed{arguments.seed}"]
+    return source / "eval" / ("_".join([*words, *extra]) + ".json")
+
+
+def _partial(
+    target: Path, checkpoint: Mapping[str, Any], loader: BaseDataLoader, attack: Attack, arguments: argparse.Namespace
+) -> Path:
+    """Where verdicts are kept until the report is written: a name that stands for all that they depend on."""
+    digest = hashlib.sha256()
+    for name, value in checkpoint["ema_state_dict" if arguments.ema else "state_dict"].items():
+        digest.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(loader.positions.numpy().tobytes() + loader.labels.cpu().numpy().tobytes())
+    settings = [describe_attack(attack), arguments.seed, arguments.batch_size, rank(), world_size()]
+    digest.update(json.dumps(settings).encode())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.stem}.{digest.hexdigest()[:16]}.partial.npz")
+
+
+def _draw_curve(curve: list[tuple[float, float]], report: Report, loader: BaseDataLoader, beside: Path | None) -> None:
+    from attacks.figures import draw_epsilon_curve
+
+    if beside is None:
+        return
+    suffix = beside.suffix if beside.suffix in (".png", ".pdf", ".svg") else ".png"
+    path, values = beside.with_name(f"{beside.stem}_epsilon{suffix}"), report.values
+    heading = f"{Path(values['checkpoint']).name} under PGD on {loader.n_samples} images"
+    draw_epsilon_curve(path, curve, values["norm"], curve[0][1], 1 / loader.num_classes, values["epsilon"], heading)
+    print(f"accuracy against epsilon {path}")
+
+
+def _draw_examples(
+    path: Path, report: Report, model: BaseModel, loader: BaseDataLoader, attack: Attack, *, seed: int, autocast: Autocast
+) -> None:
+    """Draw images that the attack broke, or else any. It finds the same points again: its starts depend on the image only."""
+    from attacks.figures import draw_examples
+
+    verdicts = report.verdicts
+    broken = (verdicts.clean_top1 & ~verdicts.robust_top1).nonzero().squeeze(1)
+    chosen = broken if len(broken) else torch.arange(len(verdicts))
+    order = first_of_every_class(verdicts.label[chosen].numpy(), EXAMPLES)
+    few = loader.subset(chosen[torch.from_numpy(order)])
+    images, labels = next(iter(few))
+    found, worst = attack_batch(model, images, labels, attack, positions=few.positions, seed=seed, autocast=autocast)
+    predictions = (found.clean_prediction, found.prediction)
+    draw_examples(path, images.cpu(), worst.cpu(), *predictions, found.label, loader.class_names, title(report.values))

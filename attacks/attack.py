@@ -1,0 +1,121 @@
+"""Attack: what every attack does around its own search."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from attacks.losses import ATTACK_LOSSES
+from attacks.threat_model import Generators, ThreatModel
+from base.runtime import torch_generator
+
+
+class Attack(ABC):
+    """Searches a threat model for images that a model gets wrong: `attack(model, images, labels) -> adversarial images`.
+
+    Works with any module that maps images in `[0, 1]` to logits. All sizes are in units of the pixel range (8/255, not 8).
+    A subclass writes `perturb`.
+
+    Args:
+        epsilon: radius of the threat model.
+        norm: `"linf"` or `"l2"`.
+        targeted: `labels` are the classes that the model shall be led to, instead of the true ones.
+        loss: what is maximised: `"ce"`, `"margin"` or `"dlr"`; see `attacks.losses`.
+        seed: of the random starts, where a call brings no generators: every call then draws the same ones.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(self, epsilon: float, norm: str = "linf", *, targeted: bool = False, loss: str = "ce", seed: int = 0) -> None:
+        if loss not in ATTACK_LOSSES:
+            raise ValueError(f"loss {loss!r} is not one of: {', '.join(ATTACK_LOSSES)}")
+        self.threat_model = ThreatModel(norm, epsilon)
+        self.targeted = targeted
+        self.loss = loss
+        self.seed = seed
+
+    @property
+    def rank(self) -> int:
+        """The search goes on until the label is not among this many of the largest logits."""
+        return 1
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *, generators: Generators | None = None) -> Tensor:
+        """Adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and `labels` int64 `(B,)`, float32, on their device.
+
+        The model is in evaluation mode meanwhile and gets its modes back; its parameters' `.grad` are not touched, and no
+        gradient of a weight is computed. Every image returned lies in the threat model.
+
+        Args:
+            generators: where random numbers come from: one generator, or one for each image; None for the attack's seed.
+
+        Raises:
+            ValueError: images outside `[0, 1]`, or images and labels that do not match.
+        """
+        check_batch(images, labels)
+        with torch.inference_mode(False), frozen(model, training=False):
+            images, labels = images.detach().clone(), labels.detach().clone()
+            if len(images) == 0:
+                return images
+            generators = torch_generator(self.seed, "attack") if generators is None else generators
+            points = self.perturb(model, images, labels, generators)
+            return self.threat_model.project(points.detach(), images)
+
+    @abstractmethod
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
+        """The search. The model's modes are the caller's, and `frozen` holds: adversarial training attacks in training mode."""
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What is maximised, `(B,)`, in float32."""
+        losses = ATTACK_LOSSES[self.loss](logits.float(), labels)
+        return -losses if self.targeted else losses
+
+    def ascend(self, model: nn.Module, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits `(B, C)`, losses `(B,)` and the losses' gradients `(B, C, H, W)` at `points`, detached.
+
+        Losses are summed, not averaged, so an image's gradient does not depend on the batch it is in.
+        """
+        points = points.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(points)
+            losses = self.losses(logits, labels)
+            (gradient,) = torch.autograd.grad(losses.sum(), points)
+        return logits.detach(), losses.detach(), gradient
+
+
+@contextmanager
+def frozen(model: nn.Module, training: bool | None = None) -> Iterator[None]:
+    """Meanwhile no parameter asks for gradients; all modules are in training (True) or evaluation mode (False), or stay (None).
+
+    Afterwards every module and parameter has its own flags again.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        if training is not None:
+            model.train(training)
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_batch(images: Tensor, labels: Tensor) -> None:
+    """Refuse what is no batch of images in `[0, 1]` with one label each.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"images: expected floats (B, C, H, W), not {images.dtype} {tuple(images.shape)}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels: expected {len(images)}, one per image, not {tuple(labels.shape)}")
+    if len(images) and not (images.amin() >= 0 and images.amax() <= 1):
+        low, high = float(images.amin()), float(images.amax())
+        raise ValueError(f"images: expected pixels in [0, 1], found {low:.4g} to {high:.4g}; models normalise inside")

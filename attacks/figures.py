@@ -1,0 +1,230 @@
+"""Pictures of an attack: examples, and accuracy against epsilon. Matplotlib is imported when the first one is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill, shorten
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attacks.threat_model import as_written
+from base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "pdf", "svg")
+DPI = 160
+MAX_ROWS = 8
+SIDE, GAP, CAPTION = 1.2, 0.15, 0.32
+"""Of an image, between two, and below one for its caption, in inches. At `DPI` an image is 192 pixels wide, so 32 x 32 pixels
+(and 8, 16, 24, 48, 64) are drawn as squares of one size."""
+CHARACTER = 0.085
+"""Width of a character of the captions in inches, a little above the average."""
+RIGHT, WRONG, GREY = "#1a6e3a", "#b2182b", "#555555"
+"""Dark enough to read as text on white. As many people do not tell the first two apart, a sign stands before the word."""
+BLUE = "#0b4f8a"
+
+
+def draw_examples(
+    path: str | Path,
+    images: Tensor,
+    adversarial: Tensor,
+    predictions: Sequence[int] | Tensor,
+    adversarial_predictions: Sequence[int] | Tensor,
+    labels: Sequence[int] | Tensor,
+    class_names: Sequence[str],
+    title: str,
+) -> None:
+    """Write a picture with a row for each of the first `MAX_ROWS` images: its label, the image, the adversarial image, and the
+    change, magnified around grey so that the largest change of all rows fills the range.
+
+    Below an image stands its prediction: "✓" and green if it is the label, "✗" and red if not; below the change, its largest.
+
+    Args:
+        path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
+        images: `(B, C, H, W)` in `[0, 1]`, B at least 1; shown in colour if C is 3, otherwise as the grey mean of the channels.
+        adversarial: of the same shape.
+        predictions: `(B,)`, the class predicted for every image.
+        adversarial_predictions: `(B,)`, the class predicted for every adversarial image.
+        labels: `(B,)`, the true classes.
+        class_names: in label order.
+        title: printed above, in as many lines as it needs.
+
+    Raises:
+        ConfigError: another suffix.
+        ValueError: no images.
+    """
+    _check_format(path)
+    named = [[class_names[int(c)] for c in classes] for classes in (labels, predictions, adversarial_predictions)]
+    _save(examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path)
+
+
+def examples_figure(
+    images: Tensor,
+    adversarial: Tensor,
+    labels: Sequence[str],
+    predictions: Sequence[str],
+    adversarial_predictions: Sequence[str],
+    *,
+    title: str,
+) -> "Figure":
+    """The figure of `draw_examples`, one row per image, with the names of the classes in place of their numbers."""
+    if len(images) == 0:
+        raise ValueError("there are no images to draw")
+    images, adversarial = (batch.detach().float().cpu().nan_to_num() for batch in (images, adversarial))
+    change = adversarial - images
+    factor = _magnification(float(change.abs().max()))
+    magnified = (0.5 + factor * change).clamp(0, 1)
+    left = GAP + CHARACTER * max(len(_short(name)) for name in ("label", *labels[: len(images)])) + GAP
+    width = left + 3 * (SIDE + GAP)
+    lines = _wrapped(title, width)
+    figure = _figure(width, 0.4 + 0.2 * len(lines.splitlines()) + len(images) * (SIDE + CAPTION), lines)
+    below_title = figure.get_figheight() - 0.4 - 0.2 * len(lines.splitlines())
+
+    for column, head in enumerate(("image", "adversarial", f"change × {factor:.3g}")):
+        _write(figure, left + column * (SIDE + GAP) + SIDE / 2, below_title + 0.1, head, color=GREY)
+    _write(figure, left - GAP, below_title + 0.1, "label", color=GREY, ha="right")
+    for row in range(len(images)):
+        bottom = below_title - row * (SIDE + CAPTION) - SIDE
+        _write(figure, left - GAP, bottom + SIDE / 2, _short(labels[row]), ha="right")
+        largest = as_written(float(change[row].abs().max()), "linf")
+        captions = (
+            _verdict(predictions[row], labels[row]),
+            _verdict(adversarial_predictions[row], labels[row]),
+            (f"up to {largest}", GREY),
+        )
+        for column, (pixels, (text, color)) in enumerate(zip((images, adversarial, magnified), captions, strict=True)):
+            x = left + column * (SIDE + GAP)
+            _show(figure, x, bottom, pixels[row])
+            _write(figure, x + SIDE / 2, bottom - 0.12, text, color=color)
+    return figure
+
+
+def draw_epsilon_curve(
+    path: str | Path,
+    curve: Sequence[tuple[float, float]],
+    norm: str,
+    clean: float,
+    chance: float,
+    epsilon: float,
+    title: str,
+) -> None:
+    """Write a picture of accuracy under attack against epsilon, with the attack's epsilon, clean accuracy and chance marked.
+
+    Args:
+        path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
+        curve: (epsilon in units of the pixel range, accuracy as a fraction), as `checks.doctor` returns it.
+        norm: `"linf"`, then the axis is in 1/255, or `"l2"`, then in units of the pixel range.
+        clean: accuracy without an attack.
+        chance: accuracy of guessing.
+        epsilon: of the attack, in units of the pixel range.
+        title: printed above, in as many lines as it needs.
+
+    Raises:
+        ConfigError: another suffix.
+        ValueError: no points.
+    """
+    _check_format(path)
+    _save(epsilon_figure(curve, norm, clean, chance, epsilon, title), path)
+
+
+def epsilon_figure(
+    curve: Sequence[tuple[float, float]], norm: str, clean: float, chance: float, epsilon: float, title: str
+) -> "Figure":
+    """The figure of `draw_epsilon_curve`."""
+    if not curve:
+        raise ValueError("there are no points to draw")
+    unit = 255 if norm == "linf" else 1
+    sizes, accuracies = zip(*sorted((size * unit, 100 * accuracy) for size, accuracy in curve), strict=True)
+    lines = _wrapped(title, 6.0)
+    height = 3.6 + 0.2 * len(lines.splitlines())
+    figure = _figure(6.0, height, lines)
+    axes = figure.add_axes((0.65 / 6.0, 0.65 / height, 5.1 / 6.0, 2.75 / height))
+    _epsilon_axis(axes, sizes, norm)
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("accuracy in %")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.axhline(100 * clean, color=GREY, linestyle="-.", linewidth=1, label=f"clean: {100 * clean:.1f} %")
+    axes.plot(
+        sizes, accuracies, color=BLUE, marker="o", markersize=5, linewidth=2, label="under attack", clip_on=False, zorder=3
+    )
+    own = [accuracy for size, accuracy in zip(sizes, accuracies, strict=True) if abs(size - epsilon * unit) < 1e-6 * unit]
+    reads = f"the attack's epsilon, {as_written(epsilon, norm)}" + (f": {own[0]:.1f} %" if own else "")
+    axes.axvline(epsilon * unit, color="black", linestyle="--", linewidth=1, label=reads)
+    axes.plot(
+        [epsilon * unit] * len(own), own, color="white", markeredgecolor="black", marker="D", markersize=8, zorder=4, ls=""
+    )
+    axes.axhline(100 * chance, color="black", linestyle=":", linewidth=1.5, label=f"chance: {100 * chance:.1f} %")
+    axes.legend(loc="best", fontsize=8, framealpha=0.95)
+    return figure
+
+
+def _epsilon_axis(axes: "Axes", sizes: Sequence[float], norm: str) -> None:
+    """Sizes that double from point to point lie at equal distances, and so does 0 before the first of them."""
+    smallest = min((size for size in sizes if size > 0), default=1.0)
+    axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=0.5)
+    axes.set_xticks(sizes, [f"{size:.4g}" for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(0, max(*sizes, smallest))
+    axes.set_xlabel("epsilon in 1/255 of the pixel range (l-inf)" if norm == "linf" else "epsilon in pixel-range units (l2)")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _check_format(path: str | Path) -> None:
+    suffix = Path(path).suffix
+    if suffix.lower().removeprefix(".") not in FORMATS:
+        raise ConfigError(f"{path}: {suffix!r} is no format of pictures; expected one of: {', '.join(FORMATS)}")
+
+
+def _save(figure: "Figure", path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+
+
+def _figure(width: float, height: float, title: str) -> "Figure":
+    """An empty figure, in inches, that no global state of pyplot knows of."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    _write(figure, width / 2, height - 0.1, title, va="top", size=10)
+    return figure
+
+
+def _write(figure: "Figure", x: float, y: float, text: str, *, size: float = 8.5, **style: str) -> None:
+    """Text at a place in inches; a dollar sign in it is one, not the beginning of a formula."""
+    x, y = x / figure.get_figwidth(), y / figure.get_figheight()
+    figure.text(x, y, text, **{"ha": "center", "va": "center", **style}, size=size, parse_math=False)
+
+
+def _show(figure: "Figure", x: float, y: float, pixels: Tensor) -> None:
+    """One image `(C, H, W)` in `[0, 1]`, its lower left corner at a place in inches; every pixel stays a rectangle."""
+    width, height = figure.get_figwidth(), figure.get_figheight()
+    axes = figure.add_axes((x / width, y / height, SIDE / width, SIDE / height))
+    shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels.mean(dim=0)
+    axes.imshow(torch.clamp(shown, 0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def _verdict(prediction: str, label: str) -> tuple[str, str]:
+    """Caption and colour of a prediction."""
+    return (f"✓ {_short(prediction)}", RIGHT) if prediction == label else (f"✗ {_short(prediction)}", WRONG)
+
+
+def _magnification(largest: float) -> float:
+    """By how much a change is magnified, so that nothing is cut off: a whole number, unless it is below 2."""
+    factor = 0.5 / largest if largest > 0 else 1.0
+    return float(int(factor + 1e-3)) if factor >= 2 else factor
+
+
+def _short(name: str) -> str:
+    """What fits below an image."""
+    return name if len(name) <= 15 else name[:14] + "…"
+
+
+def _wrapped(title: str, width: float) -> str:
+    return fill(shorten(title, 600), int(width / 0.095))

@@ -1,0 +1,142 @@
+"""Projected gradient descent (PGD)."""
+
+import torch
+from torch import Tensor, nn
+
+from attacks.attack import Attack
+from attacks.losses import wrongness
+from attacks.threat_model import Generators
+
+
+class PGD(Attack):
+    """Projected gradient ascent on a loss (Madry et al., arXiv:1706.06083).
+
+    From a random point of the ball: `x <- project(x + step_size * direction(gradient))`, `steps` times. With one restart and
+    without early stop the result is the last point, and every step costs one forward and one backward pass. Otherwise all
+    points on the way count, with one more forward pass for the last: each image gets its worst point over all steps and
+    restarts, misclassified before not, then of larger loss.
+
+    Args:
+        epsilon: radius in units of the pixel range, such as 8/255.
+        step_size: length of a step, in the same units.
+        steps: steps per restart, at least 1.
+        norm: `"linf"` or `"l2"`.
+        restarts: independent starts.
+        random_start: begin at a random point; False begins at the image.
+        early_stop: leave an image alone once it is misclassified (targeted: classified as the target). A number k asks for
+            more: that the label is not among the k largest logits.
+        targeted: lead to `labels` instead of away from them.
+        loss: `"ce"`, `"margin"` or `"dlr"`.
+        seed: of the random starts, where a call brings no generators.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        epsilon: float,
+        step_size: float,
+        steps: int,
+        norm: str = "linf",
+        restarts: int = 1,
+        random_start: bool = True,
+        early_stop: bool | int = False,
+        targeted: bool = False,
+        loss: str = "ce",
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(epsilon, norm, targeted=targeted, loss=loss, seed=seed)
+        if not step_size >= 0:
+            raise ValueError(f"step_size {step_size} is not a number of at least 0")
+        if steps < 1 or restarts < 1:
+            raise ValueError(f"steps {steps} and restarts {restarts} must be at least 1")
+        if targeted and early_stop > 1:
+            raise ValueError(f"early_stop {early_stop}: a targeted attack has no rank to reach but the first")
+        self.step_size = step_size
+        self.steps = steps
+        self.restarts = restarts
+        self.random_start = random_start
+        self.early_stop = int(early_stop)
+
+    @property
+    def rank(self) -> int:
+        return max(1, self.early_stop)
+
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
+        if self.restarts == 1 and not self.early_stop:
+            return self.climb(model, images, labels, self.start(images, generators))
+        search = _WorstPoints(self, model, images, labels)
+        for _ in range(self.restarts):
+            left = search.unbroken()
+            if len(left) == 0:
+                break
+            search.climb(left, self.start(images[left], _of(generators, left)))
+        return search.points
+
+    def start(self, images: Tensor, generators: Generators) -> Tensor:
+        """Where a restart begins."""
+        return self.threat_model.random_start(images, generators) if self.random_start else images
+
+    def climb(self, model: nn.Module, images: Tensor, labels: Tensor, points: Tensor) -> Tensor:
+        """All steps from `points`; `labels` may be class probabilities `(B, C)`. Returns the last point."""
+        for _ in range(self.steps):
+            _, _, gradient = self.ascend(model, points, labels)
+            points = self.move(points, gradient, images)
+        return points
+
+    def move(self, points: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
+        """One projected step."""
+        return self.threat_model.project(self.threat_model.step(points, gradient, self.step_size), images)
+
+    def reached(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """How far the attack has come with each image: 0 not at all, 1 misclassified, 2 done; int64 `(B,)`."""
+        if self.targeted:
+            return 2 * (logits.argmax(dim=1) == labels).long()
+        return wrongness(logits, labels, self.rank)
+
+
+class _WorstPoints:
+    """The worst point found so far for every image of a batch."""
+
+    def __init__(self, attack: PGD, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        self.attack, self.model, self.images, self.labels = attack, model, images, labels
+        self.points = images.clone()
+        self.reached = torch.full((len(images),), -1, device=images.device)
+        self.losses = torch.full((len(images),), float("-inf"), device=images.device)
+
+    def unbroken(self) -> Tensor:
+        """Positions of the images that are still to be attacked."""
+        everything = torch.arange(len(self.images), device=self.images.device)
+        return everything[self.reached < 2] if self.attack.early_stop else everything
+
+    def climb(self, left: Tensor, points: Tensor) -> None:
+        """All steps of one restart for the images at positions `left`, from `points`."""
+        for _ in range(self.attack.steps):
+            logits, losses, gradient = self.attack.ascend(self.model, points, self.labels[left])
+            going = self._note(left, points, logits, losses)
+            left, points, gradient = left[going], points[going], gradient[going]
+            if len(left) == 0:
+                return
+            points = self.attack.move(points, gradient, self.images[left])
+        with torch.no_grad():
+            logits = self.model(points)
+        self._note(left, points, logits, self.attack.losses(logits, self.labels[left]))
+
+    def _note(self, left: Tensor, points: Tensor, logits: Tensor, losses: Tensor) -> Tensor:
+        """Keep the points that are worse than those before; returns a mask of `left` of those to go on with."""
+        reached = self.attack.reached(logits, self.labels[left])
+        before = self.reached[left]
+        losses = losses.nan_to_num(nan=float("-inf"))
+        worse = (reached > before) | ((reached == before) & (losses > self.losses[left]))
+        kept = left[worse]
+        self.points[kept] = points[worse]
+        self.reached[kept] = reached[worse]
+        self.losses[kept] = losses[worse]
+        return reached < 2 if self.attack.early_stop else torch.ones_like(worse)
+
+
+def _of(generators: Generators, left: Tensor) -> Generators:
+    """The generators of some images of the batch."""
+    return generators if isinstance(generators, torch.Generator) else [generators[index] for index in left.tolist()]

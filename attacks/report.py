@@ -1,0 +1,134 @@
+"""What an evaluation says: accuracies with their uncertainty, what was run, and whether to believe it."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from attacks.attack import Attack
+from attacks.checks import Check, quick_checks
+from attacks.robustness import Autocast, Verdicts, attack_loader, interval
+from attacks.threat_model import as_written
+from base.base_data_loader import BaseDataLoader
+from base.ranks import gather, rank, world_size
+from base.run_folder import package_versions, write_json
+
+
+@dataclass(frozen=True)
+class Report:
+    """One attack on one model.
+
+    Attributes:
+        values: what the JSON file holds.
+        verdicts: one for every image.
+    """
+
+    values: dict[str, Any]
+    verdicts: Verdicts
+
+    def save(self, path: Path) -> None:
+        """Write the values to `path` and the verdicts beside it, to `<name>.verdicts.npz`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.values)
+        np.savez_compressed(path.with_suffix(".verdicts.npz"), **self.verdicts.arrays())
+
+    def __str__(self) -> str:
+        values = self.values
+        low, high = (f"{share:.2%}" for share in values["interval"])
+        top5 = "" if values["robust_top5"] is None else f"  top-5 {values['robust_top5']:.2%}"
+        return (
+            f"{title(values)} on {values['n']} images: clean {values['clean_top1']:.2%}"
+            f"  top-1 {values['robust_top1']:.2%} (95 % interval {low} to {high}){top5}"
+        )
+
+
+def measure(
+    model: nn.Module,
+    loader: BaseDataLoader,
+    attack: Attack,
+    *,
+    seed: int,
+    checkpoint: str,
+    autocast: Autocast = nullcontext,
+    partial: Path | None = None,
+    description: str = "attacking",
+) -> Report:
+    """Attack every image of `loader`, shared out over all ranks, and report; see `attack_loader` for the arguments.
+
+    `reliable` is False where one of the quick checks fails; it is None, not known, until the doctor has looked, too.
+    `checkpoint` is the name that the report gives the model.
+    """
+    share = loader.subset(torch.arange(rank(), loader.n_samples, world_size())) if world_size() > 1 else loader
+    share.set_epoch(1)
+    checks = quick_checks(model, *next(iter(share)), attack)
+    begin = perf_counter()
+    own = attack_loader(model, share, attack, seed=seed, autocast=autocast, partial=partial, description=description)
+    verdicts = Verdicts.joined(gather(own))
+    seconds = perf_counter() - begin
+    robust, n = verdicts.accuracy("robust_top1"), len(verdicts)
+    values = {
+        **describe_attack(attack),
+        "seed": seed,
+        "n": n,
+        "clean_top1": verdicts.accuracy("clean_top1"),
+        "robust_top1": robust,
+        "robust_top5": verdicts.accuracy("robust_top5") if attack.rank >= 5 else None,
+        "interval": list(interval(robust, n)),
+        "seconds": seconds,
+        "images_per_second": n / seconds,
+        "max_perturbation": float(verdicts.perturbation.max()),
+        "reliable": None,
+        "warnings": [],
+        "checkpoint": checkpoint,
+        "versions": package_versions(),
+    }
+    _judge(values, [check for part in gather(checks) for check in part])
+    values["warnings"] += [line for part in gather(list(getattr(attack, "warnings", []))) for line in part]
+    return Report(values, verdicts)
+
+
+def add_doctor(report: Report, checks: list[Check]) -> None:
+    """Add the doctor's findings: `reliable` is True where every check passed, False otherwise."""
+    report.values["checks"] = [vars(check) for check in checks]
+    if report.values["reliable"] is None:
+        report.values["reliable"] = True
+    _judge(report.values, checks)
+
+
+def describe_attack(attack: Attack) -> dict[str, Any]:
+    """What an attack is, in plain values; sizes in units of the pixel range."""
+    description = getattr(attack, "description", None)
+    return {
+        "attack": type(attack).__name__,
+        **({"description": description} if description else {}),
+        "norm": attack.threat_model.norm,
+        "epsilon": attack.threat_model.epsilon,
+        "loss": attack.loss,
+        **{name: getattr(attack, name, None) for name in ("step_size", "steps", "restarts")},
+    }
+
+
+def title(values: dict[str, Any]) -> str:
+    """One short line for an attack that `describe_attack` has described, such as `PGD-20, linf 8/255, step 2/255, 1 start`."""
+    norm, steps, restarts = values["norm"], values["steps"], values["restarts"]
+    name = values["attack"] if values["attack"] == "FGSM" or steps is None else f"{values['attack']}-{steps}"
+    parts = [values.get("description", name), f"{norm} {as_written(values['epsilon'], norm)}"]
+    if name != "FGSM" and values["step_size"] is not None:
+        parts.append(f"step {as_written(values['step_size'], norm)}")
+    if name != "FGSM" and restarts is not None:
+        parts.append(f"{restarts} start{'s' if restarts > 1 else ''}")
+    return ", ".join(parts)
+
+
+def _judge(values: dict[str, Any], checks: list[Check]) -> None:
+    for check in checks:
+        line = f"{check.name}: {check.detail}"
+        if not check.passed:
+            values["reliable"] = False
+            if line not in values["warnings"]:
+                values["warnings"].append(line)

@@ -1,0 +1,191 @@
+"""Robust accuracy of a model on a loader, with a verdict for every image."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from attacks.attack import Attack, frozen
+from attacks.losses import wrongness
+from base.base_data_loader import BaseDataLoader
+from base.runtime import torch_generator
+
+ROWS = 16
+"""Batches are filled up to a multiple of this many images. Libraries choose other kernels for odd batch sizes, which round
+otherwise; and where an attack follows the sign of a gradient, rounding can change a verdict."""
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What became of every attacked image; all tensors `(N,)`, on the CPU.
+
+    Attributes:
+        position: of the image in its data set.
+        label: its class.
+        clean_prediction: the predicted class of the image.
+        prediction: the predicted class of the worst image found.
+        clean_top1: whether the image is classified correctly.
+        robust_top1: whether it is, and stays so under attack.
+        robust_top5: whether its label is among the five largest logits, and stays so under attack. Where the attack's `rank` is
+            below 5 it did not try to prevent that, and nothing can be said: then it is False everywhere and not to be read.
+        perturbation: size of the change in the attack's norm, in units of the pixel range; 0 where none was needed.
+    """
+
+    position: Tensor
+    label: Tensor
+    clean_prediction: Tensor
+    prediction: Tensor
+    clean_top1: Tensor
+    robust_top1: Tensor
+    robust_top5: Tensor
+    perturbation: Tensor
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def accuracy(self, name: str) -> float:
+        """The share of images for which the verdict `name` is true."""
+        return float(getattr(self, name).double().mean())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All columns, for a file."""
+        return {field.name: getattr(self, field.name).numpy() for field in fields(self)}
+
+    @classmethod
+    def joined(cls, parts: Sequence["Verdicts"]) -> "Verdicts":
+        """All images of all parts, in the order of their positions."""
+        columns = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)}
+        order = columns["position"].argsort()
+        return cls(**{name: column[order] for name, column in columns.items()})
+
+
+class _FullRows(nn.Module):
+    """The model on batches filled up to a multiple of `ROWS` with copies of the last image; see there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        missing = -len(images) % ROWS
+        if missing:
+            images = torch.cat([images, images[-1:].detach().expand(missing, -1, -1, -1)])
+        logits = self.model(images)
+        return logits[: len(logits) - missing]
+
+
+def attack_loader(
+    model: nn.Module,
+    loader: BaseDataLoader,
+    attack: Attack,
+    *,
+    seed: int,
+    autocast: Autocast = nullcontext,
+    partial: Path | None = None,
+    description: str = "attacking",
+) -> Verdicts:
+    """Attack every image of `loader`, batch by batch, with a progress bar.
+
+    An image's random starts are a function of `seed` and its position alone; with full rows of images (see `ROWS`) verdicts do
+    not depend on the batch size.
+
+    Args:
+        model: maps images in `[0, 1]` to logits; it is evaluated in evaluation mode.
+        loader: neither shuffled nor augmented.
+        attack: what to try.
+        seed: of the random starts.
+        autocast: context of the attack's forward passes. Verdicts are always taken without it, in the model's own precision.
+        partial: a file that the verdicts so far are kept in; if it is there, its images are not attacked again. The caller
+            removes it, and gives it a name that stands for model, images, attack and seed.
+        description: of the progress bar.
+    """
+    parts, skip = [], 0
+    if partial is not None and partial.exists():
+        with np.load(partial) as file:
+            parts = [Verdicts(**{name: torch.from_numpy(file[name]) for name in file.files})]
+        skip = len(parts[0]) // loader.batch_size
+    loader.set_epoch(1, first_batch=skip)
+    done = skip * loader.batch_size
+    bar = tqdm(loader, desc=description, initial=skip, total=len(loader), disable=None, leave=False)
+    for images, labels in bar:
+        positions = loader.positions[done : done + len(labels)]
+        done += len(labels)
+        parts.append(attack_batch(model, images, labels, attack, positions=positions, seed=seed, autocast=autocast)[0])
+        if partial is not None:
+            _write_arrays(partial, Verdicts.joined(parts).arrays())
+        if not bar.disable:
+            so_far = Verdicts.joined(parts)
+            bar.set_postfix_str(f"clean {so_far.accuracy('clean_top1'):.1%}, robust {so_far.accuracy('robust_top1'):.1%}")
+    loader.set_epoch(1)
+    return Verdicts.joined(parts)
+
+
+def attack_batch(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    *,
+    positions: Tensor,
+    seed: int,
+    autocast: Autocast = nullcontext,
+) -> tuple[Verdicts, Tensor]:
+    """Verdicts on one batch, and the worst images found, `(B, C, H, W)`; see `attack_loader`.
+
+    Only images that are not broken to begin with are attacked. Where an attack in low precision believed in a success that the
+    verdict does not confirm, it is repeated in the model's own precision.
+    """
+    rows = _FullRows(model)
+    worst = images.clone()
+    with frozen(model, training=False), torch.no_grad():
+        clean = rows(images)
+        level = wrongness(clean, labels, attack.rank)
+        final = clean.clone()
+        left = (level < 2).nonzero().squeeze(1)
+        for precision in dict.fromkeys((autocast, nullcontext)):
+            if len(left) == 0:
+                break
+            generators = [torch_generator(seed, "attack", int(positions[index])) for index in left.tolist()]
+            with precision():
+                found = attack(rows, images[left], labels[left], generators=generators)
+            logits = rows(found)
+            confirmed = wrongness(logits, labels[left], attack.rank)
+            better = (confirmed > level[left]) | (confirmed == 0)
+            worst[left[better]], final[left[better]] = found[better], logits[better]
+            level[left[better]] = confirmed[better]
+            if precision is not nullcontext:
+                with precision():
+                    believed = wrongness(rows(found), labels[left], attack.rank)
+                left = left[believed > confirmed]
+    verdicts = Verdicts(
+        position=positions.cpu(),
+        label=labels.cpu(),
+        clean_prediction=clean.argmax(dim=1).cpu(),
+        prediction=final.argmax(dim=1).cpu(),
+        clean_top1=(wrongness(clean, labels) == 0).cpu(),
+        robust_top1=((wrongness(clean, labels) == 0) & (wrongness(final, labels) == 0)).cpu(),
+        robust_top5=((wrongness(clean, labels, 5) < 2) & (wrongness(final, labels, 5) < 2) & (attack.rank >= 5)).cpu(),
+        perturbation=attack.threat_model.distance(worst, images).cpu(),
+    )
+    return verdicts, worst
+
+
+def interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a share of `n` independent images, at 95 % by default."""
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp.npz")
+    np.savez(temporary, **arrays)
+    temporary.replace(path)

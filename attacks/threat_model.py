@@ -1,0 +1,109 @@
+"""The threat model: which perturbations of an image count as small, and how to move among them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+NORMS = ("linf", "l2")
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One generator for a whole batch, or one for each image, with which no draw depends on the other images of the batch."""
+
+
+def in_pixel_range(size: float, norm: str) -> float:
+    """An epsilon or step size of a config or a command line in units of the pixel range `[0, 1]`.
+
+    This is the only place that converts: l-inf sizes are written in 1/255 (8 means 8/255), l2 sizes in the pixel range already.
+    """
+    return size / 255 if norm == "linf" else size
+
+
+def as_written(size: float, norm: str) -> str:
+    """A size in pixel range as people write it: `8/255` for l-inf, `0.5` for l2."""
+    return f"{size * 255:.4g}/255" if norm == "linf" else f"{size:.4g}"
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """All images within `epsilon` of the original in `norm`, with pixels in `[0, 1]`.
+
+    Attributes:
+        norm: `"linf"`, the largest change of any pixel, or `"l2"`, the Euclidean length of the change.
+        epsilon: radius in units of the pixel range, at least 0.
+
+    Raises:
+        ValueError: another norm, or an epsilon that is negative or not finite.
+    """
+
+    norm: str
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm {self.norm!r} is not one of: {', '.join(NORMS)}")
+        if not (isfinite(self.epsilon) and self.epsilon >= 0):
+            raise ValueError(f"epsilon {self.epsilon} is not a finite number of at least 0")
+
+    def project(self, points: Tensor, images: Tensor) -> Tensor:
+        """The allowed images at `points` `(B, C, H, W)`, or the nearest to them on the way back to `images`.
+
+        First into the ball, then into `[0, 1]`; as `images` lie in `[0, 1]`, the second never leaves the ball again.
+        """
+        if self.norm == "linf":
+            points = torch.minimum(torch.maximum(points, images - self.epsilon), images + self.epsilon)
+        else:
+            points = images + self.bound(points - images)
+        return points.clamp(0, 1)
+
+    def bound(self, change: Tensor) -> Tensor:
+        """The nearest `change` `(B, C, H, W)` in the ball around zero."""
+        if self.norm == "linf":
+            return change.clamp(-self.epsilon, self.epsilon)
+        return change * (self.epsilon / _length(change).clamp_min(1e-30)).clamp(max=1)
+
+    def step(self, points: Tensor, gradient: Tensor, size: float) -> Tensor:
+        """`points` moved by `size` in direction of steepest ascent: the gradient's sign (l-inf), or the gradient at length 1
+        (l2). Where the gradient is zero or NaN nothing moves. The result is not projected.
+        """
+        return points + size * self.direction(gradient)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The direction of steepest ascent, of size 1 in this norm; see `step`."""
+        gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        if self.norm == "linf":
+            return gradient.sign()
+        # the largest entry first: squares of tiny gradients would vanish
+        gradient = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+        return gradient / _length(gradient).clamp_min(0.5)  # at least 1 unless the gradient is zero
+
+    def random_start(self, images: Tensor, generators: Generators) -> Tensor:
+        """Allowed images, drawn uniformly from the ball around `images` `(B, C, H, W)` and then clamped to `[0, 1]`."""
+        if self.norm == "linf":
+            change = 2 * _draw(torch.rand, images, generators) - 1
+        else:
+            direction = _draw(torch.randn, images, generators)
+            # uniform in a d-dimensional ball: a uniform direction, at radius u^(1/d)
+            radius = _draw(torch.rand, images[:, :1, :1, :1], generators) ** (1 / images[0].numel())
+            change = direction / _length(direction).clamp_min(1e-30) * radius
+        return self.project(images + self.epsilon * change, images)
+
+    def distance(self, points: Tensor, images: Tensor) -> Tensor:
+        """The size `(B,)` of the change from `images` to `points`, in this norm."""
+        change = (points - images).flatten(1)
+        return change.abs().amax(dim=1) if self.norm == "linf" else torch.linalg.vector_norm(change, dim=1)
+
+
+def _length(change: Tensor) -> Tensor:
+    """The Euclidean length of every image, `(B, 1, 1, 1)`."""
+    return torch.linalg.vector_norm(change.flatten(1), dim=1).reshape(-1, 1, 1, 1)
+
+
+def _draw(distribution: object, like: Tensor, generators: Generators) -> Tensor:
+    """Random numbers of the shape of `like`, drawn on the CPU, so that they are the same on every device."""
+    if isinstance(generators, torch.Generator):
+        drawn = distribution(like.shape, generator=generators)
+    else:
+        drawn = torch.stack([distribution(like.shape[1:], generator=generator) for generator in generators])
+    return drawn.to(like.device, like.dtype)

@@ -1,0 +1,88 @@
+"""The config's sections on adversarial training and attacks."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from base.config_section import Count, Positive, Section
+
+Size = Annotated[float, Field(ge=0)]
+SMALLEST_EPSILON, SMALLEST_STEP = 0.5, 0.05
+"""In 1/255: what is below, but not 0, was meant in the pixel range [0, 1]. No published attack is so weak."""
+LARGEST_L2, LARGEST_L2_STEP = 10.0, 1.5
+"""In units of the pixel range: what is above was meant in 1/255. A change of 10 turns an image of 32 x 32 into another."""
+
+
+class AdversarialConfig(Section):
+    """Adversarial training by train_robust.py, and robust validation."""
+
+    method: Literal["none", "free", "fgsm", "pgd", "trades"] | None = None
+    """free, fgsm (fast: random start, one step), pgd, trades or none; null: free where trainer.do_adv is true, else none."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units of the pixel range."""
+    epsilon: Size | None = None
+    """Radius of training and of attacks; null: trainer.adv_clip_eps for linf, 0.5 for l2."""
+    step_size: Size | None = None
+    """Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon (fgsm), 2.5 epsilon / steps (others)."""
+    steps: Positive = 10
+    """Attack steps in training with pgd and trades."""
+    restarts: Positive = 1
+    """Random starts in training with pgd, of which every image keeps the worst point."""
+    random_start: bool = True
+    """Begin attacks in training with fgsm and pgd at a random point."""
+    bn_mode: Literal["train", "eval"] = "train"
+    """Mode of the model while it is attacked in training: train moves running statistics, too (free knows only train)."""
+    noise: Literal["reset", "carry"] = "reset"
+    """free: perturbations begin at zero for each minibatch (as in ConvNorm), or where the last ones ended (as in the paper)."""
+    beta: Size = 6.0
+    """trades: weight of the divergence between predictions."""
+    validate_every: Count | None = None
+    """Epochs from one robust validation (PGD as in pgd_attack) to the next; 0 for none; null: 1 with a method, else 0."""
+    validate_images: Positive = 1000
+    """How many validation images it attacks, the same in every epoch: the first of every class."""
+    report: bool | None = None
+    """Attack the test set after training; null: with a method."""
+    report_images: Positive | None = None
+    """How many test images the report attacks, the first of every class; null for all."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.method == "free" and self.bn_mode == "eval":
+            raise ValueError("bn_mode: free adversarial training attacks by its training pass: only train is possible")
+        return self
+
+
+class PGDAttackConfig(Section):
+    """The attack of robust validation, of the report after training and of validate_pgd.py."""
+
+    K: Positive = 10
+    """Steps."""
+    step: Size | None = None
+    """Step size, in 1/255 for linf, in units of the pixel range for l2; null: 2 for linf, 2.5 epsilon / K for l2."""
+    restarts: Positive = 1
+    """Random starts."""
+    loss: Literal["ce", "margin", "dlr"] = "ce"
+    """What it maximises: cross entropy, margin, or difference of logits ratio."""
+
+
+def refuse_other_units(key: str, size: float | None, norm: str, is_step: bool = False) -> None:
+    """Refuse a size that was obviously meant in the other norm's units.
+
+    Raises:
+        ValueError: naming `key` and the size.
+    """
+    if size is None or size == 0:
+        return
+    smallest = SMALLEST_STEP if is_step else SMALLEST_EPSILON
+    if norm == "linf" and size < smallest:
+        raise ValueError(
+            f"{key}: {size:g} is in 1/255 of the pixel range, so it would be next to nothing: write {size * 255:.3g} for"
+            f" {size:g} of the pixel range"
+        )
+    if norm == "linf" and size > 255:
+        raise ValueError(f"{key}: {size:g} is in 1/255 of the pixel range: expected at most 255")
+    if norm == "l2" and size > (LARGEST_L2_STEP if is_step else LARGEST_L2):
+        raise ValueError(
+            f"{key}: {size:g} is in units of the pixel range under l2, so it would be far too much:"
+            f" write {size / 255:.3g} for {size:g}/255"
+        )

@@ -1,0 +1,18 @@
+"""Robust accuracy of a checkpoint under FGSM.
+
+python fgsm.py -s saved/cifar10_free/20260101-120000-000000
+python fgsm.py -c config.json -s model_best.pth --epsilon 4 --limit 1000 --json fgsm.json
+"""
+
+from attack_checkpoint import attack_parser, evaluate_checkpoint
+from base.command_line import run_script, select_device
+
+
+def main() -> None:
+    arguments = attack_parser("Robust accuracy of a checkpoint under FGSM.", ("--norm", "--epsilon", "--loss")).parse_args()
+    select_device(arguments.device)
+    evaluate_checkpoint(arguments, "fgsm")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,212 @@
+"""PGD and FGSM: closed forms, foolbox on the same model, and the promises every attack makes."""
+
+import foolbox
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attacks import FGSM, PGD, ThreatModel
+from attacks.losses import ATTACK_LOSSES, wrongness
+from attacks.robustness import attack_batch
+from base.runtime import torch_generator
+from models import build_model
+
+
+class Linear(nn.Module):
+    """Logits `W x + b` of images of 2x2."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(classes, 12, generator=generator))
+        self.norm = nn.BatchNorm1d(12)
+
+    def forward(self, images):
+        return self.norm(images.flatten(1)) @ self.weight.T
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network that has learnt to tell bright corners, and 200 images of them."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(4, (200,), generator=generator)
+    images = torch.rand(200, 3, 32, 32, generator=generator) * 0.6 + 0.2
+    for index, label in enumerate(labels.tolist()):
+        images[index, :, 16 * (label // 2) : 16 * (label // 2) + 16, 16 * (label % 2) : 16 * (label % 2) + 16] += 0.03
+    torch.manual_seed(0)
+    model = build_model({"type": "simpleCNN", "args": {"num_classes": 4}}, (0.5,) * 3, (0.25,) * 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for step in range(60):
+        part = slice(50 * (step % 4), 50 * (step % 4) + 50)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[part]), labels[part]).backward()
+        optimizer.step()
+    model.eval()
+    assert (model(images).argmax(1) == labels).float().mean() > 0.9
+    return model, images, labels
+
+
+def images_and_labels(n=5, classes=3, size=2):
+    generator = torch.Generator().manual_seed(7)
+    images = 0.3 + 0.4 * torch.rand(n, 3, size, size, generator=generator)
+    return images, torch.randint(classes, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_on_a_linear_model_of_two_classes_both_reach_the_exact_worst_point(targeted):
+    model, (images, labels) = Linear(2).eval(), images_and_labels(classes=2)
+    towards = (model.weight[1] - model.weight[0]).detach().reshape(3, 2, 2)  # raises class 1 against class 0
+    sign = torch.where((labels == 0) != targeted, 1.0, -1.0).reshape(-1, 1, 1, 1)
+    direction = sign * towards
+    linf = (images + 0.05 * direction.sign()).clamp(0, 1)
+    for attack in (FGSM(0.05, targeted=targeted), PGD(0.05, 0.02, 20, targeted=targeted)):
+        assert torch.equal(attack(model, images, labels), linf)
+    l2 = images + 0.1 * direction / direction.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(FGSM(0.1, "l2", targeted=targeted)(model, images, labels), l2)
+    torch.testing.assert_close(PGD(0.1, 0.05, 60, "l2", targeted=targeted)(model, images, labels), l2, rtol=1e-4, atol=1e-4)
+
+
+def test_fgsm_is_pgd_with_one_full_step_and_no_random_start(trained):
+    model, images, labels = trained
+    same = PGD(2 / 255, 2 / 255, 1, random_start=False)
+    assert torch.equal(FGSM(2 / 255)(model, images, labels), same(model, images, labels))
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 2 / 255), ("l2", 0.25)])
+def test_robust_accuracy_equals_foolboxs(trained, norm, epsilon):
+    model, images, labels = trained
+    peer = foolbox.PyTorchModel(model, bounds=(0, 1))
+    classes = {
+        "linf": (foolbox.attacks.LinfFastGradientAttack, foolbox.attacks.LinfPGD),
+        "l2": (foolbox.attacks.L2FastGradientAttack, foolbox.attacks.L2PGD),
+    }[norm]
+    theirs = [
+        classes[0](random_start=False)(peer, images, labels, epsilons=epsilon)[2],
+        classes[1](abs_stepsize=epsilon / 4, steps=10)(peer, images, labels, epsilons=epsilon)[2],
+    ]
+    ours = []
+    for attack in (FGSM(epsilon, norm), PGD(epsilon, epsilon / 4, 10, norm)):
+        verdicts, _ = attack_batch(model, images, labels, attack, positions=torch.arange(200), seed=0)
+        ours.append(200 - int(verdicts.robust_top1.sum()))
+    theirs = [int(broken.sum()) for broken in theirs]
+    assert 20 < theirs[0] < 190, "an attack worth comparing"
+    assert abs(ours[0] - theirs[0]) <= 1
+    assert abs(ours[1] - theirs[1]) <= 2
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_every_image_stays_in_the_ball_and_more_steps_are_stronger(trained, norm):
+    model, images, labels = trained
+    epsilon = 2 / 255 if norm == "linf" else 0.25
+    threat, losses = ThreatModel(norm, epsilon), []
+    for steps in (1, 3, 10):
+        found = PGD(epsilon, epsilon / 4, steps, norm)(model, images, labels)
+        assert threat.distance(found, images).max() <= epsilon * (1 + 1e-5)
+        assert found.min() >= 0
+        assert found.max() <= 1
+        losses.append(float(F.cross_entropy(model(found), labels).detach()))
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_l2_starts_are_uniform_in_the_ball():
+    images = torch.full((4000, 1, 2, 2), 0.5)
+    threat = ThreatModel("l2", 0.25)
+    radius = threat.distance(threat.random_start(images, torch.Generator().manual_seed(0)), images) / 0.25
+    # in four dimensions P(radius <= r) = r^4
+    for r in (0.5, 0.8, 0.95):
+        assert float((radius <= r).float().mean()) == pytest.approx(r**4, abs=0.025)
+
+
+def test_zero_tiny_and_nan_gradients_move_as_they_should():
+    gradient = torch.zeros(3, 1, 2, 2)
+    gradient[1, 0, 0, 0], gradient[2, 0, 0, 0] = 1e-35, float("nan")
+    for norm in ("linf", "l2"):
+        step = ThreatModel(norm, 1.0).direction(gradient)
+        assert torch.equal(step.flatten(1).norm(dim=1), torch.tensor([0.0, 1.0, 0.0]))
+
+
+def test_attacking_leaves_modes_flags_and_gradients_as_they_were(trained):
+    model, images, labels = trained
+    model.train()
+    model.features[1].eval()
+    model.classifier.bias.requires_grad_(False)
+    model.classifier.weight.grad = torch.ones_like(model.classifier.weight)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode():
+        PGD(2 / 255, 1 / 255, 2, restarts=2)(model, images[:4], labels[:4])
+    assert model.training
+    assert not model.features[1].training
+    assert not model.classifier.bias.requires_grad
+    assert model.classifier.weight.requires_grad
+    assert torch.equal(model.classifier.weight.grad, torch.ones_like(model.classifier.weight))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model.classifier.weight.grad = None
+    model.classifier.bias.requires_grad_(True)
+    model.eval()
+
+
+def test_restarts_keep_the_worst_point_of_every_image(trained):
+    model, images, labels = trained
+    images, labels = images[:32], labels[:32]
+    generators = [torch_generator(0, "test", index) for index in range(32)]
+    one = PGD(1 / 255, 0.25 / 255, 3)
+    many = PGD(1 / 255, 0.25 / 255, 3, restarts=4)
+    worst = F.cross_entropy(model(many(model, images, labels, generators=generators)), labels, reduction="none").detach()
+    broken = wrongness(model(many(model, images, labels, generators=generators)), labels) > 0
+    generators = [torch_generator(0, "test", index) for index in range(32)]
+    for _ in range(4):  # a generator goes on where the last restart left it
+        logits = model(one(model, images, labels, generators=generators)).detach()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        assert (losses[~broken] <= worst[~broken] + 1e-5).all()
+
+
+def test_early_stop_leaves_broken_images_alone(trained):
+    model, images, labels = trained
+    sizes = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    found = PGD(2 / 255, 0.5 / 255, 10, early_stop=True)(model, images, labels)
+    handle.remove()
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] == 200
+    plain = wrongness(model(PGD(2 / 255, 0.5 / 255, 10)(model, images, labels)), labels) > 0
+    early = wrongness(model(found), labels) > 0
+    assert (early >= plain).all(), "what the last point breaks, some point on the way or the last one breaks"
+    rank_two = wrongness(model(PGD(8 / 255, 2 / 255, 10, early_stop=2)(model, images, labels)), labels, 2)
+    assert (rank_two == 2).sum() > (wrongness(model(found), labels, 2) == 2).sum()
+
+
+def test_losses_against_their_definitions():
+    logits = torch.tensor([[3.0, 1.0, 2.0, -1.0], [0.5, 0.25, 1.0, 4.0]])
+    labels = torch.tensor([0, 2])
+    assert ATTACK_LOSSES["margin"](logits, labels).tolist() == [-1.0, 3.0]
+    assert ATTACK_LOSSES["dlr"](logits, labels).tolist() == pytest.approx([-1 / 2, 3 / 3.5])
+    expected = torch.logsumexp(logits, 1) - logits.gather(1, labels[:, None]).squeeze(1)
+    torch.testing.assert_close(ATTACK_LOSSES["ce"](logits, labels), expected)
+    assert wrongness(logits, labels).tolist() == [0, 2]
+    assert wrongness(logits, labels, 2).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="needs at least 3 classes, the model has 2"):
+        ATTACK_LOSSES["dlr"](logits[:, :2], labels[:1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PGD(-1, 1, 1), "epsilon -1 is not a finite number of at least 0"),
+        (lambda: PGD(1, 1, 1, "l1"), "norm 'l1' is not one of: linf, l2"),
+        (lambda: PGD(1, float("nan"), 1), "step_size nan is not a number"),
+        (lambda: PGD(1, 1, 0), "steps 0 and restarts 1 must be at least 1"),
+        (lambda: FGSM(1, loss="cw"), "loss 'cw' is not one of: ce, margin, dlr"),
+        (lambda: PGD(1, 1, 1, targeted=True, early_stop=5), "a targeted attack has no rank"),
+        (lambda: FGSM(1)(Linear(), torch.full((1, 3, 2, 2), 8.0), torch.tensor([0])), "found 8 to 8; models normalise inside"),
+        (lambda: FGSM(1)(Linear(), torch.zeros(2, 3, 2, 2), torch.tensor([0])), "labels: expected 2, one per image"),
+        (lambda: FGSM(1)(Linear(), torch.zeros(2, 12), torch.tensor([0, 1])), "images: expected floats"),
+    ],
+)
+def test_wrong_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_no_images_give_no_images():
+    assert PGD(1, 1, 1)(Linear(), torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 2, 2)

@@ -1,0 +1,240 @@
+"""Every adversarial method against its algorithm written out, and free training against the original's trajectory."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from assembly import build_trainer
+from attacks import PGD
+from base.base_data_loader import BaseDataLoader
+from base.config_files import merge, validate
+from base.optimization import Schedule, build_optimizer
+from models import build_model
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+BASE = {
+    "data_loader": {"type": "DigitsDataLoader"},
+    "optimizer": {"type": "SGD", "args": {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}},
+    "arch": {"type": "simpleCNN", "args": {"norm_layer_type": "bn"}},
+}
+
+
+class Batches(BaseDataLoader):
+    """Only what trainers ask for."""
+
+    num_classes = 10
+
+    def __len__(self):
+        return 3
+
+    __iter__ = set_epoch = subset = split_validation = test_loader = None
+
+
+def build(folder, settings, model=None):
+    config = validate(merge(BASE, settings))
+    torch.manual_seed(0)
+    model = model or build_model(config.arch.model_dump(exclude_none=True), MEAN, STD)
+    optimizer = build_optimizer(config.optimizer, model)
+    return build_trainer(
+        config,
+        model=model.train(),
+        optimizer=optimizer,
+        schedule=Schedule(config.lr_scheduler, optimizer, 1, 3, False),
+        train_loader=Batches(),
+        validate=lambda model, epoch: {},
+        precision="fp32",
+        folder=folder,
+        metadata={},
+    )
+
+
+def batch(size=6):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator)
+
+
+def same_weights(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("conv", "norm"), [("conv", "bn"), ("prec_conv", "no"), ("sn_conv", "bn")])
+def test_free_training_follows_the_original(tmp_path, conv, norm):
+    golden = np.load(GOLDEN / f"trajectory_free_{conv}_{norm}.npz")
+    layers = {"arch": {"args": {"conv_layer_type": conv, "norm_layer_type": norm}}}
+    trainer = build(tmp_path, merge(layers, {"trainer": {"do_adv": True}}))
+    start = np.load(GOLDEN / f"trajectory_standard_{conv}_{norm}.npz")
+    source = golden if any(key.startswith("init/") for key in golden.files) else start
+    trainer.model.load_state_dict({k[5:]: torch.from_numpy(source[k]) for k in source.files if k.startswith("init/")})
+    losses, update = [], trainer.update
+    trainer.update = lambda loss: (losses.append(loss.item()), update(loss))
+    images = torch.from_numpy(golden["images_uint8"]).permute(0, 3, 1, 2) / 255
+    for number in range(3):
+        part = slice(32 * number, 32 * number + 32)
+        trainer.train_batch(images[part], torch.from_numpy(golden["labels"])[part])
+    assert len(losses) == len(golden["losses"]) == 12
+    assert losses[:4] == pytest.approx(golden["losses"][:4].tolist(), rel=1e-2)
+
+
+def test_free_l2_moves_along_the_gradient_within_the_ball(tmp_path):
+    settings = {"adversarial": {"method": "free", "norm": "l2", "epsilon": 0.4, "step_size": 0.3, "noise": "carry"}}
+    trainer = build(tmp_path, settings)
+    images, labels = batch()
+    trainer.train_batch(images, labels)
+    length = trainer.method_state()["perturbation"].flatten(1).norm(dim=1)
+    assert ((length > 0.3) & (length <= 0.4 + 1e-6)).all(), "four steps of 0.3 reach the bound or turn"
+
+
+def test_carried_noise_goes_on_where_it_ended_and_reset_begins_at_zero(tmp_path):
+    first = {}
+    for noise in ("carry", "reset"):
+        trainer = build(tmp_path, {"adversarial": {"method": "free", "noise": noise}, "trainer": {"adv_repeats": 2}})
+        seen = []
+        trainer.model.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].detach()))
+        images, labels = batch()
+        for part in (slice(6), slice(4), slice(6)):
+            trainer.train_batch(images[part], labels[part])
+        first[noise] = seen
+    assert torch.equal(first["reset"][2], images[:4])
+    assert not torch.equal(first["carry"][2], images[:4])
+    assert (first["carry"][2] - images[:4]).abs().max() <= 8 / 255 + 1e-6
+    # the images that the short batch did not have keep what the first one left
+    left_over = first["carry"][4][4:] - images[4:]
+    assert left_over.abs().amax() > 0
+
+
+def attack_by_hand(model, images, targets, start, step, epsilon, steps):
+    """Madry's loop, gradient by `backward`."""
+    points = start
+    for _ in range(steps):
+        points = points.clone().requires_grad_()
+        F.cross_entropy(model(points), targets, reduction="sum").backward()
+        points = (points + step * points.grad.sign()).clamp(images - epsilon, images + epsilon).clamp(0, 1).detach()
+    model.zero_grad()
+    return points
+
+
+@pytest.mark.parametrize("bn_mode", ["train", "eval"])
+@pytest.mark.parametrize(("method", "steps", "step"), [("pgd", 3, 2.5 * 8 / 3), ("fgsm", 1, 10)])
+def test_pgd_and_fgsm_training_against_the_loop_written_out(tmp_path, method, steps, step, bn_mode):
+    settings = {"adversarial": {"method": method, "steps": 3, "bn_mode": bn_mode}}
+    trainer, plain = build(tmp_path, settings), build(tmp_path, settings)
+    starts = []
+    draw = type(trainer.attack.threat_model).random_start
+    start = draw(trainer.attack.threat_model, batch()[0], torch.Generator().manual_seed(5))
+    trainer.attack.start = lambda images, generators: (starts.append(generators), start)[1]
+    images, labels = batch()
+    result = trainer.train_batch(images, labels)
+    model = plain.model.train(bn_mode == "train")
+    adversarial = attack_by_hand(model, images, labels, start, step / 255, 8 / 255, steps)
+    model.train()
+    logits = model(adversarial)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    plain.optimizer.zero_grad()
+    losses.mean().backward()
+    plain.optimizer.step()
+    assert same_weights(trainer.model, plain.model), "weights and running statistics"
+    assert float(result.sums["loss"]) == pytest.approx(float(losses.detach().sum()))
+    assert int(result.sums["top1"]) == int((logits.argmax(1) == labels).sum())
+    assert isinstance(starts[0], torch.Generator)
+
+
+def test_starts_are_a_function_of_seed_epoch_and_minibatch(tmp_path):
+    models = []
+    for batches_done in (0, 0, 1):
+        trainer = build(tmp_path, {"adversarial": {"method": "fgsm"}})
+        trainer.progress.batches_done = batches_done
+        trainer.train_batch(*batch())
+        models.append(trainer.model)
+    assert same_weights(models[0], models[1])
+    assert not same_weights(models[0], models[2])
+
+
+def test_trades_against_the_formula(tmp_path):
+    settings = {"adversarial": {"method": "trades", "steps": 2, "beta": 3.0, "bn_mode": "eval"}}
+    trainer, plain = build(tmp_path, settings), build(tmp_path, settings)
+    images, labels = batch()
+    noisy, climb = [], trainer.attack.climb
+    trainer.attack.climb = lambda *given: (noisy.append(given[-1]), climb(*given))[1]
+    result = trainer.train_batch(images, labels)
+    assert 0 < (noisy[0] - images).abs().max() < 0.01
+    model, points = plain.model.eval(), noisy[0]
+    clean = model(images).detach().softmax(1)
+    for _ in range(2):
+        points = points.clone().requires_grad_()
+        divergence = F.kl_div(model(points).log_softmax(1), clean, reduction="sum")
+        (gradient,) = torch.autograd.grad(divergence, points)
+        points = points.detach() + 10 / 255 * gradient.sign()
+        points = points.clamp(images - 8 / 255, images + 8 / 255).clamp(0, 1)
+    model.train()
+    logits, adversarial = model(images), model(points)
+    divergence = F.kl_div(adversarial.log_softmax(1), logits.softmax(1), reduction="none").sum(1)
+    losses = F.cross_entropy(logits, labels, reduction="none") + 3 * divergence
+    losses.mean().backward()
+    plain.optimizer.step()
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    assert float(result.sums["loss"]) == pytest.approx(float(losses.detach().sum()), rel=1e-5)
+    assert int(result.sums["robust_top1"]) == int((adversarial.argmax(1) == labels).sum())
+
+
+METHODS = {
+    "free": {"method": "free"},
+    "fgsm": {"method": "fgsm"},
+    "pgd": {"method": "pgd", "steps": 2, "restarts": 2},
+    "trades": {"method": "trades", "steps": 2},
+    "none": {"method": "none"},
+}
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_works_with_mixup_ocnn_averaging_and_either_norm(tmp_path, method, norm):
+    settings = {
+        "adversarial": {**METHODS[method], "norm": norm},
+        "augmentation": {"mixup_alpha": 1.0},
+        "trainer": {"OCNN": True, "ema_decay": 0.5},
+    }
+    trainer = build(tmp_path, settings)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    result = trainer.train_batch(*batch())
+    updates = trainer.config.trainer.adv_repeats if method == "free" else 1
+    assert result.count == 6 * updates
+    assert 0 <= float(result.sums["top1"]) <= result.count
+    assert trainer.average.updates == updates
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert trainer.model.training
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert torch.isfinite(result.sums["loss"])
+
+
+def test_mixups_two_labels_go_through_the_attacks_loss(tmp_path):
+    seen = []
+
+    class Recorder(PGD):
+        def perturb(self, model, images, labels, generators):
+            seen.append((images, labels))
+            return super().perturb(model, images, labels, generators)
+
+    trainer = build(tmp_path, {"adversarial": {"method": "pgd", "steps": 1}, "augmentation": {"mixup_alpha": 1.0}})
+    trainer.attack = Recorder(8 / 255, 2 / 255, 1)
+    images, labels = batch()
+    trainer.train_batch(images, labels)
+    mixed, probabilities = seen[0]
+    assert not torch.equal(mixed, images)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(6))
+    assert ((probabilities > 0).sum(1) <= 2).all()
+    assert (probabilities.gather(1, labels[:, None]) > 0).all()
+
+
+def test_the_attack_computes_no_gradient_of_a_weight(tmp_path):
+    trainer = build(tmp_path, {"adversarial": {"method": "pgd", "steps": 4}})
+    asked = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, inputs: asked.append(any(parameter.requires_grad for parameter in module.parameters()))
+    )
+    trainer.train_batch(*batch())
+    assert asked == [False] * 4 + [True], "four steps, one update, no other forward pass"

@@ -1,0 +1,154 @@
+"""Adversarial training: free, PGD and fast FGSM, and TRADES. Each `train_batch` is the algorithm of its paper."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attacks.attack import frozen
+from attacks.pgd import PGD
+from attacks.threat_model import ThreatModel
+from base.runtime import torch_generator
+from base.totals import BatchResult
+from trainer.evaluate import batch_result
+from trainer.trainer import Trainer
+
+
+class FreeTrainer(Trainer):
+    """Free adversarial training (Shafahi et al., arXiv:1904.12843, algorithm 1).
+
+    Each minibatch is trained on `repeats` times; the backward pass of every update also gives the gradient for the images, by
+    which the perturbation takes one step. Cost: `repeats` updates per minibatch, no other pass.
+
+    In the paper the perturbation is carried from minibatch to minibatch; ConvNorm begins at zero for each. Values logged are
+    sums over all updates, each counting its samples.
+
+    Args:
+        threat_model: bound of the perturbation. Its sum with the image is clamped to `[0, 1]`, the perturbation itself is not.
+        step_size: of the perturbation, in units of the pixel range.
+        repeats: updates per minibatch, the paper's m.
+        carry: begin with the last minibatch's perturbation instead of zero.
+        **parts: everything `Trainer` takes.
+    """
+
+    def __init__(self, *, threat_model: ThreatModel, step_size: float, repeats: int, carry: bool = False, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.threat_model = threat_model
+        self.step_size = step_size
+        self.repeats = repeats
+        self.carry = carry
+        self._perturbation: Tensor | None = None
+
+    def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
+        """`repeats` updates, the perturbation moving with each."""
+        images, targets = self.mixed(images, labels)
+        perturbation = self._first_perturbation(images)
+        results = []
+        for _ in range(self.repeats):
+            perturbation.requires_grad_()
+            results.append(self.train_on((images + perturbation).clamp(0, 1), targets))
+            moved = self.threat_model.step(perturbation.detach(), perturbation.grad, self.step_size)
+            perturbation = self.threat_model.bound(moved)
+        if self.carry:
+            self._keep(perturbation)
+        sums = {name: torch.stack([result.sums[name] for result in results]).sum() for name in results[0].sums}
+        return BatchResult(sums, sum(result.count for result in results))
+
+    def _first_perturbation(self, images: Tensor) -> Tensor:
+        if self._perturbation is None:
+            return torch.zeros_like(images)
+        missing = len(images) - len(self._perturbation)  # where a resumed run's first minibatch was an epoch's short last one
+        return F.pad(self._perturbation[: len(images)], (0, 0, 0, 0, 0, 0, 0, max(0, missing)))
+
+    def _keep(self, perturbation: Tensor) -> None:
+        """A short last minibatch changes only as many perturbations as it has images."""
+        if self._perturbation is not None and len(perturbation) < len(self._perturbation):
+            perturbation = torch.cat([perturbation, self._perturbation[len(perturbation) :]])
+        self._perturbation = perturbation.detach()
+
+    def method_state(self) -> dict[str, Any]:
+        return {} if self._perturbation is None else {"perturbation": self._perturbation}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        kept = state.get("perturbation")
+        self._perturbation = None if kept is None else kept.to(self.device)
+
+
+class AdversarialTrainer(Trainer):
+    """Training on attacked images: PGD (Madry et al., arXiv:1706.06083), or, with one step of 1.25 epsilon from a random start,
+    fast FGSM training (Wong et al., arXiv:2001.03994).
+
+    Cost: one forward and one backward pass per attack step, without gradients of the weights, and those of the update. The
+    values logged are those on the attacked images.
+
+    Args:
+        attack: the attack of every training step.
+        bn_mode: mode of the model while it is attacked. `"train"` normalises by the statistics of the attacked minibatch, and
+            running statistics follow every step of the attack, as in the authors' codes; `"eval"` uses and keeps the running
+            statistics.
+        **parts: everything `Trainer` takes.
+    """
+
+    def __init__(self, *, attack: PGD, bn_mode: str = "train", **parts: Any) -> None:
+        super().__init__(**parts)
+        self.attack = attack
+        self.bn_mode = bn_mode
+
+    def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
+        """Attack the minibatch, then one update on what came of it."""
+        images, targets = self.mixed(images, labels)
+        generator = torch_generator(self.config.seed, "training attack", *self.minibatch)
+        with self.attacking():
+            attacked = self.attack.perturb(self.model, images, targets, generator)
+        return self.train_on(attacked, targets)
+
+    @contextmanager
+    def attacking(self) -> Iterator[None]:
+        """Meanwhile parameters ask for no gradients, the mode is `bn_mode`, forward passes are in the run's precision."""
+        with frozen(self.model, training=None if self.bn_mode == "train" else False), self.autocast():
+            yield
+
+
+class TradesTrainer(AdversarialTrainer):
+    """TRADES (Zhang et al., arXiv:1901.08573, algorithm 1): `loss(f(x), y) + beta KL(f(x) || f(x'))`, with x' the point of the
+    ball where the divergence is found largest.
+
+    The gradient of the divergence for x' is that of the cross entropy with the clean predictions as class probabilities, which
+    is what the attack climbs; it begins at `x + 0.001 N(0, 1)`, as in the paper. `loss` is logged as it is minimised, without
+    the penalty; `top1` counts clean images, `robust_top1` attacked ones.
+
+    Args:
+        beta: weight of the divergence; larger is more robust and less accurate.
+        **parts: everything `AdversarialTrainer` takes.
+    """
+
+    START_STD = 0.001
+
+    def __init__(self, *, beta: float, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.beta = beta
+
+    def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
+        """One forward pass for the clean predictions, the attack, then one update on both images."""
+        images, targets = self.mixed(images, labels)
+        attacked = self._attacked(images)
+        with self.autocast():
+            logits, attacked_logits = self.model(images), self.model(attacked)
+        log_clean, log_attacked = F.log_softmax(logits.float(), dim=1), F.log_softmax(attacked_logits.float(), dim=1)
+        divergence = F.kl_div(log_attacked, log_clean, reduction="none", log_target=True).sum(dim=1)
+        losses = self.loss(logits, targets) + self.beta * divergence
+        self.update(self.penalised(losses.mean()))
+        clean = batch_result(losses, logits, targets, self.metrics)
+        robust = {f"robust_{name}": metric(attacked_logits.detach(), targets) for name, metric in self.metrics.items()}
+        return BatchResult({**clean.sums, **robust}, clean.count)
+
+    def _attacked(self, images: Tensor) -> Tensor:
+        generator = torch_generator(self.config.seed, "training attack", *self.minibatch)
+        noise = self.START_STD * torch.randn(images.shape, generator=generator).to(images.device)
+        with self.attacking():
+            with torch.no_grad():
+                predictions = self.model(images).float().softmax(dim=1)
+            return self.attack.climb(self.model, images, predictions, images + noise)

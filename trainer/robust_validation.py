@@ -1,0 +1,75 @@
+"""Robust accuracy on a fixed part of the validation set, while training goes on."""
+
+import logging
+
+from torch import nn
+
+from attacks.attack import Attack
+from attacks.robustness import Autocast, attack_loader
+from base.base_data_loader import BaseDataLoader
+
+logger = logging.getLogger(__name__)
+
+
+class RobustValidation:
+    """Attacks the same images from the same starting points every `period` epochs, and in the last one.
+
+    `robust_validation(model, epoch)` returns `robust_top1` in the epochs in which it attacks, nothing in the others. For fast
+    FGSM training it also returns `fgsm_top1` and warns of catastrophic overfitting (Wong et al., arXiv:2001.03994, section 5):
+    the model then resists the single step it was trained with, while PGD breaks it.
+
+    Args:
+        loader: the images, neither shuffled nor augmented.
+        attack: PGD; its accuracy is `robust_top1`.
+        fgsm: FGSM, where the training method is fast FGSM training; None otherwise.
+        period: epochs from one attack to the next.
+        epochs: number of the last epoch.
+        seed: of the starting points.
+        autocast: context of the attack's forward passes.
+    """
+
+    def __init__(
+        self,
+        loader: BaseDataLoader,
+        attack: Attack,
+        fgsm: Attack | None,
+        *,
+        period: int,
+        epochs: int,
+        seed: int,
+        autocast: Autocast,
+    ) -> None:
+        self.loader = loader
+        self.attack = attack
+        self.fgsm = fgsm
+        self.period = period
+        self.epochs = epochs
+        self.seed = seed
+        self.autocast = autocast
+
+    def __call__(self, model: nn.Module, epoch: int) -> dict[str, float]:
+        if epoch % self.period and epoch != self.epochs:
+            return {}
+        values = {"robust_top1": self._accuracy(model, self.attack)}
+        if self.fgsm is not None:
+            values["fgsm_top1"] = self._accuracy(model, self.fgsm)
+            if has_overfitted(values, self.loader.num_classes):
+                logger.warning(
+                    "catastrophic overfitting: %.1f %% of the validation images resist FGSM, %.1f %% resist PGD; try a smaller"
+                    " adversarial.step_size, bn_mode or another method; the best epoch so far is kept",
+                    100 * values["fgsm_top1"],
+                    100 * values["robust_top1"],
+                )
+        return values
+
+    def _accuracy(self, model: nn.Module, attack: Attack) -> float:
+        options = {"seed": self.seed, "autocast": self.autocast, "description": f"validating under {type(attack).__name__}"}
+        return attack_loader(model, self.loader, attack, **options).accuracy("robust_top1")
+
+
+def has_overfitted(values: dict[str, float], num_classes: int) -> bool:
+    """Whether PGD accuracy has collapsed while FGSM accuracy is high: less than half of it, which is well above chance.
+
+    In healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy; after the collapse it is next to zero.
+    """
+    return values["fgsm_top1"] > 2 / num_classes and values["robust_top1"] < 0.5 * values["fgsm_top1"]
