@@ -13,6 +13,7 @@ import torch
 import assembly
 from attacks import PGD, Attack, from_config
 from attacks.checks import doctor
+from attacks.figures import check_format, draw_epsilon_curve, draw_examples
 from attacks.report import Report, add_doctor, describe_attack, measure, title
 from attacks.robustness import Autocast, attack_batch
 from base.base_data_loader import BaseDataLoader
@@ -79,6 +80,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
     for name in ("limit", "batch_size"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ConfigError(f"--{name}: expected at least 1, not {getattr(arguments, name)}")
+    if arguments.figure:
+        check_format(arguments.figure)
     with ranks():
         file = find_checkpoint(arguments.checkpoint)
         checkpoint = load_checkpoint(file)
@@ -217,8 +220,6 @@ def _partial(
 
 
 def _draw_curve(curve: list[tuple[float, float]], report: Report, loader: BaseDataLoader, beside: Path | None) -> None:
-    from attacks.figures import draw_epsilon_curve
-
     if beside is None:
         return
     suffix = beside.suffix if beside.suffix in (".png", ".pdf", ".svg") else ".png"
@@ -232,8 +233,6 @@ def _draw_examples(
     path: Path, report: Report, model: BaseModel, loader: BaseDataLoader, attack: Attack, *, seed: int, autocast: Autocast
 ) -> None:
     """Draw images that the attack broke, or else any. It finds the same points again: its starts depend on the image only."""
-    from attacks.figures import draw_examples
-
     verdicts = report.verdicts
     broken = (verdicts.clean_top1 & ~verdicts.robust_top1).nonzero().squeeze(1)
     chosen = broken if len(broken) else torch.arange(len(verdicts))

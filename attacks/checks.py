@@ -1,11 +1,9 @@
 """Can a robustness number be believed? Signs that an attack failed for reasons of its own, not because the model is robust.
 
-After Athalye et al., "Obfuscated gradients give a false sense of security" (arXiv:1802.00420, section 3.1), and Carlini et al.,
-"On evaluating adversarial robustness" (arXiv:1902.06705, section 5). Passing is no proof: a defence of a new kind needs attacks
-made for it.
+After Athalye et al., "Obfuscated gradients give a false sense of security" (arXiv:1802.00420), and Carlini et al., "On
+evaluating adversarial robustness" (arXiv:1902.06705). Passing is no proof: a defence of a new kind needs attacks made for it.
 """
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -20,47 +18,33 @@ from tqdm import tqdm
 from attacks.attack import Attack, frozen
 from attacks.losses import wrongness
 from attacks.pgd import PGD
-from attacks.robustness import Autocast, attack_batch
+from attacks.robustness import Autocast, attack_batch, interval
 from attacks.square import Square
 from attacks.threat_model import ThreatModel, as_written
 from base.base_data_loader import BaseDataLoader
 
 ZERO_GRADIENTS = 0.05
-"""Share of images that may have no gradient. In float32 the gradient of cross entropy is exactly 0 from a margin of about 100
-between logits on, which healthy networks rarely reach; those that hide their gradients do for most images. An image without a
-gradient may pass for robust unattacked, so below this share robust accuracy is wrong by 5 points at most."""
-
+"""Share of images that may have no gradient. In float32 that of cross entropy is exactly 0 from a margin of about 100 between
+logits on: rare in healthy networks, and so for most images where gradients are hidden. An image without a gradient may pass for
+robust unattacked, so up to this share robust accuracy is wrong by 5 points at most."""
 PROBABILITY_ROUNDING = 0.01
-"""How far the sum of probabilities may be from 1: above what bfloat16 rounds. No row of logits comes so close by accident in
-`[0, 1]`, and all images of a batch would have to."""
-
-SAME_FORWARD = 1e-4
-"""Difference of two forward passes, relative to the spread of logits, up to which a model counts as deterministic. GPUs add in
-varying order, which changes about 1e-6; noise as small as this hides no gradient."""
-
-SAME_BATCH = 0.05
-"""The same for batches of two sizes. Libraries take other kernels for other sizes; with 10 bits of mantissa (TF32) and many
-layers the largest of many differences is about 0.01. Batch statistics change logits by about their spread."""
-
+"""How far sums of probabilities may be from 1: bfloat16 rounds less, and no batch of logits comes so close by chance."""
+SAME_FORWARD, SAME_BATCH = 1e-4, 0.05
+"""Difference, relative to the spread of logits, up to which two forward passes count as the same: one repeated (GPUs add in
+varying order, about 1e-6), and one in batches of another size, for which libraries take other kernels (TF32 rounds by 5e-4 each
+time; batch statistics changed logits by 0.4 and more)."""
 LOOSE, LOOSE_FGSM = 0.05, 0.15
 """How much of the accuracy more steps may take: what they take, the attack overstated. On networks trained against it, PGD with
 20 steps is 4 points below 7 steps, and 10 below FGSM (CIFAR-10, Madry et al., arXiv:1706.06083, table 2)."""
-
-SQUARE_SHARE = 0.02
-"""Share of images that a black-box search may break in addition. It maximises another loss along other ways, so that on healthy
-networks, too, it breaks some images in a hundred that one run of PGD on cross entropy leaves."""
-
-SQUARE_QUERIES = 500
-"""Enough to break what only hides its gradients; 5000, as in AutoAttack, would take ten times as long."""
-
-ROUNDING = 1e-9
-"""Of shares: one image of 100 more or less is 1 %."""
-
+SQUARE_SHARE, SQUARE_QUERIES = 0.02, 500
+"""Share of images that a black-box search may break beyond the attack; its 95 % interval must reach it. The search maximises
+another loss, the margin: of a healthy network (simpleCNN trained with PGD on CIFAR-10) it broke 1.4 % that PGD on cross entropy
+left. Where gradients were hidden it broke 14 to 33 %, for which 500 queries are enough."""
+FEW_STEPS, ENOUGH_STEPS = 10, 20
+"""Fewer steps than the first need not break everything at a large epsilon (FGSM does not), so PGD with the second is added."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 NOISE_DRAWS, MORE_STEPS, MORE_RESTARTS = 10, 4, 3
-FEW_STEPS, ENOUGH_STEPS = 10, 20
-"""A search of fewer steps than the first number cannot be expected to break everything at a large epsilon: on robust networks
-FGSM does not. In its place PGD with the second number of steps is looked at."""
+ROUNDING = 1e-9  # of shares: one image of 100 more or less is 1 %
 
 
 @dataclass(frozen=True)
@@ -81,7 +65,9 @@ class Check:
         return f"{'pass' if self.passed else 'FAIL'}  {self.name}: {self.detail}"
 
 
-def quick_checks(model: nn.Module, images: Tensor, labels: Tensor, attack: Attack) -> list[Check]:
+def quick_checks(
+    model: nn.Module, images: Tensor, labels: Tensor, attack: Attack, batch_size: int | None = None
+) -> list[Check]:
     """What three forward passes and a backward pass on one batch tell; the model is in evaluation mode meanwhile.
 
     Gradients of the attack's loss that are zero or not finite, probabilities in place of logits (softmax saturates, and cross
@@ -92,33 +78,29 @@ def quick_checks(model: nn.Module, images: Tensor, labels: Tensor, attack: Attac
         images: `(B, C, H, W)` in `[0, 1]`.
         labels: int64 `(B,)`.
         attack: the attack whose loss counts.
+        batch_size: images at a time; None for all.
     """
-    return _quick_checks(model, [(images, labels)], attack)
-
-
-def _quick_checks(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], attack: Attack) -> list[Check]:
     passes = []
     with torch.inference_mode(False), frozen(model, training=False):
-        for images, labels in batches:
-            images, labels = images.clone(), labels.clone()
+        images, labels, size = images.clone(), labels.clone(), batch_size or len(images)
+        for points, classes in zip(images.split(size), labels.split(size), strict=True):
             with torch.no_grad():
-                logits, again = model(images).float(), model(images).float()
-            gradient = attack.ascend(_Connected(model), images, labels)[2].flatten(1)
-            passes.append((logits, again, gradient, labels))
-    logits, again, gradient, labels = (torch.cat(parts) for parts in zip(*passes, strict=True))
+                logits, again = model(points).float(), model(points).float()
+            passes.append((logits, again, attack.ascend(_Connected(model), points, classes)[2].flatten(1)))
+    logits, again, gradient = (torch.cat(parts) for parts in zip(*passes, strict=True))
     attacked = (wrongness(logits, labels) == 0) != attack.targeted
     zero, of = int(((gradient == 0).all(dim=1) & attacked).sum()), int(attacked.sum())
     share = zero / max(1, of)
     not_finite = len(labels) - int((gradient.isfinite().all(dim=1) & logits.isfinite().all(dim=1)).sum())
-    low, high, sums = float(logits.amin()), float(logits.amax()), logits.sum(dim=1)
-    probabilities = low >= 0 and high <= 1 and bool(((sums - 1).abs() <= PROBABILITY_ROUNDING).all())
-    between = f"between {low:.3g} and {high:.3g}, with sums from {float(sums.amin()):.3g} to {float(sums.amax()):.3g}"
+    low, high, off = float(logits.amin()), float(logits.amax()), float((logits.sum(dim=1) - 1).abs().amax())
+    probabilities = low >= 0 and high <= 1 and off <= PROBABILITY_ROUNDING
+    between = f"between {low:.3g} and {high:.3g}, with sums up to {off:.3g} from 1" + ": probabilities" * probabilities
     change = _difference(logits, again)
     zeros = f"zero for {zero} of {of} images to attack ({_percent(share)}, at most {_percent(ZERO_GRADIENTS)})"
     return [
         Check("gradients are not zero", share <= ZERO_GRADIENTS, zeros),
         Check("gradients and logits are finite", not_finite == 0, f"not for {not_finite} of {len(labels)} images"),
-        Check("outputs are logits", not probabilities, between + ": probabilities" * probabilities),
+        Check("outputs are logits", not probabilities, between),
         Check("the forward pass is not random", change <= SAME_FORWARD, f"a second one differs by {change:.1e} of the spread"),
     ]
 
@@ -128,20 +110,19 @@ def doctor(
 ) -> tuple[list[Check], list[tuple[float, float]]]:
     """Everything there is to check about a model and an attack on it, with a progress bar.
 
-    All verdicts are top-1 (copies of the attack stop at rank 1). Costs about as much as attacking the images 15 times, plus
-    `SQUARE_QUERIES` forward passes on those that stand.
+    All verdicts are top-1, by copies of the attack that stop there. On images that stand it costs up to 15 attacks and
+    `SQUARE_QUERIES` forward passes. Differences of one image or 1 % are tolerated where nothing else is said.
 
     Args:
         model: maps images in `[0, 1]` to logits.
-        loader: neither shuffled nor augmented; 100 to 256 images are enough. Differences of one image or 1 % are tolerated
-            where nothing else is said.
+        loader: neither shuffled nor augmented; 100 to 256 images are enough.
         attack: PGD or FGSM, untargeted. An attack of fewer than `FEW_STEPS` steps is checked beside PGD with `ENOUGH_STEPS`.
         seed: of all draws.
         autocast: context of the attack's forward passes.
 
     Returns:
-        The checks, and (epsilon in units of the pixel range, accuracy) for a curve: of the attack with its step size scaled
-        along, or of the PGD beside it.
+        The checks, and (epsilon in units of the pixel range, accuracy) of the attack with its step size scaled along, or of the
+        PGD beside it, from epsilon 0 to one that leaves nothing of an image.
 
     Raises:
         ValueError: a targeted attack, or an epsilon of 0.
@@ -166,14 +147,14 @@ class _Examination:
         loader.set_epoch(1)
         batches = list(loader)
         self.images, self.labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        self.n, self.size, self.num_classes = len(self.labels), len(batches[0][1]), loader.num_classes
-        self.positions = loader.positions[: self.n]
+        self.n, self.size = len(self.labels), len(batches[0][1])
+        self.positions, self.num_classes = loader.positions[: self.n], loader.num_classes
         self.tolerance = max(1 / self.n, 0.01) + ROUNDING
         self.norm, self.epsilon = attack.threat_model.norm, attack.threat_model.epsilon
         self.attack = self.search = _variant(attack)
         if attack.steps < FEW_STEPS:
-            step_size = 2.5 * self.epsilon / ENOUGH_STEPS
-            self.search = _variant(attack, steps=ENOUGH_STEPS, step_size=step_size, random_start=True)
+            enough = {"steps": ENOUGH_STEPS, "step_size": 2.5 * self.epsilon / ENOUGH_STEPS}
+            self.search = _variant(attack, **enough, random_start=True)
         self.curve: list[tuple[float, float]] = []
 
     @cached_property
@@ -200,16 +181,15 @@ class _Examination:
             return torch.cat([self.model(part).float() for part in self.images.split(size)])
 
     def gradients(self) -> list[Check]:
-        batches = zip(self.images.split(self.size), self.labels.split(self.size), strict=True)
         with self.autocast():  # float16, for one, has its own zeros
-            return _quick_checks(self.model, batches, self.attack)
+            return quick_checks(self.model, self.images, self.labels, self.attack, self.size)
 
     def epsilon_zero(self) -> list[Check]:
         clean = (wrongness(self.logits(self.size), self.labels) == 0).cpu()
         zero = self.verdicts(_scaled(_variant(self.attack, steps=1, restarts=1), 0.0))
         self.curve = [(0.0, _share(zero))]
-        detail = f"{_percent(_share(zero))} and {_percent(_share(clean))}"
-        return [Check("epsilon 0 equals clean", bool((clean == zero).all()), detail)]
+        same = bool((clean == zero).all())
+        return [Check("epsilon 0 equals clean", same, f"{_percent(_share(zero))} and {_percent(_share(clean))}")]
 
     def batch_size(self) -> list[Check]:
         other = max(1, self.size // 3) if self.size > 1 else min(self.n, 16)
@@ -224,16 +204,15 @@ class _Examination:
         largest = 0.5 if self.norm == "linf" else 0.5 * sqrt(prod(self.images.shape[1:]))
         sizes = {factor * self.epsilon for factor in FACTORS if factor <= 1 or factor * self.epsilon < largest}
         for size in sorted(sizes | {largest}):
-            known = size == self.epsilon
-            standing = self.searched if known else self.verdicts(_scaled(self.search, size / self.epsilon))
-            self.curve.append((size, _share(standing)))
+            search = _scaled(self.search, size / self.epsilon)
+            self.curve.append((size, _share(self.searched if size == self.epsilon else self.verdicts(search))))
         rise = max(after - before for (_, before), (_, after) in pairwise(self.curve))
-        points = ", ".join(f"{_percent(share)} at {as_written(size, self.norm)}" for size, share in self.curve)
-        (size, share), chance = self.curve[-1], 1 / self.num_classes
-        at_end = f"{_percent(share)} at {as_written(size, self.norm)}, chance is {_percent(chance)}"
+        points = [f"{_percent(share)} at {as_written(size, self.norm)}" for size, share in self.curve]
+        share, chance = self.curve[-1][1], 1 / self.num_classes
+        at_end = f"{points[-1]}, chance is {_percent(chance)}"
         return [
-            Check("accuracy falls as epsilon grows", rise <= self.tolerance, points),
-            Check("a huge epsilon leaves chance at most", share <= chance + self.tolerance, at_end),
+            Check("accuracy falls as epsilon grows", rise <= self.tolerance, ", ".join(points)),
+            Check("a huge epsilon leaves chance", share <= chance + self.tolerance, at_end),
         ]
 
     def weaker_attacks(self) -> list[Check]:
@@ -246,11 +225,10 @@ class _Examination:
         return checks
 
     def stronger_attacks(self) -> list[Check]:
+        steps, longer = self.search.steps, self.searched
         if self.search is self.attack:
-            steps = MORE_STEPS * self.attack.steps
+            steps *= MORE_STEPS
             longer = self.verdicts(_variant(self.attack, steps=steps))
-        else:
-            steps, longer = self.search.steps, self.searched
         starts = MORE_RESTARTS * self.search.restarts
         restarted = self.verdicts(_variant(self.search, restarts=starts, random_start=True))
         limit = LOOSE_FGSM if self.attack.steps == 1 else LOOSE
@@ -263,17 +241,17 @@ class _Examination:
         """The stronger attack leaves no more images standing than the weaker, and not fewer by more than `limit`."""
         before, after = _share(weaker), _share(stronger)
         detail = f"{_percent(before)} of images stand, then {_percent(after)}"
-        fell_little = before - after <= limit + ROUNDING
         allowed = f" (at most {_percent(limit)} less)" if limit < 1 else ""
-        return Check(name, after - before <= self.tolerance and fell_little, detail + allowed)
+        return Check(name, -self.tolerance <= before - after <= limit + ROUNDING, detail + allowed)
 
     def black_box(self) -> list[Check]:
         standing = self.standing & self.searched
         left = self.verdicts(Square(self.epsilon, SQUARE_QUERIES, self.norm, seed=self.seed), among=standing)
-        before, broken = int(standing.sum()), int(standing.sum() - left.sum())
-        allowed = f"{_percent(broken / self.n)} of all images, at most {_percent(SQUARE_SHARE)}"
-        detail = f"Square breaks {broken} of {before} that stand, with {SQUARE_QUERIES} queries ({allowed})"
-        return [Check("no black-box search finds more", broken <= max(1, SQUARE_SHARE * self.n), detail)]
+        broken = int(standing.sum() - left.sum())
+        low, high = interval(broken / self.n, self.n)
+        shares = f"95 % interval {_percent(low)} to {_percent(high)} of all images, at most {_percent(SQUARE_SHARE)}"
+        detail = f"Square breaks {broken} of {int(standing.sum())} that stand, with {SQUARE_QUERIES} queries ({shares})"
+        return [Check("no black-box search finds more", broken <= 1 or low <= SQUARE_SHARE, detail)]
 
 
 class _Connected(nn.Module):
@@ -304,11 +282,8 @@ def _scaled(attack: PGD, factor: float) -> PGD:
 
 
 def _difference(logits: Tensor, others: Tensor) -> float:
-    """The largest difference, relative to the spread of logits: the median distance of a logit from the mean of its image.
-
-    The median, as a class that is masked out may have an enormous one. Images whose logits are not finite are left out.
-    """
-    finite = logits.isfinite().all(dim=1) & others.isfinite().all(dim=1)
+    """The largest difference of finite logits, relative to their spread: the median distance from the mean of their image."""
+    finite = (logits.isfinite() & others.isfinite()).all(dim=1)
     if not finite.any():
         return 0.0
     logits, others = logits[finite], others[finite]

@@ -57,7 +57,7 @@ def draw_examples(
         ConfigError: another suffix.
         ValueError: no images.
     """
-    _check_format(path)
+    check_format(path)
     named = [[class_names[int(c)] for c in classes] for classes in (labels, predictions, adversarial_predictions)]
     _save(examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path)
 
@@ -127,7 +127,7 @@ def draw_epsilon_curve(
         ConfigError: another suffix.
         ValueError: no points.
     """
-    _check_format(path)
+    check_format(path)
     _save(epsilon_figure(curve, norm, clean, chance, epsilon, title), path)
 
 
@@ -175,7 +175,12 @@ def _epsilon_axis(axes: "Axes", sizes: Sequence[float], norm: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _check_format(path: str | Path) -> None:
+def check_format(path: str | Path) -> None:
+    """Refuse a path that no picture can be written to, before the work that it would show.
+
+    Raises:
+        ConfigError: its suffix is no known format.
+    """
     suffix = Path(path).suffix
     if suffix.lower().removeprefix(".") not in FORMATS:
         raise ConfigError(f"{path}: {suffix!r} is no format of pictures; expected one of: {', '.join(FORMATS)}")

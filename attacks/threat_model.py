@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 NORMS = ("linf", "l2")
+ROUNDING = 1e-6
 Generators = torch.Generator | Sequence[torch.Generator]
 """One generator for a whole batch, or one for each image, with which no draw depends on the other images of the batch."""
 
@@ -58,10 +59,11 @@ class ThreatModel:
         return points.clamp(0, 1)
 
     def bound(self, change: Tensor) -> Tensor:
-        """The nearest `change` `(B, C, H, W)` in the ball around zero."""
+        """The nearest `change` `(B, C, H, W)` in the ball around zero; under l2 within 1e-6 of its radius, so that rounding in
+        `images + change` does not leave the ball."""
         if self.norm == "linf":
             return change.clamp(-self.epsilon, self.epsilon)
-        return change * (self.epsilon / _length(change).clamp_min(1e-30)).clamp(max=1)
+        return change * (self.epsilon * (1 - ROUNDING) / _length(change).clamp_min(1e-30)).clamp(max=1)
 
     def step(self, points: Tensor, gradient: Tensor, size: float) -> Tensor:
         """`points` moved by `size` in direction of steepest ascent: the gradient's sign (l-inf), or the gradient at length 1

@@ -87,6 +87,7 @@ def difference(first, second):
     return different
 
 
+ATTACKED = {"validate_images": 20, "report_images": 20}
 RESUMABLE = {
     "ConvNorm, cosine": {"lr_scheduler": {"type": "CosineAnnealingLR"}},
     "spectral norm, noise, OneCycle, mixup": {
@@ -110,6 +111,18 @@ RESUMABLE = {
         "trainer": {"OCNN": True},
         "lr_scheduler": {"type": "MultiStepLR", "args": {"milestones": [1, 2]}},
     },
+    "free, noise carried, averaged weights": {
+        "arch": {"args": {"conv_layer_type": "sn_conv", "norm_layer_type": "bn"}},
+        "adversarial": {"method": "free", "noise": "carry", **ATTACKED},
+        "trainer": {"ema_decay": 0.9, "monitor": "max val_ema_robust_top1", "adv_repeats": 2},
+    },
+    "PGD, mixup, averaged ConvNorm": {
+        "adversarial": {"method": "pgd", "steps": 2, **ATTACKED},
+        "augmentation": {"mixup_alpha": 0.5},
+        "trainer": {"ema_decay": 0.9, "monitor": "max val_robust_top1"},
+    },
+    "fast FGSM": {"adversarial": {"method": "fgsm", "validate_every": 2, **ATTACKED}},
+    "TRADES, l2": {"adversarial": {"method": "trades", "steps": 2, "norm": "l2", **ATTACKED}},
 }  # fmt: skip
 
 

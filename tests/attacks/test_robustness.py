@@ -1,4 +1,4 @@
-"""Verdicts: the same for every batch size and any number of parts, confirmed in full precision, kept for a resumed evaluation."""
+"""Verdicts: the same for every batch size and any number of parts, confirmed in full precision, kept when interrupted."""
 
 from functools import partial
 
@@ -68,7 +68,7 @@ def test_verdicts_are_what_the_model_says(digits):
 
 def test_images_that_are_wrong_to_begin_with_are_not_attacked(digits):
     model, loader = digits
-    images, labels = next(iter(loader))
+    images, _ = next(iter(loader))
     wrong = (model(images).argmax(1) + 1) % 10
     attack = PGD(4 / 255, 1 / 255, 5, early_stop=True)
     verdicts, worst = attack_batch(model, images, wrong, attack, positions=loader.positions, seed=0)

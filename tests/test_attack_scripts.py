@@ -1,0 +1,163 @@
+"""train_robust.py, validate_pgd.py and fgsm.py as a user runs them: in their own processes, from another folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    "--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=6", "--set", "system.num_threads=1",
+    "--set", "adversarial.steps=2", "--set", "pgd_attack.K=2", "--set", "adversarial.validate_images=40",
+    "--set", "adversarial.report_images=40",
+]  # fmt: skip
+
+
+def run(script, *words, cwd, launcher=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def robust_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("robust") / "run"
+    options = ["--set", "adversarial.method=fgsm", "--set", "trainer.ema_decay=0.5"]
+    config = ROOT / "configs" / "quickstart.json"
+    monitor = ["--set", "trainer.monitor=max val_robust_top1"]
+    done = run("train_robust.py", "-c", config, "--run_dir", folder, *options, *monitor, *SHORT, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_robust_training_ends_with_attacks_on_last_and_best_and_their_averages(robust_run):
+    folder, done = robust_run
+    result = json.loads((folder / "result.json").read_text())
+    for kind in ("", "last_", "ema_", "last_ema_"):
+        assert 0 <= result[f"{kind}test_robust_top1"] <= result[f"{kind}test_top1"] + 0.5
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"val_robust_top1", "val_fgsm_top1", "val_ema_robust_top1"} <= log[0].keys()
+    assert log[result["best_epoch"] - 1]["val_robust_top1"] == max(epoch["val_robust_top1"] for epoch in log)
+    for name in ("best", "last", "best_ema", "last_ema"):
+        assert json.loads((folder / "eval" / f"pgd_{name}.json").read_text())["n"] == 40
+    assert "PGD-2, linf 8/255, step 2/255, 1 start on 40 images" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
+    folder, _ = robust_run
+    done = run("fgsm.py", "-s", folder, "--limit", 30, "--ema", cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("FGSM, linf 8/255 on 30 images: clean ")
+    report = json.loads((folder / "eval" / "fgsm_linf_8_ema_n30_seed0.json").read_text())
+    assert report["n"] == 30
+    assert not list((folder / "eval").glob(".*"))
+
+
+def test_same_verdicts_for_two_processes_and_other_batches(robust_run, tmp_path):
+    folder, _ = robust_run
+    words = ["-s", folder, "--limit", 40, "--seed", 5, "--restarts", 2, "--json"]
+    first = run("validate_pgd.py", *words, tmp_path / "one.json", "--batch_size", 16, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    second = run("validate_pgd.py", *words, tmp_path / "two.json", cwd=tmp_path, launcher=launcher)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("PGD-2") == 1, "only one process reports"
+    verdicts = [np.load(tmp_path / f"{name}.verdicts.npz") for name in ("one", "two")]
+    assert len(set(verdicts[1]["position"].tolist())) == 40, "every image exactly once"
+    assert all(np.array_equal(verdicts[0][name], verdicts[1][name]) for name in verdicts[0].files)
+
+
+def test_doctor_figure_and_l2(robust_run, tmp_path):
+    folder, _ = robust_run
+    words = ["-s", folder, "--limit", 16, "--norm", "l2", "--steps", 3, "--set", "system.num_threads=1"]
+    done = run(
+        "validate_pgd.py", *words, "--doctor", "--figure", tmp_path / "a.png", "--json", tmp_path / "a.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["norm"] == "l2"
+    assert report["epsilon"] == 0.5
+    assert report["max_perturbation"] <= 0.5 * (1 + 1e-5)
+    assert report["reliable"] in (True, False)
+    assert report["reliable"] == all(check["passed"] for check in report["checks"])
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert (tmp_path / "a_epsilon.png").stat().st_size > 1000
+
+
+def test_an_original_checkpoint_with_its_original_config(tmp_path):
+    source = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv"
+    config = {
+        "name": "robust_training", "n_gpu": 1, "num_classes": 10, "arch": {
+            "type": "simpleCNN",
+            "args": {"num_classes": 10, "norm_layer_type": "no", "conv_layer_type": "prec_conv"},
+        },
+        "data_loader": {"type": "CIFAR10DataLoader", "args": {"data_dir": "**data dir**"}},
+        "trainer": {"monitor": "max val_my_metric", "do_adv": True, "adv_clip_eps": 8}, "pgd_attack": {"K": 2, "step": 2},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["-c", tmp_path / "config.json", "-s", source / "model_best.pth", "--limit", 20]
+    digits = ["--set", "data_loader.type=DigitsDataLoader", "--set", "data_loader.args.data_dir=none"]
+    done = run("validate_pgd.py", *words, *digits, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "normalising by those of CIFAR-10" in done.stdout
+    assert "PGD-2, linf 8/255, step 2/255" in done.stdout
+
+
+def bad_inputs(folder, tmp_path):
+    checkpoint = torch.load(folder / "model_best.pth", weights_only=True)
+    torch.save({**checkpoint, "state_dict": {"other.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "bare.pth")
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / "empty" / part / name).mkdir(parents=True)
+    empty = ["--set", "data_loader.type=ImageFolderDataLoader", "--set", f"data_loader.args.data_dir={tmp_path / 'empty'}"]
+    return {
+        "pixel range epsilon": (["-s", folder, "--epsilon", "0.031"], 2, "adversarial.epsilon: 0.031 is in 1/255 of the pixel"),
+        "pixel range step": (
+            ["-s", folder, "--step_size", "0.0078"],
+            2,
+            "pgd_attack.step: 0.0078 is in 1/255 of the pixel range",
+        ),
+        "1/255 under l2": (["-s", folder, "--norm", "l2", "--epsilon", "128"], 2, "write 0.502 for 128/255"),
+        "classes": (
+            ["-s", folder, "--set", "arch.args.num_classes=7"],
+            2,
+            "arch.args.num_classes: 7, but DigitsDataLoader has 10",
+        ),
+        "layers": (["-s", tmp_path / "other.pth"], 3, "is of another architecture than this SimpleCNN"),
+        "architecture": (["-s", folder, "--set", "arch.type=simpleCNN2"], 3, "is of another architecture than this SimpleCNN2"),
+        "empty test set": (["-s", folder, *empty], 4, str(tmp_path / "empty")),
+        "no config": (["-s", tmp_path / "bare.pth"], 2, "-c CONFIG: required"),
+        "no checkpoint": (["-s", tmp_path / "none"], 3, "no such checkpoint"),
+        "limit": (["-s", folder, "--limit", "0"], 2, "--limit: expected at least 1"),
+        "figure format": (["-s", folder, "--limit", "2", "--figure", tmp_path / "a.bmp"], 2, "png, pdf"),
+        "two attacks": (["-s", folder, "--apgd", "--autoattack"], 2, "one attack at a time"),
+        "unknown flag": (["-s", folder, "--step", "3"], 2, "--step"),
+    }
+
+
+def test_bad_input_is_one_line_and_an_exit_code(robust_run, tmp_path):
+    folder, _ = robust_run
+    before = sorted(path.name for path in folder.rglob("*"))
+    for name, (words, code, message) in bad_inputs(folder, tmp_path).items():
+        done = run("validate_pgd.py", *words, cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{name}: {done.stderr}"
+        assert message in done.stderr, name
+        assert sorted(path.name for path in folder.rglob("*")) == before, name
+
+
+def test_scripts_send_each_other_the_configs_they_do_not_train(tmp_path):
+    config = ROOT / "configs" / "quickstart.json"
+    none = run("train_robust.py", "-c", config, cwd=tmp_path)
+    assert (none.returncode, len(none.stderr.splitlines())) == (2, 1)
+    assert "add --set adversarial.method=free" in none.stderr
+    other = run("train.py", "-c", config, "--set", "adversarial.method=pgd", cwd=tmp_path)
+    assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
+    assert "adversarial.method: asks for adversarial training" in other.stderr
+    assert "train_robust.py" in other.stderr
