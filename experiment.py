@@ -110,7 +110,8 @@ class Experiment:
             raise CheckpointError(f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed")
         tree = merge(checkpoint["config"], read_tree(config_file) if config_file else {})
         config = validate(override(tree, overrides), config_file or str(file))
-        refuse_other_experiment(checkpoint["config"], config, file)
+        before = validate(checkpoint["config"], str(file)).dump()  # with the defaults of keys that are newer than it
+        refuse_other_experiment(before, config, file)
         experiment = cls.from_config(config)
         loader = experiment.train_loader
         same_pixels = np.allclose([*loader.mean, *loader.std], [*checkpoint["mean"], *checkpoint["std"]], rtol=0, atol=1e-6)

@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 FORMATS = ("png", "pdf", "svg")
 DPI = 160
 MAX_ROWS = 8
-SIDE, GAP, CAPTION = 1.2, 0.15, 0.32
-"""Of an image, between two, and below one for its caption, in inches. At `DPI` an image is 192 pixels wide, so 32 x 32 pixels
-(and 8, 16, 24, 48, 64) are drawn as squares of one size."""
-CHARACTER = 0.085
-"""Width of a character of the captions in inches, a little above the average."""
+SIDE, GAP, CAPTION, CHARACTER = 1.2, 0.15, 0.325, 0.0875
+"""Of an image, between two, below one for its caption, and a generous width of a letter, in inches. At `DPI` all are whole
+numbers of pixels, an image has 192, and the pixels of 32 x 32 (and 8, 16, 24, 48, 64) are squares of one size."""
 RIGHT, WRONG, GREY = "#1a6e3a", "#b2182b", "#555555"
 """Dark enough to read as text on white. As many people do not tell the first two apart, a sign stands before the word."""
 BLUE = "#0b4f8a"
@@ -58,7 +56,8 @@ def draw_examples(
         ValueError: no images.
     """
     check_format(path)
-    named = [[class_names[int(c)] for c in classes] for classes in (labels, predictions, adversarial_predictions)]
+    numbers = (labels, predictions, adversarial_predictions)
+    named = [[class_names[int(number)] for number in part[:MAX_ROWS]] for part in numbers]
     _save(examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path)
 
 
@@ -78,7 +77,8 @@ def examples_figure(
     change = adversarial - images
     factor = _magnification(float(change.abs().max()))
     magnified = (0.5 + factor * change).clamp(0, 1)
-    left = GAP + CHARACTER * max(len(_short(name)) for name in ("label", *labels[: len(images)])) + GAP
+    room = CHARACTER * max(len(_short(name)) for name in ("label", *labels))
+    left = GAP + room + GAP
     width = left + 3 * (SIDE + GAP)
     lines = _wrapped(title, width)
     figure = _figure(width, 0.4 + 0.2 * len(lines.splitlines()) + len(images) * (SIDE + CAPTION), lines)
@@ -89,17 +89,17 @@ def examples_figure(
     _write(figure, left - GAP, below_title + 0.1, "label", color=GREY, ha="right")
     for row in range(len(images)):
         bottom = below_title - row * (SIDE + CAPTION) - SIDE
-        _write(figure, left - GAP, bottom + SIDE / 2, _short(labels[row]), ha="right")
-        largest = as_written(float(change[row].abs().max()), "linf")
+        _write(figure, left - GAP, bottom + SIDE / 2, _short(labels[row]), room=room, ha="right")
+        largest = 255 * float(change[row].abs().max())
         captions = (
             _verdict(predictions[row], labels[row]),
             _verdict(adversarial_predictions[row], labels[row]),
-            (f"up to {largest}", GREY),
+            (f"up to {largest:.3g}/255" if largest else "no change", GREY),
         )
         for column, (pixels, (text, color)) in enumerate(zip((images, adversarial, magnified), captions, strict=True)):
             x = left + column * (SIDE + GAP)
             _show(figure, x, bottom, pixels[row])
-            _write(figure, x + SIDE / 2, bottom - 0.12, text, color=color)
+            _write(figure, x + SIDE / 2, bottom - 0.12, text, room=SIDE + GAP / 2, color=color)
     return figure
 
 
@@ -142,7 +142,7 @@ def epsilon_figure(
     lines = _wrapped(title, 6.0)
     height = 3.6 + 0.2 * len(lines.splitlines())
     figure = _figure(6.0, height, lines)
-    axes = figure.add_axes((0.65 / 6.0, 0.65 / height, 5.1 / 6.0, 2.75 / height))
+    axes = figure.add_axes((0.65 / 6.0, 0.65 / height, 5.0 / 6.0, 2.75 / height))
     _epsilon_axis(axes, sizes, norm)
     axes.set_ylim(0, 105)
     axes.set_ylabel("accuracy in %")
@@ -155,9 +155,8 @@ def epsilon_figure(
     own = [accuracy for size, accuracy in zip(sizes, accuracies, strict=True) if abs(size - epsilon * unit) < 1e-6 * unit]
     reads = f"the attack's epsilon, {as_written(epsilon, norm)}" + (f": {own[0]:.1f} %" if own else "")
     axes.axvline(epsilon * unit, color="black", linestyle="--", linewidth=1, label=reads)
-    axes.plot(
-        [epsilon * unit] * len(own), own, color="white", markeredgecolor="black", marker="D", markersize=8, zorder=4, ls=""
-    )
+    mark = {"color": "white", "markeredgecolor": "black", "marker": "D", "markersize": 8, "linestyle": ""}
+    axes.plot([epsilon * unit] * len(own), own, **mark, zorder=4, clip_on=False)
     axes.axhline(100 * chance, color="black", linestyle=":", linewidth=1.5, label=f"chance: {100 * chance:.1f} %")
     axes.legend(loc="best", fontsize=8, framealpha=0.95)
     return figure
@@ -200,10 +199,12 @@ def _figure(width: float, height: float, title: str) -> "Figure":
     return figure
 
 
-def _write(figure: "Figure", x: float, y: float, text: str, *, size: float = 8.5, **style: str) -> None:
-    """Text at a place in inches; a dollar sign in it is one, not the beginning of a formula."""
+def _write(figure: "Figure", x: float, y: float, text: str, *, size: float = 8.5, room: float = 0, **style: str) -> None:
+    """Text at a place in inches, smaller if it is wider than `room`; a dollar sign in it does not begin a formula."""
     x, y = x / figure.get_figwidth(), y / figure.get_figheight()
-    figure.text(x, y, text, **{"ha": "center", "va": "center", **style}, size=size, parse_math=False)
+    written = figure.text(x, y, text, **{"ha": "center", "va": "center", **style}, size=size, parse_math=False)
+    width = written.get_window_extent().width / figure.dpi
+    written.set_size(size * min(1, room / width) if room and width else size)
 
 
 def _show(figure: "Figure", x: float, y: float, pixels: Tensor) -> None:
