@@ -3,6 +3,7 @@
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -118,7 +119,8 @@ class FileImages:
                 worker_init_fn=_leave_signals_to_the_main_process,
                 generator=torch.Generator(),  # otherwise starting the workers would draw from the global one
             )
-            return iter(loader)
+            with _signals_held_back():
+                return iter(loader)
 
 
 def decode_image(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor:
@@ -208,6 +210,17 @@ def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
 
 def _unchanged(item: Tensor | str) -> Tensor | str:
     return item
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Worker processes begin with these signals blocked, so that none can end them before they ignore it; the main one gets it
+    afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
