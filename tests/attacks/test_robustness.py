@@ -43,7 +43,7 @@ def equal(first, second):
 
 def test_batch_size_and_shares_of_the_work_change_no_verdict(digits):
     whole = verdicts_of(digits, 20)
-    assert 0.1 < whole.accuracy("robust_top1") < whole.accuracy("clean_top1")
+    assert whole.accuracy("robust_top1") < whole.accuracy("clean_top1")
     assert whole.position.tolist() == list(range(0, 359, 18))
     for batch_size in (1, 16):
         assert equal(verdicts_of(digits, batch_size), whole)
