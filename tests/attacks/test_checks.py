@@ -181,7 +181,7 @@ def test_broken_networks_are_found(healthy, name):
 
 
 def test_an_attack_that_hardly_moves_is_found(healthy):
-    found = failed(doctor(healthy, loader(), PGD(EPSILON, EPSILON / 100, 10, random_start=False), seed=0)[0])
+    found = failed(doctor(healthy, loader(), PGD(EPSILON, EPSILON / 40, 10, random_start=False), seed=0)[0])
     assert {"not weaker than FGSM", "40 steps, not 10, find little more", BLACK_BOX} <= found
 
 
