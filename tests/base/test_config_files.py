@@ -139,6 +139,19 @@ def test_later_override_wins_and_null_restores_the_default():
         ("trainer.percent", 0.4, "trainer.percent: 0.4 has no effect: set sym or asym"),
         ("trainer", {"sym": True, "asym": True}, "trainer.sym and asym: only one kind of label noise"),
         ("trainer.noise_key", "worse_label", "trainer.noise_key: has no effect without noise_file"),
+        ("trainer.monitor", "max val_ema_top1", "'max val_ema_top1' is only logged with trainer.ema_decay"),
+        (
+            "trainer.monitor",
+            "max val_robust_top1",
+            "'max val_robust_top1' is only logged with adversarial.validate_every above 0",
+        ),
+        ("trainer.monitor", "max robust_top1", "trainer.monitor: 'max robust_top1' is neither 'off' nor"),
+        ("trainer.adv_clip_eps", 0.031, r"trainer.adv_clip_eps: 0.031 is in 1/255 .*write 7.91 for 0.031 of the pixel range"),
+        ("trainer.fgsm_step", 0.03, "trainer.fgsm_step: 0.03 is in 1/255"),
+        ("adversarial.epsilon", 256, "adversarial.epsilon: 256 is in 1/255 of the pixel range: expected at most 255"),
+        ("adversarial", {"norm": "l2", "step_size": 2}, "adversarial.step_size: 2 is in units of .*write 0.00784 for 2/255"),
+        ("pgd_attack.step", 0.0078, "pgd_attack.step: 0.0078 is in 1/255"),
+        ("adversarial", {"method": "free", "bn_mode": "eval"}, "adversarial.bn_mode: .*only train is possible"),
         ("num_classes", 5, None),
         ("data_loader.type", "CIFAR10DataLoader", "data_loader.args.data_dir: required"),
         ("data_loader.args.image_size", 8, "data_loader.args.image_size: only ImageFolderDataLoader takes it"),
@@ -158,6 +171,11 @@ def test_bad_value_is_named_by_its_dotted_key(key, value, message):
     with pytest.raises(ConfigError, match=f"^here: .*{message}") as caught:
         validate(merge(tree, nested), "here")
     assert "\n" not in str(caught.value)
+
+
+def test_none_contradicts_the_original_switch_for_free_training():
+    with pytest.raises(ConfigError, match=r"adversarial.method: none contradicts trainer.do_adv: true"):
+        validate({**DIGITS, "adversarial": {"method": "none"}, "trainer": {"do_adv": True}})
 
 
 def test_two_places_for_num_classes_must_agree():

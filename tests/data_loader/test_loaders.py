@@ -51,6 +51,20 @@ def test_batches_keep_the_contract(session_folder):
     assert loader.noise_report() is None
 
 
+def test_a_subset_holds_the_images_asked_for_in_that_order(session_folder):
+    whole = folder_loader(session_folder, noise=LabelNoise("sym", 0.5)).split_validation()
+    images, labels = (torch.cat(parts) for parts in zip(*collect(whole), strict=True))
+    index = torch.tensor([7, 2, 9, 0])
+    part = whole.subset(index)
+    found, found_labels = collect(part)[0]
+    assert torch.equal(found, images[index])
+    assert torch.equal(found_labels, labels[index])
+    assert torch.equal(part.clean_labels, whole.clean_labels[index])
+    assert part.positions.tolist() == [7, 2, 9, 0]
+    assert part.subset(torch.tensor([2])).positions.tolist() == [9], "places in the whole part, however often it is cut"
+    assert (part.mean, part.class_names, part.n_samples) == (whole.mean, whole.class_names, 4)
+
+
 def test_the_last_batch_is_not_dropped(session_folder):
     loader = folder_loader(session_folder, batch_size=20)
     assert [len(labels) for _, labels in loader] == [20, 20, 8]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from base.errors import DataError
-from data_loader.splits import stratified_split, stratified_subset
+from data_loader.splits import first_of_every_class, stratified_split, stratified_subset
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [40, 40, 100, 25]))
 
@@ -59,3 +59,26 @@ def test_ninety_five_percent_and_all_mean_what_validation_leaves():
 def test_a_class_without_images_is_an_error():
     with pytest.raises(DataError, match=r"trainer\.subset_percent: 0\.01 of the 40 images of class 0 is none"):
         stratified_subset(np.arange(len(LABELS)), LABELS, 0.01, 0)
+
+
+def test_the_first_of_every_class_are_spread_as_equally_as_can_be():
+    assert first_of_every_class(np.array([0, 0, 0, 1, 2, 1, 2, 0]), 5).tolist() == [0, 1, 3, 4, 5]
+    for count in (4, 50, 100, 160):
+        index = first_of_every_class(LABELS, count)
+        assert per_class(index) == per_class_of_a_fair_share(count)
+        assert (np.diff(index) > 0).all()
+        for label in range(4):
+            members = np.flatnonzero(label == LABELS)
+            assert np.isin(members, index).tolist() == sorted(np.isin(members, index), reverse=True), "the first ones"
+    assert first_of_every_class(LABELS, 1000).tolist() == list(range(len(LABELS)))
+    assert first_of_every_class(LABELS, 0).size == 0
+
+
+def per_class_of_a_fair_share(count):
+    """Deal out one image after the other, class by class in turn."""
+    left, dealt = [40, 40, 100, 25], [0, 0, 0, 0]
+    while sum(dealt) < count:
+        for label in range(4):
+            if dealt[label] < left[label] and sum(dealt) < count:
+                dealt[label] += 1
+    return dealt

@@ -1,0 +1,87 @@
+"""Robust validation: when it attacks, always the same, without a trace in training; and the alarm of fast FGSM training."""
+
+import logging
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from attacks import FGSM, PGD
+from data_loader import DATA_LOADERS
+from trainer.robust_validation import RobustValidation, has_overfitted
+
+
+@pytest.fixture(scope="module")
+def images():
+    return DATA_LOADERS["DigitsDataLoader"](batch_size=16).test_loader().subset(torch.arange(40))
+
+
+class Linear(nn.Module):
+    """A classifier by class means, with an input that a single gradient step is fooled by on demand.
+
+    `masked`: the gradient at the images themselves points the wrong way, elsewhere it is true, so FGSM without a random start
+    raises the right logit, and PGD finds the way after its first step: catastrophic overfitting, built in.
+    """
+
+    def __init__(self, loader, masked):
+        super().__init__()
+        pixels = torch.cat([batch for batch, _ in loader])
+        means = torch.stack([pixels[loader.labels == label].mean(dim=0) for label in range(10)]).flatten(1)
+        self.linear = nn.Linear(means.shape[1], 10)
+        self.linear.weight.data, self.linear.bias.data = means / 8, -means.square().sum(dim=1) / 16
+        self.register_buffer("pixels", pixels)
+        self.masked = masked
+
+    def forward(self, batch):
+        logits = self.linear(batch.flatten(1))
+        if not self.masked:
+            return logits
+        at_image = torch.cdist(batch.flatten(1), self.pixels.flatten(1)).amin(dim=1, keepdim=True) < 1e-4
+        return torch.where(at_image, 2 * logits.detach() - logits, logits)
+
+
+def validation(loader, **settings):
+    given = {"attack": PGD(0.1, 0.05, 5, random_start=False), "fgsm": None, "period": 3, "epochs": 7, "seed": 0}
+    return RobustValidation(loader, **{**given, **settings}, autocast=nullcontext)
+
+
+def test_it_attacks_every_few_epochs_and_in_the_last_and_always_alike(images):
+    model = Linear(images, masked=False).train()
+    check = validation(images)
+    values = [check(model, epoch) for epoch in range(1, 8)]
+    assert [bool(value) for value in values] == [False, False, True, False, False, True, True]
+    assert values[2] == values[5] == values[6]
+    assert 0 < values[2]["robust_top1"] < 1
+    assert values[2].keys() == {"robust_top1"}
+
+
+def test_it_leaves_no_trace(images):
+    model = nn.Sequential(nn.BatchNorm2d(3), Linear(images, masked=False)).train()
+    state, draw = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    validation(images)(model, 3)
+    assert model.training
+    assert model[0].training
+    assert torch.equal(draw, torch.get_rng_state())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("masked", "epsilon"), [(False, 0.13), (True, 0.25)])
+def test_the_alarm_of_catastrophic_overfitting(images, masked, epsilon, caplog):
+    attacks = {"attack": PGD(epsilon, epsilon / 2, 5, random_start=False), "fgsm": FGSM(epsilon)}
+    with caplog.at_level(logging.WARNING):
+        values = validation(images, **attacks)(Linear(images, masked), 3)
+    assert values["fgsm_top1"] > 0.5
+    assert (values["robust_top1"] < 0.1) == masked
+    said = f"catastrophic overfitting: {100 * values['fgsm_top1']:.1f} % of the validation images resist FGSM"
+    assert (said in caplog.text) == masked
+
+
+@pytest.mark.parametrize(
+    ("fgsm", "pgd", "expected"),
+    [(0.8, 0.39, True), (0.8, 0.41, False), (0.19, 0.0, False), (0.21, 0.0, True)],
+    ids=["collapsed", "healthy", "near chance", "above chance"],
+)
+def test_what_counts_as_a_collapse(fgsm, pgd, expected):
+    assert has_overfitted({"fgsm_top1": fgsm, "robust_top1": pgd}, num_classes=10) is expected
