@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from attacks.attack import Attack
 from attacks.losses import wrongness
-from attacks.pgd import _of
-from attacks.threat_model import Generators, ThreatModel, _draw, _length
+from attacks.threat_model import Generators, ThreatModel, draw, generators_of, lengths
+from attacks.worst_points import DONE, MISSED, WorstPoints
 
 MOMENTUM = 0.75
 """alpha of algorithm 1: the part of the new step in a move, the rest repeats the move before."""
@@ -69,16 +69,16 @@ class APGD(Attack):
         self.rho = rho
 
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
-        found = _Found(images)
+        found = WorstPoints(images)
         everything = torch.arange(len(images), device=images.device)
         with torch.no_grad():
             logits = model(images)
-        found.note(everything, images, self.losses(logits, labels), self.broken(logits, labels))
+        found.note(everything, images, self.losses(logits, labels), self.reached(logits, labels))
         for restart in range(self.restarts):
-            left = everything if restart == 0 and not self.early_stop else everything[~found.broken]
+            left = found.left(stop=restart > 0 or self.early_stop)
             if len(left) == 0:
                 break
-            start = self.start(images[left], _of(generators, left))
+            start = self.start(images[left], generators_of(generators, left))
             self._climb(model, found, _Climb(left, images[left], labels[left], start, 2 * self.threat_model.epsilon))
         return found.points
 
@@ -86,35 +86,36 @@ class APGD(Attack):
         """Where a restart begins: a uniform (l-inf) or Gaussian (l2) draw stretched to length epsilon in the norm, so that it
         lies on the sphere and not in the ball, then clamped to `[0, 1]`. So does the authors' code."""
         if self.threat_model.norm == "linf":
-            change = 2 * _draw(torch.rand, images, generators) - 1
+            change = 2 * draw(torch.rand, images, generators) - 1
             change = change / change.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
         else:
-            change = _draw(torch.randn, images, generators)
-            change = change / _length(change).clamp_min(1e-30)
+            change = draw(torch.randn, images, generators)
+            change = change / lengths(change).clamp_min(1e-30)
         return self.threat_model.project(images + self.threat_model.epsilon * change, images)
 
-    def broken(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Where the attack has succeeded, bool `(B,)`."""
-        return logits.argmax(dim=1) == labels if self.targeted else wrongness(logits, labels) > 0
+    def reached(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """`DONE` where the attack has succeeded, else `MISSED`; int64 `(B,)`."""
+        broken = logits.argmax(dim=1) == labels if self.targeted else wrongness(logits, labels) > 0
+        return torch.where(broken, DONE, MISSED)
 
-    def _climb(self, model: nn.Module, found: "_Found", climb: "_Climb") -> None:
+    def _climb(self, model: nn.Module, found: WorstPoints, climb: "_Climb") -> None:
         """All steps of one restart; what it meets goes into `found`."""
         ends = checkpoints(self.steps)
         for step in range(self.steps):
             logits, losses, gradient = self.ascend(model, climb.points, climb.labels)
-            broken = self.broken(logits, climb.labels)
-            found.note(climb.at, climb.points, losses, broken)
+            reached = self.reached(logits, climb.labels)
+            found.note(climb.at, climb.points, losses, reached)
             climb.arrive(losses, gradient)
             if step in ends:
                 climb.adapt(self.rho * ends[step])
             if self.early_stop:
-                climb.keep(~broken)
+                climb.keep(reached < DONE)
                 if len(climb.at) == 0:
                     return
             climb.move(self.threat_model, MOMENTUM if step else 1.0)
         with torch.no_grad():
             logits = model(climb.points)
-        found.note(climb.at, climb.points, self.losses(logits, climb.labels), self.broken(logits, climb.labels))
+        found.note(climb.at, climb.points, self.losses(logits, climb.labels), self.reached(logits, climb.labels))
 
 
 def checkpoints(steps: int) -> dict[int, int]:
@@ -126,24 +127,6 @@ def checkpoints(steps: int) -> dict[int, int]:
         length = max(length - shrink, shortest)
         end += length
     return ends
-
-
-class _Found:
-    """The worst point met for every image of the batch: misclassified before not, then of larger loss."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.points = images.clone()
-        self.losses = images.new_full((len(images),), float("-inf"), dtype=torch.float32)
-        self.broken = torch.zeros_like(self.losses, dtype=torch.bool)
-
-    def note(self, at: Tensor, points: Tensor, losses: Tensor, broken: Tensor) -> None:
-        """Consider `points` `(n, C, H, W)` for the images at positions `at` `(n,)`."""
-        before = self.broken[at]
-        worse = (broken & ~before) | ((broken == before) & (losses > self.losses[at]))
-        kept = at[worse]
-        self.points[kept] = points[worse]
-        self.losses[kept] = losses[worse].nan_to_num(nan=float("-inf"))
-        self.broken[kept] = broken[worse]
 
 
 class _Climb:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from attacks.attack import Attack
 from attacks.losses import wrongness
-from attacks.threat_model import Generators
+from attacks.threat_model import Generators, generators_of
+from attacks.worst_points import DONE, MISSED, WorstPoints
 
 
 class PGD(Attack):
@@ -67,17 +68,36 @@ class PGD(Attack):
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
         if self.restarts == 1 and not self.early_stop:
             return self.climb(model, images, labels, self.start(images, generators))
-        search = _WorstPoints(self, model, images, labels)
+        found = WorstPoints(images)
         for _ in range(self.restarts):
-            left = search.unbroken()
+            left = found.left(stop=self.early_stop > 0)
             if len(left) == 0:
                 break
-            search.climb(left, self.start(images[left], _of(generators, left)))
-        return search.points
+            start = self.start(images[left], generators_of(generators, left))
+            self._search(model, images, labels, found, left, start)
+        return found.points
 
     def start(self, images: Tensor, generators: Generators) -> Tensor:
         """Where a restart begins."""
         return self.threat_model.random_start(images, generators) if self.random_start else images
+
+    def _search(
+        self, model: nn.Module, images: Tensor, labels: Tensor, found: WorstPoints, left: Tensor, points: Tensor
+    ) -> None:
+        """One restart for the images at positions `left`, from `points`; what it meets goes into `found`."""
+        for _ in range(self.steps):
+            logits, losses, gradient = self.ascend(model, points, labels[left])
+            reached = self.reached(logits, labels[left])
+            found.note(left, points, losses, reached)
+            if self.early_stop:
+                going = reached < DONE
+                left, points, gradient = left[going], points[going], gradient[going]
+                if len(left) == 0:
+                    return
+            points = self.move(points, gradient, images[left])
+        with torch.no_grad():
+            logits = model(points)
+        found.note(left, points, self.losses(logits, labels[left]), self.reached(logits, labels[left]))
 
     def climb(self, model: nn.Module, images: Tensor, labels: Tensor, points: Tensor) -> Tensor:
         """All steps from `points`; `labels` may be class probabilities `(B, C)`. Returns the last point."""
@@ -91,52 +111,7 @@ class PGD(Attack):
         return self.threat_model.project(self.threat_model.step(points, gradient, self.step_size), images)
 
     def reached(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """How far the attack has come with each image: 0 not at all, 1 misclassified, 2 done; int64 `(B,)`."""
+        """How far the attack has come with each image, from `MISSED` to `DONE`; int64 `(B,)`."""
         if self.targeted:
-            return 2 * (logits.argmax(dim=1) == labels).long()
+            return torch.where(logits.argmax(dim=1) == labels, DONE, MISSED)
         return wrongness(logits, labels, self.rank)
-
-
-class _WorstPoints:
-    """The worst point found so far for every image of a batch."""
-
-    def __init__(self, attack: PGD, model: nn.Module, images: Tensor, labels: Tensor) -> None:
-        self.attack, self.model, self.images, self.labels = attack, model, images, labels
-        self.points = images.clone()
-        self.reached = torch.full((len(images),), -1, device=images.device)
-        self.losses = torch.full((len(images),), float("-inf"), device=images.device)
-
-    def unbroken(self) -> Tensor:
-        """Positions of the images that are still to be attacked."""
-        everything = torch.arange(len(self.images), device=self.images.device)
-        return everything[self.reached < 2] if self.attack.early_stop else everything
-
-    def climb(self, left: Tensor, points: Tensor) -> None:
-        """All steps of one restart for the images at positions `left`, from `points`."""
-        for _ in range(self.attack.steps):
-            logits, losses, gradient = self.attack.ascend(self.model, points, self.labels[left])
-            going = self._note(left, points, logits, losses)
-            left, points, gradient = left[going], points[going], gradient[going]
-            if len(left) == 0:
-                return
-            points = self.attack.move(points, gradient, self.images[left])
-        with torch.no_grad():
-            logits = self.model(points)
-        self._note(left, points, logits, self.attack.losses(logits, self.labels[left]))
-
-    def _note(self, left: Tensor, points: Tensor, logits: Tensor, losses: Tensor) -> Tensor:
-        """Keep the points that are worse than those before; returns a mask of `left` of those to go on with."""
-        reached = self.attack.reached(logits, self.labels[left])
-        before = self.reached[left]
-        losses = losses.nan_to_num(nan=float("-inf"))
-        worse = (reached > before) | ((reached == before) & (losses > self.losses[left]))
-        kept = left[worse]
-        self.points[kept] = points[worse]
-        self.reached[kept] = reached[worse]
-        self.losses[kept] = losses[worse]
-        return reached < 2 if self.attack.early_stop else torch.ones_like(worse)
-
-
-def _of(generators: Generators, left: Tensor) -> Generators:
-    """The generators of some images of the batch."""
-    return generators if isinstance(generators, torch.Generator) else [generators[index] for index in left.tolist()]

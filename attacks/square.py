@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from attacks.attack import Attack
 from attacks.losses import wrongness
-from attacks.pgd import _of
-from attacks.threat_model import Generators, _draw, _length
+from attacks.threat_model import Generators, draw, generators_of, lengths
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Of 10,000 queries, those after which the share of changed pixels is halved."""
@@ -64,7 +63,7 @@ class Square(Attack):
         for query in range(self.queries):
             if len(left) == 0:
                 break
-            own = _of(generators, left)
+            own = generators_of(generators, left)
             tried = self.propose(points[left], images[left], query, own) if query else self.start(images[left], own)
             logits = model(tried)
             losses = self.losses(logits, labels[left])
@@ -78,7 +77,7 @@ class Square(Attack):
     def start(self, images: Tensor, generators: Generators) -> Tensor:
         """The first points tried for `images` `(n, C, H, W)`."""
         if self.threat_model.norm == "linf":
-            signs = _signs(_draw(torch.rand, images[:, :, :1], generators))
+            signs = _signs(draw(torch.rand, images[:, :, :1], generators))
             return self.threat_model.project(images + self.threat_model.epsilon * signs, images)
         return self._of_length_epsilon(_bump_grid(images, generators), images)
 
@@ -125,13 +124,13 @@ class Square(Attack):
         return self._of_length_epsilon(torch.where(filled, new, torch.where(emptied, 0, change)), images)
 
     def _of_length_epsilon(self, change: Tensor, images: Tensor) -> Tensor:
-        change = change * (self.threat_model.epsilon / _length(change).clamp_min(1e-12))
+        change = change * (self.threat_model.epsilon / lengths(change).clamp_min(1e-12))
         return self.threat_model.project(images + change, images)
 
 
 def _uniform(n: int, count: int, images: Tensor, generators: Generators) -> Tensor:
     """`count` numbers in [0, 1) for each of `n` images, float32 whatever the images are: a rounded 1 would be no place."""
-    return _draw(torch.rand, images.new_empty((n, count), dtype=torch.float32), generators)
+    return draw(torch.rand, images.new_empty((n, count), dtype=torch.float32), generators)
 
 
 def _signs(draws: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The threat model: which perturbations of an image count as small, and how to move among them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -63,7 +63,7 @@ class ThreatModel:
         `images + change` does not leave the ball."""
         if self.norm == "linf":
             return change.clamp(-self.epsilon, self.epsilon)
-        return change * (self.epsilon * (1 - ROUNDING) / _length(change).clamp_min(1e-30)).clamp(max=1)
+        return change * (self.epsilon * (1 - ROUNDING) / lengths(change).clamp_min(1e-30)).clamp(max=1)
 
     def step(self, points: Tensor, gradient: Tensor, size: float) -> Tensor:
         """`points` moved by `size` in direction of steepest ascent: the gradient's sign (l-inf), or the gradient at length 1
@@ -78,17 +78,17 @@ class ThreatModel:
             return gradient.sign()
         # the largest entry first: squares of tiny gradients would vanish
         gradient = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-        return gradient / _length(gradient).clamp_min(0.5)  # at least 1 unless the gradient is zero
+        return gradient / lengths(gradient).clamp_min(0.5)  # at least 1 unless the gradient is zero
 
     def random_start(self, images: Tensor, generators: Generators) -> Tensor:
         """Allowed images, drawn uniformly from the ball around `images` `(B, C, H, W)` and then clamped to `[0, 1]`."""
         if self.norm == "linf":
-            change = 2 * _draw(torch.rand, images, generators) - 1
+            change = 2 * draw(torch.rand, images, generators) - 1
         else:
-            direction = _draw(torch.randn, images, generators)
+            direction = draw(torch.randn, images, generators)
             # uniform in a d-dimensional ball: a uniform direction, at radius u^(1/d)
-            radius = _draw(torch.rand, images[:, :1, :1, :1], generators) ** (1 / images[0].numel())
-            change = direction / _length(direction).clamp_min(1e-30) * radius
+            radius = draw(torch.rand, images[:, :1, :1, :1], generators) ** (1 / images[0].numel())
+            change = direction / lengths(direction).clamp_min(1e-30) * radius
         return self.project(images + self.epsilon * change, images)
 
     def distance(self, points: Tensor, images: Tensor) -> Tensor:
@@ -97,12 +97,17 @@ class ThreatModel:
         return change.abs().amax(dim=1) if self.norm == "linf" else torch.linalg.vector_norm(change, dim=1)
 
 
-def _length(change: Tensor) -> Tensor:
+def lengths(change: Tensor) -> Tensor:
     """The Euclidean length of every image, `(B, 1, 1, 1)`."""
     return torch.linalg.vector_norm(change.flatten(1), dim=1).reshape(-1, 1, 1, 1)
 
 
-def _draw(distribution: object, like: Tensor, generators: Generators) -> Tensor:
+def generators_of(generators: Generators, index: Tensor) -> Generators:
+    """The generators of the images at `index`, int64 `(n,)`."""
+    return generators if isinstance(generators, torch.Generator) else [generators[image] for image in index.tolist()]
+
+
+def draw(distribution: Callable[..., Tensor], like: Tensor, generators: Generators) -> Tensor:
     """Random numbers of the shape of `like`, drawn on the CPU, so that they are the same on every device."""
     if isinstance(generators, torch.Generator):
         drawn = distribution(like.shape, generator=generators)
