@@ -1,6 +1,7 @@
 """From a config to its parts: data loader, model, trainer. `experiment` puts them together."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -23,16 +24,18 @@ from models.losses import LOSSES
 from models.metrics import METRICS
 from models.ocnn import penalty
 from trainer.adversarial_trainer import AdversarialTrainer, FreeTrainer, TradesTrainer
+from trainer.evaluate import evaluate
 from trainer.trainer import Trainer
 
 HELD_OUT_BY_DEFAULT = 0.1
 
 
 def build_data_loader(config: Config, device: torch.device) -> Any:
-    """The training loader of a config. With a `val_` monitor and no validation split, a tenth of every class is held out."""
+    """The training loader of a config. Where something is asked of validation images (a `val_` monitor, robust validation) and
+    there is no validation split, a tenth of every class is held out."""
     settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
-    watches_validation = "val_" in settings.monitor or "val_" in (config.lr_scheduler.monitor or "")
-    if watches_validation and args["validation_split"] == 0:
+    monitors = settings.monitor + (config.lr_scheduler.monitor or "")
+    if ("val_" in monitors or config.adversarial.validate_every) and args["validation_split"] == 0:
         args["validation_split"] = HELD_OUT_BY_DEFAULT
     kind = "sym" if settings.sym else "asym" if settings.asym else "file" if settings.noise_file else "none"
     noise = LabelNoise(
@@ -67,7 +70,6 @@ def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch
     model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
     if config.system.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    refuse_unfit_images(model, loader, config.arch.type)
     return model
 
 
@@ -107,7 +109,7 @@ def _trainer_class(config: Config) -> Callable[..., BaseTrainer]:
                 repeats=config.trainer.adv_repeats,
                 carry=settings.noise == "carry",
             )
-    attack = {"attack": from_config.training_attack(config), "bn_mode": settings.bn_mode}
+    attack = {"attack": from_config.training_attack(config), "bn_mode": config.attack_bn_mode}
     if config.adversarial_method == "trades":
         return partial(TradesTrainer, beta=settings.beta, **attack)
     return partial(AdversarialTrainer, **attack)
@@ -116,6 +118,11 @@ def _trainer_class(config: Config) -> Callable[..., BaseTrainer]:
 def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The config's metrics, and always the two that results are reported in."""
     return {name: METRICS[name] for name in dict.fromkeys(["top1", "top5", *config.metrics])}
+
+
+def evaluator(config: Config, autocast: Callable[[], AbstractContextManager]) -> Callable[..., dict[str, float]]:
+    """`(model, loader, description=...) -> mean loss and accuracies`, with the config's loss and metrics; see `evaluate`."""
+    return partial(evaluate, loss=LOSSES[config.val_loss], metrics=metrics(config), autocast=autocast)
 
 
 def ocnn_penalty(config: Config) -> Callable[[nn.Module], Tensor] | None:

@@ -3,8 +3,8 @@
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,20 @@ import assembly
 from attacks import PGD, Attack, from_config
 from attacks.checks import doctor
 from attacks.figures import check_format, draw_epsilon_curve, draw_examples
-from attacks.report import Report, add_doctor, describe_attack, measure, title
+from attacks.report import Report, add_doctor, describe_attack, file_stem, measure, title
 from attacks.robustness import Autocast, attack_batch
+from attacks.threat_model import ThreatModel
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
-from base.command_line import Parser
+from base.command_line import Parser, set_overrides
 from base.config import Config
-from base.config_files import Override, merge, override, read_tree, validate
+from base.config_files import merge, override, read_tree, validate
 from base.errors import CheckpointError, ConfigError, DataError
 from base.ranks import gather, rank, ranks, world_size
 from base.runtime import autocast, choose_device, choose_precision, set_determinism
 from data_loader import DATA_LOADERS
-from data_loader.splits import first_of_every_class
+from data_loader.splits import some_of_every_class
 
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """What the original ConvNorm's attack scripts normalise by, whatever the data set; its checkpoints hold neither."""
@@ -41,12 +42,20 @@ SIZES = (
     ("--restarts", "pgd_attack.restarts", "random starts"),
     ("--loss", "pgd_attack.loss", "ce, margin or dlr"),
 )
-ATTACKS: dict[str, Callable[[Config], Attack]] = {
-    "fgsm": partial(from_config.fgsm, stop_at_rank=5),
-    "pgd": partial(from_config.pgd, stop_at_rank=5),
-    "apgd": from_config.apgd,
-    "autoattack": from_config.auto_attack,
+ATTACKS: dict[str, Callable[[Config, int], Attack]] = {
+    "fgsm": from_config.fgsm,
+    "pgd": from_config.pgd,
+    "apgd": lambda config, _: from_config.apgd(config),
+    "autoattack": lambda config, _: from_config.auto_attack(config),
 }
+"""Name -> `(config, rank to stop at) -> attack`."""
+FIXED: dict[str, tuple[str, ...]] = {
+    "fgsm": (),
+    "pgd": (),
+    "apgd": ("--step_size",),
+    "autoattack": ("--steps", "--step_size", "--restarts", "--loss"),
+}
+"""The flags of `SIZES` that an attack has no use for."""
 EVALUATED = ("name", "seed", "n_gpu", "num_classes", "arch", "data_loader", "adversarial", "pgd_attack", "system")
 """The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
 
@@ -76,12 +85,11 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
     """Run one of `ATTACKS` on the checkpoint that the command line names; the last line printed holds the accuracies.
 
     Under torchrun the images are shared out over the processes; rank 0 writes and prints.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: before anything is attacked.
     """
-    for name in ("limit", "batch_size"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: expected at least 1, not {getattr(arguments, name)}")
-    if arguments.figure:
-        check_format(arguments.figure)
+    _check(arguments, attack_name)
     with ranks():
         file = find_checkpoint(arguments.checkpoint)
         checkpoint = load_checkpoint(file)
@@ -90,18 +98,42 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         device = choose_device(config.system.device, config.n_gpu)
         loader = _test_images(config, checkpoint, device, arguments)
         model = _model(config, loader, checkpoint, file, device, ema=arguments.ema)
-        attack = ATTACKS[attack_name](config)
+        attack = _attack(config, attack_name, loader.num_classes, arguments.doctor)
         precision = choose_precision(config.system.precision, device)
         context = {"seed": arguments.seed, "autocast": lambda: autocast(device, precision)}
         target = arguments.json or _default_target(Path(arguments.checkpoint), attack, arguments)
-        partial = None if target is None else _partial(target, checkpoint, loader, attack, arguments)
+        partial = None if target is None else _partial(target, model, loader, attack, config, arguments)
         report = measure(model, loader, attack, checkpoint=str(file), partial=partial, **context)
-        gather(None)  # nobody removes its part before all are done
+        report.values["data"] = config.data_loader.args.data_dir or config.data_loader.type
+        is_first = rank() == 0
+        if is_first and target is not None:
+            report.save(target)
+        gather(None)  # from here on the report is safe, and nobody needs what was kept for an interruption
         if partial is not None:
             partial.unlink(missing_ok=True)
-        if rank() == 0:
-            _conclude(report, model, loader, attack, config, target, arguments, context)
-        gather(None)
+    if is_first:
+        _conclude(report, model, loader, attack, target, arguments, context)
+
+
+def _check(arguments: argparse.Namespace, attack_name: str) -> None:
+    """Refuse what would fail after the attack, or have no effect on it."""
+    for name in ("limit", "batch_size"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name}: expected at least 1, not {getattr(arguments, name)}")
+    for flag, key, _ in SIZES:
+        if flag in FIXED[attack_name] and getattr(arguments, key, None) is not None:
+            raise ConfigError(f"{flag}: {attack_name} has no such setting")
+    if arguments.figure:
+        check_format(arguments.figure)
+    for flag, path in (("--json", arguments.json), ("--figure", arguments.figure)):
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{flag} {path}: cannot be written: {error.strerror}") from None
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"{flag} {path}: cannot be written: {'a folder' if path.is_dir() else 'no permission'}")
 
 
 def _conclude(
@@ -109,17 +141,16 @@ def _conclude(
     model: BaseModel,
     loader: BaseDataLoader,
     attack: Attack,
-    config: Config,
     target: Path | None,
     arguments: argparse.Namespace,
     context: dict[str, Any],
 ) -> None:
     """Doctor, files, pictures, and the report itself as the last line."""
     if arguments.doctor:
-        few = loader.subset(torch.from_numpy(first_of_every_class(loader.labels.cpu().numpy(), DOCTOR_IMAGES)))
-        examined = attack if isinstance(attack, PGD) else from_config.pgd(config)
+        few = some_of_every_class(loader, DOCTOR_IMAGES)
+        examined = attack if isinstance(attack, PGD) else _plain_pgd(attack.threat_model)
         checks, curve = doctor(model, few, examined, **context)
-        add_doctor(report, checks)
+        add_doctor(report, checks, examined)
         print(*checks, sep="\n")
         _draw_curve(curve, report, few, arguments.figure or target)
     if target is not None:
@@ -130,9 +161,27 @@ def _conclude(
         print(f"figure {arguments.figure}")
     for warning in report.values["warnings"]:
         print(f"warning: {warning}")
-    if report.values["reliable"] is not None:
-        print("reliable: every check passed" if report.values["reliable"] else "NOT RELIABLE: see the warnings")
+    if arguments.doctor:
+        examined_as, reliable = report.values["checked_attack"], report.values["reliable"]
+        print("NOT RELIABLE: see the warnings" if reliable is False else f"every check passed, of {examined_as}")
     print(report)
+
+
+def _plain_pgd(threat: ThreatModel) -> PGD:
+    """What the doctor examines a model with where the attack reported is not PGD."""
+    return PGD(threat.epsilon, 2.5 * threat.epsilon / 20, 20, threat.norm)
+
+
+def _attack(config: Config, name: str, num_classes: int, doctor: bool) -> Attack:
+    """One of `ATTACKS`, which goes on until a label has left the top five where there are more classes than that."""
+    classes_needed = 4 if name == "autoattack" else 3 if config.pgd_attack.loss == "dlr" else 2
+    if num_classes < classes_needed:
+        what = "--autoattack" if name == "autoattack" else f"pgd_attack.loss: {config.pgd_attack.loss}"
+        raise ConfigError(f"{what} needs at least {classes_needed} classes, this data set has {num_classes}")
+    attack = ATTACKS[name](config, 5 if num_classes > 5 else 1)
+    if doctor and attack.threat_model.epsilon == 0:
+        raise ConfigError("--doctor: with an epsilon of 0 there is nothing to examine")
+    return attack
 
 
 def _config(arguments: argparse.Namespace, checkpoint: Mapping[str, Any], file: Path) -> Config:
@@ -143,21 +192,16 @@ def _config(arguments: argparse.Namespace, checkpoint: Mapping[str, Any], file: 
         tree, source = checkpoint["config"], str(file)
     else:
         raise ConfigError(f"-c CONFIG: required, as {file} is of ConvNorm's own format and holds no config")
-    overrides: list[Override] = []
-    for setting in arguments.set:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as system.num_threads=1")
-        overrides.append((key, value))
-    given = {key: vars(arguments).get(key) for _, key, _ in SIZES if vars(arguments).get(key) is not None}
-    before = validate(override(tree, overrides), source)
-    tree = before.dump()
-    if given.get("adversarial.norm", before.adversarial.norm) != before.adversarial.norm:
+    sizes = [(key, getattr(arguments, key)) for _, key, _ in SIZES if getattr(arguments, key, None) is not None]
+    overrides = [*set_overrides(arguments.set), *sizes]
+    adversarial = tree.get("adversarial", {})
+    before = adversarial.get("norm", "linf") if isinstance(adversarial, dict) else "linf"
+    if dict(overrides).get("adversarial.norm", before) != before:
         # sizes of the other norm mean nothing in this one
         tree = merge(tree, {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}})
-    kept = {key: tree[key] for key in EVALUATED if key in tree}
-    kept["trainer"] = {"adv_clip_eps": before.trainer.adv_clip_eps, "monitor": "off"}
-    return validate(override(kept, given.items()), source)
+    config = validate(override(tree, overrides), source)
+    kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
+    return validate({**kept, "trainer": {"adv_clip_eps": config.trainer.adv_clip_eps, "monitor": "off"}}, source)
 
 
 def _test_images(
@@ -176,12 +220,11 @@ def _test_images(
         raise DataError(f"{args.get('data_dir')}: the test set is empty")
     known = checkpoint.get("class_names")
     if known is not None and list(known) != list(loader.class_names):
-        theirs, ours = ", ".join(loader.class_names), ", ".join(known)
-        raise DataError(f"{args.get('data_dir')}: has the classes {theirs}; the model was trained on {ours}")
-    index = first_of_every_class(loader.labels.cpu().numpy(), arguments.limit or loader.n_samples)
-    if len(index) < world_size():
-        raise ConfigError(f"--limit: {len(index)} images cannot be shared out over {world_size()} processes")
-    loader = loader.subset(torch.from_numpy(index))
+        there, trained = ", ".join(loader.class_names), ", ".join(known)
+        raise DataError(f"{args.get('data_dir')}: has the classes {there}; the model was trained on {trained}")
+    loader = some_of_every_class(loader, arguments.limit or loader.n_samples)
+    if loader.n_samples < world_size():
+        raise ConfigError(f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes")
     loader.batch_size = arguments.batch_size
     return loader
 
@@ -200,21 +243,20 @@ def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace)
     """Reports on a run folder go into it; other checkpoints are reported on only where `--json` says so."""
     if not source.is_dir():
         return None
-    words = title(describe_attack(attack)).split("(")[0].lower().replace("/255", "").replace(",", "").split()
     extra = ["ema"] * arguments.ema + [f"n{arguments.limit}"] * (arguments.limit is not None) + [f"seed{arguments.seed}"]
-    return source / "eval" / ("_".join([*words, *extra]) + ".json")
+    return source / "eval" / ("_".join([file_stem(describe_attack(attack)), *extra]) + ".json")
 
 
 def _partial(
-    target: Path, checkpoint: Mapping[str, Any], loader: BaseDataLoader, attack: Attack, arguments: argparse.Namespace
+    target: Path, model: BaseModel, loader: BaseDataLoader, attack: Attack, config: Config, arguments: argparse.Namespace
 ) -> Path:
     """Where verdicts are kept until the report is written: a name that stands for all that they depend on."""
     digest = hashlib.sha256()
-    for name, value in checkpoint["ema_state_dict" if arguments.ema else "state_dict"].items():
-        digest.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(loader.positions.numpy().tobytes() + loader.labels.cpu().numpy().tobytes())
-    settings = [describe_attack(attack), arguments.seed, arguments.batch_size, rank(), world_size()]
-    digest.update(json.dumps(settings).encode())
+    images, _ = next(iter(loader))
+    for value in (*model.state_dict().values(), loader.positions, loader.labels, images):
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    settings = (config.dump(), loader.mean, loader.std, describe_attack(attack), arguments.seed, arguments.batch_size)
+    digest.update(json.dumps([*settings, rank(), world_size()], sort_keys=True).encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.stem}.{digest.hexdigest()[:16]}.partial.npz")
 
@@ -232,12 +274,13 @@ def _draw_curve(curve: list[tuple[float, float]], report: Report, loader: BaseDa
 def _draw_examples(
     path: Path, report: Report, model: BaseModel, loader: BaseDataLoader, attack: Attack, *, seed: int, autocast: Autocast
 ) -> None:
-    """Draw images that the attack broke, or else any. It finds the same points again: its starts depend on the image only."""
+    """Draw images that the attack broke, or else any. PGD finds the same points again, as its starts depend on the image only;
+    AutoAttack draws for a batch as a whole and may find others."""
     verdicts = report.verdicts
     broken = (verdicts.clean_top1 & ~verdicts.robust_top1).nonzero().squeeze(1)
     chosen = broken if len(broken) else torch.arange(len(verdicts))
-    order = first_of_every_class(verdicts.label[chosen].numpy(), EXAMPLES)
-    few = loader.subset(chosen[torch.from_numpy(order)])
+    few = some_of_every_class(loader.subset(chosen), EXAMPLES)
+    few.batch_size = EXAMPLES
     images, labels = next(iter(few))
     found, worst = attack_batch(model, images, labels, attack, positions=few.positions, seed=seed, autocast=autocast)
     predictions = (found.clean_prediction, found.prediction)

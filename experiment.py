@@ -1,14 +1,14 @@
-"""Experiment: the one place that knows every room. Config -> loaders, model, optimiser, trainer -> run folder.
+"""Experiment: config -> loaders, model, optimiser, trainer -> run folder. With `assembly` and `conclusion`, knows every room.
 
 experiment = Experiment.from_config(load_config("configs/quickstart.json"))
 result = experiment.run()
 """
 
 import logging
+import os
 from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,22 @@ from torch.optim import Optimizer
 
 import assembly
 from attacks import from_config
-from attacks.report import measure
 from attacks.threat_model import as_written
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, Validate
-from base.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, load_weights
+from base.checkpoint import LAST, find_checkpoint, load_checkpoint
 from base.config import Config
 from base.config_files import Override, merge, override, read_tree, validate
-from base.errors import CheckpointError
+from base.errors import CheckpointError, ConfigError
 from base.optimization import Schedule, build_optimizer, check_optimization
 from base.resuming import refuse_other_experiment
-from base.run_folder import create_run_folder, describe, logging_to, package_versions, record_environment, write_json
+from base.run_folder import create_run_folder, logging_to, package_versions, record_environment, write_json
 from base.runtime import autocast, choose_device, choose_precision, seed_global_generators, set_determinism
 from base.tracking import start_trackers, tell
+from conclusion import conclude
 from data_loader.label_noise import describe_transitions
-from data_loader.splits import first_of_every_class
-from models.losses import LOSSES
-from trainer.evaluate import evaluate
+from data_loader.splits import some_of_every_class
 from trainer.robust_validation import RobustValidation
 
 logger = logging.getLogger(__name__)
@@ -72,6 +70,8 @@ class Experiment:
         Raises:
             ConfigError, DataError: one line that names the key or file.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("torchrun: training on several processes is not supported; validate_pgd.py and fgsm.py are")
         check_optimization(config.optimizer, config.lr_scheduler)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = choose_device(config.system.device, config.n_gpu)
@@ -80,6 +80,7 @@ class Experiment:
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
         model = assembly.build_experiment_model(config, train_loader, device)
+        assembly.refuse_unfit_images(model, train_loader, config.arch.type)
         optimizer = build_optimizer(config.optimizer, model)
         epochs, batches = config.trainer.epochs, len(train_loader)
         schedule = Schedule(config.lr_scheduler, optimizer, epochs, batches, validation_loader is not None)
@@ -132,9 +133,11 @@ class Experiment:
             trainer.trackers = start_trackers(self.config, folder, progress.history)
             try:
                 if self.config.system.compile:
+                    # training, validation, attacks and averaged weights each ask for their own code
+                    torch._dynamo.config.recompile_limit = 64
                     self.model.compile()
                 trainer.train()
-                result = self._conclude(trainer)
+                result = conclude(trainer, self.test_loader, self._counts())
                 tell(trainer.trackers, lambda tracker: tracker.log_result(result))
             finally:
                 tell(trainer.trackers, lambda tracker: tracker.close())
@@ -163,20 +166,20 @@ class Experiment:
 
     def _validator(self) -> Validate:
         """What is measured on the validation set after an epoch: loss and accuracies, in some epochs robust accuracy."""
-        loader, robust = self.validation_loader, self.robust_validation()
+        loader, robust = self.validation_loader, self.robust_validation
         if loader is None:
             return lambda model, epoch: {}
-        clean = partial(self.evaluate, loader=loader, description="validating")
+        clean = partial(assembly.evaluator(self.config, self.autocast), loader=loader, description="validating")
         return lambda model, epoch: {**clean(model), **(robust(model, epoch) if robust else {})}
 
+    @cached_property
     def robust_validation(self) -> RobustValidation | None:
         """The attack on a part of the validation set that the config asks for; None where it asks for none."""
         config, loader = self.config, self.validation_loader
         if loader is None or config.robust_validation_period == 0:
             return None
-        index = first_of_every_class(loader.labels.cpu().numpy(), config.adversarial.validate_images)
         return RobustValidation(
-            loader.subset(torch.from_numpy(index)),
+            some_of_every_class(loader, config.adversarial.validate_images),
             from_config.pgd(config),
             from_config.fgsm(config) if config.adversarial_method == "fgsm" else None,
             period=config.robust_validation_period,
@@ -188,17 +191,6 @@ class Experiment:
     def autocast(self) -> Any:
         """The context of forward passes in the run's precision."""
         return autocast(next(self.model.parameters()).device, self.precision)
-
-    def evaluate(self, model: BaseModel, loader: BaseDataLoader, description: str = "testing") -> dict[str, float]:
-        """Mean loss and accuracies (fractions) of `model` on `loader`."""
-        return evaluate(
-            model,
-            loader,
-            loss=LOSSES[self.config.val_loss],
-            metrics=assembly.metrics(self.config),
-            autocast=self.autocast,
-            description=description,
-        )
 
     def _describe(self, folder: Path, resumed: bool) -> None:
         """Write what the run is, before it begins: config, environment, labels."""
@@ -214,7 +206,7 @@ class Experiment:
             *counts.values(), loader.num_classes,
         )  # fmt: skip
         if counts["n_val"] and self.config.data_loader.args.validation_split == 0:
-            logger.warning("validation_split is 0, but val_ values are watched: 10 % of every class is held out")
+            logger.warning("validation_split is 0, but validation is asked for: 10 % of every class is held out")
         self._describe_adversary()
         noise = loader.noise_report()
         if noise is not None:
@@ -229,7 +221,7 @@ class Experiment:
         return {"n_train": n_train, "n_val": held_out, "n_test": self.test_loader.n_samples}
 
     def _describe_adversary(self) -> None:
-        config, robust = self.config, self.robust_validation()
+        config, robust = self.config, self.robust_validation
         threat = from_config.threat_model(config)
         radius = f"{threat.norm} {as_written(threat.epsilon, threat.norm)}"
         if config.adversarial_method != "none":
@@ -239,65 +231,7 @@ class Experiment:
                 "robust validation: PGD-%d, %s, on %d of %d validation images (the first of every class), every %d epochs",
                 config.pgd_attack.K, radius, robust.loader.n_samples, self.validation_loader.n_samples, robust.period,
             )  # fmt: skip
-
-    def _conclude(self, trainer: BaseTrainer) -> dict[str, Any]:
-        """Test the last and the best model, and their averages; write `result.json`."""
-        folder, progress = trainer.folder, trainer.progress
-        last_is_best = progress.best_epoch in (None, progress.epochs_done) and progress.batches_done == 0
-        names = ["last", "best"] if last_is_best else ["last"]
-        best = last = self._test_all(self.model, trainer.average.model if trainer.average else None, names, folder)
-        if not last_is_best:
-            saved, averaged = load_checkpoint(folder / BEST), None
-            load_weights(self.model, saved["state_dict"], folder / BEST)
-            if trainer.average:
-                averaged = deepcopy(self.model)
-                load_weights(averaged, saved["ema_state_dict"], folder / BEST)
-            best = self._test_all(self.model, averaged, ["best"], folder)
-        log = progress.history[(progress.best_epoch or progress.epochs_done) - 1]
-        result = {
-            **best,
-            **{f"last_{name}": value for name, value in last.items()},
-            "val_top1": log.get("val_top1"),
-            **{key: value for key, value in log.items() if key.startswith(("val_clean_", "val_ema_", "val_robust_"))},
-            "best_epoch": progress.best_epoch,
-            "epochs": progress.epochs_done,
-            "train_seconds": progress.train_seconds,
-            "images_per_second": progress.images_seen / progress.train_seconds,
-            **self._counts(),
-            "parameters": self.model.num_parameters(),
-            "seed": self.config.seed,
-        }
-        write_json(folder / "result.json", result)
-        logger.info("done: %s", describe(result))
-        return result
-
-    def _test_all(self, model: BaseModel, averaged: BaseModel | None, names: list[str], folder: Path) -> dict[str, float]:
-        """Values on the test set, prefixed with `test_`, and with `ema_test_` for the averaged weights."""
-        values = self._test(model, names, folder)
-        if averaged is not None:
-            of_average = self._test(averaged, [f"{name}_ema" for name in names], folder)
-            values |= {f"ema_{key}": value for key, value in of_average.items()}
-        return values
-
-    def _test(self, model: BaseModel, names: list[str], folder: Path) -> dict[str, float]:
-        values = {f"test_{key}": value for key, value in self.evaluate(model, self.test_loader).items()}
-        if not self.config.reports_robustness:
-            return values
-        loader, count = self.test_loader, self.config.adversarial.report_images
-        if count is not None:
-            loader = loader.subset(torch.from_numpy(first_of_every_class(loader.labels.cpu().numpy(), count)))
-        report = measure(
-            model,
-            loader,
-            from_config.pgd(self.config, stop_at_rank=5),
-            seed=self.config.seed,
-            checkpoint=names[-1],
-            autocast=self.autocast,
-            description=f"attacking the {names[0]} model",
-        )
-        for name in names:
-            report.save(folder / "eval" / f"pgd_{name}.json")
-        logger.info("%s model: %s", " and ".join(names), report)
-        for warning in report.values["warnings"]:
-            logger.warning("%s model: %s", names[0], warning)
-        return {**values, **{f"test_{key}": report.values[key] for key in ("robust_top1", "robust_top5")}}
+        elif config.adversarial_method != "none":
+            logger.info(
+                "no robust validation: %s", "nothing is held out" if config.robust_validation_period else "not asked for"
+            )

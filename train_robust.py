@@ -1,7 +1,7 @@
 """Adversarial training from a JSON config, then an attack on the test set.
 
 python train_robust.py -c configs/cifar10_free.json
-python train_robust.py -c configs/cifar10_pgd.json --conv conv_norm --norm no --set adversarial.norm=l2
+python train_robust.py -c configs/cifar10_pgd_l2.json --conv conv_norm --norm no
 python train_robust.py -c configs/cifar10.json --set adversarial.method=none    # standard training, same attack
 python train_robust.py -r saved/cifar10_free/20260101-120000-000000
 """
@@ -10,18 +10,16 @@ from base.command_line import config_overrides, config_parser, read_config, run_
 from base.errors import ConfigError
 from experiment import Experiment
 
-REPORT = ("adversarial.report", "true")
-
 
 def main() -> None:
     arguments = config_parser("Adversarial training from a JSON config, then an attack on the test set.").parse_args()
     select_device(arguments.device)
-    overrides = [REPORT, *config_overrides(arguments)]
+    overrides = config_overrides(arguments)
     if arguments.resume:
         Experiment.resume(arguments.resume, arguments.config, overrides)
         return
     config = read_config(arguments, overrides)
-    if config.adversarial_method == "none" and config.adversarial.method is None:
+    if not config.trainer.do_adv and config.adversarial.method is None:
         raise ConfigError(
             "adversarial.method: not given, and trainer.do_adv is false: add --set adversarial.method=free (or fgsm, pgd,"
             " trades; none for standard training and the attack)"

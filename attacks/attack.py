@@ -1,14 +1,15 @@
 """Attack: what every attack does around its own search."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from attacks.losses import ATTACK_LOSSES
+from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.threat_model import Generators, ThreatModel
+from attacks.worst_points import DONE, MISSED
 from base.runtime import torch_generator
 
 
@@ -43,20 +44,22 @@ class Attack(ABC):
         return 1
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *, generators: Generators | None = None) -> Tensor:
-        """Adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and `labels` int64 `(B,)`, float32, on their device.
+        """Adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and integer `labels` `(B,)`, of their type and device.
 
         The model is in evaluation mode meanwhile and gets its modes back; its parameters' `.grad` are not touched, and no
-        gradient of a weight is computed. Every image returned lies in the threat model.
+        gradient of a weight is computed. Every image returned lies in the threat model, to the rounding of float32.
 
         Args:
             generators: where random numbers come from: one generator, or one for each image; None for the attack's seed.
 
         Raises:
-            ValueError: images outside `[0, 1]`, or images and labels that do not match.
+            ValueError: images outside `[0, 1]` or in half precision, or images, labels and generators that do not match.
         """
         check_batch(images, labels)
+        if isinstance(generators, Sequence) and len(generators) != len(images):
+            raise ValueError(f"generators: expected one, or {len(images)}, one per image, not {len(generators)}")
         with torch.inference_mode(False), frozen(model, training=False):
-            images, labels = images.detach().clone(), labels.detach().clone()
+            images, labels = images.detach().clone(), labels.detach().long()
             if len(images) == 0:
                 return images
             generators = torch_generator(self.seed, "attack") if generators is None else generators
@@ -72,6 +75,12 @@ class Attack(ABC):
         losses = ATTACK_LOSSES[self.loss](logits.float(), labels)
         return -losses if self.targeted else losses
 
+    def reached(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """How far the attack has come with each image, from `MISSED` to `DONE`; int64 `(B,)`."""
+        if self.targeted:
+            return torch.where(logits.argmax(dim=1) == labels, DONE, MISSED)
+        return wrongness(logits, labels, self.rank)
+
     def ascend(self, model: nn.Module, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits `(B, C)`, losses `(B,)` and the losses' gradients `(B, C, H, W)` at `points`, detached.
 
@@ -80,6 +89,8 @@ class Attack(ABC):
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = model(points)
+            if not logits.requires_grad:  # the model leaves torch or rounds to integers: its gradient is zero
+                logits = logits + 0 * points.flatten(1).sum(dim=1, keepdim=True)
             losses = self.losses(logits, labels)
             (gradient,) = torch.autograd.grad(losses.sum(), points)
         return logits.detach(), losses.detach(), gradient
@@ -112,10 +123,10 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
     Raises:
         ValueError: naming what was found.
     """
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(f"images: expected floats (B, C, H, W), not {images.dtype} {tuple(images.shape)}")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels: expected {len(images)}, one per image, not {tuple(labels.shape)}")
+    if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):  # half precision cannot hold 1/255 near 1
+        raise ValueError(f"images: expected float32 (B, C, H, W), not {images.dtype} {tuple(images.shape)}")
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels: expected {len(images)} integers, one per image, not {labels.dtype} {tuple(labels.shape)}")
     if len(images) and not (images.amin() >= 0 and images.amax() <= 1):
         low, high = float(images.amin()), float(images.amax())
         raise ValueError(f"images: expected pixels in [0, 1], found {low:.4g} to {high:.4g}; models normalise inside")

@@ -72,8 +72,9 @@ class AutoAttack(Attack):
             )
         first = generators if isinstance(generators, torch.Generator) else generators[0]
         seed = int(torch.randint(2**31, (), generator=first))
-        # all devices: seeding one that is not in use yet would be remembered until it is
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _kept_tracer(), _heard(self._warn):
+        # all CUDA devices: seeding one that is not in use yet would be remembered until it is
+        devices = range(torch.cuda.device_count() if images.is_cuda else 0)
+        with torch.random.fork_rng(devices=devices), _kept_tracer(), _heard(self._warn):
             attack = self._build(model, n_classes, seed, images.device)
             points, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
         return points

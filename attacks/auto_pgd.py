@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks.attack import Attack
-from attacks.losses import wrongness
 from attacks.threat_model import Generators, ThreatModel, draw, generators_of, lengths
-from attacks.worst_points import DONE, MISSED, WorstPoints
+from attacks.worst_points import DONE, WorstPoints
 
 MOMENTUM = 0.75
 """alpha of algorithm 1: the part of the new step in a move, the rest repeats the move before."""
@@ -92,11 +91,6 @@ class APGD(Attack):
             change = draw(torch.randn, images, generators)
             change = change / lengths(change).clamp_min(1e-30)
         return self.threat_model.project(images + self.threat_model.epsilon * change, images)
-
-    def reached(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`DONE` where the attack has succeeded, else `MISSED`; int64 `(B,)`."""
-        broken = logits.argmax(dim=1) == labels if self.targeted else wrongness(logits, labels) > 0
-        return torch.where(broken, DONE, MISSED)
 
     def _climb(self, model: nn.Module, found: WorstPoints, climb: "_Climb") -> None:
         """All steps of one restart; what it meets goes into `found`."""

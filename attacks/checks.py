@@ -86,7 +86,7 @@ def quick_checks(
         for points, classes in zip(images.split(size), labels.split(size), strict=True):
             with torch.no_grad():
                 logits, again = model(points).float(), model(points).float()
-            passes.append((logits, again, attack.ascend(_Connected(model), points, classes)[2].flatten(1)))
+            passes.append((logits, again, attack.ascend(model, points, classes)[2].flatten(1)))
     logits, again, gradient = (torch.cat(parts) for parts in zip(*passes, strict=True))
     attacked = (wrongness(logits, labels) == 0) != attack.targeted
     zero, of = int(((gradient == 0).all(dim=1) & attacked).sum()), int(attacked.sum())
@@ -143,7 +143,7 @@ class _Examination:
     """A model, the images it is examined on, and what is known so far. Verdicts are bool `(N,)`: still classified correctly."""
 
     def __init__(self, model: nn.Module, loader: BaseDataLoader, attack: PGD, seed: int, autocast: Autocast) -> None:
-        self.model, self.seed, self.autocast = _Connected(model), seed, autocast
+        self.model, self.seed, self.autocast = model, seed, autocast
         loader.set_epoch(1)
         batches = list(loader)
         self.images, self.labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -238,11 +238,15 @@ class _Examination:
         ]
 
     def _compared(self, name: str, weaker: Tensor, stronger: Tensor, limit: float = 1.0) -> Check:
-        """The stronger attack leaves no more images standing than the weaker, and not fewer by more than `limit`."""
+        """The stronger attack leaves no more images standing than the weaker, and not fewer by more than `limit`, to
+        which the 95 % interval of the difference must reach."""
         before, after = _share(weaker), _share(stronger)
         detail = f"{_percent(before)} of images stand, then {_percent(after)}"
-        allowed = f" (at most {_percent(limit)} less)" if limit < 1 else ""
-        return Check(name, -self.tolerance <= before - after <= limit + ROUNDING, detail + allowed)
+        if limit == 1.0:
+            return Check(name, before - after >= -self.tolerance, detail)
+        low, high = interval(max(0.0, before - after), self.n)
+        detail += f", {_percent(low)} to {_percent(high)} less (95 % interval; at most {_percent(limit)})"
+        return Check(name, -self.tolerance <= before - after and low <= limit, detail)
 
     def black_box(self) -> list[Check]:
         standing = self.standing & self.searched
@@ -252,20 +256,6 @@ class _Examination:
         shares = f"95 % interval {_percent(low)} to {_percent(high)} of all images, at most {_percent(SQUARE_SHARE)}"
         detail = f"Square breaks {broken} of {int(standing.sum())} that stand, with {SQUARE_QUERIES} queries ({shares})"
         return [Check("no black-box search finds more", broken <= 1 or low <= SQUARE_SHARE, detail)]
-
-
-class _Connected(nn.Module):
-    """The model, with gradients of zero where it has none because it leaves torch or rounds to integers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = self.model(images)
-        if images.requires_grad and not logits.requires_grad:
-            logits = logits + 0 * images.flatten(1).sum(dim=1, keepdim=True)
-        return logits
 
 
 def _variant(attack: PGD, **changes: object) -> PGD:

@@ -7,16 +7,11 @@ from attacks.pgd import PGD
 from attacks.threat_model import ThreatModel, in_pixel_range
 from base.config import Config
 
-DEFAULT_L2 = 0.5
-"""Radius under l2 where the config gives none, about 128/255: the usual one on CIFAR."""
-
 
 def threat_model(config: Config) -> ThreatModel:
     """Norm and radius of training and of attacks."""
-    settings = config.adversarial
-    default = config.trainer.adv_clip_eps if settings.norm == "linf" else DEFAULT_L2
-    size = default if settings.epsilon is None else settings.epsilon
-    return ThreatModel(settings.norm, in_pixel_range(size, settings.norm))
+    norm = config.adversarial.norm
+    return ThreatModel(norm, in_pixel_range(config.attack_epsilon, norm))
 
 
 def pgd(config: Config, stop_at_rank: int = 1) -> PGD:

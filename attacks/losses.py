@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,12 +51,14 @@ ATTACK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entr
 def wrongness(logits: Tensor, labels: Tensor, rank: int = 1) -> Tensor:
     """How far the label has fallen, int64 `(B,)`: 0 it is the prediction, 1 it is not, 2 nor is it among the `rank` largest.
 
-    Of equal logits the first counts, as in the project's metrics. With `rank` 1 there is no 1. NaN logits count as wrong. Of
+    Of equal logits the first is the larger. With `rank` 1 there is no 1. NaN logits count as wrong. Of
     class probabilities `(B, C)` the largest is the label.
     """
     labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
     wrong = (logits.argmax(dim=1) != labels) | logits.isnan().any(dim=1)
     if rank <= 1:
         return 2 * wrong.long()
-    out = (logits.topk(min(rank, logits.shape[1]), dim=1).indices != labels.unsqueeze(1)).all(dim=1)
+    own = logits.gather(1, labels.unsqueeze(1))
+    before = torch.arange(logits.shape[1], device=logits.device) < labels.unsqueeze(1)
+    out = ((logits > own) | ((logits == own) & before)).sum(dim=1) >= rank
     return wrong.long() + (wrong & (out | logits.isnan().any(dim=1))).long()

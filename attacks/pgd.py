@@ -1,12 +1,13 @@
 """Projected gradient descent (PGD)."""
 
+from math import isfinite
+
 import torch
 from torch import Tensor, nn
 
 from attacks.attack import Attack
-from attacks.losses import wrongness
 from attacks.threat_model import Generators, generators_of
-from attacks.worst_points import DONE, MISSED, WorstPoints
+from attacks.worst_points import DONE, WorstPoints
 
 
 class PGD(Attack):
@@ -49,10 +50,12 @@ class PGD(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(epsilon, norm, targeted=targeted, loss=loss, seed=seed)
-        if not step_size >= 0:
-            raise ValueError(f"step_size {step_size} is not a number of at least 0")
+        if not (isfinite(step_size) and step_size >= 0):
+            raise ValueError(f"step_size {step_size} is not a finite number of at least 0")
         if steps < 1 or restarts < 1:
             raise ValueError(f"steps {steps} and restarts {restarts} must be at least 1")
+        if restarts > 1 and not random_start:
+            raise ValueError(f"restarts {restarts}: without random_start all of them are the same")
         if targeted and early_stop > 1:
             raise ValueError(f"early_stop {early_stop}: a targeted attack has no rank to reach but the first")
         self.step_size = step_size
@@ -109,9 +112,3 @@ class PGD(Attack):
     def move(self, points: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
         """One projected step."""
         return self.threat_model.project(self.threat_model.step(points, gradient, self.step_size), images)
-
-    def reached(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """How far the attack has come with each image, from `MISSED` to `DONE`; int64 `(B,)`."""
-        if self.targeted:
-            return torch.where(logits.argmax(dim=1) == labels, DONE, MISSED)
-        return wrongness(logits, labels, self.rank)

@@ -12,7 +12,7 @@ from torch import nn
 
 from attacks.attack import Attack
 from attacks.checks import Check, quick_checks
-from attacks.robustness import Autocast, Verdicts, attack_loader, interval
+from attacks.robustness import Autocast, Verdicts, attack_loader, interval, knows_top5
 from attacks.threat_model import as_written
 from base.base_data_loader import BaseDataLoader
 from base.ranks import gather, rank, world_size
@@ -61,43 +61,58 @@ def measure(
     """Attack every image of `loader`, shared out over all ranks, and report; see `attack_loader` for the arguments.
 
     `reliable` is False where one of the quick checks fails; it is None, not known, until the doctor has looked, too.
-    `checkpoint` is the name that the report gives the model.
+    `checkpoint` is the name that the report gives the model. After an interruption, `seconds` and `images_per_second` are those
+    of the rest.
+
+    Raises:
+        ValueError: the loader holds no images, or the attack is targeted.
     """
+    if loader.n_samples == 0:
+        raise ValueError("the loader holds no images to attack")
+    warnings = getattr(attack, "warnings", [])
+    warnings.clear()  # those of another model
     share = loader.subset(torch.arange(rank(), loader.n_samples, world_size())) if world_size() > 1 else loader
     share.set_epoch(1)
     checks = quick_checks(model, *next(iter(share)), attack)
+    known = _number_known(partial)
     begin = perf_counter()
     own = attack_loader(model, share, attack, seed=seed, autocast=autocast, partial=partial, description=description)
     verdicts = Verdicts.joined(gather(own))
     seconds = perf_counter() - begin
     robust, n = verdicts.accuracy("robust_top1"), len(verdicts)
+    attacked = n - sum(gather(known))
+    lowered = not isinstance(autocast(), nullcontext)
     values = {
         **describe_attack(attack),
         "seed": seed,
         "n": n,
         "clean_top1": verdicts.accuracy("clean_top1"),
         "robust_top1": robust,
-        "robust_top5": verdicts.accuracy("robust_top5") if attack.rank >= 5 else None,
+        "robust_top5": verdicts.accuracy("robust_top5") if knows_top5(attack, loader.num_classes) else None,
         "interval": list(interval(robust, n)),
         "seconds": seconds,
-        "images_per_second": n / seconds,
+        "images_per_second": attacked / seconds,
         "max_perturbation": float(verdicts.perturbation.max()),
+        "precision": "bf16, verdicts in fp32" if lowered else "fp32",
         "reliable": None,
         "warnings": [],
         "checkpoint": checkpoint,
         "versions": package_versions(),
     }
     _judge(values, [check for part in gather(checks) for check in part])
-    values["warnings"] += [line for part in gather(list(getattr(attack, "warnings", []))) for line in part]
+    values["warnings"] += [line for part in gather(list(warnings)) for line in part]
     return Report(values, verdicts)
 
 
-def add_doctor(report: Report, checks: list[Check]) -> None:
-    """Add the doctor's findings: `reliable` is True where every check passed, False otherwise."""
-    report.values["checks"] = [vars(check) for check in checks]
-    if report.values["reliable"] is None:
-        report.values["reliable"] = True
-    _judge(report.values, checks)
+def add_doctor(report: Report, checks: list[Check], examined: Attack) -> None:
+    """Add the doctor's findings on the attack `examined`: `reliable` is False where a check failed, and True where every check
+    passed, the attack reported is the one examined, and nothing else was held against it."""
+    values = report.values
+    values["checks"] = [vars(check) for check in checks]
+    values["checked_attack"] = title(describe_attack(examined))
+    if values["reliable"] is None and not values["warnings"] and values["checked_attack"] == title(values):
+        values["reliable"] = True
+    _judge(values, checks)
 
 
 def describe_attack(attack: Attack) -> dict[str, Any]:
@@ -108,8 +123,8 @@ def describe_attack(attack: Attack) -> dict[str, Any]:
         **({"description": description} if description else {}),
         "norm": attack.threat_model.norm,
         "epsilon": attack.threat_model.epsilon,
-        "loss": attack.loss,
-        **{name: getattr(attack, name, None) for name in ("step_size", "steps", "restarts")},
+        "loss": None if description else attack.loss,
+        **{name: getattr(attack, name, None) for name in ("step_size", "steps", "restarts", "random_start")},
     }
 
 
@@ -122,7 +137,23 @@ def title(values: dict[str, Any]) -> str:
         parts.append(f"step {as_written(values['step_size'], norm)}")
     if name != "FGSM" and restarts is not None:
         parts.append(f"{restarts} start{'s' if restarts > 1 else ''}")
+    if values["loss"] not in ("ce", None):
+        parts.append(f"{values['loss']} loss")
     return ", ".join(parts)
+
+
+def file_stem(values: dict[str, Any]) -> str:
+    """The name of a report's file, such as `pgd-20_linf_8_step_2_1_start`: different attacks have different names."""
+    words = title({**values, "description": values["attack"]} if "description" in values else values)
+    return words.lower().replace("/255", "").replace(",", "").replace(" ", "_")
+
+
+def _number_known(partial: Path | None) -> int:
+    """How many verdicts an interrupted evaluation has left."""
+    if partial is None or not partial.exists():
+        return 0
+    with np.load(partial) as file:
+        return len(file["position"])
 
 
 def _judge(values: dict[str, Any], checks: list[Check]) -> None:

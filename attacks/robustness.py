@@ -35,7 +35,8 @@ class Verdicts:
         clean_top1: whether the image is classified correctly.
         robust_top1: whether it is, and stays so under attack.
         robust_top5: whether its label is among the five largest logits, and stays so under attack. Where the attack's `rank` is
-            below 5 it did not try to prevent that, and nothing can be said: then it is False everywhere and not to be read.
+            below 5 it did not try to prevent that, and nothing can be said: then it is False everywhere and not to be read
+            (unless there are no more than five classes, when it is always true).
         perturbation: size of the change in the attack's norm, in units of the pixel range; 0 where none was needed.
     """
 
@@ -95,7 +96,7 @@ def attack_loader(
     """Attack every image of `loader`, batch by batch, with a progress bar.
 
     An image's random starts are a function of `seed` and its position alone; with full rows of images (see `ROWS`) verdicts do
-    not depend on the batch size.
+    not depend on the batch size, on the CPU.
 
     Args:
         model: maps images in `[0, 1]` to logits; it is evaluated in evaluation mode.
@@ -111,7 +112,7 @@ def attack_loader(
     if partial is not None and partial.exists():
         with np.load(partial) as file:
             parts = [Verdicts(**{name: torch.from_numpy(file[name]) for name in file.files})]
-        skip = len(parts[0]) // loader.batch_size
+        skip = -(-len(parts[0]) // loader.batch_size)
     loader.set_epoch(1, first_batch=skip)
     done = skip * loader.batch_size
     bar = tqdm(loader, desc=description, initial=skip, total=len(loader), disable=None, leave=False)
@@ -142,7 +143,13 @@ def attack_batch(
 
     Only images that are not broken to begin with are attacked. Where an attack in low precision believed in a success that the
     verdict does not confirm, it is repeated in the model's own precision.
+
+    Raises:
+        ValueError: a targeted attack, which has no true labels to give verdicts on.
     """
+    if attack.targeted:
+        raise ValueError("verdicts need an untargeted attack")
+    lowered = not isinstance(autocast(), nullcontext)
     rows = _FullRows(model)
     worst = images.clone()
     with frozen(model, training=False), torch.no_grad():
@@ -150,7 +157,7 @@ def attack_batch(
         level = wrongness(clean, labels, attack.rank)
         final = clean.clone()
         left = (level < 2).nonzero().squeeze(1)
-        for precision in dict.fromkeys((autocast, nullcontext)):
+        for precision in (autocast, nullcontext) if lowered else (nullcontext,):
             if len(left) == 0:
                 break
             generators = [torch_generator(seed, "attack", int(positions[index])) for index in left.tolist()]
@@ -158,24 +165,30 @@ def attack_batch(
                 found = attack(rows, images[left], labels[left], generators=generators)
             logits = rows(found)
             confirmed = wrongness(logits, labels[left], attack.rank)
-            better = (confirmed > level[left]) | (confirmed == 0)
+            better = confirmed >= level[left]
             worst[left[better]], final[left[better]] = found[better], logits[better]
             level[left[better]] = confirmed[better]
             if precision is not nullcontext:
                 with precision():
                     believed = wrongness(rows(found), labels[left], attack.rank)
                 left = left[believed > confirmed]
+    right, among_five = wrongness(clean, labels) == 0, wrongness(clean, labels, 5) < 2
     verdicts = Verdicts(
         position=positions.cpu(),
         label=labels.cpu(),
         clean_prediction=clean.argmax(dim=1).cpu(),
         prediction=final.argmax(dim=1).cpu(),
-        clean_top1=(wrongness(clean, labels) == 0).cpu(),
-        robust_top1=((wrongness(clean, labels) == 0) & (wrongness(final, labels) == 0)).cpu(),
-        robust_top5=((wrongness(clean, labels, 5) < 2) & (wrongness(final, labels, 5) < 2) & (attack.rank >= 5)).cpu(),
+        clean_top1=right.cpu(),
+        robust_top1=(right & (wrongness(final, labels) == 0)).cpu(),
+        robust_top5=(among_five & (wrongness(final, labels, 5) < 2) & knows_top5(attack, clean.shape[1])).cpu(),
         perturbation=attack.threat_model.distance(worst, images).cpu(),
     )
     return verdicts, worst
+
+
+def knows_top5(attack: Attack, num_classes: int) -> bool:
+    """Whether `robust_top5` can be read after this attack."""
+    return attack.rank >= 5 or num_classes <= 5
 
 
 def interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -186,6 +199,6 @@ def interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp.npz")
+    temporary = path.with_name(f"{path.stem}.tmp.npz")
     np.savez(temporary, **arrays)
     temporary.replace(path)

@@ -2,13 +2,10 @@
 
 import logging
 import signal
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +22,7 @@ from base.optimization import Schedule
 from base.progress import Progress
 from base.run_folder import describe
 from base.runtime import autocast, get_rng_state, set_rng_state
+from base.signals import Interrupted, StopSignals
 from base.totals import BatchResult, Totals
 from base.tracking import Tracker, tell
 from base.weight_average import WeightAverage
@@ -81,7 +79,7 @@ class BaseTrainer(ABC):
         self.totals = Totals()
         decay = config.trainer.ema_decay
         self.average = None if decay is None else WeightAverage(model, decay)
-        self._signal: int | None = None
+        self.signals = StopSignals()
 
     @abstractmethod
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
@@ -118,13 +116,13 @@ class BaseTrainer(ABC):
             Stopped: a signal asked for it; the state is saved.
             NonFiniteError: see `update`; the last saved checkpoint is intact.
         """
-        with self._signals_caught():
+        with self.signals.caught():
             if self.progress.epochs_done == 0 and self.progress.batches_done == 0:
                 save_checkpoint(self.folder / LAST, self.checkpoint())  # a run killed in its first epoch can be resumed, too
             while not self.finished:
-                self._finish_epoch({**self._train_epoch(), **self.validate()})
-                if self._signal is not None:
-                    self._stop(self._signal)
+                self._finish_epoch({**self._train_epoch(), **self._validated()})
+                if self.signals.asked:
+                    self._stop()
 
     @property
     def finished(self) -> bool:
@@ -142,6 +140,15 @@ class BaseTrainer(ABC):
             averaged = self.validate_model(self.average.model, epoch)
             values |= {f"val_ema_{name}": value for name, value in averaged.items()}
         return values
+
+    def _validated(self) -> dict[str, float]:
+        """`validate`, which a signal ends at once, as an attack may take longer than a cluster waits. What is saved then is the
+        state after the epoch's last minibatch; a resumed run validates again."""
+        try:
+            with self.signals.interrupting():
+                return self.validate()
+        except Interrupted:
+            self._stop()
 
     def method_state(self) -> dict[str, Any]:
         """What a training method carries from minibatch to minibatch, for checkpoints: tensors and plain values."""
@@ -234,9 +241,9 @@ class BaseTrainer(ABC):
             progress.images_seen += len(images)
             if not bar.disable and progress.batches_done % 10 == 0:
                 bar.set_postfix_str(describe(self.totals.means()))
-            if self._signal is not None:
+            if self.signals.asked:
                 progress.train_seconds += perf_counter() - begin
-                self._stop(self._signal)
+                self._stop()
         means = self.totals.means()  # reads the device, so the time is that of finished work
         progress.train_seconds += perf_counter() - begin
         return {"epoch": epoch, "lr": progress.learning_rate, **means}
@@ -267,29 +274,12 @@ class BaseTrainer(ABC):
         if settings.keep_checkpoints:
             keep_newest(self.folder, settings.keep_checkpoints, self.progress.epochs_done)
 
-    def _stop(self, signal_number: int) -> NoReturn:
+    def _stop(self) -> NoReturn:
         """Save in the middle of an epoch, or after one, and leave."""
         save_checkpoint(self.folder / LAST, self.checkpoint())
         done = f"{self.progress.epochs_done} epochs and {self.progress.batches_done} batches"
-        name = signal.Signals(signal_number).name
-        raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", signal_number)
-
-    @contextmanager
-    def _signals_caught(self) -> Iterator[None]:
-        """While training, SIGINT and SIGTERM only ask for the stop; the loop stops where a checkpoint is exact."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        name = signal.Signals(self.signals.asked).name
+        raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked)
 
     def _describe_non_finite(self, loss: Tensor) -> str:
         what = "loss" if not torch.isfinite(loss) else "gradient"

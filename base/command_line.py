@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from base.config import Config
@@ -61,14 +61,23 @@ def config_overrides(arguments: argparse.Namespace) -> list[Override]:
     """
     if arguments.resume and arguments.run_dir:
         raise ConfigError("--run_dir: a resumed run stays in its own folder")
+    values = vars(arguments)
+    return set_overrides(arguments.set) + [(key, values[key]) for _, key, _ in SHORT_FLAGS if values[key] is not None]
+
+
+def set_overrides(settings: Iterable[str]) -> list[Override]:
+    """The overrides that `--set KEY=VALUE` arguments stand for.
+
+    Raises:
+        ConfigError: a setting without a value.
+    """
     overrides = []
-    for setting in arguments.set:
+    for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as trainer.epochs=10")
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as system.num_threads=1")
         overrides.append((key, value))
-    values = vars(arguments)
-    return overrides + [(key, values[key]) for _, key, _ in SHORT_FLAGS if values[key] is not None]
+    return overrides
 
 
 def read_config(arguments: argparse.Namespace, overrides: list[Override]) -> Config:

@@ -19,7 +19,13 @@ from base.config_names import (
     NormName,
     logged_value,
 )
-from base.config_robustness import AdversarialConfig, PGDAttackConfig, refuse_other_units
+from base.config_robustness import (
+    DEFAULT_L2,
+    AdversarialConfig,
+    PGDAttackConfig,
+    refuse_other_units,
+    refuse_other_units_of_step,
+)
 from base.config_section import Count, Fraction, Positive, Section
 
 Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
@@ -311,17 +317,31 @@ class Config(Section):
         adversarial, trainer = self.adversarial, self.trainer
         if adversarial.method == "none" and trainer.do_adv:
             raise ValueError("adversarial.method: none contradicts trainer.do_adv: true")
+        if self.adversarial_method == "free" and adversarial.bn_mode == "eval":
+            raise ValueError("adversarial.bn_mode: free training attacks by its training pass: only train is possible")
         refuse_other_units("trainer.adv_clip_eps", trainer.adv_clip_eps, "linf")
         refuse_other_units("adversarial.epsilon", adversarial.epsilon, adversarial.norm)
-        refuse_other_units("trainer.fgsm_step", trainer.fgsm_step, "linf", is_step=True)
-        refuse_other_units("adversarial.step_size", adversarial.step_size, adversarial.norm, is_step=True)
-        refuse_other_units("pgd_attack.step", self.pgd_attack.step, adversarial.norm, is_step=True)
+        epsilon = self.attack_epsilon
+        refuse_other_units_of_step("trainer.fgsm_step", trainer.fgsm_step, "linf", trainer.adv_clip_eps)
+        refuse_other_units_of_step("adversarial.step_size", adversarial.step_size, adversarial.norm, epsilon)
+        refuse_other_units_of_step("pgd_attack.step", self.pgd_attack.step, adversarial.norm, epsilon)
         return self
 
     @property
     def adversarial_method(self) -> str:
         """The training method: `none`, `free`, `fgsm`, `pgd` or `trades`."""
         return self.adversarial.method or ("free" if self.trainer.do_adv else "none")
+
+    @property
+    def attack_epsilon(self) -> float:
+        """The radius of training and of attacks, as written: in 1/255 for linf, in units of the pixel range for l2."""
+        default = self.trainer.adv_clip_eps if self.adversarial.norm == "linf" else DEFAULT_L2
+        return default if self.adversarial.epsilon is None else self.adversarial.epsilon
+
+    @property
+    def attack_bn_mode(self) -> str:
+        """The mode of the model while it is attacked in training: `train` or `eval`."""
+        return self.adversarial.bn_mode or ("eval" if self.adversarial_method == "trades" else "train")
 
     @property
     def robust_validation_period(self) -> int:
@@ -331,9 +351,9 @@ class Config(Section):
 
     @property
     def reports_robustness(self) -> bool:
-        """Whether the test set is attacked after training."""
+        """Whether the test set is attacked after training; by default wherever a method is named, even if it is none."""
         report = self.adversarial.report
-        return self.adversarial_method != "none" if report is None else report
+        return self.adversarial.method is not None or self.trainer.do_adv if report is None else report
 
     def dump(self) -> dict[str, Any]:
         """The resolved tree as plain JSON values, without secrets; validating it again gives the same config."""

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable
 from math import isinf
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -139,7 +140,7 @@ def _without_comments(value: Any) -> Any:
 def _parse(text: str, path: list[str]) -> Any:
     """The value that `text` stands for in the field at `path`."""
     annotation = annotation_at(path)
-    types = {annotation, *getattr(annotation, "__args__", ())}
+    types = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
     if bool in types and text.lower() in ("true", "false"):
         return text.lower() == "true"  # Python's spelling too, as on ConvNorm's command line
     try:

@@ -9,8 +9,13 @@ from base.config_section import Count, Positive, Section
 Size = Annotated[float, Field(ge=0)]
 SMALLEST_EPSILON, SMALLEST_STEP = 0.5, 0.05
 """In 1/255: what is below, but not 0, was meant in the pixel range [0, 1]. No published attack is so weak."""
-LARGEST_L2, LARGEST_L2_STEP = 10.0, 1.5
-"""In units of the pixel range: what is above was meant in 1/255. A change of 10 turns an image of 32 x 32 into another."""
+DEFAULT_L2 = 0.5
+"""Radius under l2 where the config gives none, about 128/255: the usual one on CIFAR."""
+LARGEST_L2 = 6.0
+"""In units of the pixel range: what is above was meant in 1/255. A change of 5 is the largest published, on large images; a
+change of 8 turns an image of 32 x 32 into another."""
+LARGEST_STEP = 3.0
+"""In radii: longer steps, where the usual ones are at most 2.5, were meant in 1/255."""
 
 
 class AdversarialConfig(Section):
@@ -30,8 +35,9 @@ class AdversarialConfig(Section):
     """Random starts in training with pgd, of which every image keeps the worst point."""
     random_start: bool = True
     """Begin attacks in training with fgsm and pgd at a random point."""
-    bn_mode: Literal["train", "eval"] = "train"
-    """Mode of the model while it is attacked in training: train moves running statistics, too (free knows only train)."""
+    bn_mode: Literal["train", "eval"] | None = None
+    """Mode of the model while it is attacked in training: train moves running statistics, too (free knows only train); null:
+    eval for trades, train for the others, as in the authors' codes."""
     noise: Literal["reset", "carry"] = "reset"
     """free: perturbations begin at zero for each minibatch (as in ConvNorm), or where the last ones ended (as in the paper)."""
     beta: Size = 6.0
@@ -41,14 +47,14 @@ class AdversarialConfig(Section):
     validate_images: Positive = 1000
     """How many validation images it attacks, the same in every epoch: the first of every class."""
     report: bool | None = None
-    """Attack the test set after training; null: with a method."""
+    """Attack the test set after training; null: where a method is named, none included."""
     report_images: Positive | None = None
     """How many test images the report attacks, the first of every class; null for all."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if self.method == "free" and self.bn_mode == "eval":
-            raise ValueError("bn_mode: free adversarial training attacks by its training pass: only train is possible")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts: {self.restarts} without random_start are all the same")
         return self
 
 
@@ -65,24 +71,45 @@ class PGDAttackConfig(Section):
     """What it maximises: cross entropy, margin, or difference of logits ratio."""
 
 
-def refuse_other_units(key: str, size: float | None, norm: str, is_step: bool = False) -> None:
-    """Refuse a size that was obviously meant in the other norm's units.
+def refuse_other_units(key: str, epsilon: float | None, norm: str) -> None:
+    """Refuse a radius that was obviously meant in the other norm's units.
 
     Raises:
-        ValueError: naming `key` and the size.
+        ValueError: naming `key` and the radius.
     """
-    if size is None or size == 0:
+    if not epsilon:
         return
-    smallest = SMALLEST_STEP if is_step else SMALLEST_EPSILON
-    if norm == "linf" and size < smallest:
-        raise ValueError(
-            f"{key}: {size:g} is in 1/255 of the pixel range, so it would be next to nothing: write {size * 255:.3g} for"
-            f" {size:g} of the pixel range"
-        )
-    if norm == "linf" and size > 255:
-        raise ValueError(f"{key}: {size:g} is in 1/255 of the pixel range: expected at most 255")
-    if norm == "l2" and size > (LARGEST_L2_STEP if is_step else LARGEST_L2):
-        raise ValueError(
-            f"{key}: {size:g} is in units of the pixel range under l2, so it would be far too much:"
-            f" write {size / 255:.3g} for {size:g}/255"
-        )
+    if norm == "linf" and epsilon < SMALLEST_EPSILON:
+        raise ValueError(f"{key}: {_next_to_nothing(epsilon)}")
+    if norm == "linf" and epsilon > 255:
+        raise ValueError(f"{key}: {epsilon:g} is in 1/255 of the pixel range: expected at most 255")
+    if norm == "l2" and epsilon > LARGEST_L2:
+        raise ValueError(f"{key}: {_far_too_much(epsilon)}")
+
+
+def refuse_other_units_of_step(key: str, step: float | None, norm: str, epsilon: float) -> None:
+    """Refuse a step size that was obviously meant in the other norm's units.
+
+    Raises:
+        ValueError: naming `key` and the step size.
+    """
+    if not step:
+        return
+    if norm == "linf" and step < SMALLEST_STEP:
+        raise ValueError(f"{key}: {_next_to_nothing(step)}")
+    if norm == "l2" and step > LARGEST_STEP * epsilon > 0:
+        raise ValueError(f"{key}: {_far_too_much(step)}")
+
+
+def _next_to_nothing(size: float) -> str:
+    return (
+        f"{size:g} is in 1/255 of the pixel range, so it would be next to nothing: write {size * 255:.3g} for"
+        f" {size:g} of the pixel range"
+    )
+
+
+def _far_too_much(size: float) -> str:
+    return (
+        f"{size:g} is in units of the pixel range under l2, so it would be far too much: write {size / 255:.3g}"
+        f" for {size:g}/255"
+    )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -27,7 +28,8 @@ def ranks() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    dist.init_process_group("gloo")
+    # the first to finish its share waits for the last, however long that takes; torchrun ends all when one dies
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield
     finally:

@@ -10,11 +10,12 @@ from base.optimization import spans_whole_run
 
 MAY_CHANGE_ON_RESUME = (
     "trainer.epochs", "trainer.early_stop", "trainer.save_dir", "trainer.save_period", "trainer.keep_checkpoints",
-    "trainer.verbosity", "trainer.label_dir", "trainer.tensorboard", "name", "exper_name", "n_gpu", "comet", "system",
+    "trainer.verbosity", "trainer.label_dir", "trainer.tensorboard", "name", "exper_name", "n_gpu", "comet",
+    "system.device", "system.num_threads", "system.compile", "system.channels_last", "system.deterministic",
     "adversarial.report", "adversarial.report_images",
     "data_loader.args.data_dir", "data_loader.args.num_workers", "data_loader.args.pin_memory",
 )  # fmt: skip
-"""Config keys that a resumed run may have other values for: none of them changes what is learnt from what."""
+"""Config keys that a resumed run may have other values for: none of them changes what is learnt from what, but for rounding."""
 
 
 def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: Path) -> None:

@@ -52,14 +52,15 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def choose_device(device: str, n_gpu: int = 1) -> torch.device:
     """The `torch.device` for the config's `system.device` and `n_gpu`.
 
-    `"auto"` takes the first CUDA device, then Apple's, then the CPU; `n_gpu` 0 asks for the CPU.
+    `"auto"` takes the first CUDA device (under torchrun each process its own), then Apple's, then the CPU;
+    `n_gpu` 0 asks for the CPU.
 
     Raises:
         ConfigError: the device is named but is not there.
     """
     if device == "auto":
         if n_gpu > 0 and torch.cuda.is_available():
-            return torch.device("cuda", 0)
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         if n_gpu > 0 and torch.backends.mps.is_available():
             return torch.device("mps")
         return torch.device("cpu")
@@ -95,7 +96,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def set_determinism(deterministic: bool, num_threads: int | None) -> None:
-    """Apply `system.deterministic` and `system.num_threads` to this process."""
+    """Apply `system.deterministic` and `system.num_threads` to this process. Float32 then means float32 on every device: torch
+    would convolve in TF32, which keeps 10 bits of 23."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if deterministic:

@@ -4,7 +4,9 @@ All functions return sorted positions and choose class by class, so that every p
 """
 
 import numpy as np
+import torch
 
+from base.base_data_loader import BaseDataLoader
 from base.errors import DataError
 from base.runtime import numpy_generator
 
@@ -90,6 +92,11 @@ def first_of_every_class(labels: np.ndarray, count: int) -> np.ndarray:
         members = np.flatnonzero(labels == label)
         nth[members] = np.arange(len(members))
     return np.sort(np.lexsort((labels, nth))[:count])
+
+
+def some_of_every_class(loader: BaseDataLoader, count: int) -> BaseDataLoader:
+    """A loader of `first_of_every_class`, `count` images of an unshuffled loader (all, where it has no more)."""
+    return loader.subset(torch.from_numpy(first_of_every_class(loader.labels.cpu().numpy(), count)))
 
 
 def _shuffled_members(labels: np.ndarray, label: int, seed: int, purpose: str) -> np.ndarray:

@@ -228,6 +228,70 @@ def test_result_is_the_best_model_measured_on_the_test_set(tmp_path):
     assert result["n_test"] == len(labels)
 
 
+def test_averaged_weights_are_validated_and_tested_as_saved(tmp_path):
+    attacked = {"method": "fgsm", "validate_every": 0, "report_images": 40}
+    config = config_of(trainer={"ema_decay": 0.6, "monitor": "min val_top1", "epochs": 2}, adversarial=attacked)
+    result = run(tmp_path / "run", config)
+    assert result["best_epoch"] == 1
+    experiment = Experiment.from_config(config)
+    model = experiment.model.eval()
+
+    def top1(loader):
+        images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
+        return pytest.approx(float((model(images).argmax(1) == labels).double().mean()))
+
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name, prefix, epoch in (("model_best.pth", "", 0), ("model_last.pth", "last_", 1)):
+        saved = load_checkpoint(tmp_path / "run" / name)
+        for key, part in (("state_dict", ""), ("ema_state_dict", "ema_")):
+            model.load_state_dict(saved[key])
+            assert result[f"{prefix}{part}test_top1"] == top1(experiment.test_loader)
+            assert log[epoch][f"val_{part}top1"] == top1(experiment.validation_loader)
+            kind = name.removeprefix("model_").removesuffix(".pth") + part.rstrip("_").replace("ema", "_ema")
+            report = json.loads((tmp_path / "run" / "eval" / f"pgd_{kind}.json").read_text())
+            assert report["robust_top1"] == result[f"{prefix}{part}test_robust_top1"]
+            assert name in report["checkpoint"]
+    assert len({result[f"{prefix}test_loss"] for prefix in ("", "last_", "ema_", "last_ema_")}) == 4
+
+
+def test_a_signal_ends_validation_at_once_and_loses_nothing(tmp_path, monkeypatch):
+    config = config_of(trainer={"ema_decay": 0.9})
+    run(tmp_path / "whole", config)
+    validate = BaseTrainer.validate
+
+    def interrupted(self):
+        values = validate(self)
+        if self.progress.epochs_done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("validation went on")
+        return values
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseTrainer, "validate", interrupted)
+        with pytest.raises(Stopped, match="stopped by SIGTERM after 1 epochs and 3 batches"):
+            run(tmp_path / "stopped", config)
+    Experiment.resume(str(tmp_path / "stopped"))
+    assert not difference(tmp_path / "stopped" / "model_last.pth", tmp_path / "whole" / "model_last.pth")
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_what_asks_for_validation_gets_images_for_it(tmp_path, caplog):
+    nothing = {"data_loader": {"args": {"validation_split": 0.0}}, "trainer": {"monitor": "off", "epochs": 1, "verbosity": 1}}
+    attacked = {"method": "fgsm", "validate_images": 20, "report": False}
+    asked = run(tmp_path / "asked", config_of(**merge(nothing, {"adversarial": {**attacked, "validate_every": 1}})))
+    assert asked["n_val"] > 0
+    assert "val_robust_top1" in asked
+    assert "test_robust_top1" not in asked, "adversarial.report is false"
+    assert run(tmp_path / "not", config_of(**merge(nothing, {"adversarial": attacked})))["n_val"] == 0
+    assert "no robust validation: nothing is held out" in (tmp_path / "not" / "info.log").read_text()
+
+
+def test_processes_of_torchrun_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun: training on several processes is not supported"):
+        Experiment.from_config(config_of())
+
+
 def test_noise_changes_training_and_only_through_labels(tmp_path):
     clean = run(tmp_path / "clean", config_of())
     noisy = run(tmp_path / "noisy", config_of(trainer={"sym": True, "percent": 0.4}))
@@ -269,6 +333,8 @@ def test_resume_refuses_another_experiment_and_takes_more_epochs(tmp_path):
     run(tmp_path / "cosine", config_of(lr_scheduler={"type": "CosineAnnealingLR"}))
     with pytest.raises(ConfigError, match=r"trainer.epochs: .* another experiment; CosineAnnealingLR spans the whole run"):
         Experiment.resume(str(tmp_path / "cosine"), overrides=[("trainer.epochs", "4")])
+    with pytest.raises(ConfigError, match=r"system.precision: the run was started with 'fp32'"):
+        Experiment.resume(str(tmp_path / "run"), overrides=[("system.precision", "bf16")])
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     result = Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "4")])
     assert result["epochs"] == 4

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ASSEMBLING = ("assembly", "experiment", "attack_checkpoint")
+ASSEMBLING = ("assembly", "experiment", "conclusion", "attack_checkpoint")
 """The modules that know every room."""
 
 ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "configs", "benchmarks", "tests", *ASSEMBLING)
@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "attacks": {"base"},
     "trainer": {"base", "attacks"},
     "assembly": {"base", "models", "data_loader", "attacks", "trainer"},
-    "experiment": {"base", "models", "data_loader", "attacks", "trainer", "assembly"},
+    "conclusion": {"base", "data_loader", "attacks", "assembly"},
+    "experiment": {"base", "data_loader", "attacks", "trainer", "assembly", "conclusion"},
     "attack_checkpoint": {"base", "models", "data_loader", "attacks", "trainer", "assembly"},
     "script": {"base", "experiment", "attack_checkpoint"},
 }

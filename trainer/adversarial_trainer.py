@@ -87,8 +87,8 @@ class AdversarialTrainer(Trainer):
     Args:
         attack: the attack of every training step.
         bn_mode: mode of the model while it is attacked. `"train"` normalises by the statistics of the attacked minibatch, and
-            running statistics follow every step of the attack, as in the authors' codes; `"eval"` uses and keeps the running
-            statistics.
+            running statistics follow every step of the attack, as in the codes of PGD and fast FGSM training; `"eval"`, as in
+            that of TRADES, uses and keeps the running statistics.
         **parts: everything `Trainer` takes.
     """
 

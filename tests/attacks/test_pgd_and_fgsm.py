@@ -185,6 +185,9 @@ def test_losses_against_their_definitions():
     torch.testing.assert_close(ATTACK_LOSSES["ce"](logits, labels), expected)
     assert wrongness(logits, labels).tolist() == [0, 2]
     assert wrongness(logits, labels, 2).tolist() == [0, 1]
+    ties = torch.zeros(4, 4)
+    assert wrongness(ties, torch.arange(4)).tolist() == [0, 2, 2, 2], "of equal logits the first is the larger"
+    assert wrongness(ties, torch.arange(4), 2).tolist() == [0, 1, 2, 2]
     with pytest.raises(ValueError, match="needs at least 3 classes, the model has 2"):
         ATTACK_LOSSES["dlr"](logits[:, :2], labels[:1])
 
@@ -194,13 +197,20 @@ def test_losses_against_their_definitions():
     [
         (lambda: PGD(-1, 1, 1), "epsilon -1 is not a finite number of at least 0"),
         (lambda: PGD(1, 1, 1, "l1"), "norm 'l1' is not one of: linf, l2"),
-        (lambda: PGD(1, float("nan"), 1), "step_size nan is not a number"),
+        (lambda: PGD(1, float("nan"), 1), "step_size nan is not a finite number"),
         (lambda: PGD(1, 1, 0), "steps 0 and restarts 1 must be at least 1"),
         (lambda: FGSM(1, loss="cw"), "loss 'cw' is not one of: ce, margin, dlr"),
         (lambda: PGD(1, 1, 1, targeted=True, early_stop=5), "a targeted attack has no rank"),
         (lambda: FGSM(1)(Linear(), torch.full((1, 3, 2, 2), 8.0), torch.tensor([0])), "found 8 to 8; models normalise inside"),
-        (lambda: FGSM(1)(Linear(), torch.zeros(2, 3, 2, 2), torch.tensor([0])), "labels: expected 2, one per image"),
-        (lambda: FGSM(1)(Linear(), torch.zeros(2, 12), torch.tensor([0, 1])), "images: expected floats"),
+        (lambda: FGSM(1)(Linear(), torch.zeros(2, 3, 2, 2), torch.tensor([0])), "labels: expected 2 integers, one per image"),
+        (lambda: FGSM(1)(Linear(), torch.zeros(2, 12), torch.tensor([0, 1])), r"images: expected float32 \(B, C, H, W\)"),
+        (lambda: FGSM(1)(Linear(), torch.zeros(1, 3, 2, 2).bfloat16(), torch.tensor([0])), "not torch.bfloat16"),
+        (lambda: PGD(1, float("inf"), 1), "step_size inf is not a finite number"),
+        (lambda: PGD(1, 1, 1, restarts=2, random_start=False), "restarts 2: without random_start all of them are the same"),
+        (
+            lambda: FGSM(1)(Linear(), torch.zeros(2, 3, 2, 2), torch.tensor([0, 1]), generators=[torch.Generator()]),
+            "generators: expected one, or 2, one per image, not 1",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(make, message):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from attacks import PGD
-from attacks.report import Report, measure, title
+from attacks import PGD, Attack
+from attacks.report import Report, file_stem, measure, title
 from attacks.robustness import Verdicts, attack_batch, attack_loader, interval
 from data_loader import DATA_LOADERS
 from models import build_model
@@ -99,9 +99,98 @@ def test_a_success_in_low_precision_only_counts_if_full_precision_confirms_it(di
     assert torch.equal(low.robust_top1, run(model)[0].robust_top1), "what it believed in was attacked again"
 
 
+def test_a_success_that_full_precision_confirms_in_part_is_kept():
+    """bf16 believes that the label has left the top five; float32 says that it is merely not the first."""
+
+    class Coarse(nn.Module):
+        """Grey is class 0; of lighter images, float32 puts it second and bf16 last."""
+
+        def forward(self, images):
+            logits = torch.arange(10.0, 0.0, -1.0).repeat(len(images), 1)
+            lighter = images.mean(dim=(1, 2, 3)) > 0.505
+            logits[lighter, 0] = 0.0 if torch.is_autocast_enabled("cpu") else 8.5
+            return logits
+
+    class Once(Attack):
+        """Finds something in low precision only."""
+
+        rank = 5
+
+        def perturb(self, model, images, labels, generators):
+            return images + 0.01 if torch.is_autocast_enabled("cpu") else images
+
+    given = {"positions": torch.arange(4), "seed": 0, "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
+    grey, labels = torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64)
+    verdicts, _ = attack_batch(Coarse(), grey, labels, Once(0.1), **given)
+    assert verdicts.clean_top1.all()
+    assert not verdicts.robust_top1.any()
+    assert verdicts.robust_top5.all()
+
+
+def test_batches_are_filled_up_and_only_images_that_stand_are_in_them(digits):
+    model, loader = digits
+    images, _ = next(iter(loader))
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    wrong = (model(images).argmax(1) + torch.arange(len(images)).lt(15)) % 10  # 15 are misclassified, 5 stand
+    seen.clear()
+    attack_batch(model, images, wrong, PGD(4 / 255, 0.0, 3, early_stop=True), positions=loader.positions, seed=0)
+    hook.remove()
+    assert seen == [32, 16, 16, 16, 16, 16], "clean; three steps, the last point and the verdict on five images"
+
+
+def test_a_targeted_attack_and_an_empty_loader_get_no_verdict(digits):
+    model, loader = digits
+    with pytest.raises(ValueError, match="verdicts need an untargeted attack"):
+        attack_loader(model, loader, PGD(4 / 255, 2 / 255, 1, targeted=True), seed=0)
+    with pytest.raises(ValueError, match="the loader holds no images to attack"):
+        measure(model, loader.subset(torch.arange(0)), ATTACK, seed=0, checkpoint="")
+
+
+def test_a_model_that_leaves_torch_is_not_believed(digits):
+    model, loader = digits
+
+    class Outside(nn.Module):
+        def forward(self, images):
+            return torch.from_numpy(model(images).detach().numpy())
+
+    report = measure(Outside(), loader, ATTACK, seed=3, checkpoint="masked")
+    assert report.values["reliable"] is False
+    assert any("gradients are not zero" in warning for warning in report.values["warnings"])
+
+
+def test_few_classes_are_always_among_the_top_five(digits):
+    model, loader = digits
+
+    class Four(nn.Module):
+        def forward(self, images):
+            return model(images)[:, :4]
+
+    part = loader.subset(torch.nonzero(loader.labels < 4).squeeze(1))
+    part.num_classes = 4
+    report = measure(Four(), part, PGD(4 / 255, 2 / 255, 3, early_stop=True), seed=3, checkpoint="")
+    assert report.values["robust_top5"] == 1
+
+
+def test_different_attacks_have_different_files():
+    values = {
+        "attack": "PGD",
+        "norm": "linf",
+        "epsilon": 8 / 255,
+        "loss": "ce",
+        "step_size": 2 / 255,
+        "steps": 20,
+        "restarts": 1,
+    }
+    assert file_stem(values) == "pgd-20_linf_8_step_2_1_start"
+    assert file_stem({**values, "loss": "dlr"}) == "pgd-20_linf_8_step_2_1_start_dlr_loss"
+    standard = {"attack": "AutoAttack", "description": "standard ...", "loss": None, "step_size": None, "steps": None}
+    assert file_stem({**values, **standard, "restarts": None}) == "autoattack_linf_8"
+
+
 def test_an_evaluation_that_was_interrupted_goes_on(digits, tmp_path, monkeypatch):
     model, loader = digits
-    loader = loader.subset(torch.arange(20))
+    loader = loader.subset(torch.arange(18))
     loader.batch_size = 5
     whole = attack_loader(model, loader, ATTACK, seed=3)
     calls = 0
@@ -117,8 +206,11 @@ def test_an_evaluation_that_was_interrupted_goes_on(digits, tmp_path, monkeypatc
     monkeypatch.setattr(PGD, "perturb", broken)
     with pytest.raises(KeyboardInterrupt):
         attack_loader(model, loader, ATTACK, seed=3, partial=tmp_path / "part.npz")
-    assert equal(attack_loader(model, loader, ATTACK, seed=3, partial=tmp_path / "part.npz"), whole)
+    again = partial(attack_loader, model, loader, ATTACK, seed=3, partial=tmp_path / "part.npz")
+    assert equal(again(), whole)
     assert calls == 5, "two batches before, two after"
+    assert equal(again(), whole), "as where one process waited for another when it was killed"
+    assert calls == 5
 
 
 def test_wilson_interval_against_scipy():
@@ -137,7 +229,7 @@ def test_report_holds_what_a_paper_needs(digits, tmp_path):
     }  # fmt: skip
     assert keys <= report.values.keys()
     assert isinstance(report, Report)
-    assert report.values["max_perturbation"] <= 4 / 255 + 1e-6
+    assert 2 / 255 < report.values["max_perturbation"] <= 4 / 255 + 1e-6
     assert title(report.values) == "PGD-3, linf 4/255, step 2/255, 2 starts"
     low, high = report.values["interval"]
     assert low < report.values["robust_top1"] < high

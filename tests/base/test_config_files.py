@@ -104,6 +104,8 @@ def test_child_wins_null_deletes_and_comments_vanish(tmp_path):
         (("optimizer.args.lr", "1e-3"), 1e-3),
         (("lr_scheduler.args.milestones", "[1, 2]"), [1, 2]),
         (("trainer.monitor", "min val_loss"), "min val_loss"),
+        (("optimizer", '{"type": "SGD", "args": {"lr": 0.05}}'), {"type": "SGD", "args": {"lr": 0.05}}),
+        (("lr_scheduler.args", '{"gamma": 0.5}'), {"gamma": 0.5}),
         (("system.num_threads", "2"), 2),
     ],
 )
@@ -149,6 +151,12 @@ def test_later_override_wins_and_null_restores_the_default():
         ("trainer.adv_clip_eps", 0.031, r"trainer.adv_clip_eps: 0.031 is in 1/255 .*write 7.91 for 0.031 of the pixel range"),
         ("trainer.fgsm_step", 0.03, "trainer.fgsm_step: 0.03 is in 1/255"),
         ("adversarial.epsilon", 256, "adversarial.epsilon: 256 is in 1/255 of the pixel range: expected at most 255"),
+        ("adversarial", {"norm": "l2", "epsilon": 8}, "adversarial.epsilon: 8 is in units of .*write 0.0314 for 8/255"),
+        (
+            "adversarial",
+            {"random_start": False, "restarts": 2},
+            "adversarial.restarts: 2 without random_start are all the same",
+        ),
         ("adversarial", {"norm": "l2", "step_size": 2}, "adversarial.step_size: 2 is in units of .*write 0.00784 for 2/255"),
         ("pgd_attack.step", 0.0078, "pgd_attack.step: 0.0078 is in 1/255"),
         ("adversarial", {"method": "free", "bn_mode": "eval"}, "adversarial.bn_mode: .*only train is possible"),

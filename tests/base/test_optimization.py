@@ -142,11 +142,18 @@ def test_plateau_watches_a_logged_value_and_steps_by_epoch_only():
     _, optimizer, _ = start("none")
     plateau = SchedulerConfig(type="ReduceLROnPlateau", monitor="val_my_metric")
     schedule = Schedule(plateau, optimizer, 5, 2, has_validation=True)
-    with pytest.raises(ConfigError, match="lr_scheduler.monitor: 'val_top1' is not one of: loss, top1"):
-        schedule.step_epoch({"loss": 1.0, "top1": 0.5})
+    schedule.step_epoch({"val_top1": 0.5})
+    schedule.step_epoch({"loss": 1.0, "top1": 0.5})
+    assert schedule.scheduler.last_epoch == 1, "an epoch without the value does not count"
     with pytest.raises(ConfigError, match="ReduceLROnPlateau steps after every epoch"):
         Schedule(SchedulerConfig(type="ReduceLROnPlateau", interval="batch"), optimizer, 5, 2, has_validation=True)
     assert Schedule(SchedulerConfig(type="ReduceLROnPlateau"), optimizer, 5, 2, has_validation=False).monitor == "loss"
+
+
+@pytest.mark.parametrize("monitor", ["val_robust_top1", "val_ema_top1"])
+def test_a_plateau_may_watch_every_value_that_a_config_accepts(monitor):
+    plateau = SchedulerConfig(type="ReduceLROnPlateau", monitor=monitor, args={"mode": "max"})
+    check_optimization(OptimizerConfig(type="SGD", args={"lr": 0.1}), plateau)
 
 
 def test_thresholds_of_shifted_relus_do_not_decay():

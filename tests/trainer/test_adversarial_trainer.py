@@ -13,6 +13,7 @@ from base.base_data_loader import BaseDataLoader
 from base.config_files import merge, validate
 from base.optimization import Schedule, build_optimizer
 from models import build_model
+from models.ocnn import penalty
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -153,6 +154,59 @@ def test_starts_are_a_function_of_seed_epoch_and_minibatch(tmp_path):
     assert not same_weights(models[0], models[2])
 
 
+def test_starts_depend_on_the_seed_and_a_config_says_everything_about_the_attack(tmp_path):
+    settings = {"method": "pgd", "steps": 1, "step_size": 1, "restarts": 3}
+    first, other = (build(tmp_path, {"seed": seed, "adversarial": settings}) for seed in (1, 2))
+    other.model.load_state_dict(first.model.state_dict())
+    for trainer in (first, other):
+        trainer.train_batch(*batch())
+    assert not same_weights(first.model, other.model)
+    attack = first.attack
+    assert (attack.steps, attack.restarts, attack.random_start, attack.early_stop) == (1, 3, True, 0)
+    assert attack.step_size == pytest.approx(1 / 255)
+    still = build(tmp_path, {"adversarial": {"method": "fgsm", "random_start": False}}).attack
+    assert (still.steps, still.restarts, still.random_start, still.step_size) == (1, 1, False, pytest.approx(10 / 255))
+
+
+@pytest.mark.parametrize("method", ["free", "pgd", "trades"])
+def test_every_forward_pass_is_in_the_runs_precision_and_on_pixels(tmp_path, method):
+    trainer = build(tmp_path, {"adversarial": {"method": method, "epsilon": 200, "step_size": 100, "steps": 2}})
+    trainer.precision = "bf16"
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, inputs: seen.append((torch.is_autocast_enabled("cpu"), inputs[0].amin() >= 0, inputs[0].amax() <= 1))
+    )
+    trainer.train_batch(*batch())
+    if method == "trades":
+        seen.pop(1)  # its start, to which the paper adds plain noise
+    assert all(all(values) for values in seen)
+
+
+@pytest.mark.parametrize("method", ["none", "free", "fgsm", "pgd", "trades"])
+def test_ocnns_penalty_is_part_of_every_methods_loss(tmp_path, method):
+    """With a learning rate of 1 and plain SGD the weights move by the gradient: the penalty's part is the difference."""
+    plain = {"optimizer": {"args": {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}}, "trainer": {"adv_repeats": 1}}
+    plain["adversarial"] = {"method": method, "steps": 1}
+    without = build(tmp_path, plain)
+    with_penalty = build(tmp_path, merge(plain, {"trainer": {"OCNN": True, "lamb_ocnn": 0.01}}))
+    loss = 0.01 * penalty(without.model)
+    expected = torch.autograd.grad(loss, list(without.model.parameters()), allow_unused=True)
+    assert any(gradient is not None and gradient.abs().max() > 1e-4 for gradient in expected)
+    for trainer in (without, with_penalty):
+        trainer.train_batch(*batch())
+    for a, b, gradient in zip(without.model.parameters(), with_penalty.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(a - b, torch.zeros_like(a) if gradient is None else gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_trades_attacks_in_evaluation_mode_unless_told_otherwise(tmp_path):
+    for settings, modes in (({}, [False, False, False, True, True]), ({"bn_mode": "train"}, [True] * 5)):
+        trainer = build(tmp_path, {"adversarial": {"method": "trades", "steps": 2, **settings}})
+        seen = []
+        trainer.model.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(module.training))
+        trainer.train_batch(*batch())
+        assert seen == modes
+
+
 def test_trades_against_the_formula(tmp_path):
     settings = {"adversarial": {"method": "trades", "steps": 2, "beta": 3.0, "bn_mode": "eval"}}
     trainer, plain = build(tmp_path, settings), build(tmp_path, settings)
@@ -160,7 +214,7 @@ def test_trades_against_the_formula(tmp_path):
     noisy, climb = [], trainer.attack.climb
     trainer.attack.climb = lambda *given: (noisy.append(given[-1]), climb(*given))[1]
     result = trainer.train_batch(images, labels)
-    assert 0 < (noisy[0] - images).abs().max() < 0.01
+    assert float((noisy[0] - images).std()) == pytest.approx(0.001, rel=0.05)
     model, points = plain.model.eval(), noisy[0]
     clean = model(images).detach().softmax(1)
     for _ in range(2):

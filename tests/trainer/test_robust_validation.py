@@ -79,9 +79,32 @@ def test_the_alarm_of_catastrophic_overfitting(images, masked, epsilon, caplog):
 
 
 @pytest.mark.parametrize(
-    ("fgsm", "pgd", "expected"),
-    [(0.8, 0.39, True), (0.8, 0.41, False), (0.19, 0.0, False), (0.21, 0.0, True)],
-    ids=["collapsed", "healthy", "near chance", "above chance"],
+    ("fgsm", "pgd", "classes", "expected"),
+    [
+        (0.8, 0.39, 10, True),
+        (0.8, 0.41, 10, False),
+        (0.19, 0, 10, False),
+        (0.21, 0, 10, True),
+        (0.8, 0, 2, True),
+        (0.7, 0, 2, False),
+    ],
+    ids=["collapsed", "healthy", "near chance", "above chance", "two classes", "two classes near chance"],
 )
-def test_what_counts_as_a_collapse(fgsm, pgd, expected):
-    assert has_overfitted({"fgsm_top1": fgsm, "robust_top1": pgd}, num_classes=10) is expected
+def test_what_counts_as_a_collapse(fgsm, pgd, classes, expected):
+    assert has_overfitted({"fgsm_top1": fgsm, "robust_top1": pgd}, classes) is expected
+
+
+def test_starts_depend_on_the_seed_and_not_on_the_epoch(images):
+    starts = []
+
+    class Recorder(PGD):
+        def start(self, images, generators):
+            starts.append(super().start(images, generators))
+            return starts[-1]
+
+    for seed, epoch in ((1, 3), (1, 6), (2, 3)):
+        validation(images.subset(torch.arange(16)), attack=Recorder(0.1, 0.1, 1), seed=seed)(
+            Linear(images, masked=False), epoch
+        )
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])

@@ -1,0 +1,107 @@
+"""What a finished run came to: its last and its best model, and their averages, on the test set, clean and under attack."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import assembly
+from attacks import from_config
+from attacks.report import measure
+from base.base_data_loader import BaseDataLoader
+from base.base_model import BaseModel
+from base.base_trainer import BaseTrainer
+from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
+from base.config import Config
+from base.run_folder import describe, write_json
+from data_loader.splits import some_of_every_class
+
+logger = logging.getLogger(__name__)
+
+
+def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Test the models of a finished run, attack them where the config asks for it, and write `result.json` and `eval/`.
+
+    Args:
+        trainer: when training has ended. Its model has the weights of the best epoch afterwards.
+        test_loader: the test set.
+        counts: how many images there were to train on, to validate and to test, by name.
+
+    Returns:
+        What `result.json` holds: values of the best model by their names (`test_top1`, `test_robust_top1`), those of the last
+        one with `last_` before them, and those of averaged weights with `ema_`.
+    """
+    config, progress, folder = trainer.config, trainer.progress, trainer.folder
+    test = _Test(config, test_loader, trainer.autocast)
+    last_is_best = progress.best_epoch in (None, progress.epochs_done) and progress.batches_done == 0
+    files = [LAST, BEST] if last_is_best else [LAST]
+    best = last = test.of_both(
+        trainer.model, trainer.average.model if trainer.average else None, [folder / name for name in files]
+    )
+    if not last_is_best:
+        saved, averaged = load_checkpoint(folder / BEST), None
+        load_weights(trainer.model, saved["state_dict"], folder / BEST)
+        if trainer.average:
+            averaged = deepcopy(trainer.model)
+            load_weights(averaged, saved["ema_state_dict"], folder / BEST)
+        best = test.of_both(trainer.model, averaged, [folder / BEST])
+    log = progress.history[(progress.best_epoch or progress.epochs_done) - 1]
+    result = {
+        **best,
+        **{f"last_{name}": value for name, value in last.items()},
+        "val_top1": log.get("val_top1"),
+        **{key: value for key, value in log.items() if key.startswith(("val_clean_", "val_ema_", "val_robust_"))},
+        "best_epoch": progress.best_epoch,
+        "epochs": progress.epochs_done,
+        "train_seconds": progress.train_seconds,
+        "images_per_second": progress.images_seen / progress.train_seconds,
+        **counts,
+        "parameters": trainer.model.num_parameters(),
+        "seed": config.seed,
+    }
+    write_json(folder / "result.json", result)
+    logger.info("done: %s", describe(result))
+    return result
+
+
+@dataclass(frozen=True)
+class _Test:
+    """The test that every model of a run is put to."""
+
+    config: Config
+    loader: BaseDataLoader
+    autocast: Callable[[], AbstractContextManager]
+
+    def of_both(self, model: BaseModel, averaged: BaseModel | None, files: list[Any]) -> dict[str, float]:
+        """Values of a model, prefixed with `test_`, and of its average, prefixed with `ema_test_`; `files` hold both."""
+        values = self.of(model, files, "")
+        if averaged is not None:
+            values |= {f"ema_{key}": value for key, value in self.of(averaged, files, "_ema").items()}
+        return values
+
+    def of(self, model: BaseModel, files: list[Any], suffix: str) -> dict[str, float]:
+        """Values of one model; a report on its robustness goes to `eval/` for each of the checkpoints that hold it."""
+        evaluate = assembly.evaluator(self.config, self.autocast)
+        values = {f"test_{key}": value for key, value in evaluate(model, self.loader, description="testing").items()}
+        if not self.config.reports_robustness:
+            return values
+        names = [file.stem.removeprefix("model_") + suffix for file in files]
+        report = measure(
+            model,
+            some_of_every_class(self.loader, self.config.adversarial.report_images or self.loader.n_samples),
+            from_config.pgd(self.config, stop_at_rank=5 if self.loader.num_classes > 5 else 1),
+            seed=self.config.seed,
+            checkpoint="",
+            autocast=self.autocast,
+            description=f"attacking the {names[0]} model",
+        )
+        for file, name in zip(files, names, strict=True):
+            replace(report, values=report.values | {"checkpoint": f"{file}{' (averaged weights)' if suffix else ''}"}).save(
+                file.parent / "eval" / f"pgd_{name}.json"
+            )
+        logger.info("%s model: %s", " and ".join(names), report)
+        for warning in report.values["warnings"]:
+            logger.warning("%s model: %s", names[0], warning)
+        return {**values, **{f"test_{key}": report.values[key] for key in ("robust_top1", "robust_top5")}}
