@@ -10,18 +10,19 @@ ROOT = Path(__file__).parents[1]
 ASSEMBLING = ("assembly", "experiment", "conclusion", "attack_checkpoint")
 """The modules that know every room."""
 
-ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "configs", "benchmarks", "tests", *ASSEMBLING)
+ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "studies", "configs", "benchmarks", "tests", *ASSEMBLING)
 MAY_IMPORT = {
     "base": set(),
     "models": {"base"},
     "data_loader": {"base"},
     "attacks": {"base"},
     "trainer": {"base", "attacks"},
+    "studies": {"base"},
     "assembly": {"base", "models", "data_loader", "attacks", "trainer"},
     "conclusion": {"base", "data_loader", "attacks", "assembly"},
     "experiment": {"base", "data_loader", "attacks", "trainer", "assembly", "conclusion"},
     "attack_checkpoint": {"base", "models", "data_loader", "attacks", "trainer", "assembly"},
-    "script": {"base", "experiment", "attack_checkpoint"},
+    "script": {"base", "studies", "experiment", "attack_checkpoint"},
 }
 BASE_PACKAGES = {"torch", "pydantic", "numpy", "tqdm", "comet_ml"}
 
@@ -42,7 +43,15 @@ def imports_of(file):
 
 FILES = [
     file
-    for pattern in ("*.py", "base/**/*.py", "models/**/*.py", "data_loader/**/*.py", "attacks/**/*.py", "trainer/**/*.py")
+    for pattern in (
+        "*.py",
+        "base/**/*.py",
+        "models/**/*.py",
+        "data_loader/**/*.py",
+        "attacks/**/*.py",
+        "trainer/**/*.py",
+        "studies/**/*.py",
+    )
     for file in sorted(ROOT.glob(pattern))
 ]
 
