@@ -10,20 +10,25 @@ ROOT = Path(__file__).parents[1]
 ASSEMBLING = ("assembly", "experiment", "conclusion", "attack_checkpoint")
 """The modules that know every room."""
 
-ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "configs", "benchmarks", "tests", *ASSEMBLING)
+ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "reports", "configs", "benchmarks", "tests", *ASSEMBLING)
 MAY_IMPORT = {
     "base": set(),
     "models": {"base"},
     "data_loader": {"base"},
     "attacks": {"base"},
     "trainer": {"base", "attacks"},
+    "reports": {"base"},
     "assembly": {"base", "models", "data_loader", "attacks", "trainer"},
     "conclusion": {"base", "data_loader", "attacks", "assembly"},
     "experiment": {"base", "data_loader", "attacks", "trainer", "assembly", "conclusion"},
     "attack_checkpoint": {"base", "models", "data_loader", "attacks", "trainer", "assembly"},
-    "script": {"base", "experiment", "attack_checkpoint"},
+    "script": {"base", "experiment", "attack_checkpoint", "reports"},
 }
-BASE_PACKAGES = {"torch", "pydantic", "numpy", "tqdm", "comet_ml"}
+PACKAGES = {
+    "base": {"torch", "pydantic", "numpy", "tqdm", "comet_ml"},
+    "reports": {"numpy", "scipy", "matplotlib"},
+}
+"""Of the rooms that may use only these."""
 
 
 def room_of(file):
@@ -42,7 +47,7 @@ def imports_of(file):
 
 FILES = [
     file
-    for pattern in ("*.py", "base/**/*.py", "models/**/*.py", "data_loader/**/*.py", "attacks/**/*.py", "trainer/**/*.py")
+    for pattern in ("*.py", *(f"{room}/**/*.py" for room in ("base", "models", "data_loader", "attacks", "trainer", "reports")))
     for file in sorted(ROOT.glob(pattern))
 ]
 
@@ -54,8 +59,8 @@ def test_rooms_import_only_what_they_may(file):
         top = name.partition(".")[0]
         if top in ROOMS and top != room:
             assert top in MAY_IMPORT[room], f"{file.name} of {room} imports {name}"
-        if room == "base" and top not in ROOMS:
-            assert top in BASE_PACKAGES or top in sys.stdlib_module_names, f"{file.name} of base imports {name}"
+        if room in PACKAGES and top not in ROOMS:
+            assert top in PACKAGES[room] or top in sys.stdlib_module_names, f"{file.name} of {room} imports {name}"
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "script"], ids=lambda file: file.name)
