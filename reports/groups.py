@@ -40,7 +40,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
-    """Runs in groups of equal values of some config keys, in ascending order of numbers, otherwise as they come.
+    """Runs in groups of equal values of some config keys, by the first key, then the next: numbers ascend, words as they come.
 
     Args:
         runs: at least one.
@@ -59,7 +59,8 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
     for run in runs:
         together.setdefault(json.dumps([run.settings.get(key) for key in keys]), []).append(run)
     groups = [_group(members, keys) for members in together.values()]
-    return sorted(groups, key=lambda group: [v if isinstance(v, int | float) else 0 for v in group.values])
+    places = [list(dict.fromkeys(as_text(group.values[index]) for group in groups)) for index in range(len(keys))]
+    return sorted(groups, key=lambda group: [_place(*each) for each in zip(group.values, places, strict=True)])
 
 
 def differing_keys(first: Run, second: Run) -> list[str]:
@@ -95,6 +96,12 @@ def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
         if by_seed.setdefault(run.seed, run) is not run:
             raise ConfigError(f"seed: {run.seed} in both {by_seed[run.seed].folder} and {run.folder} of {name}; leave one out")
     return Group(name, tuple(keys), values, tuple(by_seed[seed] for seed in sorted(by_seed)))
+
+
+def _place(value: Any, words: Sequence[str]) -> tuple[bool, float]:
+    """Where a value of a key stands: numbers first, in ascending order, then words, in the order in which they came."""
+    number = isinstance(value, int | float)
+    return not number, value if number else words.index(as_text(value))
 
 
 def _name(keys: Sequence[str], values: Sequence[Any]) -> str:

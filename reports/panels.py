@@ -64,10 +64,11 @@ def panels_figure(
     width = PANEL_WIDTH * len(lines)
     labels = [f"{name}  ({_seeds([line[index] for line in lines.values()])})" for index, name in enumerate(names)]
     columns = int(min(len(labels), max(1, width // (0.8 + LETTER * max(map(len, labels))))))
-    height = PANEL_HEIGHT + LEGEND_LINE * (2 + -(-len(labels) // columns))
+    height = PANEL_HEIGHT + LEGEND_LINE * (1 + -(-len(labels) // columns))
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    for axes, (metric, curves) in zip(figure.subplots(1, len(lines), sharex=True, squeeze=False)[0], lines.items(), strict=True):
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.03, hspace=0)
+    panels = figure.subplots(1, len(lines), sharex=True, squeeze=False)[0]
+    for axes, (metric, curves) in zip(panels, lines.items(), strict=True):
         for index, curve in enumerate(curves):
             if curve is not None:
                 each(axes, curve, index)
@@ -77,7 +78,7 @@ def panels_figure(
     legend = figure.legend(
         [Line2D([], [], **_style(index)) for index in range(len(names))],
         labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=4.5,
-        title=caption, title_fontsize=8,
+        title=caption, title_fontsize=8, borderaxespad=0.2,
     )  # fmt: skip
     for text in legend.get_texts():
         text.set_parse_math(False)  # a dollar sign in a name does not begin a formula
@@ -100,7 +101,9 @@ def line_and_band(axes: "Axes", curve: Curve, index: int) -> None:
     axes.plot(curve.x, curve.mean, **_style(index), markevery=(index % step, step))
     if max(curve.n) > 1:
         low, high = curve.mean - curve.std, curve.mean + curve.std
-        axes.fill_between(curve.x, low, high, color=COLORS[index % len(COLORS)], alpha=0.18, linewidth=0)
+        color, line = COLORS[index % len(COLORS)], LINES[index % len(LINES)]
+        edge = {"edgecolor": (color, 0.6), "linewidth": 0.8, "linestyle": line}  # tells overlapping bands apart in grey
+        axes.fill_between(curve.x, low, high, facecolor=(color, 0.15), **edge)
 
 
 def points_and_bars(axes: "Axes", curve: Curve, index: int) -> None:

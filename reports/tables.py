@@ -106,14 +106,16 @@ def compare(groups: Sequence[Group], metrics: Sequence[str] | None = None, basel
         if not metrics:
             raise ConfigError(f"--result: the runs have none of {', '.join(RESULTS)}; name others of: {', '.join(known)}")
     refuse_unknown("--result", metrics, known, "no result.json has it")
+    names = [group.name for group in groups]
     if baseline is not None:
-        refuse_unknown("--baseline", [baseline], [group.name for group in groups], "no such row")
+        refuse_unknown("--baseline", [baseline], names, "no such row")
     metrics = last_beside_best(metrics)
-    values = {group.name: [_values(group, metric) for metric in metrics] for group in groups}
+    values = [[_values(group, metric) for metric in metrics] for group in groups]
     rows = []
-    for group in groups:
-        against = values[baseline] if baseline not in (None, group.name) else [{}] * len(metrics)
-        cells = (Cell(own, *_paired_test(own, other)) for own, other in zip(values[group.name], against, strict=True))
+    for group, row in zip(groups, values, strict=True):
+        tested = baseline not in (None, group.name)
+        others = values[names.index(baseline)] if tested else [{}] * len(metrics)
+        cells = [Cell(own, *_paired_test(own, other)) for own, other in zip(row, others, strict=True)]
         rows.append(Row(group.name, len(group.runs), tuple(cells)))
     return Table(tuple(metrics), tuple(rows), baseline)
 
@@ -213,8 +215,10 @@ def _shown(cell: Cell, metric: str) -> str:
 
 
 def _number(value: float, metric: str) -> str:
-    """Accuracies in per cent with two decimals, the rest in four significant digits."""
-    return f"{100 * value:.2f}" if "top" in metric else f"{value:.4g}"
+    """Accuracies in per cent with two decimals, the rest in four significant digits, or more before the point."""
+    if "top" in metric:
+        return f"{100 * value:.2f}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _p_value(p: float) -> str:
@@ -229,7 +233,7 @@ def _count(count: int, usual: int) -> str:
 def _note(table: Table) -> str:
     """What the numbers are."""
     parts = ["Mean ± sample standard deviation over n seeds, no spread for one; bold: the best of its column."]
-    if any("top" in name for name in table.metrics):
+    if any(name.startswith("last_") for name in table.metrics):
         parts.append("`last_`: the last model, otherwise the best by validation.")
     if table.baseline:
         parts.append(f"p: paired t test over common seeds against {' '.join(table.baseline.split())}, two-sided, uncorrected.")
