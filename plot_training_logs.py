@@ -44,8 +44,9 @@ def main() -> None:
         curves.draw_curves(arguments.out, groups, arguments.metric)
     if arguments.table:
         tables.write_table(arguments.table, finished, arguments.result, arguments.baseline)
-    for path in filter(None, (arguments.out, arguments.table)):
-        print(f"wrote {path}: {len(runs)} runs in {len(groups)} groups")
+    for path, shown in ((arguments.out, finished if key else groups), (arguments.table, finished)):
+        if path:
+            print(f"wrote {path}: {sum(len(group.runs) for group in shown)} runs in {len(shown)} groups")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from base.errors import ConfigError
-from reports.groups import Group, as_text, differing_keys
+from reports.groups import Group, as_text, differing_keys, mean_and_std
 from reports.output import check_output
 from reports.panels import FORMATS, Curve, line_and_band, panels_figure, points_and_bars, save_figure, unit_of
 from reports.runs import Run, refuse_unknown
@@ -157,9 +157,8 @@ def final_value(run: Run, metric: str) -> float | None:
 
 def _curve(x: Sequence[float], values: Sequence[Sequence[float]], metric: str) -> Curve:
     factor, _ = unit_of(metric)
-    stds = [np.std(seeds, ddof=1) if len(seeds) > 1 else np.nan for seeds in values]
-    means = [np.mean(seeds) for seeds in values]
-    return Curve(np.array(x, float), factor * np.array(means), factor * np.array(stds), tuple(len(seeds) for seeds in values))
+    means, stds = np.array([mean_and_std(seeds) for seeds in values]).T
+    return Curve(np.array(x, float), factor * means, factor * stds, tuple(len(seeds) for seeds in values))
 
 
 def _warn_of_other_differences(name: str, cells: Sequence[Group], key: str) -> None:

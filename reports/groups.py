@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from base.errors import ConfigError
 from base.registry import did_you_mean
 from reports.runs import Run
@@ -68,6 +70,13 @@ def differing_keys(first: Run, second: Run) -> list[str]:
     keys = dict.fromkeys([*first.settings, *second.settings])
     relevant = [key for key in keys if key not in MAY_DIFFER and key.partition(".")[0] not in MAY_DIFFER]
     return [key for key in relevant if first.settings.get(key) != second.settings.get(key)]
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation over seeds; NaN of none, and for the second of fewer than two."""
+    with np.errstate(invalid="ignore"):  # a loss may be infinite
+        mean = np.mean(values) if len(values) else np.nan
+        return float(mean), float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
 
 
 def as_text(value: Any) -> str:

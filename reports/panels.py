@@ -102,7 +102,7 @@ def line_and_band(axes: "Axes", curve: Curve, index: int) -> None:
     if max(curve.n) > 1:
         low, high = curve.mean - curve.std, curve.mean + curve.std
         color, line = COLORS[index % len(COLORS)], LINES[index % len(LINES)]
-        edge = {"edgecolor": (color, 0.6), "linewidth": 0.8, "linestyle": line}  # tells overlapping bands apart in grey
+        edge = {"edgecolor": (color, 0.45), "linewidth": 0.6, "linestyle": line}  # tells overlapping bands apart in grey
         axes.fill_between(curve.x, low, high, facecolor=(color, 0.15), **edge)
 
 

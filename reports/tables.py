@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from base.errors import ConfigError
-from reports.groups import Group
+from reports.groups import Group, mean_and_std
 from reports.output import check_output
 from reports.runs import refuse_unknown
 
@@ -42,12 +42,12 @@ class Cell:
     @property
     def mean(self) -> float:
         """Over seeds; NaN where there are none."""
-        return float(np.mean([*self.values.values()])) if self.values else float("nan")
+        return mean_and_std([*self.values.values()])[0]
 
     @property
     def std(self) -> float | None:
         """Sample standard deviation over seeds; None where there are fewer than two."""
-        return float(np.std([*self.values.values()], ddof=1)) if len(self.values) > 1 else None
+        return mean_and_std([*self.values.values()])[1] if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def _paired_test(own: dict[int, float], other: dict[int, float]) -> tuple[float 
     """p value and number of pairs."""
     seeds = sorted(own.keys() & other.keys())
     first, second = (np.array([values[seed] for seed in seeds]) for values in (own, other))
-    if len(seeds) < 2 or np.ptp(first - second) < 1e-12:
+    differences = first - second
+    if len(seeds) < 2 or not np.isfinite(differences).all() or np.ptp(differences) < 1e-12:
         return None, len(seeds)
     from scipy.stats import ttest_rel
 

@@ -58,7 +58,7 @@ def test_curves_and_table(saved, tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["runs"], row["n"], row["test_top1_mean"]) for row in rows] == [("bn", "3", "52.00"), ("gn", "3", "56.33")]
     assert rows[1]["test_top1_p"] == "0.0691"  # as in tests/reports/test_tables.py: 1 - t / sqrt(2 + t²)
-    (only,) = [run(saved / "norms" / "bn_0", "--table", tmp_path / "new" / "a.tex", cwd=tmp_path)]
+    only = run(saved / "norms" / "bn_0", "--table", tmp_path / "new" / "a.tex", cwd=tmp_path)
     assert (only.returncode, only.stderr) == (0, "")
     assert r"Experiment & 1 & 50.00 & 49.00 \\" in (tmp_path / "new" / "a.tex").read_text()
 
@@ -68,6 +68,7 @@ def test_final_values_against_noise(saved, tmp_path):
     done = run(saved / "noise", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"{saved / 'noise' / 'unfinished'}: not finished after epoch 3: its results are left out\n"
+    assert done.stdout == "wrote noise.svg: 2 runs in 2 groups\nwrote noise.md: 2 runs in 2 groups\n"
     assert "rate of label noise" in (tmp_path / "noise.svg").read_text()
     lines = (tmp_path / "noise.md").read_text().splitlines()
     assert lines[2:4] == ["| 0 | 1 | **60.00** | **59.00** |", "| 0.4 | 1 | 20.00 | 19.00 |"]

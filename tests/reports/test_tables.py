@@ -58,6 +58,15 @@ def test_p_values_are_those_of_the_closed_formulas(make_run, tmp_path):
     assert (gn.pairs, three.pairs, no.pairs) == (3, 2, 1)
 
 
+def test_numbers_that_are_not_finite_are_not_tested(make_run, tmp_path):
+    make(make_run, "a", {seed: {"test_loss": float("inf")} for seed in range(2)})
+    make(make_run, "b", {seed: {"test_loss": 0.1 * seed} for seed in range(2)}, arch={"args": {"norm_layer_type": "gn"}})
+    table = compare(group_runs(find_runs([tmp_path]), [KEY]), ["test_loss"], baseline="bn")
+    assert table.rows[1].cells[0].p is None
+    assert np.isnan(table.rows[0].cells[0].std)
+    assert best_rows(table, 0) == set()
+
+
 def test_equal_differences_say_nothing_of_their_spread(make_run, tmp_path):
     make(make_run, "a", {seed: {"test_top1": 0.5 + seed / 10} for seed in range(3)})
     make(make_run, "b", {seed: {"test_top1": 0.6 + seed / 10} for seed in range(3)}, arch={"args": {"norm_layer_type": "gn"}})
