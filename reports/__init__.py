@@ -1,1 +1,1 @@
-"""From run folders to curves and tables."""
+"""From run folders and checkpoints to tables and pictures."""
