@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ASSEMBLING = ("assembly", "experiment", "conclusion", "attack_checkpoint")
+ASSEMBLING = ("assembly", "experiment", "conclusion", "evaluation", "attack_checkpoint")
 """The modules that know every room."""
 
-ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "configs", "benchmarks", "tests", *ASSEMBLING)
+ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "reports", "configs", "benchmarks", "tests", *ASSEMBLING)
 MAY_IMPORT = {
     "base": set(),
     "models": {"base"},
@@ -20,8 +20,10 @@ MAY_IMPORT = {
     "assembly": {"base", "models", "data_loader", "attacks", "trainer"},
     "conclusion": {"base", "data_loader", "attacks", "assembly"},
     "experiment": {"base", "data_loader", "attacks", "trainer", "assembly", "conclusion"},
-    "attack_checkpoint": {"base", "models", "data_loader", "attacks", "trainer", "assembly"},
-    "script": {"base", "experiment", "attack_checkpoint"},
+    "evaluation": {"base", "data_loader", "attacks", "assembly"},
+    "attack_checkpoint": {"base", "data_loader", "attacks", "evaluation"},
+    "reports": {"base"},
+    "script": {"base", "models", "reports", "experiment", "evaluation", "attack_checkpoint"},
 }
 BASE_PACKAGES = {"torch", "pydantic", "numpy", "tqdm", "comet_ml"}
 
@@ -42,7 +44,15 @@ def imports_of(file):
 
 FILES = [
     file
-    for pattern in ("*.py", "base/**/*.py", "models/**/*.py", "data_loader/**/*.py", "attacks/**/*.py", "trainer/**/*.py")
+    for pattern in (
+        "*.py",
+        "base/**/*.py",
+        "models/**/*.py",
+        "data_loader/**/*.py",
+        "attacks/**/*.py",
+        "trainer/**/*.py",
+        "reports/**/*.py",
+    )
     for file in sorted(ROOT.glob(pattern))
 ]
 

@@ -1,0 +1,1 @@
+"""From run folders and checkpoints to tables and pictures."""
