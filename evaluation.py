@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import assembly
 from attacks.figures import check_format
@@ -53,6 +54,13 @@ class Evaluation:
     def autocast(self) -> AbstractContextManager:
         """The context of forward passes in the config's precision."""
         return autocast(self.device, choose_precision(self.config.system.precision, self.device))
+
+    @property
+    def described(self) -> str:
+        """The network and the checkpoint's place, in a few words."""
+        args = self.config.arch.args
+        kind = f"{self.config.arch.type}, {args.conv_layer_type}, {args.norm_layer_type}"
+        return f"{kind}, {'/'.join(self.file.parts[-2:])}"
 
     @property
     def data(self) -> str:
@@ -126,7 +134,7 @@ def predict(model: nn.Module, loader: BaseDataLoader, autocast: Callable[[], Abs
     """What the model, in its present mode, says about every image: labels and predicted classes, int64 `(N,)` on the CPU, in
     the order of the loader."""
     labels, predictions = [], []
-    for images, truth in loader:
+    for images, truth in tqdm(loader, desc="predicting", disable=None, leave=False):
         with autocast():
             logits = model(images)
         labels.append(truth.cpu())

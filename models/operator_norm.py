@@ -2,16 +2,17 @@
 padding and stride.
 
 Let `A` be the matrix of a layer's linear part, M outputs by N inputs (`M = C_out H' W'`, `N = C_in H W` for a convolution),
-with singular values `s_1 >= ... >= s_K`, `K = min(M, N)`. `A` is never built: `A x` is the layer's forward pass without its
-bias, `A^T y` its vector-Jacobian product. (Sedghi, Gupta, Long, arXiv:1805.10408, have a closed form for circular padding and
-stride 1.)
+with singular values `s_1 >= ... >= s_K`, `K = min(M, N)`. Inputs that reach no output do not count in N: a 1x1 kernel at stride
+2 skips three of four. `A` is never built: `A x` is the layer's forward pass without its bias, `A^T y` its vector-Jacobian
+product. (Sedghi, Gupta, Long, arXiv:1805.10408, have a closed form for circular padding and stride 1.)
 """
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite, log10, sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,8 @@ class Spectrum:
         converged: whether it did.
         mean_square: `sum s_i^2 / K`, 1 for an orthogonal operator.
         orthogonality_error: `sqrt(sum (s_i^2 - 1)^2 / K) = |G - I|_F / sqrt(K)` with `G = A A^T` if `M <= N`, else `A^T A`:
-            how far the rows, or where they are more than the columns those, are from orthonormal. The other Gram matrix has
-            rank K and cannot be the identity, so this is well defined for every stride and any number of channels.
+            how far the rows, or where there are more rows than columns the columns, are from orthonormal. The other, larger
+            Gram matrix has rank K and cannot be the identity, so this is well defined for every stride and number of channels.
         spread: the same of `A / sqrt(mean_square)`, the relative standard deviation of `s_i^2`: 0 for every multiple of an
             orthogonal operator, so a scale that a batch norm takes away does not count.
     """
@@ -145,11 +146,7 @@ def operator_spectrum(
         return torch.func.vjp(operator, point)[1](vectors.unflatten(1, output_shape))[0].flatten(1)
 
     norm, residual, iterations = _power_iteration(forward, adjoint, draw(1, inputs), tolerance, max_iterations)
-    size = min(inputs, outputs)
-    exact = size <= 4 * PROBES
-    probes = torch.eye(size, dtype=dtype, device=device) * sqrt(size) if exact else draw(PROBES, size).sign()
-    inner, outer = (adjoint, forward) if outputs <= inputs else (forward, adjoint)
-    mean_square, mean_fourth, error = _moments(inner, outer, probes)
+    mean_square, mean_fourth, error = _moments(forward, adjoint, outputs, draw)
     return Spectrum(
         norm=norm,
         residual=residual,
@@ -159,6 +156,12 @@ def operator_spectrum(
         orthogonality_error=error,
         spread=sqrt(max(0.0, mean_fourth / mean_square**2 - 1)) if mean_square > 0 else 0.0,
     )
+
+
+def describe(call: LayerCall, spectrum: Spectrum) -> dict[str, Any]:
+    """A layer and its spectrum in plain values, for a report."""
+    layer = {"name": call.name, "type": type(call.layer).__name__, "input_shape": list(call.input_shape)}
+    return {**layer, **asdict(spectrum), "batch_norm_scale": call.batch_norm_scale}
 
 
 def product_of_norms(norms: Iterable[float]) -> float | None:
@@ -207,11 +210,20 @@ def _extended(basis: Tensor, direction: Tensor) -> Tensor:
     return torch.cat([basis, direction / rest]) if rest > 1e-6 * length else basis
 
 
-def _moments(inner: Operator, outer: Operator, probes: Tensor) -> tuple[float, float, float]:
-    """`tr G / K`, `|G|_F^2 / K` and `|G - I|_F / sqrt(K)` of `G = outer inner`, as means over probes `(P, K)`, `E zz^T = I`."""
+def _moments(
+    forward: Operator, adjoint: Operator, outputs: int, draw: Callable[[int, int], Tensor]
+) -> tuple[float, float, float]:
+    """`tr G / K`, `|G|_F^2 / K` and `|G - I|_F / sqrt(K)` of the smaller Gram matrix G, from probes z of the dimensions that
+    count, over which the mean of `z z^T` is the identity."""
+    reached = adjoint(draw(1, outputs))[0] != 0
+    by_rows = outputs <= int(reached.sum()) or not reached.any()
+    counted = torch.ones(outputs, dtype=torch.bool, device=reached.device) if by_rows else reached
+    size = int(counted.sum())
+    signs = draw(PROBES, len(counted)).sign()
+    probes = sqrt(size) * torch.diag(counted.to(signs.dtype))[counted] if size <= 4 * PROBES else signs * counted
     sums = torch.zeros(3, dtype=torch.float64)
     for some in probes.split(4):
-        product = outer(inner(some))
+        product = forward(adjoint(some)) if by_rows else adjoint(forward(some))
         sums += torch.stack([(some * product).sum(), product.square().sum(), (product - some).square().sum()]).cpu()
-    first, second, error = (sums / probes.numel()).tolist()
+    first, second, error = (sums / (len(probes) * size)).tolist()
     return first, second, sqrt(error)
