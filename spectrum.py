@@ -1,7 +1,7 @@
 """The layers of a checkpoint as the linear operators that they are: spectral norms and distances from orthogonality.
 
 python spectrum.py -s saved/cifar10_conv_norm/20260101-120000-000000 --figure spectrum.png --json spectrum.json
-python spectrum.py -c config.json -s model_best.pth --tolerance 1e-5
+python spectrum.py -c config.json -s model_best.pth --tolerance 1e-6
 """
 
 import torch
@@ -19,7 +19,7 @@ from reports.spectrum_table import spectrum_summary, spectrum_table
 
 def main() -> None:
     parser = evaluation_parser("Spectral norms and distances from orthogonality of a checkpoint's layers.")
-    parser.add_argument("--tolerance", type=float, default=1e-3, metavar="X", help="of the power iteration's residual")
+    parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="of the power iteration's residual")
     parser.add_argument("--seed", type=int, default=0, help="seed of first vectors and probes")
     arguments = parser.parse_args()
     select_device(arguments.device)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 DPI = 160
 PER_LAYER, LEAST_WIDTH, MOST_NAMES = 0.2, 6.5, 150
-BLUE, ORANGE, GREY = "#0b4f8a", "#d55e00", "#555555"
+BLUE, ORANGE = "#0b4f8a", "#d55e00"
 """Far apart in grey, too; and every series has a marker of its own."""
 
 

@@ -169,6 +169,13 @@ def test_any_operator_with_an_adjoint():
     assert (found.norm, found.mean_square, found.orthogonality_error) == pytest.approx((3, 9, 8))
 
 
+def test_one_singular_value_above_a_great_many_equal_ones_is_found():
+    """A random vector hardly sees it: its residual is below the tolerance from the start."""
+    scales = torch.ones(40000, dtype=torch.float64)
+    scales[123] = 1.05
+    assert operator_spectrum(lambda vectors: vectors * scales, (40000,)).norm == pytest.approx(1.05, rel=1e-4)
+
+
 def test_product_of_norms():
     assert product_of_norms([10, 0.1, 100]) == pytest.approx(2)
     assert product_of_norms([10, 0]) is None
