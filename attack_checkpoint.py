@@ -3,34 +3,26 @@
 import argparse
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import assembly
 from attacks import PGD, Attack, from_config
 from attacks.checks import doctor
-from attacks.figures import check_format, draw_epsilon_curve, draw_examples
+from attacks.figures import draw_epsilon_curve, draw_examples
 from attacks.report import Report, add_doctor, describe_attack, file_stem, measure, title
 from attacks.robustness import Autocast, attack_batch
 from attacks.threat_model import ThreatModel
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
-from base.command_line import Parser, set_overrides
+from base.command_line import Parser
 from base.config import Config
-from base.config_files import merge, override, read_tree, validate
-from base.errors import CheckpointError, ConfigError, DataError
+from base.errors import ConfigError
 from base.ranks import gather, rank, ranks, world_size
-from base.runtime import autocast, choose_device, choose_precision, set_determinism
-from data_loader import DATA_LOADERS
 from data_loader.splits import some_of_every_class
-
-ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-"""What the original ConvNorm's attack scripts normalise by, whatever the data set; its checkpoints hold neither."""
+from evaluation import check_outputs, evaluation_parser, load_evaluation
 
 DOCTOR_IMAGES = 200
 EXAMPLES = 8
@@ -56,28 +48,18 @@ FIXED: dict[str, tuple[str, ...]] = {
     "autoattack": ("--steps", "--step_size", "--restarts", "--loss"),
 }
 """The flags of `SIZES` that an attack has no use for."""
-EVALUATED = ("name", "seed", "n_gpu", "num_classes", "arch", "data_loader", "adversarial", "pgd_attack", "system")
-"""The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
 
 
 def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     """The command line of an attack script; `sizes` are the flags of `SIZES` that its attack has."""
-    parser = Parser(description=description, allow_abbrev=False)
-    parser.add_argument("-s", "--checkpoint", required=True, help="checkpoint or run folder, whose best model is attacked")
-    parser.add_argument("-c", "--config", help="config file; not needed where the checkpoint holds its own")
-    parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
+    parser = evaluation_parser(description)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random starts")
     parser.add_argument("--limit", type=int, metavar="N", help="attack N test images only, the first of every class")
     parser.add_argument("--batch_size", type=int, default=250, metavar="N", help="images attacked at a time")
-    parser.add_argument("--ema", action="store_true", help="attack the averaged weights")
     for flag, key, text in SIZES:
         if flag in sizes:
             parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{text} ({key})")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here, and a verdict per image beside it")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw clean and adversarial images (png, pdf or svg)")
     parser.add_argument("--doctor", action="store_true", help="check whether the number can be believed")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -91,20 +73,17 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
     """
     _check(arguments, attack_name)
     with ranks():
-        file = find_checkpoint(arguments.checkpoint)
-        checkpoint = load_checkpoint(file)
-        config = _config(arguments, checkpoint, file)
-        set_determinism(config.system.deterministic, config.system.num_threads)
-        device = choose_device(config.system.device, config.n_gpu)
-        loader = _test_images(config, checkpoint, device, arguments)
-        model = _model(config, loader, checkpoint, file, device, ema=arguments.ema)
+        sizes = [(key, getattr(arguments, key)) for _, key, _ in SIZES if getattr(arguments, key, None) is not None]
+        evaluation = load_evaluation(arguments, sizes, limit=arguments.limit, batch_size=arguments.batch_size)
+        config, loader, model = evaluation.config, evaluation.loader, evaluation.model
+        if loader.n_samples < world_size():
+            raise ConfigError(f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes")
         attack = _attack(config, attack_name, loader.num_classes, arguments.doctor)
-        precision = choose_precision(config.system.precision, device)
-        context = {"seed": arguments.seed, "autocast": lambda: autocast(device, precision)}
+        context = {"seed": arguments.seed, "autocast": evaluation.autocast}
         target = arguments.json or _default_target(Path(arguments.checkpoint), attack, arguments)
         partial = None if target is None else _partial(target, model, loader, attack, config, arguments)
-        report = measure(model, loader, attack, checkpoint=str(file), partial=partial, **context)
-        report.values["data"] = config.data_loader.args.data_dir or config.data_loader.type
+        report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
+        report.values["data"] = evaluation.data
         is_first = rank() == 0
         if is_first and target is not None:
             report.save(target)
@@ -123,17 +102,7 @@ def _check(arguments: argparse.Namespace, attack_name: str) -> None:
     for flag, key, _ in SIZES:
         if flag in FIXED[attack_name] and getattr(arguments, key, None) is not None:
             raise ConfigError(f"{flag}: {attack_name} has no such setting")
-    if arguments.figure:
-        check_format(arguments.figure)
-    for flag, path in (("--json", arguments.json), ("--figure", arguments.figure)):
-        if path is None:
-            continue
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{flag} {path}: cannot be written: {error.strerror}") from None
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"{flag} {path}: cannot be written: {'a folder' if path.is_dir() else 'no permission'}")
+    check_outputs(arguments)
 
 
 def _conclude(
@@ -182,61 +151,6 @@ def _attack(config: Config, name: str, num_classes: int, doctor: bool) -> Attack
     if doctor and attack.threat_model.epsilon == 0:
         raise ConfigError("--doctor: with an epsilon of 0 there is nothing to examine")
     return attack
-
-
-def _config(arguments: argparse.Namespace, checkpoint: Mapping[str, Any], file: Path) -> Config:
-    """The config's part that matters for an evaluation, with the command line's values."""
-    if arguments.config:
-        tree, source = read_tree(arguments.config), arguments.config
-    elif "config" in checkpoint:
-        tree, source = checkpoint["config"], str(file)
-    else:
-        raise ConfigError(f"-c CONFIG: required, as {file} is of ConvNorm's own format and holds no config")
-    sizes = [(key, getattr(arguments, key)) for _, key, _ in SIZES if getattr(arguments, key, None) is not None]
-    overrides = [*set_overrides(arguments.set), *sizes]
-    adversarial = tree.get("adversarial", {})
-    before = adversarial.get("norm", "linf") if isinstance(adversarial, dict) else "linf"
-    if dict(overrides).get("adversarial.norm", before) != before:
-        # sizes of the other norm mean nothing in this one
-        tree = merge(tree, {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}})
-    config = validate(override(tree, overrides), source)
-    kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
-    return validate({**kept, "trainer": {"adv_clip_eps": config.trainer.adv_clip_eps, "monitor": "off"}}, source)
-
-
-def _test_images(
-    config: Config, checkpoint: Mapping[str, Any], device: torch.device, arguments: argparse.Namespace
-) -> BaseDataLoader:
-    """The test set, or the part of it that is asked for."""
-    args = config.data_loader.args.model_dump(exclude_none=True) | {"validation_split": 0.0, "num_batches": 0}
-    if "mean" in checkpoint:
-        args |= {"mean": checkpoint["mean"], "std": checkpoint["std"]}
-    elif "mean" not in args:
-        args |= {"mean": ORIGINAL_MEAN, "std": ORIGINAL_STD}
-        if rank() == 0:
-            print("the checkpoint holds no mean and std: normalising by those of CIFAR-10, as the original's scripts do")
-    loader = DATA_LOADERS[config.data_loader.type](**args, device=device).test_loader()
-    if loader.n_samples == 0:
-        raise DataError(f"{args.get('data_dir')}: the test set is empty")
-    known = checkpoint.get("class_names")
-    if known is not None and list(known) != list(loader.class_names):
-        there, trained = ", ".join(loader.class_names), ", ".join(known)
-        raise DataError(f"{args.get('data_dir')}: has the classes {there}; the model was trained on {trained}")
-    loader = some_of_every_class(loader, arguments.limit or loader.n_samples)
-    if loader.n_samples < world_size():
-        raise ConfigError(f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes")
-    loader.batch_size = arguments.batch_size
-    return loader
-
-
-def _model(
-    config: Config, loader: BaseDataLoader, checkpoint: Mapping[str, Any], file: Path, device: torch.device, *, ema: bool
-) -> BaseModel:
-    model = assembly.build_experiment_model(config, loader, device)
-    if ema and "ema_state_dict" not in checkpoint:
-        raise CheckpointError(f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)")
-    load_weights(model, checkpoint["ema_state_dict" if ema else "state_dict"], file)
-    return model.eval()
 
 
 def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace) -> Path | None:

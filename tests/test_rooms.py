@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ASSEMBLING = ("assembly", "experiment", "conclusion", "attack_checkpoint")
+ASSEMBLING = ("assembly", "experiment", "conclusion", "evaluation", "attack_checkpoint")
 """The modules that know every room."""
 
 CODE = ("base", "models", "data_loader", "attacks", "trainer", "studies", "reports")
@@ -23,12 +23,13 @@ MAY_IMPORT = {
     "assembly": {"base", "models", "data_loader", "attacks", "trainer"},
     "conclusion": {"base", "data_loader", "attacks", "assembly"},
     "experiment": {"base", "data_loader", "attacks", "trainer", "assembly", "conclusion"},
-    "attack_checkpoint": {"base", "models", "data_loader", "attacks", "trainer", "assembly"},
-    "script": {"base", "studies", "reports", "experiment", "attack_checkpoint"},
+    "evaluation": {"base", "data_loader", "attacks", "assembly"},
+    "attack_checkpoint": {"base", "data_loader", "attacks", "evaluation"},
+    "script": {"base", "models", "studies", "reports", "experiment", "evaluation", "attack_checkpoint"},
 }
 PACKAGES = {
     "base": {"torch", "pydantic", "numpy", "tqdm", "comet_ml"},
-    "reports": {"numpy", "scipy", "matplotlib"},
+    "reports": {"numpy", "scipy", "sklearn", "matplotlib"},
 }
 """Of the rooms that may use only these."""
 

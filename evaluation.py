@@ -1,0 +1,188 @@
+"""What every evaluation of a checkpoint begins with: checkpoint and config -> config, test images, model."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import assembly
+from attacks.figures import check_format
+from base.base_data_loader import BaseDataLoader
+from base.base_model import BaseModel
+from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
+from base.command_line import Parser, set_overrides
+from base.config import Config
+from base.config_files import Override, merge, override, read_tree, validate
+from base.errors import CheckpointError, ConfigError, DataError
+from base.ranks import rank
+from base.runtime import autocast, choose_device, choose_precision, set_determinism
+from data_loader import DATA_LOADERS
+from data_loader.splits import some_of_every_class
+
+ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+"""What the original ConvNorm's attack scripts normalise by, whatever the data set; its checkpoints hold neither."""
+
+EVALUATED = ("name", "seed", "n_gpu", "num_classes", "arch", "data_loader", "adversarial", "pgd_attack", "system")
+"""The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A checkpoint, ready to be examined.
+
+    Attributes:
+        file: the checkpoint.
+        config: the part of its config (or of the one named instead) that matters for an evaluation.
+        device: where model and images are.
+        loader: the test images, or the part of them that was asked for.
+        model: with the checkpoint's weights, in evaluation mode.
+    """
+
+    file: Path
+    config: Config
+    device: torch.device
+    loader: BaseDataLoader
+    model: BaseModel
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of forward passes in the config's precision."""
+        return autocast(self.device, choose_precision(self.config.system.precision, self.device))
+
+    @property
+    def described(self) -> str:
+        """The network and the checkpoint's place, in a few words."""
+        args = self.config.arch.args
+        kind = f"{self.config.arch.type}, {args.conv_layer_type}, {args.norm_layer_type}"
+        return f"{kind}, {'/'.join(self.file.parts[-2:])}"
+
+    @property
+    def data(self) -> str:
+        """The data set's folder; where it has none, its loader's name."""
+        return self.config.data_loader.args.data_dir or self.config.data_loader.type
+
+
+def evaluation_parser(description: str) -> Parser:
+    """The flags of every script that evaluates a checkpoint: `-s -c -d --ema --set --json --figure --debug`."""
+    parser = Parser(description=description, allow_abbrev=False)
+    parser.add_argument("-s", "--checkpoint", required=True, help="checkpoint, or run folder, which stands for its best model")
+    parser.add_argument("-c", "--config", help="config file; not needed where the checkpoint holds its own")
+    parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the picture here (png, pdf or svg)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse a `--json` or `--figure` that cannot be written, before the work; folders that are missing are made.
+
+    Raises:
+        ConfigError: no permission, a folder of that name, or no format of pictures.
+    """
+    if arguments.figure:
+        check_format(arguments.figure)
+    for flag, path in (("--json", arguments.json), ("--figure", arguments.figure)):
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{flag} {path}: cannot be written: {error.strerror}") from None
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"{flag} {path}: cannot be written: {'a folder' if path.is_dir() else 'no permission'}")
+
+
+def load_evaluation(
+    arguments: argparse.Namespace, overrides: Iterable[Override] = (), *, limit: int | None = None, batch_size: int = 250
+) -> Evaluation:
+    """Config, test images and model of the checkpoint that an `evaluation_parser`'s arguments name.
+
+    The config is that of `-c`, or else the checkpoint's own, with `--set` and then `overrides`. The checkpoint's mean and std
+    are taken where it has them. Determinism and number of threads are set as the config says.
+
+    Args:
+        arguments: parsed.
+        overrides: more config values, of a script's own flags.
+        limit: take that many test images only, the first of every class.
+        batch_size: of the loader.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: one of the three cannot be had, or they do not fit each other.
+    """
+    file = find_checkpoint(arguments.checkpoint)
+    checkpoint = load_checkpoint(file)
+    config = _config(checkpoint, file, arguments.config, [*set_overrides(arguments.set), *overrides])
+    set_determinism(config.system.deterministic, config.system.num_threads)
+    device = choose_device(config.system.device, config.n_gpu)
+    loader = _test_images(config, checkpoint, device)
+    loader = some_of_every_class(loader, limit or loader.n_samples)
+    loader.batch_size = batch_size
+    return Evaluation(file, config, device, loader, _model(config, loader, checkpoint, file, device, ema=arguments.ema))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: BaseDataLoader, autocast: Callable[[], AbstractContextManager]) -> tuple[Tensor, Tensor]:
+    """What the model, in its present mode, says about every image: labels and predicted classes, int64 `(N,)` on the CPU, in
+    the order of the loader."""
+    labels, predictions = [], []
+    for images, truth in tqdm(loader, desc="predicting", disable=None, leave=False):
+        with autocast():
+            logits = model(images)
+        labels.append(truth.cpu())
+        predictions.append(logits.argmax(dim=1).cpu())
+    return torch.cat(labels), torch.cat(predictions)
+
+
+def _config(checkpoint: Mapping[str, Any], file: Path, config_file: str | None, overrides: list[Override]) -> Config:
+    """The config's part that matters for an evaluation, with the command line's values."""
+    if config_file:
+        tree, source = read_tree(config_file), config_file
+    elif "config" in checkpoint:
+        tree, source = checkpoint["config"], str(file)
+    else:
+        raise ConfigError(f"-c CONFIG: required, as {file} is of ConvNorm's own format and holds no config")
+    adversarial = tree.get("adversarial", {})
+    before = adversarial.get("norm", "linf") if isinstance(adversarial, dict) else "linf"
+    if dict(overrides).get("adversarial.norm", before) != before:
+        # sizes of the other norm mean nothing in this one
+        tree = merge(tree, {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}})
+    config = validate(override(tree, overrides), source)
+    kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
+    return validate({**kept, "trainer": {"adv_clip_eps": config.trainer.adv_clip_eps, "monitor": "off"}}, source)
+
+
+def _test_images(config: Config, checkpoint: Mapping[str, Any], device: torch.device) -> BaseDataLoader:
+    args = config.data_loader.args.model_dump(exclude_none=True) | {"validation_split": 0.0, "num_batches": 0}
+    if "mean" in checkpoint:
+        args |= {"mean": checkpoint["mean"], "std": checkpoint["std"]}
+    elif "mean" not in args:
+        args |= {"mean": ORIGINAL_MEAN, "std": ORIGINAL_STD}
+        if rank() == 0:
+            print("the checkpoint holds no mean and std: normalising by those of CIFAR-10, as the original's scripts do")
+    loader = DATA_LOADERS[config.data_loader.type](**args, device=device).test_loader()
+    if loader.n_samples == 0:
+        raise DataError(f"{args.get('data_dir')}: the test set is empty")
+    known = checkpoint.get("class_names")
+    if known is not None and list(known) != list(loader.class_names):
+        there, trained = ", ".join(loader.class_names), ", ".join(known)
+        raise DataError(f"{args.get('data_dir')}: has the classes {there}; the model was trained on {trained}")
+    return loader
+
+
+def _model(
+    config: Config, loader: BaseDataLoader, checkpoint: Mapping[str, Any], file: Path, device: torch.device, *, ema: bool
+) -> BaseModel:
+    model = assembly.build_experiment_model(config, loader, device)
+    if ema and "ema_state_dict" not in checkpoint:
+        raise CheckpointError(f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)")
+    load_weights(model, checkpoint["ema_state_dict" if ema else "state_dict"], file)
+    return model.eval()

@@ -1,0 +1,38 @@
+"""The scores of classes as a table and one line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from reports.text_table import text_table
+
+HEADS = ("class", "images", "predicted", "precision", "recall", "F1")
+
+
+def class_table(scores: Mapping[str, Any]) -> str:
+    """A line per class of what `class_scores` gives, and the most frequent mistakes."""
+    rows = [
+        [
+            entry["name"],
+            str(entry["images"]),
+            str(entry["predicted"]),
+            *(_share(entry[key]) for key in ("precision", "recall", "f1")),
+        ]
+        for entry in scores["classes"]
+    ]
+    mistakes = [
+        f"{entry['label']} taken for {entry['predicted']}: {entry['images']} images, {entry['share']:.1%} of the class"
+        for entry in scores["confused"]
+    ]
+    return "\n".join([text_table(HEADS, rows), *mistakes])
+
+
+def class_summary(scores: Mapping[str, Any]) -> str:
+    """The report in one line."""
+    return (
+        f"{len(scores['classes'])} classes, {scores['n']} images: top-1 {scores['top1']:.2%}"
+        f"  mean recall {scores['macro_recall']:.2%}  mean F1 {scores['macro_f1']:.2%}"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

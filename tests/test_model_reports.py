@@ -1,0 +1,123 @@
+"""spectrum.py and class_report.py as a user runs them: in their own processes, from another folder. What they share with the
+attack scripts is tested there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+ORIGINAL = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv" / "model_best.pth"
+
+
+def run(script, *words, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    short = ["--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=8", "--set", "system.num_threads=1"]
+    settings = [*short, "--set", "trainer.ema_decay=0.5", "--set", "system.precision=fp32"]
+    done = run("train.py", "-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *settings, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_spectrum_of_a_run(digits_run, tmp_path):
+    words = ["-s", digits_run, "--json", tmp_path / "new" / "a.json", "--figure", tmp_path / "a.png", "--tolerance", "1e-6"]
+    done = run("spectrum.py", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "new" / "a.json").read_text())
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    weight = torch.load(digits_run / "model_best.pth", weights_only=True)["state_dict"]["classifier.weight"]
+    exact = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+    assert layers["classifier"]["norm"] == pytest.approx(exact[0], rel=1e-6)
+    assert layers["classifier"]["mean_square"] == pytest.approx((exact**2).mean(), rel=1e-6)
+    assert layers["features.0"]["type"] == "ConvNorm2d"
+    assert layers["features.0.bpconv"]["batch_norm_scale"] > 0
+    assert all(layer["converged"] for layer in report["layers"])
+    norms = [layer["norm"] for layer in report["layers"]]
+    assert report["log10_product_of_norms"] == pytest.approx(np.log10(norms).sum())
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:14]] == list(layers)
+    assert lines[-1].startswith("13 layers: spectral norm ")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_classes_of_a_run(digits_run, tmp_path):
+    done = run("class_report.py", "-s", digits_run, "--json", tmp_path / "a.json", "--figure", tmp_path / "a.svg", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "a.json").read_text())
+    result = json.loads((digits_run / "result.json").read_text())
+    assert report["top1"] == pytest.approx(result["test_top1"])
+    confusion = np.array(report["confusion"])
+    assert confusion.sum() == report["n"] == result["n_test"]
+    assert confusion.trace() / report["n"] == pytest.approx(report["top1"])
+    assert done.stdout.splitlines()[-1].startswith(f"10 classes, {report['n']} images: top-1 {report['top1']:.2%}")
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+def test_averaged_weights_are_others(digits_run, tmp_path):
+    for name, words in (("last", []), ("ema", ["--ema"])):
+        done = run("spectrum.py", "-s", digits_run, *words, "--json", tmp_path / f"{name}.json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    last, ema = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("last", "ema"))
+    assert (last["ema"], ema["ema"]) == (False, True)
+    assert last["log10_product_of_norms"] != ema["log10_product_of_norms"]
+
+
+@pytest.mark.parametrize("script", ["spectrum.py", "class_report.py"])
+def test_an_original_checkpoint_with_its_config(script, tmp_path):
+    config = {
+        "name": "robust_training", "n_gpu": 1, "num_classes": 10, "arch": {
+            "type": "simpleCNN",
+            "args": {"num_classes": 10, "norm_layer_type": "no", "conv_layer_type": "prec_conv"},
+        },
+        "data_loader": {"type": "CIFAR10DataLoader", "args": {"data_dir": "**data dir**"}},
+        "trainer": {"monitor": "max val_my_metric", "do_adv": True, "adv_clip_eps": 8}, "pgd_attack": {"K": 2, "step": 2},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    digits = ["--set", "data_loader.type=DigitsDataLoader", "--set", "data_loader.args.data_dir=none"]
+    done = run(script, "-s", ORIGINAL, "-c", tmp_path / "config.json", *digits, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "normalising by those of CIFAR-10" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[-1].startswith(("13 layers: ", "10 classes, "))
+
+
+def bad_inputs(folder, tmp_path):
+    checkpoint = torch.load(folder / "model_best.pth", weights_only=True)
+    broken = {
+        key: value * float("nan") if key == "classifier.weight" else value for key, value in checkpoint["state_dict"].items()
+    }
+    torch.save({**checkpoint, "state_dict": broken}, tmp_path / "nan.pth")
+    torch.save({**checkpoint, "class_names": ["cat", "dog"]}, tmp_path / "pets.pth")
+    return {
+        "spectrum.py": {
+            "tolerance": (["-s", folder, "--tolerance", "0"], 2, "--tolerance: expected a number between 0 and 1, not 0.0"),
+            "not finite": (["-s", tmp_path / "nan.pth"], 5, "classifier: its weights or running statistics are infinite"),
+            "figure format": (["-s", folder, "--figure", tmp_path / "a.bmp"], 2, "is no format of pictures"),
+        },
+        "class_report.py": {
+            "no config": (["-s", ORIGINAL], 2, "-c CONFIG: required"),
+            "other classes": (["-s", tmp_path / "pets.pth"], 4, "the model was trained on cat, dog"),
+            "nothing": ([], 2, "-s/--checkpoint"),
+        },
+    }
+
+
+def test_bad_input_is_one_line_and_an_exit_code(digits_run, tmp_path):
+    before = sorted(path.name for path in digits_run.rglob("*"))
+    for script, cases in bad_inputs(digits_run, tmp_path).items():
+        for name, (words, code, message) in cases.items():
+            done = run(script, *words, cwd=tmp_path)
+            assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{script}, {name}: {done.stderr}"
+            assert message in done.stderr, f"{script}, {name}"
+    assert sorted(path.name for path in digits_run.rglob("*")) == before
