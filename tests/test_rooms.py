@@ -10,20 +10,22 @@ ROOT = Path(__file__).parents[1]
 ASSEMBLING = ("assembly", "experiment", "conclusion", "evaluation", "attack_checkpoint")
 """The modules that know every room."""
 
-ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "reports", "configs", "benchmarks", "tests", *ASSEMBLING)
+CODE = ("base", "models", "data_loader", "attacks", "trainer", "studies", "reports")
+ROOMS = (*CODE, "configs", "benchmarks", "tests", *ASSEMBLING)
 MAY_IMPORT = {
     "base": set(),
     "models": {"base"},
     "data_loader": {"base"},
     "attacks": {"base"},
     "trainer": {"base", "attacks"},
+    "studies": {"base"},
     "reports": {"base"},
     "assembly": {"base", "models", "data_loader", "attacks", "trainer"},
     "conclusion": {"base", "data_loader", "attacks", "assembly"},
     "experiment": {"base", "data_loader", "attacks", "trainer", "assembly", "conclusion"},
     "evaluation": {"base", "data_loader", "attacks", "assembly"},
     "attack_checkpoint": {"base", "data_loader", "attacks", "evaluation"},
-    "script": {"base", "models", "experiment", "evaluation", "attack_checkpoint", "reports"},
+    "script": {"base", "models", "studies", "reports", "experiment", "evaluation", "attack_checkpoint"},
 }
 PACKAGES = {
     "base": {"torch", "pydantic", "numpy", "tqdm", "comet_ml"},
@@ -46,11 +48,7 @@ def imports_of(file):
             yield node.module
 
 
-FILES = [
-    file
-    for pattern in ("*.py", *(f"{room}/**/*.py" for room in ("base", "models", "data_loader", "attacks", "trainer", "reports")))
-    for file in sorted(ROOT.glob(pattern))
-]
+FILES = [*sorted(ROOT.glob("*.py")), *(file for room in CODE for file in sorted((ROOT / room).rglob("*.py")))]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

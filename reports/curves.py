@@ -1,0 +1,179 @@
+"""Pictures of runs: a metric against the epoch, or its final value against a config key; means and spreads over seeds."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from base.errors import ConfigError
+from reports.groups import Group, as_text, differing_keys, mean_and_std
+from reports.output import check_output
+from reports.panels import FORMATS, Curve, line_and_band, panels_figure, points_and_bars, save_figure, unit_of
+from reports.runs import Run, refuse_unknown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+LOGGED, MEASURED = ("val_top1", "val_robust_top1"), ("test_top1", "test_robust_top1")
+"""What curves, and final values, show unless they are told otherwise, of what the runs have."""
+AXIS_LABELS = {
+    "trainer.percent": "rate of label noise (trainer.percent)",
+    "trainer.subset_percent": "fraction of the training set (trainer.subset_percent)",
+    "seed": "seed",
+}
+EPSILON_UNITS = {"linf": "1/255 of the pixel range, l-inf", "l2": "units of the pixel range, l2"}
+
+
+def draw_curves(path: str | Path, groups: Sequence[Group], metrics: Sequence[str] | None = None) -> None:
+    """Write a picture of training curves: a panel for every metric, a line and a band for every group.
+
+    The line is the mean over the group's seeds, the band one sample standard deviation to either side; a single seed is a line
+    only. Epochs in which a metric was not measured are skipped, and a line ends where not all seeds of its group go on.
+
+    Args:
+        path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
+        groups: of runs, at least one.
+        metrics: names in `metrics.jsonl`; robust ones are drawn on the right of the others. Accuracies are shown in per cent.
+            None for `LOGGED`.
+
+    Raises:
+        ConfigError: another suffix, a path that cannot be written, or a metric that no run logs.
+    """
+    check_output(path, FORMATS, "pictures")
+    save_figure(curves_figure(groups, metrics), path)
+
+
+def curves_figure(groups: Sequence[Group], metrics: Sequence[str] | None = None) -> "Figure":
+    """The figure of `draw_curves`."""
+    metrics = _known_metrics([run for group in groups for run in group.runs], metrics)
+    lines = {metric: [_against_epochs(group, metric) for group in groups] for metric in clean_first(metrics)}
+    figure = panels_figure([group.name for group in groups], lines, spread="band", each=line_and_band)
+    for axes in figure.axes:
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def draw_against(path: str | Path, cells: Sequence[Group], key: str, metrics: Sequence[str] | None = None) -> None:
+    """Write a picture of final values against a config key: a panel for every metric, points with error bars.
+
+    A point is the mean over the seeds of a cell, its bar one sample standard deviation to either side. Cells that have equal
+    values of all other keys that they are grouped by are joined by a line. If more of their configs differs than the key, a
+    warning names it.
+
+    Args:
+        path: as in `draw_curves`.
+        cells: groups of finished runs, the last of whose keys is `key`.
+        key: a dotted config key with numbers as its values, such as `trainer.percent`.
+        metrics: names in `metrics.jsonl`, whose last measured value is taken, or in `result.json`; None for `MEASURED`.
+
+    Raises:
+        ConfigError: as in `draw_curves`, and a value of the key that is no number.
+    """
+    check_output(path, FORMATS, "pictures")
+    save_figure(against_figure(cells, key, metrics), path)
+
+
+def against_figure(cells: Sequence[Group], key: str, metrics: Sequence[str] | None = None) -> "Figure":
+    """The figure of `draw_against`."""
+    runs = [run for cell in cells for run in cell.runs]
+    metrics = _known_final_metrics(runs, metrics)
+    series: dict[str, list[Group]] = {}
+    for cell in cells:
+        value = cell.values[-1]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"--against {key}: {as_text(value)} in {cell.runs[0].folder} is not a number")
+        series.setdefault(cell.line, []).append(cell)
+    for name, members in series.items():
+        _warn_of_other_differences(name, members, key)
+    lines = {metric: [_against_key(members, metric) for members in series.values()] for metric in clean_first(metrics)}
+    figure = panels_figure(list(series), lines, spread="error bars", each=points_and_bars)
+    for axes in figure.axes:
+        axes.set_xlabel(_axis_label(key, runs))
+    return figure
+
+
+def clean_first(metrics: Sequence[str]) -> list[str]:
+    """Metrics in the order of their panels: clean ones left, robust ones right."""
+    return sorted(dict.fromkeys(metrics), key=lambda metric: "robust" in metric)
+
+
+def _known_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> Sequence[str]:
+    """The metrics asked for, all of which epochs log, or those of `LOGGED` that they do."""
+    logged = dict.fromkeys(name for run in runs for name in _logged(run))
+    metrics = metrics or [name for name in LOGGED if name in logged] or LOGGED
+    for metric in metrics:
+        if metric not in logged and any(metric in (run.result or {}) for run in runs):
+            raise ConfigError(f"--metric {metric}: measured once, after training: it goes into a --table or --against a key")
+    refuse_unknown("--metric", metrics, logged, "no run logs it")
+    return metrics
+
+
+def _known_final_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> Sequence[str]:
+    """The metrics asked for, all of which epochs log or `result.json` holds, or those of `MEASURED` that are there."""
+    known = dict.fromkeys(
+        [*(name for run in runs for name in _logged(run)), *(name for run in runs for name in run.result or {})]
+    )
+    metrics = metrics or [name for name in MEASURED if name in known] or MEASURED
+    refuse_unknown("--metric", metrics, known, "no run measured it")
+    return metrics
+
+
+def _logged(run: Run) -> list[str]:
+    return [name for log in run.log for name, value in log.items() if name != "epoch" and value is not None]
+
+
+def _against_epochs(group: Group, metric: str) -> Curve | None:
+    """The curve of a group, over the epochs that all its seeds have measured; None where there are none."""
+    measured = [run.measured(metric) for run in group.runs]
+    epochs = sorted(set.intersection(*(set(values) for values in measured)))
+    longest = max(measured, key=len)
+    if len(epochs) < len(longest):
+        shortest = min(group.runs, key=lambda run: len(run.measured(metric)))
+        logger.warning(
+            "%s: %s is drawn for %d of %d epochs, those that %s measured, too",
+            group.name, metric, len(epochs), len(longest), shortest.folder,
+        )  # fmt: skip
+    return _curve(epochs, [[values[epoch] for values in measured] for epoch in epochs], metric) if epochs else None
+
+
+def _against_key(cells: Sequence[Group], metric: str) -> Curve | None:
+    points = {
+        cell.values[-1]: [value for run in cell.runs if (value := final_value(run, metric)) is not None] for cell in cells
+    }
+    points = {x: values for x, values in sorted(points.items()) if values}
+    return _curve(list(points), list(points.values()), metric) if points else None
+
+
+def final_value(run: Run, metric: str) -> float | None:
+    """The last value of a metric that epochs log, or that of `result.json`; None where a run has neither."""
+    measured = run.measured(metric)
+    return measured[max(measured)] if measured else run.outcome(metric)
+
+
+def _curve(x: Sequence[float], values: Sequence[Sequence[float]], metric: str) -> Curve:
+    factor, _ = unit_of(metric)
+    means, stds = np.array([mean_and_std(seeds) for seeds in values]).T
+    return Curve(np.array(x, float), factor * means, factor * stds, tuple(len(seeds) for seeds in values))
+
+
+def _warn_of_other_differences(name: str, cells: Sequence[Group], key: str) -> None:
+    """A line through points that differ in two things shows neither of them alone."""
+    first = cells[0].runs[0]
+    differing = {other: cell.runs[0] for cell in cells[1:] for other in differing_keys(first, cell.runs[0]) if other != key}
+    for other, run in differing.items():
+        values = " and ".join(as_text(one.settings.get(other)) for one in (first, run))
+        logger.warning("%s: %s differs along the line, too: %s", name, other, values)
+
+
+def _axis_label(key: str, runs: Sequence[Run]) -> str:
+    if key != "adversarial.epsilon":
+        return AXIS_LABELS.get(key, key)
+    norms = {run.settings["adversarial.norm"] for run in runs}
+    if len(norms) > 1:
+        raise ConfigError("--against adversarial.epsilon: l-inf and l2 runs have different units; plot them separately")
+    return f"epsilon ({EPSILON_UNITS[norms.pop()]})"

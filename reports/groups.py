@@ -1,0 +1,135 @@
+"""Runs in groups, so that only seeds of one experiment are ever averaged."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from base.errors import ConfigError
+from base.registry import did_you_mean
+from reports.runs import Run
+
+MAY_DIFFER = (
+    "seed", "name", "exper_name", "comet", "trainer.save_dir", "trainer.label_dir", "trainer.verbosity", "trainer.save_period",
+    "trainer.keep_checkpoints", "trainer.tensorboard", "data_loader.args.num_workers", "data_loader.args.pin_memory",
+    "system.num_threads", "system.device",
+)  # fmt: skip
+"""Config keys in which runs that are averaged may differ: none of them changes results, but for the seed and for rounding."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment that differ in their seeds.
+
+    Attributes:
+        name: the values of the keys, for legends and table rows.
+        keys: dotted config keys that all of them have equal values of.
+        values: in the order of the keys.
+        runs: in the order of their seeds.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    values: tuple[Any, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def line(self) -> str:
+        """The name without the last key, whose values are the points of a line."""
+        return _name(self.keys[:-1], self.values[:-1]) if self.keys[1:] else "all runs"
+
+
+def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
+    """Runs in groups of equal values of some config keys, by the first key, then the next: numbers ascend, words as they come.
+
+    Args:
+        runs: at least one.
+        keys: dotted config keys; without any, all runs are one group.
+
+    Raises:
+        ConfigError: an unknown key; runs of one group that differ in more than the seed and `MAY_DIFFER`, with the key and both
+            values; or two runs of one seed in a group.
+    """
+    keys = list(dict.fromkeys(keys))
+    known = list(dict.fromkeys(key for run in runs for key in run.settings))
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"--group-by {key}: no such key in the runs' configs{_like(key, known)}")
+    together: dict[str, list[Run]] = {}
+    for run in runs:
+        together.setdefault(json.dumps([run.settings.get(key) for key in keys]), []).append(run)
+    groups = [_group(members, keys) for members in together.values()]
+    places = [list(dict.fromkeys(as_text(group.values[index]) for group in groups)) for index in range(len(keys))]
+    return sorted(groups, key=lambda group: [_place(*each) for each in zip(group.values, places, strict=True)])
+
+
+def differing_keys(first: Run, second: Run) -> list[str]:
+    """Dotted config keys that matter for results and in which two runs differ."""
+    keys = dict.fromkeys([*first.settings, *second.settings])
+    relevant = [key for key in keys if key not in MAY_DIFFER and key.partition(".")[0] not in MAY_DIFFER]
+    return [key for key in relevant if first.settings.get(key) != second.settings.get(key)]
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation over seeds; NaN of none, and for the second of fewer than two."""
+    with np.errstate(invalid="ignore"):  # a loss may be infinite
+        mean = np.mean(values) if len(values) else np.nan
+        return float(mean), float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
+
+
+def as_text(value: Any) -> str:
+    """A config value as legends and table rows show it."""
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
+    """One group of runs that have equal values of the keys."""
+    first = runs[0]
+    values = tuple(first.settings.get(key) for key in keys)
+    name = _name(keys, values) if keys else " / ".join(dict.fromkeys(run.settings["name"] for run in runs))
+    for run in runs[1:]:
+        different = differing_keys(first, run)
+        if different:
+            key, more = different[0], f" (and {len(different) - 1} more)" if different[1:] else ""
+            was, now = (as_text(one.settings.get(key)) for one in (first, run))
+            raise ConfigError(
+                f"{key}: {was} in {first.folder}, but {now} in {run.folder}{more}: runs that are averaged may differ in their"
+                f" seeds only; add {key} to --group-by, or leave one out"
+            )
+    by_seed: dict[int, Run] = {}
+    for run in runs:
+        if by_seed.setdefault(run.seed, run) is not run:
+            raise ConfigError(f"seed: {run.seed} in both {by_seed[run.seed].folder} and {run.folder} of {name}; leave one out")
+    return Group(name, tuple(keys), values, tuple(by_seed[seed] for seed in sorted(by_seed)))
+
+
+def _place(value: Any, words: Sequence[str]) -> tuple[bool, float]:
+    """Where a value of a key stands: numbers first, in ascending order, then words, in the order in which they came."""
+    number = isinstance(value, int | float)
+    return not number, value if number else words.index(as_text(value))
+
+
+def _name(keys: Sequence[str], values: Sequence[Any]) -> str:
+    """The value of a single key; of several, `last part of the key=value`, with more parts where the last are the same."""
+    if len(keys) == 1:
+        return as_text(values[0])
+    return ", ".join(f"{_short(key, keys)}={as_text(value)}" for key, value in zip(keys, values, strict=True))
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    parts = key.split(".")
+    for length in range(1, len(parts)):
+        if sum(other.split(".")[-length:] == parts[-length:] for other in keys) == 1:
+            return ".".join(parts[-length:])
+    return key
+
+
+def _like(key: str, known: Sequence[str]) -> str:
+    """The keys that end alike, or else the nearest one."""
+    last = key.rpartition(".")[2]
+    alike = [name for name in known if name.rpartition(".")[2] == last]
+    return f"; did you mean {' or '.join(map(repr, alike))}?" if alike else did_you_mean(key, known)

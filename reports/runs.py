@@ -1,0 +1,187 @@
+"""Run folders as reports see them: found and read."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from base.config import Config
+from base.config_files import load_config
+from base.errors import ConfigError
+from base.registry import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: as it was found.
+        settings: dotted config key -> value, of every key there is; a null that stands for a value of another key is that value
+            (`adversarial.method` is `"free"` where only `trainer.do_adv` says so).
+        log: the lines of `metrics.jsonl`, one per epoch.
+        result: what `result.json` holds; None while the run is not finished.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+    result: Mapping[str, Any] | None
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random."""
+        return self.settings["seed"]
+
+    def measured(self, metric: str) -> dict[int, float]:
+        """Epoch -> value of a name in `metrics.jsonl`, of the epochs in which it was measured."""
+        file = self.folder / "metrics.jsonl"
+        return {log["epoch"]: _number(log[metric], metric, file) for log in self.log if log.get(metric) is not None}
+
+    def outcome(self, metric: str) -> float | None:
+        """The value of a name in `result.json`; None where the run is not finished or did not measure it."""
+        value = (self.result or {}).get(metric)
+        return None if value is None else _number(value, metric, self.folder / "result.json")
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """The runs at and below the given paths, finished or not, every folder once. Run folders below a path that have not logged
+    an epoch yet are left out with a warning.
+
+    Raises:
+        ConfigError: a path at and below which there is no run, a run folder without logs, or a file of it that is broken.
+    """
+    folders: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        for folder in _run_folders(path):
+            folders.setdefault(folder.resolve(), folder)
+    return [read_run(folder) for folder in folders.values()]
+
+
+def read_run(folder: Path) -> Run:
+    """One run folder.
+
+    Raises:
+        ConfigError: one of its files is broken, or it has logged no epoch.
+    """
+    settings = resolved_settings(load_config(folder / "config.json"))
+    log = _read_log(folder / "metrics.jsonl")
+    if not log:
+        raise ConfigError(f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet")
+    result = _read_result(folder / "result.json")
+    return Run(folder, settings, log, result)
+
+
+def resolved_settings(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of every value of a config; see `Run.settings`."""
+    return {
+        **_flat(config.model_dump(mode="json")),
+        "adversarial.method": config.adversarial_method,
+        "adversarial.epsilon": config.attack_epsilon,
+        "adversarial.bn_mode": config.attack_bn_mode,
+        "adversarial.validate_every": config.robust_validation_period,
+        "adversarial.report": config.reports_robustness,
+    }
+
+
+def only_finished(runs: Sequence[Run]) -> list[Run]:
+    """The runs that have a `result.json`, with a warning about each of the others.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    finished = [run for run in runs if run.result is not None]
+    if not finished:
+        raise ConfigError(f"{runs[0].folder}: not finished: no result.json, nor in any other of the {len(runs)} runs")
+    for run in runs:
+        if run.result is None:
+            logger.warning("%s: not finished after epoch %d: its results are left out", run.folder, run.log[-1]["epoch"])
+    return finished
+
+
+def refuse_unknown(flag: str, names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse a name that is not among the known ones, which the error lists.
+
+    Raises:
+        ConfigError: `what` is what no run does, such as `"no run logs it"`.
+    """
+    known = list(dict.fromkeys(known))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{flag} {name}: {what}; there are: {', '.join(known) or 'none'}{did_you_mean(name, known)}")
+
+
+def _run_folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise ConfigError(f"{path}: {'a file, not a run folder' if path.exists() else 'no such folder'}")
+    if _has_logs(path) and (path / "config.json").is_file():
+        return [path]
+    candidates = sorted(file.parent for file in path.rglob("config.json"))
+    found = [folder for folder in candidates if _has_logs(folder)]
+    empty = [folder for folder in candidates if folder not in found]
+    if not candidates:
+        raise ConfigError(f"{path}: no run folder (one with config.json and metrics.jsonl) here or below")
+    if not found:
+        raise ConfigError(f"{empty[0]}: a run folder without logs: it has a config.json, but no epoch in a metrics.jsonl")
+    for folder in empty:
+        logger.warning("%s: has a config.json, but no epoch in a metrics.jsonl: left out", folder)
+    return found
+
+
+def _has_logs(folder: Path) -> bool:
+    file = folder / "metrics.jsonl"
+    return file.is_file() and file.stat().st_size > 0
+
+
+def _read_log(file: Path) -> list[dict[str, Any]]:
+    """The lines of a run log; a last one that is not written to its end yet is left out."""
+    *lines, rest = _text(file).split("\n")
+    log = []
+    for number, line in enumerate([*lines, *([rest] if rest.endswith("}") else [])], start=1):
+        entry = _json(line)
+        if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int):
+            raise ConfigError(f"{file}: line {number}: {line[:60]!r} is no JSON object with an epoch")
+        log.append(entry)
+    return log
+
+
+def _read_result(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    result = _json(_text(file))
+    if not isinstance(result, dict):
+        raise ConfigError(f"{file}: no JSON object")
+    return result
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+
+
+def _json(text: str) -> Any:
+    """What the text stands for; None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _number(value: Any, name: str, file: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{file}: {name}: {value!r} is not a number")
+    return float(value)
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every leaf of a tree."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return leaves

@@ -1,0 +1,59 @@
+"""Run a study: every variant and seed of a grid file. What is finished is skipped, what was broken off is continued.
+
+python run_ablations.py --config baseline cosine_schedule no_batchnorm --jobs 2    # --list shows the names
+python run_ablations.py --all --seed 42 --dry-run
+python run_ablations.py --grid configs/ablations/label_noise.json --all --launcher slurm --parameter timeout_min=600
+"""
+
+import shlex
+from pathlib import Path
+
+from base.command_line import Parser, run_script, set_overrides
+from base.errors import ConfigError, ProjectError
+from studies.grid import describe, plan
+from studies.launchers import command, launcher
+from studies.work import Study
+
+DEFAULT = Path(__file__).parent / "configs" / "ablations" / "resnet.json"
+
+
+def arguments_parser() -> Parser:
+    parser = Parser(description="Run every variant and seed of a grid file.", allow_abbrev=False)
+    parser.add_argument("--grid", type=Path, default=DEFAULT, metavar="FILE", help="grid file (the ResNet ablations)")
+    parser.add_argument("--list", action="store_true", help="print a line per variant")
+    parser.add_argument("--config", nargs="+", default=[], metavar="NAME", help="run these variants")
+    parser.add_argument("--all", action="store_true", help="run all variants")
+    parser.add_argument("--seed", type=int, nargs="+", default=[], help="instead of the grid's seeds")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many runs at once")
+    parser.add_argument("--save_dir", type=Path, metavar="DIR", help="instead of <trainer.save_dir>/<grid's name>")
+    parser.add_argument(
+        "--launcher", choices=("process", "slurm", "local"), default="process", help="processes here, or submitit"
+    )
+    parser.add_argument("--parameter", action="append", default=[], metavar="KEY=VALUE", help="of submitit's executor")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main() -> None:
+    arguments = arguments_parser().parse_args()
+    runs = plan(arguments.grid, arguments.config, arguments.seed, arguments.save_dir)
+    if arguments.list:
+        print(*describe(runs), sep="\n")
+        return
+    if not arguments.all and not arguments.config:
+        raise ConfigError("--config NAME ... or --all is required (--list shows the names)")
+    if arguments.jobs < 1:
+        raise ConfigError(f"--jobs: expected at least 1, not {arguments.jobs}")
+    if arguments.dry_run:
+        print(*(shlex.join(["python", Path(script).name, *words]) for _, script, *words in map(command, runs)), sep="\n")
+        return
+    parameters = {key: int(value) if value.isdecimal() else value for key, value in set_overrides(arguments.parameter)}
+    failures = Study(runs, launcher(arguments.launcher, runs[0].folder.parent / "jobs", parameters), arguments.jobs).work()
+    print(f"{len(runs) - len(failures)} of {len(runs)} runs are finished, in {runs[0].folder.parent}")
+    if failures:
+        raise ProjectError("failed: " + "; ".join(f"{run.name} ({reason})" for run, reason in failures.items()))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,1 @@
+"""Many runs from one grid file: planned, started, watched, continued."""

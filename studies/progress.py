@@ -1,0 +1,86 @@
+"""How far the runs of a study are, read from their folders, and the table of them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from base.checkpoint import LAST
+from base.config_files import validate
+from base.errors import ConfigError, ProjectError
+from base.resuming import refuse_other_experiment
+from studies.grid import Run
+
+NEW, BROKEN, RUNNING, FINISHED, FAILED = "new", "to resume", "running", "finished", "failed"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the folder of a run says.
+
+    Attributes:
+        state: one of the five above; a folder alone does not know about `RUNNING` and `FAILED`.
+        epoch: finished epochs.
+        best: the monitored value at its best, or None.
+    """
+
+    state: str
+    epoch: int
+    best: float | None
+
+
+def look(run: Run) -> Progress:
+    """The progress of a run that nobody is working on, or of one that is being worked on.
+
+    Raises:
+        ConfigError: the folder holds a run of another config.
+    """
+    log = _log(run.folder / "metrics.jsonl")
+    mode, _, name = run.config.trainer.monitor.partition(" ")
+    values = [epoch[name] for epoch in log if epoch.get(name) is not None] if name else []
+    best = (max if mode == "max" else min)(values) if values else None
+    state = NEW
+    if (run.folder / LAST).exists():
+        _refuse_another(run)
+        state = FINISHED if (run.folder / "result.json").exists() else BROKEN
+    return Progress(state, len(log), best)
+
+
+def table(rows: Sequence[tuple[Run, Progress, float | None]]) -> str:
+    """One line per run: name, state, epoch, best value, time left (of `(run, progress, seconds left or None)`)."""
+    cells = [("run", "state", "epoch", "best", "left")]
+    for run, progress, seconds_left in rows:
+        epochs = f"{progress.epoch}/{run.config.trainer.epochs}"
+        _, _, name = run.config.trainer.monitor.partition(" ")
+        best = (
+            "" if progress.best is None else f"{name} {progress.best:.2%}" if "top" in name else f"{name} {progress.best:.4g}"
+        )
+        cells.append((run.name, progress.state, epochs, best, "" if seconds_left is None else as_duration(seconds_left)))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def as_duration(seconds: float) -> str:
+    """`3 h 05 min`, `12 min` or `40 s`."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min" if seconds >= 90 else f"{round(seconds)} s"
+
+
+def _log(file: Path) -> list[dict[str, float]]:
+    """The epochs logged so far; a line that is being written does not count yet."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _refuse_another(run: Run) -> None:
+    file = run.folder / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{run.folder}: holds a checkpoint, but no config.json; move it away")
+    try:
+        before = validate(json.loads(file.read_text()), str(file)).dump()  # with the defaults of keys that are newer than it
+        refuse_other_experiment(before, run.config, run.folder / LAST)
+    except (ProjectError, ValueError) as error:
+        raise ConfigError(f"{run.folder}: holds another run than {run.name}: {error}") from None

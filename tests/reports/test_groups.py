@@ -1,0 +1,99 @@
+"""Only seeds of one experiment come into one group."""
+
+import pytest
+
+from base.config_files import merge
+from base.errors import ConfigError
+from reports.groups import MAY_DIFFER, group_runs
+from reports.runs import find_runs
+
+VALUES = {"val_top1": [0.5]}
+OTHER_VALUES = {
+    "seed": 7, "name": "other", "exper_name": "other", "comet": {"project": "other"}, "trainer.save_dir": "else/",
+    "trainer.label_dir": "else", "trainer.verbosity": 0, "trainer.save_period": 5, "trainer.keep_checkpoints": 0,
+    "trainer.tensorboard": True, "data_loader.args.num_workers": 2, "data_loader.args.pin_memory": True,
+    "system.num_threads": 1, "system.device": "cpu",
+}  # fmt: skip
+"""A value other than the default of each key that does not matter."""
+MATTERS = {
+    "trainer.epochs": (10, "200"), "optimizer.args.lr": (0.5, "0.1"), "optimizer.args.nesterov": (True, "null"),
+    "arch.args.norm_layer_type": ("gn", "bn"), "system.precision": ("bf16", "fp32"), "trainer.subset_percent": (0.5, "1"),
+    "data_loader.args.num_batches": (3, "0"), "adversarial.method": ("pgd", "none"), "pgd_attack.K": (20, "10"),
+    "lr_scheduler.args.milestones": ([1, 2], "null"),
+}  # fmt: skip
+"""Another value of some keys that do, and the default as it is shown."""
+
+
+def sections(key, value):
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize("key", MAY_DIFFER)
+def test_runs_that_differ_in_what_cannot_matter_are_seeds_of_one_experiment(make_run, tmp_path, key):
+    make_run("a", VALUES, seed=3)
+    make_run("b", VALUES, **merge({"seed": 1}, sections(key, OTHER_VALUES[key])))
+    (group,) = group_runs(find_runs([tmp_path]), [])
+    assert [run.seed for run in group.runs] == [1 if key != "seed" else 3, 3 if key != "seed" else 7]
+
+
+@pytest.mark.parametrize("key", MATTERS)
+def test_runs_that_differ_in_what_matters_are_not_averaged(make_run, tmp_path, key):
+    value, default = MATTERS[key]
+    make_run("a", VALUES, seed=0)
+    make_run("b", VALUES, seed=1, **sections(key, value))
+    with pytest.raises(ConfigError) as caught:
+        group_runs(find_runs([tmp_path]), [])
+    shown = str(value) if not isinstance(value, bool) else "true"
+    assert str(caught.value).startswith(f"{key}: {default} in {tmp_path / 'a'}, but {shown} in {tmp_path / 'b'}")
+    assert str(caught.value).endswith(f"add {key} to --group-by, or leave one out")
+    assert len(group_runs(find_runs([tmp_path]), [key])) == 2
+
+
+def test_names_are_the_values_of_the_keys(make_run, tmp_path):
+    make_run("a", VALUES, arch={"args": {"norm_layer_type": "gn"}})
+    make_run("b", VALUES, lr_scheduler={"type": "MultiStepLR", "args": {"milestones": [1, 2]}})
+    runs = find_runs([tmp_path])
+    names = {
+        ("arch.args.norm_layer_type",): "gn",
+        ("arch.type", "arch.args.norm_layer_type"): "type=simpleCNN, norm_layer_type=gn",
+        ("arch.type", "optimizer.type", "trainer.percent"): "arch.type=simpleCNN, optimizer.type=SGD, percent=0",
+        ("trainer.OCNN", "trainer.early_stop"): "OCNN=false, early_stop=null",
+        ("seed", "seed"): "0",
+    }
+    for keys, name in names.items():
+        assert group_runs(runs[:1], keys)[0].name == name
+    assert group_runs(runs[:1], [])[0].name == "made"
+    assert group_runs(runs, ["lr_scheduler.args.milestones"])[1].name == "[1, 2]"
+
+
+def test_numbers_ascend_and_words_keep_their_order(make_run, tmp_path):
+    for index, rate in enumerate((0.6, 0.0, 0.2)):
+        make_run(f"{index}", VALUES, trainer={"percent": rate, "sym": True})
+    assert [group.name for group in group_runs(find_runs([tmp_path]), ["trainer.percent"])] == ["0", "0.2", "0.6"]
+    make_run("x", VALUES, arch={"type": "vgg11"}, trainer={"percent": 0.1, "sym": True})
+    make_run("y", VALUES, arch={"type": "vgg11"}, trainer={"percent": 0.0, "sym": True})
+    groups = group_runs(find_runs([tmp_path / "x", tmp_path]), ["arch.type", "trainer.percent"])
+    assert [group.values for group in groups] == [
+        ("vgg11", 0.0), ("vgg11", 0.1), ("simpleCNN", 0.0), ("simpleCNN", 0.2), ("simpleCNN", 0.6)
+    ]  # fmt: skip
+    assert [group.line for group in groups[1:3]] == ["vgg11", "simpleCNN"]
+
+
+def test_errors(make_run, tmp_path):
+    make_run("a", VALUES)
+    make_run("b", VALUES)
+    runs = find_runs([tmp_path])
+    messages = {
+        (): r"^seed: 0 in both .*a and .*b of made; leave one out$",
+        ("norm_layer_type",): r"no such key in the runs' configs; did you mean 'arch.args.norm_layer_type'\?$",
+        ("arch.args.type",): r"did you mean 'arch.type' or 'data_loader.type' or 'optimizer.type' or 'lr_scheduler.type'\?$",
+        ("trainer.procent",): r"^--group-by trainer.procent: .*did you mean 'trainer.percent'\?$",
+    }
+    for keys, message in messages.items():
+        with pytest.raises(ConfigError, match=message):
+            group_runs(runs, keys)
+    make_run("c", VALUES, seed=1, trainer={"epochs": 3, "OCNN": True})
+    with pytest.raises(ConfigError, match=r"^trainer.epochs: 200 in .*a, but 3 in .*c \(and 1 more\): runs that are averaged"):
+        group_runs([runs[0], *find_runs([tmp_path / "c"])], [])

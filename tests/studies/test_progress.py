@@ -1,0 +1,48 @@
+"""What is known about a run from its folder, and the table of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from base.config_files import validate
+from base.errors import ConfigError
+from studies.grid import Run
+from studies.progress import BROKEN, FINISHED, NEW, Progress, as_duration, look, table
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = validate({"data_loader": {"type": "DigitsDataLoader"}, "trainer": {"epochs": 4}})
+    return Run("plain", 1, Path("config.json"), {}, config, tmp_path)
+
+
+def test_states_of_a_folder(run):
+    assert look(run) == Progress(NEW, 0, None)
+    (run.folder / "config.json").write_text(json.dumps(run.config.dump()))
+    assert look(run).state == NEW, "killed before its first checkpoint"
+    (run.folder / "model_last.pth").touch()
+    lines = [json.dumps({"epoch": epoch, "val_top1": value}) for epoch, value in ((1, 0.5), (2, 0.7), (3, 0.6))]
+    (run.folder / "metrics.jsonl").write_text("\n".join(lines)[:-3])
+    assert look(run) == Progress(BROKEN, 2, 0.7), "the line that is being written does not count"
+    (run.folder / "result.json").write_text("{}")
+    assert look(run).state == FINISHED
+
+
+def test_a_folder_of_another_run_is_refused(run):
+    (run.folder / "model_last.pth").touch()
+    with pytest.raises(ConfigError, match="holds a checkpoint, but no config.json"):
+        look(run)
+    (run.folder / "config.json").write_text(json.dumps({**run.config.dump(), "seed": 5}))
+    with pytest.raises(ConfigError, match="holds another run than plain seed 1: seed: the run was started with 5; 0 would"):
+        look(run)
+
+
+def test_the_table_has_a_line_per_run(run):
+    lines = table([(run, Progress("running", 2, 0.701), 185.0), (run, Progress("new", 0, None), None)]).splitlines()
+    assert [line.split() for line in lines] == [
+        ["run", "state", "epoch", "best", "left"],
+        ["plain", "seed", "1", "running", "2/4", "val_top1", "70.10%", "3", "min"],
+        ["plain", "seed", "1", "new", "0/4"],
+    ]
+    assert [as_duration(seconds) for seconds in (40, 100, 3900)] == ["40 s", "2 min", "1 h 05 min"]
