@@ -71,8 +71,8 @@ class Evaluation:
 def evaluation_parser(
     description: str, *, json: str = "write the report here", figure: str = "draw the picture here"
 ) -> Parser:
-    """The flags of every script that evaluates a checkpoint, `-s -c -d --ema --set --json --figure --debug`; `json` and `figure`
-    say what is written."""
+    """The flags of every script that evaluates a checkpoint, `-s -c -d --ema --set --json --figure --debug`; `json` and
+    `figure` say what is written."""
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("-s", "--checkpoint", required=True, help="checkpoint, or run folder, which stands for its best model")
     parser.add_argument("-c", "--config", help="config file; not needed where the checkpoint holds its own")
