@@ -52,7 +52,8 @@ FIXED: dict[str, tuple[str, ...]] = {
 
 def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     """The command line of an attack script; `sizes` are the flags of `SIZES` that its attack has."""
-    parser = evaluation_parser(description)
+    written = "write the report here, and a verdict per image beside it"
+    parser = evaluation_parser(description, json=written, figure="draw clean and adversarial images")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random starts")
     parser.add_argument("--limit", type=int, metavar="N", help="attack N test images only, the first of every class")
     parser.add_argument("--batch_size", type=int, default=250, metavar="N", help="images attacked at a time")

@@ -68,16 +68,19 @@ class Evaluation:
         return self.config.data_loader.args.data_dir or self.config.data_loader.type
 
 
-def evaluation_parser(description: str) -> Parser:
-    """The flags of every script that evaluates a checkpoint: `-s -c -d --ema --set --json --figure --debug`."""
+def evaluation_parser(
+    description: str, *, json: str = "write the report here", figure: str = "draw the picture here"
+) -> Parser:
+    """The flags of every script that evaluates a checkpoint, `-s -c -d --ema --set --json --figure --debug`; `json` and
+    `figure` say what is written."""
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("-s", "--checkpoint", required=True, help="checkpoint, or run folder, which stands for its best model")
     parser.add_argument("-c", "--config", help="config file; not needed where the checkpoint holds its own")
     parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the picture here (png, pdf or svg)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=json)
+    parser.add_argument("--figure", type=Path, metavar="FILE", help=f"{figure} (png, pdf or svg)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
