@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ASSEMBLING = ("assembly", "experiment", "conclusion", "attack_checkpoint")
+ASSEMBLING = ("assembly", "experiment", "conclusion", "attack_checkpoint", "job")
 """The modules that know every room."""
 
 ROOMS = ("base", "models", "data_loader", "attacks", "trainer", "configs", "benchmarks", "tests", *ASSEMBLING)
@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "conclusion": {"base", "data_loader", "attacks", "assembly"},
     "experiment": {"base", "data_loader", "attacks", "trainer", "assembly", "conclusion"},
     "attack_checkpoint": {"base", "models", "data_loader", "attacks", "trainer", "assembly"},
-    "script": {"base", "experiment", "attack_checkpoint"},
+    "job": {"base", "experiment"},
+    "script": {"base", "experiment", "attack_checkpoint", "job"},
 }
 BASE_PACKAGES = {"torch", "pydantic", "numpy", "tqdm", "comet_ml"}
 
