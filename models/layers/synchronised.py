@@ -24,7 +24,7 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 
     `y = (x - mean) / sqrt(var + eps) * weight + bias` with the biased variance; the running variance follows the unbiased one.
     The gradient flows through mean and variance, into the inputs of every process. Every process has to call it equally often.
-    Computed in float32; no faster than its two sums over all processes.
+    Computed in float32 at least; no faster than its two sums over all processes.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        values = input.float()
-        count = torch.tensor([values.numel() / values.shape[1]], device=values.device)
+        values = input if input.dtype == torch.float64 else input.float()
+        count = values.new_tensor([values.numel() / values.shape[1]])
         sums = _SumOverProcesses.apply(torch.cat([values.sum(dim=(0, 2, 3)), count]))
         total = sums[-1].detach()
         mean = sums[:-1] / total
