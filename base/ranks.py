@@ -1,6 +1,7 @@
 """Processes that share the work, as torchrun starts them; without torchrun there is one, rank 0 of 1."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def ranks(training: bool = False) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ProjectError(f"rank {number}: another process has ended ({_first_line(error)}): this one ends, too") from None
+            raise ProjectError(f"rank {number}: another process has ended ({_reason(error)}): this one ends, too") from None
         raise
     dist.destroy_process_group()  # only after a good end: one that failed has nobody left to take leave of
 
@@ -182,5 +183,7 @@ class SharedGenerator:
         return distribution((self.share.total, *shape), generator=self.generator)[self.share.part]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """What gloo or NCCL say in their first sentence, without the place in their own code."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\] ", "", line).split(". This")[0].rstrip(".")
