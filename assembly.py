@@ -104,11 +104,11 @@ def refuse_too_few_images(config: Config, training: BaseDataLoader, *others: Bas
         ConfigError: naming the key.
     """
     adversarial, held_out, test = config.adversarial, *others
-    attacked = adversarial.validate_images if config.robust_validation_period else held_out and held_out.n_samples
+    attacked = adversarial.validate_images if config.robust_validation_period else None
     reported = adversarial.report_images if config.reports_robustness else None
     numbers = {
         "data_loader.args.batch_size": training.batch_size,
-        "the validation set": held_out and held_out.n_samples,
+        "the validation set": None if held_out is None else held_out.n_samples,
         "the test set": test.n_samples,
         "adversarial.validate_images": attacked,
         "adversarial.report_images": reported,

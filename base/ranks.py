@@ -125,7 +125,8 @@ class Share:
     """The part of a minibatch that this process computes on: every `processes`-th image from number `rank` on.
 
     A minibatch with fewer images than processes is computed as a whole by each of them, so that none has nothing to do (and
-    nothing to bring to the statistics of batch normalisation), and counted by rank 0 only.
+    nothing to bring to the statistics of batch normalisation), and counted by rank 0 only. (Synchronised batch normalisation
+    then sees each image several times, which changes nothing but the n / (n - 1) of its running variance.)
 
     Attributes:
         total: images in the whole minibatch.

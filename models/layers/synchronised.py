@@ -11,7 +11,7 @@ def synchronise(model: nn.Module) -> nn.Module:
 
     On CUDA it is torch's own `SyncBatchNorm`, which exists for no other device; elsewhere `SynchronisedBatchNorm2d`.
     """
-    if next(model.parameters()).device.type == "cuda":
+    if any(parameter.is_cuda for parameter in model.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
