@@ -42,8 +42,7 @@ class BaseTrainer(ABC):
     continues bit for bit (on the same device and library versions). Values of every epoch go to `trackers`, which are set from
     outside.
 
-    Where torchrun has started several processes, each trains a copy of the model on its share of every minibatch; see `Share`.
-    Rank 0 alone writes.
+    Of several processes each trains a copy of the model on its share of every minibatch (see `Share`), and rank 0 writes.
 
     Args:
         config: the resolved config.
@@ -72,7 +71,7 @@ class BaseTrainer(ABC):
     ) -> None:
         self.config = config
         self.model = model
-        self.network: nn.Module = model  # for training passes; behind DistributedDataParallel where there are several copies
+        self.network: nn.Module = model  # for training passes: behind DistributedDataParallel where there are copies
         self.optimizer = optimizer
         self.schedule = schedule
         self.train_loader = train_loader
@@ -160,8 +159,8 @@ class BaseTrainer(ABC):
 
     def _validated(self) -> dict[str, float]:
         """`validate`, which a signal ends at once, as an attack may take longer than a cluster waits. What is saved then is the
-        state after the epoch's last minibatch; a resumed run validates again. Several processes finish it: one that left would
-        be waited for by the others."""
+        state after the epoch's last minibatch; a resumed run validates again. Several processes finish it, as none can leave
+        alone."""
         if world_size() > 1:
             return self.validate()
         try:
@@ -178,8 +177,7 @@ class BaseTrainer(ABC):
         """Continue from what `method_state` returned."""
 
     def checkpoint(self) -> dict[str, Any]:
-        """Everything `resume` needs, and what a reader needs to use the weights; nothing in it depends on how many processes
-        train. Every process calls it."""
+        """Everything `resume` needs and a reader of the weights, whatever number of processes train. All of them call it."""
         average = {}
         if self.average is not None:
             average = {"ema_state_dict": self.average.model.state_dict(), "ema_updates": self.average.updates}

@@ -254,7 +254,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
             return super().forward(images)
 
     trainer = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
-    trainer.model = Recorder()
+    trainer.model = trainer.network = Recorder()
     images, labels = next(iter(TinyLoader()))
     result = trainer.train_batch(images, labels)
     # find weight and partners from what the model saw: x' = w x + (1 - w) x[p]
