@@ -15,11 +15,13 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
 from base.config import Config
 from base.errors import ConfigError
+from base.ranks import Share, world_size
 from base.registry import lookup
 from base.runtime import seed_global_generators
 from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise
 from models import build_model
+from models.layers.synchronised import synchronise
 from models.losses import LOSSES
 from models.metrics import METRICS
 from models.ocnn import penalty
@@ -68,18 +70,23 @@ def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch
     arch["args"]["num_classes"] = loader.num_classes
     seed_global_generators(config.seed, "weights")
     model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
+    if config.system.sync_bn and world_size() > 1:
+        model = synchronise(model)
     if config.system.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model
 
 
 def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> None:
-    """Try one forward pass in training mode, on a copy, with the smallest batch that will occur (two images are enough).
+    """Try one forward pass in training mode, on a copy, with the smallest batch that will occur in a process (two images are
+    enough).
 
     Raises:
         ConfigError: the network cannot take images of that size, or so few.
     """
-    count = min(2, loader.n_samples % loader.batch_size or loader.batch_size)
+    smallest = loader.n_samples % loader.batch_size or loader.batch_size
+    share = Share(smallest, world_size() - 1, world_size())
+    count = min(2, len(range(smallest)[share.part]))
     images = torch.zeros(count, *loader.image_shape, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
@@ -88,6 +95,27 @@ def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> 
         size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}") from None
+
+
+def refuse_too_few_images(config: Config, training: BaseDataLoader, *others: BaseDataLoader | None) -> None:
+    """Refuse what cannot be shared out over all processes.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    adversarial, held_out, test = config.adversarial, *others
+    attacked = adversarial.validate_images if config.robust_validation_period else None
+    reported = adversarial.report_images if config.reports_robustness else None
+    numbers = {
+        "data_loader.args.batch_size": training.batch_size,
+        "the validation set": None if held_out is None else held_out.n_samples,
+        "the test set": test.n_samples,
+        "adversarial.validate_images": attacked,
+        "adversarial.report_images": reported,
+    }
+    for name, number in numbers.items():
+        if number is not None and number < world_size():
+            raise ConfigError(f"{name}: {number} images cannot be shared out over {world_size()} processes")
 
 
 def build_trainer(config: Config, **parts: Any) -> BaseTrainer:

@@ -15,6 +15,7 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
 from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from base.config import Config
+from base.ranks import from_first, rank
 from base.run_folder import describe, write_json
 from data_loader.splits import some_of_every_class
 
@@ -34,14 +35,14 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         one with `last_` before them, and those of averaged weights with `ema_`.
     """
     config, progress, folder = trainer.config, trainer.progress, trainer.folder
-    test = _Test(config, test_loader, trainer.autocast)
+    test = _Test(config, test_loader, test_loader.own_part(), trainer.autocast)
     last_is_best = progress.best_epoch in (None, progress.epochs_done) and progress.batches_done == 0
     files = [LAST, BEST] if last_is_best else [LAST]
     best = last = test.of_both(
         trainer.model, trainer.average.model if trainer.average else None, [folder / name for name in files]
     )
     if not last_is_best:
-        saved, averaged = load_checkpoint(folder / BEST), None
+        saved, averaged = from_first(lambda: load_checkpoint(folder / BEST)), None
         load_weights(trainer.model, saved["state_dict"], folder / BEST)
         if trainer.average:
             averaged = deepcopy(trainer.model)
@@ -61,17 +62,19 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         "parameters": trainer.model.num_parameters(),
         "seed": config.seed,
     }
-    write_json(folder / "result.json", result)
+    if rank() == 0:
+        write_json(folder / "result.json", result)
     logger.info("done: %s", describe(result))
     return result
 
 
 @dataclass(frozen=True)
 class _Test:
-    """The test that every model of a run is put to."""
+    """The test that every model of a run is put to, by all processes together, each with its `own` images of the `loader`."""
 
     config: Config
     loader: BaseDataLoader
+    own: BaseDataLoader
     autocast: Callable[[], AbstractContextManager]
 
     def of_both(self, model: BaseModel, averaged: BaseModel | None, files: list[Any]) -> dict[str, float]:
@@ -84,7 +87,7 @@ class _Test:
     def of(self, model: BaseModel, files: list[Any], suffix: str) -> dict[str, float]:
         """Values of one model; a report on its robustness goes to `eval/` for each of the checkpoints that hold it."""
         evaluate = assembly.evaluator(self.config, self.autocast)
-        values = {f"test_{key}": value for key, value in evaluate(model, self.loader, description="testing").items()}
+        values = {f"test_{key}": value for key, value in evaluate(model, self.own, description="testing").items()}
         if not self.config.reports_robustness:
             return values
         names = [file.stem.removeprefix("model_") + suffix for file in files]
@@ -98,6 +101,8 @@ class _Test:
             description=f"attacking the {names[0]} model",
         )
         for file, name in zip(files, names, strict=True):
+            if rank() > 0:
+                break
             replace(report, values=report.values | {"checkpoint": f"{file}{' (averaged weights)' if suffix else ''}"}).save(
                 file.parent / "eval" / f"pgd_{name}.json"
             )

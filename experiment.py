@@ -5,8 +5,8 @@ result = experiment.run()
 """
 
 import logging
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,10 +26,12 @@ from base.checkpoint import LAST, find_checkpoint, load_checkpoint
 from base.config import Config
 from base.config_files import Override, merge, override, read_tree, validate
 from base.errors import CheckpointError, ConfigError
+from base.launch import own_device
 from base.optimization import Schedule, build_optimizer, check_optimization
+from base.ranks import from_first, rank, started_processes, world_size
 from base.resuming import refuse_other_experiment
 from base.run_folder import create_run_folder, logging_to, package_versions, record_environment, write_json
-from base.runtime import autocast, choose_device, choose_precision, seed_global_generators, set_determinism
+from base.runtime import autocast, choose_precision, seed_global_generators, set_determinism
 from base.tracking import start_trackers, tell
 from conclusion import conclude
 from data_loader.label_noise import describe_transitions
@@ -37,6 +39,15 @@ from data_loader.splits import some_of_every_class
 from trainer.robust_validation import RobustValidation
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run to continue: a checkpoint's file and contents, and the config to go on with."""
+
+    file: Path
+    checkpoint: dict[str, Any]
+    config: Config
 
 
 @dataclass
@@ -70,15 +81,17 @@ class Experiment:
         Raises:
             ConfigError, DataError: one line that names the key or file.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("torchrun: training on several processes is not supported; validate_pgd.py and fgsm.py are")
+        if started_processes() != world_size():
+            raise ConfigError("torchrun: the processes have not met: train inside `with base.ranks.ranks(training=True):`")
         check_optimization(config.optimizer, config.lr_scheduler)
         set_determinism(config.system.deterministic, config.system.num_threads)
-        device = choose_device(config.system.device, config.n_gpu)
+        device = own_device(config)
         train_loader = assembly.build_data_loader(config, device)
+        train_loader.shared_out = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch
         validation_loader, test_loader = train_loader.split_validation(), train_loader.test_loader()
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
+        assembly.refuse_too_few_images(config, train_loader, validation_loader, test_loader)
         model = assembly.build_experiment_model(config, train_loader, device)
         assembly.refuse_unfit_images(model, train_loader, config.arch.type)
         optimizer = build_optimizer(config.optimizer, model)
@@ -89,7 +102,7 @@ class Experiment:
 
     def run(self, run_dir: str | None = None) -> dict[str, Any]:
         """Train into a new run folder and return what `result.json` holds."""
-        folder = create_run_folder(self.config.trainer.save_dir, self.config.name, run_dir)
+        folder = from_first(lambda: create_run_folder(self.config.trainer.save_dir, self.config.name, run_dir))
         return self._run(self.build_trainer(folder))
 
     @classmethod
@@ -105,15 +118,26 @@ class Experiment:
             CheckpointError: there is no checkpoint, or it belongs to other data or another model.
             ConfigError: a replaced value would make it another experiment.
         """
-        file = find_checkpoint(path, prefer=LAST)
-        checkpoint = load_checkpoint(file)
+        return cls.continue_run(cls.saved_run(path, config_file, overrides))
+
+    @staticmethod
+    def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Override] = ()) -> "SavedRun":
+        """Read what `resume` continues: the checkpoint, which rank 0 reads for all, and the config it will have; see there."""
+        file = from_first(lambda: find_checkpoint(path, prefer=LAST))
+        checkpoint = from_first(lambda: load_checkpoint(file))
         if "config" not in checkpoint:
             raise CheckpointError(f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed")
         tree = merge(checkpoint["config"], read_tree(config_file) if config_file else {})
         config = validate(override(tree, overrides), config_file or str(file))
         before = validate(checkpoint["config"], str(file)).dump()  # with the defaults of keys that are newer than it
         refuse_other_experiment(before, config, file)
-        experiment = cls.from_config(config)
+        return SavedRun(file, checkpoint, config)
+
+    @classmethod
+    def continue_run(cls, run: "SavedRun") -> dict[str, Any]:
+        """Continue a run and return what `result.json` holds; see `resume`."""
+        file, checkpoint = run.file, run.checkpoint
+        experiment = cls.from_config(run.config)
         loader = experiment.train_loader
         same_pixels = np.allclose([*loader.mean, *loader.std], [*checkpoint["mean"], *checkpoint["std"]], rtol=0, atol=1e-6)
         if loader.fingerprint() != checkpoint["fingerprint"] or not same_pixels:
@@ -124,13 +148,14 @@ class Experiment:
 
     def _run(self, trainer: BaseTrainer, resumed: bool = False) -> dict[str, Any]:
         folder, progress = trainer.folder, trainer.progress
-        with logging_to(folder / "info.log", self.config.trainer.verbosity):
+        with logging_to(folder / "info.log", self.config.trainer.verbosity) if rank() == 0 else _silence():
             self._describe(folder, resumed)
             if resumed:
                 logger.info("resumed after %d epochs and %d batches", progress.epochs_done, progress.batches_done)
             else:
-                seed_global_generators(self.config.seed, "training")
-            trainer.trackers = start_trackers(self.config, folder, progress.history)
+                # copies of a model shall not drop the same units
+                seed_global_generators(self.config.seed, f"training {rank()}" if rank() else "training")
+            trainer.trackers = start_trackers(self.config, folder, progress.history) if rank() == 0 else []
             try:
                 if self.config.system.compile:
                     # training, validation, attacks and averaged weights each ask for their own code
@@ -169,7 +194,7 @@ class Experiment:
         loader, robust = self.validation_loader, self.robust_validation
         if loader is None:
             return lambda model, epoch: {}
-        clean = partial(assembly.evaluator(self.config, self.autocast), loader=loader, description="validating")
+        clean = partial(assembly.evaluator(self.config, self.autocast), loader=loader.own_part(), description="validating")
         return lambda model, epoch: {**clean(model), **(robust(model, epoch) if robust else {})}
 
     @cached_property
@@ -179,7 +204,7 @@ class Experiment:
         if loader is None or config.robust_validation_period == 0:
             return None
         return RobustValidation(
-            some_of_every_class(loader, config.adversarial.validate_images),
+            some_of_every_class(loader, config.adversarial.validate_images).own_part(),
             from_config.pgd(config),
             from_config.fgsm(config) if config.adversarial_method == "fgsm" else None,
             period=config.robust_validation_period,
@@ -195,16 +220,19 @@ class Experiment:
     def _describe(self, folder: Path, resumed: bool) -> None:
         """Write what the run is, before it begins: config, environment, labels."""
         loader, counts = self.train_loader, self._counts()
-        write_json(folder / "config.json", self.config.dump())
-        record_environment(folder, resumed)
         labels = loader.label_arrays()
-        np.savez_compressed(folder / "labels.npz", **labels)
+        if rank() == 0:
+            write_json(folder / "config.json", self.config.dump())
+            record_environment(folder, resumed)
+            np.savez_compressed(folder / "labels.npz", **labels)
         logger.info("run folder %s", folder)
         logger.info(
             "%s with %d parameters on %s (%s); %d training, %d validation, %d test images of %d classes",
             self.config.arch.type, self.model.num_parameters(), next(self.model.parameters()).device, self.precision,
             *counts.values(), loader.num_classes,
         )  # fmt: skip
+        if world_size() > 1:
+            logger.info("%d processes, each with its share of every minibatch", world_size())
         if counts["n_val"] and self.config.data_loader.args.validation_split == 0:
             logger.warning("validation_split is 0, but validation is asked for: 10 % of every class is held out")
         self._describe_adversary()
@@ -229,9 +257,20 @@ class Experiment:
         if robust is not None:
             logger.info(
                 "robust validation: PGD-%d, %s, on %d of %d validation images (the first of every class), every %d epochs",
-                config.pgd_attack.K, radius, robust.loader.n_samples, self.validation_loader.n_samples, robust.period,
+                config.pgd_attack.K, radius, robust.n_samples, self.validation_loader.n_samples, robust.period,
             )  # fmt: skip
         elif config.adversarial_method != "none":
             logger.info(
                 "no robust validation: %s", "nothing is held out" if config.robust_validation_period else "not asked for"
             )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Meanwhile log messages go nowhere: rank 0 has the same ones."""
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)

@@ -5,23 +5,25 @@ python train.py -c configs/quickstart.json --conv conv --norm bn --seed 1 --set 
 python train.py -r saved/quickstart/20260101-120000-000000
 """
 
-from base.command_line import config_overrides, config_parser, read_config, run_script, select_device
+from base.command_line import config_parser, run_script
+from base.config import Config
 from base.errors import ConfigError
-from experiment import Experiment
+from job import run_job
 
 
 def main() -> None:
-    arguments = config_parser("Standard training from a JSON config.").parse_args()
-    select_device(arguments.device)
-    overrides = config_overrides(arguments)
-    if arguments.resume:
-        Experiment.resume(arguments.resume, arguments.config, overrides)
-        return
-    config = read_config(arguments, overrides)
+    run_job(config_parser("Standard training from a JSON config.").parse_args(), refuse)
+
+
+def refuse(config: Config) -> None:
+    """Refuse configs that the other script is for.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     if config.adversarial_method != "none":
         key = "adversarial.method" if config.adversarial.method else "trainer.do_adv"
         raise ConfigError(f"{key}: asks for adversarial training, train.py trains on clean images; use train_robust.py")
-    Experiment.from_config(config).run(arguments.run_dir)
 
 
 if __name__ == "__main__":

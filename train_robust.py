@@ -6,25 +6,27 @@ python train_robust.py -c configs/cifar10.json --set adversarial.method=none    
 python train_robust.py -r saved/cifar10_free/20260101-120000-000000
 """
 
-from base.command_line import config_overrides, config_parser, read_config, run_script, select_device
+from base.command_line import config_parser, run_script
+from base.config import Config
 from base.errors import ConfigError
-from experiment import Experiment
+from job import run_job
 
 
 def main() -> None:
-    arguments = config_parser("Adversarial training from a JSON config, then an attack on the test set.").parse_args()
-    select_device(arguments.device)
-    overrides = config_overrides(arguments)
-    if arguments.resume:
-        Experiment.resume(arguments.resume, arguments.config, overrides)
-        return
-    config = read_config(arguments, overrides)
+    run_job(config_parser("Adversarial training from a JSON config, then an attack on the test set.").parse_args(), refuse)
+
+
+def refuse(config: Config) -> None:
+    """Refuse configs that the other script is for.
+
+    Raises:
+        ConfigError: naming the key.
+    """
     if not config.trainer.do_adv and config.adversarial.method is None:
         raise ConfigError(
             "adversarial.method: not given, and trainer.do_adv is false: add --set adversarial.method=free (or fgsm, pgd,"
             " trades; none for standard training and the attack)"
         )
-    Experiment.from_config(config).run(arguments.run_dir)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from attacks.attack import Attack, frozen
 from attacks.losses import wrongness
 from base.base_data_loader import BaseDataLoader
+from base.ranks import quiet
 from base.runtime import torch_generator
 
 ROWS = 16
@@ -115,7 +116,7 @@ def attack_loader(
         skip = -(-len(parts[0]) // loader.batch_size)
     loader.set_epoch(1, first_batch=skip)
     done = skip * loader.batch_size
-    bar = tqdm(loader, desc=description, initial=skip, total=len(loader), disable=None, leave=False)
+    bar = tqdm(loader, desc=description, initial=skip, total=len(loader), disable=quiet(), leave=False)
     for images, labels in bar:
         positions = loader.positions[done : done + len(labels)]
         done += len(labels)

@@ -7,10 +7,13 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from base.ranks import SharedGenerator
+
 NORMS = ("linf", "l2")
 ROUNDING = 1e-6
-Generators = torch.Generator | Sequence[torch.Generator]
-"""One generator for a whole batch, or one for each image, with which no draw depends on the other images of the batch."""
+Generators = torch.Generator | SharedGenerator | Sequence[torch.Generator]
+"""One generator for a whole batch, one for a minibatch of which the batch is a process's share, or one for each image, with
+which no draw depends on the other images of the batch."""
 
 
 def in_pixel_range(size: float, norm: str) -> float:
@@ -104,13 +107,15 @@ def lengths(change: Tensor) -> Tensor:
 
 def generators_of(generators: Generators, index: Tensor) -> Generators:
     """The generators of the images at `index`, int64 `(n,)`."""
-    return generators if isinstance(generators, torch.Generator) else [generators[image] for image in index.tolist()]
+    return [generators[image] for image in index.tolist()] if isinstance(generators, Sequence) else generators
 
 
 def draw(distribution: Callable[..., Tensor], like: Tensor, generators: Generators) -> Tensor:
     """Random numbers of the shape of `like`, drawn on the CPU, so that they are the same on every device."""
     if isinstance(generators, torch.Generator):
         drawn = distribution(like.shape, generator=generators)
+    elif isinstance(generators, SharedGenerator):
+        drawn = generators.draw(distribution, like.shape[1:])
     else:
         drawn = torch.stack([distribution(like.shape[1:], generator=generator) for generator in generators])
     return drawn.to(like.device, like.dtype)

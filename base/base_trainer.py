@@ -9,19 +9,22 @@ from time import perf_counter
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, load_weights, publish_copy, save_checkpoint
+from base.checkpoint import LAST, load_weights
 from base.config import Config
 from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.optimization import Schedule
 from base.progress import Progress
+from base.ranks import Share, largest, leave_the_word_to_the_first, quiet, rank, share_of, world_size
+from base.replicas import describe_non_finite, equalise, replicate
+from base.run_checkpoints import RunCheckpoints
 from base.run_folder import describe
-from base.runtime import autocast, get_rng_state, set_rng_state
+from base.runtime import autocast, get_rng_state, seed_global_generators, set_rng_state
 from base.signals import Interrupted, StopSignals
 from base.totals import BatchResult, Totals
 from base.tracking import Tracker, tell
@@ -38,6 +41,8 @@ class BaseTrainer(ABC):
     algorithm of its paper. SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which `resume`
     continues bit for bit (on the same device and library versions). Values of every epoch go to `trackers`, which are set from
     outside.
+
+    Of several processes each trains a copy of the model on its share of every minibatch (see `Share`), and rank 0 writes.
 
     Args:
         config: the resolved config.
@@ -66,12 +71,14 @@ class BaseTrainer(ABC):
     ) -> None:
         self.config = config
         self.model = model
+        self.network: nn.Module = model  # for training passes: behind DistributedDataParallel where there are copies
         self.optimizer = optimizer
         self.schedule = schedule
         self.train_loader = train_loader
         self.validate_model = validate
         self.precision = precision
         self.folder = folder
+        self.checkpoints = RunCheckpoints(folder, config.trainer)
         self.trackers: list[Tracker] = []
         self.metadata = metadata
         self.device = next(model.parameters()).device
@@ -86,8 +93,15 @@ class BaseTrainer(ABC):
         """Train on one minibatch: every forward pass, and `update` for every optimiser step.
 
         `images` float32 `(B, C, H, W)` in `[0, 1]`, `labels` int64 `(B,)`, both on the model's device; the model is in training
-        mode. Returns sums and counts, never means.
+        mode. Losses are reduced by `share(images).mean`. Returns sums and counts, never means.
         """
+
+    def share(self, images: Tensor) -> Share:
+        """This process's part of the minibatch that is being trained on; with one process that is `images`."""
+        if world_size() == 1:
+            return Share(len(images))
+        loader = self.train_loader
+        return share_of(min(loader.batch_size, loader.n_samples - self.progress.batches_done * loader.batch_size))
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step on `loss` (0-dim).
@@ -102,6 +116,7 @@ class BaseTrainer(ABC):
         if not torch.isfinite(loss.detach() + torch.nn.utils.get_total_norm(gradients)):
             raise NonFiniteError(self._describe_non_finite(loss))
         self.optimizer.step()
+        equalise(self.model, statistics_only=True)
         if self.average is not None:
             self.average.update()
 
@@ -116,12 +131,13 @@ class BaseTrainer(ABC):
             Stopped: a signal asked for it; the state is saved.
             NonFiniteError: see `update`; the last saved checkpoint is intact.
         """
+        self.network = replicate(self.model)
         with self.signals.caught():
             if self.progress.epochs_done == 0 and self.progress.batches_done == 0:
-                save_checkpoint(self.folder / LAST, self.checkpoint())  # a run killed in its first epoch can be resumed, too
+                self.checkpoints.save_last(self.checkpoint())  # a run killed in its first epoch can be resumed, too
             while not self.finished:
                 self._finish_epoch({**self._train_epoch(), **self._validated()})
-                if self.signals.asked:
+                if self._asked_to_stop():
                     self._stop()
 
     @property
@@ -143,7 +159,10 @@ class BaseTrainer(ABC):
 
     def _validated(self) -> dict[str, float]:
         """`validate`, which a signal ends at once, as an attack may take longer than a cluster waits. What is saved then is the
-        state after the epoch's last minibatch; a resumed run validates again."""
+        state after the epoch's last minibatch; a resumed run validates again. Several processes finish it, as none can leave
+        alone."""
+        if world_size() > 1:
+            return self.validate()
         try:
             with self.signals.interrupting():
                 return self.validate()
@@ -158,7 +177,7 @@ class BaseTrainer(ABC):
         """Continue from what `method_state` returned."""
 
     def checkpoint(self) -> dict[str, Any]:
-        """Everything `resume` needs, and what a reader needs to use the weights."""
+        """Everything `resume` needs and a reader of the weights, whatever number of processes train. All of them call it."""
         average = {}
         if self.average is not None:
             average = {"ema_state_dict": self.average.model.state_dict(), "ema_updates": self.average.updates}
@@ -175,7 +194,7 @@ class BaseTrainer(ABC):
             "scheduler_type": self.config.lr_scheduler.type,
             "monitor_best": self.progress.best_value,
             "progress": vars(self.progress),
-            "totals": self.totals.state_dict(),
+            "totals": self.totals.over_ranks().state_dict(),
             "method": self.method_state(),
             "rng": get_rng_state(),
         }
@@ -195,27 +214,20 @@ class BaseTrainer(ABC):
             if checkpoint[key] != ours:
                 raise CheckpointError(f"{source}: was trained with {key} {checkpoint[key]}, this config has {ours}")
         progress = Progress(**checkpoint["progress"])
-        self._restore_best(progress, source)
+        self.checkpoints.restore_best(progress, source)
         load_weights(self.model, checkpoint["state_dict"], source)
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.schedule.load_state_dict(checkpoint["scheduler"])
         self.progress = progress
-        self.totals.load_state_dict(checkpoint["totals"], self.device)
+        if rank() == 0:  # they are those of all processes
+            self.totals.load_state_dict(checkpoint["totals"], self.device)
         self.load_method_state(checkpoint.get("method", {}))
         if self.average is not None:
             self.average.load_state_dict(checkpoint["ema_state_dict"], checkpoint["ema_updates"])
-        set_rng_state(checkpoint["rng"])
-
-    def _restore_best(self, progress: Progress, source: Path) -> None:
-        """Make sure that `model_best.pth` is the best model of the run as far as it is resumed."""
-        best = self.folder / BEST
-        if progress.best_epoch is None:
-            return
-        if progress.best_epoch == progress.epochs_done and progress.batches_done == 0:
-            if source.resolve() != best.resolve():
-                publish_copy(source, best)  # it may not have come to that when the run was killed
-        elif not best.is_file() or load_checkpoint(best)["epoch"] != progress.best_epoch:
-            raise CheckpointError(f"{source}: its best model so far is of epoch {progress.best_epoch}, but {best} is not")
+        if rank() == 0:
+            set_rng_state(checkpoint["rng"])
+        else:  # it holds those of rank 0, and copies shall not drop the same units
+            seed_global_generators(self.config.seed, f"training {rank()} {progress.epochs_done} {progress.batches_done}")
 
     def _train_epoch(self) -> dict[str, Any]:
         self.model.train()
@@ -229,23 +241,26 @@ class BaseTrainer(ABC):
             desc=f"epoch {epoch}/{self.config.trainer.epochs}{self._accuracies_so_far()}",
             total=len(self.train_loader),
             initial=progress.batches_done,
-            disable=None,  # quiet when not a terminal
+            disable=quiet(),
             leave=False,
         )
         begin = perf_counter()
         for images, labels in bar:
+            share = self.share(images)
             result = self.train_batch(images, labels)
-            self.totals.add(result)
+            if share.counts:
+                self.totals.add(result)
             self.schedule.step_batch()
             progress.batches_done += 1
-            progress.images_seen += len(images)
+            progress.images_seen += share.total
             if not bar.disable and progress.batches_done % 10 == 0:
                 bar.set_postfix_str(describe(self.totals.means()))
-            if self.signals.asked:
+            if self._asked_to_stop():
                 progress.train_seconds += perf_counter() - begin
                 self._stop()
-        means = self.totals.means()  # reads the device, so the time is that of finished work
+        means = self.totals.over_ranks().means()  # reads the device, so the time is that of finished work
         progress.train_seconds += perf_counter() - begin
+        equalise(self.model, statistics_only=False)
         return {"epoch": epoch, "lr": progress.learning_rate, **means}
 
     def _accuracies_so_far(self) -> str:
@@ -259,35 +274,26 @@ class BaseTrainer(ABC):
         self.schedule.step_epoch(log)
         self.totals = Totals()
         improved = self.progress.finish_epoch(log, self.config.trainer.monitor)
-        self._save(improved)
+        self.checkpoints.save_epoch(self.checkpoint(), self.progress.epochs_done, improved)
         tell(self.trackers, lambda tracker: tracker.log_epoch(log))
         logger.info("%s%s", describe(log), "  (best)" if improved else "")
 
-    def _save(self, improved: bool) -> None:
-        settings = self.config.trainer
-        last = self.folder / LAST
-        save_checkpoint(last, self.checkpoint())
-        if improved:
-            publish_copy(last, self.folder / BEST)
-        if self.progress.epochs_done % settings.save_period == 0:
-            publish_copy(last, self.folder / NUMBERED.format(self.progress.epochs_done))
-        if settings.keep_checkpoints:
-            keep_newest(self.folder, settings.keep_checkpoints, self.progress.epochs_done)
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal has reached any process: all stop after the same minibatch."""
+        asked = largest(self.signals.asked or 0)
+        if asked:  # otherwise one may have come just now, for next time
+            self.signals.asked = asked
+        return asked > 0
 
     def _stop(self) -> NoReturn:
         """Save in the middle of an epoch, or after one, and leave."""
-        save_checkpoint(self.folder / LAST, self.checkpoint())
+        self.checkpoints.save_last(self.checkpoint())
+        leave_the_word_to_the_first()
         done = f"{self.progress.epochs_done} epochs and {self.progress.batches_done} batches"
         name = signal.Signals(self.signals.asked).name
         raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked)
 
     def _describe_non_finite(self, loss: Tensor) -> str:
-        what = "loss" if not torch.isfinite(loss) else "gradient"
-        culprit = ""
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                culprit = f", first in {name}"
-                break
         place = f"epoch {self.progress.epochs_done + 1}, batch {self.progress.batches_done + 1}"
         kept = f"; {self.folder / LAST} is of the last good epoch" if (self.folder / LAST).exists() else ""
-        return f"{place}: the {what} is not finite{culprit}: training stopped before the update{kept}"
+        return f"{place}: {describe_non_finite(self.model, loss)}: training stopped before the update{kept}"

@@ -71,7 +71,7 @@ class DataLoaderArgs(Section):
     data_dir: str | None = None
     """Folder of the data set; DigitsDataLoader needs none."""
     batch_size: Positive = 128
-    """Images in a minibatch."""
+    """Images in a minibatch, over all processes that train together."""
     shuffle: bool = True
     """A new order in every epoch."""
     validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -244,6 +244,8 @@ class SystemConfig(Section):
     """Deterministic algorithms only; an operation without one stops the run."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of torch; null leaves its choice."""
+    sync_bn: bool = False
+    """Where several processes train: batch normalisation by the statistics of all their images instead of each one's own."""
 
 
 class CometConfig(Section):
@@ -266,8 +268,8 @@ class Config(Section):
     """Name of the experiment: a folder in save_dir."""
     seed: Count = 0
     """Seed of everything random."""
-    n_gpu: Annotated[int, Field(ge=0, le=1)] = 1
-    """GPUs to use, where there are any; 0 for the CPU. Several are not supported yet."""
+    n_gpu: Count = 1
+    """GPUs of this machine to train on, where there are any, a process on each; 0 for the CPU. torchrun overrules it."""
     num_classes: Positive | None = None
     """ConvNorm's second place for arch.args.num_classes; both must agree."""
     exper_name: str | None = None

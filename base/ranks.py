@@ -1,12 +1,20 @@
 """Processes that share the work, as torchrun starts them; without torchrun there is one, rank 0 of 1."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from base.errors import ProjectError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -19,27 +27,164 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def started_processes() -> int:
+    """How many processes torchrun has started, whether they have met yet or not; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
-def ranks() -> Iterator[None]:
+def ranks(training: bool = False) -> Iterator[None]:
     """Join the other processes that torchrun has started, for as long as the context lasts.
 
-    Only plain values and tensors on the CPU are exchanged, so gloo serves every device.
+    Plain values and tensors on the CPU are exchanged by gloo, which serves every device; `training` adds NCCL for gradients on
+    CUDA devices.
+
+    Raises:
+        ProjectError: another process has ended in the middle of the work.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started_processes() == 1:
         yield
         return
+    with_cuda = training and torch.cuda.is_available() and dist.is_nccl_available()
     # the first to finish its share waits for the last, however long that takes; torchrun ends all when one dies
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if with_cuda else "gloo", timeout=timedelta(days=7))
+    number = rank()
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ProjectError(f"rank {number}: another process has ended ({_reason(error)}): this one ends, too") from None
+        raise
+    dist.destroy_process_group()  # only after a good end: one that failed has nobody left to take leave of
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: T) -> list[T]:
     """The values of all ranks, in their order, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def largest(number: int) -> int:
+    """The largest of all ranks' numbers, on every rank."""
+    if world_size() == 1:
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, where alone it is called, on every rank; where it raises a `ProjectError` there, the
+    other ranks leave without a word."""
+    if world_size() == 1:
+        return function()
+    failure, value = None, None
+    if rank() == 0:
+        try:
+            value = function()
+        except ProjectError as error:
+            failure = error
+    outcome: list[Any] = [failure is not None, value]
+    dist.broadcast_object_list(outcome)
+    if outcome[0]:
+        leave_the_word_to_the_first()
+        raise failure
+    return outcome[1]
+
+
+def leave_the_word_to_the_first() -> None:
+    """On every rank but 0: end this process quietly, because rank 0 says why all end, and with which exit code.
+
+    The exit code is 0, as torchrun would otherwise end rank 0 in the middle of its sentence.
+    """
+    if rank() > 0:
+        raise SystemExit(0)
+
+
+def quiet() -> bool | None:
+    """tqdm's `disable`: bars are drawn by rank 0, and by it only on a terminal."""
+    return None if rank() == 0 else True
+
+
+@torch.no_grad()
+def take_from_first(tensors: Sequence[Tensor]) -> None:
+    """Overwrite these tensors, which are of the same shapes on every rank, by those of rank 0, in one message per type."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        of_type = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in of_type])
+        dist.broadcast(flat, 0)
+        for tensor, values in zip(of_type, flat.split([tensor.numel() for tensor in of_type]), strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a minibatch that this process computes on: every `processes`-th image from number `rank` on.
+
+    A minibatch with fewer images than processes is computed as a whole by each of them, so that none has nothing to do (and
+    nothing to bring to the statistics of batch normalisation), and counted by rank 0 only. (Synchronised batch normalisation
+    then sees each image several times, which changes nothing but the n / (n - 1) of its running variance.)
+
+    Attributes:
+        total: images in the whole minibatch.
+        rank: of this process.
+        processes: how many there are.
+    """
+
+    total: int
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def copied(self) -> bool:
+        """Whether every process computes the whole minibatch."""
+        return self.total < self.processes
+
+    @property
+    def part(self) -> slice:
+        """The images that this process computes on."""
+        return slice(0, self.total) if self.copied else self.own
+
+    @property
+    def own(self) -> slice:
+        """The images that only this process has; none where there are fewer images than processes before it."""
+        return slice(self.rank, self.total, self.processes)
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this process computes belongs into sums over all processes."""
+        return self.rank == 0 or not self.copied
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """What this process contributes to the minibatch's mean of `losses` `(B,)`: the average over all processes, which
+        DistributedDataParallel takes of its gradients, is the mean over the whole minibatch, however uneven the shares are."""
+        if self.processes == 1 or self.copied:
+            return losses.mean()
+        return losses.sum() * (self.processes / self.total)
+
+
+def share_of(total: int) -> Share:
+    """This process's share of a minibatch of `total` images."""
+    return Share(total, rank(), world_size())
+
+
+@dataclass(frozen=True)
+class SharedGenerator:
+    """Draws for a whole minibatch, from the same state in every process, of which each takes its share's part: the number of
+    processes then changes no draw."""
+
+    generator: torch.Generator
+    share: Share
+
+    def draw(self, distribution: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
+        """`distribution((B, *shape), generator=...)` of the share's images."""
+        return distribution((self.share.total, *shape), generator=self.generator)[self.share.part]
+
+
+def _reason(error: Exception) -> str:
+    """What gloo or NCCL say in their first sentence, without the place in their own code."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\] ", "", line).split(". This")[0].rstrip(".")

@@ -52,15 +52,16 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def choose_device(device: str, n_gpu: int = 1) -> torch.device:
     """The `torch.device` for the config's `system.device` and `n_gpu`.
 
-    `"auto"` takes the first CUDA device (under torchrun each process its own), then Apple's, then the CPU;
-    `n_gpu` 0 asks for the CPU.
+    `"auto"` takes the first CUDA device, then Apple's, then the CPU; `n_gpu` 0 asks for the CPU. Under torchrun each process
+    takes its own CUDA device, for `"cuda"`, too.
 
     Raises:
         ConfigError: the device is named but is not there.
     """
+    own = os.environ.get("LOCAL_RANK")
     if device == "auto":
         if n_gpu > 0 and torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            return torch.device("cuda", int(own or "0") % torch.cuda.device_count())
         if n_gpu > 0 and torch.backends.mps.is_available():
             return torch.device("mps")
         return torch.device("cpu")
@@ -74,7 +75,7 @@ def choose_device(device: str, n_gpu: int = 1) -> torch.device:
         raise ConfigError(f"system.device: {device!r} asked for, but {torch.cuda.device_count()} CUDA devices are visible")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("system.device: 'mps' asked for, but this machine has none")
-    return chosen
+    return torch.device("cuda", int(own) % torch.cuda.device_count()) if device == "cuda" and own else chosen
 
 
 def choose_precision(precision: str, device: torch.device) -> str:

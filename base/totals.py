@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base.ranks import gather, world_size
+
 
 @dataclass(frozen=True)
 class BatchResult:
@@ -35,6 +37,15 @@ class Totals:
             value = value if value.device.type == "mps" else value.double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += result.count
+
+    def over_ranks(self) -> "Totals":
+        """The sums of all ranks, the same on every rank; with one process itself."""
+        if world_size() == 1:
+            return self
+        total = Totals()
+        for sums, count in gather(({name: float(value) for name, value in self.sums.items()}, self.count)):
+            total.add(BatchResult({name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}, count))
+        return total
 
     def means(self) -> dict[str, float]:
         """Every sum over the count; empty before the first batch."""

@@ -1,7 +1,8 @@
 """Random augmentation of whole batches on the device they live on.
 
 Every function is pure: it draws from the CPU generator it is given (so a batch is the same on every device), returns a new
-tensor and leaves its input alone. Images are `(B, C, H, W)`, uint8 in `[0, 255]` or float in `[0, 1]`.
+tensor and leaves its input alone. Images are `(B, C, H, W)`, uint8 in `[0, 255]` or float in `[0, 1]`. Where they are a `share`
+of a minibatch, numbers are drawn for all of it: an image then looks the same whatever the number of processes.
 """
 
 from collections.abc import Sequence
@@ -10,27 +11,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.ranks import Share
+
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 pixels in `[0, 255]` as float32 in `[0, 1]`."""
     return images.to(torch.float32, copy=True).div_(255)
 
 
-def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+def random_crop(images: Tensor, padding: int, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """Pad every side by `padding` zero pixels and cut a window of the original size at a uniformly drawn place, per image."""
     batch, _, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, batch), generator=generator).to(images.device)
+    share = share or Share(batch)
+    places = torch.randint(0, 2 * padding + 1, (2, share.total), generator=generator)
+    top, left = places[:, share.part].to(images.device)
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: every possible window
     return windows[torch.arange(batch, device=images.device), :, top, left]
 
 
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_flip(images: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2."""
-    mirrored = torch.rand(len(images), generator=generator).to(images.device) < 0.5
+    share = share or Share(len(images))
+    mirrored = torch.rand(share.total, generator=generator)[share.part].to(images.device) < 0.5
     return torch.where(mirrored.reshape(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def cutout(images: Tensor, size: int, fill: Sequence[float], generator: torch.Generator) -> Tensor:
+def cutout(images: Tensor, size: int, fill: Sequence[float], generator: torch.Generator, share: Share | None = None) -> Tensor:
     """Overwrite one square of `size` x `size` pixels per image (DeVries and Taylor, arXiv 1708.04552).
 
     The square's centre is uniform over the image, so that near a border only part of it falls inside, as in the paper.
@@ -40,11 +46,14 @@ def cutout(images: Tensor, size: int, fill: Sequence[float], generator: torch.Ge
         size: the square's side in pixels. An odd side is kept; the paper's code rounds it down to an even one.
         fill: one value per channel, in the unit of `images`. The paper writes 0 after normalisation: here, the data mean.
         generator: a CPU generator.
+        share: of the minibatch that `images` are; None where they are all of it.
     """
     batch, _, height, width = images.shape
+    drawn_for = share or Share(batch)
 
     def covered(length: int) -> Tensor:
-        first = torch.randint(0, length, (batch, 1), generator=generator).to(images.device) - size // 2
+        centres = torch.randint(0, length, (drawn_for.total, 1), generator=generator)[drawn_for.part]
+        first = centres.to(images.device) - size // 2
         place = torch.arange(length, device=images.device)
         return (place >= first) & (place < first + size)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
+from base.ranks import Share, rank, share_of, world_size
 from base.runtime import torch_generator
 from data_loader import augment
 from data_loader.images import FileImages, MemoryImages
@@ -36,6 +37,10 @@ class ImageDataLoader(BaseDataLoader):
         in_memory: decode files once, at the first iteration, and keep the pixels.
         device: where the batches shall be.
         test: gives the test loader; None where this is it.
+
+    Attributes:
+        shared_out: where several processes train together: yield this process's share of every batch, see `base.ranks.Share`,
+            instead of the whole. Order and augmentation are those of the whole batch either way. False until it is set.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class ImageDataLoader(BaseDataLoader):
         self._crop_padding, self._flip, self._cutout = crop_padding, flip, cutout
         self._epoch, self._first_batch = 1, 0
         self._test = test
+        self.shared_out = False
 
     @property
     def images(self) -> MemoryImages | FileImages:
@@ -109,21 +115,23 @@ class ImageDataLoader(BaseDataLoader):
             order = torch.randperm(len(self.labels), generator=torch_generator(self._seed, "order", epoch))
         else:
             order = torch.arange(len(self.labels))
-        batches = order.to(self.device).split(self.batch_size)[first_batch : len(self)]
-        numbered = enumerate(zip(batches, self.images.batches(batches), strict=True), start=first_batch)
-        for number, (positions, pixels) in numbered:
+        whole = order.to(self.device).split(self.batch_size)[first_batch : len(self)]
+        shares = [share_of(len(batch)) if self.shared_out else Share(len(batch)) for batch in whole]
+        batches = [batch[share.part] for batch, share in zip(whole, shares, strict=True)]
+        numbered = enumerate(zip(batches, shares, self.images.batches(batches), strict=True), start=first_batch)
+        for number, (positions, share, pixels) in numbered:
             pixels = pixels.to(self.device, non_blocking=True)
-            yield self._augmented(pixels, epoch, number), self.labels[positions]
+            yield self._augmented(pixels, epoch, number, share), self.labels[positions]
 
-    def _augmented(self, pixels: Tensor, epoch: int, number: int) -> Tensor:
+    def _augmented(self, pixels: Tensor, epoch: int, number: int, share: Share) -> Tensor:
         generator = torch_generator(self._seed, "augmentation", epoch, number)
         if self._crop_padding > 0:
-            pixels = augment.random_crop(pixels, self._crop_padding, generator)
+            pixels = augment.random_crop(pixels, self._crop_padding, generator, share)
         if self._flip:
-            pixels = augment.random_flip(pixels, generator)
+            pixels = augment.random_flip(pixels, generator, share)
         images = augment.to_float(pixels)
         if self._cutout > 0:
-            images = augment.cutout(images, self._cutout, self.mean, generator)
+            images = augment.cutout(images, self._cutout, self.mean, generator, share)
         return images
 
     def subset(self, index: Tensor) -> "ImageDataLoader":
@@ -142,6 +150,10 @@ class ImageDataLoader(BaseDataLoader):
         )
         part.positions = self.positions[index.cpu()]
         return part
+
+    def own_part(self) -> "ImageDataLoader":
+        """The images that this process evaluates where several share the work; all of them where there is one."""
+        return self if world_size() == 1 else self.subset(torch.arange(rank(), self.n_samples, world_size()))
 
     def split_validation(self) -> "ImageDataLoader | None":
         return None

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from base.errors import DataError
+from base.ranks import quiet
 
 DECODE_BATCH = 250
 """Images that a worker decodes in one go where no batch size is given."""
@@ -79,7 +80,7 @@ class FileImages:
         """All images decoded, on `device`; shows a progress bar on a terminal."""
         pixels = torch.empty((len(self), *self.shape), dtype=torch.uint8)
         chunks = torch.arange(len(self)).split(DECODE_BATCH)
-        with tqdm(total=len(self), desc="decoding images", unit="image", disable=None, leave=False) as bar:
+        with tqdm(total=len(self), desc="decoding images", unit="image", disable=quiet(), leave=False) as bar:
             for chunk, images in zip(chunks, self.batches(chunks), strict=True):
                 pixels[chunk] = images
                 bar.update(len(chunk))

@@ -286,9 +286,9 @@ def test_what_asks_for_validation_gets_images_for_it(tmp_path, caplog):
     assert "no robust validation: nothing is held out" in (tmp_path / "not" / "info.log").read_text()
 
 
-def test_processes_of_torchrun_are_refused(monkeypatch):
+def test_processes_of_torchrun_must_have_met(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="torchrun: training on several processes is not supported"):
+    with pytest.raises(ConfigError, match=r"torchrun: the processes have not met: train inside `with base.ranks.ranks"):
         Experiment.from_config(config_of())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ASSEMBLING = ("assembly", "experiment", "conclusion", "evaluation", "attack_checkpoint")
+ASSEMBLING = ("assembly", "experiment", "conclusion", "evaluation", "attack_checkpoint", "job")
 """The modules that know every room."""
 
 CODE = ("base", "models", "data_loader", "attacks", "trainer", "studies", "reports")
@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "experiment": {"base", "data_loader", "attacks", "trainer", "assembly", "conclusion"},
     "evaluation": {"base", "data_loader", "attacks", "assembly"},
     "attack_checkpoint": {"base", "data_loader", "attacks", "evaluation"},
-    "script": {"base", "models", "studies", "reports", "experiment", "evaluation", "attack_checkpoint"},
+    "job": {"base", "experiment"},
+    "script": {"base", "models", "studies", "reports", "experiment", "evaluation", "attack_checkpoint", "job"},
 }
 PACKAGES = {
     "base": {"torch", "pydantic", "numpy", "tqdm", "comet_ml"},

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from attacks.attack import frozen
 from attacks.pgd import PGD
-from attacks.threat_model import ThreatModel
-from base.runtime import torch_generator
+from attacks.threat_model import ThreatModel, draw
+from base.ranks import Share, gather, rank, world_size
 from base.totals import BatchResult
 from trainer.evaluate import batch_result
 from trainer.trainer import Trainer
@@ -45,7 +45,8 @@ class FreeTrainer(Trainer):
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
         """`repeats` updates, the perturbation moving with each."""
         images, targets = self.mixed(images, labels)
-        perturbation = self._first_perturbation(images)
+        share = self.share(images)
+        perturbation = self._first_perturbation(images, share)
         results = []
         for _ in range(self.repeats):
             perturbation.requires_grad_()
@@ -53,15 +54,16 @@ class FreeTrainer(Trainer):
             moved = self.threat_model.step(perturbation.detach(), perturbation.grad, self.step_size)
             perturbation = self.threat_model.bound(moved)
         if self.carry:
-            self._keep(perturbation)
+            self._keep(perturbation[share.own] if share.copied else perturbation)
         sums = {name: torch.stack([result.sums[name] for result in results]).sum() for name in results[0].sums}
         return BatchResult(sums, sum(result.count for result in results))
 
-    def _first_perturbation(self, images: Tensor) -> Tensor:
-        if self._perturbation is None:
+    def _first_perturbation(self, images: Tensor, share: Share) -> Tensor:
+        kept = self._of_all_ranks() if share.copied else self._perturbation
+        if kept is None:
             return torch.zeros_like(images)
-        missing = len(images) - len(self._perturbation)  # where a resumed run's first minibatch was an epoch's short last one
-        return F.pad(self._perturbation[: len(images)], (0, 0, 0, 0, 0, 0, 0, max(0, missing)))
+        missing = len(images) - len(kept)  # where a resumed run's first minibatch was an epoch's short last one
+        return F.pad(kept[: len(images)], (0, 0, 0, 0, 0, 0, 0, max(0, missing)))
 
     def _keep(self, perturbation: Tensor) -> None:
         """A short last minibatch changes only as many perturbations as it has images."""
@@ -69,12 +71,26 @@ class FreeTrainer(Trainer):
             perturbation = torch.cat([perturbation, self._perturbation[len(perturbation) :]])
         self._perturbation = perturbation.detach()
 
+    def _of_all_ranks(self) -> Tensor | None:
+        """The perturbations that are carried, in the order of the whole minibatch; None where nothing is."""
+        if world_size() == 1 or not self.carry:
+            return self._perturbation
+        parts = gather(None if self._perturbation is None else self._perturbation.cpu())
+        if parts[0] is None:
+            return None
+        whole = torch.empty((sum(0 if part is None else len(part) for part in parts), *parts[0].shape[1:]))
+        for number, part in enumerate(parts):
+            if part is not None:
+                whole[number :: len(parts)] = part
+        return whole.to(self.device)
+
     def method_state(self) -> dict[str, Any]:
-        return {} if self._perturbation is None else {"perturbation": self._perturbation}
+        kept = self._of_all_ranks()
+        return {} if kept is None else {"perturbation": kept}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         kept = state.get("perturbation")
-        self._perturbation = None if kept is None else kept.to(self.device)
+        self._perturbation = None if kept is None else kept[rank() :: world_size()].to(self.device)
 
 
 class AdversarialTrainer(Trainer):
@@ -100,7 +116,7 @@ class AdversarialTrainer(Trainer):
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
         """Attack the minibatch, then one update on what came of it."""
         images, targets = self.mixed(images, labels)
-        generator = torch_generator(self.config.seed, "training attack", *self.minibatch)
+        generator = self.generator("training attack", images)
         with self.attacking():
             attacked = self.attack.perturb(self.model, images, targets, generator)
         return self.train_on(attacked, targets)
@@ -136,18 +152,17 @@ class TradesTrainer(AdversarialTrainer):
         images, targets = self.mixed(images, labels)
         attacked = self._attacked(images)
         with self.autocast():
-            logits, attacked_logits = self.model(images), self.model(attacked)
+            logits, attacked_logits = self.network(images), self.network(attacked)
         log_clean, log_attacked = F.log_softmax(logits.float(), dim=1), F.log_softmax(attacked_logits.float(), dim=1)
         divergence = F.kl_div(log_attacked, log_clean, reduction="none", log_target=True).sum(dim=1)
         losses = self.loss(logits, targets) + self.beta * divergence
-        self.update(self.penalised(losses.mean()))
+        self.update(self.penalised(self.share(images).mean(losses)))
         clean = batch_result(losses, logits, targets, self.metrics)
         robust = {f"robust_{name}": metric(attacked_logits.detach(), targets) for name, metric in self.metrics.items()}
         return BatchResult({**clean.sums, **robust}, clean.count)
 
     def _attacked(self, images: Tensor) -> Tensor:
-        generator = torch_generator(self.config.seed, "training attack", *self.minibatch)
-        noise = self.START_STD * torch.randn(images.shape, generator=generator).to(images.device)
+        noise = self.START_STD * draw(torch.randn, images, self.generator("training attack", images))
         with self.attacking():
             with torch.no_grad():
                 predictions = self.model(images).float().softmax(dim=1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
+from base.ranks import quiet
 from base.totals import BatchResult, Totals
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -33,7 +34,8 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     description: str = "evaluating",
 ) -> dict[str, float]:
-    """The mean loss and metrics over every sample of `loader`, as fractions.
+    """The mean loss and metrics over every sample of `loader`, as fractions; with several processes over every sample of every
+    process's `loader`, which is the part of the images that it evaluates.
 
     Where the loader's labels carry noise, `clean_` values against the labels before the noise stand beside those against the
     noisy ones. The model is put in evaluation mode and restored; no generator is drawn from, so evaluating does not disturb
@@ -44,7 +46,7 @@ def evaluate(
     totals, clean_totals = Totals(), Totals()
     seen = 0
     try:
-        for images, labels in tqdm(loader, desc=description, disable=None, leave=False):
+        for images, labels in tqdm(loader, desc=description, disable=quiet(), leave=False):
             with autocast():
                 logits = model(images)
             totals.add(batch_result(loss(logits, labels), logits, labels, metrics))
@@ -54,4 +56,5 @@ def evaluate(
             seen += len(labels)
     finally:
         model.train(was_training)
-    return totals.means() | {f"clean_{name}": value for name, value in clean_totals.means().items()}
+    clean_means = clean_totals.over_ranks().means()
+    return totals.over_ranks().means() | {f"clean_{name}": value for name, value in clean_means.items()}

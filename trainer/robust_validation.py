@@ -5,8 +5,9 @@ import logging
 from torch import nn
 
 from attacks.attack import Attack
-from attacks.robustness import Autocast, attack_loader
+from attacks.robustness import Autocast, Verdicts, attack_loader
 from base.base_data_loader import BaseDataLoader
+from base.ranks import gather
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +20,16 @@ class RobustValidation:
     the model then resists the single step it was trained with, while PGD breaks it.
 
     Args:
-        loader: the images, neither shuffled nor augmented.
+        loader: the images, neither shuffled nor augmented; with several processes this one's part of them.
         attack: PGD; its accuracy is `robust_top1`.
         fgsm: FGSM, where the training method is fast FGSM training; None otherwise.
         period: epochs from one attack to the next.
         epochs: number of the last epoch.
         seed: of the starting points.
         autocast: context of the attack's forward passes.
+
+    Attributes:
+        n_samples: the images that all processes attack together.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class RobustValidation:
         self.epochs = epochs
         self.seed = seed
         self.autocast = autocast
+        self.n_samples = sum(gather(loader.n_samples))
 
     def __call__(self, model: nn.Module, epoch: int) -> dict[str, float]:
         if epoch % self.period and epoch != self.epochs:
@@ -64,7 +69,7 @@ class RobustValidation:
 
     def _accuracy(self, model: nn.Module, attack: Attack) -> float:
         options = {"seed": self.seed, "autocast": self.autocast, "description": f"validating under {type(attack).__name__}"}
-        return attack_loader(model, self.loader, attack, **options).accuracy("robust_top1")
+        return Verdicts.joined(gather(attack_loader(model, self.loader, attack, **options))).accuracy("robust_top1")
 
 
 def has_overfitted(values: dict[str, float], num_classes: int) -> bool:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.base_trainer import BaseTrainer
+from base.ranks import SharedGenerator
 from base.runtime import numpy_generator, torch_generator
 from base.totals import BatchResult
 from trainer.evaluate import Loss, Metric, batch_result
@@ -43,9 +44,9 @@ class Trainer(BaseTrainer):
     def train_on(self, images: Tensor, targets: Tensor) -> BatchResult:
         """One forward pass and one update on these images; `targets` are labels `(B,)` or class probabilities `(B, C)`."""
         with self.autocast():
-            logits = self.model(images)
+            logits = self.network(images)
         losses = self.loss(logits, targets)
-        self.update(self.penalised(losses.mean()))
+        self.update(self.penalised(self.share(images).mean(losses)))
         return batch_result(losses, logits, targets, self.metrics)
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +55,9 @@ class Trainer(BaseTrainer):
 
         Returns images and class probabilities `(B, C)`; without mixup, images and labels `(B,)` as they came. As cross entropy
         is linear in the probabilities, it is that of both labels with their weights, in training and inside every attack.
+
+        An image's partner may be any of the minibatch: where several processes train, mixup is given the whole minibatch and
+        returns the share of this one.
         """
         alpha = self.config.augmentation.mixup_alpha
         if alpha == 0:
@@ -62,12 +66,19 @@ class Trainer(BaseTrainer):
         weight = float(numpy_generator(self.config.seed, *key).beta(alpha, alpha))
         partner = torch.randperm(len(labels), generator=torch_generator(self.config.seed, *key)).to(labels.device)
         targets = F.one_hot(labels, self.train_loader.num_classes).to(images.dtype)
-        return torch.lerp(images[partner], images, weight), torch.lerp(targets[partner], targets, weight)
+        part = self.share(images).part
+        own = partner[part]
+        return torch.lerp(images[own], images[part], weight), torch.lerp(targets[own], targets[part], weight)
 
     @property
     def minibatch(self) -> tuple[int, int]:
         """Epoch and number of the minibatch that is being trained on, from which its random draws are derived."""
         return self.progress.epochs_done + 1, self.progress.batches_done
+
+    def generator(self, purpose: str, images: Tensor) -> torch.Generator | SharedGenerator:
+        """Where this minibatch's random numbers for `purpose` come from; they do not depend on the number of processes."""
+        generator, share = torch_generator(self.config.seed, purpose, *self.minibatch), self.share(images)
+        return generator if share.processes == 1 else SharedGenerator(generator, share)
 
     def penalised(self, loss: Tensor) -> Tensor:
         """The loss with the penalty on the weights, if there is one."""

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from base.ranks import Share
 from data_loader import augment
 
 
@@ -69,3 +70,16 @@ def test_inputs_are_left_alone_and_draws_repeat(images):
         assert not torch.equal(function(generator(1)), function(generator(2)))
     augment.to_float(images)
     assert torch.equal(images, before)
+
+
+def test_shares_of_a_minibatch_look_as_in_the_whole():
+    images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
+    for augmented in (
+        lambda pixels, share: augment.random_crop(pixels, 2, generator(), share),
+        lambda pixels, share: augment.random_flip(pixels, generator(), share),
+        lambda pixels, share: augment.cutout(augment.to_float(pixels), 3, (0.1, 0.2, 0.3), generator(), share),
+    ):
+        whole = augmented(images, None)
+        assert not torch.equal(whole, images)
+        for share in (Share(7, 0, 2), Share(7, 1, 2), Share(7, 2, 9)):
+            assert torch.equal(augmented(images[share.part], share), whole[share.part])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import base.base_trainer as base_trainer_module
+import base.run_checkpoints as run_checkpoints_module
 import models.layers  # noqa: F401 - fills the layer tables
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
@@ -177,7 +177,7 @@ def test_epochs_without_the_monitored_value_are_neither_better_nor_worse(tmp_pat
 
 def test_a_kill_between_saving_last_and_best_loses_nothing(tmp_path, monkeypatch):
     trainer = build(tmp_path, validate=scripted([0.1, 0.5]))
-    publish, calls = base_trainer_module.publish_copy, []
+    publish, calls = run_checkpoints_module.publish_copy, []
 
     def killed_the_second_time(source, target):
         calls.append(target.name)
@@ -186,7 +186,7 @@ def test_a_kill_between_saving_last_and_best_loses_nothing(tmp_path, monkeypatch
         publish(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(base_trainer_module, "publish_copy", killed_the_second_time)
+        patched.setattr(run_checkpoints_module, "publish_copy", killed_the_second_time)
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 1
@@ -254,7 +254,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
             return super().forward(images)
 
     trainer = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
-    trainer.model = Recorder()
+    trainer.model = trainer.network = Recorder()
     images, labels = next(iter(TinyLoader()))
     result = trainer.train_batch(images, labels)
     # find weight and partners from what the model saw: x' = w x + (1 - w) x[p]

@@ -1,0 +1,54 @@
+"""One model in several processes: how its copies are trained together and kept equal."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from base.ranks import take_from_first, world_size
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """`model` behind DistributedDataParallel, which averages gradients over all processes in every backward pass; with one
+    process `model` itself. All copies begin with the weights of rank 0.
+
+    Buffers are not its business (see `equalise`): it would send them before every forward pass, also between the two of TRADES,
+    whose first then has no backward pass any more.
+    """
+    if world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    index = [device] if device.type == "cuda" else None
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # its name until torch 2.14
+    return DistributedDataParallel(model, device_ids=index, **{buffers: False})
+
+
+def equalise(model: nn.Module, *, statistics_only: bool) -> None:
+    """Give every process the buffers of rank 0's copy.
+
+    With `statistics_only` just the running statistics of batch normalisation, which come from different images in every process
+    and are therefore sent after every update. All other buffers (ConvNorm's spectrum, singular vectors) are functions of the
+    weights, so that equal copies compute the same; on a GPU up to rounding, and once in an epoch is enough.
+    """
+    if world_size() == 1:
+        return
+    tensors = running_statistics(model) if statistics_only else [buffer for buffer in model.buffers() if buffer.numel()]
+    take_from_first(tensors)
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of a model's batch normalisation."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+
+
+def describe_non_finite(model: nn.Module, loss: Tensor) -> str:
+    """Whether the loss is infinite or NaN, or else which parameter's gradient is."""
+    what = "the loss is not finite" if not torch.isfinite(loss) else "the gradient is not finite"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"{what}, first in {name}"
+    return what

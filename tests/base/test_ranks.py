@@ -1,0 +1,46 @@
+"""How a minibatch is shared out: every image once, the same numbers drawn, the mean of the whole."""
+
+import pytest
+import torch
+
+from base.ranks import Share, SharedGenerator, from_first, gather, largest, ranks, share_of
+
+
+def shares(total, processes):
+    return [Share(total, rank, processes) for rank in range(processes)]
+
+
+@pytest.mark.parametrize(("total", "processes"), [(9, 2), (8, 2), (7, 3), (3, 3), (5, 1)])
+def test_every_image_is_computed_once_and_the_gradients_average_is_that_of_the_mean(total, processes):
+    images = torch.arange(total)
+    parts = [images[share.part] for share in shares(total, processes)]
+    assert sorted(torch.cat(parts).tolist()) == images.tolist()
+    assert all(share.counts and len(part) for share, part in zip(shares(total, processes), parts, strict=True))
+    losses = torch.rand(total, dtype=torch.float64)
+    averaged = sum(share.mean(losses[share.part]) for share in shares(total, processes)) / processes
+    assert float(averaged) == pytest.approx(float(losses.mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_fewer_images_than_processes_are_computed_by_all_and_counted_by_one(total):
+    losses = torch.rand(total)
+    for share in shares(total, 3):
+        assert share.copied
+        assert torch.equal(losses[share.part], losses)
+        assert float(share.mean(losses)) == float(losses.mean())
+        assert share.counts == (share.rank == 0)
+    own = torch.cat([torch.arange(total)[share.own] for share in shares(total, 3)])
+    assert own.tolist() == list(range(total)), "what is carried on has one owner"
+
+
+def test_draws_do_not_depend_on_the_number_of_processes():
+    whole = torch.randn(7, 2, generator=torch.Generator().manual_seed(1))
+    for share in shares(7, 3):
+        drawn = SharedGenerator(torch.Generator().manual_seed(1), share).draw(torch.randn, (2,))
+        assert torch.equal(drawn, whole[share.part])
+
+
+def test_one_process_has_all_and_says_what_it_says():
+    with ranks(training=True):
+        assert share_of(5) == Share(5, 0, 1)
+        assert (gather("a"), largest(3), from_first(lambda: 7)) == (["a"], 3, 7)

@@ -1,0 +1,264 @@
+"""Training in two processes equals training in one; what dies, stops, is resumed and is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import assembly
+from base.base_data_loader import BaseDataLoader
+from base.base_trainer import BaseTrainer
+from base.checkpoint import load_checkpoint
+from base.config_files import merge, validate
+from base.errors import ConfigError, Stopped
+from base.launch import refuse_missing_devices
+from base.ranks import rank, world_size
+from experiment import Experiment
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+CPU = {"system": {"device": "cpu", "num_threads": 1}}
+NETWORK = {"type": "wide_resnet", "args": {"norm_layer_type": "gn", "depth": 10, "widen_factor": 1}}
+TINY = {
+    **CPU,
+    "seed": 3,
+    "arch": {"type": "simpleCNN", "args": {"norm_layer_type": "gn"}},
+    # minibatches of 37, 37 and 1: uneven shares, and one with fewer images than processes
+    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 37, "validation_split": 0.1}},
+    "optimizer": {"type": "SGD", "args": {"lr": 0.02, "momentum": 0.9}},
+    "trainer": {"epochs": 2, "verbosity": 0, "subset_percent": 0.052},
+}
+SYNCHRONISED = {"arch": {"args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}}, "system": {"sync_bn": True}}
+ATTACKED = {"steps": 2, "validate_images": 21, "report_images": 21}
+METHODS = {
+    "standard": {"augmentation": {"cutout": 4}},
+    "mixup": {"augmentation": {"mixup_alpha": 0.5}, "trainer": {"OCNN": True, "ema_decay": 0.9}},
+    "pgd": merge(
+        SYNCHRONISED,
+        {
+            "adversarial": {"method": "pgd", "restarts": 2, **ATTACKED},
+            "trainer": {"ema_decay": 0.9},
+            "data_loader": {"args": {"batch_size": 36}},  # and 36 and 3
+        },
+    ),
+    "free": {"adversarial": {"method": "free", "noise": "carry", **ATTACKED}, "trainer": {"adv_repeats": 2}},
+    "trades": {"adversarial": {"method": "trades", **ATTACKED}},
+}
+
+
+@contextmanager
+def double_precision():
+    """In single precision one rounding error may turn a maximum or the sign of a gradient to the other side, and two runs of
+    the same algorithm part."""
+    build = assembly.build_experiment_model
+    assembly.build_experiment_model = lambda *arguments: build(*arguments).double()
+    try:
+        yield
+    finally:
+        assembly.build_experiment_model = build
+
+
+def train_all(folder):
+    """Every method; where there are two processes, one more run is stopped in the middle of its second epoch."""
+    with double_precision():
+        for name, settings in METHODS.items():
+            Experiment.from_config(validate(merge(TINY, settings))).run(str(folder / name))
+        if world_size() == 2:
+            stop_in_the_middle(validate(merge(TINY, METHODS["free"])), folder / "stopped")
+
+
+def stop_in_the_middle(config, folder):
+    """A signal reaches the second process only, at the fourth minibatch."""
+    update, count = BaseTrainer.update, 0
+
+    def counted(self, loss):
+        nonlocal count
+        update(self, loss)
+        count += 1
+        if count == 8 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    BaseTrainer.update = counted
+    try:
+        with pytest.raises(Stopped if rank() == 0 else SystemExit):
+            Experiment.from_config(config).run(str(folder))
+    finally:
+        BaseTrainer.update = update
+    assert count == 8, "both stop after the same minibatch"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folders of the same runs in one and in two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    script = (
+        "import sys, pathlib; from base.ranks import ranks; from tests.test_distributed import train_all\n"
+        "with ranks(training=True): train_all(pathlib.Path(sys.argv[1]))\n"
+    )
+    (folder / "train_all.py").write_text(script)
+    words = [*TORCHRUN, str(folder / "train_all.py"), str(folder / "two")]
+    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    train_all(folder / "one")
+    return folder
+
+
+def logs(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest_difference(first, second, key="state_dict"):
+    ours, theirs = load_checkpoint(first)[key], load_checkpoint(second)[key]
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(runs, method):
+    one, two = runs / "one" / method, runs / "two" / method
+    for ours, theirs in zip(logs(one), logs(two), strict=True):
+        assert theirs == pytest.approx(ours, abs=1e-5)
+    assert largest_difference(one / "model_last.pth", two / "model_last.pth") < 1e-5
+    if "ema_decay" in METHODS[method].get("trainer", {}):
+        assert largest_difference(one / "model_last.pth", two / "model_last.pth", "ema_state_dict") < 1e-5
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    for name in ("train_seconds", "images_per_second"):
+        assert all(result.pop(name) > 0 for result in results)
+    assert results[1] == pytest.approx(results[0], abs=1e-5)
+
+
+def test_the_comparison_can_fail(runs):
+    assert largest_difference(runs / "one" / "standard" / "model_last.pth", runs / "two" / "trades" / "model_last.pth") > 1e-3
+
+
+def test_what_a_checkpoint_holds_does_not_depend_on_the_number_of_processes(runs):
+    one, two = (load_checkpoint(runs / name / "free" / "model_last.pth") for name in ("one", "two"))
+    assert torch.equal(one["method"]["perturbation"], two["method"]["perturbation"])
+    assert len(one["method"]["perturbation"]) == 37
+    assert one["progress"]["images_seen"] == two["progress"]["images_seen"] == 2 * 75
+
+
+def test_a_run_stopped_in_two_processes_goes_on_in_one(runs):
+    progress = load_checkpoint(runs / "two" / "stopped" / "model_last.pth")["progress"]
+    assert (progress["epochs_done"], progress["batches_done"]) == (1, 1)
+    with double_precision():
+        Experiment.resume(str(runs / "two" / "stopped"))
+    for ours, theirs in zip(logs(runs / "two" / "stopped"), logs(runs / "one" / "free"), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert largest_difference(runs / "two" / "stopped" / "model_last.pth", runs / "one" / "free" / "model_last.pth") < 1e-5
+
+
+def config_file(folder):
+    tree = merge(TINY, {"arch": NETWORK, "trainer": {"epochs": 6, "verbosity": 1}})
+    (folder / "config.json").write_text(json.dumps(tree))
+    return folder / "config.json"
+
+
+def start(words, run, epochs):
+    """Start a job and wait until `epochs` epochs are logged."""
+    words = [*map(str, words), "--run_dir", str(run)]
+    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and len(logs(run)) >= epochs):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the job hangs"
+        time.sleep(0.02)
+    return process
+
+
+def processes_of(launcher):
+    """The process ids of torchrun's processes, by rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        for variable in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            if variable.startswith(b"RANK="):
+                found[int(variable.removeprefix(b"RANK="))] = int(child)
+    return found
+
+
+def test_n_gpu_starts_processes_that_stop_together(tmp_path):
+    words = [sys.executable, ROOT / "train.py", "-c", config_file(tmp_path), "--set", "n_gpu=2"]
+    process = start(words, tmp_path / "run", epochs=1)
+    assert sorted(processes_of(process.pid)) == [0, 1]
+    os.kill(processes_of(process.pid)[1], signal.SIGTERM)  # not to the one that writes
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert errors.count("stopped by SIGTERM after") == 1
+    assert output.count("epoch 1 ") == 1, "one process reports"
+    assert 1 <= len(logs(tmp_path / "run")) < 6
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_dead_process_ends_all_and_a_restart_goes_on(tmp_path, restarts):
+    words = [*TORCHRUN, "--max-restarts", restarts, ROOT / "train.py", "-c", config_file(tmp_path)]
+    process = start(words, tmp_path / "run", epochs=1)
+    os.kill(processes_of(process.pid)[1], signal.SIGKILL)
+    begin = time.monotonic()
+    output, errors = process.communicate(timeout=120)
+    if restarts:
+        assert process.returncode == 0, errors
+        assert "resumed after" in output
+        assert [log["epoch"] for log in logs(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 6
+    else:
+        assert time.monotonic() - begin < 30
+        assert process.returncode != 0
+        assert "exitcode: -9" in errors.replace("  : ", ": ")
+        assert len(logs(tmp_path / "run")) < 6
+
+
+def test_what_cannot_be_shared_out_is_refused(monkeypatch):
+    monkeypatch.setattr(assembly, "world_size", lambda: 40)
+    loader = BaseDataLoader.__new__(type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__)))
+    loader.batch_size, loader.n_samples = 64, 64
+    few = BaseDataLoader.__new__(type(loader))
+    few.n_samples = 39
+    attacked = validate(merge(TINY, {"adversarial": {"method": "pgd", **ATTACKED}}))
+    reported = validate(merge(TINY, {"adversarial": {"method": "none", **ATTACKED, "validate_every": 0}}))
+    for config, loaders, message in (
+        (validate(TINY), (loader, few, loader), "the validation set: 39 images cannot be shared out over 40 processes"),
+        (validate(TINY), (loader, None, few), "the test set: 39 images"),
+        (attacked, (loader, loader, loader), "adversarial.validate_images: 21 images"),
+        (reported, (loader, None, loader), "adversarial.report_images: 21 images"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            assembly.refuse_too_few_images(config, *loaders)
+    loader.batch_size = 39
+    with pytest.raises(ConfigError, match=r"data_loader.args.batch_size: 39 images"):
+        assembly.refuse_too_few_images(validate(TINY), loader, None, loader)
+
+
+@pytest.mark.parametrize(("device", "visible"), [("auto", 0), ("auto", 2), ("cuda", 2)])
+def test_more_processes_than_devices_are_refused(monkeypatch, device, visible):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    config = validate(merge(TINY, {"n_gpu": 3, "system": {"device": device}}))
+    with pytest.raises(ConfigError, match=f"n_gpu: asks for 3 processes, but {visible} CUDA devices are visible"):
+        refuse_missing_devices(config, 3, "n_gpu")
+    refuse_missing_devices(validate(merge(TINY, {"n_gpu": 3})), 3, "n_gpu")  # on the CPU, as the config says
+    refuse_missing_devices(config, visible, "torchrun")
+
+
+def test_one_device_is_not_enough_for_two(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = validate(merge(TINY, {"n_gpu": 2, "system": {"device": "cuda:1"}}))
+    with pytest.raises(ConfigError, match="system.device: cuda:1 is one device, n_gpu asks for 2 processes"):
+        refuse_missing_devices(config, 2, "n_gpu")
+
+
+def test_every_process_takes_its_own_device(monkeypatch):
+    from base.runtime import choose_device
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
