@@ -60,7 +60,7 @@ def refuse_missing_devices(config: Config, processes: int, key: str) -> None:
 def own_device(config: Config) -> torch.device:
     """The device of this process, which CUDA then takes for the current one."""
     if world_size() > 1:
-        refuse_missing_devices(config, int(os.environ["LOCAL_WORLD_SIZE"]), "torchrun")
+        refuse_missing_devices(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "torchrun")
     device = choose_device(config.system.device, config.n_gpu)
     if device.type == "cuda" and world_size() > 1:
         torch.cuda.set_device(device)

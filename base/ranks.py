@@ -1,7 +1,9 @@
 """Processes that share the work, as torchrun starts them; without torchrun there is one, rank 0 of 1."""
 
+import gc
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +57,21 @@ def ranks(training: bool = False) -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ProjectError(f"rank {number}: another process has ended ({_reason(error)}): this one ends, too") from None
         raise
-    dist.destroy_process_group()  # only after a good end: one that failed has nobody left to take leave of
+    except SystemExit as leaving:  # see `leave_the_word_to_the_first`; at once, as the group's threads may abort a slow goodbye
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(leaving.code or 0))
+    except ProjectError:
+        if not with_cuda:  # NCCL would wait for the others
+            _part()
+        raise
+    gather(None)
+    _part()
+
+
+def _part() -> None:
+    gc.collect()  # models in reference cycles hold on to the group
+    dist.destroy_process_group()
 
 
 def gather(value: T) -> list[T]:

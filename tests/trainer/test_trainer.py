@@ -279,7 +279,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
     right = [(logits.argmax(1) == labels[chosen]).float() for chosen in ([0, 1, 2, 3], partners)]
     torch.testing.assert_close(result.sums["top1"], (weight * right[0] + (1 - weight) * right[1]).sum())
     again = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
-    again.model = Recorder()
+    again.model = again.network = Recorder()
     again.train_batch(images, labels)
     assert torch.equal(seen[0], seen[1]), "the draw is a function of seed, epoch and batch"
 
