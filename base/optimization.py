@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
-from base.config import OptimizerConfig, SchedulerConfig
+from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
 from base.registry import did_you_mean, lookup
 

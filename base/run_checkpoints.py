@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, publish_copy, save_checkpoint
-from base.config import TrainerConfig
+from base.config_training import TrainerConfig
 from base.errors import CheckpointError
 from base.progress import Progress
 from base.ranks import rank

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from base.checkpoint import load_checkpoint, save_checkpoint
-from base.config import OptimizerConfig, SchedulerConfig
+from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
 from base.optimization import OPTIMIZERS, SCHEDULERS, UNUSABLE, Schedule, build_optimizer, check_optimization, spans_whole_run
 
