@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from time import sleep
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -48,9 +50,15 @@ def ranks(training: bool = False) -> Iterator[None]:
         yield
         return
     with_cuda = training and torch.cuda.is_available() and dist.is_nccl_available()
+    store, number, size = next(dist.rendezvous("env://"))
     # the first to finish its share waits for the last, however long that takes; torchrun ends all when one dies
-    dist.init_process_group("cpu:gloo,cuda:nccl" if with_cuda else "gloo", timeout=timedelta(days=7))
-    number = rank()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if with_cuda else "gloo",
+        store=_meet(store, number, size),
+        rank=number,
+        world_size=size,
+        timeout=timedelta(days=7),
+    )
     try:
         yield
     except RuntimeError as error:
@@ -72,6 +80,28 @@ def ranks(training: bool = False) -> Iterator[None]:
 def _part() -> None:
     gc.collect()  # models in reference cycles hold on to the group
     dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, number: int, size: int) -> dist.Store:
+    """A part of `store` that nobody has written to before.
+
+    torchrun keeps its store when it starts processes anew (`--max-restarts`), with the addresses of those that died, and a
+    process that reads before the new address is written would call a dead one. So all agree on a fresh name first: each asks
+    with a token of its own, and rank 0 answers, perhaps the tokens of the dead, too, until all have taken up its name.
+    """
+    if number > 0:
+        token = uuid4().hex
+        store.set(f"asks {number}", token)
+        name = store.get(f"answer {token}").decode()
+        store.set(f"{name} {number}", "")
+        return dist.PrefixStore(name, store)
+    name = uuid4().hex
+    while not all(store.check([f"{name} {other}"]) for other in range(1, size)):
+        for other in range(1, size):
+            if store.check([f"asks {other}"]):
+                store.set(f"answer {store.get(f'asks {other}').decode()}", name)
+        sleep(0.05)
+    return dist.PrefixStore(name, store)
 
 
 def gather(value: T) -> list[T]:

@@ -196,16 +196,23 @@ def test_n_gpu_starts_processes_that_stop_together(tmp_path):
     assert 1 <= len(logs(tmp_path / "run")) < 6
 
 
-def test_a_dead_process_ends_all(tmp_path):
-    words = [*TORCHRUN, "--max-restarts", 0, ROOT / "train.py", "-c", config_file(tmp_path)]
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_dead_process_ends_all_and_a_restart_goes_on(tmp_path, restarts):
+    words = [*TORCHRUN, "--max-restarts", restarts, ROOT / "train.py", "-c", config_file(tmp_path)]
     process = start(words, tmp_path / "run", epochs=1)
     os.kill(processes_of(process.pid)[1], signal.SIGKILL)
     begin = time.monotonic()
-    _, errors = process.communicate(timeout=120)
-    assert time.monotonic() - begin < 30
-    assert process.returncode != 0
-    assert "exitcode: -9" in errors.replace("  : ", ": ")
-    assert len(logs(tmp_path / "run")) < 6
+    output, errors = process.communicate(timeout=120)
+    if restarts:
+        assert process.returncode == 0, errors
+        assert "resumed after" in output
+        assert [log["epoch"] for log in logs(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 6
+    else:
+        assert time.monotonic() - begin < 30
+        assert process.returncode != 0
+        assert "exitcode: -9" in errors.replace("  : ", ": ")
+        assert len(logs(tmp_path / "run")) < 6
 
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch):

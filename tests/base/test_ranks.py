@@ -1,9 +1,12 @@
 """How a minibatch is shared out: every image once, the same numbers drawn, the mean of the whole."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from base.ranks import Share, SharedGenerator, from_first, gather, largest, ranks, share_of
+from base.ranks import Share, SharedGenerator, _meet, from_first, gather, largest, ranks, share_of
 
 
 def shares(total, processes):
@@ -44,3 +47,18 @@ def test_one_process_has_all_and_says_what_it_says():
     with ranks(training=True):
         assert share_of(5) == Share(5, 0, 1)
         assert (gather("a"), largest(3), from_first(lambda: 7)) == (["a"], 3, 7)
+
+
+def test_processes_meet_although_the_store_holds_what_dead_ones_said():
+    store = dist.HashStore()
+    store.set("asks 1", "token of a dead process")
+    store.set("asks 2", "token of another")
+    with ThreadPoolExecutor(3) as pool:
+        # the first comes first and finds only the words of the dead
+        met = [pool.submit(_meet, store, number, 3) for number in range(3)]
+        parts = [part.result(timeout=20) for part in met]
+    parts[0].set("key", "new")
+    assert [part.get("key") for part in parts] == [b"new"] * 3
+    with ThreadPoolExecutor(3) as pool:
+        again = [part.result(timeout=20) for part in [pool.submit(_meet, store, number, 3) for number in range(3)]]
+    assert not again[1].check(["key"]), "the next attempt has a part of its own"
