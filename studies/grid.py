@@ -153,22 +153,14 @@ def plan(path: Path, names: Sequence[str] = (), seeds: Sequence[int] = (), save_
             raise ConfigError(
                 f"{path}: no variant {name!r}{did_you_mean(name, list(variants))} (it has: {', '.join(variants)})"
             )
-    runs: dict[Path, Run] = {}
+    runs: dict[str, Run] = {}
     for name in dict.fromkeys(names or variants):
         file, settings = variants[name]
         for seed in dict.fromkeys(seeds or grid.seeds):
             run = _run(path, name, seed, file, settings, save_dir)
-            twin = next(
-                (
-                    other
-                    for other in runs.values()
-                    if other.folder.name.rpartition("_")[2] == run.folder.name.rpartition("_")[2]
-                ),
-                None,
-            )
-            if twin is not None:
+            twin = runs.setdefault(identity(run.config), run)
+            if twin is not run:
                 raise ConfigError(f"{path}: {twin.variant} and {run.variant} are the same config: one name is enough")
-            runs[run.folder] = run
     return list(runs.values())
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from shutil import get_terminal_size
 from time import monotonic, sleep
 
 from base.errors import ConfigError, Stopped
@@ -40,7 +41,7 @@ class Study:
         Raises:
             Stopped: a signal came; the runs have saved and left, and the same call continues them.
         """
-        screen = _Screen(len(self.runs))
+        screen = _Screen()
         with self.signals.caught():
             while self.waiting or self.working:
                 while self.waiting and len(self.working) < self.jobs and not self.signals.asked:
@@ -94,25 +95,30 @@ class Study:
 class _Screen:
     """Shows a table over and over: in a terminal in place, elsewhere only the lines that have a new state."""
 
-    def __init__(self, lines: int) -> None:
-        self.lines = lines + 1
+    def __init__(self) -> None:
         self.shown: set[str] = set()
-        self.drawn = False
+        self.drawn = 0
 
     def show(self, text: str) -> None:
         if sys.stdout.isatty():
-            up = f"\x1b[{self.lines}A" if self.drawn else ""
-            print(up + "\n".join(f"\x1b[2K{line}" for line in text.splitlines()), flush=True)
-            self.drawn = True
+            self._draw(text.splitlines())
             return
         for line in text.splitlines():
-            words = line.split("  ")
-            key = "  ".join(words[:1]) + next(
-                (state for state in (FINISHED, FAILED, RUNNING, BROKEN, NEW) if f"  {state}" in line), ""
-            )
+            state = next((state for state in (FINISHED, FAILED, RUNNING, BROKEN, NEW) if f"  {state}" in line), "")
+            key = f"{line.split('  ')[0]} {state}"
             if key not in self.shown:
                 self.shown.add(key)
                 print(line, flush=True)
+
+    def _draw(self, lines: list[str]) -> None:
+        """Over what was drawn before; of a table that is higher than the terminal only the runs at work."""
+        if len(lines) >= get_terminal_size().lines:
+            working = [line for line in lines[1:] if f"  {RUNNING}" in line]
+            finished = sum(f"  {FINISHED}" in line for line in lines)
+            lines = [lines[0], *working, f"{len(lines) - 1} runs, {finished} finished"]
+        up = f"\x1b[{self.drawn}A\x1b[J" if self.drawn else ""
+        print(up + "\n".join(lines), flush=True)
+        self.drawn = len(lines)
 
 
 def _last_line(run: Run) -> str:
