@@ -53,6 +53,10 @@ class ArchArgs(Section):
     """Width factor of wide_resnet."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout rate inside the blocks of a wide ResNet."""
+    init: Literal["default", "he"] | None = None
+    """Initial weights: PyTorch's (default), or He's normal law by fan-out, as in TRADES' wide ResNets (he)."""
+    zero_init_residual: bool | None = None
+    """Residual blocks begin as their shortcuts: their last norm (in pre-activation blocks last convolution) has weight 0."""
 
 
 class ArchConfig(Section):

@@ -9,6 +9,7 @@ from base.base_model import BaseModel
 from base.errors import ConfigError
 from base.registry import did_you_mean, lookup
 from models import layers as layers  # fills the layer tables that the models resolve their names in
+from models.initialization import initialize_he, zero_residual_branches
 from models.resnet import BasicBlock, Bottleneck, PreActResNet, ResNet
 from models.simple_cnn import SimpleCNN, SimpleCNN2
 from models.vgg import VGG
@@ -35,6 +36,9 @@ MODELS: dict[str, Callable[..., BaseModel]] = {
 }
 """Config name -> constructor; the keyword arguments it takes are the model's `arch.args`, with `mean` and `std`."""
 
+INITIALIZATION = ("init", "zero_init_residual")
+"""The `arch.args` of every model that its constructor does not take: they say with which weights it begins."""
+
 
 def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> BaseModel:
     """The network that the config's `arch` describes, with fresh weights.
@@ -55,12 +59,18 @@ def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, st
         if key not in known:
             takes = ", ".join(known)
             raise ConfigError(f"arch.args.{key}: {name} takes no such argument; it takes: {takes}{did_you_mean(key, known)}")
-    return model(**args, mean=mean, std=std)
+    init, zero_init_residual = (args.pop(key, None) for key in INITIALIZATION)
+    network = model(**args, mean=mean, std=std)
+    if init == "he":
+        initialize_he(network)
+    if zero_init_residual:
+        zero_residual_branches(network, name)
+    return network
 
 
 def arguments_of(model: Callable[..., BaseModel]) -> list[str]:
-    """The `arch.args` that an entry of MODELS takes: its own, then those it passes on to `BaseModel`."""
+    """The `arch.args` that an entry of MODELS takes: its own, those it passes on to `BaseModel`, and INITIALIZATION."""
     own = inspect.signature(model).parameters.values()
     inherited = inspect.signature(BaseModel).parameters.values()
     names = [parameter.name for parameter in (*own, *inherited) if parameter.kind is not parameter.VAR_KEYWORD]
-    return [name for name in names if name not in ("mean", "std")]
+    return [*(name for name in names if name not in ("mean", "std")), *INITIALIZATION]

@@ -24,6 +24,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut. Both activations are one layer, as in the original."""
 
     expansion = 1
+    branch_end = "norm2"
 
     def __init__(
         self, in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor, act: Constructor
@@ -50,6 +51,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion = 4
+    branch_end = "norm3"
 
     def __init__(
         self, in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor, act: Constructor
@@ -122,6 +124,8 @@ class ResNet(BaseModel):
 
 class PreActBlock(nn.Module):
     """Norm, activation and 3x3 convolution, twice; the shortcut's 1x1 convolution sees the activated input and has no norm."""
+
+    branch_end = "conv2"
 
     def __init__(
         self, in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor, act: Constructor

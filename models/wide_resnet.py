@@ -15,6 +15,8 @@ class WideBlock(nn.Module):
     """Norm, activation and 3x3 convolution, twice, with dropout between; where the width changes, the shortcut is a 1x1
     convolution of the activated input, without a norm."""
 
+    branch_end = "conv2"
+
     def __init__(
         self, in_planes: int, planes: int, stride: int, dropout: float, conv: Constructor, norm: Constructor, act: Constructor
     ) -> None:
@@ -53,7 +55,8 @@ class WideStage(nn.Module):
 class WideResNet(BaseModel):
     """Pre-activation ResNet with three stages of `(depth - 4) / 6` blocks, `16, 32, 64` times `widen_factor` channels wide.
 
-    The state dict has the keys that TRADES and RobustBench use. Weights are initialised as PyTorch's layers are.
+    The state dict has the keys that TRADES and RobustBench use. Weights begin as PyTorch's layers do;
+    `models.initialization.initialize_he` gives those of TRADES.
 
     Args:
         depth: the number of layers, `6 n + 4`.

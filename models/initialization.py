@@ -1,0 +1,48 @@
+"""Initial weights other than PyTorch's own.
+
+Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: "Delving Deep into Rectifiers", arXiv:1502.01852; for branches that begin at
+zero, Priya Goyal et al.: "Accurate, Large Minibatch SGD", arXiv:1706.02677, section 5.1.
+"""
+
+import torch
+from torch import nn
+
+from base.errors import ConfigError
+
+
+def initialize_he(model: nn.Module) -> None:
+    """Plain convolutions from the normal law with variance `2 / (k_h * k_w * C_out)`, the biases of linear layers zero: the
+    initial weights of the wide ResNets of TRADES and of the overfitting study (arXiv:2002.11569).
+
+    Convolutions that normalise their own kernels, and depthwise ones, keep what they have.
+    """
+    for module in model.modules():
+        if type(module) is nn.Conv2d and module.groups == 1:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def zero_residual_branches(model: nn.Module, name: str) -> None:
+    """Make every residual block begin as its shortcut: the last layer of the branch beside it gets the weight zero.
+
+    In a ResNet that is the block's last norm. In a pre-activation block it is the last convolution: were it the norm before it,
+    the activation behind that would be at its kink, where its gradient is 0, and the branch could never learn.
+
+    Args:
+        model: the network; its blocks name that layer in `branch_end`.
+        name: what an error calls the network.
+
+    Raises:
+        ConfigError: the network has no residual blocks, or their last layer has no weight that may be zero: there is no norm,
+            or the convolution divides by the size of its kernel.
+    """
+    ends = [getattr(module, module.branch_end) for module in model.modules() if hasattr(module, "branch_end")]
+    if not ends:
+        raise ConfigError(f"arch.args.zero_init_residual: {name} has no residual blocks")
+    for end in ends:
+        if type(end) is not nn.Conv2d and not isinstance(end, nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d):
+            reason = f"blocks of {name} end in {type(end).__name__}, whose weight cannot begin at zero"
+            raise ConfigError(f"arch.args.zero_init_residual: {reason}")
+        nn.init.zeros_(end.weight)
