@@ -7,16 +7,18 @@ python plot_training_logs.py saved/norms --group-by arch.args.norm_layer_type --
 
 from base.command_line import Parser, run_script
 from base.errors import ConfigError
-from reports import curves, tables
+from reports import panels, tables
+from reports.curves import against_figure, curves_figure
 from reports.groups import group_runs
 from reports.output import check_output
+from reports.panels import save_figure
 from reports.runs import find_runs, only_finished
 
 
 def main() -> None:
     parser = Parser(description="Curves and tables from run folders: means and spreads over seeds.", allow_abbrev=False)
     parser.add_argument("paths", nargs="+", metavar="RUN_OR_FOLDER", help="run folders, or folders with run folders below them")
-    parser.add_argument("--group-by", nargs="+", default=[], metavar="KEY", help="config keys whose values make the groups")
+    parser.add_argument("--group-by", nargs="+", default=[], metavar="KEY", help="config keys or axes of a study; its variants")
     parser.add_argument("--out", metavar="FILE", help="picture to write: .png, .pdf or .svg")
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="a panel each; default: clean and robust top-1")
     parser.add_argument("--against", metavar="KEY", help="final values against this config key instead of curves over epochs")
@@ -27,23 +29,26 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.out or arguments.table):
         raise ConfigError("nothing to write: name a picture with --out FILE or a table with --table FILE")
-    for needed, flags in (("out", ("metric", "against")), ("table", ("result", "baseline"))):
+    for needed, flags in (("out", ["metric"]), ("table", ["result", "baseline"])):
         if vars(arguments)[needed] is None and any(vars(arguments)[flag] for flag in flags):
-            raise ConfigError(f"--{' and --'.join(flags)}: have no effect without --{needed} FILE")
-    for path, formats, what in ((arguments.out, curves.FORMATS, "pictures"), (arguments.table, tables.FORMATS, "tables")):
+            raise ConfigError(f"--{' and --'.join(flags)}: no effect without --{needed} FILE")
+    for path, formats, what in ((arguments.out, panels.FORMATS, "pictures"), (arguments.table, tables.FORMATS, "tables")):
         if path:
             check_output(path, formats, what)
 
     runs, key = find_runs(arguments.paths), arguments.against
-    keys = [*(one for one in arguments.group_by if one != key), *([key] if key else [])]
+    by = arguments.group_by or (["variant"] if not key and all(run.labels for run in runs) else [])
+    keys = [*(one for one in by if one != key), *([key] if key else [])]
     groups = group_runs(runs, keys)
     finished = group_runs(only_finished(runs), keys) if arguments.table or key else []
-    if key:
-        curves.draw_against(arguments.out, finished, key, arguments.metric)
-    elif arguments.out:
-        curves.draw_curves(arguments.out, groups, arguments.metric)
+    if arguments.out:
+        metrics = arguments.metric
+        figure = against_figure(finished, key, metrics) if key else curves_figure(groups, metrics)
     if arguments.table:
-        tables.write_table(arguments.table, finished, arguments.result, arguments.baseline)
+        table = tables.compare(finished, arguments.result, arguments.baseline, by_last_key=bool(key and keys[1:]))
+        tables.write_table(arguments.table, table)
+    if arguments.out:
+        save_figure(figure, arguments.out)
     for path, shown in ((arguments.out, finished if key else groups), (arguments.table, finished)):
         if path:
             print(f"wrote {path}: {sum(len(group.runs) for group in shown)} runs in {len(shown)} groups")

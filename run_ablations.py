@@ -5,13 +5,12 @@ python run_ablations.py --all --seed 42 --dry-run
 python run_ablations.py --grid configs/ablations/label_noise.json --all --launcher slurm --parameter timeout_min=600
 """
 
-import shlex
 from pathlib import Path
 
-from base.command_line import Parser, run_script, set_overrides
+from base.command_line import Parser, run_script
 from base.errors import ConfigError, ProjectError
-from studies.grid import describe, plan
-from studies.launchers import command, launcher
+from studies.grid import describe, plan, record
+from studies.launchers import as_typed, launcher
 from studies.work import Study
 
 DEFAULT = Path(__file__).parent / "configs" / "ablations" / "resnet.json"
@@ -21,7 +20,7 @@ def arguments_parser() -> Parser:
     parser = Parser(description="Run every variant and seed of a grid file.", allow_abbrev=False)
     parser.add_argument("--grid", type=Path, default=DEFAULT, metavar="FILE", help="grid file (the ResNet ablations)")
     parser.add_argument("--list", action="store_true", help="print a line per variant")
-    parser.add_argument("--config", nargs="+", default=[], metavar="NAME", help="run these variants")
+    parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="NAME", help="run these variants")
     parser.add_argument("--all", action="store_true", help="run all variants")
     parser.add_argument("--seed", type=int, nargs="+", default=[], help="instead of the grid's seeds")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
@@ -41,15 +40,16 @@ def main() -> None:
     if arguments.list:
         print(*describe(runs), sep="\n")
         return
-    if not arguments.all and not arguments.config:
-        raise ConfigError("--config NAME ... or --all is required (--list shows the names)")
+    if arguments.all == bool(arguments.config):
+        raise ConfigError("one of --config NAME ... and --all is required (--list shows the names)")
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs: expected at least 1, not {arguments.jobs}")
     if arguments.dry_run:
-        print(*(shlex.join(["python", Path(script).name, *words]) for _, script, *words in map(command, runs)), sep="\n")
+        print(*map(as_typed, runs), sep="\n")
         return
-    parameters = {key: int(value) if value.isdecimal() else value for key, value in set_overrides(arguments.parameter)}
-    failures = Study(runs, launcher(arguments.launcher, runs[0].folder.parent / "jobs", parameters), arguments.jobs).work()
+    start = launcher(arguments.launcher, runs[0].folder.parent / "jobs", arguments.parameter)
+    record(runs)
+    failures = Study(runs, start, arguments.jobs).work()
     print(f"{len(runs) - len(failures)} of {len(runs)} runs are finished, in {runs[0].folder.parent}")
     if failures:
         raise ProjectError("failed: " + "; ".join(f"{run.name} ({reason})" for run, reason in failures.items()))

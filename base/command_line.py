@@ -65,8 +65,8 @@ def config_overrides(arguments: argparse.Namespace) -> list[Override]:
     return set_overrides(arguments.set) + [(key, values[key]) for _, key, _ in SHORT_FLAGS if values[key] is not None]
 
 
-def set_overrides(settings: Iterable[str]) -> list[Override]:
-    """The overrides that `--set KEY=VALUE` arguments stand for.
+def set_overrides(settings: Iterable[str], flag: str = "--set") -> list[Override]:
+    """The overrides that `--set KEY=VALUE` arguments, or those of another flag, stand for.
 
     Raises:
         ConfigError: a setting without a value.
@@ -75,7 +75,7 @@ def set_overrides(settings: Iterable[str]) -> list[Override]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ConfigError(f"--set {setting}: expected KEY=VALUE, such as system.num_threads=1")
+            raise ConfigError(f"{flag} {setting}: expected KEY=VALUE")
         overrides.append((key, value))
     return overrides
 
@@ -108,6 +108,10 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ProjectError as error:
         if "--debug" in sys.argv:
             raise

@@ -8,12 +8,16 @@ from base.config import Config
 from base.errors import CheckpointError, ConfigError
 from base.optimization import spans_whole_run
 
-MAY_CHANGE_ON_RESUME = (
-    "trainer.epochs", "trainer.early_stop", "trainer.save_dir", "trainer.save_period", "trainer.keep_checkpoints",
-    "trainer.verbosity", "trainer.label_dir", "trainer.tensorboard", "name", "exper_name", "n_gpu", "comet",
+CHANGE_NO_RESULT = (
+    "name", "exper_name", "comet", "trainer.save_dir", "trainer.save_period", "trainer.keep_checkpoints", "trainer.verbosity",
+    "trainer.label_dir", "trainer.tensorboard", "data_loader.args.num_workers", "data_loader.args.pin_memory",
     "system.device", "system.num_threads", "system.compile", "system.channels_last", "system.deterministic",
+)  # fmt: skip
+"""Config keys and sections that say where and how a run computes, not what: they change no result, but for rounding."""
+
+MAY_CHANGE_ON_RESUME = (
+    *CHANGE_NO_RESULT, "trainer.epochs", "trainer.early_stop", "n_gpu", "data_loader.args.data_dir",
     "adversarial.report", "adversarial.report_images",
-    "data_loader.args.data_dir", "data_loader.args.num_workers", "data_loader.args.pin_memory",
 )  # fmt: skip
 """Config keys that a resumed run may have other values for: none of them changes what is learnt from what, but for rounding."""
 

@@ -2,15 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from base.errors import ConfigError
 from reports.groups import Group, as_text, differing_keys, mean_and_std
-from reports.output import check_output
-from reports.panels import FORMATS, Curve, line_and_band, panels_figure, points_and_bars, save_figure, unit_of
+from reports.panels import Curve, line_and_band, panels_figure, points_and_bars, unit_of
 from reports.runs import Run, refuse_unknown
 
 if TYPE_CHECKING:
@@ -28,27 +26,20 @@ AXIS_LABELS = {
 EPSILON_UNITS = {"linf": "1/255 of the pixel range, l-inf", "l2": "units of the pixel range, l2"}
 
 
-def draw_curves(path: str | Path, groups: Sequence[Group], metrics: Sequence[str] | None = None) -> None:
-    """Write a picture of training curves: a panel for every metric, a line and a band for every group.
+def curves_figure(groups: Sequence[Group], metrics: Sequence[str] | None = None) -> "Figure":
+    """Training curves: a panel for every metric, a line and a band for every group.
 
     The line is the mean over the group's seeds, the band one sample standard deviation to either side; a single seed is a line
     only. Epochs in which a metric was not measured are skipped, and a line ends where not all seeds of its group go on.
 
     Args:
-        path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
         groups: of runs, at least one.
         metrics: names in `metrics.jsonl`; robust ones are drawn on the right of the others. Accuracies are shown in per cent.
             None for `LOGGED`.
 
     Raises:
-        ConfigError: another suffix, a path that cannot be written, or a metric that no run logs.
+        ConfigError: a metric that no run logs.
     """
-    check_output(path, FORMATS, "pictures")
-    save_figure(curves_figure(groups, metrics), path)
-
-
-def curves_figure(groups: Sequence[Group], metrics: Sequence[str] | None = None) -> "Figure":
-    """The figure of `draw_curves`."""
     metrics = _known_metrics([run for group in groups for run in group.runs], metrics)
     lines = {metric: [_against_epochs(group, metric) for group in groups] for metric in clean_first(metrics)}
     figure = panels_figure([group.name for group in groups], lines, spread="band", each=line_and_band)
@@ -58,28 +49,21 @@ def curves_figure(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     return figure
 
 
-def draw_against(path: str | Path, cells: Sequence[Group], key: str, metrics: Sequence[str] | None = None) -> None:
-    """Write a picture of final values against a config key: a panel for every metric, points with error bars.
+def against_figure(cells: Sequence[Group], key: str, metrics: Sequence[str] | None = None) -> "Figure":
+    """Final values against a config key: a panel for every metric, points with error bars.
 
     A point is the mean over the seeds of a cell, its bar one sample standard deviation to either side. Cells that have equal
     values of all other keys that they are grouped by are joined by a line. If more of their configs differs than the key, a
     warning names it.
 
     Args:
-        path: as in `draw_curves`.
         cells: groups of finished runs, the last of whose keys is `key`.
         key: a dotted config key with numbers as its values, such as `trainer.percent`.
         metrics: names in `metrics.jsonl`, whose last measured value is taken, or in `result.json`; None for `MEASURED`.
 
     Raises:
-        ConfigError: as in `draw_curves`, and a value of the key that is no number.
+        ConfigError: a metric that no run measured, or a value of the key that is no number.
     """
-    check_output(path, FORMATS, "pictures")
-    save_figure(against_figure(cells, key, metrics), path)
-
-
-def against_figure(cells: Sequence[Group], key: str, metrics: Sequence[str] | None = None) -> "Figure":
-    """The figure of `draw_against`."""
     runs = [run for cell in cells for run in cell.runs]
     metrics = _known_final_metrics(runs, metrics)
     series: dict[str, list[Group]] = {}
@@ -176,4 +160,4 @@ def _axis_label(key: str, runs: Sequence[Run]) -> str:
     norms = {run.settings["adversarial.norm"] for run in runs}
     if len(norms) > 1:
         raise ConfigError("--against adversarial.epsilon: l-inf and l2 runs have different units; plot them separately")
-    return f"epsilon ({EPSILON_UNITS[norms.pop()]})"
+    return f"epsilon of training and of the attack ({EPSILON_UNITS[norms.pop()]})"

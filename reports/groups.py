@@ -9,13 +9,10 @@ import numpy as np
 
 from base.errors import ConfigError
 from base.registry import did_you_mean
+from base.resuming import CHANGE_NO_RESULT
 from reports.runs import Run
 
-MAY_DIFFER = (
-    "seed", "name", "exper_name", "comet", "trainer.save_dir", "trainer.label_dir", "trainer.verbosity", "trainer.save_period",
-    "trainer.keep_checkpoints", "trainer.tensorboard", "data_loader.args.num_workers", "data_loader.args.pin_memory",
-    "system.num_threads", "system.device",
-)  # fmt: skip
+MAY_DIFFER = ("seed", *CHANGE_NO_RESULT)
 """Config keys in which runs that are averaged may differ: none of them changes results, but for the seed and for rounding."""
 
 
@@ -38,7 +35,7 @@ class Group:
     @property
     def line(self) -> str:
         """The name without the last key, whose values are the points of a line."""
-        return _name(self.keys[:-1], self.values[:-1]) if self.keys[1:] else "all runs"
+        return _name(self.keys[:-1], self.values[:-1], self.runs[0]) if self.keys[1:] else "all runs"
 
 
 def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
@@ -46,20 +43,20 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
 
     Args:
         runs: at least one.
-        keys: dotted config keys; without any, all runs are one group.
+        keys: dotted config keys, `variant`, or axes of a study; without any, all runs are one group.
 
     Raises:
         ConfigError: an unknown key; runs of one group that differ in more than the seed and `MAY_DIFFER`, with the key and both
             values; or two runs of one seed in a group.
     """
     keys = list(dict.fromkeys(keys))
-    known = list(dict.fromkeys(key for run in runs for key in run.settings))
+    known = list(dict.fromkeys(key for run in runs for key in (*run.labels, *run.settings)))
     for key in keys:
         if key not in known:
             raise ConfigError(f"--group-by {key}: no such key in the runs' configs{_like(key, known)}")
     together: dict[str, list[Run]] = {}
     for run in runs:
-        together.setdefault(json.dumps([run.settings.get(key) for key in keys]), []).append(run)
+        together.setdefault(json.dumps([run.value(key) for key in keys]), []).append(run)
     groups = [_group(members, keys) for members in together.values()]
     places = [list(dict.fromkeys(as_text(group.values[index]) for group in groups)) for index in range(len(keys))]
     return sorted(groups, key=lambda group: [_place(*each) for each in zip(group.values, places, strict=True)])
@@ -89,8 +86,8 @@ def as_text(value: Any) -> str:
 def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
     """One group of runs that have equal values of the keys."""
     first = runs[0]
-    values = tuple(first.settings.get(key) for key in keys)
-    name = _name(keys, values) if keys else " / ".join(dict.fromkeys(run.settings["name"] for run in runs))
+    values = tuple(first.value(key) for key in keys)
+    name = _name(keys, values, first) if keys else " / ".join(dict.fromkeys(run.settings["name"] for run in runs))
     for run in runs[1:]:
         different = differing_keys(first, run)
         if different:
@@ -113,11 +110,13 @@ def _place(value: Any, words: Sequence[str]) -> tuple[bool, float]:
     return not number, value if number else words.index(as_text(value))
 
 
-def _name(keys: Sequence[str], values: Sequence[Any]) -> str:
-    """The value of a single key; of several, `last part of the key=value`, with more parts where the last are the same."""
+def _name(keys: Sequence[str], values: Sequence[Any], run: Run) -> str:
+    """The value of a single key; of several, a study's labels as they are and `last part of the key=value` of config keys, with
+    more parts where the last are the same."""
     if len(keys) == 1:
         return as_text(values[0])
-    return ", ".join(f"{_short(key, keys)}={as_text(value)}" for key, value in zip(keys, values, strict=True))
+    pairs = zip(keys, values, strict=True)
+    return ", ".join(as_text(value) if key in run.labels else f"{_short(key, keys)}={as_text(value)}" for key, value in pairs)
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from reports.output import writing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -129,7 +131,12 @@ def _seeds(curves: Sequence[Curve | None]) -> str:
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure in the format of the path's suffix.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     from matplotlib import rc_context
 
-    with rc_context({"pdf.fonttype": 42}):  # TrueType: publishers refuse Type 3
+    with writing(path), rc_context({"pdf.fonttype": 42}):  # TrueType: publishers refuse Type 3
         figure.savefig(path, dpi=DPI)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from base.config import Config
 from base.config_files import load_config
 from base.errors import ConfigError
 from base.registry import did_you_mean
+from base.study_file import read_places
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ class Run:
 
     Attributes:
         folder: as it was found.
+        labels: `variant` and the axes of its study, with their values for this run; empty where no study made it.
         settings: dotted config key -> value, of every key there is; a null that stands for a value of another key is that value
             (`adversarial.method` is `"free"` where only `trainer.do_adv` says so).
         log: the lines of `metrics.jsonl`, one per epoch.
@@ -31,6 +33,11 @@ class Run:
     settings: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
     result: Mapping[str, Any] | None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def value(self, key: str) -> Any:
+        """The value of a config key, or the label of a study's axis."""
+        return self.settings[key] if key in self.settings else self.labels.get(key)
 
     @property
     def seed(self) -> int:
@@ -50,7 +57,7 @@ class Run:
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     """The runs at and below the given paths, finished or not, every folder once. Run folders below a path that have not logged
-    an epoch yet are left out with a warning.
+    an epoch yet are left out with a warning. Runs of a study come in the order of its grid.
 
     Raises:
         ConfigError: a path at and below which there is no run, a run folder without logs, or a file of it that is broken.
@@ -59,7 +66,14 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     for path in map(Path, paths):
         for folder in _run_folders(path):
             folders.setdefault(folder.resolve(), folder)
-    return [read_run(folder) for folder in folders.values()]
+    places = {parent: read_places(parent) for parent in dict.fromkeys(folder.resolve().parent for folder in folders.values())}
+    studies, runs = list(places), []
+    for real, folder in folders.items():
+        place = places[real.parent].get(real.name)
+        labels = {} if place is None else {"variant": place.variant, **place.labels}
+        order = (studies.index(real.parent), 0 if place is None else place.position)
+        runs.append((order, replace(read_run(folder), labels=labels)))
+    return [run for _, run in sorted(runs, key=lambda pair: pair[0])]
 
 
 def read_run(folder: Path) -> Run:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from base.errors import ConfigError
 from reports.groups import Group, mean_and_std
-from reports.output import check_output
+from reports.output import check_output, writing
 from reports.runs import refuse_unknown
 
 FORMATS = ("md", "tex", "csv")
@@ -52,11 +53,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One group: its name, how many seeds it has, and a cell for every metric."""
+    """One group.
+
+    Attributes:
+        name: of the group.
+        n: how many seeds it has.
+        cells: one for every metric.
+        block: rows are compared with those of equal blocks only.
+    """
 
     name: str
     n: int
     cells: tuple[Cell, ...]
+    block: Any = None
 
 
 @dataclass(frozen=True)
@@ -74,31 +83,40 @@ class Table:
     baseline: str | None = None
 
 
-def write_table(
-    path: str | Path, groups: Sequence[Group], metrics: Sequence[str] | None = None, baseline: str | None = None
-) -> None:
-    """Write a table of `result.json` values: mean ± sample standard deviation over seeds, and their number.
+def write_table(path: str | Path, table: Table) -> None:
+    """Write a table of means ± sample standard deviations over seeds, and their number.
 
     Args:
-        path: the suffix decides the format: `.md`, `.tex` (a `tabular` with booktabs) or `.csv`; missing folders are made.
-        groups: of finished runs.
-        metrics: names in `result.json`; that of the last model is put beside that of the best. None for `RESULTS`.
-        baseline: name of the group that every other one is tested against, by a paired t test over their common seeds.
+        path: the suffix decides the format: `.md`, `.tex` (a `tabular` with booktabs) or `.csv` (values as in `result.json`, in
+            full precision); missing folders are made.
+        table: of `compare`.
 
     Raises:
-        ConfigError: another suffix, a path that cannot be written, a metric that no run has, or an unknown baseline.
+        ConfigError: another suffix, or a path that cannot be written.
     """
     check_output(path, FORMATS, "tables")
-    table = compare(groups, metrics, baseline)
     layout = {"md": _markdown, "tex": _latex, "csv": _csv}[Path(path).suffix.lower().removeprefix(".")]
-    Path(path).write_text(layout(table), encoding="utf-8", newline="")
+    with writing(path):
+        Path(path).write_text(layout(table), encoding="utf-8", newline="")
 
 
-def compare(groups: Sequence[Group], metrics: Sequence[str] | None = None, baseline: str | None = None) -> Table:
-    """The numbers of `write_table`.
+def compare(
+    groups: Sequence[Group], metrics: Sequence[str] | None = None, baseline: str | None = None, by_last_key: bool = False
+) -> Table:
+    """Groups beside each other, and tested against one of them.
 
     The p value is that of `scipy.stats.ttest_rel`, two-sided and not corrected for the number of rows. There is none with fewer
     than two common seeds, or where all differences are the same, so that they say nothing of their spread.
+
+    Args:
+        groups: of finished runs.
+        metrics: names in `result.json`; that of the last model is put beside that of the best. None for `RESULTS`.
+        baseline: name of the group that every other one is tested against, over their common seeds.
+        by_last_key: compare only groups with equal values of the last key they are grouped by, such as a rate of noise; the
+            baseline is then named by the other keys.
+
+    Raises:
+        ConfigError: a metric that no run has, or an unknown baseline.
     """
     known = dict.fromkeys(name for group in groups for run in group.runs for name in run.result or {})
     if metrics is None:
@@ -106,17 +124,18 @@ def compare(groups: Sequence[Group], metrics: Sequence[str] | None = None, basel
         if not metrics:
             raise ConfigError(f"--result: the runs have none of {', '.join(RESULTS)}; name others of: {', '.join(known)}")
     refuse_unknown("--result", metrics, known, "no result.json has it")
-    names = [group.name for group in groups]
+    names = [group.line if by_last_key else group.name for group in groups]
+    blocks = [group.values[-1] if by_last_key else None for group in groups]
     if baseline is not None:
         refuse_unknown("--baseline", [baseline], names, "no such row")
     metrics = last_beside_best(metrics)
     values = [[_values(group, metric) for metric in metrics] for group in groups]
+    baselines = {block: row for name, block, row in zip(names, blocks, values, strict=True) if name == baseline}
     rows = []
-    for group, row in zip(groups, values, strict=True):
-        tested = baseline not in (None, group.name)
-        others = values[names.index(baseline)] if tested else [{}] * len(metrics)
-        cells = [Cell(own, *_paired_test(own, other)) for own, other in zip(row, others, strict=True)]
-        rows.append(Row(group.name, len(group.runs), tuple(cells)))
+    for group, name, block, row in zip(groups, names, blocks, values, strict=True):
+        others = baselines.get(block) if name != baseline else None
+        cells = [Cell(own, *_paired_test(own, other)) for own, other in zip(row, others or [{}] * len(metrics), strict=True)]
+        rows.append(Row(group.name, len(group.runs), tuple(cells), block))
     return Table(tuple(metrics), tuple(rows), baseline)
 
 
@@ -127,17 +146,20 @@ def last_beside_best(metrics: Sequence[str]) -> list[str]:
 
 
 def best_rows(table: Table, column: int) -> set[int]:
-    """The rows with the best mean of a column, as it is printed: the highest accuracy, the lowest loss.
+    """The rows with the best mean of a column in their block, as it is printed: the highest accuracy, the lowest loss.
 
     None of a column that is neither, and none where there is nothing to compare.
     """
-    metric = table.metrics[column]
-    means = {index: row.cells[column].mean for index, row in enumerate(table.rows) if row.cells[column].values}
-    means = {index: mean for index, mean in means.items() if np.isfinite(mean)}
-    if len(means) < 2 or not ("top" in metric or "loss" in metric):
-        return set()
-    best = max(means.values()) if "top" in metric else min(means.values())
-    return {index for index, mean in means.items() if _number(mean, metric) == _number(best, metric)}
+    metric, found = table.metrics[column], set()
+    if not ("top" in metric or "loss" in metric):
+        return found
+    for block in dict.fromkeys(row.block for row in table.rows):
+        means = {index: row.cells[column].mean for index, row in enumerate(table.rows) if row.block == block}
+        means = {index: mean for index, mean in means.items() if np.isfinite(mean)}
+        if len(means) > 1:
+            best = max(means.values()) if "top" in metric else min(means.values())
+            found |= {index for index, mean in means.items() if _number(mean, metric) == _number(best, metric)}
+    return found
 
 
 def _values(group: Group, metric: str) -> dict[int, float]:
@@ -173,17 +195,17 @@ def _latex(table: Table) -> str:
 
 
 def _csv(table: Table) -> str:
-    """Numbers only, in columns of their own, with an empty one for what there is not."""
+    """Numbers only, as they are in `result.json`, in columns of their own, with an empty one for what there is not."""
     columns = [f"{name}_{what}" for name in table.metrics for what in ("mean", "std", "n", *["p"] * bool(table.baseline))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["runs", "n", *columns])
     for row in table.rows:
         line = [row.name, str(row.n)]
-        for metric, cell in zip(table.metrics, row.cells, strict=True):
+        for cell in row.cells:
             numbers = (cell.mean if cell.values else None, cell.std)
-            line += ["" if number is None else _number(number, metric) for number in numbers] + [str(len(cell.values))]
-            line += ["" if cell.p is None else f"{cell.p:.3g}"] if table.baseline else []
+            line += ["" if number is None else repr(number) for number in numbers] + [str(len(cell.values))]
+            line += ["" if cell.p is None else repr(cell.p)] if table.baseline else []
         writer.writerow(line)
     return text.getvalue()
 
@@ -233,7 +255,9 @@ def _count(count: int, usual: int) -> str:
 
 def _note(table: Table) -> str:
     """What the numbers are."""
-    parts = ["Mean ± sample standard deviation over n seeds, no spread for one; bold: the best of its column."]
+    blocks = len({row.block for row in table.rows}) > 1
+    best = "the best of its column among rows of the same value" if blocks else "the best of its column"
+    parts = [f"Mean ± sample standard deviation over n seeds, no spread for one; bold: {best}."]
     if any(name.startswith("last_") for name in table.metrics):
         parts.append("`last_`: the last model, otherwise the best by validation.")
     if table.baseline:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -30,11 +30,16 @@ from base.config import Config
 from base.config_files import load_config, read_tree
 from base.config_section import Count, Section
 from base.errors import ConfigError
+from base.optimization import check_optimization
 from base.registry import did_you_mean
-from base.resuming import MAY_CHANGE_ON_RESUME
+from base.resuming import CHANGE_NO_RESULT
+from base.study_file import Place, write_places
 
 Settings = dict[str, Any]
 """Dotted config key -> value."""
+
+PLACES = (*CHANGE_NO_RESULT, "data_loader.args.data_dir")
+"""Config keys that may change between two calls of a study without making its runs new ones."""
 
 
 class Grid(Section):
@@ -56,14 +61,18 @@ class Run:
 
     Attributes:
         variant: its name in the grid.
+        labels: axis -> label of the variant, if it comes from axes.
+        position: place of the variant in the grid.
         seed: its seed.
         config_file: what it starts from.
         settings: what is put on top of it.
         config: the resolved config.
-        folder: its run folder. The name holds a hash of the resolved config, without what cannot change a result.
+        folder: its run folder. The name ends in a hash of the resolved config; see `identity`.
     """
 
     variant: str
+    labels: Mapping[str, str]
+    position: int
     seed: int
     config_file: Path
     settings: Settings
@@ -78,9 +87,7 @@ class Run:
     @property
     def script(self) -> str:
         """The script that trains it."""
-        return (
-            "train.py" if self.config.adversarial_method == "none" and not self.config.reports_robustness else "train_robust.py"
-        )
+        return "train.py" if self.config.adversarial_method == "none" else "train_robust.py"
 
     def words(self) -> list[str]:
         """The command line that starts it, from the script on."""
@@ -113,24 +120,36 @@ def read_grid(path: Path) -> Grid:
     return grid
 
 
-def variants_of(grid: Grid, path: Path) -> dict[str, tuple[Path, Settings]]:
-    """Name -> config file and settings of every variant, axes first.
+@dataclass(frozen=True)
+class Variant:
+    """One variant of a grid: what its runs start from, what is put on top of that, and its axes' labels."""
+
+    config_file: Path
+    settings: Settings
+    labels: Mapping[str, str]
+
+
+def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
+    """The variants by name, those of the axes first.
 
     Raises:
-        ConfigError: two variants of one name, a name that is no folder name, or two axes that set the same key.
+        ConfigError: two variants of one name, a name that is no folder name, a seed among the settings, or two axes that set
+            the same key.
     """
-    found: dict[str, tuple[Path, Settings]] = {}
     base = path.parent / (grid.base or "")
     named = [
-        (name, *((path.parent / value, {}) if isinstance(value, str) else (base, value)))
+        (name, Variant(path.parent / value, {}, {}) if isinstance(value, str) else Variant(base, value, {}))
         for name, value in grid.variants.items()
     ]
-    for name, file, settings in [*((name, base, settings) for name, settings in _combinations(grid, path)), *named]:
+    found: dict[str, Variant] = {}
+    for name, variant in [*_combinations(grid, path, base), *named]:
         if name in found:
             raise ConfigError(f"{path}: {name}: two variants have this name")
         if not re.fullmatch(r"[\w .+=%-]+", name) or name.strip(". ") != name:
             raise ConfigError(f"{path}: {name!r}: a variant's name is made of letters, digits, spaces and _ . + = % -")
-        found[name] = (file, settings)
+        if "seed" in variant.settings:
+            raise ConfigError(f"{path}: {name}: seed: belongs into the grid's seeds")
+        found[name] = variant
     return found
 
 
@@ -154,14 +173,21 @@ def plan(path: Path, names: Sequence[str] = (), seeds: Sequence[int] = (), save_
                 f"{path}: no variant {name!r}{did_you_mean(name, list(variants))} (it has: {', '.join(variants)})"
             )
     runs: dict[str, Run] = {}
-    for name in dict.fromkeys(names or variants):
-        file, settings = variants[name]
+    order = list(variants)
+    for name in dict.fromkeys(names or order):
         for seed in dict.fromkeys(seeds or grid.seeds):
-            run = _run(path, name, seed, file, settings, save_dir)
-            twin = runs.setdefault(identity(run.config), run)
+            run = _run(path, name, order.index(name), seed, variants[name], save_dir)
+            twin = runs.setdefault(identity(run.config, run.settings), run)
             if twin is not run:
                 raise ConfigError(f"{path}: {twin.variant} and {run.variant} are the same config: one name is enough")
     return list(runs.values())
+
+
+def record(runs: Sequence[Run]) -> None:
+    """Write beside the run folders which variant each of them is, for the reports."""
+    for parent in dict.fromkeys(run.folder.parent for run in runs):
+        own = [run for run in runs if run.folder.parent == parent]
+        write_places(parent, {run.folder.name: Place(run.variant, run.position, run.labels) for run in own})
 
 
 def describe(runs: Sequence[Run]) -> list[str]:
@@ -174,11 +200,15 @@ def describe(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def identity(config: Config) -> str:
-    """A hash of everything in a config that can change a result."""
+def identity(config: Config, settings: Settings) -> str:
+    """A hash of everything in a config that can change a result, and of whatever else the grid itself sets.
+
+    Where and how a run computes (`PLACES`) is left out, so that a study can go on elsewhere, unless that is what the grid
+    compares.
+    """
     tree = config.dump()
-    for key in (*MAY_CHANGE_ON_RESUME, "trainer.save_dir", "name"):
-        if key != "trainer.epochs":
+    for key in PLACES:
+        if not any(setting == key or setting.startswith(f"{key}.") for setting in settings):
             _remove(tree, key.split("."))
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -193,7 +223,7 @@ def as_word(value: Any) -> str:
     return json.dumps(value)
 
 
-def _combinations(grid: Grid, path: Path) -> list[tuple[str, Settings]]:
+def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant]]:
     if not grid.axes:
         return []
     found = []
@@ -204,24 +234,29 @@ def _combinations(grid: Grid, path: Path) -> list[tuple[str, Settings]]:
             if twice:
                 raise ConfigError(f"{path}: axes: two of them set {min(twice)}")
             settings |= part
-        found.append(("_".join(label for label, _ in labels), settings))
+        names = [label for label, _ in labels]
+        found.append(("_".join(names), Variant(base, settings, dict(zip(grid.axes, names, strict=True)))))
     return found
 
 
-def _run(path: Path, name: str, seed: int, file: Path, settings: Settings, save_dir: Path | None) -> Run:
+def _run(path: Path, name: str, position: int, seed: int, variant: Variant, save_dir: Path | None) -> Run:
+    file, settings = variant.config_file, variant.settings
     overrides = [*((key, as_word(value)) for key, value in settings.items()), ("seed", str(seed))]
     try:
         config = load_config(file, overrides)
+        check_optimization(config.optimizer, config.lr_scheduler)
     except ConfigError as error:
         raise ConfigError(f"{path}: {name}: {error}") from None
     parent = save_dir or Path(config.trainer.save_dir) / path.stem
     return Run(
         name,
+        variant.labels,
+        position,
         seed,
         Path(os.path.relpath(file)),
         settings,
         config,
-        parent / f"{name.replace(' ', '-')}_seed{seed}_{identity(config)}",
+        parent / f"{name.replace(' ', '-')}_seed{seed}_{identity(config, settings)}",
     )
 
 

@@ -3,17 +3,22 @@
 import ctypes
 import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from base.checkpoint import LAST
+from base.command_line import set_overrides
 from base.errors import ConfigError
 from studies.grid import Run
+from studies.progress import FINISHED, look
 
 ROOT = Path(__file__).parents[1]
 """Where the scripts lie."""
@@ -25,32 +30,85 @@ def command(run: Run) -> list[str]:
     return [sys.executable, str(ROOT / script), *words]
 
 
-def work_on(run: Run, before: Callable[[], None] | None = None) -> subprocess.Popen[bytes]:
-    """Start the process of a run, its output appended to `<run folder>/output.log`.
+def as_typed(run: Run) -> str:
+    """The same as one would type it; a comment where the run is finished."""
+    _, script, *words = command(run)
+    finished = "# finished: " if look(run).state == FINISHED else ""
+    return finished + shlex.join(["python", Path(script).name, *words])
 
-    While the process lives it holds a lock on that file, so no second one can be started, from wherever.
+
+class BusyError(ConfigError):
+    """Another process works on the run."""
+
+
+class Worker:
+    """The process of a run, its output appended to `<run folder>/output.log`.
+
+    That file is locked meanwhile, so no second one can be started, from wherever. The lock is held by both this process and the
+    new one: on a network file system it may be this one's alone.
+
+    Args:
+        run: what to work on.
+        slot: which of the runs at once this is, from 0: it decides which GPU it gets.
+        before: is called in the new process before anything else.
 
     Raises:
-        ConfigError: somebody works on the run already.
+        BusyError: another process works on the run.
+        ConfigError: the folder holds another run.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    output = os.open(run.folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
+
+    def __init__(self, run: Run, slot: int = 0, before: Callable[[], None] | None = None) -> None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self.output = os.open(run.folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(run)
+            self.process = None if look(run).state == FINISHED else self._start(run, slot, before)
+        except BaseException:
+            os.close(self.output)
+            raise
+
+    def _lock(self, run: Run) -> None:
+        try:
+            fcntl.flock(self.output, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"{run.folder}: another process works on {run.name}; wait for its end") from None
+            raise BusyError(f"{run.folder}: another process works on {run.name}") from None
+
+    def _start(self, run: Run, slot: int, before: Callable[[], None] | None) -> subprocess.Popen[bytes]:
         if not (run.folder / LAST).exists():
             (run.folder / "config.json").unlink(missing_ok=True)  # it was killed before its first checkpoint: begin again
         return subprocess.Popen(  # noqa: S603 - our own scripts
-            command(run), stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(output,), preexec_fn=before
-        )
-    finally:
-        os.close(output)  # the process keeps its own, and the lock with it
+            command(run), stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, pass_fds=(self.output,),
+            preexec_fn=before, env=_environment(run, slot),
+        )  # fmt: skip
+
+    def exit_code(self) -> int | None:
+        """Of the process, None while it lives; 0 of a run that another one had finished meanwhile."""
+        code = 0 if self.process is None else self.process.poll()
+        if code is not None and self.output is not None:
+            os.close(self.output)
+            self.output = None
+        return code
+
+    def stop(self) -> None:
+        """Ask it to save and leave."""
+        if self.exit_code() is None:
+            self.process.terminate()
+
+    def wait(self) -> int:
+        """Wait for its end; returns the exit code."""
+        if self.process is not None:
+            self.process.wait()
+        return self.exit_code()
 
 
 class Job(ABC):
-    """A run that has been started."""
+    """A run that has been started.
+
+    Attributes:
+        outlives: whether it goes on when this process ends.
+    """
+
+    outlives = False
 
     @abstractmethod
     def exit_code(self) -> int | None:
@@ -64,26 +122,31 @@ class Job(ABC):
     def wait(self) -> None:
         """Wait until it has."""
 
+    def error(self) -> str | None:
+        """What kept it from working at all, where the run itself cannot have said so."""
+        return None
+
 
 class LocalJob(Job):
     """A process of this machine. It is asked to save and leave when this process dies, however that happens."""
 
-    def __init__(self, run: Run) -> None:
-        self.process = work_on(run, before=_leave_with_parent if sys.platform == "linux" else None)
+    def __init__(self, run: Run, slot: int) -> None:
+        self.worker = Worker(run, slot, before=_leave_with_parent if sys.platform == "linux" else None)
 
     def exit_code(self) -> int | None:
-        return self.process.poll()
+        return self.worker.exit_code()
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
+        self.worker.stop()
 
     def wait(self) -> None:
-        self.process.wait()
+        self.worker.wait()
 
 
 class ClusterJob(Job):
-    """A job of submitit."""
+    """A job of submitit, which goes on without the process that submitted it."""
+
+    outlives = True
 
     def __init__(self, job: Any) -> None:
         self.job = job
@@ -91,11 +154,15 @@ class ClusterJob(Job):
     def exit_code(self) -> int | None:
         if not self.job.done():
             return None
+        return 1 if self.error() else self.job.result()
+
+    def error(self) -> str | None:
         error = self.job.exception()
-        return 1 if error is not None else self.job.result()
+        lines = str(error or "").strip().splitlines()
+        return lines[-1] if lines else None
 
     def stop(self) -> None:
-        """Nothing: jobs of a cluster outlive the process that submitted them."""
+        pass
 
     def wait(self) -> None:
         pass
@@ -108,9 +175,9 @@ class WorkOnCluster:
         self.run = run
 
     def __call__(self) -> int:
-        process = work_on(self.run)
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        return process.wait()
+        worker = Worker(self.run)
+        signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+        return worker.wait()
 
     def checkpoint(self) -> Any:
         """submitit calls this before the job has to go; the run itself saves when it is told to leave."""
@@ -119,18 +186,25 @@ class WorkOnCluster:
         return DelayedSubmission(WorkOnCluster(self.run))
 
 
-def launcher(name: str, folder: Path, parameters: dict[str, Any]) -> Callable[[Run], Job]:
+Start = Callable[[Run, int], Job]
+"""Starts a run as the given one, from 0, of those at once."""
+
+
+def launcher(name: str, folder: Path, settings: Sequence[str]) -> Start:
     """What starts a run: `process` on this machine, `slurm` on a cluster, `local` the cluster's path on this machine.
 
     Args:
         name: one of the three.
         folder: where submitit writes its own files.
-        parameters: of submitit's executor, such as `{"slurm_partition": "gpu", "timeout_min": 600}`.
+        settings: parameters of submitit's executor, such as `["slurm_partition=gpu", "timeout_min=600"]`.
 
     Raises:
-        ConfigError: submitit is not installed, or does not know a parameter.
+        ConfigError: submitit is not installed, does not know a parameter, or is not asked for one.
     """
+    parameters = {key: int(value) if value.isdecimal() else value for key, value in set_overrides(settings, "--parameter")}
     if name == "process":
+        if parameters:
+            raise ConfigError(f"--parameter {settings[0]}: has no effect without --launcher slurm")
         return LocalJob
     try:
         import submitit
@@ -143,7 +217,15 @@ def launcher(name: str, folder: Path, parameters: dict[str, Any]) -> Callable[[R
         executor.update_parameters(name="study", **parameters)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise ConfigError(f"--launcher {name}: {str(error).splitlines()[0]}") from None
-    return lambda run: ClusterJob(executor.submit(WorkOnCluster(run)))
+    return lambda run, slot: ClusterJob(executor.submit(WorkOnCluster(run)))
+
+
+def _environment(run: Run, slot: int) -> dict[str, str]:
+    """This process's, but with one GPU: runs at once take one each, in turn. A run on several GPUs sees all."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(index) for index in range(torch.cuda.device_count())] if asked is None else asked.split(",")
+    one = {"CUDA_VISIBLE_DEVICES": visible[slot % len(visible)]} if len(visible) > 1 and run.config.n_gpu <= 1 else {}
+    return {**os.environ, **one}
 
 
 def _leave_with_parent() -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from base.checkpoint import LAST
 from base.config_files import validate
@@ -11,7 +12,7 @@ from base.errors import ConfigError, ProjectError
 from base.resuming import refuse_other_experiment
 from studies.grid import Run
 
-NEW, BROKEN, RUNNING, FINISHED, FAILED = "new", "to resume", "running", "finished", "failed"
+NEW, BROKEN, RUNNING, ELSEWHERE, FINISHED, FAILED = "new", "to resume", "running", "elsewhere", "finished", "failed"
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Progress:
     """What the folder of a run says.
 
     Attributes:
-        state: one of the five above; a folder alone does not know about `RUNNING` and `FAILED`.
+        state: one of the six above; a folder alone does not know about `RUNNING`, `ELSEWHERE` (another process works on it) and
+            `FAILED`.
         epoch: finished epochs.
         best: the monitored value at its best, or None.
     """
@@ -33,17 +35,18 @@ def look(run: Run) -> Progress:
     """The progress of a run that nobody is working on, or of one that is being worked on.
 
     Raises:
-        ConfigError: the folder holds a run of another config.
+        ConfigError: the folder holds a run of another config, or one of its files is damaged.
     """
     log = _log(run.folder / "metrics.jsonl")
     mode, _, name = run.config.trainer.monitor.partition(" ")
     values = [epoch[name] for epoch in log if epoch.get(name) is not None] if name else []
     best = (max if mode == "max" else min)(values) if values else None
-    state = NEW
-    if (run.folder / LAST).exists():
+    finished, begun = (run.folder / "result.json").exists(), (run.folder / LAST).exists()
+    if finished or begun:
         _refuse_another(run)
-        state = FINISHED if (run.folder / "result.json").exists() else BROKEN
-    return Progress(state, len(log), best)
+    if finished:
+        _json(run.folder / "result.json", (run.folder / "result.json").read_text())
+    return Progress(FINISHED if finished else BROKEN if begun else NEW, len(log), best)
 
 
 def table(rows: Sequence[tuple[Run, Progress, float | None]]) -> str:
@@ -72,15 +75,23 @@ def _log(file: Path) -> list[dict[str, float]]:
     """The epochs logged so far; a line that is being written does not count yet."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [_json(file, line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _json(file: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{file}: damaged: {error}; move {file.parent} away to begin again") from None
 
 
 def _refuse_another(run: Run) -> None:
     file = run.folder / "config.json"
     if not file.exists():
         raise ConfigError(f"{run.folder}: holds a checkpoint, but no config.json; move it away")
+    tree = _json(file, file.read_text())
     try:
-        before = validate(json.loads(file.read_text()), str(file)).dump()  # with the defaults of keys that are newer than it
+        before = validate(tree, str(file)).dump()  # with the defaults of keys that are newer than it
         refuse_other_experiment(before, run.config, run.folder / LAST)
-    except (ProjectError, ValueError) as error:
+    except ProjectError as error:
         raise ConfigError(f"{run.folder}: holds another run than {run.name}: {error}") from None

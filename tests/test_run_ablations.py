@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from studies.work import _Screen
+
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "data_loader.args.num_batches": 4, "data_loader.args.batch_size": 16, "trainer.monitor": "max val_top1",
@@ -53,6 +55,11 @@ def test_the_ablation_studys_own_commands(tmp_path):
     assert "no_batchnorm.json --run_dir saved/resnet/no_batchnorm_seed42_" in lines[1]
     assert lines[1].endswith("--seed 42")
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+    reader, writer = os.pipe()
+    os.close(reader)
+    cut = subprocess.run(command("--list"), stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, timeout=300)
+    os.close(writer)
+    assert (cut.returncode, cut.stderr) == (1, b""), "as in: run_ablations.py --list | head -1"
 
 
 def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
@@ -65,11 +72,7 @@ def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
     process.communicate()
     before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*/result.json")}
     assert len(before) < 2
-    deadline = time.monotonic() + 60
-    while True:
-        done = study(*words, cwd=tmp_path)
-        if "another process works on" not in done.stderr or time.monotonic() > deadline:
-            break  # the killed study's runs were still saving
+    done = study(*words, cwd=tmp_path)  # which waits for runs of the killed study that are still saving
     assert done.returncode == 0, done.stderr
     assert "2 of 2 runs are finished" in done.stdout
     results = list((tmp_path / "out").glob("*/result.json"))
@@ -80,6 +83,8 @@ def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
     again = study(*words, cwd=tmp_path)
     assert again.returncode == 0
     assert {file: file.stat().st_mtime_ns for file in results} == times, "finished runs are skipped"
+    dry = study(*words, "--dry-run", cwd=tmp_path)
+    assert [line.startswith("# finished: python train.py -r ") for line in dry.stdout.splitlines()] == [True, True]
 
 
 def test_ctrl_c_saves_and_the_exit_code_says_so(grid, tmp_path):
@@ -97,6 +102,33 @@ def test_ctrl_c_saves_and_the_exit_code_says_so(grid, tmp_path):
     assert "stopped with 1 of 1 runs to do; the same command continues them" in errors
     (output,) = (tmp_path / "out").glob("*/output.log")
     assert "stopped by SIGTERM" in output.read_text()
+
+
+def test_two_studies_share_the_work(grid, tmp_path):
+    words = command("--grid", grid, "--all", "--save_dir", tmp_path / "out")
+    both = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        output, errors = process.communicate(timeout=300)
+        assert (process.returncode, errors) == (0, "")
+        assert "4 of 4 runs are finished" in output
+    logs = list((tmp_path / "out").glob("*/output.log"))
+    assert len(logs) == 4
+    assert all(log.read_text().count("run folder ") == 1 for log in logs), "no run is begun twice"
+    curves = [sys.executable, str(ROOT / "plot_training_logs.py"), str(tmp_path / "out"), "--table", str(tmp_path / "t.md")]
+    subprocess.run(curves, check=True, cwd=tmp_path)
+    rows = (tmp_path / "t.md").read_text().splitlines()[2:4]
+    assert [row.split(" | ")[:2] for row in rows] == [["| bn", "2"], ["| gn", "2"]], "the variants, in the grid's order"
+
+
+def test_a_narrow_and_low_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("studies.work.get_terminal_size", lambda: os.terminal_size((20, 6)))
+    screen = _Screen()
+    lines = ["run  state  epoch  best  left", *(f"run {n}  {'failed' if n else 'running'}  " + 40 * "x" for n in range(9))]
+    screen._draw(lines)
+    screen._draw(lines)
+    drawn = capsys.readouterr().out.removesuffix("\n").split("\x1b[3A\x1b[J")
+    assert len(drawn) == 2
+    assert drawn[1].splitlines() == ["run  state  epoch  ", "run 0  running  xxx", "9 runs, 0 finished,"]
 
 
 def test_a_failure_is_reported_at_the_end_and_stops_nothing(grid, tmp_path):
@@ -121,9 +153,12 @@ def test_a_cluster_takes_the_same_path(grid, tmp_path):
 
 def test_bad_input_is_one_line(grid, tmp_path):
     cases = {
-        "nothing chosen": (["--grid", grid], "--config NAME ... or --all is required"),
+        "nothing chosen": (["--grid", grid], "one of --config NAME ... and --all is required"),
         "no such grid": (["--grid", "none.json", "--list"], "none.json: no such config file"),
         "no such variant": (["--grid", grid, "--config", "gm"], "no variant 'gm' (it has: bn, gn)"),
+        "both": (["--grid", grid, "--all", "--config", "bn"], "one of --config NAME ... and --all is required"),
+        "no cluster": (["--grid", grid, "--all", "--parameter", "a=1"], "--parameter a=1: has no effect without --launcher"),
+        "no value": (["--grid", grid, "--all", "--parameter", "a"], "--parameter a: expected KEY=VALUE"),
         "no jobs": (["--grid", grid, "--all", "--jobs", "0"], "--jobs: expected at least 1"),
     }
     for name, (words, message) in cases.items():

@@ -5,9 +5,10 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from base.errors import ConfigError
-from reports.curves import against_figure, curves_figure, draw_against, draw_curves
+from reports.curves import against_figure, curves_figure
 from reports.groups import group_runs
-from reports.panels import COLORS, LINES, MARKERS
+from reports.output import check_output
+from reports.panels import COLORS, FORMATS, LINES, MARKERS, save_figure
 from reports.runs import find_runs
 
 
@@ -98,7 +99,7 @@ def test_axis_of_epsilon_has_its_unit_and_other_differences_are_named(make_run, 
         make_run(f"{epsilon}", {"val_top1": [0.5]}, {"x": 1}, trainer={"epochs": epochs}, adversarial={"epsilon": epsilon})
     cells = group_runs(find_runs([tmp_path]), ["adversarial.epsilon"])
     figure = against_figure(cells, "adversarial.epsilon", ["val_top1"])
-    assert figure.axes[0].get_xlabel() == "epsilon (1/255 of the pixel range, l-inf)"
+    assert figure.axes[0].get_xlabel() == "epsilon of training and of the attack (1/255 of the pixel range, l-inf)"
     assert words(figure)[0] == ["all runs  (n = 1)"]
     assert [record.getMessage() for record in caplog.records] == [
         "all runs: trainer.epochs differs along the line, too: 10 and 20"
@@ -130,7 +131,8 @@ def test_every_format_and_names_of_all_kinds(make_run, tmp_path, suffix):
     make_run("a", {"val_top1": [0.5, 0.6]}, {"test_top1": 0.5}, name="_$x_{1}$")
     groups = group_runs(find_runs([tmp_path]), ["name"])
     path = tmp_path / "new" / f"curves.{suffix}"
-    draw_curves(path, groups, ["val_top1"])
+    check_output(path, FORMATS, "pictures")
+    save_figure(curves_figure(groups, ["val_top1"]), path)
     assert path.read_bytes().startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix.lower()])
     assert words(curves_figure(groups, ["val_top1"]))[0] == ["_$x_{1}$  (n = 1)"]
 
@@ -149,15 +151,16 @@ def test_errors(norms, tmp_path):
         ConfigError, match=r"^--metric test_top5: no run measured it; there are: val_top1, loss, val_robust_top1, test_top1"
     ):
         against_figure(norms, "arch.args.norm_layer_type", ["test_top5"])
-    for draw in (draw_curves, lambda path, groups: draw_against(path, groups, "seed")):
-        with pytest.raises(ConfigError, match=r"a.bmp: '.bmp' is no format of pictures; expected one of: png, pdf, svg$"):
-            draw(tmp_path / "a.bmp", norms)
+    with pytest.raises(ConfigError, match=r"a.bmp: '.bmp' is no format of pictures; expected one of: png, pdf, svg$"):
+        check_output(tmp_path / "a.bmp", FORMATS, "pictures")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/curves.png: cannot be written: "):
-        draw_curves(tmp_path / "file" / "curves.png", norms)
+        check_output(tmp_path / "file" / "curves.png", FORMATS, "pictures")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(ConfigError, match=r"folder.png: cannot be written: a folder"):
-        draw_curves(tmp_path / "folder.png", norms)
+        check_output(tmp_path / "folder.png", FORMATS, "pictures")
+    with pytest.raises(ConfigError, match=r"folder.png: cannot be written: Is a directory"):
+        save_figure(curves_figure(norms, ["val_top1"]), tmp_path / "folder.png")
 
 
 def test_nothing_to_show_by_default_names_what_there_is(make_run, tmp_path):

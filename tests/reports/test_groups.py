@@ -4,6 +4,7 @@ import pytest
 
 from base.config_files import merge
 from base.errors import ConfigError
+from base.study_file import Place, write_places
 from reports.groups import MAY_DIFFER, group_runs
 from reports.runs import find_runs
 
@@ -12,7 +13,8 @@ OTHER_VALUES = {
     "seed": 7, "name": "other", "exper_name": "other", "comet": {"project": "other"}, "trainer.save_dir": "else/",
     "trainer.label_dir": "else", "trainer.verbosity": 0, "trainer.save_period": 5, "trainer.keep_checkpoints": 0,
     "trainer.tensorboard": True, "data_loader.args.num_workers": 2, "data_loader.args.pin_memory": True,
-    "system.num_threads": 1, "system.device": "cpu",
+    "system.num_threads": 1, "system.device": "cpu", "system.compile": True, "system.channels_last": True,
+    "system.deterministic": True,
 }  # fmt: skip
 """A value other than the default of each key that does not matter."""
 MATTERS = {
@@ -97,3 +99,18 @@ def test_errors(make_run, tmp_path):
     make_run("c", VALUES, seed=1, trainer={"epochs": 3, "OCNN": True})
     with pytest.raises(ConfigError, match=r"^trainer.epochs: 200 in .*a, but 3 in .*c \(and 1 more\): runs that are averaged"):
         group_runs([runs[0], *find_runs([tmp_path / "c"])], [])
+
+
+def test_runs_of_a_study_are_grouped_by_its_labels_in_its_order(make_run, tmp_path):
+    for name, norm in (("a", "gn"), ("b", "bn")):
+        make_run(name, {"loss": [1.0]}, arch={"args": {"norm_layer_type": norm}})
+    places = {"a": Place("second", 1, {"norm": "GroupNorm"}), "b": Place("first", 0, {"norm": "BatchNorm"})}
+    write_places(tmp_path, {"a": places["a"]})
+    write_places(tmp_path, {"b": places["b"]})
+    runs = find_runs([tmp_path / "a", tmp_path])
+    assert [group.name for group in group_runs(runs, ["variant"])] == ["first", "second"]
+    assert [group.name for group in group_runs(runs, ["norm", "seed"])] == ["BatchNorm, seed=0", "GroupNorm, seed=0"]
+    with pytest.raises(ConfigError, match=r"^arch.args.norm_layer_type: bn in .*b, but gn in .*a: runs that are averaged"):
+        group_runs(runs, ["trainer.epochs"])
+    (tmp_path / "study.json").write_text("{")
+    assert [run.labels for run in find_runs([tmp_path])] == [{}, {}], "pictures do not need it"

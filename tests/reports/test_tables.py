@@ -90,7 +90,7 @@ def test_last_stands_beside_best():
 
 
 def test_markdown(norms, tmp_path):
-    write_table(tmp_path / "new" / "table.md", norms, ["last_test_top1", "test_top1"], baseline="bn")
+    write_table(tmp_path / "new" / "table.md", compare(norms, ["last_test_top1", "test_top1"], baseline="bn"))
     text = (tmp_path / "new" / "table.md").read_text()
     p = compare(norms, baseline="bn").rows[1].cells[0].p
     assert text.splitlines()[:5] == [
@@ -106,7 +106,7 @@ def test_markdown(norms, tmp_path):
 def test_latex_escapes_what_latex_would_not_print(make_run, tmp_path):
     make_run("a", {"val_top1": [0.5]}, {"test_top1": 0.5}, trainer={"label_dir": "50%_of $x^2$ #1 & {b} ~ \\"})
     make_run("b", {"val_top1": [0.5]}, {"test_top1": 0.25, "test_loss": 3.0}, trainer={"label_dir": "[c]"})
-    write_table(tmp_path / "table.tex", group_runs(find_runs([tmp_path]), ["trainer.label_dir"]), ["test_top1"])
+    write_table(tmp_path / "table.tex", compare(group_runs(find_runs([tmp_path]), ["trainer.label_dir"]), ["test_top1"]))
     lines = (tmp_path / "table.tex").read_text().splitlines()
     body = [line for line in lines if not line.startswith("%")]
     assert body == [
@@ -123,29 +123,38 @@ def test_latex_escapes_what_latex_would_not_print(make_run, tmp_path):
 
 
 def test_latex_writes_signs_as_formulas(norms, tmp_path):
-    write_table(tmp_path / "table.tex", norms, ["test_top1"], baseline="no")
+    write_table(tmp_path / "table.tex", compare(norms, ["test_top1"], baseline="no"))
     assert r"bn & 3 & 52.00 $\pm$ 2.00 &  \\" in (tmp_path / "table.tex").read_text()
 
 
 def test_csv_has_a_column_for_every_number(norms, tmp_path):
-    write_table(tmp_path / "table.csv", norms, ["test_top1", "test_loss"], baseline="bn")
+    write_table(tmp_path / "table.csv", compare(norms, ["test_top1", "test_loss"], baseline="bn"))
     with (tmp_path / "table.csv").open(newline="") as file:
         bn, gn, no = csv.DictReader(file)
-    assert (bn["runs"], bn["n"], bn["test_top1_mean"], bn["test_top1_std"], bn["test_top1_p"]) == (
-        "bn",
-        "3",
-        "52.00",
-        "2.00",
-        "",
-    )
-    assert (gn["test_loss_mean"], gn["test_loss_std"], gn["test_top1_n"]) == ("1", "0", "2")
-    assert float(gn["test_top1_p"]) == pytest.approx(compare(norms, baseline="bn").rows[1].cells[0].p, rel=0.01)
-    assert (no["test_top1_mean"], no["test_top1_std"]) == ("10.00", "")
+    names = ["test_top1_mean", "test_top1_std", "test_loss_mean", "test_loss_std"]
+    assert [float(gn[name]) for name in names] == pytest.approx([0.585, 0.01 / sqrt(2), 1, 0], rel=1e-12)
+    assert (bn["runs"], bn["n"], bn["test_top1_n"], bn["test_top1_p"]) == ("bn", "3", "3", "")
+    assert float(gn["test_top1_p"]) == compare(norms, baseline="bn").rows[1].cells[0].p
+    assert (no["test_top1_mean"], no["test_top1_std"]) == ("0.1", "")
+
+
+def test_rows_of_other_rates_are_neither_tested_nor_beaten(make_run, tmp_path):
+    accuracies = {("bn", 0.2): (0.7, 0.8), ("gn", 0.2): (0.75, 0.9), ("bn", 0.4): (0.5, 0.6), ("gn", 0.4): (0.4, 0.3)}
+    for (norm, rate), values in accuracies.items():
+        runs = {seed: {"test_top1": value} for seed, value in enumerate(values)}
+        make(make_run, f"{norm}{rate}", runs, arch={"args": {"norm_layer_type": norm}}, trainer={"percent": rate, "sym": True})
+    table = compare(group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]), baseline="bn", by_last_key=True)
+    assert [(row.name.partition("=")[2], row.cells[0].p is None) for row in table.rows] == [
+        ("bn, percent=0.2", True), ("bn, percent=0.4", True), ("gn, percent=0.2", False), ("gn, percent=0.4", False),
+    ]  # fmt: skip
+    t = 0.075 / 0.025  # of the differences 0.05 and 0.1
+    assert table.rows[2].cells[0].p == pytest.approx(1 - 2 * np.arctan(t) / np.pi, rel=1e-6)
+    assert best_rows(table, 0) == {1, 2}
 
 
 def test_markdown_keeps_names_and_says_where_seeds_are_missing(make_run, tmp_path):
     make(make_run, "a", {0: {"test_top1": 0.5, "val_top1": 0.3}, 1: {"test_top1": 0.5, "val_top1": None}}, name="a|b*_c_")
-    write_table(tmp_path / "table.md", group_runs(find_runs([tmp_path]), ["name"]), ["test_top1", "val_top1"])
+    write_table(tmp_path / "table.md", compare(group_runs(find_runs([tmp_path]), ["name"]), ["test_top1", "val_top1"]))
     assert (tmp_path / "table.md").read_text().splitlines()[2] == r"| a\|b\*\_c\_ | 2 | 50.00 ± 0.00 | 30.00 (n = 1) |"
 
 
@@ -157,7 +166,7 @@ def test_errors(norms, tmp_path):
     with pytest.raises(ConfigError, match=r"^--baseline bnn: no such row; there are: bn, gn, no; did you mean 'bn'\?$"):
         compare(norms, baseline="bnn")
     with pytest.raises(ConfigError, match=r"table.txt: '.txt' is no format of tables; expected one of: md, tex, csv$"):
-        write_table(tmp_path / "table.txt", norms)
+        write_table(tmp_path / "table.txt", compare(norms))
 
 
 def test_results_without_accuracies_are_named(make_run, tmp_path):

@@ -14,7 +14,7 @@ from studies.progress import BROKEN, FINISHED, NEW, Progress, as_duration, look,
 @pytest.fixture
 def run(tmp_path):
     config = validate({"data_loader": {"type": "DigitsDataLoader"}, "trainer": {"epochs": 4}})
-    return Run("plain", 1, Path("config.json"), {}, config, tmp_path)
+    return Run("plain", {}, 0, 1, Path("config.json"), {}, config, tmp_path)
 
 
 def test_states_of_a_folder(run):
@@ -27,6 +27,8 @@ def test_states_of_a_folder(run):
     assert look(run) == Progress(BROKEN, 2, 0.7), "the line that is being written does not count"
     (run.folder / "result.json").write_text("{}")
     assert look(run).state == FINISHED
+    (run.folder / "model_last.pth").unlink()
+    assert look(run).state == FINISHED, "its checkpoints may be deleted"
 
 
 def test_a_folder_of_another_run_is_refused(run):
@@ -35,6 +37,15 @@ def test_a_folder_of_another_run_is_refused(run):
         look(run)
     (run.folder / "config.json").write_text(json.dumps({**run.config.dump(), "seed": 5}))
     with pytest.raises(ConfigError, match="holds another run than plain seed 1: seed: the run was started with 5; 0 would"):
+        look(run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json"])
+def test_a_damaged_file_is_named(run, name):
+    (run.folder / "config.json").write_text(json.dumps(run.config.dump()))
+    (run.folder / "result.json").write_text("{}")
+    (run.folder / name).write_text("{oh\n")
+    with pytest.raises(ConfigError, match=f"{name}: damaged: Expecting .*; move {run.folder} away to begin again$"):
         look(run)
 
 
