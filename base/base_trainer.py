@@ -288,7 +288,7 @@ class BaseTrainer(ABC):
     def _stop(self) -> NoReturn:
         """Save in the middle of an epoch, or after one, and leave."""
         self.checkpoints.save_last(self.checkpoint())
-        leave_the_word_to_the_first()
+        leave_the_word_to_the_first(128 + self.signals.asked)
         done = f"{self.progress.epochs_done} epochs and {self.progress.batches_done} batches"
         name = signal.Signals(self.signals.asked).name
         raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked)

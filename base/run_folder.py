@@ -28,8 +28,8 @@ SECRET_FLAGS = ("--key", "--comet_key")
 
 
 def create_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Path:
-    """Make an empty folder for a new run and return it. What an earlier attempt of the same job has left in `run_dir` before its
-    first checkpoint is written over.
+    """Make an empty folder for a new run and return it. What an earlier attempt of the same job has left in `run_dir` before
+    its first checkpoint is written over.
 
     Raises:
         ConfigError: `run_dir` already holds a run, or the folder cannot be made.
@@ -51,10 +51,10 @@ def create_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> P
 
 
 def job() -> str | None:
-    """What all attempts of one torchrun job have in common (`--max-restarts`), and no other job: its `--rdzv_id`, or where it was
-    not given the launcher's process. None without torchrun.
+    """What all attempts of one torchrun job have in common (`--max-restarts`), and no other job: its `--rdzv_id`, or where it
+    was not given the launcher's process. None without torchrun.
 
-    The attempts are not counted: each machine's launcher counts those failures only that it has seen itself.
+    The number of the attempt would not do: each machine's launcher counts only failures that it has seen itself.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"process {os.getppid()} of {platform.node()}" if name == "none" else name

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from socket import socket
 
 import pytest
 import torch
@@ -196,23 +197,48 @@ def test_n_gpu_starts_processes_that_stop_together(tmp_path):
     assert 1 <= len(logs(tmp_path / "run")) < 6
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_dead_process_ends_all_and_a_restart_goes_on(tmp_path, restarts):
-    words = [*TORCHRUN, "--max-restarts", restarts, ROOT / "train.py", "-c", config_file(tmp_path)]
-    process = start(words, tmp_path / "run", epochs=1)
+def test_a_dead_process_ends_all(tmp_path):
+    process = start([*TORCHRUN, ROOT / "train.py", "-c", config_file(tmp_path)], tmp_path / "run", epochs=1)
     os.kill(processes_of(process.pid)[1], signal.SIGKILL)
     begin = time.monotonic()
-    output, errors = process.communicate(timeout=120)
-    if restarts:
-        assert process.returncode == 0, errors
-        assert "resumed after" in output
-        assert [log["epoch"] for log in logs(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-        assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 6
-    else:
-        assert time.monotonic() - begin < 30
-        assert process.returncode != 0
-        assert "exitcode: -9" in errors.replace("  : ", ": ")
-        assert len(logs(tmp_path / "run")) < 6
+    _, errors = process.communicate(timeout=120)
+    assert time.monotonic() - begin < 30
+    assert process.returncode != 0
+    assert "exitcode: -9" in errors.replace("  : ", ": ")
+    assert len(logs(tmp_path / "run")) < 6
+
+
+def machine(folder, job, port):
+    """The command of one of two machines, which are told apart by nothing."""
+    where = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
+    several = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 1, "--rdzv_id", job, *where]
+    return [*TORCHRUN[:3], *several, ROOT / "train.py", "-c", config_file(folder), "--run_dir", folder / "run"]
+
+
+def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_path):
+    with socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        list(map(str, machine(tmp_path, 1, port))), env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
+    ) as second:
+        first = start(machine(tmp_path, 1, port)[:-2], run, epochs=1)
+        workers = processes_of(first.pid) | processes_of(second.pid)
+        os.kill(workers[1], signal.SIGKILL)
+        output = "".join(process.communicate(timeout=120)[0] for process in (first, second))
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "resumed after" in output
+    assert [log["epoch"] for log in logs(run)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((run / "result.json").read_text())["epochs"] == 6
+
+    before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
+    words = list(map(str, machine(tmp_path, 2, port)))
+    machines = [subprocess.Popen(words, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    errors = "".join(process.communicate(timeout=120)[1] for process in machines)
+    assert all(process.returncode for process in machines), "rank 0 fails alone, and all end"
+    assert errors.count("already holds a run; continue it with -r") == 2, "at both attempts, said once"
+    assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
 
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch):
