@@ -51,8 +51,8 @@ def ranks(training: bool = False) -> Iterator[None]:
         return
     with_cuda = training and torch.cuda.is_available() and dist.is_nccl_available()
     store, number, size = next(dist.rendezvous("env://"))
-    # the first to finish its share waits for the last, however long that takes; torchrun ends all when a process dies, but for a
-    # machine that vanishes without closing its connections they wait until this timeout
+    # the first to finish its share waits for the last, however long that takes; torchrun ends all when a process dies, but for
+    # a machine that vanishes without closing its connections they wait until this timeout
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if with_cuda else "gloo",
         store=_meet(store, number, size),
