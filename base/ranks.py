@@ -44,7 +44,7 @@ def ranks(training: bool = False) -> Iterator[None]:
     CUDA devices.
 
     Raises:
-        ProjectError: another process has ended in the middle of the work.
+        ProjectError: another process has ended in the middle of the work, or the connection has failed.
     """
     if started_processes() == 1:
         yield
@@ -64,7 +64,7 @@ def ranks(training: bool = False) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ProjectError(f"rank {number}: another process has ended ({_reason(error)}): this one ends, too") from None
+            raise ProjectError(f"rank {number}: {_explained(error)}") from error
         raise
     except SystemExit as leaving:  # see `leave_the_word_to_the_first`; at once, as the group's threads may abort a slow goodbye
         sys.stdout.flush()
@@ -244,7 +244,11 @@ class SharedGenerator:
         return distribution((self.share.total, *shape), generator=self.generator)[self.share.part]
 
 
-def _reason(error: Exception) -> str:
-    """What gloo or NCCL say in their first sentence, without the place in their own code."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[[^]]*\] ", "", line).split(". This")[0].rstrip(".")
+def _explained(error: Exception) -> str:
+    """What gloo or NCCL say, in one line: in short where another process is the cause, all that they know otherwise."""
+    text = str(error).partition("Exception raised from")[0]  # and then come places in their own code
+    lines = [re.sub(r"^\[[^]]*\] ", "", line).strip() for line in text.splitlines() if line.strip()]
+    lines = lines or [type(error).__name__]
+    if re.search("closed by peer|reset by peer|broken pipe|remote process|remote error", text, re.IGNORECASE):
+        return f"another process has ended ({lines[0].split('. This')[0].rstrip('.')}): this one ends, too"
+    return f"the processes cannot work together: {' '.join(lines)}"
