@@ -63,7 +63,7 @@ def ranks(training: bool = False) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if is_of_connection(error):
             raise ProjectError(f"rank {number}: {_explained(error)}") from error
         raise
     except SystemExit as leaving:  # see `leave_the_word_to_the_first`; at once, as the group's threads may abort a slow goodbye
@@ -242,6 +242,11 @@ class SharedGenerator:
     def draw(self, distribution: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
         """`distribution((B, *shape), generator=...)` of the share's images."""
         return distribution((self.share.total, *shape), generator=self.generator)[self.share.part]
+
+
+def is_of_connection(error: Exception) -> bool:
+    """Whether gloo, NCCL or torch's store raised it; gloo's are plain `RuntimeError`s that name their place."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _explained(error: Exception) -> str:

@@ -262,6 +262,17 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch):
         assembly.refuse_too_few_images(validate(TINY), loader, None, loader)
 
 
+def test_a_lost_process_does_not_make_a_network_unfit():
+    class Synchronised(torch.nn.Linear):
+        def forward(self, images):
+            raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    loader = BaseDataLoader.__new__(type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__)))
+    loader.batch_size, loader.n_samples, loader.image_shape = 8, 8, (3, 4, 4)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        assembly.refuse_unfit_images(Synchronised(1, 1), loader, "resnet18")
+
+
 @pytest.mark.parametrize(("device", "visible"), [("auto", 0), ("auto", 2), ("cuda", 2)])
 def test_more_processes_than_devices_are_refused(monkeypatch, device, visible):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
