@@ -1,4 +1,4 @@
-"""Several processes for one command: torchrun's launcher, started from within."""
+"""Several processes for one command: torchrun's launcher, started from within, and the device of each process."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ def launch(config: Config) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.n_gpu)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // config.n_gpu)))
     words = ["--standalone", "--nproc_per_node", str(config.n_gpu), *sys.argv]
     try:
         run.run(run.get_args_parser().parse_args(words))
@@ -36,6 +36,11 @@ def launch(config: Config) -> NoReturn:
     except SignalException as error:
         sys.exit(128 + error.sigval.value)
     sys.exit(0)
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may use, which are fewer than the machine has where SLURM or taskset say so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def refuse_missing_devices(config: Config, processes: int, key: str) -> None:

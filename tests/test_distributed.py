@@ -19,7 +19,6 @@ from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.config_files import merge, validate
 from base.errors import ConfigError, Stopped
-from base.launch import refuse_missing_devices
 from base.ranks import rank, world_size
 from experiment import Experiment
 
@@ -271,31 +270,3 @@ def test_a_lost_process_does_not_make_a_network_unfit():
     loader.batch_size, loader.n_samples, loader.image_shape = 8, 8, (3, 4, 4)
     with pytest.raises(RuntimeError, match="closed by peer"):
         assembly.refuse_unfit_images(Synchronised(1, 1), loader, "resnet18")
-
-
-@pytest.mark.parametrize(("device", "visible"), [("auto", 0), ("auto", 2), ("cuda", 2)])
-def test_more_processes_than_devices_are_refused(monkeypatch, device, visible):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    config = validate(merge(TINY, {"n_gpu": 3, "system": {"device": device}}))
-    with pytest.raises(ConfigError, match=f"n_gpu: asks for 3 processes, but {visible} CUDA devices are visible"):
-        refuse_missing_devices(config, 3, "n_gpu")
-    refuse_missing_devices(validate(merge(TINY, {"n_gpu": 3})), 3, "n_gpu")  # on the CPU, as the config says
-    refuse_missing_devices(config, visible, "torchrun")
-
-
-def test_one_device_is_not_enough_for_two(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    config = validate(merge(TINY, {"n_gpu": 2, "system": {"device": "cuda:1"}}))
-    with pytest.raises(ConfigError, match="system.device: cuda:1 is one device, n_gpu asks for 2 processes"):
-        refuse_missing_devices(config, 2, "n_gpu")
-
-
-def test_every_process_takes_its_own_device(monkeypatch):
-    from base.runtime import choose_device
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
