@@ -20,6 +20,7 @@ from base.checkpoint import load_checkpoint
 from base.config_files import merge, validate
 from base.errors import ConfigError, Stopped
 from base.ranks import rank, world_size
+from evaluation import evaluation_parser, load_evaluation
 from experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -270,3 +271,16 @@ def test_a_lost_process_does_not_make_a_network_unfit():
     loader.batch_size, loader.n_samples, loader.image_shape = 8, 8, (3, 4, 4)
     with pytest.raises(RuntimeError, match="closed by peer"):
         assembly.refuse_unfit_images(Synchronised(1, 1), loader, "resnet18")
+
+
+@pytest.mark.parametrize(("device", "message"), [("cuda:1", "system.device: cuda:1 is one"), ("auto", "torchrun: asks for 4")])
+def test_evaluation_refuses_to_share_a_device(tmp_path, monkeypatch, device, message):
+    monkeypatch.setattr("base.launch.world_size", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "system": {"device": device}}))
+    checkpoint = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv" / "model_best.pth"
+    words = ["-s", str(checkpoint), "-c", str(tmp_path / "config.json")]
+    with pytest.raises(ConfigError, match=message):
+        load_evaluation(evaluation_parser("").parse_args(words))

@@ -29,8 +29,11 @@ def test_more_processes_than_devices_are_refused(monkeypatch, device, visible):
 def test_one_device_is_not_enough_for_two(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = validate(merge(MINIMAL, {"n_gpu": 2, "system": {"device": "cuda:1"}}))
-    with pytest.raises(ConfigError, match="system.device: cuda:1 is one device, n_gpu asks for 2 processes"):
+    with pytest.raises(
+        ConfigError, match="system.device: cuda:1 is one device, n_gpu asks for 2 processes .system.device=cuda"
+    ):
         refuse_missing_devices(config, 2, "n_gpu")
+    refuse_missing_devices(config, 1, "torchrun")  # on each of several machines
 
 
 def test_every_process_takes_its_own_device(monkeypatch):
