@@ -16,8 +16,8 @@ from experiment import Experiment
 def run_job(arguments: argparse.Namespace, refuse: Callable[[Config], None]) -> None:
     """Begin the run that the command line describes, or continue the one that it names.
 
-    Where torchrun starts the processes anew after one has died (`--max-restarts`), it repeats the command; a run that has
-    reached a checkpoint in `--run_dir` by then goes on there.
+    Where torchrun starts the processes anew after one has died or reported an error (`--max-restarts`), it repeats the command;
+    a run that has reached a checkpoint in `--run_dir` by then goes on there.
 
     Args:
         arguments: as `base.command_line.config_parser` parses them.

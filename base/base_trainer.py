@@ -39,8 +39,8 @@ class BaseTrainer(ABC):
 
     A subclass writes `train_batch`, with `update` for each optimiser step in it, so that a training method reads like the
     algorithm of its paper. SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which `resume`
-    continues bit for bit (on the same device and library versions). Values of every epoch go to `trackers`, which are set from
-    outside.
+    continues bit for bit (on the same device and library versions; up to rounding with three processes or more). Values of
+    every epoch go to `trackers`, which are set from outside.
 
     Of several processes each trains a copy of the model on its share of every minibatch (see `Share`), and rank 0 writes.
 
