@@ -15,7 +15,7 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
 from base.config import Config
 from base.errors import ConfigError
-from base.ranks import Share, world_size
+from base.ranks import Share, is_of_connection, world_size
 from base.registry import lookup
 from base.runtime import seed_global_generators
 from data_loader import DATA_LOADERS
@@ -92,6 +92,8 @@ def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> 
         with torch.no_grad():
             deepcopy(model).train()(images)
     except (RuntimeError, ValueError) as error:
+        if is_of_connection(error):  # synchronised batch normalisation asks the other processes, which may have ended
+            raise
         size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}") from None

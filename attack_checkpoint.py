@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from evaluation import check_outputs, evaluation_parser, load_evaluation
 
 DOCTOR_IMAGES = 200
 EXAMPLES = 8
+DIGITS = 16
+"""Of the fingerprint in the name of a file that keeps verdicts for an interruption."""
 SIZES = (
     ("--norm", "adversarial.norm", "linf or l2"),
     ("--epsilon", "adversarial.epsilon", "radius: in 1/255 for linf, in units of the pixel range for l2"),
@@ -89,8 +92,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         if is_first and target is not None:
             report.save(target)
         gather(None)  # from here on the report is safe, and nobody needs what was kept for an interruption
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        if target is not None:
+            _remove_partials(target)
     if is_first:
         _conclude(report, model, loader, attack, target, arguments, context)
 
@@ -173,7 +176,13 @@ def _partial(
     settings = (config.dump(), loader.mean, loader.std, describe_attack(attack), arguments.seed, arguments.batch_size)
     digest.update(json.dumps([*settings, rank(), world_size()], sort_keys=True).encode())
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.stem}.{digest.hexdigest()[:16]}.partial.npz")
+    return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")
+
+
+def _remove_partials(target: Path) -> None:
+    """Also those of interrupted attempts with another number of processes or other settings: the report is there."""
+    for partial in target.parent.glob(f".{escape(target.stem)}.{'[0-9a-f]' * DIGITS}.partial.npz"):
+        partial.unlink(missing_ok=True)  # another process may have been faster
 
 
 def _draw_curve(curve: list[tuple[float, float]], report: Report, loader: BaseDataLoader, beside: Path | None) -> None:

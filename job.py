@@ -1,7 +1,6 @@
 """A training job: from a command line to a run, in this process, in those that torchrun has started, or in `n_gpu` new ones."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +9,15 @@ from base.command_line import config_overrides, read_config, select_device
 from base.config import Config
 from base.launch import launch
 from base.ranks import from_first, ranks, started_processes
+from base.run_folder import begun_by_this_job
 from experiment import Experiment
 
 
 def run_job(arguments: argparse.Namespace, refuse: Callable[[Config], None]) -> None:
     """Begin the run that the command line describes, or continue the one that it names.
 
-    Where torchrun starts the processes anew after one has died (`--max-restarts`), it repeats the command; a run that has
-    reached a checkpoint in `--run_dir` by then goes on there.
+    Where torchrun starts the processes anew after one has died or reported an error (`--max-restarts`), it repeats the command;
+    a run that has reached a checkpoint in `--run_dir` by then goes on there.
 
     Args:
         arguments: as `base.command_line.config_parser` parses them.
@@ -42,11 +42,8 @@ def run_job(arguments: argparse.Namespace, refuse: Callable[[Config], None]) -> 
 
 
 def _left_by_last_attempt(run_dir: str | None) -> str | None:
-    """The run folder, where this is a later attempt of the same job and an earlier one has saved something in it."""
-    if run_dir is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+    """The run folder, where an earlier attempt of the same job has made it and has saved a checkpoint in it."""
+    if run_dir is None:
         return None
     folder = Path(run_dir).expanduser()
-    if (folder / LAST).is_file():
-        return run_dir
-    (folder / "config.json").unlink(missing_ok=True)  # it died between making the folder and its first checkpoint
-    return None
+    return run_dir if (folder / LAST).is_file() and begun_by_this_job(folder) else None

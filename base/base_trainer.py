@@ -39,8 +39,8 @@ class BaseTrainer(ABC):
 
     A subclass writes `train_batch`, with `update` for each optimiser step in it, so that a training method reads like the
     algorithm of its paper. SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which `resume`
-    continues bit for bit (on the same device and library versions). Values of every epoch go to `trackers`, which are set from
-    outside.
+    continues bit for bit (on the same device and library versions; up to rounding with three processes or more). Values of
+    every epoch go to `trackers`, which are set from outside.
 
     Of several processes each trains a copy of the model on its share of every minibatch (see `Share`), and rank 0 writes.
 
@@ -288,7 +288,7 @@ class BaseTrainer(ABC):
     def _stop(self) -> NoReturn:
         """Save in the middle of an epoch, or after one, and leave."""
         self.checkpoints.save_last(self.checkpoint())
-        leave_the_word_to_the_first()
+        leave_the_word_to_the_first(128 + self.signals.asked)
         done = f"{self.progress.epochs_done} epochs and {self.progress.batches_done} batches"
         name = signal.Signals(self.signals.asked).name
         raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked)

@@ -1,4 +1,4 @@
-"""Several processes for one command: torchrun's launcher, started from within."""
+"""Several processes for one command: torchrun's launcher, started from within, and the device of each process."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ def launch(config: Config) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.n_gpu)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // config.n_gpu)))
     words = ["--standalone", "--nproc_per_node", str(config.n_gpu), *sys.argv]
     try:
         run.run(run.get_args_parser().parse_args(words))
@@ -38,16 +38,24 @@ def launch(config: Config) -> NoReturn:
     sys.exit(0)
 
 
+def available_cpus() -> int:
+    """How many CPUs this process may use, which are fewer than the machine has where SLURM or taskset say so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def refuse_missing_devices(config: Config, processes: int, key: str) -> None:
-    """Refuse more processes on this machine than it has CUDA devices. On the CPU any number goes; `n_gpu` has to be told so by
-    `system.device`.
+    """Refuse more processes on this machine than it has CUDA devices, for training and evaluation. On the CPU any number goes;
+    `n_gpu` has to be told so by `system.device`.
 
     Raises:
-        ConfigError: naming `key`.
+        ConfigError: naming `key`, which asks for them, or `system.device`.
     """
     device = choose_device(config.system.device, config.n_gpu)
-    if device.type == "cuda" and config.system.device not in ("auto", "cuda"):
-        raise ConfigError(f"system.device: {config.system.device} is one device, {key} asks for {processes} processes")
+    if device.type == "cuda" and config.system.device not in ("auto", "cuda") and processes > 1:
+        raise ConfigError(
+            f"system.device: {config.system.device} is one device, {key} asks for {processes} processes "
+            "(system.device=cuda gives each its own)"
+        )
     if device.type == "cpu" and (config.system.device == "cpu" or key != "n_gpu"):
         return
     devices = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -58,7 +66,11 @@ def refuse_missing_devices(config: Config, processes: int, key: str) -> None:
 
 
 def own_device(config: Config) -> torch.device:
-    """The device of this process, which CUDA then takes for the current one."""
+    """The device of this process, which CUDA then takes for the current one.
+
+    Raises:
+        ConfigError: it is not there, or not for this process alone.
+    """
     if world_size() > 1:
         refuse_missing_devices(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "torchrun")
     device = choose_device(config.system.device, config.n_gpu)

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from time import sleep
@@ -44,14 +44,15 @@ def ranks(training: bool = False) -> Iterator[None]:
     CUDA devices.
 
     Raises:
-        ProjectError: another process has ended in the middle of the work.
+        ProjectError: another process has ended in the middle of the work, or the connection has failed.
     """
     if started_processes() == 1:
         yield
         return
     with_cuda = training and torch.cuda.is_available() and dist.is_nccl_available()
     store, number, size = next(dist.rendezvous("env://"))
-    # the first to finish its share waits for the last, however long that takes; torchrun ends all when one dies
+    # the first to finish its share waits for the last, however long that takes; torchrun ends all when a process dies, but for
+    # a machine that vanishes without closing its connections they wait until this timeout
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if with_cuda else "gloo",
         store=_meet(store, number, size),
@@ -62,13 +63,13 @@ def ranks(training: bool = False) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ProjectError(f"rank {number}: another process has ended ({_reason(error)}): this one ends, too") from None
+        if is_of_connection(error):
+            raise ProjectError(f"rank {number}: {_explained(error)}") from error
         raise
     except SystemExit as leaving:  # see `leave_the_word_to_the_first`; at once, as the group's threads may abort a slow goodbye
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(int(leaving.code or 0))
+        os._exit(_wait_for_the_first(number, int(leaving.code or 0)))
     except ProjectError:
         if not with_cuda:  # NCCL would wait for the others
             _part()
@@ -133,21 +134,34 @@ def from_first(function: Callable[[], T]) -> T:
             value = function()
         except ProjectError as error:
             failure = error
-    outcome: list[Any] = [failure is not None, value]
+    outcome: list[Any] = [failure and failure.exit_code, value]
     dist.broadcast_object_list(outcome)
     if outcome[0]:
-        leave_the_word_to_the_first()
+        leave_the_word_to_the_first(outcome[0])
         raise failure
     return outcome[1]
 
 
-def leave_the_word_to_the_first() -> None:
-    """On every rank but 0: end this process quietly, because rank 0 says why all end, and with which exit code.
-
-    The exit code is 0, as torchrun would otherwise end rank 0 in the middle of its sentence.
-    """
+def leave_the_word_to_the_first(exit_code: int) -> None:
+    """On every rank but 0: end this process quietly, because rank 0 says why all end, with this exit code (see
+    `_wait_for_the_first`)."""
     if rank() > 0:
-        raise SystemExit(0)
+        raise SystemExit(exit_code)
+
+
+def _wait_for_the_first(number: int, exit_code: int) -> int:
+    """Keep torchrun from ending rank 0 in the middle of its sentence, which it does when another process fails; returns the
+    exit code to leave with.
+
+    Beside rank 0 that is 0: one failure is enough for their machine. On another machine torchrun would take 0 for success and
+    not take part in a restart, so it is `exit_code`, when rank 0 has left.
+    """
+    if number == int(os.environ.get("LOCAL_RANK", number)):  # ranks are given out machine by machine
+        return 0
+    with suppress(RuntimeError):  # rank 0 sends nothing, and closes the connection in the end, unless NCCL waits in its turn
+        dist.irecv(torch.empty(1), src=0).wait(timedelta(minutes=1))
+    sleep(1)  # it speaks after that
+    return exit_code
 
 
 def quiet() -> bool | None:
@@ -230,7 +244,16 @@ class SharedGenerator:
         return distribution((self.share.total, *shape), generator=self.generator)[self.share.part]
 
 
-def _reason(error: Exception) -> str:
-    """What gloo or NCCL say in their first sentence, without the place in their own code."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[[^]]*\] ", "", line).split(". This")[0].rstrip(".")
+def is_of_connection(error: Exception) -> bool:
+    """Whether gloo, NCCL or torch's store raised it; gloo's are plain `RuntimeError`s that name their place."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _explained(error: Exception) -> str:
+    """What gloo or NCCL say, in one line: in short where another process is the cause, all that they know otherwise."""
+    text = str(error).partition("Exception raised from")[0]  # and then come places in their own code
+    lines = [re.sub(r"^\[[^]]*\] ", "", line).strip() for line in text.splitlines() if line.strip()]
+    lines = lines or [type(error).__name__]
+    if re.search("closed by peer|reset by peer|broken pipe|remote process|remote error", text, re.IGNORECASE):
+        return f"another process has ended ({lines[0].split('. This')[0].rstrip('.')}): this one ends, too"
+    return f"the processes cannot work together: {' '.join(lines)}"

@@ -5,6 +5,7 @@
 
 import json
 import logging
+import os
 import platform
 import re
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from base.checkpoint import LAST
 from base.errors import ConfigError, ProjectError
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
@@ -26,7 +28,8 @@ SECRET_FLAGS = ("--key", "--comet_key")
 
 
 def create_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Path:
-    """Make an empty folder for a new run and return it.
+    """Make an empty folder for a new run and return it. What an earlier attempt of the same job has left in `run_dir` before
+    its first checkpoint is written over.
 
     Raises:
         ConfigError: `run_dir` already holds a run, or the folder cannot be made.
@@ -34,7 +37,7 @@ def create_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> P
     folder = Path(run_dir) if run_dir else Path(save_dir) / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     folder = folder.expanduser()
     try:
-        taken = (folder / "config.json").exists()
+        taken = (folder / "config.json").exists() and ((folder / LAST).exists() or not begun_by_this_job(folder))
         folder.mkdir(parents=True, exist_ok=bool(run_dir))
         with NamedTemporaryFile(dir=folder):
             pass  # can be written to, then
@@ -42,7 +45,27 @@ def create_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> P
         raise ConfigError(f"{folder}: the run folder cannot be made or written: {error}") from None
     if taken:
         raise ConfigError(f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder")
+    if job():
+        write_json(folder / "environment.json", {"job": job()})  # before anything else, as the next attempt asks for it
     return folder
+
+
+def job() -> str | None:
+    """What all attempts of one torchrun job have in common (`--max-restarts`), and no other job: its `--rdzv_id`, or where it
+    was not given the launcher's process. None without torchrun.
+
+    The number of the attempt would not do: each machine's launcher counts only failures that it has seen itself.
+    """
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"process {os.getppid()} of {platform.node()}" if name == "none" else name
+
+
+def begun_by_this_job(folder: Path) -> bool:
+    """Whether an earlier attempt of this torchrun job has made the run folder."""
+    try:
+        return job() is not None and json.loads((folder / "environment.json").read_text()).get("job") == job()
+    except (OSError, ValueError):
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,6 +113,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": package_versions(),
         "command": without_secrets(sys.argv),
+        "job": job(),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_files": _git("status", "--porcelain", "--untracked-files=no"),
         "platform": platform.platform(),

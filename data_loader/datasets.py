@@ -3,7 +3,7 @@
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -23,6 +23,9 @@ DIGITS_SPLIT_SEED = 0
 NETWORK_TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""
 
+LOCK = ".download.lock"
+"""The file that a process locks while it downloads or unpacks a data set; it stays."""
+
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -37,7 +40,7 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabelledI
     """CIFAR-10 or CIFAR-100: 50,000 training and 10,000 test images of 32 x 32.
 
     Reads the python version's files from `data_dir`; if they are missing or damaged, unpacks the archive that lies there, and
-    otherwise downloads it. Nothing is unpickled before its md5 is right.
+    otherwise downloads it, one process at a time. Nothing is unpickled before its md5 is right.
 
     Args:
         num_classes: 10 or 100.
@@ -55,14 +58,31 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabelledI
     try:
         with _bounded_network(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy finds the dtypes in these old pickles outdated
-            data = source(root=folder, train=train, download=True)
+            try:
+                data = source(root=folder, train=train)
+            except RuntimeError:  # missing or damaged
+                with _locked(folder):
+                    data = source(root=folder, train=train, download=True)
     except (OSError, RuntimeError, HTTPException) as error:
         if not existed:
-            with suppress(OSError):
-                folder.rmdir()  # the download begins by making it
+            with suppress(OSError):  # the download begins by making it
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
         raise DataError(_cifar_error(source, num_classes, folder, error)) from None
     pixels = torch.from_numpy(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)))
     return LabelledImages(MemoryImages(pixels), np.asarray(data.targets, dtype=np.int64), tuple(data.classes))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep all other processes that ask for it out of `folder` meanwhile; where files cannot be locked, none."""
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            import fcntl  # not on Windows
+
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((folder / LOCK).open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _cifar_error(source: Any, num_classes: int, folder: Path, error: Exception) -> str:

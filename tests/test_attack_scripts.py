@@ -56,12 +56,16 @@ def test_robust_training_ends_with_attacks_on_last_and_best_and_their_averages(r
 
 def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
     folder, _ = robust_run
+    stale, other = (folder / "eval" / f".{name}.{'0f' * 8}.partial.npz" for name in ("fgsm_linf_8_ema_n30_seed0", "pgd"))
+    stale.touch()  # as an attempt with another number of processes leaves it
+    other.touch()
     done = run("fgsm.py", "-s", folder, "--limit", 30, "--ema", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("FGSM, linf 8/255 on 30 images: clean ")
     report = json.loads((folder / "eval" / "fgsm_linf_8_ema_n30_seed0.json").read_text())
     assert report["n"] == 30
-    assert not list((folder / "eval").glob(".*"))
+    assert list((folder / "eval").glob(".*")) == [other], "only what belongs to this report is removed"
+    other.unlink()
 
 
 def test_same_verdicts_for_two_processes_and_other_batches(robust_run, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from socket import socket
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.config_files import merge, validate
 from base.errors import ConfigError, Stopped
-from base.launch import refuse_missing_devices
 from base.ranks import rank, world_size
+from evaluation import evaluation_parser, load_evaluation
 from experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -196,23 +197,48 @@ def test_n_gpu_starts_processes_that_stop_together(tmp_path):
     assert 1 <= len(logs(tmp_path / "run")) < 6
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_dead_process_ends_all_and_a_restart_goes_on(tmp_path, restarts):
-    words = [*TORCHRUN, "--max-restarts", restarts, ROOT / "train.py", "-c", config_file(tmp_path)]
-    process = start(words, tmp_path / "run", epochs=1)
+def test_a_dead_process_ends_all(tmp_path):
+    process = start([*TORCHRUN, ROOT / "train.py", "-c", config_file(tmp_path)], tmp_path / "run", epochs=1)
     os.kill(processes_of(process.pid)[1], signal.SIGKILL)
     begin = time.monotonic()
-    output, errors = process.communicate(timeout=120)
-    if restarts:
-        assert process.returncode == 0, errors
-        assert "resumed after" in output
-        assert [log["epoch"] for log in logs(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-        assert json.loads((tmp_path / "run" / "result.json").read_text())["epochs"] == 6
-    else:
-        assert time.monotonic() - begin < 30
-        assert process.returncode != 0
-        assert "exitcode: -9" in errors.replace("  : ", ": ")
-        assert len(logs(tmp_path / "run")) < 6
+    _, errors = process.communicate(timeout=120)
+    assert time.monotonic() - begin < 30
+    assert process.returncode != 0
+    assert "exitcode: -9" in errors.replace("  : ", ": ")
+    assert len(logs(tmp_path / "run")) < 6
+
+
+def machine(folder, job, port):
+    """The command of one of two machines, which are told apart by nothing."""
+    where = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
+    several = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 1, "--rdzv_id", job, *where]
+    return [*TORCHRUN[:3], *several, ROOT / "train.py", "-c", config_file(folder), "--run_dir", folder / "run"]
+
+
+def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_path):
+    with socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        list(map(str, machine(tmp_path, 1, port))), env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
+    ) as second:
+        first = start(machine(tmp_path, 1, port)[:-2], run, epochs=1)
+        workers = processes_of(first.pid) | processes_of(second.pid)
+        os.kill(workers[1], signal.SIGKILL)
+        output = "".join(process.communicate(timeout=120)[0] for process in (first, second))
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "resumed after" in output
+    assert [log["epoch"] for log in logs(run)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((run / "result.json").read_text())["epochs"] == 6
+
+    before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
+    words = list(map(str, machine(tmp_path, 2, port)))
+    machines = [subprocess.Popen(words, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    errors = "".join(process.communicate(timeout=120)[1] for process in machines)
+    assert all(process.returncode for process in machines), "rank 0 fails alone, and all end"
+    assert errors.count("already holds a run; continue it with -r") == 2, "at both attempts, said once"
+    assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
 
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch):
@@ -236,29 +262,25 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch):
         assembly.refuse_too_few_images(validate(TINY), loader, None, loader)
 
 
-@pytest.mark.parametrize(("device", "visible"), [("auto", 0), ("auto", 2), ("cuda", 2)])
-def test_more_processes_than_devices_are_refused(monkeypatch, device, visible):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    config = validate(merge(TINY, {"n_gpu": 3, "system": {"device": device}}))
-    with pytest.raises(ConfigError, match=f"n_gpu: asks for 3 processes, but {visible} CUDA devices are visible"):
-        refuse_missing_devices(config, 3, "n_gpu")
-    refuse_missing_devices(validate(merge(TINY, {"n_gpu": 3})), 3, "n_gpu")  # on the CPU, as the config says
-    refuse_missing_devices(config, visible, "torchrun")
+def test_a_lost_process_does_not_make_a_network_unfit():
+    class Synchronised(torch.nn.Linear):
+        def forward(self, images):
+            raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    loader = BaseDataLoader.__new__(type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__)))
+    loader.batch_size, loader.n_samples, loader.image_shape = 8, 8, (3, 4, 4)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        assembly.refuse_unfit_images(Synchronised(1, 1), loader, "resnet18")
 
 
-def test_one_device_is_not_enough_for_two(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    config = validate(merge(TINY, {"n_gpu": 2, "system": {"device": "cuda:1"}}))
-    with pytest.raises(ConfigError, match="system.device: cuda:1 is one device, n_gpu asks for 2 processes"):
-        refuse_missing_devices(config, 2, "n_gpu")
-
-
-def test_every_process_takes_its_own_device(monkeypatch):
-    from base.runtime import choose_device
-
+@pytest.mark.parametrize(("device", "message"), [("cuda:1", "system.device: cuda:1 is one"), ("auto", "torchrun: asks for 4")])
+def test_evaluation_refuses_to_share_a_device(tmp_path, monkeypatch, device, message):
+    monkeypatch.setattr("base.launch.world_size", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "system": {"device": device}}))
+    checkpoint = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv" / "model_best.pth"
+    words = ["-s", str(checkpoint), "-c", str(tmp_path / "config.json")]
+    with pytest.raises(ConfigError, match=message):
+        load_evaluation(evaluation_parser("").parse_args(words))

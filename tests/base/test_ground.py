@@ -18,7 +18,7 @@ from base.config_files import annotation_at, override, validate
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from base.progress import Progress
 from base.registry import lookup
-from base.run_folder import create_run_folder, without_secrets
+from base.run_folder import begun_by_this_job, create_run_folder, record_environment, without_secrets
 from base.runtime import choose_device, choose_precision, derived_seed, numpy_generator, torch_generator
 from base.totals import BatchResult, Totals
 from base.tracking import RunLog, Tracker, start_trackers, tell
@@ -115,6 +115,29 @@ def test_run_folders_are_new_and_never_shared(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="the run folder cannot be made or written"):
         create_run_folder(str(tmp_path / "file"), "name")
+
+
+def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
+    folder = create_run_folder("unused", "name", str(tmp_path / "run"))
+    (folder / "config.json").touch()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    assert not begun_by_this_job(folder)  # made without torchrun
+    folder = create_run_folder("unused", "name", str(tmp_path / "given"))
+    (folder / "config.json").touch()
+    assert begun_by_this_job(folder)
+    assert create_run_folder("unused", "name", str(folder)) == folder  # died before its first checkpoint
+    record_environment(folder, resumed=False)
+    record_environment(folder, resumed=True)
+    assert begun_by_this_job(folder)
+    for name in ("8", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        assert not begun_by_this_job(folder)
+        with pytest.raises(ConfigError, match="already holds a run"):
+            create_run_folder("unused", "name", str(folder))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    (folder / "model_last.pth").touch()
+    with pytest.raises(ConfigError, match="already holds a run"):  # it is to go on there
+        create_run_folder("unused", "name", str(folder))
 
 
 def test_secrets_are_cut_from_the_command():

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from base.ranks import Share, SharedGenerator, _meet, from_first, gather, largest, ranks, share_of
+from base.errors import ProjectError
+from base.ranks import Share, SharedGenerator, _explained, _meet, from_first, gather, largest, ranks, share_of
 
 
 def shares(total, processes):
@@ -62,3 +63,48 @@ def test_processes_meet_although_the_store_holds_what_dead_ones_said():
     with ThreadPoolExecutor(3) as pool:
         again = [part.result(timeout=20) for part in [pool.submit(_meet, store, number, 3) for number in range(3)]]
     assert not again[1].check(["key"]), "the next attempt has a part of its own"
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details)\n"
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+    "Last error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000"
+)
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
+
+
+@pytest.mark.parametrize(
+    ("said", "beginning", "end"),
+    [
+        (
+            f"{GLOO}Connection closed by peer [127.0.0.1]:4. This may be",
+            "another process has ended (Connection closed by",
+            "too",
+        ),
+        (f"{GLOO}Read error [10.0.0.1]:4: Connection reset by peer", "another process has ended (Read error", "ends, too"),
+        ("NCCL error\nncclRemoteError: A call failed possibly due to a remote process exiting", "another process", "too"),
+        (
+            NCCL,
+            "the processes cannot work together: NCCL error in: ",
+            "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
+        ),
+        (f"{GLOO}Timed out waiting 18ms for recv\nException raised from f at a.cpp:1", "the processes cannot", "18ms for recv"),
+        ("", "the processes cannot work together: ", "DistBackendError"),
+    ],
+)
+def test_only_an_end_is_called_one_and_no_cause_is_lost(said, beginning, end):
+    sentence = _explained(dist.DistBackendError(said))
+    assert sentence.startswith(beginning)
+    assert sentence.endswith(end)
+    assert "\n" not in sentence
+
+
+def test_the_cause_of_a_failed_connection_is_kept(monkeypatch):
+    cause = dist.DistBackendError(NCCL)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(None, 1, 2)]))
+    monkeypatch.setattr("base.ranks._meet", lambda *_: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    with pytest.raises(ProjectError, match="rank 1: the processes cannot work together") as caught, ranks():
+        raise cause
+    assert caught.value.__cause__ is cause

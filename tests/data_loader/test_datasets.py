@@ -1,4 +1,8 @@
+import errno
+import fcntl
+import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -69,6 +73,27 @@ def test_damaged_cifar_files_are_named(fake_cifar, no_network):
     (batch.parent / "batches.meta").write_bytes(b"")
     with pytest.raises(DataError, match=r"batches\.meta' is damaged"):
         read_cifar(10, fake_cifar, train=True)
+
+
+@pytest.mark.parametrize("can_lock", [True, False])
+def test_processes_that_begin_together_unpack_one_after_the_other(fake_cifar, no_network, monkeypatch, can_lock):
+    unpack, begun = torchvision.datasets.cifar.download_and_extract_archive, []
+
+    def slowly(*arguments, **named):
+        begun.append(arguments)
+        time.sleep(0.2)
+        unpack(*arguments, **named)
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", slowly)
+    if not can_lock:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    with ThreadPoolExecutor(3 if can_lock else 1) as pool:
+        parts = list(pool.map(lambda _: read_cifar(10, fake_cifar, train=True), range(3)))
+    assert len(begun) == 1, "the others find the files"
+    assert [len(part.images) for part in parts] == [100] * 3
 
 
 def test_image_folder_order_labels_and_pixels(session_folder):

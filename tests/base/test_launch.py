@@ -1,0 +1,55 @@
+"""How many processes a machine has room for, and which device each takes."""
+
+import os
+
+import pytest
+import torch
+
+from base.config_files import merge, validate
+from base.errors import ConfigError
+from base.launch import available_cpus, refuse_missing_devices
+from base.runtime import choose_device
+
+MINIMAL = {"arch": {"type": "simpleCNN"}, "data_loader": {"type": "DigitsDataLoader"}}
+
+
+@pytest.mark.parametrize(("device", "visible"), [("auto", 0), ("auto", 2), ("cuda", 2)])
+def test_more_processes_than_devices_are_refused(monkeypatch, device, visible):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    config = validate(merge(MINIMAL, {"n_gpu": 3, "system": {"device": device}}))
+    with pytest.raises(ConfigError, match=f"n_gpu: asks for 3 processes, but {visible} CUDA devices are visible"):
+        refuse_missing_devices(config, 3, "n_gpu")
+    on_cpu = validate(merge(MINIMAL, {"n_gpu": 3, "system": {"device": "cpu"}}))
+    refuse_missing_devices(on_cpu, 3, "n_gpu")
+    refuse_missing_devices(config, visible, "torchrun")
+
+
+def test_one_device_is_not_enough_for_two(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = validate(merge(MINIMAL, {"n_gpu": 2, "system": {"device": "cuda:1"}}))
+    with pytest.raises(
+        ConfigError, match="system.device: cuda:1 is one device, n_gpu asks for 2 processes .system.device=cuda"
+    ):
+        refuse_missing_devices(config, 2, "n_gpu")
+    refuse_missing_devices(config, 1, "torchrun")  # on each of several machines
+
+
+def test_every_process_takes_its_own_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+
+
+def test_cpus_that_this_process_may_not_use_do_not_count(monkeypatch):
+    if hasattr(os, "sched_getaffinity"):
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(before)})
+        try:
+            assert available_cpus() == 1
+        finally:
+            os.sched_setaffinity(0, before)
+        monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cpus() == os.cpu_count()  # where it cannot be asked
