@@ -253,7 +253,9 @@ class Experiment:
         threat = from_config.threat_model(config)
         radius = f"{threat.norm} {as_written(threat.epsilon, threat.norm)}"
         if config.adversarial_method != "none":
-            logger.info("adversarial training: %s, %s", config.adversarial_method, radius)
+            epochs = config.adversarial.warmup_epochs
+            growing = f", growing over the first {epochs} epochs" if epochs else ""
+            logger.info("adversarial training: %s, %s%s", config.adversarial_method, radius, growing)
         if robust is not None:
             logger.info(
                 "robust validation: PGD-%d, %s, on %d of %d validation images (the first of every class), every %d epochs",

@@ -1,5 +1,7 @@
 """Projected gradient descent (PGD)."""
 
+from copy import copy
+from dataclasses import replace
 from math import isfinite
 
 import torch
@@ -63,6 +65,13 @@ class PGD(Attack):
         self.restarts = restarts
         self.random_start = random_start
         self.early_stop = int(early_stop)
+
+    def scaled(self, factor: float) -> "PGD":
+        """The same attack with `factor` times the radius and the step size."""
+        scaled = copy(self)
+        scaled.threat_model = replace(self.threat_model, epsilon=factor * self.threat_model.epsilon)
+        scaled.step_size = factor * self.step_size
+        return scaled
 
     @property
     def rank(self) -> int:

@@ -35,6 +35,8 @@ class AdversarialConfig(Section):
     """Random starts in training with pgd, of which every image keeps the worst point."""
     random_start: bool = True
     """Begin attacks in training with fgsm and pgd at a random point."""
+    warmup_epochs: Count = 0
+    """Epochs over which radius and step of training grow evenly from 0; validation and reports attack with the whole radius."""
     bn_mode: Literal["train", "eval"] | None = None
     """Mode of the model while it is attacked in training: train moves running statistics, too (free knows only train); null:
     eval for trades, train for the others, as in the authors' codes."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,23 @@ from trainer.evaluate import batch_result
 from trainer.trainer import Trainer
 
 
-class FreeTrainer(Trainer):
+class TrainerWithAdversary(Trainer):
+    """What every method has in common."""
+
+    @property
+    def radius_share(self) -> float:
+        """Share in [0, 1] of radius and step size for the minibatch at hand: it grows evenly over the first
+        `adversarial.warmup_epochs` (Pang et al., "Bag of Tricks for Adversarial Training", arXiv:2010.00467, section 3.1).
+
+        A network whose features hardly tell images apart in the beginning (a deep one with GroupNorm) meets an adversary that
+        can hide all of that difference, and learns to answer the same for every image; with the radius growing it does not.
+        """
+        epochs = self.config.adversarial.warmup_epochs
+        done = self.progress.epochs_done + self.progress.batches_done / len(self.train_loader)
+        return min(1.0, done / epochs) if epochs else 1.0
+
+
+class FreeTrainer(TrainerWithAdversary):
     """Free adversarial training (Shafahi et al., arXiv:1904.12843, algorithm 1).
 
     Each minibatch is trained on `repeats` times; the backward pass of every update also gives the gradient for the images, by
@@ -46,13 +63,14 @@ class FreeTrainer(Trainer):
         """`repeats` updates, the perturbation moving with each."""
         images, targets = self.mixed(images, labels)
         share = self.share(images)
+        bound = replace(self.threat_model, epsilon=self.radius_share * self.threat_model.epsilon)
         perturbation = self._first_perturbation(images, share)
         results = []
         for _ in range(self.repeats):
             perturbation.requires_grad_()
             results.append(self.train_on((images + perturbation).clamp(0, 1), targets))
-            moved = self.threat_model.step(perturbation.detach(), perturbation.grad, self.step_size)
-            perturbation = self.threat_model.bound(moved)
+            moved = bound.step(perturbation.detach(), perturbation.grad, self.radius_share * self.step_size)
+            perturbation = bound.bound(moved)
         if self.carry:
             self._keep(perturbation[share.own] if share.copied else perturbation)
         sums = {name: torch.stack([result.sums[name] for result in results]).sum() for name in results[0].sums}
@@ -93,7 +111,7 @@ class FreeTrainer(Trainer):
         self._perturbation = None if kept is None else kept[rank() :: world_size()].to(self.device)
 
 
-class AdversarialTrainer(Trainer):
+class AdversarialTrainer(TrainerWithAdversary):
     """Training on attacked images: PGD (Madry et al., arXiv:1706.06083), or, with one step of 1.25 epsilon from a random start,
     fast FGSM training (Wong et al., arXiv:2001.03994).
 
@@ -118,7 +136,7 @@ class AdversarialTrainer(Trainer):
         images, targets = self.mixed(images, labels)
         generator = self.generator("training attack", images)
         with self.attacking():
-            attacked = self.attack.perturb(self.model, images, targets, generator)
+            attacked = self.attack.scaled(self.radius_share).perturb(self.model, images, targets, generator)
         return self.train_on(attacked, targets)
 
     @contextmanager
@@ -166,4 +184,4 @@ class TradesTrainer(AdversarialTrainer):
         with self.attacking():
             with torch.no_grad():
                 predictions = self.model(images).float().softmax(dim=1)
-            return self.attack.climb(self.model, images, predictions, images + noise)
+            return self.attack.scaled(self.radius_share).climb(self.model, images, predictions, images + noise)

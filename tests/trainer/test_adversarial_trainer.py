@@ -143,6 +143,22 @@ def test_pgd_and_fgsm_training_against_the_loop_written_out(tmp_path, method, st
     assert isinstance(starts[0], torch.Generator)
 
 
+@pytest.mark.parametrize("method", ["free", "fgsm", "pgd", "trades"])
+def test_the_radius_grows_over_the_warm_up(tmp_path, method):
+    trainer = build(tmp_path, {"adversarial": {"method": method, "steps": 4, "warmup_epochs": 4}})
+    images, labels = batch()
+    distances = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, inputs: distances.append(float((inputs[0].detach() - images).abs().max()) * 255 / 8)
+    )
+    for epochs, batches, share in ((0, 0, 0), (1, 0, 0.25), (2, 1, 7 / 12), (4, 0, 1), (9, 2, 1)):
+        distances.clear()
+        trainer.progress.epochs_done, trainer.progress.batches_done = epochs, batches
+        trainer.train_batch(images, labels)
+        assert distances[-1] == pytest.approx(share, abs=1e-4), "the update is on points at the edge of the ball"
+        assert max(distances) <= max(share, 0.2) + 1e-4, "TRADES begins at a small distance even then"
+
+
 def test_starts_are_a_function_of_seed_epoch_and_minibatch(tmp_path):
     models = []
     for batches_done in (0, 0, 1):
