@@ -8,7 +8,7 @@ import numpy as np
 
 from base.errors import ConfigError
 from reports.groups import Group, as_text, differing_keys, mean_and_std
-from reports.panels import Curve, line_and_band, panels_figure, points_and_bars, unit_of
+from reports.panels import Curve, line_and_band, line_with_markers, panels_figure, points_and_bars, unit_of
 from reports.runs import Run, refuse_unknown
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ AXIS_LABELS = {
     "trainer.subset_percent": "fraction of the training set (trainer.subset_percent)",
     "seed": "seed",
 }
+MOST_BANDS = 6
+"""More of them would be one grey area."""
 EPSILON_UNITS = {"linf": "1/255 of the pixel range, l-inf", "l2": "units of the pixel range, l2"}
 
 
@@ -30,7 +32,8 @@ def curves_figure(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     """Training curves: a panel for every metric, a line and a band for every group.
 
     The line is the mean over the group's seeds, the band one sample standard deviation to either side; a single seed is a line
-    only. Epochs in which a metric was not measured are skipped, and a line ends where not all seeds of its group go on.
+    only, and so are all of more than `MOST_BANDS` groups. Epochs in which a metric was not measured are skipped, and a line
+    ends where not all seeds of its group go on.
 
     Args:
         groups: of runs, at least one.
@@ -42,7 +45,8 @@ def curves_figure(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     """
     metrics = _known_metrics([run for group in groups for run in group.runs], metrics)
     lines = {metric: [_against_epochs(group, metric) for group in groups] for metric in clean_first(metrics)}
-    figure = panels_figure([group.name for group in groups], lines, spread="band", each=line_and_band)
+    spread, each = ("band", line_and_band) if len(groups) <= MOST_BANDS else (None, line_with_markers)
+    figure = panels_figure([group.name for group in groups], lines, spread, each)
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -49,7 +49,7 @@ def unit_of(metric: str) -> tuple[float, str]:
 def panels_figure(
     names: Sequence[str],
     lines: dict[str, list[Curve | None]],
-    spread: str,
+    spread: str | None,
     each: "Callable[[Axes, Curve, int], None]",
 ) -> "Figure":
     """A panel for every metric, side by side, over one legend; no global state of pyplot knows of it.
@@ -57,7 +57,7 @@ def panels_figure(
     Args:
         names: of the groups, at least one.
         lines: metric -> a curve for every group, None where it has none.
-        spread: what shows the standard deviation, for the caption.
+        spread: what shows the standard deviation, for the caption; None where nothing does.
         each: draws one line: `(axes, curve, index of the group)`.
     """
     from matplotlib.figure import Figure
@@ -76,7 +76,8 @@ def panels_figure(
                 each(axes, curve, index)
         _dress(axes, metric)
     several = any(max(curve.n) > 1 for curves in lines.values() for curve in curves if curve is not None)
-    caption = f"mean over seeds, {spread}: one standard deviation to either side" if several else None
+    shown = "mean over seeds" if spread is None else f"mean over seeds, {spread}: one standard deviation to either side"
+    caption = shown if several else None
     legend = figure.legend(
         [Line2D([], [], **_style(index)) for index in range(len(names))],
         labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=4.5,
@@ -98,9 +99,13 @@ def _dress(axes: "Axes", metric: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def line_and_band(axes: "Axes", curve: Curve, index: int) -> None:
+def line_with_markers(axes: "Axes", curve: Curve, index: int) -> None:
     step = max(1, len(curve.x) // 8)  # markers at some of many epochs, at other ones than those of the next line
     axes.plot(curve.x, curve.mean, **_style(index), markevery=(index % step, step))
+
+
+def line_and_band(axes: "Axes", curve: Curve, index: int) -> None:
+    line_with_markers(axes, curve, index)
     if max(curve.n) > 1:
         low, high = curve.mean - curve.std, curve.mean + curve.std
         color, line = COLORS[index % len(COLORS)], LINES[index % len(LINES)]

@@ -44,6 +44,9 @@ def test_lines_are_means_and_bands_one_sample_deviation_in_per_cent(norms):
         "mean over seeds, band: one standard deviation to either side",
     )
     assert words(curves_figure(norms[1:], ["val_top1"])) == (["gn  (n = 1)"], "")
+    crowd = curves_figure(4 * norms, ["val_top1"])
+    assert not crowd.axes[0].collections, "eight bands would be one grey area"
+    assert words(crowd)[1] == "mean over seeds"
 
 
 def test_clean_left_robust_right_and_epochs_without_a_measurement_skipped(norms):
