@@ -154,7 +154,7 @@ class ClusterJob(Job):
     def exit_code(self) -> int | None:
         if not self.job.done():
             return None
-        return 1 if self.error() else self.job.result()
+        return self.job.result() if self.job.exception() is None else 1
 
     def error(self) -> str | None:
         error = self.job.exception()
