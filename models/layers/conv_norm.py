@@ -4,6 +4,7 @@ Sheng Liu, Xiao Li, Yuexiang Zhai, Chong You, Zhihui Zhu, Carlos Fernandez-Grand
 Improving Deep Convolutional Network Robustness and Training", NeurIPS 2021, arXiv:2103.00673.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import pi
 from typing import Any
@@ -12,12 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers.fourier_convolution import Axis, Plan, fourier_convolution, plan_for
 from models.layers.precision import without_autocast
 
 RAMPDOWN_STEPS = 40000
 """Training steps over which the weight of the newest spectrum in `running_V` falls from 1 to `MIN_FACTOR` along a cosine."""
 
 MIN_FACTOR = 0.01
+FOURIER_BATCH = 16
+"""Images from which on the Fourier domain is faster on a CPU. Evaluation fills its batches up to as many."""
+
+KEPT_KERNEL_BYTES = 2**25
+"""Spectra of frozen kernels are kept up to this size per layer."""
+
 RELATIVE_FLOOR = 1e-6
 ABSOLUTE_FLOOR = 1e-12
 
@@ -40,6 +48,12 @@ def kernel_energy(weight: Tensor, size: tuple[int, int], dilation: tuple[int, in
         spectral zero, and TF32 products, would cost float32 the accuracy that the inverse square root needs. Rounding can leave
         values slightly below zero.
     """
+    return _energy_and_mean(weight, size, dilation)[0]
+
+
+def _energy_and_mean(weight: Tensor, size: tuple[int, int], dilation: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`kernel_energy`, and its mean over all frequencies `(C_out, 1, 1)`, exactly so on a grid no smaller than the kernel
+    (Parseval), on any grid a good scale: the autocorrelation at lag 0."""
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     height, width = weight.shape[-2:]
     index, (cos_h, sin_h), (cos_w, sin_w) = _tables((height, width), size, dilation, dtype, weight.device)
@@ -48,7 +62,8 @@ def kernel_energy(weight: Tensor, size: tuple[int, int], dilation: tuple[int, in
         gram = torch.bmm(taps.mT, taps).flatten(1)
         lags = gram.new_zeros(gram.shape[0], (2 * height - 1) * (2 * width - 1)).index_add_(1, index, gram)
         lags = lags.unflatten(1, (2 * height - 1, 2 * width - 1))
-        return cos_h @ lags @ cos_w.mT - sin_h @ lags @ sin_w.mT
+        energy = cos_h @ lags @ cos_w.mT - sin_h @ lags @ sin_w.mT
+        return energy, lags[:, height - 1 : height, width - 1 : width]
 
 
 def inverse_root_energy(weight: Tensor, size: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> Tensor:
@@ -57,9 +72,7 @@ def inverse_root_energy(weight: Tensor, size: tuple[int, int], dilation: tuple[i
     The floor is `max(1e-6 * mean energy of the channel, 1e-12)`. The original has none and returns NaN for an all-zero kernel
     and for a kernel with a spectral zero such as `[1, -1]`.
     """
-    energy = kernel_energy(weight, size, dilation)
-    # the mean over all frequencies of a grid no smaller than the kernel (Parseval), on any grid a good scale
-    mean = weight.detach().to(energy.dtype).square().sum(dim=(1, 2, 3)).reshape(-1, 1, 1)
+    energy, mean = _energy_and_mean(weight, size, dilation)
     return energy.maximum((RELATIVE_FLOOR * mean).clamp_min(ABSOLUTE_FLOOR)).rsqrt()
 
 
@@ -146,6 +159,7 @@ class ConvNorm2d(nn.Conv2d):
         self.bn = bn
         self.momentum = momentum
         self.track_running_stats = track_running_stats
+        self._kept_kernels: tuple[tuple[Any, ...], Tensor] | None = None
         self.register_buffer("running_V", torch.zeros(1))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
         self.bpconv: nn.Module = nn.Identity()
@@ -157,7 +171,14 @@ class ConvNorm2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
-        output = self._scaled_pointwise(input) if self.kernel_size == (1, 1) else self._preconditioned(input)
+        if self.kernel_size == (1, 1):
+            output = self._scaled_pointwise(input)
+        else:
+            plan = self._plan(input)
+            if plan is None:
+                output = self._preconditioned(input, self.weight, self.bias, self._inverse_root)
+            else:
+                output = self._in_fourier_domain(input, plan)
         if self.affine:
             even_h, even_w = (1 - k % 2 for k in self.kernel_size)
             if even_h or even_w:
@@ -165,12 +186,53 @@ class ConvNorm2d(nn.Conv2d):
             output = self.bpconv(output)
         return self.batch_norm(output) if self.bn else output
 
+    def _plan(self, input: Tensor) -> Plan | None:
+        """How to compute the layer in the Fourier domain; None where that is impossible or slower: on a GPU, for small batches
+        (the kernels' spectra take their time whatever the batch), and under a compiler, which cannot look into it."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+        if (
+            input.device.type != "cpu"
+            or len(input) < FOURIER_BATCH
+            or dtype not in (torch.float32, torch.bfloat16)
+            or self.groups > 1
+            or self.padding_mode != "zeros"
+            or isinstance(self.padding, str)
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        axes = zip(input.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return plan_for(*(Axis(*axis) for axis in axes), dtype, input.device)
+
+    def _in_fourier_domain(self, input: Tensor, plan: Plan) -> Tensor:
+        inverse_root = self._inverse_root((plan.rows.size, plan.columns.size))
+
+        def plain(input: Tensor, weight: Tensor) -> Tensor:
+            return self._preconditioned(input, weight, None, lambda size: inverse_root)
+
+        output = fourier_convolution(input, self.weight, inverse_root, plan, plain, self._frozen_kernels(plan))
+        if self.bias is None:
+            return output
+        return output + (self.bias * inverse_root[:, 0, 0]).to(output.dtype).reshape(-1, 1, 1)  # a constant: V at frequency 0
+
+    def _frozen_kernels(self, plan: Plan) -> Tensor | None:
+        """The spectra of kernels that ask for no gradient in evaluation mode (attacks), kept until the weights change; None
+        elsewhere, or where they are too large to be kept."""
+        if self.training or self.weight.requires_grad or plan.kernel_bytes(self.weight) > KEPT_KERNEL_BYTES:
+            self._kept_kernels = None
+            return None
+        made_of = (plan, self.weight.data_ptr(), self.weight._version)
+        if self._kept_kernels is None or self._kept_kernels[0] != made_of:
+            self._kept_kernels = (made_of, plan.kernels(self.weight.detach().to(plan.dtype)))
+        return self._kept_kernels[1]
+
     def _scaled_pointwise(self, input: Tensor) -> Tensor:
         scale = self._inverse_root((1, 1)).to(self.weight.dtype)
         bias = None if self.bias is None else self.bias * scale.flatten()
         return self._conv_forward(input, self.weight * scale.unsqueeze(-1), bias)
 
-    def _preconditioned(self, input: Tensor) -> Tensor:
+    def _preconditioned(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, inverse_root_of: Callable[[tuple[int, int]], Tensor]
+    ) -> Tensor:
         extent = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         before, after = self._padding_per_side(extent)
         if self.padding_mode != "zeros":
@@ -178,14 +240,14 @@ class ConvNorm2d(nn.Conv2d):
             before = after = (0, 0)
         # a full convolution holds every nonzero output; a larger padding only adds the zeros that were asked for
         padding = [max(sides) for sides in zip(before, after, extent, strict=True)]
-        full = F.conv2d(input, self.weight, self.bias, 1, padding, self.dilation, self.groups)
+        full = F.conv2d(input, weight, bias, 1, padding, self.dilation, self.groups)
         size = (full.shape[-2], full.shape[-1])
         first = [p - b for p, b in zip(padding, before, strict=True)]
         last = [s - p + a for s, p, a in zip(size, padding, after, strict=True)]
         if first[0] >= last[0] or first[1] >= last[1]:
             raise ValueError(f"input {tuple(input.shape[-2:])} with its padding is smaller than the kernel {self.kernel_size}")
         signal = full if full.dtype == torch.float64 else full.float()
-        filtered = _Filter.apply(signal, self._inverse_root(size).to(signal.dtype))
+        filtered = _Filter.apply(signal, inverse_root_of(size).to(signal.dtype))
         return filtered[..., first[0] : last[0] : self.stride[0], first[1] : last[1] : self.stride[1]].to(full.dtype)
 
     def _padding_per_side(self, extent: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:

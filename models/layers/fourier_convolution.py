@@ -1,0 +1,326 @@
+"""A convolution with a filter behind it, computed in the Fourier domain by products with small DFT matrices.
+
+What `ConvNorm2d` computes, `z <- IDFT(V . DFT(w * x))`, cropped and strided, takes for each frequency one product of the
+spectra of images and kernels. There are half as many frequencies as pixels, a complex product is four real ones, and a 3x3
+kernel has nine taps: the products are a quarter of a convolution's, and the filter is free. On a CPU the transforms are matrix
+products, too: sizes such as 34 = 2 x 17 are slow for an FFT and small for a matrix, and matrices lay out each spectrum as the
+next product needs it, frequency by frequency. Strides need only the frequencies that remain: those that fall together ("alias")
+are added up before the inverse transform.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import pi
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.layers.precision import without_autocast
+
+BLOCK_BYTES = 12 * 2**20
+"""Spectra of kernels are made for as many output channels at a time as fit into this, or into twice the spectra of the images,
+which are read again for every block; larger ones would leave the cache."""
+
+
+class Axis(NamedTuple):
+    """One axis of a convolution with zero padding on both sides, `padding <= dilation * (kernel - 1)`, whose grid `size` is a
+    multiple of the stride."""
+
+    length: int
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+    @property
+    def size(self) -> int:
+        """Of the grid: the full convolution's output."""
+        return self.length + self.dilation * (self.kernel - 1)
+
+    @property
+    def kept(self) -> int:
+        """Frequencies of the strided grid."""
+        return self.size // self.stride
+
+    @property
+    def output(self) -> int:
+        """Length of the strided and cropped output."""
+        return (self.size + 2 * self.padding - 2 * self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+
+    @property
+    def possible(self) -> bool:
+        """Whether this module can compute it."""
+        return 0 <= self.padding <= self.dilation * (self.kernel - 1) and self.size % self.stride == 0 and self.output > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The matrices of one geometry, in one type on one device.
+
+    A frequency of the strided grid is `g = (g_w, g_h)`, `g_w` in the half spectrum. On the full grid the frequencies
+    `f = g + kept * a` with `a < stride` per axis fall on it. Spectra are stored as `(aliases, frequencies, planes, B, C)`, with
+    real and imaginary parts as planes, so that a complex product is two real ones of twice as many rows.
+
+    Attributes:
+        rows, columns: the axes H and W.
+        images_w: `(aliases_w * g_w * 2, W)`, the DFT along W.
+        images_h: for each alias `(g_h * 3, H * 2)`, along H, to the planes -imaginary, real, imaginary.
+        images_h_adjoint: for each alias `(H * 2, g_h * 2)`, back from real and imaginary.
+        outputs_h: `(H' * 2, g_h * 2)`, the inverse DFT along H.
+        outputs_h_adjoint: `(g_h * 3, H' * 2)`, its adjoint, to the planes real, imaginary, -real.
+        outputs_w: `(W', g_w * 2)`, the inverse DFT along W, which yields real numbers.
+        taps: `(2 * aliases * frequencies, k_h * k_w)`, from kernels to real and imaginary parts of their spectra.
+        index: int64 `(aliases, frequencies)`: places in a flattened half spectrum of the full grid.
+    """
+
+    rows: Axis
+    columns: Axis
+    images_w: Tensor
+    images_h: tuple[Tensor, ...]
+    images_h_adjoint: tuple[Tensor, ...]
+    outputs_h: Tensor
+    outputs_h_adjoint: Tensor
+    outputs_w: Tensor
+    taps: Tensor
+    index: Tensor
+
+    def spectrum(self, images: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(aliases, frequencies, 3, B, C)`, planes -imaginary, real, imaginary."""
+        batch, channels, height, width = images.shape
+        pixels = images.permute(3, 2, 0, 1).reshape(width, -1)
+        half = (self.images_w @ pixels).view(-1, 2 * height, batch * channels)
+        parts = [_each(matrix, half) for matrix in self.images_h]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.view(self.index.shape[0], -1, 3, batch, channels)
+
+    def spectrum_adjoint(self, spectrum: Tensor) -> Tensor:
+        """`(aliases, frequencies, 2, B, C)` -> `(B, C, H, W)`; the adjoint of `spectrum` for planes real, imaginary."""
+        *_, batch, channels = spectrum.shape
+        parts = spectrum.view(self.rows.stride, -1, 2 * self.rows.kept, batch * channels)
+        half = _each(self.images_h_adjoint[0], parts[0])
+        for matrix, part in zip(self.images_h_adjoint[1:], parts[1:], strict=True):
+            half.baddbmm_(matrix.expand(len(part), -1, -1), part)
+        pixels = self.images_w.mT @ half.view(len(self.images_w), -1)
+        return _as_images(pixels, self.columns.length, self.rows.length, batch, channels)
+
+    def output(self, spectrum: Tensor) -> Tensor:
+        """`(frequencies, 2, B, C)` on the strided grid -> `(B, C, H', W')`, the inverse DFT, cropped."""
+        *_, batch, channels = spectrum.shape
+        half = _each(self.outputs_h, spectrum.view(-1, 2 * self.rows.kept, batch * channels))
+        pixels = self.outputs_w @ half.view(self.outputs_w.shape[1], -1)
+        return _as_images(pixels, self.columns.output, self.rows.output, batch, channels)
+
+    def output_adjoint(self, grad: Tensor) -> Tensor:
+        """`(B, C, H', W')` -> `(frequencies, 3, B, C)`, planes real, imaginary, -real."""
+        batch, channels, height, width = grad.shape
+        pixels = grad.permute(3, 2, 0, 1).reshape(width, -1)
+        half = (self.outputs_w.mT @ pixels).view(-1, 2 * height, batch * channels)
+        return _each(self.outputs_h_adjoint, half).view(-1, 3, batch, channels)
+
+    def kernels(self, weight: Tensor) -> Tensor:
+        """`(C_out, C_in, k_h, k_w)` -> `(2, aliases, frequencies, C_out, C_in)`, real and imaginary parts."""
+        taps = weight.flatten(2).mT
+        if self.dtype == torch.float32:  # MKL multiplies many small matrices faster than a flat one
+            spectrum = _each(self.taps, taps).unflatten(1, (2, *self.index.shape))
+            return spectrum.permute(1, 2, 3, 0, 4)
+        return (self.taps @ taps.transpose(0, 1).flatten(1)).view(2, *self.index.shape, *weight.shape[:2])
+
+    def kernels_adjoint(self, spectrum: Tensor) -> Tensor:
+        """`(2, aliases, frequencies, C_out, C_in)` -> `(C_out, C_in, k_h, k_w)`."""
+        taps = _each(self.taps.mT.contiguous(), spectrum.flatten(0, 2).transpose(0, 1))
+        return taps.mT.unflatten(2, (self.rows.kernel, self.columns.kernel))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all products."""
+        return self.taps.dtype
+
+    def filter(self, inverse_root: Tensor) -> Tensor:
+        """`(C_out, S_h, S_w // 2 + 1)` -> `(aliases, frequencies, 1, C_out)`."""
+        return inverse_root.to(self.dtype).flatten(1).mT[self.index].unsqueeze(2)
+
+    def blocks(self, weight: Tensor, batch: int) -> list[slice]:
+        """Output channels whose kernels are transformed at a time."""
+        row = len(self.taps) * weight.shape[1] * self.taps.element_size()  # of one output channel, and of one image
+        channels = max(32, max(BLOCK_BYTES // row, 2 * batch) // 32 * 32)
+        return [slice(begin, begin + channels) for begin in range(0, len(weight), channels)]
+
+    def kernel_bytes(self, weight: Tensor) -> int:
+        """Size of the spectra of all kernels."""
+        return len(self.taps) * weight.shape[0] * weight.shape[1] * self.taps.element_size()
+
+
+Plain = Callable[[Tensor, Tensor], Tensor]
+
+
+def fourier_convolution(
+    images: Tensor, weight: Tensor, inverse_root: Tensor, plan: Plan, plain: Plain, kernels: Tensor | None = None
+) -> Tensor:
+    """`IDFT(V . DFT(w * x))` with zero padding, cropped and strided; in the type of the plan's matrices.
+
+    The products run in that type, too: for bfloat16 that is what autocast makes of a convolution. Errors of bfloat16 stay in
+    proportion at every frequency, as kernels are multiplied by V where they are of unit energy, before anything is added up.
+
+    Args:
+        images: `(B, C_in, H, W)`, for which `plan` was made; any memory format.
+        weight: `(C_out, C_in, k_h, k_w)`.
+        inverse_root: V, `(C_out, S_h, S_w // 2 + 1)`, a constant for the gradient.
+        plan: from `plan_for`.
+        plain: `(images, weight) -> ` the same result by other means; second derivatives go through it.
+        kernels: what `plan.kernels(weight)` gives, where it is known already and `weight` asks for no gradient.
+
+    Returns:
+        `(B, C_out, H', W')`, channels last.
+    """
+    return _FourierConvolution.apply(images, weight, plan.filter(inverse_root), plan, plain, kernels)
+
+
+class _FourierConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, weight: Tensor, factors: Tensor, plan: Plan, plain: Plain, kernels: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(images, weight, factors)
+        ctx.plan, ctx.plain, ctx.kernels = plan, plain, kernels
+        with without_autocast(images):
+            spectrum = plan.spectrum(images.to(plan.dtype))
+            result = spectrum.new_empty(spectrum.shape[1], 2 * len(images), len(weight))
+            for block in plan.blocks(weight, len(images)):
+                real, imaginary = plan.kernels(weight[block].to(plan.dtype)) if kernels is None else kernels[..., block, :]
+                for alias, planes in enumerate(spectrum):
+                    product = torch.bmm(planes[:, 1:].flatten(1, 2), real[alias].mT)
+                    product.baddbmm_(planes[:, :2].flatten(1, 2), imaginary[alias].mT)
+                    if alias == 0:
+                        torch.mul(product, factors[alias, ..., block], out=result[..., block])
+                    else:
+                        result[..., block].addcmul_(product, factors[alias, ..., block])
+            return plan.output(result.unflatten(1, (2, len(images))))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        images, weight, factors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative will be asked for
+            wanted = [tensor for tensor, needed in zip((images, weight), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(ctx.plain(images, weight), wanted, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
+        plan, (wants_images, wants_weight) = ctx.plan, ctx.needs_input_grad[:2]
+        with without_autocast(images):
+            grads = plan.output_adjoint(grad.to(plan.dtype))
+            spectrum = plan.spectrum(images.to(plan.dtype)) if wants_weight else None
+            grad_images = grads.new_zeros(len(factors), len(grads), 2 * len(images), images.shape[1]) if wants_images else None
+            grad_weight = torch.empty_like(weight) if wants_weight else None
+            for block in plan.blocks(weight, len(images)):
+                kernels = plan.kernels(weight[block].to(plan.dtype)) if ctx.kernels is None else ctx.kernels[..., block, :]
+                of_kernels = torch.empty_like(kernels, memory_format=torch.contiguous_format) if wants_weight else None
+                for alias, factor in enumerate(factors):
+                    planes = grads[..., block] * factor[..., block].unsqueeze(1)
+                    first, second = planes[:, :2].flatten(1, 2), planes[:, 1:].flatten(1, 2)
+                    if wants_images:
+                        grad_images[alias].baddbmm_(first, kernels[0, alias]).baddbmm_(second, kernels[1, alias])
+                    if wants_weight:
+                        seen = spectrum[alias, :, 1:].flatten(1, 2)
+                        torch.bmm(first.mT, seen, out=of_kernels[0, alias])
+                        torch.bmm(second.mT, seen, out=of_kernels[1, alias])
+                if wants_weight:
+                    grad_weight[block] = plan.kernels_adjoint(of_kernels)
+            if wants_images:
+                grad_images = plan.spectrum_adjoint(grad_images.unflatten(2, (2, len(images)))).to(images.dtype)
+        return grad_images, grad_weight, None, None, None, None
+
+
+def plan_for(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> Plan | None:
+    """The plan of a geometry; None where this module cannot compute it."""
+    return _make_plan(rows, columns, dtype, device) if rows.possible and columns.possible else None
+
+
+@lru_cache(maxsize=128)
+@torch.no_grad()
+def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> Plan:
+    kept_h = torch.arange(rows.kept)
+    kept_w = torch.arange(columns.kept // 2 + 1)
+    frequencies_h = [kept_h + alias * rows.kept for alias in range(rows.stride)]
+    frequencies_w = torch.cat([kept_w + alias * columns.kept for alias in range(columns.stride)])
+
+    cos, sin = _waves(frequencies_w, torch.arange(columns.length), columns.size)
+    images_w = torch.stack([cos, -sin], dim=1).flatten(0, 1)
+    images_h, images_h_adjoint = [], []
+    for frequencies in frequencies_h:
+        cos, sin = _waves(frequencies, torch.arange(rows.length), rows.size)
+        real, imaginary = torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)
+        images_h.append(torch.stack([-imaginary, real, imaginary], dim=1).flatten(0, 1))
+        images_h_adjoint.append(torch.stack([real, imaginary], dim=1).flatten(0, 1).mT)
+
+    cos, sin = (wave / rows.size for wave in _waves(torch.arange(rows.output), kept_h, rows.kept))
+    outputs_h = torch.cat([torch.stack([cos, -sin], dim=2), torch.stack([sin, cos], dim=2)]).flatten(1)
+    real, imaginary = outputs_h.mT.unflatten(0, (-1, 2)).unbind(1)
+    outputs_h_adjoint = torch.stack([real, imaginary, -real], dim=1).flatten(0, 1)
+    # the other half of the spectrum is the conjugate: what is not its own conjugate counts twice
+    own = (kept_w == 0) | (2 * kept_w == columns.kept)
+    share = torch.where(own, 1.0, 2.0).double() / columns.size
+    cos, sin = (wave * share for wave in _waves(torch.arange(columns.output), kept_w, columns.kept))
+    outputs_w = torch.stack([cos, -sin], dim=2).flatten(1)
+
+    # a convolution of torch's correlates, and the output begins at the crop: tap t stands at t * dilation - padding
+    cos_h, sin_h = _waves(torch.cat(frequencies_h), _places(rows), rows.size)
+    cos_w, sin_w = _waves(frequencies_w, _places(columns), columns.size)
+    real = _pairs(cos_h, cos_w) - _pairs(sin_h, sin_w)
+    imaginary = _pairs(cos_h, sin_w) + _pairs(sin_h, cos_w)
+    split = (rows.stride, rows.kept, columns.stride, len(kept_w))
+    taps = torch.stack([_by_alias(part, split) for part in (real, imaginary)]).flatten(0, 2)
+
+    # a frequency beyond the half spectrum is found at its opposite
+    all_h, all_w = torch.cat(frequencies_h)[:, None], frequencies_w[None]
+    beyond = all_w > columns.size // 2
+    row, column = torch.where(beyond, -all_h % rows.size, all_h), torch.where(beyond, columns.size - all_w, all_w)
+    index = _by_alias((row * (columns.size // 2 + 1) + column).unsqueeze(-1), split).squeeze(-1)
+
+    def ready(matrix: Tensor) -> Tensor:
+        return matrix.to(device, dtype).contiguous()
+
+    return Plan(
+        rows,
+        columns,
+        ready(images_w),
+        tuple(map(ready, images_h)),
+        tuple(map(ready, images_h_adjoint)),
+        ready(outputs_h),
+        ready(outputs_h_adjoint),
+        ready(outputs_w),
+        ready(taps),
+        index.to(device),
+    )
+
+
+def _waves(first: Tensor, second: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`cos` and `sin` of `2 pi first second / size`, float64 `(len(first), len(second))`."""
+    turns = torch.outer(first, second) % size  # exact: whole turns are dropped as integers
+    angles = turns.double() * (2 * pi / size)
+    return angles.cos(), angles.sin()
+
+
+def _places(axis: Axis) -> Tensor:
+    return torch.arange(axis.kernel) * axis.dilation - axis.padding
+
+
+def _pairs(of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    """`(f_h, k_h)` and `(f_w, k_w)` -> all products, `(f_h, f_w, k_h * k_w)`."""
+    return (of_rows[:, None, :, None] * of_columns[None, :, None, :]).flatten(2)
+
+
+def _by_alias(table: Tensor, split: tuple[int, int, int, int]) -> Tensor:
+    """`(f_h, f_w, n)` -> `(aliases, frequencies, n)` in the order of `Plan`."""
+    aliases_h, kept_h, aliases_w, kept_w = split
+    table = table.reshape(aliases_h, kept_h, aliases_w, kept_w, -1)
+    return table.permute(0, 2, 3, 1, 4).reshape(aliases_h * aliases_w, kept_w * kept_h, -1)
+
+
+def _each(matrix: Tensor, batch: Tensor) -> Tensor:
+    """`matrix @ batch[i]` for every i; `torch.matmul` would rearrange them."""
+    return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
+
+
+def _as_images(pixels: Tensor, width: int, height: int, batch: int, channels: int) -> Tensor:
+    """`(W, H * B * C)` -> `(B, C, H, W)`, channels last."""
+    return pixels.view(width, height, batch, channels).permute(2, 1, 0, 3).contiguous().permute(0, 3, 1, 2)
