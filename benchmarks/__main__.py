@@ -92,12 +92,12 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     for flag in ("threads", "images"):
         if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
             raise ConfigError(f"--{flag}: expected at least 1, not {getattr(arguments, flag)}")
-    for flag in ("json", "table"):
-        _refuse_unwritable(f"--{flag}", getattr(arguments, flag))
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is visible")
     if arguments.checkpoint:
         find_checkpoint(arguments.checkpoint)
+    for flag in ("json", "table"):
+        _refuse_unwritable(f"--{flag}", getattr(arguments, flag))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)

@@ -17,8 +17,8 @@ SMALL: list[Override] = [
     ("arch.args.norm_layer_type", "bn"),
     ("adversarial.method", "pgd"),
     ("adversarial.steps", "5"),
-    ("adversarial.step_size", "16"),
-    ("adversarial.epsilon", "48"),
+    ("adversarial.step_size", "14"),
+    ("adversarial.epsilon", "40"),
     ("adversarial.validate_every", "0"),
     ("adversarial.report", "false"),
     ("trainer.monitor", "off"),
@@ -26,9 +26,9 @@ SMALL: list[Override] = [
 ]
 """A robust simpleCNN on digits, whose robust accuracy under this epsilon is like that of CIFAR-10's networks under 8/255."""
 ATTACKS = {  # setting -> PGD's steps (0 for FGSM), norm, epsilon and step of the small network and of others, goal
-    "PGD-20, l-inf": (20, "linf", (48, 10), (8, 2), 2.5),
-    "PGD-20, l2": (20, "l2", (2.0, 0.25), (0.5, 0.0625), 2.5),
-    "FGSM, l-inf": (0, "linf", (48, 48), (8, 8), 1.0),
+    "PGD-10, l-inf": (10, "linf", (40, 10), (8, 2), 2.5),
+    "PGD-10, l2": (10, "l2", (2.0, 0.5), (0.5, 0.125), 2.5),
+    "FGSM, l-inf": (0, "linf", (40, 40), (8, 8), 1.0),
     "FGSM, l2": (0, "l2", (2.0, 2.0), (0.5, 0.5), 1.0),
 }
 """Sizes for l-inf in 1/255."""

@@ -37,23 +37,23 @@ class OriginalConvNorm(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
-        if self.extent == 0:
-            scaled = F.conv2d(images, self.weight, self.bias, self.stride, self.padding) * self._inverse_root(1, 1)
-            return self.batch_norm(self.bpconv(scaled))
         full = F.conv2d(images, self.weight, self.bias, padding=self.extent)
         height, width = full.shape[-2:]
-        spectrum = torch.fft.rfft2(_at_least_float32(full)) * self._inverse_root(height, width)
-        filtered = torch.fft.irfft2(spectrum, s=(height, width))
+        filtered = full * self._inverse_root(1, 1) if self.extent == 0 else self._filtered(_at_least_float32(full))
         first = self.extent - self.padding
         cropped = filtered[:, :, first : height - first, first : width - first]
         return self.batch_norm(self.bpconv(cropped[:, :, :: self.stride, :: self.stride]))
+
+    def _filtered(self, full: Tensor) -> Tensor:
+        size = (full.shape[-2], full.shape[-1])
+        return torch.fft.irfft2(torch.fft.rfft2(full) * self._inverse_root(*size), s=size)
 
     @torch.no_grad()
     def _inverse_root(self, height: int, width: int) -> Tensor:
         if not self.training and self.running_V.dim() == 3:
             return self.running_V
         transformed = torch.fft.rfft2(_at_least_float32(self.weight), s=(height, width))
-        inverse_root = transformed.abs().square().sum(dim=1).rsqrt()
+        inverse_root = torch.view_as_real(transformed).square().sum(dim=-1).sum(dim=1).rsqrt()
         if self.training:
             self.steps += 1
             factor = max(0.5 * (cos(pi * min(self.steps, RAMPDOWN_STEPS) / RAMPDOWN_STEPS) + 1), MIN_FACTOR)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from base.base_trainer import BaseTrainer
 from base.config import Config
 from base.config_files import Override, load_config, override, validate
 from benchmarks.growth import random_images
@@ -87,12 +86,13 @@ def _seconds_per_step(settings: Settings, config: Config, known: dict[str, float
     measured = validate(override(config.dump(), [*WITHOUT_DATA, *machine, *smoke]), config.name)
     key = json.dumps([_costs(measured), batch, side], sort_keys=True)
     if key not in known:
-        known[key] = _measured(settings, build_trainer(measured), batch, side)
+        known[key] = _measured(settings, measured, batch, side)
     return known[key]
 
 
-def _measured(settings: Settings, trainer: BaseTrainer, batch: int, side: int) -> float:
+def _measured(settings: Settings, config: Config, batch: int, side: int) -> float:
     """The warm-up is a step on `FEW` images, which says how many fit into `SECONDS`."""
+    trainer = build_trainer(config)
 
     def seconds(images: int) -> float:
         step = step_of(trainer, random_images(settings, images, side))
