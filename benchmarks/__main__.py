@@ -51,15 +51,18 @@ COMPARISONS: dict[str, Callable[[Settings], Sequence[Row | Table]]] = {
 def main() -> None:
     arguments = _parser().parse_args()
     settings = _settings(arguments)
-    hardware, begin, results = machine.hardware(settings.device), perf_counter(), {}
+    hardware = machine.hardware(settings.device)
+    results: dict[str, list[Row | Table]] = {}
+    seconds: dict[str, float] = {}
     for name in (bar := tqdm(dict.fromkeys(arguments.only or COMPARISONS), disable=None, leave=False)):
         bar.set_description(name)
+        begin = perf_counter()
         results[name] = [_judged(item, settings) for item in COMPARISONS[name](settings)]
-        seconds = perf_counter() - begin
+        seconds[name] = perf_counter() - begin
         if arguments.json:  # after every comparison, so that an interrupted run leaves what it has
             plain = {name: [item.plain() for item in found] for name, found in results.items()}
             write_json(arguments.json, {"hardware": hardware, "smoke": settings.smoke, "seconds": seconds, "results": plain})
-    lines = [machine.describe(hardware), f"{summary(results)}, in {seconds / 60:.1f} minutes"]
+    lines = [machine.describe(hardware), f"{summary(results)}, in {sum(seconds.values()) / 60:.1f} minutes"]
     if settings.smoke:
         lines.append("--smoke: tiny networks and images, one repeat: these numbers say nothing about speed")
     if arguments.table:

@@ -43,7 +43,7 @@ def measure(settings: Settings) -> list[Table]:
     studies |= {file.name: [load_config(file)] for file in _few(settings, recipes)}
     known: dict[str, float] = {}
     lines = [_line(settings, name, runs, known) for name, runs in studies.items()]
-    heads = ("study", "runs", "networks", "updates of all runs", "hours on this hardware")
+    heads = ("study", "runs", "networks", "updates of all runs", "s per update", "hours on this hardware")
     return [Table("Hours of every shipped study", heads, tuple(lines), _note(settings, len(known)))]
 
 
@@ -67,7 +67,7 @@ def _line(settings: Settings, name: str, runs: list[Config], known: dict[str, fl
         updates += minibatches
         seconds += minibatches * _seconds_per_step(settings, config, known)
     networks = ", ".join(dict.fromkeys(config.arch.type for config in runs))
-    return name, str(len(runs)), networks, f"{updates:,}", number(seconds / 3600)
+    return name, str(len(runs)), networks, f"{updates:,}", number(seconds / updates), number(seconds / 3600)
 
 
 def _minibatches(config: Config) -> int:

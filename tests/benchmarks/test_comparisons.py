@@ -54,11 +54,11 @@ def test_hours_of_a_study_are_runs_times_steps_times_seconds(monkeypatch):
     (table,) = studies_hours.measure(FULL)
     lines = {line[0]: line[1:] for line in table.lines}
     # 45,000 images in minibatches of 128 are 352 steps: 120 epochs are 42,240 steps of two seconds
-    assert lines["cifar10.json"] == ("1", "resnet18", "42,240", "23.5")
+    assert lines["cifar10.json"] == ("1", "resnet18", "42,240", "2", "23.5")
     assert lines["ablations/conv_norm.json"][:3] == ("20", "resnet18", f"{20 * 42240:,}")
-    assert lines["ablations/conv_norm.json"][3] == f"{20 * 42240 * 2 / 3600:.0f}"
+    assert lines["ablations/conv_norm.json"][4] == f"{20 * 42240 * 2 / 3600:.0f}"
     # 1,437 digits, a tenth of them held out, in minibatches of 64: 21 steps in each of 18 epochs
-    assert lines["quickstart.json"] == ("1", "simpleCNN", "378", "0.21")
+    assert lines["quickstart.json"] == ("1", "simpleCNN", "378", "2", "0.21")
     assert ("wide_resnet", "pgd", 128, 16) in asked, "image files are resized"
     assert len(asked) < sum(int(line[0]) for line in lines.values()) / 5, "steps that cost the same are measured once"
 
