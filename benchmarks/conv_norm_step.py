@@ -24,10 +24,10 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Ro
     batch, evaluated = settings.size(BATCH, 4), settings.size(EVALUATED, 4)
     size = [("data_loader.args.batch_size", str(batch))]
     trainers = {name: build_trainer(step_config(settings, [*layers, *size, *system]), name) for name, layers in LAYERS.items()}
-    cost = 1.5 if settings.device.type == "cuda" else 1.6
+    cost, speed = (1.5, None) if settings.device.type == "cuda" else (1.6, 2.3) if precision == "fp32" else (None, None)
     rows = []
     for setting, side, at_most, at_least in (  # the goals against BatchNorm, against the original
-        (f"training step, batch {batch}", step_of, cost, 2.3),
+        (f"training step, batch {batch}", step_of, cost, speed),
         (f"evaluation, {evaluated} images", lambda trainer: _evaluation(trainer, evaluated), None, None),
         (f"PGD-{ATTACK_STEPS} in evaluation mode, batch {batch}", _attack, None, None),
     ):

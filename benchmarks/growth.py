@@ -127,13 +127,13 @@ def _table(axis: Axis, times: Mapping[str, list[float]]) -> Table:
 
 
 def _fit(sizes: Iterable[int], seconds: Iterable[float]) -> str:
-    """The exponent of a power law through the points; where sizes begin at 0, a straight line."""
+    """The exponents of power laws through the first two and the last two points; where sizes begin at 0, a straight line."""
     x, y = np.array(list(sizes), dtype=float), np.array(list(seconds))
-    if x.min() == 0:
+    if x[0] == 0:
         slope, start = np.polyfit(x, y, 1)
         return f"{1000 * start:.0f} ms + {1000 * slope:.0f} ms for each"
-    slope, _ = np.polyfit(np.log(x), np.log(y), 1)
-    return f"seconds grow with the power {slope:.2f}"
+    exponents = np.diff(np.log(y)) / np.diff(np.log(x))
+    return f"seconds grow with the power {exponents[0]:.2f} at the small end and {exponents[-1]:.2f} at the large one"
 
 
 def _dominant(settings: Settings, step: Step) -> tuple[str, str]:

@@ -26,7 +26,8 @@ def run(*words):
 
 
 def test_fits_recover_a_power_law_and_a_line():
-    assert growth._fit((1, 4, 16), [0.5, 4.0, 32.0]) == "seconds grow with the power 1.50"
+    fit = growth._fit((1, 4, 16, 32), [0.5, 0.5, 4.0, 16.0])
+    assert fit == "seconds grow with the power 0.00 at the small end and 2.00 at the large one"
     assert growth._fit((0, 1, 10), [0.2, 0.25, 0.7]) == "200 ms + 50 ms for each"
 
 
