@@ -140,7 +140,7 @@ def _dominant(settings: Settings, step: Step) -> tuple[str, str]:
     """The operator that itself takes longest in a step, and its share of all operators' time."""
     on_cuda = settings.device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=kinds) as profiled:
+    with profile(activities=kinds, acc_events=True) as profiled:  # without it some versions warn of more than one cycle
         step()
     events = profiled.key_averages()
     times = {event.key: event.self_device_time_total if on_cuda else event.self_cpu_time_total for event in events}
