@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +74,12 @@ def test_hardware_is_described_without_names_of_machines_and_folders(smoke):
         (["--threads", "0"], 2, "--threads: expected at least 1, not 0"),
         (["--images", "0"], 2, "--images: expected at least 1, not 0"),
         (["--device", "tpu"], 2, "argument --device: invalid choice: 'tpu'"),
+        pytest.param(
+            ["--device", "cuda"],
+            2,
+            "--device cuda: no CUDA device is visible",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         (["--json", "README.md/x.json"], 2, "--json README.md/x.json: cannot be written: "),
         (["--table", "."], 2, "--table .: cannot be written: "),
         (["--checkpoint", "nowhere"], 3, "nowhere: "),

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from base.config_files import load_config
+from base.errors import ConfigError
 from benchmarks import attack_libraries, growth, memory, studies_hours
+from benchmarks.processes import python
 from benchmarks.rows import Row, Settings, Table
 from benchmarks.steps import build_trainer, step_config, step_of, systems
 
@@ -92,6 +94,19 @@ def test_the_peak_of_memory_counts_what_was_freed_again_and_begins_anew():
     assert memory._resident("VmHWM") - before >= 60 * 2**20
     memory._forget_peak()
     assert memory._resident("VmHWM") - memory._resident("VmRSS") < 8 * 2**20
+
+
+def test_without_linux_memory_is_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "clear_refs")
+    (row,) = memory.measure(SMOKE)
+    assert row.skipped == "only Linux tells the peak of resident memory"
+
+
+def test_a_process_that_fails_says_why_on_one_line():
+    with pytest.raises(ConfigError, match=r"^-c import sys; sys.exit\('no\\nreason'\): ended with exit code 1: reason$"):
+        python(["-c", "import sys; sys.exit('no\\nreason')"], 1)
+    with pytest.raises(ConfigError, match="ended with exit code 3: it said nothing$"):
+        python(["-c", "raise SystemExit(3)"], 1)
 
 
 def test_memory_is_measured_in_a_new_process():
