@@ -63,7 +63,7 @@ def _small_run(settings: Settings, folder: Path) -> str:
 
 
 def _evaluation(run: str, settings: Settings, images: int | None) -> Evaluation:
-    """The first test images of every class, and the run's last model."""
+    """The run's model, and the first test images of every class."""
     arguments = evaluation_parser("").parse_args(["-s", run])
     machine = [("system.device", str(settings.device)), ("system.num_threads", str(settings.threads))]
     return load_evaluation(arguments, machine, limit=settings.size(images or 0, 16) or None, batch_size=250)
