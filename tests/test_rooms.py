@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 ASSEMBLING = ("assembly", "experiment", "conclusion", "evaluation", "attack_checkpoint", "job")
 """The modules that know every room."""
 
-CODE = ("base", "models", "data_loader", "attacks", "trainer", "studies", "reports")
-ROOMS = (*CODE, "configs", "benchmarks", "tests", *ASSEMBLING)
+CODE = ("base", "models", "data_loader", "attacks", "trainer", "studies", "reports", "benchmarks")
+ROOMS = (*CODE, "configs", "tests", *ASSEMBLING)
 MAY_IMPORT = {
     "base": set(),
     "models": {"base"},
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "evaluation": {"base", "data_loader", "attacks", "assembly"},
     "attack_checkpoint": {"base", "data_loader", "attacks", "evaluation"},
     "job": {"base", "experiment"},
+    "benchmarks": {"base", "models", "data_loader", "attacks", "trainer", "studies", "reports", *ASSEMBLING},
     "script": {"base", "models", "studies", "reports", "experiment", "evaluation", "attack_checkpoint", "job"},
 }
 PACKAGES = {

@@ -1,0 +1,126 @@
+"""All comparisons, one table: `python -m benchmarks`; see README.md of this folder.
+
+python -m benchmarks --json result.json --table result.md
+python -m benchmarks --only conv_norm_step memory --threads 1
+python -m benchmarks --smoke                                        # shows in seconds that everything runs; no numbers to keep
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from tqdm import tqdm
+
+from base.checkpoint import find_checkpoint
+from base.command_line import Parser, run_script
+from base.errors import ConfigError
+from base.registry import lookup
+from base.run_folder import write_json
+from base.runtime import choose_device
+from benchmarks import (
+    adversarial_step,
+    attack_libraries,
+    conv_norm_step,
+    growth,
+    loading,
+    machine,
+    memory,
+    startup,
+    studies_hours,
+    training_step,
+)
+from benchmarks.rows import Row, Settings, Table
+from benchmarks.table import as_markdown, as_text, summary
+
+COMPARISONS: dict[str, Callable[[Settings], Sequence[Row | Table]]] = {
+    "conv_norm_step": conv_norm_step.measure,
+    "memory": memory.measure,
+    "training_step": training_step.measure,
+    "loading": loading.measure,
+    "adversarial_step": adversarial_step.measure,
+    "attack_libraries": attack_libraries.measure,
+    "startup": startup.measure,
+    "growth": growth.measure,
+    "studies_hours": studies_hours.measure,
+}
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    settings = _settings(arguments)
+    hardware = machine.hardware(settings.device)
+    results: dict[str, list[Row | Table]] = {}
+    seconds: dict[str, float] = {}
+    for name in (bar := tqdm(dict.fromkeys(arguments.only or COMPARISONS), disable=None, leave=False)):
+        bar.set_description(name)
+        begin = perf_counter()
+        results[name] = [_judged(item, settings) for item in COMPARISONS[name](settings)]
+        seconds[name] = perf_counter() - begin
+        if arguments.json:  # after every comparison, so that an interrupted run leaves what it has
+            plain = {name: [item.plain() for item in found] for name, found in results.items()}
+            write_json(arguments.json, {"hardware": hardware, "smoke": settings.smoke, "seconds": seconds, "results": plain})
+    lines = [machine.describe(hardware), f"{summary(results)}, in {sum(seconds.values()) / 60:.1f} minutes"]
+    if settings.smoke:
+        lines.append("--smoke: tiny networks and images, one repeat: these numbers say nothing about speed")
+    if arguments.table:
+        arguments.table.write_text("\n\n".join([*lines, as_markdown(results)]))
+    print(as_text(results), *lines, sep="\n\n")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks", description="Side-by-side timings against named peers.", allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(COMPARISONS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here, in Markdown")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch; its own choice by default")
+    parser.add_argument("--checkpoint", metavar="RUN", help="run or checkpoint whose robust network is attacked, too")
+    parser.add_argument("--images", type=int, default=64, metavar="N", help="of its test images (64)")
+    parser.add_argument("--smoke", action="store_true", help="tiny and quick: shows that everything runs")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """The settings that the command line asks for; whatever is wrong with it is found here, before anything is measured.
+
+    Raises:
+        ConfigError, CheckpointError: one line that names the flag or the file.
+    """
+    for name in arguments.only or ():
+        lookup(COMPARISONS, name, "--only")
+    for flag in ("threads", "images"):
+        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
+            raise ConfigError(f"--{flag}: expected at least 1, not {getattr(arguments, flag)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device is visible")
+    if arguments.checkpoint:
+        find_checkpoint(arguments.checkpoint)
+    for flag in ("json", "table"):
+        _refuse_unwritable(f"--{flag}", getattr(arguments, flag))
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = choose_device(arguments.device)
+    return Settings(device, torch.get_num_threads(), arguments.smoke, arguments.checkpoint, arguments.images)
+
+
+def _judged(item: Row | Table, settings: Settings) -> Row | Table:
+    """Tiny networks have no goals."""
+    return replace(item, goal=None) if settings.smoke and isinstance(item, Row) else item
+
+
+def _refuse_unwritable(flag: str, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    run_script(main)

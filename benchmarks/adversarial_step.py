@@ -1,0 +1,45 @@
+"""PGD-10 adversarial training: this project's trainer against the loop of robust_overfitting (Rice et al.)."""
+
+from collections.abc import Callable
+
+import torch
+
+from attacks.from_config import threat_model, training_step_size
+from base.base_trainer import BaseTrainer
+from base.config_files import Override
+from benchmarks.plain_loops import adversarial_step
+from benchmarks.rows import Row, Settings, speed_row
+from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, build_trainer, step_config, step_of, systems
+from benchmarks.timing import compare
+
+BATCH, GOAL = 16, 1.5
+OURS, THEIRS = "AdversarialTrainer", "loop of Rice et al."
+NOTE = "same network, precision and memory format on both sides; the attack in training mode, as in their code"
+
+
+def measure(settings: Settings) -> list[Row]:
+    """One row of BatchNorm for each precision, and one of ConvNorm in what `auto` picks."""
+    chosen = systems(settings)
+    picked = list(chosen)[-1]
+    cases = [*((BATCH_NORM, precision, GOAL) for precision in chosen), (CONV_NORM, picked, None)]
+    return [_row(settings, layers, precision, [*LAYERS[layers], *chosen[precision]], goal) for layers, precision, goal in cases]
+
+
+def _row(settings: Settings, layers: str, precision: str, overrides: list[Override], goal: float | None) -> Row:
+    batch, steps = settings.size(BATCH, 4), settings.size(10, 2)
+    size = [("data_loader.args.batch_size", str(batch)), ("adversarial.steps", str(steps))]
+    no_average = ("trainer.ema_decay", "null")  # their loop has none
+    config = step_config(settings, [*overrides, *size, no_average], "cifar10_pgd.json")
+    sides = {OURS: step_of(build_trainer(config)), THEIRS: _their_step(build_trainer(config))}
+    times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
+    title = f"PGD-{steps} training step, {layers}, batch {batch}, {precision}"
+    return speed_row(title, times, OURS, THEIRS, goal, note=NOTE)
+
+
+def _their_step(trainer: BaseTrainer) -> Callable[[], object]:
+    """Their loop on a network, an optimiser and a minibatch like those of our side."""
+    images, labels = next(iter(trainer.train_loader))
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
+    epsilon, step_size = threat_model(trainer.config).epsilon, training_step_size(trainer.config)
+    steps = trainer.config.adversarial.steps
+    return lambda: adversarial_step(trainer.model, optimizer, images, labels, epsilon, step_size, steps, trainer.autocast)

@@ -1,0 +1,104 @@
+"""The sides of `attack_libraries`: each attacks all images once and remembers the robust accuracy that came of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attacks import FGSM, PGD
+from attacks.attack import Attack
+from attacks.robustness import attack_loader
+from attacks.threat_model import in_pixel_range
+from evaluation import Evaluation
+
+Correct = Callable[[Tensor, Tensor], Tensor]
+"""`(images, labels) -> whether the label survived the attack (B,)`."""
+
+
+@dataclass
+class Attacker:
+    """A side: robust accuracy of one pass over the images, kept in `accuracies` (fractions, one per call)."""
+
+    accuracy: Callable[[], float]
+    accuracies: list[float] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        self.accuracies.append(self.accuracy())
+
+
+def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, step_size: float) -> dict[str, Attacker]:
+    """Our two sides and the libraries', with the same norm, epsilon, step and steps.
+
+    Args:
+        evaluation: model and images.
+        steps: of PGD; 0 for FGSM.
+        norm: `"linf"` or `"l2"`.
+        epsilon: in 1/255 for l-inf, in units of the pixel range for l2.
+        step_size: in the same units.
+    """
+    model, sizes = evaluation.model, (in_pixel_range(epsilon, norm), in_pixel_range(step_size, norm))
+    attack, rank = _our_attack(steps, norm, *sizes, stop_at=1), 5 if evaluation.loader.num_classes > 5 else 1
+    as_scripts = _our_attack(steps, norm, *sizes, stop_at=rank)
+    torchattacks = _torchattacks(model, steps, norm, *sizes)
+    direct = {
+        "direct call": lambda images, labels: _right(model, attack(model, images, labels), labels),
+        "torchattacks": lambda images, labels: _right(model, torchattacks(images, labels), labels),
+        "foolbox": _foolbox(model, steps, norm, *sizes),
+    }
+    sides = {name: Attacker(_over_batches(evaluation, survives)) for name, survives in direct.items()}
+    sides["attack_loader"] = Attacker(
+        lambda: attack_loader(model, evaluation.loader, as_scripts, seed=0, autocast=evaluation.autocast).accuracy(
+            "robust_top1"
+        )
+    )
+    return sides
+
+
+def _our_attack(steps: int, norm: str, epsilon: float, step_size: float, *, stop_at: int) -> Attack:
+    if steps == 0:
+        return FGSM(epsilon, norm, early_stop=stop_at if stop_at > 1 else False)
+    return PGD(epsilon, step_size, steps, norm, early_stop=stop_at)
+
+
+def _torchattacks(model: nn.Module, steps: int, norm: str, epsilon: float, step_size: float) -> Any:
+    """FGSM under l2, which torchattacks does not have, is its PGD with one full step from the image."""
+    import torchattacks
+
+    if norm == "l2":
+        one = {"steps": 1, "random_start": False}
+        return torchattacks.PGDL2(model, epsilon, step_size, **({"steps": steps} if steps else one))
+    return torchattacks.PGD(model, epsilon, step_size, steps) if steps else torchattacks.FGSM(model, epsilon)
+
+
+def _foolbox(model: nn.Module, steps: int, norm: str, epsilon: float, step_size: float) -> Correct:
+    import foolbox
+
+    kinds = {
+        ("linf", True): foolbox.attacks.LinfPGD,
+        ("l2", True): foolbox.attacks.L2PGD,
+        ("linf", False): foolbox.attacks.LinfFastGradientAttack,
+        ("l2", False): foolbox.attacks.L2FastGradientAttack,
+    }
+    attack = kinds[norm, steps > 0](**({"abs_stepsize": step_size, "steps": steps} if steps else {}))
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+
+    def survives(images: Tensor, labels: Tensor) -> Tensor:
+        _, _, broken = attack(wrapped, images, labels, epsilons=epsilon)
+        return ~broken
+
+    return survives
+
+
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images).argmax(dim=1) == labels
+
+
+def _over_batches(evaluation: Evaluation, survives: Correct) -> Callable[[], float]:
+    def accuracy() -> float:
+        right = [survives(images, labels) for images, labels in evaluation.loader]
+        return float(sum(part.sum() for part in right)) / evaluation.loader.n_samples
+
+    return accuracy

@@ -1,0 +1,55 @@
+"""What numbers were measured on: hardware and versions, without names of machines, users or folders."""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from base.run_folder import environment
+from base.runtime import choose_precision
+
+PEERS = ("torchvision", "torchattacks", "foolbox")
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Plain values: processor, cores, threads in use, memory in GiB, GPU, what `auto` precision is, versions, commit."""
+    found = environment()
+    return {
+        "cpu": found["cpu"],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory(),
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "native_bf16": choose_precision("auto", device) == "bf16",
+        "python": found["python"],
+        "torch": torch.__version__,
+        **{name: _version(name) for name in PEERS},
+        "commit": found["commit"],
+        "uncommitted_files": bool(found["uncommitted_files"]),
+    }
+
+
+def describe(values: dict[str, Any]) -> str:
+    """Hardware and versions on one line."""
+    processor = values["gpu"] or values["cpu"]
+    threads = f"{values['threads']} threads on {values['cores']} cores, {values['memory_gib']} GiB"
+    bf16 = "bf16" if values["native_bf16"] else "no bf16"
+    versions = ", ".join(f"{name} {values[name] or 'missing'}" for name in ("python", "torch", *PEERS))
+    commit = (values["commit"] or "unknown")[:10] + (" with changes" if values["uncommitted_files"] else "")
+    return f"{processor}, {threads}, {bf16}; {versions}; commit {commit}"
+
+
+def _memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,47 @@
+"""How long after its command the quickstart has made its first training step, and what it has imported by then."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import Any
+
+from benchmarks.processes import python
+from benchmarks.rows import Goal, Row, Settings
+from benchmarks.timing import Spread
+
+GOAL = 6
+UNUSED = ("comet_ml", "tensorboard", "matplotlib")
+"""Packages that the quickstart has no use for."""
+NOTE = "a new process each time; from before it is started to the end of the first train_batch, imports included"
+
+
+def measure(settings: Settings) -> list[Row]:
+    """One row of seconds, one that counts the packages imported without need."""
+    runs = [_first_step(settings) for _ in range(settings.repeats)]
+    seconds = Spread.of([run["seconds"] for run in runs])
+    imported = sorted({name for run in runs for name in run["imported"]})
+    counts = Spread.of([float(len(run["imported"])) for run in runs])
+    found = ", ".join(imported) or "none of them"
+    command = "python train.py -c configs/quickstart.json"
+    return [
+        Row("from the command to the first step", command, seconds, "s", goal=Goal(GOAL, at_least=False), note=NOTE),
+        Row(
+            "packages imported without need",
+            command,
+            counts,
+            "packages",
+            goal=Goal(0, at_least=False),
+            note=f"of {', '.join(UNUSED)}: {found}",
+        ),
+    ]
+
+
+def _first_step(settings: Settings) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        machine = ["--set", f"system.num_threads={settings.threads}", "--set", f"system.device={settings.device}"]
+        words = ["-c", "configs/quickstart.json", "--run_dir", str(Path(folder) / "run"), *machine]
+        begin = monotonic()
+        printed = python(["-m", "benchmarks.first_step", ",".join(UNUSED), *words], settings.threads)
+    told = json.loads(printed.splitlines()[-1])
+    return {"seconds": told["finished"] - begin, "imported": told["imported"]}

@@ -1,0 +1,76 @@
+"""Training steps to be measured: a shipped config's own trainer, on images that need no download."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from base.base_trainer import BaseTrainer
+from base.config import Config
+from base.config_files import Override, load_config
+from base.runtime import choose_precision
+from benchmarks.original_conv_norm import in_the_original_way
+from benchmarks.rows import Settings
+from experiment import Experiment
+
+ROOT = Path(__file__).parents[1]
+BATCH_NORM, CONV_NORM, ORIGINAL = "BatchNorm", "ConvNorm", "ConvNorm as published"
+LAYERS: dict[str, list[Override]] = {
+    BATCH_NORM: [("arch.args.conv_layer_type", "conv"), ("arch.args.norm_layer_type", "bn")],
+    CONV_NORM: [("arch.args.conv_layer_type", "prec_conv"), ("arch.args.norm_layer_type", "no")],
+    ORIGINAL: [("arch.args.conv_layer_type", "prec_conv"), ("arch.args.norm_layer_type", "no")],
+}
+"""The layers that are compared, as config values."""
+
+NO_DOWNLOAD: list[Override] = [
+    ("data_loader.type", "DigitsDataLoader"),
+    ("data_loader.args.validation_split", "0"),
+    ("trainer.monitor", "off"),
+    ("adversarial.validate_every", "0"),
+    ("lr_scheduler.type", "none"),
+    ("lr_scheduler.args", "null"),
+    ("optimizer.args.lr", "0.001"),  # the same few images again and again shall not make the weights diverge
+]
+"""scikit-learn's digits, 32 x 32 RGB like CIFAR-10's images: how long a step takes does not depend on what is in them."""
+
+
+def systems(settings: Settings) -> dict[str, list[Override]]:
+    """Precision -> config values: fp32 in the memory format of `configs/cifar10.json`, and what `auto` picks here, if that is
+    another one, in the format of `configs/cifar10_pgd.json`, which asks for `auto`."""
+    chosen = {"fp32": [("system.precision", "fp32")]}
+    automatic = choose_precision("auto", settings.device)
+    if automatic != "fp32":
+        layout = load_config(ROOT / "configs" / "cifar10_pgd.json").system.channels_last
+        chosen[automatic] = [("system.precision", "auto"), ("system.channels_last", str(layout).lower())]
+    return chosen
+
+
+def step_overrides(settings: Settings, overrides: Iterable[Override] = ()) -> list[Override]:
+    """The settings' device, threads and network, digits, and then `overrides`."""
+    machine = [("system.device", str(settings.device)), ("system.num_threads", str(settings.threads))]
+    return [*NO_DOWNLOAD, *machine, ("arch.type", settings.network), *overrides]
+
+
+def step_config(settings: Settings, overrides: Iterable[Override] = (), file: str = "cifar10.json") -> Config:
+    """A shipped config with `step_overrides`."""
+    return load_config(ROOT / "configs" / file, step_overrides(settings, overrides))
+
+
+def build_trainer(config: Config, layers: str = "") -> BaseTrainer:
+    """The trainer that the config asks for, in training mode. It has no run folder: nothing that writes may be called."""
+    experiment = Experiment.from_config(config)
+    if layers == ORIGINAL:
+        in_the_original_way(experiment.model)  # on the same parameters, so the optimiser has them
+    trainer = experiment.build_trainer(Path())
+    trainer.model.train()
+    return trainer
+
+
+def step_of(trainer: BaseTrainer, images: Tensor | None = None) -> Callable[[], object]:
+    """One training step, on the first minibatch of the trainer's loader, or on `images` with labels 0."""
+    if images is None:
+        images, labels = next(iter(trainer.train_loader))
+    else:
+        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    return lambda: trainer.train_batch(images, labels)

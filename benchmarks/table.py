@@ -1,0 +1,85 @@
+"""Rows and growth tables as text for a terminal and as Markdown for a file."""
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.rows import Row, Table
+from benchmarks.timing import Spread
+from reports.text_table import text_table
+
+HEADS = ("what", "ours", "median", "other", "median", "result (quartiles)", "goal", "met", "n")
+Results = Mapping[str, Sequence[Row | Table]]
+"""Comparison -> what it gave."""
+
+
+def as_text(results: Results) -> str:
+    """Every comparison under its name, rows first, then tables, then notes."""
+    parts = []
+    for name, found in results.items():
+        rows = [item for item in found if isinstance(item, Row)]
+        lines = [f"== {name}"]
+        if rows:
+            lines.append(text_table(HEADS, [_cells(row) for row in rows]))
+        for table in (item for item in found if isinstance(item, Table)):
+            lines += ["", table.title, text_table(table.heads, table.lines), *([table.note] if table.note else [])]
+        parts.append("\n".join([*lines, *_notes(rows)]))
+    return "\n\n".join(parts)
+
+
+def as_markdown(results: Results) -> str:
+    """The same for a README: one table of all rows with their comparison, then the tables of growth."""
+    rows = [(name, row) for name, found in results.items() for row in found if isinstance(row, Row)]
+    tables = [item for found in results.values() for item in found if isinstance(item, Table)]
+    parts = []
+    if rows:
+        parts.append(_grid(("comparison", *HEADS), [(name, *_cells(row)) for name, row in rows]))
+        parts.append("\n".join(f"- {line}" for line in _notes([row for _, row in rows])))
+    for table in tables:
+        parts.append(
+            "\n\n".join([f"**{table.title}**", _grid(table.heads, table.lines), *([table.note] if table.note else [])])
+        )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def summary(results: Results) -> str:
+    """How many goals are met, on one line."""
+    verdicts = [row.met for found in results.values() for row in found if isinstance(row, Row) and row.met is not None]
+    return f"{sum(verdicts)} of {len(verdicts)} goals met"
+
+
+def number(value: float) -> str:
+    """Three significant digits, whole numbers from 100 on."""
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.result is None:
+        return (row.setting, row.ours, "", "", "", f"skipped: {row.skipped}", "", "", "")
+    goal, met = ("", "") if row.goal is None else (str(row.goal), "yes" if row.met else "NO")
+    result = f"{number(row.result.median)} {row.measure} ({number(row.result.low)} to {number(row.result.high)})"
+    return (
+        row.setting,
+        row.ours,
+        _value(row.ours_value, row.unit),
+        row.other or "",
+        _value(row.other_value, row.unit),
+        result,
+        goal,
+        met,
+        str(row.result.n),
+    )
+
+
+def _value(value: Spread | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if unit == "s" and value.median < 0.1:
+        return f"{number(1000 * value.median)} ms"
+    return f"{number(value.median)} {unit}"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.note for row in rows if row.note))
+
+
+def _grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))

@@ -1,0 +1,95 @@
+"""How sides are measured against each other: alternately, in one process, with a median and its spread."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of `n` values."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value; between two values quartiles are interpolated linearly."""
+        low, median, high = np.percentile(values, (25, 50, 75))
+        return cls(float(median), float(low), float(high), len(values))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What each side gave in each round: seconds, mebibytes, points. The i-th values of all sides are of the same round."""
+
+    values: Mapping[str, Sequence[float]]
+
+    def spread(self, side: str) -> Spread:
+        """Of one side's values."""
+        return Spread.of(self.values[side])
+
+    def rate(self, side: str, count: float) -> Spread:
+        """Of `count` over one side's values: images per second where the values are seconds."""
+        return Spread.of([count / value for value in self.values[side]])
+
+    def ratio(self, above: str, below: str) -> Spread:
+        """Of the ratios round by round: what slows both sides of a round down cancels."""
+        return Spread.of([a / b for a, b in zip(self.values[above], self.values[below], strict=True)])
+
+    def difference(self, first: str, second: str) -> Spread:
+        """Of `first - second`, round by round."""
+        return Spread.of([a - b for a, b in zip(self.values[first], self.values[second], strict=True)])
+
+    def smallest(self, sides: Iterable[str]) -> str:
+        """The side with the smallest median: the fastest."""
+        return min(sides, key=lambda side: self.spread(side).median)
+
+
+def compare(
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = perf_counter,
+) -> Paired:
+    """Seconds that every side takes, `repeats` times, after `warmup` rounds that do not count.
+
+    Sides take turns (a b c a b c ...), so that a machine that becomes slower or faster meanwhile does so for all of them. On a
+    CUDA device a time ends when the device has finished.
+
+    Args:
+        sides: name -> what is timed, without arguments.
+        repeats: rounds that count.
+        warmup: rounds before them.
+        device: where the sides compute.
+        clock: gives seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(warmup + repeats):
+        for name, side in sides.items():
+            synchronise(device)
+            begin = clock()
+            side()
+            synchronise(device)
+            taken = clock() - begin
+            if number >= warmup:
+                seconds[name].append(taken)
+    return Paired(seconds)
+
+
+def seconds_of(side: Callable[[], object], repeats: int, *, warmup: int = 1, device: torch.device | str = "cpu") -> Spread:
+    """Seconds that one thing takes; see `compare`."""
+    return compare({"": side}, repeats, warmup=warmup, device=device).spread("")
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait until a CUDA device has finished what it was given; other devices are waited for already."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

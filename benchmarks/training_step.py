@@ -1,0 +1,61 @@
+"""Standard training of a ResNet-18, loading included: this project's trainer against the loop that everyone writes."""
+
+from collections.abc import Callable
+
+import torch
+
+from base.base_trainer import BaseTrainer
+from base.totals import Totals
+from benchmarks.plain_loops import plain_loader, train_epoch
+from benchmarks.rows import Row, Settings, speed_row
+from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, systems
+from benchmarks.timing import compare
+from models import build_model
+
+BATCH, BATCHES, WORKERS, GOAL = 128, 3, 2, 1.8
+PLAIN = f"plain loop, fp32, {WORKERS} workers"
+NOTE = "the same images, uint8 in memory, on both sides; how long a step takes does not depend on what is in them"
+
+
+def measure(settings: Settings) -> list[Row]:
+    """One row for each precision of ours; the plain loop is always fp32, NCHW. The goal is for what `auto` picks."""
+    batch, batches = settings.size(BATCH, 8), settings.size(BATCHES, 1)
+    size = [("data_loader.args.batch_size", str(batch)), ("data_loader.args.num_batches", str(batches))]
+    trainers = {
+        f"Trainer, {precision}": build_trainer(step_config(settings, [*LAYERS[BATCH_NORM], *size, *system]))
+        for precision, system in systems(settings).items()
+    }
+    *_, picked = trainers
+    sides = {name: _our_epoch(trainer) for name, trainer in trainers.items()}
+    sides[PLAIN] = _plain_epoch(trainers[picked], batch, batches)
+    times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
+    title = f"BatchNorm, {batches} batches of {batch}"
+    goals = {name: GOAL if name == picked else None for name in trainers}
+    return [speed_row(title, times, name, PLAIN, goal, images=batch * batches, note=NOTE) for name, goal in goals.items()]
+
+
+def _our_epoch(trainer: BaseTrainer) -> Callable[[], object]:
+    """The trainer's loop over its loader, without the run folder that `train` writes."""
+    loader, epoch = trainer.train_loader, 0
+
+    def side() -> None:
+        nonlocal epoch
+        epoch += 1
+        loader.set_epoch(epoch)
+        totals = Totals()
+        for images, labels in loader:
+            totals.add(trainer.train_batch(images, labels))
+            trainer.schedule.step_batch()
+        totals.means()  # reads the device
+
+    return side
+
+
+def _plain_epoch(trainer: BaseTrainer, batch: int, batches: int) -> Callable[[], object]:
+    """The same network, images and optimiser in the plain loop."""
+    data, arch = trainer.train_loader, trainer.config.arch.model_dump(exclude_none=True)
+    pixels, labels = data.images.pixels[: batch * batches].cpu(), data.labels[: batch * batches].cpu()
+    loader = plain_loader(pixels, labels, data.mean, data.std, batch, WORKERS)
+    model = build_model(arch).to(trainer.device)  # no mean and std of its own: the transform has them
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
+    return lambda: train_epoch(model, loader, optimizer, trainer.device)

@@ -1,0 +1,176 @@
+"""What single comparisons compute around their timings, against numbers worked out by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from base.config_files import load_config
+from base.errors import ConfigError
+from benchmarks import attack_libraries, growth, memory, studies_hours
+from benchmarks.processes import python
+from benchmarks.rows import Row, Settings, Table
+from benchmarks.steps import build_trainer, step_config, step_of, systems
+
+ROOT = Path(__file__).parents[2]
+SMOKE = Settings(torch.device("cpu"), 1, smoke=True)
+FULL = Settings(torch.device("cpu"), 1)
+
+
+def run(*words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_fits_recover_a_power_law_and_a_line():
+    fit = growth._fit((1, 4, 16, 32), [0.5, 0.5, 4.0, 16.0])
+    assert fit == "seconds grow with the power 0.00 at the small end and 2.00 at the large one"
+    assert growth._fit((0, 1, 10), [0.2, 0.25, 0.7]) == "200 ms + 50 ms for each"
+
+
+def test_growth_has_a_line_for_every_size_and_names_what_dominates(monkeypatch):
+    processes = Table("Processes", ("processes",), (("1",), ("2",)))
+    monkeypatch.setattr(growth, "_by_processes", lambda *_: processes)
+    *axes, dominant, last = growth.measure(SMOKE)
+    assert last is processes
+    assert [[line[0] for line in table.lines] for table in axes] == [["1", "4"], ["32", "48"], ["1", "2"], ["0", "1"]]
+    for table in axes:
+        assert all(len(line) == len(table.heads) == 6 for line in table.lines)
+    assert len(dominant.lines) == 4 * 2 * 2
+    assert all(operator and not operator.startswith("aten::") for _, _, operator, _ in dominant.lines)
+    assert all(0 < int(share.removesuffix("%")) <= 100 for *_, share in dominant.lines)
+
+
+def test_hours_of_a_study_are_runs_times_steps_times_seconds(monkeypatch):
+    asked = []
+
+    def two_seconds(settings, config, batch, side):
+        asked.append((config.arch.type, config.adversarial_method, batch, side))
+        return 2.0
+
+    monkeypatch.setattr(studies_hours, "_measured", two_seconds)
+    (table,) = studies_hours.measure(FULL)
+    lines = {line[0]: line[1:] for line in table.lines}
+    # 45,000 images in minibatches of 128 are 352 steps: 120 epochs are 42,240 steps of two seconds
+    assert lines["cifar10.json"] == ("1", "resnet18", "42,240", "2", "23.5")
+    assert lines["ablations/conv_norm.json"][:3] == ("20", "resnet18", f"{20 * 42240:,}")
+    assert lines["ablations/conv_norm.json"][4] == f"{20 * 42240 * 2 / 3600:.0f}"
+    # 1,437 digits, a tenth of them held out, in minibatches of 64: 21 steps in each of 18 epochs
+    assert lines["quickstart.json"] == ("1", "simpleCNN", "378", "2", "0.21")
+    assert ("wide_resnet", "pgd", 128, 16) in asked, "image files are resized"
+    assert len(asked) < sum(int(line[0]) for line in lines.values()) / 5, "steps that cost the same are measured once"
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (("seed", "3"), True),
+        (("trainer.epochs", "7"), True),
+        (("adversarial.epsilon", "4"), True),
+        (("arch.type", "resnet34"), False),
+        (("adversarial.steps", "3"), False),
+        (("trainer.ema_decay", "null"), False),
+        (("system.precision", "fp32"), False),
+        (("augmentation.mixup_alpha", "1"), False),
+    ],
+)
+def test_a_step_is_known_again_by_everything_that_its_time_depends_on(change, same):
+    configs = [load_config(ROOT / "configs" / "cifar10_pgd.json", overrides) for overrides in ([], [change])]
+    first, second = map(studies_hours._costs, configs)
+    assert (first == second) == same
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="needs Linux")
+def test_the_peak_of_memory_counts_what_was_freed_again_and_begins_anew():
+    memory._forget_peak()
+    before = memory._resident("VmRSS")
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    del block
+    assert memory._resident("VmHWM") - before >= 60 * 2**20
+    memory._forget_peak()
+    assert memory._resident("VmHWM") - memory._resident("VmRSS") < 8 * 2**20
+
+
+def test_without_linux_memory_is_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "clear_refs")
+    (row,) = memory.measure(SMOKE)
+    assert row.skipped == "only Linux tells the peak of resident memory"
+
+
+def test_a_process_that_fails_says_why_on_one_line():
+    with pytest.raises(ConfigError, match=r"^-c import sys; sys.exit\('no\\nreason'\): ended with exit code 1: reason$"):
+        python(["-c", "import sys; sys.exit('no\\nreason')"], 1)
+    with pytest.raises(ConfigError, match="ended with exit code 3: it said nothing$"):
+        python(["-c", "raise SystemExit(3)"], 1)
+
+
+def test_memory_is_measured_in_a_new_process():
+    assert memory._in_new_process(SMOKE, "ConvNorm", "fp32") > 2**20
+
+
+def test_the_start_is_searched_for_the_packages_that_are_named(tmp_path):
+    words = ["json,comet_ml", "-c", "configs/quickstart.json", "--run_dir", str(tmp_path / "run")]
+    done = run("-m", "benchmarks.first_step", *words)
+    assert json.loads(done.stdout.splitlines()[-1])["imported"] == ["json"]
+    assert not (tmp_path / "run" / "result.json").exists(), "it ends after the first step"
+
+
+def test_a_step_is_the_config_s_own_trainer_on_the_images_given():
+    trainer = build_trainer(step_config(SMOKE, [("adversarial.steps", "2")], "cifar10_pgd.json"))
+    seen = []
+    trainer.train_batch = lambda images, labels: seen.append((images.shape, labels.tolist()))
+    step_of(trainer, torch.zeros(3, 3, 48, 48))()
+    assert type(trainer).__name__ == "AdversarialTrainer"
+    assert seen == [((3, 3, 48, 48), [0, 0, 0])]
+
+
+def test_precisions_are_fp32_and_what_auto_picks(monkeypatch):
+    monkeypatch.setattr("benchmarks.steps.choose_precision", lambda *_: "bf16")
+    assert list(systems(FULL)) == ["fp32", "bf16"]
+    monkeypatch.setattr("benchmarks.steps.choose_precision", lambda *_: "fp32")
+    assert list(systems(FULL)) == ["fp32"]
+
+
+def test_a_missing_library_is_the_reason_for_a_row_without_numbers(monkeypatch):
+    monkeypatch.setattr(attack_libraries, "find_spec", lambda name: None if name == "torchattacks" else object())
+    (row,) = attack_libraries.measure(SMOKE)
+    assert row.skipped == "torchattacks not installed: pip install -e '.[benchmarks]'"
+    assert row.met is None
+
+
+@pytest.mark.skipif(find_spec("torchattacks") is None, reason="pip install -e '.[benchmarks]'")
+def test_attacks_are_compared_with_both_libraries(tmp_path):
+    done = run(
+        "-m", "benchmarks", "--smoke", "--device", "cpu", "--only", "attack_libraries", "--json", str(tmp_path / "a.json")
+    )
+    assert done.returncode == 0, done.stderr
+    *rows, last = json.loads((tmp_path / "a.json").read_text())["results"]["attack_libraries"]
+    assert last["skipped"] == "no --checkpoint RUN was given"
+    assert len(rows) == 4 * 2 * 2
+    for setting in ("PGD-10, l-inf", "PGD-10, l2", "FGSM, l-inf", "FGSM, l2"):
+        own = [row for row in rows if row["setting"].startswith(setting)]
+        assert {row["ours"] for row in own} == {"direct call", "attack_loader"}
+        assert {row["measure"] for row in own} == {"x as fast", "points above"}
+
+
+def test_robust_accuracy_is_compared_with_the_lowest_of_the_libraries():
+    def side(*accuracies):
+        attacker = attack_libraries.Attacker(lambda: 0.0)
+        attacker.accuracies = [0.99, *accuracies]  # of the warm-up
+        return attacker
+
+    sides = {
+        "direct call": side(0.5, 0.5, 0.5),
+        "attack_loader": side(0.4, 0.4, 0.4),
+        "torchattacks": side(0.45, 0.44, 0.46),
+        "foolbox": side(0.55, 0.5, 0.5),
+    }
+    rows = attack_libraries._accuracy_rows("PGD", sides, 3)
+    assert all(isinstance(row, Row) and row.other == "torchattacks" for row in rows)
+    assert [round(row.result.median, 6) for row in rows] == [5.0, -5.0]
+    assert [row.met for row in rows] == [False, True]
