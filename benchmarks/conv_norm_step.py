@@ -1,6 +1,6 @@
 """ConvNorm against conv + BatchNorm, and against the original's algorithm: training step, evaluation, attack."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,30 +12,45 @@ from benchmarks.rows import Row, Settings, cost_row, speed_row
 from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, ORIGINAL, build_trainer, step_config, step_of, systems
 from benchmarks.timing import compare
 
-BATCH, EVALUATED, ATTACK_STEPS = 32, 64, 2
+BATCHES, EVALUATED, ATTACKED, ATTACK_STEPS = (128, 32), 64, 32, 2
+"""Training steps with the minibatch of the shipped configs, and with a small one, where what does not grow with it weighs more."""
 
 
 def measure(settings: Settings) -> list[Row]:
-    """For each precision, training step, evaluation and attack, against BatchNorm and against the original's algorithm."""
+    """For each precision, training steps, evaluation and attack, against BatchNorm and against the original's algorithm."""
     return [row for precision, system in systems(settings).items() for row in _rows(settings, precision, system)]
 
 
 def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Row]:
-    batch, evaluated = settings.size(BATCH, 4), settings.size(EVALUATED, 4)
-    size = [("data_loader.args.batch_size", str(batch))]
-    trainers = {name: build_trainer(step_config(settings, [*layers, *size, *system]), name) for name, layers in LAYERS.items()}
-    cost, speed = (1.5, None) if settings.device.type == "cuda" else (1.6, 2.3) if precision == "fp32" else (None, None)
+    on_gpu = settings.device.type == "cuda"
+    cost, speed = (1.5, None) if on_gpu else (1.6, 2.3) if precision == "fp32" else (None, None)
+    evaluated, attacked = settings.size(EVALUATED, 4), settings.size(ATTACKED, 4)
     rows = []
-    for setting, side, at_most, at_least in (  # the goals against BatchNorm, against the original
-        (f"training step, batch {batch}", step_of, cost, speed),
-        (f"evaluation, {evaluated} images", lambda trainer: _evaluation(trainer, evaluated), None, None),
-        (f"PGD-{ATTACK_STEPS} in evaluation mode, batch {batch}", _attack, None, None),
-    ):
-        sides = {name: side(trainer) for name, trainer in trainers.items()}
-        times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
-        rows.append(cost_row(f"{setting}, {precision}", times, CONV_NORM, BATCH_NORM, at_most))
-        rows.append(speed_row(f"{setting}, {precision}", times, CONV_NORM, ORIGINAL, at_least))
-    return rows
+    for batch in [settings.size(batch, 4) for batch in BATCHES]:
+        size = [("data_loader.args.batch_size", str(batch))]
+        config = {name: step_config(settings, [*layers, *size, *system]) for name, layers in LAYERS.items()}
+        trainers = {name: build_trainer(config[name], name) for name in LAYERS}
+        rows += _compared(settings, f"training step, batch {batch}, {precision}", trainers, step_of, cost, speed)
+
+    def evaluation(trainer: BaseTrainer) -> Callable[[], object]:
+        return _evaluation(trainer, evaluated)
+
+    rows += _compared(settings, f"evaluation, {evaluated} images, {precision}", trainers, evaluation)
+    return rows + _compared(settings, f"PGD-{ATTACK_STEPS} in evaluation mode, batch {attacked}, {precision}", trainers, _attack)
+
+
+def _compared(
+    settings: Settings,
+    name: str,
+    trainers: Mapping[str, BaseTrainer],
+    side: Callable[[BaseTrainer], Callable[[], object]],
+    at_most: float | None = None,
+    at_least: float | None = None,
+) -> list[Row]:
+    """Two rows: `at_most` is the goal against BatchNorm, `at_least` that against the original."""
+    sides = {layers: side(trainer) for layers, trainer in trainers.items()}
+    times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
+    return [cost_row(name, times, CONV_NORM, BATCH_NORM, at_most), speed_row(name, times, CONV_NORM, ORIGINAL, at_least)]
 
 
 def _evaluation(trainer: BaseTrainer, images: int) -> Callable[[], object]:

@@ -36,14 +36,9 @@ NO_DOWNLOAD: list[Override] = [
 
 
 def systems(settings: Settings) -> dict[str, list[Override]]:
-    """Precision -> config values: fp32 in the memory format of `configs/cifar10.json`, and what `auto` picks here, if that is
-    another one, in the format of `configs/cifar10_pgd.json`, which asks for `auto`."""
-    chosen = {"fp32": [("system.precision", "fp32")]}
+    """Precision -> config values: fp32, and what `auto` picks here, if that is another one."""
     automatic = choose_precision("auto", settings.device)
-    if automatic != "fp32":
-        layout = load_config(ROOT / "configs" / "cifar10_pgd.json").system.channels_last
-        chosen[automatic] = [("system.precision", "auto"), ("system.channels_last", str(layout).lower())]
-    return chosen
+    return {precision: [("system.precision", precision)] for precision in dict.fromkeys(("fp32", automatic))}
 
 
 def step_overrides(settings: Settings, overrides: Iterable[Override] = ()) -> list[Override]:

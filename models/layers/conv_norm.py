@@ -23,9 +23,6 @@ MIN_FACTOR = 0.01
 FOURIER_BATCH = 16
 """Images from which on the Fourier domain is faster on a CPU. Evaluation fills its batches up to as many."""
 
-KEPT_KERNEL_BYTES = 2**25
-"""Spectra of frozen kernels are kept up to this size per layer."""
-
 RELATIVE_FLOOR = 1e-6
 ABSOLUTE_FLOOR = 1e-12
 
@@ -159,7 +156,6 @@ class ConvNorm2d(nn.Conv2d):
         self.bn = bn
         self.momentum = momentum
         self.track_running_stats = track_running_stats
-        self._kept_kernels: tuple[tuple[Any, ...], Tensor] | None = None
         self.register_buffer("running_V", torch.zeros(1))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
         self.bpconv: nn.Module = nn.Identity()
@@ -209,21 +205,10 @@ class ConvNorm2d(nn.Conv2d):
         def plain(input: Tensor, weight: Tensor) -> Tensor:
             return self._preconditioned(input, weight, None, lambda size: inverse_root)
 
-        output = fourier_convolution(input, self.weight, inverse_root, plan, plain, self._frozen_kernels(plan))
+        output = fourier_convolution(input, self.weight, inverse_root, plan, plain)
         if self.bias is None:
             return output
         return output + (self.bias * inverse_root[:, 0, 0]).to(output.dtype).reshape(-1, 1, 1)  # a constant: V at frequency 0
-
-    def _frozen_kernels(self, plan: Plan) -> Tensor | None:
-        """The spectra of kernels that ask for no gradient in evaluation mode (attacks), kept until the weights change; None
-        elsewhere, or where they are too large to be kept."""
-        if self.training or self.weight.requires_grad or plan.kernel_bytes(self.weight) > KEPT_KERNEL_BYTES:
-            self._kept_kernels = None
-            return None
-        made_of = (plan, self.weight.data_ptr(), self.weight._version)
-        if self._kept_kernels is None or self._kept_kernels[0] != made_of:
-            self._kept_kernels = (made_of, plan.kernels(self.weight.detach().to(plan.dtype)))
-        return self._kept_kernels[1]
 
     def _scaled_pointwise(self, input: Tensor) -> Tensor:
         scale = self._inverse_root((1, 1)).to(self.weight.dtype)

@@ -1,0 +1,132 @@
+"""The fast path of ConvNorm2d against its plain one, which float64 takes always and float32 in small batches."""
+
+import copy
+
+import pytest
+import torch
+
+from models.layers import conv_norm, fourier_convolution
+from models.layers.conv_norm import FOURIER_BATCH, ConvNorm2d, inverse_root_energy
+from models.layers.fourier_convolution import Axis, plan_for
+
+GEOMETRIES = {
+    "plain": {"size": (9, 9), "kernel_size": (3, 3), "padding": (1, 1)},
+    "stride": {"size": (8, 10), "kernel_size": (3, 3), "padding": (1, 1), "stride": (2, 2)},
+    "one axis strides": {"size": (8, 7), "kernel_size": (3, 3), "padding": (1, 1), "stride": (2, 1)},
+    "stride 3, no padding": {"size": (10, 13), "kernel_size": (3, 3), "stride": (3, 3)},
+    "5 taps and 1": {"size": (7, 6), "kernel_size": (5, 1), "padding": (2, 0)},
+    "even kernel": {"size": (7, 8), "kernel_size": (2, 4), "padding": (0, 3)},
+    "dilation": {"size": (8, 8), "kernel_size": (3, 3), "padding": (2, 2), "dilation": (2, 2), "stride": (2, 2)},
+    "all the padding there is": {"size": (4, 4), "kernel_size": (3, 3), "padding": (2, 2)},
+}
+
+
+def layer_and_plan(size, dtype=torch.float64, **arguments):
+    layer = ConvNorm2d(3, 5, affine=False, bn=False, **arguments).to(dtype)
+    axes = zip(size, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
+    return layer, plan_for(*(Axis(*axis) for axis in axes), dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_agrees_with_convolution_and_filter(name):
+    torch.manual_seed(0)
+    layer, plan = layer_and_plan(**GEOMETRIES[name])
+    images = torch.randn(4, 3, *GEOMETRIES[name]["size"], dtype=torch.float64, requires_grad=True)
+    expected = layer(images)
+    seen = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, (images, layer.weight), seen)
+    inverse_root = inverse_root_energy(layer.weight, (plan.rows.size, plan.columns.size), layer.dilation)
+    output = fourier_convolution.fourier_convolution(images, layer.weight, inverse_root, plan, None)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    for actual, right in zip(torch.autograd.grad(output, (images, layer.weight), seen), gradients, strict=True):
+        torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-12)
+
+
+def test_what_it_cannot_compute_has_no_plan():
+    assert layer_and_plan((8, 8), kernel_size=3, padding=3)[1] is None  # more padding than the kernel reaches
+    assert layer_and_plan((7, 8), kernel_size=3, padding=1, stride=2)[1] is None  # 9 is no multiple of 2
+    assert layer_and_plan((2, 8), kernel_size=3)[1] is None  # no output
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
+    """In blocks of 32 output channels, the last of them of 6, with bias and depthwise convolution."""
+    monkeypatch.setattr(fourier_convolution, "BLOCK_BYTES", 1)
+    torch.manual_seed(0)
+    layer = ConvNorm2d(4, 70, 3, stride=stride, padding=1, bias=True, bn=False)
+    twin = copy.deepcopy(layer)
+    images = torch.randn(FOURIER_BATCH, 4, 8, 8)
+
+    def one_step(layer):
+        mine = images.clone().requires_grad_()
+        output = layer(mine)
+        (output.sin() * torch.linspace(-1, 1, output[0].numel()).reshape(output.shape[1:])).sum().backward()
+        buffers = {name: buffer for name, buffer in layer.named_buffers() if buffer.is_floating_point()}
+        return {"output": output, "images": mine.grad, **{n: p.grad for n, p in layer.named_parameters()}, **buffers}
+
+    fast = one_step(layer)
+    monkeypatch.setattr(conv_norm, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    plain = one_step(twin)
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            fast[name], value, rtol=2e-4, atol=2e-5 * float(value.detach().abs().max()), msg=lambda m, n=name: n + m
+        )
+    assert not torch.equal(fast["output"], plain["output"])  # they went different ways
+
+
+def test_small_batches_and_compilers_go_the_plain_way():
+    layer = ConvNorm2d(3, 4, 3, padding=1)
+    images = torch.zeros(FOURIER_BATCH, 3, 8, 8)
+    assert layer._plan(images) is not None
+    assert layer._plan(images[1:]) is None
+    assert layer._plan(images.double()) is None
+    assert ConvNorm2d(3, 4, 3, padding=1, padding_mode="circular")._plan(images) is None
+    assert ConvNorm2d(3, 4, 3, padding="same")._plan(images) is None
+    assert ConvNorm2d(3, 3, 3, groups=3)._plan(images) is None
+
+
+def test_an_attack_gets_its_gradient_without_those_of_the_weights(monkeypatch):
+    layer = ConvNorm2d(3, 4, 3, padding=1, bn=False).eval().requires_grad_(False)
+    images = torch.rand(FOURIER_BATCH, 3, 8, 8, requires_grad=True)
+    (fast,) = torch.autograd.grad(layer(images).square().sum(), images)
+    monkeypatch.setattr(conv_norm, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    (plain,) = torch.autograd.grad(layer(images).square().sum(), images)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives(monkeypatch):
+    """As penalties on gradients ask for them."""
+    torch.manual_seed(0)
+    layer = ConvNorm2d(3, 4, 3, stride=2, padding=1, affine=False, bn=False)
+    images = torch.rand(FOURIER_BATCH, 3, 8, 8, requires_grad=True)
+
+    def of_penalty():
+        (gradient,) = torch.autograd.grad(layer(images).pow(3).sum(), images, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), (images, layer.weight))
+
+    fast = of_penalty()
+    monkeypatch.setattr(conv_norm, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    for actual, expected in zip(fast, of_penalty(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_bfloat16_is_off_by_less_than_a_hundredth(smooth, monkeypatch):
+    torch.manual_seed(0)
+    layer = ConvNorm2d(32, 32, 3, padding=1, affine=False, bn=False)
+    if smooth:  # nearly equal taps, as trained kernels have them: small energies at high frequencies
+        layer.weight.data = 0.2 * layer.weight.data + 0.05 * torch.randn(32, 32, 1, 1)
+    images = torch.rand(FOURIER_BATCH, 32, 8, 8)
+    exact = copy.deepcopy(layer).double()(images.double())
+
+    def error():
+        with torch.autocast("cpu", torch.bfloat16):
+            output = layer(images)
+        assert output.dtype == torch.bfloat16
+        return float((output.double() - exact).norm() / exact.norm())
+
+    fast = error()
+    monkeypatch.setattr(conv_norm, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    assert fast < 0.01
+    if smooth:
+        assert fast < 0.7 * error()
