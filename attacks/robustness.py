@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from attacks.attack import Attack, frozen
 from attacks.losses import wrongness
+from attacks.worst_points import DONE
 from base.base_data_loader import BaseDataLoader
 from base.ranks import quiet
 from base.runtime import torch_generator
@@ -157,7 +158,7 @@ def attack_batch(
         clean = rows(images)
         level = wrongness(clean, labels, attack.rank)
         final = clean.clone()
-        left = (level < 2).nonzero().squeeze(1)
+        left = (level < DONE).nonzero().squeeze(1)
         for precision in (autocast, nullcontext) if lowered else (nullcontext,):
             if len(left) == 0:
                 break
@@ -170,8 +171,10 @@ def attack_batch(
             worst[left[better]], final[left[better]] = found[better], logits[better]
             level[left[better]] = confirmed[better]
             if precision is not nullcontext:
+                doubtful = confirmed < DONE
+                left, found, confirmed = left[doubtful], found[doubtful], confirmed[doubtful]
                 with precision():
-                    believed = wrongness(rows(found), labels[left], attack.rank)
+                    believed = wrongness(rows(found), labels[left], attack.rank) if len(left) else confirmed
                 left = left[believed > confirmed]
     right, among_five = wrongness(clean, labels) == 0, wrongness(clean, labels, 5) < 2
     verdicts = Verdicts(

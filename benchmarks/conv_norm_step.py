@@ -13,7 +13,7 @@ from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, ORIGINAL, build_trai
 from benchmarks.timing import compare
 
 BATCHES, EVALUATED, ATTACKED, ATTACK_STEPS = (128, 32), 64, 32, 2
-"""Training steps with the minibatch of the shipped configs, and with a small one, where what does not grow with it weighs more."""
+"""Training steps with the shipped configs' minibatch, and with a small one, where what does not grow with it weighs more."""
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -36,7 +36,8 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Ro
         return _evaluation(trainer, evaluated)
 
     rows += _compared(settings, f"evaluation, {evaluated} images, {precision}", trainers, evaluation)
-    return rows + _compared(settings, f"PGD-{ATTACK_STEPS} in evaluation mode, batch {attacked}, {precision}", trainers, _attack)
+    rows += _compared(settings, f"PGD-{ATTACK_STEPS} in evaluation mode, batch {attacked}, {precision}", trainers, _attack)
+    return rows
 
 
 def _compared(
