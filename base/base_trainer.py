@@ -112,8 +112,7 @@ class BaseTrainer(ABC):
             `FiniteCheck`). No parameter was updated from there on (running statistics, which the forward pass moves, were).
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward(1 + 0 * loss.detach())  # NaN where the loss is not finite: so are all gradients then, in every process
-        self.finite.note(self.model, loss, self.progress)
+        self.finite.backward(self.model, loss, self.progress)
         self.optimizer.step()
         equalise(self.model, statistics_only=True)
         if self.average is not None:

@@ -40,12 +40,13 @@ class FiniteCheck:
         self._last: tuple[nn.Module, Tensor, int]  # model, loss and epoch of the last update
         self._unread = 0
 
-    def note(self, model: nn.Module, loss: Tensor, progress: Progress) -> None:
-        """Judge the gradients of `model`, which came from `loss`, before the optimiser's step.
+    def backward(self, model: nn.Module, loss: Tensor, progress: Progress) -> None:
+        """The gradients of `loss` (0-dim), judged, for the optimiser's step.
 
         Raises:
             NonFiniteError: see `read`.
         """
+        loss.backward(1 + 0 * loss.detach())  # NaN where the loss is not finite: so are all gradients then, in every process
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         if self._first_bad is None:

@@ -52,8 +52,7 @@ class Run:
     def update(self, value, added=0.0):
         self.optimizer.zero_grad()
         loss = self.model(torch.tensor([[value, 1.0]])).square().sum() + added
-        loss.backward(1 + 0 * loss.detach())
-        self.check.note(self.model, loss, self.progress)
+        self.check.backward(self.model, loss, self.progress)
         self.optimizer.step()
         self.progress.batches_done += 1
 
