@@ -220,6 +220,7 @@ class BaseTrainer(ABC):
         self.checkpoints.restore_best(progress, source)
         load_weights(self.model, checkpoint["state_dict"], source)
         load_optimizer(self.optimizer, checkpoint["optimizer"])
+        self.finite.forget()
         self.schedule.load_state_dict(checkpoint["scheduler"])
         self.progress = progress
         if rank() == 0:  # they are those of all processes

@@ -74,14 +74,18 @@ class FiniteCheck:
         """
         if self._unread == 0:
             return
-        self._unread = 0
         batch = int(self._first_bad)
-        if batch:
+        if batch:  # and whoever asks again hears it again
             model, loss, epoch = self._last
             what = _describe(model, loss)
             leave_the_word_to_the_first(NonFiniteError.exit_code)
             kept = f"; {self.folder / LAST} is of the last good epoch" if (self.folder / LAST).exists() else ""
             raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}")
+        self._unread = 0
+
+    def forget(self) -> None:
+        """Begin anew, with weights and optimiser from a checkpoint."""
+        self._first_bad, self._unread = None, 0
 
 
 def _describe(model: nn.Module, loss: Tensor) -> str:

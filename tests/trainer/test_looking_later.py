@@ -52,9 +52,21 @@ def test_a_bad_batch_found_later_has_changed_no_weight_and_no_checkpoint(tmp_pat
     kept = load_checkpoint(tmp_path / "model_last.pth")
     assert (kept["epoch"], kept["batch"]) == (0, 0)
     assert all(torch.equal(value, kept["state_dict"][name]) for name, value in TinyModel().state_dict().items())
-    trainer.update(trainer.model(torch.rand(4, 3, 2, 2)).sum())
-    with pytest.raises(NonFiniteError, match="epoch 1, batch 2"):
-        trainer.checkpoint()
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match="epoch 1, batch 2"):
+            trainer.checkpoint()
+
+
+def test_after_a_bad_batch_the_same_trainer_goes_on_from_the_last_checkpoint(tmp_path):
+    trainer, undisturbed = defer(build(tmp_path, train_loader=OneBadBatch())), build(made(tmp_path / "other"))
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    trainer.train_loader = TinyLoader()
+    trainer.resume(load_checkpoint(tmp_path / "model_last.pth"), tmp_path / "model_last.pth")
+    trainer.train()
+    undisturbed.train()
+    states = [one.model.state_dict() for one in (trainer, undisturbed)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_runs_whose_host_looks_later_are_the_same_bit_for_bit(tmp_path):
