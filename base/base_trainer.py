@@ -8,20 +8,20 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint import LAST, load_weights
+from base.checkpoint import load_weights
 from base.config import Config
-from base.errors import CheckpointError, NonFiniteError, Stopped
-from base.optimization import Schedule
+from base.errors import CheckpointError, Stopped
+from base.finite import FiniteCheck
+from base.optimization import Schedule, load_optimizer
 from base.progress import Progress
 from base.ranks import Share, largest, leave_the_word_to_the_first, quiet, rank, share_of, world_size
-from base.replicas import describe_non_finite, equalise, replicate
+from base.replicas import equalise, replicate
 from base.run_checkpoints import RunCheckpoints
 from base.run_folder import describe
 from base.runtime import autocast, get_rng_state, seed_global_generators, set_rng_state
@@ -73,6 +73,7 @@ class BaseTrainer(ABC):
         self.model = model
         self.network: nn.Module = model  # for training passes: behind DistributedDataParallel where there are copies
         self.optimizer = optimizer
+        self.finite = FiniteCheck(optimizer, folder)
         self.schedule = schedule
         self.train_loader = train_loader
         self.validate_model = validate
@@ -107,14 +108,11 @@ class BaseTrainer(ABC):
         """One optimiser step on `loss` (0-dim).
 
         Raises:
-            NonFiniteError: the loss or a gradient is infinite or NaN; no parameter was updated (running statistics, which the
-            forward pass moves, were).
+            NonFiniteError: the loss or a gradient is infinite or NaN, now or, on a GPU, since the last look at the device (see
+            `FiniteCheck`). No parameter was updated from there on (running statistics, which the forward pass moves, were).
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        if not torch.isfinite(loss.detach() + torch.nn.utils.get_total_norm(gradients)):
-            raise NonFiniteError(self._describe_non_finite(loss))
+        self.finite.backward(self.model, loss, self.progress)
         self.optimizer.step()
         equalise(self.model, statistics_only=True)
         if self.average is not None:
@@ -177,7 +175,12 @@ class BaseTrainer(ABC):
         """Continue from what `method_state` returned."""
 
     def checkpoint(self) -> dict[str, Any]:
-        """Everything `resume` needs and a reader of the weights, whatever number of processes train. All of them call it."""
+        """Everything `resume` needs and a reader of the weights, whatever number of processes train. All of them call it.
+
+        Raises:
+            NonFiniteError: see `update`.
+        """
+        self.finite.read()
         average = {}
         if self.average is not None:
             average = {"ema_state_dict": self.average.model.state_dict(), "ema_updates": self.average.updates}
@@ -216,7 +219,8 @@ class BaseTrainer(ABC):
         progress = Progress(**checkpoint["progress"])
         self.checkpoints.restore_best(progress, source)
         load_weights(self.model, checkpoint["state_dict"], source)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(self.optimizer, checkpoint["optimizer"])
+        self.finite.forget()
         self.schedule.load_state_dict(checkpoint["scheduler"])
         self.progress = progress
         if rank() == 0:  # they are those of all processes
@@ -258,6 +262,7 @@ class BaseTrainer(ABC):
             if self._asked_to_stop():
                 progress.train_seconds += perf_counter() - begin
                 self._stop()
+        self.finite.read()
         means = self.totals.over_ranks().means()  # reads the device, so the time is that of finished work
         progress.train_seconds += perf_counter() - begin
         equalise(self.model, statistics_only=False)
@@ -292,8 +297,3 @@ class BaseTrainer(ABC):
         done = f"{self.progress.epochs_done} epochs and {self.progress.batches_done} batches"
         name = signal.Signals(self.signals.asked).name
         raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked)
-
-    def _describe_non_finite(self, loss: Tensor) -> str:
-        place = f"epoch {self.progress.epochs_done + 1}, batch {self.progress.batches_done + 1}"
-        kept = f"; {self.folder / LAST} is of the last good epoch" if (self.folder / LAST).exists() else ""
-        return f"{place}: {describe_non_finite(self.model, loss)}: training stopped before the update{kept}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from base.config_training import OptimizerConfig, SchedulerConfig
@@ -31,6 +31,7 @@ UNUSABLE = {
     "LambdaLR": "it takes a Python function, which JSON cannot hold",
     "MultiplicativeLR": "it takes a Python function, which JSON cannot hold",
 }
+FUSED_ON = ("cpu", "cuda")
 STEPPED_BY_BATCH = ("OneCycleLR", "CyclicLR")
 WHOLE_RUN_ARGUMENT = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps"}
 """The argument that defaults to the number of steps in the whole run."""
@@ -59,7 +60,8 @@ def check_optimization(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """The optimiser of `model`; thresholds of shifted ReLUs are exempt from weight decay, as in ConvNorm."""
+    """The optimiser of `model`; thresholds of shifted ReLUs are exempt from weight decay, as in ConvNorm. The update is
+    one fused kernel where torch has it, unless the config says anything about `fused` or `foreach`."""
     cls = _usable(OPTIMIZERS, config.type, "optimizer.type")
     _check_arguments(cls, config.args, "optimizer.args", given=1)
     thresholds, others = [], []
@@ -68,7 +70,35 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     groups: list[dict[str, Any]] = [{"params": others}]
     if thresholds:
         groups.append({"params": thresholds, "weight_decay": 0.0})
-    return _build(cls, "optimizer.args", groups, config.args)
+    fused = {"fused": True} if _can_fuse(cls, config.args, next(model.parameters()).device) else {}
+    return _build(cls, "optimizer.args", groups, {**config.args, **fused})
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Continue from a saved state, with the settings saved in it: a run that began without fused kernels goes on without.
+
+    Fused kernels read the tensors of a parameter as they lie in memory, and take no notice where one is laid out in another
+    order (channels last) than the others. So what was saved is brought into the order of its parameter.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _can_fuse(cls: type[Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether fused updates are left to us, and torch has a kernel for them: tried on one number, as it depends on optimiser,
+    arguments, device and version."""
+    if "fused" not in inspect.signature(cls).parameters or {"fused", "foreach"} & set(args) or device.type not in FUSED_ON:
+        return False
+    number = nn.Parameter(torch.zeros(1, device=device))
+    number.grad = torch.zeros_like(number)
+    try:
+        cls([number], **args, fused=True).step()
+    except Exception:  # wrong arguments among them, which then fail without it and are named
+        return False
+    return True
 
 
 def spans_whole_run(scheduler: SchedulerConfig) -> bool:

@@ -2,7 +2,6 @@
 
 import inspect
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -43,12 +42,3 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     """The running means and variances of a model's batch normalisation."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
-
-
-def describe_non_finite(model: nn.Module, loss: Tensor) -> str:
-    """Whether the loss is infinite or NaN, or else which parameter's gradient is."""
-    what = "the loss is not finite" if not torch.isfinite(loss) else "the gradient is not finite"
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            return f"{what}, first in {name}"
-    return what

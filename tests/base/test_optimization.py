@@ -7,7 +7,16 @@ from torch import nn
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
-from base.optimization import OPTIMIZERS, SCHEDULERS, UNUSABLE, Schedule, build_optimizer, check_optimization, spans_whole_run
+from base.optimization import (
+    OPTIMIZERS,
+    SCHEDULERS,
+    UNUSABLE,
+    Schedule,
+    build_optimizer,
+    check_optimization,
+    load_optimizer,
+    spans_whole_run,
+)
 
 SGD = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9})
 PARTS = [{"type": "LinearLR"}, {"type": "MultiStepLR", "args": {"milestones": [2]}}]
@@ -165,3 +174,85 @@ def test_thresholds_of_shifted_relus_do_not_decay():
     optimizer.step()
     assert model.weight.tolist() == [0.5, 0.5]
     assert model.srelu_bias.tolist() == [1.0, 1.0]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+
+
+def take_steps(model, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        model(torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+
+
+def flags(optimizer):
+    return {(group["fused"], group["foreach"]) for group in optimizer.param_groups}
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+        ("SGD", {"lr": 0.05, "maximize": True}),
+        ("Adam", {"lr": 0.01, "weight_decay": 0.01, "amsgrad": True}),
+        ("AdamW", {"lr": 0.01}),
+        ("Adagrad", {"lr": 0.01}),
+    ],
+)
+def test_fused_updates_are_the_default_and_those_of_the_plain_formula(name, args):
+    model, plain = network(), network()
+    optimizer = build_optimizer(OptimizerConfig(type=name, args=args), model)
+    assert flags(optimizer) == {(True, None)}
+    take_steps(model, optimizer, range(5))
+    take_steps(plain, OPTIMIZERS[name](plain.parameters(), **args, fused=False, foreach=False), range(5))
+    torch.testing.assert_close(list(model.parameters()), list(plain.parameters()))
+
+
+@pytest.mark.parametrize("said", [{"fused": False}, {"fused": None}, {"foreach": True}, {"foreach": False}])
+def test_what_a_config_says_about_kernels_holds(said):
+    optimizer = build_optimizer(OptimizerConfig(type="SGD", args={"lr": 0.1, **said}), network())
+    assert flags(optimizer) == {(said.get("fused"), said.get("foreach"))}
+
+
+def test_what_fused_kernels_cannot_do_is_done_without():
+    assert flags(build_optimizer(OptimizerConfig(type="Adam", args={"differentiable": True}), network())) == {(None, None)}
+    assert "fused" not in build_optimizer(OptimizerConfig(type="RMSprop"), network()).param_groups[0]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
+def test_runs_that_began_without_fused_kernels_go_on_bit_for_bit(name, tmp_path):
+    args = {"lr": 0.01, "momentum": 0.9} if name == "SGD" else {"lr": 0.01}
+    whole, part = network(), network()
+    take_steps(whole, OPTIMIZERS[name](whole.parameters(), **args), range(6))
+    first = OPTIMIZERS[name](part.parameters(), **args)
+    take_steps(part, first, range(3))
+    save_checkpoint(tmp_path / "c.pth", {"state_dict": part.state_dict(), "optimizer": first.state_dict()})
+    stored = load_checkpoint(tmp_path / "c.pth")
+    resumed = network()
+    resumed.load_state_dict(stored["state_dict"])
+    second = build_optimizer(OptimizerConfig(type=name, args=args), resumed)
+    load_optimizer(second, stored["optimizer"])
+    assert flags(second) == {(None, None)}
+    take_steps(resumed, second, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("formats", [("contiguous_format", "channels_last"), ("channels_last", "contiguous_format")])
+def test_a_run_may_go_on_in_another_memory_format(name, formats):
+    args = {"lr": 0.05, "momentum": 0.9} if name == "SGD" else {"lr": 0.01}
+    config = OptimizerConfig(type=name, args=args)
+    before, after = (getattr(torch, name) for name in formats)
+    whole, part = network(), network().to(memory_format=before)
+    take_steps(whole, OPTIMIZERS[name](whole.parameters(), **args, fused=False, foreach=False), range(4))
+    first = build_optimizer(config, part)
+    take_steps(part, first, range(2))
+    resumed = network().to(memory_format=after)
+    resumed.load_state_dict(part.state_dict())
+    second = build_optimizer(config, resumed)
+    load_optimizer(second, first.state_dict())
+    take_steps(resumed, second, range(2, 4))
+    torch.testing.assert_close(list(resumed.parameters()), list(whole.parameters()))

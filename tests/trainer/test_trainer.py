@@ -217,10 +217,12 @@ def test_without_validation_and_monitor_the_last_model_is_the_best(tmp_path):
     assert set(lines(tmp_path)[0]) == {"epoch", "lr", "loss", "top1", "top5"}
 
 
+@pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_non_finite_numbers_stop_before_the_update(tmp_path, what):
+def test_non_finite_numbers_stop_before_the_update(tmp_path, what, deferred):
     trainer = build(tmp_path)
     trainer.train()
+    trainer.finite.deferred_on = ("cpu",) if deferred else ()
     last_good = (tmp_path / "model_last.pth").read_bytes()
     trainer.progress.epochs_done = 1
     before = [parameter.clone() for parameter in trainer.model.parameters()]

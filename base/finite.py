@@ -1,0 +1,97 @@
+"""No update on numbers that are infinite or NaN, and no waiting for the GPU in every step to know."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from base.checkpoint import LAST
+from base.errors import NonFiniteError
+from base.progress import Progress
+from base.ranks import leave_the_word_to_the_first
+
+READ_EVERY = 50
+"""Updates between two looks of the host at the device, where they are deferred."""
+
+
+class FiniteCheck:
+    """Keeps an optimiser from ever updating on gradients that are infinite or NaN, and ends training where they are.
+
+    On the CPU it looks before every update. On a GPU that would let the host wait for the device in every step, while it could
+    prepare the next one. There a fused optimiser is told on the device (`found_inf`): from the first bad update on it changes
+    nothing any more, neither weights nor its own state, and the host looks every `READ_EVERY` updates, at the end of an epoch
+    and before every checkpoint. What moves until then, running statistics and averaged weights, is never saved. Optimisers
+    without such kernels, and runs that began without them, are looked after before every update on a GPU, too.
+
+    Several processes judge the same gradients, averaged over all, and so agree.
+
+    Args:
+        optimizer: whose updates are guarded.
+        folder: the run folder, for the message.
+    """
+
+    deferred_on: tuple[str, ...] = ("cuda",)
+
+    def __init__(self, optimizer: Optimizer, folder: Path) -> None:
+        self.optimizer = optimizer
+        self.folder = folder
+        self._first_bad: Tensor | None = None  # int64 on the device: the batch from 1 on; 0 as long as all is well
+        self._last: tuple[nn.Module, Tensor, int]  # model, loss and epoch of the last update
+        self._unread = 0
+
+    def backward(self, model: nn.Module, loss: Tensor, progress: Progress) -> None:
+        """The gradients of `loss` (0-dim), judged, for the optimiser's step.
+
+        Raises:
+            NonFiniteError: see `read`.
+        """
+        loss.backward(1 + 0 * loss.detach())  # NaN where the loss is not finite: so are all gradients then, in every process
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        if self._first_bad is None:
+            self._first_bad = torch.zeros((), dtype=torch.int64, device=finite.device)
+        self._first_bad = torch.where(finite | (self._first_bad > 0), self._first_bad, progress.batches_done + 1)
+        self._last = (model, loss.detach(), progress.epochs_done + 1)
+        self._unread += 1
+        deferred = self.deferred(loss.device)
+        self.optimizer.found_inf = (self._first_bad > 0).float() if deferred else None
+        if self._unread >= (READ_EVERY if deferred else 1):
+            self.read()
+
+    def deferred(self, device: torch.device) -> bool:
+        """Whether the optimiser leaves out bad updates by itself. Its groups are asked, too: a resumed run brings its own."""
+        heeds = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # torch's own sign, for loss scaling
+        return device.type in self.deferred_on and heeds and all(group.get("fused") for group in self.optimizer.param_groups)
+
+    def read(self) -> None:
+        """Wait for the device and ask whether all is well. An epoch's updates are read before the next begins.
+
+        Raises:
+            NonFiniteError: the loss or a gradient was infinite or NaN. The message names the first such batch, and the first
+            parameter whose gradient is. Where later passes with the same weights have replaced those gradients and are well
+            again, the images were to blame, and it names the batch only.
+        """
+        if self._unread == 0:
+            return
+        batch = int(self._first_bad)
+        if batch:  # and whoever asks again hears it again
+            model, loss, epoch = self._last
+            what = _describe(model, loss)
+            leave_the_word_to_the_first(NonFiniteError.exit_code)
+            kept = f"; {self.folder / LAST} is of the last good epoch" if (self.folder / LAST).exists() else ""
+            raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}")
+        self._unread = 0
+
+    def forget(self) -> None:
+        """Begin anew, with weights and optimiser from a checkpoint."""
+        self._first_bad, self._unread = None, 0
+
+
+def _describe(model: nn.Module, loss: Tensor) -> str:
+    """Whether the loss is infinite or NaN, or else which parameter's gradient is, of the last update."""
+    what = "the gradient is not finite" if torch.isfinite(loss) else "the loss is not finite"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"{what}, first in {name}"
+    return "the loss or the gradient is not finite"

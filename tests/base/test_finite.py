@@ -1,0 +1,183 @@
+"""Updates on finite gradients only, whether the host looks before each or now and then."""
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from math import inf, nan
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import base.finite as finite_module
+from base.errors import NonFiniteError
+from base.finite import FiniteCheck
+from base.progress import Progress
+
+ROOT = Path(__file__).parents[2]
+FUSED = [
+    (torch.optim.SGD, {"lr": 0.1}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    (torch.optim.Adam, {"lr": 0.1, "amsgrad": True}),
+    (torch.optim.AdamW, {"lr": 0.1}),
+]
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python asks for a tensor's value, for which a GPU's host has to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+class Run:
+    """A layer, its optimiser and a check, trained on one input at a time; `added` goes to the loss, not to its gradient."""
+
+    def __init__(self, folder, cls=torch.optim.SGD, deferred=True, **args):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        self.optimizer = cls(self.model.parameters(), **{"lr": 0.1, "fused": True, **args})
+        self.check = FiniteCheck(self.optimizer, folder)
+        self.check.deferred_on = ("cpu",) if deferred else ()
+        self.progress = Progress(epochs_done=3)
+
+    def update(self, value, added=0.0):
+        self.optimizer.zero_grad()
+        loss = self.model(torch.tensor([[value, 1.0]])).square().sum() + added
+        self.check.backward(self.model, loss, self.progress)
+        self.optimizer.step()
+        self.progress.batches_done += 1
+
+    def state(self):
+        return deepcopy([list(self.model.parameters()), list(self.optimizer.state.values())])
+
+
+def equal(state, other):
+    (weights, values), (other_weights, other_values) = state, other
+    assert len(values) == len(other_values)
+    pairs = [(weights, other_weights)]
+    pairs += [(list(a.values()), list(b.values())) for a, b in zip(values, other_values, strict=True)]
+    return all(x is y or torch.equal(x, y) for a, b in pairs for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("cls", "args"), FUSED)
+def test_finite_updates_are_the_same_bit_for_bit(tmp_path, cls, args):
+    later, at_once = Run(tmp_path, cls, **args), Run(tmp_path, cls, deferred=False, **args)
+    before = later.state()
+    for value in range(6):
+        later.update(value)
+        at_once.update(value)
+    later.check.read()
+    assert equal(later.state(), at_once.state())
+    assert not torch.equal(before[0][0], later.state()[0][0])
+
+
+@pytest.mark.parametrize(("cls", "args"), FUSED)
+@pytest.mark.parametrize("bad", [(nan, 0.0), (inf, 0.0), (0.5, inf), (0.5, nan)])
+def test_nothing_changes_from_the_first_bad_update_on(tmp_path, cls, args, bad):
+    run = Run(tmp_path, cls, **args)
+    run.update(1.0)
+    run.update(2.0)
+    good = run.state()
+    run.update(*bad)
+    for value in (3.0, nan, 4.0):
+        run.update(value)
+    assert equal(run.state(), good)
+    with pytest.raises(NonFiniteError, match="^epoch 4, batch 3: the loss or the gradient is not finite: training stopped"):
+        run.check.read()
+
+
+def test_a_bad_first_update_leaves_the_first_weights(tmp_path):
+    run = Run(tmp_path, momentum=0.9)
+    before = run.state()
+    run.update(nan)
+    run.update(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], run.state()[0], strict=True))
+    with pytest.raises(NonFiniteError, match="epoch 4, batch 1: the loss or the gradient"):
+        run.check.read()
+
+
+@pytest.mark.parametrize("read_every", [1, 5, 50])
+def test_the_host_looks_every_so_many_updates(tmp_path, monkeypatch, read_every):
+    monkeypatch.setattr(finite_module, "READ_EVERY", read_every)
+    run = Run(tmp_path)
+    with Reads() as reads:
+        for _ in range(2 * read_every - 1):
+            run.update(1.0)
+    assert reads.count == 1
+    with pytest.raises(NonFiniteError, match=f"batch {2 * read_every}: the loss is not finite, first in 0.weight"):
+        run.update(nan)
+
+
+def test_without_kernels_that_are_told_the_host_looks_before_every_update(tmp_path):
+    for options in ({"deferred": False}, {"fused": False}, {"fused": None}, {"cls": torch.optim.Adam, "fused": False}):
+        run = Run(tmp_path, **options)
+        with Reads() as reads:
+            for value in (1.0, 2.0):
+                run.update(value)
+        assert reads.count >= 2
+        good = run.state()
+        with pytest.raises(NonFiniteError, match="batch 3: the loss is not finite, first in 0.weight"):
+            run.update(nan)
+        assert equal(run.state(), good)
+
+
+def test_a_run_that_began_without_such_kernels_goes_on_without(tmp_path):
+    run, old = Run(tmp_path), Run(tmp_path, fused=None)
+    old.update(1.0)
+    run.update(1.0)
+    run.optimizer.load_state_dict(old.optimizer.state_dict())
+    with pytest.raises(NonFiniteError, match="batch 2: the loss is not finite, first in 0.weight"):
+        run.update(nan)
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from torch.nn.parallel import DistributedDataParallel
+from base.errors import NonFiniteError
+from base.ranks import rank, ranks
+from tests.base.test_finite import Run, inf
+
+with ranks(training=True):
+    for deferred in (True, False):
+        run = Run(Path(sys.argv[1]), deferred=deferred)
+        layers, run.model = run.model, DistributedDataParallel(run.model)
+        run.update(1.0 + rank())
+        good = layers[0].weight.clone()
+        said = "nothing"
+        try:
+            run.update(1.0, added=inf * rank() if rank() else 0.0)  # the gradient is finite on both
+            run.update(2.0)
+            run.check.read()
+        except NonFiniteError as error:
+            said = str(error)
+        except SystemExit as error:
+            said = f"exit {error.code}"
+        line = f"{deferred} rank {rank()}: {said}; kept {bool((layers[0].weight == good).all())}"
+        Path(sys.argv[1], f"{deferred} {rank()}").write_text(line)
+"""
+
+
+def test_all_processes_agree_on_what_only_one_has_met(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, str(tmp_path / "script.py"), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    told = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "script.py"}
+    assert "True rank 0: epoch 4, batch 2: the loss or the gradient is not finite" in told["True 0"]
+    assert "False rank 0: epoch 4, batch 2: the gradient is not finite, first in module.0.weight" in told["False 0"]
+    assert all("kept True" in line for line in told.values())
+    assert told["True 1"].startswith("True rank 1: exit 5;")
+    assert told["False 1"].startswith("False rank 1: exit 5;")
