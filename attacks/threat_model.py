@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from base.ranks import SharedGenerator
+from base.runtime import to_device
 
 NORMS = ("linf", "l2")
 ROUNDING = 1e-6
@@ -84,13 +85,17 @@ class ThreatModel:
         return gradient / lengths(gradient).clamp_min(0.5)  # at least 1 unless the gradient is zero
 
     def random_start(self, images: Tensor, generators: Generators) -> Tensor:
-        """Allowed images, drawn uniformly from the ball around `images` `(B, C, H, W)` and then clamped to `[0, 1]`."""
+        """Allowed images around `images` `(B, C, H, W)`, clamped to `[0, 1]`.
+
+        Under linf they are drawn uniformly from the ball. Under l2 direction and length are uniform: in so many dimensions nearly
+        all of the ball lies at its surface, and an attack of few steps that begins with a random change of full length does not
+        get rid of it, and finds less.
+        """
         if self.norm == "linf":
             change = 2 * draw(torch.rand, images, generators) - 1
         else:
             direction = draw(torch.randn, images, generators)
-            # uniform in a d-dimensional ball: a uniform direction, at radius u^(1/d)
-            radius = draw(torch.rand, images[:, :1, :1, :1], generators) ** (1 / images[0].numel())
+            radius = draw(torch.rand, images[:, :1, :1, :1], generators)
             change = direction / lengths(direction).clamp_min(1e-30) * radius
         return self.project(images + self.epsilon * change, images)
 
@@ -118,4 +123,4 @@ def draw(distribution: Callable[..., Tensor], like: Tensor, generators: Generato
         drawn = generators.draw(distribution, like.shape[1:])
     else:
         drawn = torch.stack([distribution(like.shape[1:], generator=generator) for generator in generators])
-    return drawn.to(like.device, like.dtype)
+    return to_device(drawn.to(like.dtype), like.device)

@@ -41,6 +41,12 @@ def seed_global_generators(seed: int, purpose: str) -> None:
     torch.manual_seed(derived_seed(seed, purpose))
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`, for which the host does not wait: a copy to a CUDA device from ordinary memory waits
+    for everything that the device still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def get_rng_state() -> dict[str, Any]:
     """The states of torch's global generators, which dropout draws from."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}

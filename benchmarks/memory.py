@@ -2,10 +2,14 @@
 
 import json
 import sys
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from base.base_trainer import BaseTrainer
 from benchmarks.processes import python
 from benchmarks.rows import Row, Settings, cost_row
 from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, build_trainer, step_config, step_of, systems
@@ -13,42 +17,68 @@ from benchmarks.timing import Paired
 
 BATCH, STEPS, ALLOWED = 32, 2, 1.5
 CLEAR = Path("/proc/self/clear_refs")
-ON_CPU = "highest resident memory while training minus resident memory before the first step: activations, gradients, momentum"
-ON_CUDA = "torch.cuda.max_memory_allocated over the training steps"
+MEANING = {
+    "tensors": "all tensors that are alive at the peak of a training step: weights, momentum, gradients, activations and what "
+    "is needed for a moment; on CUDA torch.cuda.max_memory_allocated",
+    "resident": "highest resident memory while training minus that before the first step: no weights, but what the allocator "
+    "keeps in reserve and what MKL and oneDNN take for themselves",
+}
 
 
 def measure(settings: Settings) -> list[Row]:
-    """One row for each precision."""
-    if settings.device.type != "cuda" and not CLEAR.exists():
-        return [Row("training step", CONV_NORM, other=BATCH_NORM, skipped="only Linux tells the peak of resident memory")]
+    """For each precision a row of tensors and, on a CPU, one of resident memory."""
     rows = []
     for precision in systems(settings):
-        used: dict[str, list[float]] = {CONV_NORM: [], BATCH_NORM: []}
+        used: dict[str, dict[str, list[float]]] = {kind: {CONV_NORM: [], BATCH_NORM: []} for kind in MEANING}
         for _ in range(settings.repeats):
-            for name, values in used.items():
-                values.append(_in_new_process(settings, name, precision))
-        title = f"training step, batch {settings.size(BATCH, 4)}, {precision}"
-        note = ON_CUDA if settings.device.type == "cuda" else ON_CPU
-        rows.append(cost_row(title, Paired(used), CONV_NORM, BATCH_NORM, ALLOWED, unit="MiB", note=note))
+            for name in (CONV_NORM, BATCH_NORM):
+                for kind, value in _in_new_process(settings, name, precision).items():
+                    used[kind][name].append(value)
+        for kind, sides in used.items():
+            title = f"training step, batch {settings.size(BATCH, 4)}, {precision}: {kind}"
+            if sides[CONV_NORM]:
+                row = cost_row(title, Paired(sides), CONV_NORM, BATCH_NORM, ALLOWED, unit="MiB", note=MEANING[kind])
+            else:
+                row = Row(title, CONV_NORM, other=BATCH_NORM, skipped="only Linux tells the peak of a CPU's resident memory")
+            rows.append(row)
     return rows
 
 
-def _in_new_process(settings: Settings, layers: str, precision: str) -> float:
+def _in_new_process(settings: Settings, layers: str, precision: str) -> dict[str, float]:
     words = [str(settings.device), str(settings.threads), str(int(settings.smoke)), layers, precision]
     return json.loads(python(["-m", "benchmarks.memory", *words], settings.threads).splitlines()[-1])
 
 
-def bytes_of_training(settings: Settings, layers: str, precision: str) -> int:
-    """Bytes that the first `STEPS` training steps of this process need at their peak; see `ON_CPU` and `ON_CUDA`."""
+def bytes_of_training(settings: Settings, layers: str, precision: str) -> dict[str, int]:
+    """Bytes that training steps of this process need at their peak, by the kinds of `MEANING` that can be known here."""
     size = [("data_loader.args.batch_size", str(settings.size(BATCH, 4)))]
     trainer = build_trainer(step_config(settings, [*LAYERS[layers], *size, *systems(settings)[precision]]), layers)
     step = step_of(trainer)
-    on_cuda = settings.device.type == "cuda"
-    before = 0 if on_cuda else _resident("VmRSS")
-    torch.cuda.reset_peak_memory_stats(settings.device) if on_cuda else _forget_peak()
-    for _ in range(STEPS):
+    if settings.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(settings.device)
+        for _ in range(STEPS):
+            step()
+        return {"tensors": torch.cuda.max_memory_allocated(settings.device)}
+    found = {}
+    if CLEAR.exists():
+        before = _resident("VmRSS")
+        _forget_peak()
+        for _ in range(STEPS):
+            step()
+        found["resident"] = _resident("VmHWM") - before
+    return {**found, "tensors": _tensors_at_peak(trainer, step)}
+
+
+def _tensors_at_peak(trainer: BaseTrainer, step: Callable[[], object]) -> int:
+    """What was there before a step, and the peak of what the step allocates and frees, as torch's profiler counts it."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    model, state = trainer.model, trainer.optimizer.state.values()
+    moments = [value for values in state for value in values.values() if isinstance(value, torch.Tensor)]
+    alive = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
-    return torch.cuda.max_memory_allocated(settings.device) if on_cuda else _resident("VmHWM") - before
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return alive + max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def _resident(field: str) -> int:
@@ -64,4 +94,4 @@ def _forget_peak() -> None:
 
 if __name__ == "__main__":
     device, threads, smoke, *side = sys.argv[1:]
-    print(bytes_of_training(Settings(torch.device(device), int(threads), bool(int(smoke))), *side))
+    print(json.dumps(bytes_of_training(Settings(torch.device(device), int(threads), bool(int(smoke))), *side)))

@@ -12,7 +12,7 @@ from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, sys
 from benchmarks.timing import compare
 from models import build_model
 
-BATCH, BATCHES, WORKERS, GOAL = 128, 3, 2, 1.8
+BATCH, BATCHES, WORKERS, GOAL = 128, 2, 2, 1.8
 PLAIN = f"plain loop, fp32, {WORKERS} workers"
 NOTE = "the same images, uint8 in memory, on both sides; how long a step takes does not depend on what is in them"
 

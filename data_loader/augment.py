@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.ranks import Share
+from base.runtime import to_device
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator, share:
     batch, _, height, width = images.shape
     share = share or Share(batch)
     places = torch.randint(0, 2 * padding + 1, (2, share.total), generator=generator)
-    top, left = places[:, share.part].to(images.device)
+    top, left = to_device(places[:, share.part], images.device)
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: every possible window
     return windows[torch.arange(batch, device=images.device), :, top, left]
 
@@ -32,7 +33,7 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator, share:
 def random_flip(images: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2."""
     share = share or Share(len(images))
-    mirrored = torch.rand(share.total, generator=generator)[share.part].to(images.device) < 0.5
+    mirrored = to_device(torch.rand(share.total, generator=generator)[share.part] < 0.5, images.device)
     return torch.where(mirrored.reshape(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -53,11 +54,11 @@ def cutout(images: Tensor, size: int, fill: Sequence[float], generator: torch.Ge
 
     def covered(length: int) -> Tensor:
         centres = torch.randint(0, length, (drawn_for.total, 1), generator=generator)[drawn_for.part]
-        first = centres.to(images.device) - size // 2
+        first = to_device(centres, images.device) - size // 2
         place = torch.arange(length, device=images.device)
         return (place >= first) & (place < first + size)
 
     rows, columns = covered(height), covered(width)
     mask = (rows[:, :, None] & columns[:, None, :])[:, None]
-    value = torch.tensor(list(fill), dtype=torch.float32).to(images.device, images.dtype).reshape(1, -1, 1, 1)
+    value = to_device(torch.tensor(list(fill), dtype=torch.float32).to(images.dtype), images.device).reshape(1, -1, 1, 1)
     return torch.where(mask, value, images)

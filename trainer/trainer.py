@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from base.base_trainer import BaseTrainer
 from base.ranks import SharedGenerator
-from base.runtime import numpy_generator, torch_generator
+from base.runtime import numpy_generator, to_device, torch_generator
 from base.totals import BatchResult
 from trainer.evaluate import Loss, Metric, batch_result
 
@@ -64,7 +64,7 @@ class Trainer(BaseTrainer):
             return images, labels
         key = ("mixup", *self.minibatch)
         weight = float(numpy_generator(self.config.seed, *key).beta(alpha, alpha))
-        partner = torch.randperm(len(labels), generator=torch_generator(self.config.seed, *key)).to(labels.device)
+        partner = to_device(torch.randperm(len(labels), generator=torch_generator(self.config.seed, *key)), labels.device)
         targets = F.one_hot(labels, self.train_loader.num_classes).to(images.dtype)
         part = self.share(images).part
         own = partner[part]

@@ -179,8 +179,29 @@ class ConvNorm2d(nn.Conv2d):
             even_h, even_w = (1 - k % 2 for k in self.kernel_size)
             if even_h or even_w:
                 output = F.pad(output, (0, even_w, 0, even_h))
+            if self.bn and self.training and not torch.compiler.is_compiling():
+                return self._normalized_again(output)
             output = self.bpconv(output)
         return self.batch_norm(output) if self.bn else output
+
+    def _normalized_again(self, input: Tensor) -> Tensor:
+        """`batch_norm(bpconv(input))` that keeps `input` only for the backward pass, and computes what is between the two once
+        more: a depthwise convolution takes little time, its output as much memory as the layer's."""
+        output = self.bpconv(input)
+        place, dtype = output.data_ptr(), output.dtype
+
+        def keep(tensor: Tensor) -> Tensor | None:
+            return None if tensor.data_ptr() == place else tensor
+
+        def restore(kept: Tensor | None) -> Tensor:
+            if kept is not None:
+                return kept
+            with torch.no_grad(), without_autocast(input):
+                weight, bias = (parameter.to(dtype) for parameter in (self.bpconv.weight, self.bpconv.bias))
+                return F.conv2d(input.to(dtype), weight, bias, padding=self.bpconv.padding, groups=self.bpconv.groups)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, restore):
+            return self.batch_norm(output)
 
     def _plan(self, input: Tensor) -> Plan | None:
         """How to compute the layer in the Fourier domain; None where that is impossible or slower: on a GPU, for small batches

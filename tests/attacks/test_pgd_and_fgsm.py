@@ -92,7 +92,7 @@ def test_robust_accuracy_equals_foolboxs(trained, norm, epsilon):
     theirs = [int(broken.sum()) for broken in theirs]
     assert 20 < theirs[0] < 190, "an attack worth comparing"
     assert abs(ours[0] - theirs[0]) <= 1
-    assert abs(ours[1] - theirs[1]) <= 2
+    assert -2 <= ours[1] - theirs[1] <= (2 if norm == "linf" else 6)  # its l2 starts lie at the ball's surface: it finds less
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -109,13 +109,16 @@ def test_every_image_stays_in_the_ball_and_more_steps_are_stronger(trained, norm
     assert losses[0] < losses[1] < losses[2]
 
 
-def test_l2_starts_are_uniform_in_the_ball():
+def test_l2_starts_have_uniform_lengths_and_directions():
     images = torch.full((4000, 1, 2, 2), 0.5)
     threat = ThreatModel("l2", 0.25)
-    radius = threat.distance(threat.random_start(images, torch.Generator().manual_seed(0)), images) / 0.25
-    # in four dimensions P(radius <= r) = r^4
-    for r in (0.5, 0.8, 0.95):
-        assert float((radius <= r).float().mean()) == pytest.approx(r**4, abs=0.025)
+    change = threat.random_start(images, torch.Generator().manual_seed(0)) - images
+    length = change.flatten(1).norm(dim=1) / 0.25
+    for r in (0.25, 0.5, 0.95):
+        assert float((length <= r).float().mean()) == pytest.approx(r, abs=0.025)
+    direction = change.flatten(1) / change.flatten(1).norm(dim=1, keepdim=True)
+    assert direction.mean(dim=0).abs().max() < 0.03
+    torch.testing.assert_close(direction.T @ direction / 4000, torch.eye(4) / 4, rtol=0, atol=0.02)
 
 
 def test_zero_tiny_and_nan_gradients_move_as_they_should():
