@@ -87,7 +87,7 @@ class ThreatModel:
     def random_start(self, images: Tensor, generators: Generators) -> Tensor:
         """Allowed images around `images` `(B, C, H, W)`, clamped to `[0, 1]`.
 
-        Under linf they are drawn uniformly from the ball. Under l2 direction and length are uniform: in so many dimensions nearly
+        Under linf they are drawn uniformly from the ball. Under l2 direction and length are uniform: in many dimensions nearly
         all of the ball lies at its surface, and an attack of few steps that begins with a random change of full length does not
         get rid of it, and finds less.
         """

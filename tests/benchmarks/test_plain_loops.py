@@ -55,7 +55,9 @@ def test_the_plain_transforms_are_those_of_our_loader(digits):
 
 
 def test_one_plain_update_is_that_of_our_trainer():
-    trainer = build_trainer(step_config(SMOKE, [*LAYERS[BATCH_NORM], ("optimizer.args.lr", "0.01")]))
+    trainer = build_trainer(
+        step_config(SMOKE, [*LAYERS[BATCH_NORM], ("optimizer.args.lr", "0.01"), ("system.precision", "fp32")])
+    )
     images, labels = (part[:16] for part in next(iter(trainer.train_loader)))
     plain = deepcopy(trainer.model)
     plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0001)
