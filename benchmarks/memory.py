@@ -16,6 +16,8 @@ from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, build_trainer, step_
 from benchmarks.timing import Paired
 
 BATCH, STEPS, ALLOWED = 32, 2, 1.5
+REPEATS = 3
+"""Processes of each side: peaks hardly vary, and a process takes ten seconds to start."""
 CLEAR = Path("/proc/self/clear_refs")
 MEANING = {
     "tensors": "all tensors that are alive at the peak of a training step: weights, momentum, gradients, activations and what "
@@ -30,7 +32,7 @@ def measure(settings: Settings) -> list[Row]:
     rows = []
     for precision in systems(settings):
         used: dict[str, dict[str, list[float]]] = {kind: {CONV_NORM: [], BATCH_NORM: []} for kind in MEANING}
-        for _ in range(settings.repeats):
+        for _ in range(min(REPEATS, settings.repeats)):
             for name in (CONV_NORM, BATCH_NORM):
                 for kind, value in _in_new_process(settings, name, precision).items():
                     used[kind][name].append(value)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,27 @@ def test_replace_touches_plain_convolutions_only():
     network = replace_with_conv_norm(nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}))
     assert network["a"] is network["b"][0]
     assert isinstance(network["a"], ConvNorm2d)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_what_lies_before_batch_norm_is_computed_again_instead_of_kept(low):
+    torch.manual_seed(0)
+    layer = ConvNorm2d(3, 6, 3, padding=1)
+    twin = copy.deepcopy(layer)
+    twin._normalized_again = lambda input: twin.batch_norm(twin.bpconv(input))  # what it stands for
+    alive = []
+    layer.bpconv.register_forward_hook(lambda module, inputs, output: alive.append(weakref.ref(output)))
+    images = torch.randn(4, 3, 8, 8)
+
+    def one_step(layer):
+        mine = images.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            output = layer(mine)
+        assert not alive or alive[0]() is None
+        output.float().sin().sum().backward()
+        return [output, mine.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
+
+    kept = one_step(twin)
+    for actual, expected in zip(one_step(layer), kept, strict=True):
+        assert torch.equal(actual, expected)
+    assert len(alive) == 1
