@@ -23,6 +23,9 @@ MIN_FACTOR = 0.01
 FOURIER_BATCH = 16
 """Images from which on the Fourier domain is faster on a CPU. Evaluation fills its batches up to as many."""
 
+FOURIER_SIZE = 50
+"""Side of the largest image that is transformed by matrices: their cost grows with its third power, an FFT's with the second."""
+
 RELATIVE_FLOOR = 1e-6
 ABSOLUTE_FLOOR = 1e-12
 
@@ -188,10 +191,10 @@ class ConvNorm2d(nn.Conv2d):
         """`batch_norm(bpconv(input))` that keeps `input` only for the backward pass, and computes what is between the two once
         more: a depthwise convolution takes little time, its output as much memory as the layer's."""
         output = self.bpconv(input)
-        place, dtype = output.data_ptr(), output.dtype
+        place, shape, dtype = output.data_ptr(), output.shape, output.dtype
 
         def keep(tensor: Tensor) -> Tensor | None:
-            return None if tensor.data_ptr() == place else tensor
+            return None if (tensor.data_ptr(), tensor.shape, tensor.dtype) == (place, shape, dtype) else tensor
 
         def restore(kept: Tensor | None) -> Tensor:
             if kept is not None:
@@ -205,11 +208,14 @@ class ConvNorm2d(nn.Conv2d):
 
     def _plan(self, input: Tensor) -> Plan | None:
         """How to compute the layer in the Fourier domain; None where that is impossible or slower: on a GPU, for small batches
-        (the kernels' spectra take their time whatever the batch), and under a compiler, which cannot look into it."""
+        (the kernels' spectra take their time whatever the batch), for large images, and under a compiler, which cannot look
+        inside.
+        """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
         if (
             input.device.type != "cpu"
             or len(input) < FOURIER_BATCH
+            or max(input.shape[-2:]) > FOURIER_SIZE
             or dtype not in (torch.float32, torch.bfloat16)
             or self.groups > 1
             or self.padding_mode != "zeros"

@@ -74,12 +74,13 @@ def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
     assert not torch.equal(fast["output"], plain["output"])  # they went different ways
 
 
-def test_small_batches_and_compilers_go_the_plain_way():
+def test_small_batches_and_large_images_go_the_plain_way():
     layer = ConvNorm2d(3, 4, 3, padding=1)
     images = torch.zeros(FOURIER_BATCH, 3, 8, 8)
     assert layer._plan(images) is not None
     assert layer._plan(images[1:]) is None
     assert layer._plan(images.double()) is None
+    assert layer._plan(torch.zeros(FOURIER_BATCH, 3, 64, 8)) is None
     assert ConvNorm2d(3, 4, 3, padding=1, padding_mode="circular")._plan(images) is None
     assert ConvNorm2d(3, 4, 3, padding="same")._plan(images) is None
     assert ConvNorm2d(3, 3, 3, groups=3)._plan(images) is None
