@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from attacks.attack import Attack, frozen
 from attacks.losses import wrongness
-from attacks.worst_points import DONE, MISSED
+from attacks.worst_points import DONE
 from base.base_data_loader import BaseDataLoader
 from base.ranks import quiet
 from base.runtime import torch_generator
@@ -21,10 +21,6 @@ from base.runtime import torch_generator
 ROWS = 16
 """Batches are filled up to a multiple of this many images. Libraries choose other kernels for odd batch sizes, which round
 otherwise; and where an attack follows the sign of a gradient, rounding can change a verdict."""
-
-NARROW = 0.2
-"""An attack in low precision that leaves the label's probability less than this above the next one's is repeated in full:
-rounding of the gradients may be what it lacked."""
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -148,7 +144,7 @@ def attack_batch(
     """Verdicts on one batch, and the worst images found, `(B, C, H, W)`; see `attack_loader`.
 
     Only images that are not broken to begin with are attacked. Where an attack in low precision believed in a success that the
-    verdict does not confirm, or came near one (see `NARROW`), it is repeated in the model's own precision.
+    verdict does not confirm, it is repeated in the model's own precision.
 
     Raises:
         ValueError: a targeted attack, which has no true labels to give verdicts on.
@@ -176,11 +172,10 @@ def attack_batch(
             level[left[better]] = confirmed[better]
             if precision is not nullcontext:
                 doubtful = confirmed < DONE
-                left, found, logits, confirmed = left[doubtful], found[doubtful], logits[doubtful], confirmed[doubtful]
+                left, found, confirmed = left[doubtful], found[doubtful], confirmed[doubtful]
                 with precision():
                     believed = wrongness(rows(found), labels[left], attack.rank) if len(left) else confirmed
-                nearly = (confirmed == MISSED) & (_lead(logits, labels[left]) < NARROW)
-                left = left[(believed > confirmed) | nearly]
+                left = left[believed > confirmed]
     right, among_five = wrongness(clean, labels) == 0, wrongness(clean, labels, 5) < 2
     verdicts = Verdicts(
         position=positions.cpu(),
@@ -193,13 +188,6 @@ def attack_batch(
         perturbation=attack.threat_model.distance(worst, images).cpu(),
     )
     return verdicts, worst
-
-
-def _lead(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far the label's probability lies above the largest other, `(B,)`."""
-    probabilities = logits.softmax(dim=1)
-    own = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
-    return own - probabilities.scatter(1, labels.unsqueeze(1), 0).amax(dim=1)
 
 
 def knows_top5(attack: Attack, num_classes: int) -> bool:
