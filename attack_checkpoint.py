@@ -18,7 +18,7 @@ from attacks.robustness import Autocast, attack_batch
 from attacks.threat_model import ThreatModel
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.command_line import Parser
+from base.command_line import Parser, set_overrides
 from base.config import Config
 from base.errors import ConfigError
 from base.ranks import gather, rank, ranks, world_size
@@ -78,6 +78,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
     _check(arguments, attack_name)
     with ranks():
         sizes = [(key, getattr(arguments, key)) for _, key, _ in SIZES if getattr(arguments, key, None) is not None]
+        if "system.precision" not in dict(set_overrides(arguments.set)):
+            sizes.append(("system.precision", "fp32"))  # an attack in bf16 finds a little less, whatever the training was in
         evaluation = load_evaluation(arguments, sizes, limit=arguments.limit, batch_size=arguments.batch_size)
         config, loader, model = evaluation.config, evaluation.loader, evaluation.model
         if loader.n_samples < world_size():

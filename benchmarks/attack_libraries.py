@@ -37,9 +37,9 @@ ATTACKS = {  # setting -> PGD's steps (0 for FGSM), norm, epsilon and step of th
 POINTS = 0.2
 OURS, LIBRARIES = ("attack_loader", "direct call", "script"), ("torchattacks", "foolbox")
 NOTE = (
-    "attack_loader: PGD(..., early_stop=True) or FGSM in the run's precision, verdicts in fp32; direct call: the same attack "
-    "in fp32; script: as validate_pgd.py and fgsm.py call it, until the label has left the top five, to find out top-5 "
-    "accuracy, too, which the libraries do not; times hold the verdict on every side"
+    "attack_loader: PGD(..., early_stop=True) or FGSM, with a verdict for every image; direct call: the attack alone; script: "
+    "as validate_pgd.py and fgsm.py call it, until the label has left the top five, to find out top-5 accuracy, too, which the "
+    "libraries do not; fp32 and the verdict on every side"
 )
 
 
@@ -69,6 +69,7 @@ def _evaluation(run: str, settings: Settings, images: int | None) -> Evaluation:
     """The run's model, and the first test images of every class."""
     arguments = evaluation_parser("").parse_args(["-s", run])
     machine = [("system.device", str(settings.device)), ("system.num_threads", str(settings.threads))]
+    machine.append(("system.precision", "fp32"))  # as the scripts do
     return load_evaluation(arguments, machine, limit=settings.size(images or 0, 16) or None, batch_size=250)
 
 

@@ -24,7 +24,7 @@ FOURIER_BATCH = 16
 """Images from which on the Fourier domain is faster on a CPU. Evaluation fills its batches up to as many."""
 
 FOURIER_SIZE = 50
-"""Side of the largest image that is transformed by matrices: their cost grows with its third power, an FFT's with the second."""
+"""Side of the largest image that matrices transform: their cost grows with its third power, an FFT's with the second."""
 
 RELATIVE_FLOOR = 1e-6
 ABSOLUTE_FLOOR = 1e-12
