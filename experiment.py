@@ -31,7 +31,7 @@ from base.optimization import Schedule, build_optimizer, check_optimization
 from base.ranks import from_first, rank, started_processes, world_size
 from base.resuming import refuse_other_experiment
 from base.run_folder import create_run_folder, logging_to, package_versions, record_environment, write_json
-from base.runtime import autocast, choose_precision, keep_freed_memory, seed_global_generators, set_determinism
+from base.runtime import autocast, choose_precision, seed_global_generators, set_determinism
 from base.tracking import start_trackers, tell
 from conclusion import conclude
 from data_loader.label_noise import describe_transitions
@@ -85,7 +85,6 @@ class Experiment:
             raise ConfigError("torchrun: the processes have not met: train inside `with base.ranks.ranks(training=True):`")
         check_optimization(config.optimizer, config.lr_scheduler)
         set_determinism(config.system.deterministic, config.system.num_threads)
-        keep_freed_memory()
         device = own_device(config)
         train_loader = assembly.build_data_loader(config, device)
         train_loader.shared_out = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch

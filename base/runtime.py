@@ -1,6 +1,5 @@
 """What a run stands on: seeds and generators, the device, the precision."""
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Mapping
@@ -11,9 +10,6 @@ import numpy as np
 import torch
 
 from base.errors import ConfigError
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Options of glibc's `mallopt`: see its manual page."""
 
 
 def derived_seed(seed: int, purpose: str, *indices: int) -> int:
@@ -117,17 +113,3 @@ def set_determinism(deterministic: bool, num_threads: int | None) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep large blocks of memory that were freed, for the next tensor of that size. By default glibc returns
-    them to the system, which hands them out again page by page, filled with zeros: a tenth of a training step on the CPU.
-
-    Where the C library is another one, or MALLOC_ variables in the environment say what it shall do, nothing changes.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
-            mallopt(option, value)

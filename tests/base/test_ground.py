@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
-import platform
 import shlex
-import subprocess
 import sys
 import zipfile
 from math import nan
@@ -283,22 +280,3 @@ def test_debug_keeps_the_traceback(monkeypatch):
 
     with pytest.raises(ConfigError):
         run_script(main)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives freed memory back")
-@pytest.mark.parametrize("kept", [True, False])
-def test_freed_memory_is_kept(kept):
-    """A second tensor of 256 MB touches no page that was not touched before."""
-    script = f"""
-import resource, torch
-from base.runtime import keep_freed_memory
-if {kept}:
-    keep_freed_memory()
-torch.ones(2**26)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**26)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
-    assert (int(done.stdout) < 100) == kept
