@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 
-from models.layers import conv_norm, fourier_convolution
-from models.layers.conv_norm import FOURIER_BATCH, ConvNorm2d, inverse_root_energy
-from models.layers.fourier_convolution import Axis, plan_for
+from models.layers import conv_norm, fourier_plan
+from models.layers.conv_norm import FOURIER_BATCH, ConvNorm2d
+from models.layers.fourier_convolution import fourier_convolution
+from models.layers.fourier_plan import Axis, plan_for
+from models.layers.kernel_energy import inverse_root_energy
 
 GEOMETRIES = {
     "plain": {"size": (9, 9), "kernel_size": (3, 3), "padding": (1, 1)},
@@ -36,7 +38,7 @@ def test_agrees_with_convolution_and_filter(name):
     seen = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, (images, layer.weight), seen)
     inverse_root = inverse_root_energy(layer.weight, (plan.rows.size, plan.columns.size), layer.dilation)
-    output = fourier_convolution.fourier_convolution(images, layer.weight, inverse_root, plan, None)
+    output = fourier_convolution(images, layer.weight, inverse_root, plan, None)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     for actual, right in zip(torch.autograd.grad(output, (images, layer.weight), seen), gradients, strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-12)
@@ -51,7 +53,7 @@ def test_what_it_cannot_compute_has_no_plan():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
     """In blocks of 32 output channels, the last of them of 6, with bias and depthwise convolution."""
-    monkeypatch.setattr(fourier_convolution, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(fourier_plan, "BLOCK_BYTES", 1)
     torch.manual_seed(0)
     layer = ConvNorm2d(4, 70, 3, stride=stride, padding=1, bias=True, bn=False)
     twin = copy.deepcopy(layer)
