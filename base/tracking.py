@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from base.atomic import replacing
 from base.config import CometConfig, Config
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,8 @@ class RunLog(Tracker):
 
     def __init__(self, path: Path, history: Sequence[EpochLog] = ()) -> None:
         self.path = path
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(log) + "\n" for log in history))
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write("".join(json.dumps(log) + "\n" for log in history).encode())
 
     def log_epoch(self, log: EpochLog) -> None:
         with self.path.open("a") as file:
