@@ -131,9 +131,9 @@ class BaseTrainer(ABC):
         """
         self.network = replicate(self.model)
         with self.signals.caught():
-            if self.progress.epochs_done == 0 and self.progress.batches_done == 0:
-                self.checkpoints.save_last(self.checkpoint())  # a run killed in its first epoch can be resumed, too
-            self.checkpoints.refuse_full_disk()
+            if not self.finished:  # a kill in the first epoch loses nothing, and a full disk is found out now
+                self.checkpoints.save_last(self.checkpoint())
+                self.checkpoints.refuse_full_disk()
             while not self.finished:
                 self._finish_epoch({**self._train_epoch(), **self._validated()})
                 if self._asked_to_stop():

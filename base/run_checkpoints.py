@@ -28,7 +28,7 @@ class RunCheckpoints:
             save_checkpoint(self.folder / LAST, contents)
 
     def refuse_full_disk(self) -> None:
-        """Make sure, when `model_last.pth` is there, that there is room for the next one, which is written beside it.
+        """Make sure, when `model_last.pth` has been written, that there is room for the next one beside it.
 
         Raises:
             CheckpointError: the disk is too full.

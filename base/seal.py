@@ -15,7 +15,8 @@ from base.errors import CheckpointError
 SEAL = re.compile(rb"convnorm-trainer sha256 ([0-9a-f]{64})")
 LENGTH = len(b"convnorm-trainer sha256 ") + 64
 END = b"PK\x05\x06"
-"""The end record of a zip archive without a comment begins with this, 22 bytes before the end of the file."""
+"""The end record of a zip archive begins with this. Without a comment it is the last 22 bytes of the file, of which the last
+two, the comment's length, are zero."""
 CHUNK = 1 << 20
 
 
@@ -38,7 +39,7 @@ def check_seal(file: BinaryIO, path: Path) -> bool:
     match = SEAL.fullmatch(tail)
     if match is None:
         begins = _read(file, 0, 2)
-        if begins == b"PK" and tail[-22:-18] != END:
+        if begins == b"PK" and not (tail[-22:-18] == END and tail[-2:] == b"\0\0"):
             raise CheckpointError(f"{path}: is damaged: its end is missing or has changed")
         return False
     if _digest(file, size - LENGTH) != match[1]:

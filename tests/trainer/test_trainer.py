@@ -245,7 +245,6 @@ def test_non_finite_numbers_stop_before_the_update(tmp_path, what, deferred):
     trainer = build(tmp_path)
     trainer.train()
     trainer.finite.deferred_on = ("cpu",) if deferred else ()
-    last_good = (tmp_path / "model_last.pth").read_bytes()
     trainer.progress.epochs_done = 1
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     if what == "loss":
@@ -257,7 +256,8 @@ def test_non_finite_numbers_stop_before_the_update(tmp_path, what, deferred):
     with pytest.raises(NonFiniteError, match=message):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    assert (tmp_path / "model_last.pth").read_bytes() == last_good
+    saved = load_checkpoint(tmp_path / "model_last.pth")["state_dict"]
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in trainer.model.named_parameters())
 
 
 def test_penalty_is_added_to_the_loss_but_not_to_its_log(tmp_path):
