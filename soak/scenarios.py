@@ -60,7 +60,7 @@ def write_images(folder: Path) -> None:
     generator = np.random.default_rng(0)
     for part, count in (("train", 24), ("test", 3)):
         for label in "abc":
-            (folder / part / label).mkdir(parents=True)
+            (folder / part / label).mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / part / label / f"{number}.png")

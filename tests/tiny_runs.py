@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.config_files import merge, validate
-from base.errors import Stopped
+from base.errors import ProjectError, Stopped
 from experiment import Experiment
 
 TINY = {
@@ -75,3 +76,25 @@ def difference(first, second):
 
     walk(load_checkpoint(first), load_checkpoint(second), "")
     return different
+
+
+def forked(function):
+    """The number of a new process that calls `function` and exits as a script would: 0, or a `ProjectError`'s exit code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that forking is not for everyone
+        process = os.fork()
+    if process:
+        return process
+    code = 99
+    try:
+        function()
+        code = 0
+    except ProjectError as error:
+        code = error.exit_code
+    finally:
+        os._exit(code)
+
+
+def exit_code(process):
+    """Of a process from `forked`, when it has ended; minus the signal's number where one ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -6,7 +6,6 @@ import random
 import signal
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import base.checkpoint as checkpoint_module
 from base.atomic import sweep
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.errors import CheckpointError
+from tiny_runs import forked
 
 OURS = str(Path(atomic_module.__file__).parent)
 LINES, MOMENTS = 60, 60
@@ -25,18 +25,6 @@ LINES, MOMENTS = 60, 60
 
 def contents(number):
     return {"state_dict": {"weight": torch.full((50_000,), float(number))}, "epoch": number}
-
-
-def forked(function):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that forking is not for everyone
-        process = os.fork()
-    if process == 0:
-        try:
-            function()
-        finally:
-            os._exit(0)
-    return process
 
 
 def killed_at_line(count, path):

@@ -11,7 +11,7 @@ import base.checkpoint as checkpoint_module
 from base.checkpoint import load_checkpoint, load_to_resume, save_checkpoint
 from base.errors import CheckpointError, ConfigError
 from experiment import Experiment
-from tiny_runs import config_of, difference, interrupt, run
+from tiny_runs import difference, interrupt, run
 
 CONTENTS = {"state_dict": {"weight": torch.arange(40.0)}, "epoch": 2, "config": {"name": "x"}}
 
@@ -74,9 +74,8 @@ ROT = {
 }
 
 
-def check_goes_on(folder, monkeypatch):
+def check_goes_on(folder, monkeypatch, config):
     """Damaged runs go on from an older checkpoint and end as if nothing had been."""
-    config = config_of(trainer={"epochs": 3, "monitor": "min val_loss", "early_stop": 3})
     run(folder / "whole", config)
     for name, (after, damage) in ROT.items():
         broken = folder / name
@@ -89,25 +88,25 @@ def check_goes_on(folder, monkeypatch):
         assert (folder / "whole" / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes(), name
 
 
-def test_a_run_goes_on_from_its_newest_good_checkpoint_and_says_so(tmp_path, monkeypatch):
-    check_goes_on(tmp_path, monkeypatch)
+def test_a_run_goes_on_from_its_newest_good_checkpoint_and_says_so(tmp_path, monkeypatch, small):
+    check_goes_on(tmp_path, monkeypatch, small(trainer={"monitor": "min val_loss", "early_stop": 3}))
 
 
-def test_the_check_of_going_on_can_fail(tmp_path, monkeypatch):
+def test_the_check_of_going_on_can_fail(tmp_path, monkeypatch, small):
     monkeypatch.setattr(checkpoint_module, "check_seal", lambda file, path: True)
     with pytest.raises(AssertionError):
-        check_goes_on(tmp_path, monkeypatch)
+        check_goes_on(tmp_path, monkeypatch, small())
 
 
-def test_a_bad_file_that_is_named_stops_and_nothing_begins_anew(tmp_path, monkeypatch):
+def test_a_bad_file_that_is_named_stops_and_nothing_begins_anew(tmp_path, monkeypatch, small):
     folder = tmp_path / "run"
-    interrupt(monkeypatch, folder, config_of(), 7)
+    interrupt(monkeypatch, folder, small(), 7)
     flip(folder / "model_last.pth")
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(CheckpointError, match="model_last.pth: is damaged"):
         Experiment.resume(str(folder / "model_last.pth"))
     with pytest.raises(ConfigError, match="already holds a run"):
-        run(folder, config_of())
+        run(folder, small())
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     for name in ("model_best.pth", "model_epoch_1.pth", "model_epoch_2.pth"):
         (folder / name).write_bytes(b"")
@@ -116,7 +115,7 @@ def test_a_bad_file_that_is_named_stops_and_nothing_begins_anew(tmp_path, monkey
     for name in ("model_last.pth", "model_best.pth", "model_epoch_1.pth"):
         (folder / name).unlink()
     with pytest.raises(ConfigError, match="already holds a run"):  # one bad file is left: it is still not ours to begin anew
-        run(folder, config_of())
+        run(folder, small())
 
 
 def test_of_the_good_ones_the_newest_is_taken(tmp_path):

@@ -1,0 +1,15 @@
+"""What the tests of promises train: nine steps on a few images, in a fraction of a second."""
+
+import pytest
+
+from base.config_files import merge, validate
+from soak.scenarios import SMALL, write_images
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Makes configs: three epochs of three minibatches, with the given sections."""
+    images = tmp_path_factory.mktemp("images")
+    write_images(images)
+    short = {"data_loader": {"args": {"data_dir": str(images), "num_batches": 3}}, "trainer": {"epochs": 3, "verbosity": 0}}
+    return lambda **sections: validate(merge(merge(SMALL, short), sections))

@@ -1,0 +1,83 @@
+"""Promise 6: two runs never write into one folder."""
+
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+import pytest
+
+import base.run_folder as run_folder_module
+from base.errors import ConfigError
+from base.run_folder import new_run_folder, only_run_in
+from experiment import Experiment
+from tiny_runs import exit_code, forked, run
+
+PROCESSES, ROUNDS = 6, 8
+
+
+def check_race(folder):
+    """Several processes that ask for the same new folder at the same time: one gets it, the others leave with exit code 2."""
+    for number in range(ROUNDS):
+        start = time.time() + 0.1
+
+        def race(number=number, start=start):
+            time.sleep(max(0.0, start - time.time()))
+            with new_run_folder("unused", "name", str(folder / str(number))) as mine:
+                time.sleep(0.2)
+                (mine / "config.json").touch()
+
+        codes = sorted(exit_code(process) for process in [forked(race) for _ in range(PROCESSES)])
+        assert codes == [0] + [2] * (PROCESSES - 1), codes
+
+
+def check_running(folder):
+    """A run that is at work cannot be continued by another process; when it has been killed, it can, although its loader's
+    workers outlive it for a while."""
+    folder.mkdir()
+    sleepers, told = os.pipe()
+
+    def train():
+        with only_run_in(folder):
+            os.write(told, f"{forked(lambda: time.sleep(60))}\n".encode())
+            time.sleep(60)
+
+    process = forked(train)
+    worker = int(os.read(sleepers, 20))
+    try:
+        with pytest.raises(ConfigError, match="another process trains in this folder"), only_run_in(folder):
+            pass
+    finally:
+        os.kill(process, signal.SIGKILL)
+        exit_code(process)
+    try:
+        with only_run_in(folder):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_of_many_processes_one_gets_a_new_folder(tmp_path):
+    check_race(tmp_path)
+
+
+def test_a_run_at_work_is_left_alone_and_a_dead_one_can_be_continued_at_once(tmp_path):
+    check_running(tmp_path / "run")
+
+
+def test_a_folder_is_free_again_after_a_run_in_the_same_process(tmp_path, small):
+    run(tmp_path / "run", small(trainer={"epochs": 1}))
+    Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "2")])
+    assert (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize("check", [check_race, lambda folder: check_running(folder / "run")], ids=["race", "running"])
+def test_the_checks_can_fail(tmp_path, monkeypatch, check):
+    @contextmanager
+    def everyone(file, wait=False):
+        file.touch()
+        yield True
+
+    monkeypatch.setattr(run_folder_module, "locked", everyone)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check(tmp_path)
