@@ -28,7 +28,7 @@ def config_of(**sections):
 
 
 def run(folder, config):
-    return Experiment.from_config(config).run(str(folder))
+    return Experiment.from_config(config).run(folder and str(folder))
 
 
 def interrupt(monkeypatch, folder, config, after):
