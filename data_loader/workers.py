@@ -1,11 +1,10 @@
 """Processes that decode image files ahead of training, and what becomes of one that dies or hangs.
 
-They write into memory that they share with the main process. Only the numbers of finished batches go through a pipe, so that
-the main process never waits for a worker in a way that it cannot leave.
+They write into memory that they share with the main process. Only the word that a batch is finished goes through a pipe, so the
+main process never waits for a worker in a way that it cannot leave.
 """
 
 import atexit
-import multiprocessing
 import signal
 import threading
 import warnings
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ AHEAD = 2
 """Batches that every worker decodes ahead."""
 
 KEY = "data_loader.args.num_workers"
-PID, POSITION = 0, 1
 NOWHERE = -1
 
 
@@ -46,14 +45,15 @@ def decode_in_processes(
         DataError: a file cannot be decoded or has another size, or a worker died or hangs, which is named with its file.
     """
     slots = torch.empty((min(AHEAD * num_workers + 1, len(batches)), max(map(len, batches)), *shape), dtype=torch.uint8)
-    decoder = _Decoder(paths, resize, batches, slots.share_memory_(), torch.full((num_workers, 2), NOWHERE).share_memory_())
+    decoder = _Decoder(paths, resize, batches, slots.share_memory_(), torch.full((num_workers,), NOWHERE).share_memory_())
     workers: list[BaseProcess] = []
     end = partial(_kill, workers)
     # Where a traceback keeps this frame, multiprocessing would wait for the workers for ever: they ignore its SIGTERM.
     atexit.register(end)
     iterator = None
     try:
-        iterator = _start(decoder, num_workers, workers)
+        iterator = _start(decoder, num_workers)
+        workers += iterator._workers  # DataLoader has no public name for them; those that are dead by now are among them
         for number, batch in enumerate(batches):
             problem = _wait(iterator, decoder, workers)
             if problem is not None:
@@ -70,7 +70,7 @@ class _Decoder(Dataset):
     traceback.
 
     There is one slot more than batches are asked for ahead, so that the one that was handed out last is not overwritten.
-    `notes` int64 `(workers, 2)` has the process number of every worker, and the position of the image that it is at.
+    `notes` int64 `(workers,)` has the position of the image that each worker is at.
     """
 
     def __init__(self, paths: Sequence[str], resize: bool, batches: list[list[int]], slots: Tensor, notes: Tensor) -> None:
@@ -84,28 +84,20 @@ class _Decoder(Dataset):
         return self.slots[number % len(self.slots)]
 
     def __getitem__(self, number: int) -> str | None:
-        slot, note = self.slot(number), self.notes[get_worker_info().id]
+        slot, worker = self.slot(number), get_worker_info().id
         try:
             for place, position in enumerate(self.batches[number]):
-                note[POSITION] = position
+                self.notes[worker] = position
                 slot[place] = decode_image(self.paths[position], tuple(slot.shape[1:]), self.resize)
         except DataError as error:
             return str(error)
         finally:
-            note[POSITION] = NOWHERE
+            self.notes[worker] = NOWHERE
         return None
 
-    def begin(self, worker: int) -> None:
-        # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the main one finishes its batch and saves, for
-        # which it needs the workers. They end with it.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.notes[worker, PID] = multiprocessing.current_process().pid
 
-
-def _start(decoder: _Decoder, num_workers: int, workers: list[BaseProcess]) -> Iterator[str | None]:
-    """Start the workers, note them in `workers`, and give what they say about each batch."""
-    before = set(multiprocessing.active_children())
+def _start(decoder: _Decoder, num_workers: int) -> Any:
+    """Start the workers; iterates over what they have to say about each batch."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores is allowed
         loader = DataLoader(
@@ -114,7 +106,7 @@ def _start(decoder: _Decoder, num_workers: int, workers: list[BaseProcess]) -> I
             num_workers=num_workers,
             prefetch_factor=AHEAD,
             collate_fn=_unchanged,
-            worker_init_fn=decoder.begin,
+            worker_init_fn=_leave_signals_to_the_main_process,
             timeout=CHECK_INTERVAL,
             generator=torch.Generator(),  # otherwise starting the workers would draw from the global one
         )
@@ -123,8 +115,6 @@ def _start(decoder: _Decoder, num_workers: int, workers: list[BaseProcess]) -> I
                 return iter(loader)
         except (OSError, RuntimeError) as error:
             raise DataError(f"{KEY}: {num_workers} processes cannot be started ({_first_line(error)}): try fewer") from None
-        finally:
-            workers += sorted(set(multiprocessing.active_children()) - before, key=lambda worker: worker.pid)
 
 
 def _wait(iterator: Iterator[str | None], decoder: _Decoder, workers: list[BaseProcess]) -> str | None:
@@ -134,35 +124,27 @@ def _wait(iterator: Iterator[str | None], decoder: _Decoder, workers: list[BaseP
         try:
             return next(iterator)
         except RuntimeError as error:
-            dead = [worker for worker in workers if not worker.is_alive()]
+            dead = [number for number, worker in enumerate(workers) if not worker.is_alive()]
             if not (dead or "timed out" in str(error)):
                 raise
         if dead:
-            told = " and ".join(f"{_name(worker, decoder)} {_end_of(worker)} {_place(worker, decoder)}" for worker in dead)
+            told = " and ".join(_told(number, workers[number], _end_of(workers[number]), decoder) for number in dead)
             return f"{KEY}: {told}: memory or shared memory may have run out (try fewer), or the file crashes the decoder"
         if not torch.equal(notes, decoder.notes):
             quiet, notes = 0.0, decoder.notes.clone()
             continue
         quiet += CHECK_INTERVAL  # no clock: that would go on while all processes are suspended
         if quiet > WORKER_TIMEOUT:
-            busy = [worker for worker in workers if _position(worker, decoder) != NOWHERE]
-            told = " or ".join(f"{_name(worker, decoder)} hangs {_place(worker, decoder)}" for worker in busy or workers)
+            busy = torch.nonzero(notes != NOWHERE).flatten().tolist() or range(len(workers))
+            told = " or ".join(_told(number, workers[number], "hangs", decoder) for number in busy)
             _kill(workers)
             return f"{KEY}: {told}: nothing was decoded in {WORKER_TIMEOUT:g} s; does the disk answer?"
 
 
-def _position(worker: BaseProcess, decoder: _Decoder) -> int:
-    return next((position for pid, position in decoder.notes.tolist() if pid == worker.pid), NOWHERE)
-
-
-def _name(worker: BaseProcess, decoder: _Decoder) -> str:
-    pids = decoder.notes[:, PID].tolist()
-    return f"worker {pids.index(worker.pid) if worker.pid in pids else '?'} (pid {worker.pid})"
-
-
-def _place(worker: BaseProcess, decoder: _Decoder) -> str:
-    position = _position(worker, decoder)
-    return "between two batches" if position == NOWHERE else f"at {decoder.paths[position]!r}"
+def _told(number: int, worker: BaseProcess, what: str, decoder: _Decoder) -> str:
+    position = int(decoder.notes[number])
+    place = "between two batches" if position == NOWHERE else f"at {decoder.paths[position]!r}"
+    return f"worker {number} (pid {worker.pid}) {what} {place}"
 
 
 def _end_of(worker: BaseProcess) -> str:
@@ -204,5 +186,12 @@ def _deaths_noticed_by_looking() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, before if callable(before) else signal.SIG_DFL)
 
 
+def _leave_signals_to_the_main_process(_: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the main one finishes its batch and saves, for which it
+    # needs the workers. They end with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
