@@ -27,6 +27,9 @@ WORKER_TIMEOUT = 600.0
 CHECK_INTERVAL = 1.0
 """Seconds between two looks at the workers while a batch is waited for."""
 
+END_TIMEOUT = 5.0
+"""Seconds that a killed worker may take to end; one that waits for a dead disk ends only when that answers."""
+
 AHEAD = 2
 """Batches that every worker decodes ahead."""
 
@@ -156,7 +159,7 @@ def _kill(workers: list[BaseProcess]) -> None:
     for worker in workers:
         worker.kill()
     for worker in workers:
-        worker.join(CHECK_INTERVAL)
+        worker.join(END_TIMEOUT)
 
 
 def _unchanged(item: str | None) -> str | None:

@@ -270,17 +270,19 @@ def check_mislabelled_noise_files_are_named(folder):
     for suffix in (".npy", ".pt"):
         path = folder / f"noise{suffix}"
         canary = folder / "canary"
-        save = np.save if suffix == ".npy" else lambda path, array: torch.save(
-            array if array.dtype.kind == "U" else torch.from_numpy(array), path
-        )  # fmt: skip
+        save = np.save if suffix == ".npy" else lambda path, array: torch.save(array, path)
         for array in arrays.values():
             save(path, array)
             refused(lambda: read_noise_file(str(path), None, clean, 10), path)  # noqa: B023
             cases += 1
         save(path, noisy)
         whole = path.read_bytes()
-        hostile = pickle.dumps(Malicious(canary))
-        for content in (b"", b"text", hostile, *(whole[: len(whole) * tenth // 10] for tenth in range(1, 10))):
+        for content in (
+            b"",
+            b"text",
+            pickle.dumps(Malicious(canary)),
+            *(whole[: len(whole) * tenth // 10] for tenth in range(1, 10)),
+        ):
             path.write_bytes(content)
             refused(lambda: read_noise_file(str(path), None, clean, 10), path)  # noqa: B023
             cases += 1
@@ -289,7 +291,7 @@ def check_mislabelled_noise_files_are_named(folder):
         assert not canary.exists()
         cases += 1
     wrong = {"clean_label": np.roll(clean, 1), "worse_label": noisy}
-    torch.save({name: torch.from_numpy(array) for name, array in wrong.items()}, path)
+    torch.save(wrong, path)
     refused(lambda: read_noise_file(str(path), "worse_label", clean, 10), path, "clean_label")
     return cases + 1
 
