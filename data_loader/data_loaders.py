@@ -9,7 +9,7 @@ from data_loader.datasets import LabelledImages, read_cifar, read_digits, read_i
 from data_loader.training_data_loader import ReadTest, TrainingDataLoader
 
 MEMORY_LIMIT = 2 * 1024**3
-"""Bytes of uint8 pixels up to which an image folder is kept in memory when `in_memory` is None."""
+"""Bytes of uint8 pixels up to which the images of a folder are kept in memory when `in_memory` is None."""
 
 
 class CIFAR10DataLoader(TrainingDataLoader):
@@ -39,8 +39,8 @@ class ImageFolderDataLoader(TrainingDataLoader):
 
     Args:
         image_size: side that every image is resized and cropped to; None if all images have one size.
-        in_memory: decode once and keep the pixels, or decode every batch anew; None keeps them up to 2 GiB for the images of
-            training subset, validation and test together. Batches are the same either way.
+        in_memory: decode once and keep the pixels, or decode every batch anew; None keeps those of training subset and
+            validation up to 2 GiB, and those of test if that is enough for all. Batches are the same either way.
     """
 
     def __init__(
@@ -59,11 +59,10 @@ class ImageFolderDataLoader(TrainingDataLoader):
         self._test_part = test
         return train, lambda: test
 
-    def _fits_in_memory(self, n_train_and_validation: int) -> bool:
+    def _fits_in_memory(self, n_images: int) -> bool:
         if self._keep is not None:
             return self._keep
-        images = self._test_part.images
-        return (n_train_and_validation + len(images)) * prod(images.shape) <= MEMORY_LIMIT
+        return n_images * prod(self._test_part.images.shape) <= MEMORY_LIMIT
 
 
 class DigitsDataLoader(TrainingDataLoader):

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from base.errors import DataError
-from data_loader.images import FileImages, MemoryImages, image_size
+from data_loader.decoding import image_size
+from data_loader.images import FileImages, MemoryImages
 from data_loader.splits import stratified_split
 
 DIGITS_SPLIT_SEED = 0
@@ -122,7 +123,7 @@ def read_image_folder(
 
     Args:
         data_dir: the folder with `train` and `test`.
-        size: side N that every image is resized and cropped to (see `images.decode_image`); None if all images have one size.
+        size: side N that every image is resized and cropped to (see `decoding.decode_image`); None if all images have one size.
         num_workers: processes that decode.
         pin_memory: see `images.FileImages`.
 

@@ -4,6 +4,7 @@ A file is data from a stranger: nothing in it is ever executed.
 """
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -69,7 +70,8 @@ def _load(path: Path, where: str) -> Any:
     try:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
-        with _numpy_allowed():
+        with _numpy_allowed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has more to say about pickles that it refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{where} does not exist") from None

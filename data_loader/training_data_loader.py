@@ -110,7 +110,8 @@ class TrainingDataLoader(ImageDataLoader):
     def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
         """The training part, and a function that gives the test part."""
 
-    def _fits_in_memory(self, n_train_and_validation: int) -> bool:
+    def _fits_in_memory(self, n_images: int) -> bool:
+        """Whether so many images may be kept in memory."""
         return True
 
     def _draw_labels(self, train: LabelledImages, seed: int) -> dict[str, np.ndarray]:
@@ -150,15 +151,19 @@ class TrainingDataLoader(ImageDataLoader):
                 LabelledImages(self._val_images, self._label_arrays["val_label"], self.class_names),
                 clean_labels=self._label_arrays["val_clean_label"] if noisy else None,
                 test=self.test_loader,
+                in_memory=self._in_memory,
             )
         return self._validation
 
     def test_loader(self) -> ImageDataLoader:
         if self._test_loader is None:
-            self._test_loader = self._evaluation_loader(self._read_test())
+            test = self._read_test()
+            n_images = len(self._train_index) + len(self._val_index) + len(test.labels)
+            # whether training images are kept must not depend on the test set: mean and std do depend on it
+            self._test_loader = self._evaluation_loader(test, in_memory=self._in_memory and self._fits_in_memory(n_images))
         return self._test_loader
 
-    def _evaluation_loader(self, part: LabelledImages, **options: Any) -> ImageDataLoader:
+    def _evaluation_loader(self, part: LabelledImages, *, in_memory: bool, **options: Any) -> ImageDataLoader:
         return ImageDataLoader(
             part.images,
             part.labels,
@@ -167,7 +172,7 @@ class TrainingDataLoader(ImageDataLoader):
             std=self.std,
             batch_size=max(self.batch_size, EVALUATION_BATCH),
             seed=self._seed,
-            in_memory=self._in_memory,
+            in_memory=in_memory,
             device=self.device,
             **options,
         )

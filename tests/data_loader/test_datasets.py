@@ -1,29 +1,19 @@
 import errno
 import fcntl
 import time
-import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 import torchvision.datasets
-import torchvision.datasets.utils
 import torchvision.transforms.functional as TF
 from PIL import Image
 
 from base.errors import DataError
 from data_loader.datasets import read_cifar, read_digits, read_image_folder
-from data_loader.images import FileImages, MemoryImages, decode_image, pixel_statistics
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise urllib.error.URLError("network is unreachable")
-
-    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", refuse)
-    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, max_hops: url)
+from data_loader.decoding import decode_image
+from data_loader.images import MemoryImages, pixel_statistics
 
 
 def everything(images):
@@ -178,24 +168,6 @@ def test_images_of_another_size_are_named(folder, workers):
         everything(test.images)
     _, test = read_image_folder(folder, 8, num_workers=workers)
     assert len(everything(test.images)) == 4
-
-
-class _KillsItself(FileImages):
-    def __getattribute__(self, name):
-        if name == "paths" and torch.utils.data.get_worker_info() is not None:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getattribute__(name)
-
-
-def test_a_dead_worker_is_a_data_error(session_folder):
-    train, _ = read_image_folder(session_folder, None)
-    images = _KillsItself(train.images.paths, train.images.shape, False, num_workers=1)
-    with pytest.raises(DataError, match=r"data_loader\.args\.num_workers: a process that decodes images died") as caught:
-        list(images.batches(torch.arange(60).split(30)))
-    assert "\n" not in str(caught.value)
 
 
 def test_decoding_leaves_the_global_generators_alone(session_folder):

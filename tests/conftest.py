@@ -1,0 +1,75 @@
+"""Tiny data sets on disk, for every room."""
+
+import hashlib
+import pickle
+import tarfile
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision.datasets
+import torchvision.datasets.utils
+from PIL import Image
+
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def write_images(folder: Path, classes: dict[str, int], size: tuple[int, int] = (8, 8), suffix: str = "png") -> None:
+    for number, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng([number, i]).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:03}.{suffix}")
+
+
+@pytest.fixture(scope="session", name="write_images")
+def write_images_fixture():
+    """The function, for tests to call: other folders have a `conftest` too, so it cannot be imported by that name."""
+    return write_images
+
+
+def _cifar_entry(n: int, num_classes: int, label_key: str, seed: int) -> dict:
+    data = np.random.default_rng(seed).integers(0, 256, (n, 3072), dtype=np.uint8)
+    return {"data": data, label_key: [i % num_classes for i in range(n)]}
+
+
+@pytest.fixture
+def fake_cifar(tmp_path, monkeypatch):
+    """Archives with the layout of CIFAR-10 (100 + 10 images) and CIFAR-100 (200 + 100), whose md5 sums torchvision believes."""
+
+    def publish(source: type, files: dict[str, dict], meta: dict) -> None:
+        base = tmp_path / "build" / source.base_folder
+        base.mkdir(parents=True)
+        md5 = {}
+        for name, entry in {**files, source.meta["filename"]: meta}.items():
+            (base / name).write_bytes(pickle.dumps(entry, protocol=2))
+            md5[name] = hashlib.md5((base / name).read_bytes()).hexdigest()  # noqa: S324
+        archive = tmp_path / "data" / source.filename
+        archive.parent.mkdir(exist_ok=True)
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(base, source.base_folder)
+        monkeypatch.setattr(source, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())  # noqa: S324
+        monkeypatch.setattr(source, "train_list", [[name, md5[name]] for name, _ in source.train_list])
+        monkeypatch.setattr(source, "test_list", [[name, md5[name]] for name, _ in source.test_list])
+        monkeypatch.setattr(source, "meta", {**source.meta, "md5": md5[source.meta["filename"]]})
+
+    batches = {f"data_batch_{i}": _cifar_entry(20, 10, "labels", i) for i in range(1, 6)}
+    batches["test_batch"] = _cifar_entry(10, 10, "labels", 6)
+    publish(torchvision.datasets.CIFAR10, batches, {"label_names": CIFAR10_NAMES})
+    from data_loader.label_noise import CIFAR100_FLIPS
+
+    parts = {"train": _cifar_entry(200, 100, "fine_labels", 7), "test": _cifar_entry(100, 100, "fine_labels", 8)}
+    publish(torchvision.datasets.CIFAR100, parts, {"fine_label_names": sorted(CIFAR100_FLIPS)})
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whatever torchvision wants to download cannot be reached."""
+
+    def refuse(*_, **__):
+        raise urllib.error.URLError("network is unreachable")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", refuse)
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, max_hops: url)
