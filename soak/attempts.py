@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from multiprocessing.util import _exit_function
 from pathlib import Path
@@ -89,7 +90,12 @@ def _become_script(words: list[str], log: Path, limit: int | None) -> None:
         run_script(train_robust.main)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except KeyboardInterrupt:  # after the script's last line
+        code = 130
+    except BaseException:
+        traceback.print_exc()
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _exit_function()  # ends the loader's workers; all else that would be done at the end is the other process's
         sys.stdout.flush()
         sys.stderr.flush()

@@ -126,7 +126,8 @@ class Endurance:
         if done.code == 3 and "cannot be written" not in done.said and "disk is full" not in done.said:
             self._fail(run, f"full disk: {done.said[-500:]}")
         if "Traceback" in done.said:
-            self._fail(run, f"{done.ending}: {done.said[-1500:]}")
+            place = done.said.index("Traceback")
+            self._fail(run, f"{done.ending}: exit {done.code}: {done.said[max(0, place - 300) : place + 2000]}")
         if after < before:
             self._fail(run, f"{done.ending}: went back from {before} to {after}")
         if after[0] < logged and not self.damaged:  # a run that went back cuts its log when it goes on
