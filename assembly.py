@@ -17,7 +17,7 @@ from base.config import Config
 from base.errors import ConfigError
 from base.ranks import Share, is_of_connection, world_size
 from base.registry import lookup
-from base.runtime import seed_global_generators
+from base.runtime import determinism_explained, seed_global_generators
 from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise
 from models import build_model
@@ -89,7 +89,7 @@ def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> 
     count = min(2, len(range(smallest)[share.part]))
     images = torch.zeros(count, *loader.image_shape, device=next(model.parameters()).device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), determinism_explained():
             deepcopy(model).train()(images)
     except (RuntimeError, ValueError) as error:
         if is_of_connection(error):  # synchronised batch normalisation asks the other processes, which may have ended

@@ -38,7 +38,7 @@ from base.run_folder import (
     record_environment,
     write_json,
 )
-from base.runtime import autocast, choose_precision, seed_global_generators, set_determinism
+from base.runtime import autocast, choose_precision, determinism_explained, seed_global_generators, set_determinism
 from base.tracking import start_trackers, tell
 from conclusion import conclude
 from data_loader.label_noise import describe_transitions
@@ -163,8 +163,9 @@ class Experiment:
                     # training, validation, attacks and averaged weights each ask for their own code
                     torch._dynamo.config.recompile_limit = 64
                     self.model.compile()
-                trainer.train()
-                result = conclude(trainer, self.test_loader, self._counts())
+                with determinism_explained():
+                    trainer.train()
+                    result = conclude(trainer, self.test_loader, self._counts())
                 tell(trainer.trackers, lambda tracker: tracker.log_result(result))
             finally:
                 tell(trainer.trackers, lambda tracker: tracker.close())

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -113,3 +114,19 @@ def set_determinism(deterministic: bool, num_threads: int | None) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+
+
+@contextmanager
+def determinism_explained() -> Iterator[None]:
+    """Turn torch's refusal of an operation, where `system.deterministic` is true, into one line.
+
+    Raises:
+        ConfigError: naming the operation.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        match = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if match is None:
+            raise
+        raise ConfigError(f"system.deterministic: {match[1]} has no deterministic algorithm here; false allows it") from None

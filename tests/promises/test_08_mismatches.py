@@ -1,0 +1,129 @@
+"""Promise 8: a checkpoint of another architecture, other classes, optimiser, scheduler, data, schema version or device, or with a
+wrapper's prefix, is handled or refused, naming both sides."""
+
+import shutil
+
+import pytest
+import torch
+
+import base.resuming as resuming_module
+from base.checkpoint import SCHEMA_VERSION, load_checkpoint, save_checkpoint
+from base.errors import CheckpointError, ConfigError
+from experiment import Experiment
+from tiny_runs import difference, interrupt, run
+
+RESNET = {"arch": {"type": "preact_resnet18", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}}}
+
+
+def change(key, value):
+    def changed(contents):
+        *path, last = key.split(".")
+        for name in path:
+            contents = contents[name]
+        contents[last] = value
+
+    return changed
+
+
+def rename(contents):
+    weights = contents["state_dict"]
+    weights["other.weight"] = weights.pop(next(iter(weights)))
+
+
+def enlarge(contents):
+    name = next(iter(contents["state_dict"]))
+    contents["state_dict"][name] = torch.zeros(7, *contents["state_dict"][name].shape)
+
+
+REFUSED = {
+    "architecture": ([], [("arch.type", "vgg11")], r"arch.type is 'simpleCNN' there and 'vgg11' in this config"),
+    "layers": ([], [("arch.args.norm_layer_type", "gn")], r"arch.args.norm_layer_type is 'no' there and 'gn' in this config"),
+    "optimiser": ([], [("optimizer.type", "RMSprop")], r"'SGD'; 'RMSprop' would make it"),
+    "optimiser's state": ([change("optimizer_type", "Adam")], [], r"trained with optimizer_type Adam, this config has SGD"),
+    "schedule": ([change("scheduler_type", "StepLR")], [], r"trained with scheduler_type StepLR, this config has none"),
+    "newer schema": ([change("schema_version", 99)], [], rf"version 99; this code reads versions up to {SCHEMA_VERSION}"),
+    "names of weights": ([rename], [], r"it lacks 1 of the model's keys .* it has 1 keys .* \(other.weight"),
+    "shape of weights": ([enlarge], [], r"does not fit SimpleCNN: size mismatch for .*torch.Size\(\[7, .*torch.Size"),
+    "labels": ([change("fingerprint", "other")], [], r"was trained on other images or labels than data_loader.args.data_dir"),
+    "pixels": ([change("mean", [0.1, 0.2, 0.3])], [], r"was trained on other images or labels than data_loader.args.data_dir"),
+    "kind of value": ([change("progress", [1])], [], r"is no checkpoint: 'progress' is of type list"),
+    "no training state": ([lambda contents: contents.pop("progress")], [], r"holds no training state"),
+    "classes": ([], [("num_classes", "7")], r"num_classes|classes"),
+    "seed": ([], [("seed", "9")], r"seed: the run was started with 3; 9 would make it another experiment"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, small):
+    """A run that was stopped in its middle, beside the whole one."""
+    folder = tmp_path_factory.mktemp("mismatches")
+    run(folder / "whole", small())
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, folder / "stopped", small(), 4)
+    return folder
+
+
+def check_refused(folder, copy, changes, overrides, message):
+    shutil.copytree(folder / "stopped", copy)
+    file = copy / "model_last.pth"
+    contents = load_checkpoint(file)
+    for apply in changes:
+        apply(contents)
+    version = contents["schema_version"]
+    save_checkpoint(file, contents)
+    if version != SCHEMA_VERSION:
+        torch.save(contents, file)
+    before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    with pytest.raises((CheckpointError, ConfigError), match=message) as refused:
+        Experiment.resume(str(file), overrides=overrides)
+    assert "\n" not in str(refused.value)
+    after = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
+    assert before == after, "a refused resume has written something"
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_belong_to_a_run_is_refused_and_both_sides_are_named(stopped, tmp_path, what):
+    check_refused(stopped, tmp_path / "copy", *REFUSED[what])
+
+
+def test_the_check_can_fail(stopped, tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming_module, "refuse_other_experiment", lambda *args: None)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_refused(stopped, tmp_path / "copy", *REFUSED["seed"])
+
+
+def prefixed(contents):
+    contents["state_dict"] = {f"module._orig_mod.{key}": value for key, value in contents["state_dict"].items()}
+
+
+def check_handled(folder, copy, apply, tag=None):
+    """Goes on all the same, to the same end."""
+    shutil.copytree(folder / "stopped", copy)
+    contents = load_checkpoint(copy / "model_last.pth")
+    apply(contents)
+    with pytest.MonkeyPatch.context() as patch:
+        if tag:
+            patch.setattr(torch.serialization, "location_tag", lambda storage: tag)  # as if it had been there
+        save_checkpoint(copy / "model_last.pth", contents)
+    Experiment.resume(str(copy / "model_last.pth"))
+    assert difference(folder / "whole" / "model_last.pth", copy / "model_last.pth") == []
+
+
+HANDLED = {
+    "prefixes of wrappers": (prefixed, None),
+    "a CUDA device that is not here": (lambda contents: None, "cuda:7"),
+    "an older schema": (change("schema_version", 1), None),
+    "nothing": (lambda contents: None, None),
+}
+
+
+@pytest.mark.parametrize("what", HANDLED)
+def test_what_only_looks_different_is_handled(stopped, tmp_path, what):
+    check_handled(stopped, tmp_path / "copy", *HANDLED[what])
+
+
+def test_the_check_of_devices_can_fail(stopped, tmp_path, monkeypatch):
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: load(*args, **{**options, "map_location": None}))
+    with pytest.raises(CheckpointError, match="CUDA"):
+        check_handled(stopped, tmp_path / "copy", *HANDLED["a CUDA device that is not here"])

@@ -1,0 +1,110 @@
+"""Promise 10: a loss or gradient that is infinite or NaN stops training before the update, names epoch, step and the first
+layer that answered with it, and leaves the last good checkpoint."""
+
+import pytest
+import torch
+
+import base.finite as finite_module
+from base.base_trainer import BaseTrainer
+from base.checkpoint import load_checkpoint
+from base.errors import NonFiniteError
+from experiment import Experiment
+from tiny_runs import difference, run
+
+WIDE = {
+    "arch": {
+        "type": "wide_resnet",
+        "args": {"conv_layer_type": "conv", "norm_layer_type": "bn", "depth": 10, "widen_factor": 1},
+    }
+}
+NETWORKS = {"ConvNorm": {}, "wide ResNet": WIDE}
+METHODS = ("none", "free", "fgsm", "pgd", "trades")
+
+
+def poison(monkeypatch, layer, step):
+    """From that step on one layer answers with a NaN, as a kernel that overflows would."""
+    train, done = BaseTrainer._train_epoch, 0
+
+    def poisoned(self):
+        def answer(module, inputs, output):
+            if done >= step and module.training:
+                output = output.clone()
+                output.view(-1)[5] = torch.nan
+            return output
+
+        handle = self.model.get_submodule(layer).register_forward_hook(answer)
+        try:
+            return train(self)
+        finally:
+            handle.remove()
+
+    update = BaseTrainer.update
+
+    def counted(self, loss):
+        nonlocal done
+        update(self, loss)
+        done += 1
+
+    monkeypatch.setattr(BaseTrainer, "_train_epoch", poisoned)
+    monkeypatch.setattr(BaseTrainer, "update", counted)
+
+
+def layers_of(config):
+    """Some leaves of the network, from the first to the last."""
+    model = Experiment.from_config(config).model
+    leaves = [name for name, module in model.named_modules() if name and not any(module.children())]
+    return [leaves[0], leaves[len(leaves) // 2], leaves[-1]]
+
+
+def check_stops(folder, config, layer):
+    """In the second minibatch of the second epoch, of three."""
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, layer, 4 * (config.trainer.adv_repeats if config.adversarial_method == "free" else 1))
+        with pytest.raises(NonFiniteError) as stopped:
+            run(folder, config)
+    said = str(stopped.value)
+    assert said.startswith("epoch 2, batch 2: the loss is not finite, first in ")
+    assert f"the output of {layer} (" in said
+    assert f"{folder / 'model_last.pth'} is of the last good epoch" in said
+    saved = load_checkpoint(folder / "model_last.pth")
+    assert saved["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_first_bad_layer_is_named_and_the_last_good_epoch_kept(tmp_path, small, network):
+    config = small(**NETWORKS[network])
+    run(tmp_path / "whole", config)
+    for layer in layers_of(config):
+        check_stops(tmp_path / layer, config, layer)
+        Experiment.resume(str(tmp_path / layer))  # the fault was not its own: it goes on to the same end
+        assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / layer / "model_last.pth") == []
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_so_it_does_in_every_method(tmp_path, small, method):
+    config = small(adversarial={"method": method, "validate_every": 0, "steps": 1}, trainer={"adv_repeats": 2})
+    check_stops(tmp_path / "run", config, layers_of(config)[1])
+
+
+@pytest.mark.parametrize("broken", ["first_bad_layer", "isfinite"])
+def test_the_check_can_fail(tmp_path, small, monkeypatch, broken):
+    if broken == "first_bad_layer":
+        monkeypatch.setattr(finite_module, broken, lambda model, images: None)
+    else:
+        monkeypatch.setattr(finite_module.FiniteCheck, "backward", lambda self, model, loss, progress, images: loss.backward())
+    config = small()
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_stops(tmp_path / "run", config, layers_of(config)[1])
+
+
+def test_the_search_leaves_no_trace_in_the_network(small):
+    experiment = Experiment.from_config(small(**WIDE))
+    model = experiment.model.train()
+    images, _ = next(iter(experiment.train_loader))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert finite_module.first_bad_layer(model, images) is None
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(generator, torch.get_rng_state())
+    assert not any(module._forward_hooks for module in model.modules())
