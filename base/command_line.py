@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable
+from io import TextIOWrapper
 from typing import NoReturn
 
 from base.config import Config
@@ -105,7 +106,12 @@ def select_device(device: str | None) -> None:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback."""
+    """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback.
+
+    Letters that the terminal's encoding does not have are written as escapes, as Python itself does on stderr.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()

@@ -71,7 +71,7 @@ def begun_by_this_job(folder: Path) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -80,7 +80,8 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
     """Send log messages to the terminal and to `file` (appended): warnings at verbosity 0, a line per epoch above it."""
     root = logging.getLogger()
     level = root.level
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), logging.FileHandler(file)]
+    file_handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file_handler]
     handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         root.addHandler(handler)
