@@ -23,10 +23,10 @@ PATIENCE = 25.0
 """Seconds that the end of a run waits for Comet's server to take what is left; torchrun and SLURM kill after 30."""
 
 COMET_DEFAULTS = {
-    "COMET_TIMEOUT_HTTP": "5", "COMET_TIMEOUT_API": "5",
+    "COMET_TIMEOUT_HTTP": "3", "COMET_TIMEOUT_API": "3",
     "COMET_HTTP_SESSION_RETRY_TOTAL": "1", "COMET_HTTP_SESSION_RETRY_BACKOFF_FACTOR": "1",
     "COMET_GET_OR_ADD_EXPERIMENT_RETRY_TOTAL": "1", "COMET_GET_OR_ADD_EXPERIMENT_RETRY_BACKOFF_MAX": "2",
-    "COMET_TIMEOUT_CLEANING": "15", "COMET_TIMEOUT_UPLOAD": "15",
+    "COMET_TIMEOUT_CLEANING": "10", "COMET_TIMEOUT_UPLOAD": "10",
     "COMET_DISABLE_AUTO_LOGGING": "1", "COMET_ERROR_TRACKING_ENABLE": "0",
 }  # fmt: skip
 """Settings of the package comet_ml, where the environment has no others. Its own defaults try a silent server for minutes
@@ -128,7 +128,7 @@ class Comet(Tracker):
     def close(self) -> None:
         self._call("end")
         if self.thread is None:
-            self.complaints.tell("Comet has not got the whole run (%s)")
+            self.complaints.tell("Comet may not have got the whole run (%s)")
             return
         self.thread.join(PATIENCE)
         if self.thread.is_alive():
@@ -149,8 +149,10 @@ class Comet(Tracker):
             method = ""
             while method != "end":
                 method, values, named = self.calls.get()
+                if method == "end":  # a server that does not take this is noticed; one that is silent only now would not be
+                    experiment.flush(round(PATIENCE / 8))
                 getattr(experiment, method)(*values, **named)
-            self.complaints.tell("Comet has not got the whole run (%s)")
+            self.complaints.tell("Comet may not have got the whole run (%s)")
         except Exception as error:  # whatever it is: a logging service must never end a training run
             self.complaints.add(str(error))
             self.complaints.tell("Comet failed (%s): training goes on without it")
