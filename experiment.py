@@ -6,7 +6,7 @@ result = experiment.run()
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,18 +19,25 @@ from torch.optim import Optimizer
 import assembly
 from attacks import from_config
 from attacks.threat_model import as_written
+from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, Validate
-from base.checkpoint import LAST, find_checkpoint, load_checkpoint
 from base.config import Config
-from base.config_files import Override, merge, override, read_tree, validate
+from base.config_files import Override
 from base.errors import CheckpointError, ConfigError
 from base.launch import own_device
 from base.optimization import Schedule, build_optimizer, check_optimization
 from base.ranks import from_first, rank, started_processes, world_size
-from base.resuming import refuse_other_experiment
-from base.run_folder import create_run_folder, logging_to, package_versions, record_environment, write_json
+from base.resuming import SavedRun, saved_run
+from base.run_folder import (
+    logging_to,
+    new_run_folder,
+    only_run_in,
+    package_versions,
+    record_environment,
+    write_json,
+)
 from base.runtime import autocast, choose_precision, seed_global_generators, set_determinism
 from base.tracking import start_trackers, tell
 from conclusion import conclude
@@ -39,15 +46,6 @@ from data_loader.splits import some_of_every_class
 from trainer.robust_validation import RobustValidation
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """A run to continue: a checkpoint's file and contents, and the config to go on with."""
-
-    file: Path
-    checkpoint: dict[str, Any]
-    config: Config
 
 
 @dataclass
@@ -102,55 +100,59 @@ class Experiment:
 
     def run(self, run_dir: str | None = None) -> dict[str, Any]:
         """Train into a new run folder and return what `result.json` holds."""
-        folder = from_first(lambda: create_run_folder(self.config.trainer.save_dir, self.config.name, run_dir))
-        return self._run(self.build_trainer(folder))
+        with ExitStack() as stack:
+            place = new_run_folder(self.config.trainer.save_dir, self.config.name, run_dir)
+            folder = from_first(lambda: stack.enter_context(place))
+            return self._run(self.build_trainer(folder))
 
     @classmethod
     def resume(cls, path: str, config_file: str | None = None, overrides: Iterable[Override] = ()) -> dict[str, Any]:
         """Continue the run of a checkpoint, in its folder, with its config, and return what `result.json` holds.
 
         Args:
-            path: a checkpoint file, or a run folder, whose newest checkpoint is taken.
-            config_file: values that replace those of the run, where they do not change what is learnt.
-            overrides: likewise, single values.
+            path, config_file, overrides: see `base.resuming.saved_run`.
 
         Raises:
             CheckpointError: there is no checkpoint, or it belongs to other data or another model.
             ConfigError: a replaced value would make it another experiment.
         """
-        return cls.continue_run(cls.saved_run(path, config_file, overrides))
-
-    @staticmethod
-    def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Override] = ()) -> "SavedRun":
-        """Read what `resume` continues: the checkpoint, which rank 0 reads for all, and the config it will have; see there."""
-        file = from_first(lambda: find_checkpoint(path, prefer=LAST))
-        checkpoint = from_first(lambda: load_checkpoint(file))
-        if "config" not in checkpoint:
-            raise CheckpointError(f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed")
-        tree = merge(checkpoint["config"], read_tree(config_file) if config_file else {})
-        config = validate(override(tree, overrides), config_file or str(file))
-        before = validate(checkpoint["config"], str(file)).dump()  # with the defaults of keys that are newer than it
-        refuse_other_experiment(before, config, file)
-        return SavedRun(file, checkpoint, config)
+        return cls.continue_run(saved_run(path, config_file, overrides))
 
     @classmethod
-    def continue_run(cls, run: "SavedRun") -> dict[str, Any]:
-        """Continue a run and return what `result.json` holds; see `resume`."""
-        file, checkpoint = run.file, run.checkpoint
-        experiment = cls.from_config(run.config)
-        loader = experiment.train_loader
+    def continue_run(cls, run: SavedRun) -> dict[str, Any]:
+        """Continue a run and return what `result.json` holds; see `resume`.
+
+        Raises:
+            CheckpointError: it belongs to other data.
+            ConfigError: another process trains in its folder.
+        """
+        folder = run.file.parent
+        with ExitStack() as stack:
+            from_first(lambda: stack.enter_context(only_run_in(folder)))
+            experiment = cls.from_config(run.config)
+            experiment.refuse_other_data(run)
+            trainer = experiment.build_trainer(folder)
+            trainer.resume(run.checkpoint, run.file)
+            return experiment._run(trainer, resumed=run)
+
+    def refuse_other_data(self, run: SavedRun) -> None:
+        """Refuse to continue a run on other images or labels.
+
+        Raises:
+            CheckpointError: the checkpoint's are others.
+        """
+        loader, checkpoint = self.train_loader, run.checkpoint
         same_pixels = np.allclose([*loader.mean, *loader.std], [*checkpoint["mean"], *checkpoint["std"]], rtol=0, atol=1e-6)
         if loader.fingerprint() != checkpoint["fingerprint"] or not same_pixels:
-            raise CheckpointError(f"{file}: was trained on other images or labels than data_loader.args.data_dir now holds")
-        trainer = experiment.build_trainer(file.parent)
-        trainer.resume(checkpoint, file)
-        return experiment._run(trainer, resumed=True)
+            raise CheckpointError(f"{run.file}: was trained on other images or labels than data_loader.args.data_dir now holds")
 
-    def _run(self, trainer: BaseTrainer, resumed: bool = False) -> dict[str, Any]:
+    def _run(self, trainer: BaseTrainer, resumed: SavedRun | None = None) -> dict[str, Any]:
         folder, progress = trainer.folder, trainer.progress
         with logging_to(folder / "info.log", self.config.trainer.verbosity) if rank() == 0 else _silence():
-            self._describe(folder, resumed)
+            self._describe(folder, resumed is not None)
             if resumed:
+                if resumed.problem:
+                    logger.warning("%s: going on from %s instead", resumed.problem, resumed.file.name)
                 logger.info("resumed after %d epochs and %d batches", progress.epochs_done, progress.batches_done)
             else:
                 # copies of a model shall not drop the same units
@@ -224,7 +226,8 @@ class Experiment:
         if rank() == 0:
             write_json(folder / "config.json", self.config.dump())
             record_environment(folder, resumed)
-            np.savez_compressed(folder / "labels.npz", **labels)
+            with replacing(folder / "labels.npz") as file:
+                np.savez_compressed(file, **labels)
         logger.info("run folder %s", folder)
         logger.info(
             "%s with %d parameters on %s (%s); %d training, %d validation, %d test images of %d classes",

@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from base.checkpoint import LAST
+from base.checkpoint import has_checkpoint
 from base.command_line import config_overrides, read_config, select_device
 from base.config import Config
 from base.launch import launch
 from base.ranks import from_first, ranks, started_processes
+from base.resuming import saved_run
 from base.run_folder import begun_by_this_job
 from experiment import Experiment
 
@@ -28,7 +29,7 @@ def run_job(arguments: argparse.Namespace, refuse: Callable[[Config], None]) -> 
     with ranks(training=True):
         source = arguments.resume or from_first(lambda: _left_by_last_attempt(arguments.run_dir))
         if source:
-            saved = Experiment.saved_run(source, arguments.config, overrides)
+            saved = saved_run(source, arguments.config, overrides)
             config = saved.config
         else:
             config = read_config(arguments, overrides)
@@ -46,4 +47,4 @@ def _left_by_last_attempt(run_dir: str | None) -> str | None:
     if run_dir is None:
         return None
     folder = Path(run_dir).expanduser()
-    return run_dir if (folder / LAST).is_file() and begun_by_this_job(folder) else None
+    return run_dir if has_checkpoint(folder) and begun_by_this_job(folder) else None

@@ -12,8 +12,9 @@ from torch import nn
 
 from attacks.attack import Attack
 from attacks.checks import Check, quick_checks
-from attacks.robustness import Autocast, Verdicts, attack_loader, interval, knows_top5
+from attacks.robustness import Autocast, Verdicts, attack_loader, interval, known_verdicts, knows_top5
 from attacks.threat_model import as_written
+from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.ranks import gather, rank, world_size
 from base.run_folder import package_versions, write_json
@@ -35,7 +36,8 @@ class Report:
         """Write the values to `path` and the verdicts beside it, to `<name>.verdicts.npz`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.values)
-        np.savez_compressed(path.with_suffix(".verdicts.npz"), **self.verdicts.arrays())
+        with replacing(path.with_suffix(".verdicts.npz")) as file:
+            np.savez_compressed(file, **self.verdicts.arrays())
 
     def __str__(self) -> str:
         values = self.values
@@ -74,7 +76,7 @@ def measure(
     share = loader.subset(torch.arange(rank(), loader.n_samples, world_size())) if world_size() > 1 else loader
     share.set_epoch(1)
     checks = quick_checks(model, *next(iter(share)), attack)
-    known = _number_known(partial)
+    known = len(known_verdicts(partial) or ())
     begin = perf_counter()
     own = attack_loader(model, share, attack, seed=seed, autocast=autocast, partial=partial, description=description)
     verdicts = Verdicts.joined(gather(own))
@@ -146,14 +148,6 @@ def file_stem(values: dict[str, Any]) -> str:
     """The name of a report's file, such as `pgd-20_linf_8_step_2_1_start`: different attacks have different names."""
     words = title({**values, "description": values["attack"]} if "description" in values else values)
     return words.lower().replace("/255", "").replace(",", "").replace(" ", "_")
-
-
-def _number_known(partial: Path | None) -> int:
-    """How many verdicts an interrupted evaluation has left."""
-    if partial is None or not partial.exists():
-        return 0
-    with np.load(partial) as file:
-        return len(file["position"])
 
 
 def _judge(values: dict[str, Any], checks: list[Check]) -> None:

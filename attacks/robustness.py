@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from math import sqrt
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from attacks.attack import Attack, frozen
 from attacks.losses import wrongness
 from attacks.worst_points import DONE
+from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.ranks import quiet
 from base.runtime import torch_generator
@@ -111,10 +113,9 @@ def attack_loader(
         description: of the progress bar.
     """
     parts, skip = [], 0
-    if partial is not None and partial.exists():
-        with np.load(partial) as file:
-            parts = [Verdicts(**{name: torch.from_numpy(file[name]) for name in file.files})]
-        skip = -(-len(parts[0]) // loader.batch_size)
+    known = known_verdicts(partial)
+    if known is not None:
+        parts, skip = [known], -(-len(known) // loader.batch_size)
     loader.set_epoch(1, first_batch=skip)
     done = skip * loader.batch_size
     bar = tqdm(loader, desc=description, initial=skip, total=len(loader), disable=quiet(), leave=False)
@@ -123,7 +124,8 @@ def attack_loader(
         done += len(labels)
         parts.append(attack_batch(model, images, labels, attack, positions=positions, seed=seed, autocast=autocast)[0])
         if partial is not None:
-            _write_arrays(partial, Verdicts.joined(parts).arrays())
+            with replacing(partial) as file:
+                np.savez(file, **Verdicts.joined(parts).arrays())
         if not bar.disable:
             so_far = Verdicts.joined(parts)
             bar.set_postfix_str(f"clean {so_far.accuracy('clean_top1'):.1%}, robust {so_far.accuracy('robust_top1'):.1%}")
@@ -190,6 +192,15 @@ def attack_batch(
     return verdicts, worst
 
 
+def known_verdicts(partial: Path | None) -> Verdicts | None:
+    """What an interrupted evaluation has left; None where it has left nothing, or a file that is damaged."""
+    try:
+        with np.load(partial or "") as file:
+            return Verdicts(**{name: torch.from_numpy(file[name]) for name in file.files})
+    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile):
+        return None
+
+
 def knows_top5(attack: Attack, num_classes: int) -> bool:
     """Whether `robust_top5` can be read after this attack."""
     return attack.rank >= 5 or num_classes <= 5
@@ -200,9 +211,3 @@ def interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = path.with_name(f"{path.stem}.tmp.npz")
-    np.savez(temporary, **arrays)
-    temporary.replace(path)

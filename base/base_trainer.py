@@ -76,13 +76,13 @@ class BaseTrainer(ABC):
         self.finite = FiniteCheck(optimizer, folder)
         self.schedule = schedule
         self.train_loader = train_loader
-        self.validate_model = validate
-        self.precision = precision
+        self.validate_model, self.precision = validate, precision
         self.folder = folder
         self.checkpoints = RunCheckpoints(folder, config.trainer)
         self.trackers: list[Tracker] = []
         self.metadata = metadata
         self.device = next(model.parameters()).device
+        self.images: Tensor | None = None  # the minibatch that is being trained on
         self.progress = Progress()
         self.totals = Totals()
         decay = config.trainer.ema_decay
@@ -112,7 +112,7 @@ class BaseTrainer(ABC):
             `FiniteCheck`). No parameter was updated from there on (running statistics, which the forward pass moves, were).
         """
         self.optimizer.zero_grad(set_to_none=True)
-        self.finite.backward(self.model, loss, self.progress)
+        self.finite.backward(self.model, loss, self.progress, self.images)
         self.optimizer.step()
         equalise(self.model, statistics_only=True)
         if self.average is not None:
@@ -131,8 +131,9 @@ class BaseTrainer(ABC):
         """
         self.network = replicate(self.model)
         with self.signals.caught():
-            if self.progress.epochs_done == 0 and self.progress.batches_done == 0:
-                self.checkpoints.save_last(self.checkpoint())  # a run killed in its first epoch can be resumed, too
+            if not self.finished:  # a kill in the first epoch loses nothing, and a full disk is found out now
+                self.checkpoints.save_last(self.checkpoint())
+                self.checkpoints.refuse_full_disk()
             while not self.finished:
                 self._finish_epoch({**self._train_epoch(), **self._validated()})
                 if self._asked_to_stop():
@@ -250,7 +251,7 @@ class BaseTrainer(ABC):
         )
         begin = perf_counter()
         for images, labels in bar:
-            share = self.share(images)
+            share, self.images = self.share(images), images
             result = self.train_batch(images, labels)
             if share.counts:
                 self.totals.add(result)

@@ -5,7 +5,6 @@ code of it. Checkpoints of the original ConvNorm (`arch, epoch, state_dict, opti
 they hold enough for evaluation, not for resuming.
 """
 
-import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -15,51 +14,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from base.atomic import link_or_copy, replacing
 from base.errors import CheckpointError
+from base.seal import check_seal, seal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of what is written here; since version 2 every checkpoint is sealed."""
+TYPES = {
+    **dict.fromkeys(("schema_version", "epoch", "batch", "ema_updates"), int),
+    **dict.fromkeys(("ema_state_dict", "config", "optimizer", "scheduler", "progress", "totals", "method", "rng"), dict),
+    **dict.fromkeys(("mean", "std", "class_names"), (list, tuple)),
+    **dict.fromkeys(("fingerprint", "optimizer_type", "scheduler_type"), str),
+}
+"""What is made sure of before a checkpoint is handed on, for a file may come from anywhere."""
 BEST, LAST, NUMBERED = "model_best.pth", "model_last.pth", "model_epoch_{}.pth"
 
 
 def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
-    """Write `contents` to `path` so that the file is at every moment either the old one or the new one, complete.
+    """Write `contents` to `path`, sealed (see `base.seal`); at every moment the file is either the old one or the new one.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             torch.save(plain({"schema_version": SCHEMA_VERSION, **contents}), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+            seal(file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
 def publish_copy(source: Path, target: Path) -> None:
     """Give a saved checkpoint a second name: a hard link where the file system has them, a copy elsewhere.
 
-    A link is safe because checkpoints are only ever replaced as a whole, never written in place.
-
     Raises:
         CheckpointError: the folder cannot be written; an older `target` is untouched.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        try:
-            temporary.hardlink_to(source)
-        except OSError:
-            temporary.write_bytes(source.read_bytes())
-        temporary.replace(target)
-        temporary.unlink(missing_ok=True)  # replacing a link by another one to the same file does nothing
+        link_or_copy(source, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{target}: cannot be written: {_reason(error)}") from error
 
 
 def keep_newest(folder: Path, count: int, epoch: int) -> None:
@@ -67,27 +61,71 @@ def keep_newest(folder: Path, count: int, epoch: int) -> None:
 
     Later ones belong to a future that a resumed run has left; they stay until it writes them anew.
     """
+    old = [path for number, path in sorted(numbered(folder).items(), reverse=True) if number <= epoch]
+    for path in old[count:]:
+        path.unlink(missing_ok=True)
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """Epoch -> file of a run folder's numbered checkpoints."""
     pattern = re.compile(NUMBERED.format(r"(\d+)").replace(".", r"\."))
-    numbered = {int(match[1]): path for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
-    for number in sorted(n for n in numbered if n <= epoch)[:-count]:
-        numbered[number].unlink(missing_ok=True)
+    return {int(match[1]): path for path in folder.glob("*") if (match := pattern.fullmatch(path.name))}
 
 
-def find_checkpoint(path: str | Path, prefer: str = BEST) -> Path:
-    """The checkpoint file that `path` means: itself, or in a run folder `prefer` and else the other of best and last.
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has saved anything in `folder`, be it good or not: then nothing may begin anew there."""
+    return any((folder / name).exists() for name in (LAST, BEST)) or bool(numbered(folder))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file that `path` means: itself, or of a run folder the best model, before there is one the last.
 
     Raises:
         CheckpointError: there is none.
     """
     path = Path(path)
     if path.is_dir():
-        for name in (prefer, BEST, LAST):
+        for name in (BEST, LAST):
             if (path / name).is_file():
                 return path / name
         raise CheckpointError(f"{path}: holds neither {BEST} nor {LAST}")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     return path
+
+
+def load_to_resume(path: str | Path) -> tuple[Path, dict[str, Any], str | None]:
+    """The checkpoint to go on from: `path` itself, or in a run folder the last one. Where that one is missing or damaged, the
+    newest good one beside it.
+
+    Returns:
+        Its file, its contents, and, where it is not the last one, what is wrong with that.
+
+    Raises:
+        CheckpointError: there is no good one, or the file that `path` names is not.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder, load_checkpoint(folder), None
+    last = folder / LAST
+    try:
+        return last, load_checkpoint(last), None
+    except CheckpointError as error:
+        problem = error
+    good = []
+    beside = [file for _, file in sorted(numbered(folder).items(), reverse=True)]
+    for candidates in (beside, [folder / BEST]):
+        for file in candidates:
+            try:
+                good.append((file, load_checkpoint(file)))
+                break
+            except CheckpointError:
+                continue
+    if not good:
+        others = f", and nothing better lies beside it ({len(beside)} numbered, {BEST})" if has_checkpoint(folder) else ""
+        raise CheckpointError(f"{problem}{others}")
+    file, contents = max(good, key=lambda found: (found[1].get("epoch", 0), found[1].get("batch", 0)))
+    return file, contents, str(problem)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -98,19 +136,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     file = find_checkpoint(path)
     try:
-        contents = torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as opened:  # once: meanwhile another file may take its name
+            sealed = check_seal(opened, file)
+            opened.seek(0)
+            contents = torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{file}: is no readable checkpoint: damaged, or more than tensors and plain values in it; nothing of it was run"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file}: is no readable checkpoint: {reason}") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file may make torch's reader raise anything
+        raise CheckpointError(f"{file}: is no readable checkpoint: {_reason(error)}") from None
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
         raise CheckpointError(f"{file}: is no checkpoint: it holds no 'state_dict'")
+    for key, value in contents.items():
+        if key in TYPES and not isinstance(value, TYPES[key]):
+            raise CheckpointError(f"{file}: is no checkpoint: {key!r} is of type {type(value).__name__}")
     version = contents.get("schema_version", 0)
     if version > SCHEMA_VERSION:
         raise CheckpointError(f"{file}: has schema version {version}; this code reads versions up to {SCHEMA_VERSION}")
+    if version >= 2 and not sealed:
+        raise CheckpointError(f"{file}: is damaged: the digest that it was written with is missing")
     return contents
 
 
@@ -152,11 +199,5 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a checkpoint holds tensors and plain values only, not {type(value).__name__}")
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -47,7 +47,7 @@ class TrainerConfig(Section):
     """Folder of all run folders: <save_dir>/<name>/<run id>."""
     save_period: Positive = 1
     """Every so many epochs model_epoch_N.pth is written."""
-    keep_checkpoints: Count = 1
+    keep_checkpoints: Count = 2
     """How many of the newest model_epoch_N.pth are kept; 0 keeps all. model_best.pth and model_last.pth are always kept."""
     verbosity: Annotated[int, Field(ge=0, le=2)] = 2
     """0 warnings only, 1 and 2 a line per epoch."""

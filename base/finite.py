@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from base.checkpoint import LAST
+from base.diagnosis import first_bad_layer
 from base.errors import NonFiniteError
 from base.progress import Progress
 from base.ranks import leave_the_word_to_the_first
@@ -37,11 +38,11 @@ class FiniteCheck:
         self.optimizer = optimizer
         self.folder = folder
         self._first_bad: Tensor | None = None  # int64 on the device: the batch from 1 on; 0 as long as all is well
-        self._last: tuple[nn.Module, Tensor, int]  # model, loss and epoch of the last update
+        self._last: tuple[nn.Module, Tensor, int, Tensor | None]  # model, loss, epoch and images of the last update
         self._unread = 0
 
-    def backward(self, model: nn.Module, loss: Tensor, progress: Progress) -> None:
-        """The gradients of `loss` (0-dim), judged, for the optimiser's step.
+    def backward(self, model: nn.Module, loss: Tensor, progress: Progress, images: Tensor | None = None) -> None:
+        """The gradients of `loss` (0-dim), judged, for the optimiser's step; `images` are the minibatch, for the message.
 
         Raises:
             NonFiniteError: see `read`.
@@ -52,7 +53,7 @@ class FiniteCheck:
         if self._first_bad is None:
             self._first_bad = torch.zeros((), dtype=torch.int64, device=finite.device)
         self._first_bad = torch.where(finite | (self._first_bad > 0), self._first_bad, progress.batches_done + 1)
-        self._last = (model, loss.detach(), progress.epochs_done + 1)
+        self._last = (model, loss.detach(), progress.epochs_done + 1, images)
         self._unread += 1
         deferred = self.deferred(loss.device)
         self.optimizer.found_inf = (self._first_bad > 0).float() if deferred else None
@@ -68,16 +69,20 @@ class FiniteCheck:
         """Wait for the device and ask whether all is well. An epoch's updates are read before the next begins.
 
         Raises:
-            NonFiniteError: the loss or a gradient was infinite or NaN. The message names the first such batch, and the first
-            parameter whose gradient is. Where later passes with the same weights have replaced those gradients and are well
-            again, the images were to blame, and it names the batch only.
+            NonFiniteError: the loss or a gradient was infinite or NaN. The message names the first such batch, and the layer
+            where it began (see `base.diagnosis`). Where later passes with the same weights have replaced those gradients and
+            are well again, the images were to blame, and it names the batch only.
         """
         if self._unread == 0:
             return
         batch = int(self._first_bad)
         if batch:  # and whoever asks again hears it again
-            model, loss, epoch = self._last
-            what = _describe(model, loss)
+            model, loss, epoch, images = self._last
+            where = first_bad_layer(model, images)
+            if where is None:
+                what = "the loss or the gradient is not finite"
+            else:
+                what = f"the {'gradient' if torch.isfinite(loss) else 'loss'} is not finite, first in {where}"
             leave_the_word_to_the_first(NonFiniteError.exit_code)
             kept = f"; {self.folder / LAST} is of the last good epoch" if (self.folder / LAST).exists() else ""
             raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}")
@@ -86,12 +91,3 @@ class FiniteCheck:
     def forget(self) -> None:
         """Begin anew, with weights and optimiser from a checkpoint."""
         self._first_bad, self._unread = None, 0
-
-
-def _describe(model: nn.Module, loss: Tensor) -> str:
-    """Whether the loss is infinite or NaN, or else which parameter's gradient is, of the last update."""
-    what = "the gradient is not finite" if torch.isfinite(loss) else "the loss is not finite"
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            return f"{what}, first in {name}"
-    return "the loss or the gradient is not finite"

@@ -1,12 +1,16 @@
-"""Which config values a resumed run may change, and which would make it another experiment."""
+"""A run to continue: its checkpoint, its config, and which values of that may change without making it another experiment."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base.checkpoint import load_to_resume
 from base.config import Config
+from base.config_files import Override, merge, override, read_tree, validate
 from base.errors import CheckpointError, ConfigError
 from base.optimization import spans_whole_run
+from base.ranks import from_first
 
 CHANGE_NO_RESULT = (
     "name", "exper_name", "comet", "trainer.save_dir", "trainer.save_period", "trainer.keep_checkpoints", "trainer.verbosity",
@@ -20,6 +24,45 @@ MAY_CHANGE_ON_RESUME = (
     "adversarial.report", "adversarial.report_images",
 )  # fmt: skip
 """Config keys that a resumed run may have other values for: none of them changes what is learnt from what, but for rounding."""
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run to continue.
+
+    Attributes:
+        file: the checkpoint.
+        checkpoint: its contents.
+        config: to go on with.
+        problem: what is wrong with the last checkpoint, where this is an earlier one instead of it; None otherwise.
+    """
+
+    file: Path
+    checkpoint: dict[str, Any]
+    config: Config
+    problem: str | None = None
+
+
+def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Override] = ()) -> SavedRun:
+    """Read what `Experiment.resume` continues: the checkpoint, which rank 0 reads for all, and the config it will have.
+
+    Args:
+        path: a checkpoint file, or a run folder, whose last checkpoint is taken, or, if that is damaged, its newest good one.
+        config_file: values that replace those of the run.
+        overrides: likewise, single values.
+
+    Raises:
+        CheckpointError: there is no good checkpoint, or one of another architecture.
+        ConfigError: a replaced value would make it another experiment.
+    """
+    file, checkpoint, problem = from_first(lambda: load_to_resume(path))
+    if "config" not in checkpoint:
+        raise CheckpointError(f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed")
+    tree = merge(checkpoint["config"], read_tree(config_file) if config_file else {})
+    config = validate(override(tree, overrides), config_file or str(file))
+    before = validate(checkpoint["config"], str(file)).dump()  # with the defaults of keys that are newer than it
+    refuse_other_experiment(before, config, file)
+    return SavedRun(file, checkpoint, config, problem)
 
 
 def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: Path) -> None:

@@ -1,5 +1,7 @@
 """The checkpoints of a run folder: which are written when, and that the best one is the best."""
 
+import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,9 @@ from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, 
 from base.config_training import TrainerConfig
 from base.errors import CheckpointError
 from base.progress import Progress
-from base.ranks import rank
+from base.ranks import from_first, rank
+
+logger = logging.getLogger(__name__)
 
 
 class RunCheckpoints:
@@ -22,6 +26,22 @@ class RunCheckpoints:
         """Write `model_last.pth`."""
         if rank() == 0:
             save_checkpoint(self.folder / LAST, contents)
+
+    def refuse_full_disk(self) -> None:
+        """Make sure, when `model_last.pth` has been written, that there is room for the next one beside it.
+
+        Raises:
+            CheckpointError: the disk is too full.
+        """
+        from_first(self._refuse_full_disk)
+
+    def _refuse_full_disk(self) -> None:
+        needed, free = (self.folder / LAST).stat().st_size, shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"{self.folder}: its disk is full: a checkpoint takes {needed / 1e6:.1f} MB beside the last one,"
+                f" {free / 1e6:.1f} MB are free"
+            )
 
     def save_epoch(self, contents: Mapping[str, Any], epoch: int, improved: bool) -> None:
         """Write what a finished epoch leaves: the last checkpoint, the best where it `improved`, every `save_period` epochs a
@@ -40,14 +60,43 @@ class RunCheckpoints:
     def restore_best(self, progress: Progress, source: Path) -> None:
         """Make sure that `model_best.pth` is the best model of the run as far as it is resumed from `source`.
 
+        It may be of an epoch that the run, resumed from an earlier checkpoint, has yet to do again. Then `progress` knows no
+        best model until there is one anew, which on the same machine is the same one.
+
         Raises:
-            CheckpointError: it is of another epoch.
+            CheckpointError: the best model is lost.
         """
-        best = self.folder / BEST
-        if progress.best_epoch is None or rank() > 0:
-            return
+        if from_first(lambda: self._best_is_yet_to_come(progress, source)):
+            logger.warning(
+                "the best model so far, of epoch %d, has been replaced by a better one, of an epoch that is done again:"
+                " until then the best is chosen anew", progress.best_epoch,
+            )  # fmt: skip
+            progress.best_value = progress.best_epoch = None
+
+    def _best_is_yet_to_come(self, progress: Progress, source: Path) -> bool:
+        best, last = self.folder / BEST, self.folder / LAST
+        if progress.best_epoch is None:
+            return False
         if progress.best_epoch == progress.epochs_done and progress.batches_done == 0:
             if source.resolve() != best.resolve():
                 publish_copy(source, best)  # it may not have come to that when the run was killed
-        elif not best.is_file() or load_checkpoint(best)["epoch"] != progress.best_epoch:
-            raise CheckpointError(f"{source}: its best model so far is of epoch {progress.best_epoch}, but {best} is not")
+            return False
+        for file in (best, self.folder / NUMBERED.format(progress.best_epoch)):
+            if _epoch_of(file) == progress.best_epoch:
+                if file != best:
+                    publish_copy(file, best)
+                return False
+        later = _epoch_of(best)
+        if later is None and best.is_file() and last.is_file() and best.samefile(last) and source.resolve() != last.resolve():
+            return True  # the last epoch was the best one, and both names are of one damaged file
+        if later is not None and progress.epochs_done < later <= self.settings.epochs:
+            return True
+        raise CheckpointError(f"{source}: its best model so far is of epoch {progress.best_epoch}, but {best} is not")
+
+
+def _epoch_of(file: Path) -> int | None:
+    """The epoch of a checkpoint; None where there is no good one."""
+    try:
+        return load_checkpoint(file).get("epoch")
+    except CheckpointError:
+        return None

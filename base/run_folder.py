@@ -3,6 +3,7 @@
 `<save_dir>/<name>/<run id>/`, or exactly the folder that `--run_dir` names.
 """
 
+import errno
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,34 +21,79 @@ from typing import Any
 
 import torch
 
-from base.checkpoint import LAST
-from base.errors import ConfigError, ProjectError
+from base.atomic import replacing, sweep
+from base.checkpoint import has_checkpoint
+from base.errors import CheckpointError, ConfigError, ProjectError
+from base.locks import locked
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
 SECRET_FLAGS = ("--key", "--comet_key")
 
 
-def create_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Path:
-    """Make an empty folder for a new run and return it. What an earlier attempt of the same job has left in `run_dir` before
-    its first checkpoint is written over.
+LOCK = ".lock"
+"""The file that a run holds locked as long as it writes into its folder; it stays."""
+
+
+@contextmanager
+def new_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Iterator[Path]:
+    """Make an empty folder for a new run, yield it, and keep all other runs out of it meanwhile. What an earlier attempt of the
+    same job has left in `run_dir` before its first checkpoint is written over.
 
     Raises:
         ConfigError: `run_dir` already holds a run, or the folder cannot be made.
     """
-    folder = Path(run_dir) if run_dir else Path(save_dir) / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    folder = folder.expanduser()
+    folder = Path(run_dir or save_dir)
     try:
-        taken = (folder / "config.json").exists() and ((folder / LAST).exists() or not begun_by_this_job(folder))
+        folder = folder.expanduser()  # of `name` nothing is expanded
+        if not run_dir:
+            folder = folder / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         folder.mkdir(parents=True, exist_ok=bool(run_dir))
         with NamedTemporaryFile(dir=folder):
             pass  # can be written to, then
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{folder}: the run folder cannot be made or written: {error}") from None
-    if taken:
-        raise ConfigError(f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder")
-    if job():
-        write_json(folder / "environment.json", {"job": job()})  # before anything else, as the next attempt asks for it
-    return folder
+    with only_run_in(folder):
+        if has_checkpoint(folder) or ((folder / "config.json").exists() and not begun_by_this_job(folder)):
+            raise ConfigError(f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder")
+        if job():
+            write_json(folder / "environment.json", {"job": job()})  # before anything else, as the next attempt asks for it
+        yield folder
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keep all other runs out of `folder` meanwhile, as far as its file system knows locks, and clear away what dead ones have
+    left half written in it.
+
+    Raises:
+        ConfigError: another run is there.
+        CheckpointError: the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            if not stack.enter_context(locked(folder / LOCK)):
+                raise ConfigError(f"{folder}: another process trains in this folder")
+            sweep(folder)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from None
+        with explained(folder):
+            yield
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn what the system says about a full disk or a folder that is gone or may not be written into one line.
+
+    Raises:
+        CheckpointError: naming the folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        inside = isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder)
+        if not inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise CheckpointError(f"{error.filename if inside else folder}: cannot be written: {error.strerror}") from error
 
 
 def job() -> str | None:
@@ -62,17 +108,20 @@ def job() -> str | None:
 
 def begun_by_this_job(folder: Path) -> bool:
     """Whether an earlier attempt of this torchrun job has made the run folder."""
-    try:
-        return job() is not None and json.loads((folder / "environment.json").read_text()).get("job") == job()
-    except (OSError, ValueError):
-        return False
+    return job() is not None and _read_object(folder / "environment.json").get("job") == job()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(f"{json.dumps(value, indent=2)}\n".encode())
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that cannot be written ends the run, as every other file of it does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        raise
 
 
 @contextmanager
@@ -80,8 +129,8 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
     """Send log messages to the terminal and to `file` (appended): warnings at verbosity 0, a line per epoch above it."""
     root = logging.getLogger()
     level = root.level
-    file_handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file_handler]
+    log_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")  # names of files may be no valid UTF-8
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), log_file]
     handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         root.addHandler(handler)
@@ -102,10 +151,19 @@ def record_environment(folder: Path, resumed: bool) -> None:
     """Write `environment.json`; a resumed run keeps what it began with and adds what it goes on with under `resumed`."""
     file = folder / "environment.json"
     now = environment()
-    if resumed and file.exists():
-        first = json.loads(file.read_text())
+    first = _read_object(file) if resumed else {}
+    if first:
         now = {**first, "resumed": [*first.get("resumed", []), now]}
     write_json(file, now)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of ours; nothing where it is missing or damaged."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def environment() -> dict[str, Any]:

@@ -15,7 +15,7 @@ class StopSignals:
     """Remembers the signal that asked for the stop.
 
     Attributes:
-        asked: its number; None as long as there was none.
+        asked: the number of the first one; None as long as there was none.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class StopSignals:
             return
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.asked = number
+            self.asked = self.asked or number  # the first one counts, whatever comes while it is obeyed
             if self._may_interrupt:
                 self._may_interrupt = False
                 raise Interrupted

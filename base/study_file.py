@@ -1,10 +1,11 @@
 """`study.json`, beside the run folders of a study: which variant each of them is. Studies write it, reports read it."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from base.atomic import replacing
 
 NAME = "study.json"
 
@@ -28,9 +29,8 @@ def write_places(folder: Path, places: Mapping[str, Place]) -> None:
     """Add `name of a run folder -> place` to the study file of `folder`, which is replaced in one go."""
     entries = {name: asdict(place) for name, place in {**read_places(folder), **places}.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{NAME}.{os.getpid()}"
-    temporary.write_text(json.dumps(entries, indent=2) + "\n")
-    temporary.replace(folder / NAME)
+    with replacing(folder / NAME) as file:
+        file.write(f"{json.dumps(entries, indent=2)}\n".encode())
 
 
 def read_places(folder: Path) -> dict[str, Place]:

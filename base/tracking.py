@@ -9,11 +9,13 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from base.atomic import replacing
 from base.config import CometConfig, Config
 
 logger = logging.getLogger(__name__)
@@ -57,9 +59,8 @@ class RunLog(Tracker):
 
     def __init__(self, path: Path, history: Sequence[EpochLog] = ()) -> None:
         self.path = path
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(log) + "\n" for log in history), encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as file:
+            file.write("".join(json.dumps(log) + "\n" for log in history).encode())
 
     def log_epoch(self, log: EpochLog) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -155,7 +156,8 @@ class Comet(Tracker):
             self.complaints.tell("Comet may not have got the whole run (%s)")
         except Exception as error:  # whatever it is: a logging service must never end a training run
             self.complaints.add(str(error))
-            self.complaints.tell("Comet failed (%s): training goes on without it")
+            with suppress(OSError):  # where the log cannot be written either, the run itself says so
+                self.complaints.tell("Comet failed (%s): training goes on without it")
 
     def _begin_online(self) -> Any:
         """An experiment on the server; where it cannot be begun, an offline one, after a warning that says why."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from base.checkpoint import LAST
+from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
 from base.errors import ConfigError
 from studies.grid import Run
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 def command(run: Run) -> list[str]:
     """What starts a run, or continues it where its folder holds a checkpoint."""
-    script, *words = run.words_to_resume() if (run.folder / LAST).exists() else run.words()
+    script, *words = run.words_to_resume() if has_checkpoint(run.folder) else run.words()
     return [sys.executable, str(ROOT / script), *words]
 
 
@@ -74,7 +74,7 @@ class Worker:
             raise BusyError(f"{run.folder}: another process works on {run.name}") from None
 
     def _start(self, run: Run, slot: int, before: Callable[[], None] | None) -> subprocess.Popen[bytes]:
-        if not (run.folder / LAST).exists():
+        if not has_checkpoint(run.folder):
             (run.folder / "config.json").unlink(missing_ok=True)  # it was killed before its first checkpoint: begin again
         return subprocess.Popen(  # noqa: S603 - our own scripts
             command(run), stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, pass_fds=(self.output,),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint import LAST
+from base.checkpoint import LAST, has_checkpoint
 from base.config_files import validate
 from base.errors import ConfigError, ProjectError
 from base.resuming import refuse_other_experiment
@@ -41,7 +41,7 @@ def look(run: Run) -> Progress:
     mode, _, name = run.config.trainer.monitor.partition(" ")
     values = [epoch[name] for epoch in log if epoch.get(name) is not None] if name else []
     best = (max if mode == "max" else min)(values) if values else None
-    finished, begun = (run.folder / "result.json").exists(), (run.folder / LAST).exists()
+    finished, begun = (run.folder / "result.json").exists(), has_checkpoint(run.folder)
     if finished or begun:
         _refuse_another(run)
     if finished:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from base.base_trainer import BaseTrainer
-from base.checkpoint import load_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config import ArchArgs, Config
 from base.config_files import merge, validate
 from base.config_names import ActivationName, ArchName, ConvName, DataLoaderName, MetricName, NormName
@@ -21,71 +21,7 @@ from experiment import Experiment
 from models import MODELS, arguments_of
 from models.losses import LOSSES
 from models.metrics import METRICS
-
-TINY = {
-    "name": "tiny",
-    "seed": 3,
-    "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
-    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 8, "num_batches": 3, "validation_split": 0.1}},
-    "optimizer": {"type": "SGD", "args": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}},
-    "trainer": {"epochs": 3, "verbosity": 0},
-}
-
-
-def config_of(**sections):
-    return validate(merge(TINY, sections))
-
-
-def run(folder, config):
-    return Experiment.from_config(config).run(str(folder))
-
-
-def interrupt(monkeypatch, folder, config, after):
-    """Run until `after` updates are done, then send this process SIGTERM, as a cluster would."""
-    update, count = BaseTrainer.update, 0
-
-    def counted(self, loss):
-        nonlocal count
-        update(self, loss)
-        count += 1
-        if count == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(BaseTrainer, "update", counted)
-        with pytest.raises(Stopped, match=rf"stopped by SIGTERM after .* continue with -r {folder}") as caught:
-            run(folder, config)
-    assert caught.value.exit_code == 143
-    assert count == after
-
-
-def difference(first, second):
-    """Names of everything that differs between two checkpoints, wall-clock time aside."""
-    different = []
-
-    def walk(a, b, path):
-        if isinstance(a, dict):
-            if a.keys() != b.keys():
-                different.append(path)
-                return
-            for key in a:
-                if key != "train_seconds":
-                    walk(a[key], b[key], f"{path}.{key}")
-        elif isinstance(a, (list, tuple)):
-            if len(a) != len(b):
-                different.append(path)
-                return
-            for index, (x, y) in enumerate(zip(a, b, strict=True)):
-                walk(x, y, f"{path}.{index}")
-        elif isinstance(a, torch.Tensor):
-            if not torch.equal(a, b):
-                different.append(path)
-        elif a != b:
-            different.append(path)
-
-    walk(load_checkpoint(first), load_checkpoint(second), "")
-    return different
-
+from tiny_runs import config_of, difference, interrupt, run
 
 ATTACKED = {"validate_images": 20, "report_images": 20}
 RESUMABLE = {
@@ -192,7 +128,7 @@ def test_run_folder_holds_everything(tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "result.json", "info.log", "environment.json", "labels.npz", "tensorboard",
-        "model_best.pth", "model_last.pth", "model_epoch_2.pth",
+        "model_best.pth", "model_last.pth", "model_epoch_2.pth", ".lock",
     }  # fmt: skip
     read = {path.name: json.loads(path.read_text()) for path in (tmp_path / "run").glob("*.json")}
     assert validate(read["config.json"]).dump() == config.dump()
@@ -347,10 +283,10 @@ def test_resume_refuses_other_data_and_the_originals_checkpoints(tmp_path, monke
     run(tmp_path / "run", config_of())
     path = tmp_path / "run" / "model_last.pth"
     contents = load_checkpoint(path)
-    torch.save({**contents, "fingerprint": "other"}, path)
+    save_checkpoint(path, {**contents, "fingerprint": "other"})
     with pytest.raises(CheckpointError, match="was trained on other images or labels"):
         Experiment.resume(str(path))
-    torch.save({**contents, "mean": [0.5, 0.5, 0.5]}, path)
+    save_checkpoint(path, {**contents, "mean": [0.5, 0.5, 0.5]})
     with pytest.raises(CheckpointError, match="was trained on other images or labels"):
         Experiment.resume(str(path))
     torch.save({"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3}, path)

@@ -76,7 +76,6 @@ def test_run_folder_means_its_best_or_its_last(tmp_path):
     assert find_checkpoint(tmp_path).name == "model_last.pth"
     save_checkpoint(tmp_path / "model_best.pth", CONTENTS)
     assert find_checkpoint(tmp_path).name == "model_best.pth"
-    assert find_checkpoint(tmp_path, prefer="model_last.pth").name == "model_last.pth"
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         find_checkpoint(tmp_path / "absent.pth")
 
@@ -128,7 +127,7 @@ def test_truncated_file_is_refused(tmp_path):
     path = tmp_path / "x.pth"
     save_checkpoint(path, {"state_dict": {"weight": torch.rand(1000)}})
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(CheckpointError, match="is no readable checkpoint"):
+    with pytest.raises(CheckpointError, match="is damaged: its end is missing or has changed"):
         load_checkpoint(path)
 
 

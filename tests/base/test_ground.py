@@ -18,7 +18,7 @@ from base.config_files import annotation_at, override, validate
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from base.progress import Progress
 from base.registry import lookup
-from base.run_folder import begun_by_this_job, create_run_folder, record_environment, without_secrets
+from base.run_folder import begun_by_this_job, new_run_folder, record_environment, without_secrets
 from base.runtime import choose_device, choose_precision, derived_seed, numpy_generator, torch_generator
 from base.totals import BatchResult, Totals
 from base.tracking import RunLog, Tracker, start_trackers, tell
@@ -101,6 +101,11 @@ def test_model_normalises_pixels_with_buffers_outside_its_state():
         BaseModel()
     with pytest.raises(ConfigError, match=r"arch.args.norm_layer_type: 'bnn' .*did you mean 'bn'\?"):
         Identity(norm_layer_type="bnn")
+
+
+def create_run_folder(*place):
+    with new_run_folder(*place) as folder:
+        return folder
 
 
 def test_run_folders_are_new_and_never_shared(tmp_path):

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 import base.command_line
+import base.run_folder
 import base.tracking
 import experiment
 import run_ablations
@@ -420,7 +421,7 @@ def _leaves_the_log_to_the_locale(monkeypatch):
         def __init__(self, file, **_):
             super().__init__(file)
 
-    monkeypatch.setattr(logging, "FileHandler", Handler)
+    monkeypatch.setattr(base.run_folder, "_LogFile", Handler)
 
 
 @pytest.mark.parametrize("break_it", [_keeps_the_strict_terminal, _leaves_the_log_to_the_locale])

@@ -1,0 +1,159 @@
+"""Promise 2: a save is atomic. `kill -9` at any moment leaves a loadable newest checkpoint; what dead processes have left half
+written is swept; files that are not ours are never touched."""
+
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import base.atomic as atomic_module
+import base.checkpoint as checkpoint_module
+from base.atomic import sweep
+from base.checkpoint import load_checkpoint, save_checkpoint
+from base.errors import CheckpointError
+
+OURS = str(Path(atomic_module.__file__).parent)
+LINES, MOMENTS = 60, 60
+
+
+def contents(number):
+    return {"state_dict": {"weight": torch.full((50_000,), float(number))}, "epoch": number}
+
+
+def forked(function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that forking is not for everyone
+        process = os.fork()
+    if process == 0:
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return process
+
+
+def killed_at_line(count, path):
+    """Save in another process, which kills itself when `count` lines of our code and of torch's writer have been run."""
+
+    def look(frame, event, argument):
+        nonlocal count
+        name = frame.f_code.co_filename
+        if not (name.startswith(OURS) or name.endswith("torch/serialization.py")):
+            return None
+        count -= event == "line"
+        if count < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return look
+
+    def save():
+        sys.settrace(look)
+        save_checkpoint(path, contents(2))
+
+    _, status = os.waitpid(forked(save), 0)
+    return os.WIFSIGNALED(status)
+
+
+def lines_of_a_save(path):
+    low, high = 0, 1
+    while killed_at_line(high, path):
+        low, high = high, high * 2
+    while high - low > 8:
+        middle = (low + high) // 2
+        low, high = (middle, high) if killed_at_line(middle, path) else (low, middle)
+    return high
+
+
+def whole(path):
+    saved = load_checkpoint(path)
+    return bool((saved["state_dict"]["weight"] == saved["epoch"]).all())
+
+
+def check_every_line(folder):
+    path = folder / "model_last.pth"
+    save_checkpoint(path, contents(1))
+    lines = lines_of_a_save(path)
+    random_lines = random.Random(0).sample(range(lines), LINES - 20)
+    for line in sorted([*random_lines, *range(lines - 20, lines)]):  # the last ones flush and rename
+        save_checkpoint(path, contents(1))
+        killed_at_line(line, path)
+        assert whole(path), f"line {line} of {lines}"
+
+
+def check_every_moment(folder):
+    """SIGKILL from outside, while another process saves without a pause: also within torch's own code and the system's."""
+    path, draw = folder / "model_last.pth", random.Random(0)
+    save_checkpoint(path, contents(0))
+    newest = 0
+    for _ in range(MOMENTS):
+
+        def save_on(first=newest):
+            for number in range(first + 1, first + 10_000):
+                save_checkpoint(path, contents(number))
+
+        process = forked(save_on)
+        time.sleep(draw.uniform(0.001, 0.06))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        assert whole(path)
+        assert load_checkpoint(path)["epoch"] >= newest
+        newest = load_checkpoint(path)["epoch"]
+    assert newest > MOMENTS / 2, "most were killed while they saved"
+
+
+def test_kill_9_at_any_line_and_any_moment(tmp_path):
+    for name, check in (("lines", check_every_line), ("moments", check_every_moment)):
+        (tmp_path / name).mkdir()
+        check(tmp_path / name)
+
+
+def test_the_check_can_fail(tmp_path, monkeypatch):
+    @contextmanager
+    def in_place(path):
+        with path.open("w+b") as file:
+            yield file
+
+    monkeypatch.setattr(checkpoint_module, "replacing", in_place)
+    for number, check in enumerate((check_every_line, check_every_moment)):
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises((AssertionError, CheckpointError)):
+            check(tmp_path / str(number))
+
+
+def check_sweeping(folder):
+    killed = killed_at_line(lines_of_a_save(folder / "model_last.pth") - 20, folder / "model_last.pth")
+    assert killed
+    half = [path for path in folder.iterdir() if path.name.endswith(".incomplete")]
+    assert half, "a killed save leaves its half"
+    sleeper = forked(lambda: time.sleep(60))
+    mine = [
+        "notes.txt", ".hidden", "model_last.pth.bak", ".swp.incomplete", "model_last.pth.1.incomplete", ".cache.12.tmp",
+        f".model_best.pth.{sleeper}.incomplete", f".labels.npz.{os.getpid()}.incomplete",
+    ]  # fmt: skip
+    for name in mine:
+        (folder / name).write_bytes(b"keep me")
+    sweep(folder)
+    os.kill(sleeper, signal.SIGKILL)
+    os.waitpid(sleeper, 0)
+    left = {path.name for path in folder.iterdir()}
+    assert not [path for path in half if path.exists()]
+    assert set(mine) <= left
+    sweep(folder)
+    assert f".model_best.pth.{sleeper}.incomplete" not in {path.name for path in folder.iterdir()}, "its process is dead now"
+
+
+def test_halves_of_dead_processes_are_swept_and_nothing_else(tmp_path):
+    check_sweeping(tmp_path)
+
+
+@pytest.mark.parametrize("broken", [lambda process: True, lambda process: False])
+def test_the_check_of_sweeping_can_fail(tmp_path, monkeypatch, broken):
+    monkeypatch.setattr(atomic_module, "_alive", broken)
+    with pytest.raises(AssertionError):
+        check_sweeping(tmp_path)

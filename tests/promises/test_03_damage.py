@@ -1,0 +1,134 @@
+"""Promise 3: bit rot and truncation are noticed before anything is unpickled. A run folder goes on from its newest good
+checkpoint and says so; a bad file that is named stops; nothing ever begins anew."""
+
+import random
+import shutil
+
+import pytest
+import torch
+
+import base.checkpoint as checkpoint_module
+from base.checkpoint import load_checkpoint, load_to_resume, save_checkpoint
+from base.errors import CheckpointError, ConfigError
+from experiment import Experiment
+from tiny_runs import config_of, difference, interrupt, run
+
+CONTENTS = {"state_dict": {"weight": torch.arange(40.0)}, "epoch": 2, "config": {"name": "x"}}
+
+
+def check_every_byte(folder, monkeypatch):
+    """Change each byte of a checkpoint, and cut it at each length; returns the number of damaged files."""
+    path, draw = folder / "model.pth", random.Random(0)
+    save_checkpoint(path, CONTENTS)
+    data = path.read_bytes()
+    load = torch.load
+    with monkeypatch.context() as patched:
+        unpickled = []
+        patched.setattr(torch, "load", lambda *args, **options: unpickled.append(1) or load(*args, **options))
+        damaged = [data[:length] for length in (*range(2, len(data), 10), *range(len(data) - 120, len(data)))]
+        for place, byte in enumerate(data):
+            damaged.append(data[:place] + bytes([byte ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        for number, changed in enumerate(damaged):
+            path.write_bytes(changed)
+            with pytest.raises(CheckpointError, match="is damaged"):
+                load_checkpoint(path)
+            assert not unpickled, f"{number} of {len(damaged)} was unpickled"
+    return len(damaged)
+
+
+def test_every_byte_counts(tmp_path, monkeypatch):
+    assert check_every_byte(tmp_path, monkeypatch) > 2000
+
+
+def test_the_check_can_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "check_seal", lambda file, path: True)  # torch alone notices nothing
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_every_byte(tmp_path, monkeypatch)
+
+
+def test_a_seal_cannot_be_left_out_and_files_without_one_are_read(tmp_path):
+    path = tmp_path / "model.pth"
+    save_checkpoint(path, CONTENTS)
+    torch.save(load_checkpoint(path), path)
+    with pytest.raises(CheckpointError, match="is damaged: the digest that it was written with is missing"):
+        load_checkpoint(path)
+    torch.save({"arch": "CNN", "epoch": 3, "state_dict": {}, "optimizer": {}}, path)  # ConvNorm's own
+    assert load_checkpoint(path)["epoch"] == 3
+
+
+def flip(path):
+    """A byte within a tensor, where torch itself does not look."""
+    data = bytearray(path.read_bytes())
+    largest = max(load_checkpoint(path)["state_dict"].values(), key=torch.numel)
+    place = data.index(largest.numpy().tobytes()[:64])
+    data[place + 3] ^= 1
+    path.write_bytes(data)  # in place: all names of the file see it
+
+
+ROT = {
+    "a flipped bit in the middle of an epoch": (7, lambda folder: flip(folder / "model_last.pth")),
+    "a flipped bit in a file with three names": (6, lambda folder: flip(folder / "model_last.pth")),
+    "a truncated file": (7, lambda folder: (folder / "model_last.pth").write_bytes(b"PK")),
+    "a deleted file": (7, lambda folder: (folder / "model_last.pth").unlink()),
+    "last and newest": (7, lambda folder: [flip(folder / name) for name in ("model_last.pth", "model_epoch_2.pth")]),
+}
+
+
+def check_goes_on(folder, monkeypatch):
+    """Damaged runs go on from an older checkpoint and end as if nothing had been."""
+    config = config_of(trainer={"epochs": 3, "monitor": "min val_loss", "early_stop": 3})
+    run(folder / "whole", config)
+    for name, (after, damage) in ROT.items():
+        broken = folder / name
+        interrupt(monkeypatch, broken, config, after)
+        damage(broken)
+        Experiment.resume(str(broken))
+        assert "going on from model_epoch_" in (broken / "info.log").read_text(), name
+        for file in ("model_last.pth", "model_best.pth"):
+            assert difference(folder / "whole" / file, broken / file) == [], name
+        assert (folder / "whole" / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes(), name
+
+
+def test_a_run_goes_on_from_its_newest_good_checkpoint_and_says_so(tmp_path, monkeypatch):
+    check_goes_on(tmp_path, monkeypatch)
+
+
+def test_the_check_of_going_on_can_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "check_seal", lambda file, path: True)
+    with pytest.raises(AssertionError):
+        check_goes_on(tmp_path, monkeypatch)
+
+
+def test_a_bad_file_that_is_named_stops_and_nothing_begins_anew(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    interrupt(monkeypatch, folder, config_of(), 7)
+    flip(folder / "model_last.pth")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(CheckpointError, match="model_last.pth: is damaged"):
+        Experiment.resume(str(folder / "model_last.pth"))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(folder, config_of())
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    for name in ("model_best.pth", "model_epoch_1.pth", "model_epoch_2.pth"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model_last.pth: is damaged.*nothing better lies beside it \(2 numbered"):
+        Experiment.resume(str(folder))
+    for name in ("model_last.pth", "model_best.pth", "model_epoch_1.pth"):
+        (folder / name).unlink()
+    with pytest.raises(ConfigError, match="already holds a run"):  # one bad file is left: it is still not ours to begin anew
+        run(folder, config_of())
+
+
+def test_of_the_good_ones_the_newest_is_taken(tmp_path):
+    for name, epoch in (("model_epoch_2.pth", 2), ("model_epoch_10.pth", 10), ("model_best.pth", 11)):
+        save_checkpoint(tmp_path / name, {**CONTENTS, "epoch": epoch, "batch": 0})
+    taken = []
+    for _ in range(3):
+        file, contents, problem = load_to_resume(tmp_path)
+        assert problem == f"{tmp_path / 'model_last.pth'}: no such checkpoint"
+        taken.append(contents["epoch"])
+        file.unlink()
+    assert taken == [11, 10, 2]
+    shutil.copy(__file__, tmp_path / "model_last.pth")
+    with pytest.raises(CheckpointError, match="model_last.pth: is no readable checkpoint"):
+        load_to_resume(tmp_path)

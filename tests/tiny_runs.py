@@ -1,0 +1,77 @@
+"""Runs of a second, for tests of everything around training."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from base.base_trainer import BaseTrainer
+from base.checkpoint import load_checkpoint
+from base.config_files import merge, validate
+from base.errors import Stopped
+from experiment import Experiment
+
+TINY = {
+    "name": "tiny",
+    "seed": 3,
+    "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
+    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 8, "num_batches": 3, "validation_split": 0.1}},
+    "optimizer": {"type": "SGD", "args": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}},
+    "trainer": {"epochs": 3, "verbosity": 0},
+}
+
+
+def config_of(**sections):
+    return validate(merge(TINY, sections))
+
+
+def run(folder, config):
+    return Experiment.from_config(config).run(str(folder))
+
+
+def interrupt(monkeypatch, folder, config, after):
+    """Run until `after` updates are done, then send this process SIGTERM, as a cluster would."""
+    update, count = BaseTrainer.update, 0
+
+    def counted(self, loss):
+        nonlocal count
+        update(self, loss)
+        count += 1
+        if count == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseTrainer, "update", counted)
+        with pytest.raises(Stopped, match=rf"stopped by SIGTERM after .* continue with -r {folder}") as caught:
+            run(folder, config)
+    assert caught.value.exit_code == 143
+    assert count == after
+
+
+def difference(first, second):
+    """Names of everything that differs between two checkpoints, wall-clock time aside."""
+    different = []
+
+    def walk(a, b, path):
+        if isinstance(a, dict):
+            if a.keys() != b.keys():
+                different.append(path)
+                return
+            for key in a:
+                if key != "train_seconds":
+                    walk(a[key], b[key], f"{path}.{key}")
+        elif isinstance(a, (list, tuple)):
+            if len(a) != len(b):
+                different.append(path)
+                return
+            for index, (x, y) in enumerate(zip(a, b, strict=True)):
+                walk(x, y, f"{path}.{index}")
+        elif isinstance(a, torch.Tensor):
+            if not torch.equal(a, b):
+                different.append(path)
+        elif a != b:
+            different.append(path)
+
+    walk(load_checkpoint(first), load_checkpoint(second), "")
+    return different
