@@ -203,6 +203,8 @@ def _one_line(problem: dict[str, Any]) -> str:
             expected = problem["ctx"]["expected"]
             names = [name.strip("'") for name in expected.replace(" or ", ", ").split(", ")]
             return f"{key}: {value!r} is not one of: {', '.join(names)}{did_you_mean(str(value), names)}"
+        case "json_invalid":  # the tree is our own JSON; quoting it all would show Comet's key
+            return "holds text that is no valid Unicode, such as a path in another encoding than the terminal's"
         case "value_error":
             message = str(problem["ctx"]["error"])
             return f"{key}.{message}" if key and not message.startswith("'") else f"{key}{': ' if key else ''}{message}"
