@@ -1,7 +1,6 @@
 """Comet's key reaches no file and no log, however it is given, and whether the run ends well or badly.
 
-The whole working directory is searched, with zips unpacked, and everything that was printed. That nothing but tensors and plain
-values is read from a checkpoint, the other half of the promise, is tested elsewhere.
+The whole working directory is searched, with zips unpacked, and everything that was printed. The rest of promise 7 is elsewhere.
 """
 
 import io
@@ -97,7 +96,7 @@ def server(monkeypatch):
     server.server_close()
 
 
-def holders(folder, key=KEY):
+def holders(folder):
     """What below `folder` holds the key, in name or contents, also inside of zips, and how many things were searched."""
     found, searched = [], 0
     for path in folder.rglob("*"):
@@ -105,7 +104,7 @@ def holders(folder, key=KEY):
         if path.is_file():
             contents |= unpacked(str(path), path.read_bytes())
         searched += len(contents)
-        found += [name for name, content in contents.items() if key.encode() in content or key in name]
+        found += [name for name, content in contents.items() if KEY.encode() in content or KEY in name]
     return found, searched
 
 
