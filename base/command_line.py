@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from base.config import Config
@@ -26,6 +28,8 @@ SHORT_FLAGS = (
     (("--offline", "--comet_offline"), "comet.offline", "Comet without a server"),
     (("--seed",), "seed", "seed of everything random"),
 )
+KEY_GIVEN = re.compile(r"(--key|--comet_key|(--set=)?comet(\.api)?)(\W(?P<key>.*))?", re.DOTALL)
+"""A word of the command line that holds Comet's key, or is followed by it."""
 BOOLEANS = ("trainer.sym", "trainer.asym", "trainer.OCNN", "comet.offline")
 
 
@@ -39,8 +43,11 @@ class Parser(argparse.ArgumentParser):
 def config_parser(description: str) -> Parser:
     """A parser for scripts that run a config: `-c -r -d --run_dir --set` and ConvNorm's short flags."""
     parser = Parser(description=description, allow_abbrev=False)
-    parser.add_argument("-c", "--config", help="config file")
-    parser.add_argument("-r", "--resume", metavar="CHECKPOINT", help="checkpoint or run folder to continue, in that folder")
+    expand = os.path.expanduser  # as the shell does not do it behind an equals sign or within quotes
+    parser.add_argument("-c", "--config", type=expand, help="config file")
+    parser.add_argument(
+        "-r", "--resume", metavar="CHECKPOINT", type=expand, help="checkpoint or run folder to continue, in that folder"
+    )
     parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
     parser.add_argument("--run_dir", metavar="DIR", help="write exactly here instead of <save_dir>/<name>/<run id>")
     parser.add_argument(
@@ -104,8 +111,23 @@ def select_device(device: str | None) -> None:
         raise ConfigError(f"-d {device}: there is no such CUDA device")
 
 
+def without_keys(message: str, command: Sequence[str]) -> str:
+    """An error message with the Comet keys of the command line replaced by `***`, also of one that is not well-formed."""
+    for word, after in zip(command, [*command[1:], ""], strict=True):
+        given = KEY_GIVEN.fullmatch(word)
+        key = (given["key"] or after) if given else ""
+        if len(key) > 3:
+            message = message.replace(key, "***")
+    return message
+
+
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback."""
+    """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback.
+
+    Letters that the terminal's encoding does not have are written as escapes, as Python itself does on stderr.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -115,7 +137,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except ProjectError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"{error}", file=sys.stderr)
+        print(without_keys(f"{error}", sys.argv), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Config files: read JSON, inherit, override, validate.
 
-A file may name its parent in `extends` (a path relative to the file): its own keys win, and `null` deletes a key, which gives
-it its default. A key that begins with `_`, and `$schema`, is a comment.
+A file may name its parent in `extends`: its own keys win, and `null` deletes a key, which gives it its default. That path is
+relative to the file; where the file is a symbolic link, to what it leads to. A key that begins with `_`, and `$schema`,
+is a comment.
 """
 
 import json
@@ -47,7 +48,8 @@ def read_tree(path: str | Path, children: tuple[Path, ...] = ()) -> Tree:
         return tree
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: expected the path of a config file, not {parent!r}")
-    return merge(read_tree(file.parent / parent, (*children, file.resolve())), tree)
+    folder = (file.resolve() if file.is_symlink() else file).parent
+    return merge(read_tree(folder / parent, (*children, file.resolve())), tree)
 
 
 def merge(parent: Tree, child: Tree) -> Tree:
@@ -201,7 +203,10 @@ def _one_line(problem: dict[str, Any]) -> str:
             expected = problem["ctx"]["expected"]
             names = [name.strip("'") for name in expected.replace(" or ", ", ").split(", ")]
             return f"{key}: {value!r} is not one of: {', '.join(names)}{did_you_mean(str(value), names)}"
+        case "json_invalid":  # the tree is our own JSON; quoting it all would show Comet's key
+            return "holds text that is no valid Unicode, such as a path in another encoding than the terminal's"
         case "value_error":
             message = str(problem["ctx"]["error"])
             return f"{key}.{message}" if key and not message.startswith("'") else f"{key}{': ' if key else ''}{message}"
-    return f"{key}: {problem['msg']}, not {json.dumps(value)}"
+    found = "***" if path[:1] == ["comet"] else json.dumps(value)  # may be the key
+    return f"{key}: {problem['msg']}, not {found}"

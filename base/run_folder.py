@@ -129,7 +129,8 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
     """Send log messages to the terminal and to `file` (appended): warnings at verbosity 0, a line per epoch above it."""
     root = logging.getLogger()
     level = root.level
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), _LogFile(file, encoding="utf-8")]
+    log_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")  # names of files may be no valid UTF-8
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), log_file]
     handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         root.addHandler(handler)

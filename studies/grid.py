@@ -149,6 +149,8 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
             raise ConfigError(f"{path}: {name!r}: a variant's name is made of letters, digits, spaces and _ . + = % -")
         if "seed" in variant.settings:
             raise ConfigError(f"{path}: {name}: seed: belongs into the grid's seeds")
+        if _holds_key(variant.settings):
+            raise ConfigError(f"{path}: {name}: comet.api: would be shown and stored with the run's command; set COMET_API_KEY")
         found[name] = variant
     return found
 
@@ -223,6 +225,12 @@ def as_word(value: Any) -> str:
     return json.dumps(value)
 
 
+def _holds_key(settings: Settings) -> bool:
+    """Whether Comet's key is among the settings, of which a run's command is made."""
+    section = settings.get("comet")
+    return "comet.api" in settings or (isinstance(section, dict) and "api" in section)
+
+
 def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant]]:
     if not grid.axes:
         return []
@@ -247,6 +255,8 @@ def _run(path: Path, name: str, position: int, seed: int, variant: Variant, save
         check_optimization(config.optimizer, config.lr_scheduler)
     except ConfigError as error:
         raise ConfigError(f"{path}: {name}: {error}") from None
+    if config.comet is not None:  # submitit writes runs into files; a run's own process reads the key from the config file
+        config = config.model_copy(update={"comet": config.comet.model_copy(update={"api": None})})
     parent = save_dir or Path(config.trainer.save_dir) / path.stem
     return Run(
         name,
