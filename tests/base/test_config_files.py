@@ -1,6 +1,7 @@
 """Config files: inheritance, comments, overrides, and one clear line for everything that can be wrong with them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from base.config import Config
 from base.config_files import load_config, merge, override, validate
 from base.config_schema import reference, schema
 from base.errors import ConfigError
+from base.json_file import DEEPEST, parse_json, read_json_object
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -76,6 +78,88 @@ def test_resolved_config_reads_back_the_same_and_holds_no_secret():
     assert "secret-key" not in repr(config)
     read_back = validate(json.loads(json.dumps(config.dump())))
     assert read_back.dump() == config.dump()
+
+
+KEY = "sEcReT-Comet-kEy"
+
+
+def wrong_places_for_the_key():
+    """Config trees, texts of config files, and settings of a command line, in which the key stands where it does not belong."""
+    trees = [
+        {"comet": KEY},
+        {"comet": [KEY]},
+        {"comet": {"api": [KEY]}},
+        {"comet": {"api": {"key": KEY}}},
+        {"comet": {"apii": KEY}},
+        {"comet": {"apii": {"api": KEY}}},
+        {"comet": {"api": KEY, "offline": "yes"}},
+        {"comet": {"api": KEY, "offline": KEY}},
+        {"comet": {"offline": KEY}},
+        {"comet": {"offline": [KEY]}},
+        {"comet": {"project": {"name": KEY}}},
+        {"comet": {"workspace": [KEY]}},
+        {"comet": {"api": KEY}, "seed": -1},
+        {"comet": {"api": KEY}, "trainer": {"monitor": "x"}},
+        {"Comet": {"api": KEY}},
+        {"comet_api": KEY},
+        {"api": KEY},
+        {"arch": {"type": {"comet": {"api": KEY}}}},
+        {"arch": [{"comet": {"api": KEY}}]},
+        {"seed": {"comet": {"api": KEY}}},
+        {"data_loader": {"type": "DigitsDataLoader", "args": {"comet": {"api": KEY}}}},
+    ]
+    texts = [
+        f'{{"comet": {{"api": "{KEY}" "offline": true}}}}',
+        f'{{"comet": {{"api": "{KEY}", "api": "{KEY}"}}}}',
+        f'{{"comet": {{"api": "{KEY}\n"}}}}',
+        f'{{"comet": {{"api": {KEY}}}}}',
+        f'{{"comet": {{"api": "{KEY}\\ud800"}}}}',
+        f'{{"comet": {{"api": "\\{KEY}"}}}}',
+        f'{{"extends": {{"comet": "{KEY}"}}}}',
+        f'{{"comet": "{KEY}',
+    ]
+    settings = [
+        ("comet", KEY),
+        ("comet", f'["{KEY}"]'),
+        ("comet.api", f"{KEY}\udcff"),
+        ("comet.api.key", KEY),
+        ("comet.offline", KEY),
+        ("comet.project", f"{KEY}\ud800"),
+        ("comet.apii", KEY),
+        ("comet..api", KEY),
+        ("comet", f'{{"api": "{KEY}", "api": "{KEY}"}}'),
+        ("comet", f'{{"api": "{KEY}", "offline": NaN}}'),
+        ("comet", f'{{"api": ["{KEY}"]}}'),
+    ]
+    return trees, texts, settings
+
+
+def test_no_message_prints_the_comet_key(tmp_path):
+    trees, texts, settings = wrong_places_for_the_key()
+    refused = []
+    for tree in trees:
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(tmp_path / "config.json", {**DIGITS, **tree}))
+        refused.append(str(caught.value))
+    for text in texts:
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(tmp_path / "config.json", text))
+        refused.append(str(caught.value))
+    for setting in settings:
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(tmp_path / "config.json", DIGITS), [setting])
+        refused.append(str(caught.value))
+    assert [message for message in refused if KEY in message or "\n" in message] == []
+    assert len(refused) == 40
+    assert "comet.api: Input should be a valid string (what was given is not shown)" in refused[2]
+    assert "comet.apii: unknown key; did you mean 'api'?" in refused[4]
+
+
+def test_key_of_another_type_stays_unseen_and_numbers_are_text_on_the_command_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"comet.api: .* \(what was given is not shown\)$") as caught:
+        validate({**DIGITS, "comet": {"api": 123454321}})
+    assert "123454321" not in str(caught.value)
+    assert validate(override(DIGITS, [("comet.api", "123454321")])).comet.api == "123454321"
 
 
 def test_child_wins_null_deletes_and_comments_vanish(tmp_path):
@@ -190,35 +274,129 @@ def test_two_places_for_num_classes_must_agree():
         validate({**DIGITS, "num_classes": 5, "arch": {"args": {"num_classes": 10}}})
 
 
+DEEP = '{"a":' * 10_000
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "message"),
+    [
+        ('{"seed": 1,\n "name" 2}', (2, 9), "not valid JSON: Expecting ':' delimiter"),
+        ('{"seed": 1, "seed": 2}', (1, 13), "key 'seed' is given twice in one object"),
+        ('{"seed": 1,\r\n\r\n "s\\u0065ed": 2}', (3, 2), "key 'seed' is given twice in one object"),
+        (
+            '{"a": "\\" {[\\\\", "b": "\\n",\n "c": [{"a": 1}, {"a": 2, "é\U0001f600": 1, "a": 3}]}',
+            (2, 36),
+            "key 'a' is given twice",
+        ),
+        ('{"k": {"a\\nb": 1,\n"a\\nb": 2}}', (2, 1), r"key 'a\nb' is given twice"),
+        ('{"seed": NaN}', (1, 10), "NaN is not a finite number"),
+        ('{"seed":\n -Infinity}', (2, 2), "-Infinity is not a finite number"),
+        ('{"seed": [0, 1e999]}', (1, 14), "1e999 is too large a number: expected at most 1.8e308"),
+        ('{"seed": -' + "9" * 400 + "}", (1, 10), "-9999999999999999999... is too large a number"),
+        ('{"seed": ' + "9" * 5000 + "}", (1, 10), "99999999999999999999... is too large a number"),
+        ('{"name": "\\ud83d\\ude00 \\ud83d"}', (1, 10), "half a surrogate pair is no text"),
+        ("\n [1]", (2, 2), "expected a JSON object, not a list"),
+        ('"text"', (1, 1), "expected a JSON object, not a string"),
+        ("null", (1, 1), "expected a JSON object, not null"),
+        ("1.5", (1, 1), "expected a JSON object, not a number"),
+        ("true", (1, 1), "expected a JSON object, not true or false"),
+        ("", (1, 1), "nothing here: expected a JSON object"),
+        (" \n\n", (3, 1), "nothing here: expected a JSON object"),
+        ("\f{}", (1, 1), "not valid JSON: Expecting value"),
+        ("{}\n}", (2, 1), "not valid JSON: Extra data"),
+        ("}", (1, 1), "not valid JSON: Expecting value"),
+        ('{"name": "a\nb"}', (1, 12), "not valid JSON: Invalid control character at"),
+        (DEEP, (1, 501), "nested deeper than 100 levels"),
+        (DEEP + "1" + "}" * 10_000, (1, 501), "nested deeper than 100 levels"),
+        ('{"a":\n' * 10_000, (101, 1), "nested deeper than 100 levels"),
+        ('{"a": "' + "[" * 200, (1, 7), "not valid JSON: Unterminated string starting at"),
+        ('{"a": "' + "[" * 200 + "\\", (1, 7), "not valid JSON: Unterminated string starting at"),
+        ('{"é": "'.encode() + b"\xff", (1, 8), "byte 0xff is not UTF-8 text"),
+        (b'\xef\xbb\xbf{"a":\r\n\t\xc3', (2, 2), "byte 0xc3 is not UTF-8 text"),
+        (b"\xef\xbb\xbf[]", (1, 1), "expected a JSON object, not a list"),
+        ("{}".encode("utf-16"), (1, 1), "UTF-16 or UTF-32 text: expected UTF-8"),
+        ("{}".encode("utf-32"), (1, 1), "UTF-16 or UTF-32 text: expected UTF-8"),
+    ],
+)
+def test_broken_json_is_one_line_with_line_and_column(tmp_path, text, place, message):
+    file = tmp_path / "config.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value).startswith(f"{file}: line {place[0]}, column {place[1]}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_unusual_but_json_is_read(tmp_path):
+    value = {"a": [1e308, -0.0, 10**300, "\U0001f600", '[{:}]\\"'], "": {"a": {}}, "NaN": "NaN"}
+    file = tmp_path / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(value, indent=1).replace("\n", "\r\n").encode())
+    assert read_json_object(file) == value
+    deepest = '{"a":' * DEEPEST + "1" + "}" * DEEPEST
+    assert parse_json(deepest) == json.loads(deepest)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"seed": 1,\n "name" 2}', "line 2, column 9: not valid JSON"),
-        ('{"seed": 1, "seed": 2}', "key 'seed' is given twice"),
-        ('{"seed": NaN}', "NaN is not a finite number"),
-        ('{"seed": 1e400}', "1e400 is not a finite number"),
-        ("[1]", "expected a JSON object, not list"),
-        ('{"a":' * 100_000, "nested too deeply"),
-        ('{"extends": 3}', "extends: expected the path of a config file, not 3"),
-        ('{"extends": "missing.json"}', "missing.json: no such config file"),
-        ('{"extends": "config.json"}', "extends itself"),
+        ({"extends": 3}, "config.json: extends: expected the path of a config file, not 3"),
+        ({"extends": "missing.json"}, "config.json: extends: .*missing.json: no such config file"),
+        ({"extends": ""}, "config.json: extends: .*: cannot be read: Is a directory"),
+        ({"extends": "a\0b"}, r"a\\x00b: cannot be read: embedded null byte"),
+        ({"extends": "a" * 300}, "config.json: extends: .*: cannot be read: File name too long"),
+        ({"extends": "config.json"}, "config.json: extends: .*config.json extends itself"),
+        ({"extends": "loop.json"}, "loop.json: cannot be read: "),
+        ({"extends": "broken.json"}, "config.json: extends: .*broken.json: line 1, column 1: not valid JSON"),
     ],
 )
-def test_broken_file_is_one_line(tmp_path, text, message):
-    file = write(tmp_path / "config.json", text)
+def test_parent_that_cannot_be_had_is_one_line(tmp_path, text, message):
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "broken.json").write_text("broken")
     with pytest.raises(ConfigError, match=message) as caught:
-        load_config(file)
+        load_config(write(tmp_path / "config.json", text))
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_byte_order_mark_and_binary(tmp_path):
-    file = tmp_path / "config.json"
-    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(DIGITS).encode())
-    assert load_config(file).data_loader.type == "DigitsDataLoader"
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
-        load_config(file)
+def test_extends_in_a_circle_and_in_a_long_chain(tmp_path):
+    for index in range(1100):
+        write(tmp_path / f"{index}.json", {"extends": f"{index + 1}.json", "trainer": {"epochs": index + 1}})
+    write(tmp_path / "1100.json", {**DIGITS, "seed": 7})
+    config = load_config(tmp_path / "0.json")
+    assert (config.trainer.epochs, config.seed) == (1, 7)
+    write(tmp_path / "1100.json", {"extends": "1099.json"})
+    with pytest.raises(ConfigError, match="1100.json: extends: .*1099.json extends itself"):
+        load_config(tmp_path / "1000.json")
+
+
+def test_missing_file_and_line_breaks_in_its_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"a\\nb.json: no such config file"):
+        load_config(tmp_path / "a\nb.json")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (("trainer", '{"epochs": 1, "epochs": 2}'), "trainer: key 'epochs' is given twice in one object"),
+        (("optimizer.args.lr", "NaN"), "optimizer.args.lr: NaN is not a finite number"),
+        (("optimizer.args.lr", "1e999"), "optimizer.args.lr: 1e999 is too large a number"),
+        (("optimizer", "[" * 10_000), "optimizer: nested deeper than 100 levels"),
+        ((".".join("a" * 21), "1"), "expected a dotted key such as trainer.epochs"),
+        (("trainer..epochs", "1"), "'trainer..epochs': expected a dotted key"),
+        (("name", "a\udcffb"), r"name: not UTF-8 text: .*udcff"),
+        (("data_loader.args.data_dir", "[1, \udcff"), "data_loader.args.data_dir: not UTF-8 text"),
+        (("a\udcff", "1"), r"a\\udcff: not UTF-8 text"),
+    ],
+)
+def test_override_that_cannot_be_read_names_its_key(setting, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        validate(override(DIGITS, [setting]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["NaN", "1e999", "[" * 200, '{"a": 1, "a": 2}'])
+def test_text_stays_text_where_the_field_is_text(text):
+    assert validate(override(DIGITS, [("trainer.noise_file", text)])).trainer.noise_file == text
 
 
 json_values = st.recursive(
@@ -226,6 +404,52 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
+
+
+@given(json_values, st.sampled_from([None, 0, 3]), st.booleans())
+def test_reader_gives_what_python_reads(value, indent, ascii_only):
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
+    assert repr(parse_json(text)) == repr(json.loads(text))
+
+
+PIECES = [
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    ",",
+    '"a"',
+    '"b"',
+    "1",
+    "-",
+    "1e999",
+    "NaN",
+    "Infinity",
+    "null",
+    "\\",
+    '"',
+    "\n",
+    " ",
+    "\\u",
+    "d83d",
+]
+
+
+@given(st.text(st.characters()) | st.lists(st.sampled_from(PIECES), max_size=25).map("".join) | st.binary(), st.booleans())
+def test_any_bytes_are_an_object_or_one_line_that_names_a_place_in_them(tmp_path_factory, content, in_object):
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    file = tmp_path_factory.getbasetemp() / "any.json"
+    file.write_bytes(b'{"a":' + data + b"}" if in_object else data)
+    try:
+        value = read_json_object(file)
+    except ConfigError as error:
+        line, column = map(int, re.fullmatch(r".*any\.json: line (\d+), column (\d+): .+", str(error)).groups())
+        lines = file.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        assert 1 <= column <= len(lines[line - 1]) + 1  # noqa: PT017 - most texts are refused, and then the place is what counts
+    else:
+        assert isinstance(value, dict)
+        assert value == json.loads(file.read_bytes().decode("utf-8-sig"))
 
 
 @given(st.sampled_from(sorted(Config.model_fields)), json_values)
