@@ -110,18 +110,18 @@ def _with_plain_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _tokens(text: str) -> Iterator[tuple[str, int]]:
+def _words(text: str) -> Iterator[tuple[str, int]]:
     return ((match.group(), match.start()) for match in TOKEN.finditer(text))
 
 
 def _refuse_depth(text: str) -> None:
     depth = 0
-    for token, position in _tokens(text):
-        if token in "[{":
+    for word, position in _words(text):
+        if word in "[{":
             depth += 1
             if depth > DEEPEST:
                 raise JSONError(f"nested deeper than {DEEPEST} levels", text, position)
-        elif token in "]}":
+        elif word in "]}":
             depth -= 1
 
 
@@ -129,14 +129,14 @@ def _refuse_values(text: str) -> None:
     """Refuse what `json.loads` has let pass in a text, which is therefore known to be of JSON's grammar."""
     keys: list[set[str]] = []  # of the objects and lists that are open
     string, begin = "", 0  # the latest string and its place: a key, where a colon follows
-    for token, position in _tokens(text):
-        match token[0]:
+    for word, position in _words(text):
+        match word[0]:
             case "{" | "[":
                 keys.append(set())
             case "}" | "]":
                 keys.pop()
             case '"':
-                string, begin = json.loads(token), position
+                string, begin = json.loads(word), position
                 if any("\ud800" <= c <= "\udfff" for c in string):
                     raise JSONError("half a surrogate pair is no text", text, position)
             case ":":
@@ -144,7 +144,7 @@ def _refuse_values(text: str) -> None:
                     raise JSONError(f"key {string[:80]!r} is given twice in one object", text, begin)
                 keys[-1].add(string)
             case _:
-                if token.endswith(("NaN", "Infinity")):
-                    raise JSONError(f"{token} is not a finite number", text, position)
-                if isinf(float(token)):
-                    raise JSONError(f"{one_line(token, 20)} is too large a number: expected at most 1.8e308", text, position)
+                if word.endswith(("NaN", "Infinity")):
+                    raise JSONError(f"{word} is not a finite number", text, position)
+                if isinf(float(word)):
+                    raise JSONError(f"{one_line(word, 20)} is too large a number: expected at most 1.8e308", text, position)

@@ -446,7 +446,7 @@ def test_any_bytes_are_an_object_or_one_line_that_names_a_place_in_them(tmp_path
     except ConfigError as error:
         line, column = map(int, re.fullmatch(r".*any\.json: line (\d+), column (\d+): .+", str(error)).groups())
         lines = file.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        assert 1 <= column <= len(lines[line - 1]) + 1  # noqa: PT017 - most texts are refused, and then the place is what counts
+        assert 1 <= column <= len(lines[line - 1]) + 1
     else:
         assert isinstance(value, dict)
         assert value == json.loads(file.read_bytes().decode("utf-8-sig"))
