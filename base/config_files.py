@@ -165,8 +165,8 @@ def _explain_placeholders(tree: Tree, source: str) -> Tree:
         data_dir = data_dir.get(key, {}) if isinstance(data_dir, dict) else {}
     if isinstance(data_dir, str) and PLACEHOLDER.fullmatch(data_dir):
         raise ConfigError(
-            f"{source}: data_loader.args.data_dir: {_shown(data_dir, repr)} is the published config's placeholder: put the folder of"
-            " the data set there, or add --set data_loader.args.data_dir=FOLDER"
+            f"{source}: data_loader.args.data_dir: {_shown(data_dir, repr)} is the published config's placeholder: put the"
+            " folder of the data set there, or add --set data_loader.args.data_dir=FOLDER"
         )
     comet = tree.get("comet")
     if isinstance(comet, dict) and isinstance(comet.get("api"), str) and PLACEHOLDER.fullmatch(comet["api"]):
