@@ -233,7 +233,7 @@ def test_later_override_wins_and_null_restores_the_default():
         ("trainer.monitor", "max robust_top1", "trainer.monitor: 'max robust_top1' is neither 'off' nor"),
         ("trainer.adv_clip_eps", 0.031, r"trainer.adv_clip_eps: 0.031 is in 1/255 .*write 7.91 for 0.031 of the pixel range"),
         ("trainer.fgsm_step", 0.03, "trainer.fgsm_step: 0.03 is in 1/255"),
-        ("adversarial.epsilon", 256, "adversarial.epsilon: 256 is in 1/255 of the pixel range: expected at most 255"),
+        ("adversarial.epsilon", 256, "adversarial.epsilon: .*less than or equal to 255, not 256"),
         ("adversarial", {"norm": "l2", "epsilon": 8}, "adversarial.epsilon: 8 is in units of .*write 0.0314 for 8/255"),
         (
             "adversarial",
@@ -247,8 +247,31 @@ def test_later_override_wins_and_null_restores_the_default():
         ("data_loader.type", "CIFAR10DataLoader", "data_loader.args.data_dir: required"),
         ("data_loader.args.image_size", 8, "data_loader.args.image_size: only ImageFolderDataLoader takes it"),
         ("data_loader.args.mean", [0.5], "data_loader.args.mean: .*at least 3 items"),
-        ("name", "../elsewhere", "name: .*pattern"),
-        ("name", "..", "name: '..' is not a folder name"),
+        ("name", "../elsewhere", "name: '../elsewhere' is not the name of a folder: expected 1 to 255 bytes without slashes"),
+        ("name", "..", "name: '..' is not the name of a folder"),
+        ("name", "", "name: '' is not the name of a folder"),
+        ("name", "a\\b", "name: .* is not the name of a folder"),
+        ("name", "a\nb", r"name: 'a\\nb' is not the name of a folder"),
+        ("name", "a\u2028b", r"name: 'a\\u2028b' is not the name of a folder"),
+        ("name", "a\0b", r"name: 'a\\x00b' is not the name of a folder"),
+        ("name", "é" * 128, "name: 'é{80}' is not the name of a folder"),
+        ("name", "a" * 300, "name: 'a{80}' is not the name of a folder"),
+        ("name", "it's..\0", r'name: "it.s..\\x00" is not the name of a folder'),
+        ("trainer.save_dir", "", "trainer.save_dir: String should have at least 1 character"),
+        ("trainer.save_dir", "a\0b", r"trainer.save_dir: 'a\\x00b' holds a zero byte, which no path can"),
+        ("data_loader.args.data_dir", "a\0b", r"data_loader.args.data_dir: 'a\\x00b' holds a zero byte"),
+        ("data_loader.args.data_dir", "", "data_loader.args.data_dir: String should have at least 1 character"),
+        ("trainer.noise_file", "a\0b", r"trainer.noise_file: 'a\\x00b' holds a zero byte"),
+        ("system.device", "gpu", "system.device: 'gpu' is not a device: expected auto, cpu, cuda, cuda:N or mps"),
+        ("system.device", "cuda:9999", "system.device: 'cuda:9999' is not a device"),
+        ("system.num_threads", 10**6, "system.num_threads: .*less than or equal to 1024, not 1000000"),
+        ("data_loader.args.image_size", 10**6, "data_loader.args.image_size: .*less than or equal to 8192, not 1000000"),
+        ("data_loader.args.batch_size", 10**10, "data_loader.args.batch_size: .*less than or equal to 1000000000, not 1"),
+        ("data_loader.args.num_workers", 10**6, "data_loader.args.num_workers: .*less than or equal to 1024"),
+        ("trainer.epochs", 10**300, r"trainer.epochs: .*less than or equal to 1000000000, not 10{79}\\.\\.\\."),
+        ("augmentation.mixup_alpha", 1e308, "augmentation.mixup_alpha: .*less than or equal to 1000, not 1e.308"),
+        ("adversarial.epsilon", 1e308, "adversarial.epsilon: .*less than or equal to 255, not 1e.308"),
+        ("trainer.fgsm_step", 1e308, "trainer.fgsm_step: .*less than or equal to 255"),
     ],
 )
 def test_bad_value_is_named_by_its_dotted_key(key, value, message):
@@ -262,6 +285,11 @@ def test_bad_value_is_named_by_its_dotted_key(key, value, message):
     with pytest.raises(ConfigError, match=f"^here: .*{message}") as caught:
         validate(merge(tree, nested), "here")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "Опыт 1", "\U0001f469\u200d\U0001f52c", ". .", "a:b*c?", "x.y"])
+def test_any_name_of_a_folder_is_a_name(name):
+    assert validate({**DIGITS, "name": name}).name == name
 
 
 def test_none_contradicts_the_original_switch_for_free_training():
