@@ -48,9 +48,8 @@ def reference() -> str:
         for name, field in section.model_fields.items():
             if section_at([*path, name]) is None:
                 default = "required" if field.is_required() else f"`{json.dumps(_plain(field.default))}`"
-                lines.append(
-                    f"| `{name}` | {_describe(field.annotation, field.metadata)} | {default} | {_one_paragraph(field.description)} |"
-                )
+                kind, meaning = _describe(field.annotation, field.metadata), " ".join((field.description or "").split())
+                lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -79,10 +78,6 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     limits = [(sign, getattr(item, name)) for item in constraints for name, sign in signs.items() if hasattr(item, name)]
     bounds = [f"{sign} {limit}" for sign, limit in limits if limit != LARGEST]
     return f"{words} {', '.join(bounds)}".strip()
-
-
-def _one_paragraph(text: str | None) -> str:
-    return " ".join((text or "").split())
 
 
 def _plain(value: Any) -> Any:

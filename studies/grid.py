@@ -133,8 +133,8 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
     """The variants by name, those of the axes first.
 
     Raises:
-        ConfigError: two variants of one name, a name that is no folder name, a seed among the settings, or two axes that set
-            the same key.
+        ConfigError: two variants of one name, a name that is no folder name, a seed or a Comet key among the settings, or two
+            axes that set the same key.
     """
     base = path.parent / (grid.base or "")
     named = [
@@ -149,6 +149,10 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
             raise ConfigError(f"{path}: {name!r}: a variant's name is made of letters, digits, spaces and _ . + = % -")
         if "seed" in variant.settings:
             raise ConfigError(f"{path}: {name}: seed: belongs into the grid's seeds")
+        if _holds_key(variant.settings):
+            raise ConfigError(
+                f"{path}: {name}: comet.api: a grid's settings are shown and logged: put the key in COMET_API_KEY"
+            )
         found[name] = variant
     return found
 
@@ -218,9 +222,15 @@ def as_word(value: Any) -> str:
     if isinstance(value, str):
         try:
             json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return json.dumps(value)
+
+
+def _holds_key(settings: Settings) -> bool:
+    """Whether a Comet key is among the settings, which become words of command lines."""
+    comet = settings.get("comet")
+    return "comet.api" in settings or (comet is not None and (not isinstance(comet, dict) or "api" in comet))
 
 
 def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant]]:

@@ -268,7 +268,7 @@ def test_later_override_wins_and_null_restores_the_default():
         ("data_loader.args.image_size", 10**6, "data_loader.args.image_size: .*less than or equal to 8192, not 1000000"),
         ("data_loader.args.batch_size", 10**10, "data_loader.args.batch_size: .*less than or equal to 1000000000, not 1"),
         ("data_loader.args.num_workers", 10**6, "data_loader.args.num_workers: .*less than or equal to 1024"),
-        ("trainer.epochs", 10**300, r"trainer.epochs: .*less than or equal to 1000000000, not 10{79}\\.\\.\\."),
+        ("trainer.epochs", 10**30, "trainer.epochs: .*less than or equal to 1000000000, not 10{30}"),
         ("augmentation.mixup_alpha", 1e308, "augmentation.mixup_alpha: .*less than or equal to 1000, not 1e.308"),
         ("adversarial.epsilon", 1e308, "adversarial.epsilon: .*less than or equal to 255, not 1e.308"),
         ("trainer.fgsm_step", 1e308, "trainer.fgsm_step: .*less than or equal to 255"),
