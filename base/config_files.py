@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from base.config import Config
 from base.config_section import Section
 from base.errors import ConfigError
-from base.json_file import KINDS, JSONError, one_line, parse_json, read_json_object
+from base.json_file import HALF_A_PAIR, KINDS, JSONError, one_line, parse_json, read_json_object
 from base.registry import did_you_mean
 
 Tree = dict[str, Any]
@@ -128,7 +128,7 @@ def _without_comments(value: Any) -> Any:
 
 def _refuse_broken_text(value: Any, source: str, path: tuple[str, ...] = ()) -> None:
     """Refuse half surrogate pairs, which is how Python hands over bytes of a command line that are no UTF-8."""
-    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+    if isinstance(value, str) and HALF_A_PAIR.search(value):
         raise ConfigError(
             f"{source}: {one_line('.'.join(path))}: not UTF-8 text{'' if _is_secret(path) else f': {_shown(value)}'}"
         )

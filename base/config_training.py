@@ -37,6 +37,13 @@ class SchedulerConfig(Section):
             raise ValueError(f"{name!r} is not a logged value: {LOGGED_VALUES}")
         return known
 
+    @model_validator(mode="after")
+    def _has_type(self) -> Self:
+        given = [name for name in ("args", "interval", "monitor") if getattr(self, name)]
+        if given and "type" not in self.model_fields_set:
+            raise ValueError(f"type: required where lr_scheduler.{given[0]} is given: without it there is no schedule")
+        return self
+
 
 class TrainerConfig(Section):
     """Training, label noise and data subset, under ConvNorm's names."""

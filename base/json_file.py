@@ -20,6 +20,8 @@ DEEPEST = 100
 TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|-?[0-9][0-9.eE+-]*|-?Infinity|NaN|[][{}:]', re.DOTALL)
 """All tokens of JSON but those that can always stay as they are (commas, true, false, null). A string without an end reaches to
 the end of the text, so brackets in strings are never taken for structure."""
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+"""A surrogate that stands alone, for those of a pair are one character in Python."""
 KINDS = {
     dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number",
     type(None): "null",
@@ -136,8 +138,8 @@ def _refuse_values(text: str) -> None:
             case "}" | "]":
                 keys.pop()
             case '"':
-                string, begin = json.loads(word), position
-                if any("\ud800" <= c <= "\udfff" for c in string):
+                string, begin = json.loads(word) if "\\" in word else word[1:-1], position
+                if HALF_A_PAIR.search(string):
                     raise JSONError("half a surrogate pair is no text", text, position)
             case ":":
                 if string in keys[-1]:
