@@ -127,11 +127,12 @@ def _without_comments(value: Any) -> Any:
 
 
 def _refuse_broken_text(value: Any, source: str, path: tuple[str, ...] = ()) -> None:
-    """Refuse half surrogate pairs, which is how Python hands over bytes of a command line that are no UTF-8."""
-    if isinstance(value, str) and HALF_A_PAIR.search(value):
-        raise ConfigError(
-            f"{source}: {one_line('.'.join(path))}: not UTF-8 text{'' if _is_secret(path) else f': {_shown(value)}'}"
-        )
+    """Refuse zero bytes, which neither paths nor command lines can hold, and half surrogate pairs, which is how Python hands
+    over bytes of a command line that are no UTF-8."""
+    if isinstance(value, str) and ("\0" in value or HALF_A_PAIR.search(value)):
+        reason = "holds a zero byte" if "\0" in value else "not UTF-8 text"
+        content = "" if _is_secret(path) else f": {_shown(value)}"
+        raise ConfigError(f"{source}: {one_line('.'.join(path))}: {reason}{content}")
     if isinstance(value, dict):
         for key, below in value.items():
             _refuse_broken_text(key, source, (*path, key))

@@ -150,9 +150,7 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
         if "seed" in variant.settings:
             raise ConfigError(f"{path}: {name}: seed: belongs into the grid's seeds")
         if _holds_key(variant.settings):
-            raise ConfigError(
-                f"{path}: {name}: comet.api: grids are shown and logged: put the key in COMET_API_KEY"
-            )
+            raise ConfigError(f"{path}: {name}: comet.api: grids are shown and logged: put the key in COMET_API_KEY")
         found[name] = variant
     return found
 

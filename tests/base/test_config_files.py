@@ -193,7 +193,7 @@ def test_child_wins_null_deletes_and_comments_vanish(tmp_path):
     ],
 )
 def test_override_is_typed_by_its_field(setting, expected):
-    value = validate(override(DIGITS, [setting])).model_dump()
+    value = validate(override({**DIGITS, "lr_scheduler": {"type": "StepLR"}}, [setting])).model_dump()
     for key in setting[0].split("."):
         value = value[key]
     assert value == expected
@@ -248,20 +248,22 @@ def test_later_override_wins_and_null_restores_the_default():
         ("data_loader.args.image_size", 8, "data_loader.args.image_size: only ImageFolderDataLoader takes it"),
         ("data_loader.args.mean", [0.5], "data_loader.args.mean: .*at least 3 items"),
         ("name", "../elsewhere", "name: '../elsewhere' is not the name of a folder: expected 1 to 255 bytes without slashes"),
+        ("lr_scheduler.args.step_size", 3, "lr_scheduler.type: required where lr_scheduler.args is given"),
+        ("lr_scheduler.interval", "batch", "lr_scheduler.type: required where lr_scheduler.interval is given"),
         ("name", "..", "name: '..' is not the name of a folder"),
         ("name", "", "name: '' is not the name of a folder"),
         ("name", "a\\b", "name: .* is not the name of a folder"),
         ("name", "a\nb", r"name: 'a\\nb' is not the name of a folder"),
         ("name", "a\u2028b", r"name: 'a\\u2028b' is not the name of a folder"),
-        ("name", "a\0b", r"name: 'a\\x00b' is not the name of a folder"),
+        ("name", "a\0b", "name: holds a zero byte: .a.*b"),
         ("name", "é" * 128, "name: 'é{80}' is not the name of a folder"),
         ("name", "a" * 300, "name: 'a{80}' is not the name of a folder"),
-        ("name", "it's..\0", r'name: "it.s..\\x00" is not the name of a folder'),
+        ("name", "it's/", "name: .it's/. is not the name of a folder"),
         ("trainer.save_dir", "", "trainer.save_dir: String should have at least 1 character"),
-        ("trainer.save_dir", "a\0b", r"trainer.save_dir: 'a\\x00b' holds a zero byte, which no path can"),
-        ("data_loader.args.data_dir", "a\0b", r"data_loader.args.data_dir: 'a\\x00b' holds a zero byte"),
+        ("trainer.save_dir", "a\0b", "trainer.save_dir: holds a zero byte"),
+        ("data_loader.args.data_dir", "a\0b", "data_loader.args.data_dir: holds a zero byte"),
         ("data_loader.args.data_dir", "", "data_loader.args.data_dir: String should have at least 1 character"),
-        ("trainer.noise_file", "a\0b", r"trainer.noise_file: 'a\\x00b' holds a zero byte"),
+        ("trainer.noise_file", "a\0b", "trainer.noise_file: holds a zero byte"),
         ("system.device", "gpu", "system.device: 'gpu' is not a device: expected auto, cpu, cuda, cuda:N or mps"),
         ("system.device", "cuda:9999", "system.device: 'cuda:9999' is not a device"),
         ("system.num_threads", 10**6, "system.num_threads: .*less than or equal to 1024, not 1000000"),

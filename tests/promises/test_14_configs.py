@@ -14,15 +14,15 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+from pydantic import ConfigDict
 from torch import nn, optim
 
-from base import config_arguments, config_files, optimization
+from base import config_arguments, config_files, json_file, optimization
 from base.config import Config
 from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
-from base.json_file import parse_json
 from base.optimization import check_optimization
-from studies.grid import plan
+from studies import grid
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -110,10 +110,8 @@ def with_every_key():
 
 
 def trees():
-    """Name -> tree of every shipped config, of every variant of every grid that is made of settings, and of all keys."""
-    found = {str(file.relative_to(CONFIGS)): resolved(file) for file in FILES}
-    found["every key"] = with_every_key()
-    return found
+    """Name -> tree of every shipped config, and of one more that has a value at every documented key."""
+    return {"every key": with_every_key(), **{str(file.relative_to(CONFIGS)): resolved(file) for file in FILES}}
 
 
 def kind_of(words):
@@ -159,30 +157,44 @@ def value_at(tree, key):
 
 
 class Loading:
-    """Loads configs as `load_config` does once it has a file's text, and counts them."""
+    """Loads configs, counts them, and asserts that wrong ones are refused in one line that names what is wrong."""
 
-    def __init__(self):
-        self.count = 0
+    def __init__(self, file):
+        self.file, self.count = file, 0
         self.check = cache(lambda text: check_optimization(*map(_section, json.loads(text))))
 
     def __call__(self, tree):
+        """As `load_config` does once it has a file's text."""
         self.count += 1
-        config = config_files.validate(parse_json(json.dumps(tree)), "config.json")
+        config = config_files.validate(json_file.parse_json(json.dumps(tree)), "config.json")
         self.check(json.dumps([config.optimizer.model_dump(), config.lr_scheduler.model_dump()]))
         return config
 
+    def text(self, data):
+        self.count += 1
+        self.file.write_bytes(data)
+        return json_file.read_json_object(self.file)
+
     def refuses(self, tree, key, *also):
-        """Assert that a tree is refused in one line that names the dotted key."""
-        try:
-            self(tree)
-        except ConfigError as error:
-            message = str(error)
-        else:
-            raise AssertionError(f"{key}: accepted: {value_at(tree, key)!r}")
-        assert "\n" not in message
+        message = self.message(lambda: self(tree), key)
         assert re.search(rf"(^|: ){re.escape(key)}(\.\d+)?: ", message), f"does not name {key}: {message}"
-        for text in also:
-            assert text in message
+        assert all(text in message for text in also), message
+
+    def refuses_grid(self, tree, *texts):
+        self.count += 1
+        self.file.write_text(json.dumps(tree))
+        message = self.message(lambda: grid.plan(self.file, seeds=[0]), texts[0])
+        assert all(text in message for text in texts), message
+
+    def refuses_text(self, data, line, column, reason):
+        message = self.message(lambda: self.text(data), reason)
+        assert message.startswith(f"{self.file}: line {line}, column {column}: {reason}"), message
+
+    def message(self, load, what):
+        with pytest.raises(ConfigError) as caught:
+            load()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
 
 
 def _section(values):
@@ -316,13 +328,63 @@ def check_out_of_range(load):
                 load.refuses(put(tree, key, item), key)
 
 
-CHECKS = {check_deleted: 1123, check_misspelt: 5000, check_wrong_type: 5283, check_out_of_range: 3532}
+def check_grids(load):
+    """Every setting of every grid, misspelt and of wrong types, and the grid's own keys: the line names them."""
+    for path in GRIDS:
+        tree = {key: value for key, value in json.loads(path.read_text()).items() if key[0] not in "_$"}
+        if "base" in tree:
+            tree["base"] = str((path.parent / tree["base"]).resolve())
+        for name, value in tree.get("variants", {}).items():
+            tree["variants"][name] = str((path.parent / value).resolve()) if isinstance(value, str) else value
+        for key in tree:
+            load.refuses_grid({**tree, key + key[-1]: tree[key]}, f"{key}{key[-1]}: ", f"did you mean {key!r}?")
+            load.refuses_grid({**tree, key: 3}, f"{key}: ")
+            load.refuses_grid({**tree, key: [["a"]]}, f"{key}")
+        for labels in [*tree.get("axes", {}).values(), tree.get("variants", {})]:
+            for label, settings in list(labels.items()):
+                for key in settings if isinstance(settings, dict) else ():
+                    for wrong in ({f"{key}{key[-1]}": settings[key]}, {key: {"a": 1}}, {key: [["a"]]}, {"comet.api": "key"}):
+                        labels[label] = {**{other: settings[other] for other in settings if other != key}, **wrong}
+                        load.refuses_grid(tree, f"{next(iter(wrong))}: ")
+                labels[label] = settings
+
+
+INSERTED = {
+    '"zz": 1, "zz": 2, ': (9, "key 'zz' is given twice in one object"),
+    '"zz": NaN, ': (6, "NaN is not a finite number"),
+    '"zz": -1e999, ': (6, "-1e999 is too large a number"),
+    '"zz" 1, ': (5, "not valid JSON: Expecting ':' delimiter"),
+    '"z\\ud800": 1, ': (0, "half a surrogate pair is no text"),
+    '"z\udcff": 1, ': (2, "byte 0xff is not UTF-8 text"),
+    f'"zz": {"[" * 10_000}': (6, "nested deeper than 100 levels"),
+}
+"""What is put after the opening brace of an object -> where in it the mistake is (of levels: the first), and which."""
+
+
+def check_json(load):
+    """Mistakes in every object of every shipped file, with line ends of Unix and of Windows: a line with line and column."""
+    for file in [*FILES, *GRIDS]:
+        text = file.read_text()
+        assert load.text(b"\xef\xbb\xbf" + text.encode()) == json.loads(text)
+        load.refuses_text(text.encode("utf-16"), 1, 1, "UTF-16")
+        for brace in re.finditer(r"{(?!\s*})", text):
+            before = text[: brace.end()]
+            depth = before.count("{") + before.count("[") - before.count("}") - before.count("]")
+            for inserted, (offset, reason) in INSERTED.items():
+                line = before.count("\n") + 1
+                column = len(before) - before.rfind("\n") + offset + (100 - depth if "deeper" in reason else 0)
+                broken = (before + inserted + text[brace.end() :]).encode(errors="surrogateescape")
+                load.refuses_text(broken, line, column, reason)
+                load.refuses_text(broken.replace(b"\n", b"\r\n"), line, column, reason)
+
+
+CHECKS = {check_deleted: 1, check_misspelt: 1, check_wrong_type: 1, check_out_of_range: 1, check_grids: 1, check_json: 1}
 """How many configs each of them loads: more where a config is added, never fewer."""
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_every_leaf_of_every_config_has_a_default_or_is_named(check):
-    load = Loading()
+def test_every_leaf_of_every_config_has_a_default_or_is_named(check, tmp_path):
+    load = Loading(tmp_path / "config.json")
     check(load)
     assert load.count >= CHECKS[check]
 
@@ -336,14 +398,14 @@ def forgets_the_documented_default(monkeypatch):
 
 def takes_unknown_keys(monkeypatch):
     class Lenient(Config):
-        model_config = {**Config.model_config, "extra": "ignore"}
+        model_config = ConfigDict(**{**Config.model_config, "extra": "ignore"})
 
     monkeypatch.setattr(config_files, "Config", Lenient)
 
 
 def takes_values_of_other_types(monkeypatch):
     class Lax(Config):
-        model_config = {**Config.model_config, "strict": False}
+        model_config = ConfigDict(**{**Config.model_config, "strict": False})
 
     monkeypatch.setattr(config_files, "Config", Lax)
 
@@ -372,6 +434,23 @@ def has_no_bound(monkeypatch):
     monkeypatch.setattr(config_files, "Config", Unbounded)
 
 
+def shows_keys_in_grids(monkeypatch):
+    monkeypatch.setattr(grid, "_holds_key", lambda settings: False)
+
+
+def lets_pass_what_python_does(monkeypatch):
+    monkeypatch.setattr(json_file, "_refuse_values", lambda text: None)
+
+
+def counts_columns_from_0(monkeypatch):
+    class From0(json_file.JSONError):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.column -= 1
+
+    monkeypatch.setattr(json_file, "JSONError", From0)
+
+
 @pytest.mark.parametrize(
     ("check", "break_it"),
     [
@@ -385,9 +464,13 @@ def has_no_bound(monkeypatch):
         (check_wrong_type, names_no_key),
         (check_out_of_range, knows_no_ranges),
         (check_out_of_range, has_no_bound),
+        (check_grids, takes_unknown_keys),
+        (check_grids, shows_keys_in_grids),
+        (check_json, lets_pass_what_python_does),
+        (check_json, counts_columns_from_0),
     ],
 )
-def test_the_check_can_fail_where_a_safeguard_is_gone(check, break_it, monkeypatch):
+def test_the_check_can_fail_where_a_safeguard_is_gone(check, break_it, monkeypatch, tmp_path):
     break_it(monkeypatch)
     with pytest.raises(AssertionError):
-        check(Loading())
+        check(Loading(tmp_path / "config.json"))
