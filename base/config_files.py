@@ -39,8 +39,8 @@ def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
     return validate(override(read_tree(path), overrides), str(path))
 
 
-def read_tree(path: str | Path) -> Tree:
-    """The JSON tree of a file merged over its parents'.
+def read_tree(path: str | Path, root: type[Section] = Config) -> Tree:
+    """The JSON tree of a file merged over its parents'; `root` is what it holds.
 
     Raises:
         ConfigError: one line that names the file and, where there is one, the place in it.
@@ -63,23 +63,45 @@ def read_tree(path: str | Path) -> Tree:
             raise ConfigError(f"{context}expected the path of a config file, not {_shown(parent)}")
         file = file.parent / parent
     tree = trees.pop()
-    while trees:
-        tree = merge(tree, trees.pop())
+    try:
+        while trees:
+            tree = merge(tree, trees.pop(), root)
+    except ConfigError as error:
+        raise ConfigError(f"{one_line(path)}: {error}") from None
     return tree
 
 
-def merge(parent: Tree, child: Tree) -> Tree:
-    """`parent` with the keys of `child`, which win; where the child says null the key is gone."""
+def merge(parent: Tree, child: Tree, root: type[Section] = Config, path: tuple[str, ...] = ()) -> Tree:
+    """`parent` with the keys of `child`, which win; where the child says null the key is gone.
+
+    Args:
+        parent, child: trees of JSON values.
+        root: what the whole trees hold.
+        path: the keys under which these two lie in them.
+
+    Raises:
+        ConfigError: a null for a key that does not exist: a misspelt one would keep what it was to delete.
+    """
     merged = dict(parent)
     for key, value in child.items():
         if value is None:
+            _refuse_unknown(key, merged, root, path)
             merged.pop(key, None)
         elif isinstance(value, dict):
             below = merged.get(key)
-            merged[key] = merge(below if isinstance(below, dict) else {}, value)
+            merged[key] = merge(below if isinstance(below, dict) else {}, value, root, (*path, key))
         else:
             merged[key] = value
     return merged
+
+
+def _refuse_unknown(key: str, parent: Tree, root: type[Section], path: tuple[str, ...]) -> None:
+    """Refuse a key that a section does not know, or, among free-form arguments, one that is like another that is there."""
+    section = section_at(path, root)
+    known = list(section.model_fields) if section else [other for other in parent if path]
+    hint = did_you_mean(key, known)
+    if key not in known and not is_comment(key) and (section or hint):
+        raise ConfigError(f"{one_line('.'.join((*path, key)), 200)}: unknown key{hint} (known here: {', '.join(known)})")
 
 
 def override(tree: Tree, overrides: Iterable[Override]) -> Tree:
@@ -102,7 +124,11 @@ def validate(tree: Tree, source: str = "config") -> Config:
         ConfigError: one line that names `source`, the dotted key, the value, what was expected and the nearest valid name.
     """
     source = one_line(source)
-    tree = _explain_placeholders(merge({}, _without_comments(tree)), source)
+    try:
+        tree = merge({}, _without_comments(tree))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    tree = _explain_placeholders(tree, source)
     _refuse_broken_text(tree, source)
     try:
         return Config.model_validate_json(json.dumps(tree))
@@ -122,8 +148,13 @@ def _resolved(file: Path) -> Path:
 
 def _without_comments(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_comments(v) for k, v in value.items() if not k.startswith("_") and k != "$schema"}
+        return {key: _without_comments(below) for key, below in value.items() if not is_comment(key)}
     return value
+
+
+def is_comment(key: str) -> bool:
+    """Whether a key of a file is there for people and editors only."""
+    return key.startswith("_") or key == "$schema"
 
 
 def _refuse_broken_text(value: Any, source: str, path: tuple[str, ...] = ()) -> None:
@@ -175,16 +206,16 @@ def _explain_placeholders(tree: Tree, source: str) -> Tree:
     return tree
 
 
-def annotation_at(path: list[str]) -> Any:
+def annotation_at(path: Sequence[str]) -> Any:
     """The type annotation of the field at a dotted path, or None where the tree has no such field."""
     section = section_at(path[:-1])
     field = section.model_fields.get(path[-1]) if section and path else None
     return field.annotation if field else None
 
 
-def section_at(path: list[str]) -> type[Section] | None:
-    """The section class at a dotted path (`[]` is `Config` itself), or None."""
-    section: type[Section] = Config
+def section_at(path: Sequence[str], root: type[Section] = Config) -> type[Section] | None:
+    """The section class at a dotted path (`[]` is `root` itself), or None."""
+    section = root
     for name in path:
         field = section.model_fields.get(name)
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []

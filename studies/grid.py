@@ -27,7 +27,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from base.config import Config
-from base.config_files import load_config, read_tree
+from base.config_files import is_comment, load_config, read_tree
 from base.config_section import Count, Section
 from base.errors import ConfigError
 from base.optimization import check_optimization
@@ -105,7 +105,7 @@ def read_grid(path: Path) -> Grid:
     Raises:
         ConfigError: one line that names the file and what is wrong with it.
     """
-    tree = {key: value for key, value in read_tree(path).items() if not key.startswith(("_", "$"))}
+    tree = {key: value for key, value in read_tree(path, Grid).items() if not is_comment(key)}
     try:
         grid = Grid.model_validate_json(json.dumps(tree))
     except ValidationError as error:

@@ -80,6 +80,44 @@ def test_resolved_config_reads_back_the_same_and_holds_no_secret():
     assert read_back.dump() == config.dump()
 
 
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"lr_schedulr": None}, r"lr_schedulr: unknown key; did you mean 'lr_scheduler'\? .known here: name, seed"),
+        ({"trainer": {"epoch": None}}, r"trainer.epoch: unknown key; did you mean 'epochs'\? .known here: epochs, "),
+        ({"trainer": {"xyz": None}}, "trainer.xyz: unknown key .known here: epochs, "),
+        ({"optimizer": {"args": {"momentun": None}}}, r"optimizer.args.momentun: unknown key; did you mean 'momentum'\?"),
+        ({"trainr": {"epochs": None}}, r"trainr: unknown key; did you mean 'trainer'\?"),
+    ],
+)
+def test_null_for_a_misspelt_key_does_not_keep_what_it_was_to_delete(tmp_path, tree, message):
+    parent = {
+        **DIGITS,
+        "lr_scheduler": {"type": "ExponentialLR", "args": {"gamma": 0.9}},
+        "optimizer": {"args": {"momentum": 0.9}},
+    }
+    write(tmp_path / "parent.json", parent)
+    with pytest.raises(ConfigError, match=f"child.json: {message}"):
+        load_config(write(tmp_path / "child.json", {"extends": "parent.json", **tree}))
+    key, below = next(iter(tree.items()))
+    dotted = ".".join([key, *([] if below is None else below), *(["momentun"] if key == "optimizer" else [])])
+    with pytest.raises(ConfigError, match=message):
+        validate(override(parent, [(dotted, "null")]), "child.json")
+
+
+def test_null_for_what_is_not_there_is_harmless(tmp_path):
+    nulls = {
+        "_note": None,
+        "$schema": None,
+        "comet": None,
+        "optimizer": {"args": {"foreach": None}},
+        "system": {"device": None},
+    }
+    write(tmp_path / "parent.json", {**DIGITS, **nulls})
+    child = write(tmp_path / "child.json", {"extends": "parent.json", **nulls})
+    assert load_config(child) == validate({**DIGITS, "optimizer": {"args": {}}})
+
+
 KEY = "sEcReT-Comet-kEy"
 
 
