@@ -26,10 +26,10 @@ from base.config_robustness import (
     refuse_other_units,
     refuse_other_units_of_step,
 )
-from base.config_section import Count, FilePath, Fraction, Positive, Section
+from base.config_section import Count, Fraction, InputPath, Positive, Section
 from base.config_training import OptimizerConfig, SchedulerConfig, TrainerConfig
 
-DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:[0-9]{1,3})?")
+DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:[0-9]{1,2})?")
 LONGEST_NAME = 255
 """Bytes in the name of a folder, on all common file systems."""
 
@@ -93,7 +93,7 @@ class ArchConfig(Section):
 class DataLoaderArgs(Section):
     """Arguments of the data loader."""
 
-    data_dir: FilePath | None = None
+    data_dir: InputPath | None = None
     """Folder of the data set; DigitsDataLoader needs none."""
     batch_size: Positive = 128
     """Images in a minibatch, over all processes that train together."""

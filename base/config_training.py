@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from base.config_names import LOGGED_VALUES, logged_value
-from base.config_section import Count, FilePath, Fraction, Positive, Section
+from base.config_section import Count, FilePath, Fraction, InputPath, Positive, Section
 
 
 class OptimizerConfig(Section):
@@ -74,7 +74,7 @@ class TrainerConfig(Section):
     """Asymmetric label noise: similar classes of CIFAR-10 and CIFAR-100."""
     noise_law: Literal["inclusive", "exclusive"] = "inclusive"
     """Symmetric noise draws from all classes (inclusive, as published) or from the wrong ones only (exclusive)."""
-    noise_file: FilePath | None = None
+    noise_file: InputPath | None = None
     """A .npy or .pt of labels for the whole training set, such as CIFAR-N's."""
     noise_key: str | None = None
     """Which entry of a noise_file that holds several label sets."""

@@ -1,9 +1,11 @@
 """Optimisers and learning-rate schedules by the names of `torch.optim`, checked before any data is read."""
 
 import inspect
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ def _try(key: str, args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], 
     except ConfigError:
         raise
     except Exception as error:
-        name = _culprit(args, attempt)
+        name = _culprit(args, attempt, error)
         raise ConfigError(f"{key}{name}: a step with these arguments fails: {_first_line(error)}") from None
 
 
@@ -78,15 +80,16 @@ def _take_steps(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
         raise ValueError("the weights are no longer finite")
 
 
-def _culprit(args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any]) -> str:
-    """`.name` of the first argument without which `attempt` succeeds; nothing where there is none."""
+def _culprit(args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any], error: Exception) -> str:
+    """`.name` of the first argument without which `attempt` succeeds, or that the error names; nothing where there is none."""
     for name in args:
         try:
             attempt({other: value for other, value in args.items() if other != name})
         except Exception:  # noqa: S112 - so it was not this one, or not this one alone
             continue
         return f".{name}"
-    return ""
+    named = [name for name in args if len(args) == 1 or re.search(rf"\b{name}\b", str(error))]
+    return f".{named[0]}" if named else ""
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
@@ -176,8 +179,8 @@ class Schedule:
         steps = epochs * (batches_per_epoch if by_batch else 1)
         if config.type != "none":
             self.scheduler = _build_scheduler(config.type, config.args, optimizer, steps, "lr_scheduler")
-        if isinstance(self.scheduler, lr_scheduler.OneCycleLR) and self.scheduler.total_steps < steps and not trial:
-            raise ConfigError(f"lr_scheduler.args: the cycle has {self.scheduler.total_steps} steps, the run takes {steps}")
+        if not trial:
+            _refuse_short_cycle(self.scheduler, steps)
         self.on_plateau = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
         if self.on_plateau and by_batch:
             raise ConfigError("lr_scheduler.interval: ReduceLROnPlateau steps after every epoch, not after every batch")
@@ -229,6 +232,19 @@ def _build_scheduler(name: str, args: Mapping[str, Any], optimizer: Optimizer, s
     return _build(cls, f"{key}.args", args.pop("schedulers") if name == "ChainedScheduler" else optimizer, args)
 
 
+def _refuse_short_cycle(scheduler: Any, steps: int) -> None:
+    """Refuse a OneCycleLR, alone or as a part of another schedule, that is stepped more often than its cycle is long."""
+    if isinstance(scheduler, lr_scheduler.OneCycleLR) and scheduler.total_steps < steps:
+        raise ConfigError(f"lr_scheduler.args: the cycle has {scheduler.total_steps} steps, the run takes {steps}")
+    parts = getattr(scheduler, "_schedulers", [])
+    milestones = getattr(scheduler, "_milestones", None)  # of SequentialLR; ChainedScheduler steps all its parts
+    lengths = [steps] * len(parts)
+    if milestones is not None:
+        lengths = [end - start for start, end in pairwise([0, *(min(milestone, steps) for milestone in milestones), steps])]
+    for part, length in zip(parts, lengths, strict=True):
+        _refuse_short_cycle(part, length)
+
+
 def _parts(value: Any, key: str) -> Iterable[Mapping[str, Any]]:
     if isinstance(value, list) and value and all(_is_part(part) for part in value):
         return value
@@ -254,8 +270,9 @@ def _build(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
     try:
         return cls(first, **args)
     except Exception as error:  # whatever torch's classes raise on values they did not expect
-        name = _culprit(args, lambda rest: cls(first, **rest))
-        value = args[name[1:]] if name else {key: value for key, value in args.items() if key != "schedulers"}
+        name = _culprit(args, lambda rest: cls(first, **rest), error)
+        values = {key: value for key, value in args.items() if key != "schedulers"}  # which are built already
+        value = values.get(name[1:], values)
         raise ConfigError(f"{key}{name}: {cls.__name__} does not accept {shown(value)}: {_first_line(error)}") from None
 
 
