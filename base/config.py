@@ -4,9 +4,11 @@ A config file is JSON (`base.config_files` reads it); this module says what may 
 canonical, so its published config files are valid here.
 """
 
+import re
+import unicodedata
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from base.config_names import (
     METRIC_ALIASES,
@@ -24,8 +26,28 @@ from base.config_robustness import (
     refuse_other_units,
     refuse_other_units_of_step,
 )
-from base.config_section import Count, Fraction, Positive, Section
+from base.config_section import Count, Fraction, InputPath, Positive, Section
 from base.config_training import OptimizerConfig, SchedulerConfig, TrainerConfig
+
+DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:[0-9]{1,2})?")
+LONGEST_NAME = 255
+"""Bytes in the name of a folder, on all common file systems."""
+
+
+def _device_name(text: str) -> str:
+    if not DEVICE.fullmatch(text):
+        raise ValueError(f"{text[:80]!r} is not a device: expected auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
+def _folder_name(text: str) -> str:
+    controls = any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text)
+    if text in ("", ".", "..") or "/" in text or "\\" in text or controls or len(text.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"{text[:80]!r} is not the name of a folder: expected 1 to {LONGEST_NAME} bytes without slashes and line breaks"
+        )
+    return text
+
 
 Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
 
@@ -47,9 +69,9 @@ class ArchArgs(Section):
     """Groups of gn; fewer are used where the channels do not divide. Default 32."""
     stem: Literal["cifar", "imagenet"] | None = None
     """First layers of a ResNet: 3x3 (cifar, the default) or 7x7 with stride and pooling (imagenet)."""
-    depth: Positive | None = None
+    depth: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Depth of wide_resnet: 6 n + 4."""
-    widen_factor: Positive | None = None
+    widen_factor: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Width factor of wide_resnet."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout rate inside the blocks of a wide ResNet."""
@@ -71,7 +93,7 @@ class ArchConfig(Section):
 class DataLoaderArgs(Section):
     """Arguments of the data loader."""
 
-    data_dir: str | None = None
+    data_dir: InputPath | None = None
     """Folder of the data set; DigitsDataLoader needs none."""
     batch_size: Positive = 128
     """Images in a minibatch, over all processes that train together."""
@@ -79,7 +101,7 @@ class DataLoaderArgs(Section):
     """A new order in every epoch."""
     validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of every class held out for validation; 0 with a val_ monitor holds out 0.1."""
-    num_workers: Count = 0
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Worker processes that decode streamed images."""
     pin_memory: bool = False
     """Page-locked memory for streamed images."""
@@ -89,7 +111,7 @@ class DataLoaderArgs(Section):
     """Per-channel mean in [0, 1]; null takes the published one for CIFAR and the training set's own elsewhere."""
     std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] | None = None
     """Per-channel standard deviation in [0, 1]; null as for mean."""
-    image_size: Positive | None = None
+    image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
     """ImageFolderDataLoader: side in pixels that images are resized and cropped to; null: all have one size already."""
     in_memory: bool | None = None
     """ImageFolderDataLoader: keep all images decoded in memory; null decides by size."""
@@ -117,20 +139,20 @@ class DataLoaderConfig(Section):
 class AugmentationConfig(Section):
     """What is done to training images, in batches on the training device."""
 
-    crop_padding: Count = 4
+    crop_padding: Annotated[int, Field(ge=0, le=512)] = 4
     """Zero pixels added on each side before a random crop to the original size; 0 for no crop."""
     flip: bool = True
     """Random horizontal flip."""
-    cutout: Count = 0
+    cutout: Annotated[int, Field(ge=0, le=8192)] = 0
     """Side in pixels of the square that is masked at a random place; 0 for none."""
-    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
+    mixup_alpha: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Both parameters of the Beta distribution of mixup's weight; 0 for no mixup."""
 
 
 class SystemConfig(Section):
     """The machine."""
 
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device_name)] = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """auto is bf16 autocast where the hardware has it."""
@@ -162,11 +184,11 @@ class CometConfig(Section):
 class Config(Section):
     """One experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\\\x00]+$")] = "Experiment"
+    name: Annotated[str, AfterValidator(_folder_name)] = "Experiment"
     """Name of the experiment: a folder in save_dir."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
-    n_gpu: Count = 1
+    n_gpu: Annotated[int, Field(ge=0, le=1024)] = 1
     """GPUs of this machine to train on, where there are any, a process on each; 0 for the CPU. torchrun overrules it."""
     num_classes: Positive | None = None
     """ConvNorm's second place for arch.args.num_classes; both must agree."""
@@ -197,8 +219,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.name in (".", ".."):
-            raise ValueError(f"name: {self.name!r} is not a folder name")
         inner = self.arch.args.num_classes
         if self.num_classes and inner and self.num_classes != inner:
             raise ValueError(f"num_classes: {self.num_classes} contradicts arch.args.num_classes: {inner}")

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from base.config_section import Count, Positive, Section
 
-Size = Annotated[float, Field(ge=0)]
+Size = Annotated[float, Field(ge=0, le=255)]
 SMALLEST_EPSILON, SMALLEST_STEP = 0.5, 0.05
 """In 1/255: what is below, but not 0, was meant in the pixel range [0, 1]. No published attack is so weak."""
 DEFAULT_L2 = 0.5
@@ -42,7 +42,7 @@ class AdversarialConfig(Section):
     eval for trades, train for the others, as in the authors' codes."""
     noise: Literal["reset", "carry"] = "reset"
     """free: perturbations begin at zero for each minibatch (as in ConvNorm), or where the last ones ended (as in the paper)."""
-    beta: Size = 6.0
+    beta: Annotated[float, Field(ge=0)] = 6.0
     """trades: weight of the divergence between predictions."""
     validate_every: Count | None = None
     """Epochs from one robust validation (PGD as in pgd_attack) to the next; 0 for none; null: 1 with a method, else 0."""

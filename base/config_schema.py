@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from base.config import Config
 from base.config_files import section_at
-from base.config_section import Section
+from base.config_section import LARGEST, Section
 
 FOLDER = Path("configs")
 FILE_KEYS = {
@@ -39,6 +39,7 @@ def reference() -> str:
         "",
         "A config is JSON. A key that begins with `_` is a comment. `extends` names a parent: the keys of the child win,",
         "and `null` deletes a key, which gives it its default. On the command line `--set section.key=value` replaces any.",
+        f"Integers without an upper bound in the table are at most {LARGEST:,}; the seed has none.",
     ]
     for path, section in _sections(Config, []):
         title = ".".join(path) if path else "Top level"
@@ -47,7 +48,8 @@ def reference() -> str:
         for name, field in section.model_fields.items():
             if section_at([*path, name]) is None:
                 default = "required" if field.is_required() else f"`{json.dumps(_plain(field.default))}`"
-                lines.append(f"| `{name}` | {_describe(field.annotation, field.metadata)} | {default} | {field.description} |")
+                kind, meaning = _describe(field.annotation, field.metadata), " ".join((field.description or "").split())
+                lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -73,7 +75,8 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     words = {int: "integer", float: "number", str: "text", bool: "true, false"}.get(annotation, "object")
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     constraints = [constraint for item in metadata for constraint in getattr(item, "metadata", [item])]
-    bounds = [f"{sign} {getattr(item, name):g}" for item in constraints for name, sign in signs.items() if hasattr(item, name)]
+    limits = [(sign, getattr(item, name)) for item in constraints for name, sign in signs.items() if hasattr(item, name)]
+    bounds = [f"{sign} {limit}" for sign, limit in limits if limit != LARGEST]
     return f"{words} {', '.join(bounds)}".strip()
 
 

@@ -1,12 +1,29 @@
 """What every section of the config tree is made of."""
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+LARGEST = 10**9
+"""Of all integers that have no bound of their own, but for the seed: what is larger was mistyped, and torch would stumble."""
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FilePath = Annotated[str, Field(min_length=1)]
+"""The path of a file or folder; the current folder is a dot."""
+
+
+def _has_home(text: str) -> str:
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{text[:80]!r}: there is no such user here") from None
+    return text
+
+
+InputPath = Annotated[FilePath, AfterValidator(_has_home)]
+"""The path of a file or folder to read, which may begin with a home folder."""
 
 
 class Section(BaseModel):

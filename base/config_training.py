@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from base.config_names import LOGGED_VALUES, logged_value
-from base.config_section import Count, Fraction, Positive, Section
+from base.config_section import Count, FilePath, Fraction, InputPath, Positive, Section
 
 
 class OptimizerConfig(Section):
@@ -37,13 +37,20 @@ class SchedulerConfig(Section):
             raise ValueError(f"{name!r} is not a logged value: {LOGGED_VALUES}")
         return known
 
+    @model_validator(mode="after")
+    def _has_type(self) -> Self:
+        given = [name for name in ("args", "interval", "monitor") if getattr(self, name)]
+        if given and "type" not in self.model_fields_set:
+            raise ValueError(f"type: required where lr_scheduler.{given[0]} is given: without it there is no schedule")
+        return self
+
 
 class TrainerConfig(Section):
     """Training, label noise and data subset, under ConvNorm's names."""
 
     epochs: Positive = 200
     """Passes over the training set."""
-    save_dir: str = "saved/"
+    save_dir: FilePath = "saved/"
     """Folder of all run folders: <save_dir>/<name>/<run id>."""
     save_period: Positive = 1
     """Every so many epochs model_epoch_N.pth is written."""
@@ -67,7 +74,7 @@ class TrainerConfig(Section):
     """Asymmetric label noise: similar classes of CIFAR-10 and CIFAR-100."""
     noise_law: Literal["inclusive", "exclusive"] = "inclusive"
     """Symmetric noise draws from all classes (inclusive, as published) or from the wrong ones only (exclusive)."""
-    noise_file: str | None = None
+    noise_file: InputPath | None = None
     """A .npy or .pt of labels for the whole training set, such as CIFAR-N's."""
     noise_key: str | None = None
     """Which entry of a noise_file that holds several label sets."""
@@ -83,9 +90,9 @@ class TrainerConfig(Section):
     """Decay per update of a moving average of the weights, which is evaluated and saved beside them; null: no average."""
     do_adv: bool = False
     """Adversarial training by train_robust.py: free, unless adversarial.method says otherwise."""
-    fgsm_step: Annotated[float, Field(ge=0)] = 8
+    fgsm_step: Annotated[float, Field(ge=0, le=255)] = 8
     """Free adversarial training under linf: step in 1/255 of the pixel range."""
-    adv_clip_eps: Annotated[float, Field(ge=0)] = 8
+    adv_clip_eps: Annotated[float, Field(ge=0, le=255)] = 8
     """The l-inf bound of training and of attacks, in 1/255 of the pixel range, where adversarial.epsilon gives none."""
     adv_repeats: Positive = 4
     """Free adversarial training: updates per minibatch."""

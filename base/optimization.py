@@ -1,18 +1,22 @@
 """Optimisers and learning-rate schedules by the names of `torch.optim`, checked before any data is read."""
 
 import inspect
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
+from base.config_arguments import check_arguments, shown
 from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
-from base.registry import did_you_mean, lookup
+from base.json_file import one_line
+from base.registry import lookup
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name: cls
@@ -43,27 +47,56 @@ def check_optimization(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -
     Raises:
         ConfigError: naming `optimizer.args.x` or `lr_scheduler.args.x`.
     """
+    _try(
+        "optimizer.args", optimizer.args,
+        lambda args: _take_steps(optimizer.model_copy(update={"args": args}), SchedulerConfig()),
+    )  # fmt: skip
+    _try(
+        "lr_scheduler.args", scheduler.args,
+        lambda args: _take_steps(optimizer, scheduler.model_copy(update={"args": args})),
+    )  # fmt: skip
+
+
+def _try(key: str, args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], None]) -> None:
+    try:
+        attempt(dict(args))
+    except ConfigError:
+        raise
+    except Exception as error:
+        name = _culprit(args, attempt, error)
+        raise ConfigError(f"{key}{name}: a step with these arguments fails: {_first_line(error)}") from None
+
+
+def _take_steps(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
     dummy = nn.Conv2d(2, 2, 1)
     built = build_optimizer(optimizer, dummy)
-    schedule = Schedule(scheduler, built, epochs=1000, batches_per_epoch=1, has_validation=True)
-    key = "optimizer.args"
-    try:
-        for _ in range(3):
-            dummy(torch.ones(1, 2, 1, 1)).sum().backward()
-            built.step()
-            key = "lr_scheduler.args"
-            schedule.step_batch()
-            schedule.step_epoch({schedule.monitor: 1.0})
-            key = "optimizer.args"
-    except Exception as error:
-        raise ConfigError(f"{key}: a step with these arguments fails: {_first_line(error)}") from None
+    schedule = Schedule(scheduler, built, epochs=1000, batches_per_epoch=1, has_validation=True, trial=True)
+    for step in range(min(3, getattr(schedule.scheduler, "total_steps", 3))):
+        dummy(torch.ones(1, 2, 1, 1)).sum().backward()
+        built.step()
+        if step == 0 and not all(parameter.isfinite().all() for parameter in dummy.parameters()):
+            raise ValueError("the weights are not finite after the first one")  # what grows later, training itself notices
+        schedule.step_batch()
+        schedule.step_epoch({schedule.monitor: 1.0})
+
+
+def _culprit(args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any], error: Exception) -> str:
+    """`.name` of the first argument without which `attempt` succeeds, or that the error names; nothing where there is none."""
+    for name in args:
+        try:
+            attempt({other: value for other, value in args.items() if other != name})
+        except Exception:  # noqa: S112 - so it was not this one, or not this one alone
+            continue
+        return f".{name}"
+    named = [name for name in args if len(args) == 1 or re.search(rf"\b{name}\b", str(error))]
+    return f".{named[0]}" if named else ""
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     """The optimiser of `model`; thresholds of shifted ReLUs are exempt from weight decay, as in ConvNorm. The update is
     one fused kernel where torch has it, unless the config says anything about `fused` or `foreach`."""
     cls = _usable(OPTIMIZERS, config.type, "optimizer.type")
-    _check_arguments(cls, config.args, "optimizer.args", given=1)
+    check_arguments(cls, config.args, "optimizer.args", given=1)
     thresholds, others = [], []
     for name, parameter in model.named_parameters():
         (thresholds if name.endswith("srelu_bias") else others).append(parameter)
@@ -110,7 +143,7 @@ def spans_whole_run(scheduler: SchedulerConfig) -> bool:
         length = WHOLE_RUN_ARGUMENT.get(part["type"])
         if length and length not in args and "epochs" not in args:
             return True
-        parts += args.get("schedulers", [])
+        parts += [inner for inner in _listed(args.get("schedulers")) if _is_part(inner)]
     return False
 
 
@@ -123,13 +156,20 @@ class Schedule:
         epochs: epochs of the whole run.
         batches_per_epoch: minibatches in one epoch.
         has_validation: whether `val_loss` will be logged; ReduceLROnPlateau watches it by default, and `loss` otherwise.
+        trial: the run's length is made up, so no cycle is refused for being shorter.
 
     Raises:
         ConfigError: naming `lr_scheduler.args.x`.
     """
 
     def __init__(
-        self, config: SchedulerConfig, optimizer: Optimizer, epochs: int, batches_per_epoch: int, has_validation: bool
+        self,
+        config: SchedulerConfig,
+        optimizer: Optimizer,
+        epochs: int,
+        batches_per_epoch: int,
+        has_validation: bool,
+        trial: bool = False,
     ) -> None:
         self.optimizer = optimizer
         by_batch = (config.interval or ("batch" if config.type in STEPPED_BY_BATCH else "epoch")) == "batch"
@@ -139,8 +179,8 @@ class Schedule:
         steps = epochs * (batches_per_epoch if by_batch else 1)
         if config.type != "none":
             self.scheduler = _build_scheduler(config.type, config.args, optimizer, steps, "lr_scheduler")
-        if isinstance(self.scheduler, lr_scheduler.OneCycleLR) and self.scheduler.total_steps < steps:
-            raise ConfigError(f"lr_scheduler.args: the cycle has {self.scheduler.total_steps} steps, the run takes {steps}")
+        if not trial:
+            _refuse_short_cycle(self.scheduler, steps)
         self.on_plateau = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
         if self.on_plateau and by_batch:
             raise ConfigError("lr_scheduler.interval: ReduceLROnPlateau steps after every epoch, not after every batch")
@@ -183,7 +223,7 @@ def _build_scheduler(name: str, args: Mapping[str, Any], optimizer: Optimizer, s
     whole_run = WHOLE_RUN_ARGUMENT.get(name)
     if whole_run and "epochs" not in args:
         args.setdefault(whole_run, steps)
-    _check_arguments(cls, args, f"{key}.args", given=0 if name == "ChainedScheduler" else 1)
+    check_arguments(cls, args, f"{key}.args", given=0 if name == "ChainedScheduler" else 1)
     if "schedulers" in inspect.signature(cls).parameters:  # SequentialLR and ChainedScheduler are made of others
         args["schedulers"] = [
             _build_scheduler(part["type"], part.get("args", {}), optimizer, steps, f"{key}.args.schedulers.{index}")
@@ -192,10 +232,27 @@ def _build_scheduler(name: str, args: Mapping[str, Any], optimizer: Optimizer, s
     return _build(cls, f"{key}.args", args.pop("schedulers") if name == "ChainedScheduler" else optimizer, args)
 
 
+def _refuse_short_cycle(scheduler: Any, steps: int) -> None:
+    """Refuse a OneCycleLR, alone or as a part of another schedule, that is stepped more often than its cycle is long."""
+    if isinstance(scheduler, lr_scheduler.OneCycleLR) and scheduler.total_steps < steps:
+        raise ConfigError(f"lr_scheduler.args: the cycle has {scheduler.total_steps} steps, the run takes {steps}")
+    parts = getattr(scheduler, "_schedulers", [])
+    milestones = getattr(scheduler, "_milestones", None)  # of SequentialLR; ChainedScheduler steps all its parts
+    lengths = [steps] * len(parts)
+    if milestones is not None:
+        lengths = [end - start for start, end in pairwise([0, *(min(milestone, steps) for milestone in milestones), steps])]
+    for part, length in zip(parts, lengths, strict=True):
+        _refuse_short_cycle(part, length)
+
+
 def _parts(value: Any, key: str) -> Iterable[Mapping[str, Any]]:
     if isinstance(value, list) and value and all(_is_part(part) for part in value):
         return value
-    raise ConfigError(f'{key}: expected a list of {{"type": ..., "args": ...}}, not {value!r}')
+    raise ConfigError(f'{key}: expected a list of {{"type": ..., "args": ...}}, not {shown(value)}')
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _is_part(value: Any) -> bool:
@@ -209,28 +266,18 @@ def _usable(table: Mapping[str, type], name: str, key: str) -> type:
     return cls
 
 
-def _check_arguments(cls: type, args: Mapping[str, Any], key: str, given: int) -> None:
-    """Compare `args` with the signature of `cls`, whose first `given` parameters are not the config's."""
-    parameters = list(inspect.signature(cls).parameters.values())[given:]
-    names = [parameter.name for parameter in parameters if parameter.name not in ("optimizer", "last_epoch")]
-    for name in args:
-        if name not in names:
-            hint = f"{did_you_mean(name, names)} (it takes: {', '.join(names)})"
-            raise ConfigError(f"{key}.{name}: {cls.__name__} takes no such argument{hint}")
-    for parameter in parameters:
-        if parameter.name in names and parameter.default is parameter.empty and parameter.name not in args:
-            raise ConfigError(f"{key}.{parameter.name}: required by {cls.__name__}, but not given")
-
-
 def _build(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
     try:
         return cls(first, **args)
     except Exception as error:  # whatever torch's classes raise on values they did not expect
-        raise ConfigError(f"{key}: {cls.__name__} does not accept {dict(args)}: {_first_line(error)}") from None
+        name = _culprit(args, lambda rest: cls(first, **rest), error)
+        values = {key: value for key, value in args.items() if key != "schedulers"}  # which are built already
+        value = values.get(name[1:], values)
+        raise ConfigError(f"{key}{name}: {cls.__name__} does not accept {shown(value)}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return one_line((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _restore_counters(scheduler: Any, state: dict[str, Any]) -> dict[str, Any]:

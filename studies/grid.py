@@ -27,7 +27,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from base.config import Config
-from base.config_files import load_config, read_tree
+from base.config_files import is_comment, load_config, read_tree
 from base.config_section import Count, Section
 from base.errors import ConfigError
 from base.optimization import check_optimization
@@ -105,7 +105,7 @@ def read_grid(path: Path) -> Grid:
     Raises:
         ConfigError: one line that names the file and what is wrong with it.
     """
-    tree = {key: value for key, value in read_tree(path).items() if not key.startswith(("_", "$"))}
+    tree = {key: value for key, value in read_tree(path, Grid).items() if not is_comment(key)}
     try:
         grid = Grid.model_validate_json(json.dumps(tree))
     except ValidationError as error:
@@ -133,8 +133,8 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
     """The variants by name, those of the axes first.
 
     Raises:
-        ConfigError: two variants of one name, a name that is no folder name, a seed among the settings, or two axes that set
-            the same key.
+        ConfigError: two variants of one name, a name that is no folder name, a seed or a Comet key among the settings, or two
+            axes that set the same key.
     """
     base = path.parent / (grid.base or "")
     named = [
@@ -220,15 +220,15 @@ def as_word(value: Any) -> str:
     if isinstance(value, str):
         try:
             json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return json.dumps(value)
 
 
 def _holds_key(settings: Settings) -> bool:
-    """Whether Comet's key is among the settings, of which a run's command is made."""
-    section = settings.get("comet")
-    return "comet.api" in settings or (isinstance(section, dict) and "api" in section)
+    """Whether a Comet key is among the settings, which become words of command lines."""
+    comet = settings.get("comet")
+    return "comet.api" in settings or (comet is not None and (not isinstance(comet, dict) or "api" in comet))
 
 
 def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant]]:

@@ -1,10 +1,14 @@
 """Optimisers and schedules by name: checked before data is read, stepped at the right moment, resumed exactly."""
 
+import inspect
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from base.checkpoint import load_checkpoint, save_checkpoint
+from base.config_arguments import NOT_THE_CONFIGS, check_arguments
 from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
 from base.optimization import (
@@ -118,18 +122,77 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
     [
         (("SDG", {}), None, r"optimizer.type: 'SDG' is not one of: .*did you mean 'SGD'\?"),
         (("SGD", {"momentun": 0.9}), None, r"optimizer.args.momentun: SGD takes no such argument; did you mean 'momentum'\?"),
-        (("SGD", {"lr": -1}), None, r"optimizer.args: SGD does not accept \{'lr': -1\}: Invalid learning rate"),
-        (("SGD", {"lr": "fast"}), None, "optimizer.args: SGD does not accept"),
+        (("SGD", {"lr": -1}), None, "optimizer.args.lr: expected at least 0, not -1"),
+        (("SGD", {"lr": "fast"}), None, 'optimizer.args.lr: expected a number, not "fast"'),
+        (("SGD", {"lr": True}), None, "optimizer.args.lr: expected a number, not true"),
+        (("SGD", {"lr": {"a": 1}}), None, "optimizer.args.lr: expected a number, not"),
+        (("SGD", {"momentum": 1}), None, "optimizer.args.momentum: expected at least 0 and below 1, not 1"),
+        (("SGD", {"nesterov": 1, "momentum": 0.9}), None, "optimizer.args.nesterov: expected true or false, not 1"),
+        (
+            ("SGD", {"momentum": 0, "nesterov": True}),
+            None,
+            "optimizer.args.nesterov: SGD does not accept true: Nest",
+        ),
+        (("SGD", {"momentum": 0.9, "lr": 1e300}), None, "optimizer.args.lr: a step with these arguments fails: "),
+        (("Adam", {"lr": 1e-3, "eps": -1}), None, "optimizer.args.eps: Adam does not accept -1: Invalid epsilon value"),
+        (("AdamW", {"betas": [0.9, 0.99, 0.999]}), None, "optimizer.args.betas: expected a list of 2: a number, a number, not"),
+        (
+            ("AdamW", {"betas": [0.9, 1.5]}),
+            None,
+            "optimizer.args.betas: expected numbers at least 0 and below 1, not",
+        ),
+        (("AdamW", {"betas": 0.9}), None, "optimizer.args.betas: expected a list of 2: a number, a number, not 0.9"),
         (("LBFGS", {}), None, "optimizer.type: LBFGS cannot be used from a config: it evaluates the loss several times"),
-        (("AdamW", {"betas": [0.9]}), None, "optimizer.args: AdamW does not accept"),
+        (("AdamW", {"betas": [0.9]}), None, "optimizer.args.betas: expected a list of 2"),
         (("Muon", {}), None, "optimizer.type: Muon cannot be used from a config: it takes matrices only"),
-        (None, ("StepLR", {"step_size": 0}), "lr_scheduler.args: a step with these arguments fails: .*zero"),
-        (None, ("OneCycleLR", {"max_lr": 0.1, "total_steps": 3}), "the cycle has 3 steps, the run takes 1000"),
+        (None, ("StepLR", {"step_size": 0}), "lr_scheduler.args.step_size: expected at least 1, not 0"),
+        (None, ("StepLR", {"step_size": 2.5}), "lr_scheduler.args.step_size: expected an integer, not 2.5"),
+        (None, ("StepLR", {"step_size": 2, "gamma": -0.1}), "lr_scheduler.args.gamma: expected at least 0, not -0.1"),
+        (None, ("CosineAnnealingLR", {"eta_min": -0.1}), "lr_scheduler.args.eta_min: expected at least 0, not -0.1"),
+        (
+            None,
+            ("OneCycleLR", {"max_lr": 0.1, "pct_start": 2}),
+            "lr_scheduler.args.pct_start: expected at least 0 and at",
+        ),
+        (
+            None,
+            ("OneCycleLR", {"max_lr": 0.1, "anneal_strategy": "cosine"}),
+            "lr_scheduler.args.anneal_strategy: expected 'cos' or 'linear', not \"cosine\"",
+        ),
+        (
+            None,
+            ("ReduceLROnPlateau", {"factor": 1.5}),
+            "lr_scheduler.args.factor: ReduceLROnPlateau does not accept 1.5: Factor should be < 1.0",
+        ),
         (None, ("ChainedScheduler", {"schedulers": []}), "lr_scheduler.args.schedulers: expected a list of"),
         (("SparseAdam", {}), None, "optimizer.type: SparseAdam cannot be used"),
         (None, ("StepLR", {}), "lr_scheduler.args.step_size: required by StepLR, but not given"),
         (None, ("steplr", {}), r"lr_scheduler.type: 'steplr' .*did you mean 'StepLR'\?"),
-        (None, ("MultiStepLR", {"milestones": 3}), "lr_scheduler.args: MultiStepLR does not accept"),
+        (
+            None,
+            ("MultiStepLR", {"milestones": 3}),
+            "lr_scheduler.args.milestones: expected a list, each element an int",
+        ),
+        (
+            None,
+            ("MultiStepLR", {"milestones": [40, 20]}),
+            "lr_scheduler.args.milestones: expected ascending numbers, not",
+        ),
+        (
+            None,
+            ("MultiStepLR", {"milestones": [0, 20]}),
+            "lr_scheduler.args.milestones: expected numbers at least 1, not",
+        ),
+        (
+            None,
+            ("SequentialLR", {"schedulers": [PARTS[0], {"type": "StepLR", "args": {"step_size": -1}}], "milestones": [2]}),
+            "lr_scheduler.args.schedulers.1.args.step_size: expected at least 1, not -1",
+        ),
+        (
+            None,
+            ("SequentialLR", {"schedulers": PARTS, "milestones": [2, 4]}),
+            "lr_scheduler.args.*: SequentialLR does not",
+        ),
         (None, ("LambdaLR", {}), "lr_scheduler.type: LambdaLR cannot be used from a config: it takes a Python function"),
         (None, ("SequentialLR", {"schedulers": [1], "milestones": [2]}), "lr_scheduler.args.schedulers: expected a list of"),
         (
@@ -145,6 +208,38 @@ def test_wrong_names_and_arguments_are_one_line(optimizer, scheduler, message):
     with pytest.raises(ConfigError, match=message) as caught:
         check_optimization(optimizer_config, scheduler_config)
     assert "\n" not in str(caught.value)
+
+
+def test_cycles_are_as_long_as_the_run_or_longer():
+    config = SchedulerConfig(type="OneCycleLR", args={"max_lr": 0.1, "total_steps": 9})
+    check_optimization(SGD, config)
+    check_optimization(SGD, SchedulerConfig(type="OneCycleLR", args={"max_lr": 0.1, "epochs": 1, "steps_per_epoch": 2}))
+    parts = [{"type": "LinearLR"}, {"type": "OneCycleLR", "args": {"max_lr": 1, "total_steps": 3}}]
+    sequence = SchedulerConfig(type="SequentialLR", args={"schedulers": parts, "milestones": [2]})
+    chain = SchedulerConfig(type="ChainedScheduler", args={"schedulers": parts})
+    check_optimization(SGD, sequence)
+    Schedule(sequence, build_optimizer(SGD, nn.Linear(2, 2)), epochs=5, batches_per_epoch=7, has_validation=True)
+    Schedule(chain, build_optimizer(SGD, nn.Linear(2, 2)), epochs=3, batches_per_epoch=7, has_validation=True)
+    for schedule, epochs, steps in ((sequence, 6, 4), (chain, 4, 4)):
+        with pytest.raises(ConfigError, match=f"lr_scheduler.args: the cycle has 3 steps, the run takes {steps}"):
+            Schedule(schedule, build_optimizer(SGD, nn.Linear(2, 2)), epochs, batches_per_epoch=7, has_validation=True)
+    Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), epochs=3, batches_per_epoch=3, has_validation=True)
+    with pytest.raises(ConfigError, match="lr_scheduler.args: the cycle has 9 steps, the run takes 12"):
+        Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), epochs=4, batches_per_epoch=3, has_validation=True)
+
+
+@pytest.mark.parametrize("name", sorted((set(OPTIMIZERS) | set(SCHEDULERS)) - set(UNUSABLE)))
+def test_defaults_of_every_class_fit_the_types_and_ranges(name):
+    cls = (OPTIMIZERS | SCHEDULERS)[name]
+    parameters = inspect.signature(cls).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in NOT_THE_CONFIGS}
+    defaults = json.loads(json.dumps(defaults))
+    required = json.loads(json.dumps(SCHEDULER_ARGS.get(name, {})))
+    for argument, value in defaults.items():
+        given = {"T_max": 5, **required, argument: value} if name == "CosineAnnealingLR" else {**required, argument: value}
+        check_arguments(cls, given, "key", given=1)
+        with pytest.raises(ConfigError, match=rf"^key\.{argument}: expected "):
+            check_arguments(cls, given | {argument: {"wrong": 1}}, "key", given=1)
 
 
 def test_plateau_watches_a_logged_value_and_steps_by_epoch_only():

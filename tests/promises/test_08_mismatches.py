@@ -1,5 +1,5 @@
-"""Promise 8: a checkpoint of another architecture, other classes, optimiser, scheduler, data, schema version or device, or with a
-wrapper's prefix, is handled or refused, naming both sides."""
+"""Promise 8: a checkpoint of another architecture, other classes, optimiser, scheduler, data, schema version or device, or with
+a wrapper's prefix, is handled or refused, naming both sides."""
 
 import shutil
 

@@ -1,0 +1,113 @@
+"""Arguments of torch's optimisers and schedules, held against their signatures: names, types, ranges.
+
+torch itself refuses some wrong values in its own words, takes others in silence (a negative `gamma`, an `eta_min` below 0, a
+`step_size` of -1, numbers for truth values), and stumbles over the rest while it trains.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from base.errors import ConfigError
+from base.json_file import one_line
+from base.registry import did_you_mean
+
+Range = tuple[str, Callable[[float], bool]]
+"""What is expected, in words, and whether a number is that."""
+FROM_0: Range = ("at least 0", lambda number: number >= 0)
+FROM_1: Range = ("at least 1", lambda number: number >= 1)
+ABOVE_0: Range = ("above 0", lambda number: number > 0)
+BELOW_1: Range = ("at least 0 and below 1", lambda number: 0 <= number < 1)
+FRACTION: Range = ("at least 0 and at most 1", lambda number: 0 <= number <= 1)
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("lr", "weight_decay", "lr_decay", "initial_accumulator_value", "momentum_decay", "lambd", "t0"), FROM_0),
+    **dict.fromkeys(("eta_min", "min_lr", "base_lr", "max_lr", "gamma", "factor", "power"), FROM_0),
+    **dict.fromkeys(("patience", "cooldown", "threshold", "start_factor", "end_factor"), FROM_0),
+    **dict.fromkeys(("step_size", "T_max", "T_0", "T_mult", "total_iters", "milestones"), FROM_1),
+    **dict.fromkeys(("total_steps", "epochs", "steps_per_epoch", "step_size_up", "step_size_down"), FROM_1),
+    **dict.fromkeys(("div_factor", "final_div_factor"), ABOVE_0),
+    **dict.fromkeys(("momentum", "base_momentum", "max_momentum", "betas", "rho"), BELOW_1),
+    **dict.fromkeys(("dampening", "alpha", "pct_start"), FRACTION),
+}
+"""Ranges of arguments, the same for every class that has one of that name; for lists, of their elements."""
+NOT_THE_CONFIGS = ("optimizer", "last_epoch")
+NAMES_IN_HINTS = {"Callable": Callable, "Iterable": Iterable, "Sequence": Sequence}
+"""Names that torch's annotations use, but its modules import for type checkers only."""
+
+
+def check_arguments(cls: type, args: Mapping[str, Any], key: str, given: int) -> None:
+    """Compare `args` with the signature of `cls`, whose first `given` parameters are not the config's.
+
+    Raises:
+        ConfigError: naming `key` and the argument: unknown, missing, of another type, or out of its range.
+    """
+    parameters = list(inspect.signature(cls).parameters.values())[given:]
+    names = [parameter.name for parameter in parameters if parameter.name not in NOT_THE_CONFIGS]
+    for name in args:
+        if name not in names:
+            hint = f"{did_you_mean(name, names)} (it takes: {', '.join(names)})"
+            raise ConfigError(f"{key}.{one_line(name, 80)}: {cls.__name__} takes no such argument{hint}")
+    for parameter in parameters:
+        if parameter.name in names and parameter.default is parameter.empty and parameter.name not in args:
+            raise ConfigError(f"{key}.{parameter.name}: required by {cls.__name__}, but not given")
+    kinds = _kinds(cls)
+    for name, value in args.items():
+        if name != "schedulers":  # whose parts are checked one by one
+            _check(f"{key}.{name}", value, kinds.get(name, Any), RANGES.get(name))
+
+
+def shown(value: Any) -> str:
+    """A value in a message."""
+    return one_line(json.dumps(value), 80)
+
+
+def _check(key: str, value: Any, kind: Any, limits: Range | None) -> None:
+    if not _fits(value, kind):
+        raise ConfigError(f"{key}: expected {_in_words(kind)}, not {shown(value)}")
+    numbers = [number for number in (value if isinstance(value, list) else [value]) if _fits(number, float)]
+    if limits and not all(map(limits[1], numbers)):
+        raise ConfigError(f"{key}: expected {'numbers ' if isinstance(value, list) else ''}{limits[0]}, not {shown(value)}")
+    if key.endswith(".milestones") and value != sorted(set(numbers)):
+        raise ConfigError(f"{key}: expected ascending numbers, not {shown(value)}")
+
+
+def _kinds(cls: type) -> dict[str, Any]:
+    """Argument -> its annotation; nothing where a version of torch has annotations that cannot be resolved."""
+    try:
+        return get_type_hints(cls.__init__, localns=NAMES_IN_HINTS)
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of an annotated type. No JSON value is a tensor or a function."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin in (list, Iterable, Sequence):
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return kind is Any or (kind in (bool, str, NoneType) and isinstance(value, kind))
+
+
+def _in_words(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        words = [_in_words(part) for part in parts if part in (bool, int, float, str) or get_origin(part)]
+        return " or ".join(word for word in words if word)
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin is tuple:
+        return f"a list of {len(parts)}: {', '.join(map(_in_words, parts))}"
+    if origin in (list, Iterable, Sequence):
+        return f"a list, each element {_in_words(parts[0])}"
+    return {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(kind, "")
