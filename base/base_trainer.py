@@ -131,9 +131,9 @@ class BaseTrainer(ABC):
         """
         self.network = replicate(self.model)
         with self.signals.caught():
-            if not self.finished:  # a kill in the first epoch loses nothing, and a full disk is found out now
-                self.checkpoints.save_last(self.checkpoint())
-                self.checkpoints.refuse_full_disk()
+            # a kill in the first epoch loses nothing, a full disk is found out now, and a damaged file is replaced
+            self.checkpoints.save_last(self.checkpoint())
+            self.checkpoints.refuse_full_disk()
             while not self.finished:
                 self._finish_epoch({**self._train_epoch(), **self._validated()})
                 if self._asked_to_stop():

@@ -190,19 +190,12 @@ def _passes_complaints_on(monkeypatch):
     return "environment", "online", "printed"
 
 
-def _quotes_the_config(monkeypatch):
-    monkeypatch.setattr("base.config_files._one_line", lambda problem: f"{problem['msg']}: {problem['input']}")
-    return "config file", "no Unicode", "printed"
-
-
 def _quotes_the_command(monkeypatch):
     monkeypatch.setattr(base.command_line, "without_keys", lambda message, command: message)
     return "--set", "wrong flag", "printed"
 
 
-@pytest.mark.parametrize(
-    "break_it", [_writes_the_command, _dumps_the_key, _passes_complaints_on, _quotes_the_config, _quotes_the_command]
-)
+@pytest.mark.parametrize("break_it", [_writes_the_command, _dumps_the_key, _passes_complaints_on, _quotes_the_command])
 def test_the_check_can_fail_for_training(tmp_path, monkeypatch, capfd, server, break_it):
     way, end, place = break_it(monkeypatch)
     words, code = ENDS[end]
