@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from base.checkpoint import save_checkpoint
+from tiny_runs import script
+
 ROOT = Path(__file__).parents[1]
 SHORT = [
     "--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=6", "--set", "system.num_threads=1",
@@ -121,7 +124,7 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
 
 def bad_inputs(folder, tmp_path):
     checkpoint = torch.load(folder / "model_best.pth", weights_only=True)
-    torch.save({**checkpoint, "state_dict": {"other.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    save_checkpoint(tmp_path / "other.pth", {**checkpoint, "state_dict": {"other.weight": torch.zeros(1)}})
     torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "bare.pth")
     for part in ("train", "test"):
         for name in ("a", "b"):
@@ -164,7 +167,7 @@ def test_bad_input_is_one_line_and_an_exit_code(robust_run, tmp_path):
     folder, _ = robust_run
     before = sorted(path.name for path in folder.rglob("*"))
     for name, (words, code, message) in bad_inputs(folder, tmp_path).items():
-        done = run("validate_pgd.py", *words, cwd=tmp_path)
+        done = script("validate_pgd.py", *words, cwd=tmp_path)
         assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{name}: {done.stderr}"
         assert message in done.stderr, name
         assert sorted(path.name for path in folder.rglob("*")) == before, name

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_runs
+from base.checkpoint import save_checkpoint
+
 ROOT = Path(__file__).parents[1]
 ORIGINAL = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv" / "model_best.pth"
 
@@ -97,8 +100,8 @@ def bad_inputs(folder, tmp_path):
     broken = {
         key: value * float("nan") if key == "classifier.weight" else value for key, value in checkpoint["state_dict"].items()
     }
-    torch.save({**checkpoint, "state_dict": broken}, tmp_path / "nan.pth")
-    torch.save({**checkpoint, "class_names": ["cat", "dog"]}, tmp_path / "pets.pth")
+    save_checkpoint(tmp_path / "nan.pth", {**checkpoint, "state_dict": broken})
+    save_checkpoint(tmp_path / "pets.pth", {**checkpoint, "class_names": ["cat", "dog"]})
     return {
         "spectrum.py": {
             "tolerance": (["-s", folder, "--tolerance", "0"], 2, "--tolerance: expected a number between 0 and 1, not 0.0"),
@@ -117,7 +120,7 @@ def test_bad_input_is_one_line_and_an_exit_code(digits_run, tmp_path):
     before = sorted(path.name for path in digits_run.rglob("*"))
     for script, cases in bad_inputs(digits_run, tmp_path).items():
         for name, (words, code, message) in cases.items():
-            done = run(script, *words, cwd=tmp_path)
+            done = tiny_runs.script(script, *words, cwd=tmp_path)
             assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{script}, {name}: {done.stderr}"
             assert message in done.stderr, f"{script}, {name}"
     assert sorted(path.name for path in digits_run.rglob("*")) == before

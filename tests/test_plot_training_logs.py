@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from base.config_files import validate
+from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,7 +107,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(saved, tmp_path):
         "axis": ([norms, "--against", "arch.type", *by_norm, "--out", "a.png"], "--against arch.type: simpleCNN in "),
     }
     for name, (words, message) in bad.items():
-        done = run(*words, cwd=tmp_path)
+        done = script("plot_training_logs.py", *words, cwd=tmp_path)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), f"{name}: {done.stderr}"
         assert message in done.stderr, f"{name}: {done.stderr}"
         assert done.stdout == "", name

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from studies.work import _Screen
+from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -162,6 +163,6 @@ def test_bad_input_is_one_line(grid, tmp_path):
         "no jobs": (["--grid", grid, "--all", "--jobs", "0"], "--jobs: expected at least 1"),
     }
     for name, (words, message) in cases.items():
-        done = study(*words, cwd=tmp_path)
+        done = script("run_ablations.py", *words, cwd=tmp_path)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), f"{name}: {done.stderr}"
         assert message in done.stderr, name

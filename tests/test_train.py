@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tiny_runs import script
+
 ROOT = Path(__file__).parents[1]
 SHORT = ["--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=4", "--set", "system.num_threads=1"]
 
@@ -105,7 +107,7 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_written(tmp_path, name):
         (tmp_path / "config.json").write_text(json.dumps(tree))
         words = ["-c", "config.json", "--set", "system.num_threads=1", *words]
     before = sorted(tmp_path.rglob("*"))
-    done = train(*words, cwd=tmp_path)
+    done = script("train.py", *words, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr

@@ -1,8 +1,12 @@
 """Runs of a second, for tests of everything around training."""
 
 import os
+import runpy
 import signal
+import sys
 import warnings
+from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from base.config_files import merge, validate
 from base.errors import ProjectError, Stopped
 from experiment import Experiment
 
+ROOT = Path(__file__).parents[1]
 TINY = {
     "name": "tiny",
     "seed": 3,
@@ -91,6 +96,8 @@ def forked(function):
         code = 0
     except ProjectError as error:
         code = error.exit_code
+    except SystemExit as end:
+        code = end.code
     finally:
         os._exit(code)
 
@@ -98,3 +105,24 @@ def forked(function):
 def exit_code(process):
     """Of a process from `forked`, when it has ended; minus the signal's number where one ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def script(name, *words, cwd):
+    """Run a script with these words in a process of its own, forked: as a user does, but for the imports, which are done."""
+    streams = {1: Path(cwd).parent / f"{os.getpid()}.out", 2: Path(cwd).parent / f"{os.getpid()}.err"}
+
+    def become():
+        os.chdir(cwd)
+        for number, file in streams.items():
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in streams)
+        sys.argv = [str(ROOT / name), *map(str, words)]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    code = exit_code(forked(become))
+    said, complained = (file.read_text() for file in streams.values())
+    return CompletedProcess([name, *words], code, said, complained)
