@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 ASSEMBLING = ("assembly", "experiment", "conclusion", "evaluation", "attack_checkpoint", "job")
 """The modules that know every room."""
 
-CODE = ("base", "models", "data_loader", "attacks", "trainer", "studies", "reports", "benchmarks")
+CODE = ("base", "models", "data_loader", "attacks", "trainer", "studies", "reports", "benchmarks", "soak")
 ROOMS = (*CODE, "configs", "tests", *ASSEMBLING)
 MAY_IMPORT = {
     "base": set(),
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "attack_checkpoint": {"base", "data_loader", "attacks", "evaluation"},
     "job": {"base", "experiment"},
     "benchmarks": {"base", "models", "data_loader", "attacks", "trainer", "studies", "reports", *ASSEMBLING},
+    "soak": {"base"},
     "script": {"base", "models", "studies", "reports", "experiment", "evaluation", "attack_checkpoint", "job"},
 }
 PACKAGES = {
