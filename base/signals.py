@@ -31,7 +31,7 @@ class StopSignals:
 
         def note(number: int, frame: FrameType | None) -> None:
             self.asked = self.asked or number  # the first one counts, whatever comes while it is obeyed
-            if self._may_interrupt:
+            if self._may_interrupt and not _in_finaliser(frame):
                 self._may_interrupt = False
                 raise Interrupted
 
@@ -50,3 +50,12 @@ class StopSignals:
             yield
         finally:
             self._may_interrupt = False
+
+
+def _in_finaliser(frame: FrameType | None) -> bool:
+    """Whether an object is just being cleared away, where Python would print an exception and forget it."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False

@@ -125,8 +125,7 @@ class Endurance:
             self._fail(run, f"{done.ending}: exit {done.code}: {done.said[-1000:]}")
         if done.code == 3 and "cannot be written" not in done.said and "disk is full" not in done.said:
             self._fail(run, f"full disk: {done.said[-500:]}")
-        imports = "processes" in self.name and "KeyboardInterrupt" in done.said  # of torchrun's children, which begin anew
-        if "Traceback" in done.said and not imports:
+        if "Traceback" in done.said and "KeyboardInterrupt" not in done.said:  # which comes before any work, within imports
             place = done.said.index("Traceback")
             self._fail(run, f"{done.ending}: exit {done.code}: {done.said[max(0, place - 300) : place + 2000]}")
         if after < before:

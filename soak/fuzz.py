@@ -1,4 +1,4 @@
-"""A fuzzer for what is read: mutates config files and checkpoints as coverage suggests, and stops at all but a result or one line.
+"""A fuzzer for what is read: mutates configs and checkpoints as coverage suggests, and stops at all but a result or one line.
 
 pip install -e ".[fuzz]"
 python -m soak.fuzz config --seconds 600
@@ -47,7 +47,7 @@ def config_seeds() -> list[bytes]:
 
 
 def checkpoint_seeds() -> list[bytes]:
-    """A sealed checkpoint, one of ConvNorm's form, and one in torch's older format; the last two have no seal to protect them."""
+    """A sealed checkpoint, one of ConvNorm's form, and one in torch's older format; the last two have no seal."""
     config = load_config(CONFIGS / "quickstart.json").dump()
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder, "sealed"), {**SMALL, "config": config})

@@ -11,6 +11,7 @@ import base.signals as signals_module
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.errors import Stopped
+from base.signals import Interrupted, StopSignals
 from experiment import Experiment
 from tiny_runs import difference, run
 
@@ -72,3 +73,20 @@ def test_the_check_can_fail(tmp_path, monkeypatch, small):
     monkeypatch.setattr("base.base_trainer.StopSignals", Hasty)
     with pytest.raises((AssertionError, KeyboardInterrupt)):
         check_signals(tmp_path, monkeypatch, small())
+
+
+def test_no_exception_is_raised_where_python_would_forget_it():
+    """In a finaliser; the signal is remembered all the same, and the next one interrupts."""
+    signals = StopSignals()
+
+    class Cleared:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with signals.caught(), signals.interrupting():
+        Cleared()
+        assert signals.asked == signal.SIGTERM
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("went on")
+    assert signals.asked == signal.SIGTERM
