@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 @contextmanager
-def locked(file: Path, wait: bool = False) -> Iterator[bool]:
+def locked(file: Path) -> Iterator[bool]:
     """Hold the lock on `file`, which is made if it is missing and stays; yields whether this process has it.
 
     It ends with the block, and with the process however that dies; children do not inherit it. It holds between the machines of
@@ -14,7 +14,6 @@ def locked(file: Path, wait: bool = False) -> Iterator[bool]:
 
     Args:
         file: nobody else may read or write it.
-        wait: for the process that has it; otherwise False is yielded at once.
 
     Raises:
         OSError: the file cannot be made.
@@ -27,7 +26,7 @@ def locked(file: Path, wait: bool = False) -> Iterator[bool]:
     # a lock of lockf is this process's alone; one of flock would live on in its worker processes
     with file.open("a+b") as opened:
         try:
-            fcntl.lockf(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             own = True
         except (BlockingIOError, PermissionError):  # POSIX allows either
             own = False

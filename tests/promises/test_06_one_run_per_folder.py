@@ -74,7 +74,7 @@ def test_a_folder_is_free_again_after_a_run_in_the_same_process(tmp_path, small)
 @pytest.mark.parametrize("check", [check_race, lambda folder: check_running(folder / "run")], ids=["race", "running"])
 def test_the_checks_can_fail(tmp_path, monkeypatch, check):
     @contextmanager
-    def everyone(file, wait=False):
+    def everyone(file):
         file.touch()
         yield True
 
