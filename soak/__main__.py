@@ -4,7 +4,6 @@ python -m soak --minutes 60 --json results/soak.json
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from itertools import cycle
@@ -14,7 +13,7 @@ from time import monotonic
 
 from tqdm import tqdm
 
-from base.run_folder import environment
+from base.run_folder import environment, write_json
 from soak.endurance import Endurance, Tally
 from soak.scenarios import SCENARIOS, write_images
 
@@ -45,8 +44,9 @@ def main() -> None:
     for failure in tally.failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if arguments.json:
+        machine = {key: value for key, value in environment().items() if key in ("python", "packages", "commit", "cpu")}
         counts = {"minutes": round(minutes, 1), "seed": arguments.seed, "counts": tally.counts, "failures": tally.failures}
-        arguments.json.write_text(json.dumps({**counts, "environment": environment()}, indent=2) + "\n")
+        write_json(arguments.json, {**counts, **machine})
     sys.exit(1 if tally.failures else 0)
 
 

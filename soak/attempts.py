@@ -57,9 +57,11 @@ def attempt(words: list[str], log: Path, ending: str | None, seconds: float, ran
         random: for the moment between two signals.
         limit: bytes that a file of it may have at most, which stands for a full disk; None for no limit.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # until the new process is the script
     process = os.fork()
     if process == 0:
         _become_script(words, log, limit)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
     begin, sent, status = time.monotonic(), None, 0
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
@@ -78,15 +80,27 @@ def attempt(words: list[str], log: Path, ending: str | None, seconds: float, ran
 
 
 def _become_script(words: list[str], log: Path, limit: int | None) -> None:
+    """Whatever happens, this process ends here: it is a copy of another one, and has no business beyond this."""
     code = 1
     try:
-        os.setsid()
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        sys.argv = [str(SCRIPT), *words]
+        code = _run_script(words, log, limit)
+    finally:
+        os._exit(code)
+
+
+def _run_script(words: list[str], log: Path, limit: int | None) -> int:
+    """The exit code of the script."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(output, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.argv = [str(SCRIPT), *words]
+    code = 1
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
         run_script(train_robust.main)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -94,12 +108,11 @@ def _become_script(words: list[str], log: Path, limit: int | None) -> None:
         code = 130
     except BaseException:
         traceback.print_exc()
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _exit_function()  # ends the loader's workers; all else that would be done at the end is the other process's
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _exit_function()  # ends the loader's workers
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def position(folder: Path) -> tuple[int, int] | None:

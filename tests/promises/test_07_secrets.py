@@ -179,7 +179,7 @@ def _dumps_the_key(monkeypatch):
         return {**dump(self), "comet": {"api": self.comet.api}} if self.comet else dump(self)
 
     monkeypatch.setattr(base.config.Config, "dump", all_of_it)
-    return "config file", "offline", "config.json"
+    return "config file", "offline", "config.json|model_"
 
 
 def _passes_complaints_on(monkeypatch):

@@ -21,7 +21,7 @@ MATTERS = {
     "trainer.epochs": (10, "200"), "optimizer.args.lr": (0.5, "0.1"), "optimizer.args.nesterov": (True, "null"),
     "arch.args.norm_layer_type": ("gn", "bn"), "system.precision": ("bf16", "fp32"), "trainer.subset_percent": (0.5, "1"),
     "data_loader.args.num_batches": (3, "0"), "adversarial.method": ("pgd", "none"), "pgd_attack.K": (20, "10"),
-    "lr_scheduler.args.milestones": ([1, 2], "null"),
+    "data_loader.args.mean": ([0.5, 0.5, 0.25], "null"),
 }  # fmt: skip
 """Another value of some keys that do, and the default as it is shown."""
 
