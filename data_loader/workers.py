@@ -47,8 +47,7 @@ def decode_in_processes(
     Raises:
         DataError: a file cannot be decoded or has another size, or a worker died or hangs, which is named with its file.
     """
-    slots = torch.empty((min(AHEAD * num_workers + 1, len(batches)), max(map(len, batches)), *shape), dtype=torch.uint8)
-    decoder = _Decoder(paths, resize, batches, slots.share_memory_(), torch.full((num_workers,), NOWHERE).share_memory_())
+    decoder = _Decoder(paths, resize, batches, *_shared(num_workers, batches, shape))
     workers: list[BaseProcess] = []
     end = partial(_kill, workers)
     # Where a traceback keeps this frame, multiprocessing would wait for the workers for ever: they ignore its SIGTERM.
@@ -97,6 +96,16 @@ class _Decoder(Dataset):
         finally:
             self.notes[worker] = NOWHERE
         return None
+
+
+def _shared(num_workers: int, batches: list[list[int]], shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Slots and notes of a `_Decoder`, in memory that processes share."""
+    slots = torch.empty((min(AHEAD * num_workers + 1, len(batches)), max(map(len, batches)), *shape), dtype=torch.uint8)
+    try:
+        return slots.share_memory_(), torch.full((num_workers,), NOWHERE).share_memory_()
+    except (OSError, RuntimeError) as error:
+        size = f"{slots.numel() / 1e6:.1f} MB of shared memory for {num_workers} processes"
+        raise DataError(f"{KEY}: there are no {size} ({_first_line(error)}): try fewer, or a smaller batch_size") from None
 
 
 def _start(decoder: _Decoder, num_workers: int) -> Any:

@@ -199,3 +199,13 @@ def test_a_program_that_crashes_ends_although_its_workers_ignore_sigterm(paths):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 1
     assert done.stderr.endswith("RuntimeError: a mistake in the program\n")
+
+
+def test_no_shared_memory_is_one_line(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("unable to resize file </torch_1_2> to the right size: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    message = r"num_workers: there are no 0.0 MB of shared memory for 2 processes \(unable to resize .*\): try fewer"
+    with pytest.raises(DataError, match=message):
+        list(workers.decode_in_processes(["a.png"], (3, 8, 8), False, [[0]], 2))
