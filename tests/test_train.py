@@ -126,12 +126,22 @@ def test_checkpoint_of_another_architecture_is_refused_and_kept(finished_run, tm
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+THREE_EPOCHS = ["-c", ROOT / "configs" / "quickstart.json", "--set", "trainer.epochs=3", "--set", "system.num_threads=1"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = train(*THREE_EPOCHS, "--run_dir", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, number, code):
+def test_killed_and_resumed_ends_with_the_same_weights(whole_run, tmp_path, number, code):
     """SIGKILL repeats the broken epoch; SIGINT saves in its middle."""
-    words = ["-c", ROOT / "configs" / "quickstart.json", "--set", "trainer.epochs=3", "--set", "system.num_threads=1"]
     process = subprocess.Popen(
-        command(*words, "--run_dir", tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(*THREE_EPOCHS, "--run_dir", tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -145,10 +155,9 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, number, code):
     assert finished_epochs < 3, "the run was killed before its end"
     resumed = train("-r", tmp_path / "killed", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    whole = train(*words, "--run_dir", tmp_path / "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    weights = [torch.load(tmp_path / run / "model_last.pth", weights_only=True)["state_dict"] for run in ("killed", "whole")]
+    assert metrics.read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
+    runs = (tmp_path / "killed", whole_run)
+    weights = [torch.load(run / "model_last.pth", weights_only=True)["state_dict"] for run in runs]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
     assert torch.load(tmp_path / "killed" / "model_last.pth", weights_only=True)["progress"]["batches_done"] == 0
 
