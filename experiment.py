@@ -132,8 +132,8 @@ class Experiment:
             experiment = cls.from_config(run.config)
             experiment.refuse_other_data(run)
             trainer = experiment.build_trainer(folder)
-            trainer.resume(run.checkpoint, run.file)
-            return experiment._run(trainer, resumed=run)
+            instead = run.problem and f"{run.problem}: going on from {run.file.name} instead"
+            return experiment._run(trainer, resumed_with=[instead, trainer.resume(run.checkpoint, run.file)])
 
     def refuse_other_data(self, run: SavedRun) -> None:
         """Refuse to continue a run on other images or labels.
@@ -146,13 +146,14 @@ class Experiment:
         if loader.fingerprint() != checkpoint["fingerprint"] or not same_pixels:
             raise CheckpointError(f"{run.file}: was trained on other images or labels than data_loader.args.data_dir now holds")
 
-    def _run(self, trainer: BaseTrainer, resumed: SavedRun | None = None) -> dict[str, Any]:
-        folder, progress = trainer.folder, trainer.progress
+    def _run(self, trainer: BaseTrainer, resumed_with: list[str | None] | None = None) -> dict[str, Any]:
+        """Train and conclude; `resumed_with` are the warnings of a resume, None for a new run."""
+        folder, progress, resumed = trainer.folder, trainer.progress, resumed_with is not None
         with logging_to(folder / "info.log", self.config.trainer.verbosity) if rank() == 0 else _silence():
-            self._describe(folder, resumed is not None)
+            self._describe(folder, resumed)
             if resumed:
-                if resumed.problem:
-                    logger.warning("%s: going on from %s instead", resumed.problem, resumed.file.name)
+                for warning in filter(None, resumed_with):
+                    logger.warning(warning)
                 logger.info("resumed after %d epochs and %d batches", progress.epochs_done, progress.batches_done)
             else:
                 # copies of a model shall not drop the same units

@@ -203,22 +203,20 @@ class BaseTrainer(ABC):
             "rng": get_rng_state(),
         }
 
-    def resume(self, checkpoint: Mapping[str, Any], source: Path) -> None:
-        """Continue from a checkpoint of this run.
+    def resume(self, checkpoint: Mapping[str, Any], source: Path) -> str | None:
+        """Continue from a checkpoint of this run; returns what there is to warn of.
 
         Raises:
             CheckpointError: it is of another architecture, optimiser or schedule, or holds no training state.
         """
         if "progress" not in checkpoint:
             raise CheckpointError(f"{source}: holds no training state (ConvNorm's format): it can be evaluated, not resumed")
-        for key, ours in (
-            ("optimizer_type", type(self.optimizer).__name__),
-            ("scheduler_type", self.config.lr_scheduler.type),
-        ):
+        kinds = {"optimizer_type": type(self.optimizer).__name__, "scheduler_type": self.config.lr_scheduler.type}
+        for key, ours in kinds.items():
             if checkpoint[key] != ours:
                 raise CheckpointError(f"{source}: was trained with {key} {checkpoint[key]}, this config has {ours}")
         progress = Progress(**checkpoint["progress"])
-        self.checkpoints.restore_best(progress, source)
+        warning = self.checkpoints.restore_best(progress, source)
         load_weights(self.model, checkpoint["state_dict"], source)
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         self.finite.forget()
@@ -233,6 +231,7 @@ class BaseTrainer(ABC):
             set_rng_state(checkpoint["rng"])
         else:  # it holds those of rank 0, and copies shall not drop the same units
             seed_global_generators(self.config.seed, f"training {rank()} {progress.epochs_done} {progress.batches_done}")
+        return warning
 
     def _train_epoch(self) -> dict[str, Any]:
         self.model.train()

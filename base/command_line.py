@@ -2,12 +2,12 @@
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from io import TextIOWrapper
 from typing import NoReturn
 
+from base.comet_key import without_keys
 from base.config import Config
 from base.config_files import Override, load_config
 from base.errors import ConfigError, ProjectError
@@ -28,8 +28,6 @@ SHORT_FLAGS = (
     (("--offline", "--comet_offline"), "comet.offline", "Comet without a server"),
     (("--seed",), "seed", "seed of everything random"),
 )
-KEY_GIVEN = re.compile(r"(--key|--comet_key|(--set=)?comet(\.api)?)(\W(?P<key>.*))?", re.DOTALL)
-"""A word of the command line that holds Comet's key, or is followed by it."""
 BOOLEANS = ("trainer.sym", "trainer.asym", "trainer.OCNN", "comet.offline")
 
 
@@ -109,16 +107,6 @@ def select_device(device: str | None) -> None:
 
     if not torch.cuda.is_available():
         raise ConfigError(f"-d {device}: there is no such CUDA device")
-
-
-def without_keys(message: str, command: Sequence[str]) -> str:
-    """An error message with the Comet keys of the command line replaced by `***`, also of one that is not well-formed."""
-    for word, after in zip(command, [*command[1:], ""], strict=True):
-        given = KEY_GIVEN.fullmatch(word)
-        key = (given["key"] or after) if given else ""
-        if len(key) > 3:
-            message = message.replace(key, "***")
-    return message
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:

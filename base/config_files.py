@@ -237,8 +237,6 @@ def _told(problem: dict[str, Any]) -> str:
             return f"{key}: unknown key{did_you_mean(path[-1], known)} (known here: {', '.join(known)})"
         case "missing":
             return f"{key}: required, but not given"
-        case "json_invalid":  # the tree is our own JSON; quoting it all would show Comet's key
-            return "holds text that is no valid Unicode, such as a path in another encoding than the terminal's"
         case "value_error":
             message = str(problem["ctx"]["error"])
             return f"{key}.{message}" if key and message[0] not in QUOTES else f"{key}{': ' if key else ''}{message}"
@@ -253,7 +251,7 @@ def _told(problem: dict[str, Any]) -> str:
 
 def _is_secret(path: Sequence[str]) -> bool:
     """Whether what a config holds at `path` may be, or hold, the Comet key: wherever in that section someone has put it."""
-    return path[:1] in (["comet"], ("comet",))
+    return list(path[:1]) == ["comet"]
 
 
 def _shown(value: Any, text: Callable[[Any], str] = json.dumps) -> str:

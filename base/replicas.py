@@ -1,6 +1,7 @@
 """One model in several processes: how its copies are trained together and kept equal."""
 
 import inspect
+import warnings
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,6 +23,8 @@ def replicate(model: nn.Module) -> nn.Module:
     index = [device] if device.type == "cuda" else None
     names = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # its name until torch 2.14
+    # in a kernel of one input channel two orders in memory are the same one, of which torch takes notice
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(model, device_ids=index, **{buffers: False})
 
 

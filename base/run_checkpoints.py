@@ -1,6 +1,5 @@
 """The checkpoints of a run folder: which are written when, and that the best one is the best."""
 
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,6 @@ from base.config_training import TrainerConfig
 from base.errors import CheckpointError
 from base.progress import Progress
 from base.ranks import from_first, rank
-
-logger = logging.getLogger(__name__)
 
 
 class RunCheckpoints:
@@ -57,21 +54,25 @@ class RunCheckpoints:
         if self.settings.keep_checkpoints:
             keep_newest(self.folder, self.settings.keep_checkpoints, epoch)
 
-    def restore_best(self, progress: Progress, source: Path) -> None:
+    def restore_best(self, progress: Progress, source: Path) -> str | None:
         """Make sure that `model_best.pth` is the best model of the run as far as it is resumed from `source`.
 
         It may be of an epoch that the run, resumed from an earlier checkpoint, has yet to do again. Then `progress` knows no
         best model until there is one anew, which on the same machine is the same one.
 
+        Returns:
+            What there is to warn of in that case.
+
         Raises:
             CheckpointError: the best model is lost.
         """
-        if from_first(lambda: self._best_is_yet_to_come(progress, source)):
-            logger.warning(
-                "the best model so far, of epoch %d, has been replaced by a better one, of an epoch that is done again:"
-                " until then the best is chosen anew", progress.best_epoch,
-            )  # fmt: skip
-            progress.best_value = progress.best_epoch = None
+        if not from_first(lambda: self._best_is_yet_to_come(progress, source)):
+            return None
+        epoch, progress.best_value, progress.best_epoch = progress.best_epoch, None, None
+        return (
+            f"the best model so far, of epoch {epoch}, has been replaced by a better one, of an epoch that is done again:"
+            " until then the best is chosen anew"
+        )
 
     def _best_is_yet_to_come(self, progress: Progress, source: Path) -> bool:
         best, last = self.folder / BEST, self.folder / LAST
@@ -81,12 +82,13 @@ class RunCheckpoints:
             if source.resolve() != best.resolve():
                 publish_copy(source, best)  # it may not have come to that when the run was killed
             return False
-        for file in (best, self.folder / NUMBERED.format(progress.best_epoch)):
-            if _epoch_of(file) == progress.best_epoch:
-                if file != best:
-                    publish_copy(file, best)
-                return False
         later = _epoch_of(best)
+        if later == progress.best_epoch:
+            return False
+        copy = self.folder / NUMBERED.format(progress.best_epoch)
+        if _epoch_of(copy) == progress.best_epoch:
+            publish_copy(copy, best)
+            return False
         if later is None and best.is_file() and last.is_file() and best.samefile(last) and source.resolve() != last.resolve():
             return True  # the last epoch was the best one, and both names are of one damaged file
         if later is not None and progress.epochs_done < later <= self.settings.epochs:

@@ -8,10 +8,9 @@ import json
 import logging
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,13 +22,11 @@ import torch
 
 from base.atomic import replacing, sweep
 from base.checkpoint import has_checkpoint
+from base.comet_key import command_without_key
 from base.errors import CheckpointError, ConfigError, ProjectError
 from base.locks import locked
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
-SECRET_FLAGS = ("--key", "--comet_key")
-
-
 LOCK = ".lock"
 """The file that a run holds locked as long as it writes into its folder; it stays."""
 
@@ -53,8 +50,10 @@ def new_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Iter
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{folder}: the run folder cannot be made or written: {error}") from None
     with only_run_in(folder):
-        if has_checkpoint(folder) or ((folder / "config.json").exists() and not begun_by_this_job(folder)):
+        if has_checkpoint(folder):
             raise ConfigError(f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder")
+        if (folder / "config.json").exists() and not begun_by_this_job(folder):
+            raise ConfigError(f"--run_dir {folder}: holds a run without a checkpoint; remove it, or name another folder")
         if job():
             write_json(folder / "environment.json", {"job": job()})  # before anything else, as the next attempt asks for it
         yield folder
@@ -171,7 +170,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": package_versions(),
-        "command": without_secrets(sys.argv),
+        "command": command_without_key(sys.argv),
         "job": job(),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_files": _git("status", "--porcelain", "--untracked-files=no"),
@@ -191,17 +190,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def without_secrets(command: Sequence[str]) -> list[str]:
-    """The command line with the Comet key replaced by `***`, however it was given."""
-    cleaned: list[str] = []
-    for word in command:
-        if cleaned and cleaned[-1] in SECRET_FLAGS:
-            cleaned.append("***")
-        else:
-            cleaned.append(re.sub(r"^((?:--key|--comet_key|(?:--set=)?comet(?:\.api)?)=).*", r"\1***", word))
-    return cleaned
 
 
 def describe(values: Mapping[str, Any]) -> str:

@@ -94,8 +94,9 @@ class FileImages:
             decoded = map(self._decode, positions)
         else:
             decoded = decode_in_processes(self.paths, self.shape, self.resize, positions, workers)
-        copy = Tensor.pin_memory if self.pin_memory else Tensor.clone  # out of the memory that the workers write to
-        return map(copy, decoded)
+        if self.pin_memory:
+            return map(Tensor.pin_memory, decoded)
+        return map(Tensor.clone, decoded) if workers else decoded  # out of the memory that the workers write to
 
     def _decode(self, positions: list[int]) -> Tensor:
         batch = torch.empty((len(positions), *self.shape), dtype=torch.uint8)

@@ -4,29 +4,13 @@ import hashlib
 import pickle
 import tarfile
 import urllib.error
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision.datasets
 import torchvision.datasets.utils
-from PIL import Image
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
-def write_images(folder: Path, classes: dict[str, int], size: tuple[int, int] = (8, 8), suffix: str = "png") -> None:
-    for number, (name, count) in enumerate(classes.items()):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = np.random.default_rng([number, i]).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i:03}.{suffix}")
-
-
-@pytest.fixture(scope="session", name="write_images")
-def write_images_fixture():
-    """The function, for tests to call: other folders have a `conftest` too, so it cannot be imported by that name."""
-    return write_images
 
 
 def _cifar_entry(n: int, num_classes: int, label_key: str, seed: int) -> dict:

@@ -8,12 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tiny_runs import script
+from tiny_runs import script, write_images
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=4", "--set", "system.num_threads=1"]
@@ -56,15 +54,10 @@ def test_a_finished_run_cannot_be_overwritten(finished_run, tmp_path):
 
 def image_folder(root, *, broken=None):
     """Two classes of a few 8x8 images."""
-    generator = np.random.default_rng(0)
     for part in ("train", "test"):
-        for name in ("cat", "dog"):
-            (root / part / name).mkdir(parents=True)
-            for number in range(4):
-                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+        write_images(root / part, {"cat": 4, "dog": 4})
     if broken:
-        path = root / broken / "dog" / "2.png"
+        path = root / broken / "dog" / "002.png"
         path.write_bytes(path.read_bytes()[:100])
     return root
 
@@ -87,8 +80,8 @@ def bad_inputs(tmp_path):
         "adversarial": ({**digits, "trainer": {"do_adv": True}}, [], 2, "trainer.do_adv: asks for adversarial training"),
         "no config": (None, [], 2, "-c CONFIG or -r CHECKPOINT is required"),
         "missing data folder": (images, [], 4, "images"),
-        "truncated image": (images, ["--set", f"data_loader.args.data_dir={tmp_path / 'broken'}"], 4, "dog/2.png"),
-        "truncated test image": (broken_test, [], 4, "test/dog/2.png"),
+        "truncated image": (images, ["--set", f"data_loader.args.data_dir={tmp_path / 'broken'}"], 4, "dog/002.png"),
+        "truncated test image": (broken_test, [], 4, "test/dog/002.png"),
         "image too small": (small, [], 2, "arch.type: vgg11 cannot be trained on batches of 2 images of 8x8"),
         "damaged checkpoint": (None, ["-r", tmp_path / "weights.pth"], 3, "weights.pth: is no readable checkpoint"),
     }

@@ -8,8 +8,10 @@ import warnings
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
@@ -126,3 +128,12 @@ def script(name, *words, cwd):
     code = exit_code(forked(become))
     said, complained = (file.read_text() for file in streams.values())
     return CompletedProcess([name, *words], code, said, complained)
+
+
+def write_images(folder: Path, classes: dict[str, int], size: tuple[int, int] = (8, 8), suffix: str = "png") -> None:
+    """Random images of `size` (width, height) in one folder per class, as many as `classes` says."""
+    for number, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng([number, i]).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:03}.{suffix}")

@@ -12,13 +12,14 @@ import torch
 
 import models.layers  # noqa: F401 - fills the layer tables
 from base.base_model import BaseModel
+from base.comet_key import command_without_key
 from base.command_line import SHORT_FLAGS, config_overrides, config_parser, run_script, select_device
 from base.config import CometConfig
 from base.config_files import annotation_at, override, validate
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from base.progress import Progress
 from base.registry import lookup
-from base.run_folder import begun_by_this_job, new_run_folder, record_environment, without_secrets
+from base.run_folder import begun_by_this_job, new_run_folder, record_environment
 from base.runtime import choose_device, choose_precision, derived_seed, numpy_generator, torch_generator
 from base.totals import BatchResult, Totals
 from base.tracking import RunLog, Tracker, start_trackers, tell
@@ -115,7 +116,7 @@ def test_run_folders_are_new_and_never_shared(tmp_path):
     named = create_run_folder("unused", "name", str(tmp_path / "given"))
     assert named == tmp_path / "given"
     (named / "config.json").touch()
-    with pytest.raises(ConfigError, match=r"already holds a run; continue it with -r"):
+    with pytest.raises(ConfigError, match="holds a run without a checkpoint; remove it"):
         create_run_folder("unused", "name", str(named))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="the run folder cannot be made or written"):
@@ -137,7 +138,7 @@ def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
     for name in ("8", "none"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
         assert not begun_by_this_job(folder)
-        with pytest.raises(ConfigError, match="already holds a run"):
+        with pytest.raises(ConfigError, match="holds a run without a checkpoint"):
             create_run_folder("unused", "name", str(folder))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     (folder / "model_last.pth").touch()
@@ -147,9 +148,10 @@ def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
 
 def test_secrets_are_cut_from_the_command():
     command = ["train.py", "--key", "s1", "--comet_key=s2", "--set", "comet.api=s3", "--set=comet.api=s4"]
-    command += ["--set", 'comet={"api":"s5"}', "--seed", "1"]
-    cleaned = without_secrets(command)
-    expected = "train.py --key *** --comet_key=*** --set comet.api=*** --set=comet.api=*** --set comet=*** --seed 1"
+    command += ["--set", 'comet={"api":"s5"}', "--set", "comet.apii=s6", "--set", "comet.api", "s7", "--seed", "1"]
+    cleaned = command_without_key(command)
+    expected = "train.py --key *** --comet_key=*** --set comet.api=*** --set=comet.api=*** --set comet=***"
+    expected += " --set comet.*** --set comet.api *** --seed 1"
     assert cleaned == shlex.split(expected)
 
 

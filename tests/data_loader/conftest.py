@@ -2,9 +2,11 @@
 
 import pytest
 
+from tiny_runs import write_images
+
 
 @pytest.fixture(scope="session")
-def session_folder(tmp_path_factory, write_images):
+def session_folder(tmp_path_factory):
     """Three classes of 20 training and 5 test images, 8 x 8 PNG. Not to be changed."""
     folder = tmp_path_factory.mktemp("images")
     write_images(folder / "train", {"ant": 20, "bee": 20, "cow": 20})
@@ -13,7 +15,7 @@ def session_folder(tmp_path_factory, write_images):
 
 
 @pytest.fixture
-def folder(tmp_path, write_images):
+def folder(tmp_path):
     """The same kind of folder, smaller and with JPEGs, to be broken."""
     write_images(tmp_path / "set" / "train", {"ant": 4, "bee": 4}, suffix="jpg")
     write_images(tmp_path / "set" / "test", {"ant": 2, "bee": 2}, suffix="jpg")

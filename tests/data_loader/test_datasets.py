@@ -14,6 +14,7 @@ from base.errors import DataError
 from data_loader.datasets import read_cifar, read_digits, read_image_folder
 from data_loader.decoding import decode_image
 from data_loader.images import MemoryImages, pixel_statistics
+from tiny_runs import write_images
 
 
 def everything(images):
@@ -98,7 +99,7 @@ def test_image_folder_order_labels_and_pixels(session_folder):
 
 
 @pytest.mark.parametrize("size", [(50, 37), (37, 50), (16, 16), (9, 40), (20, 20)])
-def test_resizing_equals_torchvision(tmp_path, write_images, size):
+def test_resizing_equals_torchvision(tmp_path, size):
     write_images(tmp_path, {"a": 1}, size)
     path = tmp_path / "a" / "000.png"
     with Image.open(path) as image:
@@ -114,7 +115,7 @@ def test_grey_and_transparent_images_become_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["", "train", "test"])
-def test_missing_folders(tmp_path, write_images, missing):
+def test_missing_folders(tmp_path, missing):
     write_images(tmp_path / ("train" if missing == "test" else "test"), {"ant": 1})
     target = tmp_path / "absent" if missing == "" else tmp_path
     expected = target if missing == "" else tmp_path / missing
@@ -124,7 +125,7 @@ def test_missing_folders(tmp_path, write_images, missing):
     assert message.startswith(f"data_loader.args.data_dir: '{expected}' is not a folder; expected {target}/train/<class>/")
 
 
-def test_folders_without_classes_or_images_or_with_other_classes(folder, write_images):
+def test_folders_without_classes_or_images_or_with_other_classes(folder):
     (folder / "train" / "empty").mkdir()
     with pytest.raises(DataError, match=r"train/empty' has no images; expected files of type \.jpg"):
         read_image_folder(folder, None)

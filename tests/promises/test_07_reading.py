@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from base.checkpoint import save_checkpoint
+from base.config import Config
 from base.config_files import load_config, validate
 from base.errors import ConfigError
 from base.optimization import check_optimization
@@ -140,8 +141,16 @@ def test_names_cannot_leave_save_dir(tmp_path, monkeypatch, small):
     assert check_names(tmp_path, small()) == len(NAMES)
 
 
-def test_the_check_of_names_can_fail(tmp_path, monkeypatch, small):
-    monkeypatch.setitem(globals(), "NAMES", ("harmless",))
+@pytest.fixture
+def any_name_will_do(monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(Config.model_fields["name"], "metadata", [])
+        Config.model_rebuild(force=True)
+        yield
+    Config.model_rebuild(force=True)
+
+
+def test_the_check_of_names_can_fail(tmp_path, small, any_name_will_do):
     with pytest.raises(pytest.fail.Exception):
         check_names(tmp_path, small())
 

@@ -18,6 +18,7 @@ from base.errors import DataError
 from data_loader.datasets import LOCK, read_cifar, read_image_folder
 from data_loader.decoding import decode_image
 from data_loader.noise_file import read_noise_file
+from tiny_runs import write_images
 
 CIFAR = {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}
 
@@ -207,7 +208,7 @@ DAMAGE = {
 }
 
 
-def check_damaged_folders_are_named(folder, write_images):
+def check_damaged_folders_are_named(folder):
     def fresh():
         shutil.rmtree(folder, ignore_errors=True)
         write_images(folder / "train", {"ant": 3, "bee": 3})
@@ -240,14 +241,14 @@ def check_damaged_folders_are_named(folder, write_images):
     return cases
 
 
-def test_damaged_folders_are_named(tmp_path, write_images):
-    assert check_damaged_folders_are_named(tmp_path / "set", write_images) == 7 * 3 * 2 + 7
+def test_damaged_folders_are_named(tmp_path):
+    assert check_damaged_folders_are_named(tmp_path / "set") == 7 * 3 * 2 + 7
 
 
-def test_the_check_can_fail_for_folders(tmp_path, write_images, monkeypatch):
+def test_the_check_can_fail_for_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("data_loader.images.decode_image", lambda path, shape, resize: torch.zeros(shape, dtype=torch.uint8))
     with pytest.raises(AssertionError):
-        check_damaged_folders_are_named(tmp_path / "set", write_images)
+        check_damaged_folders_are_named(tmp_path / "set")
 
 
 def check_mislabelled_noise_files_are_named(folder):

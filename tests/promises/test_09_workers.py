@@ -17,6 +17,7 @@ from base.errors import DataError
 from data_loader import workers
 from data_loader.decoding import decode_image
 from data_loader.images import FileImages
+from tiny_runs import write_images
 
 ROOT = Path(__file__).parents[2]
 PROC = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the workers of a process are read from /proc")
@@ -56,7 +57,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 0.5)
 
 
-def check_dead_and_hanging_workers_are_named(folder, write_images, monkeypatch):
+def check_dead_and_hanging_workers_are_named(folder, monkeypatch):
     write_images(folder, {"ant": 12})
     paths = tuple(str(path) for path in sorted(folder.rglob("*.png")))
     decode, cases = decode_image, 0
@@ -89,8 +90,8 @@ def check_dead_and_hanging_workers_are_named(folder, write_images, monkeypatch):
     return cases + 1
 
 
-def test_dead_and_hanging_workers_are_named_with_their_image(tmp_path, write_images, monkeypatch, impatient):
-    assert check_dead_and_hanging_workers_are_named(tmp_path, write_images, monkeypatch) == 10
+def test_dead_and_hanging_workers_are_named_with_their_image(tmp_path, monkeypatch, impatient):
+    assert check_dead_and_hanging_workers_are_named(tmp_path, monkeypatch) == 10
 
 
 @pytest.mark.parametrize(
@@ -102,10 +103,10 @@ def test_dead_and_hanging_workers_are_named_with_their_image(tmp_path, write_ima
     ],
     ids=["image unknown", "nobody looks", "patience without end"],
 )
-def test_the_check_can_fail_for_workers(tmp_path, write_images, monkeypatch, impatient, broken):
+def test_the_check_can_fail_for_workers(tmp_path, monkeypatch, impatient, broken):
     broken(monkeypatch)
     with pytest.raises(AssertionError):
-        check_dead_and_hanging_workers_are_named(tmp_path, write_images, monkeypatch)
+        check_dead_and_hanging_workers_are_named(tmp_path, monkeypatch)
 
 
 LONG_ENOUGH = at_most
@@ -115,7 +116,7 @@ def briefly(_):
     return LONG_ENOUGH(2.5)
 
 
-def check_a_run_ends_with_its_worker(folder, write_images, preparation):
+def check_a_run_ends_with_its_worker(folder, preparation):
     write_images(folder / "train", {"ant": 100, "bee": 100})
     write_images(folder / "test", {"ant": 2, "bee": 2})
     program = f"import runpy, data_loader.workers as workers\n{preparation}\nrunpy.run_path('train.py', run_name='__main__')"
@@ -156,12 +157,12 @@ def check_a_run_ends_with_its_worker(folder, write_images, preparation):
 
 
 @PROC
-def test_a_run_ends_with_exit_code_4_when_its_worker_is_killed(tmp_path, write_images):
-    check_a_run_ends_with_its_worker(tmp_path, write_images, "")
+def test_a_run_ends_with_exit_code_4_when_its_worker_is_killed(tmp_path):
+    check_a_run_ends_with_its_worker(tmp_path, "")
 
 
 @PROC
-def test_the_check_can_fail_for_runs(tmp_path, write_images):
+def test_the_check_can_fail_for_runs(tmp_path):
     broken = "workers.CHECK_INTERVAL = 0; workers._wait = lambda iterator, *_: next(iterator)"
     with pytest.raises(AssertionError):
-        check_a_run_ends_with_its_worker(tmp_path, write_images, broken)
+        check_a_run_ends_with_its_worker(tmp_path, broken)

@@ -11,9 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import base.command_line
 import base.run_folder
@@ -25,6 +23,7 @@ import validate_pgd
 from base import config_files
 from base.command_line import run_script
 from base.config_files import validate
+from tiny_runs import write_images
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -130,13 +129,8 @@ def test_the_check_can_fail_for_packages(tmp_path, monkeypatch, capfd, careless)
 
 def image_folder(root):
     """Two classes of a few 8x8 images, one with a Cyrillic name."""
-    generator = np.random.default_rng(0)
     for part in ("train", "test"):
-        for name in ("кот", "dog"):
-            (root / part / name).mkdir(parents=True)
-            for number in range(6):
-                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+        write_images(root / part, {"кот": 6, "dog": 6})
 
 
 def tree_of_images(data_dir, **rest):

@@ -211,10 +211,9 @@ def test_the_best_model_is_found_among_the_numbered_ones(tmp_path):
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 1
 
 
-def test_a_best_model_of_an_epoch_that_comes_again_is_chosen_anew(tmp_path, caplog):
+def test_a_best_model_of_an_epoch_that_comes_again_is_chosen_anew(tmp_path):
     trainer, checkpoint, path = rewound(tmp_path)
-    trainer.resume(checkpoint, path)
-    assert "the best model so far, of epoch 1, has been replaced by a better one" in caplog.text
+    assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(checkpoint, path)
     trainer.train()
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == trainer.progress.best_epoch == 3
 
