@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from io import TextIOWrapper
@@ -112,22 +113,35 @@ def select_device(device: str | None) -> None:
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback.
 
-    Letters that the terminal's encoding does not have are written as escapes, as Python itself does on stderr.
+    Ctrl-C during `main` is exit code 130; once it has ended, only its own exit code counts. Letters that the terminal's
+    encoding does not have are written as escapes, as Python itself does on stderr.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = _exit_code(main)
+        _forget_ctrl_c()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None]) -> int:
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
     except ProjectError as error:
+        _forget_ctrl_c()  # a run that has saved and stopped says so, even when it is asked again
         if "--debug" in sys.argv:
             raise
         print(without_keys(f"{error}", sys.argv), file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        return error.exit_code
+    return 0
+
+
+def _forget_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, lambda *_: None)  # unlike SIG_IGN, not for processes that are still started

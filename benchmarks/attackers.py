@@ -1,4 +1,7 @@
-"""The sides of `attack_libraries`: each attacks all images once and remembers the robust accuracy that came of it."""
+"""The sides of `attack_libraries`: each attacks all images once, and remembers the robust accuracy that came of it.
+
+Every pass has its own random starts, as the libraries' have: with one and the same all the time, ours would be a single draw.
+"""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -12,21 +15,22 @@ from attacks import FGSM, PGD
 from attacks.attack import Attack
 from attacks.robustness import attack_loader
 from attacks.threat_model import in_pixel_range
+from base.runtime import torch_generator
 from evaluation import Evaluation
 
-Correct = Callable[[Tensor, Tensor], Tensor]
-"""`(images, labels) -> whether the label survived the attack (B,)`."""
+Correct = Callable[[Tensor, Tensor, int], Tensor]
+"""`(images, labels, seed) -> whether the label survived the attack (B,)`. The libraries draw from torch's global generator."""
 
 
 @dataclass
 class Attacker:
-    """A side: robust accuracy of one pass over the images, kept in `accuracies` (fractions, one per call)."""
+    """A side: robust accuracy of one pass over the images with a seed, kept in `accuracies` (fractions, one per call)."""
 
-    accuracy: Callable[[], float]
+    accuracy: Callable[[int], float]
     accuracies: list[float] = field(default_factory=list)
 
     def __call__(self) -> None:
-        self.accuracies.append(self.accuracy())
+        self.accuracies.append(self.accuracy(len(self.accuracies)))
 
 
 def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, step_size: float) -> dict[str, Attacker]:
@@ -45,8 +49,8 @@ def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, ste
     theirs = deepcopy(model).to(memory_format=torch.contiguous_format)
     torchattacks = _torchattacks(theirs, steps, norm, *sizes)
     direct = {
-        "direct call": lambda images, labels: _right(model, attack(model, images, labels), labels),
-        "torchattacks": lambda images, labels: _right(theirs, torchattacks(images, labels), labels),
+        "direct call": _direct(model, attack),
+        "torchattacks": lambda images, labels, _: _right(theirs, torchattacks(images, labels), labels),
         "foolbox": _foolbox(theirs, steps, norm, *sizes),
     }
     as_scripts = _our_attack(steps, norm, *sizes, stop_at=5 if evaluation.loader.num_classes > 5 else 1)
@@ -55,9 +59,16 @@ def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, ste
     return sides
 
 
-def _verdicts(evaluation: Evaluation, attack: Attack) -> Callable[[], float]:
-    def accuracy() -> float:
-        verdicts = attack_loader(evaluation.model, evaluation.loader, attack, seed=0, autocast=evaluation.autocast)
+def _direct(model: nn.Module, attack: Attack) -> Correct:
+    def survives(images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        return _right(model, attack(model, images, labels, generators=torch_generator(seed, "attack")), labels)
+
+    return survives
+
+
+def _verdicts(evaluation: Evaluation, attack: Attack) -> Callable[[int], float]:
+    def accuracy(seed: int) -> float:
+        verdicts = attack_loader(evaluation.model, evaluation.loader, attack, seed=seed, autocast=evaluation.autocast)
         return verdicts.accuracy("robust_top1")
 
     return accuracy
@@ -91,7 +102,7 @@ def _foolbox(model: nn.Module, steps: int, norm: str, epsilon: float, step_size:
     attack = kinds[norm, steps > 0](**({"abs_stepsize": step_size, "steps": steps} if steps else {}))
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
 
-    def survives(images: Tensor, labels: Tensor) -> Tensor:
+    def survives(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         _, _, broken = attack(wrapped, images, labels, epsilons=epsilon)
         return ~broken
 
@@ -103,9 +114,9 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return model(images).argmax(dim=1) == labels
 
 
-def _over_batches(evaluation: Evaluation, survives: Correct) -> Callable[[], float]:
-    def accuracy() -> float:
-        right = [survives(images, labels) for images, labels in evaluation.loader]
+def _over_batches(evaluation: Evaluation, survives: Correct) -> Callable[[int], float]:
+    def accuracy(seed: int) -> float:
+        right = [survives(images, labels, seed) for images, labels in evaluation.loader]
         return float(sum(part.sum() for part in right)) / evaluation.loader.n_samples
 
     return accuracy

@@ -53,10 +53,11 @@ def _few(settings: Settings, files: list[Path]) -> list[Path]:
 
 
 def _note(settings: Settings, measured: int) -> str:
-    scaled = "" if settings.device.type == "cuda" else f" (on as many images as take {SECONDS:g} s, scaled to the minibatch)"
+    line = f" (or the line through its times on as many images as take {SECONDS:g} s, and on half of them)"
     return (
         f"runs x epochs x minibatches x seconds of a training step with its attack, of which {measured} different ones were "
-        f"measured once after a warm-up{scaled}; no validation, no attack report, nothing scaled to other hardware"
+        f"measured once after a warm-up{'' if settings.device.type == 'cuda' else line}; no validation, no attack report, "
+        "nothing scaled to other hardware"
     )
 
 
@@ -91,21 +92,27 @@ def _seconds_per_step(settings: Settings, config: Config, known: dict[str, float
 
 
 def _measured(settings: Settings, config: Config, batch: int, side: int) -> float:
-    """The warm-up is a step on `FEW` images, which says how many fit into `SECONDS`."""
+    """Of a whole minibatch where that takes no longer than `SECONDS`, or the device is a GPU.
+
+    Otherwise a line through the times of as many images as take so long and of half as many: what a step costs whatever its
+    minibatch, such as OCNN's penalty or the spectra of ConvNorm's kernels, is counted once.
+    """
     trainer = build_trainer(config)
 
     def seconds(images: int) -> float:
         step = step_of(trainer, random_images(settings, images, side))
         return seconds_of(step, 1, warmup=0, device=settings.device).median
 
-    seconds(FEW)
-    few = seconds(FEW)
-    fit = batch if settings.device.type == "cuda" else min(batch, int(FEW * settings.size(1, 0) * SECONDS / few))
-    if fit <= FEW:
-        return batch * few / FEW
+    few = min(FEW, batch)
+    seconds(few)  # the warm-up
     if settings.device.type == "cuda":
-        seconds(fit)
-    return batch * seconds(fit) / fit
+        seconds(batch)
+        return seconds(batch)
+    fit = max(few, min(batch, int(few * settings.size(1, 0) * SECONDS / seconds(few))))
+    if fit == batch:
+        return seconds(batch)
+    whole, half = seconds(fit), seconds(fit // 2)
+    return whole + (batch - fit) * max(0.0, whole - half) / (fit - fit // 2)
 
 
 def _costs(config: Config) -> list[object]:

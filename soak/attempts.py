@@ -84,6 +84,8 @@ def _become_script(words: list[str], log: Path, limit: int | None) -> None:
     code = 1
     try:
         code = _run_script(words, log, limit)
+    except KeyboardInterrupt:  # within a handler of the first one
+        code = 130
     finally:
         os._exit(code)
 

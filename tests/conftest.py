@@ -1,7 +1,8 @@
-"""Tiny data sets on disk, for every room."""
+"""What every room needs: tiny data sets on disk, and Ctrl-C."""
 
 import hashlib
 import pickle
+import signal
 import tarfile
 import urllib.error
 
@@ -11,6 +12,14 @@ import torchvision.datasets
 import torchvision.datasets.utils
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_ends_the_tests():
+    """Also after `run_script` was called, which ends what it is told in peace."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def _cifar_entry(n: int, num_classes: int, label_key: str, seed: int) -> dict:

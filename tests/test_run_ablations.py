@@ -25,8 +25,7 @@ def command(*words):
 
 
 def study(*words, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return script("run_ablations.py", *words, cwd=cwd)
 
 
 @pytest.fixture

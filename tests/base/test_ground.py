@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shlex
+import signal
 import sys
 import zipfile
 from math import nan
@@ -277,6 +279,20 @@ def test_exit_codes(error, code, capsys, monkeypatch):
         run_script(main)
     assert caught.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == (1 if error else 0)
+
+
+def test_ctrl_c_while_a_script_says_why_it_stops_changes_nothing(monkeypatch, capsys):
+    def main():
+        raise Stopped("saved", signal.SIGTERM)
+
+    def interrupted(message, command):
+        os.kill(os.getpid(), signal.SIGINT)
+        return message
+
+    monkeypatch.setattr("base.command_line.without_keys", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert (caught.value.code, capsys.readouterr().err) == (143, "saved\n")
 
 
 def test_debug_keeps_the_traceback(monkeypatch):

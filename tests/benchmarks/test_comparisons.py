@@ -13,13 +13,16 @@ import torch
 from base.config_files import load_config
 from base.errors import ConfigError
 from benchmarks import attack_libraries, growth, memory, studies_hours
+from benchmarks.attackers import attackers
 from benchmarks.processes import python
 from benchmarks.rows import Row, Settings, Table
 from benchmarks.steps import build_trainer, step_config, step_of, systems
+from benchmarks.timing import Spread
 
 ROOT = Path(__file__).parents[2]
 SMOKE = Settings(torch.device("cpu"), 1, smoke=True)
 FULL = Settings(torch.device("cpu"), 1)
+needs_torchattacks = pytest.mark.skipif(find_spec("torchattacks") is None, reason="pip install -e '.[benchmarks]'")
 
 
 def run(*words):
@@ -64,6 +67,27 @@ def test_hours_of_a_study_are_runs_times_steps_times_seconds(monkeypatch):
     assert lines["quickstart.json"] == ("1", "simpleCNN", "378", "2", "0.21")
     assert ("wide_resnet", "pgd", 128, 16) in asked, "image files are resized"
     assert len(asked) < sum(int(line[0]) for line in lines.values()) / 5, "steps that cost the same are measured once"
+
+
+def test_a_step_too_large_to_measure_is_a_line_through_two_smaller_ones(monkeypatch):
+    def measured(fixed, each, batch=128):
+        def seconds_of(step, *_, **__):
+            asked.append(step)
+            return Spread.of([fixed + each * step])
+
+        asked = []
+        monkeypatch.setattr(studies_hours, "build_trainer", lambda _: None)
+        monkeypatch.setattr(studies_hours, "random_images", lambda _, images, side: images)
+        monkeypatch.setattr(studies_hours, "step_of", lambda _, images: images)
+        monkeypatch.setattr(studies_hours, "seconds_of", seconds_of)
+        return studies_hours._measured(FULL, None, batch, 32), asked
+
+    for fixed, each, largest in ((0.0, 0.001, 128), (0.01, 0.05, 28), (9.0, 0.1, 4)):
+        seconds, asked = measured(fixed, each)
+        assert seconds == pytest.approx(fixed + 128 * each)
+        assert max(asked) == largest
+    seconds, asked = measured(0.01, 1.0, batch=3)
+    assert (seconds, max(asked)) == (pytest.approx(3.01), 3)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +187,7 @@ def test_a_missing_library_is_the_reason_for_a_row_without_numbers(monkeypatch):
     assert row.met is None
 
 
-@pytest.mark.skipif(find_spec("torchattacks") is None, reason="pip install -e '.[benchmarks]'")
+@needs_torchattacks
 def test_attacks_are_compared_with_both_libraries(tmp_path):
     done = run(
         "-m", "benchmarks", "--smoke", "--device", "cpu", "--only", "attack_libraries", "--json", str(tmp_path / "a.json")
@@ -180,18 +204,29 @@ def test_attacks_are_compared_with_both_libraries(tmp_path):
 
 def test_robust_accuracy_is_compared_with_the_lowest_of_the_libraries():
     def side(*accuracies):
-        attacker = attack_libraries.Attacker(lambda: 0.0)
-        attacker.accuracies = [0.99, *accuracies]  # of the warm-up
-        return attacker
+        return attack_libraries.Attacker(lambda seed: 0.0, list(accuracies))
 
     sides = {
         "direct call": side(0.5, 0.5, 0.5),
         "attack_loader": side(0.4, 0.4, 0.4),
         "script": side(0.46, 0.46, 0.46),
-        "torchattacks": side(0.45, 0.44, 0.46),
+        "torchattacks": side(0.45, 0.44, 0.46, 0.46, 0.46),
         "foolbox": side(0.55, 0.5, 0.5),
     }
-    rows = attack_libraries._accuracy_rows("PGD", sides, 3)
+    rows = attack_libraries._accuracy_rows("PGD", sides, "torchattacks")
     assert all(isinstance(row, Row) and row.other == "torchattacks" for row in rows)
     assert [round(row.result.median, 6) for row in rows] == [-5.0, 5.0, 1.0]
     assert [row.met for row in rows] == [True, False, False]
+
+
+@needs_torchattacks
+def test_every_pass_of_our_sides_has_its_own_random_starts(tmp_path):
+    evaluation = attack_libraries._evaluation(attack_libraries._small_run(SMOKE, tmp_path), SMOKE, None)
+    sides = attackers(evaluation, 2, "linf", 255, 1)  # starts all over the range of pixels, and hardly goes away from them
+    for name in ("attack_loader", "direct call"):
+        seen = []
+        evaluation.model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].detach().clone()))
+        sides[name]()
+        first, seen[:] = list(seen), []
+        sides[name]()
+        assert any(not torch.equal(a, b) for a, b in zip(first, seen, strict=False))

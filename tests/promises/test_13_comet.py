@@ -173,7 +173,7 @@ def test_a_comet_server_that_fails_costs_a_warning(tmp_path, monkeypatch, impati
 
 
 def _waits_too_long(monkeypatch):
-    monkeypatch.setattr(base.tracking, "PATIENCE", BOUND + 1)
+    monkeypatch.setattr(base.tracking, "PATIENCE", BOUND + 5)
     return "later"
 
 
