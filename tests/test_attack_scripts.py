@@ -74,7 +74,7 @@ def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
 def test_same_verdicts_for_two_processes_and_other_batches(robust_run, tmp_path):
     folder, _ = robust_run
     words = ["-s", folder, "--limit", 40, "--seed", 5, "--restarts", 2, "--json"]
-    first = run("validate_pgd.py", *words, tmp_path / "one.json", "--batch_size", 16, cwd=tmp_path)
+    first = script("validate_pgd.py", *words, tmp_path / "one.json", "--batch_size", 16, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     second = run("validate_pgd.py", *words, tmp_path / "two.json", cwd=tmp_path, launcher=launcher)
@@ -88,7 +88,7 @@ def test_same_verdicts_for_two_processes_and_other_batches(robust_run, tmp_path)
 def test_doctor_figure_and_l2(robust_run, tmp_path):
     folder, _ = robust_run
     words = ["-s", folder, "--limit", 16, "--norm", "l2", "--steps", 3, "--set", "system.num_threads=1"]
-    done = run(
+    done = script(
         "validate_pgd.py", *words, "--doctor", "--figure", tmp_path / "a.png", "--json", tmp_path / "a.json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,7 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     words = ["-c", tmp_path / "config.json", "-s", source / "model_best.pth", "--limit", 20]
     digits = ["--set", "data_loader.type=DigitsDataLoader", "--set", "data_loader.args.data_dir=none"]
-    done = run("validate_pgd.py", *words, *digits, cwd=tmp_path)
+    done = script("validate_pgd.py", *words, *digits, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "normalising by those of CIFAR-10" in done.stdout
     assert "PGD-2, linf 8/255, step 2/255" in done.stdout
@@ -175,10 +175,10 @@ def test_bad_input_is_one_line_and_an_exit_code(robust_run, tmp_path):
 
 def test_scripts_send_each_other_the_configs_they_do_not_train(tmp_path):
     config = ROOT / "configs" / "quickstart.json"
-    none = run("train_robust.py", "-c", config, cwd=tmp_path)
+    none = script("train_robust.py", "-c", config, cwd=tmp_path)
     assert (none.returncode, len(none.stderr.splitlines())) == (2, 1)
     assert "add --set adversarial.method=free" in none.stderr
-    other = run("train.py", "-c", config, "--set", "adversarial.method=pgd", cwd=tmp_path)
+    other = script("train.py", "-c", config, "--set", "adversarial.method=pgd", cwd=tmp_path)
     assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
     assert "adversarial.method: asks for adversarial training" in other.stderr
     assert "train_robust.py" in other.stderr

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-import tiny_runs
 from base.checkpoint import save_checkpoint
+from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
 ORIGINAL = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv" / "model_best.pth"
 
 
-def run(script, *words, cwd):
+def run(name, *words, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / script), *map(str, words)]
+    command = [sys.executable, str(ROOT / name), *map(str, words)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
@@ -29,7 +29,7 @@ def digits_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "run"
     short = ["--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=8", "--set", "system.num_threads=1"]
     settings = [*short, "--set", "trainer.ema_decay=0.5", "--set", "system.precision=fp32"]
-    done = run("train.py", "-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *settings, cwd=folder.parent)
+    done = script("train.py", "-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *settings, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -70,15 +70,15 @@ def test_classes_of_a_run(digits_run, tmp_path):
 
 def test_averaged_weights_are_others(digits_run, tmp_path):
     for name, words in (("last", []), ("ema", ["--ema"])):
-        done = run("spectrum.py", "-s", digits_run, *words, "--json", tmp_path / f"{name}.json", cwd=tmp_path)
+        done = script("spectrum.py", "-s", digits_run, *words, "--json", tmp_path / f"{name}.json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     last, ema = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("last", "ema"))
     assert (last["ema"], ema["ema"]) == (False, True)
     assert last["log10_product_of_norms"] != ema["log10_product_of_norms"]
 
 
-@pytest.mark.parametrize("script", ["spectrum.py", "class_report.py"])
-def test_an_original_checkpoint_with_its_config(script, tmp_path):
+@pytest.mark.parametrize("name", ["spectrum.py", "class_report.py"])
+def test_an_original_checkpoint_with_its_config(name, tmp_path):
     config = {
         "name": "robust_training", "n_gpu": 1, "num_classes": 10, "arch": {
             "type": "simpleCNN",
@@ -89,7 +89,7 @@ def test_an_original_checkpoint_with_its_config(script, tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     digits = ["--set", "data_loader.type=DigitsDataLoader", "--set", "data_loader.args.data_dir=none"]
-    done = run(script, "-s", ORIGINAL, "-c", tmp_path / "config.json", *digits, cwd=tmp_path)
+    done = script(name, "-s", ORIGINAL, "-c", tmp_path / "config.json", *digits, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "normalising by those of CIFAR-10" in done.stdout.splitlines()[0]
     assert done.stdout.splitlines()[-1].startswith(("13 layers: ", "10 classes, "))
@@ -118,9 +118,9 @@ def bad_inputs(folder, tmp_path):
 
 def test_bad_input_is_one_line_and_an_exit_code(digits_run, tmp_path):
     before = sorted(path.name for path in digits_run.rglob("*"))
-    for script, cases in bad_inputs(digits_run, tmp_path).items():
+    for report, cases in bad_inputs(digits_run, tmp_path).items():
         for name, (words, code, message) in cases.items():
-            done = tiny_runs.script(script, *words, cwd=tmp_path)
-            assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{script}, {name}: {done.stderr}"
-            assert message in done.stderr, f"{script}, {name}"
+            done = script(report, *words, cwd=tmp_path)
+            assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{report}, {name}: {done.stderr}"
+            assert message in done.stderr, f"{report}, {name}"
     assert sorted(path.name for path in digits_run.rglob("*")) == before

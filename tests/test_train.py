@@ -46,7 +46,7 @@ def test_quickstart_in_small(finished_run):
 def test_a_finished_run_cannot_be_overwritten(finished_run, tmp_path):
     folder, _ = finished_run
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    again = train("-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *SHORT, cwd=tmp_path)
+    again = script("train.py", "-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *SHORT, cwd=tmp_path)
     assert again.returncode == 2
     assert "already holds a run; continue it with -r" in again.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -112,7 +112,7 @@ def test_checkpoint_of_another_architecture_is_refused_and_kept(finished_run, tm
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     other = {"arch": {"type": "resnet18"}, "data_loader": {"type": "DigitsDataLoader"}}
     (tmp_path / "other.json").write_text(json.dumps(other))
-    done = train("-c", "other.json", "-r", folder, cwd=tmp_path)
+    done = script("train.py", "-c", "other.json", "-r", folder, cwd=tmp_path)
     assert done.returncode == 3
     assert "model_last.pth: is of another architecture: arch.type is 'simpleCNN' there and 'resnet18' in" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -125,7 +125,7 @@ THREE_EPOCHS = ["-c", ROOT / "configs" / "quickstart.json", "--set", "trainer.ep
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    done = train(*THREE_EPOCHS, "--run_dir", folder, cwd=folder.parent)
+    done = script("train.py", *THREE_EPOCHS, "--run_dir", folder, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -146,7 +146,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole_run, tmp_path, numb
     assert process.returncode == code, errors
     finished_epochs = len(metrics.read_text().splitlines())
     assert finished_epochs < 3, "the run was killed before its end"
-    resumed = train("-r", tmp_path / "killed", cwd=tmp_path)
+    resumed = script("train.py", "-r", tmp_path / "killed", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert metrics.read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
     runs = (tmp_path / "killed", whole_run)

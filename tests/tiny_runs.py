@@ -94,6 +94,7 @@ def forked(function):
         return process
     code = 99
     try:
+        torch.set_num_threads(1)  # threads of the old process are not in this one
         function()
         code = 0
     except ProjectError as error:
