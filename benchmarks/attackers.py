@@ -6,6 +6,7 @@ Every pass has its own random starts, as the libraries' have: with one and the s
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from attacks import FGSM, PGD
 from attacks.attack import Attack
 from attacks.robustness import attack_loader
 from attacks.threat_model import in_pixel_range
-from base.runtime import torch_generator
+from base.runtime import autocast, choose_precision, torch_generator
 from evaluation import Evaluation
 
 Correct = Callable[[Tensor, Tensor, int], Tensor]
@@ -34,7 +35,9 @@ class Attacker:
 
 
 def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, step_size: float) -> dict[str, Attacker]:
-    """Our three sides and the libraries', with the same norm, epsilon, step and steps.
+    """Our sides and the libraries', with the same norm, epsilon, step and steps.
+
+    One more of ours searches in the precision that `auto` picks here, where that is not the model's own.
 
     Args:
         evaluation: model and images.
@@ -45,18 +48,22 @@ def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, ste
     """
     model, sizes = evaluation.model, (in_pixel_range(epsilon, norm), in_pixel_range(step_size, norm))
     attack = _our_attack(steps, norm, *sizes, stop_at=1)
+    as_scripts = _our_attack(steps, norm, *sizes, stop_at=5 if evaluation.loader.num_classes > 5 else 1)
+    lower = choose_precision("auto", evaluation.device)
     # as their users have it: torchattacks' l2 attack fails on gradients that are channels last
     theirs = deepcopy(model).to(memory_format=torch.contiguous_format)
     torchattacks = _torchattacks(theirs, steps, norm, *sizes)
-    direct = {
-        "direct call": _direct(model, attack),
-        "torchattacks": lambda images, labels, _: _right(theirs, torchattacks(images, labels), labels),
-        "foolbox": _foolbox(theirs, steps, norm, *sizes),
+    passes = {
+        "attack_loader": _verdicts(evaluation, attack),
+        **({} if lower == "fp32" else {f"attack_loader, {lower}": _verdicts(evaluation, attack, lower)}),
+        "direct call": _over_batches(evaluation, _direct(model, attack)),
+        "script": _verdicts(evaluation, as_scripts),
+        "torchattacks": _over_batches(
+            evaluation, lambda images, labels, _: _right(theirs, torchattacks(images, labels), labels)
+        ),
+        "foolbox": _over_batches(evaluation, _foolbox(theirs, steps, norm, *sizes)),
     }
-    as_scripts = _our_attack(steps, norm, *sizes, stop_at=5 if evaluation.loader.num_classes > 5 else 1)
-    sides = {name: Attacker(_over_batches(evaluation, survives)) for name, survives in direct.items()}
-    sides |= {"attack_loader": Attacker(_verdicts(evaluation, attack)), "script": Attacker(_verdicts(evaluation, as_scripts))}
-    return sides
+    return {name: Attacker(accuracy) for name, accuracy in passes.items()}
 
 
 def _direct(model: nn.Module, attack: Attack) -> Correct:
@@ -66,9 +73,10 @@ def _direct(model: nn.Module, attack: Attack) -> Correct:
     return survives
 
 
-def _verdicts(evaluation: Evaluation, attack: Attack) -> Callable[[int], float]:
+def _verdicts(evaluation: Evaluation, attack: Attack, precision: str = "fp32") -> Callable[[int], float]:
     def accuracy(seed: int) -> float:
-        verdicts = attack_loader(evaluation.model, evaluation.loader, attack, seed=seed, autocast=evaluation.autocast)
+        context = partial(autocast, evaluation.device, precision)
+        verdicts = attack_loader(evaluation.model, evaluation.loader, attack, seed=seed, autocast=context)
         return verdicts.accuracy("robust_top1")
 
     return accuracy
