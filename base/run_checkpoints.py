@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, publish_copy, save_checkpoint
+from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, numbered, publish_copy, save_checkpoint
 from base.config_training import TrainerConfig
 from base.errors import CheckpointError
 from base.progress import Progress
@@ -89,8 +89,9 @@ class RunCheckpoints:
         if _epoch_of(copy) == progress.best_epoch:
             publish_copy(copy, best)
             return False
-        if later is None and best.is_file() and last.is_file() and best.samefile(last) and source.resolve() != last.resolve():
-            return True  # the last epoch was the best one, and both names are of one damaged file
+        to_come = [last, *(file for epoch, file in numbered(self.folder).items() if epoch > progress.epochs_done)]
+        if later is None and best.is_file() and any(file.is_file() and best.samefile(file) for file in to_come):
+            return True  # that epoch was the best one, and all its names are of one damaged file
         if later is not None and progress.epochs_done < later <= self.settings.epochs:
             return True
         raise CheckpointError(f"{source}: its best model so far is of epoch {progress.best_epoch}, but {best} is not")

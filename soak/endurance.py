@@ -80,6 +80,8 @@ class Endurance:
             counts["attempts"] += 1
             counts[done.ending or ("full disks" if limit else "left in peace")] += 1
             self._judge(run, done, before, limit)
+            if self.tally.failures:
+                return
             if done.code == 0:
                 break
             if (run / LAST).exists() and self.random.random() < DAMAGED:

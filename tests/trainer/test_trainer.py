@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -216,6 +217,19 @@ def test_a_best_model_of_an_epoch_that_comes_again_is_chosen_anew(tmp_path):
     assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(checkpoint, path)
     trainer.train()
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == trainer.progress.best_epoch == 3
+
+
+@pytest.mark.parametrize("deleted", ["model_last.pth", "model_epoch_3.pth"])
+def test_a_best_model_whose_names_are_of_one_damaged_file_is_chosen_anew(tmp_path, deleted):
+    trainer, checkpoint, path = rewound(tmp_path)
+    best = tmp_path / "model_best.pth"
+    assert best.samefile(tmp_path / "model_last.pth")
+    assert best.samefile(tmp_path / "model_epoch_3.pth")
+    os.truncate(best, 1000)
+    (tmp_path / deleted).unlink()
+    assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(checkpoint, path)
+    trainer.train()
+    assert load_checkpoint(best)["epoch"] == trainer.progress.best_epoch == 3
 
 
 def test_a_best_model_that_does_not_come_again_is_lost(tmp_path):
