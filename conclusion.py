@@ -32,7 +32,8 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
 
     Returns:
         What `result.json` holds: values of the best model by their names (`test_top1`, `test_robust_top1`), those of the last
-        one with `last_` before them, and those of averaged weights with `ema_`.
+        one with `last_` before them, and those of averaged weights with `ema_`. `best_since_epoch` is there only where the best
+        model of the epochs before that was lost.
     """
     config, progress, folder = trainer.config, trainer.progress, trainer.folder
     test = _Test(config, test_loader, test_loader.own_part(), trainer.autocast)
@@ -55,6 +56,7 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         "val_top1": log.get("val_top1"),
         **{key: value for key, value in log.items() if key.startswith(("val_clean_", "val_ema_", "val_robust_"))},
         "best_epoch": progress.best_epoch,
+        **({"best_since_epoch": progress.best_since} if progress.best_since > 1 else {}),
         "epochs": progress.epochs_done,
         "train_seconds": progress.train_seconds,
         "images_per_second": progress.images_seen / progress.train_seconds,
@@ -97,7 +99,7 @@ class _Test:
             from_config.pgd(self.config, stop_at_rank=5 if self.loader.num_classes > 5 else 1),
             seed=self.config.seed,
             checkpoint="",
-            autocast=nullcontext,  # an attack in bf16 finds a little less
+            autocast=nullcontext,  # float32, whatever the training was in
             description=f"attacking the {names[0]} model",
         )
         for file, name in zip(files, names, strict=True):

@@ -215,13 +215,12 @@ class BaseTrainer(ABC):
         for key, ours in kinds.items():
             if checkpoint[key] != ours:
                 raise CheckpointError(f"{source}: was trained with {key} {checkpoint[key]}, this config has {ours}")
-        progress = Progress(**checkpoint["progress"])
-        warning = self.checkpoints.restore_best(progress, source)
+        self.progress = progress = Progress(**checkpoint["progress"])
+        warning = self.checkpoints.restore_best(progress, source, finished=self.finished)
         load_weights(self.model, checkpoint["state_dict"], source)
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         self.finite.forget()
         self.schedule.load_state_dict(checkpoint["scheduler"])
-        self.progress = progress
         if rank() == 0:  # they are those of all processes
             self.totals.load_state_dict(checkpoint["totals"], self.device)
         self.load_method_state(checkpoint.get("method", {}))

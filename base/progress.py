@@ -16,6 +16,7 @@ class Progress:
         history: the logged values of every finished epoch.
         best_value: the monitored value at its best; None before the first epoch, or without monitoring.
         best_epoch: the epoch it was reached in; the last of several equally good ones.
+        best_since: the first epoch that could be the best: 1, unless the best model of those before it was lost.
         epochs_without_improvement: epochs since the value last became better.
         train_seconds: time spent in training steps.
         images_seen: images trained on, counted once per minibatch.
@@ -27,6 +28,7 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_value: float | None = None
     best_epoch: int | None = None
+    best_since: int = 1
     epochs_without_improvement: int = 0
     train_seconds: float = 0.0
     images_seen: int = 0

@@ -54,47 +54,61 @@ class RunCheckpoints:
         if self.settings.keep_checkpoints:
             keep_newest(self.folder, self.settings.keep_checkpoints, epoch)
 
-    def restore_best(self, progress: Progress, source: Path) -> str | None:
+    def restore_best(self, progress: Progress, source: Path, *, finished: bool) -> str | None:
         """Make sure that `model_best.pth` is the best model of the run as far as it is resumed from `source`.
 
         It may be of an epoch that the run, resumed from an earlier checkpoint, has yet to do again. Then `progress` knows no
-        best model until there is one anew, which on the same machine is the same one.
+        best model until there is one anew, which on the same machine is the same one. Or it may be lost: then the best is one
+        of the epochs that follow, and `progress.best_since` says so.
+
+        Args:
+            progress: of the checkpoint `source`; changed in these two cases.
+            source: the checkpoint.
+            finished: no epoch follows.
 
         Returns:
-            What there is to warn of in that case.
+            What there is to warn of in these two cases.
 
         Raises:
-            CheckpointError: the best model is lost.
+            CheckpointError: the best model of a finished run is lost.
         """
-        if not from_first(lambda: self._best_is_yet_to_come(progress, source)):
-            return None
-        epoch, progress.best_value, progress.best_epoch = progress.best_epoch, None, None
-        return (
-            f"the best model so far, of epoch {epoch}, has been replaced by a better one, of an epoch that is done again:"
-            " until then the best is chosen anew"
-        )
+        best, warning = progress.best_epoch, None
+        found = from_first(lambda: self._restored(progress, source))
+        if found == "to come":
+            warning = (
+                f"the best model so far, of epoch {best}, has been replaced by a better one, of an epoch that is done again:"
+                " until then the best is chosen anew"
+            )
+        elif found == "lost":
+            lost = f"{source}: its best model so far is of epoch {best}, but {self.folder / BEST} is not"
+            if finished:
+                raise CheckpointError(lost)
+            progress.best_since = progress.epochs_done + 1
+            warning = f"{lost}: it is lost, and the best model is chosen among the epochs from {progress.best_since} on"
+        if warning:
+            progress.best_value = progress.best_epoch = None
+        return warning
 
-    def _best_is_yet_to_come(self, progress: Progress, source: Path) -> bool:
+    def _restored(self, progress: Progress, source: Path) -> str:
+        """Whether the best model is now `"there"`, `"to come"` or `"lost"`."""
         best, last = self.folder / BEST, self.folder / LAST
         if progress.best_epoch is None:
-            return False
+            return "there"
         if progress.best_epoch == progress.epochs_done and progress.batches_done == 0:
             if source.resolve() != best.resolve():
                 publish_copy(source, best)  # it may not have come to that when the run was killed
-            return False
+            return "there"
         later = _epoch_of(best)
         if later == progress.best_epoch:
-            return False
+            return "there"
         copy = self.folder / NUMBERED.format(progress.best_epoch)
         if _epoch_of(copy) == progress.best_epoch:
             publish_copy(copy, best)
-            return False
+            return "there"
         to_come = [last, *(file for epoch, file in numbered(self.folder).items() if epoch > progress.epochs_done)]
         if later is None and best.is_file() and any(file.is_file() and best.samefile(file) for file in to_come):
-            return True  # that epoch was the best one, and all its names are of one damaged file
-        if later is not None and progress.epochs_done < later <= self.settings.epochs:
-            return True
-        raise CheckpointError(f"{source}: its best model so far is of epoch {progress.best_epoch}, but {best} is not")
+            return "to come"  # that epoch was the best one, and all its names are of one damaged file
+        return "to come" if later is not None and progress.epochs_done < later <= self.settings.epochs else "lost"
 
 
 def _epoch_of(file: Path) -> int | None:

@@ -98,6 +98,22 @@ def test_the_check_of_going_on_can_fail(tmp_path, monkeypatch, small):
         check_goes_on(tmp_path, monkeypatch, small())
 
 
+def test_a_run_goes_on_without_its_best_model_and_says_so(tmp_path, monkeypatch, small):
+    config, folder = small(trainer={"monitor": "max val_loss"}), tmp_path / "run"
+    interrupt(monkeypatch, folder, config, 7)
+    contents = load_checkpoint(folder / "model_last.pth")
+    contents["progress"] |= {"best_epoch": 1, "best_value": 99.0}  # the best epoch by far
+    save_checkpoint(folder / "model_last.pth", contents)
+    flip(folder / "model_best.pth")
+    (folder / "model_epoch_1.pth").unlink()
+    assert Experiment.resume(str(folder))["best_since_epoch"] == 3
+    assert "it is lost, and the best model is chosen among the epochs from 3 on" in (folder / "info.log").read_text()
+    assert load_checkpoint(folder / "model_best.pth")["epoch"] == 3
+    (folder / "model_best.pth").unlink()
+    (folder / "model_epoch_3.pth").unlink()
+    assert Experiment.resume(str(folder))["best_since_epoch"] == 3, "its last epoch is its best, and the run is concluded again"
+
+
 def test_a_bad_file_that_is_named_stops_and_nothing_begins_anew(tmp_path, monkeypatch, small):
     folder = tmp_path / "run"
     interrupt(monkeypatch, folder, small(), 7)

@@ -232,6 +232,21 @@ def test_a_best_model_whose_names_are_of_one_damaged_file_is_chosen_anew(tmp_pat
     assert load_checkpoint(best)["epoch"] == trainer.progress.best_epoch == 3
 
 
+@pytest.mark.parametrize("damage", [lambda best: best.unlink(), lambda best: best.write_bytes(b"PK")])
+def test_a_lost_best_model_is_chosen_among_the_epochs_that_follow(tmp_path, damage):
+    trainer, checkpoint, path = rewound(tmp_path)
+    best = tmp_path / "model_best.pth"
+    best.unlink()  # of one file with the last
+    best.touch()
+    damage(best)
+    assert trainer.resume(checkpoint, path).endswith(
+        "model_best.pth is not: it is lost, and the best model is chosen among the epochs from 3 on"
+    )
+    trainer.train()
+    assert load_checkpoint(best)["epoch"] == trainer.progress.best_epoch == 3
+    assert load_checkpoint(best)["progress"]["best_since"] == 3
+
+
 def test_a_best_model_that_does_not_come_again_is_lost(tmp_path):
     trainer, checkpoint, path = rewound(tmp_path, {"trainer": {"epochs": 2}})
     with pytest.raises(CheckpointError, match="its best model so far is of epoch 1, but .*model_best.pth is not"):
