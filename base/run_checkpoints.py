@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, numbered, publish_copy, save_checkpoint
 from base.config_training import TrainerConfig
@@ -89,8 +89,8 @@ class RunCheckpoints:
             progress.best_value = progress.best_epoch = None
         return warning
 
-    def _restored(self, progress: Progress, source: Path) -> str:
-        """Whether the best model is now `"there"`, `"to come"` or `"lost"`."""
+    def _restored(self, progress: Progress, source: Path) -> Literal["there", "to come", "lost"]:
+        """Whether the best model is now there, or of an epoch that comes again, or lost."""
         best, last = self.folder / BEST, self.folder / LAST
         if progress.best_epoch is None:
             return "there"
