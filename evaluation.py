@@ -23,7 +23,7 @@ from base.config_files import Override, merge, override, read_tree, validate
 from base.errors import CheckpointError, ConfigError, DataError
 from base.launch import own_device
 from base.ranks import rank
-from base.runtime import autocast, choose_precision, set_determinism
+from base.runtime import autocast, choose_precision, keep_freed_memory, set_determinism
 from data_loader import DATA_LOADERS
 from data_loader.splits import some_of_every_class
 
@@ -127,6 +127,7 @@ def load_evaluation(
     config = _config(checkpoint, file, arguments.config, [*set_overrides(arguments.set), *overrides])
     set_determinism(config.system.deterministic, config.system.num_threads)
     device = own_device(config)
+    keep_freed_memory(device)
     loader = _test_images(config, checkpoint, device)
     loader = some_of_every_class(loader, limit or loader.n_samples)
     loader.batch_size = batch_size

@@ -38,7 +38,14 @@ from base.run_folder import (
     record_environment,
     write_json,
 )
-from base.runtime import autocast, choose_precision, determinism_explained, seed_global_generators, set_determinism
+from base.runtime import (
+    autocast,
+    choose_precision,
+    determinism_explained,
+    keep_freed_memory,
+    seed_global_generators,
+    set_determinism,
+)
 from base.tracking import start_trackers, tell
 from conclusion import conclude
 from data_loader.label_noise import describe_transitions
@@ -84,6 +91,7 @@ class Experiment:
         check_optimization(config.optimizer, config.lr_scheduler)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = own_device(config)
+        keep_freed_memory(device)
         train_loader = assembly.build_data_loader(config, device)
         train_loader.shared_out = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch
         validation_loader, test_loader = train_loader.split_validation(), train_loader.test_loader()

@@ -1,8 +1,10 @@
 """What a run stands on: seeds and generators, the device, the precision."""
 
+import ctypes
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,6 +13,9 @@ import numpy as np
 import torch
 
 from base.errors import ConfigError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's `mallopt`, numbered as in malloc.h."""
 
 
 def derived_seed(seed: int, purpose: str, *indices: int) -> int:
@@ -114,6 +119,22 @@ def set_determinism(deterministic: bool, num_threads: int | None) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Where tensors are in the CPU's memory: let this process keep what they free for those that come next.
+
+    glibc takes large blocks from the system one by one and gives each back at once, and the system clears every page of the
+    next one: a tensor of 32 MiB, what a ResNet's first layers make of 128 images, then takes 15 ms to fill instead of 2, and a
+    training step with ConvNorm half as long again. The peak of resident memory stays as it is; below the peak nothing is given
+    back before the process ends. Other C libraries, and an environment that sets `MALLOC_...` itself, are left alone.
+    """
+    chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    if device.type == "cpu" and sys.platform == "linux" and not chosen:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_MAX, 0)  # no block comes from the system by itself
+            mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
 
 
 @contextmanager

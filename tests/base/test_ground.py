@@ -1,4 +1,4 @@
-"""The smaller parts of base: generators, devices, totals, progress, run folder, lookup, trackers, command line."""
+"""The smaller parts of base: totals, progress, run folder, lookup, trackers, command line."""
 
 import json
 import logging
@@ -22,34 +22,11 @@ from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError,
 from base.progress import Progress
 from base.registry import lookup
 from base.run_folder import begun_by_this_job, new_run_folder, record_environment
-from base.runtime import choose_device, choose_precision, derived_seed, numpy_generator, torch_generator
+from base.runtime import torch_generator
 from base.totals import BatchResult, Totals
 from base.tracking import RunLog, Tracker, start_trackers, tell
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
-
-
-def test_generators_are_pure_functions_of_their_arguments():
-    first, again = (torch.rand(3, generator=torch_generator(1, "order", 2)) for _ in range(2))
-    assert torch.equal(first, again)
-    assert numpy_generator(1, "order").random() == numpy_generator(1, "order").random()
-    keys = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 0), (0, "a", 1), (0, "a", 0, 1), (0, "a", 1, 0)]
-    assert len({derived_seed(*key) for key in keys}) == len(keys)
-    # written down once, so that a change that would silently change every published run fails here
-    assert derived_seed(0, "order", 1) == 4672741961019256271
-
-
-def test_devices_and_precision():
-    with pytest.raises(ConfigError, match="system.device: 'meta' is not supported"):
-        choose_device("meta")
-    assert choose_device("auto", n_gpu=0) == torch.device("cpu")
-    assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="system.device: 'gpu' is not a device"):
-        choose_device("gpu")
-    with pytest.raises(ConfigError, match="system.device: 'cuda:99' asked for, but"):
-        choose_device("cuda:99")
-    assert choose_precision("fp32", torch.device("cpu")) == "fp32"
-    assert choose_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
 
 
 def test_totals_are_sums_over_samples_not_means_of_means():
