@@ -9,7 +9,7 @@ from base.base_trainer import BaseTrainer
 from base.config_files import Override
 from benchmarks.plain_loops import adversarial_step
 from benchmarks.rows import Row, Settings, speed_row
-from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, build_trainer, step_config, step_of, systems
+from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, step_of, systems
 from benchmarks.timing import compare
 
 BATCH, GOAL = 16, 1.5
@@ -18,22 +18,19 @@ NOTE = "same network, precision and memory format on both sides; the attack in t
 
 
 def measure(settings: Settings) -> list[Row]:
-    """One row of BatchNorm for each precision, and one of ConvNorm in what `auto` picks."""
-    chosen = systems(settings)
-    picked = list(chosen)[-1]
-    cases = [*((BATCH_NORM, precision, GOAL) for precision in chosen), (CONV_NORM, picked, None)]
-    return [_row(settings, layers, precision, [*LAYERS[layers], *chosen[precision]], goal) for layers, precision, goal in cases]
+    """A row for each precision."""
+    return [_row(settings, precision, [*LAYERS[BATCH_NORM], *system]) for precision, system in systems(settings).items()]
 
 
-def _row(settings: Settings, layers: str, precision: str, overrides: list[Override], goal: float | None) -> Row:
+def _row(settings: Settings, precision: str, overrides: list[Override]) -> Row:
     batch, steps = settings.size(BATCH, 4), settings.size(10, 2)
     size = [("data_loader.args.batch_size", str(batch)), ("adversarial.steps", str(steps))]
     no_average = ("trainer.ema_decay", "null")  # their loop has none
     config = step_config(settings, [*overrides, *size, no_average], "cifar10_pgd.json")
     sides = {OURS: step_of(build_trainer(config)), THEIRS: _their_step(build_trainer(config))}
     times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
-    title = f"PGD-{steps} training step, {layers}, batch {batch}, {precision}"
-    return speed_row(title, times, OURS, THEIRS, goal, note=NOTE)
+    title = f"PGD-{steps} training step, {BATCH_NORM}, batch {batch}, {precision}"
+    return speed_row(title, times, OURS, THEIRS, GOAL, note=NOTE)
 
 
 def _their_step(trainer: BaseTrainer) -> Callable[[], object]:

@@ -21,7 +21,7 @@ from benchmarks.timing import seconds_of
 
 COMPARED = (BATCH_NORM, CONV_NORM)
 REPEATS = 2
-SIDE_BATCH, WIDE_BATCH, ATTACK_BATCH = 4, 16, 8
+SIDE_BATCH, WIDE_BATCH, ATTACK_BATCH = 2, 16, 8
 SHARED_BATCH, SHARED_BATCHES = 64, 6
 
 Step = Callable[[], object]
