@@ -34,7 +34,7 @@ ATTACKS = {  # setting -> PGD's steps (0 for FGSM), norm, epsilon and step of th
     "FGSM, l2": (0, "l2", (2.0, 2.0), (0.5, 0.5), 1.0),
 }
 """Sizes for l-inf in 1/255."""
-POINTS, PASSES = 0.2, 20
+POINTS, PASSES = 0.2, 12
 """How much weaker than theirs our attack may be, and passes over the images to tell. From one to the next random starts alone
 change the verdicts of one to three images, of which each is 0.28 points."""
 JUDGED, LIBRARIES = "attack_loader", ("torchattacks", "foolbox")

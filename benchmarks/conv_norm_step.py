@@ -35,6 +35,8 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Ro
     def evaluation(trainer: BaseTrainer) -> Callable[[], object]:
         return _evaluation(trainer, evaluated)
 
+    if precision != "fp32":  # no goal asks for it, and the original takes its time
+        trainers = {layers: trainer for layers, trainer in trainers.items() if layers != ORIGINAL}
     rows += _compared(settings, f"evaluation, {evaluated} images, {precision}", trainers, evaluation)
     rows += _compared(settings, f"PGD-{ATTACK_STEPS} in evaluation mode, batch {attacked}, {precision}", trainers, _attack)
     return rows
@@ -48,16 +50,18 @@ def _compared(
     at_most: float | None = None,
     at_least: float | None = None,
 ) -> list[Row]:
-    """Two rows: `at_most` is the goal against BatchNorm, `at_least` that against the original. Each pair takes turns by itself:
-    while a slow third side had its turn, the system would take back the memory of the others."""
+    """A row against BatchNorm with the goal `at_most`, and, where it is given, one against the original with `at_least`. Each
+    pair takes turns by itself: no slow third side stands between two turns."""
     sides = {layers: side(trainer) for layers, trainer in trainers.items()}
 
     def times(other: str) -> Paired:
         pair = {CONV_NORM: sides[CONV_NORM], other: sides[other]}
         return compare(pair, settings.repeats, warmup=settings.warmup, device=settings.device)
 
-    cost = cost_row(name, times(BATCH_NORM), CONV_NORM, BATCH_NORM, at_most)
-    return [cost, speed_row(name, times(ORIGINAL), CONV_NORM, ORIGINAL, at_least)]
+    rows = [cost_row(name, times(BATCH_NORM), CONV_NORM, BATCH_NORM, at_most)]
+    if ORIGINAL in sides:
+        rows.append(speed_row(name, times(ORIGINAL), CONV_NORM, ORIGINAL, at_least))
+    return rows
 
 
 def _evaluation(trainer: BaseTrainer, images: int) -> Callable[[], object]:

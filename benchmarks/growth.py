@@ -91,7 +91,7 @@ def _axes(settings: Settings, system: list[Override], precision: str) -> list[Ax
 
     smoke = settings.smoke
     batches, sides = ((1, 4), (32, 48)) if smoke else ((1, 4, 16, 64, 256), (32, 64, 128, 224))
-    widths, attack_steps = ((1, 2), (0, 1)) if smoke else ((1, 2, 4, 8), (0, 1, 5, 10, 20))
+    widths, attack_steps = ((1, 2), (0, 1)) if smoke else ((1, 2, 4, 8), (0, 1, 5, 10))
     side_batch, wide_batch, attack_batch = (settings.size(full, 2) for full in (SIDE_BATCH, WIDE_BATCH, ATTACK_BATCH))
     network = settings.network
     return [

@@ -83,7 +83,7 @@ def test_a_step_too_large_to_measure_is_a_line_through_two_smaller_ones(monkeypa
         monkeypatch.setattr(studies_hours, "seconds_of", seconds_of)
         return studies_hours._measured(FULL, None, batch, 32), asked
 
-    for fixed, each, largest in ((0.0, 0.001, 128), (0.01, 0.05, 18), (9.0, 0.1, 4)):
+    for fixed, each, largest in ((0.0, 0.001, 128), (0.01, 0.05, 19), (9.0, 0.1, 4)):
         seconds, asked = measured(fixed, each)
         assert seconds == pytest.approx(fixed + 128 * each)
         assert max(asked) == largest
