@@ -126,8 +126,8 @@ def keep_freed_memory(device: torch.device) -> None:
 
     glibc takes large blocks from the system one by one and gives each back at once, and the system clears every page of the
     next one: a tensor of 32 MiB, what a ResNet's first layers make of 128 images, then takes 15 ms to fill instead of 2, and a
-    training step with ConvNorm half as long again. The peak of resident memory stays as it is; below the peak nothing is given
-    back before the process ends. Other C libraries, and an environment that sets `MALLOC_...` itself, are left alone.
+    training step with ConvNorm a quarter to a half longer. The peak of resident memory stays as it is; below the peak nothing
+    is given back before the process ends. Other C libraries, and an environment that sets `MALLOC_...` itself, are left alone.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     if device.type == "cpu" and sys.platform == "linux" and not chosen:

@@ -83,7 +83,8 @@ class Plan:
     def spectrum_adjoint(self, spectrum: Tensor) -> Tensor:
         """`(B, 2, a_h, g, a_w * C)` -> `(B, C, H, W)`, channels last; the adjoint of `spectrum`."""
         half = _each(self.images_h.mT, self._along_rows(spectrum))
-        return self._images(_each(self.images_w.mT, half.view(-1, len(self.images_w), self._channels(spectrum))), len(spectrum))
+        channels = spectrum.shape[-1] // self.columns.stride
+        return self._images(_each(self.images_w.mT, half.view(-1, len(self.images_w), channels)), len(spectrum))
 
     def output(self, spectrum: Tensor) -> Tensor:
         """`(B, 2, g, C)` on the strided grid -> `(B, C, H', W')`, channels last: the inverse DFT, cropped."""
@@ -142,9 +143,6 @@ class Plan:
     def _along_rows(self, spectrum: Tensor) -> Tensor:
         """`(B, 2, ..., g, n)` -> `(B, 2 * ... * g_h, g_w * n)`."""
         return spectrum.view(len(spectrum), -1, self.outputs_w.shape[1] // 2 * spectrum.shape[-1])
-
-    def _channels(self, spectrum: Tensor) -> int:
-        return spectrum.shape[-1] // self.columns.stride
 
     def _images(self, pixels: Tensor, batch: int) -> Tensor:
         """`(B * H, W, C)` -> `(B, C, H, W)`, channels last."""
