@@ -47,10 +47,10 @@ class _FourierConvolution(torch.autograd.Function):
         ctx.plan, ctx.plain = plan, plain
         with without_autocast(images):
             spectrum = plan.spectrum(images.to(plan.dtype))
-            seen = [_matrices(spectrum[:, :, alias].flatten(0, 1)) for alias in range(plan.rows.stride)]
             result = spectrum.new_empty(len(images), 2, plan.frequencies, len(weight))
-            for block in plan.blocks(weight, len(images)):
-                kernels = plan.kernels(weight[block], factors[block])
+            for block in plan.blocks(len(images), images.shape[1], len(weight)):
+                seen = [_matrices(spectrum[:, :, alias, block].flatten(0, 1)) for alias in range(plan.rows.stride)]
+                kernels = plan.kernels(weight, factors, block)
                 products = []
                 for part in (0, 1):
                     product = torch.bmm(seen[0], _matrices(kernels[:, part, 0]).mT)
@@ -58,8 +58,8 @@ class _FourierConvolution(torch.autograd.Function):
                         product.baddbmm_(seen[alias], _matrices(kernels[:, part, alias]).mT)
                     products.append(product.unflatten(1, (len(images), 2)).permute(2, 1, 0, 3))
                 real, imaginary = products  # parts of the kernels, each by parts of the images, (B, g, C_out)
-                torch.sub(real[0], imaginary[1], out=result[:, 0, :, block])
-                torch.add(real[1], imaginary[0], out=result[:, 1, :, block])
+                torch.sub(real[0], imaginary[1], out=result[:, 0, block])
+                torch.add(real[1], imaginary[0], out=result[:, 1, block])
             return plan.output(result)
 
     @staticmethod
@@ -81,38 +81,33 @@ class _FourierConvolution(torch.autograd.Function):
 def _grad_of_weight(grads: Tensor, images: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
     """From the gradient of results `(B, 2, g, C_out)`."""
     spectrum = plan.spectrum(images)
-    turned = torch.stack([grads[:, 1], -grads[:, 0]], dim=1)  # times -i
-    grad_weight = torch.empty_like(weight)
-    for block in plan.blocks(weight, len(images)):
-        seen = [_matrices(part[..., block].flatten(0, 1)).mT for part in (grads, turned)]
-        of_kernels = grads.new_empty(2, plan.rows.stride, plan.frequencies, seen[0].shape[1], spectrum.shape[-1])
+    total = grads.new_zeros(len(weight), weight[0, 0].numel(), weight.shape[1])
+    for block in plan.blocks(len(images), images.shape[1], len(weight)):
+        some = grads[:, :, block]
+        turned = torch.stack([some[:, 1], -some[:, 0]], dim=1)  # times -i
+        seen = [_matrices(part.flatten(0, 1)).mT for part in (some, turned)]
+        of_kernels = grads.new_empty(2, plan.rows.stride, *seen[0].shape[:2], spectrum.shape[-1])
         for alias in range(plan.rows.stride):
-            rows = _matrices(spectrum[:, :, alias].flatten(0, 1))
+            rows = _matrices(spectrum[:, :, alias, block].flatten(0, 1))
             for part in (0, 1):
                 torch.bmm(seen[part], rows, out=of_kernels[part, alias])
-        grad_weight[block] = plan.kernels_adjoint(of_kernels, factors[block])
-    return grad_weight
+        plan.add_kernels_adjoint(total, of_kernels, factors, block)
+    return total.mT.unflatten(2, weight.shape[2:]).to(weight.dtype)
 
 
 def _grad_of_images(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
     """From the gradient of results `(B, 2, g, C_out)`."""
-    batch, aliases = len(grads), plan.rows.stride
-    products = grads.new_empty(2, aliases, plan.frequencies, 2 * batch, plan.columns.stride * weight.shape[1])
-    for block in plan.blocks(weight, batch):
-        kernels = plan.kernels(weight[block], factors[block])
-        seen = _matrices(grads[..., block].flatten(0, 1))
-        for part in (0, 1):
-            for alias in range(aliases):
-                kernel = _matrices(kernels[:, part, alias])
-                if block.start == 0:
-                    torch.bmm(seen, kernel, out=products[part, alias])
-                else:
-                    products[part, alias].baddbmm_(seen, kernel)
-    # parts of the kernels, each by parts of the gradient, (B, a_h, g, a_w * C_in)
-    real, imaginary = products.unflatten(3, (batch, 2)).permute(0, 4, 3, 1, 2, 5)
-    spectrum = grads.new_empty(batch, 2, *real.shape[2:])
-    torch.add(real[0], imaginary[1], out=spectrum[:, 0])
-    torch.sub(real[1], imaginary[0], out=spectrum[:, 1])
+    batch, aliases, channels = len(grads), plan.rows.stride, weight.shape[1]
+    spectrum = grads.new_empty(batch, 2, aliases, plan.frequencies, plan.columns.stride * channels)
+    for block in plan.blocks(batch, channels, len(weight)):
+        kernels = plan.kernels(weight, factors, block)
+        seen = _matrices(grads[:, :, block].flatten(0, 1))
+        for alias in range(aliases):
+            products = [torch.bmm(seen, _matrices(kernels[:, part, alias])) for part in (0, 1)]
+            # parts of the kernels, each by parts of the gradient, (B, g, a_w * C_in)
+            real, imaginary = (product.unflatten(1, (batch, 2)).permute(2, 1, 0, 3) for product in products)
+            torch.add(real[0], imaginary[1], out=spectrum[:, 0, alias, block])
+            torch.sub(real[1], imaginary[0], out=spectrum[:, 1, alias, block])
     return plan.spectrum_adjoint(spectrum)
 
 

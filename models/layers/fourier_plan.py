@@ -9,9 +9,12 @@ from torch import Tensor
 
 from models.layers.waves import waves
 
-BLOCK_BYTES = 12 * 2**20
-"""Spectra of kernels are made for as many output channels at a time as fit into this, or into twice the spectra of the images,
-which are read again for every block; larger ones would leave the cache."""
+BLOCK_BYTES = 15 * 2**19
+"""Frequencies are computed a block at a time, whose spectra of images and kernels and their products fit into this: they stay in
+the cache, where products of matrices are a third faster."""
+
+BLOCK_FREQUENCIES = 12
+"""At least so many in a block: the weights are read again for every block."""
 
 
 class Axis(NamedTuple):
@@ -61,8 +64,8 @@ class Plan:
         images_h: `(2 * a_h * g_h, H * 2)`, the DFT along H.
         outputs_h: `(H' * 2, 2 * g_h)`, the inverse DFT along H.
         outputs_w: `(W', 2 * g_w)`, the inverse DFT along W, which yields real numbers.
-        taps: `(k_h * k_w, 2, a_h * g * a_w)`, from kernels to real and imaginary parts of their spectra.
-        index: int64 `(a_h * g * a_w,)`: places in a flattened half spectrum of the full grid.
+        taps: `(k_h * k_w, 2, a_h, g, a_w)`, from kernels to real and imaginary parts of their spectra.
+        index: int64 `(a_h, g, a_w)`: places in a flattened half spectrum of the full grid.
     """
 
     rows: Axis
@@ -98,23 +101,22 @@ class Plan:
         return self._spectra(_each(self.outputs_h.mT, half.view(batch, 2 * height, -1)), 1).squeeze(2)
 
     def factors(self, inverse_root: Tensor) -> Tensor:
-        """V `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, a_h * g * a_w)`."""
+        """V `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, a_h, g, a_w)`."""
         return inverse_root.flatten(1)[:, self.index]
 
-    def kernels(self, weight: Tensor, factors: Tensor) -> Tensor:
-        """`(C_out, C_in, k_h, k_w)` -> `(C_out, 2, a_h, g, a_w * C_in)`, real and imaginary parts, times the factors."""
-        spectrum = torch.bmm(self._taps_of(factors).mT, weight.to(self.dtype).flatten(2).mT)
-        return spectrum.view(len(weight), 2, self.rows.stride, self.frequencies, -1)
+    def kernels(self, weight: Tensor, factors: Tensor, block: slice) -> Tensor:
+        """`(C_out, C_in, k_h, k_w)` -> `(C_out, 2, a_h, g, a_w * C_in)`, real and imaginary parts, times the factors, for a
+        block of frequencies g."""
+        taps = self._taps(factors[:, :, block], self.taps[:, :, :, block])
+        spectrum = torch.bmm(taps.mT, weight.to(self.dtype).flatten(2).mT)
+        return spectrum.view(len(weight), 2, self.rows.stride, -1, self.columns.stride * weight.shape[1])
 
-    def kernels_adjoint(self, grads: Tensor, factors: Tensor) -> Tensor:
-        """`(2, a_h, g, C_out, a_w * C_in)` -> `(C_out, C_in, k_h, k_w)`, the adjoint of `kernels`."""
-        aliases = self.columns.stride
-        taps = self._taps_of(factors).unflatten(2, (-1, aliases))
-        grads = grads.unflatten(-1, (aliases, -1)).flatten(0, 2).transpose(0, 1)  # (C_out, 2 * a_h * g, a_w, C_in)
-        found = torch.bmm(taps[..., 0], grads[:, :, 0])
-        for alias in range(1, aliases):
-            found.baddbmm_(taps[..., alias], grads[:, :, alias])
-        return found.mT.unflatten(2, (self.rows.kernel, self.columns.kernel))
+    def add_kernels_adjoint(self, total: Tensor, grads: Tensor, factors: Tensor, block: slice) -> None:
+        """Add to `total` `(C_out, k_h * k_w, C_in)` the adjoint of `kernels` at `grads` `(2, a_h, g, C_out, a_w * C_in)`."""
+        grads = grads.unflatten(-1, (self.columns.stride, -1)).flatten(0, 2).transpose(0, 1)  # (C_out, 2 * a_h * g, a_w, C_in)
+        for alias in range(self.columns.stride):
+            taps = self._taps(factors[:, :, block, alias], self.taps[:, :, :, block, alias])
+            total.baddbmm_(taps, grads[:, :, alias])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,15 +128,19 @@ class Plan:
         """Of the strided grid, in the half spectrum."""
         return self.outputs_h.shape[1] * self.outputs_w.shape[1] // 4
 
-    def blocks(self, weight: Tensor, batch: int) -> list[slice]:
-        """Output channels whose kernels are transformed at a time."""
-        row = 2 * len(self.index) * weight.shape[1] * self.images_w.element_size()  # of one output channel, and of one image
-        channels = max(32, max(BLOCK_BYTES // row, 2 * batch) // 32 * 32)
-        return [slice(begin, begin + channels) for begin in range(0, len(weight), channels)]
+    def blocks(self, batch: int, in_channels: int, out_channels: int) -> list[slice]:
+        """The frequencies g of the strided grid, some at a time; an even number of them, which two threads share equally."""
+        inputs = self.rows.stride * self.columns.stride * in_channels
+        numbers = 2 * (inputs * out_channels + batch * (inputs + 3 * out_channels))  # of one frequency
+        most = max(BLOCK_FREQUENCIES, BLOCK_BYTES // (numbers * self.images_w.element_size()))
+        size = -(-self.frequencies // -(-self.frequencies // most))
+        size += size % 2
+        return [slice(begin, begin + size) for begin in range(0, self.frequencies, size)]
 
-    def _taps_of(self, factors: Tensor) -> Tensor:
-        """`taps` times the factors, `(C_out, k_h * k_w, 2 * a_h * g * a_w)`: what they make of kernels is filtered."""
-        return (self.taps * factors.to(self.dtype)[:, None, None]).flatten(2)
+    def _taps(self, factors: Tensor, taps: Tensor) -> Tensor:
+        """`taps` `(k_h * k_w, 2, ...)` times `factors` `(C_out, ...)`, `(C_out, k_h * k_w, n)`: what they make of kernels is
+        filtered."""
+        return (taps * factors[:, None, None].to(self.dtype)).flatten(2)
 
     def _spectra(self, transformed: Tensor, aliases_h: int) -> Tensor:
         """`(B, 2 * a_h * g_h, g_w * a_w * C)` -> `(B, 2, a_h, g, a_w * C)`."""
@@ -161,6 +167,7 @@ def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.devi
     kept_w = torch.arange(columns.kept // 2 + 1)
     frequencies_h = (torch.arange(rows.stride)[:, None] * rows.kept + kept_h).flatten()  # (a_h, g_h)
     frequencies_w = (kept_w[:, None] + torch.arange(columns.stride) * columns.kept).flatten()  # (g_w, a_w)
+    places = (rows.stride, len(kept_h) * len(kept_w), columns.stride)  # (a_h, g, a_w)
 
     def ready(matrix: Tensor) -> Tensor:
         return matrix.to(device, dtype).contiguous()
@@ -176,8 +183,8 @@ def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.devi
         images_h=ready(_complex(cos_h, -sin_h).permute(0, 2, 3, 1).flatten(2).flatten(0, 1)),
         outputs_h=ready(_complex(*inverse_h).permute(2, 0, 1, 3).flatten(2).flatten(0, 1)),
         outputs_w=ready(torch.cat([inverse_w[0], -inverse_w[1]], dim=1)),
-        taps=ready(_taps(rows, columns, frequencies_h, frequencies_w)),
-        index=_half_spectrum_index(rows, columns, frequencies_h, frequencies_w).to(device),
+        taps=ready(_taps(rows, columns, frequencies_h, frequencies_w).unflatten(2, places)),
+        index=_half_spectrum_index(rows, columns, frequencies_h, frequencies_w).unflatten(0, places).to(device),
     )
 
 
@@ -194,7 +201,7 @@ def _share(axis: Axis) -> Tensor:
 
 
 def _taps(rows: Axis, columns: Axis, frequencies_h: Tensor, frequencies_w: Tensor) -> Tensor:
-    """`Plan.taps`. A convolution of torch's correlates, and the output begins at the crop: a tap stands at
+    """`Plan.taps`, all frequencies in one row. A convolution of torch's correlates, and the output begins at the crop: a tap stands at
     `tap * dilation - padding`."""
 
     def of_axis(axis: Axis, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +214,7 @@ def _taps(rows: Axis, columns: Axis, frequencies_h: Tensor, frequencies_w: Tenso
 
 
 def _half_spectrum_index(rows: Axis, columns: Axis, frequencies_h: Tensor, frequencies_w: Tensor) -> Tensor:
-    """`Plan.index`. A frequency beyond the half spectrum is found at its opposite, where a real V is the same."""
+    """`Plan.index` in one row. A frequency beyond the half spectrum is found at its opposite, where a real V is the same."""
     row, column = torch.meshgrid(frequencies_h, frequencies_w, indexing="ij")
     beyond = column > columns.size // 2
     row, column = torch.where(beyond, -row % rows.size, row), torch.where(beyond, columns.size - column, column)
