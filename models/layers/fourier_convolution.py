@@ -83,14 +83,14 @@ def _grad_of_weight(grads: Tensor, images: Tensor, weight: Tensor, factors: Tens
     spectrum = plan.spectrum(images)
     total = grads.new_zeros(len(weight), weight[0, 0].numel(), weight.shape[1])
     for block in plan.blocks(len(images), images.shape[1], len(weight)):
-        some = grads[:, :, block]
-        turned = torch.stack([some[:, 1], -some[:, 0]], dim=1)  # times -i
-        seen = [_matrices(part.flatten(0, 1)).mT for part in (some, turned)]
-        of_kernels = grads.new_empty(2, plan.rows.stride, *seen[0].shape[:2], spectrum.shape[-1])
-        for alias in range(plan.rows.stride):
-            rows = _matrices(spectrum[:, :, alias, block].flatten(0, 1))
-            for part in (0, 1):
-                torch.bmm(seen[part], rows, out=of_kernels[part, alias])
+        both = _matrices(grads[:, :, block].flatten(0, 1)).mT
+        real, imaginary = (_matrices(grads[:, part, block]).mT for part in (0, 1))
+        of_kernels = grads.new_empty(2, plan.rows.stride, *both.shape[:2], spectrum.shape[-1])
+        for alias, (of_real, of_imaginary) in enumerate(zip(*of_kernels, strict=True)):
+            seen = spectrum[:, :, alias, block]
+            torch.bmm(both, _matrices(seen.flatten(0, 1)), out=of_real)
+            torch.bmm(imaginary, _matrices(seen[:, 0]), out=of_imaginary)
+            of_imaginary.baddbmm_(real, _matrices(seen[:, 1]), alpha=-1)
         plan.add_kernels_adjoint(total, of_kernels, factors, block)
     return total.mT.unflatten(2, weight.shape[2:]).to(weight.dtype)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.layers.waves import waves
 
-BLOCK_BYTES = 15 * 2**19
+BLOCK_BYTES = 2**18
 """Frequencies are computed a block at a time, whose spectra of images and kernels and their products fit into this: they stay in
 the cache, where products of matrices are a third faster."""
 
@@ -130,9 +130,8 @@ class Plan:
 
     def blocks(self, batch: int, in_channels: int, out_channels: int) -> list[slice]:
         """The frequencies g of the strided grid, some at a time; an even number of them, which two threads share equally."""
-        inputs = self.rows.stride * self.columns.stride * in_channels
-        numbers = 2 * (inputs * out_channels + batch * (inputs + 3 * out_channels))  # of one frequency
-        most = max(BLOCK_FREQUENCIES, BLOCK_BYTES // (numbers * self.images_w.element_size()))
+        kernels = 2 * self.rows.stride * self.columns.stride * in_channels * out_channels * self.images_w.element_size()
+        most = max(BLOCK_FREQUENCIES, BLOCK_BYTES * batch // kernels)
         size = -(-self.frequencies // -(-self.frequencies // most))
         size += size % 2
         return [slice(begin, begin + size) for begin in range(0, self.frequencies, size)]
