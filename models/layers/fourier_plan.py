@@ -13,6 +13,9 @@ BLOCK_BYTES = 2**18
 """Frequencies are computed a block at a time, whose spectra of images and kernels and their products fit into this: they stay in
 the cache, where products of matrices are a third faster."""
 
+SMALL_GRID = 10
+"""Grids of up to so many rows drop what is another frequency's conjugate: a sixth of 6 x 6, where it saves more than it costs."""
+
 BLOCK_FREQUENCIES = 12
 """At least so many in a block: the weights are read again for every block."""
 
@@ -58,6 +61,10 @@ class Plan:
     image, and a spectrum `(B, 2, a_h, g, a_w * C)`, real and imaginary parts at index 1, holds for each frequency a matrix of
     real and imaginary parts of all images, whose rows are far apart.
 
+    In the columns 0 and, of an even grid, `kept / 2`, which are their own conjugates, one half of the rows is the conjugate of
+    the other. Small grids compute one of them, count it twice and have zeros in place of the other: the inverse DFT along W
+    takes the real part of these columns, where the two add up.
+
     Attributes:
         rows, columns: the axes H and W.
         images_w: `(2 * g_w * a_w, W)`, the DFT along W.
@@ -66,6 +73,7 @@ class Plan:
         outputs_w: `(W', 2 * g_w)`, the inverse DFT along W, which yields real numbers.
         taps: `(k_h * k_w, 2, a_h, g, a_w)`, from kernels to real and imaginary parts of their spectra.
         index: int64 `(a_h, g, a_w)`: places in a flattened half spectrum of the full grid.
+        counts: `(g, 1)`, how often a frequency counts.
     """
 
     rows: Axis
@@ -76,6 +84,7 @@ class Plan:
     outputs_w: Tensor
     taps: Tensor
     index: Tensor
+    counts: Tensor
 
     def spectrum(self, images: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, 2, a_h, g, a_w * C)`."""
@@ -85,13 +94,13 @@ class Plan:
 
     def spectrum_adjoint(self, spectrum: Tensor) -> Tensor:
         """`(B, 2, a_h, g, a_w * C)` -> `(B, C, H, W)`, channels last; the adjoint of `spectrum`."""
-        half = _each(self.images_h.mT, self._along_rows(spectrum))
+        half = _each(self.images_h.mT, self._with_all_rows(spectrum))
         channels = spectrum.shape[-1] // self.columns.stride
         return self._images(_each(self.images_w.mT, half.view(-1, len(self.images_w), channels)), len(spectrum))
 
     def output(self, spectrum: Tensor) -> Tensor:
         """`(B, 2, g, C)` on the strided grid -> `(B, C, H', W')`, channels last: the inverse DFT, cropped."""
-        half = _each(self.outputs_h, self._along_rows(spectrum))
+        half = _each(self.outputs_h, self._with_all_rows(spectrum.unsqueeze(2)))
         return self._images(_each(self.outputs_w, half.view(-1, self.outputs_w.shape[1], spectrum.shape[-1])), len(spectrum))
 
     def output_adjoint(self, grad: Tensor) -> Tensor:
@@ -101,8 +110,8 @@ class Plan:
         return self._spectra(_each(self.outputs_h.mT, half.view(batch, 2 * height, -1)), 1).squeeze(2)
 
     def factors(self, inverse_root: Tensor) -> Tensor:
-        """V `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, a_h, g, a_w)`."""
-        return inverse_root.flatten(1)[:, self.index]
+        """V `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, a_h, g, a_w)`, times the counts."""
+        return inverse_root.flatten(1)[:, self.index] * self.counts
 
     def kernels(self, weight: Tensor, factors: Tensor, block: slice) -> Tensor:
         """`(C_out, C_in, k_h, k_w)` -> `(C_out, 2, a_h, g, a_w * C_in)`, real and imaginary parts, times the factors, for a
@@ -126,7 +135,7 @@ class Plan:
     @property
     def frequencies(self) -> int:
         """Of the strided grid, in the half spectrum."""
-        return self.outputs_h.shape[1] * self.outputs_w.shape[1] // 4
+        return len(self.counts)
 
     def blocks(self, batch: int, in_channels: int, out_channels: int) -> list[slice]:
         """The frequencies g of the strided grid, some at a time; an even number of them, which two threads share equally."""
@@ -143,11 +152,32 @@ class Plan:
 
     def _spectra(self, transformed: Tensor, aliases_h: int) -> Tensor:
         """`(B, 2 * a_h * g_h, g_w * a_w * C)` -> `(B, 2, a_h, g, a_w * C)`."""
-        return transformed.view(len(transformed), 2, aliases_h, self.frequencies, -1)
+        full = transformed.view(len(transformed), 2, aliases_h, self.rows.kept, self.columns.kept // 2 + 1, -1)
+        if self.frequencies == full.shape[3] * full.shape[4]:
+            return full.flatten(3, 4)
+        spectrum = full.new_empty(*full.shape[:3], self.frequencies, full.shape[5])
+        for some, of_full in self._halves(spectrum, full):
+            some.copy_(of_full)
+        return spectrum
 
-    def _along_rows(self, spectrum: Tensor) -> Tensor:
-        """`(B, 2, ..., g, n)` -> `(B, 2 * ... * g_h, g_w * n)`."""
-        return spectrum.view(len(spectrum), -1, self.outputs_w.shape[1] // 2 * spectrum.shape[-1])
+    def _with_all_rows(self, spectrum: Tensor) -> Tensor:
+        """`(B, 2, a_h, g, n)` -> `(B, 2 * a_h * g_h, g_w * n)`, the adjoint of `_spectra`."""
+        grid = (self.rows.kept, self.columns.kept // 2 + 1)
+        if self.frequencies == grid[0] * grid[1]:
+            return spectrum.view(len(spectrum), -1, grid[1] * spectrum.shape[-1])
+        full = spectrum.new_zeros(*spectrum.shape[:3], *grid, spectrum.shape[-1])
+        for some, of_full in self._halves(spectrum, full):
+            of_full.copy_(some)
+        return full.flatten(4).flatten(1, 3)
+
+    def _halves(self, spectrum: Tensor, full: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Parts of a `spectrum` `(B, 2, a_h, g, n)` and the parts `(B, 2, a_h, rows, columns, n)` of a `full` one that they are:
+        the rows where all columns are computed, and the others."""
+        rows, inner = _rows_and_columns(self.rows, self.columns)
+        parts = [full[:, :, :, :rows], full[:, :, :, rows:, inner]]
+        sizes = [part.shape[3] * part.shape[4] for part in parts]
+        halves = spectrum.split(sizes, dim=3)
+        return [(half.unflatten(3, part.shape[3:5]), part) for half, part in zip(halves, parts, strict=True)]
 
     def _images(self, pixels: Tensor, batch: int) -> Tensor:
         """`(B * H, W, C)` -> `(B, C, H, W)`, channels last."""
@@ -166,7 +196,8 @@ def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.devi
     kept_w = torch.arange(columns.kept // 2 + 1)
     frequencies_h = (torch.arange(rows.stride)[:, None] * rows.kept + kept_h).flatten()  # (a_h, g_h)
     frequencies_w = (kept_w[:, None] + torch.arange(columns.stride) * columns.kept).flatten()  # (g_w, a_w)
-    places = (rows.stride, len(kept_h) * len(kept_w), columns.stride)  # (a_h, g, a_w)
+    kept, counts = _independent(rows, columns)
+    grid = (rows.stride, rows.kept * len(kept_w), columns.stride)  # (a_h, all of g, a_w)
 
     def ready(matrix: Tensor) -> Tensor:
         return matrix.to(device, dtype).contiguous()
@@ -182,9 +213,29 @@ def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.devi
         images_h=ready(_complex(cos_h, -sin_h).permute(0, 2, 3, 1).flatten(2).flatten(0, 1)),
         outputs_h=ready(_complex(*inverse_h).permute(2, 0, 1, 3).flatten(2).flatten(0, 1)),
         outputs_w=ready(torch.cat([inverse_w[0], -inverse_w[1]], dim=1)),
-        taps=ready(_taps(rows, columns, frequencies_h, frequencies_w).unflatten(2, places)),
-        index=_half_spectrum_index(rows, columns, frequencies_h, frequencies_w).unflatten(0, places).to(device),
+        taps=ready(_taps(rows, columns, frequencies_h, frequencies_w).unflatten(2, grid)[:, :, :, kept]),
+        index=_half_spectrum_index(rows, columns, frequencies_h, frequencies_w).unflatten(0, grid)[:, kept].to(device),
+        counts=counts.to(device),
     )
+
+
+def _rows_and_columns(rows: Axis, columns: Axis) -> tuple[int, slice]:
+    """In how many rows of the strided grid's half spectrum all columns are computed, and which are in the others."""
+    if rows.kept > SMALL_GRID:
+        return rows.kept, slice(None)
+    return rows.kept // 2 + 1, slice(1, (columns.kept + 1) // 2)
+
+
+def _independent(rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
+    """The frequencies g that are computed, as places in the flattened half spectrum of the strided grid, and `Plan.counts`."""
+    full, inner = _rows_and_columns(rows, columns)
+    places = torch.arange(rows.kept * (columns.kept // 2 + 1)).view(rows.kept, -1)
+    counts = torch.ones(places.shape)
+    if full < rows.kept:
+        counts[1 : (rows.kept + 1) // 2] = 2
+        counts[:, inner] = 1
+    kept = torch.cat([places[:full].flatten(), places[full:, inner].flatten()])
+    return kept, counts.flatten()[kept].unsqueeze(1)
 
 
 def _complex(cos: Tensor, sin: Tensor) -> Tensor:
@@ -200,8 +251,8 @@ def _share(axis: Axis) -> Tensor:
 
 
 def _taps(rows: Axis, columns: Axis, frequencies_h: Tensor, frequencies_w: Tensor) -> Tensor:
-    """`Plan.taps`, all frequencies in one row. A convolution of torch's correlates, and the output begins at the crop: a tap stands at
-    `tap * dilation - padding`."""
+    """`Plan.taps`, all frequencies in one row. A convolution of torch's correlates, and the output begins at the crop: a tap
+    stands at `tap * dilation - padding`."""
 
     def of_axis(axis: Axis, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         return waves(frequencies, torch.arange(axis.kernel) * axis.dilation - axis.padding, axis.size)
