@@ -81,7 +81,7 @@ class _FourierConvolution(torch.autograd.Function):
 def _grad_of_weight(grads: Tensor, images: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
     """From the gradient of results `(B, 2, g, C_out)`."""
     spectrum = plan.spectrum(images)
-    total = grads.new_zeros(len(weight), weight[0, 0].numel(), weight.shape[1])
+    total = weight.new_zeros(len(weight), weight[0, 0].numel(), weight.shape[1])
     for block in plan.blocks(len(images), images.shape[1], len(weight)):
         both = _matrices(grads[:, :, block].flatten(0, 1)).mT
         real, imaginary = (_matrices(grads[:, part, block]).mT for part in (0, 1))
@@ -92,7 +92,7 @@ def _grad_of_weight(grads: Tensor, images: Tensor, weight: Tensor, factors: Tens
             torch.bmm(imaginary, _matrices(seen[:, 0]), out=of_imaginary)
             of_imaginary.baddbmm_(real, _matrices(seen[:, 1]), alpha=-1)
         plan.add_kernels_adjoint(total, of_kernels, factors, block)
-    return total.mT.unflatten(2, weight.shape[2:]).to(weight.dtype)
+    return total.mT.unflatten(2, weight.shape[2:])
 
 
 def _grad_of_images(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:

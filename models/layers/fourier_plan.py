@@ -121,11 +121,15 @@ class Plan:
         return spectrum.view(len(weight), 2, self.rows.stride, -1, self.columns.stride * weight.shape[1])
 
     def add_kernels_adjoint(self, total: Tensor, grads: Tensor, factors: Tensor, block: slice) -> None:
-        """Add to `total` `(C_out, k_h * k_w, C_in)` the adjoint of `kernels` at `grads` `(2, a_h, g, C_out, a_w * C_in)`."""
+        """Add to `total` float32 or float64 `(C_out, k_h * k_w, C_in)` the adjoint of `kernels` at `grads`
+        `(2, a_h, g, C_out, a_w * C_in)`."""
         grads = grads.unflatten(-1, (self.columns.stride, -1)).flatten(0, 2).transpose(0, 1)  # (C_out, 2 * a_h * g, a_w, C_in)
         for alias in range(self.columns.stride):
             taps = self._taps(factors[:, :, block, alias], self.taps[:, :, :, block, alias])
-            total.baddbmm_(taps, grads[:, :, alias])
+            if total.dtype == self.dtype:
+                total.baddbmm_(taps, grads[:, :, alias])
+            else:  # bfloat16 is too coarse to add up in
+                total += torch.bmm(taps, grads[:, :, alias])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -52,10 +52,11 @@ def test_what_it_cannot_compute_has_no_plan():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
-    """In blocks of 32 output channels, the last of them of 6, with bias and depthwise convolution."""
+    """In blocks of four frequencies, the last of them of two or one, with bias and depthwise convolution."""
     monkeypatch.setattr(fourier_plan, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(fourier_plan, "BLOCK_FREQUENCIES", 4)
     torch.manual_seed(0)
-    layer = ConvNorm2d(4, 70, 3, stride=stride, padding=1, bias=True, bn=False)
+    layer = ConvNorm2d(4, 7, 3, stride=stride, padding=1, bias=True, bn=False)
     twin = copy.deepcopy(layer)
     images = torch.randn(FOURIER_BATCH, 4, 8, 8)
 
