@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attacks.attack import Attack, frozen
+from attacks.fgsm import FGSM
+from attacks.folding import folded
 from attacks.losses import wrongness
 from attacks.worst_points import DONE
 from base.atomic import replacing
@@ -73,18 +75,26 @@ class Verdicts:
 
 
 class _FullRows(nn.Module):
-    """The model on batches filled up to a multiple of `ROWS` with copies of the last image; see there."""
+    """The model on batches filled up to a multiple of `ROWS` with copies of the last image; see there.
+
+    Attributes:
+        first: the logits of the first batch; None before.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.first: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         missing = -len(images) % ROWS
         if missing:
             images = torch.cat([images, images[-1:].detach().expand(missing, -1, -1, -1)])
         logits = self.model(images)
-        return logits[: len(logits) - missing]
+        logits = logits[: len(logits) - missing]
+        if self.first is None:
+            self.first = logits.detach()
+        return logits
 
 
 def attack_loader(
@@ -100,7 +110,8 @@ def attack_loader(
     """Attack every image of `loader`, batch by batch, with a progress bar.
 
     An image's random starts are a function of `seed` and its position alone; with full rows of images (see `ROWS`) verdicts do
-    not depend on the batch size, on the CPU.
+    not depend on the batch size, on the CPU. An attack of several steps searches with batch norms folded into convolutions, see
+    `folded`; verdicts are the model's own.
 
     Args:
         model: maps images in `[0, 1]` to logits; it is evaluated in evaluation mode.
@@ -112,7 +123,7 @@ def attack_loader(
             removes it, and gives it a name that stands for model, images, attack and seed.
         description: of the progress bar.
     """
-    parts, skip = [], 0
+    parts, skip, search = [], 0, None
     known = known_verdicts(partial)
     if known is not None:
         parts, skip = [known], -(-len(known) // loader.batch_size)
@@ -122,7 +133,10 @@ def attack_loader(
     for images, labels in bar:
         positions = loader.positions[done : done + len(labels)]
         done += len(labels)
-        parts.append(attack_batch(model, images, labels, attack, positions=positions, seed=seed, autocast=autocast)[0])
+        if search is None and not isinstance(attack, FGSM):  # whose one step is also the pass that gives the clean logits
+            search = folded(model, images[:ROWS])
+        options = {"positions": positions, "seed": seed, "autocast": autocast, "search": search}
+        parts.append(attack_batch(model, images, labels, attack, **options)[0])
         if partial is not None:
             with replacing(partial) as file:
                 np.savez(file, **Verdicts.joined(parts).arrays())
@@ -142,44 +156,63 @@ def attack_batch(
     positions: Tensor,
     seed: int,
     autocast: Autocast = nullcontext,
+    search: nn.Module | None = None,
 ) -> tuple[Verdicts, Tensor]:
     """Verdicts on one batch, and the worst images found, `(B, C, H, W)`; see `attack_loader`.
 
-    Only images that are not broken to begin with are attacked. Where an attack in low precision believed in a success that the
-    verdict does not confirm, it is repeated in the model's own precision.
+    Only images that are not broken to begin with are attacked. Where an attack in low precision, or on another network,
+    believed in a success that the verdict does not confirm, it is repeated on the model in its own precision.
+
+    Args:
+        search: the network that is attacked, one that answers nearly as `model` does; None for `model`. Verdicts are `model`'s.
 
     Raises:
         ValueError: a targeted attack, which has no true labels to give verdicts on.
     """
     if attack.targeted:
         raise ValueError("verdicts need an untargeted attack")
-    lowered = not isinstance(autocast(), nullcontext)
+    search = model if search is None else search
     rows = _FullRows(model)
+    passes = [(rows, nullcontext)]
+    if search is not model or not isinstance(autocast(), nullcontext):
+        passes.insert(0, (_FullRows(search), autocast))
     worst = images.clone()
-    with frozen(model, training=False), torch.no_grad():
-        clean = rows(images)
+    with frozen(model, training=False), frozen(search, training=False), torch.no_grad():
+        # FGSM takes its gradient at the images themselves: where the model itself is attacked, that pass gives the clean logits
+        of_fgsm = attack(rows, images, labels) if isinstance(attack, FGSM) and len(passes) == 1 else None
+        clean = rows(images) if of_fgsm is None else rows.first
         level = wrongness(clean, labels, attack.rank)
         final = clean.clone()
         left = (level < DONE).nonzero().squeeze(1)
-        for precision in (autocast, nullcontext) if lowered else (nullcontext,):
+        for searched, precision in passes:
             if len(left) == 0:
                 break
-            generators = [torch_generator(seed, "attack", int(positions[index])) for index in left.tolist()]
-            with precision():
-                found = attack(rows, images[left], labels[left], generators=generators)
+            if of_fgsm is None:
+                generators = [torch_generator(seed, "attack", int(positions[index])) for index in left.tolist()]
+                with precision():
+                    found = attack(searched, images[left], labels[left], generators=generators)
+            else:
+                found = of_fgsm[left]
             logits = rows(found)
             confirmed = wrongness(logits, labels[left], attack.rank)
             better = confirmed >= level[left]
             worst[left[better]], final[left[better]] = found[better], logits[better]
             level[left[better]] = confirmed[better]
-            if precision is not nullcontext:
+            if searched is not rows:
                 doubtful = confirmed < DONE
                 left, found, confirmed = left[doubtful], found[doubtful], confirmed[doubtful]
                 with precision():
-                    believed = wrongness(rows(found), labels[left], attack.rank) if len(left) else confirmed
+                    believed = wrongness(searched(found), labels[left], attack.rank) if len(left) else confirmed
                 left = left[believed > confirmed]
+    return _verdicts(attack, positions, labels, clean, final, attack.threat_model.distance(worst, images)), worst
+
+
+def _verdicts(
+    attack: Attack, positions: Tensor, labels: Tensor, clean: Tensor, final: Tensor, perturbation: Tensor
+) -> Verdicts:
+    """From the logits of images, `clean`, and of the worst that was found for each, `final`, both `(B, C)`."""
     right, among_five = wrongness(clean, labels) == 0, wrongness(clean, labels, 5) < 2
-    verdicts = Verdicts(
+    return Verdicts(
         position=positions.cpu(),
         label=labels.cpu(),
         clean_prediction=clean.argmax(dim=1).cpu(),
@@ -187,9 +220,8 @@ def attack_batch(
         clean_top1=right.cpu(),
         robust_top1=(right & (wrongness(final, labels) == 0)).cpu(),
         robust_top5=(among_five & (wrongness(final, labels, 5) < 2) & knows_top5(attack, clean.shape[1])).cpu(),
-        perturbation=attack.threat_model.distance(worst, images).cpu(),
+        perturbation=perturbation.cpu(),
     )
-    return verdicts, worst
 
 
 def known_verdicts(partial: Path | None) -> Verdicts | None:

@@ -10,14 +10,15 @@ from torch import Tensor
 from models.layers.waves import waves
 
 BLOCK_BYTES = 2**18
-"""Frequencies are computed a block at a time, whose spectra of images and kernels and their products fit into this: they stay in
-the cache, where products of matrices are a third faster."""
-
-SMALL_GRID = 10
-"""Grids of up to so many rows drop what is another frequency's conjugate: a sixth of 6 x 6, where it saves more than it costs."""
+"""Of the spectra of kernels, for each image: so many frequencies are computed at a time. Spectra and products of a block stay
+in the cache, and the more images use a kernel's spectrum, the less that matters."""
 
 BLOCK_FREQUENCIES = 12
 """At least so many in a block: the weights are read again for every block."""
+
+SMALL_GRID = 10
+"""Grids of up to so many rows drop what is another frequency's conjugate: a sixth of 6 x 6. Of larger ones it is too little to
+pay for itself."""
 
 
 class Axis(NamedTuple):
@@ -175,8 +176,8 @@ class Plan:
         return full.flatten(4).flatten(1, 3)
 
     def _halves(self, spectrum: Tensor, full: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Parts of a `spectrum` `(B, 2, a_h, g, n)` and the parts `(B, 2, a_h, rows, columns, n)` of a `full` one that they are:
-        the rows where all columns are computed, and the others."""
+        """Parts of a `spectrum` `(B, 2, a_h, g, n)`, and what they are of a `full` one `(B, 2, a_h, g_h, g_w, n)`: rows where
+        all columns are computed, and the others."""
         rows, inner = _rows_and_columns(self.rows, self.columns)
         parts = [full[:, :, :, :rows], full[:, :, :, rows:, inner]]
         sizes = [part.shape[3] * part.shape[4] for part in parts]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from attacks import PGD, Attack
+from attacks import FGSM, PGD, Attack
 from attacks.report import Report, file_stem, measure, title
 from attacks.robustness import Verdicts, attack_batch, attack_loader, interval
 from data_loader import DATA_LOADERS
@@ -70,6 +70,21 @@ def test_verdicts_are_what_the_model_says(digits):
     among_five = (final.topk(5).indices == labels[:, None]).any(1) & (clean.topk(5).indices == labels[:, None]).any(1)
     assert torch.equal(verdicts.robust_top5, among_five)
     torch.testing.assert_close(verdicts.perturbation, (worst - images).flatten(1).abs().amax(1))
+
+
+def test_fgsm_costs_one_pass_and_its_verdict_one_more(digits):
+    model, loader = digits
+    images, labels = next(iter(loader))
+    asked = []
+    hook = model.register_forward_hook(lambda *call: asked.append(len(call[1][0])))
+    verdicts, worst = attack_batch(model, images, labels, FGSM(4 / 255), positions=loader.positions, seed=0)
+    hook.remove()
+    assert len(asked) == 2
+    assert torch.equal(verdicts.clean_prediction, model(images).argmax(1))
+    assert torch.equal(verdicts.prediction, model(worst).argmax(1))
+    right = verdicts.clean_top1
+    assert torch.equal(worst[right], FGSM(4 / 255)(model, images, labels)[right])
+    assert torch.equal(worst[~right], images[~right])
 
 
 def test_images_that_are_wrong_to_begin_with_are_not_attacked(digits):
