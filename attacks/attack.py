@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,14 @@ class Attack(ABC):
         self.targeted = targeted
         self.loss = loss
         self.seed = seed
+        self.confidence = 0.0
+
+    def confident(self, confidence: float) -> Self:
+        """The same attack, for a network that answers nearly as the one that is meant: an image counts as misclassified once
+        the label's logit falls short by `confidence` times the image's largest logit, so that little is believed too early."""
+        attack = copy(self)
+        attack.confidence = confidence
+        return attack
 
     @property
     def rank(self) -> int:
@@ -79,6 +89,9 @@ class Attack(ABC):
         """How far the attack has come with each image, from `MISSED` to `DONE`; int64 `(B,)`."""
         if self.targeted:
             return torch.where(logits.argmax(dim=1) == labels, DONE, MISSED)
+        if self.confidence:
+            shortage = self.confidence * logits.detach().abs().amax(dim=1, keepdim=True)
+            logits = logits.scatter_add(1, labels.unsqueeze(1), shortage)
         return wrongness(logits, labels, self.rank)
 
     def ascend(self, model: nn.Module, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,10 @@ ROWS = 16
 """Batches are filled up to a multiple of this many images. Libraries choose other kernels for odd batch sizes, which round
 otherwise; and where an attack follows the sign of a gradient, rounding can change a verdict."""
 
+CONFIDENCE, CONFIDENCE_FOLDED = 0.02, 1e-5
+"""See `Attack.confident`: several times the rounding errors of logits when a network is attacked in low precision, or with its
+batch norms folded. What is believed too early has to be attacked once more."""
+
 Autocast = Callable[[], AbstractContextManager]
 
 
@@ -173,9 +177,11 @@ def attack_batch(
         raise ValueError("verdicts need an untargeted attack")
     search = model if search is None else search
     rows = _FullRows(model)
-    passes = [(rows, nullcontext)]
-    if search is not model or not isinstance(autocast(), nullcontext):
-        passes.insert(0, (_FullRows(search), autocast))
+    passes = [(rows, nullcontext, attack)]
+    lowered = not isinstance(autocast(), nullcontext)
+    if search is not model or lowered:
+        cautious = attack.confident(CONFIDENCE if lowered else CONFIDENCE_FOLDED)
+        passes.insert(0, (_FullRows(search), autocast, cautious))
     worst = images.clone()
     with frozen(model, training=False), frozen(search, training=False), torch.no_grad():
         # FGSM takes its gradient at the images themselves: where the model itself is attacked, that pass gives the clean logits
@@ -184,13 +190,13 @@ def attack_batch(
         level = wrongness(clean, labels, attack.rank)
         final = clean.clone()
         left = (level < DONE).nonzero().squeeze(1)
-        for searched, precision in passes:
+        for searched, precision, searching in passes:
             if len(left) == 0:
                 break
             if of_fgsm is None:
                 generators = [torch_generator(seed, "attack", int(positions[index])) for index in left.tolist()]
                 with precision():
-                    found = attack(searched, images[left], labels[left], generators=generators)
+                    found = searching(searched, images[left], labels[left], generators=generators)
             else:
                 found = of_fgsm[left]
             logits = rows(found)
@@ -202,7 +208,7 @@ def attack_batch(
                 doubtful = confirmed < DONE
                 left, found, confirmed = left[doubtful], found[doubtful], confirmed[doubtful]
                 with precision():
-                    believed = wrongness(searched(found), labels[left], attack.rank) if len(left) else confirmed
+                    believed = searching.reached(searched(found), labels[left]) if len(left) else confirmed
                 left = left[believed > confirmed]
     return _verdicts(attack, positions, labels, clean, final, attack.threat_model.distance(worst, images)), worst
 

@@ -47,8 +47,7 @@ def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, ste
         step_size: in the same units.
     """
     model, sizes = evaluation.model, (in_pixel_range(epsilon, norm), in_pixel_range(step_size, norm))
-    attack = _our_attack(steps, norm, *sizes, stop_at=1)
-    as_scripts = _our_attack(steps, norm, *sizes, stop_at=5 if evaluation.loader.num_classes > 5 else 1)
+    attack: Attack = PGD(*sizes, steps, norm, early_stop=True) if steps else FGSM(sizes[0], norm)
     lower = choose_precision("auto", evaluation.device)
     # as their users have it: torchattacks' l2 attack fails on gradients that are channels last
     theirs = deepcopy(model).to(memory_format=torch.contiguous_format)
@@ -57,7 +56,6 @@ def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, ste
         "attack_loader": _verdicts(evaluation, attack),
         **({} if lower == "fp32" else {f"attack_loader, {lower}": _verdicts(evaluation, attack, lower)}),
         "direct call": _over_batches(evaluation, _direct(model, attack)),
-        "script": _verdicts(evaluation, as_scripts),
         "torchattacks": _over_batches(
             evaluation, lambda images, labels, _: _right(theirs, torchattacks(images, labels), labels)
         ),
@@ -80,12 +78,6 @@ def _verdicts(evaluation: Evaluation, attack: Attack, precision: str = "fp32") -
         return verdicts.accuracy("robust_top1")
 
     return accuracy
-
-
-def _our_attack(steps: int, norm: str, epsilon: float, step_size: float, *, stop_at: int) -> Attack:
-    if steps == 0:
-        return FGSM(epsilon, norm, early_stop=stop_at if stop_at > 1 else False)
-    return PGD(epsilon, step_size, steps, norm, early_stop=stop_at)
 
 
 def _torchattacks(model: nn.Module, steps: int, norm: str, epsilon: float, step_size: float) -> Any:

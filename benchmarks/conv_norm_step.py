@@ -28,15 +28,15 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Ro
     rows = []
     for batch in [settings.size(batch, 4) for batch in BATCHES]:
         size = [("data_loader.args.batch_size", str(batch))]
-        config = {name: step_config(settings, [*layers, *size, *system]) for name, layers in LAYERS.items()}
-        trainers = {name: build_trainer(config[name], name) for name in LAYERS}
+        config = {name: step_config(settings, [*values, *size, *system]) for name, values in LAYERS.items()}
+        layers = LAYERS if precision == "fp32" else (CONV_NORM, BATCH_NORM)  # no goal asks for the original in another one
+        trainers = {name: build_trainer(config[name], name) for name in layers}
         rows += _compared(settings, f"training step, batch {batch}, {precision}", trainers, step_of, cost, speed)
 
     def evaluation(trainer: BaseTrainer) -> Callable[[], object]:
         return _evaluation(trainer, evaluated)
 
-    if precision != "fp32":  # no goal asks for it, and the original takes its time
-        trainers = {layers: trainer for layers, trainer in trainers.items() if layers != ORIGINAL}
+    trainers.pop(ORIGINAL, None)  # no goal asks for it in evaluation
     rows += _compared(settings, f"evaluation, {evaluated} images, {precision}", trainers, evaluation)
     rows += _compared(settings, f"PGD-{ATTACK_STEPS} in evaluation mode, batch {attacked}, {precision}", trainers, _attack)
     return rows

@@ -16,7 +16,7 @@ from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, build_trainer, step_
 from benchmarks.timing import Paired
 
 BATCH, STEPS, ALLOWED = 32, 2, 1.5
-REPEATS = 3
+REPEATS = 2
 """Processes of each side: peaks hardly vary, and a process takes ten seconds to start."""
 CLEAR = Path("/proc/self/clear_refs")
 MEANING = {

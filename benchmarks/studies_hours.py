@@ -10,9 +10,11 @@ from benchmarks.rows import Settings, Table
 from benchmarks.steps import NO_DOWNLOAD, ROOT, build_trainer, step_of
 from benchmarks.table import number
 from benchmarks.timing import seconds_of
+from models.layers.conv_norm import FOURIER_BATCH
 from studies.grid import plan
 
-FEW, SECONDS = 4, 1.0
+FEW, SECONDS = 4, 0.5
+CONV_NORM_TYPES = ("prec_conv", "conv_norm")
 TRAINING_IMAGES = {"DigitsDataLoader": 1437}
 OTHERWISE = 50_000
 """Training images of CIFAR, and of the image files that the small studies are made for."""
@@ -103,15 +105,18 @@ def _measured(settings: Settings, config: Config, batch: int, side: int) -> floa
         step = step_of(trainer, random_images(settings, images, side))
         return seconds_of(step, 1, warmup=0, device=settings.device).median
 
-    few = min(FEW, batch)
+    conv_norm = config.arch.args.conv_layer_type in CONV_NORM_TYPES
+    few = min(2 * FOURIER_BATCH if conv_norm else FEW, batch)  # half as many take the way of a whole minibatch, too
     seconds(few)  # the warm-up
     if settings.device.type == "cuda":
         seconds(batch)
         return seconds(batch)
-    fit = max(few, min(batch, int(few * settings.size(1, 0) * SECONDS / seconds(few))))
+    of_few = seconds(few)
+    fit = max(few, min(batch, int(few * settings.size(1, 0) * SECONDS / of_few)))
+    whole = of_few if fit == few else seconds(fit)
     if fit == batch:
-        return seconds(batch)
-    whole, half = seconds(fit), seconds(fit // 2)
+        return whole
+    half = seconds(fit // 2)
     return whole + (batch - fit) * max(0.0, whole - half) / (fit - fit // 2)
 
 
