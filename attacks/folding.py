@@ -22,15 +22,15 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
 
     A pair is folded if, in the autograd graph of one forward pass, nothing but the batch norm takes what the convolution makes.
     Modules that are used twice or have hooks, and convolutions that make their weights anew in every pass (subclasses,
-    parametrisations), stay. `model` comes back where there is nothing to fold, where it cannot be copied, and where the copy
-    answers otherwise.
+    parametrisations), stay. `model` comes back where there is nothing to fold, where it cannot be copied, where the copy
+    answers otherwise, and where it is compiled, which a copy would not be.
 
     Args:
         model: any module; neither its weights nor its modes are changed.
         images: `(B, C, H, W)`, a few on which the two are compared.
     """
     with torch.inference_mode(False), frozen(model, training=False):
-        pairs = _pairs(model, images.detach().clone())
+        pairs = [] if _compiled(model) else _pairs(model, images.detach().clone())
         if not pairs:
             return model
         try:
@@ -43,6 +43,11 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
                 copy.set_submodule(norm, nn.Identity())
             expected, found = model(images), copy(images)
         return copy if torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())) else model
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` was asked for the model or a part of it."""
+    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
 
 
 def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from attacks.attack import Attack
 from attacks.checks import Check, quick_checks
-from attacks.robustness import Autocast, Verdicts, attack_loader, interval, known_verdicts, knows_top5
+from attacks.robustness import Autocast, Verdicts, attack_loader, interval, known_verdicts, knows_top5, lowers
 from attacks.threat_model import as_written
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
@@ -83,7 +83,6 @@ def measure(
     seconds = perf_counter() - begin
     robust, n = verdicts.accuracy("robust_top1"), len(verdicts)
     attacked = n - sum(gather(known))
-    lowered = not isinstance(autocast(), nullcontext)
     values = {
         **describe_attack(attack),
         "seed": seed,
@@ -95,7 +94,7 @@ def measure(
         "seconds": seconds,
         "images_per_second": attacked / seconds,
         "max_perturbation": float(verdicts.perturbation.max()),
-        "precision": "bf16, verdicts in fp32" if lowered else "fp32",
+        "precision": "bf16, verdicts in fp32" if lowers(autocast, attack) else "fp32",
         "reliable": None,
         "warnings": [],
         "checkpoint": checkpoint,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from attacks.attack import Attack, frozen
 from attacks.fgsm import FGSM
-from attacks.folding import folded
+from attacks.folding import TOLERANCE, folded
 from attacks.losses import wrongness
 from attacks.worst_points import DONE
 from base.atomic import replacing
@@ -22,13 +22,13 @@ from base.base_data_loader import BaseDataLoader
 from base.ranks import quiet
 from base.runtime import torch_generator
 
-ROWS = 16
-"""Batches are filled up to a multiple of this many images. Libraries choose other kernels for odd batch sizes, which round
-otherwise; and where an attack follows the sign of a gradient, rounding can change a verdict."""
+ROWS, MORE_ROWS = 16, 8
+"""Batches are filled up to at least `ROWS` images, and to a multiple of `MORE_ROWS`. Libraries choose other kernels for odd
+batch sizes, which round otherwise; and where an attack follows the sign of a gradient, rounding can change a verdict."""
 
-CONFIDENCE, CONFIDENCE_FOLDED = 0.02, 1e-5
-"""See `Attack.confident`: several times the rounding errors of logits when a network is attacked in low precision, or with its
-batch norms folded. What is believed too early has to be attacked once more."""
+CONFIDENCE, CONFIDENCE_FOLDED = 0.02, 2 * TOLERANCE
+"""See `Attack.confident`: more than what logits are off by where a network is attacked in low precision (nearly always; what is
+believed too early has to be attacked once more), and with its batch norms folded."""
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -79,7 +79,7 @@ class Verdicts:
 
 
 class _FullRows(nn.Module):
-    """The model on batches filled up to a multiple of `ROWS` with copies of the last image; see there.
+    """The model on batches filled up with copies of the last image; see `ROWS`.
 
     Attributes:
         first: the logits of the first batch; None before.
@@ -91,7 +91,7 @@ class _FullRows(nn.Module):
         self.first: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        missing = -len(images) % ROWS
+        missing = max(ROWS - len(images), -len(images) % MORE_ROWS) if len(images) else 0
         if missing:
             images = torch.cat([images, images[-1:].detach().expand(missing, -1, -1, -1)])
         logits = self.model(images)
@@ -122,7 +122,8 @@ def attack_loader(
         loader: neither shuffled nor augmented.
         attack: what to try.
         seed: of the random starts.
-        autocast: context of the attack's forward passes. Verdicts are always taken without it, in the model's own precision.
+        autocast: context of the attack's forward passes. Verdicts are always taken without it, in the model's own precision,
+            and so is FGSM's one step, whose pass gives the clean logits, too.
         partial: a file that the verdicts so far are kept in; if it is there, its images are not attacked again. The caller
             removes it, and gives it a name that stands for model, images, attack and seed.
         description: of the progress bar.
@@ -164,11 +165,12 @@ def attack_batch(
 ) -> tuple[Verdicts, Tensor]:
     """Verdicts on one batch, and the worst images found, `(B, C, H, W)`; see `attack_loader`.
 
-    Only images that are not broken to begin with are attacked. Where an attack in low precision, or on another network,
-    believed in a success that the verdict does not confirm, it is repeated on the model in its own precision.
+    Only images that are not broken to begin with are attacked. Where an attack in low precision believed in a success that the
+    verdict does not confirm, it is repeated on the model in its own precision.
 
     Args:
-        search: the network that is attacked, one that answers nearly as `model` does; None for `model`. Verdicts are `model`'s.
+        search: the network that is attacked, whose logits are `model`'s to within `folding.TOLERANCE`; None for `model`.
+            Verdicts are `model`'s.
 
     Raises:
         ValueError: a targeted attack, which has no true labels to give verdicts on.
@@ -178,14 +180,14 @@ def attack_batch(
     search = model if search is None else search
     rows = _FullRows(model)
     passes = [(rows, nullcontext, attack)]
-    lowered = not isinstance(autocast(), nullcontext)
-    if search is not model or lowered:
-        cautious = attack.confident(CONFIDENCE if lowered else CONFIDENCE_FOLDED)
-        passes.insert(0, (_FullRows(search), autocast, cautious))
+    if lowers(autocast, attack):
+        passes.insert(0, (_FullRows(search), autocast, attack.confident(CONFIDENCE)))
+    elif search is not model:
+        passes = [(_FullRows(search), nullcontext, attack.confident(CONFIDENCE_FOLDED))]
     worst = images.clone()
     with frozen(model, training=False), frozen(search, training=False), torch.no_grad():
         # FGSM takes its gradient at the images themselves: where the model itself is attacked, that pass gives the clean logits
-        of_fgsm = attack(rows, images, labels) if isinstance(attack, FGSM) and len(passes) == 1 else None
+        of_fgsm = attack(rows, images, labels) if isinstance(attack, FGSM) and search is model else None
         clean = rows(images) if of_fgsm is None else rows.first
         level = wrongness(clean, labels, attack.rank)
         final = clean.clone()
@@ -204,13 +206,18 @@ def attack_batch(
             better = confirmed >= level[left]
             worst[left[better]], final[left[better]] = found[better], logits[better]
             level[left[better]] = confirmed[better]
-            if searched is not rows:
+            if precision is not nullcontext:
                 doubtful = confirmed < DONE
                 left, found, confirmed = left[doubtful], found[doubtful], confirmed[doubtful]
                 with precision():
                     believed = searching.reached(searched(found), labels[left]) if len(left) else confirmed
                 left = left[believed > confirmed]
     return _verdicts(attack, positions, labels, clean, final, attack.threat_model.distance(worst, images)), worst
+
+
+def lowers(autocast: Autocast, attack: Attack) -> bool:
+    """Whether the attack searches in a lower precision than that of the verdicts."""
+    return not isinstance(attack, FGSM) and not isinstance(autocast(), nullcontext)
 
 
 def _verdicts(

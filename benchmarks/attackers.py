@@ -37,7 +37,7 @@ class Attacker:
 def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, step_size: float) -> dict[str, Attacker]:
     """Our sides and the libraries', with the same norm, epsilon, step and steps.
 
-    One more of ours searches in the precision that `auto` picks here, where that is not the model's own.
+    One more of ours searches in the precision that `auto` picks here, where that is not the model's own. FGSM never does.
 
     Args:
         evaluation: model and images.
@@ -54,7 +54,7 @@ def attackers(evaluation: Evaluation, steps: int, norm: str, epsilon: float, ste
     torchattacks = _torchattacks(theirs, steps, norm, *sizes)
     passes = {
         "attack_loader": _verdicts(evaluation, attack),
-        **({} if lower == "fp32" else {f"attack_loader, {lower}": _verdicts(evaluation, attack, lower)}),
+        **({f"attack_loader, {lower}": _verdicts(evaluation, attack, lower)} if steps and lower != "fp32" else {}),
         "direct call": _over_batches(evaluation, _direct(model, attack)),
         "torchattacks": _over_batches(
             evaluation, lambda images, labels, _: _right(theirs, torchattacks(images, labels), labels)

@@ -109,6 +109,16 @@ def uncopyable():
     return model
 
 
+def compiled():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_in_part():
+    return nn.Sequential(torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), backend="eager"), nn.Flatten())
+
+
 def without_gradient():
     class Rounded(Twice):
         def forward(self, images):
@@ -118,7 +128,9 @@ def without_gradient():
 
 
 @pytest.mark.parametrize(
-    "build", [Twice, Shared, Hidden, hooked, parametrised, not_tracking, uncopyable, without_gradient], ids=lambda b: b.__name__
+    "build",
+    [Twice, Shared, Hidden, hooked, parametrised, not_tracking, uncopyable, compiled, compiled_in_part, without_gradient],
+    ids=lambda build: build.__name__,
 )
 def test_what_cannot_be_folded_stays(build):
     model = build()

@@ -179,6 +179,23 @@ def test_early_stop_leaves_broken_images_alone(trained):
     assert (rank_two == 2).sum() > (wrongness(model(found), labels, 2) == 2).sum()
 
 
+def test_a_confident_attack_goes_on_until_there_is_a_margin(trained):
+    model, images, labels = trained
+
+    def margins(attack):
+        logits = model(attack(model, images, labels))
+        own = logits.gather(1, labels[:, None]).squeeze(1)
+        return (logits.amax(1) - own) / logits.abs().amax(1)
+
+    attack = PGD(4 / 255, 1 / 255, 10, early_stop=True)
+    sure, plain = margins(attack.confident(0.1)), margins(attack)
+    assert ((plain > 0) & (plain < 0.1)).sum() > 2 * ((sure > 0) & (sure < 0.1)).sum()
+    assert ((sure > 0) >= (plain > 0)).all()
+    assert attack.confidence == 0, "the attack itself stays as it was"
+    logits = torch.tensor([[5.0, 4.95, 0.0], [5.0, 4.85, 0.0], [4.9, 5.0, 0.0]])
+    assert attack.confident(0.02).reached(logits, torch.tensor([1, 1, 1])).tolist() == [0, 2, 0]
+
+
 def test_losses_against_their_definitions():
     logits = torch.tensor([[3.0, 1.0, 2.0, -1.0], [0.5, 0.25, 1.0, 4.0]])
     labels = torch.tensor([0, 2])

@@ -151,7 +151,7 @@ def test_batches_are_filled_up_and_only_images_that_stand_are_in_them(digits):
     seen.clear()
     attack_batch(model, images, wrong, PGD(4 / 255, 0.0, 3, early_stop=True), positions=loader.positions, seed=0)
     hook.remove()
-    assert seen == [32, 16, 16, 16, 16, 16], "clean; three steps, the last point and the verdict on five images"
+    assert seen == [24, 16, 16, 16, 16, 16], "clean; three steps, the last point and the verdict on five images"
 
 
 def test_a_targeted_attack_and_an_empty_loader_get_no_verdict(digits):
