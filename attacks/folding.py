@@ -52,13 +52,14 @@ def _compiled(model: nn.Module) -> bool:
 
 def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
     """Names of a convolution and of the batch norm that alone takes its output, for each pair that can be folded."""
-    calls: dict[str, list[Node | None]] = {}
+    convolutions: dict[str, list[Node | None]] = {}
+    norms: dict[str, list[Node | None]] = {}
     hooks = []
     for name, module in model.named_modules():
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        if not hooked and (type(module) is nn.Conv2d or _folds_away(module)):
-            calls[name] = []
-            hooks.append(module.register_forward_hook(lambda *call, kept=calls[name]: kept.append(call[2].grad_fn)))
+        kind = convolutions if type(module) is nn.Conv2d else norms if _folds_away(module) else None
+        if kind is not None and not module._forward_hooks and not module._forward_pre_hooks:
+            kind[name] = []
+            hooks.append(module.register_forward_hook(lambda *call, made=kind[name]: made.append(call[2].grad_fn)))
     try:
         with torch.enable_grad():
             logits = model(images.requires_grad_())
@@ -66,15 +67,9 @@ def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
         for hook in hooks:
             hook.remove()
     uses = _uses(logits.grad_fn)
-    once = {name: nodes[0] for name, nodes in calls.items() if len(nodes) == 1 and nodes[0] is not None}
-    makers = {node: name for name, node in once.items() if not _folds_away(model.get_submodule(name))}
-    pairs = []
-    for name, node in once.items():
-        if _folds_away(model.get_submodule(name)):
-            source = node.next_functions[0][0]
-            if source in makers and uses[source] == 1:
-                pairs.append((makers[source], name))
-    return pairs
+    makers = {made[0]: name for name, made in convolutions.items() if len(made) == 1 and uses[made[0]] == 1}
+    sources = {name: made[0].next_functions[0][0] for name, made in norms.items() if len(made) == 1 and made[0] is not None}
+    return [(makers[source], name) for name, source in sources.items() if source in makers]
 
 
 def _folds_away(module: nn.Module) -> bool:

@@ -28,9 +28,8 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Ro
     rows = []
     for batch in [settings.size(batch, 4) for batch in BATCHES]:
         size = [("data_loader.args.batch_size", str(batch))]
-        config = {name: step_config(settings, [*values, *size, *system]) for name, values in LAYERS.items()}
-        layers = LAYERS if precision == "fp32" else (CONV_NORM, BATCH_NORM)  # no goal asks for the original in another one
-        trainers = {name: build_trainer(config[name], name) for name in layers}
+        names = LAYERS if precision == "fp32" else (CONV_NORM, BATCH_NORM)  # no goal asks for the original in another one
+        trainers = {name: build_trainer(step_config(settings, [*LAYERS[name], *size, *system]), name) for name in names}
         rows += _compared(settings, f"training step, batch {batch}, {precision}", trainers, step_of, cost, speed)
 
     def evaluation(trainer: BaseTrainer) -> Callable[[], object]:

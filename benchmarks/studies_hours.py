@@ -5,16 +5,16 @@ from pathlib import Path
 
 from base.config import Config
 from base.config_files import Override, load_config, override, validate
+from base.registry import CONV_LAYERS
 from benchmarks.growth import random_images
 from benchmarks.rows import Settings, Table
 from benchmarks.steps import NO_DOWNLOAD, ROOT, build_trainer, step_of
 from benchmarks.table import number
 from benchmarks.timing import seconds_of
-from models.layers.conv_norm import FOURIER_BATCH
+from models.layers.conv_norm import FOURIER_BATCH, ConvNorm2d
 from studies.grid import plan
 
 FEW, SECONDS = 4, 0.5
-CONV_NORM_TYPES = ("prec_conv", "conv_norm")
 TRAINING_IMAGES = {"DigitsDataLoader": 1437}
 OTHERWISE = 50_000
 """Training images of CIFAR, and of the image files that the small studies are made for."""
@@ -105,7 +105,7 @@ def _measured(settings: Settings, config: Config, batch: int, side: int) -> floa
         step = step_of(trainer, random_images(settings, images, side))
         return seconds_of(step, 1, warmup=0, device=settings.device).median
 
-    conv_norm = config.arch.args.conv_layer_type in CONV_NORM_TYPES
+    conv_norm = CONV_LAYERS[config.arch.args.conv_layer_type] is ConvNorm2d
     few = min(2 * FOURIER_BATCH if conv_norm else FEW, batch)  # half as many take the way of a whole minibatch, too
     seconds(few)  # the warm-up
     if settings.device.type == "cuda":

@@ -46,7 +46,7 @@ class _FourierConvolution(torch.autograd.Function):
         ctx.save_for_backward(images, weight, factors)
         ctx.plan, ctx.plain = plan, plain
         with without_autocast(images):
-            spectrum = plan.spectrum(images.to(plan.dtype))
+            spectrum, weight = plan.spectrum(images.to(plan.dtype)), weight.to(plan.dtype)
             result = spectrum.new_empty(len(images), 2, plan.frequencies, len(weight))
             for block in plan.blocks(len(images), images.shape[1], len(weight)):
                 seen = [_matrices(spectrum[:, :, alias, block].flatten(0, 1)) for alias in range(plan.rows.stride)]
@@ -97,6 +97,7 @@ def _grad_of_weight(grads: Tensor, images: Tensor, weight: Tensor, factors: Tens
 
 def _grad_of_images(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
     """From the gradient of results `(B, 2, g, C_out)`."""
+    weight = weight.to(plan.dtype)
     batch, aliases, channels = len(grads), plan.rows.stride, weight.shape[1]
     spectrum = grads.new_empty(batch, 2, aliases, plan.frequencies, plan.columns.stride * channels)
     for block in plan.blocks(batch, channels, len(weight)):

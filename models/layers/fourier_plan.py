@@ -111,14 +111,14 @@ class Plan:
         return self._spectra(_each(self.outputs_h.mT, half.view(batch, 2 * height, -1)), 1).squeeze(2)
 
     def factors(self, inverse_root: Tensor) -> Tensor:
-        """V `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, a_h, g, a_w)`, times the counts."""
-        return inverse_root.flatten(1)[:, self.index] * self.counts
+        """V `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, a_h, g, a_w)`, times the counts, in the type of all products."""
+        return (inverse_root.flatten(1)[:, self.index] * self.counts).to(self.dtype)
 
     def kernels(self, weight: Tensor, factors: Tensor, block: slice) -> Tensor:
-        """`(C_out, C_in, k_h, k_w)` -> `(C_out, 2, a_h, g, a_w * C_in)`, real and imaginary parts, times the factors, for a
-        block of frequencies g."""
+        """`(C_out, C_in, k_h, k_w)`, in the type of all products, -> `(C_out, 2, a_h, g, a_w * C_in)`, real and imaginary
+        parts, times the factors, for a block of frequencies g."""
         taps = self._taps(factors[:, :, block], self.taps[:, :, :, block])
-        spectrum = torch.bmm(taps.mT, weight.to(self.dtype).flatten(2).mT)
+        spectrum = torch.bmm(taps.mT, weight.flatten(2).mT)
         return spectrum.view(len(weight), 2, self.rows.stride, -1, self.columns.stride * weight.shape[1])
 
     def add_kernels_adjoint(self, total: Tensor, grads: Tensor, factors: Tensor, block: slice) -> None:
@@ -153,7 +153,7 @@ class Plan:
     def _taps(self, factors: Tensor, taps: Tensor) -> Tensor:
         """`taps` `(k_h * k_w, 2, ...)` times `factors` `(C_out, ...)`, `(C_out, k_h * k_w, n)`: what they make of kernels is
         filtered."""
-        return (taps * factors[:, None, None].to(self.dtype)).flatten(2)
+        return (taps * factors[:, None, None]).flatten(2)
 
     def _spectra(self, transformed: Tensor, aliases_h: int) -> Tensor:
         """`(B, 2 * a_h * g_h, g_w * a_w * C)` -> `(B, 2, a_h, g, a_w * C)`."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from attacks import FGSM, PGD, Attack
+from attacks import FGSM, PGD, Attack, robustness
+from attacks.folding import folded
 from attacks.report import Report, file_stem, measure, title
 from attacks.robustness import Verdicts, attack_batch, attack_loader, interval
 from data_loader import DATA_LOADERS
@@ -70,6 +71,39 @@ def test_verdicts_are_what_the_model_says(digits):
     among_five = (final.topk(5).indices == labels[:, None]).any(1) & (clean.topk(5).indices == labels[:, None]).any(1)
     assert torch.equal(verdicts.robust_top5, among_five)
     torch.testing.assert_close(verdicts.perturbation, (worst - images).flatten(1).abs().amax(1))
+
+
+def test_attacks_of_several_steps_search_the_folded_copy_and_the_model_itself_gives_verdicts(digits, monkeypatch):
+    model, loader = digits
+    asked = []
+
+    def spied(original, images):
+        assert original is model
+        copy = folded(original, images)
+        assert copy is not model
+        copy._forward_hooks.clear()  # the model's own, which was copied, too
+        copy.register_forward_hook(lambda *call: asked.append("copy"))
+        return copy
+
+    monkeypatch.setattr(robustness, "folded", spied)
+    hook = model.register_forward_hook(lambda *call: asked.append("model"))
+    verdicts = attack_loader(model, loader, PGD(4 / 255, 0.0, 3, early_stop=True), seed=0)
+    searched = asked[-6:]
+    asked.clear()
+    attack_loader(model, loader, FGSM(4 / 255), seed=0)
+    hook.remove()
+    assert verdicts.robust_top1.any()
+    assert searched == ["model", *["copy"] * 4, "model"], "clean; three steps and the last point; the verdict"
+    assert asked == ["model", "model"]
+
+
+def test_fgsm_never_searches_in_low_precision(digits):
+    model, loader = digits
+    low = {"autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
+    report = measure(model, loader, FGSM(4 / 255), seed=0, checkpoint="model", **low)
+    assert report.values["precision"] == "fp32"
+    plain = attack_loader(model, loader, FGSM(4 / 255), seed=0)
+    assert equal(attack_loader(model, loader, FGSM(4 / 255), seed=0, **low), plain)
 
 
 def test_fgsm_costs_one_pass_and_its_verdict_one_more(digits):

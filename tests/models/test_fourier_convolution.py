@@ -134,3 +134,23 @@ def test_bfloat16_is_off_by_less_than_a_hundredth(smooth, monkeypatch):
     assert fast < 0.01
     if smooth:
         assert fast < 0.7 * error()
+
+
+def test_gradients_of_kernels_add_up_in_float32_under_bfloat16(monkeypatch):
+    """Over many blocks as exactly as in one: what bfloat16 adds up to is coarser with every block."""
+    torch.manual_seed(0)
+    layer = ConvNorm2d(8, 8, 3, padding=1, affine=False, bn=False)
+    images = torch.rand(FOURIER_BATCH, 8, 20, 20)
+    seen = torch.randn(FOURIER_BATCH, 8, 20, 20)
+    twin = copy.deepcopy(layer).double()
+    (exact,) = torch.autograd.grad(twin(images.double()), twin.weight, seen.double())
+
+    def error(frequencies):
+        monkeypatch.setattr(fourier_plan, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(fourier_plan, "BLOCK_FREQUENCIES", frequencies)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = layer(images)
+        (gradient,) = torch.autograd.grad(output, layer.weight, seen.to(output.dtype))
+        return float((gradient.double() - exact).norm() / exact.norm())
+
+    assert error(2) < 1.2 * error(1000)
