@@ -21,6 +21,8 @@ from base.json_file import HALF_A_PAIR, KINDS, JSONError, one_line, parse_json, 
 from base.registry import did_you_mean
 
 Tree = dict[str, Any]
+MMENGINES_PARENT = "_base_"
+"""Where mmengine's configs name their parents. As a comment it would pass, and every inherited value would be missing."""
 LONGEST_PATH = 20
 """Names in a dotted key. The tree itself has five levels, free-form arguments a few more."""
 Override = tuple[str, str]
@@ -56,6 +58,8 @@ def read_tree(path: str | Path, root: type[Section] = Config) -> Tree:
             trees.append(read_json_object(file))
         except ConfigError as error:
             raise ConfigError(f"{context}{error}") from None
+        if MMENGINES_PARENT in trees[-1]:
+            raise ConfigError(f"{context}{one_line(file)}: {MMENGINES_PARENT}: a parent is named in extends here")
         parent = trees[-1].pop("extends", None)
         if parent is None:
             break
