@@ -57,7 +57,7 @@ def check_arguments(cls: type, args: Mapping[str, Any], key: str, given: int, ot
     problems = []
     for name in args:
         if name not in names:
-            hint = did_you_mean(name, names) or _hint_for_inherited(name, key, others)
+            hint = _hint_for_inherited(name, key, others) or did_you_mean(name, names)
             takes = "" if problems else f" (it takes: {', '.join(names)})"
             problems.append(f"{key}.{one_line(name, 80)}: {cls.__name__} takes no such argument{hint}{takes}")
     for parameter in parameters:
