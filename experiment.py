@@ -80,15 +80,19 @@ class Experiment:
     precision: str
 
     @classmethod
-    def from_config(cls, config: Config) -> "Experiment":
+    def from_config(cls, config: Config, begun: bool = False) -> "Experiment":
         """Check the optimisation, read the data, build the model and its optimiser.
+
+        Args:
+            config: the resolved config.
+            begun: it is that of a run that is continued; see `check_optimization`.
 
         Raises:
             ConfigError, DataError: one line that names the key or file.
         """
         if started_processes() != world_size():
             raise ConfigError("torchrun: the processes have not met: train inside `with base.ranks.ranks(training=True):`")
-        check_optimization(config.optimizer, config.lr_scheduler)
+        check_optimization(config.optimizer, config.lr_scheduler, begun)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = own_device(config)
         keep_freed_memory(device)
@@ -137,7 +141,7 @@ class Experiment:
         folder = run.file.parent
         with ExitStack() as stack:
             from_first(lambda: stack.enter_context(only_run_in(folder)))
-            experiment = cls.from_config(run.config)
+            experiment = cls.from_config(run.config, begun=True)
             experiment.refuse_other_data(run)
             trainer = experiment.build_trainer(folder)
             instead = run.problem and f"{run.problem}: going on from {run.file.name} instead"

@@ -5,6 +5,7 @@ relative to the file; where the file is a symbolic link, to what it leads to. A 
 is a comment.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -15,12 +16,16 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from base.config import Config
-from base.config_section import Section
-from base.errors import ConfigError
+from base.config_hints import hint as key_hint
+from base.config_section import Section, section_in
+from base.config_training import OptimizerConfig, SchedulerConfig
+from base.errors import ConfigError, all_of
 from base.json_file import HALF_A_PAIR, KINDS, JSONError, one_line, parse_json, read_json_object
 from base.registry import did_you_mean
 
 Tree = dict[str, Any]
+MMENGINES_PARENT = "_base_"
+"""Where mmengine's configs name their parents. As a comment it would pass, and every inherited value would be missing."""
 LONGEST_PATH = 20
 """Names in a dotted key. The tree itself has five levels, free-form arguments a few more."""
 Override = tuple[str, str]
@@ -56,6 +61,8 @@ def read_tree(path: str | Path, root: type[Section] = Config) -> Tree:
             trees.append(read_json_object(file))
         except ConfigError as error:
             raise ConfigError(f"{context}{error}") from None
+        if MMENGINES_PARENT in trees[-1]:
+            raise ConfigError(f"{context}{one_line(file)}: {MMENGINES_PARENT}: a parent is named in extends here")
         parent = trees[-1].pop("extends", None)
         if parent is None:
             break
@@ -100,9 +107,33 @@ def _refuse_unknown(key: str, parent: Tree, root: type[Section], path: tuple[str
     """Refuse a key that a section does not know, or, among free-form arguments, one that is like another that is there."""
     section = section_at(path, root)
     known = list(section.model_fields) if section else [other for other in parent if path]
+    if key in known or is_comment(key):
+        return
+    if section:
+        raise ConfigError(_unknown_key((*path, key), root))
     hint = did_you_mean(key, known)
-    if key not in known and not is_comment(key) and (section or hint):
+    if hint:
         raise ConfigError(f"{one_line('.'.join((*path, key)), 200)}: unknown key{hint} (known here: {', '.join(known)})")
+
+
+def _unknown_key(path: Sequence[str], root: type[Section] = Config) -> str:
+    section = section_at(path[:-1], root)
+    known = list(section.model_fields) if section else []
+    hint = did_you_mean(path[-1], known)
+    if root is Config:
+        hint = key_hint(path, known, _torch_arguments(path))
+    return f"{one_line('.'.join(path), 200)}: unknown key{hint} (known here: {', '.join(known)})"
+
+
+def _torch_arguments(path: Sequence[str]) -> set[str]:
+    """The arguments that the optimisers, or the schedules, take between them, where the path is that of one."""
+    if len(path) != 2 or path[0] not in ("optimizer", "lr_scheduler"):
+        return set()
+    # here and not above: it brings torch, which a good config does not need
+    from base.optimization import OPTIMIZERS, SCHEDULERS
+
+    classes = (OPTIMIZERS if path[0] == "optimizer" else SCHEDULERS).values()
+    return {name for cls in classes for name in inspect.signature(cls).parameters}
 
 
 def override(tree: Tree, overrides: Iterable[Override]) -> Tree:
@@ -125,19 +156,61 @@ def validate(tree: Tree, source: str = "config") -> Config:
         ConfigError: one line that names `source`, the dotted key, the value, what was expected and the nearest valid name.
     """
     source = one_line(source)
-    try:
-        tree = merge({}, _without_comments(tree))
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    tree = _explain_placeholders(tree, source)
+    tree = _explain_placeholders(_without_nulls(_without_comments(tree)), source)
     _refuse_broken_text(tree, source)
     try:
         return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        # a misspelt key first: where it was a required one, that is missed, too, and says less
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{source}: {one_line(_told(problems[0]))}{more}") from None
+        problems = _problems(error) + _problems_of_arguments(tree, error)
+        raise ConfigError(f"{source}: {all_of([one_line(problem) for problem in problems])}") from None
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """Everything that is wrong with a tree, each problem once. Misspelt keys come first: where one was a required key, that is
+    missed, too, and says less. What a section knows is listed once."""
+    listed: set[tuple[Any, ...]] = set()
+    problems = []
+    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
+        text = _told(problem)
+        section = tuple(problem["loc"][:-1])
+        if problem["type"] == "extra_forbidden":
+            if section in listed:
+                text = text.partition(" (known here: ")[0]
+            listed.add(section)
+        problems.append(text)
+    return list(dict.fromkeys(problems))
+
+
+def _problems_of_arguments(tree: Tree, error: ValidationError) -> list[str]:
+    """What is wrong with the arguments of optimiser and schedule, which are otherwise looked at once the tree is good."""
+    # here and not above: it brings torch, which a good config does not need
+    from base.optimization import check_optimization
+
+    bad = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
+    kinds = {"optimizer": OptimizerConfig, "lr_scheduler": SchedulerConfig}
+    good = {
+        key: kind.model_validate_json(json.dumps(tree[key])) if key in tree and key not in bad else kind()
+        for key, kind in kinds.items()
+    }
+    problems = []
+    for optimizer, scheduler in ((good["optimizer"], SchedulerConfig()), (OptimizerConfig(), good["lr_scheduler"])):
+        try:
+            check_optimization(optimizer, scheduler)
+        except ConfigError as problem:
+            problems.append(str(problem))
+    return problems
+
+
+def _without_nulls(tree: Tree, path: tuple[str, ...] = ()) -> Tree:
+    """Null means the default. A null for a key that does not exist stays, to be refused with the others."""
+    section = section_at(path)
+    kept = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            kept[key] = _without_nulls(value, (*path, key))
+        elif value is not None or (section is not None and key not in section.model_fields):
+            kept[key] = value
+    return kept
 
 
 def _resolved(file: Path) -> Path:
@@ -219,8 +292,7 @@ def section_at(path: Sequence[str], root: type[Section] = Config) -> type[Sectio
     section = root
     for name in path:
         field = section.model_fields.get(name)
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        section = section_in(field.annotation) if field else None
         if section is None:
             return None
     return section
@@ -232,9 +304,7 @@ def _told(problem: dict[str, Any]) -> str:
     key = one_line(".".join(path), 200)
     match problem["type"]:
         case "extra_forbidden":
-            section = section_at(path[:-1])
-            known = list(section.model_fields) if section else []
-            return f"{key}: unknown key{did_you_mean(path[-1], known)} (known here: {', '.join(known)})"
+            return _unknown_key(path)
         case "missing":
             return f"{key}: required, but not given"
         case "value_error":

@@ -1,7 +1,7 @@
 """What every section of the config tree is made of."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -30,3 +30,9 @@ class Section(BaseModel):
     """One object of the tree: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section class that a field's type is, or may be; None for a leaf."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section)), None)

@@ -23,7 +23,8 @@ class SchedulerConfig(Section):
     type: str = "none"
     """Name of a class of torch.optim.lr_scheduler, or none."""
     args: dict[str, Any] = Field(default={})
-    """Its arguments. T_max of CosineAnnealingLR and total_steps of OneCycleLR default to the whole run."""
+    """Its arguments. T_max of CosineAnnealingLR, total_steps of OneCycleLR and total_iters of PolynomialLR default to the whole
+    run, in a SequentialLR to what its milestones leave; mode of ReduceLROnPlateau to what is better of the monitor."""
     interval: Literal["epoch", "batch"] | None = None
     """When it steps; null: after every batch for OneCycleLR and CyclicLR, after every epoch for the others."""
     monitor: str | None = None

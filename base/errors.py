@@ -3,6 +3,14 @@
 The message is one line: where (file or dotted config key), what was found, what was expected, and the nearest valid name.
 """
 
+from collections.abc import Sequence
+
+
+def all_of(problems: Sequence[str]) -> str:
+    """Several problems in one line; a single one as it is."""
+    first, *others = problems
+    return f"{first}; also: {'; also: '.join(others)}" if others else first
+
 
 class ProjectError(Exception):
     """Base of every error that is reported as one line, without a traceback."""

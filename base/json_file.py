@@ -1,8 +1,8 @@
 """JSON as Python reads it, without what JSON files have no business to hold; every refusal names line and column.
 
-Refused beside bad syntax: a key given twice in one object, NaN and Infinity, numbers beyond the range of a float, strings that
-are no Unicode text (half a surrogate pair), more than `DEEPEST` levels, bytes that are no UTF-8. A UTF-8 byte order mark is
-passed over.
+Refused beside bad syntax: a key given twice in one object (a comment, whose key begins with `_`, may stand there any number of
+times), NaN and Infinity, numbers beyond the range of a float, strings that are no Unicode text (half a surrogate pair), more
+than `DEEPEST` levels, bytes that are no UTF-8. A UTF-8 byte order mark is passed over.
 """
 
 import codecs
@@ -142,7 +142,7 @@ def _refuse_values(text: str) -> None:
                 if HALF_A_PAIR.search(string):
                     raise JSONError("half a surrogate pair is no text", text, position)
             case ":":
-                if string in keys[-1]:
+                if string in keys[-1] and not string.startswith("_"):
                     raise JSONError(f"key {string[:80]!r} is given twice in one object", text, begin)
                 keys[-1].add(string)
             case _:

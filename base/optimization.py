@@ -1,10 +1,11 @@
 """Optimisers and learning-rate schedules by the names of `torch.optim`, checked before any data is read."""
 
 import inspect
+import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,8 @@ from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
 from base.json_file import one_line
 from base.registry import lookup
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name: cls
@@ -37,16 +40,25 @@ UNUSABLE = {
 }
 FUSED_ON = ("cpu", "cuda")
 STEPPED_BY_BATCH = ("OneCycleLR", "CyclicLR")
-WHOLE_RUN_ARGUMENT = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps"}
-"""The argument that defaults to the number of steps in the whole run."""
+WHOLE_SPAN_ARGUMENT = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
+"""The argument that defaults to the number of steps that the schedule has: those of the whole run, or, inside a SequentialLR,
+those between its milestones."""
+Part = tuple[str, Mapping[str, Any]]
+"""One schedule that another is made of: its dotted key, and its `type` and `args`."""
 
 
-def check_optimization(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
+def check_optimization(optimizer: OptimizerConfig, scheduler: SchedulerConfig, begun: bool = False) -> None:
     """Build both for a dummy layer and take a few steps, so that wrong arguments are found before any data is read.
+
+    Args:
+        optimizer, scheduler: what to build.
+        begun: a run with them has begun already. It may go on with a plateau's mode that a new run may not have.
 
     Raises:
         ConfigError: naming `optimizer.args.x` or `lr_scheduler.args.x`.
     """
+    if not begun:
+        check_plateau(scheduler)
     _try(
         "optimizer.args", optimizer.args,
         lambda args: _take_steps(optimizer.model_copy(update={"args": args}), SchedulerConfig()),
@@ -55,6 +67,26 @@ def check_optimization(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -
         "lr_scheduler.args", scheduler.args,
         lambda args: _take_steps(optimizer, scheduler.model_copy(update={"args": args})),
     )  # fmt: skip
+
+
+def check_plateau(scheduler: SchedulerConfig) -> None:
+    """Refuse a ReduceLROnPlateau that waits for the value it watches to get worse.
+
+    Raises:
+        ConfigError: naming `lr_scheduler.args.mode`.
+    """
+    mode, right = scheduler.args.get("mode"), plateau_mode(scheduler.monitor or "val_loss")
+    if scheduler.type == "ReduceLROnPlateau" and mode in ("min", "max") and mode != right:
+        watched = scheduler.monitor or "the loss"
+        raise ConfigError(
+            f"lr_scheduler.args.mode: {mode!r} lowers the learning rate while {watched} improves: expected {right!r}"
+            " (the default for it)"
+        )
+
+
+def plateau_mode(monitor: str) -> str:
+    """Which values of `monitor` are better: `min`, those of losses, or `max`, those of accuracies."""
+    return "min" if monitor.endswith("loss") else "max"
 
 
 def _try(key: str, args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], None]) -> None:
@@ -96,7 +128,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     """The optimiser of `model`; thresholds of shifted ReLUs are exempt from weight decay, as in ConvNorm. The update is
     one fused kernel where torch has it, unless the config says anything about `fused` or `foreach`."""
     cls = _usable(OPTIMIZERS, config.type, "optimizer.type")
-    check_arguments(cls, config.args, "optimizer.args", given=1)
+    check_arguments(cls, config.args, "optimizer.args", given=1, others=OPTIMIZERS.values())
     thresholds, others = [], []
     for name, parameter in model.named_parameters():
         (thresholds if name.endswith("srelu_bias") else others).append(parameter)
@@ -140,7 +172,7 @@ def spans_whole_run(scheduler: SchedulerConfig) -> bool:
     while parts:
         part = parts.pop()
         args = part.get("args", {})
-        length = WHOLE_RUN_ARGUMENT.get(part["type"])
+        length = WHOLE_SPAN_ARGUMENT.get(part["type"])
         if length and length not in args and "epochs" not in args:
             return True
         parts += [inner for inner in _listed(args.get("schedulers")) if _is_part(inner)]
@@ -178,7 +210,10 @@ class Schedule:
         self.scheduler: Any = None
         steps = epochs * (batches_per_epoch if by_batch else 1)
         if config.type != "none":
-            self.scheduler = _build_scheduler(config.type, config.args, optimizer, steps, "lr_scheduler")
+            args = dict(config.args)
+            if config.type == "ReduceLROnPlateau":
+                args.setdefault("mode", plateau_mode(self.monitor))
+            self.scheduler = _build_scheduler(config.type, args, optimizer, steps, "lr_scheduler")
         if not trial:
             _refuse_short_cycle(self.scheduler, steps)
         self.on_plateau = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
@@ -212,24 +247,78 @@ class Schedule:
         return {} if self.scheduler is None else self.scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state. The optimiser's own state holds the learning rates."""
+        """Continue from a saved state. The optimiser's own state holds the learning rates.
+
+        Lengths and the plateau's mode are part of the state: a run goes on as it began, whatever the defaults are by now.
+        """
         if self.scheduler is not None:
+            mode = getattr(self.scheduler, "mode", None)
             self.scheduler.load_state_dict(_restore_counters(self.scheduler, state))
+            if self.on_plateau and self.scheduler.mode != mode:
+                logger.warning(
+                    "lr_scheduler: the run began with mode %r for %s, and goes on so: new runs have %r",
+                    self.scheduler.mode, self.monitor, mode,
+                )  # fmt: skip
 
 
 def _build_scheduler(name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int, key: str) -> Any:
     cls = _usable(SCHEDULERS, name, f"{key}.type")
     args = dict(args)
-    whole_run = WHOLE_RUN_ARGUMENT.get(name)
-    if whole_run and "epochs" not in args:
-        args.setdefault(whole_run, steps)
-    check_arguments(cls, args, f"{key}.args", given=0 if name == "ChainedScheduler" else 1)
+    length = WHOLE_SPAN_ARGUMENT.get(name)
+    if length and "epochs" not in args:
+        args.setdefault(length, steps)
+    given = 0 if name == "ChainedScheduler" else 1
+    check_arguments(cls, args, f"{key}.args", given, others=SCHEDULERS.values())
     if "schedulers" in inspect.signature(cls).parameters:  # SequentialLR and ChainedScheduler are made of others
+        parts = _parts(args["schedulers"], f"{key}.args.schedulers")
+        spans = [steps] * len(parts)
+        if name == "SequentialLR":
+            parts, args["milestones"] = _unfolded(parts, args["milestones"])
+            spans = _spans(args["milestones"], steps)
+            # torch refuses another number of milestones, once the parts are built
+            spans += [steps] * (len(parts) - len(spans))
         args["schedulers"] = [
-            _build_scheduler(part["type"], part.get("args", {}), optimizer, steps, f"{key}.args.schedulers.{index}")
-            for index, part in enumerate(_parts(args["schedulers"], f"{key}.args.schedulers"))
+            # a part that begins after the last step is built all the same
+            _build_scheduler(part["type"], part.get("args", {}), optimizer, max(1, span), part_key)
+            for (part_key, part), span in zip(parts, spans, strict=False)
         ]
     return _build(cls, f"{key}.args", args.pop("schedulers") if name == "ChainedScheduler" else optimizer, args)
+
+
+def _unfolded(parts: Sequence[Part], milestones: Sequence[int]) -> tuple[list[Part], list[int]]:
+    """Parts and milestones of a SequentialLR with the parts of one that stands in it in place of that: torch's own stumbles
+    over a later part that is made of others, when its turn comes.
+
+    Raises:
+        ConfigError: a later part is a ChainedScheduler.
+    """
+    flat: list[Part] = []
+    starts: list[int] = []
+    begins = [0, *milestones]
+    ends = [*milestones, None]
+    if len(begins) != len(parts):
+        return list(parts), list(milestones)
+    for (key, part), begin, end in zip(parts, begins, ends, strict=True):
+        if begin > 0 and part["type"] == "ChainedScheduler":
+            raise ConfigError(f"{key}.type: in a SequentialLR a ChainedScheduler can only be the first part")
+        inner = [(key, part)]
+        inner_starts = [begin]
+        if begin > 0 and part["type"] == "SequentialLR":
+            args = part.get("args", {})
+            check_arguments(SCHEDULERS["SequentialLR"], args, f"{key}.args", given=1)
+            inner, inner_milestones = _unfolded(_parts(args["schedulers"], f"{key}.args.schedulers"), args["milestones"])
+            if len(inner_milestones) != len(inner) - 1:
+                raise ConfigError(f"{key}.args.milestones: expected {len(inner) - 1}, one fewer than there are schedulers")
+            inner_starts = [begin, *(begin + milestone for milestone in inner_milestones)]
+        reached = [place for place, start in enumerate(inner_starts) if end is None or start < end]
+        flat += [inner[place] for place in reached]
+        starts += [inner_starts[place] for place in reached]
+    return flat, starts[1:]
+
+
+def _spans(milestones: Sequence[int], steps: int) -> list[int]:
+    """How many of `steps` each part of a SequentialLR has."""
+    return [end - start for start, end in pairwise([0, *(min(milestone, steps) for milestone in milestones), steps])]
 
 
 def _refuse_short_cycle(scheduler: Any, steps: int) -> None:
@@ -237,17 +326,16 @@ def _refuse_short_cycle(scheduler: Any, steps: int) -> None:
     if isinstance(scheduler, lr_scheduler.OneCycleLR) and scheduler.total_steps < steps:
         raise ConfigError(f"lr_scheduler.args: the cycle has {scheduler.total_steps} steps, the run takes {steps}")
     parts = getattr(scheduler, "_schedulers", [])
-    milestones = getattr(scheduler, "_milestones", None)  # of SequentialLR; ChainedScheduler steps all its parts
-    lengths = [steps] * len(parts)
-    if milestones is not None:
-        lengths = [end - start for start, end in pairwise([0, *(min(milestone, steps) for milestone in milestones), steps])]
-    for part, length in zip(parts, lengths, strict=True):
-        _refuse_short_cycle(part, length)
+    spans = [steps] * len(parts)
+    if isinstance(scheduler, lr_scheduler.SequentialLR):
+        spans = _spans(scheduler._milestones, steps)
+    for part, span in zip(parts, spans, strict=True):
+        _refuse_short_cycle(part, span)
 
 
-def _parts(value: Any, key: str) -> Iterable[Mapping[str, Any]]:
+def _parts(value: Any, key: str) -> list[Part]:
     if isinstance(value, list) and value and all(_is_part(part) for part in value):
-        return value
+        return [(f"{key}.{index}", part) for index, part in enumerate(value)]
     raise ConfigError(f'{key}: expected a list of {{"type": ..., "args": ...}}, not {shown(value)}')
 
 

@@ -5,13 +5,15 @@ import `models`; `models.layers` fills them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from typing import Any, TypeVar
 
 from base.errors import ConfigError
 
 Constructor = Callable[..., Any]
 T = TypeVar("T")
+LONGEST_COMPARED = 80
+"""Letters of a name that are compared with known ones."""
 
 CONV_LAYERS: dict[str, Constructor] = {}
 """Every entry has the signature of `torch.nn.Conv2d`."""
@@ -28,10 +30,55 @@ ACTIVATION_LAYERS: dict[str, Constructor] = {}
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known name, or an empty string where none is near."""
+    nearest = nearest_name(str(name), known)
+    return f"; did you mean {nearest!r}?" if nearest is not None else ""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was meant to be; None where that is a guess.
+
+    That is one that a slip of the fingers away: as many letters missing, added, swapped or wrong as its length allows, while
+    case and underscores do not count. Otherwise it is the only one that has all its words, or of which it has all words, such
+    as `epochs` for `num_epochs`.
+    """
     names = list(known)
-    by_lower_case = {candidate.lower(): candidate for candidate in names}
-    nearest = get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0.6)
-    return f"; did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""
+    plain = _plain(name)
+    distances = {candidate: _edits(plain, _plain(candidate)) for candidate in names}
+    slips = {
+        candidate: edits
+        for candidate, edits in distances.items()
+        # they have something in common: no letter is another one by a slip
+        if edits <= max(1, len(plain) // 4) and edits < max(len(plain), len(_plain(candidate)))
+    }
+    if slips:
+        alike = {candidate: SequenceMatcher(None, plain, _plain(candidate)).ratio() for candidate in slips}
+        return min(slips, key=lambda candidate: (slips[candidate], -alike[candidate]))
+    words = set(name.casefold().split("_"))
+    related = [candidate for candidate in names if _contain(words, set(candidate.casefold().split("_")))]
+    return related[0] if len(related) == 1 else None
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", "")[:LONGEST_COMPARED]
+
+
+def _contain(words: set[str], others: set[str]) -> bool:
+    return words <= others or others <= words
+
+
+def _edits(first: str, second: str) -> int:
+    """How many letters must be added, dropped, replaced or swapped with their neighbour to make one text of the other (the
+    optimal string alignment distance)."""
+    before, above = [], list(range(len(second) + 1))
+    for i, letter in enumerate(first, 1):
+        row = [i]
+        for j, other in enumerate(second, 1):
+            edits = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == second[j - 2] and first[i - 2] == other:
+                edits = min(edits, before[j - 2] + 1)
+            row.append(edits)
+        before, above = above, row
+    return above[-1]
 
 
 def lookup(table: Mapping[str, T], name: str, key: str) -> T:

@@ -397,6 +397,70 @@ def test_broken_json_is_one_line_with_line_and_column(tmp_path, text, place, mes
     assert "\n" not in str(caught.value)
 
 
+def test_a_comment_may_stand_twice_wherever_it_stands(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(
+        '{"_": 1, "_": 2, "data_loader": {"_c": {"a": 1}, "type": "DigitsDataLoader", "_c": 0}, "_": {"_": 1, "_": 2},'
+        ' "optimizer": {"type": "SGD", "args": {"_why": "", "lr": 0.3, "_why": ""}}}'
+    )
+    assert load_config(file).optimizer.args == {"lr": 0.3}
+    file.write_text('{"_c": {"a": 1, "a": 2}}')
+    with pytest.raises(ConfigError, match="key 'a' is given twice"):
+        load_config(file)
+
+
+def test_the_parents_of_mmengine_are_refused_in_a_child_and_in_a_parent(tmp_path):
+    write(tmp_path / "parent.json", {"_base_": ["a.py"], **DIGITS})
+    write(tmp_path / "child.json", {"extends": "parent.json"})
+    for name in ("parent", "child"):
+        with pytest.raises(ConfigError, match=r"parent.json: _base_: a parent is named in extends here$"):
+            load_config(tmp_path / f"{name}.json")
+
+
+PORTED = {
+    "n_gpu": 1.5,
+    "loss": "nll_loss",
+    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 0, "collate": 1, "sampler": None}},
+    "optimizer": {"type": "Adam", "args": {"lr": -1, "momentum": 0.9, "nesterov": True}},
+    "lr_scheduler": {"type": "StepLR", "args": {"gamma": "0.1"}},
+    "trainer": {"epochs": 3, "len_epoch": 5, "monitor": "min val_nll", "grad_clip": 1.0},
+}
+
+
+def test_all_problems_are_told_at_once_in_one_line():
+    with pytest.raises(ConfigError) as caught:
+        validate(PORTED, "ported.json")
+    message = str(caught.value)
+    source, *problems = message.replace("ported.json: ", "ported.json: also: ", 1).split("also: ")
+    assert source == "ported.json: "
+    assert "\n" not in message
+    keys = [problem.partition(":")[0] for problem in problems]
+    assert sorted(keys) == sorted([
+        "loss", "data_loader.args.collate", "data_loader.args.sampler", "trainer.len_epoch", "trainer.grad_clip",
+        "n_gpu", "data_loader.args.batch_size", "trainer.monitor", "optimizer.args.momentum", "optimizer.args.nesterov",
+        "optimizer.args.lr", "lr_scheduler.args.step_size", "lr_scheduler.args.gamma",
+    ])  # fmt: skip
+    unknown = {"loss", "data_loader.args.collate", "data_loader.args.sampler", "trainer.len_epoch", "trainer.grad_clip"}
+    assert set(keys[:5]) == unknown, "unknown keys come first"
+    assert "loss: unknown key; did you mean 'train_loss'?" in message
+    assert "trainer.len_epoch: unknown key; did you mean 'data_loader.args.num_batches'?" in message
+    assert "trainer.grad_clip: unknown key; also: " in message, "nothing here clips gradients"
+    assert message.count("known here: name, ") == message.count("known here: epochs, ") == 1
+    assert "Adam takes no such argument; to leave it out: --set optimizer.args.momentum=null" in message
+
+
+def test_one_problem_is_told_as_it_is():
+    for broken in ({"trainer": {"epochs": 0}}, {"trainer": {"epocs": 1}}, {"seed": "a"}):
+        with pytest.raises(ConfigError) as caught:
+            validate(DIGITS | broken)
+        assert "also: " not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        validate(DIGITS | {"num_classes": 3, "arch": {"args": {"num_classes": 4}}, "optimizer": {"args": {"lr": -1}}})
+    assert str(caught.value) == (
+        "config: num_classes: 3 contradicts arch.args.num_classes: 4; also: optimizer.args.lr: expected at least 0, not -1"
+    )
+
+
 def test_what_is_unusual_but_json_is_read(tmp_path):
     value = {"a": [1e308, -0.0, 10**300, "\U0001f600", '[{:}]\\"'], "": {"a": {}}, "NaN": "NaN"}
     file = tmp_path / "config.json"

@@ -92,6 +92,133 @@ def test_rates_by_hand():
     assert train(*start("ReduceLROnPlateau"), range(4))[::2] == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
 
+WARM_UP = {"type": "LinearLR", "args": {"start_factor": 0.25, "total_iters": 2}}
+
+
+def sequence(milestones, *parts):
+    return {"type": "SequentialLR", "args": {"milestones": milestones, "schedulers": list(parts)}}
+
+
+@pytest.mark.parametrize(
+    ("given", "lengths", "interval"),
+    [
+        (sequence([2], WARM_UP, {"type": "CosineAnnealingLR"}), [{"T_max": 4}], "epoch"),
+        (sequence([2], WARM_UP, {"type": "CosineAnnealingLR"}), [{"T_max": 16}], "batch"),
+        (sequence([2], WARM_UP, {"type": "OneCycleLR", "args": {"max_lr": 0.3}}), [{"total_steps": 16}], "batch"),
+        (
+            sequence([1, 4], WARM_UP, {"type": "CosineAnnealingLR"}, {"type": "PolynomialLR"}),
+            [{"T_max": 3}, {"total_iters": 2}],
+            "epoch",
+        ),
+        (
+            sequence([2], WARM_UP, sequence([1], {"type": "ConstantLR"}, {"type": "CosineAnnealingLR"})),
+            [{"T_max": 3}],
+            "epoch",
+        ),
+        (
+            sequence([4], sequence([1], WARM_UP, {"type": "CosineAnnealingLR"}), {"type": "PolynomialLR"}),
+            [{"T_max": 3}, {"total_iters": 2}],
+            "epoch",
+        ),
+        (
+            {"type": "ChainedScheduler", "args": {"schedulers": [WARM_UP, {"type": "PolynomialLR"}]}},
+            [{"total_iters": 6}],
+            "epoch",
+        ),
+        ({"type": "PolynomialLR", "args": {"power": 2.0}}, [{"total_iters": 6}], "epoch"),
+        ({"type": "PolynomialLR"}, [{"total_iters": 18}], "batch"),
+    ],
+)
+def test_a_part_without_a_length_spans_what_is_left_for_it(given, lengths, interval):
+    """Over 6 epochs of 3 batches: the same rates as where the length is written into the config."""
+
+    def written(part):
+        part = json.loads(json.dumps(part))
+        for inner in part.get("args", {}).get("schedulers", []):
+            inner.update(written(inner))
+        if part["type"] in ("CosineAnnealingLR", "PolynomialLR", "OneCycleLR"):
+            part.setdefault("args", {}).update(left.pop(0))
+        return part
+
+    def rates(tree):
+        optimizer = build_optimizer(SGD, nn.Linear(2, 2))
+        schedule = Schedule(SchedulerConfig(**tree, interval=interval), optimizer, 6, 3, has_validation=True)
+        found = []
+        for _ in range(6):
+            for _ in range(3):
+                optimizer.step()
+                found.append(schedule.learning_rate)
+                schedule.step_batch()
+            schedule.step_epoch({})
+        return found
+
+    left = list(lengths)
+    explicit = written(given)
+    assert not left
+    assert rates(given) == rates(explicit)
+    assert len(set(rates(given))) >= 5
+
+
+def test_a_sequence_in_a_sequence_is_its_parts_one_after_another():
+    def rates(tree):
+        optimizer = build_optimizer(SGD, nn.Linear(2, 2))
+        schedule = Schedule(SchedulerConfig(**tree), optimizer, 9, 1, has_validation=True)
+        for _ in range(9):
+            schedule.optimizer.step()
+            schedule.step_epoch({})
+            yield schedule.learning_rate
+
+    parts = [{"type": "StepLR", "args": {"step_size": 1, "gamma": gamma}} for gamma in (0.5, 0.6, 0.7, 0.8)]
+    inner = sequence([2, 3], *parts[1:])
+    assert list(rates(sequence([2], parts[0], inner))) == list(rates(sequence([2, 4, 5], *parts)))
+    # the outer milestone comes before the inner's last one
+    assert list(rates(sequence([2, 5], parts[0], inner, WARM_UP))) == list(rates(sequence([2, 4, 5], *parts[:3], WARM_UP)))
+    chain = {"type": "ChainedScheduler", "args": {"schedulers": parts[:2]}}
+    with pytest.raises(ConfigError, match=r"lr_scheduler.args.schedulers.1.type: .* only be the first part"):
+        list(rates(sequence([2], WARM_UP, chain)))
+    for wrong in (sequence([2, 3], *parts[:2]), {"type": "SequentialLR", "args": {"schedulers": parts}}):
+        with pytest.raises(ConfigError, match=r"lr_scheduler.args.schedulers.1.args.milestones: "):
+            list(rates(sequence([2], WARM_UP, wrong)))
+
+
+def test_a_run_goes_on_with_the_lengths_that_it_began_with():
+    """Checkpoints of runs that began when a cosine behind a warm-up had the length of the whole run."""
+
+    def begin(tree):
+        optimizer = build_optimizer(SGD, nn.Linear(2, 2))
+        return Schedule(SchedulerConfig(**tree), optimizer, 6, 1, has_validation=True)
+
+    def step(schedule, times):
+        for _ in range(times):
+            schedule.optimizer.step()
+            schedule.step_epoch({})
+            yield schedule.learning_rate
+
+    old = sequence([2], WARM_UP, {"type": "CosineAnnealingLR", "args": {"T_max": 6}})
+    uninterrupted = list(step(begin(old), 5))
+    for done in range(5):
+        first = begin(old)
+        rates = list(step(first, done))
+        second = begin(sequence([2], WARM_UP, {"type": "CosineAnnealingLR"}))
+        second.optimizer.load_state_dict(first.optimizer.state_dict())
+        second.load_state_dict(first.state_dict())
+        assert rates + list(step(second, 5 - done)) == uninterrupted
+
+
+def test_half_steps_of_a_cycle():
+    config = SchedulerConfig(
+        type="CyclicLR", args={"base_lr": 0.0, "max_lr": 0.3, "step_size_up": 1.5, "step_size_down": 4.5}
+    )
+    check_optimization(SGD, config)
+    schedule = Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), 6, 1, has_validation=True)
+    rates = []
+    for _ in range(6):
+        rates.append(schedule.learning_rate)
+        schedule.optimizer.step()
+        schedule.step_batch()
+    assert rates == pytest.approx([0, 0.2, 0.3 - 0.1 / 3, 0.2, 0.4 / 3, 0.2 / 3])
+
+
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(UNUSABLE)))
 def test_every_optimizer_can_be_named_alone_and_moves_a_network(name):
     check_optimization(OptimizerConfig(type=name), SchedulerConfig())
@@ -258,6 +385,42 @@ def test_plateau_watches_a_logged_value_and_steps_by_epoch_only():
 def test_a_plateau_may_watch_every_value_that_a_config_accepts(monitor):
     plateau = SchedulerConfig(type="ReduceLROnPlateau", monitor=monitor, args={"mode": "max"})
     check_optimization(OptimizerConfig(type="SGD", args={"lr": 0.1}), plateau)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "right", "wrong"),
+    [
+        ("val_clean_top5", "max", "min"), ("val_robust_top1", "max", "min"), ("val_my_metric2", "max", "min"),
+        ("loss", "min", "max"), ("val_ema_loss", "min", "max"), (None, "min", "max"),
+    ],
+)  # fmt: skip
+def test_a_plateau_knows_what_is_better_and_refuses_the_contrary(monitor, right, wrong):
+    def plateau(**args):
+        return SchedulerConfig(type="ReduceLROnPlateau", monitor=monitor, args={"patience": 0, **args})
+
+    for config in (plateau(), plateau(mode=right)):
+        check_optimization(SGD, config)
+        schedule = Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), 5, 2, has_validation=True)
+        for value in (1.0, 2.0, 3.0) if right == "max" else (3.0, 2.0, 1.0):
+            schedule.step_epoch({schedule.monitor: value})
+        assert schedule.learning_rate == 0.1
+        schedule.step_epoch({schedule.monitor: 1.5})
+        assert schedule.learning_rate == pytest.approx(0.01)
+    message = f"lr_scheduler.args.mode: '{wrong}' lowers the learning rate while .* improves: expected '{right}'"
+    with pytest.raises(ConfigError, match=message):
+        check_optimization(SGD, plateau(mode=wrong))
+    check_optimization(SGD, plateau(mode=wrong), begun=True)
+
+
+def test_a_run_goes_on_with_the_direction_that_its_plateau_began_with(caplog):
+    """Runs began with mode min for accuracies, too: the state says so."""
+    config = SchedulerConfig(type="ReduceLROnPlateau", monitor="val_top1", args={"patience": 0})
+    schedule = Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), 5, 2, has_validation=True)
+    state = schedule.state_dict() | {"mode": "min", "best": 0.5}
+    schedule.load_state_dict(state)
+    schedule.step_epoch({"val_top1": 0.6})
+    assert schedule.learning_rate == pytest.approx(0.01)
+    assert "the run began with mode 'min' for val_top1, and goes on so" in caplog.text
 
 
 def test_thresholds_of_shifted_relus_do_not_decay():
