@@ -1,5 +1,7 @@
 """One image file to pixels: uint8 `(3, H, W)`, RGB."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -84,5 +86,7 @@ def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
 
 
 def _undecodable(path: str, error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError) and Path(path).is_symlink():
+        return DataError(f"{path}: is a link to {str(Path(path).readlink())!r}, which leads nowhere")
     reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {path!r}", "")
     return DataError(f"{path}: cannot be decoded as an image ({reason})")
