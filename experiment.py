@@ -178,7 +178,7 @@ class Experiment:
                     self.model.compile()
                 with determinism_explained():
                     trainer.train()
-                    result = conclude(trainer, self.test_loader, self._counts())
+                    result = conclude(trainer, self.test_loader, self._counts() | self._noise_rate())
                 tell(trainer.trackers, lambda tracker: tracker.log_result(result))
             finally:
                 tell(trainer.trackers, lambda tracker: tracker.close())
@@ -250,12 +250,20 @@ class Experiment:
         )  # fmt: skip
         if world_size() > 1:
             logger.info("%d processes, each with its share of every minibatch", world_size())
-        if counts["n_val"] and self.config.data_loader.args.validation_split == 0:
+        for remark in loader.remarks:
+            logger.info("data set: %s", remark)
+        validation_split = self.config.data_loader.args.validation_split
+        if loader.names_validation and validation_split > 0:
+            logger.warning("validation_split has no effect: the data set names its validation images itself")
+        elif counts["n_val"] and not loader.names_validation and validation_split == 0:
             logger.warning("validation_split is 0, but validation is asked for: 10 % of every class is held out")
         self._describe_adversary()
         noise = loader.noise_report()
         if noise is not None:
             logger.info("label noise: %s", ", ".join(f"{key} {value}" for key, value in noise.items() if value is not None))
+            warning = loader.noise_warning()
+            if warning:
+                logger.warning("label noise: %s", warning)
             for line in describe_transitions(labels["transition_matrix"], loader.class_names):
                 logger.info("label noise: %s", line)
 
@@ -264,6 +272,11 @@ class Experiment:
         held_out = self.validation_loader.n_samples if self.validation_loader else 0
         n_train = len(self.train_loader.label_arrays()["train_index"])  # of which num_batches may take fewer in an epoch
         return {"n_train": n_train, "n_val": held_out, "n_test": self.test_loader.n_samples}
+
+    def _noise_rate(self) -> dict[str, float]:
+        """The share of training labels that noise has changed, which is not what was asked for; nothing without noise."""
+        noise = self.train_loader.noise_report()
+        return {} if noise is None else {"noise_rate": noise["train_rate"]}
 
     def _describe_adversary(self) -> None:
         config, robust = self.config, self.robust_validation

@@ -94,13 +94,13 @@ class DataLoaderArgs(Section):
     """Arguments of the data loader."""
 
     data_dir: InputPath | None = None
-    """Folder of the data set; DigitsDataLoader needs none."""
+    """Folder of the data set, see docs/data.md; DigitsDataLoader needs none."""
     batch_size: Positive = 128
     """Images in a minibatch, over all processes that train together."""
     shuffle: bool = True
     """A new order in every epoch."""
     validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of every class held out for validation; 0 with a val_ monitor holds out 0.1."""
+    """Fraction of every class held out for validation; 0 with a val_ monitor holds out 0.1. A val folder is used instead."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Worker processes that decode streamed images."""
     pin_memory: bool = False
@@ -115,6 +115,8 @@ class DataLoaderArgs(Section):
     """ImageFolderDataLoader: side in pixels that images are resized and cropped to; null: all have one size already."""
     in_memory: bool | None = None
     """ImageFolderDataLoader: keep all images decoded in memory; null decides by size."""
+    test_split: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """ImageFolderDataLoader: part of every class that is the test set where data_dir holds class folders only; null: 0.2."""
 
 
 class DataLoaderConfig(Section):
@@ -130,7 +132,7 @@ class DataLoaderConfig(Section):
         if self.type != "DigitsDataLoader" and self.args.data_dir is None:
             raise ValueError("args.data_dir: required: the folder of the data set")
         if self.type != "ImageFolderDataLoader":
-            for name in ("image_size", "in_memory"):
+            for name in ("image_size", "in_memory", "test_split"):
                 if getattr(self.args, name) is not None:
                     raise ValueError(f"args.{name}: only ImageFolderDataLoader takes it, not {self.type}")
         return self

@@ -76,9 +76,9 @@ class TrainerConfig(Section):
     noise_law: Literal["inclusive", "exclusive"] = "inclusive"
     """Symmetric noise draws from all classes (inclusive, as published) or from the wrong ones only (exclusive)."""
     noise_file: InputPath | None = None
-    """A .npy or .pt of labels for the whole training set, such as CIFAR-N's."""
+    """Labels for the whole training set, such as CIFAR-N's: .npy, .npz, .pt, .json or .csv, see docs/data.md."""
     noise_key: str | None = None
-    """Which entry of a noise_file that holds several label sets."""
+    """Which entry, or column, of a noise_file that holds several label sets."""
     noisy_validation: bool = True
     """Validation labels carry the same noise; accuracy on the clean ones is always reported beside."""
     subset_percent: Annotated[float, Field(gt=0, le=1)] = 1.0

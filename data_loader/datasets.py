@@ -4,7 +4,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,18 @@ import torch.nn.functional as F
 
 from base.errors import DataError
 from data_loader.decoding import image_size
+from data_loader.folder_scan import KEY, FolderScan, check_link, class_folders
 from data_loader.images import FileImages, MemoryImages
 from data_loader.splits import stratified_split
 
-DIGITS_SPLIT_SEED = 0
-"""Fixed, so that every run of every seed is tested on the same digits."""
+TEST_SPLIT_SEED = 0
+"""Of test sets that are a part of the whole. Fixed, so that all runs are tested on the same images."""
+
+TEST_SPLIT = 0.2
+"""The part of every class that is the test set there, unless a config says otherwise."""
+
+VALIDATION_FOLDERS = ("val", "valid", "validation")
+"""Names that the folder of validation images may have."""
 
 NETWORK_TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""
@@ -30,11 +37,22 @@ LOCK = ".download.lock"
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """One part of a data set: images, int64 `(N,)` labels, and the classes' names in label order."""
+    """One part of a data set.
+
+    Attributes:
+        images: `N` images.
+        labels: int64 `(N,)`.
+        class_names: in label order.
+        validation: of a training part, the validation images that the data set names itself; None
+            where it names none.
+        remarks: of a training part, lines that the log of a run should hold about the data set.
+    """
 
     images: MemoryImages | FileImages
     labels: np.ndarray
     class_names: tuple[str, ...]
+    validation: "LabelledImages | None" = None
+    remarks: tuple[str, ...] = ()
 
 
 def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabelledImages:
@@ -115,60 +133,103 @@ def _bounded_network() -> Iterator[None]:
 
 
 def read_image_folder(
-    data_dir: str | Path, size: int | None, num_workers: int = 0, pin_memory: bool = False
+    data_dir: str | Path,
+    size: int | None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    test_split: float | None = None,
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Any images in `data_dir/train/<class>/` and `data_dir/test/<class>/`, at any depth below; nothing is decoded yet.
+    """Any images in folders of classes; nothing is decoded yet.
 
-    Classes are the names of the folders, sorted; within a class images are sorted by path. File types are torchvision's.
+    Four layouts are known (`valid` and `validation` stand for `val`, too):
+
+    - `train/<class>/` and `test/<class>/`;
+    - `train/`, `val/` and `test/`: `val` is the validation set, and nothing of `train` is held out;
+    - `train/` and `val/`: `val` is the test set, as in ImageNet;
+    - `<class>/`: a part of every class is the test set, the same one whatever the seed of a run.
+
+    Classes are the names of the folders, sorted. Images lie at any depth below them, sorted by
+    folder, then by name. `folder_scan.FolderScan` says what is skipped, and what links are taken for.
 
     Args:
-        data_dir: the folder with `train` and `test`.
-        size: side N that every image is resized and cropped to (see `decoding.decode_image`); None if all images have one size.
+        data_dir: the folder.
+        size: side N that every image is resized and cropped to (see `decoding.decode_image`); None
+            if all images have one size.
         num_workers: processes that decode.
         pin_memory: see `images.FileImages`.
+        test_split: part of every class that is the test set in the last layout, in `(0, 1)`; None
+            for `TEST_SPLIT`. Without effect in the others.
 
     Returns:
-        The training part and the test part.
+        The training part, which may hold a validation part, and the test part.
 
     Raises:
-        DataError: a folder is missing, a class has no image, or test has other classes than train.
+        DataError: a folder is missing or may not be read, a class has no image, a part has other
+            classes than train, a link leads nowhere, or one file is in two classes or parts.
     """
     folder = Path(data_dir).expanduser()
-    expected = f"expected {folder}/train/<class>/ and {folder}/test/<class>/ with images"
-    scanned = []
-    for part in (folder, folder / "train", folder / "test"):
-        if not part.is_dir():
-            raise DataError(f"data_loader.args.data_dir: {str(part)!r} is not a folder; {expected}")
-        if part is not folder:
-            scanned.append(_scan(part, expected))
-    (train_classes, train_files, train_labels), (test_classes, test_files, test_labels) = scanned
-    if train_classes != test_classes:
-        raise DataError(
-            f"data_loader.args.data_dir: {str(folder / 'test')!r} must have the classes of train: "
-            f"only one of them has {', '.join(sorted(set(train_classes) ^ set(test_classes)))}"
-        )
-    height, width = image_size(train_files[0]) if size is None else (size, size)
-    train, test = (
-        LabelledImages(FileImages(files, (3, height, width), size is not None, num_workers, pin_memory), labels, train_classes)
-        for files, labels in ((train_files, train_labels), (test_files, test_labels))
+    expected = (
+        f"expected {folder}/train/<class>/ and {folder}/test/<class>/ with images, val/ beside train/, "
+        f"or {folder}/<class>/"
     )
-    return train, test
+    places, layout = _parts_of(folder, expected)
+    scan = FolderScan()
+    found = {part: scan.scan(place, expected) for part, place in places.items()}
+    classes, train_files, _ = found["train"]
+    for part, (others, _, _) in found.items():
+        if others != classes:
+            different = ", ".join(sorted(set(classes) ^ set(others)))
+            raise DataError(
+                f"{KEY}: {str(places[part])!r} must have the classes of train: "
+                f"only one of them has {different}"
+            )
+    height, width = image_size(train_files[0]) if size is None else (size, size)
+
+    def labelled(files: tuple[str, ...], labels: np.ndarray) -> LabelledImages:
+        shape, resize = (3, height, width), size is not None
+        images = FileImages(files, shape, resize, num_workers, pin_memory)
+        return LabelledImages(images, labels, classes)
+
+    parts = {part: labelled(files, labels) for part, (_, files, labels) in found.items()}
+    if "test" not in parts:
+        whole = parts["train"]
+        share = TEST_SPLIT if test_split is None else test_split
+        index = stratified_split(whole.labels, share, TEST_SPLIT_SEED, "data_loader.args.test_split")
+        for part, chosen in zip(("train", "test"), index, strict=True):
+            parts[part] = replace(whole, images=whole.images.select(chosen), labels=whole.labels[chosen])
+        counts = f"{len(index[1])} of the {len(whole.labels)} images"
+        layout = f"neither train nor test folder: {counts} are the test set"
+    remarks = tuple(filter(None, (layout, scan.skipped())))
+    return replace(parts["train"], validation=parts.get("val"), remarks=remarks), parts["test"]
 
 
-def _scan(folder: Path, expected: str) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
-    if not classes:
-        raise DataError(f"data_loader.args.data_dir: {str(folder)!r} has no class folders; {expected}")
-    numbers = {name: label for label, name in enumerate(classes)}
-    samples = make_dataset(str(folder), class_to_idx=numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
-    labels = np.array([label for _, label in samples], dtype=np.int64)
-    for name, count in zip(classes, np.bincount(labels, minlength=len(classes)), strict=True):
-        if count == 0:
-            types = " ".join(IMG_EXTENSIONS)
-            raise DataError(f"data_loader.args.data_dir: {str(folder / name)!r} has no images; expected files of type {types}")
-    return classes, tuple(path for path, _ in samples), labels
+def _parts_of(folder: Path, expected: str) -> tuple[dict[str, Path], str | None]:
+    """The folders of `train`, and where they exist of `test` and `val`; and a remark on them."""
+    for name in ("train", "test", *VALIDATION_FOLDERS):
+        check_link(folder / name)
+    held_out = [folder / name for name in VALIDATION_FOLDERS if (folder / name).is_dir()]
+    train, test = folder / "train", folder / "test"
+    if train.is_dir() and held_out and not test.exists():
+        remark = f"no test folder: {held_out[0].name} is the test set"
+        return {"train": train, "test": held_out[0]}, remark
+    if train.is_dir() and test.is_dir() and held_out:
+        remark = f"{held_out[0].name} is the validation set"
+        return {"train": train, "val": held_out[0], "test": test}, remark
+    if train.is_dir() and test.is_dir():
+        return {"train": train, "test": test}, None
+    classes = class_folders(folder) if folder.is_dir() else []
+    # a class may be called train
+    parted = held_out or test.exists() or (train.is_dir() and class_folders(train))
+    if len(classes) > 1 and not parted:
+        for name in classes:
+            if (folder / name / "train").is_dir():
+                raise DataError(
+                    f"{KEY}: {str(folder)!r} holds a data set in {str(folder / name)!r}: name that; "
+                    f"{expected}"
+                )
+        return {"train": folder}, None
+    missing = next(part for part in (folder, train, test) if not part.is_dir())
+    raise DataError(f"{KEY}: {str(missing)!r} is not a folder; {expected}")
 
 
 def read_digits(train: bool) -> LabelledImages:
@@ -181,7 +242,7 @@ def read_digits(train: bool) -> LabelledImages:
 
     data = load_digits()
     labels = data.target.astype(np.int64)
-    index = stratified_split(labels, 0.2, DIGITS_SPLIT_SEED)[0 if train else 1]
+    index = stratified_split(labels, TEST_SPLIT, TEST_SPLIT_SEED)[0 if train else 1]
     grey = torch.from_numpy(data.images[index]).float()[:, None] * (255 / 16)
     pixels = F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
     return LabelledImages(MemoryImages(pixels.repeat(1, 3, 1, 1)), labels[index], tuple(map(str, data.target_names)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
-from base.ranks import Share, rank, share_of, world_size
+from base.ranks import Share, from_first, rank, share_of, world_size
 from base.runtime import torch_generator
 from data_loader import augment
 from data_loader.images import FileImages, MemoryImages
@@ -94,12 +94,16 @@ class ImageDataLoader(BaseDataLoader):
         return self._source
 
     def prepare(self) -> None:
-        """Decode now what is to stay in memory, so that a broken file is found before training.
+        """Decode every file once, so that a broken one is found before training.
+
+        Where the pixels do not stay in memory, rank 0 does it for all processes.
 
         Raises:
             DataError: a file cannot be decoded.
         """
-        _ = self.images
+        images = self.images
+        if isinstance(images, FileImages):
+            from_first(images.check)
 
     def __len__(self) -> int:
         return -(-self.n_samples // self.batch_size)

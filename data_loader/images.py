@@ -75,12 +75,26 @@ class FileImages:
     def in_memory(self, device: torch.device) -> MemoryImages:
         """All images decoded, on `device`; shows a progress bar on a terminal."""
         pixels = torch.empty((len(self), *self.shape), dtype=torch.uint8)
-        chunks = torch.arange(len(self)).split(DECODE_BATCH)
-        with tqdm(total=len(self), desc="decoding images", unit="image", disable=quiet(), leave=False) as bar:
-            for chunk, images in zip(chunks, self.batches(chunks), strict=True):
-                pixels[chunk] = images
-                bar.update(len(chunk))
+        for chunk, images in self._in_order("decoding images"):
+            pixels[chunk] = images
         return MemoryImages(pixels.to(device))
+
+    def check(self) -> None:
+        """Decode every image once, and keep none.
+
+        Raises:
+            DataError: a file cannot be decoded or has another size.
+        """
+        for _ in self._in_order("checking images"):
+            pass
+
+    def _in_order(self, description: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images, some at a time: their positions, and uint8 `(B, 3, H, W)`."""
+        chunks = torch.arange(len(self)).split(DECODE_BATCH)
+        with tqdm(total=len(self), desc=description, unit="image", disable=quiet(), leave=False) as bar:
+            for chunk, images in zip(chunks, self.batches(chunks), strict=True):
+                yield chunk, images
+                bar.update(len(chunk))
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """One uint8 CPU `(B, 3, H, W)` for each int64 `(B,)` of positions, in their order whatever `num_workers` is.

@@ -42,6 +42,9 @@ class LabelNoise:
 
 CLEAN = LabelNoise()
 
+LARGEST_DIFFERENCE = 0.1
+"""Of the realised noise rate from the one that was asked for, as a share of that, without a warning."""
+
 CIFAR10_FLIPS = {"truck": "automobile", "bird": "airplane", "cat": "dog", "dog": "cat", "deer": "horse"}
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -156,6 +159,28 @@ def describe_transitions(matrix: np.ndarray, class_names: Sequence[str]) -> list
 def realised_rate(clean: np.ndarray, noisy: np.ndarray) -> float:
     """The share of labels that differ, in `[0, 1]`."""
     return float(np.mean(clean != noisy)) if len(clean) else 0.0
+
+
+def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> str | None:
+    """Why the realised rate differs from the one asked for by more than a tenth of that; None where it does not.
+
+    Args:
+        noise: what was asked for.
+        class_names: in label order.
+        rate: the share of training labels that have changed, in `[0, 1]`.
+    """
+    if noise.kind not in ("sym", "asym") or abs(rate - noise.percent) <= LARGEST_DIFFERENCE * noise.percent:
+        return None
+    asked = f"trainer.percent asks for {noise.percent:.4g}, {rate:.4g} of the training labels have changed"
+    if noise.kind == "sym" and noise.law == "inclusive":
+        return (
+            f"{asked}: a new label may be the true one (trainer.noise_law: inclusive); "
+            "with trainer.noise_law: exclusive it never is"
+        )
+    if noise.kind == "asym" and len(_flips(class_names)) < len(class_names):
+        flips = len(_flips(class_names))
+        return f"{asked}: the law changes labels of {flips} of the {len(class_names)} classes only"
+    return f"{asked}: there are too few of them"
 
 
 def _flips(class_names: Sequence[str]) -> dict[str, str]:

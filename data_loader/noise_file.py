@@ -1,115 +1,229 @@
 """Labels from a file: real human mistakes such as CIFAR-N's, or any noise that was made elsewhere.
 
-A file is data from a stranger: nothing in it is ever executed.
+A file is data from a stranger: it is read by `label_files`, and judged here.
 """
 
-import pickle
-import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from base.errors import DataError
 from base.registry import did_you_mean
+from data_loader.label_files import UNREADABLE, load_label_file
 
-CLEAN_KEY = "clean_label"
+CLEAN_KEY, ORDER_FILES = "clean_label", "image_order*.npy"
+"""CIFAR-N's names."""
+
+RUN_KEYS = {f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")}
+"""What a run's own `labels.npz` holds."""
+
+NO_LABEL = -1
+"""In place of the label of an image that a run's `labels.npz` says nothing about."""
+
+DEVIATIONS = 2.5
+"""By how many standard deviations an agreement must exceed chance; labels in a random order do so in
+one of 160 files."""
+
+MOST_NAMED = 2000
+"""Classes up to which another naming is looked for: the search takes their cube in time."""
 
 
 def read_noise_file(file: str, key: str | None, clean_labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Read one noisy label per training image.
 
     The file covers the whole training set in its original order (CIFAR's; of an image folder: classes, then files, sorted by
-    name). Formats: `.npy` with an integer array; `.pt` with a tensor, a numpy array, or a dict of them as in the CIFAR-N files,
-    whose entries are `clean_label`, `aggre_label`, `worse_label`, `random_label1` and so on, and `noisy_label` for CIFAR-100.
+    name). `label_files.load_label_file` lists the formats. A file of several label sets has names for them: CIFAR-N's are
+    `clean_label`, `aggre_label`, `worse_label`, `random_label1` and so on, and `noisy_label` for CIFAR-100.
+
+    Two files have an order of their own. The labels of CIFAR-N's `*_human_ordered.npy` are brought back to CIFAR's order by
+    its `image_order_*.npy`, which has to lie beside it or one folder above. A run's `labels.npz` holds positions.
 
     Args:
         file: the path.
-        key: which entry of a dict to take; a plain array must have none.
+        key: which of several label sets to take; a plain array and a `labels.npz` need none.
         clean_labels: int64 `(N,)` the data set's own labels, to find a file in another order or of another data set.
         num_classes: number of classes.
 
     Returns:
-        int64 `(N,)` in `[0, num_classes)`.
+        int64 `(N,)` in `[0, num_classes)`; `NO_LABEL` for images that a `labels.npz` says nothing about.
 
     Raises:
-        DataError: the file is missing, cannot be read, or does not fit the data set. A dict's `clean_label` must equal
-            `clean_labels`; the labels taken must agree with them more often than chance would.
+        DataError: the file is missing, cannot be read, or does not fit the data set. Clean labels in the file must equal
+            `clean_labels`; the labels taken must agree with them, see `check_agreement`.
     """
-    where = f"trainer.noise_file: {file!r}"
-    content = _load(Path(file).expanduser(), where)
+    path, where = Path(file).expanduser(), f"trainer.noise_file: {file!r}"
+    content = load_label_file(path, where)
+    order = np.arange(len(clean_labels))
     if isinstance(content, Mapping):
+        if key is None and content.keys() >= RUN_KEYS:
+            return _labels_of_a_run(content, where, clean_labels, num_classes)
         if CLEAN_KEY in content:
             declared = _as_labels(content[CLEAN_KEY], f"{where}, entry {CLEAN_KEY!r}", len(clean_labels), num_classes)
-            if not np.array_equal(declared, clean_labels):
-                differing = int(np.sum(declared != clean_labels))
-                raise DataError(
-                    f"{where}: its {CLEAN_KEY!r} differs from the data set's labels in {differing} of {len(clean_labels)} "
-                    "images: its order differs, or it belongs to another data set"
-                )
+            order = _order(declared, clean_labels, path, where)
         content = _entry(content, key, where)
         where = f"{where}, entry {key!r}"
     elif key is not None:
         raise DataError(f"{where} holds a single array, so it has no entry {key!r}")
-    noisy = _as_labels(content, where, len(clean_labels), num_classes)
-    agreement, chance = float(np.mean(noisy == clean_labels)), 1 / num_classes
-    if agreement <= chance + min(0.5 * chance, 0.1):
-        raise DataError(
-            f"{where}: only {agreement:.1%} of its labels are the data set's own, no more than by chance: "
-            "its order differs, or it belongs to another data set"
-        )
+    noisy = _as_labels(content, where, len(clean_labels), num_classes)[order]
+    check_agreement(noisy, clean_labels, num_classes, where)
     return noisy
 
 
-def _load(path: Path, where: str) -> Any:
-    if path.suffix not in (".npy", ".pt"):
-        raise DataError(f"{where}: expected a .npy or a .pt file")
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        with _numpy_allowed(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has more to say about pickles that it refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{where} does not exist") from None
-    except pickle.UnpicklingError:
-        raise DataError(f"{where}: holds something other than arrays of labels, or is damaged; nothing in it was run") from None
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{where}: cannot be read ({reason})") from None
+def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, where: str) -> None:
+    """Refuse labels that do not belong to these images, or that number the classes otherwise.
 
+    Labels that belong to the images agree with the clean ones more often than the same labels in a random order would: by
+    `DEVIATIONS` standard deviations, given the class frequencies of both (see `chance_agreement`). No other naming of the
+    classes agrees far better: that is by more than twice as much beyond its chance, and significantly. It is looked for in one
+    half of the images and measured in the other, so that it cannot fit the noise.
 
-def _numpy_allowed() -> AbstractContextManager:
-    """Let `torch.load(weights_only=True)` rebuild numpy arrays, and nothing else: CIFAR-N's `.pt` files hold these.
+    Args:
+        noisy: int64 `(N,)` the file's labels, in `[0, num_classes)`.
+        clean: int64 `(N,)` the data set's.
+        num_classes: number of classes.
+        where: how messages name the file.
 
-    The two names of one function are those that numpy 1 and numpy 2 write.
+    Raises:
+        DataError: they do not agree, or another naming agrees far better.
     """
-    rebuild = np._core.multiarray._reconstruct
-    rebuild_scalar = np._core.multiarray.scalar
-    names: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQfd")]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        names += [(rebuild, f"{module}._reconstruct"), (rebuild_scalar, f"{module}.scalar")]
-    return torch.serialization.safe_globals(names)
+    agreement = float(np.mean(noisy == clean))
+    if agreement == 1:
+        return
+    chance, deviation = chance_agreement(noisy, clean, num_classes)
+    names, tested = _best_naming(noisy, clean, num_classes)
+    renamed, seen = names[noisy[tested]], clean[tested]
+    other = float(np.mean(renamed == seen))
+    other_chance, other_deviation = chance_agreement(renamed, seen, num_classes)
+    gain, other_gain = agreement - chance, other - other_chance
+    if other_gain > 2 * gain and other_gain - max(gain, 0) > DEVIATIONS * other_deviation:
+        examples = [f"{label} for class {names[label]}" for label in np.unique(noisy) if names[label] != label]
+        raise DataError(
+            f"{where}: {agreement:.1%} of its labels are the data set's own, but {other:.1%} would be if they stood for other "
+            f"classes ({', '.join(examples[:3])}, ...): it numbers the classes otherwise, or holds other classes"
+        )
+    if agreement <= chance + DEVIATIONS * deviation:
+        raise DataError(
+            f"{where}: only {agreement:.1%} of its labels are the data set's own, no more than by chance "
+            f"({chance:.1%} +- {deviation:.1%} for these class frequencies): "
+            "its order differs, or it belongs to another data set"
+        )
 
 
-def _entry(content: Mapping, key: str | None, where: str) -> Any:
-    known = ", ".join(map(str, content))
+def chance_agreement(labels: np.ndarray, others: np.ndarray, num_classes: int) -> tuple[float, float]:
+    """Mean and standard deviation of the share of equal labels, if one of the two were in a random order.
+
+    With class frequencies p and q the mean is the sum of p_k q_k. Both are exact: of n images, with a_k and b_k labels of class
+    k, the number of equal ones has the mean S / n, where S is the sum of a_k b_k, and the second factorial moment
+    (S^2 + sum of a_k b_k (1 - a_k - b_k)) / (n (n - 1)).
+    """
+    n = len(labels)
+    first = np.bincount(labels, minlength=num_classes).astype(float)
+    second = np.bincount(others, minlength=num_classes).astype(float)
+    products = first * second
+    mean = products.sum() / n
+    if n < 2:
+        return mean / n, 0.0
+    factorial_moment = (products.sum() ** 2 + (products * (1 - first - second)).sum()) / (n * (n - 1))
+    variance = max(factorial_moment + mean - mean**2, 0.0)
+    return mean / n, float(np.sqrt(variance)) / n
+
+
+def _best_naming(noisy: np.ndarray, clean: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which class each label should stand for, int64 `(K,)`, to agree best with one half of the images; and the positions of
+    the other half."""
+    half = np.random.default_rng(0).permutation(len(clean))
+    fitted, tested = np.array_split(half, 2)
+    names = np.arange(num_classes)
+    if num_classes <= MOST_NAMED:
+        pairs = np.bincount(noisy[fitted] * num_classes + clean[fitted], minlength=num_classes**2)
+        # Of namings that agree equally well, that with more labels as they are.
+        gains = pairs.reshape(num_classes, num_classes) + np.eye(num_classes) / 2
+        names = linear_sum_assignment(gains, maximize=True)[1]
+    return names, tested
+
+
+def _labels_of_a_run(content: Mapping, where: str, clean_labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The labels of a run's `labels.npz` at their places. Positions behind the training set are those of a `val` folder."""
+    labels = np.full(len(clean_labels), NO_LABEL)
+    for part in ("train", "val"):
+        index = _as_array(content[f"{part}_index"], where)
+        if index.ndim != 1 or index.dtype.kind not in "iu" or (index < 0).any():
+            raise DataError(f"{where}, entry '{part}_index': expected positions in the training set")
+        own, noisy = (
+            _as_labels(content[f"{part}_{what}"], f"{where}, entry '{part}_{what}'", len(index), num_classes)
+            for what in ("clean_label", "label")
+        )
+        inside = index < len(clean_labels)
+        if part == "train" and not inside.all():
+            raise DataError(f"{where}: its run had more than the {len(clean_labels)} training images that there are")
+        index, own, noisy = index[inside], own[inside], noisy[inside]
+        differing = int(np.sum(own != clean_labels[index]))
+        if differing:
+            raise DataError(
+                f"{where}: its '{part}_clean_label' differs from the data set's labels in {differing} of {len(index)} images: "
+                "its run had another data set"
+            )
+        labels[index] = noisy
+    return labels
+
+
+def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: str) -> np.ndarray:
+    """The place in the file of every training image.
+
+    Raises:
+        DataError: the file's clean labels are not the data set's, nor after `image_order_*.npy`.
+    """
+    if np.array_equal(declared, clean_labels):
+        return np.arange(len(declared))
+    beside = [found for folder in (path.parent, path.parent.parent) for found in sorted(folder.glob(ORDER_FILES))]
+    for found in beside:
+        with suppress(*UNREADABLE):
+            # its n-th number is the place of the file's n-th image in the training set
+            places = np.load(found, allow_pickle=False).ravel()
+            if np.array_equal(np.sort(places), np.arange(len(declared))) and np.array_equal(declared, clean_labels[places]):
+                return np.argsort(places)
+    differing = int(np.sum(declared != clean_labels))
+    hint = f"; {beside[0].name} does not bring it into order" if beside else ""
+    if path.suffix == ".npy" and not beside:
+        hint = "; CIFAR-N's '_ordered' files need image_order_c10.npy or image_order_c100.npy beside them"
+    raise DataError(
+        f"{where}: its {CLEAN_KEY!r} differs from the data set's labels in {differing} of {len(clean_labels)} "
+        f"images: its order differs, or it belongs to another data set{hint}"
+    )
+
+
+def _entry(content: Mapping[str, Any], key: str | None, where: str) -> Any:
+    # names in a file may hold line breaks and control characters
+    known = ", ".join(repr(name)[1:-1] for name in content)
+    if key is None and len(content) == 1:
+        return next(iter(content.values()))
     if key is None:
         raise DataError(f"{where} holds several arrays; choose one with trainer.noise_key: {known}")
     if key not in content:
-        raise DataError(f"{where} has no entry {key!r}; its entries are: {known}{did_you_mean(key, map(str, content))}")
+        raise DataError(f"{where} has no entry {key!r}; its entries are: {known}{did_you_mean(key, content)}")
     return content[key]
 
 
 def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.ndarray:
-    array = values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    array = _as_array(values, where)
+    if array.shape == (length, 1):
+        array = array[:, 0]
     if array.shape != (length,):
         raise DataError(f"{where}: its shape is {array.shape}, expected ({length},), one label per training image")
     if array.dtype.kind not in "iu":
         raise DataError(f"{where}: its numbers are {array.dtype}, expected integers")
-    if array.min() < 0 or array.max() >= num_classes:
+    if length and (array.min() < 0 or array.max() >= num_classes):
         raise DataError(f"{where}: its labels go from {array.min()} to {array.max()}, expected 0 to {num_classes - 1}")
     return array.astype(np.int64)
+
+
+def _as_array(values: Any, where: str) -> np.ndarray:
+    try:
+        return values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        raise DataError(f"{where}: is not an array of integers") from None

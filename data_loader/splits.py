@@ -11,7 +11,9 @@ from base.errors import DataError
 from base.runtime import numpy_generator
 
 
-def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(
+    labels: np.ndarray, fraction: float, seed: int, key: str = "data_loader.args.validation_split"
+) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a fraction of every class.
 
     A class of n images gives up round(fraction * n) of them (halves round up), at least one if `fraction` is above 0.
@@ -20,6 +22,7 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
         labels: int64 `(N,)` clean labels.
         fraction: in `[0, 1)`.
         seed: the split is a pure function of labels, fraction and seed.
+        key: the config key that `fraction` comes from, for the error.
 
     Returns:
         `(train_index, held_out_index)`, int64, sorted and disjoint; together all of `range(N)`.
@@ -33,7 +36,7 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
         count = max(1, _round(fraction * len(members)))
         if count >= len(members):
             raise DataError(
-                f"data_loader.args.validation_split: {fraction} would hold out all {len(members)} images of class {label}; "
+                f"{key}: {fraction} would hold out all {len(members)} images of class {label}; "
                 "expected a value that leaves some for training"
             )
         held_out.append(members[:count])

@@ -9,12 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from base.errors import DataError
 from base.runtime import numpy_generator
 from data_loader.datasets import LabelledImages
 from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import FileImages, pixel_statistics
-from data_loader.label_noise import CLEAN, LabelNoise, apply_noise, realised_rate, transition_matrix
-from data_loader.noise_file import read_noise_file
+from data_loader.label_noise import (
+    CLEAN,
+    LabelNoise,
+    apply_noise,
+    explain_rate,
+    realised_rate,
+    transition_matrix,
+)
+from data_loader.noise_file import NO_LABEL, read_noise_file
 from data_loader.splits import stratified_split, stratified_subset
 
 STATISTICS_SAMPLE = 5000
@@ -35,7 +43,8 @@ class TrainingDataLoader(ImageDataLoader):
         data_dir: folder of the data set.
         batch_size: images per training batch; validation and test use max(batch_size, 256).
         shuffle: a new order every epoch.
-        validation_split: fraction of every class that is held out, in `[0, 1)`; see `splits.stratified_split`.
+        validation_split: fraction of every class that is held out, in `[0, 1)`; see `splits.stratified_split`. Without effect
+            where the data set names its validation images itself.
         num_workers: processes that decode image files; data that is in memory needs none.
         pin_memory: page-locked batches for image files on the way to a CUDA device.
         num_batches: above 0 ends the training epoch after that many batches; validation and test are never shortened.
@@ -50,6 +59,10 @@ class TrainingDataLoader(ImageDataLoader):
         flip: mirror half of the training images.
         cutout: side in pixels of a square overwritten with the mean in training images; 0 for none.
         device: where batches shall be.
+
+    Attributes:
+        names_validation: whether the data set names its validation images itself.
+        remarks: lines that the log of a run should hold about the data set.
 
     Raises:
         DataError: data is missing or broken, a class has too few images for the fractions, or the noise does not fit.
@@ -80,11 +93,19 @@ class TrainingDataLoader(ImageDataLoader):
     ) -> None:
         pin_memory = pin_memory and torch.device(device).type == "cuda"
         train, self._read_test = self._read(data_dir, num_workers, pin_memory)
-        remaining, self._val_index = stratified_split(train.labels, validation_split, seed)
+        self.names_validation = train.validation is not None
+        self.remarks = train.remarks
+        if train.validation is None:
+            remaining, self._val_index = stratified_split(train.labels, validation_split, seed)
+            self._val_images, val_labels = train.images.select(self._val_index), train.labels[self._val_index]
+        else:
+            remaining = np.arange(len(train.labels))
+            self._val_images, val_labels = train.validation.images, train.validation.labels
+            # their numbers go on behind those of the training set
+            self._val_index = len(train.labels) + np.arange(len(val_labels))
         self._train_index = stratified_subset(remaining, train.labels, subset_percent, seed)
         self._noise = noise
-        self._label_arrays = self._draw_labels(train, seed)
-        self._val_images = train.images.select(self._val_index)
+        self._label_arrays = self._draw_labels(train, val_labels, seed)
         self._validation: ImageDataLoader | None = None
         self._test_loader: ImageDataLoader | None = None
         super().__init__(
@@ -114,21 +135,36 @@ class TrainingDataLoader(ImageDataLoader):
         """Whether so many images may be kept in memory."""
         return True
 
-    def _draw_labels(self, train: LabelledImages, seed: int) -> dict[str, np.ndarray]:
+    def _draw_labels(self, train: LabelledImages, val_labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         noise, from_file = self._noise, None
         if noise.kind == "file":
             from_file = read_noise_file(str(noise.file), noise.key, train.labels, len(train.class_names))
         arrays = {}
-        for part, index in (("train", self._train_index), ("val", self._val_index)):
-            clean = train.labels[index]
+        for part, index, clean in (
+            ("train", self._train_index, train.labels[self._train_index]),
+            ("val", self._val_index, val_labels),
+        ):
             if part == "val" and not noise.on_validation:
                 noisy = clean
-            elif from_file is not None:
-                noisy = from_file[index]
-            else:
+            elif from_file is None:
                 noisy = apply_noise(clean, train.class_names, noise, numpy_generator(seed, f"label noise {part}"))
+            elif part == "val" and self.names_validation:
+                # the file speaks of the training set
+                noisy = clean
+            else:
+                noisy = self._labels_of_file(from_file, index, part)
             arrays.update({f"{part}_index": index, f"{part}_label": noisy, f"{part}_clean_label": clean})
         return arrays
+
+    def _labels_of_file(self, labels: np.ndarray, index: np.ndarray, part: str) -> np.ndarray:
+        chosen = labels[index]
+        missing = int(np.sum(chosen == NO_LABEL))
+        if missing:
+            raise DataError(
+                f"trainer.noise_file: {self._noise.file!r} holds no labels for {missing} of the "
+                f"{len(index)} {part} images: its run used fewer images of the training set"
+            )
+        return chosen
 
     def _mean_and_std(
         self, mean: Sequence[float] | None, std: Sequence[float] | None
@@ -141,6 +177,16 @@ class TrainingDataLoader(ImageDataLoader):
             own_mean, own_std = pixel_statistics(images)
             mean, std = mean or own_mean, std or own_std
         return tuple(map(float, mean)), tuple(map(float, std))
+
+    def prepare(self) -> None:
+        """Decode now what is to stay in memory.
+
+        Other training images are decoded by the first epoch anyway, which finds a broken one.
+
+        Raises:
+            DataError: a file cannot be decoded.
+        """
+        _ = self.images
 
     def split_validation(self) -> ImageDataLoader | None:
         if len(self._val_index) == 0:
@@ -180,7 +226,8 @@ class TrainingDataLoader(ImageDataLoader):
     def label_arrays(self) -> dict[str, np.ndarray]:
         """What `labels.npz` of a run folder holds: `train_index, train_label, train_clean_label` and the same for `val`.
 
-        int64; an index is a position in the original training set. With label noise there is also `transition_matrix`, float64,
+        int64; an index is a position in the original training set, behind whose end validation images that the data set names
+        itself are counted on. With label noise there is also `transition_matrix`, float64,
         of the training labels. Copies: changing them changes nothing here.
         """
         arrays = {name: array.copy() for name, array in self._label_arrays.items()}
@@ -208,6 +255,12 @@ class TrainingDataLoader(ImageDataLoader):
             "train_rate": realised_rate(clean, noisy),
             "val_rate": realised_rate(arrays["val_clean_label"], arrays["val_label"]) if len(self._val_index) else None,
         }
+
+    def noise_warning(self) -> str | None:
+        """What to say where the realised noise rate is not about the one asked for; None where it is. See `explain_rate`."""
+        arrays = self._label_arrays
+        rate = realised_rate(arrays["train_clean_label"], arrays["train_label"])
+        return explain_rate(self._noise, self.class_names, rate) if self._noise.active else None
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of split and labels: two runs with the same one trained and validated on the same labels."""

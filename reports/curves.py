@@ -23,6 +23,8 @@ AXIS_LABELS = {
     "trainer.subset_percent": "fraction of the training set (trainer.subset_percent)",
     "seed": "seed",
 }
+NOISE_KEY = "trainer.percent"
+REALISED_LABEL = "realised rate of label noise (asked for by trainer.percent)"
 MOST_BANDS = 6
 """More of them would be one grey area."""
 EPSILON_UNITS = {"linf": "1/255 of the pixel range, l-inf", "l2": "units of the pixel range, l2"}
@@ -58,7 +60,8 @@ def against_figure(cells: Sequence[Group], key: str, metrics: Sequence[str] | No
 
     A point is the mean over the seeds of a cell, its bar one sample standard deviation to either side. Cells that have equal
     values of all other keys that they are grouped by are joined by a line. If more of their configs differs than the key, a
-    warning names it.
+    warning names it. Points against `trainer.percent` stand at the realised rate of label noise, the mean of a cell's runs,
+    where all runs have recorded it; the axis says which of the two is shown.
 
     Args:
         cells: groups of finished runs, the last of whose keys is `key`.
@@ -78,10 +81,13 @@ def against_figure(cells: Sequence[Group], key: str, metrics: Sequence[str] | No
         series.setdefault(cell.line, []).append(cell)
     for name, members in series.items():
         _warn_of_other_differences(name, members, key)
-    lines = {metric: [_against_key(members, metric) for members in series.values()] for metric in clean_first(metrics)}
+    realised = key == NOISE_KEY and all(run.noise_rate is not None for run in runs)
+    lines = {
+        metric: [_against_key(members, metric, realised) for members in series.values()] for metric in clean_first(metrics)
+    }
     figure = panels_figure(list(series), lines, spread="error bars", each=points_and_bars)
     for axes in figure.axes:
-        axes.set_xlabel(_axis_label(key, runs))
+        axes.set_xlabel(REALISED_LABEL if realised else _axis_label(key, runs))
     return figure
 
 
@@ -129,12 +135,16 @@ def _against_epochs(group: Group, metric: str) -> Curve | None:
     return _curve(epochs, [[values[epoch] for values in measured] for epoch in epochs], metric) if epochs else None
 
 
-def _against_key(cells: Sequence[Group], metric: str) -> Curve | None:
-    points = {
-        cell.values[-1]: [value for run in cell.runs if (value := final_value(run, metric)) is not None] for cell in cells
-    }
-    points = {x: values for x, values in sorted(points.items()) if values}
-    return _curve(list(points), list(points.values()), metric) if points else None
+def _against_key(cells: Sequence[Group], metric: str, realised: bool) -> Curve | None:
+    """The curve of a line of cells; `realised` puts them at their runs' rates of label noise."""
+    points = []
+    for cell in cells:
+        place = float(np.mean([run.noise_rate for run in cell.runs])) if realised else cell.values[-1]
+        values = [value for run in cell.runs if (value := final_value(run, metric)) is not None]
+        if values:
+            points.append((place, values))
+    points.sort(key=lambda point: point[0])
+    return _curve(*zip(*points, strict=True), metric) if points else None
 
 
 def final_value(run: Run, metric: str) -> float | None:

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
 
 from base.config import Config
 from base.config_files import load_config
@@ -53,6 +56,17 @@ class Run:
         """The value of a name in `result.json`; None where the run is not finished or did not measure it."""
         value = (self.result or {}).get(metric)
         return None if value is None else _number(value, metric, self.folder / "result.json")
+
+    @property
+    def noise_rate(self) -> float | None:
+        """The share of training labels that label noise has changed, in `[0, 1]`; None where the folder does not say it.
+
+        It stands in `result.json`; older runs have it in their `labels.npz` only.
+        """
+        if not self.settings["trainer.percent"] and self.settings["trainer.noise_file"] is None:
+            return 0.0
+        recorded = self.outcome("noise_rate")
+        return _rate_of_labels(self.folder / "labels.npz") if recorded is None else recorded
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -184,6 +198,14 @@ def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
+        return None
+
+
+def _rate_of_labels(file: Path) -> float | None:
+    try:
+        with np.load(file, allow_pickle=False) as labels:
+            return float(np.mean(labels["train_label"] != labels["train_clean_label"]))
+    except (OSError, ValueError, KeyError, BadZipFile):
         return None
 
 

@@ -97,6 +97,26 @@ def test_final_values_against_a_key(make_run, tmp_path):
     assert np.allclose(last.get_xydata(), [(0.2, 75), (0.4, 55)])
 
 
+def test_noise_is_drawn_at_the_rate_that_was_realised(make_run, tmp_path):
+    rates = {(0, 0.5): 0.26, (1, 0.5): 0.24, (0, 0.1): 0.05}
+    for (seed, rate), realised in rates.items():
+        noisy(make_run, seed, rate, [0.5], {"test_top1": 0.3, "noise_rate": realised})
+    older = noisy(make_run, 1, 0.1, [0.5], {"test_top1": 0.3})
+    clean = np.arange(50) % 3
+    changed = np.where(np.arange(50) < 3, (clean + 1) % 3, clean)
+    np.savez(older / "labels.npz", train_label=changed, train_clean_label=clean)
+    noisy(make_run, 0, 0.0, [0.5], {"test_top1": 0.9})
+    cells = group_runs(find_runs([tmp_path]), ["trainer.percent"])
+    axes = against_figure(cells, "trainer.percent", ["test_top1"]).axes[0]
+    assert np.allclose(axes.lines[0].get_xdata(), [0, (0.05 + 0.06) / 2, 0.25])
+    assert np.allclose(axes.lines[0].get_ydata(), [90, 30, 30])
+    assert axes.get_xlabel() == "realised rate of label noise (asked for by trainer.percent)"
+    (older / "labels.npz").write_bytes(b"damaged")
+    axes = against_figure(cells, "trainer.percent", ["test_top1"]).axes[0]
+    assert np.allclose(axes.lines[0].get_xdata(), [0, 0.1, 0.5]), "not known of one of them"
+    assert axes.get_xlabel() == "rate of label noise (trainer.percent)"
+
+
 def test_axis_of_epsilon_has_its_unit_and_other_differences_are_named(make_run, tmp_path, caplog):
     for epsilon, epochs in ((4, 10), (8, 20)):
         make_run(f"{epsilon}", {"val_top1": [0.5]}, {"x": 1}, trainer={"epochs": epochs}, adversarial={"epsilon": epsilon})

@@ -1,0 +1,195 @@
+"""Files of labels, from anybody: `.npy`, `.npz`, `.pt`, `.json` and `.csv`. Nothing in them is ever executed."""
+
+import csv
+import json
+import pickle
+import re
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+import torch
+
+from base.errors import DataError
+
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError, OverflowError, MemoryError,
+    csv.Error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What the readers raise on damaged and on hostile files."""
+
+
+def load_label_file(path: Path, where: str) -> Any:
+    """What a file holds: an array or a list, or a dict of several by name.
+
+    `.npy` holds an array, or a pickled dict of arrays, as some of CIFAR-N's files do; `.npz` several
+    arrays; `.pt` and `.pth` a tensor, an array or a dict of them; `.json` a list or an object of
+    lists; `.csv` columns, under a header or under their numbers from 0 on.
+
+    Args:
+        path: the file.
+        where: how messages name it.
+
+    Raises:
+        DataError: the file is missing, of another type, or cannot be read.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{where}: expected one of the types {' '.join(READERS)}")
+    try:
+        content = reader(path)
+    except FileNotFoundError:
+        raise DataError(f"{where} does not exist") from None
+    except pickle.UnpicklingError:
+        raise DataError(f"{where}: holds something other than arrays of labels, or is damaged; nothing in it was run") from None
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{where}: cannot be read ({reason})") from None
+    return {str(name): values for name, values in content.items()} if isinstance(content, dict) else content
+
+
+def _read_npy(path: Path) -> Any:
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0) and np.lib.format.read_array_header_1_0(file)[2].hasobject:
+            return _read_pickled_arrays(file)
+    return np.load(path, allow_pickle=False)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _read_torch(path: Path) -> Any:
+    with _numpy_allowed(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has more to say about pickles that it refuses
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_json(path: Path) -> Any:
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(content, list | dict):
+        raise ValueError(f"it holds {type(content).__name__}, expected a list of labels or an object of such lists")
+    return content
+
+
+def _read_csv(path: Path) -> Any:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        first = file.readline()
+        file.seek(0)
+        delimiter = max(",;\t", key=first.count)
+        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+    if not rows:
+        raise ValueError("it is empty")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"row {number} has {len(row)} columns, the first one {len(rows[0])}")
+    has_header = not all(map(_is_integer, rows[0]))
+    names = [name.strip() for name in rows.pop(0)] if has_header else list(map(str, range(len(rows[0]))))
+    columns = [_as_integers(column) for column in zip(*rows, strict=True)]
+    if not columns:
+        raise ValueError("it holds nothing but a header")
+    return dict(zip(names, columns, strict=True))
+
+
+def _is_integer(text: str) -> bool:
+    return re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text) is not None
+
+
+def _as_integers(column: tuple[str, ...]) -> np.ndarray:
+    """int64 where all of a column are integers; words otherwise."""
+    return np.array(column).astype(np.int64) if all(map(_is_integer, column)) else np.array(column)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+    ".json": _read_json,
+    ".csv": _read_csv,
+}
+
+
+def _numpy_allowed() -> AbstractContextManager:
+    """Let `torch.load(weights_only=True)` rebuild numpy arrays, and nothing else: CIFAR-N's `.pt` files hold these.
+
+    The two names of one function are those that numpy 1 and numpy 2 write.
+    """
+    rebuild = np._core.multiarray._reconstruct
+    rebuild_scalar = np._core.multiarray.scalar
+    names: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQfd")]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        names += [(rebuild, f"{module}._reconstruct"), (rebuild_scalar, f"{module}.scalar")]
+    return torch.serialization.safe_globals(names)
+
+
+class _PickledDtype:
+    """Takes the place of `numpy.dtype` in a pickle."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.byte_order = code, "|"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.byte_order = state[1]
+
+    def read(self, raw: bytes) -> np.ndarray:
+        """Numbers of this type; ValueError where it is a type of anything else."""
+        if self.code == "O" or not re.fullmatch(r"[biuf][1248]", self.code) or self.byte_order not in ("<", ">", "|", "="):
+            raise ValueError(f"it holds arrays of type {self.code!r}, expected integers")
+        return np.frombuffer(raw, np.dtype(f"{self.byte_order}{self.code}"))
+
+
+class _PickledArray:
+    """Takes the place of a `numpy.ndarray` in a pickle: what the file says goes to no code of numpy before it is checked."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, self.shape, self.dtype, self.fortran, self.data = state
+
+    @property
+    def values(self) -> Any:
+        """The array; of an array of objects the list of them."""
+        if isinstance(self.data, list):
+            return self.data
+        return self.dtype.read(self.data).reshape(self.shape, order="F" if self.fortran else "C")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads a pickle of arrays and plain values, and refuses whatever else is named in it."""
+
+    NAMES: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy", "ndarray"): _PickledArray,
+        ("numpy", "dtype"): _PickledDtype,
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes in pickles of protocol 2
+        **{
+            (module, name): stand_in
+            for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+            for name, stand_in in (
+                ("_reconstruct", lambda *_: _PickledArray()),
+                ("scalar", lambda dtype, raw: dtype.read(raw)[0].item()),
+            )
+        },
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.NAMES:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return self.NAMES[module, name]
+
+
+def _read_pickled_arrays(file: BinaryIO) -> Any:
+    array = _ArrayUnpickler(file).load()
+    if not isinstance(array, _PickledArray):
+        raise pickle.UnpicklingError("no array")
+    content = array.values
+    if array.shape == () and isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+        return {
+            name: values.values if isinstance(values, _PickledArray) else values for name, values in content[0].items()
+        }
+    return content
