@@ -15,18 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from base.atomic import link_or_copy, replacing
+from base.checkpoint_schema import check_readable
 from base.errors import CheckpointError
 from base.seal import check_seal, seal
 
 SCHEMA_VERSION = 2
 """Of what is written here; since version 2 every checkpoint is sealed."""
-TYPES = {
-    **dict.fromkeys(("schema_version", "epoch", "batch", "ema_updates"), int),
-    **dict.fromkeys(("ema_state_dict", "config", "optimizer", "scheduler", "progress", "totals", "method", "rng"), dict),
-    **dict.fromkeys(("mean", "std", "class_names"), (list, tuple)),
-    **dict.fromkeys(("fingerprint", "optimizer_type", "scheduler_type"), str),
-}
-"""What is made sure of before a checkpoint is handed on, for a file may come from anywhere."""
 BEST, LAST, NUMBERED = "model_best.pth", "model_last.pth", "model_epoch_{}.pth"
 
 
@@ -150,9 +144,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is no readable checkpoint: {_reason(error)}") from None
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
         raise CheckpointError(f"{file}: is no checkpoint: it holds no 'state_dict'")
-    for key, value in contents.items():
-        if key in TYPES and not isinstance(value, TYPES[key]):
-            raise CheckpointError(f"{file}: is no checkpoint: {key!r} is of type {type(value).__name__}")
+    check_readable(contents, file)
     version = contents.get("schema_version", 0)
     if version > SCHEMA_VERSION:
         raise CheckpointError(f"{file}: has schema version {version}; this code reads versions up to {SCHEMA_VERSION}")
