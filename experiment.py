@@ -141,8 +141,9 @@ class Experiment:
             experiment = cls.from_config(run.config)
             experiment.refuse_other_data(run)
             trainer = experiment.build_trainer(folder)
-            instead = run.problem and f"{run.problem}: going on from {run.file.name} instead"
-            return experiment._run(trainer, resumed_with=[instead, trainer.resume(run.checkpoint, run.file)])
+            # a resume that is refused leaves everything as it was
+            best = trainer.resume(run.checkpoint, run.file)
+            return experiment._run(trainer, resumed_with=[run.set_aside_damaged(), best])
 
     def refuse_other_data(self, run: SavedRun) -> None:
         """Refuse to continue a run on other images, labels or classes.
@@ -257,7 +258,8 @@ class Experiment:
         labels = loader.label_arrays()
         if rank() == 0:
             write_json(folder / "config.json", self.config.dump())
-            record_environment(folder, resumed)
+            for warning in record_environment(folder, resumed):
+                logger.warning(warning)
             with replacing(folder / "labels.npz") as file:
                 np.savez_compressed(file, **labels)
         logger.info("run folder %s", folder)

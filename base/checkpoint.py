@@ -71,6 +71,23 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in (LAST, BEST)) or bool(numbered(folder))
 
 
+def set_aside(file: Path) -> Path:
+    """Give a damaged checkpoint a name that nothing else is written to, and return that: what is left of it may still be
+    wanted.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    kept, number = file.with_name(f"{file.name}.damaged"), 1
+    while kept.exists():
+        number += 1
+        kept = file.with_name(f"{file.name}.damaged-{number}")
+    try:
+        return file.rename(kept)
+    except OSError as error:
+        raise CheckpointError(f"{kept}: cannot be written: {_reason(error)}") from error
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint file that `path` means: itself, or of a run folder the best model, before there is one the last.
 

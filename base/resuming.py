@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint import load_to_resume
+from base.checkpoint import LAST, load_to_resume, set_aside
 from base.checkpoint_schema import check_training_state
 from base.config import Config
 from base.config_files import Override, merge, override, read_tree, validate
@@ -45,6 +45,19 @@ class SavedRun:
     checkpoint: dict[str, Any]
     config: Config
     problem: str | None = None
+
+    def set_aside_damaged(self) -> str | None:
+        """Keep a damaged last checkpoint under another name, as training writes a new one; returns what there is to warn of.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        if self.problem is None:
+            return None
+        last = self.file.parent / LAST
+        kept = from_first(lambda: set_aside(last).name if last.exists() else None)
+        kept = f" (kept as {kept})" if kept else ""
+        return f"{self.problem}{kept}: going on from {self.file.name} instead"
 
 
 def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Override] = ()) -> SavedRun:
