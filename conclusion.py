@@ -15,6 +15,7 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
 from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from base.config import Config
+from base.errors import CheckpointError
 from base.ranks import from_first, rank
 from base.run_folder import describe, write_json
 from data_loader.splits import some_of_every_class
@@ -46,6 +47,8 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         saved, averaged = from_first(lambda: load_checkpoint(folder / BEST)), None
         load_weights(trainer.model, saved["state_dict"], folder / BEST)
         if trainer.average:
+            if "ema_state_dict" not in saved:
+                raise CheckpointError(f"{folder / BEST}: holds no averaged weights, but trainer.ema_decay asks for them")
             averaged = deepcopy(trainer.model)
             load_weights(averaged, saved["ema_state_dict"], folder / BEST)
         best = test.of_both(trainer.model, averaged, [folder / BEST])

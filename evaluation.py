@@ -17,7 +17,7 @@ from attacks.figures import check_format
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
-from base.command_line import Parser, set_overrides
+from base.command_line import Parser, path_word, set_overrides
 from base.config import Config
 from base.config_files import Override, merge, override, read_tree, validate
 from base.errors import CheckpointError, ConfigError, DataError
@@ -75,8 +75,10 @@ def evaluation_parser(
     """The flags of every script that evaluates a checkpoint, `-s -c -d --ema --set --json --figure --debug`; `json` and
     `figure` say what is written."""
     parser = Parser(description=description, allow_abbrev=False)
-    parser.add_argument("-s", "--checkpoint", required=True, help="checkpoint, or run folder, which stands for its best model")
-    parser.add_argument("-c", "--config", help="config file; not needed where the checkpoint holds its own")
+    about = "checkpoint, or run folder, which stands for its best model"
+    parser.add_argument("-s", "--checkpoint", required=True, type=path_word, help=about)
+    about = "config file; not needed where the checkpoint holds its own"
+    parser.add_argument("-c", "--config", type=path_word, help=about)
     parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +145,40 @@ class Experiment:
             experiment = cls.from_config(run.config, begun=True)
             experiment.refuse_other_data(run)
             trainer = experiment.build_trainer(folder)
-            instead = run.problem and f"{run.problem}: going on from {run.file.name} instead"
-            return experiment._run(trainer, resumed_with=[instead, trainer.resume(run.checkpoint, run.file)])
+            # a resume that is refused leaves everything as it was
+            best = trainer.resume(run.checkpoint, run.file)
+            return experiment._run(trainer, resumed_with=[run.set_aside_damaged(), best])
 
     def refuse_other_data(self, run: SavedRun) -> None:
-        """Refuse to continue a run on other images or labels.
+        """Refuse to continue a run on other images, labels or classes.
 
         Raises:
-            CheckpointError: the checkpoint's are others.
+            CheckpointError: the checkpoint's are others. Those from before there were digests of images are compared by mean
+                and standard deviation of the training images only.
         """
         loader, checkpoint = self.train_loader, run.checkpoint
-        same_pixels = np.allclose([*loader.mean, *loader.std], [*checkpoint["mean"], *checkpoint["std"]], rtol=0, atol=1e-6)
-        if loader.fingerprint() != checkpoint["fingerprint"] or not same_pixels:
-            raise CheckpointError(f"{run.file}: was trained on other images or labels than data_loader.args.data_dir now holds")
+        different = []
+        if loader.fingerprint() != checkpoint["fingerprint"]:
+            different.append("labels")
+        numbers, saved = [*loader.mean, *loader.std], [*checkpoint["mean"], *checkpoint["std"]]
+        if len(numbers) != len(saved) or not np.allclose(numbers, saved, rtol=0, atol=1e-6):
+            different.append("mean or std of the pixels")
+        saved = checkpoint.get("image_fingerprints")
+        if saved is not None:
+            now = loader.image_fingerprints()
+            different += [part for part in sorted(now | saved) if now.get(part) != saved.get(part)]
+        names = checkpoint["class_names"]
+        if list(loader.class_names) != list(names):
+            pairs = enumerate(zip_longest(names, loader.class_names))
+            number, (there, here) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+            different.append(f"class {number} is {there!r} there, {here!r} here")
+        if different:
+            place = "data_loader.args.data_dir"
+            if self.config.trainer.noise_file is not None:
+                place += " (or trainer.noise_file)"
+            raise CheckpointError(
+                f"{run.file}: was trained on other images or labels than {place} now holds: {', '.join(different)}"
+            )
 
     def _run(self, trainer: BaseTrainer, resumed_with: list[str | None] | None = None) -> dict[str, Any]:
         """Train and conclude; `resumed_with` are the warnings of a resume, None for a new run."""
@@ -201,6 +223,7 @@ class Experiment:
                 "std": list(self.train_loader.std),
                 "class_names": list(self.train_loader.class_names),
                 "fingerprint": self.train_loader.fingerprint(),
+                "image_fingerprints": self.train_loader.image_fingerprints(),
                 "versions": package_versions(),
             },
         )
@@ -239,7 +262,8 @@ class Experiment:
         labels = loader.label_arrays()
         if rank() == 0:
             write_json(folder / "config.json", self.config.dump())
-            record_environment(folder, resumed)
+            for warning in record_environment(folder, resumed):
+                logger.warning(warning)
             with replacing(folder / "labels.npz") as file:
                 np.savez_compressed(file, **labels)
         logger.info("run folder %s", folder)

@@ -1,5 +1,6 @@
 """BaseDataLoader: what the trainer and the attacks see of any data set."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -61,3 +62,14 @@ class BaseDataLoader(ABC):
     @abstractmethod
     def test_loader(self) -> "BaseDataLoader":
         """The test set, neither shuffled nor augmented, always with clean labels."""
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of the labels: a run goes on only with the same ones."""
+        return hashlib.sha256(self.labels.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+    def image_fingerprints(self) -> dict[str, str]:
+        """What images a run trains and is tested on: a name in words -> digest of them; empty where that is not known.
+
+        A digest depends on what the images are, not on where they lie, so that data may move between two parts of a run.
+        """
+        return {}

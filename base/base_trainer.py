@@ -19,6 +19,7 @@ from base.config import Config
 from base.errors import CheckpointError, Stopped
 from base.finite import FiniteCheck
 from base.optimization import Schedule, load_optimizer
+from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 from base.progress import Progress
 from base.ranks import Share, largest, leave_the_word_to_the_first, quiet, rank, share_of, world_size
 from base.replicas import equalise, replicate
@@ -173,7 +174,7 @@ class BaseTrainer(ABC):
         return {}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional
-        """Continue from what `method_state` returned."""
+        """Continue from what `method_state` returned; raises a `ValueError` that says what is wrong with it."""
 
     def checkpoint(self) -> dict[str, Any]:
         """Everything `resume` needs and a reader of the weights, whatever number of processes train. All of them call it.
@@ -192,7 +193,7 @@ class BaseTrainer(ABC):
             "epoch": self.progress.epochs_done,
             "batch": self.progress.batches_done,
             "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": named_optimizer_state(self.optimizer, self.model),
             "optimizer_type": type(self.optimizer).__name__,
             "scheduler": self.schedule.state_dict(),
             "scheduler_type": self.config.lr_scheduler.type,
@@ -206,8 +207,14 @@ class BaseTrainer(ABC):
     def resume(self, checkpoint: Mapping[str, Any], source: Path) -> str | None:
         """Continue from a checkpoint of this run; returns what there is to warn of.
 
+        Nothing is written before all has been checked.
+
+        Args:
+            checkpoint: as `base.checkpoint_schema.check_training_state` has checked it.
+            source: its file.
+
         Raises:
-            CheckpointError: it is of another architecture, optimiser or schedule, or holds no training state.
+            CheckpointError: it does not fit this model, optimizer, schedule or training method.
         """
         if "progress" not in checkpoint:
             raise CheckpointError(f"{source}: holds no training state (ConvNorm's format): it can be evaluated, not resumed")
@@ -216,21 +223,43 @@ class BaseTrainer(ABC):
             if checkpoint[key] != ours:
                 raise CheckpointError(f"{source}: was trained with {key} {checkpoint[key]}, this config has {ours}")
         self.progress = progress = Progress(**checkpoint["progress"])
-        warning = self.checkpoints.restore_best(progress, source, finished=self.finished)
+        batches = len(self.train_loader)
+        if progress.batches_done > batches:
+            raise CheckpointError(f"{source}: has done {progress.batches_done} batches of an epoch of {batches}")
+        steps = progress.epochs_done
+        if self.schedule.steps_by_batch:
+            steps = steps * batches + progress.batches_done
+        optimizer = checked_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"], source)
+        schedule = checked_schedule_state(checkpoint["scheduler"], self.schedule.state_dict(), steps, source)
         load_weights(self.model, checkpoint["state_dict"], source)
-        load_optimizer(self.optimizer, checkpoint["optimizer"])
+        load_optimizer(self.optimizer, optimizer)
         self.finite.forget()
-        self.schedule.load_state_dict(checkpoint["scheduler"])
+        self.schedule.load_state_dict(schedule)
         if rank() == 0:  # they are those of all processes
             self.totals.load_state_dict(checkpoint["totals"], self.device)
-        self.load_method_state(checkpoint.get("method", {}))
+        try:
+            self.load_method_state(checkpoint.get("method", {}))
+        except ValueError as error:
+            raise CheckpointError(f"{source}: method: {error}") from None
         if self.average is not None:
-            self.average.load_state_dict(checkpoint["ema_state_dict"], checkpoint["ema_updates"])
-        if rank() == 0:
-            set_rng_state(checkpoint["rng"])
-        else:  # it holds those of rank 0, and copies shall not drop the same units
+            for key in ("ema_state_dict", "ema_updates"):
+                if key not in checkpoint:
+                    raise CheckpointError(f"{source}: {key!r} is missing, but trainer.ema_decay asks for averaged weights")
+            self.average.load_state_dict(checkpoint["ema_state_dict"], checkpoint["ema_updates"], source)
+        self._restore_generators(checkpoint["rng"], source)
+        return self.checkpoints.restore_best(progress, source, finished=self.finished)
+
+    def _restore_generators(self, states: Mapping[str, Any], source: Path) -> None:
+        """Go on with torch's global generators as they were; with several processes they are those of rank 0."""
+        progress = self.progress
+        if rank() > 0:  # copies shall not drop the same units
             seed_global_generators(self.config.seed, f"training {rank()} {progress.epochs_done} {progress.batches_done}")
-        return warning
+            return
+        try:
+            set_rng_state(states)
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{source}: rng: is not the state of a generator of torch: {reason}") from None
 
     def _train_epoch(self) -> dict[str, Any]:
         self.model.train()

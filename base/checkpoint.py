@@ -15,18 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from base.atomic import link_or_copy, replacing
+from base.checkpoint_schema import check_readable
 from base.errors import CheckpointError
 from base.seal import check_seal, seal
 
 SCHEMA_VERSION = 2
 """Of what is written here; since version 2 every checkpoint is sealed."""
-TYPES = {
-    **dict.fromkeys(("schema_version", "epoch", "batch", "ema_updates"), int),
-    **dict.fromkeys(("ema_state_dict", "config", "optimizer", "scheduler", "progress", "totals", "method", "rng"), dict),
-    **dict.fromkeys(("mean", "std", "class_names"), (list, tuple)),
-    **dict.fromkeys(("fingerprint", "optimizer_type", "scheduler_type"), str),
-}
-"""What is made sure of before a checkpoint is handed on, for a file may come from anywhere."""
 BEST, LAST, NUMBERED = "model_best.pth", "model_last.pth", "model_epoch_{}.pth"
 
 
@@ -75,6 +69,23 @@ def numbered(folder: Path) -> dict[int, Path]:
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run has saved anything in `folder`, be it good or not: then nothing may begin anew there."""
     return any((folder / name).exists() for name in (LAST, BEST)) or bool(numbered(folder))
+
+
+def set_aside(file: Path) -> Path:
+    """Give a damaged checkpoint a name that nothing else is written to, and return that: what is left of it may still be
+    wanted.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    kept, number = file.with_name(f"{file.name}.damaged"), 1
+    while kept.exists():
+        number += 1
+        kept = file.with_name(f"{file.name}.damaged-{number}")
+    try:
+        return file.rename(kept)
+    except OSError as error:
+        raise CheckpointError(f"{kept}: cannot be written: {_reason(error)}") from error
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -150,9 +161,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is no readable checkpoint: {_reason(error)}") from None
     if not isinstance(contents, dict) or not isinstance(contents.get("state_dict"), dict):
         raise CheckpointError(f"{file}: is no checkpoint: it holds no 'state_dict'")
-    for key, value in contents.items():
-        if key in TYPES and not isinstance(value, TYPES[key]):
-            raise CheckpointError(f"{file}: is no checkpoint: {key!r} is of type {type(value).__name__}")
+    check_readable(contents, file)
     version = contents.get("schema_version", 0)
     if version > SCHEMA_VERSION:
         raise CheckpointError(f"{file}: has schema version {version}; this code reads versions up to {SCHEMA_VERSION}")

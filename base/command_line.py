@@ -42,13 +42,13 @@ class Parser(argparse.ArgumentParser):
 def config_parser(description: str) -> Parser:
     """A parser for scripts that run a config: `-c -r -d --run_dir --set` and ConvNorm's short flags."""
     parser = Parser(description=description, allow_abbrev=False)
-    expand = os.path.expanduser  # as the shell does not do it behind an equals sign or within quotes
-    parser.add_argument("-c", "--config", type=expand, help="config file")
+    parser.add_argument("-c", "--config", type=path_word, help="config file")
     parser.add_argument(
-        "-r", "--resume", metavar="CHECKPOINT", type=expand, help="checkpoint or run folder to continue, in that folder"
+        "-r", "--resume", metavar="CHECKPOINT", type=path_word, help="checkpoint or run folder to continue, in that folder"
     )
     parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
-    parser.add_argument("--run_dir", metavar="DIR", help="write exactly here instead of <save_dir>/<name>/<run id>")
+    about = "write exactly here instead of <save_dir>/<name>/<run id>"
+    parser.add_argument("--run_dir", metavar="DIR", type=path_word, help=about)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value, such as trainer.epochs=10"
     )
@@ -57,6 +57,16 @@ def config_parser(description: str) -> Parser:
         optional = {"nargs": "?", "const": "true"} if key in BOOLEANS else {}
         parser.add_argument(*flags, dest=key, metavar="VALUE", help=f"{text} ({key})", **optional)
     return parser
+
+
+def path_word(word: str) -> str:
+    """A path on the command line, with its home folder, as the shell does not do it behind an equals sign or within quotes.
+
+    An empty word is what a script with an unset variable hands over: it does not mean that the flag was left out.
+    """
+    if not word:
+        raise argparse.ArgumentTypeError("expected a path, not an empty word")
+    return os.path.expanduser(word)  # noqa: PTH111 - unlike Path's, it leaves the name of a user that is not here
 
 
 def config_overrides(arguments: argparse.Namespace) -> list[Override]:

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass, field
 from math import inf, isnan
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from base.config_section import Count, Positive
+
+Value = int | float | None
+"""What an epoch logs under one name; None where it could not be measured."""
 
 
 @dataclass
@@ -22,16 +29,16 @@ class Progress:
         images_seen: images trained on, counted once per minibatch.
     """
 
-    epochs_done: int = 0
-    batches_done: int = 0
-    learning_rate: float | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    epochs_done: Count = 0
+    batches_done: Count = 0
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    history: list[dict[str, Value]] = field(default_factory=list)
     best_value: float | None = None
-    best_epoch: int | None = None
-    best_since: int = 1
-    epochs_without_improvement: int = 0
-    train_seconds: float = 0.0
-    images_seen: int = 0
+    best_epoch: Positive | None = None
+    best_since: Positive = 1
+    epochs_without_improvement: Count = 0
+    train_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    images_seen: Annotated[int, Field(ge=0)] = 0
 
     def finish_epoch(self, log: dict[str, Any], monitor: str) -> bool:
         """Count an epoch and its logged values; returns whether it is the best so far.

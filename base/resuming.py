@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint import load_to_resume
+from base.checkpoint import LAST, load_to_resume, set_aside
+from base.checkpoint_schema import check_training_state
 from base.config import Config
 from base.config_files import Override, merge, override, read_tree, validate
 from base.errors import CheckpointError, ConfigError
@@ -19,8 +20,11 @@ CHANGE_NO_RESULT = (
 )  # fmt: skip
 """Config keys and sections that say where and how a run computes, not what: they change no result, but for rounding."""
 
+DATA_PLACES = ("data_loader.args.data_dir", "trainer.noise_file")
+"""Config keys that say where data lies. It may move; that it is the same data, its fingerprints tell."""
+
 MAY_CHANGE_ON_RESUME = (
-    *CHANGE_NO_RESULT, "trainer.epochs", "trainer.early_stop", "n_gpu", "data_loader.args.data_dir",
+    *CHANGE_NO_RESULT, *DATA_PLACES, "trainer.epochs", "trainer.early_stop", "n_gpu",
     "adversarial.report", "adversarial.report_images",
 )  # fmt: skip
 """Config keys that a resumed run may have other values for: none of them changes what is learnt from what, but for rounding."""
@@ -42,6 +46,19 @@ class SavedRun:
     config: Config
     problem: str | None = None
 
+    def set_aside_damaged(self) -> str | None:
+        """Keep a damaged last checkpoint under another name, as training writes a new one; returns what there is to warn of.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        if self.problem is None:
+            return None
+        last = self.file.parent / LAST
+        kept = from_first(lambda: set_aside(last).name if last.exists() else None)
+        kept = f" (kept as {kept})" if kept else ""
+        return f"{self.problem}{kept}: going on from {self.file.name} instead"
+
 
 def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Override] = ()) -> SavedRun:
     """Read what `Experiment.resume` continues: the checkpoint, which rank 0 reads for all, and the config it will have.
@@ -55,14 +72,35 @@ def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Ove
         CheckpointError: there is no good checkpoint, or one of another architecture.
         ConfigError: a replaced value would make it another experiment.
     """
-    file, checkpoint, problem = from_first(lambda: load_to_resume(path))
-    if "config" not in checkpoint:
-        raise CheckpointError(f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed")
+    file, checkpoint, problem = from_first(lambda: _read(path))
+    try:
+        own = validate(checkpoint["config"], str(file))
+    except ConfigError as error:
+        raise CheckpointError(f"{error}: the checkpoint's own config cannot be used") from None
     tree = merge(checkpoint["config"], read_tree(config_file) if config_file else {})
     config = validate(override(tree, overrides), config_file or str(file))
-    before = validate(checkpoint["config"], str(file)).dump()  # with the defaults of keys that are newer than it
+    before = own.dump()  # with the defaults of keys that are newer than it
     refuse_other_experiment(before, config, file)
+    refuse_fewer_epochs(checkpoint, config, file)
     return SavedRun(file, checkpoint, config, problem)
+
+
+def _read(path: str) -> tuple[Path, dict[str, Any], str | None]:
+    """See `load_to_resume`; what it found holds everything that a run goes on from."""
+    file, checkpoint, problem = load_to_resume(path)
+    check_training_state(checkpoint, file)
+    return file, checkpoint, problem
+
+
+def refuse_fewer_epochs(checkpoint: Mapping[str, Any], config: Config, source: Path) -> None:
+    """Refuse a number of epochs that the run has exceeded already.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    done = checkpoint["epoch"]
+    if config.trainer.epochs < done:
+        raise ConfigError(f"trainer.epochs: {config.trainer.epochs}, but {source} has done {done} epochs already")
 
 
 def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: Path) -> None:

@@ -25,6 +25,7 @@ from base.checkpoint import has_checkpoint
 from base.comet_key import command_without_key
 from base.errors import CheckpointError, ConfigError, ProjectError
 from base.locks import locked
+from base.ranks import world_size
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
 LOCK = ".lock"
@@ -146,14 +147,27 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
             handler.close()
 
 
-def record_environment(folder: Path, resumed: bool) -> None:
-    """Write `environment.json`; a resumed run keeps what it began with and adds what it goes on with under `resumed`."""
+def record_environment(folder: Path, resumed: bool) -> list[str]:
+    """Write `environment.json`; a resumed run keeps what it began with and adds what it goes on with under `resumed`.
+
+    Returns:
+        What a resumed run computes with that the run had another number of before: its results are equal up to rounding only.
+    """
     file = folder / "environment.json"
     now = environment()
     first = _read_object(file) if resumed else {}
-    if first:
-        now = {**first, "resumed": [*first.get("resumed", []), now]}
-    write_json(file, now)
+    if not first:
+        write_json(file, now)
+        return []
+    resumes = first.get("resumed")
+    resumes = resumes if isinstance(resumes, list) else []
+    before = resumes[-1] if resumes and isinstance(resumes[-1], dict) else first
+    write_json(file, {**first, "resumed": [*resumes, now]})
+    return [
+        f"resumed with {now[key]} {what}, the run had {before[key]}: from here on it is the same up to rounding only"
+        for key, what in (("cpu_threads", "CPU threads"), ("processes", "processes"))
+        if before.get(key, now[key]) != now[key]
+    ]
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -177,6 +191,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
+        "processes": world_size(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 

@@ -1,11 +1,14 @@
 """An exponential moving average of a model's weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from base.checkpoint import load_weights
 
 
 class WeightAverage:
@@ -47,9 +50,15 @@ class WeightAverage:
                     module.buffers_from_weights()
         return self._model.eval()
 
-    def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
-        """Continue from a saved average."""
-        self._model.load_state_dict(state)
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], updates: int, source: str | Path = "averaged weights"
+    ) -> None:
+        """Continue from a saved average; `source` names it in messages.
+
+        Raises:
+            CheckpointError: it is of another architecture.
+        """
+        load_weights(self._model, state, source)
         self.updates = updates
 
 

@@ -1,19 +1,25 @@
 """Where pixels are: in memory, or in files that are decoded when they are asked for. Always uint8 `(N, C, H, W)`, RGB."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from base.errors import DataError
 from base.ranks import quiet
 from data_loader.decoding import decode_image
 from data_loader.workers import decode_in_processes
 
 DECODE_BATCH = 250
 """Images that a worker decodes in one go where no batch size is given."""
+
+FINGERPRINT_BYTES = 2 * 1024**3
+"""Bytes of files that a digest is of, about; of more it takes every second, third or n-th file."""
 
 MIN_STD = 1e-3
 """Standard deviations are never below this, so that a constant channel can be divided by its own."""
@@ -45,6 +51,13 @@ class MemoryImages:
     def batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """One uint8 `(B, C, H, W)` for each int64 `(B,)` of positions, which are on the device of the images."""
         return (self.pixels[positions] for positions in batches)
+
+    def digest(self) -> str:
+        """SHA-256 of the shape and of all pixels, hexadecimal."""
+        digest = hashlib.sha256(f"pixels {tuple(self.pixels.shape)}".encode())
+        for chunk in self.pixels.split(DECODE_BATCH):
+            digest.update(chunk.cpu().contiguous().numpy())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,29 @@ class FileImages:
         if self.pin_memory:
             return map(Tensor.pin_memory, decoded)
         return map(Tensor.clone, decoded) if workers else decoded  # out of the memory that the workers write to
+
+    def digest(self) -> str:
+        """SHA-256 of the sizes of all files and of what is in them, hexadecimal; their places and names do not matter.
+
+        Files are read as they are, not decoded. Of more than `FINGERPRINT_BYTES` only every n-th one is read: another image
+        in one of the rest is noticed where its file is larger or smaller.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        digest = hashlib.sha256(f"files {self.shape}".encode())
+        path = ""
+        try:
+            sizes = []
+            for path in self.paths:
+                sizes.append(Path(path).stat().st_size)
+            digest.update(np.array(sizes, "<i8").tobytes())
+            step = -(-sum(sizes) // FINGERPRINT_BYTES) or 1
+            for path in tqdm(self.paths[::step], desc="reading images", unit="image", disable=quiet(), leave=False):
+                digest.update(Path(path).read_bytes())
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        return digest.hexdigest()
 
     def _decode(self, positions: list[int]) -> Tensor:
         batch = torch.empty((len(positions), *self.shape), dtype=torch.uint8)

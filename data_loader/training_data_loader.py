@@ -108,6 +108,7 @@ class TrainingDataLoader(ImageDataLoader):
         self._label_arrays = self._draw_labels(train, val_labels, seed)
         self._validation: ImageDataLoader | None = None
         self._test_loader: ImageDataLoader | None = None
+        self._image_fingerprints: dict[str, str] | None = None
         super().__init__(
             train.images.select(self._train_index),
             self._label_arrays["train_label"],
@@ -264,7 +265,23 @@ class TrainingDataLoader(ImageDataLoader):
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of split and labels: two runs with the same one trained and validated on the same labels."""
-        digest = hashlib.sha256()
-        for name, array in self._label_arrays.items():
-            digest.update(f"{name}:{len(array)}:".encode() + array.astype("<i8").tobytes())
-        return digest.hexdigest()
+        return _digest(self._label_arrays)
+
+    def image_fingerprints(self) -> dict[str, str]:
+        """Hexadecimal digests of the images that are trained and validated on, and of the test set with its labels."""
+        if self._image_fingerprints is None:
+            held_out, test = self.split_validation(), self.test_loader()
+            training = [self.images.digest()] + ([held_out.images.digest()] if held_out else [])
+            labels = _digest({"test_label": test.labels.cpu().numpy()})
+            self._image_fingerprints = {
+                "training images": " ".join(training),
+                "test images": f"{test.images.digest()} {labels}",
+            }
+        return dict(self._image_fingerprints)
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name}:{len(array)}:".encode() + array.astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -107,8 +107,17 @@ class FreeTrainer(TrainerWithAdversary):
         return {} if kept is None else {"perturbation": kept}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        kept = state.get("perturbation")
-        self._perturbation = None if kept is None else kept[rank() :: world_size()].to(self.device)
+        kept = state.get("perturbation") if self.carry else None
+        begun = self.progress.epochs_done + self.progress.batches_done > 0
+        if kept is None:
+            if self.carry and begun:
+                raise ValueError("'perturbation' is missing, but adversarial.noise carries it on")
+            self._perturbation = None
+            return
+        shape = self.train_loader.image_shape
+        if not isinstance(kept, Tensor) or kept.dtype != torch.float32 or kept.shape[1:] != shape or len(kept) == 0:
+            raise ValueError(f"'perturbation' is not a float32 tensor of images of {tuple(shape)}")
+        self._perturbation = kept[rank() :: world_size()].to(self.device)
 
 
 class AdversarialTrainer(TrainerWithAdversary):

@@ -1,0 +1,242 @@
+"""What a checkpoint may hold, in one typed place: the keys that evaluation reads, and those that a run goes on from.
+
+A file may come from anywhere, and the checksum inside it only says that it is what somebody once wrote. So every key has its
+type, and what several keys say must agree, before anything is done with it. Whether weights, optimizer and schedule fit *this*
+run is asked where they are loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from torch import Tensor
+
+from base.config_section import Count
+from base.errors import CheckpointError
+from base.json_file import one_line
+from base.progress import Progress
+
+DEEPEST = 30
+"""Levels of a config; its tree has five, and free-form arguments a few more."""
+
+OLDEST_PROGRESS = (
+    "epochs_done",
+    "batches_done",
+    "learning_rate",
+    "history",
+    "best_value",
+    "best_epoch",
+    "epochs_without_improvement",
+    "train_seconds",
+    "images_seen",
+)
+"""Fields of `Progress` that every checkpoint has. Fields that came later have their defaults where they are missing."""
+
+
+def _plain_tensor(tensor: Tensor) -> Tensor:
+    """Refuse tensors that only look like numbers in memory: sparse, quantized or without any."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise ValueError("expected a dense tensor with its numbers in it")
+    return tensor
+
+
+def _generator_state(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise ValueError(f"expected a list of bytes, not {_described(tensor)}")
+    return tensor
+
+
+def _one_number(tensor: Tensor) -> Tensor:
+    if tensor.ndim != 0 or not tensor.is_floating_point():
+        raise ValueError(f"expected one floating-point number, not {_described(tensor)}")
+    return tensor
+
+
+def _json_tree(value: Any, level: int = 0) -> Any:
+    """Refuse what a JSON file cannot say: another type, a number that is not finite, a tree that contains itself."""
+    if level > DEEPEST:
+        raise ValueError(f"nested deeper than {DEEPEST} levels")
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"a key of type {type(key).__name__}")
+            _json_tree(below, level + 1)
+    elif isinstance(value, list | tuple):
+        for below in value:
+            _json_tree(below, level + 1)
+    elif isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(f"a value of type {type(value).__name__}")
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+PlainTensor = Annotated[Tensor, AfterValidator(_plain_tensor)]
+Weights = dict[str, PlainTensor]
+PerChannel = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]], BeforeValidator(_as_list), Field(min_length=1)
+]
+Names = Annotated[list[str], BeforeValidator(_as_list)]
+GeneratorState = Annotated[PlainTensor, AfterValidator(_generator_state)]
+
+
+class _Schema(BaseModel):
+    """Strict types; what else is there is somebody else's."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+class AnyCheckpoint(_Schema):
+    """What is read of any checkpoint, be it to evaluate it. Each key may be missing."""
+
+    schema_version: Count = 0
+    epoch: Count = 0
+    batch: Count = 0
+    ema_state_dict: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    mean: PerChannel = []
+    std: PerChannel = []
+    class_names: Names = []
+
+
+class OptimizerState(_Schema):
+    """See `base.optimization_state`, which checks it against the optimizer."""
+
+    state: dict[int | str, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+class Sums(_Schema):
+    """See `base.totals`."""
+
+    sums: dict[str, Annotated[PlainTensor, AfterValidator(_one_number)]]
+    count: Count
+
+
+class Generators(_Schema):
+    """See `base.runtime.get_rng_state`."""
+
+    cpu: GeneratorState
+    cuda: list[GeneratorState]
+
+
+def _progress_schema() -> type[BaseModel]:
+    """The fields of `Progress`, with their types and ranges."""
+    described = {}
+    for field in fields(Progress):
+        default = ... if field.name in OLDEST_PROGRESS or field.default is MISSING else field.default
+        described[field.name] = (field.type, default)
+    return create_model("ProgressSchema", __config__=ConfigDict(strict=True, extra="forbid"), **described)
+
+
+class TrainingState(_Schema):
+    """What a run goes on from: everything that `BaseTrainer.checkpoint` writes."""
+
+    epoch: Count
+    batch: Count
+    state_dict: Weights
+    ema_state_dict: Weights = {}
+    ema_updates: Count = 0
+    optimizer: OptimizerState
+    optimizer_type: str
+    scheduler: dict[str, Any]
+    scheduler_type: str
+    progress: _progress_schema()
+    totals: Sums
+    method: dict[str, Any] = {}
+    rng: Generators
+    config: Annotated[dict[str, Any], AfterValidator(_json_tree)]
+    mean: PerChannel
+    std: PerChannel
+    class_names: Names
+    fingerprint: str
+    image_fingerprints: dict[str, str] = {}
+    arch: str = ""
+    versions: dict[str, str] = {}
+    monitor_best: float | None = None
+
+
+def check_readable(contents: Mapping[str, Any], file: Path) -> None:
+    """Check the keys that every reader of a checkpoint relies on.
+
+    Raises:
+        CheckpointError: one of them is of another type, named by its dotted key.
+    """
+    _check(AnyCheckpoint, contents, file)
+
+
+def check_training_state(contents: Mapping[str, Any], file: Path) -> None:
+    """Check that a checkpoint holds everything that a run goes on from, and that its keys agree.
+
+    Raises:
+        CheckpointError: a key is missing, of another type, out of its range, or contradicts another one.
+    """
+    for key, what in (("config", "config"), ("progress", "training state")):
+        if key not in contents:
+            raise CheckpointError(
+                f"{file}: holds no {what} (ConvNorm's own format): it can be evaluated, not resumed"
+            )
+    _check(TrainingState, contents, file)
+    contradiction = _contradiction(contents)
+    if contradiction:
+        raise CheckpointError(f"{file}: is no checkpoint: {contradiction}")
+
+
+def _check(schema: type[BaseModel], contents: Mapping[str, Any], file: Path) -> None:
+    try:
+        schema.model_validate(dict(contents))
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: is no checkpoint: {_told(error.errors()[0])}") from None
+
+
+def _told(problem: Any) -> str:
+    """One problem that pydantic has found, with the dotted key where it is."""
+    key = repr(".".join(map(str, problem["loc"])))[:200]
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = message.partition(" or instance of ")[0]
+    value = problem["input"]
+    if isinstance(value, bool | int | float | str) or value is None:
+        return f"{key} is of type {type(value).__name__} ({one_line(repr(value), 80)}): {message}"
+    return f"{key} is of type {type(value).__name__}: {message}"
+
+
+def _contradiction(contents: Mapping[str, Any]) -> str | None:
+    """The first two values that cannot both be right; None where all agree."""
+    progress, totals = contents["progress"], contents["totals"]
+    done, batches, history = progress["epochs_done"], progress["batches_done"], progress["history"]
+    if (contents["epoch"], contents["batch"]) != (done, batches):
+        return (
+            f"epoch {contents['epoch']} and batch {contents['batch']},"
+            f" but 'progress' is {done} epochs and {batches} batches"
+        )
+    if [log.get("epoch") for log in history] != list(range(1, done + 1)):
+        return f"'progress.history' does not log the epochs from 1 to {done}"
+    best = progress["best_epoch"]
+    if best is not None and best > done:
+        return f"'progress.best_epoch' is {best}, but {done} epochs are done"
+    if (progress["images_seen"] > 0) != ((done, batches) != (0, 0)):
+        seen = progress["images_seen"]
+        return f"'progress.images_seen' is {seen} after {done} epochs and {batches} batches"
+    if done > 0 and progress["train_seconds"] == 0:
+        return f"'progress.train_seconds' is 0 after {done} epochs"
+    if batches > 0 and progress["learning_rate"] is None:
+        return f"'progress.learning_rate' is None after {batches} batches of an epoch"
+    if (totals["count"] > 0) != (batches > 0) or bool(totals["sums"]) != (batches > 0):
+        return f"'totals' are of {totals['count']} samples after {batches} batches of an epoch"
+    if len(contents["mean"]) != len(contents["std"]):
+        return f"'mean' has {len(contents['mean'])} channels, 'std' {len(contents['std'])}"
+    return None
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
