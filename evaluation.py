@@ -26,6 +26,7 @@ from base.ranks import rank
 from base.runtime import autocast, choose_precision, keep_freed_memory, set_determinism
 from data_loader import DATA_LOADERS
 from data_loader.splits import some_of_every_class
+from models.metrics import predicted_class
 
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """What the original ConvNorm's attack scripts normalise by, whatever the data set; its checkpoints hold neither."""
@@ -137,13 +138,13 @@ def load_evaluation(
 @torch.no_grad()
 def predict(model: nn.Module, loader: BaseDataLoader, autocast: Callable[[], AbstractContextManager]) -> tuple[Tensor, Tensor]:
     """What the model, in its present mode, says about every image: labels and predicted classes, int64 `(N,)` on the CPU, in
-    the order of the loader."""
+    the order of the loader; -1 is predicted where logits are NaN."""
     labels, predictions = [], []
     for images, truth in tqdm(loader, desc="predicting", disable=None, leave=False):
         with autocast():
             logits = model(images)
         labels.append(truth.cpu())
-        predictions.append(logits.argmax(dim=1).cpu())
+        predictions.append(predicted_class(logits).cpu())
     return torch.cat(labels), torch.cat(predictions)
 
 
