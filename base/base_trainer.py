@@ -171,6 +171,11 @@ class BaseTrainer(ABC):
         except Interrupted:
             self._stop()
 
+    def epoch_warnings(self, log: Mapping[str, Any]) -> list[str]:
+        """What there is to warn of after an epoch that logged these values; what the epochs before it
+        logged is `progress.history`."""
+        return []
+
     def method_state(self) -> dict[str, Any]:
         """What a training method carries from minibatch to minibatch, for checkpoints: tensors and plain values."""
         return {}
@@ -296,6 +301,8 @@ class BaseTrainer(ABC):
     def _finish_epoch(self, log: dict[str, Any]) -> None:
         self.schedule.step_epoch(log)
         self.totals = Totals()
+        for warning in self.epoch_warnings(log):
+            logger.warning(warning)
         improved = self.progress.finish_epoch(log, self.config.trainer.monitor)
         self.checkpoints.save_epoch(self.checkpoint(), self.progress.epochs_done, improved)
         tell(self.trackers, lambda tracker: tracker.log_epoch(log))
