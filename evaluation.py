@@ -26,7 +26,6 @@ from base.ranks import rank
 from base.runtime import autocast, choose_precision, keep_freed_memory, set_determinism
 from data_loader import DATA_LOADERS
 from data_loader.splits import some_of_every_class
-from models.metrics import predicted_class
 
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """What the original ConvNorm's attack scripts normalise by, whatever the data set; its checkpoints hold neither."""
@@ -144,7 +143,8 @@ def predict(model: nn.Module, loader: BaseDataLoader, autocast: Callable[[], Abs
         with autocast():
             logits = model(images)
         labels.append(truth.cpu())
-        predictions.append(predicted_class(logits).cpu())
+        no_answer = logits.isnan().any(dim=1)
+        predictions.append(logits.argmax(dim=1).masked_fill(no_answer, -1).cpu())
     return torch.cat(labels), torch.cat(predictions)
 
 

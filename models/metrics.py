@@ -34,11 +34,6 @@ def top5(logits: Tensor, labels: Tensor) -> Tensor:
     return _share(logits.topk(min(5, logits.shape[1]), dim=1).indices, logits, labels)
 
 
-def predicted_class(logits: Tensor) -> Tensor:
-    """The class that each sample is taken for: int64 `(B,)`, -1 where its logits `(B, C)` hold a NaN."""
-    return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
-
-
 def _share(predictions: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """How many samples have their label among their predictions `(B, K)`, or how much of their label's probability."""
     no_answer = logits.isnan().any(dim=1, keepdim=True)

@@ -68,7 +68,9 @@ class RobustValidation:
 
 
 def overfitting_warnings(
-    log: Mapping[str, Any], history: Sequence[Mapping[str, Any]], num_classes: int
+    log: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    num_classes: int,
 ) -> list[str]:
     """Warnings of catastrophic overfitting (Wong et al., arXiv:2001.03994, section 5): the network
     resists the single step it is trained with, while PGD, which it resisted before, breaks it.
