@@ -141,7 +141,7 @@ def _trainer_class(config: Config) -> Callable[..., BaseTrainer]:
             )
     attack = {"attack": from_config.training_attack(config), "bn_mode": config.attack_bn_mode}
     if config.adversarial_method == "trades":
-        return partial(TradesTrainer, beta=settings.beta, **attack)
+        return partial(TradesTrainer, beta=settings.beta, clean_passes=settings.clean_passes, **attack)
     return partial(AdversarialTrainer, **attack)
 
 

@@ -8,7 +8,7 @@ from base.command_line import run_script, select_device
 from base.run_folder import package_versions, write_json
 from evaluation import check_outputs, evaluation_parser, load_evaluation, predict
 from reports.class_scores import class_scores
-from reports.class_table import class_summary, class_table
+from reports.class_table import class_summary, class_table, class_warnings
 from reports.confusion_figure import draw_confusion
 
 
@@ -24,9 +24,13 @@ def main() -> None:
         "ema": arguments.ema,
         "data": evaluation.data,
         **scores,
+        "reliable": False if scores["without_answer"] else None,
+        "warnings": class_warnings(scores),
         "versions": package_versions(),
     }
     print(class_table(scores))
+    for warning in values["warnings"]:
+        print(f"warning: {warning}")
     if arguments.json:
         write_json(arguments.json, values)
         print(f"report {arguments.json}")

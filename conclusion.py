@@ -15,8 +15,9 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
 from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from base.config import Config
-from base.errors import CheckpointError
-from base.ranks import from_first, rank
+from base.errors import CheckpointError, NonFiniteError
+from base.progress import not_finite
+from base.ranks import from_first, leave_the_word_to_the_first, rank
 from base.run_folder import describe, write_json
 from data_loader.splits import some_of_every_class
 
@@ -35,6 +36,9 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         What `result.json` holds: values of the best model by their names (`test_top1`, `test_robust_top1`), those of the last
         one with `last_` before them, and those of averaged weights with `ema_`. `best_since_epoch` is there only where the best
         model of the epochs before that was lost.
+
+    Raises:
+        NonFiniteError: a value is infinite or NaN; all are written, that one as null.
     """
     config, progress, folder = trainer.config, trainer.progress, trainer.folder
     test = _Test(config, test_loader, test_loader.own_part(), trainer.autocast)
@@ -69,6 +73,10 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
     }
     if rank() == 0:
         write_json(folder / "result.json", result)
+    bad = not_finite(result)
+    if bad:
+        leave_the_word_to_the_first(NonFiniteError.exit_code)
+        raise NonFiniteError(f"{folder / 'result.json'}: {bad[0]} is not finite, null there: the model has diverged")
     logger.info("done: %s", describe(result))
     return result
 

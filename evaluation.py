@@ -139,13 +139,14 @@ def load_evaluation(
 @torch.no_grad()
 def predict(model: nn.Module, loader: BaseDataLoader, autocast: Callable[[], AbstractContextManager]) -> tuple[Tensor, Tensor]:
     """What the model, in its present mode, says about every image: labels and predicted classes, int64 `(N,)` on the CPU, in
-    the order of the loader."""
+    the order of the loader; -1 is predicted where logits are NaN."""
     labels, predictions = [], []
     for images, truth in tqdm(loader, desc="predicting", disable=None, leave=False):
         with autocast():
             logits = model(images)
         labels.append(truth.cpu())
-        predictions.append(logits.argmax(dim=1).cpu())
+        no_answer = logits.isnan().any(dim=1)
+        predictions.append(logits.argmax(dim=1).masked_fill(no_answer, -1).cpu())
     return torch.cat(labels), torch.cat(predictions)
 
 

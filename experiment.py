@@ -29,6 +29,7 @@ from base.config_files import Override
 from base.errors import CheckpointError, ConfigError
 from base.launch import own_device
 from base.optimization import Schedule, build_optimizer, check_optimization
+from base.progress import not_finite
 from base.ranks import from_first, rank, started_processes, world_size
 from base.resuming import SavedRun, saved_run
 from base.run_folder import (
@@ -234,7 +235,14 @@ class Experiment:
         if loader is None:
             return lambda model, epoch: {}
         clean = partial(assembly.evaluator(self.config, self.autocast), loader=loader.own_part(), description="validating")
-        return lambda model, epoch: {**clean(model), **(robust(model, epoch) if robust else {})}
+
+        def validate(model: BaseModel, epoch: int) -> dict[str, float]:
+            values = clean(model)
+            if robust is None or not_finite(values):  # a model that has diverged is not attacked
+                return values
+            return {**values, **robust(model, epoch)}
+
+        return validate
 
     @cached_property
     def robust_validation(self) -> RobustValidation | None:

@@ -16,7 +16,8 @@ from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.checkpoint import load_weights
 from base.config import Config
-from base.errors import CheckpointError, Stopped
+from base.diagnosis import first_bad_weight
+from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.finite import FiniteCheck
 from base.optimization import Schedule, load_optimizer
 from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
@@ -136,7 +137,9 @@ class BaseTrainer(ABC):
             self.checkpoints.save_last(self.checkpoint())
             self.checkpoints.refuse_full_disk()
             while not self.finished:
-                self._finish_epoch({**self._train_epoch(), **self._validated()})
+                log = {**self._train_epoch(), **self._validated()}
+                self._check_epoch(log)
+                self._finish_epoch(log)
                 if self._asked_to_stop():
                     self._stop()
 
@@ -168,6 +171,11 @@ class BaseTrainer(ABC):
                 return self.validate()
         except Interrupted:
             self._stop()
+
+    def epoch_warnings(self, log: Mapping[str, Any]) -> list[str]:
+        """What there is to warn of after an epoch that logged these values; what the epochs before it
+        logged is `progress.history`."""
+        return []
 
     def method_state(self) -> dict[str, Any]:
         """What a training method carries from minibatch to minibatch, for checkpoints: tensors and plain values."""
@@ -215,6 +223,7 @@ class BaseTrainer(ABC):
 
         Raises:
             CheckpointError: it does not fit this model, optimizer, schedule or training method.
+            NonFiniteError: its weights are infinite or NaN.
         """
         if "progress" not in checkpoint:
             raise CheckpointError(f"{source}: holds no training state (ConvNorm's format): it can be evaluated, not resumed")
@@ -232,6 +241,9 @@ class BaseTrainer(ABC):
         optimizer = checked_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"], source)
         schedule = checked_schedule_state(checkpoint["scheduler"], self.schedule.state_dict(), steps, source)
         load_weights(self.model, checkpoint["state_dict"], source)
+        diverged = first_bad_weight(self.model)
+        if diverged is not None:
+            raise NonFiniteError(f"{source}: {diverged} is not finite: the run has diverged there; name an earlier checkpoint")
         load_optimizer(self.optimizer, optimizer)
         self.finite.forget()
         self.schedule.load_state_dict(schedule)
@@ -303,9 +315,23 @@ class BaseTrainer(ABC):
         known = [f"{value:.1%} {kind}" for kind, value in kinds.items() if value is not None]
         return f" (validation: {', '.join(known)})" if known else ""
 
+    def _check_epoch(self, log: Mapping[str, Any]) -> None:
+        """Refuse to count an epoch that has diverged.
+
+        Raises:
+            NonFiniteError: a weight, a value of the epoch, or, where nothing was validated, an answer
+            of the model is infinite or NaN.
+        """
+        self.finite.check_weights(self.model, self.progress)
+        self.finite.check_values(self.model, self.progress, self.images, log)
+        if "val_loss" not in log:
+            self.finite.check_answers(self.model, self.progress, self.images)
+
     def _finish_epoch(self, log: dict[str, Any]) -> None:
         self.schedule.step_epoch(log)
         self.totals = Totals()
+        for warning in self.epoch_warnings(log):
+            logger.warning(warning)
         improved = self.progress.finish_epoch(log, self.config.trainer.monitor)
         self.checkpoints.save_epoch(self.checkpoint(), self.progress.epochs_done, improved)
         tell(self.trackers, lambda tracker: tracker.log_epoch(log))
@@ -319,7 +345,16 @@ class BaseTrainer(ABC):
         return asked > 0
 
     def _stop(self) -> NoReturn:
-        """Save in the middle of an epoch, or after one, and leave."""
+        """Save in the middle of an epoch, or after one, and leave.
+
+        Raises:
+            Stopped: the state is saved.
+            NonFiniteError: the model has diverged with the last update; nothing is saved.
+        """
+        self.finite.read()
+        if self.progress.batches_done:  # of an epoch that has not been judged yet
+            self.finite.check_weights(self.model, self.progress)
+            self.finite.check_answers(self.model, self.progress, self.images)
         self.checkpoints.save_last(self.checkpoint())
         leave_the_word_to_the_first(128 + self.signals.asked)
         done = f"{self.progress.epochs_done} epochs and {self.progress.batches_done} batches"

@@ -36,7 +36,8 @@ class AdversarialConfig(Section):
     random_start: bool = True
     """Begin attacks in training with fgsm and pgd at a random point."""
     warmup_epochs: Count = 0
-    """Epochs over which radius and step of training grow evenly from 0; validation and reports attack with the whole radius."""
+    """Epochs over which radius and step of training grow evenly from 0; validation and reports attack with the whole radius.
+    Pang et al. (arXiv:2010.00467) begin at 1/N of the radius, end one epoch earlier, and keep the whole step."""
     bn_mode: Literal["train", "eval"] | None = None
     """Mode of the model while it is attacked in training: train moves running statistics, too (free knows only train); null:
     eval for trades, train for the others, as in the authors' codes."""
@@ -44,6 +45,9 @@ class AdversarialConfig(Section):
     """free: perturbations begin at zero for each minibatch (as in ConvNorm), or where the last ones ended (as in the paper)."""
     beta: Annotated[float, Field(ge=0)] = 6.0
     """trades: weight of the divergence between predictions."""
+    clean_passes: Annotated[int, Field(ge=1, le=2)] = 1
+    """trades: passes of the clean images through the network in an update. 2, as in the authors' code, costs a forward and a
+    backward pass more; attacked images then make 33 % of batch normalisation's running statistics, with 1 they make 53 %."""
     validate_every: Count | None = None
     """Epochs from one robust validation (PGD as in pgd_attack) to the next; 0 for none; null: 1 with a method, else 0."""
     validate_images: Positive = 1000

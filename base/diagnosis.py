@@ -18,18 +18,29 @@ def first_bad_layer(model: nn.Module, images: Tensor | None) -> str | None:
     Returns:
         Such as `the output of layer1.0.bn1 (BatchNorm2d)`; None where all is well.
     """
-    layer = None if images is None else _first_bad_output(model, images)
-    if layer is not None:
-        return f"the output of {layer} ({type(model.get_submodule(layer)).__name__})"
+    output = None if images is None else first_bad_output(model, images)
+    if output is not None:
+        return output
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"the gradient of {name}"
     return None
 
 
+def first_bad_weight(model: nn.Module) -> str | None:
+    """The first parameter, or else buffer, that holds an infinite number or a NaN; None where all
+    are well."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
 @torch.no_grad()
-def _first_bad_output(model: nn.Module, images: Tensor) -> str | None:
-    """The name of the first layer without layers in it whose output is not finite."""
+def first_bad_output(model: nn.Module, images: Tensor) -> str | None:
+    """The first layer without layers in it, in the model's present mode, whose output for these
+    images `(B, C, H, W)` is not finite, such as `the output of conv1 (Conv2d)`; None where all are
+    well. The pass leaves no trace in the model."""
     bad: list[str] = []
 
     def looks_at(name: str) -> torch.utils.hooks.RemovableHandle:
@@ -51,4 +62,4 @@ def _first_bad_output(model: nn.Module, images: Tensor) -> str | None:
         for buffer, before in buffers:
             buffer.copy_(before)
         torch.set_rng_state(generators)
-    return bad[0] if bad else None
+    return f"the output of {bad[0]} ({type(model.get_submodule(bad[0])).__name__})" if bad else None

@@ -1,16 +1,19 @@
-"""No update on numbers that are infinite or NaN, and no waiting for the GPU in every step to know."""
+"""No update on numbers that are infinite or NaN, no checkpoint of a model that answers with them, and no
+waiting for the GPU in every step to know."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from base.checkpoint import LAST
-from base.diagnosis import first_bad_layer
+from base.diagnosis import first_bad_layer, first_bad_output, first_bad_weight
 from base.errors import NonFiniteError
-from base.progress import Progress
-from base.ranks import leave_the_word_to_the_first
+from base.progress import Progress, not_finite
+from base.ranks import largest, leave_the_word_to_the_first
 
 READ_EVERY = 50
 """Updates between two looks of the host at the device, where they are deferred."""
@@ -84,9 +87,69 @@ class FiniteCheck:
             else:
                 what = f"the {'gradient' if torch.isfinite(loss) else 'loss'} is not finite, first in {where}"
             leave_the_word_to_the_first(NonFiniteError.exit_code)
-            kept = f"; {self.folder / LAST} is of the last good epoch" if (self.folder / LAST).exists() else ""
-            raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}")
+            raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{self._kept()}")
         self._unread = 0
+
+    def check_weights(self, model: nn.Module, progress: Progress) -> None:
+        """Make sure that what a checkpoint would hold now is finite: an update on finite gradients may
+        still carry weights or running statistics beyond the range of their type.
+
+        Raises:
+            NonFiniteError: naming the epoch, the last batch done in it, and the tensor.
+        """
+        where = first_bad_weight(model)
+        if where is not None:
+            self._refuse(progress, f"{where} is not finite after its update")
+
+    def check_answers(self, model: nn.Module, progress: Progress, images: Tensor | None) -> None:
+        """Make sure that the model, in evaluation mode, answers the last minibatch with finite numbers:
+        weights that have exploded may be finite themselves. Where several processes train, all of them
+        call it, each with its share of the images.
+
+        Raises:
+            NonFiniteError: naming the epoch, the last batch done in it, and the first bad layer.
+        """
+        where = None if images is None else self._first_bad_answer(model, images)
+        if largest(int(where is not None)):
+            where = where or "what another process computes"
+            self._refuse(progress, f"the model's answers are not finite after its update, first in {where}")
+
+    def check_values(
+        self,
+        model: nn.Module,
+        progress: Progress,
+        images: Tensor | None,
+        values: Mapping[str, Any],
+    ) -> None:
+        """Make sure that an epoch's values, which are those of all processes, are finite.
+
+        Raises:
+            NonFiniteError: naming the epoch, its last batch, the value and the first bad layer.
+        """
+        bad = not_finite(values)
+        if bad:
+            where = None if images is None else self._first_bad_answer(model, images)
+            begin = "" if where is None else f", first in {where}"
+            self._refuse(progress, f"{bad[0]} is not finite after its update{begin}")
+
+    @staticmethod
+    def _first_bad_answer(model: nn.Module, images: Tensor) -> str | None:
+        was_training = model.training
+        model.eval()
+        try:
+            return first_bad_output(model, images)
+        finally:
+            model.train(was_training)
+
+    def _refuse(self, progress: Progress, what: str) -> NoReturn:
+        """End training after the last batch done, whose update was applied."""
+        leave_the_word_to_the_first(NonFiniteError.exit_code)
+        place = f"epoch {progress.epochs_done + 1}, batch {progress.batches_done}"
+        raise NonFiniteError(f"{place}: {what}: training stopped{self._kept()}")
+
+    def _kept(self) -> str:
+        last = self.folder / LAST
+        return f"; {last} is of the last good epoch" if last.exists() else ""
 
     def forget(self) -> None:
         """Begin anew, with weights and optimiser from a checkpoint."""

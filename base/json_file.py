@@ -9,7 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from math import isinf
+from math import isfinite, isinf
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,22 @@ def parse_json(text: str) -> Any:
     except ValueError:  # an integer of thousands of digits, which is now found again
         value = None
     _refuse_values(text)
+    return value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that every reader takes: infinite numbers and NaN, which JSON does not have,
+    become null."""
+    return json.dumps(_null_for_no_number(value), indent=indent, allow_nan=False)
+
+
+def _null_for_no_number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _null_for_no_number(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_null_for_no_number(item) for item in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
     return value
 
 

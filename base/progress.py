@@ -1,7 +1,8 @@
 """Progress: how far a run has come, and how good it was."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf, isnan
+from math import inf, isfinite
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -45,11 +46,15 @@ class Progress:
 
         `monitor` is `"max NAME"` or `"min NAME"` of a logged value, or `"off"`: the newest epoch is the best. Of equally good
         epochs the newest is the best, as in ConvNorm; but only a better one counts as an improvement. An epoch in which the
-        value was not measured is neither better nor worse.
+        value was not measured is neither better nor worse. One that logged an infinite number or a
+        NaN, whatever it is of, is never the best.
         """
         self.history.append(log)
         self.epochs_done += 1
         self.batches_done = 0
+        if not_finite(log):
+            self.epochs_without_improvement += monitor != "off"
+            return False
         if monitor == "off":
             self.best_epoch = self.epochs_done
             return True
@@ -57,15 +62,17 @@ class Progress:
         value = log.get(name)
         if value is None:
             return False
-        if isnan(value):
-            gain = -inf
-        elif self.best_value is None:
-            gain = inf
-        else:
+        gain = inf
+        if self.best_value is not None:
             gain = value - self.best_value if mode == "max" else self.best_value - value
         self.epochs_without_improvement = 0 if gain > 0 else self.epochs_without_improvement + 1
         if gain < 0 and self.best_epoch is not None:
             return False
         self.best_epoch = self.epochs_done
-        self.best_value = None if isnan(value) else value
+        self.best_value = value
         return True
+
+
+def not_finite(log: Mapping[str, Any]) -> list[str]:
+    """The names of the logged numbers that are infinite or NaN."""
+    return [name for name, value in log.items() if isinstance(value, float) and not isfinite(value)]

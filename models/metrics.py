@@ -1,4 +1,7 @@
-"""Metrics as counts of samples: whoever reports an accuracy divides the sum of counts by the number of samples, once."""
+"""Metrics as counts of samples: whoever reports an accuracy divides the sum of counts by the number of samples, once.
+
+Logits that hold a NaN are no answer: such a sample counts as wrong in every metric.
+"""
 
 from collections.abc import Callable
 
@@ -15,7 +18,7 @@ def top1(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         int64 (float for probabilities), without dimensions, on the logits' device.
     """
-    return _share(logits.argmax(dim=1, keepdim=True), labels)
+    return _share(logits.argmax(dim=1, keepdim=True), logits, labels)
 
 
 def top5(logits: Tensor, labels: Tensor) -> Tensor:
@@ -28,14 +31,15 @@ def top5(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         As `top1`.
     """
-    return _share(logits.topk(min(5, logits.shape[1]), dim=1).indices, labels)
+    return _share(logits.topk(min(5, logits.shape[1]), dim=1).indices, logits, labels)
 
 
-def _share(predictions: Tensor, labels: Tensor) -> Tensor:
+def _share(predictions: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     """How many samples have their label among their predictions `(B, K)`, or how much of their label's probability."""
+    no_answer = logits.isnan().any(dim=1, keepdim=True)
     if labels.ndim == 2:
-        return labels.gather(1, predictions).sum()
-    return (predictions == labels.unsqueeze(1)).sum()
+        return labels.gather(1, predictions).masked_fill(no_answer, 0).sum()
+    return (predictions.masked_fill(no_answer, -1) == labels.unsqueeze(1)).sum()
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"top1": top1, "top5": top5, "my_metric": top1, "my_metric2": top5}

@@ -14,26 +14,30 @@ def class_scores(labels: np.ndarray, predictions: np.ndarray, class_names: Seque
 
     Args:
         labels: int64 `(N,)`, N at least 1.
-        predictions: int64 `(N,)`, the classes predicted.
+        predictions: int64 `(N,)`, the classes predicted; -1 where the model gave no answer (NaN logits), which is wrong.
         class_names: in label order; C of them.
 
     Returns:
-        `n`; `top1`; `macro_recall` and `macro_f1`, means over the classes that have images; `classes`, for each one `name`,
-        `images`, `predicted` (how many images are given its name), `precision` (None where that is 0), `recall` and `f1` (None
-        where there are no images; without images but with predictions `f1` is 0); `confusion`, C lists of C counts, a row for
-        each true class, a column for each prediction; `confused`, the `CONFUSED` most frequent mistakes, the largest share of
-        a class first, each with `label`, `predicted`, `images` and `share` of the label's images.
+        `n`; `without_answer`, how many images there is no answer for; `top1`; `macro_recall` and
+        `macro_f1`, means over the classes that have images; `classes`, for each one `name`,
+        `images`, `predicted` (how many images are given its name), `precision` (None where that is
+        0), `recall` and `f1` (None where there are no images; without images but with predictions
+        `f1` is 0); `confusion`, C lists of C counts, a row for each true class, a column for each
+        prediction (images without an answer are in none); `confused`, the `CONFUSED` most frequent
+        mistakes, the largest share of a class first, each with `label`, `predicted`, `images` and
+        `share` of the label's images.
     """
     numbers = range(len(class_names))
     confusion = confusion_matrix(labels, predictions, labels=numbers)
     scores = precision_recall_fscore_support(labels, predictions, labels=numbers, zero_division=np.nan)
     precision, recall, f1, images = ([None if np.isnan(value) else value.item() for value in row] for row in scores)
     present = [number for number in numbers if images[number]]
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    shares = confusion / np.maximum(np.array(images)[:, np.newaxis], 1)
     np.fill_diagonal(shares, 0)
     worst = [divmod(int(place), len(class_names)) for place in np.argsort(-shares, axis=None, kind="stable")[:CONFUSED]]
     return {
         "n": len(labels),
+        "without_answer": int(np.sum(predictions < 0)),
         "top1": float(np.mean(labels == predictions)),
         "macro_recall": float(np.mean([recall[number] for number in present])),
         "macro_f1": float(np.mean([f1[number] for number in present])),

@@ -34,5 +34,13 @@ def class_summary(scores: Mapping[str, Any]) -> str:
     )
 
 
+def class_warnings(scores: Mapping[str, Any]) -> list[str]:
+    """What speaks against the scores, a line each."""
+    missing, n = scores["without_answer"], scores["n"]
+    if missing == 0:
+        return []
+    return [f"the logits of {missing} of {n} images are NaN: they count as wrong, in no column"]
+
+
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"

@@ -24,8 +24,9 @@ def draw_confusion(path: str | Path, confusion: Sequence[Sequence[int]], class_n
 def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> "Figure":
     """A square for every pair of true class (rows) and prediction (columns), the darker, the larger its share of the class.
 
-    Shares are in per cent of the class's images; up to `NUMBERED` classes each square says its own. The darkness goes with the
-    square root of the share, so that a confusion of a few per cent can be seen beside the diagonal.
+    Shares are in per cent of the class's images that have an answer; up to `NUMBERED` classes each
+    square says its own. The darkness goes with the square root of the share, so that a confusion of
+    a few per cent can be seen beside the diagonal.
 
     Args:
         confusion: `(C, C)` counts, a row for each true class.

@@ -51,7 +51,7 @@ METHODS = {
         },
     ),
     "free": {"adversarial": {"method": "free", "noise": "carry", **ATTACKED}, "trainer": {"adv_repeats": 2}},
-    "trades": {"adversarial": {"method": "trades", **ATTACKED}},
+    "trades": {"adversarial": {"method": "trades", "clean_passes": 2, **ATTACKED}},
 }
 
 

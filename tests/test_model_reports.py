@@ -124,3 +124,17 @@ def test_bad_input_is_one_line_and_an_exit_code(digits_run, tmp_path):
             assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{report}, {name}: {done.stderr}"
             assert message in done.stderr, f"{report}, {name}"
     assert sorted(path.name for path in digits_run.rglob("*")) == before
+
+
+def test_classes_of_a_model_that_answers_with_nan(digits_run, tmp_path):
+    """A report is written, every image is wrong, and the report says why it cannot be believed."""
+    bad_inputs(digits_run, tmp_path)
+    words = ["-s", tmp_path / "nan.pth", "--json", tmp_path / "a.json", "--figure", tmp_path / "a.png"]
+    done = script("class_report.py", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert (report["top1"], report["without_answer"], report["reliable"]) == (0, report["n"], False)
+    assert np.array(report["confusion"]).sum() == 0
+    assert f"warning: {report['warnings'][0]}" in done.stdout
+    assert "logits" in report["warnings"][0]
+    assert (tmp_path / "a.png").exists()

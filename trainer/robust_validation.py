@@ -1,6 +1,7 @@
 """Robust accuracy on a fixed part of the validation set, while training goes on."""
 
-import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -9,15 +10,16 @@ from attacks.robustness import Autocast, Verdicts, attack_loader
 from base.base_data_loader import BaseDataLoader
 from base.ranks import gather
 
-logger = logging.getLogger(__name__)
+ABOVE_CHANCE = 0.1
+"""PGD accuracy that is not this far above chance has nothing to fall from."""
 
 
 class RobustValidation:
     """Attacks the same images from the same starting points every `period` epochs, and in the last that the config has.
 
     `robust_validation(model, epoch)` returns `robust_top1` in the epochs in which it attacks, nothing in the others. For fast
-    FGSM training it also returns `fgsm_top1` and warns of catastrophic overfitting (Wong et al., arXiv:2001.03994, section 5):
-    the model then resists the single step it was trained with, while PGD breaks it.
+    FGSM training it also returns `fgsm_top1`, by which `overfitting_warnings` tells catastrophic
+    overfitting.
 
     Args:
         loader: the images, neither shuffled nor augmented; with several processes this one's part of them.
@@ -58,13 +60,6 @@ class RobustValidation:
         values = {"robust_top1": self._accuracy(model, self.attack)}
         if self.fgsm is not None:
             values["fgsm_top1"] = self._accuracy(model, self.fgsm)
-            if has_overfitted(values, self.loader.num_classes):
-                logger.warning(
-                    "catastrophic overfitting: %.1f %% of the validation images resist FGSM, %.1f %% resist PGD; try a smaller"
-                    " adversarial.step_size or another method; trainer.monitor 'max val_robust_top1' keeps an epoch before",
-                    100 * values["fgsm_top1"],
-                    100 * values["robust_top1"],
-                )
         return values
 
     def _accuracy(self, model: nn.Module, attack: Attack) -> float:
@@ -72,11 +67,53 @@ class RobustValidation:
         return Verdicts.joined(gather(attack_loader(model, self.loader, attack, **options))).accuracy("robust_top1")
 
 
-def has_overfitted(values: dict[str, float], num_classes: int) -> bool:
-    """Whether PGD accuracy has collapsed while FGSM accuracy is high: less than half of it, which is well above chance (with
-    few classes, halfway to 1).
+def overfitting_warnings(
+    log: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    num_classes: int,
+) -> list[str]:
+    """Warnings of catastrophic overfitting (Wong et al., arXiv:2001.03994, section 5): the network
+    resists the single step it is trained with, while PGD, which it resisted before, breaks it.
 
-    In healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy; after the collapse it is next to zero.
+    Args:
+        log: what an epoch logged; of the network and of its averaged weights, where both accuracies
+            are there.
+        history: what the epochs before it logged, also those before a resume.
+        num_classes: in the data set.
     """
-    well_above_chance = min(2 / num_classes, (1 + 1 / num_classes) / 2)
-    return values["fgsm_top1"] > well_above_chance and values["robust_top1"] < 0.5 * values["fgsm_top1"]
+    warnings = []
+    for prefix in ("val_", "val_ema_"):
+        name = f"{prefix}robust_top1"
+        earlier = [entry for entry in history if entry.get(name) is not None]
+        if not earlier or name not in log or f"{prefix}fgsm_top1" not in log:
+            continue
+        best = max(earlier, key=lambda entry: entry[name])
+        fgsm, pgd = log[f"{prefix}fgsm_top1"], log[name]
+        if has_collapsed(fgsm, pgd, best[name], num_classes):
+            warnings.append(
+                f"catastrophic overfitting: {100 * fgsm:.1f} % of the validation images resist FGSM,"
+                f" {100 * pgd:.1f} % resist PGD, as {100 * best[name]:.1f} % did in epoch"
+                f" {best['epoch']}; try a smaller adversarial.step_size or another method;"
+                " trainer.monitor 'max val_robust_top1' keeps an epoch before"
+            )
+    return warnings
+
+
+def has_collapsed(fgsm: float, pgd: float, pgd_before: float, num_classes: int) -> bool:
+    """Whether PGD accuracy has fallen from what it was to less than half of it, and to less than half
+    of FGSM accuracy, both having been above chance.
+
+    A network that has learnt little yet may resist FGSM better than PGD: that is no collapse. In
+    healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy; after a collapse it is next to
+    zero.
+
+    Args:
+        fgsm, pgd: shares of the images that resist each attack now.
+        pgd_before: the largest share that resisted PGD after an earlier epoch.
+        num_classes: in the data set. FGSM accuracy has to be twice chance (with few classes, halfway
+            to 1); a network that gives one answer to all is at chance under every attack.
+    """
+    chance = 1 / num_classes
+    well_above_chance = min(2 * chance, (1 + chance) / 2)
+    has_learnt = fgsm > well_above_chance and pgd_before > chance + ABOVE_CHANCE
+    return has_learnt and pgd < 0.5 * min(fgsm, pgd_before)

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import zipfile
-from math import nan
+from math import inf, nan
 
 import pytest
 import torch
@@ -19,9 +19,10 @@ from base.command_line import SHORT_FLAGS, config_overrides, config_parser, run_
 from base.config import CometConfig
 from base.config_files import annotation_at, override, validate
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
+from base.json_file import parse_json
 from base.progress import Progress
 from base.registry import lookup
-from base.run_folder import begun_by_this_job, new_run_folder, record_environment
+from base.run_folder import begun_by_this_job, new_run_folder, record_environment, write_json
 from base.runtime import torch_generator
 from base.totals import BatchResult, Totals
 from base.tracking import RunLog, Tracker, start_trackers, tell
@@ -58,6 +59,26 @@ def test_progress_knows_its_best_epoch(monitor, values, best_epoch, without):
         progress.finish_epoch({"val_top1": value, "val_loss": value}, monitor)
     assert (progress.best_epoch, progress.epochs_without_improvement) == (best_epoch, without)
     assert (progress.epochs_done, progress.batches_done, len(progress.history)) == (len(values), 0, len(values))
+
+
+@pytest.mark.parametrize("monitor", ["off", "max val_top1", "min val_loss"])
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+def test_an_epoch_that_has_diverged_is_never_the_best(monitor, bad):
+    progress = Progress()
+    assert not progress.finish_epoch({"val_top1": 0.9, "val_loss": 0.1, "loss": bad}, monitor)
+    assert (progress.best_epoch, progress.best_value) == (None, None)
+    assert progress.finish_epoch({"val_top1": 0.2, "val_loss": 3.0, "loss": 1.0}, monitor)
+    assert not progress.finish_epoch({"val_top1": bad, "val_loss": bad, "loss": 1.0}, monitor)
+    assert (progress.best_epoch, progress.epochs_without_improvement) == (2, int(monitor != "off"))
+
+
+def test_json_holds_null_where_a_number_is_not_finite(tmp_path):
+    write_json(tmp_path / "a.json", {"a": nan, "b": [1.5, (inf, {"c": -inf})], "d": "NaN"})
+    assert parse_json((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.5, [None, {"c": None}]], "d": "NaN"}
+    log = RunLog(tmp_path / "metrics.jsonl", [{"epoch": 1, "loss": nan}])
+    log.log_epoch({"epoch": 2, "loss": inf})
+    lines = [parse_json(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"epoch": 1, "loss": None}, {"epoch": 2, "loss": None}]
 
 
 def test_lookup_lists_what_is_known():

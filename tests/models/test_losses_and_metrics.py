@@ -29,3 +29,15 @@ def test_metrics_count_samples():
     assert METRICS["top5"](torch.rand(7, 3), torch.zeros(7, dtype=torch.int64)) == 7
     assert METRICS["my_metric"] is METRICS["top1"]
     assert METRICS["my_metric2"] is METRICS["top5"]
+
+
+def test_logits_that_are_nan_are_wrong_in_every_metric():
+    logits = torch.eye(4).repeat(2, 1)
+    labels = torch.arange(4).repeat(2)
+    broken = logits.clone()
+    broken[0, 0], broken[5, 3] = torch.nan, torch.nan
+    shares = torch.nn.functional.one_hot(labels, 4).double()
+    for metric in (METRICS["top1"], METRICS["top5"]):
+        assert (int(metric(logits, labels)), int(metric(broken, labels))) == (8, 6)
+        assert (float(metric(logits, shares)), float(metric(broken, shares))) == (8, 6)
+        assert int(metric(torch.full((3, 7), torch.nan), torch.zeros(3, dtype=torch.int64))) == 0

@@ -1,12 +1,17 @@
 """Promise 10: a loss or gradient that is infinite or NaN stops training before the update, names epoch, step and the first
 layer that answered with it, and leaves the last good checkpoint."""
 
+import json
+import os
+import signal
+
 import pytest
 import torch
 
 import base.finite as finite_module
 from base.base_trainer import BaseTrainer
-from base.checkpoint import load_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
+from base.config_files import merge
 from base.errors import NonFiniteError
 from experiment import Experiment
 from tiny_runs import difference, run
@@ -108,3 +113,62 @@ def test_the_search_leaves_no_trace_in_the_network(small):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(generator, torch.get_rng_state())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+EXPLODES = {
+    "optimizer": {"args": {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0}},
+    "lr_scheduler": {"type": "MultiStepLR", "args": {"milestones": [5], "gamma": 1e36}, "interval": "batch"},
+}
+"""The second epoch's last update, of three, is 1e36 times too long: its gradient is finite."""
+
+
+@pytest.mark.parametrize("method", ["none", "pgd"])
+@pytest.mark.parametrize("validated", [True, False])
+def test_weights_that_explode_in_an_epochs_last_update_are_never_saved(tmp_path, small, method, validated):
+    unwatched = {"trainer": {"monitor": "off"}, "data_loader": {"args": {"validation_split": 0.0}}}
+    attacked = {"adversarial": {"method": method, "steps": 1, "validate_every": int(validated), "report": True}}
+    config = small(**merge(merge(EXPLODES, attacked), {} if validated else unwatched))
+    with pytest.raises(NonFiniteError, match=r"epoch 2, batch 3: .* not finite after its update.*training stopped") as stopped:
+        run(tmp_path, config)
+    assert stopped.value.exit_code == 5
+    assert f"{tmp_path / 'model_last.pth'} is of the last good epoch" in str(stopped.value)
+    for name in ("model_last.pth", "model_best.pth"):
+        assert load_checkpoint(tmp_path / name)["epoch"] == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_signal_after_an_update_that_explodes_saves_nothing(tmp_path, small, monkeypatch):
+    update, done = BaseTrainer.update, 0
+
+    def counted(self, loss):
+        nonlocal done
+        update(self, loss)
+        done += 1
+        if done == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(BaseTrainer, "update", counted)
+    with pytest.raises(NonFiniteError, match="epoch 2, batch 3: the model's answers are not finite after its update, first in"):
+        run(tmp_path, small(**EXPLODES))
+    assert load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 1
+
+
+def test_a_run_that_has_diverged_is_not_continued(tmp_path, small):
+    run(tmp_path, small())
+    contents = load_checkpoint(tmp_path / "model_last.pth")
+    name = next(key for key, value in contents["state_dict"].items() if value.ndim == 2)
+    contents["state_dict"][name][0, 0] = torch.inf
+    save_checkpoint(tmp_path / "model_last.pth", contents)
+    with pytest.raises(NonFiniteError, match=f"model_last.pth: {name} is not finite: the run has diverged"):
+        Experiment.resume(str(tmp_path))
+
+
+def test_a_result_that_is_not_finite_is_null_and_exit_code_5(tmp_path, small, monkeypatch):
+    """The validation set was answered well, the test set is not."""
+    monkeypatch.setattr("conclusion._Test.of", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0})
+    with pytest.raises(NonFiniteError, match=r"result.json: test_loss is not finite, null there"):
+        run(tmp_path, small())
+    text = (tmp_path / "result.json").read_text()
+    assert json.loads(text)["test_loss"] is None
+    assert "NaN" not in text

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from reports.class_scores import class_scores
-from reports.class_table import class_summary, class_table
+from reports.class_table import class_summary, class_table, class_warnings
 
 NAMES = ("cat", "dog", "frog", "ship")
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
@@ -45,3 +45,18 @@ def test_the_table_is_aligned_and_shows_what_is_missing():
     assert len({len(line) for line in lines[:5]}) == 1
     assert lines[5] == "frog taken for ship: 3 images, 100.0% of the class"
     assert class_summary(scores) == "4 classes, 10 images: top-1 40.00%  mean recall 36.11%  mean F1 35.56%"
+
+
+def test_images_without_an_answer_are_wrong_and_in_no_column():
+    predictions = PREDICTIONS.copy()
+    predictions[[0, 7]] = -1
+    scores = class_scores(LABELS, predictions, NAMES)
+    assert scores["confusion"] == [[2, 1, 0, 0], [2, 1, 0, 0], [0, 0, 0, 2], [0, 0, 0, 0]]
+    assert (scores["n"], scores["top1"], scores["without_answer"]) == (10, 0.3, 2)
+    assert [entry["recall"] for entry in scores["classes"]] == [0.5, pytest.approx(1 / 3), 0, None]
+    assert scores["confused"][0] == {"label": "dog", "predicted": "cat", "images": 2, "share": pytest.approx(2 / 3)}
+    assert scores["confused"][1]["share"] == pytest.approx(2 / 3), "of all images of the class"
+    assert class_warnings(scores) == ["the logits of 2 of 10 images are NaN: they count as wrong, in no column"]
+    assert class_warnings(class_scores(LABELS, PREDICTIONS, NAMES)) == []
+    silent = class_scores(LABELS, np.full(10, -1), NAMES)
+    assert (silent["top1"], silent["macro_recall"], silent["confused"]) == (0, 0, [])

@@ -1,6 +1,5 @@
 """Robust validation: when it attacks, always the same, without a trace in training; and the alarm of fast FGSM training."""
 
-import logging
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +8,7 @@ from torch import nn
 
 from attacks import FGSM, PGD
 from data_loader import DATA_LOADERS
-from trainer.robust_validation import RobustValidation, has_overfitted
+from trainer.robust_validation import RobustValidation, has_collapsed, overfitting_warnings
 
 
 @pytest.fixture(scope="module")
@@ -68,30 +67,53 @@ def test_it_leaves_no_trace(images):
 
 
 @pytest.mark.parametrize(("masked", "epsilon"), [(False, 0.13), (True, 0.25)])
-def test_the_alarm_of_catastrophic_overfitting(images, masked, epsilon, caplog):
+def test_the_alarm_of_catastrophic_overfitting(images, masked, epsilon):
+    """A network that hides its gradient, after an epoch in which it resisted."""
     attacks = {"attack": PGD(epsilon, epsilon / 2, 5, random_start=False), "fgsm": FGSM(epsilon)}
-    with caplog.at_level(logging.WARNING):
-        values = validation(images, **attacks)(Linear(images, masked), 3)
+    values = validation(images, **attacks)(Linear(images, masked), 3)
     assert values["fgsm_top1"] > 0.5
     assert (values["robust_top1"] < 0.1) == masked
-    said = f"catastrophic overfitting: {100 * values['fgsm_top1']:.1f} % of the validation images resist FGSM"
-    assert (said in caplog.text) == masked
+    log = {f"val_{name}": value for name, value in values.items()} | {"epoch": 3}
+    before = [{"epoch": 1, "val_robust_top1": 0.3}, {"epoch": 2, "val_robust_top1": 0.5}]
+    warnings = overfitting_warnings(log, before, 10)
+    assert len(warnings) == masked
+    if masked:
+        assert warnings[0].startswith(f"catastrophic overfitting: {100 * values['fgsm_top1']:.1f} % of the validation images")
+        assert "as 50.0 % did in epoch 2" in warnings[0]
+    assert overfitting_warnings(log, [], 10) == [], "in a first epoch nothing has fallen"
+    assert overfitting_warnings(log, [{"epoch": 1}, {"epoch": 2, "val_robust_top1": None}], 10) == []
+
+
+def test_averaged_weights_are_compared_with_their_own_past():
+    now = {"val_fgsm_top1": 0.8, "val_robust_top1": 0.7, "val_ema_fgsm_top1": 0.8, "val_ema_robust_top1": 0.1}
+    assert overfitting_warnings(now, [{"epoch": 1, "val_robust_top1": 0.7}], 10) == []
+    warnings = overfitting_warnings(now, [{"epoch": 1, "val_robust_top1": 0.7, "val_ema_robust_top1": 0.6}], 10)
+    assert len(warnings) == 1
+    assert "10.0 % resist PGD, as 60.0 % did in epoch 1" in warnings[0]
 
 
 @pytest.mark.parametrize(
-    ("fgsm", "pgd", "classes", "expected"),
+    ("fgsm", "pgd", "before", "classes", "expected"),
     [
-        (0.8, 0.39, 10, True),
-        (0.8, 0.41, 10, False),
-        (0.19, 0, 10, False),
-        (0.21, 0, 10, True),
-        (0.8, 0, 2, True),
-        (0.7, 0, 2, False),
+        (0.8, 0.2, 0.5, 10, True),
+        (0.8, 0.3, 0.5, 10, False),
+        (0.7, 0.3, 0.3, 10, False),
+        (0.3, 0.2, 0.5, 10, False),
+        (0.19, 0, 0.5, 10, False),
+        (0.21, 0, 0.5, 10, True),
+        (0.5, 0, 0.15, 10, False),
+        (0.5, 0, 0.15, 100, True),
+        (0.8, 0, 0.7, 2, True),
+        (0.7, 0, 0.7, 2, False),
+        (0.9, 0.2, 0.55, 2, False),
     ],
-    ids=["collapsed", "healthy", "near chance", "above chance", "two classes", "two classes near chance"],
-)
-def test_what_counts_as_a_collapse(fgsm, pgd, classes, expected):
-    assert has_overfitted({"fgsm_top1": fgsm, "robust_top1": pgd}, classes) is expected
+    ids=[
+        "collapsed", "healthy", "learning", "FGSM, too", "near chance", "above chance", "nothing to fall from",
+        "of many classes", "two classes", "two classes near chance", "two classes, nothing to fall from",
+    ],
+)  # fmt: skip
+def test_what_counts_as_a_collapse(fgsm, pgd, before, classes, expected):
+    assert has_collapsed(fgsm, pgd, before, classes) is expected
 
 
 def test_starts_depend_on_the_seed_and_not_on_the_epoch(images):
