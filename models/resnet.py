@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
+from base.errors import ConfigError
 from base.registry import Constructor, lookup
 
 STEMS = {
@@ -122,15 +123,27 @@ class ResNet(BaseModel):
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
 
 
+SHORTCUT_INPUTS = ("activated", "raw")
+
+
 class PreActBlock(nn.Module):
-    """Norm, activation and 3x3 convolution, twice; the shortcut's 1x1 convolution sees the activated input and has no norm."""
+    """Norm, activation and 3x3 convolution, twice; the shortcut's 1x1 convolution has no norm, and sees the activated input
+    or, with `shortcut_input="raw"`, the input itself."""
 
     branch_end = "conv2"
 
     def __init__(
-        self, in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor, act: Constructor
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int,
+        conv: Constructor,
+        norm: Constructor,
+        act: Constructor,
+        shortcut_input: str = "activated",
     ) -> None:
         super().__init__()
+        self.shortcut_input = shortcut_input
         self.bn1 = norm(in_planes)
         self.relu1 = act(in_planes, inplace=False)  # the input is also the shortcut, even where the norm is the identity
         self.conv1 = conv(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
@@ -144,7 +157,9 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
         out = self.relu1(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(out)
+        shortcut = x
+        if self.shortcut is not None:
+            shortcut = self.shortcut(x if self.shortcut_input == "raw" else out)
         return self.conv2(self.relu2(self.bn2(self.conv1(out)))) + shortcut
 
 
@@ -152,24 +167,43 @@ class PreActResNet(BaseModel):
     """Pre-activation ResNet-18 in the layout that the literature on adversarial training uses (Rice, Wong, Kolter,
     arXiv:2002.11569): `conv1`, four stages, a last norm `bn` and activation, the average, `linear`.
 
+    Two networks of that literature have these keys and these shapes. They differ in what the 1x1 convolution of a shortcut
+    sees, and the weights of one mean nothing in the other:
+
+    - "activated", `relu(bn(x))`: robust_overfitting (Rice et al., arXiv:2002.11569), AWP (Wu et al., arXiv:2004.05884),
+      RobustBench's `PreActBlockV2`; also kuangliu's pytorch-cifar, where the layout comes from.
+    - "raw", `x`: fast_adversarial (Wong et al., arXiv:2001.03994), GradAlign (Andriushchenko, Flammarion,
+      arXiv:2007.02617), RobustBench's `PreActBlock`, with which it lists Wong2020Fast.
+
     Args:
         num_blocks: how many blocks each of the four stages has.
         num_classes: the number of logits.
+        shortcut_input: "activated" or "raw".
         layer_types: the arguments of `BaseModel`.
 
     Raises:
-        ConfigError: a layer type is unknown.
+        ConfigError: a layer type or `shortcut_input` is unknown.
     """
 
-    def __init__(self, num_blocks: tuple[int, int, int, int], num_classes: int = 10, **layer_types: Any) -> None:
+    def __init__(
+        self,
+        num_blocks: tuple[int, int, int, int],
+        num_classes: int = 10,
+        shortcut_input: str = "activated",
+        **layer_types: Any,
+    ) -> None:
         super().__init__(**layer_types)
+        if shortcut_input not in SHORTCUT_INPUTS:
+            expected = " or ".join(SHORTCUT_INPUTS)
+            raise ConfigError(f"arch.args.shortcut_input: {shortcut_input!r}, expected {expected}")
         self.conv1 = self.conv_layer(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         in_planes = 64
         for stage, (planes, blocks) in enumerate(zip((64, 128, 256, 512), num_blocks, strict=True), start=1):
             layers = []
             for position in range(blocks):
                 stride = 2 if stage > 1 and position == 0 else 1
-                layers.append(PreActBlock(in_planes, planes, stride, self.conv_layer, self.norm_layer, self.activation_layer))
+                layer_types = (self.conv_layer, self.norm_layer, self.activation_layer)
+                layers.append(PreActBlock(in_planes, planes, stride, *layer_types, shortcut_input))
                 in_planes = planes
             self.add_module(f"layer{stage}", nn.Sequential(*layers))
         self.bn = self.norm_layer(in_planes)

@@ -5,6 +5,7 @@ CVPR 2020, arXiv:2004.00887.
 """
 
 from math import sqrt
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +13,25 @@ from torch import Tensor, nn
 from models.layers.precision import without_autocast
 
 EPSILON = 1e-5
+Rule = Literal["paper", "original"]
+"""What is done to a matrix with more rows than columns; see `newton_orthogonalize`."""
 
 
-def newton_orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
+def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper") -> Tensor:
     """Approximately orthonormal rows, or columns where the rows are more, by Newton's iteration.
 
     With `Z` centred along its rows, `S = Z Z^T + 1e-5 I`, `s = |S|_F`, `B_0 = I` and `B <- 1.5 B - 0.5 B^3 S / s`, the result
     is `B Z / sqrt(s)`, which tends to the polar factor `(Z Z^T)^(-1/2) Z`. A matrix with more rows than columns is treated by
     its columns, `Z B / sqrt(s)` with `S = Z^T Z + 1e-5 I`. The number of iterations bounds how far small singular values rise.
 
+    The original ConvNorm's code iterates such a matrix with S itself, `B <- 1.5 B - 0.5 B^3 S`, and divides the result
+    alone, by `sqrt(s)`. That is another matrix, far from orthonormal columns, and it diverges where an eigenvalue of S is
+    large: only weights that were trained with this rule should be used with it.
+
     Args:
         matrices: `(groups, rows, columns)`.
         iterations: the paper's T; 3 to 7 are usual.
+        rule: "paper" or "original"; both treat a matrix without more rows than columns alike.
 
     Returns:
         `(groups, rows, columns)`.
@@ -35,7 +43,8 @@ def newton_orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     identity = torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device)
     gram = torch.bmm(wide, wide.mT) + EPSILON * identity
     norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True)
-    gram = gram / norm
+    if rule == "paper" or rows <= columns:
+        gram = gram / norm
     # root * gram is carried along: the same numbers as B^3 S, but there rounding errors grow and end in NaN after some 10 steps
     root, root_gram = identity.expand_as(gram), gram
     for _ in range(iterations):
@@ -53,13 +62,18 @@ class ONIConv2d(nn.Conv2d):
 
     State: `weight`, `bias`, `WNScale` `(C_out, 1, 1, 1)`, a trainable factor per output channel.
 
-    Deviation: where C_out exceeds the fan-in (a first layer) the original leaves out the division of S by its norm, without
-    which the iteration diverges for weights that are not small; here it is done, as in the paper.
+    Deviation: where C_out exceeds the fan-in, as in a first layer and in the 1x1 convolutions that widen a shortcut (four
+    layers of a ResNet-18), the original ConvNorm follows a rule of its own. Here it is the paper's unless `rule` says
+    otherwise; checkpoints of the original need the original's.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in `nn.Conv2d`.
         iterations: the number of Newton iterations, the paper's T.
         scale: initial `WNScale`; sqrt(2) keeps the variance through a ReLU (the original's 1.414).
+        rule: "paper" or "original"; see `newton_orthogonalize`.
+
+    Raises:
+        ValueError: there is no such rule.
     """
 
     def __init__(
@@ -75,9 +89,13 @@ class ONIConv2d(nn.Conv2d):
         padding_mode: str = "zeros",
         iterations: int = 3,
         scale: float = sqrt(2),
+        rule: Rule = "paper",
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        if rule not in get_args(Rule):
+            raise ValueError(f"rule={rule!r}: expected {' or '.join(map(repr, get_args(Rule)))}")
         self.iterations = iterations
+        self.rule: Rule = rule
         self.WNScale = nn.Parameter(torch.full((out_channels, 1, 1, 1), scale))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,4 +106,5 @@ class ONIConv2d(nn.Conv2d):
         """`WNScale` times the orthogonalised weight, in the weight's shape."""
         with without_autocast(self.weight):
             matrices = self.weight.unflatten(0, (self.groups, -1)).flatten(2)
-            return newton_orthogonalize(matrices, self.iterations).reshape(self.weight.shape) * self.WNScale
+            orthogonal = newton_orthogonalize(matrices, self.iterations, self.rule)
+            return orthogonal.reshape(self.weight.shape) * self.WNScale

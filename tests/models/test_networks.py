@@ -12,6 +12,7 @@ from torch import nn
 from base.errors import ConfigError
 from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, LINEAR_LAYERS, NORM_LAYERS
 from models import MODELS, build_model
+from models.layers import ONIConv2d
 from models.losses import LOSSES
 from models.resnet import PreActBlock
 
@@ -95,6 +96,32 @@ def test_preactivation_leaves_the_shortcut_alone():
     x = torch.randn(2, 4, 5, 5)
     expected = block.conv2(F.relu(block.conv1(F.relu(x)))) + x
     torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("shortcut_input", ["activated", "raw"])
+def test_the_shortcuts_convolution_sees_what_it_is_told(shortcut_input):
+    torch.manual_seed(0)
+    args = {"num_classes": 7, "norm_layer_type": "gn", "shortcut_input": shortcut_input}
+    model = build_model({"type": "preact_resnet18", "args": args}).eval()
+    inputs = torch.randn(3, 3, 20, 20)
+    out = model.conv1(inputs)
+    for block in (block for stage in range(1, 5) for block in getattr(model, f"layer{stage}")):
+        activated = F.relu(block.bn1(out))
+        shortcut = out if block.shortcut is None else block.shortcut(activated if shortcut_input == "activated" else out)
+        out = block.conv2(F.relu(block.bn2(block.conv1(activated)))) + shortcut
+    torch.testing.assert_close(model(inputs), model.linear(F.relu(model.bn(out)).mean(dim=(2, 3))))
+    default = build_model({"type": "preact_resnet18", "args": {"num_classes": 7, "norm_layer_type": "gn"}})
+    assert default.state_dict().keys() == model.state_dict().keys()
+    assert default.layer3[0].shortcut_input == "activated"
+
+
+def test_onis_rule_reaches_the_layers():
+    with torch.device("meta"):
+        model = build_model({"type": "resnet18", "args": {"conv_layer_type": "oni_conv", "oni_rule": "original"}})
+        assert build_model({"type": "vgg11", "args": {"conv_layer_type": "oni_conv"}}).features[0].rule == "paper"
+    convolutions = [module for module in model.modules() if isinstance(module, ONIConv2d)]
+    assert {layer.rule for layer in convolutions} == {"original"}
+    assert sum(layer.out_channels > layer.weight[0].numel() for layer in convolutions) == 4
 
 
 def test_models_normalise_pixels_themselves():

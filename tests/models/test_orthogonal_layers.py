@@ -56,6 +56,45 @@ def test_oni_is_newtons_recurrence_on_singular_values(in_channels, out_channels,
             np.testing.assert_allclose(got, left[:, kept] @ right[kept], atol=1e-3)
 
 
+def test_oni_has_the_originals_rule_for_more_rows_than_columns():
+    golden = np.load(Path(__file__).parents[1] / "golden" / "oni_more_rows_than_columns.npz")
+    for case in ("case0", "case1"):
+        weight, expected = (torch.from_numpy(golden[f"{case}/{name}"]).double() for name in ("weight", "effective"))
+        out_channels, in_channels, *kernel_size = weight.shape
+        found = {}
+        for rule in ("original", "paper"):
+            iterations = int(golden["iterations"])
+            layer = ONIConv2d(in_channels, out_channels, kernel_size, bias=False, iterations=iterations, rule=rule).double()
+            layer.load_state_dict({"weight": weight, "WNScale": torch.ones_like(layer.WNScale)})
+            found[rule] = layer.normalized_weight()
+        largest = expected.abs().max()
+        assert (found["original"] - expected).abs().max() < 1e-6 * largest
+        assert (found["paper"] - expected).abs().max() > 0.1 * largest
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((10, 3, 1, 2), 1), ((12, 2, 2, 1), 2), ((4, 5, 3, 3), 1)])
+def test_onis_two_rules_differ_in_one_division(shape, groups):
+    torch.manual_seed(1)
+    out_channels, in_channels, *kernel_size = shape
+    args = (in_channels * groups, out_channels, tuple(kernel_size))
+    layer = ONIConv2d(*args, groups=groups, bias=False, iterations=2, rule="original").double()
+    actual = layer.normalized_weight().detach().numpy().reshape(groups, out_channels // groups, -1) / 2**0.5
+    for got, matrix in zip(actual, centred(layer.weight, groups), strict=True):
+        is_tall = matrix.shape[0] > matrix.shape[1]
+        gram = matrix.T @ matrix if is_tall else matrix @ matrix.T
+        gram = gram + EPSILON * np.eye(len(gram))
+        norm = np.linalg.norm(gram)
+        root = np.eye(len(gram))
+        for _ in range(2):
+            root = 1.5 * root - 0.5 * root @ root @ root @ (gram if is_tall else gram / norm)
+        np.testing.assert_allclose(got, (matrix @ root if is_tall else root @ matrix) / norm**0.5, atol=1e-12)
+
+
+def test_oni_knows_two_rules():
+    with pytest.raises(ValueError, match="rule='newton': expected 'paper' or 'original'"):
+        ONIConv2d(3, 4, 1, rule="newton")
+
+
 @pytest.mark.parametrize(
     ("in_channels", "out_channels", "groups", "asked", "norm_groups"),
     [(4, 6, 1, None, 1), (4, 6, 1, 3, 3), (1, 24, 1, None, 3), (4, 8, 2, None, 2)],
