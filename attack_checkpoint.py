@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from attacks import PGD, Attack, from_config
-from attacks.checks import doctor
+from attacks.checks import doctor, plain_pgd
 from attacks.figures import draw_epsilon_curve, draw_examples
 from attacks.report import Report, add_doctor, describe_attack, file_stem, measure, title
 from attacks.robustness import Autocast, attack_batch
-from attacks.threat_model import ThreatModel
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.command_line import Parser, set_overrides
@@ -63,7 +62,14 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     for flag, key, text in SIZES:
         if flag in sizes:
             parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{text} ({key})")
-    parser.add_argument("--doctor", action="store_true", help="check whether the number can be believed")
+    parser.add_argument(
+        "--doctor",
+        type=int,
+        nargs="?",
+        const=DOCTOR_IMAGES,
+        metavar="N",
+        help=f"check on N images ({DOCTOR_IMAGES}) whether the number can be believed",
+    )
     return parser
 
 
@@ -84,7 +90,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         config, loader, model = evaluation.config, evaluation.loader, evaluation.model
         if loader.n_samples < world_size():
             raise ConfigError(f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes")
-        attack = _attack(config, attack_name, loader.num_classes, arguments.doctor)
+        attack = _attack(config, attack_name, loader.num_classes, arguments.doctor is not None)
         context = {"seed": arguments.seed, "autocast": evaluation.autocast}
         target = arguments.json or _default_target(Path(arguments.checkpoint), attack, arguments)
         partial = None if target is None else _partial(target, model, loader, attack, config, arguments)
@@ -102,7 +108,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
 
 def _check(arguments: argparse.Namespace, attack_name: str) -> None:
     """Refuse what would fail after the attack, or have no effect on it."""
-    for name in ("limit", "batch_size"):
+    for name in ("limit", "batch_size", "doctor"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ConfigError(f"--{name}: expected at least 1, not {getattr(arguments, name)}")
     for flag, key, _ in SIZES:
@@ -122,8 +128,8 @@ def _conclude(
 ) -> None:
     """Doctor, files, pictures, and the report itself as the last line."""
     if arguments.doctor:
-        few = some_of_every_class(loader, DOCTOR_IMAGES)
-        examined = attack if isinstance(attack, PGD) else _plain_pgd(attack.threat_model)
+        few = some_of_every_class(loader, arguments.doctor)
+        examined = attack if isinstance(attack, PGD) else plain_pgd(attack)
         checks, curve = doctor(model, few, examined, **context)
         add_doctor(report, checks, examined)
         print(*checks, sep="\n")
@@ -137,14 +143,19 @@ def _conclude(
     for warning in report.values["warnings"]:
         print(f"warning: {warning}")
     if arguments.doctor:
-        examined_as, reliable = report.values["checked_attack"], report.values["reliable"]
-        print("NOT RELIABLE: see the warnings" if reliable is False else f"every check passed, of {examined_as}")
+        print(_conclusion(report))
     print(report)
 
 
-def _plain_pgd(threat: ThreatModel) -> PGD:
-    """What the doctor examines a model with where the attack reported is not PGD."""
-    return PGD(threat.epsilon, 2.5 * threat.epsilon / 20, 20, threat.norm)
+def _conclusion(report: Report) -> str:
+    """What the doctor's checks come to, in one line."""
+    values = report.values
+    needed = values["images_needed"]
+    if values["reliable"] is False:
+        return "NOT RELIABLE: see the warnings"
+    if needed is not None:
+        return f"UNDECIDED: about {needed} images would decide (--doctor {needed})"
+    return f"every check passed, of {values['checked_attack']}"
 
 
 def _attack(config: Config, name: str, num_classes: int, doctor: bool) -> Attack:

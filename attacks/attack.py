@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from attacks.arguments import check_count
+from attacks.classifier import Classifier, Model
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.threat_model import Generators, ThreatModel
 from attacks.worst_points import DONE, MISSED
@@ -18,8 +20,8 @@ from base.runtime import torch_generator
 class Attack(ABC):
     """Searches a threat model for images that a model gets wrong: `attack(model, images, labels) -> adversarial images`.
 
-    Works with any module that maps images in `[0, 1]` to logits. All sizes are in units of the pixel range (8/255, not 8).
-    A subclass writes `perturb`.
+    Works with any module or function that maps images in `[0, 1]` to logits. All sizes are in units
+    of the pixel range (8/255, not 8). A subclass writes `perturb`.
 
     Args:
         epsilon: radius of the threat model.
@@ -32,9 +34,18 @@ class Attack(ABC):
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, epsilon: float, norm: str = "linf", *, targeted: bool = False, loss: str = "ce", seed: int = 0) -> None:
+    def __init__(
+        self,
+        epsilon: float,
+        norm: str = "linf",
+        *,
+        targeted: bool = False,
+        loss: str = "ce",
+        seed: int = 0,
+    ) -> None:
         if loss not in ATTACK_LOSSES:
             raise ValueError(f"loss {loss!r} is not one of: {', '.join(ATTACK_LOSSES)}")
+        check_count("seed", seed, 0)
         self.threat_model = ThreatModel(norm, epsilon)
         self.targeted = targeted
         self.loss = loss
@@ -53,31 +64,46 @@ class Attack(ABC):
         """The search goes on until the label is not among this many of the largest logits."""
         return 1
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *, generators: Generators | None = None) -> Tensor:
+    def __call__(
+        self, model: Model, images: Tensor, labels: Tensor, *, generators: Generators | None = None
+    ) -> Tensor:
         """Adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and integer `labels` `(B,)`, of their type and device.
 
-        The model is in evaluation mode meanwhile and gets its modes back; its parameters' `.grad` are not touched, and no
-        gradient of a weight is computed. Every image returned lies in the threat model, to the rounding of float32.
+        A module is in evaluation mode meanwhile and gets its modes back; its parameters' `.grad`
+        are not touched, and no gradient of a weight is computed. A function's modes are the
+        caller's. Every image returned lies in the threat model, to the rounding of float32, also
+        where the model writes into its input, and `images` stay as they are. An image for which the
+        model answers NaN counts as misclassified.
 
         Args:
             generators: where random numbers come from: one generator, or one for each image; None for the attack's seed.
 
         Raises:
-            ValueError: images outside `[0, 1]` or in half precision, or images, labels and generators that do not match.
+            TypeError: the model does not return a tensor of logits.
+            ValueError: images outside `[0, 1]` or in half precision, images, labels and generators
+                that do not match, labels that are none of the model's classes, or a model of fewer
+                than two.
         """
         check_batch(images, labels)
         if isinstance(generators, Sequence) and len(generators) != len(images):
-            raise ValueError(f"generators: expected one, or {len(images)}, one per image, not {len(generators)}")
+            raise ValueError(
+                f"generators: expected one, or {len(images)}, one per image, not {len(generators)}"
+            )
         with torch.inference_mode(False), frozen(model, training=False):
-            images, labels = images.detach().clone(), labels.detach().long()
+            # clones are ordinary tensors, also of tensors that were made in inference mode
+            images, labels = images.detach().clone(), labels.detach().clone().long()
             if len(images) == 0:
                 return images
             generators = torch_generator(self.seed, "attack") if generators is None else generators
-            points = self.perturb(model, images, labels, generators)
-            return self.threat_model.project(points.detach(), images)
+            asked = Classifier(model, labels)
+            points = self.perturb(asked, images.clone(), labels, generators).detach()
+            points = torch.where(points.isfinite(), points, images)
+            return self.threat_model.project(points, images)
 
     @abstractmethod
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
+    def perturb(
+        self, model: Model, images: Tensor, labels: Tensor, generators: Generators
+    ) -> Tensor:
         """The search. The model's modes are the caller's, and `frozen` holds: adversarial training attacks in training mode."""
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,33 +114,40 @@ class Attack(ABC):
     def reached(self, logits: Tensor, labels: Tensor) -> Tensor:
         """How far the attack has come with each image, from `MISSED` to `DONE`; int64 `(B,)`."""
         if self.targeted:
-            return torch.where(logits.argmax(dim=1) == labels, DONE, MISSED)
+            return torch.where(wrongness(logits, labels) == 0, DONE, MISSED)
         if self.confidence:
             shortage = self.confidence * logits.detach().abs().amax(dim=1, keepdim=True)
             logits = logits.scatter_add(1, labels.unsqueeze(1), shortage)
         return wrongness(logits, labels, self.rank)
 
-    def ascend(self, model: nn.Module, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def ascend(self, model: Model, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits `(B, C)`, losses `(B,)` and the losses' gradients `(B, C, H, W)` at `points`, detached.
 
-        Losses are summed, not averaged, so an image's gradient does not depend on the batch it is in.
+        Losses are summed, not averaged, so an image's gradient does not depend on the batch it is
+        in. The gradient is zero where no path leads from the losses to the points: the model leaves
+        torch, rounds to integers or answers a constant.
         """
         points = points.detach().requires_grad_()
         with torch.enable_grad():
             logits = model(points)
-            if not logits.requires_grad:  # the model leaves torch or rounds to integers: its gradient is zero
-                logits = logits + 0 * points.flatten(1).sum(dim=1, keepdim=True)
             losses = self.losses(logits, labels)
-            (gradient,) = torch.autograd.grad(losses.sum(), points)
+            gradient = None
+            if losses.requires_grad:
+                (gradient,) = torch.autograd.grad(losses.sum(), points, allow_unused=True)
+        if gradient is None:
+            gradient = torch.zeros_like(points)
         return logits.detach(), losses.detach(), gradient
 
 
 @contextmanager
-def frozen(model: nn.Module, training: bool | None = None) -> Iterator[None]:
+def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
     """Meanwhile no parameter asks for gradients; all modules are in training (True) or evaluation mode (False), or stay (None).
 
-    Afterwards every module and parameter has its own flags again.
+    Afterwards every module and parameter has its own flags again. A function has none.
     """
+    if not isinstance(model, nn.Module):
+        yield
+        return
     modes = [(module, module.training) for module in model.modules()]
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -136,10 +169,29 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
     Raises:
         ValueError: naming what was found.
     """
-    if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):  # half precision cannot hold 1/255 near 1
-        raise ValueError(f"images: expected float32 (B, C, H, W), not {images.dtype} {tuple(images.shape)}")
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise ValueError(f"labels: expected {len(images)} integers, one per image, not {labels.dtype} {tuple(labels.shape)}")
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, not {type(value).__name__}")
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise ValueError(f"images: expected the shape (B, C, H, W), not {tuple(images.shape)}")
+    # half precision cannot hold 1/255 near 1
+    if images.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images: expected float32 or float64, not {images.dtype}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels: expected one per image, the shape ({len(images)},), not {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected integers, not {labels.dtype}")
     if len(images) and not (images.amin() >= 0 and images.amax() <= 1):
-        low, high = float(images.amin()), float(images.amax())
-        raise ValueError(f"images: expected pixels in [0, 1], found {low:.4g} to {high:.4g}; models normalise inside")
+        low, high = (_as_outside(float(end)) for end in (images.amin(), images.amax()))
+        raise ValueError(
+            f"images: expected pixels in [0, 1], found {low} to {high}; models normalise inside"
+        )
+
+
+def _as_outside(pixel: float) -> str:
+    """A pixel in four digits, or in all where four would put it into `[0, 1]`."""
+    short = f"{pixel:.4g}"
+    seems_inside = 0 <= float(short) <= 1 and not 0 <= pixel <= 1
+    return repr(pixel) if seems_inside else short

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attacks.attack import Attack
+from attacks.classifier import Model
+from attacks.losses import wrongness
 from attacks.threat_model import Generators
 from base.errors import ConfigError
 
@@ -44,7 +46,8 @@ class AutoAttack(Attack):
     """
 
     def __init__(self, epsilon: float, norm: str = "linf", *, seed: int = 0) -> None:
-        super().__init__(epsilon, norm, seed=seed)
+        # of its losses the one whose gradient no scale of the logits flattens
+        super().__init__(epsilon, norm, loss="dlr", seed=seed)
         self.warnings: list[str] = []
         _import("autoattack")
 
@@ -58,11 +61,14 @@ class AutoAttack(Attack):
         """What stands behind a robust accuracy, for reports."""
         return f"standard AutoAttack (pyautoattack {self.version}: apgd-ce, apgd-t, fab-t, square)"
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
+    def perturb(
+        self, model: Model, images: Tensor, labels: Tensor, generators: Generators
+    ) -> Tensor:
         if images.dtype != torch.float32:
             raise ValueError(f"images: AutoAttack computes in float32, not {images.dtype}")
         with torch.no_grad():
-            n_classes = model(images[:1]).shape[1]
+            logits = model(images)
+        n_classes = logits.shape[1]
         if n_classes < 4:
             raise ValueError(f"AutoAttack needs at least 4 classes (its targeted DLR loss does), the model has {n_classes}")
         if n_classes <= STANDARD_TARGETS:
@@ -70,16 +76,21 @@ class AutoAttack(Attack):
                 f"the model has {n_classes} classes: {n_classes - 1} targets instead of the standard {STANDARD_TARGETS} "
                 "in apgd-t and fab-t"
             )
+        # the package would take NaN for a class
+        standing = (wrongness(logits, labels) == 0).nonzero().flatten()
+        if len(standing) == 0:
+            return images
         first = generators if isinstance(generators, torch.Generator) else generators[0]
         seed = int(torch.randint(2**31, (), generator=first))
         # all CUDA devices: seeding one that is not in use yet would be remembered until it is
         devices = range(torch.cuda.device_count() if images.is_cuda else 0)
         with torch.random.fork_rng(devices=devices), _kept_tracer(), _heard(self._warn):
             attack = self._build(model, n_classes, seed, images.device)
-            points, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
-        return points
+            some = images[standing], labels[standing]
+            found, _ = attack.run_standard_evaluation(*some, batch_size=len(images))
+        return images.index_copy(0, standing, found)
 
-    def _build(self, model: nn.Module, n_classes: int, seed: int, device: torch.device) -> Any:
+    def _build(self, model: Model, n_classes: int, seed: int, device: torch.device) -> Any:
         """The package's attack, with targets that exist."""
 
         def logits(points: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Auto-PGD (APGD): projected gradient ascent that chooses its step sizes itself."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from attacks.arguments import check_count, check_number
 from attacks.attack import Attack
+from attacks.classifier import Model
 from attacks.threat_model import Generators, ThreatModel, draw, generators_of, lengths
 from attacks.worst_points import DONE, WorstPoints
 
@@ -58,16 +60,18 @@ class APGD(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(epsilon, norm, targeted=targeted, loss=loss, seed=seed)
-        if steps < 1 or restarts < 1:
-            raise ValueError(f"steps {steps} and restarts {restarts} must be at least 1")
-        if not 0 <= rho <= 1:
-            raise ValueError(f"rho {rho} is not in [0, 1]")
+        check_count("steps", steps)
+        check_count("restarts", restarts)
+        if not 0 <= check_number("rho", rho) <= 1:
+            raise ValueError(f"rho: expected a number in [0, 1], not {rho}")
         self.steps = steps
         self.restarts = restarts
         self.early_stop = early_stop
         self.rho = rho
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
+    def perturb(
+        self, model: Model, images: Tensor, labels: Tensor, generators: Generators
+    ) -> Tensor:
         found = WorstPoints(images)
         everything = torch.arange(len(images), device=images.device)
         with torch.no_grad():
@@ -92,7 +96,7 @@ class APGD(Attack):
             change = change / lengths(change).clamp_min(1e-30)
         return self.threat_model.project(images + self.threat_model.epsilon * change, images)
 
-    def _climb(self, model: nn.Module, found: WorstPoints, climb: "_Climb") -> None:
+    def _climb(self, model: Model, found: WorstPoints, climb: "_Climb") -> None:
         """All steps of one restart; what it meets goes into `found`."""
         ends = checkpoints(self.steps)
         for step in range(self.steps):

@@ -45,8 +45,9 @@ def draw_examples(
         path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
         images: `(B, C, H, W)` in `[0, 1]`, B at least 1; shown in colour if C is 3, otherwise as the grey mean of the channels.
         adversarial: of the same shape.
-        predictions: `(B,)`, the class predicted for every image.
-        adversarial_predictions: `(B,)`, the class predicted for every adversarial image.
+        predictions: `(B,)`, the class predicted for every image; negative where the model answers
+            NaN.
+        adversarial_predictions: `(B,)`, the class predicted for every adversarial image, likewise.
         labels: `(B,)`, the true classes.
         class_names: in label order.
         title: printed above, in as many lines as it needs.
@@ -57,7 +58,8 @@ def draw_examples(
     """
     check_format(path)
     numbers = (labels, predictions, adversarial_predictions)
-    named = [[class_names[int(number)] for number in part[:MAX_ROWS]] for part in numbers]
+    names = [*class_names, "NaN"]  # the last is that of -1
+    named = [[names[max(int(number), -1)] for number in part[:MAX_ROWS]] for part in numbers]
     _save(examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path)
 
 

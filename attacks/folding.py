@@ -2,18 +2,20 @@
 
 from collections import Counter
 from copy import deepcopy
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from attacks.attack import frozen
+from attacks.classifier import Model, ask
 
 TOLERANCE = 1e-4
 """Largest difference between logits of the two networks, as a share of the largest logit; rounding makes about 1e-6."""
 
 
-def folded(model: nn.Module, images: Tensor) -> nn.Module:
+def folded(model: Model, images: Tensor) -> Model:
     """A copy of `model` for evaluation, without the batch norms that stand right behind a convolution; or `model` itself.
 
     With running statistics `bn(w * x + b) = (s w) * x + s (b - mean) + beta` per output channel, `s = gamma / sqrt(var + eps)`:
@@ -23,14 +25,18 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
     A pair is folded if, in the autograd graph of one forward pass, nothing but the batch norm takes what the convolution makes.
     Modules that are used twice or have hooks, and convolutions that make their weights anew in every pass (subclasses,
     parametrisations), stay. `model` comes back where there is nothing to fold, where it cannot be copied, where the copy
-    answers otherwise, and where it is compiled, which a copy would not be.
+    answers otherwise or with numbers that are not finite, and where it is compiled, which a copy
+    would not be.
 
     Args:
-        model: any module; neither its weights nor its modes are changed.
+        model: any module, whose weights and modes are not changed, or a function, which comes back.
         images: `(B, C, H, W)`, a few on which the two are compared.
     """
+    if not isinstance(model, nn.Module):
+        return model
     with torch.inference_mode(False), frozen(model, training=False):
-        pairs = [] if _compiled(model) else _pairs(model, images.detach().clone())
+        images = images.detach().clone()
+        pairs = [] if _compiled(model) else _pairs(model, images)
         if not pairs:
             return model
         try:
@@ -41,8 +47,12 @@ def folded(model: nn.Module, images: Tensor) -> nn.Module:
             for convolution, norm in pairs:
                 _fold(copy.get_submodule(convolution), copy.get_submodule(norm))
                 copy.set_submodule(norm, nn.Identity())
-            expected, found = model(images), copy(images)
-        return copy if torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())) else model
+            expected, found = ask(model, images), ask(copy, images)
+        largest = float(expected.abs().max())
+        if not isfinite(largest):
+            return model
+        same = torch.allclose(found, expected, rtol=0, atol=TOLERANCE * largest)
+        return copy if same else model
 
 
 def _compiled(model: nn.Module) -> bool:
@@ -62,7 +72,7 @@ def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
             hooks.append(module.register_forward_hook(lambda *call, made=kind[name]: made.append(call[2].grad_fn)))
     try:
         with torch.enable_grad():
-            logits = model(images.requires_grad_())
+            logits = ask(model, images.clone().requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()

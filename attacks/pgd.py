@@ -2,12 +2,13 @@
 
 from copy import copy
 from dataclasses import replace
-from math import isfinite
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from attacks.arguments import check_count, check_size
 from attacks.attack import Attack
+from attacks.classifier import Model
 from attacks.threat_model import Generators, generators_of
 from attacks.worst_points import DONE, WorstPoints
 
@@ -52,10 +53,11 @@ class PGD(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(epsilon, norm, targeted=targeted, loss=loss, seed=seed)
-        if not (isfinite(step_size) and step_size >= 0):
-            raise ValueError(f"step_size {step_size} is not a finite number of at least 0")
-        if steps < 1 or restarts < 1:
-            raise ValueError(f"steps {steps} and restarts {restarts} must be at least 1")
+        check_size("step_size", step_size, norm)
+        check_count("steps", steps)
+        check_count("restarts", restarts)
+        if not isinstance(early_stop, bool):
+            check_count("early_stop", early_stop, 0)
         if restarts > 1 and not random_start:
             raise ValueError(f"restarts {restarts}: without random_start all of them are the same")
         if targeted and early_stop > 1:
@@ -77,7 +79,9 @@ class PGD(Attack):
     def rank(self) -> int:
         return max(1, self.early_stop)
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
+    def perturb(
+        self, model: Model, images: Tensor, labels: Tensor, generators: Generators
+    ) -> Tensor:
         if self.restarts == 1 and not self.early_stop:
             return self.climb(model, images, labels, self.start(images, generators))
         found = WorstPoints(images)
@@ -94,7 +98,13 @@ class PGD(Attack):
         return self.threat_model.random_start(images, generators) if self.random_start else images
 
     def _search(
-        self, model: nn.Module, images: Tensor, labels: Tensor, found: WorstPoints, left: Tensor, points: Tensor
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        found: WorstPoints,
+        left: Tensor,
+        points: Tensor,
     ) -> None:
         """One restart for the images at positions `left`, from `points`; what it meets goes into `found`."""
         for _ in range(self.steps):
@@ -111,7 +121,7 @@ class PGD(Attack):
             logits = model(points)
         found.note(left, points, self.losses(logits, labels[left]), self.reached(logits, labels[left]))
 
-    def climb(self, model: nn.Module, images: Tensor, labels: Tensor, points: Tensor) -> Tensor:
+    def climb(self, model: Model, images: Tensor, labels: Tensor, points: Tensor) -> Tensor:
         """All steps from `points`; `labels` may be class probabilities `(B, C)`. Returns the last point."""
         for _ in range(self.steps):
             _, _, gradient = self.ascend(model, points, labels)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from attacks.attack import Attack
-from attacks.checks import Check, quick_checks
+from attacks.checks import FAILED, Check, quick_checks
+from attacks.classifier import Model
 from attacks.robustness import Autocast, Verdicts, attack_loader, interval, known_verdicts, knows_top5, lowers
 from attacks.threat_model import as_written
 from base.atomic import replacing
@@ -50,7 +50,7 @@ class Report:
 
 
 def measure(
-    model: nn.Module,
+    model: Model,
     loader: BaseDataLoader,
     attack: Attack,
     *,
@@ -62,9 +62,10 @@ def measure(
 ) -> Report:
     """Attack every image of `loader`, shared out over all ranks, and report; see `attack_loader` for the arguments.
 
-    `reliable` is False where one of the quick checks fails; it is None, not known, until the doctor has looked, too.
-    `checkpoint` is the name that the report gives the model. After an interruption, `seconds` and `images_per_second` are those
-    of the rest.
+    `reliable` is False where one of the quick checks fails; it is None, not known, until the doctor
+    has looked, too, and where the images examined cannot decide: `images_needed` then says how many
+    would. `checkpoint` is the name that the report gives the model. After an interruption,
+    `seconds` and `images_per_second` are those of the rest.
 
     Raises:
         ValueError: the loader holds no images, or the attack is targeted.
@@ -96,6 +97,7 @@ def measure(
         "max_perturbation": float(verdicts.perturbation.max()),
         "precision": "bf16, verdicts in fp32" if lowers(autocast, attack) else "fp32",
         "reliable": None,
+        "images_needed": None,
         "warnings": [],
         "checkpoint": checkpoint,
         "versions": package_versions(),
@@ -107,11 +109,18 @@ def measure(
 
 def add_doctor(report: Report, checks: list[Check], examined: Attack) -> None:
     """Add the doctor's findings on the attack `examined`: `reliable` is False where a check failed, and True where every check
-    passed, the attack reported is the one examined, and nothing else was held against it."""
+    passed, the attack reported is the one examined, and nothing else was held against it. Where a
+    check is undecided it stays None, and `images_needed` is the number of images that would decide
+    all of them.
+    """
     values = report.values
     values["checks"] = [vars(check) for check in checks]
     values["checked_attack"] = title(describe_attack(examined))
-    if values["reliable"] is None and not values["warnings"] and values["checked_attack"] == title(values):
+    undecided = [check.images_needed for check in checks if check.images_needed]
+    values["images_needed"] = max(undecided, default=None)
+    passed = all(check.passed for check in checks)
+    unsuspicious = values["reliable"] is None and not values["warnings"]
+    if passed and unsuspicious and values["checked_attack"] == title(values):
         values["reliable"] = True
     _judge(values, checks)
 
@@ -152,7 +161,7 @@ def file_stem(values: dict[str, Any]) -> str:
 def _judge(values: dict[str, Any], checks: list[Check]) -> None:
     for check in checks:
         line = f"{check.name}: {check.detail}"
-        if not check.passed:
+        if check.verdict == FAILED:
             values["reliable"] = False
             if line not in values["warnings"]:
                 values["warnings"].append(line)

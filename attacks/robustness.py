@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attacks.attack import Attack, frozen
+from attacks.attack import Attack, check_batch, frozen
+from attacks.classifier import Classifier, Model
 from attacks.fgsm import FGSM
 from attacks.folding import TOLERANCE, folded
 from attacks.losses import wrongness
@@ -30,6 +31,12 @@ CONFIDENCE, CONFIDENCE_FOLDED = 0.02, 2 * TOLERANCE
 """See `Attack.confident`: more than what logits are off by where a network is attacked in low precision (nearly always; what is
 believed too early has to be attacked once more), and with its batch norms folded."""
 
+Z = 1.959964
+"""Standard deviations on both sides that hold 95 % of the normal distribution."""
+
+NONE = -1
+"""Prediction of a model that answers NaN."""
+
 Autocast = Callable[[], AbstractContextManager]
 
 
@@ -40,8 +47,9 @@ class Verdicts:
     Attributes:
         position: of the image in its data set.
         label: its class.
-        clean_prediction: the predicted class of the image.
-        prediction: the predicted class of the worst image found.
+        clean_prediction: the predicted class of the image; `NONE` where a logit is NaN, which
+            counts as wrong.
+        prediction: the predicted class of the worst image found; `NONE` likewise.
         clean_top1: whether the image is classified correctly.
         robust_top1: whether it is, and stays so under attack.
         robust_top5: whether its label is among the five largest logits, and stays so under attack. Where the attack's `rank` is
@@ -85,16 +93,17 @@ class _FullRows(nn.Module):
         first: the logits of the first batch; None before.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model, labels: Tensor) -> None:
         super().__init__()
         self.model = model
+        self.ask = Classifier(model, labels)
         self.first: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         missing = max(ROWS - len(images), -len(images) % MORE_ROWS) if len(images) else 0
         if missing:
             images = torch.cat([images, images[-1:].detach().expand(missing, -1, -1, -1)])
-        logits = self.model(images)
+        logits = self.ask(images)
         logits = logits[: len(logits) - missing]
         if self.first is None:
             self.first = logits.detach()
@@ -102,7 +111,7 @@ class _FullRows(nn.Module):
 
 
 def attack_loader(
-    model: nn.Module,
+    model: Model,
     loader: BaseDataLoader,
     attack: Attack,
     *,
@@ -118,7 +127,8 @@ def attack_loader(
     `folded`; verdicts are the model's own.
 
     Args:
-        model: maps images in `[0, 1]` to logits; it is evaluated in evaluation mode.
+        model: a module or a function that maps images in `[0, 1]` to logits; a module is evaluated
+            in evaluation mode.
         loader: neither shuffled nor augmented.
         attack: what to try.
         seed: of the random starts.
@@ -153,7 +163,7 @@ def attack_loader(
 
 
 def attack_batch(
-    model: nn.Module,
+    model: Model,
     images: Tensor,
     labels: Tensor,
     attack: Attack,
@@ -161,7 +171,7 @@ def attack_batch(
     positions: Tensor,
     seed: int,
     autocast: Autocast = nullcontext,
-    search: nn.Module | None = None,
+    search: Model | None = None,
 ) -> tuple[Verdicts, Tensor]:
     """Verdicts on one batch, and the worst images found, `(B, C, H, W)`; see `attack_loader`.
 
@@ -173,19 +183,28 @@ def attack_batch(
             Verdicts are `model`'s.
 
     Raises:
-        ValueError: a targeted attack, which has no true labels to give verdicts on.
+        TypeError: the model does not return a tensor of logits.
+        ValueError: what an attack refuses (see `Attack.__call__`), and a targeted attack, which has
+            no true labels to give verdicts on.
     """
+    check_batch(images, labels)
     if attack.targeted:
         raise ValueError("verdicts need an untargeted attack")
     search = model if search is None else search
-    rows = _FullRows(model)
+    images, labels = images.detach(), labels.detach().long()
+    rows = _FullRows(model, labels)
     passes = [(rows, nullcontext, attack)]
     if lowers(autocast, attack):
-        passes.insert(0, (_FullRows(search), autocast, attack.confident(CONFIDENCE)))
+        passes.insert(0, (_FullRows(search, labels), autocast, attack.confident(CONFIDENCE)))
     elif search is not model:
-        passes = [(_FullRows(search), nullcontext, attack.confident(CONFIDENCE_FOLDED))]
-    worst = images.clone()
-    with frozen(model, training=False), frozen(search, training=False), torch.no_grad():
+        passes = [(_FullRows(search, labels), nullcontext, attack.confident(CONFIDENCE_FOLDED))]
+    with (
+        torch.inference_mode(False),
+        frozen(model, training=False),
+        frozen(search, training=False),
+        torch.no_grad(),
+    ):
+        worst = images.clone()
         # FGSM takes its gradient at the images themselves: where the model itself is attacked, that pass gives the clean logits
         of_fgsm = attack(rows, images, labels) if isinstance(attack, FGSM) and search is model else None
         clean = rows(images) if of_fgsm is None else rows.first
@@ -228,13 +247,17 @@ def _verdicts(
     return Verdicts(
         position=positions.cpu(),
         label=labels.cpu(),
-        clean_prediction=clean.argmax(dim=1).cpu(),
-        prediction=final.argmax(dim=1).cpu(),
+        clean_prediction=_predicted(clean).cpu(),
+        prediction=_predicted(final).cpu(),
         clean_top1=right.cpu(),
         robust_top1=(right & (wrongness(final, labels) == 0)).cpu(),
         robust_top5=(among_five & (wrongness(final, labels, 5) < 2) & knows_top5(attack, clean.shape[1])).cpu(),
         perturbation=perturbation.cpu(),
     )
+
+
+def _predicted(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=1).where(~logits.isnan().any(dim=1), NONE)
 
 
 def known_verdicts(partial: Path | None) -> Verdicts | None:
@@ -251,7 +274,7 @@ def knows_top5(attack: Attack, num_classes: int) -> bool:
     return attack.rank >= 5 or num_classes <= 5
 
 
-def interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+def interval(share: float, n: int, z: float = Z) -> tuple[float, float]:
     """The Wilson score interval of a share of `n` independent images, at 95 % by default."""
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * sqrt(share * (1 - share) / n + z**2 / (4 * n**2))

@@ -1,9 +1,11 @@
 """The Square attack: random search, for models whose gradients are missing or mislead."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from attacks.arguments import check_count, check_number
 from attacks.attack import Attack
+from attacks.classifier import Model
 from attacks.losses import wrongness
 from attacks.threat_model import Generators, draw, generators_of, lengths
 
@@ -48,15 +50,16 @@ class Square(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(epsilon, norm, loss=loss, seed=seed)
-        if queries < 1:
-            raise ValueError(f"queries {queries} must be at least 1")
-        if not 0 < p_init <= 1:
-            raise ValueError(f"p_init {p_init} is not in (0, 1]")
+        check_count("queries", queries)
+        if not 0 < check_number("p_init", p_init) <= 1:
+            raise ValueError(f"p_init: expected a number in (0, 1], not {p_init}")
         self.queries = queries
         self.p_init = p_init
 
     @torch.no_grad()
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
+    def perturb(
+        self, model: Model, images: Tensor, labels: Tensor, generators: Generators
+    ) -> Tensor:
         points = images.clone()
         best = images.new_full((len(images),), float("-inf"), dtype=torch.float32)
         left = (wrongness(model(images), labels) == 0).nonzero().flatten()

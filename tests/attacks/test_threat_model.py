@@ -1,11 +1,12 @@
 """The laws of projection, on whatever hypothesis comes up with."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attacks.threat_model import NORMS, ThreatModel
+from attacks.threat_model import NORMS, ThreatModel, lengths
 
 
 @st.composite
@@ -16,8 +17,10 @@ def situations(draw):
     images = torch.from_numpy(generator.choice([0.0, 1.0, 0.5], shape) if draw(st.booleans()) else generator.random(shape))
     reach = draw(st.sampled_from([0.0, 1e-6, 0.03, 1.0, 50.0, 1e6]))
     points = images + reach * torch.from_numpy(generator.standard_normal(shape))
-    epsilon = draw(st.sampled_from([0.0, 1e-4, 8 / 255, 0.5, 3.0]) | st.floats(0, 10))
-    return ThreatModel(draw(st.sampled_from(NORMS)), epsilon), images, points
+    norm = draw(st.sampled_from(NORMS))
+    largest = 1 if norm == "linf" else 10
+    epsilon = draw(st.sampled_from([0.0, 1e-4, 8 / 255, 0.5, 1.0]) | st.floats(0, largest))
+    return ThreatModel(norm, epsilon), images, points
 
 
 @settings(max_examples=120, deadline=None)
@@ -56,3 +59,19 @@ def test_a_step_moves_by_its_size_or_not_at_all(situation, size):
     still = (gradient == 0).flatten(1).all(1)
     assert (moved[still] == 0).all()
     torch.testing.assert_close(moved[~still], torch.full_like(moved[~still], size), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 256, 256), (1, 1, 1, 300_000), (2, 4, 5, 7)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_lengths_are_exact_to_float32_for_any_number_of_pixels(shape, scale):
+    change = scale * torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.vector_norm(change.double().flatten(1), dim=1)
+    found = lengths(change).double().flatten()
+    torch.testing.assert_close(found, exact, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("largest", [1e-45, 3e-42, 1e-20, 1e30])
+def test_a_gradient_of_any_size_gives_a_step_of_full_length(largest):
+    gradient = largest * torch.linspace(-1, 1, 2 * 3 * 5 * 4).reshape(2, 3, 5, 4)
+    step = ThreatModel("l2", 1.0).direction(gradient)
+    torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.ones(2))
