@@ -16,7 +16,7 @@ from base.base_trainer import BaseTrainer
 from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from base.config import Config
 from base.ranks import from_first, rank
-from base.run_folder import describe, write_json
+from base.run_folder import describe, provenance, write_json
 from data_loader.splits import some_of_every_class
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
 
     Returns:
         What `result.json` holds: values of the best model by their names (`test_top1`, `test_robust_top1`), those of the last
-        one with `last_` before them, and those of averaged weights with `ema_`. `best_since_epoch` is there only where the best
+        one with `last_` before them, those of averaged weights with `ema_`, and `PROVENANCE`. `best_since_epoch` is there only where the best
         model of the epochs before that was lost.
     """
     config, progress, folder = trainer.config, trainer.progress, trainer.folder
@@ -64,9 +64,10 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         "parameters": trainer.model.num_parameters(),
         "seed": config.seed,
     }
+    logger.info("done: %s", describe(result))
+    result |= provenance(config)
     if rank() == 0:
         write_json(folder / "result.json", result)
-    logger.info("done: %s", describe(result))
     return result
 
 

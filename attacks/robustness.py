@@ -1,5 +1,6 @@
 """Robust accuracy of a model on a loader, with a verdict for every image."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -29,6 +30,8 @@ batch sizes, which round otherwise; and where an attack follows the sign of a gr
 CONFIDENCE, CONFIDENCE_FOLDED = 0.02, 2 * TOLERANCE
 """See `Attack.confident`: more than what logits are off by where a network is attacked in low precision (nearly always; what is
 believed too early has to be attacked once more), and with its batch norms folded."""
+
+logger = logging.getLogger(__name__)
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -142,9 +145,8 @@ def attack_loader(
             search = folded(model, images[:ROWS])
         options = {"positions": positions, "seed": seed, "autocast": autocast, "search": search}
         parts.append(attack_batch(model, images, labels, attack, **options)[0])
-        if partial is not None:
-            with replacing(partial) as file:
-                np.savez(file, **Verdicts.joined(parts).arrays())
+        if partial is not None and not _kept(Verdicts.joined(parts), partial):
+            partial = None
         if not bar.disable:
             so_far = Verdicts.joined(parts)
             bar.set_postfix_str(f"clean {so_far.accuracy('clean_top1'):.1%}, robust {so_far.accuracy('robust_top1'):.1%}")
@@ -235,6 +237,17 @@ def _verdicts(
         robust_top5=(among_five & (wrongness(final, labels, 5) < 2) & knows_top5(attack, clean.shape[1])).cpu(),
         perturbation=perturbation.cpu(),
     )
+
+
+def _kept(verdicts: Verdicts, partial: Path) -> bool:
+    """Keep verdicts for an interruption; where that fails there is a warning, and the attack goes on without."""
+    try:
+        with replacing(partial) as file:
+            np.savez(file, **verdicts.arrays())
+    except OSError as error:
+        logger.warning("%s: %s: an interruption will cost what has been attacked", partial.parent, error.strerror)
+        return False
+    return True
 
 
 def known_verdicts(partial: Path | None) -> Verdicts | None:
