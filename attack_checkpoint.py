@@ -3,7 +3,8 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from base.base_model import BaseModel
 from base.command_line import Parser, set_overrides
 from base.config import Config
 from base.errors import ConfigError
-from base.ranks import gather, rank, ranks, world_size
+from base.output import check_folder, is_stream, writing
+from base.ranks import from_first, rank, ranks, world_size
+from base.text import say
 from data_loader.splits import some_of_every_class
-from evaluation import check_outputs, evaluation_parser, load_evaluation
+from evaluation import check_evaluation_outputs, evaluation_parser, load_evaluation
 
 DOCTOR_IMAGES = 200
 EXAMPLES = 8
@@ -56,6 +59,8 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     """The command line of an attack script; `sizes` are the flags of `SIZES` that its attack has."""
     written = "write the report here, and a verdict per image beside it"
     parser = evaluation_parser(description, json=written, figure="draw clean and adversarial images")
+    parser.add_argument("--result_dir", type=Path, metavar="DIR", help="folder for the report, where --json names no file")
+    parser.add_argument("--name", help="begins the name of the report's file, where --json names none")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random starts")
     parser.add_argument("--limit", type=int, metavar="N", help="attack N test images only, the first of every class")
     parser.add_argument("--batch_size", type=int, default=250, metavar="N", help="images attacked at a time")
@@ -93,14 +98,16 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         attack = _attack(config, attack_name, loader.num_classes, arguments.doctor is not None)
         context = {"seed": arguments.seed, "autocast": evaluation.autocast}
         target = arguments.json or _default_target(Path(arguments.checkpoint), attack, arguments)
-        partial = None if target is None else _partial(target, model, loader, attack, config, arguments)
+        from_first(lambda: _check_target(target, arguments))
+        partial = None
+        if target is not None and not is_stream(target):
+            partial = _partial(target, model, loader, attack, config, arguments)
         report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
         report.values["data"] = evaluation.data
         is_first = rank() == 0
-        if is_first and target is not None:
-            report.save(target)
-        gather(None)  # from here on the report is safe, and nobody needs what was kept for an interruption
-        if target is not None:
+        if target is not None and not is_stream(target):
+            from_first(lambda: _save(report, target))
+            # from here on the report is safe, and nobody needs what was kept for an interruption
             _remove_partials(target)
     if is_first:
         _conclude(report, model, loader, attack, target, arguments, context)
@@ -114,7 +121,35 @@ def _check(arguments: argparse.Namespace, attack_name: str) -> None:
     for flag, key, _ in SIZES:
         if flag in FIXED[attack_name] and getattr(arguments, key, None) is not None:
             raise ConfigError(f"{flag}: {attack_name} has no such setting")
-    check_outputs(arguments)
+    if arguments.name is not None and (not arguments.name or Path(arguments.name).name != arguments.name):
+        raise ConfigError(f"--name {arguments.name}: expected the beginning of a file's name")
+    check_evaluation_outputs(arguments)
+
+
+def _check_target(target: Path | None, arguments: argparse.Namespace) -> None:
+    """Refuse to attack where report and verdicts could not be written, such as in a run folder that may only be read."""
+    if target is None or is_stream(target):
+        return
+    try:
+        check_folder(target.parent)
+    except OSError as error:
+        instead = "" if arguments.json else "; name a file for the report with --json FILE"
+        raise ConfigError(f"{target.parent}: may not be written ({error.strerror}){instead}") from None
+
+
+def _save(report: Report, target: Path) -> None:
+    with _report_printed_on_failure(report), writing(target):
+        report.save(target)
+
+
+@contextmanager
+def _report_printed_on_failure(report: Report) -> Iterator[None]:
+    """A file that cannot be written does not cost the numbers: they are printed before the error."""
+    try:
+        yield
+    except ConfigError:
+        print(report)
+        raise
 
 
 def _conclude(
@@ -126,22 +161,24 @@ def _conclude(
     arguments: argparse.Namespace,
     context: dict[str, Any],
 ) -> None:
-    """Doctor, files, pictures, and the report itself as the last line."""
+    """Doctor, files, pictures, and the report itself as the last line, also where a file cannot be written."""
     if arguments.doctor:
         few = some_of_every_class(loader, arguments.doctor)
         examined = attack if isinstance(attack, PGD) else plain_pgd(attack)
         checks, curve = doctor(model, few, examined, **context)
         add_doctor(report, checks, examined)
-        print(*checks, sep="\n")
-        _draw_curve(curve, report, few, arguments.figure or target)
+        say(*checks)
+        with _report_printed_on_failure(report):
+            _draw_curve(curve, report, few, arguments.figure or target)
     if target is not None:
-        report.save(target)
-        print(f"report {target}, verdicts {target.with_suffix('.verdicts.npz')}")
+        if arguments.doctor or is_stream(target):
+            _save(report, target)
+        say(f"report {target}" + ("" if is_stream(target) else f", verdicts {target.with_suffix('.verdicts.npz')}"))
     if arguments.figure:
-        _draw_examples(arguments.figure, report, model, loader, attack, **context)
-        print(f"figure {arguments.figure}")
-    for warning in report.values["warnings"]:
-        print(f"warning: {warning}")
+        with _report_printed_on_failure(report):
+            _draw_examples(arguments.figure, report, model, loader, attack, **context)
+        say(f"figure {arguments.figure}")
+    say(*(f"warning: {warning}" for warning in report.values["warnings"]))
     if arguments.doctor:
         print(_conclusion(report))
     print(report)
@@ -171,11 +208,14 @@ def _attack(config: Config, name: str, num_classes: int, doctor: bool) -> Attack
 
 
 def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace) -> Path | None:
-    """Reports on a run folder go into it; other checkpoints are reported on only where `--json` says so."""
-    if not source.is_dir():
+    """Reports on a run folder go into it, or into `--result_dir`; other checkpoints are reported on only where `--json` or
+    `--result_dir` says so."""
+    if arguments.result_dir is None and not source.is_dir():
         return None
     extra = ["ema"] * arguments.ema + [f"n{arguments.limit}"] * (arguments.limit is not None) + [f"seed{arguments.seed}"]
-    return source / "eval" / ("_".join([file_stem(describe_attack(attack)), *extra]) + ".json")
+    name = [] if arguments.name is None else [arguments.name]
+    folder = arguments.result_dir or source / "eval"
+    return folder / ("_".join([*name, file_stem(describe_attack(attack)), *extra]) + ".json")
 
 
 def _partial(
@@ -188,7 +228,6 @@ def _partial(
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     settings = (config.dump(), loader.mean, loader.std, describe_attack(attack), arguments.seed, arguments.batch_size)
     digest.update(json.dumps([*settings, rank(), world_size()], sort_keys=True).encode())
-    target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")
 
 
@@ -199,13 +238,13 @@ def _remove_partials(target: Path) -> None:
 
 
 def _draw_curve(curve: list[tuple[float, float]], report: Report, loader: BaseDataLoader, beside: Path | None) -> None:
-    if beside is None:
+    if beside is None or is_stream(beside):
         return
     suffix = beside.suffix if beside.suffix in (".png", ".pdf", ".svg") else ".png"
     path, values = beside.with_name(f"{beside.stem}_epsilon{suffix}"), report.values
     heading = f"{Path(values['checkpoint']).name} under PGD on {loader.n_samples} images"
     draw_epsilon_curve(path, curve, values["norm"], curve[0][1], 1 / loader.num_classes, values["epsilon"], heading)
-    print(f"accuracy against epsilon {path}")
+    say(f"accuracy against epsilon {path}")
 
 
 def _draw_examples(

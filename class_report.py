@@ -4,9 +4,11 @@ python class_report.py -s saved/cifar10/20260101-120000-000000 --figure confusio
 python class_report.py -c config.json -s model_best.pth
 """
 
-from base.command_line import run_script, select_device
-from base.run_folder import package_versions, write_json
-from evaluation import check_outputs, evaluation_parser, load_evaluation, predict
+from base.command_line import run_script, select_device_to_evaluate
+from base.output import save_json
+from base.run_folder import package_versions
+from base.text import say
+from evaluation import check_evaluation_outputs, evaluation_parser, load_evaluation, predict
 from reports.class_scores import class_scores
 from reports.class_table import class_summary, class_table, class_warnings
 from reports.confusion_figure import draw_confusion
@@ -14,8 +16,8 @@ from reports.confusion_figure import draw_confusion
 
 def main() -> None:
     arguments = evaluation_parser("Precision, recall and confusions of every class of the test set.").parse_args()
-    select_device(arguments.device)
-    check_outputs(arguments)
+    select_device_to_evaluate(arguments.device)
+    check_evaluation_outputs(arguments)
     evaluation = load_evaluation(arguments)
     labels, predictions = predict(evaluation.model, evaluation.loader, evaluation.autocast)
     scores = class_scores(labels.numpy(), predictions.numpy(), evaluation.loader.class_names)
@@ -32,12 +34,12 @@ def main() -> None:
     for warning in values["warnings"]:
         print(f"warning: {warning}")
     if arguments.json:
-        write_json(arguments.json, values)
-        print(f"report {arguments.json}")
+        save_json(arguments.json, values)
+        say(f"report {arguments.json}")
     if arguments.figure:
         title = f"{evaluation.described} on {scores['n']} test images: top-1 {scores['top1']:.2%}"
         draw_confusion(arguments.figure, scores["confusion"], evaluation.loader.class_names, title)
-        print(f"figure {arguments.figure}")
+        say(f"figure {arguments.figure}")
     print(class_summary(scores))
 
 

@@ -18,7 +18,7 @@ from base.config import Config
 from base.errors import CheckpointError, NonFiniteError
 from base.progress import not_finite
 from base.ranks import from_first, leave_the_word_to_the_first, rank
-from base.run_folder import describe, write_json
+from base.run_folder import describe, provenance, write_json
 from data_loader.splits import some_of_every_class
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         counts: how many images there were to train on, to validate and to test, and the rate of label noise, by name.
 
     Returns:
-        What `result.json` holds: values of the best model by their names (`test_top1`, `test_robust_top1`), those of the last
-        one with `last_` before them, and those of averaged weights with `ema_`. `best_since_epoch` is there only where the best
+        What `result.json` holds: values of the best model by their names (`test_top1`,
+        `test_robust_top1`), those of the last one with `last_` before them, those of averaged
+        weights with `ema_`, and `PROVENANCE`. `best_since_epoch` is there only where the best
         model of the epochs before that was lost.
 
     Raises:
@@ -72,13 +73,13 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         "seed": config.seed,
     }
     if rank() == 0:
-        write_json(folder / "result.json", result)
+        write_json(folder / "result.json", result | provenance(config))
     bad = not_finite(result)
     if bad:
         leave_the_word_to_the_first(NonFiniteError.exit_code)
         raise NonFiniteError(f"{folder / 'result.json'}: {bad[0]} is not finite, null there: the model has diverged")
     logger.info("done: %s", describe(result))
-    return result
+    return result | provenance(config)
 
 
 @dataclass(frozen=True)

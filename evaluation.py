@@ -1,7 +1,6 @@
 """What every evaluation of a checkpoint begins with: checkpoint and config -> config, test images, model."""
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,15 +12,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import assembly
-from attacks.figures import check_format
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
 from base.command_line import Parser, path_word, set_overrides
 from base.config import Config
-from base.config_files import Override, merge, override, read_tree, validate
+from base.config_files import Override, config_chain, merge, override, read_tree, validate
 from base.errors import CheckpointError, ConfigError, DataError
 from base.launch import own_device
+from base.output import PICTURES, check_outputs
 from base.ranks import rank
 from base.runtime import autocast, choose_precision, keep_freed_memory, set_determinism
 from data_loader import DATA_LOADERS
@@ -75,36 +74,40 @@ def evaluation_parser(
     """The flags of every script that evaluates a checkpoint, `-s -c -d --ema --set --json --figure --debug`; `json` and
     `figure` say what is written."""
     parser = Parser(description=description, allow_abbrev=False)
-    about = "checkpoint, or run folder, which stands for its best model"
-    parser.add_argument("-s", "--checkpoint", required=True, type=path_word, help=about)
-    about = "config file; not needed where the checkpoint holds its own"
-    parser.add_argument("-c", "--config", type=path_word, help=about)
-    parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
+    parser.add_argument(
+        "-s",
+        "--checkpoint",
+        "--checkpoint_path",
+        dest="checkpoint",
+        required=True,
+        type=path_word,
+        help="checkpoint, or run folder, which stands for its best model",
+    )
+    parser.add_argument("-c", "--config", type=path_word, help="config file; not needed where the checkpoint holds its own")
+    parser.add_argument("-d", "--device", metavar="INDEX", help="CUDA device to use, such as 0; with torchrun several")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
-    parser.add_argument("--json", type=Path, metavar="FILE", help=json)
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"{json}; - is standard output")
     parser.add_argument("--figure", type=Path, metavar="FILE", help=f"{figure} (png, pdf or svg)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuse a `--json` or `--figure` that cannot be written, before the work; folders that are missing are made.
+def check_evaluation_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse a `--json` or `--figure` that cannot be written, or is a file that is being read, before the work.
 
     Raises:
-        ConfigError: no permission, a folder of that name, or no format of pictures.
+        ConfigError: naming the flag.
     """
-    if arguments.figure:
-        check_format(arguments.figure)
-    for flag, path in (("--json", arguments.json), ("--figure", arguments.figure)):
-        if path is None:
-            continue
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{flag} {path}: cannot be written: {error.strerror}") from None
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"{flag} {path}: cannot be written: {'a folder' if path.is_dir() else 'no permission'}")
+    source = Path(arguments.checkpoint)
+    # a checkpoint that lies in its run folder
+    folders = [source if source.is_dir() else source.parent]
+    check_outputs(
+        {"--json": arguments.json, "--figure": arguments.figure},
+        {"--figure": PICTURES},
+        files=[source, *(config_chain(arguments.config) if arguments.config else [])],
+        folders=[folder for folder in folders if (folder / "metrics.jsonl").exists()],
+    )
 
 
 def load_evaluation(

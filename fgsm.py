@@ -5,12 +5,12 @@ python fgsm.py -c config.json -s model_best.pth --epsilon 4 --limit 1000 --json 
 """
 
 from attack_checkpoint import attack_parser, evaluate_checkpoint
-from base.command_line import run_script, select_device
+from base.command_line import run_script, select_device_to_evaluate
 
 
 def main() -> None:
     arguments = attack_parser("Robust accuracy of a checkpoint under FGSM.", ("--norm", "--epsilon", "--loss")).parse_args()
-    select_device(arguments.device)
+    select_device_to_evaluate(arguments.device)
     evaluate_checkpoint(arguments, "fgsm")
 
 

@@ -24,8 +24,11 @@ def run_job(arguments: argparse.Namespace, refuse: Callable[[Config], None]) -> 
         arguments: as `base.command_line.config_parser` parses them.
         refuse: raises a `ConfigError` for configs that the script is not for; not asked about runs that are continued.
     """
-    select_device(arguments.device)
+    devices = select_device(arguments.device)
     overrides = config_overrides(arguments)
+    if devices > 1 and "n_gpu" not in dict(overrides):
+        # -d 0,1 means a process on each of the two, as the original's DataParallel would use them
+        overrides.append(("n_gpu", str(devices)))
     with ranks(training=True):
         source = arguments.resume or from_first(lambda: _left_by_last_attempt(arguments.run_dir))
         if source:

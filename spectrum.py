@@ -7,10 +7,12 @@ python spectrum.py -c config.json -s model_best.pth --tolerance 1e-6
 import torch
 from tqdm import tqdm
 
-from base.command_line import run_script, select_device
+from base.command_line import run_script, select_device_to_evaluate
 from base.errors import ConfigError
-from base.run_folder import package_versions, write_json
-from evaluation import check_outputs, evaluation_parser, load_evaluation
+from base.output import save_json
+from base.run_folder import package_versions
+from base.text import say
+from evaluation import check_evaluation_outputs, evaluation_parser, load_evaluation
 from models.layer_calls import linear_calls
 from models.operator_norm import describe, measure, product_of_norms
 from reports.spectrum_figure import draw_spectrum
@@ -22,10 +24,10 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="of the power iteration's residual")
     parser.add_argument("--seed", type=int, default=0, help="seed of first vectors and probes")
     arguments = parser.parse_args()
-    select_device(arguments.device)
+    select_device_to_evaluate(arguments.device)
     if not 0 < arguments.tolerance < 1:
         raise ConfigError(f"--tolerance: expected a number between 0 and 1, not {arguments.tolerance}")
-    check_outputs(arguments)
+    check_evaluation_outputs(arguments)
     evaluation = load_evaluation(arguments)
     dtype = torch.float32 if evaluation.device.type == "mps" else torch.float64  # which that device does not have
     options = {"tolerance": arguments.tolerance, "seed": arguments.seed, "dtype": dtype}
@@ -45,11 +47,11 @@ def main() -> None:
     }
     print(spectrum_table(layers))
     if arguments.json:
-        write_json(arguments.json, values)
-        print(f"report {arguments.json}")
+        save_json(arguments.json, values)
+        say(f"report {arguments.json}")
     if arguments.figure:
         draw_spectrum(arguments.figure, layers, evaluation.described)
-        print(f"figure {arguments.figure}")
+        say(f"figure {arguments.figure}")
     print(spectrum_summary(values))
 
 

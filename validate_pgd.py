@@ -6,7 +6,7 @@ torchrun --nproc_per_node 2 validate_pgd.py -s saved/cifar10_pgd/20260101-120000
 """
 
 from attack_checkpoint import SIZES, attack_parser, evaluate_checkpoint
-from base.command_line import run_script, select_device
+from base.command_line import run_script, select_device_to_evaluate
 from base.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--apgd", action="store_true", help="APGD, of 100 steps unless --steps says otherwise")
     parser.add_argument("--autoattack", action="store_true", help="standard AutoAttack (needs the package pyautoattack)")
     arguments = parser.parse_args()
-    select_device(arguments.device)
+    select_device_to_evaluate(arguments.device)
     if arguments.autoattack and arguments.apgd:
         raise ConfigError("--autoattack and --apgd: one attack at a time")
     if arguments.apgd and vars(arguments)["pgd_attack.K"] is None:

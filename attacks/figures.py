@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from attacks.threat_model import as_written
-from base.errors import ConfigError
+from base.output import PICTURES, format_of, save_figure
+from base.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("png", "pdf", "svg")
-DPI = 160
 MAX_ROWS = 8
 SIDE, GAP, CAPTION, CHARACTER = 1.2, 0.15, 0.325, 0.0875
-"""Of an image, between two, below one for its caption, and a generous width of a letter, in inches. At `DPI` all are whole
-numbers of pixels, an image has 192, and the pixels of 32 x 32 (and 8, 16, 24, 48, 64) are squares of one size."""
+"""Of an image, between two, below one for its caption, and a generous width of a letter, in inches. At
+`base.output.DPI` all are whole numbers of pixels, an image has 192, and the pixels of 32 x 32 (and 8,
+16, 24, 48, 64) are squares of one size."""
 RIGHT, WRONG, GREY = "#1a6e3a", "#b2182b", "#555555"
 """Dark enough to read as text on white. As many people do not tell the first two apart, a sign stands before the word."""
 BLUE = "#0b4f8a"
@@ -60,7 +60,7 @@ def draw_examples(
     numbers = (labels, predictions, adversarial_predictions)
     names = [*class_names, "NaN"]  # the last is that of -1
     named = [[names[max(int(number), -1)] for number in part[:MAX_ROWS]] for part in numbers]
-    _save(examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path)
+    save_figure(examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path)
 
 
 def examples_figure(
@@ -130,7 +130,7 @@ def draw_epsilon_curve(
         ValueError: no points.
     """
     check_format(path)
-    _save(epsilon_figure(curve, norm, clean, chance, epsilon, title), path)
+    save_figure(epsilon_figure(curve, norm, clean, chance, epsilon, title), path)
 
 
 def epsilon_figure(
@@ -182,14 +182,7 @@ def check_format(path: str | Path) -> None:
     Raises:
         ConfigError: its suffix is no known format.
     """
-    suffix = Path(path).suffix
-    if suffix.lower().removeprefix(".") not in FORMATS:
-        raise ConfigError(f"{path}: {suffix!r} is no format of pictures; expected one of: {', '.join(FORMATS)}")
-
-
-def _save(figure: "Figure", path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    format_of(path, PICTURES)
 
 
 def _figure(width: float, height: float, title: str) -> "Figure":
@@ -231,8 +224,9 @@ def _magnification(largest: float) -> float:
 
 def _short(name: str) -> str:
     """What fits below an image."""
-    return name if len(name) <= 15 else name[:14] + "…"
+    shown = one_line(name)
+    return shown if len(shown) <= 15 else shown[:14] + "…"
 
 
 def _wrapped(title: str, width: float) -> str:
-    return fill(shorten(title, 600), int(width / 0.095))
+    return fill(shorten(one_line(title), 600), int(width / 0.095))

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,10 +15,10 @@ from attacks.checks import FAILED, Check, quick_checks
 from attacks.classifier import Model
 from attacks.robustness import Autocast, Verdicts, attack_loader, interval, known_verdicts, knows_top5, lowers
 from attacks.threat_model import as_written
-from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
+from base.output import as_json, is_stream, write_output
 from base.ranks import gather, rank, world_size
-from base.run_folder import package_versions, write_json
+from base.run_folder import package_versions
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Report:
     verdicts: Verdicts
 
     def save(self, path: Path) -> None:
-        """Write the values to `path` and the verdicts beside it, to `<name>.verdicts.npz`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.values)
-        with replacing(path.with_suffix(".verdicts.npz")) as file:
-            np.savez_compressed(file, **self.verdicts.arrays())
+        """Write the values to `path` and the verdicts beside it, to `<name>.verdicts.npz`; nothing is beside a stream."""
+        write_output(path, as_json(self.values))
+        if not is_stream(path):
+            verdicts = BytesIO()
+            np.savez_compressed(verdicts, **self.verdicts.arrays())
+            write_output(path.with_suffix(".verdicts.npz"), verdicts.getvalue())
 
     def __str__(self) -> str:
         values = self.values

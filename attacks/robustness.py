@@ -1,5 +1,6 @@
 """Robust accuracy of a model on a loader, with a verdict for every image."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -36,6 +37,8 @@ Z = 1.959964
 
 NONE = -1
 """Prediction of a model that answers NaN."""
+
+logger = logging.getLogger(__name__)
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -152,9 +155,8 @@ def attack_loader(
             search = folded(model, images[:ROWS])
         options = {"positions": positions, "seed": seed, "autocast": autocast, "search": search}
         parts.append(attack_batch(model, images, labels, attack, **options)[0])
-        if partial is not None:
-            with replacing(partial) as file:
-                np.savez(file, **Verdicts.joined(parts).arrays())
+        if partial is not None and not _kept(Verdicts.joined(parts), partial):
+            partial = None
         if not bar.disable:
             so_far = Verdicts.joined(parts)
             bar.set_postfix_str(f"clean {so_far.accuracy('clean_top1'):.1%}, robust {so_far.accuracy('robust_top1'):.1%}")
@@ -258,6 +260,17 @@ def _verdicts(
 
 def _predicted(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1).where(~logits.isnan().any(dim=1), NONE)
+
+
+def _kept(verdicts: Verdicts, partial: Path) -> bool:
+    """Keep verdicts for an interruption; where that fails there is a warning, and the attack goes on without."""
+    try:
+        with replacing(partial) as file:
+            np.savez(file, **verdicts.arrays())
+    except OSError as error:
+        logger.warning("%s: %s: an interruption will cost what has been attacked", partial.parent, error.strerror)
+        return False
+    return True
 
 
 def known_verdicts(partial: Path | None) -> Verdicts | None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from base.config_section import Count
 from base.errors import CheckpointError
-from base.json_file import one_line
 from base.progress import Progress
+from base.text import one_line
 
 DEEPEST = 30
 """Levels of a config; its tree has five, and free-form arguments a few more."""

@@ -1,17 +1,19 @@
 """What every script's command line shares: config flags, overrides, errors as one line and an exit code."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from io import TextIOWrapper
 from typing import NoReturn
 
 from base.comet_key import without_keys
 from base.config import Config
 from base.config_files import Override, load_config
 from base.errors import ConfigError, ProjectError
+from base.streams import forgiving_streams
+from base.text import LineFormatter, one_line
 
 SHORT_FLAGS = (
     (("--lr", "--learning_rate"), "optimizer.args.lr", "learning rate"),
@@ -46,7 +48,12 @@ def config_parser(description: str) -> Parser:
     parser.add_argument(
         "-r", "--resume", metavar="CHECKPOINT", type=path_word, help="checkpoint or run folder to continue, in that folder"
     )
-    parser.add_argument("-d", "--device", metavar="INDEX", help="index of the CUDA device to use, such as 0")
+    parser.add_argument(
+        "-d",
+        "--device",
+        metavar="INDEX",
+        help="CUDA device to use, such as 0; with several, such as 0,1, a process on each (n_gpu)",
+    )
     about = "write exactly here instead of <save_dir>/<name>/<run id>"
     parser.add_argument("--run_dir", metavar="DIR", type=path_word, help=about)
     parser.add_argument(
@@ -107,33 +114,65 @@ def read_config(arguments: argparse.Namespace, overrides: list[Override]) -> Con
     return load_config(arguments.config, overrides)
 
 
-def select_device(device: str | None) -> None:
-    """Show only this CUDA device to torch; call it before anything uses CUDA."""
-    if device is None:
-        return
-    if not device.isdecimal():
-        raise ConfigError(f"-d {device}: expected the index of one CUDA device, such as 0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = device
+def select_device(devices: str | None) -> int:
+    """Show only these CUDA devices to torch, such as `"0"` or `"0,1"`; call it before anything uses CUDA.
+
+    Returns:
+        How many they are; 0 where none is named.
+
+    Raises:
+        ConfigError: they are no indices of devices that are there.
+    """
+    if devices is None:
+        return 0
+    indices = [index.strip() for index in devices.split(",")]
+    if not all(index.isdecimal() for index in indices) or len(set(indices)) < len(indices):
+        raise ConfigError(f"-d {devices}: expected the index of a CUDA device, such as 0, or several, such as 0,1")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(indices)
     import torch
 
-    if not torch.cuda.is_available():
-        raise ConfigError(f"-d {device}: there is no such CUDA device")
+    found = torch.cuda.device_count()
+    if found < len(indices):
+        raise ConfigError(f"-d {devices}: there is no such CUDA device" + (f" (only {found} of them)" if found else ""))
+    return len(indices)
+
+
+def select_device_to_evaluate(devices: str | None) -> None:
+    """`select_device` for a script that uses one device, or under torchrun one for each process.
+
+    Raises:
+        ConfigError: more devices than processes.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if select_device(devices) > processes:
+        raise ConfigError(
+            f"-d {devices}: a process uses one device, and there is {processes} of them;"
+            " put torchrun --nproc_per_node N before the script"
+        )
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback.
 
-    Ctrl-C during `main` is exit code 130; once it has ended, only its own exit code counts. Letters that the terminal's
-    encoding does not have are written as escapes, as Python itself does on stderr.
+    Ctrl-C during `main` is exit code 130; once it has ended, only its own exit code counts. Whatever
+    becomes of stdout and stderr (see `forgiving_streams`), the work is done to its end. Where stdout
+    was closed or its reader has left, nothing is said of that; a full disk behind it is one line and
+    exit code 1.
     """
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        code = _exit_code(main)
-        _forget_ctrl_c()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    if logging.lastResort is not None:
+        # warnings of scripts without a log go straight to stderr
+        logging.lastResort.setFormatter(LineFormatter())
+    with forgiving_streams() as streams:
+        try:
+            code = _exit_code(main)
+            _forget_ctrl_c()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        problem = streams.problem()
+        if problem is not None:
+            print(f"standard output: cannot be written: {problem.strerror}", file=sys.stderr)
+            code = code or 1
     sys.exit(code)
 
 
@@ -141,14 +180,12 @@ def _exit_code(main: Callable[[], None]) -> int:
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except ProjectError as error:
-        _forget_ctrl_c()  # a run that has saved and stopped says so, even when it is asked again
+        # a run that has saved and stopped says so, even when it is asked again
+        _forget_ctrl_c()
         if "--debug" in sys.argv:
             raise
-        print(without_keys(f"{error}", sys.argv), file=sys.stderr)
+        print(one_line(without_keys(f"{error}", sys.argv)), file=sys.stderr)
         return error.exit_code
     return 0
 

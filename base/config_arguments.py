@@ -11,8 +11,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from base.errors import ConfigError, all_of
-from base.json_file import one_line
 from base.registry import did_you_mean
+from base.text import one_line
 
 Range = tuple[str, Callable[[float], bool]]
 """What is expected, in words, and whether a number is that."""

@@ -20,8 +20,9 @@ from base.config_hints import hint as key_hint
 from base.config_section import Section, section_in
 from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError, all_of
-from base.json_file import HALF_A_PAIR, KINDS, JSONError, one_line, parse_json, read_json_object
+from base.json_file import HALF_A_PAIR, KINDS, JSONError, parse_json, read_json_object
 from base.registry import did_you_mean
+from base.text import one_line
 
 Tree = dict[str, Any]
 MMENGINES_PARENT = "_base_"
@@ -77,6 +78,21 @@ def read_tree(path: str | Path, root: type[Section] = Config) -> Tree:
     except ConfigError as error:
         raise ConfigError(f"{one_line(path)}: {error}") from None
     return tree
+
+
+def config_chain(path: str | Path) -> list[Path]:
+    """A config file and the parents that it `extends`, as far as they can be read."""
+    files: list[Path] = []
+    file: Path | None = Path(path)
+    while file is not None and file not in files:
+        files.append(file)
+        try:
+            parent = read_json_object(file).get("extends")
+            place = file.resolve() if file.is_symlink() else file
+        except (ConfigError, OSError):
+            break
+        file = place.parent / parent if isinstance(parent, str) else None
+    return files
 
 
 def merge(parent: Tree, child: Tree, root: type[Section] = Config, path: tuple[str, ...] = ()) -> Tree:

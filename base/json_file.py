@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import ConfigError
+from base.text import one_line
 
 DEEPEST = 100
 """Levels of objects and lists in one another. Configs have less than ten; Python's own limit depends on its version."""
@@ -101,15 +102,6 @@ def _null_for_no_number(value: Any) -> Any:
     if isinstance(value, float) and not isfinite(value):
         return None
     return value
-
-
-def one_line(value: Any, longest: int | None = None) -> str:
-    """A value's text with line breaks and other characters that a terminal does not show written as escapes; cut where it is
-    longer than `longest`."""
-    text = str(value)
-    if longest is not None and len(text) > longest:
-        text = f"{text[:longest]}..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _decode(data: bytes) -> str:

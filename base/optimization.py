@@ -16,8 +16,8 @@ from torch.optim import Optimizer, lr_scheduler
 from base.config_arguments import check_arguments, shown
 from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
-from base.json_file import one_line
 from base.registry import lookup
+from base.text import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from base.errors import CheckpointError
-from base.json_file import one_line
+from base.text import one_line
 
 CHECKSUM = "checksum"
 """The key of a parameter's entry under which its checksum stands."""

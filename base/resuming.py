@@ -1,5 +1,7 @@
 """A run to continue: its checkpoint, its config, and which values of that may change without making it another experiment."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +20,15 @@ CHANGE_NO_RESULT = (
     "trainer.label_dir", "trainer.tensorboard", "data_loader.args.num_workers", "data_loader.args.pin_memory",
     "system.device", "system.num_threads", "system.compile", "system.channels_last", "system.deterministic",
 )  # fmt: skip
-"""Config keys and sections that say where and how a run computes, not what: they change no result, but for rounding."""
+"""Config keys and sections that change no result, whatever their values are, but for rounding."""
 
-DATA_PLACES = ("data_loader.args.data_dir", "trainer.noise_file")
-"""Config keys that say where data lies. It may move; that it is the same data, its fingerprints tell."""
+WHERE_AND_HOW = (*CHANGE_NO_RESULT, "data_loader.args.data_dir", "trainer.noise_file")
+"""Config keys and sections that say where and how a run computes, not what. Images and noisy labels may move: a resumed run
+compares them with what it began with."""
+
 
 MAY_CHANGE_ON_RESUME = (
-    *CHANGE_NO_RESULT, *DATA_PLACES, "trainer.epochs", "trainer.early_stop", "n_gpu",
-    "adversarial.report", "adversarial.report_images",
+    *WHERE_AND_HOW, "trainer.epochs", "trainer.early_stop", "n_gpu", "adversarial.report", "adversarial.report_images",
 )  # fmt: skip
 """Config keys that a resumed run may have other values for: none of them changes what is learnt from what, but for rounding."""
 
@@ -117,6 +120,26 @@ def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: P
         if spans_run or (key not in MAY_CHANGE_ON_RESUME and key.partition(".")[0] not in MAY_CHANGE_ON_RESUME):
             why = f"; {config.lr_scheduler.type} spans the whole run" if spans_run else ""
             raise ConfigError(f"{key}: the run was started with {old!r}; {new!r} would make it another experiment{why}")
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of all values in a config that say what a run computes (see `WHERE_AND_HOW`), its seed among them.
+
+    Values at their default are left out, so that a key that comes to be later changes no hash.
+    """
+    tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    for key in WHERE_AND_HOW:
+        remove(tree, key)
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def remove(tree: dict[str, Any], key: str) -> None:
+    """Take a dotted key out of a tree, with the sections that hold nothing then."""
+    name, _, rest = key.partition(".")
+    if rest and isinstance(tree.get(name), dict):
+        remove(tree[name], rest)
+    if not rest or tree.get(name) == {}:
+        tree.pop(name, None)
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:

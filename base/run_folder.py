@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -23,11 +24,17 @@ import torch
 from base.atomic import replacing, sweep
 from base.checkpoint import has_checkpoint
 from base.comet_key import command_without_key
+from base.config import Config
 from base.errors import CheckpointError, ConfigError, ProjectError
-from base.json_file import json_text
 from base.locks import locked
+from base.output import as_json
 from base.ranks import world_size
+from base.resuming import config_hash
+from base.text import LineFormatter
 
+PROJECT = "convnorm-trainer"
+PROVENANCE = ("version", "commit", "versions", "config_hash")
+"""What `result.json` says about how its numbers came about."""
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
 LOCK = ".lock"
 """The file that a run holds locked as long as it writes into its folder; it stays."""
@@ -115,7 +122,7 @@ def begun_by_this_job(folder: Path) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; numbers that are infinite or NaN as null."""
     with replacing(path) as file:
-        file.write(f"{json_text(value, indent=2)}\n".encode())
+        file.write(as_json(value))
 
 
 class _LogFile(logging.FileHandler):
@@ -130,9 +137,10 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
     """Send log messages to the terminal and to `file` (appended): warnings at verbosity 0, a line per epoch above it."""
     root = logging.getLogger()
     level = root.level
-    log_file = _LogFile(file, encoding="utf-8", errors="backslashreplace")  # names of files may be no valid UTF-8
+    log_file = _LogFile(file, encoding="utf-8")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), log_file]
-    handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers[0].setFormatter(LineFormatter())
+    handlers[1].setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         root.addHandler(handler)
     root.setLevel(logging.INFO if verbosity > 0 else logging.WARNING)
@@ -183,6 +191,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Versions, command, commit and hardware of this process, for `environment.json`; secrets of the command are left out."""
     return {
+        "version": project_version(),
         "python": platform.python_version(),
         "packages": package_versions(),
         "command": command_without_key(sys.argv),
@@ -195,6 +204,34 @@ def environment() -> dict[str, Any]:
         "processes": world_size(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """What `result.json` says about how its numbers came about, `PROVENANCE`: this project's version and commit, with `-dirty`
+    where tracked files have changed since, versions of packages, and a hash of the config (see `config_hash`)."""
+    commit = _git("rev-parse", "HEAD")
+    changed = "-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "version": project_version(),
+        "commit": commit and f"{commit}{changed}",
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "config_hash": config_hash(config),
+    }
+
+
+def project_version() -> str | None:
+    """The version of this project: that of its clone, or else the installed one; None where neither is known."""
+    try:
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        if project["name"] == PROJECT:
+            return project["version"]
+    except (OSError, ValueError, KeyError):
+        # it does not run from a clone
+        pass
+    try:
+        return version(PROJECT)
+    except PackageNotFoundError:
+        return None
 
 
 def package_versions() -> dict[str, str]:

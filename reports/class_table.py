@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from base.text import one_line
 from reports.text_table import text_table
 
 HEADS = ("class", "images", "predicted", "precision", "recall", "F1")
@@ -20,7 +21,8 @@ def class_table(scores: Mapping[str, Any]) -> str:
         for entry in scores["classes"]
     ]
     mistakes = [
-        f"{entry['label']} taken for {entry['predicted']}: {entry['images']} images, {entry['share']:.1%} of the class"
+        f"{one_line(entry['label'])} taken for {one_line(entry['predicted'])}:"
+        f" {entry['images']} images, {entry['share']:.1%} of the class"
         for entry in scores["confused"]
     ]
     return "\n".join([text_table(HEADS, rows), *mistakes])

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from base.output import save_figure
+from base.text import one_line
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 160
 NUMBERED = 20
 """Up to so many classes the cells hold numbers."""
 TICKS = (0, 1, 5, 10, 25, 50, 75, 100)
@@ -17,8 +19,7 @@ TICKS = (0, 1, 5, 10, 25, 50, 75, 100)
 
 def draw_confusion(path: str | Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> None:
     """Write the picture of `confusion_figure`; the suffix decides the format, missing folders are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    confusion_figure(confusion, class_names, title).savefig(path, dpi=DPI)
+    save_figure(confusion_figure(confusion, class_names, title), path)
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> "Figure":
@@ -45,14 +46,14 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     size = 9 if numbered else min(9.0, 55 * side / classes)
-    names = {"labels": class_names, "fontsize": size, "parse_math": False}
+    names = {"labels": [one_line(name) for name in class_names], "fontsize": size, "parse_math": False}
     axes.set_xticks(range(classes), rotation=90 if classes > 10 else 45, ha="center" if classes > 10 else "right",
                     rotation_mode="default" if classes > 10 else "anchor", **names)  # fmt: skip
     axes.set_yticks(range(classes), **names)
     axes.tick_params(length=2)
     axes.set_xlabel("prediction")
     axes.set_ylabel("true class")
-    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.set_title(one_line(title), fontsize=10, parse_math=False)
     for place in np.arange(classes - 1) + 0.5:
         axes.axhline(place, color="#cccccc", linewidth=0.5)
         axes.axvline(place, color="#cccccc", linewidth=0.5)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from base.errors import ConfigError
+from base.run_folder import PROVENANCE
+from base.text import one_line
 from reports.groups import Group, as_text, differing_keys, mean_and_std
 from reports.panels import Curve, line_and_band, line_with_markers, panels_figure, points_and_bars, unit_of
 from reports.runs import Run, refuse_unknown
@@ -87,7 +89,8 @@ def against_figure(cells: Sequence[Group], key: str, metrics: Sequence[str] | No
     }
     figure = panels_figure(list(series), lines, spread="error bars", each=points_and_bars)
     for axes in figure.axes:
-        axes.set_xlabel(REALISED_LABEL if realised else _axis_label(key, runs))
+        label = REALISED_LABEL if realised else one_line(_axis_label(key, runs))
+        axes.set_xlabel(label, parse_math=False)
     return figure
 
 
@@ -110,7 +113,10 @@ def _known_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> Sequen
 def _known_final_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> Sequence[str]:
     """The metrics asked for, all of which epochs log or `result.json` holds, or those of `MEASURED` that are there."""
     known = dict.fromkeys(
-        [*(name for run in runs for name in _logged(run)), *(name for run in runs for name in run.result or {})]
+        [
+            *(name for run in runs for name in _logged(run)),
+            *(name for run in runs for name in run.result or {} if name not in PROVENANCE),
+        ]
     )
     metrics = metrics or [name for name in MEASURED if name in known] or MEASURED
     refuse_unknown("--metric", metrics, known, "no run measured it")

@@ -1,6 +1,7 @@
 """Runs in groups, so that only seeds of one experiment are ever averaged."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,15 @@ import numpy as np
 
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.resuming import CHANGE_NO_RESULT
+from base.resuming import WHERE_AND_HOW
 from reports.runs import Run
 
-MAY_DIFFER = ("seed", *CHANGE_NO_RESULT)
-"""Config keys in which runs that are averaged may differ: none of them changes results, but for the seed and for rounding."""
+logger = logging.getLogger(__name__)
+
+MOVED = ("data_loader.args.data_dir", "trainer.noise_file")
+MAY_DIFFER = ("seed", *WHERE_AND_HOW)
+"""Config keys in which runs that are averaged may differ: none of them changes results, but for the seed and for rounding. Where
+one of `MOVED` differs, labels are compared."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,42 @@ def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
             )
     by_seed: dict[int, Run] = {}
     for run in runs:
-        if by_seed.setdefault(run.seed, run) is not run:
-            raise ConfigError(f"seed: {run.seed} in both {by_seed[run.seed].folder} and {run.folder} of {name}; leave one out")
+        other = by_seed.setdefault(run.seed, run)
+        if other is run:
+            continue
+        if run.result is None or (run.result, run.log) != (other.result, other.log):
+            raise ConfigError(f"seed: {run.seed} in both {other.folder} and {run.folder} of {name}; leave one out")
+        logger.warning("%s: a copy of the run in %s: counted once", run.folder, other.folder)
+    _check_moved_data([*by_seed.values()])
     return Group(name, tuple(keys), values, tuple(by_seed[seed] for seed in sorted(by_seed)))
+
+
+def _check_moved_data(runs: Sequence[Run]) -> None:
+    """Warn where runs that are averaged found their data in different places, and refuse them where that holds other labels."""
+    first = runs[0]
+    for key in MOVED:
+        other = next((run for run in runs if run.settings.get(key) != first.settings.get(key)), None)
+        if other is None:
+            continue
+        was, now = (as_text(run.settings.get(key)) for run in (first, other))
+        if not all(_same_labels(first, run) for run in runs[1:]):
+            raise ConfigError(
+                f"{key}: {was} in {first.folder}, but {now} in {other.folder}: not the same labels in the two places; add {key}"
+                " to --group-by, or leave one out"
+            )
+        logger.warning(
+            "%s: %s in %s, %s in %s: taken for one data set that has moved",
+            key, was, first.folder, now, other.folder,
+        )  # fmt: skip
+
+
+def _same_labels(first: Run, second: Run) -> bool:
+    """Whether two runs have equal numbers of images, and equal labels where `labels.npz` of both knows an image."""
+    counts = ("n_train", "n_val", "n_test")
+    if first.result and second.result and any(first.result.get(name) != second.result.get(name) for name in counts):
+        return False
+    known = [run.labels_of_images() for run in (first, second)]
+    return all(known[1].get(image, labels) == labels for image, labels in known[0].items())
 
 
 def _place(value: Any, words: Sequence[str]) -> tuple[bool, float]:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reports.output import writing
+from base import output
+from base.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("png", "pdf", "svg")
-DPI = 160
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_LINE, LETTER = 4.6, 3.4, 0.22, 0.09
 """In inches; the last is a generous width of a letter in the legend."""
 COLORS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00")
@@ -64,7 +63,7 @@ def panels_figure(
     from matplotlib.lines import Line2D
 
     width = PANEL_WIDTH * len(lines)
-    labels = [f"{name}  ({_seeds([line[index] for line in lines.values()])})" for index, name in enumerate(names)]
+    labels = [f"{one_line(name)}  ({_seeds([line[index] for line in lines.values()])})" for index, name in enumerate(names)]
     columns = int(min(len(labels), max(1, width // (0.8 + LETTER * max(map(len, labels))))))
     height = PANEL_HEIGHT + LEGEND_LINE * (1 + -(-len(labels) // columns))
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
@@ -89,7 +88,7 @@ def panels_figure(
 
 
 def _dress(axes: "Axes", metric: str) -> None:
-    axes.set_ylabel(f"{metric}{unit_of(metric)[1]}")
+    axes.set_ylabel(f"{one_line(metric)}{unit_of(metric)[1]}", parse_math=False)
     if "top" in metric:  # not beyond what accuracies can be
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, -1), min(top, 101))
@@ -143,5 +142,6 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     """
     from matplotlib import rc_context
 
-    with writing(path), rc_context({"pdf.fonttype": 42}):  # TrueType: publishers refuse Type 3
-        figure.savefig(path, dpi=DPI)
+    # TrueType: publishers refuse Type 3
+    with rc_context({"pdf.fonttype": 42}):
+        output.save_figure(figure, path)

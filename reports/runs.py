@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -17,6 +19,10 @@ from base.registry import did_you_mean
 from base.study_file import read_places
 
 logger = logging.getLogger(__name__)
+
+LAST_EPOCH, REPORT = "last_epoch.", "eval."
+"""Before names of `metrics.jsonl` and of reports, where they stand beside names of `result.json`."""
+ATTACK = ("attack", "description", "norm", "epsilon", "loss", "step_size", "steps", "restarts", "n")
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,21 @@ class Run:
         return {log["epoch"]: _number(log[metric], metric, file) for log in self.log if log.get(metric) is not None}
 
     def outcome(self, metric: str) -> float | None:
-        """The value of a name in `result.json`; None where the run is not finished or did not measure it."""
+        """What a run came to; None where it is not finished or did not measure it.
+
+        Args:
+            metric: a name in `result.json`; `last_epoch.NAME`, a name in the last line of
+                `metrics.jsonl`; or `eval.KIND.NAME`, a name in the reports of that kind, the mean over
+                their attack seeds.
+        """
+        if metric.startswith(LAST_EPOCH):
+            name, values, file = metric.removeprefix(LAST_EPOCH), self.log[-1], self.folder / "metrics.jsonl"
+            return None if values.get(name) is None else _number(values[name], name, file)
+        if metric.startswith(REPORT):
+            kind, _, name = metric.removeprefix(REPORT).rpartition(".")
+            reports = [report for report in self.reports.get(kind, []) if report.values.get(name) is not None]
+            values = [_number(report.values[name], name, report.file) for report in reports]
+            return sum(values) / len(values) if values else None
         value = (self.result or {}).get(metric)
         return None if value is None else _number(value, metric, self.folder / "result.json")
 
@@ -67,6 +87,56 @@ class Run:
             return 0.0
         recorded = self.outcome("noise_rate")
         return _rate_of_labels(self.folder / "labels.npz") if recorded is None else recorded
+
+    def labels_of_images(self) -> dict[int, tuple[int, ...]]:
+        """Position of an image in the training set -> its true label, and behind it the given one where
+        that comes from a noise file; nothing where there is no `labels.npz`."""
+        file = self.folder / "labels.npz"
+        if not file.exists():
+            return {}
+        names = ["clean_label", *(["label"] if self.settings.get("trainer.noise_file") else [])]
+        try:
+            with np.load(file) as arrays:
+                columns = [
+                    np.concatenate([arrays[f"{part}_{name}"] for part in ("train", "val")])
+                    for name in ("index", *names)
+                ]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise ConfigError(f"{file}: cannot be read: {error}") from None
+        return {int(image): tuple(map(int, labels)) for image, *labels in zip(*columns, strict=True)}
+
+    @cached_property
+    def reports(self) -> dict[str, list["AttackReport"]]:
+        """Kind -> reports in `eval/`, which differ in the attack's seed only.
+
+        The kind is the name of their files without the seed.
+
+        Raises:
+            ConfigError: one of them is broken.
+        """
+        found: dict[str, list[AttackReport]] = {}
+        for file in sorted((self.folder / "eval").glob("*.json")):
+            values = _read_object(file)
+            found.setdefault(re.sub(r"_seed\d+$", "", file.stem), []).append(AttackReport(file, values))
+        return found
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """One report on a run's model under attack.
+
+    Attributes:
+        file: where it lies.
+        values: what it holds.
+    """
+
+    file: Path
+    values: Mapping[str, Any]
+
+    @property
+    def attack(self) -> dict[str, Any]:
+        """What has to be equal in reports whose numbers are compared: the attack, the model's name, the number of images."""
+        return {key: self.values.get(key) for key in ATTACK} | {"checkpoint": Path(str(self.values.get("checkpoint"))).name}
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -100,7 +170,8 @@ def read_run(folder: Path) -> Run:
     log = _read_log(folder / "metrics.jsonl")
     if not log:
         raise ConfigError(f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet")
-    result = _read_result(folder / "result.json")
+    file = folder / "result.json"
+    result = _read_object(file) if file.exists() else None
     return Run(folder, settings, log, result)
 
 
@@ -177,9 +248,7 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
     return log
 
 
-def _read_result(file: Path) -> dict[str, Any] | None:
-    if not file.exists():
-        return None
+def _read_object(file: Path) -> dict[str, Any]:
     result = _json(_text(file))
     if not isinstance(result, dict):
         raise ConfigError(f"{file}: no JSON object")

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from base.output import save_figure
+from base.text import one_line
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 160
 PER_LAYER, LEAST_WIDTH, MOST_NAMES = 0.2, 6.5, 150
 BLUE, ORANGE = "#0b4f8a", "#d55e00"
 """Far apart in grey, too; and every series has a marker of its own."""
@@ -16,8 +18,7 @@ BLUE, ORANGE = "#0b4f8a", "#d55e00"
 
 def draw_spectrum(path: str | Path, layers: Sequence[Mapping[str, Any]], title: str) -> None:
     """Write the picture of `spectrum_figure`; the suffix decides the format, missing folders are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    spectrum_figure(layers, title).savefig(path, dpi=DPI)
+    save_figure(spectrum_figure(layers, title), path)
 
 
 def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure":
@@ -37,7 +38,7 @@ def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure"
     width = max(LEAST_WIDTH, 1.6 + PER_LAYER * min(len(layers), MOST_NAMES))
     figure = Figure(figsize=(width, 6.4), facecolor="white", layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.suptitle(one_line(title), fontsize=10, parse_math=False)
     norms = [layer["norm"] for layer in layers]
     scaled = [None if layer["batch_norm_scale"] is None else layer["norm"] * layer["batch_norm_scale"] for layer in layers]
     _series(upper, layers, norms, BLUE, "o", "-", "spectral norm")
@@ -53,7 +54,7 @@ def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure"
     for axes in (upper, lower):
         _dress(axes)
     step = -(-len(layers) // MOST_NAMES)
-    names = [_short(layer["name"]) for layer in layers][::step]
+    names = [one_line(_short(layer["name"])) for layer in layers][::step]
     lower.set_xticks(range(0, len(layers), step), names, rotation=90, fontsize=7, parse_math=False)
     lower.set_xlim(-0.7, len(layers) - 0.3)
     return figure

@@ -32,14 +32,11 @@ from base.config_section import Count, Section
 from base.errors import ConfigError
 from base.optimization import check_optimization
 from base.registry import did_you_mean
-from base.resuming import CHANGE_NO_RESULT
+from base.resuming import WHERE_AND_HOW
 from base.study_file import Place, write_places
 
 Settings = dict[str, Any]
 """Dotted config key -> value."""
-
-PLACES = (*CHANGE_NO_RESULT, "data_loader.args.data_dir")
-"""Config keys that may change between two calls of a study without making its runs new ones."""
 
 
 class Grid(Section):
@@ -205,11 +202,10 @@ def describe(runs: Sequence[Run]) -> list[str]:
 def identity(config: Config, settings: Settings) -> str:
     """A hash of everything in a config that can change a result, and of whatever else the grid itself sets.
 
-    Where and how a run computes (`PLACES`) is left out, so that a study can go on elsewhere, unless that is what the grid
-    compares.
+    `WHERE_AND_HOW` is left out, so that a study can go on elsewhere, unless that is what the grid compares.
     """
     tree = config.dump()
-    for key in PLACES:
+    for key in WHERE_AND_HOW:
         if not any(setting == key or setting.startswith(f"{key}.") for setting in settings):
             _remove(tree, key.split("."))
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]

@@ -255,8 +255,9 @@ def test_wrong_command_line_is_one_line(words):
         config_parser("").parse_args(words)
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         config_overrides(config_parser("").parse_args(["--set", "trainer.epochs"]))
-    with pytest.raises(ConfigError, match="-d 0,1: expected the index of one CUDA device"):
-        select_device("0,1")
+    for devices in ("cuda:0", "0,,1", "0,0", "-1", ""):
+        with pytest.raises(ConfigError, match=f"-d {devices}: expected the index of a CUDA device"):
+            select_device(devices)
 
 
 @pytest.mark.parametrize(

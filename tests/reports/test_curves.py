@@ -5,10 +5,10 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from base.errors import ConfigError
+from base.output import PICTURES, check_outputs
 from reports.curves import against_figure, curves_figure
 from reports.groups import group_runs
-from reports.output import check_output
-from reports.panels import COLORS, FORMATS, LINES, MARKERS, save_figure
+from reports.panels import COLORS, LINES, MARKERS, save_figure
 from reports.runs import find_runs
 
 
@@ -154,7 +154,7 @@ def test_every_format_and_names_of_all_kinds(make_run, tmp_path, suffix):
     make_run("a", {"val_top1": [0.5, 0.6]}, {"test_top1": 0.5}, name="_$x_{1}$")
     groups = group_runs(find_runs([tmp_path]), ["name"])
     path = tmp_path / "new" / f"curves.{suffix}"
-    check_output(path, FORMATS, "pictures")
+    check_outputs({"--out": path}, {"--out": PICTURES})
     save_figure(curves_figure(groups, ["val_top1"]), path)
     assert path.read_bytes().startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix.lower()])
     assert words(curves_figure(groups, ["val_top1"]))[0] == ["_$x_{1}$  (n = 1)"]
@@ -175,13 +175,13 @@ def test_errors(norms, tmp_path):
     ):
         against_figure(norms, "arch.args.norm_layer_type", ["test_top5"])
     with pytest.raises(ConfigError, match=r"a.bmp: '.bmp' is no format of pictures; expected one of: png, pdf, svg$"):
-        check_output(tmp_path / "a.bmp", FORMATS, "pictures")
+        check_outputs({"--out": tmp_path / "a.bmp"}, {"--out": PICTURES})
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/curves.png: cannot be written: "):
-        check_output(tmp_path / "file" / "curves.png", FORMATS, "pictures")
+        check_outputs({"--out": tmp_path / "file" / "curves.png"}, {"--out": PICTURES})
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(ConfigError, match=r"folder.png: cannot be written: a folder"):
-        check_output(tmp_path / "folder.png", FORMATS, "pictures")
+        check_outputs({"--out": tmp_path / "folder.png"}, {"--out": PICTURES})
     with pytest.raises(ConfigError, match=r"folder.png: cannot be written: Is a directory"):
         save_figure(curves_figure(norms, ["val_top1"]), tmp_path / "folder.png")
 

@@ -14,7 +14,7 @@ OTHER_VALUES = {
     "trainer.label_dir": "else", "trainer.verbosity": 0, "trainer.save_period": 5, "trainer.keep_checkpoints": 0,
     "trainer.tensorboard": True, "data_loader.args.num_workers": 2, "data_loader.args.pin_memory": True,
     "system.num_threads": 1, "system.device": "cpu", "system.compile": True, "system.channels_last": True,
-    "system.deterministic": True,
+    "system.deterministic": True, "data_loader.args.data_dir": "else", "trainer.noise_file": "else.npy",
 }  # fmt: skip
 """A value other than the default of each key that does not matter."""
 MATTERS = {

@@ -9,7 +9,7 @@ import pytest
 from base.errors import ConfigError
 from reports.groups import group_runs
 from reports.runs import find_runs
-from reports.tables import best_rows, compare, last_beside_best, write_table
+from reports.tables import best_rows, compare, holm, last_beside_best, write_table
 
 KEY = "arch.args.norm_layer_type"
 
@@ -41,21 +41,87 @@ def test_mean_sample_deviation_and_number_of_seeds(norms):
     assert table.rows[2].cells[1].values == {}
 
 
-def test_p_values_are_those_of_the_closed_formulas(make_run, tmp_path):
-    first = {seed: {"test_top1": value} for seed, value in enumerate((0.50, 0.52, 0.54))}
-    other = {seed: {"test_top1": value} for seed, value in enumerate((0.55, 0.54, 0.60))}
-    make(make_run, "a", first)
-    make(make_run, "b", other, arch={"args": {"norm_layer_type": "gn"}})
-    make(make_run, "c", {0: other[0], 1: other[1], 5: other[2]}, arch={"args": {"norm_layer_type": "in"}})
-    make(make_run, "d", {2: other[0]}, arch={"args": {"norm_layer_type": "no"}})
-    bn, gn, three, no = (row.cells[0] for row in compare(group_runs(find_runs([tmp_path]), [KEY]), baseline="bn").rows)
+def student_1(t):
+    """The two-sided p value of Student's t with one degree of freedom, in closed form."""
+    return 1 - 2 * np.arctan(abs(t)) / np.pi
+
+
+def student_2(t):
+    """The same with two degrees of freedom."""
+    return 1 - abs(t) / sqrt(2 + t**2)
+
+
+def of_norms(make_run, folder, baseline="bn", paired=False, **values):
+    """The cells of a table with a row per norm, of norm -> accuracies of its seeds from 0 on, or seed -> accuracy."""
+    for norm, accuracies in values.items():
+        seeds = accuracies if isinstance(accuracies, dict) else dict(enumerate(accuracies))
+        results = {seed: {"test_top1": value} for seed, value in seeds.items()}
+        make(make_run, folder / norm, results, arch={"args": {"norm_layer_type": norm}})
+    table = compare(group_runs(find_runs([folder]), [KEY]), baseline=baseline, paired=paired)
+    return {row.name: row.cells[0] for row in table.rows}
+
+
+def test_welch_is_the_default(make_run, tmp_path):
+    # one side without a spread: Welch's degrees of freedom are then those of the other side alone
+    cells = of_norms(make_run, tmp_path, bn=(0.5, 0.5, 0.5, 0.5), gn=(0.55, 0.54, 0.60))
+    t = (cells["gn"].mean - 0.5) / (cells["gn"].std / sqrt(3))
+    assert cells["gn"].p == pytest.approx(student_2(t), rel=1e-6)
+    assert (cells["bn"].p, cells["gn"].compared) == (None, 3)
+
+
+def test_welch_needs_two_seeds_on_both_sides_and_a_spread_on_one(make_run, tmp_path):
+    cells = of_norms(make_run, tmp_path, bn=(0.5, 0.5), gn=(0.6, 0.6), no=(0.7,))
+    cells["in"] = of_norms(make_run, tmp_path / "b", bn=(0.5,), **{"in": (0.5, 0.6)})["in"]
+    assert [cells[name].p for name in ("gn", "no", "in")] == [None, None, None]
+
+
+def test_paired_tests_are_over_common_seeds(make_run, tmp_path):
+    values = {"gn": (0.55, 0.54, 0.60), "in": {0: 0.55, 1: 0.54, 5: 0.60}, "no": {2: 0.55}}
+    cells = of_norms(make_run, tmp_path, paired=True, bn=(0.50, 0.52, 0.54), **values)
     differences = np.array([0.05, 0.02, 0.06])
     t = differences.mean() / (differences.std(ddof=1) / sqrt(3))
-    assert (bn.p, no.p) == (None, None)
-    assert gn.p == pytest.approx(1 - t / sqrt(2 + t**2), rel=1e-6)  # Student's t with two degrees of freedom
-    t = 0.035 / (0.03 / sqrt(2) / sqrt(2))
-    assert three.p == pytest.approx(1 - 2 * np.arctan(t) / np.pi, rel=1e-6)  # and with one: the seeds 0 and 1 are common
-    assert (gn.pairs, three.pairs, no.pairs) == (3, 2, 1)
+    # two tests: the smaller p counts twice, the larger once
+    assert cells["gn"].p == pytest.approx(2 * student_2(t), rel=1e-6)
+    assert cells["in"].p == pytest.approx(student_1(0.035 / (0.03 / sqrt(2) / sqrt(2))), rel=1e-6)
+    assert cells["no"].p is None
+    assert [cells[name].compared for name in ("gn", "in", "no")] == [3, 2, 1]
+
+
+def test_holm_by_hand():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_a_row_that_stands_twice_is_counted_once(make_run, tmp_path):
+    for folder, names in {"once": ("gn", "in"), "twice": ("gn", "in", "no")}.items():
+        for norm, shift in {"bn": 0.0, "gn": 0.1, "in": 0.03, "no": 0.1}.items():
+            if norm == "bn" or norm in names:
+                results = {seed: {"test_top1": 0.5 + seed**2 / 100 + shift} for seed in range(3)}
+                make(make_run, f"{folder}/{norm}", results, arch={"args": {"norm_layer_type": norm}})
+    once, twice = (
+        {row.name: row.cells[0] for row in compare(group_runs(find_runs([tmp_path / folder]), [KEY]), baseline="bn").rows}
+        for folder in ("once", "twice")
+    )
+    assert twice["gn"].p == twice["no"].p == once["gn"].p
+    assert twice["in"].p == once["in"].p
+    table = compare(group_runs(find_runs([tmp_path / "twice"]), [KEY]))
+    assert best_rows(table, 0) == {1, 3}, "a row is not its own rival"
+
+
+def test_a_lead_within_one_standard_error_is_not_bold(make_run, tmp_path):
+    def best(folder, **values):
+        cells = of_norms(make_run, tmp_path / folder, baseline=None, **values)
+        return [list(cells)[index] for index in best_rows(compare(group_runs(find_runs([tmp_path / folder]), [KEY])), 0)]
+
+    # means 0.52 and x + 0.02, both with a standard error of 0.02 / sqrt(3), of the difference 0.0163
+    low = (0.50, 0.52, 0.54)
+    assert best("near", bn=low, gn=(0.516, 0.536, 0.556)) == []
+    assert best("far", bn=low, gn=(0.517, 0.537, 0.557)) == ["gn"]
+    assert best("third", bn=low, gn=(0.517, 0.537, 0.557), no=(0.516, 0.536, 0.556)) == []
+    assert best("single", bn=(0.5,), gn=(0.9,)) == [], "no spread is known"
+    assert best("half known", bn=(0.5,), gn=(0.9, 0.8, 0.85)) == ["gn"]
+    assert best("equal", bn=(0.5, 0.5), gn=(0.5, 0.5)) == []
 
 
 def test_numbers_that_are_not_finite_are_not_tested(make_run, tmp_path):
@@ -68,20 +134,18 @@ def test_numbers_that_are_not_finite_are_not_tested(make_run, tmp_path):
 
 
 def test_equal_differences_say_nothing_of_their_spread(make_run, tmp_path):
-    make(make_run, "a", {seed: {"test_top1": 0.5 + seed / 10} for seed in range(3)})
-    make(make_run, "b", {seed: {"test_top1": 0.6 + seed / 10} for seed in range(3)}, arch={"args": {"norm_layer_type": "gn"}})
-    table = compare(group_runs(find_runs([tmp_path]), [KEY]), baseline="bn")
-    assert (table.rows[1].cells[0].p, table.rows[1].cells[0].pairs) == (None, 3)
+    cells = of_norms(make_run, tmp_path, paired=True, bn=(0.5, 0.6, 0.7), gn=(0.6, 0.7, 0.8))
+    assert (cells["gn"].p, cells["gn"].compared) == (None, 3)
 
 
-def test_the_best_is_the_highest_accuracy_and_the_lowest_loss_as_printed(norms, make_run, tmp_path):
+def test_the_best_is_the_highest_accuracy_and_the_lowest_loss(norms, make_run, tmp_path):
     table = compare(norms, ["test_top1", "last_test_top1", "test_loss"])
-    assert [best_rows(table, column) for column in range(3)] == [{1}, {0, 1}, {1}]
+    assert [best_rows(table, column) for column in range(3)] == [{1}, set(), {1}]
     assert best_rows(compare(norms[:1]), 0) == set(), "nothing to compare with"
     make_run("x", {"val_top1": [0.5]}, {"test_loss": float("nan"), "parameters": 23538}, arch={"type": "vgg11"})
     groups = group_runs(find_runs([tmp_path]), ["arch.type", KEY])
     table = compare(groups, ["test_loss", "parameters"])
-    assert [best_rows(table, column) for column in range(2)] == [{1}, set()]
+    assert [best_rows(table, column) for column in range(2)] == [{1}, set()], "parameters have no best"
 
 
 def test_last_stands_beside_best():
@@ -94,13 +158,16 @@ def test_markdown(norms, tmp_path):
     text = (tmp_path / "new" / "table.md").read_text()
     p = compare(norms, baseline="bn").rows[1].cells[0].p
     assert text.splitlines()[:5] == [
-        "| runs | n | test_top1 (%) | p | last_test_top1 (%) | p |",
+        "| runs | n | test_top1 (%) | p (Holm) | last_test_top1 (%) | p (Holm) |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| bn | 3 | 52.00 ± 2.00 |  | **50.00 ± 0.00** |  |",
-        f"| gn | 2 | **58.50 ± 0.71** | {p:.3f} | **50.00 ± 0.00** |  |",
+        "| bn | 3 | 52.00 ± 2.00 |  | 50.00 ± 0.00 |  |",
+        f"| gn | 2 | **58.50 ± 0.71** | {p:.3f} | 50.00 ± 0.00 |  |",
         "| no | 1 | 10.00 |  | – |  |",
     ]
-    assert "paired t test over common seeds against bn, two-sided, uncorrected" in text
+    assert "by more than one standard error of the difference" in text
+    assert "p: Welch's t test against bn, two-sided, Holm-corrected over the table's rows." in text
+    write_table(tmp_path / "paired.md", compare(norms, baseline="bn", paired=True))
+    assert "p: paired t test over common seeds against bn, two-sided, Holm" in (tmp_path / "paired.md").read_text()
 
 
 def test_latex_escapes_what_latex_would_not_print(make_run, tmp_path):
@@ -114,7 +181,7 @@ def test_latex_escapes_what_latex_would_not_print(make_run, tmp_path):
         r"\toprule",
         r"runs & n & test\_top1 (\%) \\",
         r"\midrule",
-        r"50\%\_of \$x\textasciicircum{}2\$ \#1 \& \{b\} \textasciitilde{} \textbackslash{} & 1 & \textbf{50.00} \\",
+        r"50\%\_of \$x\textasciicircum{}2\$ \#1 \& \{b\} \textasciitilde{} \textbackslash{} & 1 & 50.00 \\",
         r"{[}c] & 1 & 25.00 \\",
         r"\bottomrule",
         r"\end{tabular}",
@@ -133,8 +200,8 @@ def test_csv_has_a_column_for_every_number(norms, tmp_path):
         bn, gn, no = csv.DictReader(file)
     names = ["test_top1_mean", "test_top1_std", "test_loss_mean", "test_loss_std"]
     assert [float(gn[name]) for name in names] == pytest.approx([0.585, 0.01 / sqrt(2), 1, 0], rel=1e-12)
-    assert (bn["runs"], bn["n"], bn["test_top1_n"], bn["test_top1_p"]) == ("bn", "3", "3", "")
-    assert float(gn["test_top1_p"]) == compare(norms, baseline="bn").rows[1].cells[0].p
+    assert (bn["runs"], bn["n"], bn["test_top1_n"], bn["test_top1_p_holm"]) == ("bn", "3", "3", "")
+    assert float(gn["test_top1_p_holm"]) == compare(norms, baseline="bn").rows[1].cells[0].p
     assert (no["test_top1_mean"], no["test_top1_std"]) == ("0.1", "")
 
 
@@ -147,9 +214,13 @@ def test_rows_of_other_rates_are_neither_tested_nor_beaten(make_run, tmp_path):
     assert [(row.name.partition("=")[2], row.cells[0].p is None) for row in table.rows] == [
         ("bn, percent=0.2", True), ("bn, percent=0.4", True), ("gn, percent=0.2", False), ("gn, percent=0.4", False),
     ]  # fmt: skip
-    t = 0.075 / 0.025  # of the differences 0.05 and 0.1
-    assert table.rows[2].cells[0].p == pytest.approx(1 - 2 * np.arctan(t) / np.pi, rel=1e-6)
-    assert best_rows(table, 0) == {1, 2}
+    paired = compare(
+        group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]), baseline="bn", by_last_key=True, paired=True
+    )
+    ps = [row.cells[0].p for row in paired.rows[2:]]
+    # differences 0.05 and 0.1 at one rate, -0.1 and -0.3 at the other: two tests in one table
+    assert ps == pytest.approx([2 * student_1(0.075 / 0.025), 2 * student_1(0.075 / 0.025)], rel=1e-6)
+    assert best_rows(table, 0) == {1}, "0.825 does not lead 0.75 by more than a standard error"
 
 
 def test_markdown_keeps_names_and_says_where_seeds_are_missing(make_run, tmp_path):
