@@ -55,8 +55,11 @@ def build_data_loader(config: Config, device: torch.device) -> Any:
         subset_percent=settings.subset_percent,
         noise=noise,
         crop_padding=augmentation.crop_padding,
+        padding_mode=augmentation.padding_mode,
         flip=augmentation.flip,
         cutout=augmentation.cutout,
+        cutout_inside=augmentation.cutout_inside,
+        cutout_fill=augmentation.cutout_fill,
         device=device,
     )
 

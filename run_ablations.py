@@ -7,10 +7,10 @@ python run_ablations.py --grid configs/ablations/label_noise.json --all --launch
 
 from pathlib import Path
 
-from base.command_line import Parser, run_script
+from base.command_line import Parser, run_script, set_overrides
 from base.errors import ConfigError, ProjectError
 from studies.grid import describe, plan, record
-from studies.launchers import as_typed, launcher
+from studies.launchers import LAUNCHERS, as_typed, launcher
 from studies.work import Study
 
 DEFAULT = Path(__file__).parent / "configs" / "ablations" / "resnet.json"
@@ -19,16 +19,15 @@ DEFAULT = Path(__file__).parent / "configs" / "ablations" / "resnet.json"
 def arguments_parser() -> Parser:
     parser = Parser(description="Run every variant and seed of a grid file.", allow_abbrev=False)
     parser.add_argument("--grid", type=Path, default=DEFAULT, metavar="FILE", help="grid file (the ResNet ablations)")
-    parser.add_argument("--list", action="store_true", help="print a line per variant")
+    parser.add_argument("--list", action="store_true", help="print a line per variant, with what it sets")
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="NAME", help="run these variants")
     parser.add_argument("--all", action="store_true", help="run all variants")
     parser.add_argument("--seed", type=int, nargs="+", default=[], help="instead of the grid's seeds")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all variants")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many runs at once")
     parser.add_argument("--save_dir", type=Path, metavar="DIR", help="instead of <trainer.save_dir>/<grid's name>")
-    parser.add_argument(
-        "--launcher", choices=("process", "slurm", "local"), default="process", help="processes here, or submitit"
-    )
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="process", help="here, or by submitit")
     parser.add_argument("--parameter", action="append", default=[], metavar="KEY=VALUE", help="of submitit's executor")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -36,7 +35,8 @@ def arguments_parser() -> Parser:
 
 def main() -> None:
     arguments = arguments_parser().parse_args()
-    runs = plan(arguments.grid, arguments.config, arguments.seed, arguments.save_dir)
+    grid, names, overrides = arguments.grid, arguments.config, set_overrides(arguments.set)
+    runs = plan(grid, names, arguments.seed, arguments.save_dir, overrides)
     if arguments.list:
         print(*describe(runs), sep="\n")
         return

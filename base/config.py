@@ -79,8 +79,10 @@ class ArchArgs(Section):
     """Width factor of wide_resnet."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout rate inside the blocks of a wide ResNet."""
-    init: Literal["default", "he"] | None = None
-    """Initial weights: PyTorch's (default), or He's normal law by fan-out, as in TRADES' wide ResNets (he)."""
+    init: Literal["default", "he", "he_zero_gn"] | None = None
+    """Initial weights: PyTorch's (default); He's normal law by fan-out, as in TRADES' wide ResNets
+    (he); that law for convolutions only, and weight 0 in every GroupNorm that ends a residual branch,
+    as in the BatchNorm and GroupNorm study (he_zero_gn)."""
     zero_init_residual: bool | None = None
     """Residual blocks begin as their shortcuts: their last norm (in pre-activation blocks last convolution) has weight 0."""
 
@@ -146,11 +148,17 @@ class AugmentationConfig(Section):
     """What is done to training images, in batches on the training device."""
 
     crop_padding: Annotated[int, Field(ge=0, le=512)] = 4
-    """Zero pixels added on each side before a random crop to the original size; 0 for no crop."""
+    """Pixels added on each side before a random crop to the original size; 0 for no crop."""
+    padding_mode: Literal["zeros", "reflect"] = "zeros"
+    """What these pixels are: zeros, or the image's own, mirrored at its border (reflect)."""
     flip: bool = True
     """Random horizontal flip."""
     cutout: Annotated[int, Field(ge=0, le=8192)] = 0
     """Side in pixels of the square that is masked at a random place; 0 for none."""
+    cutout_inside: bool = False
+    """The whole square lies inside the image; false: its centre does, as in the paper."""
+    cutout_fill: Literal["mean", "black"] = "mean"
+    """Colour of the square: the data's mean (0 after normalization, as in the paper), or black."""
     mixup_alpha: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Both parameters of the Beta distribution of mixup's weight; 0 for no mixup."""
 

@@ -20,14 +20,45 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32, copy=True).div_(255)
 
 
-def random_crop(images: Tensor, padding: int, generator: torch.Generator, share: Share | None = None) -> Tensor:
-    """Pad every side by `padding` zero pixels and cut a window of the original size at a uniformly drawn place, per image."""
+def random_crop(
+    images: Tensor,
+    padding: int,
+    generator: torch.Generator,
+    share: Share | None = None,
+    mode: str = "zeros",
+) -> Tensor:
+    """Pad every side and cut a window of the original size at a uniformly drawn place, per image.
+
+    Args:
+        images: `(B, C, H, W)`.
+        padding: pixels added on each side, at least 0.
+        generator: a CPU generator.
+        share: of the minibatch that `images` are; None where they are all of it.
+        mode: what is added: `zeros`, or `reflect`: the image mirrored at its border pixels, which
+            are not repeated themselves; as often as the padding needs.
+    """
     batch, _, height, width = images.shape
     share = share or Share(batch)
     places = torch.randint(0, 2 * padding + 1, (2, share.total), generator=generator)
     top, left = to_device(places[:, share.part], images.device)
-    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: every possible window
+    if mode == "reflect":
+        rows = to_device(_mirrored(height, padding), images.device)
+        columns = to_device(_mirrored(width, padding), images.device)
+        padded = images[:, :, rows][:, :, :, columns]
+    else:
+        padded = F.pad(images, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: every possible window
     return windows[torch.arange(batch, device=images.device), :, top, left]
+
+
+def _mirrored(length: int, padding: int) -> Tensor:
+    """The positions that a row of `length` pixels shows when it is padded by mirroring."""
+    places = torch.arange(-padding, length + padding)
+    if length == 1:
+        return torch.zeros_like(places)
+    # there and back again: 0 ... length - 1 ... 1, over and over
+    there_and_back = places % (2 * length - 2)
+    return torch.minimum(there_and_back, 2 * length - 2 - there_and_back)
 
 
 def random_flip(images: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
@@ -37,24 +68,33 @@ def random_flip(images: Tensor, generator: torch.Generator, share: Share | None 
     return torch.where(mirrored.reshape(-1, 1, 1, 1), images.flip(-1), images)
 
 
-def cutout(images: Tensor, size: int, fill: Sequence[float], generator: torch.Generator, share: Share | None = None) -> Tensor:
+def cutout(
+    images: Tensor,
+    size: int,
+    fill: Sequence[float],
+    generator: torch.Generator,
+    share: Share | None = None,
+    inside: bool = False,
+) -> Tensor:
     """Overwrite one square of `size` x `size` pixels per image (DeVries and Taylor, arXiv 1708.04552).
-
-    The square's centre is uniform over the image, so that near a border only part of it falls inside, as in the paper.
 
     Args:
         images: `(B, C, H, W)`.
         size: the square's side in pixels. An odd side is kept; the paper's code rounds it down to an even one.
-        fill: one value per channel, in the unit of `images`. The paper writes 0 after normalisation: here, the data mean.
+        fill: one value per channel, in the unit of `images`. The paper writes 0 after normalization: here, the data mean.
         generator: a CPU generator.
         share: of the minibatch that `images` are; None where they are all of it.
+        inside: whether the square's place is uniform among those wholly inside the image; a square
+            larger than the image covers it. Otherwise the square's centre is uniform over the image,
+            so that near a border only part of it falls inside, as in the paper.
     """
     batch, _, height, width = images.shape
     drawn_for = share or Share(batch)
 
     def covered(length: int) -> Tensor:
-        centres = torch.randint(0, length, (drawn_for.total, 1), generator=generator)[drawn_for.part]
-        first = to_device(centres, images.device) - size // 2
+        starts = max(length - size, 0) + 1 if inside else length
+        drawn = torch.randint(0, starts, (drawn_for.total, 1), generator=generator)[drawn_for.part]
+        first = to_device(drawn, images.device) - (0 if inside else size // 2)
         place = torch.arange(length, device=images.device)
         return (place >= first) & (place < first + size)
 

@@ -24,15 +24,18 @@ class ImageDataLoader(BaseDataLoader):
         images: `N` images.
         labels: int64 `(N,)`.
         class_names: in label order.
-        mean: per-channel mean, in `[0, 1]`; also the colour of cutout's squares.
+        mean: per-channel mean, in `[0, 1]`.
         std: per-channel standard deviation, in `[0, 1]`.
         batch_size: images per batch.
         shuffle: a new order every epoch; False keeps the order of `images`.
         num_batches: above 0 ends every epoch after that many batches.
         seed: of order and augmentation.
-        crop_padding: pixels of zero padding for random crops; 0 for none.
+        crop_padding: pixels of padding for random crops; 0 for none.
+        padding_mode: `zeros` or `reflect`; see `augment.random_crop`.
         flip: mirror half of the images.
         cutout: side in pixels of the square that is overwritten; 0 for none.
+        cutout_inside: whether the square lies wholly inside the image.
+        cutout_fill: its colour: `mean`, or `black`.
         clean_labels: int64 `(N,)` labels before the noise, where `labels` carry noise.
         in_memory: decode files once, at the first iteration, and keep the pixels.
         device: where the batches shall be.
@@ -56,8 +59,11 @@ class ImageDataLoader(BaseDataLoader):
         num_batches: int = 0,
         seed: int = 0,
         crop_padding: int = 0,
+        padding_mode: str = "zeros",
         flip: bool = False,
         cutout: int = 0,
+        cutout_inside: bool = False,
+        cutout_fill: str = "mean",
         clean_labels: np.ndarray | None = None,
         in_memory: bool = True,
         device: str | torch.device = "cpu",
@@ -77,7 +83,8 @@ class ImageDataLoader(BaseDataLoader):
         self._source, self._in_memory = images, in_memory
         self.labels = torch.from_numpy(labels).to(self.device)
         self._shuffle, self._seed = shuffle, seed
-        self._crop_padding, self._flip, self._cutout = crop_padding, flip, cutout
+        self._crop_padding, self._padding_mode, self._flip = crop_padding, padding_mode, flip
+        self._cutout, self._cutout_inside, self._cutout_fill = cutout, cutout_inside, cutout_fill
         self._epoch, self._first_batch = 1, 0
         self._test = test
         self.shared_out = False
@@ -130,12 +137,18 @@ class ImageDataLoader(BaseDataLoader):
     def _augmented(self, pixels: Tensor, epoch: int, number: int, share: Share) -> Tensor:
         generator = torch_generator(self._seed, "augmentation", epoch, number)
         if self._crop_padding > 0:
-            pixels = augment.random_crop(pixels, self._crop_padding, generator, share)
+            pixels = augment.random_crop(
+                pixels, self._crop_padding, generator, share, self._padding_mode
+            )
         if self._flip:
             pixels = augment.random_flip(pixels, generator, share)
         images = augment.to_float(pixels)
         if self._cutout > 0:
-            images = augment.cutout(images, self._cutout, self.mean, generator, share)
+            black = (0.0,) * len(self.mean)
+            fill = black if self._cutout_fill == "black" else self.mean
+            images = augment.cutout(
+                images, self._cutout, fill, generator, share, self._cutout_inside
+            )
         return images
 
     def subset(self, index: Tensor) -> "ImageDataLoader":

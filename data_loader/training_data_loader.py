@@ -56,8 +56,11 @@ class TrainingDataLoader(ImageDataLoader):
         noise: what happens to training and validation labels; test labels are always clean. The law is applied to the labels of
             one split: the chosen subset, or the validation part.
         crop_padding: pixels of padding for random crops of training images; 0 for none.
+        padding_mode: `zeros` or `reflect`; see `augment.random_crop`.
         flip: mirror half of the training images.
-        cutout: side in pixels of a square overwritten with the mean in training images; 0 for none.
+        cutout: side in pixels of a square overwritten in training images; 0 for none.
+        cutout_inside: whether the square lies wholly inside the image.
+        cutout_fill: its colour: `mean`, or `black`.
         device: where batches shall be.
 
     Attributes:
@@ -87,8 +90,11 @@ class TrainingDataLoader(ImageDataLoader):
         subset_percent: float = 1.0,
         noise: LabelNoise = CLEAN,
         crop_padding: int = 0,
+        padding_mode: str = "zeros",
         flip: bool = False,
         cutout: int = 0,
+        cutout_inside: bool = False,
+        cutout_fill: str = "mean",
         device: str | torch.device = "cpu",
     ) -> None:
         pin_memory = pin_memory and torch.device(device).type == "cuda"
@@ -120,8 +126,11 @@ class TrainingDataLoader(ImageDataLoader):
             num_batches=num_batches,
             seed=seed,
             crop_padding=crop_padding,
+            padding_mode=padding_mode,
             flip=flip,
             cutout=cutout,
+            cutout_inside=cutout_inside,
+            cutout_fill=cutout_fill,
             clean_labels=self._label_arrays["train_clean_label"] if noise.active else None,
             in_memory=self._fits_in_memory(len(self._train_index) + len(self._val_index)),
             device=device,

@@ -9,7 +9,7 @@ from base.base_model import BaseModel
 from base.errors import ConfigError
 from base.registry import did_you_mean, lookup
 from models import layers as layers  # fills the layer tables that the models resolve their names in
-from models.initialization import initialize_he, zero_residual_branches
+from models.initialization import initialize_he, initialize_he_zero_gn, zero_residual_branches
 from models.resnet import BasicBlock, Bottleneck, PreActResNet, ResNet
 from models.simple_cnn import SimpleCNN, SimpleCNN2
 from models.vgg import VGG
@@ -63,6 +63,8 @@ def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, st
     network = model(**args, mean=mean, std=std)
     if init == "he":
         initialize_he(network)
+    if init == "he_zero_gn":
+        initialize_he_zero_gn(network)
     if zero_init_residual:
         zero_residual_branches(network, name)
     return network

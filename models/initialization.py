@@ -11,16 +11,28 @@ from base.errors import ConfigError
 
 
 def initialize_he(model: nn.Module) -> None:
-    """Plain convolutions from the normal law with variance `2 / (k_h * k_w * C_out)`, the biases of linear layers zero: the
-    initial weights of the wide ResNets of TRADES and of the overfitting study (arXiv:2002.11569).
-
-    Convolutions that normalise their own kernels, and depthwise ones, keep what they have.
+    """Plain convolutions by He's law, the biases of linear layers zero: the initial weights of the
+    wide ResNets of TRADES and of the overfitting study (arXiv:2002.11569).
     """
+    _initialize_convolutions(model)
     for module in model.modules():
-        if type(module) is nn.Conv2d and module.groups == 1:
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def initialize_he_zero_gn(model: nn.Module) -> None:
+    """Plain convolutions by He's law, and weight 0 in every GroupNorm that ends a residual branch:
+    the initial weights of the ResNets of the study of BatchNorm against GroupNorm.
+
+    With BatchNorm its residual branches begin with weight 1. A branch that ends in a convolution, as
+    in pre-activation networks, keeps all its norms, too: there, a norm of weight 0 would hold the
+    activation behind it at its kink, and the branch could never learn.
+    """
+    _initialize_convolutions(model)
+    for end in _branch_ends(model):
+        if isinstance(end, nn.GroupNorm):
+            nn.init.zeros_(end.weight)
 
 
 @torch.no_grad()
@@ -38,7 +50,7 @@ def zero_residual_branches(model: nn.Module, name: str) -> None:
         ConfigError: the network has no residual blocks, or their last layer has no weight that may be zero: there is no norm,
             or the convolution divides by the size of its kernel.
     """
-    ends = [getattr(module, module.branch_end) for module in model.modules() if hasattr(module, "branch_end")]
+    ends = _branch_ends(model)
     if not ends:
         raise ConfigError(f"arch.args.zero_init_residual: {name} has no residual blocks")
     for end in ends:
@@ -46,3 +58,19 @@ def zero_residual_branches(model: nn.Module, name: str) -> None:
             reason = f"blocks of {name} end in {type(end).__name__}, whose weight cannot begin at zero"
             raise ConfigError(f"arch.args.zero_init_residual: {reason}")
         nn.init.zeros_(end.weight)
+
+
+def _initialize_convolutions(model: nn.Module) -> None:
+    """Plain convolutions from the normal law with variance `2 / (k_h * k_w * C_out)`.
+
+    Convolutions that normalize their own kernels, and depthwise ones, keep what they have.
+    """
+    for module in model.modules():
+        if type(module) is nn.Conv2d and module.groups == 1:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _branch_ends(model: nn.Module) -> list[nn.Module]:
+    """The last layer of every residual branch."""
+    blocks = [module for module in model.modules() if hasattr(module, "branch_end")]
+    return [getattr(block, block.branch_end) for block in blocks]

@@ -14,11 +14,10 @@ Paths are relative to the grid file. Every combination of one label from each ax
 (`BatchNorm_standard`); named variants are settings on top of the base, or another config file.
 """
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -27,13 +26,14 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from base.config import Config
-from base.config_files import is_comment, load_config, read_tree
+from base.config_files import Override, is_comment, load_config, override, read_tree
 from base.config_section import Count, Section
 from base.errors import ConfigError
+from base.json_file import read_json_object
 from base.optimization import check_optimization
 from base.registry import did_you_mean
-from base.resuming import WHERE_AND_HOW
 from base.study_file import Place, write_places
+from studies.identity import identity, is_place
 
 Settings = dict[str, Any]
 """Dotted config key -> value."""
@@ -62,9 +62,10 @@ class Run:
         position: place of the variant in the grid.
         seed: its seed.
         config_file: what it starts from.
-        settings: what is put on top of it.
+        settings: what the grid puts on top of it.
         config: the resolved config.
         folder: its run folder. The name ends in a hash of the resolved config; see `identity`.
+        overrides: what the command line puts on top of every variant.
     """
 
     variant: str
@@ -75,6 +76,7 @@ class Run:
     settings: Settings
     config: Config
     folder: Path
+    overrides: tuple[Override, ...] = ()
 
     @property
     def name(self) -> str:
@@ -88,12 +90,13 @@ class Run:
 
     def words(self) -> list[str]:
         """The command line that starts it, from the script on."""
-        settings = [word for key, value in self.settings.items() for word in ("--set", f"{key}={as_word(value)}")]
-        return [self.script, "-c", str(self.config_file), "--run_dir", str(self.folder), *settings, "--seed", str(self.seed)]
+        settings = [(key, as_word(value)) for key, value in self.settings.items()]
+        words = [self.script, "-c", str(self.config_file), "--run_dir", str(self.folder)]
+        return [*words, *set_words([*settings, *self.overrides]), "--seed", str(self.seed)]
 
-    def words_to_resume(self) -> list[str]:
-        """The command line that continues it."""
-        return [self.script, "-r", str(self.folder)]
+    def words_to_resume(self, changes: Sequence[Override] = ()) -> list[str]:
+        """The command line that continues it, with other values of some keys."""
+        return [self.script, "-r", str(self.folder), *set_words(changes)]
 
 
 def read_grid(path: Path) -> Grid:
@@ -152,7 +155,13 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
     return found
 
 
-def plan(path: Path, names: Sequence[str] = (), seeds: Sequence[int] = (), save_dir: Path | None = None) -> list[Run]:
+def plan(
+    path: Path,
+    names: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    save_dir: Path | None = None,
+    overrides: Sequence[Override] = (),
+) -> list[Run]:
     """The runs that a grid file stands for, seeds of one variant side by side. All configs are checked; nothing is written.
 
     Args:
@@ -160,11 +169,13 @@ def plan(path: Path, names: Sequence[str] = (), seeds: Sequence[int] = (), save_
         names: the variants to run; all by default.
         seeds: instead of the grid's.
         save_dir: folder of the study's run folders; by default `trainer.save_dir` of each config, and in it the grid's name.
+        overrides: dotted keys and the texts of their values, put on top of every variant.
 
     Raises:
-        ConfigError: anything that is wrong with the grid, a name, or a config.
+        ConfigError: anything that is wrong with the grid, a name, an override, or a config.
     """
     grid = read_grid(path)
+    _check_overrides(overrides)
     variants = variants_of(grid, path)
     for name in names:
         if name not in variants:
@@ -175,11 +186,14 @@ def plan(path: Path, names: Sequence[str] = (), seeds: Sequence[int] = (), save_
     order = list(variants)
     for name in dict.fromkeys(names or order):
         for seed in dict.fromkeys(seeds or grid.seeds):
-            run = _run(path, name, order.index(name), seed, variants[name], save_dir)
-            twin = runs.setdefault(identity(run.config, run.settings), run)
-            if twin is not run:
-                raise ConfigError(f"{path}: {twin.variant} and {run.variant} are the same config: one name is enough")
-    return list(runs.values())
+            run = _run(path, name, order.index(name), seed, variants[name], save_dir, overrides)
+            for same in (run.folder.name.rpartition("_")[2], json.dumps(run.config.dump())):
+                twin = runs.setdefault(same, run)
+                if twin is not run:
+                    with_set = " ".join([" with", *set_words(overrides)]) if overrides else ""
+                    both = f"{twin.variant} and {run.variant} are the same config{with_set}"
+                    raise ConfigError(f"{path}: {both}: one name is enough")
+    return list(dict.fromkeys(runs.values()))
 
 
 def record(runs: Sequence[Run]) -> None:
@@ -190,25 +204,35 @@ def record(runs: Sequence[Run]) -> None:
 
 
 def describe(runs: Sequence[Run]) -> list[str]:
-    """One line per variant: name, what it starts from, settings, seeds."""
+    """One line per variant: its name, what it starts from, its settings and seeds.
+
+    The settings are those of the variant (where it has none, those of its config file itself), those
+    of the command line, and the value of every other key in which the variants differ.
+    """
+    firsts: dict[str, Run] = {}
+    for run in runs:
+        firsts.setdefault(run.variant, run)
+    values = {variant: dict(_leaves(run.config.dump())) for variant, run in firsts.items()}
+    varied = {
+        key
+        for leaves in values.values()
+        for key, value in leaves.items()
+        if not is_place(key) and any(other.get(key) != value for other in values.values())
+    }
     lines = []
-    for variant in dict.fromkeys(run.variant for run in runs):
-        own = [run for run in runs if run.variant == variant]
-        settings = "".join(f", {key}={as_word(value)}" for key, value in own[0].settings.items())
-        lines.append(f"{variant}: {own[0].config_file.name}{settings} (seeds {', '.join(str(run.seed) for run in own)})")
+    for variant, run in firsts.items():
+        given = dict(run.settings or _own_keys(run.config_file, values[variant]))
+        given |= {key: value for key, value in values[variant].items() if key in varied}
+        words = {key: as_word(value) for key, value in given.items()} | dict(run.overrides)
+        settings = "".join(f", {key}={text}" for key, text in words.items())
+        seeds = ", ".join(str(other.seed) for other in runs if other.variant == variant)
+        lines.append(f"{variant}: {run.config_file.name}{settings} (seeds {seeds})")
     return lines
 
 
-def identity(config: Config, settings: Settings) -> str:
-    """A hash of everything in a config that can change a result, and of whatever else the grid itself sets.
-
-    `WHERE_AND_HOW` is left out, so that a study can go on elsewhere, unless that is what the grid compares.
-    """
-    tree = config.dump()
-    for key in WHERE_AND_HOW:
-        if not any(setting == key or setting.startswith(f"{key}.") for setting in settings):
-            _remove(tree, key.split("."))
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
+def set_words(settings: Iterable[Override]) -> list[str]:
+    """The words of a command line that set these keys."""
+    return [word for key, text in settings for word in ("--set", f"{key}={text}")]
 
 
 def as_word(value: Any) -> str:
@@ -243,16 +267,40 @@ def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant
     return found
 
 
-def _run(path: Path, name: str, position: int, seed: int, variant: Variant, save_dir: Path | None) -> Run:
+def _check_overrides(overrides: Sequence[Override]) -> None:
+    """Refuse what a study's command line may not set, naming the flag."""
+    for key, text in overrides:
+        if key == "seed":
+            raise ConfigError(f"--set seed={text}: the seeds of a study are given by --seed")
+        try:
+            tree = override({}, [(key, text)])
+        except ConfigError as error:
+            raise ConfigError(f"--set {error}") from None
+        if _holds_key(tree):
+            reason = "would be shown and stored with the runs' commands; set COMET_API_KEY"
+            raise ConfigError(f"--set {key}: {reason}")
+
+
+def _run(
+    path: Path,
+    name: str,
+    position: int,
+    seed: int,
+    variant: Variant,
+    save_dir: Path | None,
+    overrides: Sequence[Override],
+) -> Run:
     file, settings = variant.config_file, variant.settings
-    overrides = [*((key, as_word(value)) for key, value in settings.items()), ("seed", str(seed))]
+    own = [(key, as_word(value)) for key, value in settings.items()]
     try:
-        config = load_config(file, overrides)
-        check_optimization(config.optimizer, config.lr_scheduler)
+        config = _config(file, [*own, *overrides], seed)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {name}: {error}") from None
-    if config.comet is not None:  # submitit writes runs into files; a run's own process reads the key from the config file
-        config = config.model_copy(update={"comet": config.comet.model_copy(update={"api": None})})
+        raise ConfigError(f"{path}: {name}: {_explained(error, file, own, seed, overrides)}") from None
+    named_by = config
+    kept = [(key, text) for key, text in overrides if not (is_place(key) and key in settings)]
+    if len(kept) < len(overrides):
+        # the grid compares places: its runs keep the names that they have with the grid's values
+        named_by = _config(file, [*own, *kept], seed)
     parent = save_dir or Path(config.trainer.save_dir) / path.stem
     return Run(
         name,
@@ -262,11 +310,51 @@ def _run(path: Path, name: str, position: int, seed: int, variant: Variant, save
         Path(os.path.relpath(file)),
         settings,
         config,
-        parent / f"{name.replace(' ', '-')}_seed{seed}_{identity(config, settings)}",
+        parent / f"{name.replace(' ', '-')}_seed{seed}_{identity(named_by, settings)}",
+        tuple(overrides),
     )
 
 
-def _remove(tree: dict[str, Any], path: list[str]) -> None:
-    for name in path[:-1]:
-        tree = tree.get(name, {})
-    tree.pop(path[-1], None)
+def _config(file: Path, overrides: Sequence[Override], seed: int) -> Config:
+    """The checked config of a run, without Comet's key.
+
+    submitit writes runs into files; a run's own process reads the key from the config file.
+    """
+    config = load_config(file, [*overrides, ("seed", str(seed))])
+    check_optimization(config.optimizer, config.lr_scheduler)
+    if config.comet is not None:
+        comet = config.comet.model_copy(update={"api": None})
+        config = config.model_copy(update={"comet": comet})
+    return config
+
+
+def _explained(
+    error: ConfigError,
+    file: Path,
+    settings: Sequence[Override],
+    seed: int,
+    overrides: Sequence[Override],
+) -> str:
+    """The error, with the `--set` that it comes from where the variant without them is good."""
+    if overrides:
+        try:
+            _config(file, settings, seed)
+        except ConfigError:
+            return str(error)
+        return f"with {' '.join(set_words(overrides))}: {error}"
+    return str(error)
+
+
+def _own_keys(file: Path, resolved: Mapping[str, Any]) -> Settings:
+    """What a config file says itself, without its parents; no secret, as none is in `resolved`."""
+    own = dict(_leaves(read_json_object(file)))
+    return {key: value for key, value in own.items() if key in resolved or value is None}
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a tree, objects and comments aside."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{key}.")
+        elif not is_comment(key):
+            yield path + key, value

@@ -18,15 +18,22 @@ from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
 from base.errors import ConfigError
 from studies.grid import Run
-from studies.progress import FINISHED, look
+from studies.progress import FINISHED, changed_places, look
 
 ROOT = Path(__file__).parents[1]
 """Where the scripts lie."""
 
+LAUNCHERS = ("process", "slurm", "local")
+"""Processes of this machine, jobs of a cluster, and the cluster's path on this machine."""
+
 
 def command(run: Run) -> list[str]:
-    """What starts a run, or continues it where its folder holds a checkpoint."""
-    script, *words = run.words_to_resume() if has_checkpoint(run.folder) else run.words()
+    """What starts a run, or continues it where its folder holds a checkpoint.
+
+    A run that is continued gets what has changed since of where and how it computes.
+    """
+    begun = has_checkpoint(run.folder)
+    script, *words = run.words_to_resume(changed_places(run)) if begun else run.words()
     return [sys.executable, str(ROOT / script), *words]
 
 

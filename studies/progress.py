@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from base.checkpoint import LAST, has_checkpoint
-from base.config_files import validate
+from base.config_files import Override, validate
 from base.errors import ConfigError, ProjectError
 from base.resuming import refuse_other_experiment
-from studies.grid import Run
+from studies.grid import Run, as_word
+from studies.identity import PLACES
 
 NEW, BROKEN, RUNNING, ELSEWHERE, FINISHED, FAILED = "new", "to resume", "running", "elsewhere", "finished", "failed"
 
@@ -49,6 +50,21 @@ def look(run: Run) -> Progress:
     return Progress(FINISHED if finished else BROKEN if begun else NEW, len(log), best)
 
 
+def changed_places(run: Run) -> list[Override]:
+    """What a run that has been begun was given other values of, and may be: the keys of `PLACES`.
+
+    Raises:
+        ConfigError: its config.json is missing or damaged.
+    """
+    before, now = _config_of_folder(run), run.config.dump()
+    changes = []
+    for key in PLACES:
+        old, new = (_value_at(tree, key) for tree in (before, now))
+        if old != new:
+            changes.append((key, as_word(new)))
+    return changes
+
+
 def table(rows: Sequence[tuple[Run, Progress, float | None]]) -> str:
     """One line per run: name, state, epoch, best value, time left (of `(run, progress, seconds left or None)`)."""
     cells = [("run", "state", "epoch", "best", "left")]
@@ -85,13 +101,24 @@ def _json(file: Path, text: str) -> Any:
         raise ConfigError(f"{file}: damaged: {error}; move {file.parent} away to begin again") from None
 
 
-def _refuse_another(run: Run) -> None:
+def _config_of_folder(run: Run) -> dict[str, Any]:
+    """The resolved config in the run's folder, with the defaults of keys that are newer than it."""
     file = run.folder / "config.json"
     if not file.exists():
         raise ConfigError(f"{run.folder}: holds a checkpoint, but no config.json; move it away")
-    tree = _json(file, file.read_text())
+    return validate(_json(file, file.read_text()), str(file)).dump()
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def _refuse_another(run: Run) -> None:
+    before = _config_of_folder(run)
     try:
-        before = validate(tree, str(file)).dump()  # with the defaults of keys that are newer than it
         refuse_other_experiment(before, run.config, run.folder / LAST)
     except ProjectError as error:
         raise ConfigError(f"{run.folder}: holds another run than {run.name}: {error}") from None

@@ -46,14 +46,16 @@ def grid(tmp_path):
 def test_the_ablation_studys_own_commands(tmp_path):
     listed = study("--list", cwd=tmp_path)
     assert [line.partition(":")[0] for line in listed.stdout.splitlines()] == [
-        "baseline", "cosine_schedule", "multistep_schedule", "no_batchnorm", "small_batch", "resnet34", "resnet50",
+        "baseline", "resnet34", "resnet50", "no_batchnorm", "cosine_schedule", "no_schedule", "small_batch", "large_batch",
     ]  # fmt: skip
-    dry = study("--config", "baseline", "no_batchnorm", "--seed", 42, "--dry-run", cwd=tmp_path)
+    assert "data_loader.args.batch_size=1024, optimizer.args.lr=0.2, " in listed.stdout.splitlines()[-1]
+    setting = ["--set", "data_loader.args.data_dir=my data"]
+    dry = study("--config", "baseline", "no_batchnorm", "--seed", 42, "--dry-run", *setting, cwd=tmp_path)
     lines = dry.stdout.splitlines()
     assert len(lines) == 2
     assert lines[1].startswith("python train.py -c ")
     assert "no_batchnorm.json --run_dir saved/resnet/no_batchnorm_seed42_" in lines[1]
-    assert lines[1].endswith("--seed 42")
+    assert lines[1].endswith("--set 'data_loader.args.data_dir=my data' --seed 42")
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
     reader, writer = os.pipe()
     os.close(reader)
@@ -158,6 +160,7 @@ def test_bad_input_is_one_line(grid, tmp_path):
         "no such variant": (["--grid", grid, "--config", "gm"], "no variant 'gm' (it has: bn, gn)"),
         "both": (["--grid", grid, "--all", "--config", "bn"], "one of --config NAME ... and --all is required"),
         "no cluster": (["--grid", grid, "--all", "--parameter", "a=1"], "--parameter a=1: has no effect without --launcher"),
+        "no setting": (["--grid", grid, "--all", "--set", "seed"], "--set seed: expected KEY=VALUE"),
         "no value": (["--grid", grid, "--all", "--parameter", "a"], "--parameter a: expected KEY=VALUE"),
         "no jobs": (["--grid", grid, "--all", "--jobs", "0"], "--jobs: expected at least 1"),
     }

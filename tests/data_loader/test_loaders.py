@@ -111,6 +111,24 @@ def test_batches_are_a_function_of_seed_and_epoch(session_folder):
     assert ours.fingerprint() == again.fingerprint() != other.fingerprint()
 
 
+def test_augmentation_does_what_its_arguments_say():
+    pixels = torch.full((40, 3, 6, 10), 200, dtype=torch.uint8)
+    labels = np.zeros(40, dtype=np.int64)
+    options = {"mean": (0.1, 0.2, 0.3), "std": (1, 1, 1), "batch_size": 40}
+
+    def values(**augmentation):
+        loader = ImageDataLoader(MemoryImages(pixels), labels, ["a"], **options, **augmentation)
+        ((images, _),) = collect(loader)
+        return images
+
+    bright = 200 / 255
+    assert values(crop_padding=3).min() == 0
+    assert values(crop_padding=3, padding_mode="reflect").min() == pytest.approx(bright), "there are no other pixels"
+    assert values(cutout=3)[:, 0].min() == pytest.approx(0.1), "the mean"
+    black = values(cutout=3, cutout_fill="black", cutout_inside=True)
+    assert (black == 0).sum(dim=(1, 2, 3)).tolist() == [27] * 40, "all squares are whole"
+
+
 def test_an_iterator_keeps_its_epoch(session_folder):
     loader = folder_loader(session_folder)
     second = collect(loader, 2)

@@ -34,6 +34,28 @@ def test_he_leaves_layers_alone_that_normalise_their_kernels():
         assert changed <= {"fc.bias"}, conv
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_group_norms_that_end_a_branch_begin_at_zero_and_no_others(name):
+    for norm in ("gn", "bn", "in"):
+        model = build({"type": name, "args": {"norm_layer_type": norm, "num_classes": 7}}, init="he_zero_gn")
+        ends = {id(getattr(m, m.branch_end)) for m in model.modules() if hasattr(m, "branch_end")}
+        for key, layer in model.named_modules():
+            if isinstance(layer, nn.BatchNorm2d | nn.GroupNorm) and layer.weight is not None:
+                expected = 0.0 if norm == "gn" and id(layer) in ends else 1.0
+                assert set(layer.weight.tolist()) == {expected}, f"{norm}: {key}"
+        weights = model.layer2[0].conv2.weight
+        variance = 2 / (weights.shape[0] * weights.shape[2] * weights.shape[3])
+        assert weights.square().mean().item() / variance == pytest.approx(1, abs=5 * (2 / weights.numel()) ** 0.5)
+        assert model.linear.bias.any(), "linear layers keep PyTorch's start"
+
+
+def test_branches_that_end_in_a_convolution_keep_their_norms():
+    model = build(WIDE, init="he_zero_gn")
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.GroupNorm)]
+    assert len(norms) > 5
+    assert all((layer.weight == 1).all() for layer in norms)
+
+
 @pytest.mark.parametrize(
     "arch", [WIDE, {"type": "preact_resnet18", "args": {}}, *({"type": f"resnet{n}", "args": {}} for n in (18, 50))]
 )

@@ -60,6 +60,70 @@ def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_c
     assert len({folder({key: value}) for key, value in changes.items()} | {plain}) == len(changes) + 1
 
 
+def test_settings_of_the_command_line_lie_on_top_of_every_variant(grid_file):
+    path = grid_file(variants={"a": {"trainer.epochs": 4, "augmentation.flip": False}, "b": {"trainer.epochs": 5}})
+    overrides = [("optimizer.args.lr", "0.3"), ("augmentation.flip", "true"), ("trainer.epochs", "7")]
+    first = plan(path, ["a"], overrides=overrides)[0]
+    assert (first.config.optimizer.args["lr"], first.config.augmentation.flip, first.config.trainer.epochs) == (0.3, True, 7)
+    assert first.words()[5:] == [
+        "--set", "trainer.epochs=4", "--set", "augmentation.flip=false",
+        "--set", "optimizer.args.lr=0.3", "--set", "augmentation.flip=true", "--set", "trainer.epochs=7", "--seed", "0",
+    ]  # fmt: skip
+    assert describe([first]) == ["a: base.json, trainer.epochs=7, augmentation.flip=true, optimizer.args.lr=0.3 (seeds 0)"]
+    with pytest.raises(ConfigError, match="a and b are the same config with --set trainer.epochs=7 --set augmentation.flip="):
+        plan(path, overrides=[("trainer.epochs", "7"), ("augmentation.flip", "true")])
+
+
+def test_settings_of_the_command_line_name_the_run_but_for_places_and_defaults(grid_file):
+    path = grid_file(variants={"v": {"system.num_threads": 1}})
+
+    def folder(*overrides):
+        return plan(path, overrides=overrides)[0].folder.name
+
+    plain = folder()
+    places = {"data_loader.args.data_dir": "/x", "system.num_threads": "3", "name": "y", "trainer.tensorboard": "true"}
+    for place in places.items():
+        assert folder(place) == plain, place
+    for default in (("augmentation.padding_mode", "zeros"), ("trainer.epochs", "200"), ("arch.args.init", "null")):
+        assert folder(default) == plain, default
+    changes = [("trainer.epochs", "3"), ("augmentation.padding_mode", "reflect"), ("augmentation.cutout_inside", "true")]
+    assert len({folder(change) for change in changes} | {plain}) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("trainer.epoch", "3", "v: with --set trainer.epoch=3: .*base.json: trainer.epoch: unknown key; did you mean 'epochs'"),
+        ("trainer.epochs", "few", 'v: with --set trainer.epochs=few: .*trainer.epochs: .*integer, not "few"'),
+        ("optimizer.args.betas", "0.9", "v: with --set optimizer.args.betas=0.9: optimizer.args.betas: SGD takes no such"),
+        ("augmentaton", "null", "^--set augmentaton: unknown key; did you mean 'augmentation'"),
+        ("", "3", "^--set '': expected a dotted key"),
+        ("seed", "3", "^--set seed=3: the seeds of a study are given by --seed$"),
+    ],
+)
+def test_a_bad_setting_of_the_command_line_is_one_line(grid_file, key, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan(grid_file(variants={"v": {}}), overrides=[(key, text)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "text"), [("comet.api", "s3cr3t"), ("comet", '{"api": "s3cr3t"}'), ("comet", "s3cr3t")])
+def test_no_comet_key_is_taken_from_the_command_line(grid_file, key, text):
+    with pytest.raises(ConfigError, match=f"^--set {key}: would be shown and stored") as caught:
+        plan(grid_file(variants={"v": {}}), overrides=[(key, text)])
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_the_list_shows_what_files_set_and_what_differs(grid_file, tmp_path):
+    (tmp_path / "first.json").write_text(json.dumps({"_about": "x", "extends": "base.json", "trainer": {"epochs": 7}}))
+    (tmp_path / "second.json").write_text(json.dumps({"extends": "first.json", "augmentation": {"flip": False}}))
+    path = grid_file(base=None, variants={"one": "first.json", "two": "second.json"})
+    assert describe(plan(path)) == [
+        "one: first.json, trainer.epochs=7, augmentation.flip=true (seeds 0)",
+        "two: second.json, augmentation.flip=false (seeds 0)",
+    ]
+
+
 def test_adversarial_runs_get_their_script(grid_file):
     path = grid_file(variants={"a": {}, "b": {"adversarial.method": "none"}, "c": {"trainer.do_adv": True}})
     assert [run.script for run in plan(path)] == ["train.py", "train.py", "train_robust.py"]
@@ -114,21 +178,3 @@ def test_an_unknown_variant_is_named_with_the_known_ones(grid_file):
 def test_every_shipped_grid_has_runs_of_distinct_configs(file):
     runs = plan(file)
     assert len({run.folder for run in runs}) == len(runs) >= 6
-
-
-def test_the_ablation_study_varies_what_its_names_say():
-    configs = {run.variant: run.config for run in plan(CONFIGS / "ablations" / "resnet.json", seeds=[42])}
-    base = configs["baseline"]
-    assert (base.trainer.epochs, base.optimizer.args, base.data_loader.args.batch_size) == (
-        200,
-        {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
-        128,
-    )
-    assert base.data_loader.args.std == [0.2470, 0.2435, 0.2616]
-    assert base.lr_scheduler.type == "none"
-    assert configs["cosine_schedule"].lr_scheduler.type == "CosineAnnealingLR"
-    assert configs["multistep_schedule"].lr_scheduler.args["milestones"] == [100, 150]
-    assert configs["no_batchnorm"].arch.args.norm_layer_type == "no"
-    assert configs["no_batchnorm"].optimizer.args["lr"] == 0.01
-    assert configs["small_batch"].data_loader.args.batch_size == 32
-    assert [configs[name].arch.type for name in ("baseline", "resnet34", "resnet50")] == ["resnet18", "resnet34", "resnet50"]

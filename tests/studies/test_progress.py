@@ -8,7 +8,8 @@ import pytest
 from base.config_files import validate
 from base.errors import ConfigError
 from studies.grid import Run
-from studies.progress import BROKEN, FINISHED, NEW, Progress, as_duration, look, table
+from studies.launchers import command
+from studies.progress import BROKEN, FINISHED, NEW, Progress, as_duration, changed_places, look, table
 
 
 @pytest.fixture
@@ -38,6 +39,24 @@ def test_a_folder_of_another_run_is_refused(run):
     (run.folder / "config.json").write_text(json.dumps({**run.config.dump(), "seed": 5}))
     with pytest.raises(ConfigError, match="holds another run than plain seed 1: seed: the run was started with 5; 0 would"):
         look(run)
+
+
+def test_a_run_that_is_continued_gets_what_has_moved(run):
+    saved = run.config.dump()
+    saved["data_loader"]["args"]["data_dir"] = "/old place"
+    saved["system"] |= {"num_threads": 2, "device": "cpu"}
+    saved["comet"] = {"offline": True, "project": "p"}
+    (run.folder / "config.json").write_text(json.dumps(saved))
+    (run.folder / "model_last.pth").touch()
+    assert look(run).state == BROKEN, "places make no other run of it"
+    assert dict(changed_places(run)) == {
+        "data_loader.args.data_dir": "null", "system.num_threads": "null", "system.device": "auto", "comet": "null",
+    }  # fmt: skip
+    words = command(run)[2:]
+    assert words[:2] == ["-r", str(run.folder)]
+    assert words[words.index("system.device=auto") - 1] == "--set"
+    (run.folder / "config.json").write_text(json.dumps(run.config.dump()))
+    assert command(run)[2:] == ["-r", str(run.folder)]
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json"])

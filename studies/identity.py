@@ -1,0 +1,75 @@
+"""What makes a run of a study the one that it is: a hash of everything that can change its result."""
+
+import hashlib
+import json
+from collections.abc import Collection
+from typing import Any
+
+from base.config import Config
+from base.config_files import section_at
+from base.resuming import WHERE_AND_HOW
+
+HASHED_AT_DEFAULT = (
+    "seed", "n_gpu", "train_loss", "val_loss", "metrics", "arch.type",
+    "arch.args.norm_layer_type", "arch.args.conv_layer_type", "arch.args.linear_layer_type",
+    "arch.args.activation_layer_type", "data_loader.type", "data_loader.args.batch_size",
+    "data_loader.args.shuffle", "data_loader.args.validation_split",
+    "data_loader.args.num_batches", "augmentation.crop_padding", "augmentation.flip",
+    "augmentation.cutout", "augmentation.mixup_alpha", "optimizer.type", "optimizer.args",
+    "lr_scheduler.type", "lr_scheduler.args", "trainer.epochs", "trainer.monitor",
+    "trainer.percent", "trainer.sym", "trainer.asym", "trainer.noise_law",
+    "trainer.noisy_validation", "trainer.subset_percent", "trainer.OCNN", "trainer.lamb_ocnn",
+    "trainer.do_adv", "trainer.fgsm_step", "trainer.adv_clip_eps", "trainer.adv_repeats",
+    "adversarial.norm", "adversarial.steps", "adversarial.restarts", "adversarial.random_start",
+    "adversarial.warmup_epochs", "adversarial.noise", "adversarial.beta",
+    "adversarial.validate_images", "pgd_attack.K", "pgd_attack.restarts", "pgd_attack.loss",
+    "system.precision", "system.sync_bn",
+)  # fmt: skip
+"""Keys that are hashed with any value: those that had a default other than null when folders of
+runs were first named. It does not grow: a newer key is hashed only where it has another value than
+its default, so that the folders of earlier studies keep their names."""
+
+
+def identity(config: Config, settings: Collection[str] = ()) -> str:
+    """Ten hexadecimal digits of a hash of everything in a config that can change a result.
+
+    Where and how a run computes (`WHERE_AND_HOW`) is left out, so that a study can go on elsewhere, unless
+    that is what the grid compares.
+
+    Args:
+        config: the resolved config.
+        settings: dotted keys that the grid itself sets.
+    """
+    tree = config.dump()
+    for place in WHERE_AND_HOW:
+        if not any(key == place or key.startswith(f"{place}.") for key in settings):
+            _remove(tree, place.split("."))
+    _remove_new_defaults(tree, ())
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def is_place(key: str) -> bool:
+    """Whether a dotted key, or the section that it lies in, is one of `WHERE_AND_HOW`."""
+    return any(key == place or key.startswith(f"{place}.") for place in WHERE_AND_HOW)
+
+
+def _remove(tree: dict[str, Any], path: list[str]) -> None:
+    for name in path[:-1]:
+        tree = tree.get(name, {})
+    tree.pop(path[-1], None)
+
+
+def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:
+    """Remove from the section at `path` what is newer than `HASHED_AT_DEFAULT` and at its default."""
+    section = section_at(path)
+    for name in list(tree):
+        key = ".".join((*path, name))
+        if section_at((*path, name)) is not None:
+            _remove_new_defaults(tree[name], (*path, name))
+            known = any(other.startswith(f"{key}.") for other in HASHED_AT_DEFAULT)
+            if not tree[name] and not known:
+                del tree[name]
+        elif key not in HASHED_AT_DEFAULT and not is_place(key):
+            field = section.model_fields[name]
+            if not field.is_required() and tree[name] == field.get_default(call_default_factory=True):
+                del tree[name]
