@@ -9,9 +9,8 @@ from typing import Any
 from base.checkpoint import LAST, has_checkpoint
 from base.config_files import Override, validate
 from base.errors import ConfigError, ProjectError
-from base.resuming import refuse_other_experiment
+from base.resuming import WHERE_AND_HOW, refuse_other_experiment
 from studies.grid import Run, as_word
-from studies.identity import PLACES
 
 NEW, BROKEN, RUNNING, ELSEWHERE, FINISHED, FAILED = "new", "to resume", "running", "elsewhere", "finished", "failed"
 
@@ -51,14 +50,14 @@ def look(run: Run) -> Progress:
 
 
 def changed_places(run: Run) -> list[Override]:
-    """What a run that has been begun was given other values of, and may be: the keys of `PLACES`.
+    """What a run that has been begun was given other values of, and may be: the keys of `WHERE_AND_HOW`.
 
     Raises:
         ConfigError: its config.json is missing or damaged.
     """
     before, now = _config_of_folder(run), run.config.dump()
     changes = []
-    for key in PLACES:
+    for key in WHERE_AND_HOW:
         old, new = (_value_at(tree, key) for tree in (before, now))
         if old != new:
             changes.append((key, as_word(new)))
