@@ -111,7 +111,10 @@ def test_a_file_under_several_names_of_one_class_is_one_image(trees, tmp_path):
 
 
 @pytest.mark.parametrize("make", ["symlink_to", "hardlink_to"])
-@pytest.mark.parametrize(("first", "second"), [("train/ash", "train/fir"), ("train/ash", "test/ash"), ("train/elm", "test/yew")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("train/ash", "train/fir"), ("train/ash", "test/ash"), ("train/elm", "test/yew")],
+)
 def test_one_file_in_two_classes_or_parts_is_refused(trees, make, first, second):
     getattr(trees / second / "again.png", make)(trees / first / "001.png")
     with pytest.raises(DataError, match="are one file: an image belongs to one class") as caught:
