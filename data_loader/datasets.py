@@ -178,7 +178,7 @@ def read_image_folder(
     classes, train_files, _ = found["train"]
     for part, (others, _, _) in found.items():
         if others != classes:
-            different = ", ".join(sorted(set(classes) ^ set(others)))
+            different = ", ".join(repr(name)[1:-1] for name in sorted(set(classes) ^ set(others)))
             raise DataError(
                 f"{KEY}: {str(places[part])!r} must have the classes of train: "
                 f"only one of them has {different}"

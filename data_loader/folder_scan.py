@@ -75,8 +75,8 @@ class FolderScan:
             # suffixes come from file names, which may hold anything
             most = [f"{count} {suffix!r}" for suffix, count in self._types.most_common(MOST_TYPES)]
             more = ", ..." if len(self._types) > MOST_TYPES else ""
-            parts.insert(0, f"{self._types.total()} files of other types ({', '.join(most)}{more})")
-        return f"skipped {', '.join(parts)}" if parts else None
+            parts.insert(0, f"{self._types.total()} of other types ({', '.join(most)}{more})")
+        return f"skipped files and folders: {', '.join(parts)}" if parts else None
 
     def _count_beside_classes(self, folder: Path) -> None:
         for entry in _entries(str(folder)):
@@ -93,7 +93,7 @@ class FolderScan:
             folder = waiting.pop()
             status = os.stat(folder)  # noqa: PTH116 - in a loop over many folders
             if (status.st_dev, status.st_ino) in visited:
-                self._skipped["links to folders that were read already"] += 1
+                self._skipped["repeated through links"] += 1
                 continue
             visited.add((status.st_dev, status.st_ino))
             below = []
@@ -117,7 +117,7 @@ class FolderScan:
             # the error comes where it is decoded: a subset may not need it
             return True
         if kind != "file":
-            self._skipped["neither files nor folders"] += 1
+            self._skipped["neither file nor folder"] += 1
             return False
         known = self._places.setdefault(_identity(entry, device), place)
         if known is place:
@@ -127,7 +127,7 @@ class FolderScan:
                 f"{KEY}: {known.path!r} and {place.path!r} are one file: an image belongs to one class, and to one of "
                 "training, validation and test set"
             )
-        self._skipped["links to images that were read already"] += 1
+        self._skipped["repeated through links"] += 1
         return False
 
 

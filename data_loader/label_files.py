@@ -49,7 +49,8 @@ def load_label_file(path: Path, where: str) -> Any:
         raise DataError(f"{where}: holds something other than arrays of labels, or is damaged; nothing in it was run") from None
     except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{where}: cannot be read ({reason})") from None
+        # it may quote the file, which may hold anything
+        raise DataError(f"{where}: cannot be read ({repr(reason)[1:-1]})") from None
     return {str(name): values for name, values in content.items()} if isinstance(content, dict) else content
 
 
@@ -62,7 +63,8 @@ def _read_npy(path: Path) -> Any:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
+    # numpy would leave a damaged file open
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 

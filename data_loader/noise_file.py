@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from base.errors import DataError
 from base.registry import did_you_mean
+from base.runtime import numpy_generator
 from data_loader.label_files import UNREADABLE, load_label_file
 
 CLEAN_KEY, ORDER_FILES = "clean_label", "image_order*.npy"
@@ -25,9 +26,9 @@ RUN_KEYS = {f"{part}_{what}" for part in ("train", "val") for what in ("index", 
 NO_LABEL = -1
 """In place of the label of an image that a run's `labels.npz` says nothing about."""
 
-DEVIATIONS = 2.5
+DEVIATIONS = 3.0
 """By how many standard deviations an agreement must exceed chance; labels in a random order do so in
-one of 160 files."""
+one of 700 files."""
 
 MOST_NAMED = 2000
 """Classes up to which another naming is looked for: the search takes their cube in time."""
@@ -136,8 +137,9 @@ def chance_agreement(labels: np.ndarray, others: np.ndarray, num_classes: int) -
 def _best_naming(noisy: np.ndarray, clean: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Which class each label should stand for, int64 `(K,)`, to agree best with one half of the images; and the positions of
     the other half."""
-    half = np.random.default_rng(0).permutation(len(clean))
-    fitted, tested = np.array_split(half, 2)
+    # a generator that no noise was drawn from
+    order = numpy_generator(0, "halves of a noise file").permutation(len(clean))
+    fitted, tested = np.array_split(order, 2)
     names = np.arange(num_classes)
     if num_classes <= MOST_NAMED:
         pairs = np.bincount(noisy[fitted] * num_classes + clean[fitted], minlength=num_classes**2)

@@ -4,9 +4,18 @@ import torch
 
 from base.base_data_loader import BaseDataLoader
 from base.errors import DataError
-from data_loader import DATA_LOADERS, DigitsDataLoader, ImageFolderDataLoader, LabelNoise, data_loaders, training_data_loader
+from data_loader import (
+    DATA_LOADERS,
+    DigitsDataLoader,
+    ImageFolderDataLoader,
+    LabelNoise,
+    data_loaders,
+    training_data_loader,
+)
+from data_loader.decoding import decode_image
 from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import MemoryImages
+from data_loader.label_noise import CIFAR10_CLASSES, CIFAR100_FLIPS, explain_rate
 
 AUGMENTED = {"crop_padding": 2, "flip": True, "cutout": 3}
 
@@ -218,6 +227,33 @@ def test_a_truncated_image_is_one_line(folder, in_memory):
         folder_loader(folder, in_memory=in_memory, validation_split=0.0)
 
 
+def read_all(loader):
+    """As a run does."""
+    for part in (loader, loader.split_validation(), loader.test_loader()):
+        part.prepare()
+    list(loader)
+
+
+def test_streamed_images_of_validation_and_test_are_decoded_once_before_training(folder, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        "data_loader.images.decode_image", lambda path, *rest: decoded.append(path) or decode_image(path, *rest)
+    )
+    given = {"mean": [0.5] * 3, "std": [0.5] * 3, "validation_split": 0.25, "in_memory": False}
+    loader = folder_loader(folder, **given)
+    for part, count in ((loader, 0), (loader.split_validation(), 2), (loader.test_loader(), 4)):
+        decoded.clear()
+        part.prepare()
+        assert len(decoded) == len(set(decoded)) == count
+    for broken, number in ((folder / "test" / "bee" / "001.jpg", 1), (folder / "train" / "ant" / "003.jpg", 0)):
+        whole = broken.read_bytes()
+        broken.write_bytes(whole[:60])
+        loader = folder_loader(folder, **given, num_workers=number)
+        with pytest.raises(DataError, match=rf"{broken}: cannot be decoded"):
+            read_all(loader)
+        broken.write_bytes(whole)
+
+
 def test_image_size_brings_everything_to_one_size(session_folder):
     loader = folder_loader(session_folder, image_size=5)
     assert loader.image_shape == (3, 5, 5)
@@ -243,6 +279,33 @@ def test_noise_reaches_training_and_validation_but_not_test(session_folder):
     report = loader.noise_report()
     assert (report["asked_rate"], report["train_rate"], report["val_rate"]) == (0.5, 0.5, 0.5)
     assert loader.fingerprint() != clean.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("noise", "words"),
+    [
+        (LabelNoise("sym", 0.6), "(trainer.noise_law: inclusive); with trainer.noise_law: exclusive it never is"),
+        (LabelNoise("sym", 0.6, "exclusive"), None),
+        (LabelNoise("sym", 0.001, "exclusive"), "asks for 0.001, 0.02083 of the training labels have changed: there are too"),
+    ],
+)
+def test_a_rate_that_is_not_the_one_asked_for_is_explained(session_folder, noise, words):
+    loader = folder_loader(session_folder, noise=noise)
+    warning = loader.noise_warning()
+    assert warning is None if words is None else words in warning
+    assert folder_loader(session_folder).noise_warning() is None
+
+
+def test_rates_of_asymmetric_laws_are_explained():
+    few = explain_rate(LabelNoise("asym", 0.4), CIFAR10_CLASSES, 0.2)
+    assert few == (
+        "trainer.percent asks for 0.4, 0.2 of the training labels have changed: "
+        "the law changes labels of 5 of the 10 classes only"
+    )
+    assert explain_rate(LabelNoise("asym", 0.4), sorted(CIFAR100_FLIPS), 0.402) is None
+    assert explain_rate(LabelNoise("sym", 0.4), ("a", "b"), 0.361) is None
+    assert explain_rate(LabelNoise("sym", 0.4), ("a", "b"), 0.359) is not None
+    assert explain_rate(LabelNoise("file", file="x"), ("a", "b"), 0.3) is None
 
 
 def test_noise_can_leave_validation_clean(session_folder):
