@@ -16,14 +16,15 @@ from attacks.figures import draw_epsilon_curve, draw_examples
 from attacks.report import Report, add_doctor, describe_attack, file_stem, measure, title
 from attacks.robustness import Autocast, attack_batch
 from attacks.threat_model import ThreatModel
+from base.agreement import Facts, agreed, config_facts, data_facts
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.command_line import Parser, set_overrides
 from base.config import Config
-from base.errors import ConfigError
+from base.errors import CheckpointError, ConfigError
 from base.ranks import gather, rank, ranks, world_size
 from data_loader.splits import some_of_every_class
-from evaluation import check_outputs, evaluation_parser, load_evaluation
+from evaluation import Evaluation, check_outputs, evaluation_parser, load_evaluation
 
 DOCTOR_IMAGES = 200
 EXAMPLES = 8
@@ -80,7 +81,10 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         sizes = [(key, getattr(arguments, key)) for _, key, _ in SIZES if getattr(arguments, key, None) is not None]
         if "system.precision" not in dict(set_overrides(arguments.set)):
             sizes.append(("system.precision", "fp32"))  # an attack in bf16 finds a little less, whatever the training was in
-        evaluation = load_evaluation(arguments, sizes, limit=arguments.limit, batch_size=arguments.batch_size)
+        evaluation = agreed(
+            lambda: load_evaluation(arguments, sizes, limit=arguments.limit, batch_size=arguments.batch_size),
+            lambda evaluation: _facts(evaluation, attack_name, arguments),
+        )
         config, loader, model = evaluation.config, evaluation.loader, evaluation.model
         if loader.n_samples < world_size():
             raise ConfigError(f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes")
@@ -98,6 +102,19 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
             _remove_partials(target)
     if is_first:
         _conclude(report, model, loader, attack, target, arguments, context)
+
+
+def _facts(evaluation: Evaluation, attack_name: str, arguments: argparse.Namespace) -> Facts:
+    """What processes that share an evaluation have to have alike."""
+    asked = {"attack": attack_name, **{name: getattr(arguments, name) for name in ("seed", "batch_size", "ema")}}
+    with evaluation.file.open("rb") as file:
+        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "command lines": (ConfigError, asked),
+        **config_facts(evaluation.config),
+        "checkpoints": (CheckpointError, checkpoint),
+        **data_facts(test=evaluation.loader),
+    }
 
 
 def _check(arguments: argparse.Namespace, attack_name: str) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 import assembly
 from attacks import from_config
 from attacks.threat_model import as_written
+from base.agreement import agreed, config_facts, data_facts
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
@@ -84,11 +85,32 @@ class Experiment:
     def from_config(cls, config: Config) -> "Experiment":
         """Check the optimisation, read the data, build the model and its optimiser.
 
+        Several processes make sure that they have the same config, code and data (see
+        `base.agreement`), before any of them waits for another.
+
         Raises:
-            ConfigError, DataError: one line that names the key or file.
+            ConfigError, DataError: one line that names the key or file, or what differs between processes.
         """
         if started_processes() != world_size():
             raise ConfigError("torchrun: the processes have not met: train inside `with base.ranks.ranks(training=True):`")
+        device, train_loader, validation_loader, test_loader = agreed(
+            lambda: cls._read(config),
+            lambda read: {
+                **config_facts(config),
+                **data_facts(training=read[1], validation=read[2], test=read[3]),
+            },
+        )
+        model = assembly.build_experiment_model(config, train_loader, device)
+        assembly.refuse_unfit_images(model, train_loader, config.arch.type)
+        optimizer = build_optimizer(config.optimizer, model)
+        epochs, batches = config.trainer.epochs, len(train_loader)
+        schedule = Schedule(config.lr_scheduler, optimizer, epochs, batches, validation_loader is not None)
+        precision = choose_precision(config.system.precision, device)
+        return cls(config, train_loader, validation_loader, test_loader, model, optimizer, schedule, precision)
+
+    @staticmethod
+    def _read(config: Config) -> tuple[torch.device, Any, BaseDataLoader | None, BaseDataLoader]:
+        """This process's device, and its training, validation and test images."""
         check_optimization(config.optimizer, config.lr_scheduler)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = own_device(config)
@@ -99,13 +121,7 @@ class Experiment:
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
         assembly.refuse_too_few_images(config, train_loader, validation_loader, test_loader)
-        model = assembly.build_experiment_model(config, train_loader, device)
-        assembly.refuse_unfit_images(model, train_loader, config.arch.type)
-        optimizer = build_optimizer(config.optimizer, model)
-        epochs, batches = config.trainer.epochs, len(train_loader)
-        schedule = Schedule(config.lr_scheduler, optimizer, epochs, batches, validation_loader is not None)
-        precision = choose_precision(config.system.precision, device)
-        return cls(config, train_loader, validation_loader, test_loader, model, optimizer, schedule, precision)
+        return device, train_loader, validation_loader, test_loader
 
     def run(self, run_dir: str | None = None) -> dict[str, Any]:
         """Train into a new run folder and return what `result.json` holds."""

@@ -61,3 +61,8 @@ class BaseDataLoader(ABC):
     @abstractmethod
     def test_loader(self) -> "BaseDataLoader":
         """The test set, neither shuffled nor augmented, always with clean labels."""
+
+    def image_digest(self) -> str:
+        """Hexadecimal digest of the images, by which processes make sure that they have the same ones; empty where a loader
+        does not know it."""
+        return ""

@@ -124,6 +124,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    ranks = sys.modules.get("base.ranks")
+    if ranks is not None and ranks.world_size() > 1:
+        ranks.end_process(code)
     sys.exit(code)
 
 

@@ -10,7 +10,7 @@ from base.base_data_loader import BaseDataLoader
 from base.ranks import Share, rank, share_of, world_size
 from base.runtime import torch_generator
 from data_loader import augment
-from data_loader.images import FileImages, MemoryImages
+from data_loader.images import FileImages, MemoryImages, images_digest
 
 
 class ImageDataLoader(BaseDataLoader):
@@ -150,6 +150,9 @@ class ImageDataLoader(BaseDataLoader):
         )
         part.positions = self.positions[index.cpu()]
         return part
+
+    def image_digest(self) -> str:
+        return images_digest(self.images)
 
     def own_part(self) -> "ImageDataLoader":
         """The images that this process evaluates where several share the work; all of them where there is one."""

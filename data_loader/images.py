@@ -1,19 +1,25 @@
 """Where pixels are: in memory, or in files that are decoded when they are asked for. Always uint8 `(N, C, H, W)`, RGB."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from base.errors import DataError
 from base.ranks import quiet
 from data_loader.decoding import decode_image
 from data_loader.workers import decode_in_processes
 
 DECODE_BATCH = 250
 """Images that a worker decodes in one go where no batch size is given."""
+
+DIGEST_BYTES = 2**31
+"""Bytes of files, about, that a digest reads."""
 
 MIN_STD = 1e-3
 """Standard deviations are never below this, so that a constant channel can be divided by its own."""
@@ -103,6 +109,27 @@ class FileImages:
         for place, position in enumerate(positions):
             batch[place] = decode_image(self.paths[position], self.shape, self.resize)
         return batch
+
+
+def images_digest(images: MemoryImages | FileImages) -> str:
+    """SHA-256 of all pixels, or of the files that hold them, hexadecimal; where files lie does not
+    matter. Of more files than `DIGEST_BYTES` the sizes count, and the contents of every n-th."""
+    digest = hashlib.sha256(f"{tuple(images.shape)}".encode())
+    if isinstance(images, MemoryImages):
+        for batch in images.pixels.split(DECODE_BATCH):
+            digest.update(batch.cpu().contiguous().numpy())
+        return digest.hexdigest()
+    path = ""
+    try:
+        sizes = []
+        for path in images.paths:
+            sizes.append(Path(path).stat().st_size)
+        digest.update(f"{sizes}".encode())
+        for path in images.paths[:: 1 + sum(sizes) // DIGEST_BYTES]:
+            digest.update(Path(path).read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def pixel_statistics(images: MemoryImages | FileImages) -> tuple[tuple[float, ...], tuple[float, ...]]:
