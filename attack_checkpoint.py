@@ -2,9 +2,7 @@
 
 import argparse
 import hashlib
-import json
 from collections.abc import Callable
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from attacks import PGD, Attack, from_config
 from attacks.checks import doctor
 from attacks.figures import draw_epsilon_curve, draw_examples
+from attacks.partial import partial_file, remove_partials
 from attacks.report import Report, add_doctor, describe_attack, file_stem, measure, title
 from attacks.robustness import Autocast, attack_batch
 from attacks.threat_model import ThreatModel
@@ -28,8 +27,6 @@ from evaluation import Evaluation, check_outputs, evaluation_parser, load_evalua
 
 DOCTOR_IMAGES = 200
 EXAMPLES = 8
-DIGITS = 16
-"""Of the fingerprint in the name of a file that keeps verdicts for an interruption."""
 SIZES = (
     ("--norm", "adversarial.norm", "linf or l2"),
     ("--epsilon", "adversarial.epsilon", "radius: in 1/255 for linf, in units of the pixel range for l2"),
@@ -91,7 +88,11 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         attack = _attack(config, attack_name, loader.num_classes, arguments.doctor)
         context = {"seed": arguments.seed, "autocast": evaluation.autocast}
         target = arguments.json or _default_target(Path(arguments.checkpoint), attack, arguments)
-        partial = None if target is None else _partial(target, model, loader, attack, config, arguments)
+        partial = (
+            None
+            if target is None
+            else partial_file(target, model, loader, attack, (config.dump(), arguments.seed, arguments.batch_size))
+        )
         report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
         report.values["data"] = evaluation.data
         is_first = rank() == 0
@@ -99,7 +100,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
             report.save(target)
         gather(None)  # from here on the report is safe, and nobody needs what was kept for an interruption
         if target is not None:
-            _remove_partials(target)
+            remove_partials(target)
     if is_first:
         _conclude(report, model, loader, attack, target, arguments, context)
 
@@ -182,26 +183,6 @@ def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace)
         return None
     extra = ["ema"] * arguments.ema + [f"n{arguments.limit}"] * (arguments.limit is not None) + [f"seed{arguments.seed}"]
     return source / "eval" / ("_".join([file_stem(describe_attack(attack)), *extra]) + ".json")
-
-
-def _partial(
-    target: Path, model: BaseModel, loader: BaseDataLoader, attack: Attack, config: Config, arguments: argparse.Namespace
-) -> Path:
-    """Where verdicts are kept until the report is written: a name that stands for all that they depend on."""
-    digest = hashlib.sha256()
-    images, _ = next(iter(loader))
-    for value in (*model.state_dict().values(), loader.positions, loader.labels, images):
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    settings = (config.dump(), loader.mean, loader.std, describe_attack(attack), arguments.seed, arguments.batch_size)
-    digest.update(json.dumps([*settings, rank(), world_size()], sort_keys=True).encode())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")
-
-
-def _remove_partials(target: Path) -> None:
-    """Also those of interrupted attempts with another number of processes or other settings: the report is there."""
-    for partial in target.parent.glob(f".{escape(target.stem)}.{'[0-9a-f]' * DIGITS}.partial.npz"):
-        partial.unlink(missing_ok=True)  # another process may have been faster
 
 
 def _draw_curve(curve: list[tuple[float, float]], report: Report, loader: BaseDataLoader, beside: Path | None) -> None:

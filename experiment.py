@@ -45,6 +45,7 @@ from base.runtime import (
     choose_precision,
     determinism_explained,
     keep_freed_memory,
+    memory_explained,
     seed_global_generators,
     set_determinism,
 )
@@ -189,7 +190,9 @@ class Experiment:
                     # training, validation, attacks and averaged weights each ask for their own code
                     torch._dynamo.config.recompile_limit = 64
                     self.model.compile()
-                with determinism_explained():
+                batch_size = self.config.data_loader.args.batch_size
+                fitting = memory_explained("data_loader.args.batch_size", batch_size)
+                with trainer.signals.caught(), determinism_explained(), fitting:
                     trainer.train()
                     result = conclude(trainer, self.test_loader, self._counts())
                 tell(trainer.trackers, lambda tracker: tracker.log_result(result))
@@ -272,6 +275,12 @@ class Experiment:
             logger.info("%d processes, each with its share of every minibatch", world_size())
         if counts["n_val"] and self.config.data_loader.args.validation_split == 0:
             logger.warning("validation_split is 0, but validation is asked for: 10 % of every class is held out")
+        if self.train_loader.n_samples < self.train_loader.batch_size:
+            logger.warning(
+                "data_loader.args.batch_size: %d is more than the %d training images: every minibatch holds all of them",
+                self.train_loader.batch_size,
+                self.train_loader.n_samples,
+            )
         self._describe_adversary()
         noise = loader.noise_report()
         if noise is not None:

@@ -36,6 +36,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.asked: int | None = None
         self._may_interrupt = False
+        self._caught = False
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -44,7 +45,7 @@ class StopSignals:
         Where several processes work together, a signal to one of them reaches all, and one that has
         been asked to stop, but waits for another that does not answer, ends (see `_Watch`).
         """
-        if threading.current_thread() is not threading.main_thread():
+        if self._caught or threading.current_thread() is not threading.main_thread():
             yield
             return
 
@@ -54,19 +55,24 @@ class StopSignals:
                 self._may_interrupt = False
                 raise Interrupted
 
+        self._caught = True
         previous = {number: signal.signal(number, note) for number in STOPPING}
         try:
             with _Watch() if world_size() > 1 else nullcontext():
                 yield
         finally:
+            self._caught = False
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Meanwhile, inside `caught`, the first of them raises `Interrupted`, too: for work that changes nothing."""
+        """Meanwhile, inside `caught`, the first of them raises `Interrupted`, too, at once where it has come already: for work
+        that changes nothing."""
         try:
             self._may_interrupt = True
+            if self.asked:
+                raise Interrupted
             yield
         finally:
             self._may_interrupt = False
