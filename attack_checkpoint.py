@@ -2,10 +2,8 @@
 
 import argparse
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,23 @@ import torch
 from attacks import PGD, Attack, from_config
 from attacks.checks import doctor, plain_pgd
 from attacks.figures import draw_epsilon_curve, draw_examples
+from attacks.partial import partial_file, remove_partials
 from attacks.report import Report, add_doctor, describe_attack, file_stem, measure, title
 from attacks.robustness import Autocast, attack_batch
+from base.agreement import Facts, agreed, config_facts, data_facts
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.command_line import Parser, set_overrides
 from base.config import Config
-from base.errors import ConfigError
+from base.errors import CheckpointError, ConfigError
 from base.output import check_folder, is_stream, writing
 from base.ranks import from_first, rank, ranks, world_size
 from base.text import say
 from data_loader.splits import some_of_every_class
-from evaluation import check_evaluation_outputs, evaluation_parser, load_evaluation
+from evaluation import Evaluation, check_evaluation_outputs, evaluation_parser, load_evaluation
 
 DOCTOR_IMAGES = 200
 EXAMPLES = 8
-DIGITS = 16
-"""Of the fingerprint in the name of a file that keeps verdicts for an interruption."""
 SIZES = (
     ("--norm", "adversarial.norm", "linf or l2"),
     ("--epsilon", "adversarial.epsilon", "radius: in 1/255 for linf, in units of the pixel range for l2"),
@@ -91,7 +89,10 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         sizes = [(key, getattr(arguments, key)) for _, key, _ in SIZES if getattr(arguments, key, None) is not None]
         if "system.precision" not in dict(set_overrides(arguments.set)):
             sizes.append(("system.precision", "fp32"))  # an attack in bf16 finds a little less, whatever the training was in
-        evaluation = load_evaluation(arguments, sizes, limit=arguments.limit, batch_size=arguments.batch_size)
+        evaluation = agreed(
+            lambda: load_evaluation(arguments, sizes, limit=arguments.limit, batch_size=arguments.batch_size),
+            lambda evaluation: _facts(evaluation, attack_name, arguments),
+        )
         config, loader, model = evaluation.config, evaluation.loader, evaluation.model
         if loader.n_samples < world_size():
             raise ConfigError(f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes")
@@ -101,16 +102,30 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         from_first(lambda: _check_target(target, arguments))
         partial = None
         if target is not None and not is_stream(target):
-            partial = _partial(target, model, loader, attack, config, arguments)
+            settings = (config.dump(), arguments.seed, arguments.batch_size)
+            partial = partial_file(target, model, loader, attack, settings)
         report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
         report.values["data"] = evaluation.data
         is_first = rank() == 0
         if target is not None and not is_stream(target):
             from_first(lambda: _save(report, target))
             # from here on the report is safe, and nobody needs what was kept for an interruption
-            _remove_partials(target)
+            remove_partials(target)
     if is_first:
         _conclude(report, model, loader, attack, target, arguments, context)
+
+
+def _facts(evaluation: Evaluation, attack_name: str, arguments: argparse.Namespace) -> Facts:
+    """What processes that share an evaluation have to have alike."""
+    asked = {"attack": attack_name, **{name: getattr(arguments, name) for name in ("seed", "batch_size", "ema")}}
+    with evaluation.file.open("rb") as file:
+        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "command lines": (ConfigError, asked),
+        **config_facts(evaluation.config),
+        "checkpoints": (CheckpointError, checkpoint),
+        **data_facts(test=evaluation.loader),
+    }
 
 
 def _check(arguments: argparse.Namespace, attack_name: str) -> None:
@@ -216,25 +231,6 @@ def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace)
     name = [] if arguments.name is None else [arguments.name]
     folder = arguments.result_dir or source / "eval"
     return folder / ("_".join([*name, file_stem(describe_attack(attack)), *extra]) + ".json")
-
-
-def _partial(
-    target: Path, model: BaseModel, loader: BaseDataLoader, attack: Attack, config: Config, arguments: argparse.Namespace
-) -> Path:
-    """Where verdicts are kept until the report is written: a name that stands for all that they depend on."""
-    digest = hashlib.sha256()
-    images, _ = next(iter(loader))
-    for value in (*model.state_dict().values(), loader.positions, loader.labels, images):
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    settings = (config.dump(), loader.mean, loader.std, describe_attack(attack), arguments.seed, arguments.batch_size)
-    digest.update(json.dumps([*settings, rank(), world_size()], sort_keys=True).encode())
-    return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")
-
-
-def _remove_partials(target: Path) -> None:
-    """Also those of interrupted attempts with another number of processes or other settings: the report is there."""
-    for partial in target.parent.glob(f".{escape(target.stem)}.{'[0-9a-f]' * DIGITS}.partial.npz"):
-        partial.unlink(missing_ok=True)  # another process may have been faster
 
 
 def _draw_curve(curve: list[tuple[float, float]], report: Report, loader: BaseDataLoader, beside: Path | None) -> None:

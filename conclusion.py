@@ -1,6 +1,7 @@
 """What a finished run came to: its last and its best model, and their averages, on the test set, clean and under attack."""
 
 import logging
+import signal
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -9,16 +10,18 @@ from typing import Any
 
 import assembly
 from attacks import from_config
+from attacks.partial import partial_file, remove_partials
 from attacks.report import measure
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
 from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from base.config import Config
-from base.errors import CheckpointError, NonFiniteError
+from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.progress import not_finite
-from base.ranks import from_first, leave_the_word_to_the_first, rank
+from base.ranks import from_first, gather, leave_the_word_to_the_first, rank
 from base.run_folder import describe, provenance, write_json
+from base.signals import Interrupted
 from data_loader.splits import some_of_every_class
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,21 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
 
     Raises:
         NonFiniteError: a value is infinite or NaN; all are written, that one as null.
+        Stopped: a signal asked for it. The verdicts so far are kept, and a resume goes on from them.
     """
+    try:
+        with trainer.signals.caught(), trainer.signals.interrupting():
+            return _conclude(trainer, test_loader, counts)
+    except Interrupted:
+        number = trainer.signals.asked
+        leave_the_word_to_the_first(128 + number)
+        what = "attack, whose verdicts so far are kept" if trainer.config.reports_robustness else "test"
+        name = signal.Signals(number).name
+        message = f"stopped by {name} after training, in the final {what}; continue with -r {trainer.folder}"
+        raise Stopped(message, number) from None
+
+
+def _conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, int]) -> dict[str, Any]:
     config, progress, folder = trainer.config, trainer.progress, trainer.folder
     test = _Test(config, test_loader, test_loader.own_part(), trainer.autocast)
     last_is_best = progress.best_epoch in (None, progress.epochs_done) and progress.batches_done == 0
@@ -105,13 +122,17 @@ class _Test:
         if not self.config.reports_robustness:
             return values
         names = [file.stem.removeprefix("model_") + suffix for file in files]
+        images = some_of_every_class(self.loader, self.config.adversarial.report_images or self.loader.n_samples)
+        attack = from_config.pgd(self.config, stop_at_rank=5 if self.loader.num_classes > 5 else 1)
+        target = files[0].parent / "eval" / f"pgd_{names[0]}.json"
         report = measure(
             model,
-            some_of_every_class(self.loader, self.config.adversarial.report_images or self.loader.n_samples),
-            from_config.pgd(self.config, stop_at_rank=5 if self.loader.num_classes > 5 else 1),
+            images,
+            attack,
             seed=self.config.seed,
             checkpoint="",
             autocast=nullcontext,  # float32, whatever the training was in
+            partial=partial_file(target, model, images, attack, (self.config.seed, images.batch_size)),
             description=f"attacking the {names[0]} model",
         )
         for file, name in zip(files, names, strict=True):
@@ -120,6 +141,8 @@ class _Test:
             replace(report, values=report.values | {"checkpoint": f"{file}{' (averaged weights)' if suffix else ''}"}).save(
                 file.parent / "eval" / f"pgd_{name}.json"
             )
+        gather(None)  # from here on the report is safe
+        remove_partials(target)
         logger.info("%s model: %s", " and ".join(names), report)
         for warning in report.values["warnings"]:
             logger.warning("%s model: %s", names[0], warning)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import assembly
 from attacks import from_config
 from attacks.threat_model import as_written
+from base.agreement import agreed, config_facts, data_facts
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
@@ -45,6 +46,7 @@ from base.runtime import (
     choose_precision,
     determinism_explained,
     keep_freed_memory,
+    memory_explained,
     seed_global_generators,
     set_determinism,
 )
@@ -85,15 +87,36 @@ class Experiment:
     def from_config(cls, config: Config, begun: bool = False) -> "Experiment":
         """Check the optimisation, read the data, build the model and its optimiser.
 
+        Several processes make sure that they have the same config, code and data (see
+        `base.agreement`), before any of them waits for another.
+
         Args:
             config: the resolved config.
             begun: it is that of a run that is continued; see `check_optimization`.
 
         Raises:
-            ConfigError, DataError: one line that names the key or file.
+            ConfigError, DataError: one line that names the key or file, or what differs between processes.
         """
         if started_processes() != world_size():
             raise ConfigError("torchrun: the processes have not met: train inside `with base.ranks.ranks(training=True):`")
+        device, train_loader, validation_loader, test_loader = agreed(
+            lambda: cls._read(config, begun),
+            lambda read: {
+                **config_facts(config),
+                **data_facts(training=read[1], validation=read[2], test=read[3]),
+            },
+        )
+        model = assembly.build_experiment_model(config, train_loader, device)
+        assembly.refuse_unfit_images(model, train_loader, config.arch.type)
+        optimizer = build_optimizer(config.optimizer, model)
+        epochs, batches = config.trainer.epochs, len(train_loader)
+        schedule = Schedule(config.lr_scheduler, optimizer, epochs, batches, validation_loader is not None)
+        precision = choose_precision(config.system.precision, device)
+        return cls(config, train_loader, validation_loader, test_loader, model, optimizer, schedule, precision)
+
+    @staticmethod
+    def _read(config: Config, begun: bool) -> tuple[torch.device, Any, BaseDataLoader | None, BaseDataLoader]:
+        """This process's device, and its training, validation and test images."""
         check_optimization(config.optimizer, config.lr_scheduler, begun)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = own_device(config)
@@ -104,13 +127,7 @@ class Experiment:
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
         assembly.refuse_too_few_images(config, train_loader, validation_loader, test_loader)
-        model = assembly.build_experiment_model(config, train_loader, device)
-        assembly.refuse_unfit_images(model, train_loader, config.arch.type)
-        optimizer = build_optimizer(config.optimizer, model)
-        epochs, batches = config.trainer.epochs, len(train_loader)
-        schedule = Schedule(config.lr_scheduler, optimizer, epochs, batches, validation_loader is not None)
-        precision = choose_precision(config.system.precision, device)
-        return cls(config, train_loader, validation_loader, test_loader, model, optimizer, schedule, precision)
+        return device, train_loader, validation_loader, test_loader
 
     def run(self, run_dir: str | None = None) -> dict[str, Any]:
         """Train into a new run folder and return what `result.json` holds."""
@@ -199,7 +216,9 @@ class Experiment:
                     # training, validation, attacks and averaged weights each ask for their own code
                     torch._dynamo.config.recompile_limit = 64
                     self.model.compile()
-                with determinism_explained():
+                batch_size = self.config.data_loader.args.batch_size
+                fitting = memory_explained("data_loader.args.batch_size", batch_size)
+                with trainer.signals.caught(), determinism_explained(), fitting:
                     trainer.train()
                     result = conclude(trainer, self.test_loader, self._counts() | self._noise_rate())
                 tell(trainer.trackers, lambda tracker: tracker.log_result(result))
@@ -289,6 +308,12 @@ class Experiment:
             logger.warning("validation_split has no effect: the data set names its validation images itself")
         elif counts["n_val"] and not loader.names_validation and validation_split == 0:
             logger.warning("validation_split is 0, but validation is asked for: 10 % of every class is held out")
+        if self.train_loader.n_samples < self.train_loader.batch_size:
+            logger.warning(
+                "data_loader.args.batch_size: %d is more than the %d training images: every minibatch holds all of them",
+                self.train_loader.batch_size,
+                self.train_loader.n_samples,
+            )
         self._describe_adversary()
         noise = loader.noise_report()
         if noise is not None:

@@ -67,6 +67,11 @@ class BaseDataLoader(ABC):
         """Hexadecimal digest of the labels: a run goes on only with the same ones."""
         return hashlib.sha256(self.labels.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
+    def image_digest(self) -> str:
+        """Hexadecimal digest of the images, by which processes make sure that they have the same ones; empty where a loader
+        does not know it."""
+        return ""
+
     def image_fingerprints(self) -> dict[str, str]:
         """What images a run trains and is tested on: a name in words -> digest of them; empty where that is not known.
 

@@ -173,6 +173,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         if problem is not None:
             print(f"standard output: cannot be written: {problem.strerror}", file=sys.stderr)
             code = code or 1
+    ranks = sys.modules.get("base.ranks")
+    if ranks is not None and ranks.world_size() > 1:
+        ranks.end_process(code)
     sys.exit(code)
 
 

@@ -2,14 +2,17 @@
 
 import gc
 import os
+import pickle
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from time import sleep
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from uuid import uuid4
 
 import torch
@@ -19,6 +22,10 @@ from torch import Tensor
 from base.errors import ProjectError
 
 T = TypeVar("T")
+LOOK_EVERY = 0.5
+"""Seconds between two looks at signals, where a process waits for others."""
+_store: dist.Store | None = None
+"""What all processes of the job can write to and read, as long as they are joined."""
 
 
 def rank() -> int:
@@ -50,37 +57,38 @@ def ranks(training: bool = False) -> Iterator[None]:
         yield
         return
     with_cuda = training and torch.cuda.is_available() and dist.is_nccl_available()
-    store, number, size = next(dist.rendezvous("env://"))
+    global _store
+    rendezvous, number, size = next(dist.rendezvous("env://"))
+    _store = _meet(rendezvous, number, size)
     # the first to finish its share waits for the last, however long that takes; torchrun ends all when a process dies, but for
     # a machine that vanishes without closing its connections they wait until this timeout
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if with_cuda else "gloo",
-        store=_meet(store, number, size),
+        store=_store,
         rank=number,
         world_size=size,
         timeout=timedelta(days=7),
     )
     try:
+        # where it raises, the group stays until the process ends: the others take its end for the sign that all is said
         yield
     except RuntimeError as error:
         if is_of_connection(error):
             raise ProjectError(f"rank {number}: {_explained(error)}") from error
         raise
-    except SystemExit as leaving:  # see `leave_the_word_to_the_first`; at once, as the group's threads may abort a slow goodbye
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(_wait_for_the_first(number, int(leaving.code or 0)))
-    except ProjectError:
-        if not with_cuda:  # NCCL would wait for the others
-            _part()
-        raise
+    except SystemExit as leaving:  # see `leave_the_word_to_the_first`
+        _wait_for_the_first()
+        end_process(int(leaving.code or 0))
     gather(None)
-    _part()
-
-
-def _part() -> None:
     gc.collect()  # models in reference cycles hold on to the group
     dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Exit at once: a group whose work was broken off has threads that wait for the others, and Python would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _meet(store: dist.Store, number: int, size: int) -> dist.Store:
@@ -109,9 +117,33 @@ def gather(value: T) -> list[T]:
     """The values of all ranks, in their order, on every rank."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    words = _as_bytes(value)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    _finish(dist.all_gather(sizes, torch.tensor([len(words)]), async_op=True))
+    longest = int(max(sizes))
+    padded = torch.cat([words, words.new_zeros(longest - len(words))])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    _finish(dist.all_gather(parts, padded, async_op=True))
+    return [_from_bytes(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _as_bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _from_bytes(words: Tensor) -> Any:
+    return pickle.loads(words.numpy().tobytes())  # noqa: S301 - of a process of the same job
+
+
+def _finish(work: dist.Work) -> None:
+    """Wait until all processes have taken part, and let Python see to signals meanwhile: a process that waits in
+    gloo's own code would not hear them."""
+    while not work.is_completed():
+        try:
+            work.wait(timedelta(seconds=LOOK_EVERY))
+        except RuntimeError:  # time is up, or the connection has failed, which the last line tells
+            continue
+    work.wait()
 
 
 def largest(number: int) -> int:
@@ -119,7 +151,7 @@ def largest(number: int) -> int:
     if world_size() == 1:
         return number
     tensor = torch.tensor(number)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    _finish(dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True))
     return int(tensor)
 
 
@@ -134,12 +166,17 @@ def from_first(function: Callable[[], T]) -> T:
             value = function()
         except ProjectError as error:
             failure = error
-    outcome: list[Any] = [failure and failure.exit_code, value]
-    dist.broadcast_object_list(outcome)
-    if outcome[0]:
-        leave_the_word_to_the_first(outcome[0])
+    words = _as_bytes((failure and failure.exit_code, value))
+    size = torch.tensor([len(words)])
+    _finish(dist.broadcast(size, 0, async_op=True))
+    if rank() > 0:
+        words = torch.empty(int(size), dtype=torch.uint8)
+    _finish(dist.broadcast(words, 0, async_op=True))
+    exit_code, value = _from_bytes(words)
+    if exit_code:
+        leave_the_word_to_the_first(exit_code)
         raise failure
-    return outcome[1]
+    return value
 
 
 def leave_the_word_to_the_first(exit_code: int) -> None:
@@ -149,19 +186,30 @@ def leave_the_word_to_the_first(exit_code: int) -> None:
         raise SystemExit(exit_code)
 
 
-def _wait_for_the_first(number: int, exit_code: int) -> int:
-    """Keep torchrun from ending rank 0 in the middle of its sentence, which it does when another process fails; returns the
-    exit code to leave with.
-
-    Beside rank 0 that is 0: one failure is enough for their machine. On another machine torchrun would take 0 for success and
-    not take part in a restart, so it is `exit_code`, when rank 0 has left.
-    """
-    if number == int(os.environ.get("LOCAL_RANK", number)):  # ranks are given out machine by machine
-        return 0
-    with suppress(RuntimeError):  # rank 0 sends nothing, and closes the connection in the end, unless NCCL waits in its turn
+def _wait_for_the_first() -> None:
+    """Wait until rank 0 has said why all end: torchrun ends it in the middle of its sentence when another process fails, and
+    ends this one when rank 0 has failed."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    with suppress(RuntimeError):  # rank 0 sends nothing, and its connection closes when it ends
         dist.irecv(torch.empty(1), src=0).wait(timedelta(minutes=1))
-    sleep(1)  # it speaks after that
-    return exit_code
+    sleep(1)  # until torchrun has seen that it has
+
+
+def ask_all_to_stop(number: int) -> None:
+    """Tell the other processes of the signal that has reached this one; see `asked_to_stop`."""
+    if _store is not None:
+        with suppress(RuntimeError):  # whoever keeps the store has ended
+            _store.set("stop", str(number))
+
+
+def asked_to_stop() -> int:
+    """The number of the signal that has reached any process; 0 as long as none has. Waits for nobody."""
+    with suppress(RuntimeError):
+        if _store is not None and _store.check(["stop"]):
+            return int(_store.get("stop"))
+    return 0
 
 
 def quiet() -> bool | None:
@@ -175,7 +223,10 @@ def take_from_first(tensors: Sequence[Tensor]) -> None:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         of_type = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in of_type])
-        dist.broadcast(flat, 0)
+        if flat.device.type == "cpu":
+            _finish(dist.broadcast(flat, 0, async_op=True))
+        else:
+            dist.broadcast(flat, 0)
         for tensor, values in zip(of_type, flat.split([tensor.numel() for tensor in of_type]), strict=True):
             tensor.copy_(values.view_as(tensor))
 

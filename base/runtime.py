@@ -13,9 +13,13 @@ import numpy as np
 import torch
 
 from base.errors import ConfigError
+from base.json_file import one_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's `mallopt`, numbered as in malloc.h."""
+
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE)
+"""What torch says, of any device, when it gets no memory."""
 
 
 def derived_seed(seed: int, purpose: str, *indices: int) -> int:
@@ -151,3 +155,23 @@ def determinism_explained() -> Iterator[None]:
         if match is None:
             raise
         raise ConfigError(f"system.deterministic: {match[1]} has no deterministic algorithm here; false allows it") from None
+
+
+@contextmanager
+def memory_explained(key: str, batch_size: int) -> Iterator[None]:
+    """Turn the failure to get memory, on any device, into one line.
+
+    Args:
+        key: the config key or flag that decides how much is needed.
+        batch_size: its value.
+
+    Raises:
+        ConfigError: naming `key`.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and NO_MEMORY.search(str(error)) is None:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{key}: batches of {batch_size} images do not fit into memory: {one_line(reason, 200)}") from None

@@ -1,10 +1,25 @@
 """SIGINT and SIGTERM, which ask a long job to save and leave."""
 
+import _thread
+import select
 import signal
+import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
+
+from base.ranks import LOOK_EVERY, ask_all_to_stop, asked_to_stop, end_process, rank, world_size
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+OVER = 0
+"""What a watch is told when there is nothing to watch any more; no signal has this number."""
+PATIENCE = 20.0
+"""Seconds that a process which has been asked to stop waits for the others; torchrun and SLURM kill after 30."""
+BUSY = 0.02
+"""Share of that time in which a process has to compute not to be taken for one that only waits."""
 
 
 class Interrupted(BaseException):
@@ -21,11 +36,16 @@ class StopSignals:
     def __init__(self) -> None:
         self.asked: int | None = None
         self._may_interrupt = False
+        self._caught = False
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Meanwhile both signals only set `asked` (in the main thread; elsewhere Python allows no handlers)."""
-        if threading.current_thread() is not threading.main_thread():
+        """Meanwhile both signals only set `asked` (in the main thread; elsewhere Python allows no handlers).
+
+        Where several processes work together, a signal to one of them reaches all, and one that has
+        been asked to stop, but waits for another that does not answer, ends (see `_Watch`).
+        """
+        if self._caught or threading.current_thread() is not threading.main_thread():
             yield
             return
 
@@ -35,21 +55,86 @@ class StopSignals:
                 self._may_interrupt = False
                 raise Interrupted
 
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._caught = True
+        previous = {number: signal.signal(number, note) for number in STOPPING}
         try:
-            yield
+            with _Watch() if world_size() > 1 else nullcontext():
+                yield
         finally:
+            self._caught = False
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Meanwhile, inside `caught`, the first of them raises `Interrupted`, too: for work that changes nothing."""
+        """Meanwhile, inside `caught`, the first of them raises `Interrupted`, too, at once where it has come already: for work
+        that changes nothing."""
         try:
             self._may_interrupt = True
+            if self.asked:
+                raise Interrupted
             yield
         finally:
             self._may_interrupt = False
+
+
+class _Watch:
+    """A thread that hears signals while Python cannot: inside a collective the main thread waits in code of gloo or of
+    DistributedDataParallel, and handlers of Python have to wait with it.
+
+    It passes a signal on to the other processes, and hands theirs to the main thread. From a signal on it looks whether this
+    process still computes. One that has not for `PATIENCE` seconds waits for a process that is gone or stuck: nothing can be
+    agreed on any more, and it ends with the signal's exit code.
+    """
+
+    def __enter__(self) -> None:
+        self._ears, self._mouth = socket.socketpair()
+        for end in (self._ears, self._mouth):
+            end.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._work, name="signals", daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._before)
+        self._mouth.send(bytes([OVER]))
+        self._thread.join()
+        self._ears.close()
+        self._mouth.close()
+
+    def _work(self) -> None:
+        asked = computed = idle_since = 0.0
+        while True:
+            numbers = self._heard()
+            if OVER in numbers:
+                return
+            own = next((number for number in numbers if number in STOPPING), 0)
+            if own:
+                ask_all_to_stop(own)
+            elif not asked:
+                own = asked_to_stop()
+                if own:
+                    _thread.interrupt_main(own)  # as if it had come to this process
+            now = time.monotonic()
+            if own and not asked:
+                asked, computed, idle_since = own, time.process_time(), now
+            if not asked:
+                continue
+            if time.process_time() - computed > BUSY * PATIENCE:
+                computed, idle_since = time.process_time(), now
+            elif now - idle_since > PATIENCE:
+                name = signal.Signals(int(asked)).name
+                print(
+                    f"rank {rank()}: stopped by {name} while it waited for another process, which has not answered for"
+                    f" {PATIENCE:g} s: what was done since the last checkpoint is lost",
+                    file=sys.stderr,
+                )
+                end_process(128 + int(asked))
+
+    def _heard(self) -> bytes:
+        """The numbers of the signals that have come, after waiting for them a moment."""
+        ready, _, _ = select.select([self._ears], [], [], LOOK_EVERY)
+        return self._ears.recv(64) if ready else b""
 
 
 def _in_finaliser(frame: FrameType | None) -> bool:

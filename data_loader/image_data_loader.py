@@ -87,6 +87,7 @@ class ImageDataLoader(BaseDataLoader):
         self._cutout, self._cutout_inside, self._cutout_fill = cutout, cutout_inside, cutout_fill
         self._epoch, self._first_batch = 1, 0
         self._test = test
+        self._image_digest: str | None = None
         self.shared_out = False
 
     @property
@@ -167,6 +168,11 @@ class ImageDataLoader(BaseDataLoader):
         )
         part.positions = self.positions[index.cpu()]
         return part
+
+    def image_digest(self) -> str:
+        if self._image_digest is None:
+            self._image_digest = self.images.digest()
+        return self._image_digest
 
     def own_part(self) -> "ImageDataLoader":
         """The images that this process evaluates where several share the work; all of them where there is one."""

@@ -114,7 +114,6 @@ class TrainingDataLoader(ImageDataLoader):
         self._label_arrays = self._draw_labels(train, val_labels, seed)
         self._validation: ImageDataLoader | None = None
         self._test_loader: ImageDataLoader | None = None
-        self._image_fingerprints: dict[str, str] | None = None
         super().__init__(
             train.images.select(self._train_index),
             self._label_arrays["train_label"],
@@ -278,15 +277,10 @@ class TrainingDataLoader(ImageDataLoader):
 
     def image_fingerprints(self) -> dict[str, str]:
         """Hexadecimal digests of the images that are trained and validated on, and of the test set with its labels."""
-        if self._image_fingerprints is None:
-            held_out, test = self.split_validation(), self.test_loader()
-            training = [self.images.digest()] + ([held_out.images.digest()] if held_out else [])
-            labels = _digest({"test_label": test.labels.cpu().numpy()})
-            self._image_fingerprints = {
-                "training images": " ".join(training),
-                "test images": f"{test.images.digest()} {labels}",
-            }
-        return dict(self._image_fingerprints)
+        held_out, test = self.split_validation(), self.test_loader()
+        training = [self.image_digest()] + ([held_out.image_digest()] if held_out else [])
+        labels = _digest({"test_label": test.labels.cpu().numpy()})
+        return {"training images": " ".join(training), "test images": f"{test.image_digest()} {labels}"}
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

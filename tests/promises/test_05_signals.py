@@ -1,11 +1,14 @@
 """Promise 5: SIGTERM and SIGINT save at the current step and exit 143 and 130; a second signal during the save does no harm;
 resume is exact."""
 
+import json
 import os
 import signal
 
+import numpy as np
 import pytest
 
+import attacks.robustness as robustness_module
 import base.checkpoint as checkpoint_module
 import base.signals as signals_module
 from base.base_trainer import BaseTrainer
@@ -89,3 +92,55 @@ def test_no_exception_is_raised_where_python_would_forget_it():
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGINT)
     assert signals.asked == signal.SIGTERM
+
+
+def reported(small):
+    """A run whose test set of nine images is attacked in three batches in the end."""
+    return small(
+        adversarial={"method": "none", "report": True, "validate_every": 0},
+        pgd_attack={"K": 2},
+        data_loader={"args": {"batch_size": 4, "num_batches": 1}},
+        trainer={"epochs": 1, "monitor": "off", "ema_decay": None},
+    )
+
+
+def check_final_attack(folder, monkeypatch, config, number, code):
+    """A signal in the second batch: the verdicts on the first are kept, and a resume begins with the second."""
+    monkeypatch.setattr("data_loader.training_data_loader.EVALUATION_BATCH", 4)
+    run(folder / "whole", config)
+    attack, attacked = robustness_module.attack_batch, []
+
+    def interrupted(model, images, labels, *arguments, **options):
+        attacked.append(options["positions"].tolist())
+        if len(attacked) == 2:
+            os.kill(os.getpid(), number)
+        return attack(model, images, labels, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(robustness_module, "attack_batch", interrupted)
+        with pytest.raises(Stopped, match=rf"in the final attack, .* are kept; continue with -r {folder / 'run'}") as caught:
+            run(folder / "run", config)
+        assert caught.value.exit_code == code
+        assert attacked == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        (partial,) = (folder / "run" / "eval").iterdir()
+        assert np.load(partial)["position"].tolist() == [0, 1, 2, 3]
+        assert not (folder / "run" / "result.json").exists()
+        Experiment.resume(str(folder / "run"))
+    assert attacked[2:] == [[4, 5, 6, 7], [8]]
+    names = [sorted(path.name for path in (folder / name / "eval").iterdir()) for name in ("whole", "run")]
+    assert names[0] == names[1] == ["pgd_best.json", "pgd_best.verdicts.npz", "pgd_last.json", "pgd_last.verdicts.npz"]
+    verdicts = [np.load(folder / name / "eval" / "pgd_last.verdicts.npz") for name in ("whole", "run")]
+    assert all(np.array_equal(verdicts[0][key], verdicts[1][key]) for key in verdicts[0].files)
+    results = [json.loads((folder / name / "result.json").read_text()) for name in ("whole", "run")]
+    assert results[0]["test_robust_top1"] == results[1]["test_robust_top1"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_final_attack_says_so_and_loses_no_verdicts(tmp_path, monkeypatch, small, number, code):
+    check_final_attack(tmp_path, monkeypatch, reported(small), number, code)
+
+
+def test_the_check_of_the_final_attack_can_fail(tmp_path, monkeypatch, small):
+    monkeypatch.setattr(robustness_module, "known_verdicts", lambda partial: None)
+    with pytest.raises(AssertionError):
+        check_final_attack(tmp_path, monkeypatch, reported(small), signal.SIGTERM, 143)
