@@ -19,6 +19,7 @@ from base.config import Config
 from base.diagnosis import first_bad_weight
 from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.finite import FiniteCheck
+from base.json_file import one_line
 from base.optimization import Schedule, load_optimizer
 from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 from base.progress import Progress
@@ -230,7 +231,8 @@ class BaseTrainer(ABC):
         kinds = {"optimizer_type": type(self.optimizer).__name__, "scheduler_type": self.config.lr_scheduler.type}
         for key, ours in kinds.items():
             if checkpoint[key] != ours:
-                raise CheckpointError(f"{source}: was trained with {key} {checkpoint[key]}, this config has {ours}")
+                theirs = one_line(checkpoint[key], 80)
+                raise CheckpointError(f"{source}: was trained with {key} {theirs}, this config has {ours}")
         self.progress = progress = Progress(**checkpoint["progress"])
         batches = len(self.train_loader)
         if progress.batches_done > batches:

@@ -15,7 +15,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
 
-from base.config_section import Count
+from base.config_section import Count, Number
 from base.errors import CheckpointError
 from base.progress import Progress
 from base.text import one_line
@@ -81,9 +81,8 @@ def _as_list(value: Any) -> Any:
 
 PlainTensor = Annotated[Tensor, AfterValidator(_plain_tensor)]
 Weights = dict[str, PlainTensor]
-PerChannel = Annotated[
-    list[Annotated[float, Field(allow_inf_nan=False)]], BeforeValidator(_as_list), Field(min_length=1)
-]
+Finite = Annotated[Number, Field(allow_inf_nan=False)]
+PerChannel = Annotated[list[Finite], BeforeValidator(_as_list), Field(min_length=1)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
 GeneratorState = Annotated[PlainTensor, AfterValidator(_generator_state)]
 
@@ -161,7 +160,7 @@ class TrainingState(_Schema):
     image_fingerprints: dict[str, str] = {}
     arch: str = ""
     versions: dict[str, str] = {}
-    monitor_best: float | None = None
+    monitor_best: Number | None = None
 
 
 def check_readable(contents: Mapping[str, Any], file: Path) -> None:
@@ -203,6 +202,7 @@ def _told(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    # a dictionary in the file is a class here
     message = message.partition(" or instance of ")[0]
     value = problem["input"]
     if isinstance(value, bool | int | float | str) or value is None:

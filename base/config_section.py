@@ -3,13 +3,24 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 LARGEST = 10**9
 """Of all integers that have no bound of their own, but for the seed: what is larger was mistyped, and torch would stumble."""
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _number(value: object) -> object:
+    """Refuse what only can be made a number of, such as a tensor: pydantic takes that for a float, even if it is strict."""
+    if type(value) not in (int, float):
+        raise ValueError("expected a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+"""An integer or a float, also an infinite one or NaN."""
 FilePath = Annotated[str, Field(min_length=1)]
 """The path of a file or folder; the current folder is a dot."""
 

@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from base.config_section import Count, Positive
+from base.config_section import Count, Number, Positive
 
-Value = int | float | None
-"""What an epoch logs under one name; None where it could not be measured."""
+NotNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -32,13 +31,13 @@ class Progress:
 
     epochs_done: Count = 0
     batches_done: Count = 0
-    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    history: list[dict[str, Value]] = field(default_factory=list)
-    best_value: float | None = None
+    learning_rate: NotNegative | None = None
+    history: list[dict[str, Number | None]] = field(default_factory=list)
+    best_value: Number | None = None
     best_epoch: Positive | None = None
     best_since: Positive = 1
     epochs_without_improvement: Count = 0
-    train_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    train_seconds: NotNegative = 0.0
     images_seen: Annotated[int, Field(ge=0)] = 0
 
     def finish_epoch(self, log: dict[str, Any], monitor: str) -> bool:

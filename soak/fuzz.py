@@ -1,32 +1,47 @@
-"""A fuzzer for what is read: mutates configs and checkpoints as coverage suggests, and stops at all but a result or one line.
+"""A fuzzer for what is read: spoils configs and checkpoints, and stops at all but a result or an error of one line.
 
 pip install -e ".[fuzz]"
 python -m soak.fuzz config --seconds 600
 python -m soak.fuzz checkpoint --seconds 600
+python -m soak.fuzz values --seconds 600
+
+`config` and `checkpoint` are changed byte by byte, as the coverage of this project's code suggests (atheris, on Linux).
+`values` are whole checkpoints in which one value is odd, drawn at random. What can be resumed goes on for a step.
 """
 
 import argparse
 import sys
 import tempfile
+import traceback
 from pathlib import Path
-
-import atheris
-
-with atheris.instrument_imports(include=["base", "soak.targets", "torch._weights_only_unpickler"]):
-    from soak.targets import TARGETS, examine
+from random import Random
+from shutil import copyfile
+from time import monotonic
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fuzz what is read.")
-    parser.add_argument("target", choices=list(TARGETS))
+    parser.add_argument("target", choices=["config", "checkpoint", "values"])
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--findings", type=Path, default=Path(), help="folder for inputs that break something")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
+    if arguments.target == "values":
+        sys.exit(fuzz_values(folder, arguments))
+    fuzz_bytes(folder, arguments)
+
+
+def fuzz_bytes(folder: Path, arguments: argparse.Namespace) -> None:
+    """Let atheris change the seeds of a target; it ends the process."""
+    import atheris
+
+    with atheris.instrument_imports(include=["base", "soak.targets", "torch._weights_only_unpickler"]):
+        from soak.targets import TARGETS, examine
     file, corpus = folder / "input", folder / "corpus"
     corpus.mkdir()
-    for number, seed in enumerate(TARGETS[arguments.target][1]()):
+    seeds = TARGETS[arguments.target][1]()
+    for number, seed in enumerate(seeds):
         (corpus / str(number)).write_bytes(seed)
 
     def one(data: bytes) -> None:
@@ -34,9 +49,29 @@ def main() -> None:
         examine(arguments.target, file)
 
     options = [f"-max_total_time={arguments.seconds}", f"-seed={arguments.seed}", "-print_final_stats=1", "-rss_limit_mb=8000"]
-    options += ["-max_len=20000", "-timeout=20", f"-artifact_prefix={arguments.findings}/"]
+    options += [f"-max_len={max(map(len, seeds))}", "-timeout=20", f"-artifact_prefix={arguments.findings}/"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
+
+
+def fuzz_values(folder: Path, arguments: argparse.Namespace) -> int:
+    """Resume checkpoints with one odd value until the time is over; the exit code, 1 where one breaks something."""
+    from soak.targets import examine, spoiled_checkpoint
+
+    file, random, counts = folder / "input", Random(arguments.seed), [0, 0]
+    end = monotonic() + arguments.seconds
+    while monotonic() < end:
+        spoiled_checkpoint(file, random)
+        try:
+            counts[examine("checkpoint", file)] += 1
+        except Exception:
+            finding = arguments.findings / f"finding_{arguments.seed}_{sum(counts)}.pth"
+            copyfile(file, finding)
+            traceback.print_exc()
+            print(f"FAILED: {finding}", file=sys.stderr)
+            return 1
+    print(f"{sum(counts)} checkpoints: {counts[True]} went on, {counts[False]} were refused in one line")
+    return 0
 
 
 if __name__ == "__main__":

@@ -55,12 +55,12 @@ def tree_of(name: str, folder: Path) -> dict[str, Any]:
     return merge(merge(SMALL, SCENARIOS[name]), {"data_loader": {"args": {"data_dir": str(folder)}}})
 
 
-def write_images(folder: Path) -> None:
-    """Three classes of 24 training and 3 test images of 16 x 16 noise."""
+def write_images(folder: Path, training: int = 24, test: int = 3, side: int = 16) -> None:
+    """Three classes of so many training and test images of noise, of `side` x `side` pixels."""
     generator = np.random.default_rng(0)
-    for part, count in (("train", 24), ("test", 3)):
+    for part, count in (("train", training), ("test", test)):
         for label in "abc":
             (folder / part / label).mkdir(parents=True, exist_ok=True)
             for number in range(count):
-                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / part / label / f"{number}.png")

@@ -1,20 +1,48 @@
 """What is fuzzed: everything that reads a file which may come from elsewhere."""
 
+import atexit
 import io
+import signal
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from itertools import count
 from pathlib import Path
+from random import Random
+from shutil import rmtree
+from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
-from base.checkpoint import load_checkpoint, save_checkpoint
-from base.config_files import load_config, validate
-from base.errors import ProjectError
+from base.base_trainer import BaseTrainer
+from base.checkpoint import LAST, load_checkpoint, save_checkpoint
+from base.config_files import load_config, merge, validate
+from base.errors import ProjectError, Stopped
 from base.optimization import check_optimization
-from base.resuming import saved_run
+from experiment import Experiment
+from soak.mutations import spoiled
+from soak.scenarios import write_images
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SMALL = {"state_dict": {"weight": torch.arange(3.0)}, "epoch": 1, "mean": [0.5, 0.5, 0.5]}
+SMALL = {
+    "name": "fuzz",
+    "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
+    "data_loader": {"type": "ImageFolderDataLoader", "args": {"batch_size": 4, "validation_split": 0.25}},
+    "optimizer": {"type": "SGD", "args": {"lr": 0.01, "momentum": 0.9}},
+    "lr_scheduler": {"type": "ReduceLROnPlateau", "monitor": "val_loss"},
+    "trainer": {"epochs": 3, "ema_decay": 0.5, "verbosity": 0},
+    "adversarial": {"report": False},
+    "system": {"num_threads": 1},
+}
+BATCHES = 3
+"""Minibatches in an epoch of it."""
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: the run has shown that it goes on
+    """A resumed run has made a step."""
 
 
 def read_config(file: Path) -> None:
@@ -26,9 +54,16 @@ def read_config(file: Path) -> None:
 
 
 def read_checkpoint(file: Path) -> None:
-    """As evaluation and resume do."""
+    """As evaluation and resume do; what can be resumed goes on for one step, in the folder of the file."""
     load_checkpoint(file)
-    saved_run(str(file))
+    update = BaseTrainer.update
+
+    def update_once(trainer: BaseTrainer, loss: Tensor) -> None:
+        update(trainer, loss)
+        raise _Enough
+
+    with patch.object(BaseTrainer, "update", update_once), suppress(_Enough):
+        Experiment.resume(str(file))
 
 
 def config_seeds() -> list[bytes]:
@@ -37,16 +72,41 @@ def config_seeds() -> list[bytes]:
 
 
 def checkpoint_seeds() -> list[bytes]:
-    """A sealed checkpoint, one of ConvNorm's form, and one in torch's older format; the last two have no seal."""
-    config = load_config(CONFIGS / "quickstart.json").dump()
+    """A sealed checkpoint of a run in the middle of its second epoch, and without a seal in both of torch's formats."""
+    contents = resumable()
+    seeds = []
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder, "sealed"), {**SMALL, "config": config})
-        seeds = [Path(folder, "sealed").read_bytes()]
+        save_checkpoint(Path(folder, "sealed"), contents)
+        seeds.append(Path(folder, "sealed").read_bytes())
     for zipped in (True, False):
         file = io.BytesIO()
-        torch.save({**SMALL, "config": config}, file, _use_new_zipfile_serialization=zipped)
+        torch.save({**contents, "schema_version": 1}, file, _use_new_zipfile_serialization=zipped)
         seeds.append(file.getvalue())
     return seeds
+
+
+@cache
+def resumable() -> dict[str, Any]:
+    """The contents of a checkpoint from which a run goes on. Its images stay as long as this process."""
+    place = Path(tempfile.mkdtemp())
+    atexit.register(rmtree, place, ignore_errors=True)
+    write_images(place / "images", training=4, test=1, side=8)
+    config = validate(merge(SMALL, {"data_loader": {"args": {"data_dir": str(place / "images")}}}))
+    update, updates = BaseTrainer.update, count(1)
+
+    def stop_in_the_second_epoch(trainer: BaseTrainer, loss: Tensor) -> None:
+        update(trainer, loss)
+        if next(updates) == BATCHES + 1:
+            trainer.signals.asked = signal.SIGTERM
+
+    with patch.object(BaseTrainer, "update", stop_in_the_second_epoch), suppress(Stopped):
+        Experiment.from_config(config).run(str(place / "run"))
+    return load_checkpoint(place / "run" / LAST)
+
+
+def spoiled_checkpoint(file: Path, random: Random) -> None:
+    """Write a sealed checkpoint in which one value is odd."""
+    save_checkpoint(file, spoiled(resumable(), random))
 
 
 TARGETS: dict[str, tuple[Callable[[Path], None], Callable[[], list[bytes]]]] = {

@@ -6,14 +6,18 @@ from random import Random
 import pytest
 from torch.optim import Optimizer
 
+import base.base_trainer
 import base.checkpoint
+import base.resuming
 import soak.targets
+from base.base_trainer import BaseTrainer
 from soak.endurance import Endurance, Tally
+from soak.mutations import mutated
 from soak.scenarios import SCENARIOS, SMALL, tree_of, write_images
-from soak.targets import TARGETS, examine
+from soak.targets import TARGETS, examine, resumable, spoiled_checkpoint
 
 PLATEAU = "standard, label noise, early stop, plateau"
-MUTATIONS = 200
+MUTATIONS, SPOILED = 200, 100
 
 
 @pytest.fixture
@@ -50,22 +54,6 @@ def test_scenarios_are_complete_configs():
     assert "data_dir" not in SMALL["data_loader"]["args"]
 
 
-def mutated(data, random):
-    """A few bytes changed, cut out or doubled."""
-    data = bytearray(data)
-    for _ in range(random.randrange(1, 4)):
-        place = random.randrange(len(data))
-        match random.randrange(3):
-            case 0:
-                data[place] = random.randrange(256)
-            case 1:
-                del data[place : place + random.randrange(1, 20)]
-            case 2:
-                data[place:place] = data[place : place + random.randrange(1, 20)]
-        data = data or bytearray(b"{")
-    return bytes(data)
-
-
 def fuzz(target, folder):
     """Counts of good and of refused files."""
     random, file, counts = Random(0), folder / "input", [0, 0]
@@ -85,8 +73,45 @@ def test_mutated_files_are_results_or_one_line(tmp_path, target):
     assert refused > MUTATIONS / 4
 
 
+def resume_what_is_spoiled(folder):
+    """Counts of checkpoints that go on for a step and of refused ones, among those with one odd value."""
+    random, file, counts = Random(7), folder / "input", [0, 0]
+    for _ in range(SPOILED):
+        spoiled_checkpoint(file, random)
+        counts[examine("checkpoint", file)] += 1
+    return counts
+
+
+def test_odd_values_in_a_checkpoint_are_refused_or_change_nothing(tmp_path):
+    refused, good = resume_what_is_spoiled(tmp_path)
+    assert refused > SPOILED / 2
+    assert good > 0
+
+
+def test_an_odd_value_that_nobody_checks_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(base.resuming, "check_training_state", lambda contents, file: None)
+    monkeypatch.setattr(base.base_trainer, "checked_optimizer_state", lambda optimizer, model, saved, source: saved)
+    with pytest.raises((AttributeError, KeyError, TypeError, ValueError, RuntimeError)):
+        resume_what_is_spoiled(tmp_path)
+
+
+def test_every_seed_is_resumed_for_a_step(tmp_path, monkeypatch):
+    steps, update = [], BaseTrainer.update
+
+    def counted(self, loss):
+        steps.append(self.progress.batches_done)
+        update(self, loss)
+
+    monkeypatch.setattr(BaseTrainer, "update", counted)
+    seeds = TARGETS["checkpoint"][1]()
+    for seed in seeds:
+        (tmp_path / "input").write_bytes(seed)
+        assert examine("checkpoint", tmp_path / "input")
+    assert steps == [resumable()["batch"]] * len(seeds)
+
+
 def test_the_fuzzer_finds_an_error_that_is_none_of_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(base.checkpoint, "CheckpointError", ValueError)
     monkeypatch.setattr(soak.targets, "ProjectError", KeyError)
-    with pytest.raises(ValueError, match="input"):
+    with pytest.raises(ValueError, match="input|no such checkpoint"):
         fuzz("checkpoint", tmp_path)
