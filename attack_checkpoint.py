@@ -23,7 +23,7 @@ from base.config import Config
 from base.errors import ConfigError
 from base.ranks import gather, rank, ranks, world_size
 from data_loader.splits import some_of_every_class
-from evaluation import check_outputs, evaluation_parser, load_evaluation
+from evaluation import Evaluation, check_outputs, evaluation_parser, load_evaluation
 
 DOCTOR_IMAGES = 200
 EXAMPLES = 8
@@ -87,9 +87,9 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         attack = _attack(config, attack_name, loader.num_classes, arguments.doctor)
         context = {"seed": arguments.seed, "autocast": evaluation.autocast}
         target = arguments.json or _default_target(Path(arguments.checkpoint), attack, arguments)
-        partial = None if target is None else _partial(target, model, loader, attack, config, arguments)
+        partial = None if target is None else _partial(target, evaluation, attack, arguments)
         report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
-        report.values["data"] = evaluation.data
+        report.values.update(evaluation.provenance, data=evaluation.data)
         is_first = rank() == 0
         if is_first and target is not None:
             report.save(target)
@@ -167,15 +167,13 @@ def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace)
     return source / "eval" / ("_".join([file_stem(describe_attack(attack)), *extra]) + ".json")
 
 
-def _partial(
-    target: Path, model: BaseModel, loader: BaseDataLoader, attack: Attack, config: Config, arguments: argparse.Namespace
-) -> Path:
+def _partial(target: Path, evaluation: Evaluation, attack: Attack, arguments: argparse.Namespace) -> Path:
     """Where verdicts are kept until the report is written: a name that stands for all that they depend on."""
-    digest = hashlib.sha256()
+    digest, model, loader = hashlib.sha256(), evaluation.model, evaluation.loader
     images, _ = next(iter(loader))
-    for value in (*model.state_dict().values(), loader.positions, loader.labels, images):
+    for value in (*model.state_dict().values(), model.mean, model.std, loader.positions, loader.labels, images):
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    settings = (config.dump(), loader.mean, loader.std, describe_attack(attack), arguments.seed, arguments.batch_size)
+    settings = (evaluation.config.dump(), describe_attack(attack), arguments.seed, arguments.batch_size)
     digest.update(json.dumps([*settings, rank(), world_size()], sort_keys=True).encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")
