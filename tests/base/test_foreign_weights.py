@@ -1,5 +1,7 @@
 """Other codes' files: their weights are found, their keys become the model's, and nothing is left over unexplained."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from base.errors import CheckpointError
 class Small(nn.Module):
     """A network that normalizes its five channels, with a nested module and one that its family never calls."""
 
-    unused_modules = {"spare": "body"}
+    unused_modules: ClassVar = {"spare": "body"}
 
     def __init__(self):
         super().__init__()
@@ -139,7 +141,7 @@ REFUSED = {
     "unused in another shape": (STATE | {f"spare.{key[5:]}": torch.ones(2) for key in STATE if key[:5] == "body."}, "spare.0"),
     "another network": (
         {"conv\x1b[2J\n.weight": torch.ones(2), "b": torch.ones(1)},
-        r"its keys: conv\\x1b\[2J\\n.weight, b; the model's: body.0.weight, body.0.bias, body.1.weight, ... \(9\); give the net",
+        r"its keys: conv\\x1b\[2J\\n.weight, b; the model's: body.0.weight, body.0.bias, body.1.weight, ... \(9\); give",
     ),
     "other sizes": ({**STATE, "fc.weight": torch.ones(7, 4), "fc.bias": torch.ones(7)}, r"\[7.*\[3.*arch\.args.*num_classes"),
     "another number of channels": ({**STATE, "mu": torch.ones(3), "sigma": torch.ones(3)}, r"2 keys .*\(mu, "),
