@@ -248,12 +248,14 @@ def _untold_normalization(make: Any, config: Config, checkpoint: Mapping[str, An
     original = "monitor_best" in checkpoint
     mean, std = getattr(make, "default_mean", None), getattr(make, "default_std", None)
     twice = original and config.trainer.do_adv and mean != ORIGINAL_MEAN
+    follows = "training does"
     if mean is None or std is None or twice:
         mean, std = ORIGINAL_MEAN, ORIGINAL_STD
+        follows = "attack scripts do"
     whose = "CIFAR-10" if mean == ORIGINAL_MEAN else config.data_loader.type
     sentence = f"the checkpoint holds no mean and std: normalising by those of {whose}"
     if original:
-        sentence += ", as the original's scripts do"
+        sentence += f", as the original's {follows}"
     if twice and config.data_loader.type == "CIFAR100DataLoader":
         sentence += "; its adversarial training on CIFAR-100 normalises twice, which no mean and std can stand for"
     choice = "--set data_loader.args.mean=[R,G,B] --set data_loader.args.std=[R,G,B]"
