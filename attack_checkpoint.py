@@ -105,7 +105,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
             settings = (config.dump(), arguments.seed, arguments.batch_size)
             partial = partial_file(target, model, loader, attack, settings)
         report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
-        report.values["data"] = evaluation.data
+        report.values.update(evaluation.provenance, data=evaluation.data)
         is_first = rank() == 0
         if target is not None and not is_stream(target):
             from_first(lambda: _save(report, target))

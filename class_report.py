@@ -22,7 +22,7 @@ def main() -> None:
     labels, predictions = predict(evaluation.model, evaluation.loader, evaluation.autocast)
     scores = class_scores(labels.numpy(), predictions.numpy(), evaluation.loader.class_names)
     values = {
-        "checkpoint": str(evaluation.file),
+        **evaluation.provenance,
         "ema": arguments.ema,
         "data": evaluation.data,
         **scores,

@@ -27,7 +27,20 @@ from data_loader import DATA_LOADERS
 from data_loader.splits import some_of_every_class
 
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-"""What the original ConvNorm's attack scripts normalise by, whatever the data set; its checkpoints hold neither."""
+"""CIFAR-10's, which the original ConvNorm's attack scripts normalise by, whatever the data set; its checkpoints hold none."""
+
+TOLD_BY_NO_KEY = {
+    "oni_rule": (
+        "oni_conv", "paper", "original",
+        "as the original ConvNorm's code has it; --set arch.args.oni_rule=paper if this project trained it",
+    ),
+    "shortcut_input": (
+        "preact_resnet18", "activated", "activated",
+        "as robust_overfitting and AWP have it; --set arch.args.shortcut_input=raw for fast_adversarial and GradAlign",
+    ),
+}  # fmt: skip
+"""Arguments of `arch.args` that make another network of the same weights: the type that has the argument, its value in a
+checkpoint of this project that is silent, its value in another code's file, and why."""
 
 EVALUATED = ("name", "seed", "n_gpu", "num_classes", "arch", "data_loader", "adversarial", "pgd_attack", "system")
 """The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
@@ -43,6 +56,7 @@ class Evaluation:
         device: where model and images are.
         loader: the test images, or the part of them that was asked for.
         model: with the checkpoint's weights, in evaluation mode.
+        assumed: what was taken for what where the checkpoint does not say it: what about -> a sentence, for reports.
     """
 
     file: Path
@@ -50,6 +64,7 @@ class Evaluation:
     device: torch.device
     loader: BaseDataLoader
     model: BaseModel
+    assumed: dict[str, str]
 
     def autocast(self) -> AbstractContextManager:
         """The context of forward passes in the config's precision."""
@@ -61,6 +76,15 @@ class Evaluation:
         args = self.config.arch.args
         kind = f"{self.config.arch.type}, {args.conv_layer_type}, {args.norm_layer_type}"
         return f"{kind}, {'/'.join(self.file.parts[-2:])}"
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What every report says of its model: the file, what the pixels are normalised by, and what was assumed."""
+        return {
+            "checkpoint": str(self.file),
+            "normalization": {"mean": _plain(self.model.mean), "std": _plain(self.model.std)},
+            "assumed": self.assumed,
+        }
 
     @property
     def data(self) -> str:
@@ -86,6 +110,7 @@ def evaluation_parser(
     parser.add_argument("-c", "--config", type=path_word, help="config file; not needed where the checkpoint holds its own")
     parser.add_argument("-d", "--device", metavar="INDEX", help="CUDA device to use, such as 0; with torchrun several")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    parser.add_argument("--weights", metavar="NAME", help="which weights, where another code's file holds several sets")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"{json}; - is standard output")
     parser.add_argument("--figure", type=Path, metavar="FILE", help=f"{figure} (png, pdf or svg)")
@@ -116,7 +141,8 @@ def load_evaluation(
     """Config, test images and model of the checkpoint that an `evaluation_parser`'s arguments name.
 
     The config is that of `-c`, or else the checkpoint's own, with `--set` and then `overrides`. The checkpoint's mean and std
-    are taken where it has them. Determinism and number of threads are set as the config says.
+    are taken where it has them. What neither says is assumed, printed and kept in `Evaluation.assumed`. Determinism and number
+    of threads are set as the config says.
 
     Args:
         arguments: parsed.
@@ -128,15 +154,26 @@ def load_evaluation(
         ConfigError, CheckpointError, DataError: one of the three cannot be had, or they do not fit each other.
     """
     file = find_checkpoint(arguments.checkpoint)
-    checkpoint = load_checkpoint(file)
+    checkpoint = load_checkpoint(file, arguments.weights)
     config = _config(checkpoint, file, arguments.config, [*set_overrides(arguments.set), *overrides])
+    config, untold = _with_untold(config, checkpoint)
     set_determinism(config.system.deterministic, config.system.num_threads)
     device = own_device(config)
     keep_freed_memory(device)
-    loader = _test_images(config, checkpoint, device)
+    loader, normalization = _test_images(config, checkpoint, device)
     loader = some_of_every_class(loader, limit or loader.n_samples)
     loader.batch_size = batch_size
-    return Evaluation(file, config, device, loader, _model(config, loader, checkpoint, file, device, ema=arguments.ema))
+    model, fitted = _model(config, loader, checkpoint, file, device, ema=arguments.ema)
+    # a normalization in the file comes last and wins
+    assumed = untold | normalization | checkpoint.get("assumed", {}) | fitted
+    if rank() == 0:
+        for about, sentence in assumed.items():
+            print(f"assumed: {about}: {sentence}")
+    return Evaluation(file, config, device, loader, model, assumed)
+
+
+def _plain(values: Tensor) -> list[float]:
+    return [round(value, 6) for value in values.flatten().tolist()]
 
 
 @torch.no_grad()
@@ -160,7 +197,7 @@ def _config(checkpoint: Mapping[str, Any], file: Path, config_file: str | None, 
     elif "config" in checkpoint:
         tree, source = checkpoint["config"], str(file)
     else:
-        raise ConfigError(f"-c CONFIG: required, as {file} is of ConvNorm's own format and holds no config")
+        raise ConfigError(f"-c CONFIG: required, as {file} holds no config of this project")
     adversarial = tree.get("adversarial", {})
     before = adversarial.get("norm", "linf") if isinstance(adversarial, dict) else "linf"
     if dict(overrides).get("adversarial.norm", before) != before:
@@ -168,32 +205,75 @@ def _config(checkpoint: Mapping[str, Any], file: Path, config_file: str | None, 
         tree = merge(tree, {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}})
     config = validate(override(tree, overrides), source)
     kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
-    return validate({**kept, "trainer": {"adv_clip_eps": config.trainer.adv_clip_eps, "monitor": "off"}}, source)
+    trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv, "monitor": "off"}
+    return validate({**kept, "trainer": trainer}, source)
 
 
-def _test_images(config: Config, checkpoint: Mapping[str, Any], device: torch.device) -> BaseDataLoader:
+def _with_untold(config: Config, checkpoint: Mapping[str, Any]) -> tuple[Config, dict[str, str]]:
+    """The config with the values of `TOLD_BY_NO_KEY` that it leaves open, and a sentence about each that is assumed: the
+    checkpoint's own config tells them, or else whether it is this project's."""
+    args, assumed = config.arch.args, {}
+    saved = checkpoint.get("config", {}).get("arch", {}).get("args", {})
+    for name, (owner, own, foreign, why) in TOLD_BY_NO_KEY.items():
+        if owner not in (config.arch.type, args.conv_layer_type) or getattr(args, name) is not None:
+            continue
+        value = saved.get(name, own)
+        if "schema_version" not in checkpoint and name not in saved:
+            value = foreign
+            assumed[f"arch.args.{name}"] = f"{value}, {why}"
+        args = args.model_copy(update={name: value})
+    return config.model_copy(update={"arch": config.arch.model_copy(update={"args": args})}), assumed
+
+
+def _test_images(config: Config, checkpoint: Mapping[str, Any], device: torch.device) -> tuple[BaseDataLoader, dict[str, str]]:
+    """The test images, with the mean and std of the model, and a sentence about those where they are assumed."""
     args = config.data_loader.args.model_dump(exclude_none=True) | {"validation_split": 0.0, "num_batches": 0}
+    make, assumed = DATA_LOADERS[config.data_loader.type], {}
     if "mean" in checkpoint:
         args |= {"mean": checkpoint["mean"], "std": checkpoint["std"]}
-    elif "mean" not in args:
-        args |= {"mean": ORIGINAL_MEAN, "std": ORIGINAL_STD}
-        if rank() == 0:
-            print("the checkpoint holds no mean and std: normalising by those of CIFAR-10, as the original's scripts do")
-    loader = DATA_LOADERS[config.data_loader.type](**args, device=device).test_loader()
+    elif "mean" not in args or "std" not in args:
+        normalization, assumed["normalization"] = _untold_normalization(make, config, checkpoint)
+        args = normalization | args
+    loader = make(**args, device=device).test_loader()
     if loader.n_samples == 0:
         raise DataError(f"{args.get('data_dir')}: the test set is empty")
     known = checkpoint.get("class_names")
     if known is not None and list(known) != list(loader.class_names):
         there, trained = ", ".join(loader.class_names), ", ".join(known)
         raise DataError(f"{args.get('data_dir')}: has the classes {there}; the model was trained on {trained}")
-    return loader
+    return loader, assumed
+
+
+def _untold_normalization(make: Any, config: Config, checkpoint: Mapping[str, Any]) -> tuple[dict[str, tuple[float, ...]], str]:
+    """Mean and std for a file that holds none, under a config that leaves them open, and a sentence about them.
+
+    They are those of the data set, as in the original's standard training, and CIFAR-10's for a data set without published
+    ones. The original's adversarial training normalises by CIFAR-10's whatever the data set, and on CIFAR-100 does so a second
+    time, after its loader has normalised by CIFAR-100's and a clamp to [0, 1].
+    """
+    original = "monitor_best" in checkpoint
+    mean, std = getattr(make, "default_mean", None), getattr(make, "default_std", None)
+    twice = original and config.trainer.do_adv and mean != ORIGINAL_MEAN
+    follows = "training does"
+    if mean is None or std is None or twice:
+        mean, std = ORIGINAL_MEAN, ORIGINAL_STD
+        follows = "attack scripts do"
+    whose = "CIFAR-10" if mean == ORIGINAL_MEAN else config.data_loader.type
+    sentence = f"the checkpoint holds no mean and std: normalising by those of {whose}"
+    if original:
+        sentence += f", as the original's {follows}"
+    if twice and config.data_loader.type == "CIFAR100DataLoader":
+        sentence += "; its adversarial training on CIFAR-100 normalises twice, which no mean and std can stand for"
+    choice = "--set data_loader.args.mean=[R,G,B] --set data_loader.args.std=[R,G,B]"
+    return {"mean": mean, "std": std}, f"{sentence}; {choice} for others"
 
 
 def _model(
     config: Config, loader: BaseDataLoader, checkpoint: Mapping[str, Any], file: Path, device: torch.device, *, ema: bool
-) -> BaseModel:
+) -> tuple[BaseModel, dict[str, str]]:
+    """The model, and what was assumed to fit the weights to it."""
     model = assembly.build_experiment_model(config, loader, device)
     if ema and "ema_state_dict" not in checkpoint:
         raise CheckpointError(f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)")
-    load_weights(model, checkpoint["ema_state_dict" if ema else "state_dict"], file)
-    return model.eval()
+    assumed = load_weights(model, checkpoint["ema_state_dict" if ema else "state_dict"], file)
+    return model.eval(), assumed

@@ -34,7 +34,7 @@ def main() -> None:
     calls = linear_calls(evaluation.model, evaluation.loader.image_shape)
     layers = [describe(call, measure(call, **options)) for call in tqdm(calls, desc="layers", disable=None, leave=False)]
     values = {
-        "checkpoint": str(evaluation.file),
+        **evaluation.provenance,
         "ema": arguments.ema,
         "tolerance": arguments.tolerance,
         "seed": arguments.seed,

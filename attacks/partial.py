@@ -30,9 +30,9 @@ def partial_file(
     attack, and the plain values `settings`. The folder is made."""
     digest = hashlib.sha256()
     images, _ = next(iter(loader))
-    for value in (*model.state_dict().values(), loader.positions, loader.labels, images):
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    values = (*settings, loader.mean, loader.std, describe_attack(attack), rank(), world_size())
+    for value in (*model.parameters(), *model.buffers(), loader.positions, loader.labels, images):
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    values = (*settings, describe_attack(attack), rank(), world_size())
     digest.update(json.dumps(values, sort_keys=True).encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from base.base_data_loader import BaseDataLoader
 from base.config import Config
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
-from base.json_file import one_line
 from base.ranks import gather, leave_the_word_to_the_first, world_size
 from base.run_folder import package_versions
+from base.text import one_line
 
 T = TypeVar("T")
 Facts = Mapping[str, tuple[type[ProjectError], Any]]

@@ -19,7 +19,6 @@ from base.config import Config
 from base.diagnosis import first_bad_weight
 from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.finite import FiniteCheck
-from base.json_file import one_line
 from base.optimization import Schedule, load_optimizer
 from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 from base.progress import Progress
@@ -29,6 +28,7 @@ from base.run_checkpoints import RunCheckpoints
 from base.run_folder import describe
 from base.runtime import autocast, get_rng_state, seed_global_generators, set_rng_state
 from base.signals import Interrupted, StopSignals
+from base.text import one_line
 from base.totals import BatchResult, Totals
 from base.tracking import Tracker, tell
 from base.weight_average import WeightAverage

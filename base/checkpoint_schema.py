@@ -172,6 +172,16 @@ def check_readable(contents: Mapping[str, Any], file: Path) -> None:
     _check(AnyCheckpoint, contents, file)
 
 
+def without_unreadable(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """What another code's file holds, without the keys that mean something else there than here."""
+    try:
+        AnyCheckpoint.model_validate(dict(contents))
+    except ValidationError as error:
+        bad = {problem["loc"][0] for problem in error.errors()}
+        return {key: value for key, value in contents.items() if key not in bad}
+    return dict(contents)
+
+
 def check_training_state(contents: Mapping[str, Any], file: Path) -> None:
     """Check that a checkpoint holds everything that a run goes on from, and that its keys agree.
 

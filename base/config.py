@@ -73,6 +73,8 @@ class ArchArgs(Section):
     """First layers of a ResNet: 3x3 (cifar, the default) or 7x7 with stride and pooling (imagenet)."""
     shortcut_input: Literal["activated", "raw"] | None = None
     """preact_resnet18: the shortcuts' convolutions see relu(bn(x)) (activated, default) or x (raw, as fast_adversarial)."""
+    final_norm: bool | None = None
+    """preact_resnet18: a norm and an activation before the average (true, default), or none (false, as GradAlign)."""
     depth: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Depth of wide_resnet: 6 n + 4."""
     widen_factor: Annotated[int, Field(ge=1, le=1000)] | None = None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from base.errors import ConfigError
-from base.json_file import one_line
+from base.text import one_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's `mallopt`, numbered as in malloc.h."""

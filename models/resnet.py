@@ -167,18 +167,21 @@ class PreActResNet(BaseModel):
     """Pre-activation ResNet-18 in the layout that the literature on adversarial training uses (Rice, Wong, Kolter,
     arXiv:2002.11569): `conv1`, four stages, a last norm `bn` and activation, the average, `linear`.
 
-    Two networks of that literature have these keys and these shapes. They differ in what the 1x1 convolution of a shortcut
-    sees, and the weights of one mean nothing in the other:
+    Networks of that literature have these shapes and differ in what the 1x1 convolution of a shortcut sees, which no key of a
+    checkpoint tells. The weights of one mean nothing in the other:
 
     - "activated", `relu(bn(x))`: robust_overfitting (Rice et al., arXiv:2002.11569), AWP (Wu et al., arXiv:2004.05884),
       RobustBench's `PreActBlockV2`; also kuangliu's pytorch-cifar, where the layout comes from.
     - "raw", `x`: fast_adversarial (Wong et al., arXiv:2001.03994), GradAlign (Andriushchenko, Flammarion,
-      arXiv:2007.02617), RobustBench's `PreActBlock`, with which it lists Wong2020Fast.
+      arXiv:2007.02617), RobustBench's `PreActBlock`, to which its Wong2020Fast belongs.
+
+    GradAlign's network also ends without the last norm and activation: `final_norm=False`.
 
     Args:
         num_blocks: how many blocks each of the four stages has.
         num_classes: the number of logits.
         shortcut_input: "activated" or "raw".
+        final_norm: whether a norm and an activation stand before the average.
         layer_types: the arguments of `BaseModel`.
 
     Raises:
@@ -190,6 +193,7 @@ class PreActResNet(BaseModel):
         num_blocks: tuple[int, int, int, int],
         num_classes: int = 10,
         shortcut_input: str = "activated",
+        final_norm: bool = True,
         **layer_types: Any,
     ) -> None:
         super().__init__(**layer_types)
@@ -206,8 +210,8 @@ class PreActResNet(BaseModel):
                 layers.append(PreActBlock(in_planes, planes, stride, *layer_types, shortcut_input))
                 in_planes = planes
             self.add_module(f"layer{stage}", nn.Sequential(*layers))
-        self.bn = self.norm_layer(in_planes)
-        self.relu = self.activation_layer(in_planes)
+        self.bn = self.norm_layer(in_planes) if final_norm else nn.Identity()
+        self.relu = self.activation_layer(in_planes) if final_norm else nn.Identity()
         self.linear = self.linear_layer(in_planes, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Wide ResNet. Sergey Zagoruyko, Nikos Komodakis: "Wide Residual Networks", BMVC 2016, arXiv:1605.07146."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,9 @@ class WideResNet(BaseModel):
     Raises:
         ConfigError: `depth` or `dropout` is impossible, or a layer type is unknown.
     """
+
+    unused_modules: ClassVar = {"sub_block1": "block1"}
+    """TRADES' code registers a second first stage that its forward pass never calls; its checkpoints hold it."""
 
     def __init__(
         self, depth: int = 28, widen_factor: int = 10, num_classes: int = 10, dropout: float = 0.0, **layer_types: Any

@@ -115,6 +115,15 @@ def test_the_shortcuts_convolution_sees_what_it_is_told(shortcut_input):
     assert default.layer3[0].shortcut_input == "activated"
 
 
+def test_a_preactivation_network_may_end_without_a_norm():
+    torch.manual_seed(0)
+    model = build_model({"type": "preact_resnet18", "args": {"num_classes": 4, "final_norm": False}}).eval()
+    inputs = torch.randn(2, 3, 16, 16)
+    features = model.layer4(model.layer3(model.layer2(model.layer1(model.conv1(inputs)))))
+    torch.testing.assert_close(model(inputs), model.linear(features.mean(dim=(2, 3))))
+    assert not [key for key in model.state_dict() if key.startswith("bn.")]
+
+
 def test_onis_rule_reaches_the_layers():
     with torch.device("meta"):
         model = build_model({"type": "resnet18", "args": {"conv_layer_type": "oni_conv", "oni_rule": "original"}})

@@ -1,0 +1,117 @@
+"""What a file that is no checkpoint is, in one line that never advises to read it unsafely."""
+
+import argparse
+import collections
+import gzip
+import json
+import pickle
+import tarfile
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from base.checkpoint import load_checkpoint
+from base.errors import CheckpointError
+
+WEIGHTS = {"fc.weight": torch.arange(600.0).reshape(3, 200), "fc.bias": torch.zeros(3)}
+
+
+def bytes_of(contents):
+    return lambda path: path.write_bytes(contents)
+
+
+def saved(contents, **options):
+    return lambda path: torch.save(contents, path, **options)
+
+
+def cut(share, **options):
+    def write(path):
+        torch.save({"state_dict": WEIGHTS}, path, **options)
+        contents = path.read_bytes()
+        path.write_bytes(contents[: int(share * len(contents))])
+
+    return write
+
+
+def zipped(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/notes.txt", "x")
+
+
+def tarred(path):
+    with tarfile.open(path, "w") as archive:
+        archive.add(__file__, "weights")
+
+
+def scripted(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, but such files exist
+        torch.jit.save(torch.jit.script(nn.Linear(3, 2)), path)
+
+
+def array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+HEADER = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+CASES = {
+    "empty": (bytes_of(b""), "it is empty"),
+    "zeros": (bytes_of(b"\0" * 3_000_000), "it holds nothing but zero bytes"),
+    "text": (bytes_of(b"lr: 0.1\nepochs: 3\n"), "it is a text file that begins with 'lr: 0.1'"),
+    "text with controls": (bytes_of("größe\n\x0c".encode() * 900), "it is a text file that begins with 'größe'"),
+    "html": (bytes_of(b"\r\n <!doctype HTML><html>"), "it is an HTML page"),
+    "pointer": (bytes_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "`git lfs pull`"),
+    "gzip": (bytes_of(gzip.compress(b"x")), "it is a gzip archive; unpack it"),
+    "tar": (tarred, "it is a tar archive; unpack it"),
+    "zip": (zipped, "it is a zip archive that torch.save has not written (it holds model/notes.txt)"),
+    "array": (array, "it is a NumPy array"),
+    "safetensors": (bytes_of(len(HEADER).to_bytes(8, "little") + HEADER + b"\0" * 4), "it is a safetensors file"),
+    "script": (scripted, "it is a TorchScript archive"),
+    "noise": (bytes_of(np.random.default_rng(0).bytes(5000)), "it is damaged, or torch.save has not written it"),
+    "truncated": (cut(0.6), "is damaged: its end is missing"),
+    "truncated, old format": (cut(0.6, _use_new_zipfile_serialization=False), "it is damaged, or torch.save has not"),
+    "cut in a name": (cut(0.05, _use_new_zipfile_serialization=False), "it is damaged, or torch.save has not"),
+    "class": (saved({"state_dict": WEIGHTS, "log": collections.UserDict()}), "it holds objects of collections.UserDict;"),
+    "number of numpy": (saved({"state_dict": WEIGHTS, "acc": np.float64(0.5)}), "multiarray.scalar, numpy.dtype; only"),
+    "model": (saved(nn.Linear(3, 2)), "it holds objects of torch.nn.modules.linear.Linear;"),
+    "plain pickle": (bytes_of(pickle.dumps(collections.UserDict(), protocol=2)), "it holds objects of collections.UserDict;"),
+    "protocol": (saved(WEIGHTS, pickle_protocol=4), "it was written with pickle protocol 4"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_says_what_it_is(name, tmp_path):
+    write, expected = CASES[name]
+    path = tmp_path / "weights.pth"
+    write(path)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: is ")
+    assert expected in message
+    assert message.isprintable()
+    assert "False" not in message
+    assert "\x1b" not in message
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_the_way_out_for_a_namespace_works_and_stays_safe(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    contents = {"state_dict": WEIGHTS, "args": argparse.Namespace(lr=0.1)}
+    torch.save(contents, "FILE", **options)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint("FILE")
+    message = str(caught.value)
+    assert "argparse.Namespace" in message
+    assert "weights_only=True" in message
+    assert "weights_only=False" not in message
+    with_block = message.split("`")[1]
+    then = message.split("then ")[1].split(" or ")[0]
+    # the advice is what is tested
+    exec(f"{with_block}\n{then}", {"torch": torch, "argparse": argparse})  # noqa: S102
+    assert torch.equal(load_checkpoint("weights.pth")["state_dict"]["fc.weight"], WEIGHTS["fc.weight"])
