@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from base.errors import ConfigError
 from base.registry import did_you_mean
 from base.resuming import WHERE_AND_HOW
-from reports.runs import Run
+from reports.runs import Run, only_finished
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,17 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
     groups = [_group(members, keys) for members in together.values()]
     places = [list(dict.fromkeys(as_text(group.values[index]) for group in groups)) for index in range(len(keys))]
     return sorted(groups, key=lambda group: [_place(*each) for each in zip(group.values, places, strict=True)])
+
+
+def finished_groups(groups: Sequence[Group]) -> list[Group]:
+    """The groups with their finished runs only, and without those that have none; a warning names each run that is left out.
+
+    Raises:
+        ConfigError: no run is finished.
+    """
+    only_finished([run for group in groups for run in group.runs])
+    kept = [replace(group, runs=tuple(run for run in group.runs if run.result is not None)) for group in groups]
+    return [group for group in kept if group.runs]
 
 
 def differing_keys(first: Run, second: Run) -> list[str]:
