@@ -32,8 +32,8 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
 
     Returns:
         What `result.json` holds: values of the best model by their names (`test_top1`, `test_robust_top1`), those of the last
-        one with `last_` before them, those of averaged weights with `ema_`, and `PROVENANCE`. `best_since_epoch` is there only where the best
-        model of the epochs before that was lost.
+        one with `last_` before them, those of averaged weights with `ema_`, and `PROVENANCE`. `best_since_epoch` is there only
+        where the best model of the epochs before that was lost.
     """
     config, progress, folder = trainer.config, trainer.progress, trainer.folder
     test = _Test(config, test_loader, test_loader.own_part(), trainer.autocast)

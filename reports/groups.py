@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 
 MOVED = ("data_loader.args.data_dir", "trainer.noise_file")
 MAY_DIFFER = ("seed", *WHERE_AND_HOW)
-"""Config keys in which runs that are averaged may differ: none of them changes results, but for the seed and for rounding. Where
-one of `MOVED` differs, labels are compared."""
+"""Config keys in which runs that are averaged may differ: none of them changes results, but for the seed
+and for rounding. Where one of `MOVED` differs, labels are compared."""
 
 
 @dataclass(frozen=True)

