@@ -11,6 +11,7 @@ import numpy as np
 from base.errors import ConfigError
 from base.registry import did_you_mean
 from base.resuming import WHERE_AND_HOW
+from base.run_folder import PROVENANCE
 from reports.runs import Run, only_finished
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,8 @@ MOVED = ("data_loader.args.data_dir", "trainer.noise_file")
 MAY_DIFFER = ("seed", *WHERE_AND_HOW)
 """Config keys in which runs that are averaged may differ: none of them changes results, but for the seed
 and for rounding. Where one of `MOVED` differs, labels are compared."""
+MAY_VARY = ("train_seconds", "images_per_second", *PROVENANCE)
+"""What two runs of one config and seed may have different values of in `result.json`."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,17 @@ def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
         other = by_seed.setdefault(run.seed, run)
         if other is run:
             continue
-        if run.result is None or (run.result, run.log) != (other.result, other.log):
+        if run.result is None or _numbers(run) != _numbers(other):
             raise ConfigError(f"seed: {run.seed} in both {other.folder} and {run.folder} of {name}; leave one out")
-        logger.warning("%s: a copy of the run in %s: counted once", run.folder, other.folder)
+        logger.warning("%s: has the numbers of the run in %s: counted once", run.folder, other.folder)
     _check_moved_data([*by_seed.values()])
     return Group(name, tuple(keys), values, tuple(by_seed[seed] for seed in sorted(by_seed)))
+
+
+def _numbers(run: Run) -> tuple[Any, ...]:
+    """Everything that a run measured, but for how long it took."""
+    result = {name: value for name, value in (run.result or {}).items() if name not in MAY_VARY}
+    return result, run.log
 
 
 def _check_moved_data(runs: Sequence[Run]) -> None:

@@ -1,6 +1,8 @@
 """Only seeds of one experiment come into one group."""
 
+import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -176,4 +178,8 @@ def test_a_copy_of_a_run_is_counted_once(make_run, tmp_path, caplog):
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     (group,) = group_runs(find_runs([tmp_path]), [])
     assert [run.folder.name for run in group.runs] == ["a"]
-    assert "copy: a copy of the run in " in caplog.text
+    assert "copy: has the numbers of the run in " in caplog.text
+    for result, fails in (({"test_top1": 0.5, "train_seconds": 9.0}, False), ({"test_top1": 0.6}, True)):
+        (tmp_path / "copy" / "result.json").write_text(json.dumps(result))
+        with pytest.raises(ConfigError, match="^seed: 0 in both ") if fails else nullcontext():
+            group_runs(find_runs([tmp_path]), [])
