@@ -9,6 +9,7 @@ from pathlib import Path
 
 from base.command_line import Parser, run_script, set_overrides
 from base.errors import ConfigError, ProjectError
+from base.text import say
 from studies.grid import describe, plan, record
 from studies.launchers import LAUNCHERS, as_typed, launcher
 from studies.work import Study
@@ -38,19 +39,19 @@ def main() -> None:
     grid, names, overrides = arguments.grid, arguments.config, set_overrides(arguments.set)
     runs = plan(grid, names, arguments.seed, arguments.save_dir, overrides)
     if arguments.list:
-        print(*describe(runs), sep="\n")
+        say(*describe(runs))
         return
     if arguments.all == bool(arguments.config):
         raise ConfigError("one of --config NAME ... and --all is required (--list shows the names)")
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs: expected at least 1, not {arguments.jobs}")
     if arguments.dry_run:
-        print(*map(as_typed, runs), sep="\n")
+        say(*map(as_typed, runs))
         return
     start = launcher(arguments.launcher, runs[0].folder.parent / "jobs", arguments.parameter)
     record(runs)
     failures = Study(runs, start, arguments.jobs).work()
-    print(f"{len(runs) - len(failures)} of {len(runs)} runs are finished, in {runs[0].folder.parent}")
+    say(f"{len(runs) - len(failures)} of {len(runs)} runs are finished, in {runs[0].folder.parent}")
     if failures:
         raise ProjectError("failed: " + "; ".join(f"{run.name} ({reason})" for run, reason in failures.items()))
 

@@ -1,6 +1,5 @@
 """Robust accuracy of a model on a loader, with a verdict for every image."""
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -21,6 +20,7 @@ from attacks.losses import wrongness
 from attacks.worst_points import DONE
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
+from base.output import writing
 from base.ranks import quiet
 from base.runtime import torch_generator
 
@@ -37,8 +37,6 @@ Z = 1.959964
 
 NONE = -1
 """Prediction of a model that answers NaN."""
-
-logger = logging.getLogger(__name__)
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -140,6 +138,9 @@ def attack_loader(
         partial: a file that the verdicts so far are kept in; if it is there, its images are not attacked again. The caller
             removes it, and gives it a name that stands for model, images, attack and seed.
         description: of the progress bar.
+
+    Raises:
+        ConfigError: `partial` cannot be written; what has been attacked before is kept in it.
     """
     parts, skip, search = [], 0, None
     known = known_verdicts(partial)
@@ -155,8 +156,10 @@ def attack_loader(
             search = folded(model, images[:ROWS])
         options = {"positions": positions, "seed": seed, "autocast": autocast, "search": search}
         parts.append(attack_batch(model, images, labels, attack, **options)[0])
-        if partial is not None and not _kept(Verdicts.joined(parts), partial):
-            partial = None
+        if partial is not None:
+            # a disk that is full now would not take the report, either
+            with writing(partial.parent), replacing(partial) as file:
+                np.savez(file, **Verdicts.joined(parts).arrays())
         if not bar.disable:
             so_far = Verdicts.joined(parts)
             bar.set_postfix_str(f"clean {so_far.accuracy('clean_top1'):.1%}, robust {so_far.accuracy('robust_top1'):.1%}")
@@ -260,17 +263,6 @@ def _verdicts(
 
 def _predicted(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1).where(~logits.isnan().any(dim=1), NONE)
-
-
-def _kept(verdicts: Verdicts, partial: Path) -> bool:
-    """Keep verdicts for an interruption; where that fails there is a warning, and the attack goes on without."""
-    try:
-        with replacing(partial) as file:
-            np.savez(file, **verdicts.arrays())
-    except OSError as error:
-        logger.warning("%s: %s: an interruption will cost what has been attacked", partial.parent, error.strerror)
-        return False
-    return True
 
 
 def known_verdicts(partial: Path | None) -> Verdicts | None:

@@ -81,8 +81,11 @@ def forgiving_streams() -> Iterator[StandardStreams]:
     try:
         yield streams
     finally:
-        for stream in mine:
-            stream.flush()
+        for stream, old in zip(mine, before, strict=True):
+            if old is None:
+                stream.close()
+            else:
+                stream.flush()
         sys.stdout, sys.stderr = before
 
 

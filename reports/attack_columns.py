@@ -33,7 +33,10 @@ def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
         fitting = [kind for kind in kinds if _fits(kind, name)]
         if not fitting:
             there = ", ".join(kinds) or "none"
-            raise ConfigError(f"--eval {name}: no run has such a report in eval/; there are: {there}{did_you_mean(name, kinds)}")
+            hint = did_you_mean(name, kinds)
+            raise ConfigError(
+                f"--eval {name}: no run has such a report in eval/; there are: {there}{hint}"
+            )
         chosen += fitting
     for kind in dict.fromkeys(chosen):
         _check_attacks(groups, kind)

@@ -9,9 +9,9 @@ from base.text import say
 from reports import tables
 from reports.attack_columns import attack_columns
 from reports.curves import against_figure, curves_figure
-from reports.groups import Group, group_runs
+from reports.groups import Group, finished_groups, group_runs
 from reports.panels import save_figure
-from reports.runs import LAST_EPOCH, find_runs, only_finished, refuse_unknown
+from reports.runs import LAST_EPOCH, find_runs, refuse_unknown
 
 NEEDED = {"out": ("metric",), "table": ("result", "last_epoch", "eval", "baseline"), "baseline": ("paired",)}
 """Arguments that others are of no use without."""
@@ -35,7 +35,7 @@ def write_reports(arguments: argparse.Namespace) -> None:
         by = ["variant"]
     keys = [*(one for one in by if one != key), *([key] if key else [])]
     groups = group_runs(runs, keys)
-    finished = group_runs(only_finished(runs), keys) if arguments.table or key else []
+    finished = finished_groups(groups) if arguments.table or key else []
     shown = finished if key else groups
     if arguments.out and key:
         figure = against_figure(finished, key, arguments.metric)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,17 @@ import numpy as np
 from base.errors import ConfigError
 from base.registry import did_you_mean
 from base.resuming import WHERE_AND_HOW
-from reports.runs import Run
+from base.run_folder import PROVENANCE
+from reports.runs import Run, only_finished
 
 logger = logging.getLogger(__name__)
 
 MOVED = ("data_loader.args.data_dir", "trainer.noise_file")
 MAY_DIFFER = ("seed", *WHERE_AND_HOW)
-"""Config keys in which runs that are averaged may differ: none of them changes results, but for the seed and for rounding. Where
-one of `MOVED` differs, labels are compared."""
+"""Config keys in which runs that are averaged may differ: none of them changes results, but for the seed
+and for rounding. Where one of `MOVED` differs, labels are compared."""
+MAY_VARY = ("train_seconds", "images_per_second", *PROVENANCE)
+"""What two runs of one config and seed may have different values of in `result.json`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,17 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
     return sorted(groups, key=lambda group: [_place(*each) for each in zip(group.values, places, strict=True)])
 
 
+def finished_groups(groups: Sequence[Group]) -> list[Group]:
+    """The groups with their finished runs only, and without those that have none; a warning names each run that is left out.
+
+    Raises:
+        ConfigError: no run is finished.
+    """
+    only_finished([run for group in groups for run in group.runs])
+    kept = [replace(group, runs=tuple(run for run in group.runs if run.result is not None)) for group in groups]
+    return [group for group in kept if group.runs]
+
+
 def differing_keys(first: Run, second: Run) -> list[str]:
     """Dotted config keys that matter for results and in which two runs differ."""
     keys = dict.fromkeys([*first.settings, *second.settings])
@@ -107,11 +121,17 @@ def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
         other = by_seed.setdefault(run.seed, run)
         if other is run:
             continue
-        if run.result is None or (run.result, run.log) != (other.result, other.log):
+        if run.result is None or _numbers(run) != _numbers(other):
             raise ConfigError(f"seed: {run.seed} in both {other.folder} and {run.folder} of {name}; leave one out")
-        logger.warning("%s: a copy of the run in %s: counted once", run.folder, other.folder)
+        logger.warning("%s: has the numbers of the run in %s: counted once", run.folder, other.folder)
     _check_moved_data([*by_seed.values()])
     return Group(name, tuple(keys), values, tuple(by_seed[seed] for seed in sorted(by_seed)))
+
+
+def _numbers(run: Run) -> tuple[Any, ...]:
+    """Everything that a run measured, but for how long it took."""
+    result = {name: value for name, value in (run.result or {}).items() if name not in MAY_VARY}
+    return result, run.log
 
 
 def _check_moved_data(runs: Sequence[Run]) -> None:

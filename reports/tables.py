@@ -354,8 +354,7 @@ def _note(table: Table, text: Callable[[str], str]) -> str:
         parts.append(f"`{REPORT}`: top-1 accuracy under attack in that report of `eval/`.")
     if table.baseline:
         test = "paired t test over common seeds" if table.paired else "Welch's t test"
-        baseline = text(" ".join(table.baseline.split()))
-        parts.append(f"p: {test} against {baseline}, two-sided, Holm-corrected over the table's rows.")
+        parts.append(f"p: {test} against {text(table.baseline)}, two-sided, Holm-corrected over the table's rows.")
     return " ".join(parts)
 
 

@@ -17,6 +17,7 @@ import torch
 from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
 from base.errors import ConfigError
+from base.text import one_line
 from studies.grid import Run
 from studies.progress import FINISHED, changed_places, look
 
@@ -41,7 +42,14 @@ def as_typed(run: Run) -> str:
     """The same as one would type it; a comment where the run is finished."""
     _, script, *words = command(run)
     finished = "# finished: " if look(run).state == FINISHED else ""
-    return finished + shlex.join(["python", Path(script).name, *words])
+    return finished + " ".join(map(_quoted, ["python", Path(script).name, *words]))
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell takes it; characters that a terminal does not show are escapes within `$'...'`."""
+    if word.isprintable():
+        return shlex.quote(word)
+    return "$'" + one_line(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
 class BusyError(ConfigError):

@@ -10,6 +10,7 @@ from base.checkpoint import LAST, has_checkpoint
 from base.config_files import Override, validate
 from base.errors import ConfigError, ProjectError
 from base.resuming import WHERE_AND_HOW, refuse_other_experiment
+from base.text import one_line
 from studies.grid import Run, as_word
 
 NEW, BROKEN, RUNNING, ELSEWHERE, FINISHED, FAILED = "new", "to resume", "running", "elsewhere", "finished", "failed"
@@ -74,6 +75,7 @@ def table(rows: Sequence[tuple[Run, Progress, float | None]]) -> str:
             "" if progress.best is None else f"{name} {progress.best:.2%}" if "top" in name else f"{name} {progress.best:.4g}"
         )
         cells.append((run.name, progress.state, epochs, best, "" if seconds_left is None else as_duration(seconds_left)))
+    cells = [tuple(map(one_line, line)) for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
 

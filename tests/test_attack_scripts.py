@@ -1,7 +1,10 @@
 """train_robust.py, validate_pgd.py and fgsm.py as a user runs them: in their own processes, from another folder."""
 
+import csv
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +126,7 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
 
 
 def bad_inputs(folder, tmp_path):
+    (tmp_path / "log.png").symlink_to(folder / "metrics.jsonl")
     checkpoint = torch.load(folder / "model_best.pth", weights_only=True)
     save_checkpoint(tmp_path / "other.pth", {**checkpoint, "state_dict": {"other.weight": torch.zeros(1)}})
     torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "bare.pth")
@@ -151,6 +155,12 @@ def bad_inputs(folder, tmp_path):
         "limit": (["-s", folder, "--limit", "0"], 2, "--limit: expected at least 1"),
         "figure format": (["-s", folder, "--limit", "2", "--figure", tmp_path / "a.bmp"], 2, "png, pdf"),
         "json folder": (["-s", folder, "--limit", "2", "--json", tmp_path], 2, "cannot be written: a folder"),
+        "json over the checkpoint": (["-s", folder, "--json", folder / "model_best.pth"], 2, "which is being read"),
+        "json over the run's config": (["-s", folder / "model_last.pth", "--json", folder / "config.json"], 2, "being read"),
+        "figure over a log": (["-s", folder, "--figure", tmp_path / "log.png"], 2, "it is a file of the run in"),
+        "json and figure": (["-s", folder, "--json", tmp_path / "a.png", "--figure", tmp_path / "a.png"], 2, "--json is"),
+        "name": (["-s", folder, "--name", "../x"], 2, "--name ../x: expected the beginning of a file's name"),
+        "devices": (["-s", folder, "-d", "0,1"], 2, "-d 0,1: there is no such CUDA device"),
         "json under a file": (["-s", folder, "--json", tmp_path / "bare.pth" / "a.json"], 2, "cannot be written"),
         "nothing to examine": (["-s", folder, "--epsilon", "0", "--doctor"], 2, "--doctor: with an epsilon of 0"),
         "a setting it does not have": (
@@ -171,6 +181,105 @@ def test_bad_input_is_one_line_and_an_exit_code(robust_run, tmp_path):
         assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{name}: {done.stderr}"
         assert message in done.stderr, name
         assert sorted(path.name for path in folder.rglob("*")) == before, name
+
+
+def test_a_report_on_standard_output_is_alone_there(robust_run, tmp_path):
+    folder, _ = robust_run
+    before = sorted(path.name for path in folder.rglob("*"))
+    cases = {"-": ("fgsm.py", ["--limit", 10], "robust_top1"), "/dev/stdout": ("class_report.py", [], "confusion")}
+    for path, (name, words, word) in cases.items():
+        done = script(name, "-s", folder, *words, "--json", path, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert word in json.loads(done.stdout)
+        assert f"report {path}" in done.stderr
+    assert sorted(path.name for path in folder.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_gets_the_report_and_its_verdicts_beside_it(robust_run, tmp_path):
+    folder, _ = robust_run
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "latest.json").symlink_to("reports/first.json")
+    done = script("fgsm.py", "-s", folder, "--limit", 10, "--json", tmp_path / "latest.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "latest.json").is_symlink()
+    assert json.loads((tmp_path / "reports" / "first.json").read_text())["n"] == 10
+    assert len(np.load(tmp_path / "latest.verdicts.npz")["label"]) == 10
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("room", [200, 900])
+def test_a_full_disk_is_one_line_and_leaves_no_halves(robust_run, tmp_path, room):
+    folder, _ = robust_run
+    (tmp_path / "a.json").write_text("old")
+
+    def full():
+        # what is printed goes into a file in these tests
+        sys.stdout = sys.stderr
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, 1000))
+
+    done = script("fgsm.py", "-s", folder, "--limit", 10, "--json", "a.json", cwd=tmp_path, before=full)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "cannot be written: File too large" in done.stderr
+    assert (tmp_path / "a.json").read_text() == "old"
+    assert not list(tmp_path.glob("*.verdicts.npz"))
+    assert not list(tmp_path.glob("*.incomplete"))
+
+
+def test_a_full_device_costs_the_report_but_not_its_numbers(robust_run, tmp_path):
+    done = script("fgsm.py", "-s", robust_run[0], "--limit", 10, "--json", "/dev/full", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "/dev/full: cannot be written: No space left on device\n")
+    assert done.stdout.splitlines()[-1].startswith("FGSM, linf 8/255 on 10 images: clean ")
+
+
+def test_a_run_folder_that_may_only_be_read_asks_for_a_file(robust_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(robust_run[0], folder)
+    shutil.rmtree(folder / "eval")
+    # not even root can write there
+    (folder / "eval").symlink_to("/proc")
+    words = ["-s", folder, "--limit", 10]
+    done = script("fgsm.py", *words, cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"{folder / 'eval'}: may not be written (")
+    assert done.stderr.endswith("; name a file for the report with --json FILE\n")
+    done = script("fgsm.py", *words, "--json", "a.json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "a.json").read_text())["n"] == 10
+
+
+def test_the_originals_long_flags(robust_run, tmp_path):
+    words = ["--checkpoint_path", robust_run[0] / "model_best.pth", "--seed", 6, "--limit", 10]
+    done = script("fgsm.py", *words, "--result_dir", "saved", "--name", "mine", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "mine_fgsm_linf_8_n10_seed6.json", "mine_fgsm_linf_8_n10_seed6.verdicts.npz",
+    ]  # fmt: skip
+
+
+def test_attacks_on_runs_become_columns(robust_run, tmp_path):
+    """As the notebook of the original: PGD and FGSM on every seed of every method, then their means and spreads."""
+    for seed in (4, 9):
+        shutil.copytree(robust_run[0], tmp_path / "runs" / f"{seed}")
+        config = json.loads((tmp_path / "runs" / f"{seed}" / "config.json").read_text())
+        (tmp_path / "runs" / f"{seed}" / "config.json").write_text(json.dumps(config | {"seed": seed}))
+        for name, steps in (("validate_pgd.py", ["--steps", 3]), ("fgsm.py", [])):
+            done = script(name, "-s", tmp_path / "runs" / f"{seed}", "--seed", seed, *steps, "--limit", 20, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+    words = ["--eval", "pgd-3", "fgsm", "--last-epoch", "val_top1", "top1", "--table", "a.csv"]
+    done = script("plot_training_logs.py", "runs", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    reports = [
+        json.loads((tmp_path / "runs" / f"{seed}" / "eval" / f"fgsm_linf_8_n20_seed{seed}.json").read_text()) for seed in (4, 9)
+    ]
+    mean = sum(report["robust_top1"] for report in reports) / 2
+    assert float(row["eval.fgsm_linf_8_n20.robust_top1_mean"]) == pytest.approx(mean)
+    assert row["eval.pgd-3_linf_8_step_2_1_start_n20.robust_top1_n"] == "2"
+    last = json.loads((tmp_path / "runs" / "4" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert float(row["last_epoch.top1_mean"]) == last["top1"]
+    assert float(row["last_epoch.val_top1_mean"]) == last["val_top1"]
 
 
 def test_scripts_send_each_other_the_configs_they_do_not_train(tmp_path):

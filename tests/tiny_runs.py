@@ -110,8 +110,9 @@ def exit_code(process):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def script(name, *words, cwd):
-    """Run a script with these words in a process of its own, forked: as a user does, but for the imports, which are done."""
+def script(name, *words, cwd, before=None):
+    """Run a script with these words in a process of its own, forked: as a user does, but for the imports, which are done.
+    `before` is called in it first."""
     streams = {1: Path(cwd).parent / f"{os.getpid()}.out", 2: Path(cwd).parent / f"{os.getpid()}.err"}
 
     def become():
@@ -120,6 +121,8 @@ def script(name, *words, cwd):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in streams)
         sys.argv = [str(ROOT / name), *map(str, words)]
+        if before:
+            before()
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         finally:

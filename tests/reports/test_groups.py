@@ -1,5 +1,11 @@
 """Only seeds of one experiment come into one group."""
 
+import json
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from base.config_files import merge
@@ -114,3 +120,66 @@ def test_runs_of_a_study_are_grouped_by_its_labels_in_its_order(make_run, tmp_pa
         group_runs(runs, ["trainer.epochs"])
     (tmp_path / "study.json").write_text("{")
     assert [run.labels for run in find_runs([tmp_path])] == [{}, {}], "pictures do not need it"
+
+
+def labels(folder, clean, given=None):
+    """Write labels.npz: training images from 0 on, the last two of them for validation."""
+    given = clean if given is None else given
+    arrays = {"index": np.arange(len(clean)), "label": np.array(given), "clean_label": np.array(clean)}
+    parts = {"train": slice(0, -2), "val": slice(-2, None)}
+    split = {f"{part}_{name}": arrays[name][where] for part, where in parts.items() for name in arrays}
+    np.savez(folder / "labels.npz", **split)
+
+
+def moved(make_run, tmp_path, other, **trainer):
+    """Two seeds of one study, the second with its data elsewhere and with the labels `other`."""
+    counts = {"n_train": 3, "n_val": 2, "n_test": 4}
+    for seed, (place, clean, given) in enumerate([("a", [0, 1, 2, 0, 1], [0, 1, 1, 0, 1]), ("b", *other)]):
+        settings = {key: f"{place}/{value}" for key, value in trainer.items()}
+        loader = {"args": {"data_dir": place}}
+        folder = make_run(place, VALUES, {**counts, "n_test": 4}, seed=seed, data_loader=loader, trainer=settings)
+        labels(folder, clean, given)
+    return find_runs([tmp_path])
+
+
+def test_a_study_whose_data_moved_is_averaged_with_one_warning(make_run, tmp_path, caplog):
+    runs = moved(make_run, tmp_path, ([0, 1, 2, 0, 1], [0, 0, 2, 0, 1]))
+    (group,) = group_runs(runs, [])
+    assert [run.seed for run in group.runs] == [0, 1], "symmetric noise of two seeds differs"
+    assert caplog.text.count("data_loader.args.data_dir: a in ") == 1
+    assert "b in " in caplog.text
+    assert "taken for one data set that has moved" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "trainer"),
+    [
+        ("data_loader.args.data_dir", ([0, 1, 2, 0, 2], [0, 1, 1, 0, 2]), {}),
+        ("trainer.noise_file", ([0, 1, 2, 0, 1], [0, 1, 2, 0, 1]), {"noise_file": "noise.npy"}),
+    ],
+)
+def test_other_labels_in_another_place_are_not_averaged(make_run, tmp_path, key, other, trainer):
+    runs = moved(make_run, tmp_path, other, **trainer)
+    if trainer:
+        runs = [replace(run, settings={**run.settings, "data_loader.args.data_dir": "a"}) for run in runs]
+    with pytest.raises(ConfigError, match=rf"^{key}: a.* in .*a, but b.* in .*b: not the same labels in the two places"):
+        group_runs(runs, [])
+
+
+def test_other_test_images_in_another_place_are_not_averaged(make_run, tmp_path):
+    runs = moved(make_run, tmp_path, ([0, 1, 2, 0, 1], None))
+    runs[1] = replace(runs[1], result={**runs[1].result, "n_test": 5})
+    with pytest.raises(ConfigError, match="not the same labels in the two places"):
+        group_runs(runs, [])
+
+
+def test_a_copy_of_a_run_is_counted_once(make_run, tmp_path, caplog):
+    make_run("a", VALUES, {"test_top1": 0.5, "train_seconds": 3.25})
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    (group,) = group_runs(find_runs([tmp_path]), [])
+    assert [run.folder.name for run in group.runs] == ["a"]
+    assert "copy: has the numbers of the run in " in caplog.text
+    for result, fails in (({"test_top1": 0.5, "train_seconds": 9.0}, False), ({"test_top1": 0.6}, True)):
+        (tmp_path / "copy" / "result.json").write_text(json.dumps(result))
+        with pytest.raises(ConfigError, match="^seed: 0 in both ") if fails else nullcontext():
+            group_runs(find_runs([tmp_path]), [])

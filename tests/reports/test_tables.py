@@ -244,3 +244,34 @@ def test_results_without_accuracies_are_named(make_run, tmp_path):
     make_run("a", {"val_top1": [0.5]}, {"parameters": 5})
     with pytest.raises(ConfigError, match=r"^--result: the runs have none of test_top1, .*; name others of: parameters$"):
         compare(group_runs(find_runs([tmp_path]), []))
+
+
+@pytest.mark.parametrize("suffix", ["md", "tex", "csv"])
+def test_foreign_text_breaks_no_table(make_run, tmp_path, suffix):
+    names = {"a": "=1+1\n\x1b[2J", "b": "@x\u202e|y\r\n% z", "c": "-[link](to)"}
+    for folder, name in names.items():
+        results = {seed: {"test_top1": 0.1 * seed + 0.5, "+top1": 0.5} for seed in range(2)}
+        make(make_run, folder, results, trainer={"label_dir": name})
+    groups = group_runs(find_runs([tmp_path]), ["trainer.label_dir"])
+    path = tmp_path / f"table.{suffix}"
+    write_table(path, compare(groups, ["test_top1", "+top1"], baseline="=1+1\n\x1b[2J"))
+    text = path.read_bytes().decode()
+    assert all(character.isprintable() or character == "\n" for character in text)
+    lines = text.splitlines()
+    if suffix == "csv":
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))
+        assert [row[0] for row in rows] == ["runs", r"'=1+1\n\x1b[2J", r"'@x\u202e|y\r\n% z", "'-[link](to)"]
+        assert rows[0][6] == "'+top1_mean"
+        assert [float(row[2]) for row in rows[1:]] == pytest.approx([0.55] * 3)
+    else:
+        assert len(lines) == {"md": 7, "tex": 11}[suffix]
+    if suffix == "md":
+        assert r"\[link\](to)" in lines[4]
+        assert r"against =1+1\\n\\x1b\[2J, two-sided" in lines[-1]
+
+
+def test_a_negative_number_stays_a_number(make_run, tmp_path):
+    make(make_run, "a", {seed: {"test_loss": -0.5} for seed in range(2)})
+    write_table(tmp_path / "table.csv", compare(group_runs(find_runs([tmp_path]), [KEY]), ["test_loss"]))
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "bn,2,-0.5,0.0,2"

@@ -1,0 +1,65 @@
+"""Names that others have chosen reach pictures and printed tables as one line without control characters."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from attacks.figures import draw_epsilon_curve, draw_examples
+from base.output import save_figure
+from reports.class_scores import class_scores
+from reports.class_table import class_table
+from reports.confusion_figure import draw_confusion
+from reports.curves import curves_figure
+from reports.groups import group_runs
+from reports.runs import find_runs
+from reports.spectrum_figure import draw_spectrum
+from reports.spectrum_table import spectrum_table
+
+HOSTILE = "a\x00\x1b[2J\n\u202eb\udcff"
+SHOWN = r"a\x00\x1b[2J\n\u202eb\udcff"
+LAYER = {
+    "name": HOSTILE, "input_shape": (1, 2, 2), "norm": 1.0, "residual": 0.0, "converged": True, "mean_square": 1.0,
+    "orthogonality_error": 0.1, "spread": 0.1, "batch_norm_scale": None,
+}  # fmt: skip
+
+
+def texts(path):
+    """All texts of a picture whose letters are texts, which is read as XML."""
+    return ["".join(element.itertext()) for element in ElementTree.parse(path).iter() if element.tag.endswith("text")]  # noqa: S314
+
+
+@pytest.fixture(autouse=True)
+def _letters_as_texts(monkeypatch):
+    from matplotlib import rcParams
+
+    monkeypatch.setitem(rcParams, "svg.fonttype", "none")
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_pictures(tmp_path, make_run):
+    images = torch.rand(2, 3, 8, 8)
+    names = (HOSTILE, "dog")
+    draw_confusion(tmp_path / "confusion.svg", [[3, 1], [0, 4]], names, HOSTILE)
+    draw_spectrum(tmp_path / "spectrum.svg", [LAYER], HOSTILE)
+    draw_examples(tmp_path / "examples.svg", images, images, [0, 1], [1, 0], [0, 1], names, HOSTILE)
+    draw_epsilon_curve(tmp_path / "epsilon.svg", [(0.0, 0.9), (0.1, 0.2)], "l2", 0.9, 0.1, 0.1, HOSTILE)
+    make_run("a", {HOSTILE[:-1]: [0.5, 0.6]}, trainer={"label_dir": "b\x1b\nc"})
+    groups = group_runs(find_runs([tmp_path]), ["trainer.label_dir"])
+    save_figure(curves_figure(groups, [HOSTILE[:-1]]), tmp_path / "curves.svg")
+    for name in ("confusion", "spectrum", "epsilon"):
+        assert SHOWN in texts(tmp_path / f"{name}.svg"), name
+    assert texts(tmp_path / "confusion.svg").count(SHOWN) == 3
+    assert f"✓ {SHOWN[:14]}…" in texts(tmp_path / "examples.svg")
+    shown = texts(tmp_path / "curves.svg")
+    assert SHOWN.removesuffix(r"\udcff") in shown
+    assert r"b\x1b\nc  (n = 1)" in shown
+
+
+def test_printed_tables():
+    labels = torch.tensor([0, 0, 1]).numpy()
+    table = class_table(class_scores(labels, 1 - labels, [HOSTILE, "dog"]))
+    assert len(table.splitlines()) == 5
+    for text in (table, spectrum_table([LAYER])):
+        assert SHOWN in text
+        assert all(character.isprintable() or character == "\n" for character in text)
