@@ -167,13 +167,17 @@ def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace)
     return source / "eval" / ("_".join([file_stem(describe_attack(attack)), *extra]) + ".json")
 
 
-def _partial(target: Path, evaluation: Evaluation, attack: Attack, arguments: argparse.Namespace) -> Path:
+def _partial(
+    target: Path, evaluation: Evaluation, attack: Attack, arguments: argparse.Namespace
+) -> Path:
     """Where verdicts are kept until the report is written: a name that stands for all that they depend on."""
     digest, model, loader = hashlib.sha256(), evaluation.model, evaluation.loader
     images, _ = next(iter(loader))
-    for value in (*model.state_dict().values(), model.mean, model.std, loader.positions, loader.labels, images):
+    tensors = [*model.state_dict().values(), model.mean, model.std]
+    for value in (*tensors, loader.positions, loader.labels, images):
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    settings = (evaluation.config.dump(), describe_attack(attack), arguments.seed, arguments.batch_size)
+    settings = [evaluation.config.dump(), describe_attack(attack)]
+    settings += [arguments.seed, arguments.batch_size]
     digest.update(json.dumps([*settings, rank(), world_size()], sort_keys=True).encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")

@@ -57,7 +57,9 @@ def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Ove
     """
     file, checkpoint, problem = from_first(lambda: load_to_resume(path))
     if "config" not in checkpoint:
-        raise CheckpointError(f"{file}: holds no config of this project: it can be evaluated, not resumed")
+        raise CheckpointError(
+            f"{file}: holds no config of this project: it can be evaluated, not resumed"
+        )
     tree = merge(checkpoint["config"], read_tree(config_file) if config_file else {})
     config = validate(override(tree, overrides), config_file or str(file))
     before = validate(checkpoint["config"], str(file)).dump()  # with the defaults of keys that are newer than it
