@@ -27,20 +27,24 @@ from data_loader import DATA_LOADERS
 from data_loader.splits import some_of_every_class
 
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-"""CIFAR-10's, which the original ConvNorm's attack scripts normalise by, whatever the data set; its checkpoints hold none."""
+"""CIFAR-10's, which the original ConvNorm's attack scripts normalise by, whatever the data set; its
+checkpoints hold none."""
 
 TOLD_BY_NO_KEY = {
     "oni_rule": (
         "oni_conv", "paper", "original",
-        "as the original ConvNorm's code has it; --set arch.args.oni_rule=paper if this project trained it",
+        "as the original ConvNorm's code has it;"
+        " --set arch.args.oni_rule=paper if this project trained it",
     ),
     "shortcut_input": (
         "preact_resnet18", "activated", "activated",
-        "as robust_overfitting and AWP have it; --set arch.args.shortcut_input=raw for fast_adversarial and GradAlign",
+        "as robust_overfitting and AWP have it;"
+        " --set arch.args.shortcut_input=raw for fast_adversarial and GradAlign",
     ),
 }  # fmt: skip
-"""Arguments of `arch.args` that make another network of the same weights: the type that has the argument, its value in a
-checkpoint of this project that is silent, its value in another code's file, and why."""
+"""Arguments of `arch.args` that make another network of the same weights: the type that has the
+argument, its value in a checkpoint of this project that is silent, its value in another code's
+file, and why."""
 
 EVALUATED = ("name", "seed", "n_gpu", "num_classes", "arch", "data_loader", "adversarial", "pgd_attack", "system")
 """The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
@@ -56,7 +60,8 @@ class Evaluation:
         device: where model and images are.
         loader: the test images, or the part of them that was asked for.
         model: with the checkpoint's weights, in evaluation mode.
-        assumed: what was taken for what where the checkpoint does not say it: what about -> a sentence, for reports.
+        assumed: what was taken for what where the checkpoint does not say it: what about -> a
+            sentence, for reports.
     """
 
     file: Path
@@ -79,7 +84,8 @@ class Evaluation:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What every report says of its model: the file, what the pixels are normalised by, and what was assumed."""
+        """What every report says of its model: the file, what the pixels are normalised by, and
+        what was assumed."""
         return {
             "checkpoint": str(self.file),
             "normalization": {"mean": _plain(self.model.mean), "std": _plain(self.model.std)},
@@ -110,7 +116,8 @@ def evaluation_parser(
     parser.add_argument("-c", "--config", type=path_word, help="config file; not needed where the checkpoint holds its own")
     parser.add_argument("-d", "--device", metavar="INDEX", help="CUDA device to use, such as 0; with torchrun several")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights")
-    parser.add_argument("--weights", metavar="NAME", help="which weights, where another code's file holds several sets")
+    several = "which weights, where another code's file holds several sets"
+    parser.add_argument("--weights", metavar="NAME", help=several)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"{json}; - is standard output")
     parser.add_argument("--figure", type=Path, metavar="FILE", help=f"{figure} (png, pdf or svg)")
@@ -141,8 +148,8 @@ def load_evaluation(
     """Config, test images and model of the checkpoint that an `evaluation_parser`'s arguments name.
 
     The config is that of `-c`, or else the checkpoint's own, with `--set` and then `overrides`. The checkpoint's mean and std
-    are taken where it has them. What neither says is assumed, printed and kept in `Evaluation.assumed`. Determinism and number
-    of threads are set as the config says.
+    are taken where it has them. What neither says is assumed, printed and kept in
+    `Evaluation.assumed`. Determinism and number of threads are set as the config says.
 
     Args:
         arguments: parsed.
@@ -205,13 +212,14 @@ def _config(checkpoint: Mapping[str, Any], file: Path, config_file: str | None, 
         tree = merge(tree, {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}})
     config = validate(override(tree, overrides), source)
     kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
-    trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv, "monitor": "off"}
-    return validate({**kept, "trainer": trainer}, source)
+    trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv}
+    return validate({**kept, "trainer": {**trainer, "monitor": "off"}}, source)
 
 
 def _with_untold(config: Config, checkpoint: Mapping[str, Any]) -> tuple[Config, dict[str, str]]:
-    """The config with the values of `TOLD_BY_NO_KEY` that it leaves open, and a sentence about each that is assumed: the
-    checkpoint's own config tells them, or else whether it is this project's."""
+    """The config with the values of `TOLD_BY_NO_KEY` that it leaves open, and a sentence about each
+    that is assumed: the checkpoint's own config tells them, or else whether it is this
+    project's."""
     args, assumed = config.arch.args, {}
     saved = checkpoint.get("config", {}).get("arch", {}).get("args", {})
     for name, (owner, own, foreign, why) in TOLD_BY_NO_KEY.items():
@@ -222,11 +230,15 @@ def _with_untold(config: Config, checkpoint: Mapping[str, Any]) -> tuple[Config,
             value = foreign
             assumed[f"arch.args.{name}"] = f"{value}, {why}"
         args = args.model_copy(update={name: value})
-    return config.model_copy(update={"arch": config.arch.model_copy(update={"args": args})}), assumed
+    arch = config.arch.model_copy(update={"args": args})
+    return config.model_copy(update={"arch": arch}), assumed
 
 
-def _test_images(config: Config, checkpoint: Mapping[str, Any], device: torch.device) -> tuple[BaseDataLoader, dict[str, str]]:
-    """The test images, with the mean and std of the model, and a sentence about those where they are assumed."""
+def _test_images(
+    config: Config, checkpoint: Mapping[str, Any], device: torch.device
+) -> tuple[BaseDataLoader, dict[str, str]]:
+    """The test images, with the mean and std of the model, and a sentence about those where they
+    are assumed."""
     args = config.data_loader.args.model_dump(exclude_none=True) | {"validation_split": 0.0, "num_batches": 0}
     make, assumed = DATA_LOADERS[config.data_loader.type], {}
     if "mean" in checkpoint:
@@ -244,12 +256,16 @@ def _test_images(config: Config, checkpoint: Mapping[str, Any], device: torch.de
     return loader, assumed
 
 
-def _untold_normalization(make: Any, config: Config, checkpoint: Mapping[str, Any]) -> tuple[dict[str, tuple[float, ...]], str]:
-    """Mean and std for a file that holds none, under a config that leaves them open, and a sentence about them.
+def _untold_normalization(
+    make: Any, config: Config, checkpoint: Mapping[str, Any]
+) -> tuple[dict[str, tuple[float, ...]], str]:
+    """Mean and std for a file that holds none, under a config that leaves them open, and a sentence
+    about them.
 
-    They are those of the data set, as in the original's standard training, and CIFAR-10's for a data set without published
-    ones. The original's adversarial training normalises by CIFAR-10's whatever the data set, and on CIFAR-100 does so a second
-    time, after its loader has normalised by CIFAR-100's and a clamp to [0, 1].
+    They are those of the data set, as in the original's standard training, and CIFAR-10's for a
+    data set without published ones. The original's adversarial training normalises by CIFAR-10's
+    whatever the data set, and on CIFAR-100 does so a second time, after its loader has normalised
+    by CIFAR-100's and a clamp to [0, 1].
     """
     original = "monitor_best" in checkpoint
     mean, std = getattr(make, "default_mean", None), getattr(make, "default_std", None)
@@ -263,7 +279,8 @@ def _untold_normalization(make: Any, config: Config, checkpoint: Mapping[str, An
     if original:
         sentence += f", as the original's {follows}"
     if twice and config.data_loader.type == "CIFAR100DataLoader":
-        sentence += "; its adversarial training on CIFAR-100 normalises twice, which no mean and std can stand for"
+        sentence += "; its adversarial training on CIFAR-100 normalises twice, which no mean and"
+        sentence += " std can stand for"
     choice = "--set data_loader.args.mean=[R,G,B] --set data_loader.args.std=[R,G,B]"
     return {"mean": mean, "std": std}, f"{sentence}; {choice} for others"
 

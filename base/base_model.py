@@ -26,8 +26,9 @@ class BaseModel(nn.Module, ABC):
         conv_layer_type: a name in `base.registry.CONV_LAYERS`.
         linear_layer_type: a name in `base.registry.LINEAR_LAYERS`.
         activation_layer_type: a name in `base.registry.ACTIVATION_LAYERS`.
-        oni_rule: of "oni_conv", where a layer has more output channels than inputs: "paper" (the default) or "original",
-            as checkpoints of the original ConvNorm need it; see `models.layers.oni`.
+        oni_rule: of "oni_conv", where a layer has more output channels than inputs: "paper" (the
+            default) or "original", as checkpoints of the original ConvNorm need it; see
+            `models.layers.oni`.
         norm_groups: groups of a group normalisation; other norms ignore it.
         mean: per-channel mean of the data set's pixels, in `[0, 1]`; None for 0.
         std: per-channel standard deviation of the data set's pixels, in `[0, 1]`; None for 1.
@@ -55,7 +56,9 @@ class BaseModel(nn.Module, ABC):
         self.conv_layer = lookup(CONV_LAYERS, conv_layer_type, "arch.args.conv_layer_type")
         if oni_rule is not None:
             if conv_layer_type != "oni_conv":
-                raise ConfigError(f"arch.args.oni_rule: only oni_conv takes it, not {conv_layer_type}")
+                raise ConfigError(
+                    f"arch.args.oni_rule: only oni_conv takes it, not {conv_layer_type}"
+                )
             self.conv_layer = partial(self.conv_layer, rule=oni_rule)
         self.norm_layer = partial(lookup(NORM_LAYERS, norm_layer_type, "arch.args.norm_layer_type"), norm_groups=norm_groups)
         self.linear_layer = lookup(LINEAR_LAYERS, linear_layer_type, "arch.args.linear_layer_type")

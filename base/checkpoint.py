@@ -1,13 +1,13 @@
 """Save and load checkpoints: the only code that touches checkpoint files.
 
 A checkpoint holds tensors and plain Python values only and is always read with `weights_only=True`, so reading one runs no
-code of it. Files of other codes, the original ConvNorm's (`arch, epoch, state_dict, optimizer, monitor_best`) among them, are
-read the same way; they hold enough for evaluation, not for resuming.
+code of it. Files of other codes, the original ConvNorm's (`arch, epoch, state_dict, optimizer,
+monitor_best`) among them, are read the same way; they hold enough for evaluation, not for resuming.
 """
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from base.atomic import link_or_copy, replacing
 from base.checkpoint_schema import check_readable, without_unreadable
 from base.errors import CheckpointError
-from base.foreign_weights import explain_rest, find_prefix, find_weights, first_keys, normalization_beside
+from base.foreign_weights import (
+    below,
+    explain_rest,
+    find_prefix,
+    find_weights,
+    first_keys,
+    normalization_beside,
+)
 from base.seal import check_seal, seal
 from base.text import one_line
 from base.unreadable import explain
@@ -146,16 +153,17 @@ def load_to_resume(path: str | Path) -> tuple[Path, dict[str, Any], str | None]:
 def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, Any]:
     """The contents of a checkpoint file, or of a run folder's best model, with all tensors on the CPU.
 
-    A file that another code has written has its weights under "state_dict", too, wherever they lie in it (see
-    `base.foreign_weights`), and under "assumed" what was taken for what: what about -> a sentence.
+    A file that another code has written has its weights under "state_dict", too, wherever they lie
+    in it (see `base.foreign_weights`), and under "assumed" what was taken for what: what about -> a
+    sentence.
 
     Args:
         path: the file or folder.
         weights: which of several sets of weights in another code's file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, no checkpoint, or of a newer schema version; or it holds several sets
-            of weights, and `weights` names none of them.
+        CheckpointError: the file is missing, damaged, no checkpoint, or of a newer schema version;
+            or it holds several sets of weights, and `weights` names none of them.
     """
     file = find_checkpoint(path)
     with _opened(file) as opened:  # once: meanwhile another file may take its name
@@ -166,11 +174,15 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, A
             with warnings.catch_warnings(action="ignore"):
                 contents = torch.load(opened, map_location="cpu", weights_only=True)
         except Exception as error:  # a file of another kind may make torch's reader raise anything
-            raise CheckpointError(f"{file}: is no readable checkpoint: {explain(opened, error)}") from None
+            reason = explain(opened, error)
+            raise CheckpointError(f"{file}: is no readable checkpoint: {reason}") from None
     if not isinstance(contents, dict) or "schema_version" not in contents:
         return _foreign(contents, file, weights)
     if weights is not None:
-        raise CheckpointError(f"--weights {one_line(weights, 60)}: {file} is this project's own; --ema takes its average")
+        asked = one_line(weights, 60)
+        raise CheckpointError(
+            f"--weights {asked}: {file} is this project's own; --ema takes its averaged weights"
+        )
     if not isinstance(contents.get("state_dict"), dict):
         raise CheckpointError(f"{file}: is no checkpoint: it holds no 'state_dict'")
     check_readable(contents, file)
@@ -192,7 +204,8 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
 
 
 def _foreign(contents: Any, file: Path, weights: str | None) -> dict[str, Any]:
-    """What another code's file holds, in this project's names. Of its other entries those stay that mean the same here."""
+    """What another code's file holds, in this project's names. Of its other entries those stay that
+    mean the same here."""
     state_dict, assumed = find_weights(contents, str(file), weights)
     beside = contents if isinstance(contents, dict) and contents is not state_dict else {}
     kept = without_unreadable(beside)
@@ -204,48 +217,66 @@ def _foreign(contents: Any, file: Path, weights: str | None) -> dict[str, Any]:
     return {**kept, "state_dict": state_dict | normalization_beside(beside), "assumed": assumed}
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> dict[str, str]:
+def load_weights(
+    model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path
+) -> dict[str, str]:
     """Copy the weights into `model`, whatever prefix a wrapper has put before their keys.
 
-    A mean and std among them (`mu` and `sigma`) become the model's own. What else lies beside the weights has to be known
-    not to matter; see `base.foreign_weights`.
+    A mean and std among them (`mu` and `sigma`) become the model's own. What else lies beside the
+    weights has to be known not to matter; see `base.foreign_weights`.
 
     Returns:
         What was assumed, what about -> a sentence; empty where the keys are the model's.
 
     Raises:
-        CheckpointError: the weights belong to another architecture; the message names the first keys of both sides.
+        CheckpointError: the weights belong to another architecture; the message names the first
+            keys of both sides.
     """
     if not all(isinstance(key, str) for key in state_dict):
-        raise CheckpointError(f"{source}: is no checkpoint: its weights have keys that are no names: {first_keys(state_dict)}")
+        raise CheckpointError(
+            f"{source}: is no checkpoint: its weights have keys that are no names:"
+            f" {first_keys(state_dict)}"
+        )
     own, source = list(model.state_dict()), str(source)
     prefix, copies = find_prefix(own, state_dict, source)
-    state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    state = below(state_dict, prefix)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         difference = str(error).splitlines()[-1].strip()
         raise CheckpointError(
-            f"{source}: does not fit {type(model).__name__}: {difference.rstrip('.')}; give the arch.args that it was trained"
-            " with, such as num_classes, width and depth (-c CONFIG or --set)"
+            f"{source}: does not fit {type(model).__name__}: {difference.rstrip('.')}; give the"
+            " arch.args that it was trained with, such as num_classes, width and depth"
+            " (-c CONFIG or --set)"
         ) from None
     rest = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
     rest |= {prefix + key: state[key] for key in unexpected}
     unexplained, assumed = explain_rest(model, state, rest, prefix, copies, source)
     if missing or unexplained:
-        lacks = f"it lacks {len(missing)} of the model's keys ({missing[0]}, ...)" if missing else ""
-        first = one_line(unexplained[0], 80) if unexplained else ""
-        has = f"it has {len(unexplained)} keys that the model has not ({first}, ...)" if unexplained else ""
-        both = " and ".join(filter(None, (lacks, has)))
-        advice = "give the network that it was trained as (-c CONFIG, --set arch.type=NAME), or rename its keys"
-        if not missing:
-            advice = "if its network does not use them, save it without them; if it does, it is another network"
         raise CheckpointError(
-            f"{source}: is of another architecture than this {type(model).__name__}: {both};"
-            f" its keys: {first_keys(state_dict)}; the model's: {first_keys(own)}; {advice}"
+            f"{source}: is of another architecture than this {type(model).__name__}:"
+            f" {_difference(missing, unexplained)}; its keys: {first_keys(state_dict)};"
+            f" the model's: {first_keys(own)}; {_advice(missing)}"
         )
     dropped = {"keys": f"the prefix {one_line(prefix, 60)!r} is dropped"} if prefix else {}
     return dropped | assumed
+
+
+def _difference(missing: Sequence[str], unexplained: Sequence[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"it lacks {len(missing)} of the model's keys ({missing[0]}, ...)")
+    if unexplained:
+        first = one_line(unexplained[0], 80)
+        parts.append(f"it has {len(unexplained)} keys that the model has not ({first}, ...)")
+    return " and ".join(parts)
+
+
+def _advice(missing: Sequence[str]) -> str:
+    if missing:
+        network = "-c CONFIG, --set arch.type=NAME"
+        return f"give the network that it was trained as ({network}), or rename its keys"
+    return "save it without them if its network does not use them; if it does, it is another network"
 
 
 def plain(value: Any) -> Any:

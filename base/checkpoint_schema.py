@@ -191,7 +191,7 @@ def check_training_state(contents: Mapping[str, Any], file: Path) -> None:
     for key, what in (("config", "config"), ("progress", "training state")):
         if key not in contents:
             raise CheckpointError(
-                f"{file}: holds no {what} (ConvNorm's own format): it can be evaluated, not resumed"
+                f"{file}: holds no {what} of this project: it can be evaluated, not resumed"
             )
     _check(TrainingState, contents, file)
     contradiction = _contradiction(contents)

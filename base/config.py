@@ -68,13 +68,13 @@ class ArchArgs(Section):
     norm_groups: Positive | None = None
     """Groups of gn; fewer are used where the channels do not divide. Default 32."""
     oni_rule: Literal["paper", "original"] | None = None
-    """Rule of oni_conv where outputs are more than inputs: paper; original for checkpoints of ConvNorm. Null: as fits."""
+    """oni_conv with more outputs than inputs: paper (default) or original (as ConvNorm's code)."""
     stem: Literal["cifar", "imagenet"] | None = None
     """First layers of a ResNet: 3x3 (cifar, the default) or 7x7 with stride and pooling (imagenet)."""
     shortcut_input: Literal["activated", "raw"] | None = None
-    """preact_resnet18: the shortcuts' convolutions see relu(bn(x)) (activated, default) or x (raw, as fast_adversarial)."""
+    """preact_resnet18: its shortcuts see relu(bn(x)) (activated, default) or x itself (raw)."""
     final_norm: bool | None = None
-    """preact_resnet18: a norm and an activation before the average (true, default), or none (false, as GradAlign)."""
+    """preact_resnet18: whether norm and activation stand before the average; default true."""
     depth: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Depth of wide_resnet: 6 n + 4."""
     widen_factor: Annotated[int, Field(ge=1, le=1000)] | None = None

@@ -40,7 +40,9 @@ def check_seal(file: BinaryIO, path: Path) -> bool:
     if match is None:
         begins = _read(file, 0, 2)
         if begins == b"PK" and not (tail[-22:-18] == END and tail[-2:] == b"\0\0"):
-            raise CheckpointError(f"{path}: is damaged: its end is missing or has changed; copy or fetch it again")
+            raise CheckpointError(
+                f"{path}: is damaged: its end is missing or has changed; copy or fetch it again"
+            )
         return False
     if _digest(file, size - LENGTH) != match[1]:
         raise CheckpointError(f"{path}: is damaged: its digest is not the one that it was written with")

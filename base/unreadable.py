@@ -1,7 +1,7 @@
 """What a file is that torch cannot read as a checkpoint, and what would make it readable.
 
-torch's own messages are never passed on where they speak of `weights_only`: their advice is to read the file in the way
-that may run code of it.
+torch's own messages are never passed on where they speak of `weights_only`: their advice is to read
+the file in the way that may run code of it.
 """
 
 import re
@@ -15,7 +15,7 @@ from base.text import one_line
 HEAD = 4096
 """Bytes that are looked at to tell what a file is."""
 BEGINNINGS = {
-    b"version https://git-lfs": "a git-lfs pointer, not the file it points to; fetch that with `git lfs pull`",
+    b"version https://git-lfs": "a git-lfs pointer; fetch the file itself by `git lfs pull`",
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"BZh": "a bzip2 archive; unpack it",
     b"\xfd7zXZ": "an xz archive; unpack it",
@@ -25,18 +25,22 @@ BEGINNINGS = {
 }
 """How files that people mistake for checkpoints begin, and what to say of them."""
 ALONE = "torch.save(model.state_dict(), 'weights.pth')"
+SHOWN = 3
+"""Classes and files that a message names."""
 NEWEST_PROTOCOL = 2
-"""Of pickle, that torch's safe reader takes: the one that torch.save writes unless it is told otherwise."""
+"""Of pickle, that torch's safe reader takes: the one that torch.save writes unless it is told
+otherwise."""
 
 
 def explain(file: BinaryIO, error: Exception) -> str:
-    """One sentence about an open file that `torch.load` has refused with `error`; it begins with "it"."""
+    """One sentence about an open file that `torch.load` has refused with `error`; it begins with
+    "it"."""
     file.seek(0)
     head = file.read(HEAD)
     if not head:
         return "it is empty; copy or fetch it again"
     if not any(head) and _is_zero(file):
-        return "it holds nothing but zero bytes, as a copy or download that broke off leaves it; fetch it again"
+        return "it holds nothing but zero bytes, as an interrupted copy leaves it; fetch it again"
     for beginning, what in BEGINNINGS.items():
         if head.startswith(beginning):
             return f"it is {what}"
@@ -53,12 +57,12 @@ def explain(file: BinaryIO, error: Exception) -> str:
     if head.startswith(b"PK"):
         names = _names_in_zip(file)
         if not any(name.endswith("/data.pkl") for name in names):
-            inside = ", ".join(one_line(name, 40) for name in names[:3])
-            return f"it is a zip archive that torch.save has not written (it holds {inside or 'nothing'}); unpack it"
+            inside = ", ".join(one_line(name, 40) for name in names[:SHOWN])
+            return f"it is a zip archive of other files ({inside or 'none'}); unpack it"
         if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
             return (
-                "it is a TorchScript archive; write its weights alone, as"
-                " torch.save(torch.jit.load('FILE').state_dict(), 'weights.pth'), and give that file"
+                "it is a TorchScript archive; write its weights alone, as torch.save("
+                "torch.jit.load('FILE').state_dict(), 'weights.pth'), and give that file"
             )
     classes = _unsafe_classes(file, error)
     if classes:
@@ -66,11 +70,15 @@ def explain(file: BinaryIO, error: Exception) -> str:
     protocol = _pickle_protocol(file, head)
     if protocol > NEWEST_PROTOCOL:
         return (
-            f"it was written with pickle protocol {protocol}, and is read with {NEWEST_PROTOCOL} only;"
+            f"it was written with pickle protocol {protocol}, and only {NEWEST_PROTOCOL} is read;"
             f" save it again without the argument pickle_protocol: {ALONE}"
         )
     reason = ""
-    if isinstance(error, RuntimeError | MemoryError) and "weights_only" not in str(error) and str(error):
+    if (
+        isinstance(error, RuntimeError | MemoryError)
+        and "weights_only" not in str(error)
+        and str(error)
+    ):
         reason = f" ({one_line(str(error).splitlines()[0], 200)})"
     return f"it is damaged, or torch.save has not written it{reason}; copy or fetch it again"
 
@@ -99,7 +107,7 @@ def _as_text(head: bytes) -> str | None:
 def _of_text(text: str) -> str:
     begins = text.strip().lower()
     if begins.startswith(("<!doctype html", "<html", "<head", "<script")):
-        return "it is an HTML page, such as the error or login page of a download; fetch the file itself"
+        return "it is an HTML page, such as a download's login page; fetch the file itself"
     first = one_line(text.strip().splitlines()[0], 40) if begins else ""
     return f"it is a text file that begins with {first!r}; only files of torch.save are read"
 
@@ -125,19 +133,24 @@ def _unsafe_classes(file: BinaryIO, error: Exception) -> list[str]:
 
 
 def _of_classes(classes: list[str]) -> str:
-    shown = ", ".join(classes[:3]) + (f" and {len(classes) - 3} more" if len(classes) > 3 else "")
+    shown = ", ".join(classes[:SHOWN])
+    if len(classes) > SHOWN:
+        shown += f" and {len(classes) - SHOWN} more"
     found = (
-        f"it holds objects of {shown}; only tensors and plain values are read, as all else may run code,"
-        " and nothing of it was run"
+        f"it holds objects of {shown}; only tensors and plain values are read, as all else may run"
+        " code, and nothing of it was run"
     )
     if classes == ["argparse.Namespace"]:
         return (
             f"{found}; a Namespace holds values only: write the weights alone in Python, `with"
-            " torch.serialization.safe_globals([argparse.Namespace]): contents = torch.load('FILE', weights_only=True)`,"
-            " then torch.save(contents['state_dict'], 'weights.pth') or whichever key holds them, and give that file"
+            " torch.serialization.safe_globals([argparse.Namespace]):"
+            " contents = torch.load('FILE', weights_only=True)`, then"
+            " torch.save(contents['state_dict'], 'weights.pth') or whichever key holds them,"
+            " and give that file"
         )
-    whole = "it seems to be a pickled model: " if any(name.startswith("torch.nn.modules.") for name in classes) else ""
-    return f"{found}; {whole}whoever wrote it can save its weights alone: {ALONE}"
+    if any(name.startswith("torch.nn.modules.") for name in classes):
+        found += "; it seems to be a pickled model"
+    return f"{found}; whoever wrote it can save its weights alone: {ALONE}"
 
 
 def _pickle_protocol(file: BinaryIO, head: bytes) -> int:

@@ -127,8 +127,8 @@ SHORTCUT_INPUTS = ("activated", "raw")
 
 
 class PreActBlock(nn.Module):
-    """Norm, activation and 3x3 convolution, twice; the shortcut's 1x1 convolution has no norm, and sees the activated input
-    or, with `shortcut_input="raw"`, the input itself."""
+    """Norm, activation and 3x3 convolution, twice; the shortcut's 1x1 convolution has no norm, and
+    sees the activated input or, with `shortcut_input="raw"`, the input itself."""
 
     branch_end = "conv2"
 
@@ -167,13 +167,14 @@ class PreActResNet(BaseModel):
     """Pre-activation ResNet-18 in the layout that the literature on adversarial training uses (Rice, Wong, Kolter,
     arXiv:2002.11569): `conv1`, four stages, a last norm `bn` and activation, the average, `linear`.
 
-    Networks of that literature have these shapes and differ in what the 1x1 convolution of a shortcut sees, which no key of a
-    checkpoint tells. The weights of one mean nothing in the other:
+    Networks of that literature have these shapes and differ in what the 1x1 convolution of a
+    shortcut sees, which no key of a checkpoint tells. The weights of one mean nothing in the other:
 
-    - "activated", `relu(bn(x))`: robust_overfitting (Rice et al., arXiv:2002.11569), AWP (Wu et al., arXiv:2004.05884),
-      RobustBench's `PreActBlockV2`; also kuangliu's pytorch-cifar, where the layout comes from.
-    - "raw", `x`: fast_adversarial (Wong et al., arXiv:2001.03994), GradAlign (Andriushchenko, Flammarion,
-      arXiv:2007.02617), RobustBench's `PreActBlock`, to which its Wong2020Fast belongs.
+    - "activated", `relu(bn(x))`: robust_overfitting (Rice et al., arXiv:2002.11569), AWP (Wu et
+      al., arXiv:2004.05884), RobustBench's `PreActBlockV2`; also kuangliu's pytorch-cifar, where
+      the layout comes from.
+    - "raw", `x`: fast_adversarial (Wong et al., arXiv:2001.03994), GradAlign (Andriushchenko,
+      Flammarion, arXiv:2007.02617), RobustBench's `PreActBlock`, to which its Wong2020Fast belongs.
 
     GradAlign's network also ends without the last norm and activation: `final_norm=False`.
 

@@ -70,7 +70,8 @@ class WideResNet(BaseModel):
     """
 
     unused_modules: ClassVar = {"sub_block1": "block1"}
-    """TRADES' code registers a second first stage that its forward pass never calls; its checkpoints hold it."""
+    """TRADES' code registers a second first stage that its forward pass never calls; its
+    checkpoints hold it."""
 
     def __init__(
         self, depth: int = 28, widen_factor: int = 10, num_classes: int = 10, dropout: float = 0.0, **layer_types: Any

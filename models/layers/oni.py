@@ -24,9 +24,10 @@ def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper"
     is `B Z / sqrt(s)`, which tends to the polar factor `(Z Z^T)^(-1/2) Z`. A matrix with more rows than columns is treated by
     its columns, `Z B / sqrt(s)` with `S = Z^T Z + 1e-5 I`. The number of iterations bounds how far small singular values rise.
 
-    The original ConvNorm's code iterates such a matrix with S itself, `B <- 1.5 B - 0.5 B^3 S`, and divides the result
-    alone, by `sqrt(s)`. That is another matrix, far from orthonormal columns, and it diverges where an eigenvalue of S is
-    large: only weights that were trained with this rule should be used with it.
+    The original ConvNorm's code iterates such a matrix with S itself, `B <- 1.5 B - 0.5 B^3 S`, and
+    divides the result alone, by `sqrt(s)`. That is another matrix, far from orthonormal columns,
+    and it diverges where an eigenvalue of S is large: only weights that were trained with this rule
+    should be used with it.
 
     Args:
         matrices: `(groups, rows, columns)`.
@@ -62,9 +63,10 @@ class ONIConv2d(nn.Conv2d):
 
     State: `weight`, `bias`, `WNScale` `(C_out, 1, 1, 1)`, a trainable factor per output channel.
 
-    Deviation: where C_out exceeds the fan-in, as in a first layer and in the 1x1 convolutions that widen a shortcut (four
-    layers of a ResNet-18), the original ConvNorm follows a rule of its own. Here it is the paper's unless `rule` says
-    otherwise; checkpoints of the original need the original's.
+    Deviation: where C_out exceeds the fan-in, as in a first layer and in the 1x1 convolutions that
+    widen a shortcut (four layers of a ResNet-18), the original ConvNorm follows a rule of its own.
+    Here it is the paper's unless `rule` says otherwise; checkpoints of the original need the
+    original's.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in `nn.Conv2d`.

@@ -16,20 +16,24 @@ SHOWN = 3
 
 
 def replace_with_conv_norm(module: nn.Module) -> nn.Module:
-    """Swap every plain `nn.Conv2d` of a network, with the batch norm behind it, for a `ConvNorm2d`, in place.
+    """Swap every plain `nn.Conv2d` of a network, with the batch norm behind it, for a `ConvNorm2d`,
+    in place.
 
-    The batch norm behind a convolution is the plain `nn.BatchNorm2d` that takes its output, and that nothing else takes, in
-    every place where either is used; in which order they are registered does not matter. It moves, with everything it
-    learned, into the new layer, and an `nn.Identity` takes its place. A convolution without one gets a `ConvNorm2d` with
-    `bn=False`. The convolution's own parameters move too (they stay the same objects), and so do device, dtype and train or
-    eval mode. `bpconv` is new and random.
+    The batch norm behind a convolution is the plain `nn.BatchNorm2d` that takes its output, and
+    that nothing else takes, in every place where either is used; in which order they are registered
+    does not matter. It moves, with everything it learned, into the new layer, and an `nn.Identity`
+    takes its place. A convolution without one gets a `ConvNorm2d` with `bn=False`. The
+    convolution's own parameters move too (they stay the same objects), and so do device, dtype and
+    train or eval mode. `bpconv` is new and random.
 
-    The flow of data is read off a symbolic trace of `forward` (`torch.fx`), in training and in eval mode, which needs no
-    input. Where a module's forward cannot be traced, its submodules are traced on their own. A convolution that no trace
-    meets is paired with the batch norm registered next to it, and a warning names it.
+    The flow of data is read off a symbolic trace of `forward` (`torch.fx`), in training and in eval
+    mode, which needs no input. Where a module's forward cannot be traced, its submodules are traced
+    on their own. A convolution that no trace meets is paired with the batch norm registered next to
+    it, and a warning names it.
 
-    Subclasses of `nn.Conv2d` (`ConvNorm2d` and its inside, the spectral and orthogonal convolutions) and convolutions whose
-    weight is computed by a hook stay as they are, so a second call changes nothing.
+    Subclasses of `nn.Conv2d` (`ConvNorm2d` and its inside, the spectral and orthogonal
+    convolutions) and convolutions whose weight is computed by a hook stay as they are, so a second
+    call changes nothing.
 
     Args:
         module: any network, torchvision's included, or a single convolution.
@@ -64,9 +68,10 @@ class _Flow:
     """Which layer takes whose output, as far as traces tell.
 
     Attributes:
-        takers: plain convolution -> the batch norms that alone take its output, over all calls; None among them where
-            something else takes it.
-        givers: plain batch norm -> the layers whose output it takes; None among them where that is no layer's.
+        takers: plain convolution -> the batch norms that alone take its output, over all calls;
+            None among them where something else takes it.
+        givers: plain batch norm -> the layers whose output it takes; None among them where that is
+            no layer's.
         left: plain convolutions whose output leaves the part of the network that could be traced.
     """
 
@@ -89,7 +94,8 @@ class _Flow:
                 self.givers.setdefault(layer, set()).add(_layer(node.all_input_nodes[0], root))
 
     def batch_norm_behind(self, conv: nn.Module) -> nn.Module | None:
-        """The batch norm that takes the convolution's output and nothing else's in every call; None where there is none."""
+        """The batch norm that takes the convolution's output and nothing else's in every call; None
+        where there is none."""
         for norm in self.takers[conv]:
             if norm is not None and self.takers[conv] == {norm} and self.givers[norm] == {conv}:
                 return norm
@@ -97,7 +103,8 @@ class _Flow:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into everything that holds a convolution, torch's own wrappers included, but into no convolution."""
+    """Looks into everything that holds a convolution, torch's own wrappers included, but into no
+    convolution."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Conv2d):
@@ -111,7 +118,9 @@ def _follow(module: nn.Module, flow: _Flow, *, is_whole: bool, seen: set[nn.Modu
     if module in seen or isinstance(module, nn.Conv2d):
         return
     seen.add(module)
-    graphs = [graph for training in (True, False) if (graph := _trace(module, training)) is not None]
+    graphs = [
+        graph for training in (True, False) if (graph := _trace(module, training)) is not None
+    ]
     for graph in graphs:
         flow.read(graph, module, is_whole)
     if not graphs:
@@ -120,8 +129,9 @@ def _follow(module: nn.Module, flow: _Flow, *, is_whole: bool, seen: set[nn.Modu
 
 
 def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
-    """The calls of a module's forward in one of the modes; None where it cannot be traced. The module is left alone: a copy
-    is traced, whose parameters are the module's own, and whose buffers and attributes the forward may change."""
+    """The calls of a module's forward in one of the modes; None where it cannot be traced. The
+    module is left alone: a copy is traced, whose parameters are the module's own, and whose buffers
+    and attributes the forward may change."""
     shared = {id(value): value for value in module.parameters()}
     for value in (value for part in module.modules() for value in vars(part).values()):
         if isinstance(value, Tensor) and not value.is_leaf:
@@ -129,7 +139,9 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
             shared[id(value)] = value
     try:
         options = inspect.signature(module.forward).parameters.values()
-        fixed = {option.name: option.default for option in options if option.default is not option.empty}
+        fixed = {
+            option.name: option.default for option in options if option.default is not option.empty
+        }
         with warnings.catch_warnings(action="ignore"):
             return _Tracer().trace(deepcopy(module, shared).train(training), fixed)
     except Exception:  # whatever a forward does with something that is no tensor
@@ -156,27 +168,38 @@ def _parents(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _neighbours(module: nn.Module) -> dict[nn.Module, nn.Module | None]:
-    """Plain convolution -> the plain batch norm of its width that is registered next to it, where there is one."""
+    """Plain convolution -> the plain batch norm of its width that is registered next to it, where
+    there is one."""
     found: dict[nn.Module, nn.Module | None] = {}
     for parent in _parents(module):
         # with repetitions, which named_children() leaves out
         children = [child for child in parent._modules.values() if child is not None]
         for child, following in pairwise([*children, None]):
             if _is_plain_conv(child):
-                found.setdefault(child, following if _is_batch_norm(following, child.out_channels) else None)
+                found.setdefault(
+                    child, following if _is_batch_norm(following, child.out_channels) else None
+                )
     return found
 
 
 def _warn_of(guessed: Iterable[nn.Module], module: nn.Module, flow: _Flow) -> None:
-    """Name the convolutions whose batch norm is a guess: no trace meets them, and a batch norm of their width is free."""
-    free = {part.num_features for part in module.modules() if type(part) is nn.BatchNorm2d and part not in flow.givers}
+    """Name the convolutions whose batch norm is a guess: no trace meets them, and a batch norm of
+    their width is free."""
+    free = {
+        part.num_features
+        for part in module.modules()
+        if type(part) is nn.BatchNorm2d and part not in flow.givers
+    }
     names = {part: name for name, part in module.named_modules()}
     doubtful = [names[conv] for conv in guessed if conv.out_channels in free]
     if doubtful:
-        shown = ", ".join(doubtful[:SHOWN]) + (f" and {len(doubtful) - SHOWN} more" if len(doubtful) > SHOWN else "")
+        shown = ", ".join(doubtful[:SHOWN]) + (
+            f" and {len(doubtful) - SHOWN} more" if len(doubtful) > SHOWN else ""
+        )
         warnings.warn(
-            f"replace_with_conv_norm cannot follow the data through {type(module).__name__} to the batch norms behind {shown}:"
-            " each is paired with the one registered next to it, or with none; look whether that is right",
+            f"replace_with_conv_norm cannot follow the data through {type(module).__name__} to the"
+            f" batch norms behind {shown}: each is paired with the one registered next to it, or"
+            " with none; look whether that is right",
             stacklevel=3,
         )
 

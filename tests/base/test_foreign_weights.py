@@ -1,4 +1,5 @@
-"""Other codes' files: their weights are found, their keys become the model's, and nothing is left over unexplained."""
+"""Other codes' files: their weights are found, their keys become the model's, and nothing is left
+over unexplained."""
 
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ from base.errors import CheckpointError
 
 
 class Small(nn.Module):
-    """A network that normalizes its five channels, with a nested module and one that its family never calls."""
+    """A network that normalizes its five channels, with a nested module and one that its family
+    never calls."""
 
     unused_modules: ClassVar = {"spare": "body"}
 
@@ -53,9 +55,17 @@ OTHER = small(2).state_dict()
 PLACES = {
     "bare": (STATE, {}),
     "state_dict": ({"state_dict": STATE, "epoch": 3.5, "scheduler": None, "config": {"lr": 1}}, {}),
-    "another key": ({"net": STATE, "acc": 93.1, "rng": {"cpu": torch.get_rng_state()}}, {"weights": "'net' of the file"}),
+    "another key": (
+        {"net": STATE, "acc": 93.1, "rng": {"cpu": torch.get_rng_state()}},
+        {"weights": "'net' of the file"},
+    ),
     "deeper": (
-        {"saved": {"student": STATE, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}}},
+        {
+            "saved": {
+                "student": STATE,
+                "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
+            }
+        },
         {"weights": "'saved.student' of the file"},
     ),
     "beside others": (
@@ -71,16 +81,27 @@ PLACES = {
         {"left out": "second names of the same tensors (probe.0.weight)"},
     ),
     "equal copy": (
-        below("a.", STATE) | below("a.teacher.", {key: value.clone() for key, value in STATE.items()}),
-        {"keys": "the prefix 'a.' is dropped", "left out": "9 keys under 'a.teacher.', equal to the weights"},
+        below("a.", STATE)
+        | below("a.teacher.", {key: value.clone() for key, value in STATE.items()}),
+        {
+            "keys": "the prefix 'a.' is dropped",
+            "left out": "9 keys under 'a.teacher.', equal to the weights",
+        },
     ),
     "averaged model": (
         {"n_averaged": torch.tensor(7), **below("module.", STATE)},
         {"keys": "the prefix 'module.' is dropped", "left out": "counters (n_averaged)"},
     ),
     "unused": (
-        below("m.", STATE) | below("m.spare.", {key[5:]: value + 1 for key, value in STATE.items() if key.startswith("body.")}),
-        {"keys": "the prefix 'm.' is dropped", "left out": "7 keys of 'spare', which no forward pass of its code calls"},
+        below("m.", STATE)
+        | below(
+            "m.spare.",
+            {key[5:]: value + 1 for key, value in STATE.items() if key.startswith("body.")},
+        ),
+        {
+            "keys": "the prefix 'm.' is dropped",
+            "left out": "7 keys of 'spare', which no forward pass of its code calls",
+        },
     ),
 }
 
@@ -98,7 +119,11 @@ MEAN, STD = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]), torch.tensor([0.5, 0.4, 0.3
 NORMALIZED = {
     "mu and sigma": {**STATE, "mu": MEAN.reshape(5, 1, 1), "sigma": STD.reshape(5, 1, 1)},
     "under a wrapper": {"state_dict": below("module.", {**STATE, "mu": MEAN, "sigma": STD})},
-    "first layer": {"0.mean": MEAN.reshape(1, 5, 1, 1), "0.std": STD.reshape(1, 5, 1, 1), **below("1.", STATE)},
+    "first layer": {
+        "0.mean": MEAN.reshape(1, 5, 1, 1),
+        "0.std": STD.reshape(1, 5, 1, 1),
+        **below("1.", STATE),
+    },
     "twice": {
         "model": below("module.model.", STATE)
         | below("module.normalizer.new_", {"mean": MEAN, "std": STD})
@@ -114,44 +139,72 @@ def test_a_mean_and_std_beside_the_weights_are_the_models(name, tmp_path):
     model, assumed = load(tmp_path, NORMALIZED[name])
     assert is_that_of(model)
     torch.testing.assert_close((model.mean.flatten(), model.std.flatten()), (MEAN, STD))
-    assert assumed["normalization"].startswith("mean 0.1, 0.2, 0.3, 0.4, 0.5 and std 0.5, 0.4, 0.3, 0.2, 1, from '")
+    assert assumed["normalization"].startswith(
+        "mean 0.1, 0.2, 0.3, 0.4, 0.5 and std 0.5, 0.4, 0.3, 0.2, 1, from '"
+    )
 
 
 @pytest.mark.parametrize("choice", ["last", "best"])
 def test_several_sets_are_asked_about(choice, tmp_path):
     for contents in ({"last": STATE, "best": OTHER}, below("last.", STATE) | below("best.", OTHER)):
         with pytest.raises(
-            CheckpointError, match=r"holds several sets of weights.*'last\.?'.*'best\.?'.*; choose with --weights"
+            CheckpointError,
+            match=r"holds several sets of weights.*'last\.?'.*'best\.?'.*; choose with --weights",
         ):
             load(tmp_path, contents)
         model, assumed = load(tmp_path, contents, choice)
         assert is_that_of(model, {"last": 0, "best": 2}[choice])
         assert assumed["weights"] == f"{choice!r} of the file, as asked"
-    with pytest.raises(CheckpointError, match="--weights bset: .*weights.pth holds no such weights, but 'last', 'best'"):
+    with pytest.raises(
+        CheckpointError,
+        match="--weights bset: .*weights.pth holds no such weights, but 'last', 'best'",
+    ):
         load(tmp_path, {"last": STATE, "best": OTHER}, "bset")
 
 
 REFUSED = {
-    "another layer": ({**STATE, "gate.weight": torch.ones(2)}, r"1 keys .*\(gate.weight, .*save it without them"),
+    "another layer": (
+        {**STATE, "gate.weight": torch.ones(2)},
+        r"1 keys .*\(gate.weight, .*save it without them",
+    ),
     "a set of other values": (
         STATE | below("ema.", OTHER),
         r"several sets of weights, with keys that begin with '' and 'ema\.'",
     ),
     "part of an unused module": ({**STATE, "spare.0.bias": torch.ones(4)}, r"\(spare.0.bias, "),
-    "unused in another shape": (STATE | {f"spare.{key[5:]}": torch.ones(2) for key in STATE if key[:5] == "body."}, "spare.0"),
+    "unused in another shape": (
+        STATE | {f"spare.{key[5:]}": torch.ones(2) for key in STATE if key[:5] == "body."},
+        "spare.0",
+    ),
     "another network": (
         {"conv\x1b[2J\n.weight": torch.ones(2), "b": torch.ones(1)},
         r"its keys: conv\\x1b\[2J\\n.weight, b; the model's: body.0.weight, body.0.bias, body.1.weight, ... \(9\); give",
     ),
-    "other sizes": ({**STATE, "fc.weight": torch.ones(7, 4), "fc.bias": torch.ones(7)}, r"\[7.*\[3.*arch\.args.*num_classes"),
-    "another number of channels": ({**STATE, "mu": torch.ones(3), "sigma": torch.ones(3)}, r"2 keys .*\(mu, "),
+    "other sizes": (
+        {**STATE, "fc.weight": torch.ones(7, 4), "fc.bias": torch.ones(7)},
+        r"\[7.*\[3.*arch\.args.*num_classes",
+    ),
+    "another number of channels": (
+        {**STATE, "mu": torch.ones(3), "sigma": torch.ones(3)},
+        r"2 keys .*\(mu, ",
+    ),
     "a mean without a std": ({**STATE, "mu": torch.zeros(5)}, r"1 keys .*\(mu, "),
     "two means": (
-        {**STATE, **below("a.", {"mean": MEAN, "std": STD}), **below("b.", {"mean": STD, "std": STD})},
+        {
+            **STATE,
+            **below("a.", {"mean": MEAN, "std": STD}),
+            **below("b.", {"mean": STD, "std": STD}),
+        },
         r"4 keys .*\(a.mean, ",
     ),
-    "other pixels": ({**STATE, "mu": 255 * MEAN, "sigma": STD}, r"mean 25.5, .* its 'mu' and 'sigma'; .*pixels in \[0, 1\]"),
-    "no number": ({**STATE, "mu": MEAN, "sigma": STD * float("nan")}, r"std nan, .*pixels in \[0, 1\]"),
+    "other pixels": (
+        {**STATE, "mu": 255 * MEAN, "sigma": STD},
+        r"mean 25.5, .* its 'mu' and 'sigma'; .*pixels in \[0, 1\]",
+    ),
+    "no number": (
+        {**STATE, "mu": MEAN, "sigma": STD * float("nan")},
+        r"std nan, .*pixels in \[0, 1\]",
+    ),
     "a number among them": ({"state_dict": {**STATE, "n": 3}, "ema": OTHER}, r"1 keys .*\(n, "),
     "keys that are no names": ({"state_dict": {0: torch.ones(2)}}, "keys that are no names: 0"),
     "nothing": (
@@ -173,4 +226,6 @@ def test_what_is_left_over_is_refused_and_both_sides_are_named(name, tmp_path):
 def test_a_network_that_does_not_normalize_takes_no_mean():
     model = nn.Linear(3, 2)
     with pytest.raises(CheckpointError, match=r"2 keys .*\(mu, "):
-        load_weights(model, {**model.state_dict(), "mu": torch.zeros(3), "sigma": torch.ones(3)}, "f.pth")
+        load_weights(
+            model, {**model.state_dict(), "mu": torch.zeros(3), "sigma": torch.ones(3)}, "f.pth"
+        )

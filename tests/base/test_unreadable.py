@@ -63,23 +63,53 @@ CASES = {
     "empty": (bytes_of(b""), "it is empty"),
     "zeros": (bytes_of(b"\0" * 3_000_000), "it holds nothing but zero bytes"),
     "text": (bytes_of(b"lr: 0.1\nepochs: 3\n"), "it is a text file that begins with 'lr: 0.1'"),
-    "text with controls": (bytes_of("größe\n\x0c".encode() * 900), "it is a text file that begins with 'größe'"),
+    "text with controls": (
+        bytes_of("größe\n\x0c".encode() * 900),
+        "it is a text file that begins with 'größe'",
+    ),
     "html": (bytes_of(b"\r\n <!doctype HTML><html>"), "it is an HTML page"),
-    "pointer": (bytes_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "`git lfs pull`"),
+    "pointer": (
+        bytes_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "`git lfs pull`",
+    ),
     "gzip": (bytes_of(gzip.compress(b"x")), "it is a gzip archive; unpack it"),
     "tar": (tarred, "it is a tar archive; unpack it"),
-    "zip": (zipped, "it is a zip archive that torch.save has not written (it holds model/notes.txt)"),
+    "zip": (
+        zipped,
+        "it is a zip archive of other files (model/notes.txt)",
+    ),
     "array": (array, "it is a NumPy array"),
-    "safetensors": (bytes_of(len(HEADER).to_bytes(8, "little") + HEADER + b"\0" * 4), "it is a safetensors file"),
+    "safetensors": (
+        bytes_of(len(HEADER).to_bytes(8, "little") + HEADER + b"\0" * 4),
+        "it is a safetensors file",
+    ),
     "script": (scripted, "it is a TorchScript archive"),
-    "noise": (bytes_of(np.random.default_rng(0).bytes(5000)), "it is damaged, or torch.save has not written it"),
+    "noise": (
+        bytes_of(np.random.default_rng(0).bytes(5000)),
+        "it is damaged, or torch.save has not written it",
+    ),
     "truncated": (cut(0.6), "is damaged: its end is missing"),
-    "truncated, old format": (cut(0.6, _use_new_zipfile_serialization=False), "it is damaged, or torch.save has not"),
-    "cut in a name": (cut(0.05, _use_new_zipfile_serialization=False), "it is damaged, or torch.save has not"),
-    "class": (saved({"state_dict": WEIGHTS, "log": collections.UserDict()}), "it holds objects of collections.UserDict;"),
-    "number of numpy": (saved({"state_dict": WEIGHTS, "acc": np.float64(0.5)}), "multiarray.scalar, numpy.dtype; only"),
+    "truncated, old format": (
+        cut(0.6, _use_new_zipfile_serialization=False),
+        "it is damaged, or torch.save has not",
+    ),
+    "cut in a name": (
+        cut(0.05, _use_new_zipfile_serialization=False),
+        "it is damaged, or torch.save has not",
+    ),
+    "class": (
+        saved({"state_dict": WEIGHTS, "log": collections.UserDict()}),
+        "it holds objects of collections.UserDict;",
+    ),
+    "number of numpy": (
+        saved({"state_dict": WEIGHTS, "acc": np.float64(0.5)}),
+        "multiarray.scalar, numpy.dtype; only",
+    ),
     "model": (saved(nn.Linear(3, 2)), "it holds objects of torch.nn.modules.linear.Linear;"),
-    "plain pickle": (bytes_of(pickle.dumps(collections.UserDict(), protocol=2)), "it holds objects of collections.UserDict;"),
+    "plain pickle": (
+        bytes_of(pickle.dumps(collections.UserDict(), protocol=2)),
+        "it holds objects of collections.UserDict;",
+    ),
     "protocol": (saved(WEIGHTS, pickle_protocol=4), "it was written with pickle protocol 4"),
 }
 
@@ -111,7 +141,9 @@ def test_the_way_out_for_a_namespace_works_and_stays_safe(tmp_path, monkeypatch,
     assert "weights_only=True" in message
     assert "weights_only=False" not in message
     with_block = message.split("`")[1]
-    then = message.split("then ")[1].split(" or ")[0]
+    then = message.split(", then ")[1].split(" or ")[0]
     # the advice is what is tested
     exec(f"{with_block}\n{then}", {"torch": torch, "argparse": argparse})  # noqa: S102
-    assert torch.equal(load_checkpoint("weights.pth")["state_dict"]["fc.weight"], WEIGHTS["fc.weight"])
+    assert torch.equal(
+        load_checkpoint("weights.pth")["state_dict"]["fc.weight"], WEIGHTS["fc.weight"]
+    )

@@ -1,4 +1,5 @@
-"""replace_with_conv_norm pairs convolutions and batch norms by the flow of data, or says that it could not."""
+"""replace_with_conv_norm pairs convolutions and batch norms by the flow of data, or says that it
+could not."""
 
 import warnings
 
@@ -12,9 +13,13 @@ from models.layers import ConvNorm2d, replace_with_conv_norm
 
 def pairs(network):
     """Convolution's name -> name that its batch norm had; replaces the network's layers."""
-    names = {norm: name for name, norm in network.named_modules() if isinstance(norm, nn.BatchNorm2d)}
+    names = {
+        norm: name for name, norm in network.named_modules() if isinstance(norm, nn.BatchNorm2d)
+    }
     replace_with_conv_norm(network)
-    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, ConvNorm2d)}
+    layers = {
+        name: layer for name, layer in network.named_modules() if isinstance(layer, ConvNorm2d)
+    }
     return {name: names[layer.batch_norm] if layer.bn else None for name, layer in layers.items()}
 
 
@@ -55,9 +60,17 @@ class Unpaired(nn.Module):
     def __init__(self):
         super().__init__()
         self.skipped, self.norm_of_skipped = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-        self.one, self.shared, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.one, self.shared, self.other = (
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 1),
+        )
         self.activated, self.norm_of_activated = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-        self.twice, self.first_of_twice, self.second_of_twice = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.twice, self.first_of_twice, self.second_of_twice = (
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.BatchNorm2d(4),
+        )
 
     def forward(self, x):
         x = self.skipped(x)
@@ -119,11 +132,18 @@ class Branching(nn.Module):
 
 def test_what_cannot_be_followed_is_guessed_with_a_warning():
     network = Branching()
-    with pytest.warns(UserWarning, match="cannot follow the data through Branching to the batch norms behind outside: each"):
+    with pytest.warns(
+        UserWarning,
+        match="cannot follow the data through Branching to the batch norms behind outside: each",
+    ):
         found = pairs(network)
     assert found.pop("outside") == "norm"
     assert found.pop("plain") is None
-    assert found == {"block.first": "block.norms.2", "block.middle": "block.norms.0", "block.last": "block.norms.1"}
+    assert found == {
+        "block.first": "block.norms.2",
+        "block.middle": "block.norms.0",
+        "block.last": "block.norms.1",
+    }
 
 
 def test_without_a_batch_norm_in_question_nothing_is_warned_of():
@@ -138,4 +158,7 @@ def test_convolutions_with_old_weight_hooks_do_not_hide_the_others():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the hook is deprecated, but alive
         hooked = nn.utils.weight_norm(nn.Conv2d(2, 2, 1))
-    assert pairs(nn.Sequential(hooked, WithHead().eval())) == {"1.body": "1.norm_of_body", "1.head": "1.norm_of_head"}
+    assert pairs(nn.Sequential(hooked, WithHead().eval())) == {
+        "1.body": "1.norm_of_body",
+        "1.head": "1.norm_of_head",
+    }
