@@ -8,9 +8,10 @@ import re
 import unicodedata
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from base.config_names import (
+    CONV_NORM,
     METRIC_ALIASES,
     ActivationName,
     ArchName,
@@ -26,7 +27,7 @@ from base.config_robustness import (
     refuse_other_units,
     refuse_other_units_of_step,
 )
-from base.config_section import Count, Fraction, InputPath, Positive, Section
+from base.config_section import Count, Fraction, InputPath, Needs, Positive, Section
 from base.config_training import OptimizerConfig, SchedulerConfig, TrainerConfig
 
 DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:[0-9]{1,2})?")
@@ -52,6 +53,10 @@ def _folder_name(text: str) -> str:
 Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
 
 
+GROUPS = Needs("arch.args.norm_layer_type gn", lambda config: config.arch.args.norm_layer_type == "gn")
+BATCH_STATISTICS = Needs("batch normalization", lambda config: {"bn", "ConvNorm"} & set(config.arch.args.normalizations))
+
+
 class ArchArgs(Section):
     """Arguments of the model; null takes the model's own default."""
 
@@ -65,7 +70,7 @@ class ArchArgs(Section):
     """Type of the classifier."""
     activation_layer_type: ActivationName = "relu"
     """relu, or srelu: shifted ReLU with a learnt threshold per channel."""
-    norm_groups: Positive | None = None
+    norm_groups: Annotated[Positive | None, GROUPS] = None
     """Groups of gn; fewer are used where the channels do not divide. Default 32."""
     stem: Literal["cifar", "imagenet"] | None = None
     """First layers of a ResNet: 3x3 (cifar, the default) or 7x7 with stride and pooling (imagenet)."""
@@ -79,6 +84,12 @@ class ArchArgs(Section):
     """Initial weights: PyTorch's (default), or He's normal law by fan-out, as in TRADES' wide ResNets (he)."""
     zero_init_residual: bool | None = None
     """Residual blocks begin as their shortcuts: their last norm (in pre-activation blocks last convolution) has weight 0."""
+
+    @property
+    def normalizations(self) -> list[str]:
+        """What normalizes between two layers, one after the other: ConvNorm's convolution, and the norm layer."""
+        convolution = ["ConvNorm"] if self.conv_layer_type in CONV_NORM else []
+        return convolution if self.norm_layer_type == "no" else [*convolution, self.norm_layer_type]
 
 
 class ArchConfig(Section):
@@ -164,7 +175,7 @@ class SystemConfig(Section):
     """Deterministic algorithms only; an operation without one stops the run."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of torch; null leaves its choice."""
-    sync_bn: bool = False
+    sync_bn: Annotated[bool, BATCH_STATISTICS] = False
     """Where several processes train: batch normalisation by the statistics of all their images instead of each one's own."""
 
 
@@ -211,6 +222,12 @@ class Config(Section):
     system: SystemConfig = SystemConfig()
     comet: CometConfig | None = None
     """Comet logging; null for none."""
+    _warnings: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should be told of the way this config was put together, each in one line."""
+        return self._warnings
 
     @field_validator("metrics")
     @classmethod
