@@ -286,6 +286,7 @@ class Experiment:
     def _describe(self, folder: Path, resumed: bool) -> None:
         """Write what the run is, before it begins: config, environment, labels."""
         loader, counts = self.train_loader, self._counts()
+        layers = self.config.arch.args
         labels = loader.label_arrays()
         if rank() == 0:
             write_json(folder / "config.json", self.config.dump())
@@ -295,12 +296,17 @@ class Experiment:
                 np.savez_compressed(file, **labels)
         logger.info("run folder %s", folder)
         logger.info(
-            "%s with %d parameters on %s (%s); %d training, %d validation, %d test images of %d classes",
-            self.config.arch.type, self.model.num_parameters(), next(self.model.parameters()).device, self.precision,
+            "%s (convolutions %s, norm %s) with %d parameters on %s (%s);"
+            " %d training, %d validation, %d test images of %d classes",
+            self.config.arch.type, layers.conv_layer_type, layers.norm_layer_type, self.model.num_parameters(),
+            next(self.model.parameters()).device, self.precision,
             *counts.values(), loader.num_classes,
         )  # fmt: skip
         if world_size() > 1:
             logger.info("%d processes, each with its share of every minibatch", world_size())
+        # a run that is continued has said it when it began
+        for warning in () if resumed else self.config.warnings:
+            logger.warning(warning)
         for remark in loader.remarks:
             logger.info("data set: %s", remark)
         validation_split = self.config.data_loader.args.validation_split

@@ -8,9 +8,10 @@ import re
 import unicodedata
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from base.config_names import (
+    CONV_NORM,
     METRIC_ALIASES,
     ActivationName,
     ArchName,
@@ -26,7 +27,7 @@ from base.config_robustness import (
     refuse_other_units,
     refuse_other_units_of_step,
 )
-from base.config_section import Count, Fraction, InputPath, Positive, Section
+from base.config_section import Count, Fraction, InputPath, Needs, Positive, Section
 from base.config_training import OptimizerConfig, SchedulerConfig, TrainerConfig
 
 DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:[0-9]{1,2})?")
@@ -52,6 +53,14 @@ def _folder_name(text: str) -> str:
 Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
 
 
+ONI = Needs("arch.args.conv_layer_type oni_conv", lambda config: config.arch.args.conv_layer_type == "oni_conv")
+PREACT = Needs("arch.type preact_resnet18", lambda config: config.arch.type == "preact_resnet18")
+CROPS = Needs("augmentation.crop_padding above 0", lambda config: config.augmentation.crop_padding > 0)
+CUTOUT = Needs("augmentation.cutout above 0", lambda config: config.augmentation.cutout > 0)
+GROUPS = Needs("arch.args.norm_layer_type gn", lambda config: config.arch.args.norm_layer_type == "gn")
+BATCH_STATISTICS = Needs("batch normalization", lambda config: {"bn", "ConvNorm"} & set(config.arch.args.normalizations))
+
+
 class ArchArgs(Section):
     """Arguments of the model; null takes the model's own default."""
 
@@ -65,15 +74,15 @@ class ArchArgs(Section):
     """Type of the classifier."""
     activation_layer_type: ActivationName = "relu"
     """relu, or srelu: shifted ReLU with a learnt threshold per channel."""
-    norm_groups: Positive | None = None
+    norm_groups: Annotated[Positive | None, GROUPS] = None
     """Groups of gn; fewer are used where the channels do not divide. Default 32."""
-    oni_rule: Literal["paper", "original"] | None = None
+    oni_rule: Annotated[Literal["paper", "original"] | None, ONI] = None
     """oni_conv with more outputs than inputs: paper (default) or original (as ConvNorm's code)."""
     stem: Literal["cifar", "imagenet"] | None = None
     """First layers of a ResNet: 3x3 (cifar, the default) or 7x7 with stride and pooling (imagenet)."""
-    shortcut_input: Literal["activated", "raw"] | None = None
+    shortcut_input: Annotated[Literal["activated", "raw"] | None, PREACT] = None
     """preact_resnet18: its shortcuts see relu(bn(x)) (activated, default) or x itself (raw)."""
-    final_norm: bool | None = None
+    final_norm: Annotated[bool | None, PREACT] = None
     """preact_resnet18: whether norm and activation stand before the average; default true."""
     depth: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Depth of wide_resnet: 6 n + 4."""
@@ -87,6 +96,12 @@ class ArchArgs(Section):
     as in the BatchNorm and GroupNorm study (he_zero_gn)."""
     zero_init_residual: bool | None = None
     """Residual blocks begin as their shortcuts: their last norm (in pre-activation blocks last convolution) has weight 0."""
+
+    @property
+    def normalizations(self) -> list[str]:
+        """What normalizes between two layers, one after the other: ConvNorm's convolution, and the norm layer."""
+        convolution = ["ConvNorm"] if self.conv_layer_type in CONV_NORM else []
+        return convolution if self.norm_layer_type == "no" else [*convolution, self.norm_layer_type]
 
 
 class ArchConfig(Section):
@@ -151,15 +166,15 @@ class AugmentationConfig(Section):
 
     crop_padding: Annotated[int, Field(ge=0, le=512)] = 4
     """Pixels added on each side before a random crop to the original size; 0 for no crop."""
-    padding_mode: Literal["zeros", "reflect"] = "zeros"
+    padding_mode: Annotated[Literal["zeros", "reflect"], CROPS] = "zeros"
     """What these pixels are: zeros, or the image's own, mirrored at its border (reflect)."""
     flip: bool = True
     """Random horizontal flip."""
     cutout: Annotated[int, Field(ge=0, le=8192)] = 0
     """Side in pixels of the square that is masked at a random place; 0 for none."""
-    cutout_inside: bool = False
+    cutout_inside: Annotated[bool, CUTOUT] = False
     """The whole square lies inside the image; false: its centre does, as in the paper."""
-    cutout_fill: Literal["mean", "black"] = "mean"
+    cutout_fill: Annotated[Literal["mean", "black"], CUTOUT] = "mean"
     """Colour of the square: the data's mean (0 after normalization, as in the paper), or black."""
     mixup_alpha: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Both parameters of the Beta distribution of mixup's weight; 0 for no mixup."""
@@ -180,7 +195,7 @@ class SystemConfig(Section):
     """Deterministic algorithms only; an operation without one stops the run."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of torch; null leaves its choice."""
-    sync_bn: bool = False
+    sync_bn: Annotated[bool, BATCH_STATISTICS] = False
     """Where several processes train: batch normalisation by the statistics of all their images instead of each one's own."""
 
 
@@ -227,6 +242,12 @@ class Config(Section):
     system: SystemConfig = SystemConfig()
     comet: CometConfig | None = None
     """Comet logging; null for none."""
+    _warnings: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should be told of the way this config was put together, each in one line."""
+        return self._warnings
 
     @field_validator("metrics")
     @classmethod

@@ -19,6 +19,7 @@ from base.config import Config
 from base.config_hints import hint as key_hint
 from base.config_section import Section, section_in
 from base.config_training import OptimizerConfig, SchedulerConfig
+from base.config_warnings import UNUSED_OK, warnings_of
 from base.errors import ConfigError, all_of
 from base.json_file import HALF_A_PAIR, KINDS, JSONError, parse_json, read_json_object
 from base.registry import did_you_mean
@@ -43,7 +44,9 @@ def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
     Raises:
         ConfigError: one line that names the file and what is wrong with it.
     """
-    return validate(override(read_tree(path), overrides), str(path))
+    overrides = list(overrides)
+    files = read_tree(path)
+    return validate(override(files, overrides), str(path), overrides, files)
 
 
 def read_tree(path: str | Path, root: type[Section] = Config) -> Tree:
@@ -165,20 +168,31 @@ def override(tree: Tree, overrides: Iterable[Override]) -> Tree:
     return tree
 
 
-def validate(tree: Tree, source: str = "config") -> Config:
+def validate(
+    tree: Tree, source: str = "config", overrides: Iterable[Override] = (), files: Tree | None = None
+) -> Config:
     """The typed config of a JSON tree.
+
+    Args:
+        tree: the whole tree.
+        source: what errors call it.
+        overrides: what the command line has put into it.
+        files: the tree before that; the whole tree where nothing was.
 
     Raises:
         ConfigError: one line that names `source`, the dotted key, the value, what was expected and the nearest valid name.
     """
     source = one_line(source)
+    silenced = tree.get(UNUSED_OK)
     tree = _explain_placeholders(_without_nulls(_without_comments(tree)), source)
     _refuse_broken_text(tree, source)
     try:
-        return Config.model_validate_json(json.dumps(tree))
+        config = Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         problems = _problems(error) + _problems_of_arguments(tree, error)
         raise ConfigError(f"{source}: {all_of([one_line(problem) for problem in problems])}") from None
+    config._warnings = warnings_of(config, tree if files is None else files, override({}, overrides), silenced)
+    return config
 
 
 def _problems(error: ValidationError) -> list[str]:
@@ -243,7 +257,7 @@ def _without_comments(value: Any) -> Any:
 
 
 def is_comment(key: str) -> bool:
-    """Whether a key of a file is there for people and editors only."""
+    """Whether a key of a file is no config value. Most are there for people and editors only; see `UNUSED_OK`."""
     return key.startswith("_") or key == "$schema"
 
 

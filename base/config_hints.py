@@ -67,8 +67,8 @@ OTHER_PROJECTS: dict[str, str | None] = {
     "resume": None,
     "pretrained": None,
 }
-"""Names of other projects (pytorch-template, timm, Lightning, mmengine, codes of papers) -> our dotted key for the same thing, or
-None where there is none and a name that looks alike is another thing."""
+"""Names of other projects (pytorch-template, timm, Lightning, mmengine, codes of papers) -> our dotted key for the same thing,
+or None where there is none and a name that looks alike is another thing."""
 OF_ITS_OWN = ("adversarial", "pgd_attack", "comet", "optimizer", "lr_scheduler")
 """Sections whose keys mean something only there: `steps` at another place says nothing about attacks."""
 ATTACKS = ("adversarial", "pgd_attack")

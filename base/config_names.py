@@ -7,6 +7,10 @@ ArchName = Literal[
     "wide_resnet", "wide_resnet28_10", "wide_resnet34_10", "vgg11", "vgg13", "vgg16", "vgg19", "simpleCNN", "simpleCNN2",
 ]  # fmt: skip
 ConvName = Literal["conv", "prec_conv", "conv_norm", "sn_conv", "oni_conv", "own_conv"]
+CONV_NORM = ("prec_conv", "conv_norm")
+"""Convolutions that normalize what they put out, so that no norm layer is needed behind them."""
+WEIGHTS_NORMALIZED = ("sn_conv", "oni_conv", "own_conv")
+"""Convolutions that normalize their weights: with and without a norm layer behind them they are in use."""
 NormName = Literal["bn", "gn", "in", "no"]
 ActivationName = Literal["relu", "srelu"]
 DataLoaderName = Literal["CIFAR10DataLoader", "CIFAR100DataLoader", "ImageFolderDataLoader", "DigitsDataLoader"]

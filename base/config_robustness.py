@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from base.config_section import Count, Positive, Section
+from base.config_section import Count, Needs, Positive, Section
 
 Size = Annotated[float, Field(ge=0, le=255)]
 SMALLEST_EPSILON, SMALLEST_STEP = 0.5, 0.05
@@ -18,6 +18,18 @@ LARGEST_STEP = 3.0
 """In radii: longer steps, where the usual ones are at most 2.5, were meant in 1/255."""
 
 
+def _method(*names: str) -> Needs:
+    return Needs(f"adversarial.method {' or '.join(names)}", lambda config: config.adversarial_method in names)
+
+
+A_METHOD = Needs("adversarial training", lambda config: config.adversarial_method != "none")
+FREE, TRADES, PGD = _method("free"), _method("trades"), _method("pgd")
+STEPS = _method("pgd", "trades")
+START = _method("fgsm", "pgd")
+VALIDATION = Needs("robust validation", lambda config: config.robust_validation_period > 0)
+REPORT = Needs("an attack after training", lambda config: config.reports_robustness)
+
+
 class AdversarialConfig(Section):
     """Adversarial training by train_robust.py, and robust validation."""
 
@@ -27,34 +39,34 @@ class AdversarialConfig(Section):
     """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units of the pixel range."""
     epsilon: Size | None = None
     """Radius of training and of attacks; null: trainer.adv_clip_eps for linf, 0.5 for l2."""
-    step_size: Size | None = None
+    step_size: Annotated[Size | None, A_METHOD] = None
     """Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon (fgsm), 2.5 epsilon / steps (others)."""
-    steps: Positive = 10
+    steps: Annotated[Positive, STEPS] = 10
     """Attack steps in training with pgd and trades."""
-    restarts: Positive = 1
+    restarts: Annotated[Positive, PGD] = 1
     """Random starts in training with pgd, of which every image keeps the worst point."""
-    random_start: bool = True
+    random_start: Annotated[bool, START] = True
     """Begin attacks in training with fgsm and pgd at a random point."""
-    warmup_epochs: Count = 0
+    warmup_epochs: Annotated[Count, A_METHOD] = 0
     """Epochs over which radius and step of training grow evenly from 0; validation and reports attack with the whole radius.
     Pang et al. (arXiv:2010.00467) begin at 1/N of the radius, end one epoch earlier, and keep the whole step."""
-    bn_mode: Literal["train", "eval"] | None = None
+    bn_mode: Annotated[Literal["train", "eval"] | None, A_METHOD] = None
     """Mode of the model while it is attacked in training: train moves running statistics, too (free knows only train); null:
     eval for trades, train for the others, as in the authors' codes."""
-    noise: Literal["reset", "carry"] = "reset"
+    noise: Annotated[Literal["reset", "carry"], FREE] = "reset"
     """free: perturbations begin at zero for each minibatch (as in ConvNorm), or where the last ones ended (as in the paper)."""
-    beta: Annotated[float, Field(ge=0)] = 6.0
+    beta: Annotated[float, Field(ge=0), TRADES] = 6.0
     """trades: weight of the divergence between predictions."""
-    clean_passes: Annotated[int, Field(ge=1, le=2)] = 1
+    clean_passes: Annotated[int, Field(ge=1, le=2), TRADES] = 1
     """trades: passes of the clean images through the network in an update. 2, as in the authors' code, costs a forward and a
     backward pass more; attacked images then make 33 % of batch normalisation's running statistics, with 1 they make 53 %."""
     validate_every: Count | None = None
     """Epochs from one robust validation (PGD as in pgd_attack) to the next; 0 for none; null: 1 with a method, else 0."""
-    validate_images: Positive = 1000
+    validate_images: Annotated[Positive, VALIDATION] = 1000
     """How many validation images it attacks, the same in every epoch: the first of every class."""
     report: bool | None = None
     """Attack the test set after training; null: where a method is named, none included."""
-    report_images: Positive | None = None
+    report_images: Annotated[Positive | None, REPORT] = None
     """How many test images the report attacks, the first of every class; null for all."""
 
     @model_validator(mode="after")

@@ -1,5 +1,7 @@
 """What every section of the config tree is made of."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +43,19 @@ class Section(BaseModel):
     """One object of the tree: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a key has an effect with, as metadata of its type: `Annotated[float, Needs("trainer.OCNN", ...)]`.
+
+    Attributes:
+        what: in words, after "only with".
+        met: whether a config (the whole tree) has that.
+    """
+
+    what: str
+    met: Callable[[Any], bool]
 
 
 def section_in(annotation: Any) -> type[Section] | None:

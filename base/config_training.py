@@ -5,7 +5,24 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from base.config_names import LOGGED_VALUES, logged_value
-from base.config_section import Count, FilePath, Fraction, InputPath, Positive, Section
+from base.config_section import Count, FilePath, Fraction, InputPath, Needs, Positive, Section
+
+A_SCHEDULE = Needs("an lr_scheduler.type", lambda config: config.lr_scheduler.type != "none")
+A_PLATEAU = Needs("ReduceLROnPlateau", lambda config: config.lr_scheduler.type == "ReduceLROnPlateau")
+A_MONITOR = Needs("a trainer.monitor other than off", lambda config: config.trainer.monitor != "off")
+A_RATE = Needs("trainer.percent above 0", lambda config: config.trainer.percent > 0)
+SYMMETRIC_NOISE = Needs("trainer.sym and trainer.percent above 0", lambda config: config.trainer.sym and A_RATE.met(config))
+NOISE = Needs("label noise", lambda config: A_RATE.met(config) or config.trainer.noise_file is not None)
+A_PENALTY = Needs("trainer.OCNN", lambda config: config.trainer.OCNN)
+FREE = Needs("free adversarial training", lambda config: config.adversarial_method == "free")
+FREE_STEP = Needs(
+    "free adversarial training under linf and without adversarial.step_size",
+    lambda config: FREE.met(config) and config.adversarial.norm == "linf" and config.adversarial.step_size is None,
+)
+NO_EPSILON = Needs(
+    "adversarial.norm linf and without adversarial.epsilon",
+    lambda config: config.adversarial.norm == "linf" and config.adversarial.epsilon is None,
+)
 
 
 class OptimizerConfig(Section):
@@ -22,12 +39,12 @@ class SchedulerConfig(Section):
 
     type: str = "none"
     """Name of a class of torch.optim.lr_scheduler, or none."""
-    args: dict[str, Any] = Field(default={})
+    args: Annotated[dict[str, Any], A_SCHEDULE] = Field(default={})
     """Its arguments. T_max of CosineAnnealingLR, total_steps of OneCycleLR and total_iters of PolynomialLR default to the whole
     run, in a SequentialLR to what its milestones leave; mode of ReduceLROnPlateau to what is better of the monitor."""
-    interval: Literal["epoch", "batch"] | None = None
+    interval: Annotated[Literal["epoch", "batch"] | None, A_SCHEDULE] = None
     """When it steps; null: after every batch for OneCycleLR and CyclicLR, after every epoch for the others."""
-    monitor: str | None = None
+    monitor: Annotated[str | None, A_PLATEAU] = None
     """ReduceLROnPlateau: the value it watches; null: val_loss, or loss without a validation set."""
 
     @field_validator("monitor")
@@ -63,39 +80,39 @@ class TrainerConfig(Section):
     """ConvNorm's key, accepted and not used: labels.npz lies in the run folder."""
     monitor: str = "max val_top1"
     """What the best model is: 'min' or 'max' and a logged value, or 'off'."""
-    early_stop: Positive | None = None
+    early_stop: Annotated[Positive | None, A_MONITOR] = None
     """Epochs in a row without improvement after which training stops; null never."""
     tensorboard: bool = False
     """Write TensorBoard events to the run folder."""
     percent: Fraction = 0.0
     """Rate of label noise."""
-    sym: bool = False
+    sym: Annotated[bool, A_RATE] = False
     """Symmetric label noise."""
-    asym: bool = False
+    asym: Annotated[bool, A_RATE] = False
     """Asymmetric label noise: similar classes of CIFAR-10 and CIFAR-100."""
-    noise_law: Literal["inclusive", "exclusive"] = "inclusive"
+    noise_law: Annotated[Literal["inclusive", "exclusive"], SYMMETRIC_NOISE] = "inclusive"
     """Symmetric noise draws from all classes (inclusive, as published) or from the wrong ones only (exclusive)."""
     noise_file: InputPath | None = None
     """Labels for the whole training set, such as CIFAR-N's: .npy, .npz, .pt, .json or .csv, see docs/data.md."""
     noise_key: str | None = None
     """Which entry, or column, of a noise_file that holds several label sets."""
-    noisy_validation: bool = True
+    noisy_validation: Annotated[bool, NOISE] = True
     """Validation labels carry the same noise; accuracy on the clean ones is always reported beside."""
     subset_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the whole training set that is trained on, the same for every class; at most what validation leaves."""
     OCNN: bool = False
     """Add OCNN's orthogonality penalty to the loss."""
-    lamb_ocnn: Annotated[float, Field(ge=0)] = 0.001
+    lamb_ocnn: Annotated[float, Field(ge=0), A_PENALTY] = 0.001
     """Weight of OCNN's penalty."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per update of a moving average of the weights, which is evaluated and saved beside them; null: no average."""
     do_adv: bool = False
     """Adversarial training by train_robust.py: free, unless adversarial.method says otherwise."""
-    fgsm_step: Annotated[float, Field(ge=0, le=255)] = 8
+    fgsm_step: Annotated[float, Field(ge=0, le=255), FREE_STEP] = 8
     """Free adversarial training under linf: step in 1/255 of the pixel range."""
-    adv_clip_eps: Annotated[float, Field(ge=0, le=255)] = 8
+    adv_clip_eps: Annotated[float, Field(ge=0, le=255), NO_EPSILON] = 8
     """The l-inf bound of training and of attacks, in 1/255 of the pixel range, where adversarial.epsilon gives none."""
-    adv_repeats: Positive = 4
+    adv_repeats: Annotated[Positive, FREE] = 4
     """Free adversarial training: updates per minibatch."""
 
     @field_validator("monitor")

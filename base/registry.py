@@ -12,6 +12,8 @@ from base.errors import ConfigError
 
 Constructor = Callable[..., Any]
 T = TypeVar("T")
+LEAST_ALIKE = 0.6
+"""Twice the letters that two names share, by the letters that they have."""
 LONGEST_COMPARED = 80
 """Letters of a name that are compared with known ones."""
 
@@ -43,16 +45,15 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """
     names = list(known)
     plain = _plain(name)
-    distances = {candidate: _edits(plain, _plain(candidate)) for candidate in names}
-    slips = {
-        candidate: edits
-        for candidate, edits in distances.items()
-        # they have something in common: no letter is another one by a slip
-        if edits <= max(1, len(plain) // 4) and edits < max(len(plain), len(_plain(candidate)))
-    }
+    slips = {}
+    for candidate in names:
+        edits = _edits(plain, _plain(candidate))
+        alike = SequenceMatcher(None, plain, _plain(candidate)).ratio()
+        # of short names, most must be the same: gm is no slip for gn
+        if edits <= max(1, len(plain) // 4) and alike >= LEAST_ALIKE:
+            slips[candidate] = (edits, -alike)
     if slips:
-        alike = {candidate: SequenceMatcher(None, plain, _plain(candidate)).ratio() for candidate in slips}
-        return min(slips, key=lambda candidate: (slips[candidate], -alike[candidate]))
+        return min(slips, key=lambda candidate: slips[candidate])
     words = set(name.casefold().split("_"))
     related = [candidate for candidate in names if _contain(words, set(candidate.casefold().split("_")))]
     return related[0] if len(related) == 1 else None

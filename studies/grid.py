@@ -7,27 +7,30 @@
         "training": {"standard": {"adversarial.method": "none"}, "PGD": {"adversarial.method": "pgd"}}
     },
     "variants": {"baseline": {}, "short": {"trainer.epochs": 5}, "other": "../another_config.json"},
-    "seeds": [0, 1, 2]
+    "seeds": [0, 1, 2],
+    "_unused_ok": true
 }
 
 Paths are relative to the grid file. Every combination of one label from each axis is a variant, called by its labels
-(`BatchNorm_standard`); named variants are settings on top of the base, or another config file.
+(`BatchNorm_standard`); named variants are settings on top of the base, or another config file. `_unused_ok`, which may be left
+out, is passed on to every run: see `base.config_warnings`.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from base.config import Config
 from base.config_files import Override, is_comment, load_config, override, read_tree
 from base.config_section import Count, Section
+from base.config_warnings import UNUSED_OK
 from base.errors import ConfigError
 from base.json_file import read_json_object
 from base.optimization import check_optimization
@@ -50,6 +53,7 @@ class Grid(Section):
     """Name -> settings, or the path of a config file."""
     seeds: list[Count] = Field(default=[0], min_length=1)
     """Seeds that every variant is run with."""
+    _unused_ok: Any = PrivateAttr(default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +109,11 @@ def read_grid(path: Path) -> Grid:
     Raises:
         ConfigError: one line that names the file and what is wrong with it.
     """
-    tree = {key: value for key, value in read_tree(path, Grid).items() if not is_comment(key)}
+    whole = read_tree(path, Grid)
+    tree = {key: value for key, value in whole.items() if not is_comment(key)}
     try:
         grid = Grid.model_validate_json(json.dumps(tree))
+        grid._unused_ok = whole.get(UNUSED_OK)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"] if part not in ("str", "dict[str,any]"))
@@ -137,6 +143,7 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
             axes that set the same key.
     """
     base = path.parent / (grid.base or "")
+    quiet = {} if grid._unused_ok is None else {UNUSED_OK: grid._unused_ok}
     named = [
         (name, Variant(path.parent / value, {}, {}) if isinstance(value, str) else Variant(base, value, {}))
         for name, value in grid.variants.items()
@@ -151,7 +158,7 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
             raise ConfigError(f"{path}: {name}: seed: belongs into the grid's seeds")
         if _holds_key(variant.settings):
             raise ConfigError(f"{path}: {name}: comet.api: would be shown and stored with the run's command; set COMET_API_KEY")
-        found[name] = variant
+        found[name] = replace(variant, settings=quiet | variant.settings)
     return found
 
 
@@ -223,7 +230,8 @@ def describe(runs: Sequence[Run]) -> list[str]:
     for variant, run in firsts.items():
         given = dict(run.settings or _own_keys(run.config_file, values[variant]))
         given |= {key: value for key, value in values[variant].items() if key in varied}
-        words = {key: as_word(value) for key, value in given.items()} | dict(run.overrides)
+        words = {key: as_word(value) for key, value in given.items() if not is_comment(key)}
+        words |= dict(run.overrides)
         settings = "".join(f", {key}={text}" for key, text in words.items())
         seeds = ", ".join(str(other.seed) for other in runs if other.variant == variant)
         lines.append(f"{variant}: {run.config_file.name}{settings} (seeds {seeds})")

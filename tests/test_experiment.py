@@ -56,6 +56,18 @@ def test_dropout_does_not_depend_on_what_else_the_process_did(tmp_path):
     assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
 
 
+def test_the_log_names_the_layer_types_and_warns_once(tmp_path):
+    config = config_of(
+        arch={"args": {"conv_layer_type": "own_conv", "norm_layer_type": "gn"}},
+        trainer={"epochs": 1, "verbosity": 1, "lamb_ocnn": 0.5},
+    )
+    run(tmp_path / "run", config)
+    Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "2")])
+    log = (tmp_path / "run" / "info.log").read_text()
+    assert log.count("simpleCNN (convolutions own_conv, norm gn) with ") == 2
+    assert log.count("without effect in this run: trainer.lamb_ocnn 0.5") == 1
+
+
 def test_the_comparison_can_fail(tmp_path):
     for seed in (3, 4):
         run(tmp_path / str(seed), config_of(seed=seed))

@@ -55,6 +55,17 @@ def test_every_config_names_the_schema_and_trains(file, tmp_path):
     step(config, tmp_path)
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_no_config_warns(file):
+    assert load_config(file).warnings == ()
+
+
+@pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
+def test_no_variant_of_a_grid_warns(file):
+    for run in plan(file):
+        assert run.config.warnings == (), run.name
+
+
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
 def test_every_variant_of_every_grid_can_be_optimised(file):
     for run in plan(file):

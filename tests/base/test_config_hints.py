@@ -89,7 +89,8 @@ def test_arguments_that_stand_outside_of_args():
     [
         ("SDG", ["SGD", "Adam", "ASGD"], "SGD"),
         ("resnet81", ["resnet18", "vgg11"], "resnet18"),
-        ("bm", ["bn", "gn", "in", "no"], "bn"),
+        ("bnn", ["bn", "gn", "in", "no"], "bn"),
+        ("bm", ["bn", "gn", "in", "no"], None),
         ("x", ["K", "step"], None),
         ("", ["K", "step"], None),
         ("_", ["K", "step"], None),

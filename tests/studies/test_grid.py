@@ -42,6 +42,18 @@ def test_axes_are_multiplied_and_named_variants_stand_beside_them(grid_file, tmp
     assert describe(plan(path, seeds=[1]))[2] == "one: base.json, trainer.epochs=1 (seeds 1)"
 
 
+def test_a_grid_says_for_all_its_runs_that_keys_may_be_without_effect(grid_file):
+    axes = {"training": {"plain": {}, "trades": {"adversarial.method": "trades"}}}
+    variants = {"other": {"adversarial.beta": 2}}
+    loud = plan(grid_file(axes=axes, variants=variants))
+    quiet = plan(grid_file(axes=axes, variants=variants, _unused_ok=["adversarial.beta"]))
+    assert [len(run.config.warnings) for run in loud] == [0, 0, 1]
+    assert [len(run.config.warnings) for run in quiet] == [0, 0, 0]
+    assert [run.folder for run in quiet] == [run.folder for run in loud]
+    assert describe(quiet) == describe(loud)
+    assert '_unused_ok=["adversarial.beta"]' in quiet[2].words()
+
+
 def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_compares(grid_file, tmp_path):
     base = json.loads((tmp_path / "base.json").read_text())
 
