@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from base.config import Config
+from base.config_robustness import SIZES, read_sizes
 from base.config_section import Section
 from base.errors import ConfigError
 from base.json_file import HALF_A_PAIR, KINDS, JSONError, one_line, parse_json, read_json_object
@@ -132,7 +133,7 @@ def validate(tree: Tree, source: str = "config") -> Config:
     tree = _explain_placeholders(tree, source)
     _refuse_broken_text(tree, source)
     try:
-        return Config.model_validate_json(json.dumps(tree))
+        return Config.model_validate_json(json.dumps(read_sizes(tree)))
     except ValidationError as error:
         # a misspelt key first: where it was a required one, that is missed, too, and says less
         problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
@@ -243,6 +244,9 @@ def _told(problem: dict[str, Any]) -> str:
     if _is_secret(path):
         return f"{key}: {problem['msg']} (what was given is not shown)"
     value = problem["input"]
+    if tuple(path) in SIZES and isinstance(value, str):
+        expected = 'expected a number, or a fraction of the pixel range such as "8/255"'
+        return f"{key}: {expected}, not {_shown(value)}"
     if problem["type"] == "literal_error":
         names = [name.strip("'") for name in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         return f"{key}: {_shown(value, repr)} is not one of: {', '.join(names)}{did_you_mean(str(value)[:80], names)}"

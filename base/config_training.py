@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from base.config_names import LOGGED_VALUES, logged_value
+from base.config_robustness import Size
 from base.config_section import Count, FilePath, Fraction, InputPath, Positive, Section
 
 
@@ -90,9 +91,9 @@ class TrainerConfig(Section):
     """Decay per update of a moving average of the weights, which is evaluated and saved beside them; null: no average."""
     do_adv: bool = False
     """Adversarial training by train_robust.py: free, unless adversarial.method says otherwise."""
-    fgsm_step: Annotated[float, Field(ge=0, le=255)] = 8
+    fgsm_step: Size = 8
     """Free adversarial training under linf: step in 1/255 of the pixel range."""
-    adv_clip_eps: Annotated[float, Field(ge=0, le=255)] = 8
+    adv_clip_eps: Size = 8
     """The l-inf bound of training and of attacks, in 1/255 of the pixel range, where adversarial.epsilon gives none."""
     adv_repeats: Positive = 4
     """Free adversarial training: updates per minibatch."""

@@ -9,7 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from math import isinf
+from math import isfinite, isinf
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,22 @@ def parse_json(text: str) -> Any:
     except ValueError:  # an integer of thousands of digits, which is now found again
         value = None
     _refuse_values(text)
+    return value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, with null in place of numbers that are infinite or NaN, which JSON does not
+    have. Whatever this project writes as JSON goes through here."""
+    return json.dumps(_with_nulls(value), indent=indent, allow_nan=False)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _with_nulls(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(item) for item in value]
     return value
 
 

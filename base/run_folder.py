@@ -24,6 +24,7 @@ from base.atomic import replacing, sweep
 from base.checkpoint import has_checkpoint
 from base.comet_key import command_without_key
 from base.errors import CheckpointError, ConfigError, ProjectError
+from base.json_file import json_text
 from base.locks import locked
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
@@ -111,9 +112,9 @@ def begun_by_this_job(folder: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically; numbers that are not finite become null."""
     with replacing(path) as file:
-        file.write(f"{json.dumps(value, indent=2)}\n".encode())
+        file.write(f"{json_text(value, indent=2)}\n".encode())
 
 
 class _LogFile(logging.FileHandler):

@@ -4,7 +4,6 @@ TensorBoard and Comet are imported only when the config asks for them. Where one
 warning. Comet's server is spoken to by a thread of its own, for which the end of a run waits `PATIENCE` seconds at most.
 """
 
-import json
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from typing import Any
 
 from base.atomic import replacing
 from base.config import CometConfig, Config
+from base.json_file import json_text
 
 logger = logging.getLogger(__name__)
 EpochLog = Mapping[str, int | float]
@@ -60,11 +60,11 @@ class RunLog(Tracker):
     def __init__(self, path: Path, history: Sequence[EpochLog] = ()) -> None:
         self.path = path
         with replacing(path) as file:
-            file.write("".join(json.dumps(log) + "\n" for log in history).encode())
+            file.write("".join(json_text(log) + "\n" for log in history).encode())
 
     def log_epoch(self, log: EpochLog) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(log) + "\n")
+            file.write(json_text(log) + "\n")
 
 
 class TensorBoard(Tracker):
