@@ -31,7 +31,7 @@ DOCTOR_IMAGES = 200
 EXAMPLES = 8
 SIZES = (
     ("--norm", "adversarial.norm", "linf or l2"),
-    ("--epsilon", "adversarial.epsilon", "radius: in 1/255 for linf, in units of the pixel range for l2"),
+    ("--epsilon", "adversarial.epsilon", "radius: in 1/255 for linf, in units of the pixel range for l2; or 8/255"),
     ("--steps", "pgd_attack.K", "steps"),
     ("--step_size", "pgd_attack.step", "step size, in the units of epsilon"),
     ("--restarts", "pgd_attack.restarts", "random starts"),
@@ -206,7 +206,8 @@ def _conclusion(report: Report) -> str:
     if values["reliable"] is False:
         return "NOT RELIABLE: see the warnings"
     if needed is not None:
-        return f"UNDECIDED: about {needed} images would decide (--doctor {needed})"
+        how = f" (--doctor {needed})" if needed <= values["n"] else ""
+        return f"UNDECIDED: about {needed} images would decide{how}"
     return f"every check passed, of {values['checked_attack']}"
 
 

@@ -22,7 +22,13 @@ from base.errors import CheckpointError, ConfigError, DataError
 from base.launch import own_device
 from base.output import PICTURES, check_outputs
 from base.ranks import rank
-from base.runtime import autocast, choose_precision, keep_freed_memory, set_determinism
+from base.runtime import (
+    autocast,
+    choose_precision,
+    determinism_explained,
+    keep_freed_memory,
+    set_determinism,
+)
 from data_loader import DATA_LOADERS
 from data_loader.splits import some_of_every_class
 
@@ -293,4 +299,25 @@ def _model(
     if ema and "ema_state_dict" not in checkpoint:
         raise CheckpointError(f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)")
     assumed = load_weights(model, checkpoint["ema_state_dict" if ema else "state_dict"], file)
-    return model.eval(), assumed
+    _check_images_fit(model.eval(), config, loader, device)
+    return model, assumed
+
+
+def _check_images_fit(
+    model: BaseModel, config: Config, loader: BaseDataLoader, device: torch.device
+) -> None:
+    """Ask the network about one image of the test set's shape.
+
+    Raises:
+        DataError: it cannot take such images: too small, or of other channels.
+    """
+    channels, height, width = loader.image_shape
+    try:
+        with torch.no_grad(), determinism_explained():
+            model(torch.zeros(1, channels, height, width, device=device))
+    except (RuntimeError, ValueError) as error:
+        place = config.data_loader.args.data_dir or config.data_loader.type
+        what = f"images of {width}x{height} pixels with {channels} channels"
+        raise DataError(
+            f"{place}: {what}, which {config.arch.type} cannot take: {str(error).splitlines()[0]}"
+        ) from None

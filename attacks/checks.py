@@ -152,9 +152,8 @@ def quick_checks(
         attacked = (wrongness(logits, labels) == 0) != attack.targeted
         vanishing = attacked & (gradient <= SATURATED * of_margin)
         hidden = 0
-        for part in vanishing.nonzero().squeeze(1).split(size):
-            if len(part):
-                hidden += _hidden(model, images[part], labels[part], attack)
+        for part in _parts(vanishing, size):
+            hidden += _hidden(model, images[part], labels[part], attack)
     not_finite = len(labels) - int((gradient.isfinite() & logits.isfinite().all(dim=1)).sum())
     low, high = float(logits.amin()), float(logits.amax())
     off = float((logits.sum(dim=1) - 1).abs().amax())
@@ -294,7 +293,7 @@ class _Examination:
         """Attack all images, or those `among` them, in batches of `size`; the others count as broken."""
         standing = torch.zeros(self.n, dtype=torch.bool)
         among = torch.ones_like(standing) if among is None else among
-        for part in among.nonzero().squeeze(1).split(size or self.size):
+        for part in _parts(among, size or self.size):
             there = part.to(self.images.device)
             images, labels, positions = self.images[there], self.labels[there], self.positions[part]
             options = {"positions": positions, "seed": self.seed, "autocast": self.autocast}
@@ -397,7 +396,7 @@ class _Examination:
         """How many images that stand under one attack another breaks: at most a share of `limit` of
         all images."""
         before, after = _percent(_share(standing)), _percent(_share(other))
-        detail = f"{before} of images stand, {after} under the other attack, which breaks more"
+        detail = f"{before} of images stand, {after} under the other attack; only the other breaks"
         return judge_rate(name, int((standing & ~other).sum()), self.n, limit, detail)
 
     def black_box(self) -> list[Check]:
@@ -408,6 +407,13 @@ class _Examination:
         of_standing = f"of {int(standing.sum())} images that stand"
         detail = f"{of_standing} Square breaks, with {SQUARE_QUERIES} queries"
         return [judge_rate("no black-box search finds more", broken, self.n, OVERSTATED, detail)]
+
+
+def _parts(chosen: Tensor, size: int) -> list[Tensor]:
+    """The positions where `chosen` `(N,)` is true, in batches; none where it is true nowhere, for not
+    every model can answer about no images."""
+    places = chosen.nonzero().squeeze(1)
+    return list(places.split(size)) if len(places) else []
 
 
 def _variant(attack: Any, **changes: object) -> Any:

@@ -1,5 +1,6 @@
 """The attacks that a config describes. Here, and nowhere else, its sizes become those of the pixel range `[0, 1]`."""
 
+from attacks.arguments import LARGEST_LINF
 from attacks.auto_attack import AutoAttack
 from attacks.auto_pgd import APGD
 from attacks.fgsm import FGSM
@@ -70,4 +71,6 @@ def training_step_size(config: Config) -> float:
         return in_pixel_range(settings.step_size, settings.norm)
     if method == "free":
         return in_pixel_range(config.trainer.fgsm_step, "linf") if threat.norm == "linf" else threat.epsilon
-    return 1.25 * threat.epsilon if method == "fgsm" else 2.5 * threat.epsilon / settings.steps
+    step = 1.25 * threat.epsilon if method == "fgsm" else 2.5 * threat.epsilon / settings.steps
+    # a step of 1 crosses the whole pixel range
+    return min(step, LARGEST_LINF) if threat.norm == "linf" else step

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from base.config import Config
 from base.config_hints import hint as key_hint
+from base.config_robustness import SIZES, read_sizes
 from base.config_section import Section, section_in
 from base.config_training import OptimizerConfig, SchedulerConfig
 from base.config_warnings import UNUSED_OK, warnings_of
@@ -187,7 +188,7 @@ def validate(
     tree = _explain_placeholders(_without_nulls(_without_comments(tree)), source)
     _refuse_broken_text(tree, source)
     try:
-        config = Config.model_validate_json(json.dumps(tree))
+        config = Config.model_validate_json(json.dumps(read_sizes(tree)))
     except ValidationError as error:
         problems = _problems(error) + _problems_of_arguments(tree, error)
         raise ConfigError(f"{source}: {all_of([one_line(problem) for problem in problems])}") from None
@@ -343,6 +344,9 @@ def _told(problem: dict[str, Any]) -> str:
     if _is_secret(path):
         return f"{key}: {problem['msg']} (what was given is not shown)"
     value = problem["input"]
+    if tuple(path) in SIZES and isinstance(value, str):
+        expected = 'expected a number, or a fraction of the pixel range such as "8/255"'
+        return f"{key}: {expected}, not {_shown(value)}"
     if problem["type"] == "literal_error":
         names = [name.strip("'") for name in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         return f"{key}: {_shown(value, repr)} is not one of: {', '.join(names)}{did_you_mean(str(value)[:80], names)}"

@@ -1,12 +1,35 @@
 """The config's sections on adversarial training and attacks."""
 
-from typing import Annotated, Literal, Self
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from base.config_section import Count, Needs, Positive, Section
 
-Size = Annotated[float, Field(ge=0, le=255)]
+FRACTION_OF_RANGE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) */ *([0-9]+(?:\.[0-9]+)?) *")
+Size = Annotated[
+    float,
+    Field(ge=0, le=255),
+    WithJsonSchema(
+        {
+            "type": ["number", "string"],
+            "minimum": 0,
+            "maximum": 255,
+            "pattern": f"^{FRACTION_OF_RANGE.pattern}$",
+        }
+    ),
+]
+"""A radius or step size. A config may hold it as text, too; see `read_sizes`."""
+SIZES = (
+    ("adversarial", "epsilon"),
+    ("adversarial", "step_size"),
+    ("pgd_attack", "step"),
+    ("trainer", "adv_clip_eps"),
+    ("trainer", "fgsm_step"),
+)
+"""Where in a config's tree the sizes stand; those of `trainer` are always of l-inf."""
 SMALLEST_EPSILON, SMALLEST_STEP = 0.5, 0.05
 """In 1/255: what is below, but not 0, was meant in the pixel range [0, 1]. No published attack is so weak."""
 DEFAULT_L2 = 0.5
@@ -36,7 +59,8 @@ class AdversarialConfig(Section):
     method: Literal["none", "free", "fgsm", "pgd", "trades"] | None = None
     """free, fgsm (fast: random start, one step), pgd, trades or none; null: free where trainer.do_adv is true, else none."""
     norm: Literal["linf", "l2"] = "linf"
-    """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units of the pixel range."""
+    """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units of
+    the pixel range; "8/255" is that part of the pixel range in both."""
     epsilon: Size | None = None
     """Radius of training and of attacks; null: trainer.adv_clip_eps for linf, 0.5 for l2."""
     step_size: Annotated[Size | None, A_METHOD] = None
@@ -89,6 +113,29 @@ class PGDAttackConfig(Section):
     """What it maximises: cross entropy, margin, or difference of logits ratio."""
 
 
+def read_sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's tree in which sizes written as a fraction of the pixel range, such as `"8/255"`,
+    are numbers in the units of their norm: 8 for l-inf, 8/255 for l2."""
+    read = dict(tree)
+    adversarial = tree.get("adversarial")
+    norm = adversarial.get("norm") if isinstance(adversarial, Mapping) else None
+    for section, key in SIZES:
+        below = read.get(section)
+        value = below.get(key) if isinstance(below, Mapping) else None
+        if isinstance(value, str):
+            unit = 1 if section != "trainer" and norm == "l2" else 255
+            read[section] = {**below, key: _read_fraction(value, unit)}
+    return read
+
+
+def _read_fraction(text: str, unit: int) -> float | str:
+    """`"8/255"` in multiples of 1/unit of the pixel range; what is no fraction stays as it is."""
+    found = FRACTION_OF_RANGE.fullmatch(text)
+    if found is None or float(found[2]) == 0:
+        return text
+    return float(found[1]) * unit / float(found[2])
+
+
 def refuse_other_units(key: str, epsilon: float | None, norm: str) -> None:
     """Refuse a radius that was obviously meant in the other norm's units.
 
@@ -100,7 +147,7 @@ def refuse_other_units(key: str, epsilon: float | None, norm: str) -> None:
     if norm == "linf" and epsilon < SMALLEST_EPSILON:
         raise ValueError(f"{key}: {_next_to_nothing(epsilon)}")
     if norm == "linf" and epsilon > 255:
-        raise ValueError(f"{key}: {epsilon:g} is in 1/255 of the pixel range: expected at most 255")
+        raise ValueError(f"{key}: {epsilon!r} is in 1/255 of the pixel range: expected at most 255")
     if norm == "l2" and epsilon > LARGEST_L2:
         raise ValueError(f"{key}: {_far_too_much(epsilon)}")
 

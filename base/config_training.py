@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from base.config_names import LOGGED_VALUES, logged_value
+from base.config_robustness import Size
 from base.config_section import Count, FilePath, Fraction, InputPath, Needs, Positive, Section
 
 A_SCHEDULE = Needs("an lr_scheduler.type", lambda config: config.lr_scheduler.type != "none")
@@ -108,9 +109,9 @@ class TrainerConfig(Section):
     """Decay per update of a moving average of the weights, which is evaluated and saved beside them; null: no average."""
     do_adv: bool = False
     """Adversarial training by train_robust.py: free, unless adversarial.method says otherwise."""
-    fgsm_step: Annotated[float, Field(ge=0, le=255), FREE_STEP] = 8
+    fgsm_step: Annotated[Size, FREE_STEP] = 8
     """Free adversarial training under linf: step in 1/255 of the pixel range."""
-    adv_clip_eps: Annotated[float, Field(ge=0, le=255), NO_EPSILON] = 8
+    adv_clip_eps: Annotated[Size, NO_EPSILON] = 8
     """The l-inf bound of training and of attacks, in 1/255 of the pixel range, where adversarial.epsilon gives none."""
     adv_repeats: Annotated[Positive, FREE] = 4
     """Free adversarial training: updates per minibatch."""

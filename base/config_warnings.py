@@ -7,7 +7,7 @@ from typing import Any
 from base.config import Config
 from base.config_names import WEIGHTS_NORMALIZED
 from base.config_section import Needs, Section
-from base.json_file import one_line
+from base.text import one_line
 
 UNUSED_OK = "_unused_ok"
 """The comment key that silences the warning of keys without effect: true, a dotted key or section, or a list of them."""

@@ -89,18 +89,18 @@ def parse_json(text: str) -> Any:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON that every reader takes: infinite numbers and NaN, which JSON does not have,
-    become null."""
-    return json.dumps(_null_for_no_number(value), indent=indent, allow_nan=False)
+    """A value as JSON, with null in place of numbers that are infinite or NaN, which JSON does not
+    have. Whatever this project writes as JSON goes through here."""
+    return json.dumps(_with_nulls(value), indent=indent, allow_nan=False)
 
 
-def _null_for_no_number(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _null_for_no_number(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_null_for_no_number(item) for item in value]
+def _with_nulls(value: Any) -> Any:
     if isinstance(value, float) and not isfinite(value):
         return None
+    if isinstance(value, dict):
+        return {key: _with_nulls(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(item) for item in value]
     return value
 
 

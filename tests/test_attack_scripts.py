@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from base.checkpoint import save_checkpoint
 from tiny_runs import script
@@ -99,7 +100,12 @@ def test_doctor_figure_and_l2(robust_run, tmp_path):
     assert report["norm"] == "l2"
     assert report["epsilon"] == 0.5
     assert report["max_perturbation"] <= 0.5 * (1 + 1e-5)
-    assert report["reliable"] is all(check["passed"] for check in report["checks"])
+    verdicts = {check["verdict"] for check in report["checks"]}
+    assert "undecided" in verdicts, "16 images are too few to pass"
+    assert report["reliable"] is (False if "failed" in verdicts else None)
+    assert report["images_needed"] >= 73
+    if "failed" not in verdicts:
+        assert f"UNDECIDED: about {report['images_needed']} images would decide\n" in done.stdout
     assert report["checked_attack"] == "PGD-3, l2 0.5, step 0.4167, 1 start"
     assert not list(tmp_path.glob(".*")), "nothing is left of what was kept for an interruption"
     assert (tmp_path / "a.png").stat().st_size > 1000
@@ -125,6 +131,74 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
     assert "PGD-2, linf 8/255, step 2/255" in done.stdout
 
 
+def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
+    folder, _ = robust_run
+    words = ["-s", folder, "--steps", 2, "--limit", 100, "--json", tmp_path / "a.json"]
+    done = script("validate_pgd.py", *words, "--doctor", 12, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert "of 12 images, " in next(check["detail"] for check in report["checks"])
+    none = script("validate_pgd.py", *words, "--doctor", 0, cwd=tmp_path)
+    assert (none.returncode, none.stderr) == (2, "--doctor: expected at least 1, not 0\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "epsilon", "step_size"),
+    [
+        (["--epsilon", "4/255", "--step_size", "0.5/255"], 4 / 255, 0.5 / 255),
+        (["--norm", "l2", "--epsilon", "64/255", "--step_size", "32/255"], 64 / 255, 32 / 255),
+        (["--set", "adversarial.epsilon=2/255", "--set", "pgd_attack.step=1 / 255"], 2 / 255, 1 / 255),
+    ],
+)
+def test_sizes_may_be_fractions_of_the_pixel_range(
+    robust_run, tmp_path, flags, epsilon, step_size
+):
+    words = ["-s", robust_run[0], "--limit", 5, "--json", tmp_path / "a.json"]
+    done = script("validate_pgd.py", *words, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert (report["epsilon"], report["step_size"]) == pytest.approx((epsilon, step_size))
+
+
+@pytest.mark.parametrize(
+    "command", [["validate_pgd.py"], ["validate_pgd.py", "--apgd", "--steps", 3], ["fgsm.py"]]
+)
+def test_a_model_with_a_nan_weight_gets_a_report_that_is_not_reliable(
+    robust_run, tmp_path, command
+):
+    checkpoint = torch.load(robust_run[0] / "model_best.pth", weights_only=True)
+    name, weight = next(reversed(checkpoint["state_dict"].items()))
+    weight[...] = float("nan")
+    save_checkpoint(tmp_path / "nan.pth", checkpoint)
+    words = ["-s", tmp_path / "nan.pth", "--limit", 21, "--json", tmp_path / "a.json"]
+    done = script(*command, *words, "--figure", tmp_path / "a.png", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), name
+    text = (tmp_path / "a.json").read_text()
+    assert "NaN" not in text
+    report = json.loads(text)
+    assert (report["n"], report["clean_top1"], report["robust_top1"]) == (21, 0, 0)
+    assert report["reliable"] is False
+    assert report["warnings"] == ["gradients and logits are finite: not for 21 of 21 images"]
+    assert "warning: gradients and logits are finite: not for 21" in done.stdout
+    verdicts = np.load(tmp_path / "a.verdicts.npz")
+    assert (verdicts["prediction"] == -1).all()
+    assert not verdicts["robust_top1"].any()
+
+
+def test_images_that_the_network_cannot_take_are_one_line(robust_run, tmp_path):
+    for part in ("train", "test"):
+        for digit in range(10):
+            (tmp_path / "few" / part / str(digit)).mkdir(parents=True)
+            Image.new("RGB", (9, 4)).save(tmp_path / "few" / part / str(digit) / "a.png")
+    words = ["-s", robust_run[0], "--set", "data_loader.type=ImageFolderDataLoader"]
+    words += ["--set", f"data_loader.args.data_dir={tmp_path / 'few'}"]
+    for command in ("validate_pgd.py", "fgsm.py"):
+        done = script(command, *words, "--json", tmp_path / "a.json", cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
+        expected = f"{tmp_path / 'few'}: images of 9x4 pixels with 3 channels, which simpleCNN cannot"
+        assert done.stderr.startswith(expected)
+
+
 def bad_inputs(folder, tmp_path):
     (tmp_path / "log.png").symlink_to(folder / "metrics.jsonl")
     checkpoint = torch.load(folder / "model_best.pth", weights_only=True)
@@ -141,6 +215,7 @@ def bad_inputs(folder, tmp_path):
             2,
             "pgd_attack.step: 0.0078 is in 1/255 of the pixel range",
         ),
+        "no fraction": (["-s", folder, "--epsilon", "8/255px"], 2, 'such as "8/255", not "8/255px"'),
         "1/255 under l2": (["-s", folder, "--norm", "l2", "--epsilon", "128"], 2, "write 0.502 for 128/255"),
         "classes": (
             ["-s", folder, "--set", "arch.args.num_classes=7"],

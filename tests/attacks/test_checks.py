@@ -299,6 +299,16 @@ def test_a_rate_at_its_limit_needs_a_finite_number_of_images():
     assert 1000 < check.images_needed < 10**6
 
 
+def test_nothing_is_asked_where_no_image_stands(healthy):
+    def some(images):
+        assert len(images)
+        return images
+
+    wrong = Wrapped(healthy, before=some, behind=lambda logits: logits.roll(1, dims=1))
+    checks, _ = doctor(wrong, loader(6, 6), ATTACK, seed=0)
+    assert not failed(checks)
+
+
 def test_few_images_decide_nothing_good_and_anything_bad(healthy):
     checks, _ = doctor(healthy, loader(8, 8), ATTACK, seed=0)
     assert not failed(checks)

@@ -329,6 +329,38 @@ def test_bad_value_is_named_by_its_dotted_key(key, value, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("tree", "key", "size"),
+    [
+        ({"adversarial": {"epsilon": "4/255"}}, "adversarial.epsilon", 4),
+        ({"adversarial": {"epsilon": " 0.5 / 1 "}}, "adversarial.epsilon", 127.5),
+        ({"adversarial": {"norm": "linf", "step_size": "2.5/255"}}, "adversarial.step_size", 2.5),
+        ({"adversarial": {"norm": "l2", "epsilon": "128/255"}}, "adversarial.epsilon", 128 / 255),
+        ({"adversarial": {"norm": "l2", "step_size": "16/255"}}, "adversarial.step_size", 16 / 255),
+        ({"adversarial": {"norm": "l2"}, "pgd_attack": {"step": "8/64"}}, "pgd_attack.step", 0.125),
+        ({"pgd_attack": {"step": "1/255"}}, "pgd_attack.step", 1),
+        ({"trainer": {"adv_clip_eps": "6/255"}}, "trainer.adv_clip_eps", 6),
+        ({"adversarial": {"norm": "l2"}, "trainer": {"fgsm_step": "3/255"}}, "trainer.fgsm_step", 3),
+    ],
+)
+def test_a_size_may_be_a_fraction_of_the_pixel_range(tree, key, size):
+    config = validate(merge(DIGITS, tree))
+    section, name = key.split(".")
+    assert getattr(getattr(config, section), name) == size
+    assert validate(config.dump()) == config
+    overridden = override(merge(DIGITS, tree), [(key, tree[section][name])])
+    assert validate(overridden) == config
+
+
+@pytest.mark.parametrize("text", ["8/0", "8/255px", "-8/255", "8/-255", "/255", "8/", "1e3/255", "eight"])
+def test_what_is_no_fraction_is_named_with_what_is_one(text):
+    expected = '^here: adversarial.epsilon: expected a number, or a fraction .* such as "8/255", not "'
+    with pytest.raises(ConfigError, match=expected):
+        validate(merge(DIGITS, {"adversarial": {"epsilon": text}}), "here")
+    with pytest.raises(ConfigError, match="less than or equal to 255, not 256"):
+        validate(merge(DIGITS, {"adversarial": {"epsilon": "256/255"}}))
+
+
 @pytest.mark.parametrize("name", ["a" * 255, "Опыт 1", "\U0001f469\u200d\U0001f52c", ". .", "a:b*c?", "x.y"])
 def test_any_name_of_a_folder_is_a_name(name):
     assert validate({**DIGITS, "name": name}).name == name
