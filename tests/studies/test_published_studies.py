@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.config_files import Override, load_config
 from base.command_line import config_overrides, config_parser
+from base.config_files import Override, load_config
 from models import build_model
 from studies.grid import plan
 
