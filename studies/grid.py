@@ -354,7 +354,10 @@ def _explained(
 
 
 def _own_keys(file: Path, resolved: Mapping[str, Any]) -> Settings:
-    """What a config file says itself, without its parents; no secret, as none is in `resolved`."""
+    """What a config file says itself, without its parents.
+
+    Secrets are left out: `resolved`, the leaves of the resolved config, does not hold them.
+    """
     own = dict(_leaves(read_json_object(file)))
     return {key: value for key, value in own.items() if key in resolved or value is None}
 

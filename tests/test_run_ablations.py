@@ -65,7 +65,7 @@ def test_the_ablation_studys_own_commands(tmp_path):
 
 
 def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
-    words = ["--grid", grid, "--all", "--seed", 0, "--save_dir", tmp_path / "out"]
+    words = ["--grid", grid, "--all", "--seed", 0, "--save_dir", tmp_path / "out", "--set", "augmentation.flip=false"]
     process = subprocess.Popen(command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not list((tmp_path / "out").glob("*/model_last.pth")):
         assert process.poll() is None
@@ -81,6 +81,8 @@ def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
     assert len(results) == 2
     assert all(file.read_bytes() == content for file, content in before.items())
     assert all(len((file.parent / "metrics.jsonl").read_text().splitlines()) == 3 for file in results)
+    configs = [json.loads((file.parent / "config.json").read_text()) for file in results]
+    assert [config["augmentation"]["flip"] for config in configs] == [False, False], "--set reaches the runs"
     times = {file: file.stat().st_mtime_ns for file in results}
     again = study(*words, cwd=tmp_path)
     assert again.returncode == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import run_ablations
 from base.command_line import config_overrides, config_parser
 from base.config_files import Override, load_config
 from models import build_model
@@ -82,6 +83,31 @@ def test_the_ablation_studys_values(grid, expected):
         assert (augmentation.cutout, augmentation.mixup_alpha) == (0, 0)
         assert config.arch.args.stem in (None, "cifar")
         assert (config.adversarial_method, config.trainer.tensorboard) == ("none", True)
+
+
+@pytest.mark.parametrize(("grid", "batch", "epochs"), [("resnet", 128, 200), ("resnet_as_run", 512, 100)])
+def test_both_grids_are_listed_and_shown(grid, batch, epochs, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for words, lines in ((["--list"], 8), (["--all", "--dry-run", "--seed", "42"], 8), (["--all", "--dry-run"], 24)):
+        file = str(CONFIGS / "ablations" / f"{grid}.json")
+        monkeypatch.setattr("sys.argv", ["run_ablations.py", "--grid", file, *words])
+        run_ablations.main()
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == lines
+        if words == ["--list"]:
+            settings = (f"data_loader.args.batch_size={batch}", f"trainer.epochs={epochs}", "optimizer.args.lr=0.1")
+            assert all(setting in printed[0] for setting in settings)
+            assert "lr_scheduler.args.milestones=[100, 150]" in printed[0]
+        else:
+            assert all(line.startswith("python train.py -c ") for line in printed)
+
+
+def test_differences_have_a_table_for_each_study():
+    text = (ROOT / "docs" / "differences.md").read_text()
+    sections = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.MULTILINE))
+    for study in ("ConvNorm", "BatchNorm against GroupNorm", "ResNet ablations"):
+        assert re.search(r"^\| \w+ \| here \|$", sections[study], re.MULTILINE), study
+    assert "(docs/differences.md)" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -184,4 +210,4 @@ def test_other_configs_keep_their_meaning():
     config = load_config(CONFIGS / "small_wide_resnet.json")
     assert (config.arch.args.init, config.data_loader.args.std, config.augmentation.padding_mode) == (None, None, "zeros")
     tree = json.loads((CONFIGS / "small_wide_resnet.json").read_text())
-    assert tree["extends"] == "cifar10.json", "it is no part of the study"
+    assert tree["extends"] == "cifar10.json", "it is not a part of the study"
