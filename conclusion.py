@@ -31,9 +31,10 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         counts: how many images there were to train on, to validate and to test, by name.
 
     Returns:
-        What `result.json` holds: values of the best model by their names (`test_top1`, `test_robust_top1`), those of the last
-        one with `last_` before them, those of averaged weights with `ema_`, and `PROVENANCE`. `best_since_epoch` is there only
-        where the best model of the epochs before that was lost.
+        What `result.json` holds: values of the best model by their names (`test_top1`,
+        `test_robust_top1`), those of the last one with `last_` before them, those of averaged
+        weights with `ema_`, and `PROVENANCE`. `best_since_epoch` is there only where the best model
+        of the epochs before that was lost.
     """
     config, progress, folder = trainer.config, trainer.progress, trainer.folder
     test = _Test(config, test_loader, test_loader.own_part(), trainer.autocast)

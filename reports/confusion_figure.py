@@ -48,7 +48,11 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     size = 9 if numbered else min(9.0, 55 * side / classes)
-    names = {"labels": [one_line(name) for name in class_names], "fontsize": size, "parse_math": False}
+    names = {
+        "labels": [one_line(name) for name in class_names],
+        "fontsize": size,
+        "parse_math": False,
+    }
     axes.set_xticks(range(classes), rotation=90 if classes > 10 else 45, ha="center" if classes > 10 else "right",
                     rotation_mode="default" if classes > 10 else "anchor", **names)  # fmt: skip
     axes.set_yticks(range(classes), **names)

@@ -202,7 +202,8 @@ def describe(runs: Sequence[Run]) -> list[str]:
 def identity(config: Config, settings: Settings) -> str:
     """A hash of everything in a config that can change a result, and of whatever else the grid itself sets.
 
-    `WHERE_AND_HOW` is left out, so that a study can go on elsewhere, unless that is what the grid compares.
+    `WHERE_AND_HOW` is left out, so that a study can go on elsewhere, unless that is what the grid
+    compares.
     """
     tree = config.dump()
     for key in WHERE_AND_HOW:
