@@ -65,10 +65,11 @@ def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[
         "parameters": trainer.model.num_parameters(),
         "seed": config.seed,
     }
-    logger.info("done: %s", describe(result))
+    measured = describe(result)
     result |= provenance(config)
     if rank() == 0:
         write_json(folder / "result.json", result)
+    logger.info("done: %s", measured)
     return result
 
 

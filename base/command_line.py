@@ -139,11 +139,11 @@ def select_device_to_evaluate(devices: str | None) -> None:
     Raises:
         ConfigError: more devices than processes.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if select_device(devices) > processes:
+    count = select_device(devices)
+    if count > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         raise ConfigError(
-            f"-d {devices}: a process uses one device, and there is {processes} of them;"
-            " put torchrun --nproc_per_node N before the script"
+            f"-d {devices}: a process that evaluates uses one device; validate_pgd.py and fgsm.py share"
+            f" out their images under torchrun --nproc_per_node {count}"
         )
 
 

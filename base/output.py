@@ -13,6 +13,7 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fcntl import F_GETFL, fcntl
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -211,7 +212,8 @@ def check_folder(folder: Path) -> None:
 def _check(path: str | Path, files: Sequence[Path], folders: Sequence[Path]) -> None:
     number = descriptor_of(path)
     if number is not None:
-        os.fstat(number)
+        if fcntl(number, F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError("not open for writing")
         return
     place = Path(os.path.realpath(path))
     if place.is_dir():

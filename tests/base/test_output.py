@@ -114,6 +114,12 @@ def test_a_descriptor_that_is_closed_is_one_line():
         check("/dev/fd/987")
 
 
+def test_a_descriptor_that_is_only_read_is_one_line(pipe):
+    with pytest.raises(ConfigError, match="cannot be written: not open for writing$"):
+        check(f"/dev/fd/{pipe[0]}")
+    check(f"/dev/fd/{pipe[1]}")
+
+
 def test_formats_of_streams_are_the_first(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in ("-", "/dev/stdout", tmp_path / "fifo", "/dev/null"):

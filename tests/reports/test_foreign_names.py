@@ -27,11 +27,8 @@ LAYER = {
 
 def texts(path):
     """All texts of a picture whose letters are texts, which is read as XML."""
-    return [
-        "".join(element.itertext())
-        for element in ElementTree.parse(path).iter()
-        if element.tag.endswith("text")
-    ]  # noqa: S314
+    elements = ElementTree.parse(path).iter()  # noqa: S314
+    return ["".join(element.itertext()) for element in elements if element.tag.endswith("text")]
 
 
 @pytest.fixture(autouse=True)
