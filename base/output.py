@@ -13,7 +13,6 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fcntl import F_GETFL, fcntl
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -212,6 +211,9 @@ def check_folder(folder: Path) -> None:
 def _check(path: str | Path, files: Sequence[Path], folders: Sequence[Path]) -> None:
     number = descriptor_of(path)
     if number is not None:
+        # only POSIX has it, and descriptors by name
+        from fcntl import F_GETFL, fcntl
+
         if fcntl(number, F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise OSError("not open for writing")
         return
