@@ -57,8 +57,15 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     """The command line of an attack script; `sizes` are the flags of `SIZES` that its attack has."""
     written = "write the report here, and a verdict per image beside it"
     parser = evaluation_parser(description, json=written, figure="draw clean and adversarial images")
-    parser.add_argument("--result_dir", type=Path, metavar="DIR", help="folder for the report, where --json names no file")
-    parser.add_argument("--name", help="begins the name of the report's file, where --json names none")
+    parser.add_argument(
+        "--result_dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for the report, where --json names no file",
+    )
+    parser.add_argument(
+        "--name", help="begins the name of the report's file, where --json names none"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random starts")
     parser.add_argument("--limit", type=int, metavar="N", help="attack N test images only, the first of every class")
     parser.add_argument("--batch_size", type=int, default=250, metavar="N", help="images attacked at a time")
@@ -136,20 +143,25 @@ def _check(arguments: argparse.Namespace, attack_name: str) -> None:
     for flag, key, _ in SIZES:
         if flag in FIXED[attack_name] and getattr(arguments, key, None) is not None:
             raise ConfigError(f"{flag}: {attack_name} has no such setting")
-    if arguments.name is not None and (not arguments.name or Path(arguments.name).name != arguments.name):
+    if arguments.name is not None and (
+        not arguments.name or Path(arguments.name).name != arguments.name
+    ):
         raise ConfigError(f"--name {arguments.name}: expected the beginning of a file's name")
     check_evaluation_outputs(arguments)
 
 
 def _check_target(target: Path | None, arguments: argparse.Namespace) -> None:
-    """Refuse to attack where report and verdicts could not be written, such as in a run folder that may only be read."""
+    """Refuse to attack where report and verdicts could not be written, such as in a run folder that
+    may only be read."""
     if target is None or is_stream(target):
         return
     try:
         check_folder(target.parent)
     except OSError as error:
         instead = "" if arguments.json else "; name a file for the report with --json FILE"
-        raise ConfigError(f"{target.parent}: may not be written ({error.strerror}){instead}") from None
+        raise ConfigError(
+            f"{target.parent}: may not be written ({error.strerror}){instead}"
+        ) from None
 
 
 def _save(report: Report, target: Path) -> None:
@@ -159,7 +171,8 @@ def _save(report: Report, target: Path) -> None:
 
 @contextmanager
 def _report_printed_on_failure(report: Report) -> Iterator[None]:
-    """A file that cannot be written does not cost the numbers: they are printed before the error."""
+    """A file that cannot be written does not cost the numbers: they are printed before the
+    error."""
     try:
         yield
     except ConfigError:
@@ -176,7 +189,8 @@ def _conclude(
     arguments: argparse.Namespace,
     context: dict[str, Any],
 ) -> None:
-    """Doctor, files, pictures, and the report itself as the last line, also where a file cannot be written."""
+    """Doctor, files, pictures, and the report itself as the last line, also where a file cannot be
+    written."""
     if arguments.doctor:
         few = some_of_every_class(loader, arguments.doctor)
         examined = attack if isinstance(attack, PGD) else plain_pgd(attack)
@@ -188,7 +202,10 @@ def _conclude(
     if target is not None:
         if arguments.doctor or is_stream(target):
             _save(report, target)
-        say(f"report {target}" + ("" if is_stream(target) else f", verdicts {target.with_suffix('.verdicts.npz')}"))
+        say(
+            f"report {target}"
+            + ("" if is_stream(target) else f", verdicts {target.with_suffix('.verdicts.npz')}")
+        )
     if arguments.figure:
         with _report_printed_on_failure(report):
             _draw_examples(arguments.figure, report, model, loader, attack, **context)
@@ -224,8 +241,8 @@ def _attack(config: Config, name: str, num_classes: int, doctor: bool) -> Attack
 
 
 def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace) -> Path | None:
-    """Reports on a run folder go into it, or into `--result_dir`; other checkpoints are reported on only where `--json` or
-    `--result_dir` says so."""
+    """Reports on a run folder go into it, or into `--result_dir`; other checkpoints are reported on
+    only where `--json` or `--result_dir` says so."""
     if arguments.result_dir is None and not source.is_dir():
         return None
     extra = ["ema"] * arguments.ema + [f"n{arguments.limit}"] * (arguments.limit is not None) + [f"seed{arguments.seed}"]

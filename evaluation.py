@@ -120,7 +120,12 @@ def evaluation_parser(
         help="checkpoint, or run folder, which stands for its best model",
     )
     parser.add_argument("-c", "--config", type=path_word, help="config file; not needed where the checkpoint holds its own")
-    parser.add_argument("-d", "--device", metavar="INDEX", help="CUDA device to use, such as 0; with torchrun several")
+    parser.add_argument(
+        "-d",
+        "--device",
+        metavar="INDEX",
+        help="CUDA device to use, such as 0; with torchrun several",
+    )
     parser.add_argument("--ema", action="store_true", help="take the averaged weights")
     several = "which weights, where another code's file holds several sets"
     parser.add_argument("--weights", metavar="NAME", help=several)
@@ -132,7 +137,8 @@ def evaluation_parser(
 
 
 def check_evaluation_outputs(arguments: argparse.Namespace) -> None:
-    """Refuse a `--json` or `--figure` that cannot be written, or is a file that is being read, before the work.
+    """Refuse a `--json` or `--figure` that cannot be written, or is a file that is being read,
+    before the work.
 
     Raises:
         ConfigError: naming the flag.

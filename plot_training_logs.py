@@ -14,14 +14,24 @@ def main() -> None:
     what = "Curves and tables from run folders: means and spreads over seeds."
     parser = Parser(description=what, allow_abbrev=False)
     add = parser.add_argument
-    add("paths", nargs="+", metavar="RUN_OR_FOLDER", help="run folders, or folders with some below them")
+    add(
+        "paths",
+        nargs="+",
+        metavar="RUN_OR_FOLDER",
+        help="run folders, or folders with some below them",
+    )
     add("--group-by", nargs="+", default=[], metavar="KEY", help="config keys or axes of a study")
     add("--out", metavar="FILE", help="picture to write: .png, .pdf or .svg")
     add("--metric", nargs="+", metavar="NAME", help="a panel each; default: clean and robust top-1")
     add("--against", metavar="KEY", help="final values against this config key, not over epochs")
     add("--table", metavar="FILE", help="table to write: .md, .tex or .csv; - is standard output")
     add("--result", nargs="+", metavar="NAME", help="columns: values of result.json")
-    add("--last-epoch", nargs="+", metavar="NAME", help="columns: values of the last line of metrics.jsonl")
+    add(
+        "--last-epoch",
+        nargs="+",
+        metavar="NAME",
+        help="columns: values of the last line of metrics.jsonl",
+    )
     add("--eval", nargs="+", metavar="NAME", help="columns: reports in eval/, such as pgd-20 fgsm")
     add("--baseline", metavar="ROW", help="row that the others are tested against (Welch's test)")
     add("--paired", action="store_true", help="pair the runs of equal seeds in these tests")

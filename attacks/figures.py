@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 8
 SIDE, GAP, CAPTION, CHARACTER = 1.2, 0.15, 0.325, 0.0875
-"""Of an image, between two, below one for its caption, and a generous width of a letter, in inches. At
-`base.output.DPI` all are whole numbers of pixels, an image has 192, and the pixels of 32 x 32 (and 8,
-16, 24, 48, 64) are squares of one size."""
+"""Of an image, between two, below one for its caption, and a generous width of a letter, in inches.
+At `base.output.DPI` all are whole numbers of pixels, an image has 192, and the pixels of 32 x 32
+(and 8, 16, 24, 48, 64) are squares of one size."""
 RIGHT, WRONG, GREY = "#1a6e3a", "#b2182b", "#555555"
 """Dark enough to read as text on white. As many people do not tell the first two apart, a sign stands before the word."""
 BLUE = "#0b4f8a"

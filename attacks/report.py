@@ -34,7 +34,8 @@ class Report:
     verdicts: Verdicts
 
     def save(self, path: Path) -> None:
-        """Write the values to `path` and the verdicts beside it, to `<name>.verdicts.npz`; nothing is beside a stream."""
+        """Write the values to `path` and the verdicts beside it, to `<name>.verdicts.npz`; nothing
+        is beside a stream."""
         write_output(path, as_json(self.values))
         if not is_stream(path):
             verdicts = BytesIO()

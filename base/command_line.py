@@ -115,7 +115,8 @@ def read_config(arguments: argparse.Namespace, overrides: list[Override]) -> Con
 
 
 def select_device(devices: str | None) -> int:
-    """Show only these CUDA devices to torch, such as `"0"` or `"0,1"`; call it before anything uses CUDA.
+    """Show only these CUDA devices to torch, such as `"0"` or `"0,1"`; call it before anything uses
+    CUDA.
 
     Returns:
         How many they are; 0 where none is named.
@@ -127,13 +128,18 @@ def select_device(devices: str | None) -> int:
         return 0
     indices = [index.strip() for index in devices.split(",")]
     if not all(index.isdecimal() for index in indices) or len(set(indices)) < len(indices):
-        raise ConfigError(f"-d {devices}: expected the index of a CUDA device, such as 0, or several, such as 0,1")
+        raise ConfigError(
+            f"-d {devices}: expected the index of a CUDA device, such as 0, or several, such as 0,1"
+        )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(indices)
     import torch
 
     found = torch.cuda.device_count()
     if found < len(indices):
-        raise ConfigError(f"-d {devices}: there is no such CUDA device" + (f" (only {found} of them)" if found else ""))
+        raise ConfigError(
+            f"-d {devices}: there is no such CUDA device"
+            + (f" (only {found} of them)" if found else "")
+        )
     return len(indices)
 
 
@@ -143,21 +149,21 @@ def select_device_to_evaluate(devices: str | None) -> None:
     Raises:
         ConfigError: more devices than processes.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if select_device(devices) > processes:
+    count = select_device(devices)
+    if count > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         raise ConfigError(
-            f"-d {devices}: a process uses one device, and there is {processes} of them;"
-            " put torchrun --nproc_per_node N before the script"
+            f"-d {devices}: a process that evaluates uses one device; validate_pgd.py and fgsm.py share"
+            f" out their images under torchrun --nproc_per_node {count}"
         )
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback.
 
-    Ctrl-C during `main` is exit code 130; once it has ended, only its own exit code counts. Whatever
-    becomes of stdout and stderr (see `forgiving_streams`), the work is done to its end. Where stdout
-    was closed or its reader has left, nothing is said of that; a full disk behind it is one line and
-    exit code 1.
+    Ctrl-C during `main` is exit code 130; once it has ended, only its own exit code counts.
+    Whatever becomes of stdout and stderr (see `forgiving_streams`), the work is done to its end.
+    Where stdout was closed or its reader has left, nothing is said of that; a full disk behind it
+    is one line and exit code 1.
     """
     if logging.lastResort is not None:
         # warnings of scripts without a log go straight to stderr

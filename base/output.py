@@ -1,7 +1,9 @@
-"""The files that a command line names for reports, pictures and tables: checked before the work, written after it.
+"""The files that a command line names for reports, pictures and tables: checked before the work,
+written after it.
 
-A path may also be `-` (standard output), a device, a named pipe or `>(command)`: these are written to, never replaced, and have
-no suffix that would decide the format, so the first one of those that there are is taken.
+A path may also be `-` (standard output), a device, a named pipe or `>(command)`: these are written
+to, never replaced, and have no suffix that would decide the format, so the first one of those that
+there are is taken.
 """
 
 import os
@@ -24,9 +26,10 @@ DPI = 160
 STDOUT = 1
 DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/(?:self|thread-self|\d+)/fd/(\d+)")
 OWN_FILES = re.compile(
-    r"config\.json|metrics\.jsonl|result\.json|environment\.json|labels\.npz|study\.json|.*\.log|\.lock|.*\.pth"
+    r"(config|result|environment|study)\.json|metrics\.jsonl|labels\.npz|\.lock|.*\.(log|pth)"
 )
-"""What a run writes into its folder, and a study beside it. Reports may lie there, too, under other names."""
+"""What a run writes into its folder, and a study beside it. Reports may lie there, too, under other
+names."""
 
 
 class Picture(Protocol):
@@ -37,7 +40,8 @@ class Picture(Protocol):
 
 
 def descriptor_of(path: str | Path) -> int | None:
-    """The open file of this process that a path stands for, such as 1 for `-` and `/dev/stdout`; None for all other paths."""
+    """The open file of this process that a path stands for, such as 1 for `-` and `/dev/stdout`;
+    None for all other paths."""
     if str(path) == "-":
         return STDOUT
     place = Path(path)
@@ -53,8 +57,8 @@ def descriptor_of(path: str | Path) -> int | None:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether what is written to `path` goes on to somewhere else instead of lying there: it is a descriptor, a pipe or a
-    device. Nothing can then be written beside it."""
+    """Whether what is written to `path` goes on to somewhere else instead of lying there: it is a
+    descriptor, a pipe or a device. Nothing can then be written beside it."""
     if descriptor_of(path) is not None:
         return True
     try:
@@ -65,7 +69,8 @@ def is_stream(path: str | Path) -> bool:
 
 
 def format_of(path: str | Path, formats: Sequence[str]) -> str:
-    """The format of a path by its suffix, one of `formats`; the first of them for a stream without such a suffix.
+    """The format of a path by its suffix, one of `formats`; the first of them for a stream without
+    such a suffix.
 
     Raises:
         ConfigError: another suffix.
@@ -75,7 +80,10 @@ def format_of(path: str | Path, formats: Sequence[str]) -> str:
         return formats[0]
     if suffix not in formats:
         what = "pictures" if formats == PICTURES else "tables"
-        raise ConfigError(f"{path}: {Path(path).suffix!r} is no format of {what}; expected one of: {', '.join(formats)}")
+        raise ConfigError(
+            f"{path}: {Path(path).suffix!r} is no format of {what};"
+            f" expected one of: {', '.join(formats)}"
+        )
     return suffix
 
 
@@ -94,7 +102,8 @@ def check_outputs(
         outputs: flag -> path, or None where the flag was not given.
         formats: flag -> suffixes that its path may have; flags of any suffix are left out.
         files: that are being read, so that none of them is written over.
-        folders: run folders that are being read, whose own files are not written over, be they there or not.
+        folders: run folders that are being read, whose own files are not written over, be they
+            there or not.
 
     Raises:
         ConfigError: naming the flag and the path.
@@ -107,7 +116,9 @@ def check_outputs(
         try:
             _check(path, [Path(file) for file in files], [Path(folder) for folder in folders])
         except OSError as error:
-            raise ConfigError(f"{flag} {path}: cannot be written: {error.strerror or error}") from None
+            raise ConfigError(
+                f"{flag} {path}: cannot be written: {error.strerror or error}"
+            ) from None
         place = "-" if descriptor_of(path) == STDOUT else os.path.realpath(path)
         if place == "-" or not is_stream(path):
             other = places.setdefault(place, flag)
@@ -118,8 +129,8 @@ def check_outputs(
 
 
 def write_output(path: str | Path, data: bytes) -> None:
-    """Write `data` to a path: through a link, a pipe or a device; a file is either the old or the new one at every moment.
-    Missing folders are made.
+    """Write `data` to a path: through a link, a pipe or a device; a file is either the old or the
+    new one at every moment. Missing folders are made.
 
     A pipe whose reader has left, such as `head`, has had enough.
 
@@ -137,7 +148,8 @@ def write_output(path: str | Path, data: bytes) -> None:
     sys.stdout.flush()
     try:
         # opening /dev/fd/N would begin at the start of a file that others are writing to, too
-        with open(os.dup(number) if number is not None else path, "wb", buffering=0) as stream:  # noqa: PTH123
+        place = path if number is None else os.dup(number)
+        with open(place, "wb", buffering=0) as stream:  # noqa: PTH123
             rest = memoryview(data)
             while rest:
                 rest = rest[stream.write(rest) :]
@@ -199,7 +211,11 @@ def check_folder(folder: Path) -> None:
 def _check(path: str | Path, files: Sequence[Path], folders: Sequence[Path]) -> None:
     number = descriptor_of(path)
     if number is not None:
-        os.fstat(number)
+        # only POSIX has it, and descriptors by name
+        from fcntl import F_GETFL, fcntl
+
+        if fcntl(number, F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError("not open for writing")
         return
     place = Path(os.path.realpath(path))
     if place.is_dir():

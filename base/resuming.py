@@ -23,12 +23,13 @@ CHANGE_NO_RESULT = (
 """Config keys and sections that change no result, whatever their values are, but for rounding."""
 
 WHERE_AND_HOW = (*CHANGE_NO_RESULT, "data_loader.args.data_dir", "trainer.noise_file")
-"""Config keys and sections that say where and how a run computes, not what. Images and noisy labels may move: a resumed run
-compares them with what it began with."""
+"""Config keys and sections that say where and how a run computes, not what. Images and noisy labels
+may move: a resumed run compares them with what it began with."""
 
 
 MAY_CHANGE_ON_RESUME = (
-    *WHERE_AND_HOW, "trainer.epochs", "trainer.early_stop", "n_gpu", "adversarial.report", "adversarial.report_images",
+    *WHERE_AND_HOW, "trainer.epochs", "trainer.early_stop", "n_gpu",
+    "adversarial.report", "adversarial.report_images",
 )  # fmt: skip
 """Config keys that a resumed run may have other values for: none of them changes what is learnt from what, but for rounding."""
 
@@ -123,7 +124,8 @@ def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: P
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 of all values in a config that say what a run computes (see `WHERE_AND_HOW`), its seed among them.
+    """SHA-256 of all values in a config that say what a run computes (see `WHERE_AND_HOW`), its
+    seed among them.
 
     Values at their default are left out, so that a key that comes to be later changes no hash.
     """

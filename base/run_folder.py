@@ -207,8 +207,9 @@ def environment() -> dict[str, Any]:
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """What `result.json` says about how its numbers came about, `PROVENANCE`: this project's version and commit, with `-dirty`
-    where tracked files have changed since, versions of packages, and a hash of the config (see `config_hash`)."""
+    """What `result.json` says about how its numbers came about, `PROVENANCE`: this project's
+    version and commit, with `-dirty` where tracked files have changed since, versions of packages,
+    and a hash of the config (see `config_hash`)."""
     commit = _git("rev-parse", "HEAD")
     changed = "-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""
     return {
@@ -220,9 +221,12 @@ def provenance(config: Config) -> dict[str, Any]:
 
 
 def project_version() -> str | None:
-    """The version of this project: that of its clone, or else the installed one; None where neither is known."""
+    """The version of this project: that of its clone, or else the installed one; None where neither
+    is known."""
     try:
-        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        project = tomllib.loads(
+            (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+        )["project"]
         if project["name"] == PROJECT:
             return project["version"]
     except (OSError, ValueError, KeyError):

@@ -1,10 +1,12 @@
-"""Standard streams that cannot stop the work: closed ones, ones whose reader has left, and ones on a full disk."""
+"""Standard streams that cannot stop the work: closed ones, ones whose reader has left, and ones on
+a full disk."""
 
 import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO, TypeAlias
 
 Readable: TypeAlias = bytes | bytearray | memoryview
@@ -36,7 +38,8 @@ class StandardStreams:
         self._raw: dict[str, _Forgiving] = {}
 
     def problem(self) -> OSError | None:
-        """Why stdout could not be written to its end; None where it could, or where its reader, such as `head`, has left."""
+        """Why stdout could not be written to its end; None where it could, or where its reader,
+        such as `head`, has left."""
         raw = self._raw.get("stdout")
         problem = None if raw is None else raw.problem
         return None if isinstance(problem, BrokenPipeError) else problem
@@ -46,7 +49,7 @@ class StandardStreams:
         stream = getattr(sys, name)
         if stream is None:
             # Python has found it closed
-            return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: PTH123
+            return Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace")
         if not isinstance(stream, io.TextIOWrapper):
             return stream
         stream.flush()

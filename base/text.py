@@ -1,4 +1,5 @@
-"""Text that others have written, such as names of classes and files, on its way to terminals, logs, pictures and tables.
+"""Text that others have written, such as names of classes and files, on its way to terminals, logs,
+pictures and tables.
 
 Everything that is shown goes through `one_line`, so that no name can move a cursor, break a row or
 reverse what stands behind it.
@@ -29,7 +30,8 @@ def one_line(value: Any, longest: int | None = None) -> str:
 
 
 def csv_text(value: Any) -> str:
-    """A text cell of a CSV file: one line, with an apostrophe before what a spreadsheet would compute."""
+    """A text cell of a CSV file: one line, with an apostrophe before what a spreadsheet would
+    compute."""
     text = one_line(value)
     return f"'{text}" if text.startswith(FORMULA_SIGNS) else text
 

@@ -13,21 +13,25 @@ logger = logging.getLogger(__name__)
 
 
 def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
-    """The columns of top-1 accuracy under attack that some names stand for, as `Run.outcome` knows them.
+    """The columns of top-1 accuracy under attack that some names stand for, as `Run.outcome` knows
+    them.
 
-    A warning names each report whose own checks failed, and columns in which the attack changes from
-    row to row.
+    A warning names each report whose own checks failed, and columns in which the attack changes
+    from row to row.
 
     Args:
         groups: rows of the table.
-        names: kinds of reports, such as `pgd-20_linf_8_step_2_1_start`; the words that they begin with,
-            such as `pgd-20` or `pgd`; or patterns with `*` and `?`. All kinds that fit are taken.
+        names: kinds of reports, such as `pgd-20_linf_8_step_2_1_start`; the words that they begin
+            with, such as `pgd-20` or `pgd`; or patterns with `*` and `?`. All kinds that fit are
+            taken.
 
     Raises:
-        ConfigError: a name that fits no report of any run, or reports of one row and column that are of
-            different attacks.
+        ConfigError: a name that fits no report of any run, or reports of one row and column that
+            are of different attacks.
     """
-    kinds = list(dict.fromkeys(kind for group in groups for run in group.runs for kind in run.reports))
+    kinds = list(
+        dict.fromkeys(kind for group in groups for run in group.runs for kind in run.reports)
+    )
     chosen: list[str] = []
     for name in names:
         fitting = [kind for kind in kinds if _fits(kind, name)]
@@ -57,7 +61,10 @@ def _check_attacks(groups: Sequence[Group], kind: str) -> None:
                 logger.warning("%s: not reliable: a check of the attack failed", report.file)
             different = _difference(reports[0], report)
             if different:
-                raise ConfigError(f"--eval {kind}: {different}: one column holds one attack; move one of them out of eval/")
+                raise ConfigError(
+                    f"--eval {kind}: {different}: one column holds one attack;"
+                    " move one of them out of eval/"
+                )
         firsts += reports[:1]
     for first in firsts[1:]:
         different = _difference(firsts[0], first)
@@ -71,5 +78,7 @@ def _difference(first: AttackReport, second: AttackReport) -> str | None:
     for key, value in first.attack.items():
         other = second.attack[key]
         if value != other:
-            return f"{key} is {as_text(value)} in {first.file}, but {as_text(other)} in {second.file}"
+            return (
+                f"{key} is {as_text(value)} in {first.file}, but {as_text(other)} in {second.file}"
+            )
     return None

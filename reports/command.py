@@ -13,7 +13,11 @@ from reports.groups import Group, finished_groups, group_runs
 from reports.panels import save_figure
 from reports.runs import LAST_EPOCH, find_runs, refuse_unknown
 
-NEEDED = {"out": ("metric",), "table": ("result", "last_epoch", "eval", "baseline"), "baseline": ("paired",)}
+NEEDED = {
+    "out": ("metric",),
+    "table": ("result", "last_epoch", "eval", "baseline"),
+    "baseline": ("paired",),
+}
 """Arguments that others are of no use without."""
 
 
@@ -60,7 +64,9 @@ def write_reports(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse a command line that asks for nothing, and flags that have no effect."""
     if not (arguments.out or arguments.table):
-        raise ConfigError("nothing to write: name a picture with --out FILE or a table with --table FILE")
+        raise ConfigError(
+            "nothing to write: name a picture with --out FILE or a table with --table FILE"
+        )
     given = {name for name, value in vars(arguments).items() if value}
     for needed, names in NEEDED.items():
         useless = [f"--{name.replace('_', '-')}" for name in names if name in given]

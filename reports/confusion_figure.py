@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,8 @@ from base.text import one_line
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LEAST_SIDE, LETTER = 3.5, 0.085
+"""Of the square of all classes, and a letter of the title, in inches."""
 NUMBERED = 20
 """Up to so many classes the cells hold numbers."""
 TICKS = (0, 1, 5, 10, 25, 50, 75, 100)
@@ -41,19 +44,23 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     classes = len(class_names)
     numbered = classes <= NUMBERED
-    side = classes * (0.5 if numbered else max(0.125, 11 / classes))
+    side = max(LEAST_SIDE, classes * (0.5 if numbered else max(0.125, 11 / classes)))
     figure = Figure(figsize=(side + 2.6, side + 2.0), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     size = 9 if numbered else min(9.0, 55 * side / classes)
-    names = {"labels": [one_line(name) for name in class_names], "fontsize": size, "parse_math": False}
+    names = {
+        "labels": [one_line(name) for name in class_names],
+        "fontsize": size,
+        "parse_math": False,
+    }
     axes.set_xticks(range(classes), rotation=90 if classes > 10 else 45, ha="center" if classes > 10 else "right",
                     rotation_mode="default" if classes > 10 else "anchor", **names)  # fmt: skip
     axes.set_yticks(range(classes), **names)
     axes.tick_params(length=2)
     axes.set_xlabel("prediction")
     axes.set_ylabel("true class")
-    axes.set_title(one_line(title), fontsize=10, parse_math=False)
+    axes.set_title(fill(one_line(title), int((side + 2.6) / LETTER)), fontsize=10, parse_math=False)
     for place in np.arange(classes - 1) + 0.5:
         axes.axhline(place, color="#cccccc", linewidth=0.5)
         axes.axvline(place, color="#cccccc", linewidth=0.5)

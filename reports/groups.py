@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 MOVED = ("data_loader.args.data_dir", "trainer.noise_file")
 MAY_DIFFER = ("seed", *WHERE_AND_HOW)
-"""Config keys in which runs that are averaged may differ: none of them changes results, but for the seed
-and for rounding. Where one of `MOVED` differs, labels are compared."""
+"""Config keys in which runs that are averaged may differ: none of them changes results, but for the
+seed and for rounding. Where one of `MOVED` differs, labels are compared."""
 MAY_VARY = ("train_seconds", "images_per_second", *PROVENANCE)
 """What two runs of one config and seed may have different values of in `result.json`."""
 
@@ -71,13 +71,17 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
 
 
 def finished_groups(groups: Sequence[Group]) -> list[Group]:
-    """The groups with their finished runs only, and without those that have none; a warning names each run that is left out.
+    """The groups with their finished runs only, and without those that have none; a warning names
+    each run that is left out.
 
     Raises:
         ConfigError: no run is finished.
     """
     only_finished([run for group in groups for run in group.runs])
-    kept = [replace(group, runs=tuple(run for run in group.runs if run.result is not None)) for group in groups]
+    kept = [
+        replace(group, runs=tuple(run for run in group.runs if run.result is not None))
+        for group in groups
+    ]
     return [group for group in kept if group.runs]
 
 
@@ -122,8 +126,12 @@ def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
         if other is run:
             continue
         if run.result is None or _numbers(run) != _numbers(other):
-            raise ConfigError(f"seed: {run.seed} in both {other.folder} and {run.folder} of {name}; leave one out")
-        logger.warning("%s: has the numbers of the run in %s: counted once", run.folder, other.folder)
+            raise ConfigError(
+                f"seed: {run.seed} in both {other.folder} and {run.folder} of {name}; leave one out"
+            )
+        logger.warning(
+            "%s: has the numbers of the run in %s: counted once", run.folder, other.folder
+        )
     _check_moved_data([*by_seed.values()])
     return Group(name, tuple(keys), values, tuple(by_seed[seed] for seed in sorted(by_seed)))
 
@@ -135,17 +143,20 @@ def _numbers(run: Run) -> tuple[Any, ...]:
 
 
 def _check_moved_data(runs: Sequence[Run]) -> None:
-    """Warn where runs that are averaged found their data in different places, and refuse them where that holds other labels."""
+    """Warn where runs that are averaged found their data in different places, and refuse them where
+    that holds other labels."""
     first = runs[0]
     for key in MOVED:
-        other = next((run for run in runs if run.settings.get(key) != first.settings.get(key)), None)
+        other = next(
+            (run for run in runs if run.settings.get(key) != first.settings.get(key)), None
+        )
         if other is None:
             continue
         was, now = (as_text(run.settings.get(key)) for run in (first, other))
         if not all(_same_labels(first, run) for run in runs[1:]):
             raise ConfigError(
-                f"{key}: {was} in {first.folder}, but {now} in {other.folder}: not the same labels in the two places; add {key}"
-                " to --group-by, or leave one out"
+                f"{key}: {was} in {first.folder}, but {now} in {other.folder}: not the same labels"
+                f" in the two places; add {key} to --group-by, or leave one out"
             )
         logger.warning(
             "%s: %s in %s, %s in %s: taken for one data set that has moved",
@@ -154,9 +165,14 @@ def _check_moved_data(runs: Sequence[Run]) -> None:
 
 
 def _same_labels(first: Run, second: Run) -> bool:
-    """Whether two runs have equal numbers of images, and equal labels where `labels.npz` of both knows an image."""
+    """Whether two runs have equal numbers of images, and equal labels where `labels.npz` of both
+    knows an image."""
     counts = ("n_train", "n_val", "n_test")
-    if first.result and second.result and any(first.result.get(name) != second.result.get(name) for name in counts):
+    if (
+        first.result
+        and second.result
+        and any(first.result.get(name) != second.result.get(name) for name in counts)
+    ):
         return False
     known = [run.labels_of_images() for run in (first, second)]
     return all(known[1].get(image, labels) == labels for image, labels in known[0].items())

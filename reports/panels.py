@@ -63,7 +63,10 @@ def panels_figure(
     from matplotlib.lines import Line2D
 
     width = PANEL_WIDTH * len(lines)
-    labels = [f"{one_line(name)}  ({_seeds([line[index] for line in lines.values()])})" for index, name in enumerate(names)]
+    labels = [
+        f"{one_line(name)}  ({_seeds([line[index] for line in lines.values()])})"
+        for index, name in enumerate(names)
+    ]
     columns = int(min(len(labels), max(1, width // (0.8 + LETTER * max(map(len, labels))))))
     height = PANEL_HEIGHT + LEGEND_LINE * (1 + -(-len(labels) // columns))
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")

@@ -21,7 +21,8 @@ from base.study_file import read_places
 logger = logging.getLogger(__name__)
 
 LAST_EPOCH, REPORT = "last_epoch.", "eval."
-"""Before names of `metrics.jsonl` and of reports, where they stand beside names of `result.json`."""
+"""Before names of `metrics.jsonl` and of reports, where they stand beside names of
+`result.json`."""
 ATTACK = ("attack", "description", "norm", "epsilon", "loss", "step_size", "steps", "restarts", "n")
 
 
@@ -63,15 +64,23 @@ class Run:
 
         Args:
             metric: a name in `result.json`; `last_epoch.NAME`, a name in the last line of
-                `metrics.jsonl`; or `eval.KIND.NAME`, a name in the reports of that kind, the mean over
-                their attack seeds.
+                `metrics.jsonl`; or `eval.KIND.NAME`, a name in the reports of that kind, the mean
+                over their attack seeds.
         """
         if metric.startswith(LAST_EPOCH):
-            name, values, file = metric.removeprefix(LAST_EPOCH), self.log[-1], self.folder / "metrics.jsonl"
+            name, values, file = (
+                metric.removeprefix(LAST_EPOCH),
+                self.log[-1],
+                self.folder / "metrics.jsonl",
+            )
             return None if values.get(name) is None else _number(values[name], name, file)
         if metric.startswith(REPORT):
             kind, _, name = metric.removeprefix(REPORT).rpartition(".")
-            reports = [report for report in self.reports.get(kind, []) if report.values.get(name) is not None]
+            reports = [
+                report
+                for report in self.reports.get(kind, [])
+                if report.values.get(name) is not None
+            ]
             values = [_number(report.values[name], name, report.file) for report in reports]
             return sum(values) / len(values) if values else None
         value = (self.result or {}).get(metric)
@@ -89,8 +98,8 @@ class Run:
         return _rate_of_labels(self.folder / "labels.npz") if recorded is None else recorded
 
     def labels_of_images(self) -> dict[int, tuple[int, ...]]:
-        """Position of an image in the training set -> its true label, and behind it the given one where
-        that comes from a noise file; nothing where there is no `labels.npz`."""
+        """Position of an image in the training set -> its true label, and behind it the given one
+        where that comes from a noise file; nothing where there is no `labels.npz`."""
         file = self.folder / "labels.npz"
         if not file.exists():
             return {}
@@ -103,7 +112,9 @@ class Run:
                 ]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ConfigError(f"{file}: cannot be read: {error}") from None
-        return {int(image): tuple(map(int, labels)) for image, *labels in zip(*columns, strict=True)}
+        return {
+            int(image): tuple(map(int, labels)) for image, *labels in zip(*columns, strict=True)
+        }
 
     @cached_property
     def reports(self) -> dict[str, list["AttackReport"]]:
@@ -117,7 +128,9 @@ class Run:
         found: dict[str, list[AttackReport]] = {}
         for file in sorted((self.folder / "eval").glob("*.json")):
             values = _read_object(file)
-            found.setdefault(re.sub(r"_seed\d+$", "", file.stem), []).append(AttackReport(file, values))
+            found.setdefault(re.sub(r"_seed\d+$", "", file.stem), []).append(
+                AttackReport(file, values)
+            )
         return found
 
 
@@ -135,8 +148,11 @@ class AttackReport:
 
     @property
     def attack(self) -> dict[str, Any]:
-        """What has to be equal in reports whose numbers are compared: the attack, the model's name, the number of images."""
-        return {key: self.values.get(key) for key in ATTACK} | {"checkpoint": Path(str(self.values.get("checkpoint"))).name}
+        """What has to be equal in reports whose numbers are compared: the attack, the model's name,
+        the number of images."""
+        return {key: self.values.get(key) for key in ATTACK} | {
+            "checkpoint": Path(str(self.values.get("checkpoint"))).name
+        }
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:

@@ -38,8 +38,8 @@ class Cell:
 
     Attributes:
         values: seed -> value, as it stands in the run's files.
-        p: two-sided p value of the test against the baseline row, corrected for the other rows of the
-            table (see `holm`); None where there is none.
+        p: two-sided p value of the test against the baseline row, corrected for the other rows of
+            the table (see `holm`); None where there is none.
         compared: how many seeds of this cell that test uses.
     """
 
@@ -101,8 +101,9 @@ def write_table(path: str | Path, table: Table) -> None:
     """Write a table of means ± sample standard deviations over seeds, and their number.
 
     Args:
-        path: the suffix decides the format: `.md`, `.tex` (a `tabular` with booktabs) or `.csv` (values
-            as in the run's files, in full precision); `base.output` says what else it may be.
+        path: the suffix decides the format: `.md`, `.tex` (a `tabular` with booktabs) or `.csv`
+            (values as in the run's files, in full precision); `base.output` says what else it may
+            be.
         table: of `compare`.
 
     Raises:
@@ -122,26 +123,29 @@ def compare(
 ) -> Table:
     """Groups beside each other, and tested against one of them.
 
-    The test is Welch's (`scipy.stats.ttest_ind_from_stats` with unequal variances), or the paired t test
-    (`ttest_rel`) over common seeds. Two runs of one seed begin with equal weights and data, but part
-    within a few epochs, so pairing gains nothing unless the runs are short or nearly alike. All p
-    values are two-sided, and corrected over the rows of the table by `holm`, each metric by itself.
-    There is none with fewer than two seeds on either side, or where no number shows a spread.
+    The test is Welch's (`scipy.stats.ttest_ind_from_stats` with unequal variances), or the paired t
+    test (`ttest_rel`) over common seeds. Two runs of one seed begin with equal weights and data,
+    but part within a few epochs, so pairing gains nothing unless the runs are short or nearly
+    alike. All p values are two-sided, and corrected over the rows of the table by `holm`, each
+    metric by itself. There is none with fewer than two seeds on either side, or where no number
+    shows a spread.
 
     Args:
         groups: of finished runs.
         metrics: names as `Run.outcome` knows them; that of the last model is put beside that of the
             best. None for `RESULTS`.
         baseline: name of the group that every other one is tested against.
-        by_last_key: compare only groups with equal values of the last key they are grouped by, such as
-            a rate of noise; the baseline is then named by the other keys.
+        by_last_key: compare only groups with equal values of the last key they are grouped by, such
+            as a rate of noise; the baseline is then named by the other keys.
         paired: pair the runs of equal seeds.
 
     Raises:
         ConfigError: a metric that no run has, or an unknown baseline.
     """
     runs = [run for group in groups for run in group.runs]
-    known = list(dict.fromkeys(name for run in runs for name in run.result or {} if name not in PROVENANCE))
+    known = list(
+        dict.fromkeys(name for run in runs for name in run.result or {} if name not in PROVENANCE)
+    )
     if metrics is None:
         metrics = [name for name in RESULTS if name in known]
         if not metrics:
@@ -181,8 +185,8 @@ def compare(
 
 
 def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
-    """Each p value corrected for the number of them (Holm, 1979): the probability that a true null hypothesis
-    is rejected anywhere among them stays below the level.
+    """Each p value corrected for the number of them (Holm, 1979): the probability that a true null
+    hypothesis is rejected anywhere among them stays below the level.
 
     Args:
         p_values: comparison -> its own p value. A comparison that a table shows twice is one here.
@@ -202,8 +206,9 @@ def last_beside_best(metrics: Sequence[str]) -> list[str]:
 
 
 def best_rows(table: Table, column: int) -> set[int]:
-    """The row with the best mean of a column in its block, the highest accuracy or the lowest loss, where it leads every other
-    one by more than a standard error of their difference; a row that stands twice may be two of them.
+    """The row with the best mean of a column in its block, the highest accuracy or the lowest loss,
+    where it leads every other one by more than a standard error of their difference; a row that
+    stands twice may be two of them.
 
     None of a column that is neither, and none where a lead cannot be judged, as both rows have one
     seed only.
@@ -213,19 +218,24 @@ def best_rows(table: Table, column: int) -> set[int]:
         return found
     sign = 1 if "top" in metric else -1
     for block in dict.fromkeys(row.block for row in table.rows):
-        cells = {index: row.cells[column] for index, row in enumerate(table.rows) if row.block == block}
+        cells = {
+            index: row.cells[column] for index, row in enumerate(table.rows) if row.block == block
+        }
         cells = {index: cell for index, cell in cells.items() if np.isfinite(cell.mean)}
         if len(cells) < 2:
             continue
         best = max(cells.values(), key=lambda cell: sign * cell.mean)
         others = [cell for cell in cells.values() if cell.values != best.values]
-        if others and all(sign * (best.mean - cell.mean) > _error_of_difference(best, cell) for cell in others):
+        if others and all(
+            sign * (best.mean - cell.mean) > _error_of_difference(best, cell) for cell in others
+        ):
             found |= {index for index, cell in cells.items() if cell.values == best.values}
     return found
 
 
 def _error_of_difference(first: Cell, second: Cell) -> float:
-    """The standard error of the difference of two means, as far as it is known; infinite where neither cell shows a spread."""
+    """The standard error of the difference of two means, as far as it is known; infinite where
+    neither cell shows a spread."""
     known = [cell.error for cell in (first, second) if cell.error is not None]
     return sqrt(sum(error**2 for error in known)) if known else inf
 
@@ -247,7 +257,9 @@ def _welch_test(own: dict[int, float], other: dict[int, float]) -> tuple[float |
         return None, len(first)
     from scipy.stats import ttest_ind_from_stats
 
-    moments = [number for side in (first, second) for number in (side.mean(), side.std(ddof=1), len(side))]
+    moments = [
+        number for side in (first, second) for number in (side.mean(), side.std(ddof=1), len(side))
+    ]
     return float(ttest_ind_from_stats(*moments, equal_var=False).pvalue), len(first)
 
 
@@ -264,9 +276,14 @@ def _paired_test(own: dict[int, float], other: dict[int, float]) -> tuple[float 
 
 
 def _markdown(table: Table) -> str:
-    lines = [[_in_markdown(head) for head in _header(table)], ["---", *["---:"] * (len(_header(table)) - 1)]]
+    lines = [
+        [_in_markdown(head) for head in _header(table)],
+        ["---", *["---:"] * (len(_header(table)) - 1)],
+    ]
     lines += _body(table, bold="**{}**".format, text=_in_markdown)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{_note(table, _in_markdown)}\n"
+    return (
+        "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{_note(table, _in_markdown)}\n"
+    )
 
 
 def _latex(table: Table) -> str:
@@ -280,8 +297,13 @@ def _latex(table: Table) -> str:
 
 
 def _csv(table: Table) -> str:
-    """Numbers only, as they are in the runs' files, in columns of their own, with an empty one for what there is not."""
-    columns = [f"{name}_{what}" for name in table.metrics for what in ("mean", "std", "n", *[P_COLUMN] * bool(table.baseline))]
+    """Numbers only, as they are in the runs' files, in columns of their own, with an empty one for
+    what there is not."""
+    columns = [
+        f"{name}_{what}"
+        for name in table.metrics
+        for what in ("mean", "std", "n", *[P_COLUMN] * bool(table.baseline))
+    ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["runs", "n", *map(csv_text, columns)])
@@ -297,7 +319,11 @@ def _csv(table: Table) -> str:
 
 def _header(table: Table) -> list[str]:
     heads = [f"{metric} (%)" if "top" in metric else metric for metric in table.metrics]
-    return ["runs", "n", *(head for name in heads for head in (name, *[P_HEAD] * bool(table.baseline)))]
+    return [
+        "runs",
+        "n",
+        *(head for name in heads for head in (name, *[P_HEAD] * bool(table.baseline))),
+    ]
 
 
 def _body(table: Table, bold: Callable[[str], str], text: Callable[[str], str]) -> list[list[str]]:
@@ -310,7 +336,9 @@ def _body(table: Table, bold: Callable[[str], str], text: Callable[[str], str]) 
             shown = text(_shown(cell, metric) + _count(len(cell.values), row.n if cell.values else 0))
             line.append(bold(shown) if index in best[column] else shown)
             if table.baseline:
-                line.append("" if cell.p is None else text(_p_value(cell.p) + _count(cell.compared, row.n)))
+                line.append(
+                    "" if cell.p is None else text(_p_value(cell.p) + _count(cell.compared, row.n))
+                )
         lines.append(line)
     return lines
 
@@ -354,12 +382,16 @@ def _note(table: Table, text: Callable[[str], str]) -> str:
         parts.append(f"`{REPORT}`: top-1 accuracy under attack in that report of `eval/`.")
     if table.baseline:
         test = "paired t test over common seeds" if table.paired else "Welch's t test"
-        parts.append(f"p: {test} against {text(table.baseline)}, two-sided, Holm-corrected over the table's rows.")
+        parts.append(
+            f"p: {test} against {text(table.baseline)}, two-sided,"
+            " Holm-corrected over the table's rows."
+        )
     return " ".join(parts)
 
 
 def _in_markdown(text: str) -> str:
-    """Text without what Markdown would read as its own signs; underscores inside of words are none."""
+    """Text without what Markdown would read as its own signs; underscores inside of words are
+    none."""
     return re.sub(r"([\\`*|<\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", one_line(text))
 
 

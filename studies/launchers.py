@@ -46,7 +46,8 @@ def as_typed(run: Run) -> str:
 
 
 def _quoted(word: str) -> str:
-    """A word as a shell takes it; characters that a terminal does not show are escapes within `$'...'`."""
+    """A word as a shell takes it; characters that a terminal does not show are escapes within
+    `$'...'`."""
     if word.isprintable():
         return shlex.quote(word)
     return "$'" + one_line(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"

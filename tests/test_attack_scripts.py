@@ -209,35 +209,87 @@ def bad_inputs(folder, tmp_path):
             (tmp_path / "empty" / part / name).mkdir(parents=True)
     empty = ["--set", "data_loader.type=ImageFolderDataLoader", "--set", f"data_loader.args.data_dir={tmp_path / 'empty'}"]
     return {
-        "pixel range epsilon": (["-s", folder, "--epsilon", "0.031"], 2, "adversarial.epsilon: 0.031 is in 1/255 of the pixel"),
+        "pixel range epsilon": (
+            ["-s", folder, "--epsilon", "0.031"],
+            2,
+            "adversarial.epsilon: 0.031 is in 1/255 of the pixel",
+        ),
         "pixel range step": (
             ["-s", folder, "--step_size", "0.0078"],
             2,
             "pgd_attack.step: 0.0078 is in 1/255 of the pixel range",
         ),
         "no fraction": (["-s", folder, "--epsilon", "8/255px"], 2, 'such as "8/255", not "8/255px"'),
-        "1/255 under l2": (["-s", folder, "--norm", "l2", "--epsilon", "128"], 2, "write 0.502 for 128/255"),
+        "1/255 under l2": (
+            ["-s", folder, "--norm", "l2", "--epsilon", "128"],
+            2,
+            "write 0.502 for 128/255",
+        ),
         "classes": (
             ["-s", folder, "--set", "arch.args.num_classes=7"],
             2,
             "arch.args.num_classes: 7, but DigitsDataLoader has 10",
         ),
-        "layers": (["-s", tmp_path / "other.pth"], 3, "is of another architecture than this SimpleCNN"),
-        "architecture": (["-s", folder, "--set", "arch.type=simpleCNN2"], 3, "is of another architecture than this SimpleCNN2"),
+        "layers": (
+            ["-s", tmp_path / "other.pth"],
+            3,
+            "is of another architecture than this SimpleCNN",
+        ),
+        "architecture": (
+            ["-s", folder, "--set", "arch.type=simpleCNN2"],
+            3,
+            "is of another architecture than this SimpleCNN2",
+        ),
         "empty test set": (["-s", folder, *empty], 4, str(tmp_path / "empty")),
         "no config": (["-s", tmp_path / "bare.pth"], 2, "-c CONFIG: required"),
         "no checkpoint": (["-s", tmp_path / "none"], 3, "no such checkpoint"),
         "limit": (["-s", folder, "--limit", "0"], 2, "--limit: expected at least 1"),
-        "figure format": (["-s", folder, "--limit", "2", "--figure", tmp_path / "a.bmp"], 2, "png, pdf"),
-        "json folder": (["-s", folder, "--limit", "2", "--json", tmp_path], 2, "cannot be written: a folder"),
-        "json over the checkpoint": (["-s", folder, "--json", folder / "model_best.pth"], 2, "which is being read"),
-        "json over the run's config": (["-s", folder / "model_last.pth", "--json", folder / "config.json"], 2, "being read"),
-        "figure over a log": (["-s", folder, "--figure", tmp_path / "log.png"], 2, "it is a file of the run in"),
-        "json and figure": (["-s", folder, "--json", tmp_path / "a.png", "--figure", tmp_path / "a.png"], 2, "--json is"),
-        "name": (["-s", folder, "--name", "../x"], 2, "--name ../x: expected the beginning of a file's name"),
+        "figure format": (
+            ["-s", folder, "--limit", "2", "--figure", tmp_path / "a.bmp"],
+            2,
+            "png, pdf",
+        ),
+        "json folder": (
+            ["-s", folder, "--limit", "2", "--json", tmp_path],
+            2,
+            "cannot be written: a folder",
+        ),
+        "json over the checkpoint": (
+            ["-s", folder, "--json", folder / "model_best.pth"],
+            2,
+            "which is being read",
+        ),
+        "json over the run's config": (
+            ["-s", folder / "model_last.pth", "--json", folder / "config.json"],
+            2,
+            "being read",
+        ),
+        "figure over a log": (
+            ["-s", folder, "--figure", tmp_path / "log.png"],
+            2,
+            "it is a file of the run in",
+        ),
+        "json and figure": (
+            ["-s", folder, "--json", tmp_path / "a.png", "--figure", tmp_path / "a.png"],
+            2,
+            "--json is",
+        ),
+        "name": (
+            ["-s", folder, "--name", "../x"],
+            2,
+            "--name ../x: expected the beginning of a file's name",
+        ),
         "devices": (["-s", folder, "-d", "0,1"], 2, "-d 0,1: there is no such CUDA device"),
-        "json under a file": (["-s", folder, "--json", tmp_path / "bare.pth" / "a.json"], 2, "cannot be written"),
-        "nothing to examine": (["-s", folder, "--epsilon", "0", "--doctor"], 2, "--doctor: with an epsilon of 0"),
+        "json under a file": (
+            ["-s", folder, "--json", tmp_path / "bare.pth" / "a.json"],
+            2,
+            "cannot be written",
+        ),
+        "nothing to examine": (
+            ["-s", folder, "--epsilon", "0", "--doctor"],
+            2,
+            "--doctor: with an epsilon of 0",
+        ),
         "a setting it does not have": (
             ["-s", folder, "--autoattack", "--steps", "3"],
             2,
@@ -261,7 +313,10 @@ def test_bad_input_is_one_line_and_an_exit_code(robust_run, tmp_path):
 def test_a_report_on_standard_output_is_alone_there(robust_run, tmp_path):
     folder, _ = robust_run
     before = sorted(path.name for path in folder.rglob("*"))
-    cases = {"-": ("fgsm.py", ["--limit", 10], "robust_top1"), "/dev/stdout": ("class_report.py", [], "confusion")}
+    cases = {
+        "-": ("fgsm.py", ["--limit", 10], "robust_top1"),
+        "/dev/stdout": ("class_report.py", [], "confusion"),
+    }
     for path, (name, words, word) in cases.items():
         done = script(name, "-s", folder, *words, "--json", path, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -275,7 +330,9 @@ def test_a_link_gets_the_report_and_its_verdicts_beside_it(robust_run, tmp_path)
     folder, _ = robust_run
     (tmp_path / "reports").mkdir()
     (tmp_path / "latest.json").symlink_to("reports/first.json")
-    done = script("fgsm.py", "-s", folder, "--limit", 10, "--json", tmp_path / "latest.json", cwd=tmp_path)
+    done = script(
+        "fgsm.py", "-s", folder, "--limit", 10, "--json", tmp_path / "latest.json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "latest.json").is_symlink()
     assert json.loads((tmp_path / "reports" / "first.json").read_text())["n"] == 10
@@ -293,7 +350,9 @@ def test_a_full_disk_is_one_line_and_leaves_no_halves(robust_run, tmp_path, room
         sys.stdout = sys.stderr
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, 1000))
 
-    done = script("fgsm.py", "-s", folder, "--limit", 10, "--json", "a.json", cwd=tmp_path, before=full)
+    done = script(
+        "fgsm.py", "-s", folder, "--limit", 10, "--json", "a.json", cwd=tmp_path, before=full
+    )
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "cannot be written: File too large" in done.stderr
     assert (tmp_path / "a.json").read_text() == "old"
@@ -302,8 +361,13 @@ def test_a_full_disk_is_one_line_and_leaves_no_halves(robust_run, tmp_path, room
 
 
 def test_a_full_device_costs_the_report_but_not_its_numbers(robust_run, tmp_path):
-    done = script("fgsm.py", "-s", robust_run[0], "--limit", 10, "--json", "/dev/full", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "/dev/full: cannot be written: No space left on device\n")
+    done = script(
+        "fgsm.py", "-s", robust_run[0], "--limit", 10, "--json", "/dev/full", cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "/dev/full: cannot be written: No space left on device\n",
+    )
     assert done.stdout.splitlines()[-1].startswith("FGSM, linf 8/255 on 10 images: clean ")
 
 
@@ -333,13 +397,26 @@ def test_the_originals_long_flags(robust_run, tmp_path):
 
 
 def test_attacks_on_runs_become_columns(robust_run, tmp_path):
-    """As the notebook of the original: PGD and FGSM on every seed of every method, then their means and spreads."""
+    """As the notebook of the original: PGD and FGSM on every seed of every method, then their means
+    and spreads."""
     for seed in (4, 9):
         shutil.copytree(robust_run[0], tmp_path / "runs" / f"{seed}")
         config = json.loads((tmp_path / "runs" / f"{seed}" / "config.json").read_text())
-        (tmp_path / "runs" / f"{seed}" / "config.json").write_text(json.dumps(config | {"seed": seed}))
+        (tmp_path / "runs" / f"{seed}" / "config.json").write_text(
+            json.dumps(config | {"seed": seed})
+        )
         for name, steps in (("validate_pgd.py", ["--steps", 3]), ("fgsm.py", [])):
-            done = script(name, "-s", tmp_path / "runs" / f"{seed}", "--seed", seed, *steps, "--limit", 20, cwd=tmp_path)
+            done = script(
+                name,
+                "-s",
+                tmp_path / "runs" / f"{seed}",
+                "--seed",
+                seed,
+                *steps,
+                "--limit",
+                20,
+                cwd=tmp_path,
+            )
             assert done.returncode == 0, done.stderr
     words = ["--eval", "pgd-3", "fgsm", "--last-epoch", "val_top1", "top1", "--table", "a.csv"]
     done = script("plot_training_logs.py", "runs", *words, cwd=tmp_path)
@@ -347,7 +424,12 @@ def test_attacks_on_runs_become_columns(robust_run, tmp_path):
     with (tmp_path / "a.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     reports = [
-        json.loads((tmp_path / "runs" / f"{seed}" / "eval" / f"fgsm_linf_8_n20_seed{seed}.json").read_text()) for seed in (4, 9)
+        json.loads(
+            (
+                tmp_path / "runs" / f"{seed}" / "eval" / f"fgsm_linf_8_n20_seed{seed}.json"
+            ).read_text()
+        )
+        for seed in (4, 9)
     ]
     mean = sum(report["robust_top1"] for report in reports) / 2
     assert float(row["eval.fgsm_linf_8_n20.robust_top1_mean"]) == pytest.approx(mean)

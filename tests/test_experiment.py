@@ -16,6 +16,8 @@ from base.config_files import merge, validate
 from base.config_names import ActivationName, ArchName, ConvName, DataLoaderName, MetricName, NormName
 from base.errors import CheckpointError, ConfigError, Stopped
 from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS
+from base.resuming import config_hash
+from base.run_folder import project_version
 from data_loader import DATA_LOADERS
 from experiment import Experiment
 from models import MODELS, arguments_of
@@ -89,7 +91,13 @@ def test_run_folder_holds_everything(tmp_path):
     assert read["result.json"] == result
     assert {"test_top1", "test_top5", "val_top1", "best_epoch", "epochs", "train_seconds", "images_per_second"} <= result.keys()
     assert {"val_clean_top1", "last_test_top1", "n_train", "n_val", "n_test"} <= result.keys()
-    assert {"packages", "command", "commit", "cpu", "gpus"} <= read["environment.json"].keys()
+    environment = read["environment.json"]
+    assert {"packages", "command", "commit", "cpu", "gpus"} <= environment.keys()
+    assert result["version"] == environment["version"] == project_version()
+    assert result["versions"] == {"python": environment["python"], **environment["packages"]}
+    assert (result["commit"] or "").startswith(environment["commit"] or "")
+    assert result["config_hash"] == config_hash(validate(read["config.json"]))
+    assert "config_hash" not in (tmp_path / "run" / "info.log").read_text()
     assert result["n_train"] == len(np.load(tmp_path / "run" / "labels.npz")["train_index"]) > 3 * 8
     labels = np.load(tmp_path / "run" / "labels.npz")
     names = {f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")}

@@ -92,7 +92,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(saved, tmp_path):
             [norms, "--out", "a.png", "--baseline", "x"],
             "--baseline: no effect without --table FILE",
         ),
-        "pairs without baseline": ([norms, "--table", "a.md", "--paired"], "--paired: no effect without --baseline ROW"),
+        "pairs without baseline": (
+            [norms, "--table", "a.md", "--paired"],
+            "--paired: no effect without --baseline ROW",
+        ),
         "last epoch": (
             [norms, *by_norm, "--table", "a.md", "--last-epoch", "val_topp1"],
             "--last-epoch val_topp1: no run logs it in its last epoch; there are: epoch, val_top1, val_robust_top1; did you",
@@ -109,12 +112,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(saved, tmp_path):
             [norms, *by_norm, "--out", "a.png", "--metric", "top"],
             "no run logs it; there are: val_top1, val_robust_top1",
         ),
-        "result": ([norms, *by_norm, "--table", "a.md", "--result", "top"], "there are: test_top1, last_test_top1, seed"),
-        "row": ([norms, *by_norm, "--table", "a.md", "--baseline", "in"], "--baseline in: no such row; there are: bn, gn"),
+        "result": (
+            [norms, *by_norm, "--table", "a.md", "--result", "top"],
+            "there are: test_top1, last_test_top1, seed",
+        ),
+        "row": (
+            [norms, *by_norm, "--table", "a.md", "--baseline", "in"],
+            "--baseline in: no such row; there are: bn, gn",
+        ),
         "picture": ([norms, *by_norm, "--out", "a.md"], "a.md: '.md' is no format of pictures"),
-        "table": ([norms, *by_norm, "--out", "a.png", "--table", "a.png"], "a.png: '.png' is no format of tables"),
+        "table": (
+            [norms, *by_norm, "--out", "a.png", "--table", "a.png"],
+            "a.png: '.png' is no format of tables",
+        ),
         "no run": ([saved / "none", "--out", "a.png"], "none: no such folder"),
-        "axis": ([norms, "--against", "arch.type", *by_norm, "--out", "a.png"], "--against arch.type: simpleCNN in "),
+        "axis": (
+            [norms, "--against", "arch.type", *by_norm, "--out", "a.png"],
+            "--against arch.type: simpleCNN in ",
+        ),
     }
     for name, (words, message) in bad.items():
         done = script("plot_training_logs.py", *words, cwd=tmp_path)

@@ -111,8 +111,8 @@ def exit_code(process):
 
 
 def script(name, *words, cwd, before=None):
-    """Run a script with these words in a process of its own, forked: as a user does, but for the imports, which are done.
-    `before` is called in it first."""
+    """Run a script with these words in a process of its own, forked: as a user does, but for the
+    imports, which are done. `before` is called in it first."""
     streams = {1: Path(cwd).parent / f"{os.getpid()}.out", 2: Path(cwd).parent / f"{os.getpid()}.err"}
 
     def become():

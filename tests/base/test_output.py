@@ -89,7 +89,9 @@ def test_devices_are_not_replaced(tmp_path):
 
 
 def test_a_descriptor_is_written_where_it_stands(tmp_path, pipe):
-    assert [descriptor_of(path) for path in ("-", "/dev/stdout", "/dev/fd/7", "/proc/self/fd/7")] == [1, 1, 7, 7]
+    assert [
+        descriptor_of(path) for path in ("-", "/dev/stdout", "/dev/fd/7", "/proc/self/fd/7")
+    ] == [1, 1, 7, 7]
     file = tmp_path / "log"
     with file.open("wb", buffering=0) as opened:
         opened.write(b"before ")
@@ -106,8 +108,16 @@ def test_a_reader_that_has_left_has_seen_enough(pipe):
 
 
 def test_a_descriptor_that_is_closed_is_one_line():
-    with pytest.raises(ConfigError, match="^--json /dev/fd/987: cannot be written: Bad file descriptor$"):
+    with pytest.raises(
+        ConfigError, match="^--json /dev/fd/987: cannot be written: Bad file descriptor$"
+    ):
         check("/dev/fd/987")
+
+
+def test_a_descriptor_that_is_only_read_is_one_line(pipe):
+    with pytest.raises(ConfigError, match="cannot be written: not open for writing$"):
+        check(f"/dev/fd/{pipe[0]}")
+    check(f"/dev/fd/{pipe[1]}")
 
 
 def test_formats_of_streams_are_the_first(tmp_path):
@@ -116,7 +126,9 @@ def test_formats_of_streams_are_the_first(tmp_path):
         assert format_of(path, PICTURES) == "png"
         assert format_of(path, TABLES) == "md"
     assert format_of("a.SVG", PICTURES) == "svg"
-    with pytest.raises(ConfigError, match=r"^a.tsv: '.tsv' is no format of tables; expected one of: md, tex, csv$"):
+    with pytest.raises(
+        ConfigError, match=r"^a.tsv: '.tsv' is no format of tables; expected one of: md, tex, csv$"
+    ):
         format_of("a.tsv", TABLES)
 
 
@@ -132,11 +144,20 @@ def test_what_is_being_read_is_not_written_over(tmp_path):
     (tmp_path / "other run").symlink_to(run)
     read = {"files": [checkpoint, config], "folders": [run]}
     for path in (config, tmp_path / "link.json", checkpoint, tmp_path / "hard.json"):
-        with pytest.raises(ConfigError, match="^--json .*: cannot be written: it is .*, which is being read$"):
+        with pytest.raises(
+            ConfigError, match="^--json .*: cannot be written: it is .*, which is being read$"
+        ):
             check(path, **read)
     own = ("result.json", "model_epoch_7.pth", "info.log", "labels.npz")
-    for path in (tmp_path / "log.md", tmp_path / "other run" / "config.json", *(run / name for name in own)):
-        with pytest.raises(ConfigError, match="cannot be written: it is a file of the run in .*, which is being read$"):
+    for path in (
+        tmp_path / "log.md",
+        tmp_path / "other run" / "config.json",
+        *(run / name for name in own),
+    ):
+        with pytest.raises(
+            ConfigError,
+            match="cannot be written: it is a file of the run in .*, which is being read$",
+        ):
             check(path, **read)
     for path in (run / "spectrum.json", run / "eval" / "a.json", tmp_path / "result.json"):
         check(path, **read)

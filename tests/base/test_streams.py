@@ -1,4 +1,5 @@
-"""Closed streams, readers that leave and full disks behind a stream do not stop a script, and leave its files alone."""
+"""Closed streams, readers that leave and full disks behind a stream do not stop a script, and leave
+its files alone."""
 
 import subprocess
 import sys
@@ -32,7 +33,9 @@ sys.exit(code)
 def shell(folder, line):
     (folder / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
     command = line.format(f"{sys.executable} script.py")
-    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=60
+    )
     assert (folder / "kept").read_text() == "x" * 2000, done.stderr
     return done
 
@@ -69,7 +72,10 @@ def test_a_full_disk_behind_standard_output_is_one_line(tmp_path, monkeypatch, c
             run_script(main)
         assert end.value.code == 1
         assert sys.stdout is full, "streams are what they were"
-    assert capfd.readouterr() == ("", "standard output: cannot be written: No space left on device\n")
+    assert capfd.readouterr() == (
+        "",
+        "standard output: cannot be written: No space left on device\n",
+    )
 
 
 def test_an_error_keeps_its_exit_code_and_is_one_line(monkeypatch, capfd):
@@ -88,5 +94,7 @@ def test_an_error_keeps_its_exit_code_and_is_one_line(monkeypatch, capfd):
 def test_python_itself_is_stopped_by_them(tmp_path):
     (tmp_path / "kept").write_text("x" * 2000)
     line = f"set -o pipefail; {sys.executable} -c 'for i in range(99999): print(i)' | head -n 1"
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode != 0

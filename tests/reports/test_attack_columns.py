@@ -11,12 +11,21 @@ from reports.runs import find_runs
 from reports.tables import compare
 
 KEY = "arch.args.conv_layer_type"
-PGD = {"attack": "PGD", "norm": "linf", "epsilon": 8 / 255, "steps": 20, "n": 50, "checkpoint": "a/model_best.pth"}
+PGD = {
+    "attack": "PGD",
+    "norm": "linf",
+    "epsilon": 8 / 255,
+    "steps": 20,
+    "n": 50,
+    "checkpoint": "a/model_best.pth",
+}
 
 
 def report(folder, name, accuracy, **values):
     (folder / "eval").mkdir(exist_ok=True)
-    (folder / "eval" / f"{name}.json").write_text(json.dumps({**PGD, "robust_top1": accuracy, **values}))
+    (folder / "eval" / f"{name}.json").write_text(
+        json.dumps({**PGD, "robust_top1": accuracy, **values})
+    )
 
 
 @pytest.fixture
@@ -25,7 +34,13 @@ def methods(make_run, tmp_path):
     for method, base in {"conv": 0.40, "sn_conv": 0.30}.items():
         for seed in (6, 8, 666):
             values = {"val_top1": [0.1, base], "top1": [0.2, base + 0.1]}
-            folder = make_run(f"{method}{seed}", values, {"test_top1": 0.5}, seed=seed, arch={"args": {KEY[10:]: method}})
+            folder = make_run(
+                f"{method}{seed}",
+                values,
+                {"test_top1": 0.5},
+                seed=seed,
+                arch={"args": {KEY[10:]: method}},
+            )
             report(folder, f"pgd-20_linf_8_step_2_1_start_seed{seed}", base + seed / 1e4)
             report(folder, f"fgsm_linf_8_seed{seed}", base + 0.1, attack="FGSM", steps=None)
             report(folder, "pgd_best", 0.9)
@@ -34,7 +49,10 @@ def methods(make_run, tmp_path):
 
 def test_means_and_spreads_over_seeds(methods):
     columns = attack_columns(methods(), ["pgd-20", "fgsm"])
-    assert columns == ["eval.pgd-20_linf_8_step_2_1_start.robust_top1", "eval.fgsm_linf_8.robust_top1"]
+    assert columns == [
+        "eval.pgd-20_linf_8_step_2_1_start.robust_top1",
+        "eval.fgsm_linf_8.robust_top1",
+    ]
     conv, sn_conv = compare(methods(), [*columns, "last_epoch.val_top1", "last_epoch.top1"]).rows
     assert (conv.name, conv.n) == ("conv", 3)
     assert conv.cells[0].values == pytest.approx({6: 0.4006, 8: 0.4008, 666: 0.4666})
@@ -43,13 +61,19 @@ def test_means_and_spreads_over_seeds(methods):
 
 def test_names_are_kinds_beginnings_and_patterns(methods):
     def kinds(*names):
-        return [column.removeprefix("eval.").removesuffix(".robust_top1") for column in attack_columns(methods(), names)]
+        return [
+            column.removeprefix("eval.").removesuffix(".robust_top1")
+            for column in attack_columns(methods(), names)
+        ]
 
     pgd = "pgd-20_linf_8_step_2_1_start"
     assert kinds("pgd") == [pgd, "pgd_best"]
     assert kinds("pgd_best", "pgd") == ["pgd_best", pgd]
     assert kinds("*linf*") == ["fgsm_linf_8", pgd]
-    with pytest.raises(ConfigError, match=r"^--eval pgd-2: no run has such a report in eval/; there are: fgsm_linf_8, pgd-20_"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^--eval pgd-2: no run has such a report in eval/; there are: fgsm_linf_8, pgd-20_",
+    ):
         kinds("pgd-2")
 
 
@@ -62,12 +86,21 @@ def test_several_attack_seeds_of_one_run_are_one_number(methods, tmp_path):
 def test_other_attacks_do_not_share_a_column(methods, tmp_path, caplog):
     for method in ("conv", "sn_conv"):
         for seed in (6, 8, 666):
-            report(tmp_path / f"{method}{seed}", "pgd_best", 0.5, steps=20 if method == "conv" else 10, reliable=False)
+            report(
+                tmp_path / f"{method}{seed}",
+                "pgd_best",
+                0.5,
+                steps=20 if method == "conv" else 10,
+                reliable=False,
+            )
     assert attack_columns(methods(), ["pgd_best"]) == ["eval.pgd_best.robust_top1"]
     assert "pgd_best: the attack changes from row to row: steps is 20 in" in caplog.text
     assert caplog.text.count("not reliable: a check of the attack failed") == 6
     report(tmp_path / "conv8", "pgd_best", 0.5, n=40)
-    with pytest.raises(ConfigError, match=r"^--eval pgd_best: n is 50 in .*conv6.*, but 40 in .*conv8.*: one column holds one"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^--eval pgd_best: n is 50 in .*conv6.*, but 40 in .*conv8.*: one column holds one",
+    ):
         attack_columns(methods(), ["pgd_best"])
 
 

@@ -1,4 +1,5 @@
-"""Names that others have chosen reach pictures and printed tables as one line without control characters."""
+"""Names that others have chosen reach pictures and printed tables as one line without control
+characters."""
 
 import xml.etree.ElementTree as ElementTree
 
@@ -26,7 +27,8 @@ LAYER = {
 
 def texts(path):
     """All texts of a picture whose letters are texts, which is read as XML."""
-    return ["".join(element.itertext()) for element in ElementTree.parse(path).iter() if element.tag.endswith("text")]  # noqa: S314
+    elements = ElementTree.parse(path).iter()  # noqa: S314
+    return ["".join(element.itertext()) for element in elements if element.tag.endswith("text")]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,9 @@ def test_pictures(tmp_path, make_run):
     draw_confusion(tmp_path / "confusion.svg", [[3, 1], [0, 4]], names, HOSTILE)
     draw_spectrum(tmp_path / "spectrum.svg", [LAYER], HOSTILE)
     draw_examples(tmp_path / "examples.svg", images, images, [0, 1], [1, 0], [0, 1], names, HOSTILE)
-    draw_epsilon_curve(tmp_path / "epsilon.svg", [(0.0, 0.9), (0.1, 0.2)], "l2", 0.9, 0.1, 0.1, HOSTILE)
+    draw_epsilon_curve(
+        tmp_path / "epsilon.svg", [(0.0, 0.9), (0.1, 0.2)], "l2", 0.9, 0.1, 0.1, HOSTILE
+    )
     make_run("a", {HOSTILE[:-1]: [0.5, 0.6]}, trainer={"label_dir": "b\x1b\nc"})
     groups = group_runs(find_runs([tmp_path]), ["trainer.label_dir"])
     save_figure(curves_figure(groups, [HOSTILE[:-1]]), tmp_path / "curves.svg")

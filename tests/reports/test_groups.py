@@ -125,19 +125,29 @@ def test_runs_of_a_study_are_grouped_by_its_labels_in_its_order(make_run, tmp_pa
 def labels(folder, clean, given=None):
     """Write labels.npz: training images from 0 on, the last two of them for validation."""
     given = clean if given is None else given
-    arrays = {"index": np.arange(len(clean)), "label": np.array(given), "clean_label": np.array(clean)}
+    arrays = {
+        "index": np.arange(len(clean)),
+        "label": np.array(given),
+        "clean_label": np.array(clean),
+    }
     parts = {"train": slice(0, -2), "val": slice(-2, None)}
-    split = {f"{part}_{name}": arrays[name][where] for part, where in parts.items() for name in arrays}
+    split = {
+        f"{part}_{name}": arrays[name][where] for part, where in parts.items() for name in arrays
+    }
     np.savez(folder / "labels.npz", **split)
 
 
 def moved(make_run, tmp_path, other, **trainer):
     """Two seeds of one study, the second with its data elsewhere and with the labels `other`."""
     counts = {"n_train": 3, "n_val": 2, "n_test": 4}
-    for seed, (place, clean, given) in enumerate([("a", [0, 1, 2, 0, 1], [0, 1, 1, 0, 1]), ("b", *other)]):
+    for seed, (place, clean, given) in enumerate(
+        [("a", [0, 1, 2, 0, 1], [0, 1, 1, 0, 1]), ("b", *other)]
+    ):
         settings = {key: f"{place}/{value}" for key, value in trainer.items()}
         loader = {"args": {"data_dir": place}}
-        folder = make_run(place, VALUES, {**counts, "n_test": 4}, seed=seed, data_loader=loader, trainer=settings)
+        folder = make_run(
+            place, VALUES, {**counts, "n_test": 4}, seed=seed, data_loader=loader, trainer=settings
+        )
         labels(folder, clean, given)
     return find_runs([tmp_path])
 
@@ -161,8 +171,14 @@ def test_a_study_whose_data_moved_is_averaged_with_one_warning(make_run, tmp_pat
 def test_other_labels_in_another_place_are_not_averaged(make_run, tmp_path, key, other, trainer):
     runs = moved(make_run, tmp_path, other, **trainer)
     if trainer:
-        runs = [replace(run, settings={**run.settings, "data_loader.args.data_dir": "a"}) for run in runs]
-    with pytest.raises(ConfigError, match=rf"^{key}: a.* in .*a, but b.* in .*b: not the same labels in the two places"):
+        runs = [
+            replace(run, settings={**run.settings, "data_loader.args.data_dir": "a"})
+            for run in runs
+        ]
+    with pytest.raises(
+        ConfigError,
+        match=rf"^{key}: a.* in .*a, but b.* in .*b: not the same labels in the two places",
+    ):
         group_runs(runs, [])
 
 
@@ -179,7 +195,10 @@ def test_a_copy_of_a_run_is_counted_once(make_run, tmp_path, caplog):
     (group,) = group_runs(find_runs([tmp_path]), [])
     assert [run.folder.name for run in group.runs] == ["a"]
     assert "copy: has the numbers of the run in " in caplog.text
-    for result, fails in (({"test_top1": 0.5, "train_seconds": 9.0}, False), ({"test_top1": 0.6}, True)):
+    for result, fails in (
+        ({"test_top1": 0.5, "train_seconds": 9.0}, False),
+        ({"test_top1": 0.6}, True),
+    ):
         (tmp_path / "copy" / "result.json").write_text(json.dumps(result))
         with pytest.raises(ConfigError, match="^seed: 0 in both ") if fails else nullcontext():
             group_runs(find_runs([tmp_path]), [])

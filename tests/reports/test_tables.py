@@ -52,7 +52,8 @@ def student_2(t):
 
 
 def of_norms(make_run, folder, baseline="bn", paired=False, **values):
-    """The cells of a table with a row per norm, of norm -> accuracies of its seeds from 0 on, or seed -> accuracy."""
+    """The cells of a table with a row per norm, of norm -> accuracies of its seeds from 0 on, or
+    seed -> accuracy."""
     for norm, accuracies in values.items():
         seeds = accuracies if isinstance(accuracies, dict) else dict(enumerate(accuracies))
         results = {seed: {"test_top1": value} for seed, value in seeds.items()}
@@ -88,7 +89,9 @@ def test_paired_tests_are_over_common_seeds(make_run, tmp_path):
 
 
 def test_holm_by_hand():
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
     assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
 
@@ -98,9 +101,16 @@ def test_a_row_that_stands_twice_is_counted_once(make_run, tmp_path):
         for norm, shift in {"bn": 0.0, "gn": 0.1, "in": 0.03, "no": 0.1}.items():
             if norm == "bn" or norm in names:
                 results = {seed: {"test_top1": 0.5 + seed**2 / 100 + shift} for seed in range(3)}
-                make(make_run, f"{folder}/{norm}", results, arch={"args": {"norm_layer_type": norm}})
+                make(
+                    make_run, f"{folder}/{norm}", results, arch={"args": {"norm_layer_type": norm}}
+                )
     once, twice = (
-        {row.name: row.cells[0] for row in compare(group_runs(find_runs([tmp_path / folder]), [KEY]), baseline="bn").rows}
+        {
+            row.name: row.cells[0]
+            for row in compare(
+                group_runs(find_runs([tmp_path / folder]), [KEY]), baseline="bn"
+            ).rows
+        }
         for folder in ("once", "twice")
     )
     assert twice["gn"].p == twice["no"].p == once["gn"].p
@@ -112,7 +122,10 @@ def test_a_row_that_stands_twice_is_counted_once(make_run, tmp_path):
 def test_a_lead_within_one_standard_error_is_not_bold(make_run, tmp_path):
     def best(folder, **values):
         cells = of_norms(make_run, tmp_path / folder, baseline=None, **values)
-        return [list(cells)[index] for index in best_rows(compare(group_runs(find_runs([tmp_path / folder]), [KEY])), 0)]
+        return [
+            list(cells)[index]
+            for index in best_rows(compare(group_runs(find_runs([tmp_path / folder]), [KEY])), 0)
+        ]
 
     # means 0.52 and x + 0.02, both with a standard error of 0.02 / sqrt(3), of the difference 0.0163
     low = (0.50, 0.52, 0.54)
@@ -145,7 +158,9 @@ def test_the_best_is_the_highest_accuracy_and_the_lowest_loss(norms, make_run, t
     make_run("x", {"val_top1": [0.5]}, {"test_loss": float("nan"), "parameters": 23538}, arch={"type": "vgg11"})
     groups = group_runs(find_runs([tmp_path]), ["arch.type", KEY])
     table = compare(groups, ["test_loss", "parameters"])
-    assert [best_rows(table, column) for column in range(2)] == [{1}, set()], "parameters have no best"
+    assert [best_rows(table, column) for column in range(2)] == [{1}, set()], (
+        "parameters have no best"
+    )
 
 
 def test_last_stands_beside_best():
@@ -167,7 +182,10 @@ def test_markdown(norms, tmp_path):
     assert "by more than one standard error of the difference" in text
     assert "p: Welch's t test against bn, two-sided, Holm-corrected over the table's rows." in text
     write_table(tmp_path / "paired.md", compare(norms, baseline="bn", paired=True))
-    assert "p: paired t test over common seeds against bn, two-sided, Holm" in (tmp_path / "paired.md").read_text()
+    assert (
+        "p: paired t test over common seeds against bn, two-sided, Holm"
+        in (tmp_path / "paired.md").read_text()
+    )
 
 
 def test_latex_escapes_what_latex_would_not_print(make_run, tmp_path):
@@ -215,11 +233,16 @@ def test_rows_of_other_rates_are_neither_tested_nor_beaten(make_run, tmp_path):
         ("bn, percent=0.2", True), ("bn, percent=0.4", True), ("gn, percent=0.2", False), ("gn, percent=0.4", False),
     ]  # fmt: skip
     paired = compare(
-        group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]), baseline="bn", by_last_key=True, paired=True
+        group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]),
+        baseline="bn",
+        by_last_key=True,
+        paired=True,
     )
     ps = [row.cells[0].p for row in paired.rows[2:]]
     # differences 0.05 and 0.1 at one rate, -0.1 and -0.3 at the other: two tests in one table
-    assert ps == pytest.approx([2 * student_1(0.075 / 0.025), 2 * student_1(0.075 / 0.025)], rel=1e-6)
+    assert ps == pytest.approx(
+        [2 * student_1(0.075 / 0.025), 2 * student_1(0.075 / 0.025)], rel=1e-6
+    )
     assert best_rows(table, 0) == {1}, "0.825 does not lead 0.75 by more than a standard error"
 
 
@@ -261,7 +284,12 @@ def test_foreign_text_breaks_no_table(make_run, tmp_path, suffix):
     if suffix == "csv":
         with path.open(newline="") as file:
             rows = list(csv.reader(file))
-        assert [row[0] for row in rows] == ["runs", r"'=1+1\n\x1b[2J", r"'@x\u202e|y\r\n% z", "'-[link](to)"]
+        assert [row[0] for row in rows] == [
+            "runs",
+            r"'=1+1\n\x1b[2J",
+            r"'@x\u202e|y\r\n% z",
+            "'-[link](to)",
+        ]
         assert rows[0][6] == "'+top1_mean"
         assert [float(row[2]) for row in rows[1:]] == pytest.approx([0.55] * 3)
     else:
@@ -273,5 +301,7 @@ def test_foreign_text_breaks_no_table(make_run, tmp_path, suffix):
 
 def test_a_negative_number_stays_a_number(make_run, tmp_path):
     make(make_run, "a", {seed: {"test_loss": -0.5} for seed in range(2)})
-    write_table(tmp_path / "table.csv", compare(group_runs(find_runs([tmp_path]), [KEY]), ["test_loss"]))
+    write_table(
+        tmp_path / "table.csv", compare(group_runs(find_runs([tmp_path]), [KEY]), ["test_loss"])
+    )
     assert (tmp_path / "table.csv").read_text().splitlines()[1] == "bn,2,-0.5,0.0,2"

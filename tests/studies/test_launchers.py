@@ -1,8 +1,10 @@
 """Jobs of a cluster: what has become of them."""
 
+import subprocess
+
 import pytest
 
-from studies.launchers import ClusterJob
+from studies.launchers import ClusterJob, _quoted
 
 
 class Job:
@@ -25,3 +27,10 @@ class Job:
 def test_a_job_that_failed_has_failed_whether_or_not_it_says_why(exception, error):
     job = ClusterJob(Job(exception))
     assert (job.exit_code(), job.error()) == (1, error)
+
+
+def test_words_that_a_terminal_cannot_show_come_back_from_a_shell():
+    for word in ("plain", "two words", "it's", "a\x1b[2J\nb", "\u202e'\\x41\t$HOME", "кот"):
+        assert _quoted(word).isprintable()
+        done = subprocess.run(["bash", "-c", f"printf %s {_quoted(word)}"], capture_output=True, timeout=20)
+        assert done.stdout.decode() == word

@@ -1,0 +1,58 @@
+"""What a run says about how its numbers came about."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import base.run_folder
+from base.config_files import merge, validate
+from base.resuming import config_hash
+from base.run_folder import PROVENANCE, project_version, provenance
+
+TREE = {
+    "arch": {"type": "simpleCNN"},
+    "data_loader": {"type": "ImageFolderDataLoader", "args": {"data_dir": "a"}},
+    "trainer": {"noise_file": "noise.npy"},
+    "seed": 2,
+}
+
+
+def test_the_version_is_that_of_the_clone(monkeypatch, tmp_path):
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(base.run_folder, "version", lambda name: f"installed {name}")
+    assert project_version() == declared["version"]
+    monkeypatch.setattr(base.run_folder, "__file__", str(tmp_path / "base" / "run_folder.py"))
+    assert project_version() == f"installed {declared['name']}", "there is no clone"
+    for other in ("[project]\nname = 'another'\nversion = '9'", "[tool]", "= no toml"):
+        (tmp_path / "pyproject.toml").write_text(other)
+        assert project_version() == f"installed {declared['name']}"
+
+
+def test_a_commit_with_changes_says_so(monkeypatch):
+    answers = {"rev-parse": "abc", "status": " M train.py"}
+    monkeypatch.setattr(base.run_folder, "_git", lambda command, *_: answers[command])
+    values = provenance(validate(TREE))
+    assert tuple(values) == PROVENANCE
+    assert values["commit"] == "abc-dirty"
+    answers["status"] = ""
+    assert provenance(validate(TREE))["commit"] == "abc"
+    answers |= {"rev-parse": None, "status": None}
+    assert provenance(validate(TREE))["commit"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"data_loader": {"args": {"data_dir": "b"}}, "trainer": {"noise_file": "c.npy"}}, True),
+        ({"name": "other", "system": {"num_threads": 3}}, True),
+        ({"trainer": {"epochs": 200, "OCNN": False}}, True),
+        ({"trainer": {"epochs": 3}}, False),
+        ({"seed": 3}, False),
+        ({"optimizer": {"type": "SGD", "args": {"lr": 0.25}}}, False),
+    ],
+)
+def test_the_hash_is_of_what_is_computed(change, same):
+    other = config_hash(validate(merge(TREE, change)))
+    assert (other == config_hash(validate(TREE))) is same
+    assert len(other) == 64
