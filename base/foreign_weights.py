@@ -181,9 +181,9 @@ def _are_equal(first: Mapping[str, Any], second: Mapping[str, Any], names: Itera
         one, other = first.get(name), second.get(name)
         if one is None and other is None:
             continue
-        if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.dtype != other.dtype:
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor):
             return False
-        if not torch.equal(one, other):
+        if (one.dtype, one.layout) != (other.dtype, other.layout) or not torch.equal(one, other):
             return False
     return True
 
@@ -247,7 +247,7 @@ def explain_rest(
 def _place(value: Any) -> Any:
     """Equal for tensors that are the same numbers in the same memory: torch.save keeps that a
     module is registered twice."""
-    if not isinstance(value, Tensor) or value.numel() == 0:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() == 0:
         return object()
     return value.data_ptr(), value.dtype, value.shape, value.stride()
 
@@ -291,7 +291,8 @@ def _take_normalization(model: nn.Module, rest: dict[str, Any], source: str) -> 
 
 
 def _has_size(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.numel() == size
+    is_plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_plain and value.is_floating_point() and value.numel() == size
 
 
 def below(state: Mapping[str, T], prefix: str) -> dict[str, T]:
