@@ -267,7 +267,7 @@ def _untold_normalization(
     """
     original = "monitor_best" in checkpoint
     mean, std = getattr(make, "default_mean", None), getattr(make, "default_std", None)
-    twice = original and config.trainer.do_adv and mean != ORIGINAL_MEAN
+    twice = original and config.trainer.do_adv and mean not in (None, ORIGINAL_MEAN)
     follows = "training does"
     if mean is None or std is None or twice:
         mean, std = ORIGINAL_MEAN, ORIGINAL_STD
@@ -276,7 +276,7 @@ def _untold_normalization(
     sentence = f"the checkpoint holds no mean and std: normalising by those of {whose}"
     if original:
         sentence += f", as the original's {follows}"
-    if twice and config.data_loader.type == "CIFAR100DataLoader":
+    if twice:
         sentence += "; its adversarial training on CIFAR-100 normalises twice, which no mean and"
         sentence += " std can stand for"
     choice = "--set data_loader.args.mean=[R,G,B] --set data_loader.args.std=[R,G,B]"
