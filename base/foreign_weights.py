@@ -135,6 +135,22 @@ def _as_tensor(value: Any) -> Tensor | None:
     return torch.tensor(value, dtype=torch.float32) if is_numbers else None
 
 
+def rename(model: nn.Module, state: Mapping[str, T]) -> tuple[Mapping[str, T], dict[str, str]]:
+    """The weights under the model's names for its modules, where the file has the names that other
+    codes give them (`other_names` of the model's class), and a sentence about that."""
+    names = getattr(model, "other_names", {})
+    parts = {part for key in state for part in key.split(".")}
+    found = {other: name for other, name in names.items() if other in parts}
+    if not found or parts & set(names.values()):
+        return state, {}
+    renamed = {
+        ".".join(found.get(part, part) for part in key.split(".")): value
+        for key, value in state.items()
+    }
+    read_as = ", ".join(f"{other} as {name}" for other, name in found.items())
+    return renamed, {"names": read_as}
+
+
 def find_prefix(
     own: Iterable[str], state: Mapping[str, Tensor], source: str
 ) -> tuple[str, list[str]]:
