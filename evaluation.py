@@ -175,7 +175,7 @@ def load_evaluation(
     file = find_checkpoint(arguments.checkpoint)
     checkpoint = load_checkpoint(file, arguments.weights)
     config = _config(checkpoint, file, arguments.config, [*set_overrides(arguments.set), *overrides])
-    config, untold = _with_untold(config, checkpoint)
+    config, untold = _with_untold(config, checkpoint, str(file))
     set_determinism(config.system.deterministic, config.system.num_threads)
     device = own_device(config)
     keep_freed_memory(device)
@@ -228,22 +228,26 @@ def _config(checkpoint: Mapping[str, Any], file: Path, config_file: str | None, 
     return validate({**kept, "trainer": {**trainer, "monitor": "off"}}, source)
 
 
-def _with_untold(config: Config, checkpoint: Mapping[str, Any]) -> tuple[Config, dict[str, str]]:
+def _with_untold(
+    config: Config, checkpoint: Mapping[str, Any], source: str
+) -> tuple[Config, dict[str, str]]:
     """The config with the values of `TOLD_BY_NO_KEY` that it leaves open, and a sentence about each
     that is assumed: the checkpoint's own config tells them, or else whether it is this
     project's."""
-    args, assumed = config.arch.args, {}
-    saved = checkpoint.get("config", {}).get("arch", {}).get("args", {})
+    saved: Any = checkpoint
+    for section in ("config", "arch", "args"):
+        saved = saved.get(section) if isinstance(saved, dict) else None
+    saved, assumed = saved if isinstance(saved, dict) else {}, {}
     for name, (owner, own, foreign, why) in TOLD_BY_NO_KEY.items():
+        args = config.arch.args
         if owner not in (config.arch.type, args.conv_layer_type) or getattr(args, name) is not None:
             continue
         value = saved.get(name, own)
         if "schema_version" not in checkpoint and name not in saved:
             value = foreign
             assumed[f"arch.args.{name}"] = f"{value}, {why}"
-        args = args.model_copy(update={name: value})
-    arch = config.arch.model_copy(update={"args": args})
-    return config.model_copy(update={"arch": arch}), assumed
+        config = validate(merge(config.dump(), {"arch": {"args": {name: value}}}), source)
+    return config, assumed
 
 
 def _test_images(
@@ -281,7 +285,7 @@ def _untold_normalization(
     """
     original = "monitor_best" in checkpoint
     mean, std = getattr(make, "default_mean", None), getattr(make, "default_std", None)
-    twice = original and config.trainer.do_adv and mean != ORIGINAL_MEAN
+    twice = original and config.trainer.do_adv and mean not in (None, ORIGINAL_MEAN)
     follows = "training does"
     if mean is None or std is None or twice:
         mean, std = ORIGINAL_MEAN, ORIGINAL_STD
@@ -290,7 +294,7 @@ def _untold_normalization(
     sentence = f"the checkpoint holds no mean and std: normalising by those of {whose}"
     if original:
         sentence += f", as the original's {follows}"
-    if twice and config.data_loader.type == "CIFAR100DataLoader":
+    if twice:
         sentence += "; its adversarial training on CIFAR-100 normalises twice, which no mean and"
         sentence += " std can stand for"
     choice = "--set data_loader.args.mean=[R,G,B] --set data_loader.args.std=[R,G,B]"

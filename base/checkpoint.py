@@ -25,6 +25,7 @@ from base.foreign_weights import (
     find_weights,
     first_keys,
     normalization_beside,
+    rename,
 )
 from base.seal import check_seal, seal
 from base.text import one_line
@@ -238,6 +239,7 @@ def load_weights(
             f" {first_keys(state_dict)}"
         )
     own, source = list(model.state_dict()), str(source)
+    given, (state_dict, renamed) = state_dict, rename(model, state_dict)
     prefix, copies = find_prefix(own, state_dict, source)
     state = below(state_dict, prefix)
     try:
@@ -255,11 +257,11 @@ def load_weights(
     if missing or unexplained:
         raise CheckpointError(
             f"{source}: is of another architecture than this {type(model).__name__}:"
-            f" {_difference(missing, unexplained)}; its keys: {first_keys(state_dict)};"
+            f" {_difference(missing, unexplained)}; its keys: {first_keys(given)};"
             f" the model's: {first_keys(own)}; {_advice(missing)}"
         )
     dropped = {"keys": f"the prefix {one_line(prefix, 60)!r} is dropped"} if prefix else {}
-    return dropped | assumed
+    return renamed | dropped | assumed
 
 
 def _difference(missing: Sequence[str], unexplained: Sequence[str]) -> str:

@@ -135,6 +135,22 @@ def _as_tensor(value: Any) -> Tensor | None:
     return torch.tensor(value, dtype=torch.float32) if is_numbers else None
 
 
+def rename(model: nn.Module, state: Mapping[str, T]) -> tuple[Mapping[str, T], dict[str, str]]:
+    """The weights under the model's names for its modules, where the file has the names that other
+    codes give them (`other_names` of the model's class), and a sentence about that."""
+    names = getattr(model, "other_names", {})
+    parts = {part for key in state for part in key.split(".")}
+    found = {other: name for other, name in names.items() if other in parts}
+    if not found or parts & set(names.values()):
+        return state, {}
+    renamed = {
+        ".".join(found.get(part, part) for part in key.split(".")): value
+        for key, value in state.items()
+    }
+    read_as = ", ".join(f"{other} as {name}" for other, name in found.items())
+    return renamed, {"names": read_as}
+
+
 def find_prefix(
     own: Iterable[str], state: Mapping[str, Tensor], source: str
 ) -> tuple[str, list[str]]:
@@ -181,9 +197,9 @@ def _are_equal(first: Mapping[str, Any], second: Mapping[str, Any], names: Itera
         one, other = first.get(name), second.get(name)
         if one is None and other is None:
             continue
-        if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.dtype != other.dtype:
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor):
             return False
-        if not torch.equal(one, other):
+        if (one.dtype, one.layout) != (other.dtype, other.layout) or not torch.equal(one, other):
             return False
     return True
 
@@ -247,7 +263,7 @@ def explain_rest(
 def _place(value: Any) -> Any:
     """Equal for tensors that are the same numbers in the same memory: torch.save keeps that a
     module is registered twice."""
-    if not isinstance(value, Tensor) or value.numel() == 0:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() == 0:
         return object()
     return value.data_ptr(), value.dtype, value.shape, value.stride()
 
@@ -291,7 +307,8 @@ def _take_normalization(model: nn.Module, rest: dict[str, Any], source: str) -> 
 
 
 def _has_size(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.numel() == size
+    is_plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_plain and value.is_floating_point() and value.numel() == size
 
 
 def below(state: Mapping[str, T], prefix: str) -> dict[str, T]:

@@ -117,7 +117,7 @@ def _names_in_zip(file: BinaryIO) -> list[str]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.namelist()
-    except (zipfile.BadZipFile, ValueError, OSError):
+    except Exception:  # a damaged archive may make the reader raise anything
         return []
 
 
@@ -162,6 +162,6 @@ def _pickle_protocol(file: BinaryIO, head: bytes) -> int:
                 name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
                 with archive.open(name) as pickled:
                     head = pickled.read(2)
-        except (zipfile.BadZipFile, ValueError, OSError, StopIteration):
+        except Exception:  # likewise
             return 0
     return head[1] if len(head) > 1 and head[:1] == b"\x80" else 0

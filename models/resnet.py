@@ -4,7 +4,7 @@ Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: "Deep Residual Learning for I
 "Identity Mappings in Deep Residual Networks", arXiv:1603.05027.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,9 @@ class ResNet(BaseModel):
     Raises:
         ConfigError: `stem` or a layer type is unknown.
     """
+
+    other_names: ClassVar = {"bn1": "norm1", "bn2": "norm2", "bn3": "norm3"}
+    """pytorch-cifar's names, which TRADES, RobustBench and MadryLab's robustness share."""
 
     def __init__(
         self,

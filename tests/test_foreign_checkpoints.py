@@ -108,6 +108,26 @@ def test_every_row_of_the_table_loads(name, tmp_path):
     assert assumed.keys() == told
 
 
+def test_a_resnets_norms_may_have_pytorch_cifars_names(tmp_path):
+    arch = {"type": "resnet18", "args": {"num_classes": 3}}
+    model, other = build_model(arch), build_model(arch)
+    state = below("module.model.", model.state_dict())
+    torch.save(
+        {key.replace("norm", "bn"): value for key, value in state.items()}, tmp_path / "m.pth"
+    )
+    told = load_weights(other, load_checkpoint(tmp_path / "m.pth")["state_dict"], "m.pth")
+    assert told == {
+        "names": "bn1 as norm1, bn2 as norm2",
+        "keys": "the prefix 'module.model.' is dropped",
+    }
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    mixed = {key.replace("layer4.1.norm2", "layer4.1.bn2"): value for key, value in state.items()}
+    with pytest.raises(
+        CheckpointError, match=r"lacks 4 of .*layer4.1.norm2.*4 keys .*layer4.1.bn2"
+    ):
+        load_weights(other, mixed, "m.pth")
+
+
 def test_the_table_has_the_ten_formats():
     assert list(table()) == list(files(build_model(WIDE).state_dict()))
     assert len(table()) == 10
