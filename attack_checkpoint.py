@@ -22,6 +22,7 @@ from base.command_line import Parser, set_overrides
 from base.config import Config
 from base.errors import CheckpointError, ConfigError
 from base.ranks import gather, rank, ranks, world_size
+from base.runtime import memory_explained
 from data_loader.splits import some_of_every_class
 from evaluation import Evaluation, check_outputs, evaluation_parser, load_evaluation
 
@@ -88,12 +89,12 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         attack = _attack(config, attack_name, loader.num_classes, arguments.doctor)
         context = {"seed": arguments.seed, "autocast": evaluation.autocast}
         target = arguments.json or _default_target(Path(arguments.checkpoint), attack, arguments)
-        partial = (
-            None
-            if target is None
-            else partial_file(target, model, loader, attack, (config.dump(), arguments.seed, arguments.batch_size))
-        )
-        report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
+        partial = None
+        if target is not None:
+            settings = (config.dump(), arguments.seed, arguments.batch_size)
+            partial = partial_file(target, model, loader, attack, settings)
+        with memory_explained("--batch_size", arguments.batch_size):
+            report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
         report.values["data"] = evaluation.data
         is_first = rank() == 0
         if is_first and target is not None:
