@@ -23,6 +23,7 @@ from base.config import Config
 from base.errors import CheckpointError, ConfigError
 from base.output import check_folder, is_stream, writing
 from base.ranks import from_first, rank, ranks, world_size
+from base.runtime import memory_explained
 from base.text import say
 from data_loader.splits import some_of_every_class
 from evaluation import Evaluation, check_evaluation_outputs, evaluation_parser, load_evaluation
@@ -111,7 +112,8 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
         if target is not None and not is_stream(target):
             settings = (config.dump(), arguments.seed, arguments.batch_size)
             partial = partial_file(target, model, loader, attack, settings)
-        report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
+        with memory_explained("--batch_size", arguments.batch_size):
+            report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
         report.values.update(evaluation.provenance, data=evaluation.data)
         is_first = rank() == 0
         if target is not None and not is_stream(target):

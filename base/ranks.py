@@ -212,6 +212,13 @@ def asked_to_stop() -> int:
     return 0
 
 
+def moments_computed(more: int) -> int:
+    """How often any process has said that it still computes; `more` is 1 to say so, 0 to ask. Waits for nobody."""
+    with suppress(RuntimeError):
+        return 0 if _store is None else _store.add("computed", more)
+    return 0
+
+
 def quiet() -> bool | None:
     """tqdm's `disable`: bars are drawn by rank 0, and by it only on a terminal."""
     return None if rank() == 0 else True

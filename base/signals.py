@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
-from base.ranks import LOOK_EVERY, ask_all_to_stop, asked_to_stop, end_process, rank, world_size
+from base.ranks import LOOK_EVERY, ask_all_to_stop, asked_to_stop, end_process, moments_computed, rank, world_size
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 OVER = 0
 """What a watch is told when there is nothing to watch any more; no signal has this number."""
-PATIENCE = 20.0
-"""Seconds that a process which has been asked to stop waits for the others; torchrun and SLURM kill after 30."""
-BUSY = 0.02
-"""Share of that time in which a process has to compute not to be taken for one that only waits."""
+PATIENCE, LAST_PATIENCE = 20.0, 120.0
+"""Seconds that a process which has been asked to stop waits for others that do nothing, and for others that compute; torchrun
+and SLURM kill after 30 unless they are told otherwise."""
+BUSY = 0.05
+"""Share of the time in which a process has to compute not to be taken for one that only waits."""
 
 
 class Interrupted(BaseException):
@@ -82,9 +83,10 @@ class _Watch:
     """A thread that hears signals while Python cannot: inside a collective the main thread waits in code of gloo or of
     DistributedDataParallel, and handlers of Python have to wait with it.
 
-    It passes a signal on to the other processes, and hands theirs to the main thread. From a signal on it looks whether this
-    process still computes. One that has not for `PATIENCE` seconds waits for a process that is gone or stuck: nothing can be
-    agreed on any more, and it ends with the signal's exit code.
+    It passes a signal on to the other processes, and hands theirs to the main thread. From a signal on all tell each other
+    whether they still compute. Where this one only waits and none has computed for `PATIENCE` seconds, one of them is gone or
+    stuck: nothing can be agreed on any more, and this one ends with the signal's exit code. It does so, too, after
+    `LAST_PATIENCE` seconds of waiting for others that compute.
     """
 
     def __enter__(self) -> None:
@@ -103,33 +105,37 @@ class _Watch:
         self._mouth.close()
 
     def _work(self) -> None:
-        asked = computed = idle_since = 0.0
-        while True:
+        asked = 0
+        while not asked:
             numbers = self._heard()
             if OVER in numbers:
                 return
-            own = next((number for number in numbers if number in STOPPING), 0)
-            if own:
-                ask_all_to_stop(own)
-            elif not asked:
-                own = asked_to_stop()
-                if own:
-                    _thread.interrupt_main(own)  # as if it had come to this process
-            now = time.monotonic()
-            if own and not asked:
-                asked, computed, idle_since = own, time.process_time(), now
-            if not asked:
-                continue
-            if time.process_time() - computed > BUSY * PATIENCE:
-                computed, idle_since = time.process_time(), now
-            elif now - idle_since > PATIENCE:
-                name = signal.Signals(int(asked)).name
+            asked = next((number for number in numbers if number in STOPPING), 0)
+            if asked:
+                ask_all_to_stop(asked)
+            else:
+                asked = asked_to_stop()
+                if asked:
+                    _thread.interrupt_main(asked)  # as if it had come to this process
+        now, computed, moments = time.monotonic(), time.process_time(), moments_computed(0)
+        own_last = any_last = now
+        while OVER not in self._heard():
+            before, now = now, time.monotonic()
+            computed_before, computed = computed, time.process_time()
+            if computed - computed_before > BUSY * (now - before):
+                moments_computed(1)
+                own_last = now
+            moments_before, moments = moments, moments_computed(0)
+            if moments != moments_before:
+                any_last = now
+            if min(now - own_last, now - any_last) > PATIENCE or now - own_last > LAST_PATIENCE:
+                name = signal.Signals(asked).name
                 print(
                     f"rank {rank()}: stopped by {name} while it waited for another process, which has not answered for"
-                    f" {PATIENCE:g} s: what was done since the last checkpoint is lost",
+                    f" {now - own_last:.0f} s: what was done since the last checkpoint is lost",
                     file=sys.stderr,
                 )
-                end_process(128 + int(asked))
+                end_process(128 + asked)
 
     def _heard(self) -> bytes:
         """The numbers of the signals that have come, after waiting for them a moment."""

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from base.errors import ConfigError
-from base.runtime import choose_device, choose_precision, derived_seed, numpy_generator, torch_generator
+from base.runtime import (
+    choose_device,
+    choose_precision,
+    derived_seed,
+    memory_explained,
+    numpy_generator,
+    torch_generator,
+)
 
 
 def test_generators_are_pure_functions_of_their_arguments():
@@ -53,3 +60,26 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, check=True)
     assert (int(done.stdout) < 100) == kept
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        MemoryError(),
+    ],
+)
+def test_a_batch_that_does_not_fit_into_memory_names_its_key(error):
+    message = "data_loader.args.batch_size: batches of 7 images do not fit into memory: "
+    with pytest.raises(ConfigError, match=message) as caught, memory_explained("data_loader.args.batch_size", 7):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_that_there_is_not_is_noticed_and_other_errors_are_left_alone():
+    with pytest.raises(ConfigError, match="--batch_size: batches of 3"), memory_explained("--batch_size", 3):
+        torch.empty(2**58, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_explained("--batch_size", 3):
+        torch.ones(2, 3) @ torch.ones(2, 3)

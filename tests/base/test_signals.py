@@ -1,0 +1,65 @@
+"""Signals end a process that waits for another one, which does not come."""
+
+import signal
+
+import pytest
+
+from tests.base.two_processes import ended, start_two
+
+SCRIPT = """
+import sys, time
+import torch
+import base.signals
+from base.command_line import run_script
+from base.ranks import gather, rank, ranks
+from base.replicas import replicate
+from base.signals import StopSignals
+
+base.signals.PATIENCE = 1.0
+
+def wait_in(place):
+    if place == "evaluation":
+        if rank() == 1:
+            time.sleep(1000)
+        print("waiting", flush=True)
+        gather("verdicts")
+    model = replicate(torch.nn.Linear(3, 2))
+    with StopSignals().caught():
+        loss = model(torch.ones(5, 3)).sum()
+        if rank() == 1:
+            time.sleep(1000)
+        print("waiting", flush=True)
+        loss.backward()
+
+def main():
+    with ranks(training=True):
+        wait_in(sys.argv[1])
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "code", "message"),
+    [
+        ("update", signal.SIGTERM, 143, "rank 0: stopped by SIGTERM while it waited for another process"),
+        ("evaluation", signal.SIGINT, 130, "interrupted"),
+    ],
+)
+def test_a_process_that_waits_in_a_collective_ends_with_its_exit_code(tmp_path, place, number, code, message):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    processes = start_two(tmp_path / "script.py", place)
+    try:
+        assert processes[0].stdout.readline() == "waiting\n"
+        processes[0].send_signal(number)
+        codes, errors = ended(processes[:1])
+        assert codes == [code]
+        assert message in errors[0]
+        assert "Traceback" not in errors[0]
+        if place == "update":
+            codes, errors = ended(processes[1:])
+            assert codes == [code], "the signal has reached the other one, too, which neither computes nor answers"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

@@ -1,0 +1,34 @@
+"""Two processes of one job, started by hand: what each says and how it ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from socket import socket
+
+ROOT = Path(__file__).parents[2]
+
+
+def start_two(script, *words):
+    """The processes, by rank, each with pipes for what it says and what it complains of."""
+    with socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **shared, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, words)],
+            env={**environment, "RANK": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+
+
+def ended(processes):
+    """Exit codes and what was complained of, by rank."""
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    return [process.returncode for process in processes], errors
