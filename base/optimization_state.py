@@ -8,8 +8,9 @@ of name and values. Checkpoints from before that (numbers, no checksums) are che
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import isfinite, isnan
+from math import isnan
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import torch
@@ -230,19 +231,21 @@ def _like_mapping(value: Any, own: Mapping[str, Any], where: str) -> dict[str, A
 
 def _possible(value: Any, own: Any, key: str) -> bool:
     """Whether training can have made `value` of `own`."""
+    both_numbers = type(value) in (int, float) and type(own) in (int, float)
+    if (both_numbers or type(value) is type(own)) and value == own:
+        return True
     if key in ("last_epoch", *COUNTS):
         return type(value) is int and value >= (-1 if key == "last_epoch" else 0)
     if key in (*RATES, *SHARES, *LENGTHS):
-        if type(value) not in (int, float) or not isfinite(value):
+        # a comparison, as integers may be too large for a float
+        if type(value) not in (int, float) or not abs(value) <= float_info.max:
             return False
         if key in SHARES:
             return 0 <= value < 1
         return value > 0 if key in LENGTHS else value >= 0
     if key in BESTS:
-        return type(value) in (int, float) and not isnan(value)
-    if key in DIRECTIONS and own in ("min", "max"):
-        return value in ("min", "max")
-    return type(value) is type(own) and value == own
+        return type(value) is float and not isnan(value)
+    return key in DIRECTIONS and own in ("min", "max") and value in ("min", "max")
 
 
 def _refuse_other_place(state: Mapping[str, Any], steps_done: int, where: str) -> None:
