@@ -22,7 +22,7 @@ from base.finite import FiniteCheck
 from base.optimization import Schedule, load_optimizer
 from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 from base.progress import Progress
-from base.ranks import Share, largest, leave_the_word_to_the_first, quiet, rank, share_of, world_size
+from base.ranks import Share, from_first, largest, leave_the_word_to_the_first, quiet, rank, share_of, world_size
 from base.replicas import equalise, replicate
 from base.run_checkpoints import RunCheckpoints
 from base.run_folder import describe
@@ -264,16 +264,19 @@ class BaseTrainer(ABC):
         return self.checkpoints.restore_best(progress, source, finished=self.finished)
 
     def _restore_generators(self, states: Mapping[str, Any], source: Path) -> None:
-        """Go on with torch's global generators as they were; with several processes they are those of rank 0."""
-        progress = self.progress
-        if rank() > 0:  # copies shall not drop the same units
+        """Go on with torch's global generators as they were; with several processes `states` are those of rank 0."""
+
+        def restore() -> None:
+            try:
+                set_rng_state(states)
+            except (RuntimeError, TypeError) as error:
+                reason = str(error).splitlines()[0]
+                raise CheckpointError(f"{source}: rng: is not the state of a generator of torch: {reason}") from None
+
+        from_first(restore)
+        if rank() > 0:  # copies of a model must not drop the same units
+            progress = self.progress
             seed_global_generators(self.config.seed, f"training {rank()} {progress.epochs_done} {progress.batches_done}")
-            return
-        try:
-            set_rng_state(states)
-        except (RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{source}: rng: is not the state of a generator of torch: {reason}") from None
 
     def _train_epoch(self) -> dict[str, Any]:
         self.model.train()

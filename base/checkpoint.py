@@ -84,8 +84,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def set_aside(file: Path) -> Path:
-    """Give a damaged checkpoint a name that nothing else is written to, and return that: what is left of it may still be
-    wanted.
+    """Rename a damaged checkpoint, so that nothing is written over what is left of it; returns the new name.
 
     Raises:
         CheckpointError: the folder cannot be written.

@@ -15,8 +15,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def _number(value: object) -> object:
-    """Refuse what only can be made a number of, such as a tensor: pydantic takes that for a float, even if it is strict."""
-    if type(value) not in (int, float):
+    """Refuse what is not a number but can be made one, such as a tensor, which pydantic takes for a float even if it is
+    strict; and integers that are too large for a float."""
+    if type(value) not in (int, float) or (type(value) is int and abs(value) > LARGEST):
         raise ValueError("expected a number")
     return value
 

@@ -8,8 +8,9 @@ of name and values. Checkpoints from before that (numbers, no checksums) are che
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isnan
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import torch
@@ -25,16 +26,20 @@ CHECKSUM = "checksum"
 KERNELS = ("fused", "foreach")
 """Settings of an optimizer that choose how it computes; a run goes on as it began, where that is possible here."""
 
+# Training moves these keys of an optimizer's groups and of a schedule's state. All others are settings, of which a run keeps
+# those that it began with; a resumed run has the same, but for some whose default depends on the version of this code.
 RATES = ("lr", "_last_lr")
+"""Numbers from 0 on."""
 SHARES = ("momentum", "betas")
-COUNTS = ("last_epoch", "_step_count", "T_cur", "num_bad_epochs", "cooldown_counter")
-LENGTHS = ("T_i",)
-"""Keys that training moves, in an optimizer's groups and in a schedule's state: numbers from 0 on, numbers in `[0, 1)`, whole
-numbers from 0 on (`last_epoch` from -1 on), numbers above 0. All others are settings, which a resumed run has the same of."""
-
-AS_BEGUN = {"mode": str, "mode_worse": float, "best": float, "T_max": int, "total_iters": int}
-"""Keys that may have other values than in a new schedule: what the run has seen, and settings whose default depends on the
-version of this code. The run goes on with what it began with."""
+"""Numbers in `[0, 1)`."""
+COUNTS = ("_step_count", "T_cur", "num_bad_epochs", "cooldown_counter")
+"""Whole numbers from 0 on; `last_epoch` is one from -1 on."""
+LENGTHS = ("T_i", "T_max", "total_iters")
+"""Numbers above 0. Of the settings among them the default depends on the version."""
+BESTS = ("best", "mode_worse")
+"""Any numbers; also these settings may be others than those of a new schedule."""
+DIRECTIONS = ("mode",)
+"""Likewise `"min"` or `"max"`."""
 
 
 def named_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -226,17 +231,21 @@ def _like_mapping(value: Any, own: Mapping[str, Any], where: str) -> dict[str, A
 
 def _possible(value: Any, own: Any, key: str) -> bool:
     """Whether training can have made `value` of `own`."""
-    if key in AS_BEGUN:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        kinds = {str: value in ("min", "max") or value == own, float: number, int: number and isfinite(value) and value > 0}
-        return bool(kinds[AS_BEGUN[key]])
-    if key in RATES or key in SHARES or key in LENGTHS:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
-            return False
-        return value > 0 if key in LENGTHS else 0 <= value < 1 if key in SHARES else value >= 0
-    if key in COUNTS:
+    both_numbers = type(value) in (int, float) and type(own) in (int, float)
+    if (both_numbers or type(value) is type(own)) and value == own:
+        return True
+    if key in ("last_epoch", *COUNTS):
         return type(value) is int and value >= (-1 if key == "last_epoch" else 0)
-    return type(value) is type(own) and value == own
+    if key in (*RATES, *SHARES, *LENGTHS):
+        # a comparison, as integers may be too large for a float
+        if type(value) not in (int, float) or not abs(value) <= float_info.max:
+            return False
+        if key in SHARES:
+            return 0 <= value < 1
+        return value > 0 if key in LENGTHS else value >= 0
+    if key in BESTS:
+        return type(value) is float and not isnan(value)
+    return key in DIRECTIONS and own in ("min", "max") and value in ("min", "max")
 
 
 def _refuse_other_place(state: Mapping[str, Any], steps_done: int, where: str) -> None:

@@ -160,7 +160,7 @@ def record_environment(folder: Path, resumed: bool) -> list[str]:
     """Write `environment.json`; a resumed run keeps what it began with and adds what it goes on with under `resumed`.
 
     Returns:
-        What a resumed run computes with that the run had another number of before: its results are equal up to rounding only.
+        What there is to warn of: the run had another number of threads or processes before, which round otherwise.
     """
     file = folder / "environment.json"
     now = environment()
@@ -173,7 +173,7 @@ def record_environment(folder: Path, resumed: bool) -> list[str]:
     before = resumes[-1] if resumes and isinstance(resumes[-1], dict) else first
     write_json(file, {**first, "resumed": [*resumes, now]})
     return [
-        f"resumed with {now[key]} {what}, the run had {before[key]}: from here on it is the same up to rounding only"
+        f"resumed with {now[key]} {what}, the run had {before[key]}: from here on results may differ by rounding"
         for key, what in (("cpu_threads", "CPU threads"), ("processes", "processes"))
         if before.get(key, now[key]) != now[key]
     ]

@@ -11,7 +11,7 @@ import torch
 Container = MutableMapping[Any, Any] | MutableSequence[Any]
 
 ODD_VALUES = (
-    None, True, False, 0, 1, -1, 3, 10**9, 2**70, 0.5, -0.5, inf, nan, "", "min", "line\nbreak\x1b[31m", b"bytes",
+    None, True, False, 0, 1, -1, 3, 10**9, 2**70, 10**400, 0.5, -0.5, inf, nan, "", "min", "line\nbreak\x1b[31m", b"bytes",
     [], [1], (), {}, {"a": {"b": 1}}, {0: 1},
 )  # fmt: skip
 """What stands where something else belongs."""

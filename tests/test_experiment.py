@@ -241,6 +241,49 @@ def test_resume_refuses_another_experiment_and_takes_more_epochs(tmp_path):
     assert len(after.splitlines()) == 4
 
 
+def test_a_run_cannot_have_done_fewer_epochs_than_it_has(tmp_path):
+    run(tmp_path / "run", config_of(trainer={"epochs": 2}))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(ConfigError, match="trainer.epochs: 1, but .*model_last.pth has done 2 epochs already"):
+        Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "1")])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+def test_a_noise_file_may_move_but_not_change(tmp_path, caplog):
+    labels = Experiment.from_config(config_of()).train_loader.label_arrays()
+    n_images = sum(len(labels[f"{part}_index"]) for part in ("train", "val"))
+    clean = np.empty(n_images, np.int64)
+    for part in ("train", "val"):
+        clean[labels[f"{part}_index"]] = labels[f"{part}_clean_label"]
+    noisy = np.where(np.arange(n_images) % 7 == 0, (clean + 1) % 10, clean)
+    np.save(tmp_path / "noise.npy", noisy)
+    config = config_of(trainer={"noise_file": str(tmp_path / "noise.npy"), "epochs": 1})
+    run(tmp_path / "run", config)
+    (tmp_path / "noise.npy").rename(tmp_path / "moved.npy")
+    overrides = [("trainer.noise_file", str(tmp_path / "moved.npy")), ("trainer.epochs", "2")]
+    assert Experiment.resume(str(tmp_path / "run"), overrides=overrides)["epochs"] == 2
+    noisy[::7] = clean[::7]
+    noisy[1::7] = (clean[1::7] + 1) % 10
+    np.save(tmp_path / "moved.npy", noisy)
+    with pytest.raises(CheckpointError, match=r"data_loader.args.data_dir \(or trainer.noise_file\) now holds: labels$"):
+        Experiment.resume(str(tmp_path / "run"), overrides=[overrides[0]])
+
+
+def test_other_threads_and_processes_warn(tmp_path, caplog):
+    run(tmp_path / "run", config_of(trainer={"epochs": 1}, system={"num_threads": 1}))
+    Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "2")])
+    assert "resumed with" not in caplog.text
+    file = tmp_path / "run" / "environment.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps({**before, "resumed": [{"cpu_threads": 5, "processes": 3}]}))
+    Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "3")])
+    warned = [record.message for record in caplog.records if "resumed with" in record.message]
+    assert warned == [
+        "resumed with 1 CPU threads, the run had 5: from here on results may differ by rounding",
+        "resumed with 1 processes, the run had 3: from here on results may differ by rounding",
+    ]
+
+
 def test_resume_refuses_other_data_and_the_originals_checkpoints(tmp_path, monkeypatch):
     run(tmp_path / "run", config_of())
     path = tmp_path / "run" / "model_last.pth"

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from base.command_line import config_parser
+from base.errors import ConfigError
+from evaluation import evaluation_parser
 from tiny_runs import script, write_images
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +108,17 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_written(tmp_path, name):
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_word_is_not_a_path():
+    """It is what a script with an unset variable hands over."""
+    training, evaluation = config_parser("x"), evaluation_parser("x")
+    commands = [(training, [flag, ""]) for flag in ("-c", "-r", "--resume", "--run_dir")]
+    commands += [(evaluation, ["-s", ""]), (evaluation, ["-s", "run", "-c", ""])]
+    for parser, words in commands:
+        with pytest.raises(ConfigError, match=rf"argument .*{words[-2]}.*: expected a path, not an empty word"):
+            parser.parse_args(words)
+    assert evaluation.parse_args(["-s", "~/run"]).checkpoint == str(Path.home() / "run")
 
 
 def test_checkpoint_of_another_architecture_is_refused_and_kept(finished_run, tmp_path):

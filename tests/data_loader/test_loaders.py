@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import data_loader.images as images_module
 from base.base_data_loader import BaseDataLoader
 from base.errors import DataError
 from data_loader import (
@@ -14,8 +18,9 @@ from data_loader import (
 )
 from data_loader.decoding import decode_image
 from data_loader.image_data_loader import ImageDataLoader
-from data_loader.images import MemoryImages
+from data_loader.images import FileImages, MemoryImages
 from data_loader.label_noise import CIFAR10_CLASSES, CIFAR100_FLIPS, explain_rate
+from tiny_runs import write_images
 
 AUGMENTED = {"crop_padding": 2, "flip": True, "cutout": 3}
 
@@ -367,3 +372,62 @@ def test_labels_follow_their_images():
         seen += labels.tolist()
     assert sorted(seen) == list(range(100))
     assert seen != sorted(seen)
+
+
+def repaint(file):
+    """Another colour in one corner, in a file that is as long as before where nothing is compressed."""
+    image = Image.open(file)
+    image.putpixel((0, 0), tuple(255 - value for value in image.getpixel((0, 0))))
+    image.save(file)
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "png"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_digests_tell_other_images_but_not_where_they_lie(tmp_path, in_memory, suffix):
+    for part, count in (("train", 6), ("test", 2)):
+        write_images(tmp_path / "data" / part, dict.fromkeys("wxyz", count), (10, 7), suffix)
+
+    def digests(folder):
+        return ImageFolderDataLoader(folder, 4, validation_split=0.3, in_memory=in_memory).image_fingerprints()
+
+    first = digests(tmp_path / "data")
+    assert set(first) == {"training images", "test images"}
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert digests(tmp_path / "moved") == first
+    for file in sorted((tmp_path / "moved" / "train" / "x").iterdir()):  # trained on, or held out
+        before = file.read_bytes()
+        repaint(file)
+        now = digests(tmp_path / "moved")
+        assert [part for part in first if now[part] != first[part]] == ["training images"], file
+        file.write_bytes(before)
+    repaint(next((tmp_path / "moved" / "test" / "z").iterdir()))
+    now = digests(tmp_path / "moved")
+    assert [part for part in first if now[part] != first[part]] == ["test images"]
+
+
+def test_of_very_many_files_sizes_are_told_and_every_nth_is_read(tmp_path, monkeypatch):
+    write_images(tmp_path / "data", {"x": 9}, (5, 5), "bmp")
+    files = FileImages(tuple(map(str, sorted((tmp_path / "data" / "x").iterdir()))), (3, 5, 5), resize=False)
+    size = Path(files.paths[0]).stat().st_size
+    monkeypatch.setattr(images_module, "FINGERPRINT_BYTES", 3 * size)
+    first, changes = files.digest(), []
+    for path in files.paths:
+        before = Path(path).read_bytes()
+        repaint(path)
+        changes.append(files.digest() != first)
+        Path(path).write_bytes(before)
+    assert changes == [number % 3 == 0 for number in range(9)]
+    with Path(files.paths[4]).open("ab") as file:
+        file.write(b"x")
+    assert files.digest() != first
+    Path(files.paths[4]).unlink()
+    with pytest.raises(DataError, match=r"004.bmp: cannot be read: No such file"):
+        files.digest()
+
+
+def test_a_loader_that_knows_no_more_is_told_by_its_labels(session_folder):
+    loader = folder_loader(session_folder)
+    assert BaseDataLoader.image_fingerprints(loader) == {}
+    other = folder_loader(session_folder, noise=LabelNoise("sym", 0.5))
+    assert BaseDataLoader.fingerprint(loader) == BaseDataLoader.fingerprint(folder_loader(session_folder))
+    assert BaseDataLoader.fingerprint(loader) != BaseDataLoader.fingerprint(other)

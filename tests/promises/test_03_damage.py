@@ -92,6 +92,22 @@ def test_a_run_goes_on_from_its_newest_good_checkpoint_and_says_so(tmp_path, mon
     check_goes_on(tmp_path, monkeypatch, small(trainer={"monitor": "min val_loss", "early_stop": 3}))
 
 
+def test_a_damaged_last_checkpoint_is_kept_aside(tmp_path, monkeypatch, small):
+    folder, last = tmp_path / "run", tmp_path / "run" / "model_last.pth"
+    interrupt(monkeypatch, folder, small(), 7)
+    remains = []
+    for name in ("model_last.pth.damaged", "model_last.pth.damaged-2"):
+        flip(last)
+        remains.append((folder / name, last.read_bytes()))
+        Experiment.resume(str(folder))
+        assert f"(kept as {name}): going on from model_epoch_" in (folder / "info.log").read_text()
+        load_checkpoint(last)
+    assert all(file.read_bytes() == data for file, data in remains)
+    last.unlink()
+    Experiment.resume(str(folder))
+    assert len(list(folder.glob("*.damaged*"))) == 2, "a file that is not there leaves nothing"
+
+
 def test_the_check_of_going_on_can_fail(tmp_path, monkeypatch, small):
     monkeypatch.setattr(checkpoint_module, "check_seal", lambda file, path: True)
     with pytest.raises(AssertionError):

@@ -35,6 +35,30 @@ def enlarge(contents):
     contents["state_dict"][name] = torch.zeros(7, *contents["state_dict"][name].shape)
 
 
+def swap(contents):
+    """The momentum of the two parameters of one shape."""
+    state, by_shape = contents["optimizer"]["state"], {}
+    for name, entry in state.items():
+        by_shape.setdefault(entry["momentum_buffer"].shape, []).append(name)
+    first, second = next(names for names in by_shape.values() if len(names) > 1)[:2]
+    state[first], state[second] = state[second], state[first]
+
+
+def cut(contents):
+    entry = next(iter(contents["optimizer"]["state"].values()))
+    entry["momentum_buffer"] = entry["momentum_buffer"][:1]
+
+
+def without(key):
+    def removed(contents):
+        *path, last = key.split(".")
+        for name in path:
+            contents = contents[name]
+        del contents[last]
+
+    return removed
+
+
 REFUSED = {
     "architecture": ([], [("arch.type", "vgg11")], r"arch.type is 'simpleCNN' there and 'vgg11' in this config"),
     "layers": ([], [("arch.args.norm_layer_type", "gn")], r"arch.args.norm_layer_type is 'no' there and 'gn' in this config"),
@@ -46,6 +70,19 @@ REFUSED = {
     "shape of weights": ([enlarge], [], r"does not fit SimpleCNN: size mismatch for .*torch.Size\(\[7, .*torch.Size"),
     "labels": ([change("fingerprint", "other")], [], r"was trained on other images or labels than data_loader.args.data_dir"),
     "pixels": ([change("mean", [0.1, 0.2, 0.3])], [], r"was trained on other images or labels than data_loader.args.data_dir"),
+    "training images": ([change("image_fingerprints.training images", "other")], [], r"now holds: training images"),
+    "test images": ([change("image_fingerprints.test images", "other")], [], r"now holds: test images"),
+    "renamed class": ([change("class_names", ["a", "b\n", "c"])], [], r"now holds: class 1 is 'b\\n' there, 'b' here"),
+    "one class less": ([change("class_names", ["a", "b"])], [], r"now holds: class 2 is None there, 'c' here"),
+    "channels": ([change("mean", [0.5]), change("std", [0.5])], [], r"now holds: mean or std of the pixels"),
+    "shape of momentum": ([cut], [], r"optimizer.state.*momentum_buffer: is of shape \(1,.* but \(.* was expected"),
+    "place of momentum": ([swap], [], r"optimizer.state.*: is not what was saved for this parameter"),
+    "place of the schedule": ([change("epoch", 2)], [], r"epoch 2 and batch 1, but 'progress' is 1 epochs and 1 batches"),
+    "averaged weights": ([without("ema_state_dict")], [], r"'ema_state_dict' is missing, but trainer.ema_decay asks for"),
+    "average's updates": ([without("ema_updates")], [], r"'ema_updates' is missing"),
+    "generator": ([change("rng.cpu", torch.zeros(5056, dtype=torch.uint8))], [], r"rng: is not the state of a generator"),
+    "config": ([change("config.trainer.epochs", "many")], [], r"trainer.epochs: .* the checkpoint's own config cannot be used"),
+    "config's form": ([change("config.name", torch.zeros(1))], [], r"'config' is of type dict: a value of type Tensor"),
     "kind of value": ([change("progress", [1])], [], r"is no checkpoint: 'progress' is of type list"),
     "no training state": ([lambda contents: contents.pop("progress")], [], r"holds no training state"),
     "classes": ([], [("num_classes", "7")], r"num_classes|classes"),
@@ -109,7 +146,21 @@ def check_handled(folder, copy, apply, tag=None):
     assert difference(folder / "whole" / "model_last.pth", copy / "model_last.pth") == []
 
 
+def as_before_there_were_names(contents):
+    """As version 2 began: the optimizer's state by number, no digests of images."""
+    optimizer = contents["optimizer"]
+    names = [name for group in optimizer["param_groups"] for name in group["params"]]
+    optimizer["state"] = {
+        number: {key: value for key, value in optimizer["state"][name].items() if key != "checksum"}
+        for number, name in enumerate(names)
+    }
+    for group in optimizer["param_groups"]:
+        group["params"] = [names.index(name) for name in group["params"]]
+    del contents["image_fingerprints"]
+
+
 HANDLED = {
+    "state by number": (as_before_there_were_names, None),
     "prefixes of wrappers": (prefixed, None),
     "a CUDA device that is not here": (lambda contents: None, "cuda:7"),
     "an older schema": (change("schema_version", 1), None),
