@@ -2,8 +2,7 @@
 
 import os
 import signal
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -19,15 +18,21 @@ PROCESSES, ROUNDS = 6, 8
 def check_race(folder):
     """Several processes that ask for the same new folder at the same time: one gets it, the others leave with exit code 2."""
     for number in range(ROUNDS):
-        start = time.time() + 0.1
+        start, go = os.pipe()
+        others, asking = os.pipe()
 
-        def race(number=number, start=start):
-            time.sleep(max(0.0, start - time.time()))
+        def race(number=number, start=start, go=go, others=others, asking=asking):
+            os.close(go)
+            os.read(start, 1)  # the pipe ends when all processes are there
             with new_run_folder("unused", "name", str(folder / str(number))) as mine:
-                time.sleep(0.2)
+                os.close(asking)
+                os.read(others, 1)  # it ends when everybody else has asked, and got the folder or left
                 (mine / "config.json").touch()
 
-        codes = sorted(exit_code(process) for process in [forked(race) for _ in range(PROCESSES)])
+        processes = [forked(race) for _ in range(PROCESSES)]
+        for end in (start, go, others, asking):
+            os.close(end)
+        codes = sorted(exit_code(process) for process in processes)
         assert codes == [0] + [2] * (PROCESSES - 1), codes
 
 
@@ -39,22 +44,22 @@ def check_running(folder):
 
     def train():
         with only_run_in(folder):
-            os.write(told, f"{forked(lambda: time.sleep(60))}\n".encode())
-            time.sleep(60)
+            os.write(told, f"{forked(signal.pause)}\n".encode())
+            signal.pause()
 
     process = forked(train)
     worker = int(os.read(sleepers, 20))
     try:
         with pytest.raises(ConfigError, match="another process trains in this folder"), only_run_in(folder):
             pass
-    finally:
         os.kill(process, signal.SIGKILL)
         exit_code(process)
-    try:
         with only_run_in(folder):
             pass
     finally:
-        os.kill(worker, signal.SIGKILL)
+        for number in (process, worker):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
 
 
 def test_of_many_processes_one_gets_a_new_folder(tmp_path):
