@@ -54,18 +54,24 @@ def load_label_file(path: Path, where: str) -> Any:
     return {str(name): values for name, values in content.items()} if isinstance(content, dict) else content
 
 
-def _read_npy(path: Path) -> Any:
+def _read_numpy(path: Path) -> Any:
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0) and np.lib.format.read_array_header_1_0(file)[2].hasobject:
-            return _read_pickled_arrays(file)
-    return np.load(path, allow_pickle=False)
+        try:
+            content = np.load(file, allow_pickle=False)
+        except ValueError:
+            file.seek(0)
+            if _holds_objects(file):
+                return _read_pickled_arrays(file)
+            raise
+        if isinstance(content, np.ndarray):
+            return content
+        return {name: content[name] for name in content.files}
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    # numpy would leave a damaged file open
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+def _holds_objects(file: BinaryIO) -> bool:
+    """Whether a `.npy` holds an array of objects, pickled; the file is then read up to the pickle."""
+    version = np.lib.format.read_magic(file)
+    return version == (1, 0) and np.lib.format.read_array_header_1_0(file)[2].hasobject
 
 
 def _read_torch(path: Path) -> Any:
@@ -110,8 +116,8 @@ def _as_integers(column: tuple[str, ...]) -> np.ndarray:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    ".npy": _read_npy,
-    ".npz": _read_npz,
+    ".npy": _read_numpy,
+    ".npz": _read_numpy,
     ".pt": _read_torch,
     ".pth": _read_torch,
     ".json": _read_json,
