@@ -42,7 +42,9 @@ class FolderScan:
         self._skipped: Counter[str] = Counter()
         self._types: Counter[str] = Counter()
 
-    def scan(self, folder: Path, expected: str) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
+    def scan(
+        self, folder: Path, expected: str
+    ) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
         """Class names, sorted; the paths of their images, by class, then by folder, then by name; and int64 labels.
 
         Args:
@@ -63,7 +65,9 @@ class FolderScan:
             found = self._images(folder, name)
             if not found:
                 types = " ".join(IMG_EXTENSIONS)
-                raise DataError(f"{KEY}: {str(folder / name)!r} has no images; expected files of type {types}")
+                raise DataError(
+                    f"{KEY}: {str(folder / name)!r} has no images; expected files of type {types}"
+                )
             paths += found
             labels += [label] * len(found)
         return classes, tuple(paths), np.array(labels, dtype=np.int64)
@@ -171,7 +175,9 @@ def check_link(path: Path) -> None:
         DataError: it is.
     """
     if path.is_symlink() and not path.exists():
-        raise DataError(f"{KEY}: {str(path)!r} is a link to {str(path.readlink())!r}, which leads nowhere")
+        raise DataError(
+            f"{KEY}: {str(path)!r} is a link to {str(path.readlink())!r}, which leads nowhere"
+        )
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry]:
