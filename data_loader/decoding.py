@@ -67,7 +67,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(((255 * values + largest // 2) // largest).astype(np.uint8))
     elif image.mode in ("I", "F"):
         kind = {"I": "integers", "F": "floats"}[image.mode]
-        raise ValueError(f"its pixels are 32-bit {kind}, whose range is unknown: save it with 8 or 16 bits")
+        raise ValueError(
+            f"its pixels are 32-bit {kind}, whose range is unknown: save it with 8 or 16 bits"
+        )
     return image.convert("RGB")
 
 
@@ -80,13 +82,17 @@ def _bits(image: Image.Image) -> int:
 def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
     width, height = image.size
     shorter = min(width, height)
-    image = image.resize((int(side * width / shorter), int(side * height / shorter)), Image.Resampling.BILINEAR)
+    image = image.resize(
+        (int(side * width / shorter), int(side * height / shorter)), Image.Resampling.BILINEAR
+    )
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     return image.crop((left, top, left + side, top + side))
 
 
 def _undecodable(path: str, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError) and Path(path).is_symlink():
-        return DataError(f"{path}: is a link to {str(Path(path).readlink())!r}, which leads nowhere")
+        return DataError(
+            f"{path}: is a link to {str(Path(path).readlink())!r}, which leads nowhere"
+        )
     reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {path!r}", "")
     return DataError(f"{path}: cannot be decoded as an image ({reason})")

@@ -42,7 +42,9 @@ class FolderScan:
         self._skipped: Counter[str] = Counter()
         self._types: Counter[str] = Counter()
 
-    def scan(self, folder: Path, expected: str) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
+    def scan(
+        self, folder: Path, expected: str
+    ) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
         """Class names, sorted; the paths of their images, by class, then by folder, then by name; and int64 labels.
 
         Args:
@@ -63,7 +65,9 @@ class FolderScan:
             found = self._images(folder, name)
             if not found:
                 types = " ".join(IMG_EXTENSIONS)
-                raise DataError(f"{KEY}: {str(folder / name)!r} has no images; expected files of type {types}")
+                raise DataError(
+                    f"{KEY}: {str(folder / name)!r} has no images; expected files of type {types}"
+                )
             paths += found
             labels += [label] * len(found)
         return classes, tuple(paths), np.array(labels, dtype=np.int64)
@@ -102,12 +106,12 @@ class FolderScan:
                     self._skipped["hidden"] += 1
                 elif leads_to(entry) == "folder":
                     below.append(entry.path)
-                elif self._is_new_image(entry, status.st_dev, Place(str(part), label, entry.path)):
+                elif self._is_new_image(entry, Place(str(part), label, entry.path)):
                     found.append((folder, entry.name))
             waiting += reversed(below)
         return [os.path.join(folder, name) for folder, name in sorted(found)]  # noqa: PTH118
 
-    def _is_new_image(self, entry: os.DirEntry, device: int, place: Place) -> bool:
+    def _is_new_image(self, entry: os.DirEntry, place: Place) -> bool:
         kind = leads_to(entry)
         if not entry.name.lower().endswith(IMG_EXTENSIONS):
             check_link(Path(entry.path))
@@ -119,7 +123,7 @@ class FolderScan:
         if kind != "file":
             self._skipped["neither file nor folder"] += 1
             return False
-        known = self._places.setdefault(_identity(entry, device), place)
+        known = self._places.setdefault(_identity(entry), place)
         if known is place:
             return True
         if (known.part, known.label) != (place.part, place.label):
@@ -171,7 +175,9 @@ def check_link(path: Path) -> None:
         DataError: it is.
     """
     if path.is_symlink() and not path.exists():
-        raise DataError(f"{KEY}: {str(path)!r} is a link to {str(path.readlink())!r}, which leads nowhere")
+        raise DataError(
+            f"{KEY}: {str(path)!r} is a link to {str(path.readlink())!r}, which leads nowhere"
+        )
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry]:
@@ -183,13 +189,10 @@ def _entries(folder: str) -> Iterator[os.DirEntry]:
         raise DataError(f"{KEY}: {folder!r} cannot be read: {error.strerror}") from None
 
 
-def _identity(entry: os.DirEntry, device: int) -> tuple[int, int] | str:
-    """What two names of one file have in common; `device` is that of the folder."""
-    if entry.is_symlink():
-        status = entry.stat()
-        device, number = status.st_dev, status.st_ino
-    else:
-        # known from reading the folder, without another question to the file system
-        number = entry.inode()
-    # some file systems number nothing
-    return (device, number) if number else os.path.realpath(entry.path)
+def _identity(entry: os.DirEntry) -> tuple[int, int] | str:
+    """What all names of one file have in common."""
+    status = entry.stat()
+    if status.st_ino == 0:
+        # some file systems number nothing
+        return os.path.realpath(entry.path)
+    return status.st_dev, status.st_ino

@@ -1,12 +1,13 @@
-"""Files of labels, from anybody: `.npy`, `.npz`, `.pt`, `.json` and `.csv`. Nothing in them is ever executed."""
+"""Files of labels, from anybody: `.npy`, `.npz`, `.pt`, `.json` and `.csv`.
+
+Nothing in them is ever executed.
+"""
 
 import csv
 import json
 import pickle
 import re
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,12 +17,6 @@ import numpy as np
 import torch
 
 from base.errors import DataError
-
-UNREADABLE = (
-    OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError, OverflowError, MemoryError,
-    csv.Error, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-"""What the readers raise on damaged and on hostile files."""
 
 
 def load_label_file(path: Path, where: str) -> Any:
@@ -46,38 +41,49 @@ def load_label_file(path: Path, where: str) -> Any:
     except FileNotFoundError:
         raise DataError(f"{where} does not exist") from None
     except pickle.UnpicklingError:
-        raise DataError(f"{where}: holds something other than arrays of labels, or is damaged; nothing in it was run") from None
-    except UNREADABLE as error:
+        reason = "holds something other than arrays of labels, or is damaged; nothing in it was run"
+        raise DataError(f"{where}: {reason}") from None
+    except Exception as error:  # readers raise nearly everything on damaged and on hostile files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         # it may quote the file, which may hold anything
         raise DataError(f"{where}: cannot be read ({repr(reason)[1:-1]})") from None
-    return {str(name): values for name, values in content.items()} if isinstance(content, dict) else content
+    if isinstance(content, dict):
+        return {str(name): values for name, values in content.items()}
+    return content
 
 
-def _read_npy(path: Path) -> Any:
+def _read_numpy(path: Path) -> Any:
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0) and np.lib.format.read_array_header_1_0(file)[2].hasobject:
-            return _read_pickled_arrays(file)
-    return np.load(path, allow_pickle=False)
+        try:
+            content = np.load(file, allow_pickle=False)
+        except ValueError:
+            file.seek(0)
+            if _holds_objects(file):
+                return _read_pickled_arrays(file)
+            raise
+        if isinstance(content, np.ndarray):
+            return content
+        return {name: content[name] for name in content.files}
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    # numpy would leave a damaged file open
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+def _holds_objects(file: BinaryIO) -> bool:
+    """Whether a `.npy` holds a pickled array of objects; the file is then read up to the pickle."""
+    version = np.lib.format.read_magic(file)
+    return version == (1, 0) and np.lib.format.read_array_header_1_0(file)[2].hasobject
 
 
 def _read_torch(path: Path) -> Any:
     with _numpy_allowed(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch has more to say about pickles that it refuses
+        # torch has more to say about pickles that it refuses
+        warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_json(path: Path) -> Any:
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(content, list | dict):
-        raise ValueError(f"it holds {type(content).__name__}, expected a list of labels or an object of such lists")
+        found = type(content).__name__
+        raise ValueError(f"it holds {found}, expected a list of labels or an object of such lists")
     return content
 
 
@@ -93,7 +99,9 @@ def _read_csv(path: Path) -> Any:
         if len(row) != len(rows[0]):
             raise ValueError(f"row {number} has {len(row)} columns, the first one {len(rows[0])}")
     has_header = not all(map(_is_integer, rows[0]))
-    names = [name.strip() for name in rows.pop(0)] if has_header else list(map(str, range(len(rows[0]))))
+    names = list(map(str, range(len(rows[0]))))
+    if has_header:
+        names = [name.strip() for name in rows.pop(0)]
     columns = [_as_integers(column) for column in zip(*rows, strict=True)]
     if not columns:
         raise ValueError("it holds nothing but a header")
@@ -110,8 +118,8 @@ def _as_integers(column: tuple[str, ...]) -> np.ndarray:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    ".npy": _read_npy,
-    ".npz": _read_npz,
+    ".npy": _read_numpy,
+    ".npz": _read_numpy,
     ".pt": _read_torch,
     ".pth": _read_torch,
     ".json": _read_json,
@@ -120,9 +128,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _numpy_allowed() -> AbstractContextManager:
-    """Let `torch.load(weights_only=True)` rebuild numpy arrays, and nothing else: CIFAR-N's `.pt` files hold these.
+    """Let `torch.load(weights_only=True)` rebuild numpy arrays, and nothing else.
 
-    The two names of one function are those that numpy 1 and numpy 2 write.
+    CIFAR-N's `.pt` files hold these. The two names of one function are those that numpy 1 and numpy 2 write.
     """
     rebuild = np._core.multiarray._reconstruct
     rebuild_scalar = np._core.multiarray.scalar
@@ -143,13 +151,18 @@ class _PickledDtype:
 
     def read(self, raw: bytes) -> np.ndarray:
         """Numbers of this type; ValueError where it is a type of anything else."""
-        if self.code == "O" or not re.fullmatch(r"[biuf][1248]", self.code) or self.byte_order not in ("<", ">", "|", "="):
+        if not re.fullmatch(r"[biuf][1248]", self.code) or self.byte_order not in (
+            "<",
+            ">",
+            "|",
+            "=",
+        ):
             raise ValueError(f"it holds arrays of type {self.code!r}, expected integers")
         return np.frombuffer(raw, np.dtype(f"{self.byte_order}{self.code}"))
 
 
 class _PickledArray:
-    """Takes the place of a `numpy.ndarray` in a pickle: what the file says goes to no code of numpy before it is checked."""
+    """Takes the place of a `numpy.ndarray` in a pickle, so that numpy sees nothing unchecked."""
 
     def __setstate__(self, state: tuple) -> None:
         _, self.shape, self.dtype, self.fortran, self.data = state
@@ -168,7 +181,8 @@ class _ArrayUnpickler(pickle.Unpickler):
     NAMES: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): _PickledArray,
         ("numpy", "dtype"): _PickledDtype,
-        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes in pickles of protocol 2
+        # bytes in pickles of protocol 2
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
         **{
             (module, name): stand_in
             for module in ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -190,8 +204,10 @@ def _read_pickled_arrays(file: BinaryIO) -> Any:
     if not isinstance(array, _PickledArray):
         raise pickle.UnpicklingError("no array")
     content = array.values
-    if array.shape == () and isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
-        return {
-            name: values.values if isinstance(values, _PickledArray) else values for name, values in content[0].items()
-        }
-    return content
+    if array.shape != () or not isinstance(content, list) or not isinstance(content[0], dict):
+        return content
+    return {name: _unpacked(values) for name, values in content[0].items()}
+
+
+def _unpacked(value: Any) -> Any:
+    return value.values if isinstance(value, _PickledArray) else value

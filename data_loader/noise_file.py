@@ -15,12 +15,14 @@ from scipy.optimize import linear_sum_assignment
 from base.errors import DataError
 from base.registry import did_you_mean
 from base.runtime import numpy_generator
-from data_loader.label_files import UNREADABLE, load_label_file
+from data_loader.label_files import load_label_file
 
 CLEAN_KEY, ORDER_FILES = "clean_label", "image_order*.npy"
 """CIFAR-N's names."""
 
-RUN_KEYS = {f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")}
+RUN_KEYS = {
+    f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")
+}
 """What a run's own `labels.npz` holds."""
 
 NO_LABEL = -1
@@ -34,7 +36,9 @@ MOST_NAMED = 2000
 """Classes up to which another naming is looked for: the search takes their cube in time."""
 
 
-def read_noise_file(file: str, key: str | None, clean_labels: np.ndarray, num_classes: int) -> np.ndarray:
+def read_noise_file(
+    file: str, key: str | None, clean_labels: np.ndarray, num_classes: int
+) -> np.ndarray:
     """Read one noisy label per training image.
 
     The file covers the whole training set in its original order (CIFAR's; of an image folder: classes, then files, sorted by
@@ -64,8 +68,11 @@ def read_noise_file(file: str, key: str | None, clean_labels: np.ndarray, num_cl
         if key is None and content.keys() >= RUN_KEYS:
             return _labels_of_a_run(content, where, clean_labels, num_classes)
         if CLEAN_KEY in content:
-            declared = _as_labels(content[CLEAN_KEY], f"{where}, entry {CLEAN_KEY!r}", len(clean_labels), num_classes)
+            declared = _as_labels(
+                content[CLEAN_KEY], f"{where}, entry {CLEAN_KEY!r}", len(clean_labels), num_classes
+            )
             order = _order(declared, clean_labels, path, where)
+        key = key or _only_key(content, where)
         content = _entry(content, key, where)
         where = f"{where}, entry {key!r}"
     elif key is not None:
@@ -96,17 +103,8 @@ def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, wher
     if agreement == 1:
         return
     chance, deviation = chance_agreement(noisy, clean, num_classes)
-    names, tested = _best_naming(noisy, clean, num_classes)
-    renamed, seen = names[noisy[tested]], clean[tested]
-    other = float(np.mean(renamed == seen))
-    other_chance, other_deviation = chance_agreement(renamed, seen, num_classes)
-    gain, other_gain = agreement - chance, other - other_chance
-    if other_gain > 2 * gain and other_gain - max(gain, 0) > DEVIATIONS * other_deviation:
-        examples = [f"{label} for class {names[label]}" for label in np.unique(noisy) if names[label] != label]
-        raise DataError(
-            f"{where}: {agreement:.1%} of its labels are the data set's own, but {other:.1%} would be if they stood for other "
-            f"classes ({', '.join(examples[:3])}, ...): it numbers the classes otherwise, or holds other classes"
-        )
+    if len(clean) > 1:
+        _check_naming(noisy, clean, num_classes, agreement - chance, where)
     if agreement <= chance + DEVIATIONS * deviation:
         raise DataError(
             f"{where}: only {agreement:.1%} of its labels are the data set's own, no more than by chance "
@@ -115,7 +113,9 @@ def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, wher
         )
 
 
-def chance_agreement(labels: np.ndarray, others: np.ndarray, num_classes: int) -> tuple[float, float]:
+def chance_agreement(
+    labels: np.ndarray, others: np.ndarray, num_classes: int
+) -> tuple[float, float]:
     """Mean and standard deviation of the share of equal labels, if one of the two were in a random order.
 
     With class frequencies p and q the mean is the sum of p_k q_k. Both are exact: of n images, with a_k and b_k labels of class
@@ -129,12 +129,36 @@ def chance_agreement(labels: np.ndarray, others: np.ndarray, num_classes: int) -
     mean = products.sum() / n
     if n < 2:
         return mean / n, 0.0
-    factorial_moment = (products.sum() ** 2 + (products * (1 - first - second)).sum()) / (n * (n - 1))
+    factorial_moment = (products.sum() ** 2 + (products * (1 - first - second)).sum()) / (
+        n * (n - 1)
+    )
     variance = max(factorial_moment + mean - mean**2, 0.0)
     return mean / n, float(np.sqrt(variance)) / n
 
 
-def _best_naming(noisy: np.ndarray, clean: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _check_naming(
+    noisy: np.ndarray, clean: np.ndarray, num_classes: int, gain: float, where: str
+) -> None:
+    """Refuse labels that agree far better under another naming; `gain` is what they agree beyond chance under their own."""
+    names, tested = _best_naming(noisy, clean, num_classes)
+    renamed, seen = names[noisy[tested]], clean[tested]
+    agreement = float(np.mean(renamed == seen))
+    chance, deviation = chance_agreement(renamed, seen, num_classes)
+    other_gain = agreement - chance
+    if other_gain > 2 * gain and other_gain - max(gain, 0) > DEVIATIONS * deviation:
+        own = float(np.mean(noisy == clean))
+        changed = [label for label in np.unique(noisy) if names[label] != label]
+        examples = ", ".join(f"{label} for class {names[label]}" for label in changed[:3])
+        raise DataError(
+            f"{where}: {own:.1%} of its labels are the data set's own, but {agreement:.1%} would be "
+            f"if they stood for other classes ({examples}, ...): "
+            "it numbers the classes otherwise, or holds other classes"
+        )
+
+
+def _best_naming(
+    noisy: np.ndarray, clean: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Which class each label should stand for, int64 `(K,)`, to agree best with one half of the images; and the positions of
     the other half."""
     # a generator that no noise was drawn from
@@ -149,20 +173,31 @@ def _best_naming(noisy: np.ndarray, clean: np.ndarray, num_classes: int) -> tupl
     return names, tested
 
 
-def _labels_of_a_run(content: Mapping, where: str, clean_labels: np.ndarray, num_classes: int) -> np.ndarray:
+def _labels_of_a_run(
+    content: Mapping, where: str, clean_labels: np.ndarray, num_classes: int
+) -> np.ndarray:
     """The labels of a run's `labels.npz` at their places. Positions behind the training set are those of a `val` folder."""
     labels = np.full(len(clean_labels), NO_LABEL)
     for part in ("train", "val"):
         index = _as_array(content[f"{part}_index"], where)
         if index.ndim != 1 or index.dtype.kind not in "iu" or (index < 0).any():
-            raise DataError(f"{where}, entry '{part}_index': expected positions in the training set")
+            raise DataError(
+                f"{where}, entry '{part}_index': expected positions in the training set"
+            )
         own, noisy = (
-            _as_labels(content[f"{part}_{what}"], f"{where}, entry '{part}_{what}'", len(index), num_classes)
+            _as_labels(
+                content[f"{part}_{what}"],
+                f"{where}, entry '{part}_{what}'",
+                len(index),
+                num_classes,
+            )
             for what in ("clean_label", "label")
         )
         inside = index < len(clean_labels)
         if part == "train" and not inside.all():
-            raise DataError(f"{where}: its run had more than the {len(clean_labels)} training images that there are")
+            raise DataError(
+                f"{where}: its run had more than the {len(clean_labels)} training images that there are"
+            )
         index, own, noisy = index[inside], own[inside], noisy[inside]
         differing = int(np.sum(own != clean_labels[index]))
         if differing:
@@ -182,12 +217,18 @@ def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: st
     """
     if np.array_equal(declared, clean_labels):
         return np.arange(len(declared))
-    beside = [found for folder in (path.parent, path.parent.parent) for found in sorted(folder.glob(ORDER_FILES))]
+    beside = [
+        found
+        for folder in (path.parent, path.parent.parent)
+        for found in sorted(folder.glob(ORDER_FILES))
+    ]
     for found in beside:
-        with suppress(*UNREADABLE):
+        with suppress(Exception):
             # its n-th number is the place of the file's n-th image in the training set
             places = np.load(found, allow_pickle=False).ravel()
-            if np.array_equal(np.sort(places), np.arange(len(declared))) and np.array_equal(declared, clean_labels[places]):
+            if np.array_equal(np.sort(places), np.arange(len(declared))) and np.array_equal(
+                declared, clean_labels[places]
+            ):
                 return np.argsort(places)
     differing = int(np.sum(declared != clean_labels))
     hint = f"; {beside[0].name} does not bring it into order" if beside else ""
@@ -199,16 +240,24 @@ def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: st
     )
 
 
-def _entry(content: Mapping[str, Any], key: str | None, where: str) -> Any:
-    # names in a file may hold line breaks and control characters
-    known = ", ".join(repr(name)[1:-1] for name in content)
-    if key is None and len(content) == 1:
-        return next(iter(content.values()))
-    if key is None:
-        raise DataError(f"{where} holds several arrays; choose one with trainer.noise_key: {known}")
+def _only_key(content: Mapping[str, Any], where: str) -> str:
+    if len(content) != 1:
+        raise DataError(
+            f"{where} holds several arrays; choose one with trainer.noise_key: {_listed(content)}"
+        )
+    return next(iter(content))
+
+
+def _entry(content: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in content:
-        raise DataError(f"{where} has no entry {key!r}; its entries are: {known}{did_you_mean(key, content)}")
+        near = did_you_mean(key, content)
+        raise DataError(f"{where} has no entry {key!r}; its entries are: {_listed(content)}{near}")
     return content[key]
+
+
+def _listed(content: Mapping[str, Any]) -> str:
+    """The names in a file, which may hold line breaks and control characters."""
+    return ", ".join(repr(name)[1:-1] for name in content)
 
 
 def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.ndarray:
@@ -216,11 +265,15 @@ def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.nda
     if array.shape == (length, 1):
         array = array[:, 0]
     if array.shape != (length,):
-        raise DataError(f"{where}: its shape is {array.shape}, expected ({length},), one label per training image")
+        raise DataError(
+            f"{where}: its shape is {array.shape}, expected ({length},), one label per training image"
+        )
     if array.dtype.kind not in "iu":
         raise DataError(f"{where}: its numbers are {array.dtype}, expected integers")
     if length and (array.min() < 0 or array.max() >= num_classes):
-        raise DataError(f"{where}: its labels go from {array.min()} to {array.max()}, expected 0 to {num_classes - 1}")
+        raise DataError(
+            f"{where}: its labels go from {array.min()} to {array.max()}, expected 0 to {num_classes - 1}"
+        )
     return array.astype(np.int64)
 
 

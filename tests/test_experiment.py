@@ -14,7 +14,7 @@ from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config import ArchArgs, Config
 from base.config_files import merge, validate
 from base.config_names import ActivationName, ArchName, ConvName, DataLoaderName, MetricName, NormName
-from base.errors import CheckpointError, ConfigError, Stopped
+from base.errors import CheckpointError, ConfigError, DataError, Stopped
 from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS
 from base.resuming import config_hash
 from base.run_folder import project_version
@@ -23,7 +23,7 @@ from experiment import Experiment
 from models import MODELS, arguments_of
 from models.losses import LOSSES
 from models.metrics import METRICS
-from tiny_runs import config_of, difference, interrupt, run
+from tiny_runs import config_of, difference, interrupt, run, write_images
 
 
 def test_a_crash_in_the_first_epoch_can_be_resumed(tmp_path, monkeypatch):
@@ -326,3 +326,46 @@ def test_compiled_model_saves_the_same_keys(tmp_path, monkeypatch):
     plain, compiled = Experiment.from_config(config_of()), Experiment.from_config(config_of(system={"compile": True}))
     compiled.run(str(tmp_path / "run"))
     assert load_checkpoint(tmp_path / "run" / "model_last.pth")["state_dict"].keys() == plain.model.state_dict().keys()
+
+
+def folder_config(folder, split=0.0, **sections):
+    loader = {"type": "ImageFolderDataLoader", "args": {"data_dir": str(folder), "batch_size": 6, "validation_split": split}}
+    plain = {"augmentation": {"crop_padding": 0}, "trainer": {"epochs": 1, "verbosity": 1}}
+    return config_of(**merge(merge(plain, {"data_loader": loader}), sections))
+
+
+def test_the_realised_noise_rate_is_recorded_and_a_surprising_one_warned_of_once(tmp_path, caplog):
+    write_images(tmp_path / "set" / "train", {"a": 30, "b": 30})
+    write_images(tmp_path / "set" / "test", {"a": 6, "b": 6})
+    for law, warned in (("inclusive", 1), ("exclusive", 0)):
+        caplog.clear()
+        noise = {"sym": True, "percent": 0.5, "noise_law": law, "verbosity": 0}
+        result = run(tmp_path / law, folder_config(tmp_path / "set", 0.2, trainer=noise))
+        labels = np.load(tmp_path / law / "labels.npz")
+        assert result["noise_rate"] == np.mean(labels["train_label"] != labels["train_clean_label"])
+        assert caplog.text.count("noise_law: exclusive") == warned
+        assert caplog.text.count("label noise") == warned
+    assert "noise_rate" not in run(tmp_path / "clean", folder_config(tmp_path / "set", 0.2))
+
+
+def test_a_run_says_what_it_took_of_a_folder(tmp_path, caplog):
+    for part, count in (("train", 8), ("val", 5), ("test", 3)):
+        write_images(tmp_path / "set" / part, {"a": count, "b": count, "c": count})
+    (tmp_path / "set" / "train" / "a" / "Thumbs.db").touch()
+    result = run(tmp_path / "run", folder_config(tmp_path / "set"))
+    assert [result[f"n_{part}"] for part in ("train", "val", "test")] == [24, 15, 9]
+    log = (tmp_path / "run" / "info.log").read_text()
+    assert "data set: val is the validation set\n" in log
+    assert "data set: skipped files and folders: 1 of other types (1 '.db')\n" in log
+    assert "WARNING" not in log
+    run(tmp_path / "split", folder_config(tmp_path / "set", 0.25))
+    assert "validation_split has no effect: the data set names its validation images itself" in caplog.text
+
+
+def test_a_broken_test_image_that_is_streamed_is_found_before_training(tmp_path):
+    write_images(tmp_path / "set" / "train", {"a": 8, "b": 8})
+    write_images(tmp_path / "set" / "test", {"a": 3, "b": 3})
+    (tmp_path / "set" / "test" / "b" / "002.png").write_bytes(b"\x89PNG\r\n")
+    config = folder_config(tmp_path / "set", 0.25, data_loader={"args": {"in_memory": False}})
+    with pytest.raises(DataError, match=r"test/b/002\.png: cannot be decoded"):
+        Experiment.from_config(config)

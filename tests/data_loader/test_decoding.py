@@ -63,7 +63,9 @@ def test_every_mode_has_the_right_pixels_or_is_refused(tmp_path):
             seen.add(mode)
             refused = expected is None or (mode == "I" and suffix == "tif")
             if refused:
-                with pytest.raises(DataError, match=rf"{path}: cannot be decoded as an image \(") as caught:
+                with pytest.raises(
+                    DataError, match=rf"{path}: cannot be decoded as an image \("
+                ) as caught:
                     decode_image(str(path), shape, resize=False)
                 assert "\n" not in str(caught.value)
                 continue
@@ -72,7 +74,9 @@ def test_every_mode_has_the_right_pixels_or_is_refused(tmp_path):
             tolerance = 1 if mode in ("YCbCr", "LAB") else 0
             difference = (found.int() - colour.int()).abs().max()
             assert found.dtype == torch.uint8
-            assert difference <= tolerance, f"{mode} in .{suffix}: {found[:, 0, 0].tolist()}, expected {expected}"
+            assert difference <= tolerance, (
+                f"{mode} in .{suffix}: {found[:, 0, 0].tolist()}, expected {expected}"
+            )
     assert seen >= set(MODES) - {"La", "RGBa", "HSV", "I;16N"}, "PIL writes no files of these four"
 
 
@@ -96,7 +100,17 @@ def test_16_bits_are_scaled_before_they_are_resized(tmp_path):
 def test_12_bits_of_a_tiff_go_up_to_4095(tmp_path):
     values = (0, 4095, 2048, 100)
     packed = int("".join(f"{value:012b}" for value in values), 2).to_bytes(6, "big")
-    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 6)]
+    tags = [
+        (256, 4),
+        (257, 1),
+        (258, 12),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, 1),
+        (279, 6),
+    ]
     entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
     header = b"II*\0" + struct.pack("<I", 8 + len(packed))
     path = tmp_path / "twelve.tif"

@@ -67,7 +67,9 @@ def test_files_that_are_no_images_are_skipped_and_counted_in_one_line(trees):
 def test_a_class_of_files_that_are_skipped_has_no_images(trees):
     (trees / "train" / "zelkova" / ".ipynb_checkpoints").mkdir(parents=True)
     (trees / "train" / "zelkova" / "a.gif").touch()
-    with pytest.raises(DataError, match=r"train/zelkova' has no images; expected files of type \.jpg"):
+    with pytest.raises(
+        DataError, match=r"train/zelkova' has no images; expected files of type \.jpg"
+    ):
         read_image_folder(trees, None)
 
 
@@ -90,7 +92,9 @@ def test_links_made_again_add_no_images(trees, tmp_path, times):
     assert np.bincount(train.labels).tolist() == list(CLASSES.values())
     assert np.bincount(test.labels).tolist() == [2] * 4
     assert names(train, tmp_path / "links")[:2] == ["train/ash/000.png", "train/ash/001.png"]
-    assert train.remarks == (() if times == 1 else ("skipped files and folders: 8 repeated through links",))
+    assert train.remarks == (
+        () if times == 1 else ("skipped files and folders: 8 repeated through links",)
+    )
 
 
 def test_a_file_under_several_names_of_one_class_is_one_image(trees, tmp_path):
@@ -107,7 +111,9 @@ def test_a_file_under_several_names_of_one_class_is_one_image(trees, tmp_path):
     assert train.remarks == ("skipped files and folders: 4 repeated through links",)
     loader = ImageFolderDataLoader(trees, validation_split=0.3)
     held_out = set(loader.label_arrays()["val_index"].tolist())
-    assert not {inodes[number] for number in held_out} & {inodes[number] for number in set(range(len(inodes))) - held_out}
+    assert not {inodes[number] for number in held_out} & {
+        inodes[number] for number in set(range(len(inodes))) - held_out
+    }
 
 
 @pytest.mark.parametrize("make", ["symlink_to", "hardlink_to"])
@@ -129,14 +135,19 @@ def test_a_test_folder_that_is_the_training_folder_is_refused(trees):
         path.unlink() if path.is_file() else path.rmdir()
     (trees / "test").rmdir()
     (trees / "test").symlink_to("train")
-    with pytest.raises(DataError, match=r"train/ash/000\.png' and '.*test/ash/000\.png' are one file"):
+    with pytest.raises(
+        DataError, match=r"train/ash/000\.png' and '.*test/ash/000\.png' are one file"
+    ):
         read_image_folder(trees, None)
 
 
 def test_links_to_nothing_are_named(trees):
     for place in ("train/oak", "train/ash/more", "train/ash/notes.txt", "val"):
         (trees / place).symlink_to("gone")
-        with pytest.raises(DataError, match=rf"data_dir: '{trees / place}' is a link to 'gone', which leads nowhere$"):
+        with pytest.raises(
+            DataError,
+            match=rf"data_dir: '{trees / place}' is a link to 'gone', which leads nowhere$",
+        ):
             read_image_folder(trees, None)
         (trees / place).unlink()
     circle = trees / "train" / "circle"
@@ -147,7 +158,9 @@ def test_links_to_nothing_are_named(trees):
     (trees / "test" / "elm" / "001.png").unlink()
     (trees / "test" / "elm" / "001.png").symlink_to("gone.png")
     _, test = read_image_folder(trees, None)
-    with pytest.raises(DataError, match=r"test/elm/001\.png: is a link to 'gone\.png', which leads nowhere$"):
+    with pytest.raises(
+        DataError, match=r"test/elm/001\.png: is a link to 'gone\.png', which leads nowhere$"
+    ):
         test.images.in_memory(torch.device("cpu"))
 
 
@@ -169,7 +182,9 @@ def test_val_beside_train_is_the_test_set(trees, name):
     _, before = read_image_folder(trees, None)
     (trees / "test").rename(trees / name)
     train, test = read_image_folder(trees, None)
-    assert [path.replace(f"/{name}/", "/test/") for path in test.images.paths] == list(before.images.paths)
+    assert [path.replace(f"/{name}/", "/test/") for path in test.images.paths] == list(
+        before.images.paths
+    )
     assert train.validation is None
     assert train.remarks == (f"no test folder: {name} is the test set",)
 
@@ -179,7 +194,11 @@ def test_val_beside_train_and_test_is_the_validation_set(trees, validation_split
     write_images(trees / "val", dict.fromkeys(CLASSES, 3), (8, 8))
     loader = ImageFolderDataLoader(trees, batch_size=5, validation_split=validation_split)
     assert loader.names_validation
-    assert (loader.n_samples, loader.split_validation().n_samples, loader.test_loader().n_samples) == (23, 12, 8)
+    assert (
+        loader.n_samples,
+        loader.split_validation().n_samples,
+        loader.test_loader().n_samples,
+    ) == (23, 12, 8)
     arrays = loader.label_arrays()
     assert arrays["train_index"].tolist() == list(range(23))
     assert arrays["val_index"].tolist() == list(range(23, 35))
@@ -187,13 +206,17 @@ def test_val_beside_train_and_test_is_the_validation_set(trees, validation_split
     own = ImageFolderDataLoader(trees / "val", test_split=0.5)
     assert own.n_samples + own.test_loader().n_samples == 12
     part = torch.cat([images for images, _ in loader.split_validation()])
-    expected = read_image_folder(trees, None)[0].validation.images.in_memory(torch.device("cpu")).pixels
+    expected = (
+        read_image_folder(trees, None)[0].validation.images.in_memory(torch.device("cpu")).pixels
+    )
     assert torch.equal((part * 255).round().to(torch.uint8), expected)
 
 
 def test_val_must_have_the_classes_of_train(trees):
     write_images(trees / "val", {"ash": 1, "elm": 1, "fir": 1, "plane": 1})
-    with pytest.raises(DataError, match=r"val' must have the classes of train: only one of them has plane, yew"):
+    with pytest.raises(
+        DataError, match=r"val' must have the classes of train: only one of them has plane, yew"
+    ):
         read_image_folder(trees, None)
 
 
@@ -212,8 +235,12 @@ def test_a_folder_of_classes_is_split_the_same_way_by_every_seed(trees, test_spl
         assert loader.n_samples + loader.split_validation().n_samples == len(train.labels)
     assert parts[0] == parts[1]
     (remark,) = train.remarks
-    assert remark == f"neither train nor test folder: {sum(counts)} of the 23 images are the test set"
-    assert [path.split("/")[-2] for path in train.images.paths] == [list(CLASSES)[label] for label in train.labels]
+    assert (
+        remark == f"neither train nor test folder: {sum(counts)} of the 23 images are the test set"
+    )
+    assert [path.split("/")[-2] for path in train.images.paths] == [
+        list(CLASSES)[label] for label in train.labels
+    ]
 
 
 def test_a_class_may_be_called_train(trees):
@@ -223,14 +250,21 @@ def test_a_class_may_be_called_train(trees):
 
 
 def test_folders_that_are_no_data_set_say_what_is_expected(trees, tmp_path):
-    with pytest.raises(DataError, match=r"data_loader.args.test_split: 0.9 would hold out all 5 images of class 0"):
+    with pytest.raises(
+        DataError, match=r"data_loader.args.test_split: 0.9 would hold out all 5 images of class 0"
+    ):
         read_image_folder(trees / "train", None, test_split=0.9)
     with pytest.raises(DataError, match=rf"'{tmp_path / 'train'}' is not a folder"):
         read_image_folder(tmp_path, None)
     write_images(tmp_path / "others" / "train", {"a": 1, "b": 1})
-    with pytest.raises(DataError, match=rf"{tmp_path}' holds a data set in '{tmp_path / 'others'}': name that"):
+    with pytest.raises(
+        DataError, match=rf"{tmp_path}' holds a data set in '{tmp_path / 'others'}': name that"
+    ):
         read_image_folder(tmp_path, None)
-    with pytest.raises(DataError, match=r"others/test' is not a folder; expected .*val/ beside train/, or .*/<class>/"):
+    with pytest.raises(
+        DataError,
+        match=r"others/test' is not a folder; expected .*val/ beside train/, or .*/<class>/",
+    ):
         read_image_folder(tmp_path / "others", None)
 
 

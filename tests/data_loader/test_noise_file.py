@@ -47,7 +47,9 @@ def test_chance_is_the_sum_of_products_with_the_deviation_of_random_orders():
         second = rng.choice(len(shares), 400, p=shares[::-1])
         mean, deviation = chance_agreement(first, second, len(shares))
         found = [np.mean(rng.permutation(second) == first) for _ in range(4000)]
-        assert mean == pytest.approx(sum(np.mean(first == k) * np.mean(second == k) for k in range(len(shares))))
+        assert mean == pytest.approx(
+            sum(np.mean(first == k) * np.mean(second == k) for k in range(len(shares)))
+        )
         assert mean == pytest.approx(np.mean(found), abs=4 * deviation / 4000**0.5)
         assert deviation == pytest.approx(np.std(found), rel=0.05)
     assert chance_agreement(np.array([0]), np.array([0]), 2) == (1, 0)
@@ -56,7 +58,15 @@ def test_chance_is_the_sum_of_products_with_the_deviation_of_random_orders():
 
 @pytest.mark.parametrize(
     ("classes", "images", "rate"),
-    [(2, 3000, 0.45), (2, 400, 0.35), (3, 900, 0.6), (5, 2000, 0.72), (20, 4000, 0.9), (100, 5000, 0.95), (2, 10, 0.0)],
+    [
+        (2, 3000, 0.45),
+        (2, 400, 0.35),
+        (3, 900, 0.6),
+        (5, 2000, 0.72),
+        (20, 4000, 0.9),
+        (100, 5000, 0.95),
+        (2, 10, 0.0),
+    ],
 )
 def test_labels_of_these_images_are_taken_however_noisy(tmp_path, classes, images, rate):
     clean = np.random.default_rng(1).integers(0, classes, images)
@@ -77,7 +87,10 @@ def test_labels_in_another_order_are_refused(tmp_path, classes, seed):
     rng = np.random.default_rng(seed)
     share = rng.dirichlet(np.ones(classes))
     clean = rng.choice(classes, 3000, p=share)
-    with pytest.raises(DataError, match=r"no more than by chance \([0-9.]+% \+- [0-9.]+% for these class frequencies\)"):
+    with pytest.raises(
+        DataError,
+        match=r"no more than by chance \([0-9.]+% \+- [0-9.]+% for these class frequencies\)",
+    ):
         judged(tmp_path, rng.permutation(flipped(clean, classes, 0.3)), clean, classes)
 
 
@@ -93,7 +106,9 @@ def test_classes_numbered_otherwise_are_refused(tmp_path, classes):
 
 def test_two_classes_that_are_called_each_other_are_refused(tmp_path):
     clean = np.random.default_rng(5).integers(0, 2, 500)
-    message = r"but 7\d\.\d% would be if they stood for other classes \(0 for class 1, 1 for class 0"
+    message = (
+        r"but 7\d\.\d% would be if they stood for other classes \(0 for class 1, 1 for class 0"
+    )
     with pytest.raises(DataError, match=message):
         judged(tmp_path, 1 - flipped(clean, 2, 0.25), clean, 2)
 
@@ -101,7 +116,10 @@ def test_two_classes_that_are_called_each_other_are_refused(tmp_path):
 def test_labels_of_groups_of_classes_are_refused_although_their_file_has_the_clean_ones(tmp_path):
     clean = np.random.default_rng(6).integers(0, 60, 6000)
     group = np.random.default_rng(7).permutation(np.arange(60) % 12)
-    torch.save({"clean_label": clean, "coarse": group[clean], "fine": flipped(clean, 60, 0.4)}, tmp_path / "both.pt")
+    torch.save(
+        {"clean_label": clean, "coarse": group[clean], "fine": flipped(clean, 60, 0.4)},
+        tmp_path / "both.pt",
+    )
     read(tmp_path / "both.pt", "fine", clean, 60)
     with pytest.raises(DataError, match="entry 'coarse': .*or holds other classes"):
         read(tmp_path / "both.pt", "coarse", clean, 60)
@@ -113,19 +131,31 @@ def test_labels_of_groups_of_classes_are_refused_although_their_file_has_the_cle
 def test_json_lists_and_objects(tmp_path):
     (tmp_path / "0.3_sym.json").write_text(json.dumps(NOISY.tolist()))
     assert np.array_equal(read(tmp_path / "0.3_sym.json"), NOISY)
-    (tmp_path / "o.json").write_text(json.dumps({"noise_labels": NOISY.tolist(), "open_noise": [[1, 2]], "rate": 0.3}))
+    (tmp_path / "o.json").write_text(
+        json.dumps({"noise_labels": NOISY.tolist(), "open_noise": [[1, 2]], "rate": 0.3})
+    )
     assert np.array_equal(read(tmp_path / "o.json", "noise_labels"), NOISY)
-    with pytest.raises(DataError, match="several arrays; choose one with trainer.noise_key: noise_labels, open_noise, rate"):
+    with pytest.raises(
+        DataError,
+        match="several arrays; choose one with trainer.noise_key: noise_labels, open_noise, rate",
+    ):
         read(tmp_path / "o.json")
 
 
 @pytest.mark.parametrize(("delimiter", "start"), [(",", ""), (";", "\ufeff"), ("\t", "")])
 def test_columns_of_csv(tmp_path, delimiter, start):
     lines = [delimiter.join(["image", "worse label", "sure"])]
-    lines += [delimiter.join([f"img_{number}.png", str(label), "0.5"]) for number, label in enumerate(NOISY)]
-    (tmp_path / "labels.csv").write_text(start + "\r\n".join(lines) + "\n\n", encoding="utf-8", newline="")
+    lines += [
+        delimiter.join([f"img_{number}.png", str(label), "0.5"])
+        for number, label in enumerate(NOISY)
+    ]
+    (tmp_path / "labels.csv").write_text(
+        start + "\r\n".join(lines) + "\n\n", encoding="utf-8", newline=""
+    )
     assert np.array_equal(read(tmp_path / "labels.csv", "worse label"), NOISY)
-    with pytest.raises(DataError, match="choose one with trainer.noise_key: image, worse label, sure"):
+    with pytest.raises(
+        DataError, match="choose one with trainer.noise_key: image, worse label, sure"
+    ):
         read(tmp_path / "labels.csv")
     with pytest.raises(DataError, match="entry 'sure': its numbers are <U3, expected integers"):
         read(tmp_path / "labels.csv", "sure")
@@ -138,7 +168,9 @@ def test_a_single_column_needs_no_key(tmp_path):
     assert np.array_equal(read(tmp_path / "bare.csv"), NOISY)
     assert np.array_equal(read(tmp_path / "named.csv"), NOISY)
     assert np.array_equal(read(tmp_path / "named.csv", "label"), NOISY)
-    with pytest.raises(DataError, match="no entry 'labl'; its entries are: label; did you mean 'label'"):
+    with pytest.raises(
+        DataError, match="no entry 'labl'; its entries are: label; did you mean 'label'"
+    ):
         read(tmp_path / "named.csv", "labl")
 
 
@@ -147,15 +179,27 @@ def test_a_column_of_clean_labels_must_be_the_data_sets(tmp_path):
     (tmp_path / "n.csv").write_text("\n".join(["clean_label,noisy_label", *rows]))
     assert np.array_equal(read(tmp_path / "n.csv", "noisy_label"), NOISY)
     (tmp_path / "n.csv").write_text("\n".join(["clean_label,noisy_label", *reversed(rows)]))
-    with pytest.raises(DataError, match="'clean_label' differs from the data set's labels in .* of 2100 images"):
+    with pytest.raises(
+        DataError, match="'clean_label' differs from the data set's labels in .* of 2100 images"
+    ):
         read(tmp_path / "n.csv", "noisy_label")
 
 
 @pytest.mark.parametrize("dtype", ["<i8", ">i4", "|u1", "list", "column"])
 def test_a_pickled_dict_in_an_npy_is_read(tmp_path, dtype):
     """CIFAR-N's own `.npy` files are written like this."""
-    noisy = NOISY.tolist() if dtype == "list" else NOISY[:, None] if dtype == "column" else NOISY.astype(dtype)
-    np.save(tmp_path / "human.npy", {"clean_label": CLEAN, "worse_label": noisy, "rate": np.float64(0.3)}, allow_pickle=True)
+    noisy = (
+        NOISY.tolist()
+        if dtype == "list"
+        else NOISY[:, None]
+        if dtype == "column"
+        else NOISY.astype(dtype)
+    )
+    np.save(
+        tmp_path / "human.npy",
+        {"clean_label": CLEAN, "worse_label": noisy, "rate": np.float64(0.3)},
+        allow_pickle=True,
+    )
     found = read(tmp_path / "human.npy", "worse_label")
     assert np.array_equal(found, NOISY)
     assert found.dtype == np.int64
@@ -171,7 +215,10 @@ def test_an_ordered_file_is_brought_back_to_the_order_of_the_data_set(tmp_path, 
     order = np.random.default_rng(8).permutation(IMAGES)
     content = {"clean_label": CLEAN[order], "worse_label": NOISY[order]}
     np.save(folder / "human_ordered.npy", content, allow_pickle=True)
-    with pytest.raises(DataError, match="'_ordered' files need image_order_c10.npy or image_order_c100.npy beside them"):
+    with pytest.raises(
+        DataError,
+        match="'_ordered' files need image_order_c10.npy or image_order_c100.npy beside them",
+    ):
         read(folder / "human_ordered.npy", "worse_label")
     beside = folder if place == "beside" else tmp_path
     np.save(beside / "image_order_c10.npy", order[::-1].copy())
@@ -198,7 +245,9 @@ def test_the_labels_of_a_run_are_read_by_their_positions(tmp_path):
     assert set(found[~known]) == {NO_LABEL}
     other = CLEAN.copy()
     other[val[0]] = (other[val[0]] + 1) % CLASSES
-    with pytest.raises(DataError, match="'val_clean_label' differs from the data set's labels in 1 of 500 images"):
+    with pytest.raises(
+        DataError, match="'val_clean_label' differs from the data set's labels in 1 of 500 images"
+    ):
         read(tmp_path / "labels.npz", None, other)
     with pytest.raises(DataError, match="more than the 1000 training images"):
         read(tmp_path / "labels.npz", None, CLEAN[:1000])
@@ -212,11 +261,20 @@ def test_a_run_can_be_trained_again_on_its_labels(session_folder, tmp_path):
     again = ImageFolderDataLoader(session_folder, noise=noise, seed=5, **options)
     assert again.fingerprint() == first.fingerprint()
     assert again.noise_report()["train_rate"] == first.noise_report()["train_rate"]
-    smaller = ImageFolderDataLoader(session_folder, noise=noise, seed=5, **{**options, "subset_percent": 0.3})
+    smaller = ImageFolderDataLoader(
+        session_folder, noise=noise, seed=5, **{**options, "subset_percent": 0.3}
+    )
     chosen = np.isin(first.label_arrays()["train_index"], smaller.label_arrays()["train_index"])
-    assert np.array_equal(smaller.label_arrays()["train_label"], first.label_arrays()["train_label"][chosen])
-    with pytest.raises(DataError, match=r"labels.npz' holds no labels for 12 of the 48 train images: its run used fewer"):
-        ImageFolderDataLoader(session_folder, noise=noise, seed=5, **{**options, "subset_percent": 1.0})
+    assert np.array_equal(
+        smaller.label_arrays()["train_label"], first.label_arrays()["train_label"][chosen]
+    )
+    with pytest.raises(
+        DataError,
+        match=r"labels.npz' holds no labels for 12 of the 48 train images: its run used fewer",
+    ):
+        ImageFolderDataLoader(
+            session_folder, noise=noise, seed=5, **{**options, "subset_percent": 1.0}
+        )
 
 
 # ---- hostile and damaged files
@@ -263,7 +321,9 @@ def test_arrays_of_objects_from_a_pickle_never_reach_numpy(tmp_path):
     whole = (tmp_path / "x.npy").read_bytes()
     for code in (b"O8", b"V8", b"M8", b"S8", b"U2"):
         (tmp_path / "x.npy").write_bytes(whole.replace(b"\x8c\x02i8", b"\x8c\x02" + code))
-        with pytest.raises(DataError, match=rf"holds arrays of type '{code.decode()}', expected integers"):
+        with pytest.raises(
+            DataError, match=rf"holds arrays of type '{code.decode()}', expected integers"
+        ):
             read(tmp_path / "x.npy", "worse_label")
 
 
@@ -272,7 +332,9 @@ def test_any_cut_or_flipped_file_is_read_or_refused_in_one_line(tmp_path):
     clean, noisy = CLEAN[::20], NOISY[::20]
     np.save(tmp_path / "a.npy", {"worse_label": noisy, "clean_label": clean}, allow_pickle=True)
     np.savez(tmp_path / "b.npz", worse_label=noisy, clean_label=clean)
-    (tmp_path / "c.json").write_text(json.dumps({"worse_label": noisy.tolist(), "clean_label": clean.tolist()}))
+    (tmp_path / "c.json").write_text(
+        json.dumps({"worse_label": noisy.tolist(), "clean_label": clean.tolist()})
+    )
     rows = [f"{one},{other}" for one, other in zip(clean, noisy, strict=True)]
     (tmp_path / "d.csv").write_text("\n".join(["clean_label,worse_label", *rows]))
     refused = []
@@ -293,7 +355,10 @@ def test_any_cut_or_flipped_file_is_read_or_refused_in_one_line(tmp_path):
             assert labels.min() >= 0
             assert labels.max() < CLASSES
     assert len(refused) > 250
-    assert all(line.startswith(f"trainer.noise_file: '{tmp_path}") and line.isprintable() for line in refused)
+    assert all(
+        line.startswith(f"trainer.noise_file: '{tmp_path}") and line.isprintable()
+        for line in refused
+    )
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def malicious_files(folder):
     torch.save(contents, folder / "run" / "model_best.pth")
     torch.save(contents, folder / "run" / "model_last.pth")
     np.save(folder / "noise.npy", np.array([Malicious()], dtype=object), allow_pickle=True)
+    np.save(folder / "dict.npy", {"labels": Malicious()}, allow_pickle=True)
+    np.savez(folder / "noise.npz", labels=np.array([Malicious()], dtype=object))
     torch.save({"labels": Malicious()}, folder / "noise.pt")
     return [folder / name for name in ("zip.pth", "legacy.pth", "pickle.pth", "run")]
 
@@ -54,7 +56,7 @@ def entry_points(folder, config):
         for script in ("validate_pgd.py", "fgsm.py", "spectrum.py", "class_report.py"):
             yield [script, "-s", file]
             yield [script, "-s", file, "-c", config]
-    for noise in ("noise.npy", "noise.pt"):
+    for noise in ("noise.npy", "dict.npy", "noise.npz", "noise.pt"):
         yield ["train.py", "-c", config, "--set", f"trainer.noise_file={folder / noise}"]
     yield ["plot_training_logs.py", folder / "run"]
 
@@ -75,7 +77,7 @@ def check_every_entry_point(folder, monkeypatch, config):
 
 
 def test_no_entry_point_runs_what_it_reads(tmp_path, monkeypatch, small):
-    assert check_every_entry_point(tmp_path / "x", monkeypatch, small()) == 4 * 10 + 3
+    assert check_every_entry_point(tmp_path / "x", monkeypatch, small()) == 4 * 10 + 5
 
 
 @pytest.mark.parametrize("reader", ["torch", "numpy"])
