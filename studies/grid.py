@@ -228,10 +228,10 @@ def describe(runs: Sequence[Run]) -> list[str]:
     }
     lines = []
     for variant, run in firsts.items():
-        given = dict(run.settings or _own_keys(run.config_file, values[variant]))
+        settings = {key: value for key, value in run.settings.items() if not is_comment(key)}
+        given = dict(settings or _own_keys(run.config_file, values[variant]))
         given |= {key: value for key, value in values[variant].items() if key in varied}
-        words = {key: as_word(value) for key, value in given.items() if not is_comment(key)}
-        words |= dict(run.overrides)
+        words = {key: as_word(value) for key, value in given.items()} | dict(run.overrides)
         settings = "".join(f", {key}={text}" for key, text in words.items())
         seeds = ", ".join(str(other.seed) for other in runs if other.variant == variant)
         lines.append(f"{variant}: {run.config_file.name}{settings} (seeds {seeds})")

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "attack_checkpoint": {"base", "data_loader", "attacks", "evaluation"},
     "job": {"base", "experiment"},
     "benchmarks": {"base", "models", "data_loader", "attacks", "trainer", "studies", "reports", *ASSEMBLING},
-    "soak": {"base"},
+    "soak": {"base", "experiment"},
     "script": {"base", "models", "studies", "reports", "experiment", "evaluation", "attack_checkpoint", "job"},
 }
 PACKAGES = {
