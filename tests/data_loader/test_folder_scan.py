@@ -74,7 +74,10 @@ def test_a_class_of_files_that_are_skipped_has_no_images(trees):
 
 
 def linked(trees, folder, times):
-    """What a script does that links all classes, run several times: `ln -s` puts later links into the linked folders."""
+    """What a script does that links all classes, run several times.
+
+    `ln -s` puts later links into the linked folders.
+    """
     for part in ("train", "test"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for name in CLASSES:

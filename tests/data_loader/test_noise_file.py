@@ -209,7 +209,7 @@ def test_a_pickled_dict_in_an_npy_is_read(tmp_path, dtype):
 
 @pytest.mark.parametrize("place", ["beside", "above"])
 def test_an_ordered_file_is_brought_back_to_the_order_of_the_data_set(tmp_path, place):
-    """CIFAR-N's `*_human_ordered.npy` are in the order of TensorFlow's data sets; image_order_*.npy gives the places."""
+    """CIFAR-N's ordered files are in TensorFlow's order; image_order_*.npy gives the places."""
     folder = tmp_path / "data"
     folder.mkdir()
     order = np.random.default_rng(8).permutation(IMAGES)
