@@ -61,10 +61,6 @@ class TrainingDataLoader(ImageDataLoader):
         cutout: side in pixels of a square overwritten with the mean in training images; 0 for none.
         device: where batches shall be.
 
-    Attributes:
-        names_validation: whether the data set names its validation images itself.
-        remarks: lines that the log of a run should hold about the data set.
-
     Raises:
         DataError: data is missing or broken, a class has too few images for the fractions, or the noise does not fit.
     """

@@ -207,6 +207,18 @@ def test_a_pickled_dict_in_an_npy_is_read(tmp_path, dtype):
         read(tmp_path / "human.npy")
 
 
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_a_pickled_dict_of_numpy_1_is_read(tmp_path, protocol):
+    content = np.array({"noisy_label": NOISY.astype("<i4")}, dtype=object)
+    blob = pickle.dumps(content, protocol).replace(b"numpy._core.", b"numpy.core.")
+    assert b"numpy.core.multiarray" in blob
+    with (tmp_path / "old.npy").open("wb") as file:
+        header = {"descr": "|O", "fortran_order": False, "shape": ()}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(blob)
+    assert np.array_equal(read(tmp_path / "old.npy", "noisy_label"), NOISY)
+
+
 @pytest.mark.parametrize("place", ["beside", "above"])
 def test_an_ordered_file_is_brought_back_to_the_order_of_the_data_set(tmp_path, place):
     """CIFAR-N's ordered files are in TensorFlow's order; image_order_*.npy gives the places."""
