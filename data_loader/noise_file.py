@@ -43,10 +43,10 @@ def read_noise_file(
 ) -> np.ndarray:
     """Read one noisy label per training image.
 
-    The file covers the whole training set in its original order (CIFAR's; of an image folder: classes, then files, sorted by
-    name). `label_files.load_label_file` lists the formats. A file of several label sets has names
-    for them: CIFAR-N's are `clean_label`, `aggre_label`, `worse_label`, `random_label1` and so on,
-    and `noisy_label` for CIFAR-100.
+    The file covers the whole training set in its original order (CIFAR's; of an image folder:
+    classes, then files, sorted by name). `label_files.load_label_file` lists the formats. A file of
+    several label sets has names for them: CIFAR-N's are `clean_label`, `aggre_label`,
+    `worse_label`, `random_label1` and so on, and `noisy_label` for CIFAR-100.
 
     Two files have an order of their own. The labels of CIFAR-N's `*_human_ordered.npy` are brought
     back to CIFAR's order by its `image_order_*.npy`, which has to lie beside it or one folder
@@ -112,7 +112,8 @@ def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, wher
     chance, deviation = chance_agreement(noisy, clean, num_classes)
     if len(clean) > 1:
         _check_naming(noisy, clean, num_classes, agreement - chance, where)
-    if agreement <= chance + DEVIATIONS * deviation:
+    # labels that are all the same agree as often in every order, but for rounding
+    if agreement - chance <= DEVIATIONS * deviation + 1e-9:
         raise DataError(
             f"{where}: only {agreement:.1%} of its labels are the data set's own, "
             f"no more than by chance ({chance:.1%} +- {deviation:.1%} for these class "
@@ -127,8 +128,9 @@ def chance_agreement(
 
     With class frequencies p and q the mean is the sum of p_k q_k. Both are exact: of n images, with
     a_k and b_k labels of class k, the number of equal ones has the mean S / n, where S is the sum
-    of a_k b_k, and the second factorial moment (S^2 + sum of a_k b_k (1 - a_k - b_k)) / (n (n -
-    1)).
+    of a_k b_k, and the second factorial moment
+
+        (S^2 + sum of a_k b_k (1 - a_k - b_k)) / (n (n - 1)).
     """
     n = len(labels)
     first = np.bincount(labels, minlength=num_classes).astype(float)

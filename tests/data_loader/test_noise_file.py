@@ -94,6 +94,14 @@ def test_labels_in_another_order_are_refused(tmp_path, classes, seed):
         judged(tmp_path, rng.permutation(flipped(clean, classes, 0.3)), clean, classes)
 
 
+@pytest.mark.parametrize("images", [1, 2, 97, 100, 331])
+def test_labels_that_are_all_the_same_are_refused(tmp_path, images):
+    clean = (np.arange(images) * 5 % 7 == 3).astype(int)
+    constant = np.full(images, 1 if images < 3 else 0)
+    with pytest.raises(DataError, match="no more than by chance"):
+        judged(tmp_path, constant, clean, 2)
+
+
 @pytest.mark.parametrize("classes", [12, 40])
 def test_classes_numbered_otherwise_are_refused(tmp_path, classes):
     """Folders called 0 to K - 1 sort as words; their labels are the numbers."""
