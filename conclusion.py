@@ -27,13 +27,16 @@ from data_loader.splits import some_of_every_class
 logger = logging.getLogger(__name__)
 
 
-def conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, float]) -> dict[str, Any]:
+def conclude(
+    trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, float]
+) -> dict[str, Any]:
     """Test the models of a finished run, attack them where the config asks for it, and write `result.json` and `eval/`.
 
     Args:
         trainer: when training has ended. Its model has the weights of the best epoch afterwards.
         test_loader: the test set.
-        counts: how many images there were to train on, to validate and to test, and the rate of label noise, by name.
+        counts: how many images there were to train on, to validate and to test, and the rate of
+            label noise, by name.
 
     Returns:
         What `result.json` holds: values of the best model by their names (`test_top1`,

@@ -220,7 +220,8 @@ class Experiment:
                 fitting = memory_explained("data_loader.args.batch_size", batch_size)
                 with trainer.signals.caught(), determinism_explained(), fitting:
                     trainer.train()
-                    result = conclude(trainer, self.test_loader, self._counts() | self._noise_rate())
+                    counts = self._counts() | self._noise_rate()
+                    result = conclude(trainer, self.test_loader, counts)
                 tell(trainer.trackers, lambda tracker: tracker.log_result(result))
             finally:
                 tell(trainer.trackers, lambda tracker: tracker.close())
@@ -311,7 +312,9 @@ class Experiment:
             logger.info("data set: %s", remark)
         validation_split = self.config.data_loader.args.validation_split
         if loader.names_validation and validation_split > 0:
-            logger.warning("validation_split has no effect: the data set names its validation images itself")
+            logger.warning(
+                "validation_split has no effect: the data set names its validation images itself"
+            )
         elif counts["n_val"] and not loader.names_validation and validation_split == 0:
             logger.warning("validation_split is 0, but validation is asked for: 10 % of every class is held out")
         if self.train_loader.n_samples < self.train_loader.batch_size:
@@ -337,7 +340,7 @@ class Experiment:
         return {"n_train": n_train, "n_val": held_out, "n_test": self.test_loader.n_samples}
 
     def _noise_rate(self) -> dict[str, float]:
-        """The share of training labels that noise has changed, which is not what was asked for; nothing without noise."""
+        """The share of training labels that noise has changed; nothing without noise."""
         noise = self.train_loader.noise_report()
         return {} if noise is None else {"noise_rate": noise["train_rate"]}
 

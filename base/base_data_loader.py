@@ -26,6 +26,8 @@ class BaseDataLoader(ABC):
         positions: int64, for each image of an unshuffled loader its place in the part of the data set it was taken from.
         clean_labels: where the labels of an unshuffled loader carry noise, int64 `(n_samples,)` labels before the noise in the
             order of iteration, on the loader's device; None where the labels are clean.
+        names_validation: whether the data set names its validation images itself.
+        remarks: lines that the log of a run should hold about the data set.
     """
 
     batch_size: int
@@ -38,6 +40,8 @@ class BaseDataLoader(ABC):
     labels: Tensor
     positions: Tensor
     clean_labels: Tensor | None = None
+    names_validation: bool = False
+    remarks: tuple[str, ...] = ()
 
     @abstractmethod
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -123,7 +123,8 @@ class DataLoaderArgs(Section):
     shuffle: bool = True
     """A new order in every epoch."""
     validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of every class held out for validation; 0 with a val_ monitor holds out 0.1. A val folder is used instead."""
+    """Fraction of every class held out for validation, unless the data set has a val folder.
+    0 with a val_ monitor holds out 0.1."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Worker processes that decode streamed images."""
     pin_memory: bool = False
@@ -139,7 +140,8 @@ class DataLoaderArgs(Section):
     in_memory: bool | None = None
     """ImageFolderDataLoader: keep all images decoded in memory; null decides by size."""
     test_split: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """ImageFolderDataLoader: part of every class that is the test set where data_dir holds class folders only; null: 0.2."""
+    """ImageFolderDataLoader: part of every class that is the test set where data_dir holds class
+    folders only; null: 0.2."""
 
 
 class DataLoaderConfig(Section):

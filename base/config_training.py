@@ -94,7 +94,8 @@ class TrainerConfig(Section):
     noise_law: Annotated[Literal["inclusive", "exclusive"], SYMMETRIC_NOISE] = "inclusive"
     """Symmetric noise draws from all classes (inclusive, as published) or from the wrong ones only (exclusive)."""
     noise_file: InputPath | None = None
-    """Labels for the whole training set, such as CIFAR-N's: .npy, .npz, .pt, .json or .csv, see docs/data.md."""
+    """Labels for the whole training set, such as CIFAR-N's: .npy, .npz, .pt, .json or .csv; see
+    docs/data.md."""
     noise_key: str | None = None
     """Which entry, or column, of a noise_file that holds several label sets."""
     noisy_validation: Annotated[bool, NOISE] = True

@@ -36,14 +36,15 @@ class ImageFolderDataLoader(TrainingDataLoader):
     """Any images in `data_dir/train/<class>/` and `data_dir/test/<class>/`, or in another layout.
 
     `datasets.read_image_folder` names the layouts. Takes the arguments of `TrainingDataLoader` and
-    three more. Only images that are used are decoded; where those of validation and test are decoded
-    batch by batch, `prepare` decodes each of them once before training.
+    three more. Only images that are used are decoded; where those of validation and test are
+    decoded batch by batch, `prepare` decodes each of them once before training.
 
     Args:
         image_size: side that every image is resized and cropped to; None if all images have one size.
         in_memory: decode once and keep the pixels, or decode every batch anew; None keeps those of training subset and
             validation up to 2 GiB, and those of test if that is enough for all. Batches are the same either way.
-        test_split: part of every class that is the test set where the folder holds nothing but classes.
+        test_split: part of every class that is the test set where the folder holds nothing but
+            classes.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class ImageFolderDataLoader(TrainingDataLoader):
         super().__init__(data_dir, *arguments, **options)
 
     def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
-        train, test = read_image_folder(data_dir, self._image_size, num_workers, pin_memory, self._test_split)
+        train, test = read_image_folder(
+            data_dir, self._image_size, num_workers, pin_memory, self._test_split
+        )
         self._test_part = test
         return train, lambda: test
 

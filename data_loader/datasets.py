@@ -20,7 +20,7 @@ from data_loader.images import FileImages, MemoryImages
 from data_loader.splits import stratified_split
 
 TEST_SPLIT_SEED = 0
-"""Of test sets that are a part of the whole. Fixed, so that all runs are tested on the same images."""
+"""Fixed: all runs are tested on the same images where the test set is a part of the whole."""
 
 TEST_SPLIT = 0.2
 """The part of every class that is the test set there, unless a config says otherwise."""
@@ -149,7 +149,8 @@ def read_image_folder(
     - `<class>/`: a part of every class is the test set, the same one whatever the seed of a run.
 
     Classes are the names of the folders, sorted. Images lie at any depth below them, sorted by
-    folder, then by name. `folder_scan.FolderScan` says what is skipped, and what links are taken for.
+    folder, then by name. `folder_scan.FolderScan` says what is skipped, and what links are taken
+    for.
 
     Args:
         data_dir: the folder.
@@ -169,8 +170,8 @@ def read_image_folder(
     """
     folder = Path(data_dir).expanduser()
     expected = (
-        f"expected {folder}/train/<class>/ and {folder}/test/<class>/ with images, val/ beside train/, "
-        f"or {folder}/<class>/"
+        f"expected {folder}/train/<class>/ and {folder}/test/<class>/ with images, "
+        f"val/ beside train/, or {folder}/<class>/"
     )
     places, layout = _parts_of(folder, expected)
     scan = FolderScan()
@@ -194,9 +195,11 @@ def read_image_folder(
     if "test" not in parts:
         whole = parts["train"]
         share = TEST_SPLIT if test_split is None else test_split
-        index = stratified_split(whole.labels, share, TEST_SPLIT_SEED, "data_loader.args.test_split")
+        key = "data_loader.args.test_split"
+        index = stratified_split(whole.labels, share, TEST_SPLIT_SEED, key)
         for part, chosen in zip(("train", "test"), index, strict=True):
-            parts[part] = replace(whole, images=whole.images.select(chosen), labels=whole.labels[chosen])
+            images = whole.images.select(chosen)
+            parts[part] = replace(whole, images=images, labels=whole.labels[chosen])
         counts = f"{len(index[1])} of the {len(whole.labels)} images"
         layout = f"neither train nor test folder: {counts} are the test set"
     remarks = tuple(filter(None, (layout, scan.skipped())))
@@ -224,8 +227,8 @@ def _parts_of(folder: Path, expected: str) -> tuple[dict[str, Path], str | None]
         for name in classes:
             if (folder / name / "train").is_dir():
                 raise DataError(
-                    f"{KEY}: {str(folder)!r} holds a data set in {str(folder / name)!r}: name that; "
-                    f"{expected}"
+                    f"{KEY}: {str(folder)!r} holds a data set in {str(folder / name)!r}: "
+                    f"name that; {expected}"
                 )
         return {"train": folder}, None
     missing = next(part for part in (folder, train, test) if not part.is_dir())

@@ -1,4 +1,4 @@
-"""Which image files lie in folders of classes: each real file once, however often links lead to it."""
+"""Which image files lie in folders of classes: each file once, however often links lead to it."""
 
 import os
 from collections import Counter
@@ -14,7 +14,7 @@ from base.errors import DataError
 KEY = "data_loader.args.data_dir"
 
 FOREIGN = ("__MACOSX", "@eaDir", "lost+found")
-"""Folders that operating systems put beside files; they count as hidden, as names that begin with a dot do."""
+"""Folders that operating systems put beside files; they count as hidden."""
 
 MOST_TYPES = 5
 """Types of skipped files that are listed by name."""
@@ -22,7 +22,7 @@ MOST_TYPES = 5
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file was found first: its part of the data set (`train`, ...), its class, and its path."""
+    """Where a file was found first: its part of the data set, its class, and its path."""
 
     part: str
     label: str
@@ -33,8 +33,8 @@ class FolderScan:
     """Finds the images of a data set, part by part.
 
     Hidden files and folders, files of other types than torchvision's, and files beside the class
-    folders are skipped and counted. A file that is reached twice within one class, through links, is
-    taken once; a file in two classes, or in two parts, is refused.
+    folders are skipped and counted. A file that is reached twice within one class, through links,
+    is taken once; a file in two classes, or in two parts, is refused.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,9 @@ class FolderScan:
     def scan(
         self, folder: Path, expected: str
     ) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
-        """Class names, sorted; the paths of their images, by class, then by folder, then by name; and int64 labels.
+        """Class names, the paths of their images, and int64 labels.
+
+        Class names are sorted, images by class, then by folder, then by name.
 
         Args:
             folder: holds a folder for every class.
@@ -128,8 +130,8 @@ class FolderScan:
             return True
         if (known.part, known.label) != (place.part, place.label):
             raise DataError(
-                f"{KEY}: {known.path!r} and {place.path!r} are one file: an image belongs to one class, and to one of "
-                "training, validation and test set"
+                f"{KEY}: {known.path!r} and {place.path!r} are one file: an image belongs to one "
+                "class, and to one of training, validation and test set"
             )
         self._skipped["repeated through links"] += 1
         return False
@@ -157,7 +159,7 @@ def is_hidden(name: str) -> bool:
 
 
 def leads_to(entry: os.DirEntry) -> str:
-    """What is at an entry, or at the end of its links: `folder`, `file`, `nothing`, or something `else`."""
+    """What is at an entry, or at the end of its links: `folder`, `file`, `nothing` or `else`."""
     try:
         if entry.is_dir():
             return "folder"

@@ -104,7 +104,8 @@ class FileImages:
     def _in_order(self, description: str) -> Iterator[tuple[Tensor, Tensor]]:
         """All images, some at a time: their positions, and uint8 `(B, 3, H, W)`."""
         chunks = torch.arange(len(self)).split(DECODE_BATCH)
-        with tqdm(total=len(self), desc=description, unit="image", disable=quiet(), leave=False) as bar:
+        bar = tqdm(total=len(self), desc=description, unit="image", disable=quiet(), leave=False)
+        with bar:
             for chunk, images in zip(chunks, self.batches(chunks), strict=True):
                 yield chunk, images
                 bar.update(len(chunk))

@@ -22,9 +22,9 @@ from base.errors import DataError
 def load_label_file(path: Path, where: str) -> Any:
     """What a file holds: an array or a list, or a dict of several by name.
 
-    `.npy` holds an array, or a pickled dict of arrays, as some of CIFAR-N's files do; `.npz` several
-    arrays; `.pt` and `.pth` a tensor, an array or a dict of them; `.json` a list or an object of
-    lists; `.csv` columns, under a header or under their numbers from 0 on.
+    `.npy` holds an array, or a pickled dict of arrays, as some of CIFAR-N's files do; `.npz`
+    several arrays; `.pt` and `.pth` a tensor, an array or a dict of them; `.json` a list or an
+    object of lists; `.csv` columns, under a header or under their numbers from 0 on.
 
     Args:
         path: the file.
@@ -130,7 +130,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
 def _numpy_allowed() -> AbstractContextManager:
     """Let `torch.load(weights_only=True)` rebuild numpy arrays, and nothing else.
 
-    CIFAR-N's `.pt` files hold these. The two names of one function are those that numpy 1 and numpy 2 write.
+    CIFAR-N's `.pt` files hold these. The two names of one function are those that numpy 1 and numpy
+    2 write.
     """
     rebuild = np._core.multiarray._reconstruct
     rebuild_scalar = np._core.multiarray.scalar

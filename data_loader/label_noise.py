@@ -43,7 +43,7 @@ class LabelNoise:
 CLEAN = LabelNoise()
 
 LARGEST_DIFFERENCE = 0.1
-"""Of the realised noise rate from the one that was asked for, as a share of that, without a warning."""
+"""By which share of the rate asked for the realised one may differ from it without a warning."""
 
 CIFAR10_FLIPS = {"truck": "automobile", "bird": "airplane", "cat": "dog", "dog": "cat", "deer": "horse"}
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -162,16 +162,23 @@ def realised_rate(clean: np.ndarray, noisy: np.ndarray) -> float:
 
 
 def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> str | None:
-    """Why the realised rate differs from the one asked for by more than a tenth of that; None where it does not.
+    """Why the realised rate differs from the one asked for by more than `LARGEST_DIFFERENCE`.
 
     Args:
         noise: what was asked for.
         class_names: in label order.
         rate: the share of training labels that have changed, in `[0, 1]`.
+
+    Returns:
+        One line; None where it does not differ that much, and for a file.
     """
-    if noise.kind not in ("sym", "asym") or abs(rate - noise.percent) <= LARGEST_DIFFERENCE * noise.percent:
+    near = abs(rate - noise.percent) <= LARGEST_DIFFERENCE * noise.percent
+    if noise.kind not in ("sym", "asym") or near:
         return None
-    asked = f"trainer.percent asks for {noise.percent:.4g}, {rate:.4g} of the training labels have changed"
+    asked = (
+        f"trainer.percent asks for {noise.percent:.4g}, "
+        f"{rate:.4g} of the training labels have changed"
+    )
     if noise.kind == "sym" and noise.law == "inclusive":
         return (
             f"{asked}: a new label may be the true one (trainer.noise_law: inclusive); "

@@ -29,8 +29,10 @@ NO_LABEL = -1
 """In place of the label of an image that a run's `labels.npz` says nothing about."""
 
 DEVIATIONS = 3.0
-"""By how many standard deviations an agreement must exceed chance; labels in a random order do so in
-one of 700 files."""
+"""By how many standard deviations an agreement must exceed chance.
+
+Labels in a random order do so in one of 700 files.
+"""
 
 MOST_NAMED = 2000
 """Classes up to which another naming is looked for: the search takes their cube in time."""
@@ -41,12 +43,14 @@ def read_noise_file(
 ) -> np.ndarray:
     """Read one noisy label per training image.
 
-    The file covers the whole training set in its original order (CIFAR's; of an image folder: classes, then files, sorted by
-    name). `label_files.load_label_file` lists the formats. A file of several label sets has names for them: CIFAR-N's are
-    `clean_label`, `aggre_label`, `worse_label`, `random_label1` and so on, and `noisy_label` for CIFAR-100.
+    The file covers the whole training set in its original order (CIFAR's; of an image folder:
+    classes, then files, sorted by name). `label_files.load_label_file` lists the formats. A file of
+    several label sets has names for them: CIFAR-N's are `clean_label`, `aggre_label`,
+    `worse_label`, `random_label1` and so on, and `noisy_label` for CIFAR-100.
 
-    Two files have an order of their own. The labels of CIFAR-N's `*_human_ordered.npy` are brought back to CIFAR's order by
-    its `image_order_*.npy`, which has to lie beside it or one folder above. A run's `labels.npz` holds positions.
+    Two files have an order of their own. The labels of CIFAR-N's `*_human_ordered.npy` are brought
+    back to CIFAR's order by its `image_order_*.npy`, which has to lie beside it or one folder
+    above. A run's `labels.npz` holds positions.
 
     Args:
         file: the path.
@@ -55,11 +59,13 @@ def read_noise_file(
         num_classes: number of classes.
 
     Returns:
-        int64 `(N,)` in `[0, num_classes)`; `NO_LABEL` for images that a `labels.npz` says nothing about.
+        int64 `(N,)` in `[0, num_classes)`; `NO_LABEL` for images that a `labels.npz` says nothing
+        about.
 
     Raises:
-        DataError: the file is missing, cannot be read, or does not fit the data set. Clean labels in the file must equal
-            `clean_labels`; the labels taken must agree with them, see `check_agreement`.
+        DataError: the file is missing, cannot be read, or does not fit the data set. Clean labels
+            in the file must equal `clean_labels`; the labels taken must agree with them, see
+            `check_agreement`.
     """
     path, where = Path(file).expanduser(), f"trainer.noise_file: {file!r}"
     content = load_label_file(path, where)
@@ -85,10 +91,11 @@ def read_noise_file(
 def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, where: str) -> None:
     """Refuse labels that do not belong to these images, or that number the classes otherwise.
 
-    Labels that belong to the images agree with the clean ones more often than the same labels in a random order would: by
-    `DEVIATIONS` standard deviations, given the class frequencies of both (see `chance_agreement`). No other naming of the
-    classes agrees far better: that is by more than twice as much beyond its chance, and significantly. It is looked for in one
-    half of the images and measured in the other, so that it cannot fit the noise.
+    Labels that belong to the images agree with the clean ones more often than the same labels in a
+    random order would: by `DEVIATIONS` standard deviations, given the class frequencies of both
+    (see `chance_agreement`). No other naming of the classes agrees far better: that is by more than
+    twice as much beyond its chance, and significantly. It is looked for in one half of the images
+    and measured in the other, so that it cannot fit the noise.
 
     Args:
         noisy: int64 `(N,)` the file's labels, in `[0, num_classes)`.
@@ -105,22 +112,25 @@ def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, wher
     chance, deviation = chance_agreement(noisy, clean, num_classes)
     if len(clean) > 1:
         _check_naming(noisy, clean, num_classes, agreement - chance, where)
-    if agreement <= chance + DEVIATIONS * deviation:
+    # labels that are all the same agree as often in every order, but for rounding
+    if agreement - chance <= DEVIATIONS * deviation + 1e-9:
         raise DataError(
-            f"{where}: only {agreement:.1%} of its labels are the data set's own, no more than by chance "
-            f"({chance:.1%} +- {deviation:.1%} for these class frequencies): "
-            "its order differs, or it belongs to another data set"
+            f"{where}: only {agreement:.1%} of its labels are the data set's own, "
+            f"no more than by chance ({chance:.1%} +- {deviation:.1%} for these class "
+            "frequencies): its order differs, or it belongs to another data set"
         )
 
 
 def chance_agreement(
     labels: np.ndarray, others: np.ndarray, num_classes: int
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the share of equal labels, if one of the two were in a random order.
+    """Mean and standard deviation of the share of equal labels, were one side in a random order.
 
-    With class frequencies p and q the mean is the sum of p_k q_k. Both are exact: of n images, with a_k and b_k labels of class
-    k, the number of equal ones has the mean S / n, where S is the sum of a_k b_k, and the second factorial moment
-    (S^2 + sum of a_k b_k (1 - a_k - b_k)) / (n (n - 1)).
+    With class frequencies p and q the mean is the sum of p_k q_k. Both are exact: of n images, with
+    a_k and b_k labels of class k, the number of equal ones has the mean S / n, where S is the sum
+    of a_k b_k, and the second factorial moment
+
+        (S^2 + sum of a_k b_k (1 - a_k - b_k)) / (n (n - 1)).
     """
     n = len(labels)
     first = np.bincount(labels, minlength=num_classes).astype(float)
@@ -139,7 +149,10 @@ def chance_agreement(
 def _check_naming(
     noisy: np.ndarray, clean: np.ndarray, num_classes: int, gain: float, where: str
 ) -> None:
-    """Refuse labels that agree far better under another naming; `gain` is what they agree beyond chance under their own."""
+    """Refuse labels that agree far better under another naming.
+
+    `gain` is what they agree beyond chance under their own.
+    """
     names, tested = _best_naming(noisy, clean, num_classes)
     renamed, seen = names[noisy[tested]], clean[tested]
     agreement = float(np.mean(renamed == seen))
@@ -150,8 +163,8 @@ def _check_naming(
         changed = [label for label in np.unique(noisy) if names[label] != label]
         examples = ", ".join(f"{label} for class {names[label]}" for label in changed[:3])
         raise DataError(
-            f"{where}: {own:.1%} of its labels are the data set's own, but {agreement:.1%} would be "
-            f"if they stood for other classes ({examples}, ...): "
+            f"{where}: {own:.1%} of its labels are the data set's own, but {agreement:.1%} "
+            f"would be if they stood for other classes ({examples}, ...): "
             "it numbers the classes otherwise, or holds other classes"
         )
 
@@ -159,8 +172,11 @@ def _check_naming(
 def _best_naming(
     noisy: np.ndarray, clean: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which class each label should stand for, int64 `(K,)`, to agree best with one half of the images; and the positions of
-    the other half."""
+    """Which class each label should stand for to agree best with one half of the images.
+
+    Returns:
+        int64 `(K,)` classes, and the positions of the other half of the images.
+    """
     # a generator that no noise was drawn from
     order = numpy_generator(0, "halves of a noise file").permutation(len(clean))
     fitted, tested = np.array_split(order, 2)
@@ -176,7 +192,10 @@ def _best_naming(
 def _labels_of_a_run(
     content: Mapping, where: str, clean_labels: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """The labels of a run's `labels.npz` at their places. Positions behind the training set are those of a `val` folder."""
+    """The labels of a run's `labels.npz` at their places.
+
+    Positions behind the training set are those of a `val` folder.
+    """
     labels = np.full(len(clean_labels), NO_LABEL)
     for part in ("train", "val"):
         index = _as_array(content[f"{part}_index"], where)
@@ -196,14 +215,15 @@ def _labels_of_a_run(
         inside = index < len(clean_labels)
         if part == "train" and not inside.all():
             raise DataError(
-                f"{where}: its run had more than the {len(clean_labels)} training images that there are"
+                f"{where}: its run had more than the {len(clean_labels)} training images "
+                "that there are"
             )
         index, own, noisy = index[inside], own[inside], noisy[inside]
         differing = int(np.sum(own != clean_labels[index]))
         if differing:
             raise DataError(
-                f"{where}: its '{part}_clean_label' differs from the data set's labels in {differing} of {len(index)} images: "
-                "its run had another data set"
+                f"{where}: its '{part}_clean_label' differs from the data set's labels in "
+                f"{differing} of {len(index)} images: its run had another data set"
             )
         labels[index] = noisy
     return labels
@@ -233,10 +253,13 @@ def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: st
     differing = int(np.sum(declared != clean_labels))
     hint = f"; {beside[0].name} does not bring it into order" if beside else ""
     if path.suffix == ".npy" and not beside:
-        hint = "; CIFAR-N's '_ordered' files need image_order_c10.npy or image_order_c100.npy beside them"
+        hint = (
+            "; CIFAR-N's '_ordered' files need image_order_c10.npy or image_order_c100.npy "
+            "beside them"
+        )
     raise DataError(
-        f"{where}: its {CLEAN_KEY!r} differs from the data set's labels in {differing} of {len(clean_labels)} "
-        f"images: its order differs, or it belongs to another data set{hint}"
+        f"{where}: its {CLEAN_KEY!r} differs from the data set's labels in {differing} of "
+        f"{len(clean_labels)} images: its order differs, or it belongs to another data set{hint}"
     )
 
 
@@ -266,13 +289,15 @@ def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.nda
         array = array[:, 0]
     if array.shape != (length,):
         raise DataError(
-            f"{where}: its shape is {array.shape}, expected ({length},), one label per training image"
+            f"{where}: its shape is {array.shape}, expected ({length},), "
+            "one label per training image"
         )
     if array.dtype.kind not in "iu":
         raise DataError(f"{where}: its numbers are {array.dtype}, expected integers")
     if length and (array.min() < 0 or array.max() >= num_classes):
         raise DataError(
-            f"{where}: its labels go from {array.min()} to {array.max()}, expected 0 to {num_classes - 1}"
+            f"{where}: its labels go from {array.min()} to {array.max()}, "
+            f"expected 0 to {num_classes - 1}"
         )
     return array.astype(np.int64)
 

@@ -43,8 +43,9 @@ class TrainingDataLoader(ImageDataLoader):
         data_dir: folder of the data set.
         batch_size: images per training batch; validation and test use max(batch_size, 256).
         shuffle: a new order every epoch.
-        validation_split: fraction of every class that is held out, in `[0, 1)`; see `splits.stratified_split`. Without effect
-            where the data set names its validation images itself.
+        validation_split: fraction of every class that is held out, in `[0, 1)`; see
+            `splits.stratified_split`. Without effect where the data set names its validation images
+            itself.
         num_workers: processes that decode image files; data that is in memory needs none.
         pin_memory: page-locked batches for image files on the way to a CUDA device.
         num_batches: above 0 ends the training epoch after that many batches; validation and test are never shortened.
@@ -62,10 +63,6 @@ class TrainingDataLoader(ImageDataLoader):
         cutout_inside: whether the square lies wholly inside the image.
         cutout_fill: its colour: `mean`, or `black`.
         device: where batches shall be.
-
-    Attributes:
-        names_validation: whether the data set names its validation images itself.
-        remarks: lines that the log of a run should hold about the data set.
 
     Raises:
         DataError: data is missing or broken, a class has too few images for the fractions, or the noise does not fit.
@@ -103,7 +100,8 @@ class TrainingDataLoader(ImageDataLoader):
         self.remarks = train.remarks
         if train.validation is None:
             remaining, self._val_index = stratified_split(train.labels, validation_split, seed)
-            self._val_images, val_labels = train.images.select(self._val_index), train.labels[self._val_index]
+            self._val_images = train.images.select(self._val_index)
+            val_labels = train.labels[self._val_index]
         else:
             remaining = np.arange(len(train.labels))
             self._val_images, val_labels = train.validation.images, train.validation.labels
@@ -144,7 +142,9 @@ class TrainingDataLoader(ImageDataLoader):
         """Whether so many images may be kept in memory."""
         return True
 
-    def _draw_labels(self, train: LabelledImages, val_labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    def _draw_labels(
+        self, train: LabelledImages, val_labels: np.ndarray, seed: int
+    ) -> dict[str, np.ndarray]:
         noise, from_file = self._noise, None
         if noise.kind == "file":
             from_file = read_noise_file(str(noise.file), noise.key, train.labels, len(train.class_names))
@@ -235,9 +235,10 @@ class TrainingDataLoader(ImageDataLoader):
     def label_arrays(self) -> dict[str, np.ndarray]:
         """What `labels.npz` of a run folder holds: `train_index, train_label, train_clean_label` and the same for `val`.
 
-        int64; an index is a position in the original training set, behind whose end validation images that the data set names
-        itself are counted on. With label noise there is also `transition_matrix`, float64,
-        of the training labels. Copies: changing them changes nothing here.
+        int64; an index is a position in the original training set, behind whose end validation
+        images that the data set names itself are counted on. With label noise there is also
+        `transition_matrix`, float64, of the training labels. Copies: changing them changes nothing
+        here.
         """
         arrays = {name: array.copy() for name, array in self._label_arrays.items()}
         if self._noise.active:
@@ -266,7 +267,7 @@ class TrainingDataLoader(ImageDataLoader):
         }
 
     def noise_warning(self) -> str | None:
-        """What to say where the realised noise rate is not about the one asked for; None where it is. See `explain_rate`."""
+        """See `label_noise.explain_rate`; None without noise."""
         arrays = self._label_arrays
         rate = realised_rate(arrays["train_clean_label"], arrays["train_label"])
         return explain_rate(self._noise, self.class_names, rate) if self._noise.active else None

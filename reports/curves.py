@@ -62,8 +62,9 @@ def against_figure(cells: Sequence[Group], key: str, metrics: Sequence[str] | No
 
     A point is the mean over the seeds of a cell, its bar one sample standard deviation to either side. Cells that have equal
     values of all other keys that they are grouped by are joined by a line. If more of their configs differs than the key, a
-    warning names it. Points against `trainer.percent` stand at the realised rate of label noise, the mean of a cell's runs,
-    where all runs have recorded it; the axis says which of the two is shown.
+    warning names it. Points against `trainer.percent` stand at the realised rate of label noise,
+    the mean of a cell's runs, where all runs have recorded it; the axis says which of the two is
+    shown.
 
     Args:
         cells: groups of finished runs, the last of whose keys is `key`.
@@ -85,7 +86,8 @@ def against_figure(cells: Sequence[Group], key: str, metrics: Sequence[str] | No
         _warn_of_other_differences(name, members, key)
     realised = key == NOISE_KEY and all(run.noise_rate is not None for run in runs)
     lines = {
-        metric: [_against_key(members, metric, realised) for members in series.values()] for metric in clean_first(metrics)
+        metric: [_against_key(members, metric, realised) for members in series.values()]
+        for metric in clean_first(metrics)
     }
     figure = panels_figure(list(series), lines, spread="error bars", each=points_and_bars)
     for axes in figure.axes:
@@ -145,7 +147,9 @@ def _against_key(cells: Sequence[Group], metric: str, realised: bool) -> Curve |
     """The curve of a line of cells; `realised` puts them at their runs' rates of label noise."""
     points = []
     for cell in cells:
-        place = float(np.mean([run.noise_rate for run in cell.runs])) if realised else cell.values[-1]
+        place = cell.values[-1]
+        if realised:
+            place = float(np.mean([run.noise_rate for run in cell.runs]))
         values = [value for run in cell.runs if (value := final_value(run, metric)) is not None]
         if values:
             points.append((place, values))

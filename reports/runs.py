@@ -88,9 +88,10 @@ class Run:
 
     @property
     def noise_rate(self) -> float | None:
-        """The share of training labels that label noise has changed, in `[0, 1]`; None where the folder does not say it.
+        """The share of training labels that label noise has changed, in `[0, 1]`.
 
-        It stands in `result.json`; older runs have it in their `labels.npz` only.
+        None where the folder does not say it. It stands in `result.json`; older runs have it in
+        their `labels.npz` only.
         """
         if not self.settings["trainer.percent"] and self.settings["trainer.noise_file"] is None:
             return 0.0

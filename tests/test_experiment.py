@@ -329,7 +329,8 @@ def test_compiled_model_saves_the_same_keys(tmp_path, monkeypatch):
 
 
 def folder_config(folder, split=0.0, **sections):
-    loader = {"type": "ImageFolderDataLoader", "args": {"data_dir": str(folder), "batch_size": 6, "validation_split": split}}
+    args = {"data_dir": str(folder), "batch_size": 6, "validation_split": split}
+    loader = {"type": "ImageFolderDataLoader", "args": args}
     plain = {"augmentation": {"crop_padding": 0}, "trainer": {"epochs": 1, "verbosity": 1}}
     return config_of(**merge(merge(plain, {"data_loader": loader}), sections))
 

@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from base.errors import DataError
-from data_loader import ImageFolderDataLoader
+from data_loader import ImageFolderDataLoader, LabelNoise
 from data_loader.datasets import read_image_folder
 from tiny_runs import write_images
 
@@ -74,7 +74,10 @@ def test_a_class_of_files_that_are_skipped_has_no_images(trees):
 
 
 def linked(trees, folder, times):
-    """What a script does that links all classes, run several times: `ln -s` puts later links into the linked folders."""
+    """What a script does that links all classes, run several times.
+
+    `ln -s` puts later links into the linked folders.
+    """
     for part in ("train", "test"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for name in CLASSES:
@@ -210,6 +213,18 @@ def test_val_beside_train_and_test_is_the_validation_set(trees, validation_split
         read_image_folder(trees, None)[0].validation.images.in_memory(torch.device("cpu")).pixels
     )
     assert torch.equal((part * 255).round().to(torch.uint8), expected)
+
+
+def test_noise_reaches_a_val_folder_as_it_reaches_held_out_images(trees, tmp_path):
+    write_images(trees / "val", dict.fromkeys(CLASSES, 5))
+    drawn = ImageFolderDataLoader(trees, noise=LabelNoise("sym", 0.4, "exclusive"))
+    arrays = drawn.label_arrays()
+    assert np.sum(arrays["val_label"] != arrays["val_clean_label"]) == 8
+    np.savez(tmp_path / "labels.npz", **arrays)
+    noise = LabelNoise("file", file=str(tmp_path / "labels.npz"))
+    read = ImageFolderDataLoader(trees, noise=noise).label_arrays()
+    assert np.array_equal(read["train_label"], arrays["train_label"])
+    assert np.array_equal(read["val_label"], arrays["val_clean_label"]), "a file speaks of train"
 
 
 def test_val_must_have_the_classes_of_train(trees):

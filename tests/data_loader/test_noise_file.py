@@ -94,6 +94,14 @@ def test_labels_in_another_order_are_refused(tmp_path, classes, seed):
         judged(tmp_path, rng.permutation(flipped(clean, classes, 0.3)), clean, classes)
 
 
+@pytest.mark.parametrize("images", [1, 2, 97, 100, 331])
+def test_labels_that_are_all_the_same_are_refused(tmp_path, images):
+    clean = (np.arange(images) * 5 % 7 == 3).astype(int)
+    constant = np.full(images, 1 if images < 3 else 0)
+    with pytest.raises(DataError, match="no more than by chance"):
+        judged(tmp_path, constant, clean, 2)
+
+
 @pytest.mark.parametrize("classes", [12, 40])
 def test_classes_numbered_otherwise_are_refused(tmp_path, classes):
     """Folders called 0 to K - 1 sort as words; their labels are the numbers."""
@@ -207,9 +215,21 @@ def test_a_pickled_dict_in_an_npy_is_read(tmp_path, dtype):
         read(tmp_path / "human.npy")
 
 
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_a_pickled_dict_of_numpy_1_is_read(tmp_path, protocol):
+    content = np.array({"noisy_label": NOISY.astype("<i4")}, dtype=object)
+    blob = pickle.dumps(content, protocol).replace(b"numpy._core.", b"numpy.core.")
+    assert b"numpy.core.multiarray" in blob
+    with (tmp_path / "old.npy").open("wb") as file:
+        header = {"descr": "|O", "fortran_order": False, "shape": ()}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(blob)
+    assert np.array_equal(read(tmp_path / "old.npy", "noisy_label"), NOISY)
+
+
 @pytest.mark.parametrize("place", ["beside", "above"])
 def test_an_ordered_file_is_brought_back_to_the_order_of_the_data_set(tmp_path, place):
-    """CIFAR-N's `*_human_ordered.npy` are in the order of TensorFlow's data sets; image_order_*.npy gives the places."""
+    """CIFAR-N's ordered files are in TensorFlow's order; image_order_*.npy gives the places."""
     folder = tmp_path / "data"
     folder.mkdir()
     order = np.random.default_rng(8).permutation(IMAGES)
