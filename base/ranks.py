@@ -50,6 +50,8 @@ def ranks(training: bool = False) -> Iterator[None]:
     Plain values and tensors on the CPU are exchanged by gloo, which serves every device; `training` adds NCCL for gradients on
     CUDA devices.
 
+    Where one of them fails, all end with its exit code.
+
     Raises:
         ProjectError: another process has ended in the middle of the work, or the connection has failed.
     """
@@ -73,12 +75,18 @@ def ranks(training: bool = False) -> Iterator[None]:
         # where it raises, the group stays until the process ends: the others take its end for the sign that all is said
         yield
     except RuntimeError as error:
-        if is_of_connection(error):
-            raise ProjectError(f"rank {number}: {_explained(error)}") from error
-        raise
+        if not is_of_connection(error):
+            raise
+        exit_code = _told("failed")
+        if exit_code:  # and the process that has failed has said why
+            end_process(exit_code)
+        raise ProjectError(f"rank {number}: {_explained(error)}") from error
     except SystemExit as leaving:  # see `leave_the_word_to_the_first`
         _wait_for_the_first()
         end_process(int(leaving.code or 0))
+    except ProjectError as error:
+        _tell("failed", error.exit_code)
+        raise
     gather(None)
     gc.collect()  # models in reference cycles hold on to the group
     dist.destroy_process_group()
@@ -199,16 +207,26 @@ def _wait_for_the_first() -> None:
 
 def ask_all_to_stop(number: int) -> None:
     """Tell the other processes of the signal that has reached this one; see `asked_to_stop`."""
-    if _store is not None:
-        with suppress(RuntimeError):  # whoever keeps the store has ended
-            _store.set("stop", str(number))
+    _tell("stop", number)
 
 
 def asked_to_stop() -> int:
     """The number of the signal that has reached any process; 0 as long as none has. Waits for nobody."""
+    return _told("stop")
+
+
+def _tell(what: str, number: int) -> None:
+    """Let all processes know a number; see `_told`."""
+    if _store is not None:
+        with suppress(RuntimeError):  # whoever keeps the store has ended
+            _store.set(what, str(number))
+
+
+def _told(what: str) -> int:
+    """The number that a process has told last; 0 where none has. Waits for nobody."""
     with suppress(RuntimeError):
-        if _store is not None and _store.check(["stop"]):
-            return int(_store.get("stop"))
+        if _store is not None and _store.check([what]):
+            return int(_store.get(what))
     return 0
 
 

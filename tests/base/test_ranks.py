@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from base.errors import ProjectError
 from base.ranks import Share, SharedGenerator, _explained, _meet, from_first, gather, largest, ranks, share_of
+from tests.base.two_processes import ended, start_two
 
 
 def shares(total, processes):
@@ -108,3 +109,27 @@ def test_the_cause_of_a_failed_connection_is_kept(monkeypatch):
     with pytest.raises(ProjectError, match="rank 1: the processes cannot work together") as caught, ranks():
         raise cause
     assert caught.value.__cause__ is cause
+
+
+FAILS_ALONE = """
+from base.command_line import run_script
+from base.errors import DataError
+from base.ranks import gather, rank, ranks
+
+def main():
+    with ranks():
+        gather("begun")
+        if rank() == 1:
+            raise DataError("only here an image is broken")
+        gather("done")
+
+run_script(main)
+"""
+
+
+def test_where_one_process_fails_all_end_with_its_exit_code(tmp_path):
+    (tmp_path / "script.py").write_text(FAILS_ALONE)
+    codes, errors = ended(start_two(tmp_path / "script.py"))
+    assert codes == [4, 4]
+    assert errors[1].splitlines()[-1] == "only here an image is broken"
+    assert "another process" not in errors[0], "one process says why"
