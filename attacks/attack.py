@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.arguments import check_count
-from attacks.classifier import Classifier, Model
+from attacks.classifier import Classifier, Model, ask
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.threat_model import Generators, ThreatModel
 from attacks.worst_points import DONE, MISSED
@@ -45,11 +45,10 @@ class Attack(ABC):
     ) -> None:
         if loss not in ATTACK_LOSSES:
             raise ValueError(f"loss {loss!r} is not one of: {', '.join(ATTACK_LOSSES)}")
-        check_count("seed", seed, 0)
         self.threat_model = ThreatModel(norm, epsilon)
         self.targeted = targeted
         self.loss = loss
-        self.seed = seed
+        self.seed = check_count("seed", seed, 0)
         self.confidence = 0.0
 
     def confident(self, confidence: float) -> Self:
@@ -129,7 +128,7 @@ class Attack(ABC):
         """
         points = points.detach().requires_grad_()
         with torch.enable_grad():
-            logits = model(points)
+            logits = ask(model, points)
             losses = self.losses(logits, labels)
             gradient = None
             if losses.requires_grad:

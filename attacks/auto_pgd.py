@@ -60,12 +60,10 @@ class APGD(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(epsilon, norm, targeted=targeted, loss=loss, seed=seed)
-        check_count("steps", steps)
-        check_count("restarts", restarts)
+        self.steps = check_count("steps", steps)
+        self.restarts = check_count("restarts", restarts)
         if not 0 <= check_number("rho", rho) <= 1:
             raise ValueError(f"rho: expected a number in [0, 1], not {rho}")
-        self.steps = steps
-        self.restarts = restarts
         self.early_stop = early_stop
         self.rho = rho
 

@@ -26,13 +26,21 @@ from attacks.threat_model import ThreatModel, as_written
 from attacks.worst_points import DONE
 from base.base_data_loader import BaseDataLoader
 
-OVERSTATED, OVERSTATED_FGSM = 0.05, 0.15
-"""Share of all images by which an attack may overstate robust accuracy; the second of FGSM against
-PGD. On networks trained against it, PGD with 20 steps is 4 points below 7 steps, and 10 below FGSM
-(CIFAR-10, Madry et al., arXiv:1706.06083, table 2). A black-box search, which maximises another
-loss, broke 1.4 % that PGD on cross entropy left of a healthy network (simpleCNN trained with PGD on
-CIFAR-10), and 14 to 33 % where gradients were hidden. Of 200 images up to 3 pass, as the 95 %
-interval of 3 ends at 4.3 %; 17 fail, as theirs begins at 5.4 %."""
+HIDDEN, FOUND, FOUND_BESIDE_FGSM = 0.05, 0.10, 0.15
+"""Largest share of all images that only seem to stand.
+
+By the first: those that vanishing gradients hide, or that a weaker attack breaks (noise, FGSM, a
+smaller epsilon, other batches). A sound model and attack have hardly any; of 200 images 3 pass, as
+their 95 % interval ends at 4.3 %, and 17 fail, as theirs begins at 5.4 %.
+
+By the second: those that more steps, more starts or a black-box search break. Of 200 images 11 pass
+and 29 fail. They find something everywhere: on networks trained against it, PGD with 20 steps is 4
+points below 7 steps (CIFAR-10, Madry et al., arXiv:1706.06083, table 2). Of small networks trained
+with PGD on scikit-learn's digits, with a robust accuracy of 0.6, three starts broke 2 to 5 % and
+Square 2 to 5.5 % that one start of PGD-20 left; of simpleCNN on CIFAR-10 Square broke 1.4 %. Where
+gradients were hidden it broke 14 to 33 %.
+
+By the third: those that PGD breaks beside FGSM, which is 10 points above it (ibid.)."""
 SATURATED = 2.0**-24
 """A gradient that is this much smaller than that of the margin, or zero, counts as vanishing: in
 float32 the probability of the label rounds to 1, and what is left of the gradient of cross entropy
@@ -166,7 +174,7 @@ def quick_checks(
     of_attacked = f"{int(vanishing.sum())} of {int(attacked.sum())} images to attack"
     vanishes = f"they vanish for {of_attacked}; the margin finds what they hide"
     return [
-        judge_rate("gradients are not zero", hidden, len(labels), OVERSTATED, vanishes),
+        judge_rate("gradients are not zero", hidden, len(labels), HIDDEN, vanishes),
         Check(
             "gradients and logits are finite",
             not_finite == 0,
@@ -224,12 +232,12 @@ def doctor(
     All verdicts on images are top-1, by copies of the attack that stop there. On images that stand
     it costs up to 15 attacks and `SQUARE_QUERIES` forward passes. Most checks ask how many images
     only seem to stand: the attack leaves them, and another breaks them. They pass where the share
-    of such images is at most `OVERSTATED`, by its 95 % interval; see `judge_rate`.
+    of such images is at most `HIDDEN` or `FOUND`, by its 95 % interval; see `judge_rate`.
 
     Args:
         model: maps images in `[0, 1]` to logits.
-        loader: neither shuffled nor augmented; 200 images are enough where at most 3 of them only
-            seem to stand, fewer than 73 never are.
+        loader: neither shuffled nor augmented. 200 images are enough for most models; fewer than 73
+            never are.
         attack: PGD or FGSM, untargeted. An attack of fewer than `FEW_STEPS` steps is checked beside PGD with `ENOUGH_STEPS`.
         seed: of all draws.
         autocast: context of the attack's forward passes.
@@ -329,7 +337,7 @@ class _Examination:
         detail = f"in batches of {other}, not {self.size}, logits change {by}"
         if change > SAME_BATCH:
             return [Check(name, False, f"{detail}, and {changed} of {self.n} verdicts")]
-        return [judge_rate(name, changed, self.n, OVERSTATED, f"{detail}, and verdicts")]
+        return [judge_rate(name, changed, self.n, HIDDEN, f"{detail}, and verdicts")]
 
     def epsilons(self) -> list[Check]:
         # within 0.5 of every pixel every image can become flat grey, the same for all; that is this far in the Euclidean norm
@@ -352,9 +360,9 @@ class _Examination:
         falls = f"{', '.join(points)}; a larger epsilon misses what a smaller breaks"
         at_end = f"{points[-1]}, chance is {_percent(chance)}"
         return [
-            judge_rate("accuracy falls as epsilon grows", missed, self.n, OVERSTATED, falls),
+            judge_rate("accuracy falls as epsilon grows", missed, self.n, HIDDEN, falls),
             judge_rate(
-                "a huge epsilon leaves chance", standing, self.n, chance + OVERSTATED, at_end
+                "a huge epsilon leaves chance", standing, self.n, chance + HIDDEN, at_end
             ),
         ]
 
@@ -384,14 +392,14 @@ class _Examination:
         restarted = self.verdicts(_variant(self.search, restarts=starts, random_start=True))
         more_steps = f"{steps} steps, not {self.attack.steps}, find little more"
         more_starts = f"{starts} starts, not {self.search.restarts}, find little more"
-        limit = OVERSTATED_FGSM if self.attack.steps == 1 else OVERSTATED
+        limit = FOUND_BESIDE_FGSM if self.attack.steps == 1 else FOUND
         return [
             self._compared(more_steps, self.standing, longer, limit),
-            self._compared(more_starts, self.searched, restarted),
+            self._compared(more_starts, self.searched, restarted, FOUND),
         ]
 
     def _compared(
-        self, name: str, standing: Tensor, other: Tensor, limit: float = OVERSTATED
+        self, name: str, standing: Tensor, other: Tensor, limit: float = HIDDEN
     ) -> Check:
         """How many images that stand under one attack another breaks: at most a share of `limit` of
         all images."""
@@ -406,7 +414,7 @@ class _Examination:
         broken = int(standing.sum() - left.sum())
         of_standing = f"of {int(standing.sum())} images that stand"
         detail = f"{of_standing} Square breaks, with {SQUARE_QUERIES} queries"
-        return [judge_rate("no black-box search finds more", broken, self.n, OVERSTATED, detail)]
+        return [judge_rate("no black-box search finds more", broken, self.n, FOUND, detail)]
 
 
 def _parts(chosen: Tensor, size: int) -> list[Tensor]:

@@ -30,10 +30,9 @@ class Classifier:
             kind = type(model).__name__
             raise TypeError(f"model: expected a module or a function of logits, not {kind}")
         self.model = model
-        # read at once, so that no forward pass has to wait for the device
-        self.smallest, self.largest = (
-            (int(end) for end in labels.aminmax()) if len(labels) else (0, 0)
-        )
+        # read now, so that no forward pass has to wait for the device
+        self.smallest = int(labels.min()) if len(labels) else 0
+        self.largest = int(labels.max()) if len(labels) else 0
 
     def __call__(self, images: Tensor) -> Tensor:
         logits = ask(self.model, images)

@@ -53,18 +53,15 @@ class PGD(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(epsilon, norm, targeted=targeted, loss=loss, seed=seed)
-        check_size("step_size", step_size, norm)
-        check_count("steps", steps)
-        check_count("restarts", restarts)
+        self.step_size = check_size("step_size", step_size, norm)
+        self.steps = check_count("steps", steps)
+        self.restarts = check_count("restarts", restarts)
         if not isinstance(early_stop, bool):
             check_count("early_stop", early_stop, 0)
         if restarts > 1 and not random_start:
             raise ValueError(f"restarts {restarts}: without random_start all of them are the same")
         if targeted and early_stop > 1:
             raise ValueError(f"early_stop {early_stop}: a targeted attack has no rank to reach but the first")
-        self.step_size = step_size
-        self.steps = steps
-        self.restarts = restarts
         self.random_start = random_start
         self.early_stop = int(early_stop)
 

@@ -100,7 +100,6 @@ def measure(
         "max_perturbation": float(verdicts.perturbation.max()),
         "precision": "bf16, verdicts in fp32" if lowers(autocast, attack) else "fp32",
         "reliable": None,
-        "images_needed": None,
         "warnings": [],
         "checkpoint": checkpoint,
         "versions": package_versions(),
@@ -119,8 +118,6 @@ def add_doctor(report: Report, checks: list[Check], examined: Attack) -> None:
     values = report.values
     values["checks"] = [vars(check) for check in checks]
     values["checked_attack"] = title(describe_attack(examined))
-    undecided = [check.images_needed for check in checks if check.images_needed]
-    values["images_needed"] = max(undecided, default=None)
     passed = all(check.passed for check in checks)
     unsuspicious = values["reliable"] is None and not values["warnings"]
     if passed and unsuspicious and values["checked_attack"] == title(values):
@@ -162,6 +159,8 @@ def file_stem(values: dict[str, Any]) -> str:
 
 
 def _judge(values: dict[str, Any], checks: list[Check]) -> None:
+    undecided = [check.images_needed for check in checks if check.images_needed]
+    values["images_needed"] = max(undecided, default=None)
     for check in checks:
         line = f"{check.name}: {check.detail}"
         if check.verdict == FAILED:

@@ -50,10 +50,9 @@ class Square(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(epsilon, norm, loss=loss, seed=seed)
-        check_count("queries", queries)
+        self.queries = check_count("queries", queries)
         if not 0 < check_number("p_init", p_init) <= 1:
             raise ValueError(f"p_init: expected a number in (0, 1], not {p_init}")
-        self.queries = queries
         self.p_init = p_init
 
     @torch.no_grad()

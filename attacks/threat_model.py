@@ -48,7 +48,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm {self.norm!r} is not one of: {', '.join(NORMS)}")
-        check_size("epsilon", self.epsilon, self.norm)
+        object.__setattr__(self, "epsilon", check_size("epsilon", self.epsilon, self.norm))
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
         """The allowed images at `points` `(B, C, H, W)`, or the nearest to them on the way back to `images`.
