@@ -38,11 +38,9 @@ class StandardStreams:
         self._raw: dict[str, _Forgiving] = {}
 
     def problem(self) -> OSError | None:
-        """Why stdout could not be written to its end; None where it could, or where its reader,
-        such as `head`, has left."""
+        """Why stdout could not be written to its end; None where it could, or was closed."""
         raw = self._raw.get("stdout")
-        problem = None if raw is None else raw.problem
-        return None if isinstance(problem, BrokenPipeError) else problem
+        return None if raw is None else raw.problem
 
     def forgiving(self, name: str) -> TextIO:
         """A stream in place of `sys.stdout` or `sys.stderr`."""
