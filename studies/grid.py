@@ -32,7 +32,7 @@ from base.config_section import Count, Section
 from base.errors import ConfigError
 from base.optimization import check_optimization
 from base.registry import did_you_mean
-from base.resuming import WHERE_AND_HOW
+from base.resuming import WHERE_AND_HOW, forget
 from base.study_file import Place, write_places
 
 Settings = dict[str, Any]
@@ -208,7 +208,7 @@ def identity(config: Config, settings: Settings) -> str:
     tree = config.dump()
     for key in WHERE_AND_HOW:
         if not any(setting == key or setting.startswith(f"{key}.") for setting in settings):
-            _remove(tree, key.split("."))
+            forget(tree, key)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -265,9 +265,3 @@ def _run(path: Path, name: str, position: int, seed: int, variant: Variant, save
         config,
         parent / f"{name.replace(' ', '-')}_seed{seed}_{identity(config, settings)}",
     )
-
-
-def _remove(tree: dict[str, Any], path: list[str]) -> None:
-    for name in path[:-1]:
-        tree = tree.get(name, {})
-    tree.pop(path[-1], None)
