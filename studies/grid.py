@@ -203,7 +203,7 @@ def identity(config: Config, settings: Settings) -> str:
     """A hash of everything in a config that can change a result, and of whatever else the grid itself sets.
 
     `WHERE_AND_HOW` is left out, so that a study can go on elsewhere, unless that is what the grid
-    compares.
+    compares; of a noise file remains that there is one.
     """
     tree = config.dump()
     for key in WHERE_AND_HOW:
