@@ -162,8 +162,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
     Ctrl-C during `main` is exit code 130; once it has ended, only its own exit code counts.
     Whatever becomes of stdout and stderr (see `forgiving_streams`), the work is done to its end.
-    Where stdout was closed or its reader has left, nothing is said of that; a full disk behind it
-    is one line and exit code 1.
+    Where stdout was closed, nothing is said of that. Where its reader has left, such as `head`, or
+    the disk behind it is full, the exit code is 1; the disk is told in one line.
     """
     if logging.lastResort is not None:
         # warnings of scripts without a log go straight to stderr
@@ -177,8 +177,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             code = 130
         problem = streams.problem()
         if problem is not None:
-            print(f"standard output: cannot be written: {problem.strerror}", file=sys.stderr)
             code = code or 1
+            if not isinstance(problem, BrokenPipeError):
+                print(f"standard output: cannot be written: {problem.strerror}", file=sys.stderr)
     ranks = sys.modules.get("base.ranks")
     if ranks is not None and ranks.world_size() > 1:
         ranks.end_process(code)

@@ -22,7 +22,8 @@ CHANGE_NO_RESULT = (
 )  # fmt: skip
 """Config keys and sections that change no result, whatever their values are, but for rounding."""
 
-WHERE_AND_HOW = (*CHANGE_NO_RESULT, "data_loader.args.data_dir", "trainer.noise_file")
+DATA_DIR, NOISE_FILE = "data_loader.args.data_dir", "trainer.noise_file"
+WHERE_AND_HOW = (*CHANGE_NO_RESULT, DATA_DIR, NOISE_FILE)
 """Config keys and sections that say where and how a run computes, not what. Images and noisy labels
 may move: a resumed run compares them with what it began with."""
 
@@ -131,17 +132,29 @@ def config_hash(config: Config) -> str:
     """
     tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     for key in WHERE_AND_HOW:
-        remove(tree, key)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+        forget(tree, key)
+    filled = _without_empty_sections(tree)
+    return hashlib.sha256(json.dumps(filled, sort_keys=True).encode()).hexdigest()
 
 
-def remove(tree: dict[str, Any], key: str) -> None:
-    """Take a dotted key out of a tree, with the sections that hold nothing then."""
-    name, _, rest = key.partition(".")
-    if rest and isinstance(tree.get(name), dict):
-        remove(tree[name], rest)
-    if not rest or tree.get(name) == {}:
+def forget(tree: dict[str, Any], key: str) -> None:
+    """Take a key of `WHERE_AND_HOW` out of the tree of a config. Where a noise file lies is
+    forgotten, but not that there is one."""
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.get(section, {})
+    if key == NOISE_FILE and tree.get(name) is not None:
+        tree[name] = ""
+    else:
         tree.pop(name, None)
+
+
+def _without_empty_sections(tree: dict[str, Any]) -> dict[str, Any]:
+    below = {
+        key: _without_empty_sections(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
+    return {key: value for key, value in below.items() if value != {}}
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:

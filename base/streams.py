@@ -1,18 +1,18 @@
 """Standard streams that cannot stop the work: closed ones, ones whose reader has left, and ones on
 a full disk."""
 
-import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedWriter, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
 Readable: TypeAlias = bytes | bytearray | memoryview
 
 
-class _Forgiving(io.FileIO):
+class _Forgiving(FileIO):
     """Writes until that fails for the first time, and drops everything from then on.
 
     Attributes:
@@ -22,7 +22,7 @@ class _Forgiving(io.FileIO):
     problem: OSError | None = None
 
     def write(self, data: Readable) -> int | None:
-        """Like `io.FileIO.write`, but never raises an `OSError`."""
+        """Like `FileIO.write`, but never raises an `OSError`."""
         if self.problem is None:
             try:
                 return super().write(data)
@@ -38,11 +38,9 @@ class StandardStreams:
         self._raw: dict[str, _Forgiving] = {}
 
     def problem(self) -> OSError | None:
-        """Why stdout could not be written to its end; None where it could, or where its reader,
-        such as `head`, has left."""
+        """Why stdout could not be written to its end; None where it could, or was closed."""
         raw = self._raw.get("stdout")
-        problem = None if raw is None else raw.problem
-        return None if isinstance(problem, BrokenPipeError) else problem
+        return None if raw is None else raw.problem
 
     def forgiving(self, name: str) -> TextIO:
         """A stream in place of `sys.stdout` or `sys.stderr`."""
@@ -50,7 +48,7 @@ class StandardStreams:
         if stream is None:
             # Python has found it closed
             return Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace")
-        if not isinstance(stream, io.TextIOWrapper):
+        if not isinstance(stream, TextIOWrapper):
             return stream
         stream.flush()
         try:
@@ -59,8 +57,8 @@ class StandardStreams:
             # a test's stream, which lies in memory
             stream.reconfigure(errors="backslashreplace")
             return stream
-        return io.TextIOWrapper(
-            io.BufferedWriter(self._raw[name]),
+        return TextIOWrapper(
+            BufferedWriter(self._raw[name]),
             encoding=stream.encoding,
             errors="backslashreplace",
             line_buffering=stream.line_buffering,

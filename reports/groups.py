@@ -10,13 +10,13 @@ import numpy as np
 
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.resuming import WHERE_AND_HOW
+from base.resuming import DATA_DIR, NOISE_FILE, WHERE_AND_HOW
 from base.run_folder import PROVENANCE
 from reports.runs import Run, only_finished
 
 logger = logging.getLogger(__name__)
 
-MOVED = ("data_loader.args.data_dir", "trainer.noise_file")
+MOVED = (DATA_DIR, NOISE_FILE)
 MAY_DIFFER = ("seed", *WHERE_AND_HOW)
 """Config keys in which runs that are averaged may differ: none of them changes results, but for the
 seed and for rounding. Where one of `MOVED` differs, labels are compared."""
@@ -153,7 +153,8 @@ def _check_moved_data(runs: Sequence[Run]) -> None:
         if other is None:
             continue
         was, now = (as_text(run.settings.get(key)) for run in (first, other))
-        if not all(_same_labels(first, run) for run in runs[1:]):
+        without = key == NOISE_FILE and not all(run.settings.get(key) for run in runs)
+        if without or not all(_same_labels(first, run) for run in runs[1:]):
             raise ConfigError(
                 f"{key}: {was} in {first.folder}, but {now} in {other.folder}: not the same labels"
                 f" in the two places; add {key} to --group-by, or leave one out"

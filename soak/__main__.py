@@ -13,7 +13,8 @@ from time import monotonic
 
 from tqdm import tqdm
 
-from base.run_folder import environment, write_json
+from base.output import save_json
+from base.run_folder import environment
 from soak.endurance import Endurance, Tally
 from soak.scenarios import SCENARIOS, write_images
 
@@ -46,7 +47,7 @@ def main() -> None:
     if arguments.json:
         machine = {key: value for key, value in environment().items() if key in ("python", "packages", "commit", "cpu")}
         counts = {"minutes": round(minutes, 1), "seed": arguments.seed, "counts": tally.counts, "failures": tally.failures}
-        write_json(arguments.json, {**counts, **machine})
+        save_json(arguments.json, {**counts, **machine})
     sys.exit(1 if tally.failures else 0)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from base.config import Config
 from base.config_files import section_at
-from base.resuming import WHERE_AND_HOW
+from base.resuming import WHERE_AND_HOW, forget
 
 HASHED_AT_DEFAULT = (
     "seed", "n_gpu", "train_loss", "val_loss", "metrics", "arch.type",
@@ -43,7 +43,7 @@ def identity(config: Config, settings: Collection[str] = ()) -> str:
     tree = config.dump()
     for place in WHERE_AND_HOW:
         if not any(key == place or key.startswith(f"{place}.") for key in settings):
-            _remove(tree, place.split("."))
+            forget(tree, place)
     _remove_new_defaults(tree, ())
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -51,12 +51,6 @@ def identity(config: Config, settings: Collection[str] = ()) -> str:
 def is_place(key: str) -> bool:
     """Whether a dotted key, or the section that it lies in, is one of `WHERE_AND_HOW`."""
     return any(key == place or key.startswith(f"{place}.") for place in WHERE_AND_HOW)
-
-
-def _remove(tree: dict[str, Any], path: list[str]) -> None:
-    for name in path[:-1]:
-        tree = tree.get(name, {})
-    tree.pop(path[-1], None)
 
 
 def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:

@@ -48,6 +48,7 @@ def test_a_commit_with_changes_says_so(monkeypatch):
         ({"name": "other", "system": {"num_threads": 3}}, True),
         ({"trainer": {"epochs": 200, "OCNN": False}}, True),
         ({"trainer": {"epochs": 3}}, False),
+        ({"trainer": {"noise_file": None}}, False),
         ({"seed": 3}, False),
         ({"optimizer": {"type": "SGD", "args": {"lr": 0.25}}}, False),
     ],

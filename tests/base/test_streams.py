@@ -46,7 +46,7 @@ def shell(folder, line):
         ("{} >&- 2>err", 0, "said 1999"),
         ("{} <&- >&- 2>&-", 0, None),
         ("{} 2>&- >/dev/null", 0, None),
-        ("set -o pipefail; {} 2>err | head -n 1", 0, "said 1999"),
+        ("set -o pipefail; {} 2>err | head -n 1", 1, "said 1999"),
         ("set -o pipefail; {} 2>&1 >/dev/null | head -n 1", 0, None),
         ("{} >/dev/full 2>err", 1, "said 1999"),
         ("{} 2>/dev/full >/dev/null", 0, None),

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import base.command_line
 import base.run_folder
+import base.streams
 import base.tracking
 import experiment
 import run_ablations
@@ -228,7 +228,7 @@ def test_a_terminal_of_ascii(tmp_path, monkeypatch):
 
 
 def _keeps_the_strict_terminal(monkeypatch):
-    monkeypatch.setattr(base.command_line, "TextIOWrapper", io.BytesIO)
+    monkeypatch.setattr(base.streams, "TextIOWrapper", io.BytesIO)
 
 
 def _leaves_the_log_to_the_locale(monkeypatch):

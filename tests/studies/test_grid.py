@@ -64,6 +64,8 @@ def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_c
     plain = folder({})
     elsewhere = {**base["data_loader"], "args": {"data_dir": "/elsewhere", "num_workers": 2}}
     assert folder({}, name="x", system={"num_threads": 2, "compile": True}, data_loader=elsewhere) == plain
+    noisy = [folder({}, trainer={**base.get("trainer", {}), "noise_file": file}) for file in ("a.npy", "b/c.npy")]
+    assert noisy[0] == noisy[1] != plain, "where a noise file lies does not matter, but that there is one"
     changes = {
         "trainer.epochs": 2, "optimizer.args.lr": 0.2, "adversarial.epsilon": 4, "system.precision": "bf16", "n_gpu": 2,
         "trainer.early_stop": 3, "adversarial.report": False, "adversarial.report_images": 20,
