@@ -21,7 +21,8 @@ difference is told, so what explains others comes first."""
 MAY_DIFFER = (
     "comet", "data_loader.args.data_dir", "data_loader.args.num_workers",
     "data_loader.args.pin_memory", "exper_name", "name", "system.num_threads",
-    "trainer.keep_checkpoints", "trainer.label_dir", "trainer.noise_file", "trainer.save_dir", "trainer.save_period", "trainer.tensorboard", "trainer.verbosity",
+    "trainer.keep_checkpoints", "trainer.label_dir", "trainer.noise_file", "trainer.save_dir",
+    "trainer.save_period", "trainer.tensorboard", "trainer.verbosity",
 )  # fmt: skip
 """Config keys that say where a machine has its files, or what only rank 0 asks for."""
 ROOT = Path(__file__).parents[1]
