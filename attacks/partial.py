@@ -1,4 +1,4 @@
-"""Where the verdicts of an attack are kept until its report is written, so that an interruption loses none."""
+"""Where verdicts are kept until their report is written, so that an interruption loses none."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ def partial_file(
     attack: Attack,
     settings: Sequence[Any],
 ) -> Path:
-    """The file beside the report `target` whose name stands for all that this process's verdicts depend on: weights, images,
-    attack, and the plain values `settings`. The folder is made."""
+    """The file beside the report `target` whose name stands for all that this process's verdicts
+    depend on: weights, images, attack, and the plain values `settings`. The folder is made."""
     digest = hashlib.sha256()
     images, _ = next(iter(loader))
     for value in (*model.parameters(), *model.buffers(), loader.positions, loader.labels, images):
@@ -39,6 +39,7 @@ def partial_file(
 
 
 def remove_partials(target: Path) -> None:
-    """Also those of interrupted attempts with another number of processes or other settings: the report is there."""
+    """Remove what was kept for `target`, whose report is there, also by interrupted attempts with
+    another number of processes or other settings."""
     for partial in target.parent.glob(f".{escape(target.stem)}.{'[0-9a-f]' * DIGITS}.partial.npz"):
         partial.unlink(missing_ok=True)  # another process may have been faster

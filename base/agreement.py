@@ -19,9 +19,10 @@ Facts = Mapping[str, tuple[type[ProjectError], Any]]
 difference is told, so what explains others comes first."""
 
 MAY_DIFFER = (
-    "comet", "data_loader.args.data_dir", "data_loader.args.num_workers", "data_loader.args.pin_memory",
-    "exper_name", "name", "system.num_threads", "trainer.keep_checkpoints", "trainer.label_dir", "trainer.noise_file",
-    "trainer.save_dir", "trainer.save_period", "trainer.tensorboard", "trainer.verbosity",
+    "comet", "data_loader.args.data_dir", "data_loader.args.num_workers",
+    "data_loader.args.pin_memory", "exper_name", "name", "system.num_threads",
+    "trainer.keep_checkpoints", "trainer.label_dir", "trainer.noise_file", "trainer.save_dir",
+    "trainer.save_period", "trainer.tensorboard", "trainer.verbosity",
 )  # fmt: skip
 """Config keys that say where a machine has its files, or what only rank 0 asks for."""
 ROOT = Path(__file__).parents[1]
@@ -30,11 +31,12 @@ LONGEST = 60
 
 
 def agreed(prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:
-    """What `prepare` returns, when all processes have prepared the same; they tell each other in one gather.
+    """What `prepare` returns, when all processes have prepared the same, which they tell each other
+    in one gather.
 
     Raises:
-        ProjectError: what they have prepared differs, or `prepare` has raised it on any of them. Rank 0 says
-            so, the others leave with the same exit code.
+        ProjectError: what they have prepared differs, or `prepare` has raised it on any of them.
+            Rank 0 says so, the others leave with the same exit code.
     """
     if world_size() == 1:
         return prepare()
@@ -58,13 +60,18 @@ def agreed(prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:
 
 
 def first_difference(told: Sequence[Facts]) -> ProjectError | None:
-    """The error that the first fact in which a process differs from rank 0 amounts to; `told` has one entry per rank."""
+    """The error that the first fact in which a process differs from rank 0 amounts to; None where
+    there is none. `told` has one entry per rank."""
     for name, (error, ours) in told[0].items():
-        others = [number for number, facts in enumerate(told) if facts.get(name, (error, None))[1] != ours]
+        others = [
+            number for number, facts in enumerate(told) if facts.get(name, (error, None))[1] != ours
+        ]
         if others:
             theirs = told[others[0]].get(name, (error, None))[1]
             ranks = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-            return error(f"{ranks} and rank 0 have different {_described(name, theirs, ours, others[0])}")
+            return error(
+                f"{ranks} and rank 0 have different {_described(name, theirs, ours, others[0])}"
+            )
     return None
 
 
@@ -80,7 +87,7 @@ def config_facts(config: Config) -> Facts:
 
 
 def data_facts(**parts: BaseDataLoader | None) -> Facts:
-    """Number, classes, normalization, labels and pixels of each part of a data set that is there."""
+    """Classes, number, labels, pixels and normalization of each part of a data set that is there."""
     facts: dict[str, tuple[type[ProjectError], Any]] = {}
     for part, loader in parts.items():
         if loader is None:
@@ -88,7 +95,10 @@ def data_facts(**parts: BaseDataLoader | None) -> Facts:
         facts |= {
             f"class names of the {part} images": (DataError, list(loader.class_names)),
             f"numbers of {part} images": (DataError, len(loader.labels)),
-            f"{part} labels": (DataError, hashlib.sha256(loader.labels.cpu().numpy().tobytes()).hexdigest()),
+            f"{part} labels": (
+                DataError,
+                hashlib.sha256(loader.labels.cpu().numpy().tobytes()).hexdigest(),
+            ),
             f"{part} images": (DataError, loader.image_digest()),
             f"mean of the {part} images": (DataError, list(loader.mean)),
             f"std of the {part} images": (DataError, list(loader.std)),
@@ -98,9 +108,16 @@ def data_facts(**parts: BaseDataLoader | None) -> Facts:
 
 def code_digest() -> str:
     """SHA-256 of this project's code: the modules at its root and those of its rooms, tests aside."""
-    rooms = [folder for folder in sorted(ROOT.iterdir()) if (folder / "__init__.py").is_file() and folder.name != "tests"]
+    rooms = [
+        folder
+        for folder in sorted(ROOT.iterdir())
+        if (folder / "__init__.py").is_file() and folder.name != "tests"
+    ]
     digest = hashlib.sha256()
-    for file in [*sorted(ROOT.glob("*.py")), *(file for room in rooms for file in sorted(room.rglob("*.py")))]:
+    for file in [
+        *sorted(ROOT.glob("*.py")),
+        *(file for room in rooms for file in sorted(room.rglob("*.py"))),
+    ]:
         digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
@@ -108,10 +125,16 @@ def code_digest() -> str:
 def _described(name: str, theirs: Any, ours: Any, number: int) -> str:
     """What differs, with both values where they can be read."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        key = next(key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key))
+        key = next(
+            key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
+        )
         return f"{name}: {key} is {_shown(theirs.get(key))} on rank {number} and {_shown(ours.get(key))} on rank 0"
     is_digest = isinstance(ours, str)
-    return name if is_digest else f"{name}: {_shown(theirs)} on rank {number} and {_shown(ours)} on rank 0"
+    return (
+        name
+        if is_digest
+        else f"{name}: {_shown(theirs)} on rank {number} and {_shown(ours)} on rank 0"
+    )
 
 
 def _shown(value: Any) -> str:
@@ -126,7 +149,11 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
     """Dotted keys and values of a config tree."""
     leaves = []
     for key, value in tree.items():
-        leaves += _leaves(value, f"{path}{key}.") if isinstance(value, Mapping) else [(f"{path}{key}", value)]
+        leaves += (
+            _leaves(value, f"{path}{key}.")
+            if isinstance(value, Mapping)
+            else [(f"{path}{key}", value)]
+        )
     return leaves
 
 

@@ -72,7 +72,8 @@ def ranks(training: bool = False) -> Iterator[None]:
         timeout=timedelta(days=7),
     )
     try:
-        # where it raises, the group stays until the process ends: the others take its end for the sign that all is said
+        # Where it raises, the group stays until the process ends: the others take that for the
+        # sign that all is said.
         yield
     except RuntimeError as error:
         if not is_of_connection(error):
@@ -93,7 +94,8 @@ def ranks(training: bool = False) -> Iterator[None]:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit at once: a group whose work was broken off has threads that wait for the others, and Python would wait for them."""
+    """Exit at once: a group whose work was broken off has threads that wait for the others, and Python
+    would wait for them."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -144,8 +146,8 @@ def _from_bytes(words: Tensor) -> Any:
 
 
 def _finish(work: dist.Work) -> None:
-    """Wait until all processes have taken part, and let Python see to signals meanwhile: a process that waits in
-    gloo's own code would not hear them."""
+    """Wait until all processes have taken part, and let Python see to signals in between: a process
+    that waits in gloo's own code would not hear them."""
     while not work.is_completed():
         try:
             work.wait(timedelta(seconds=LOOK_EVERY))

@@ -17,8 +17,8 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 OVER = 0
 """What a watch is told when there is nothing to watch any more; no signal has this number."""
 PATIENCE, LAST_PATIENCE = 20.0, 120.0
-"""Seconds that a process which has been asked to stop waits for others that do nothing, and for others that compute; torchrun
-and SLURM kill after 30 unless they are told otherwise."""
+"""Seconds that a process which has been asked to stop waits for others that do nothing, and for
+others that compute; torchrun and SLURM kill after 30 unless they are told otherwise."""
 BUSY = 0.05
 """Share of the time in which a process has to compute not to be taken for one that only waits."""
 
@@ -80,13 +80,14 @@ class StopSignals:
 
 
 class _Watch:
-    """A thread that hears signals while Python cannot: inside a collective the main thread waits in code of gloo or of
-    DistributedDataParallel, and handlers of Python have to wait with it.
+    """A thread that hears signals while Python cannot: inside a collective the main thread waits in
+    code of gloo or of DistributedDataParallel, and handlers of Python have to wait with it.
 
-    It passes a signal on to the other processes, and hands theirs to the main thread. From a signal on all tell each other
-    whether they still compute. Where this one only waits and none has computed for `PATIENCE` seconds, one of them is gone or
-    stuck: nothing can be agreed on any more, and this one ends with the signal's exit code. It does so, too, after
-    `LAST_PATIENCE` seconds of waiting for others that compute.
+    It passes a signal on to the other processes, and hands theirs to the main thread. From a signal
+    on all tell each other whether they still compute. Where this one only waits and none has
+    computed for `PATIENCE` seconds, one of them is gone or stuck: nothing can be agreed on any more,
+    and this one ends with the signal's exit code. It does so, too, after `LAST_PATIENCE` seconds of
+    waiting for others that compute.
     """
 
     def __enter__(self) -> None:

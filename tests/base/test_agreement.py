@@ -51,9 +51,17 @@ run_script(main)
 
 def tree_of(folder, **sections):
     args = {"data_dir": str(folder), "batch_size": 4}
-    images = {"data_loader": {"type": "ImageFolderDataLoader", "args": args}, "arch": {"type": "simpleCNN"}}
+    images = {
+        "data_loader": {"type": "ImageFolderDataLoader", "args": args},
+        "arch": {"type": "simpleCNN"},
+    }
     return merge(
-        images, {"system": {"num_threads": 1, "device": "cpu"}, "trainer": {"epochs": 1, "monitor": "off"}, **sections}
+        images,
+        {
+            "system": {"num_threads": 1, "device": "cpu"},
+            "trainer": {"epochs": 1, "monitor": "off"},
+            **sections,
+        },
     )
 
 
@@ -74,12 +82,18 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
     data = write_data(tmp_path / "data")
 
     def other_pixels(part):
-        return lambda copy: shutil.copy(copy / part / "bee" / "001.png", copy / part / "bee" / "000.png")
+        return lambda copy: shutil.copy(
+            copy / part / "bee" / "001.png", copy / part / "bee" / "000.png"
+        )
 
     copies = {
         "training pixels": changed(data, "1", other_pixels("train")),
         "test pixels": changed(data, "2", other_pixels("test")),
-        "classes": changed(data, "3", lambda copy: [(copy / p / "cow").rename(copy / p / "dog") for p in ("train", "test")]),
+        "classes": changed(
+            data,
+            "3",
+            lambda copy: [(copy / p / "cow").rename(copy / p / "dog") for p in ("train", "test")],
+        ),
         "counts": changed(data, "4", lambda copy: (copy / "test" / "ape" / "001.png").unlink()),
         "missing": tmp_path / "nowhere",
         "moved": changed(data, "5", lambda copy: None),
@@ -87,7 +101,10 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
     cases = {name: [tree_of(data), tree_of(copy)] for name, copy in copies.items()}
     streamed = {"data_loader": {"args": {"in_memory": False}}}
     cases["files"] = [merge(tree, streamed) for tree in cases["training pixels"]]
-    cases["config"] = [tree_of(data), tree_of(data, optimizer={"type": "SGD", "args": {"lr": 0.25}})]
+    cases["config"] = [
+        tree_of(data),
+        tree_of(data, optimizer={"type": "SGD", "args": {"lr": 0.25}}),
+    ]
     cases["code"] = [tree_of(data), tree_of(data)]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     original = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv" / "model_best.pth"
@@ -96,7 +113,11 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
     next(iter(checkpoint["state_dict"].values())).add_(1e-3)
     torch.save(checkpoint, tmp_path / "1.pth")
     arch = {"type": "simpleCNN", "args": {"norm_layer_type": "no", "conv_layer_type": "prec_conv"}}
-    config = {"arch": arch, "data_loader": {"type": "DigitsDataLoader"}, "system": {"num_threads": 1, "device": "cpu"}}
+    config = {
+        "arch": arch,
+        "data_loader": {"type": "DigitsDataLoader"},
+        "system": {"num_threads": 1, "device": "cpu"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "script.py").write_text(SCRIPT)
 
@@ -105,7 +126,10 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
     expected = {
         "training pixels": (4, "rank 1 and rank 0 have different training images"),
         "test pixels": (4, "rank 1 and rank 0 have different test images"),
-        "classes": (4, "class names of the training images: ['ape', 'bee', 'dog'] on rank 1 and ['ape', 'bee', 'cow']"),
+        "classes": (
+            4,
+            "class names of the training images: ['ape', 'bee', 'dog'] on rank 1 and ['ape', 'bee', 'cow']",
+        ),
         "counts": (4, "different numbers of test images: 5 on rank 1 and 6 on rank 0"),
         "missing": (4, f"rank 1: data_loader.args.data_dir: '{tmp_path / 'nowhere'}' is"),
         "moved": (0, ""),
@@ -113,8 +137,12 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
         "config": (2, "different config: optimizer.args.lr is 0.25 on rank 1 and 0.1 on rank 0"),
         "code": (2, "rank 1 and rank 0 have different code"),
     }
-    assert {name: code for name, (code, _) in told[0].items()} == {name: code for name, (code, _) in expected.items()}
-    assert told[1] == {name: [code, ""] for name, (code, _) in expected.items()}, "rank 0 speaks, all end alike"
+    assert {name: code for name, (code, _) in told[0].items()} == {
+        name: code for name, (code, _) in expected.items()
+    }
+    assert told[1] == {name: [code, ""] for name, (code, _) in expected.items()}, (
+        "rank 0 speaks, all end alike"
+    )
     for name, (_, message) in expected.items():
         assert message in told[0][name][1], name
         assert "\n" not in told[0][name][1]
@@ -132,17 +160,27 @@ def test_what_is_compared_and_which_difference_is_told_first():
     facts = config_facts(validate(tree))
     others = {"name": "other", "trainer": {"save_dir": "elsewhere"}, "system": {"num_threads": 3}}
     assert first_difference([facts, config_facts(validate(merge(tree, others))), facts]) is None
-    error = first_difference([facts, facts, config_facts(validate(merge(tree, {"seed": 5}))), facts])
+    error = first_difference(
+        [facts, facts, config_facts(validate(merge(tree, {"seed": 5}))), facts]
+    )
     assert isinstance(error, ConfigError)
-    assert str(error) == "rank 2 and rank 0 have different config: seed is 5 on rank 2 and 2 on rank 0"
-    one, other = data_facts(test=digits()), data_facts(test=digits(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)))
+    assert (
+        str(error) == "rank 2 and rank 0 have different config: seed is 5 on rank 2 and 2 on rank 0"
+    )
+    one, other = (
+        data_facts(test=digits()),
+        data_facts(test=digits(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))),
+    )
     assert isinstance(first_difference([one, other]), DataError)
-    assert "ranks 1, 2 and rank 0 have different mean of the test images: [0.5, 0.5, 0.5] on rank 1" in str(
-        first_difference([one, other, other])
+    assert (
+        "ranks 1, 2 and rank 0 have different mean of the test images: [0.5, 0.5, 0.5] on rank 1"
+        in str(first_difference([one, other, other]))
     )
     few = data_facts(test=digits().subset(torch.arange(7)))
     assert "numbers of test images: 7 on rank 1" in str(first_difference([one, few]))
-    both = first_difference([{"a": (CheckpointError, "x"), **one}, {"a": (CheckpointError, "y"), **few}])
+    both = first_difference(
+        [{"a": (CheckpointError, "x"), **one}, {"a": (CheckpointError, "y"), **few}]
+    )
     assert isinstance(both, CheckpointError)
 
 
@@ -153,7 +191,11 @@ def test_digests_of_files_see_sizes_and_contents(tmp_path, monkeypatch, limit):
 
     def digest():
         args = {"data_dir": tmp_path / "data", "batch_size": 4}
-        return DATA_LOADERS["ImageFolderDataLoader"](**args, in_memory=False).test_loader().image_digest()
+        return (
+            DATA_LOADERS["ImageFolderDataLoader"](**args, in_memory=False)
+            .test_loader()
+            .image_digest()
+        )
 
     before = digest()
     assert digest() == before

@@ -42,11 +42,18 @@ run_script(main)
 @pytest.mark.parametrize(
     ("place", "number", "code", "message"),
     [
-        ("update", signal.SIGTERM, 143, "rank 0: stopped by SIGTERM while it waited for another process"),
+        (
+            "update",
+            signal.SIGTERM,
+            143,
+            "rank 0: stopped by SIGTERM while it waited for another process",
+        ),
         ("evaluation", signal.SIGINT, 130, "interrupted"),
     ],
 )
-def test_a_process_that_waits_in_a_collective_ends_with_its_exit_code(tmp_path, place, number, code, message):
+def test_a_process_that_waits_in_a_collective_ends_with_its_exit_code(
+    tmp_path, place, number, code, message
+):
     (tmp_path / "script.py").write_text(SCRIPT)
     processes = start_two(tmp_path / "script.py", place)
     try:
@@ -58,7 +65,9 @@ def test_a_process_that_waits_in_a_collective_ends_with_its_exit_code(tmp_path, 
         assert "Traceback" not in errors[0]
         if place == "update":
             codes, errors = ended(processes[1:])
-            assert codes == [code], "the signal has reached the other one, too, which neither computes nor answers"
+            assert codes == [code], (
+                "the signal has reached the other one, too, which neither computes nor answers"
+            )
     finally:
         for process in processes:
             process.kill()

@@ -14,7 +14,12 @@ def start_two(script, *words):
     with socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     environment = {**os.environ, **shared, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     return [
         subprocess.Popen(
