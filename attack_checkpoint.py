@@ -32,7 +32,7 @@ DOCTOR_IMAGES = 200
 EXAMPLES = 8
 SIZES = (
     ("--norm", "adversarial.norm", "linf or l2"),
-    ("--epsilon", "adversarial.epsilon", "radius: in 1/255 for linf, in units of the pixel range for l2; or 8/255"),
+    ("--epsilon", "adversarial.epsilon", "radius: in 1/255 for linf, in pixel ranges for l2; or 8/255"),
     ("--steps", "pgd_attack.K", "steps"),
     ("--step_size", "pgd_attack.step", "step size, in the units of epsilon"),
     ("--restarts", "pgd_attack.restarts", "random starts"),

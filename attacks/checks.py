@@ -418,8 +418,10 @@ class _Examination:
 
 
 def _parts(chosen: Tensor, size: int) -> list[Tensor]:
-    """The positions where `chosen` `(N,)` is true, in batches; none where it is true nowhere, for not
-    every model can answer about no images."""
+    """The positions where `chosen` `(N,)` is true, in batches.
+
+    Where it is true nowhere there is no batch: not every model can answer about no images.
+    """
     places = chosen.nonzero().squeeze(1)
     return list(places.split(size)) if len(places) else []
 

@@ -58,7 +58,8 @@ def draw_examples(
     """
     check_format(path)
     numbers = (labels, predictions, adversarial_predictions)
-    names = [*class_names, "NaN"]  # the last is that of -1
+    # the last name is that of -1
+    names = [*class_names, "NaN"]
     named = [[names[max(int(number), -1)] for number in part[:MAX_ROWS]] for part in numbers]
     save_figure(examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path)
 

@@ -48,6 +48,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm {self.norm!r} is not one of: {', '.join(NORMS)}")
+        # as a plain float, also where numpy's was given
         object.__setattr__(self, "epsilon", check_size("epsilon", self.epsilon, self.norm))
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ class AdversarialConfig(Section):
     method: Literal["none", "free", "fgsm", "pgd", "trades"] | None = None
     """free, fgsm (fast: random start, one step), pgd, trades or none; null: free where trainer.do_adv is true, else none."""
     norm: Literal["linf", "l2"] = "linf"
-    """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units of
-    the pixel range; "8/255" is that part of the pixel range in both."""
+    """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units
+    of the pixel range; "8/255" is that part of the pixel range in both."""
     epsilon: Size | None = None
     """Radius of training and of attacks; null: trainer.adv_clip_eps for linf, 0.5 for l2."""
     step_size: Annotated[Size | None, A_METHOD] = None
@@ -115,7 +115,8 @@ class PGDAttackConfig(Section):
 
 def read_sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A config's tree in which sizes written as a fraction of the pixel range, such as `"8/255"`,
-    are numbers in the units of their norm: 8 for l-inf, 8/255 for l2."""
+    are numbers in the units of their norm: 8 for l-inf, 8/255 for l2.
+    """
     read = dict(tree)
     adversarial = tree.get("adversarial")
     norm = adversarial.get("norm") if isinstance(adversarial, Mapping) else None

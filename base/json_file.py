@@ -89,8 +89,10 @@ def parse_json(text: str) -> Any:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON, with null in place of numbers that are infinite or NaN, which JSON does not
-    have. Whatever this project writes as JSON goes through here."""
+    """A value as JSON, with null in place of infinite numbers and NaN, which JSON does not have.
+
+    Every result, report and log that is written as JSON goes through here.
+    """
     return json.dumps(_with_nulls(value), indent=indent, allow_nan=False)
 
 

@@ -147,7 +147,7 @@ def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
     [
         (["--epsilon", "4/255", "--step_size", "0.5/255"], 4 / 255, 0.5 / 255),
         (["--norm", "l2", "--epsilon", "64/255", "--step_size", "32/255"], 64 / 255, 32 / 255),
-        (["--set", "adversarial.epsilon=2/255", "--set", "pgd_attack.step=1 / 255"], 2 / 255, 1 / 255),
+        (["--set", "adversarial.epsilon=2/255", "--step_size", "1 / 255"], 2 / 255, 1 / 255),
     ],
 )
 def test_sizes_may_be_fractions_of_the_pixel_range(
@@ -195,8 +195,8 @@ def test_images_that_the_network_cannot_take_are_one_line(robust_run, tmp_path):
     for command in ("validate_pgd.py", "fgsm.py"):
         done = script(command, *words, "--json", tmp_path / "a.json", cwd=tmp_path)
         assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
-        expected = f"{tmp_path / 'few'}: images of 9x4 pixels with 3 channels, which simpleCNN cannot"
-        assert done.stderr.startswith(expected)
+        expected = "images of 9x4 pixels with 3 channels, which simpleCNN cannot take: "
+        assert done.stderr.startswith(f"{tmp_path / 'few'}: {expected}")
 
 
 def bad_inputs(folder, tmp_path):
@@ -219,7 +219,7 @@ def bad_inputs(folder, tmp_path):
             2,
             "pgd_attack.step: 0.0078 is in 1/255 of the pixel range",
         ),
-        "no fraction": (["-s", folder, "--epsilon", "8/255px"], 2, 'such as "8/255", not "8/255px"'),
+        "no fraction": (["-s", folder, "--epsilon", "8/255px"], 2, '"8/255", not "8/255px"'),
         "1/255 under l2": (
             ["-s", folder, "--norm", "l2", "--epsilon", "128"],
             2,

@@ -80,6 +80,15 @@ def test_a_model_that_writes_into_its_input_is_attacked_as_one_that_does_not(nam
     assert attack.threat_model.distance(found, images).max() <= EPSILON[norm] * (1 + 1e-6)
 
 
+def test_the_attack_of_a_training_step_gives_copies_too():
+    inner, attack = network(), PGD(0.04, 0.02, 3)
+    images, labels = batch(OutOfPlace(inner))
+    before = images.clone()
+    found = [attack.climb(model(inner), images, labels, images) for model in (InPlace, OutOfPlace)]
+    assert torch.equal(*found)
+    assert torch.equal(images, before)
+
+
 def test_verdicts_and_checks_on_a_model_that_writes_into_its_input():
     inner = network()
     images, labels = batch(

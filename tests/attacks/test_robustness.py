@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from attacks import FGSM, PGD, Attack, robustness
+from attacks.checks import Check, judge_rate
 from attacks.folding import folded
-from attacks.report import Report, file_stem, measure, title
+from attacks.report import Report, add_doctor, describe_attack, file_stem, measure, title
 from attacks.robustness import Verdicts, attack_batch, attack_loader, interval
 from data_loader import DATA_LOADERS
 from models import build_model
@@ -293,3 +294,36 @@ def test_report_holds_what_a_paper_needs(digits, tmp_path):
     masked = measure(Saturated(), loader, ATTACK, seed=3, checkpoint="masked")
     assert masked.values["reliable"] is False
     assert "gradients are not zero" in masked.values["warnings"][0]
+
+
+GOOD, BAD = Check("good", True, ""), Check("bad", False, "")
+OPEN = [judge_rate("open", found, 20, 0.05, "") for found in (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("checks", "reliable", "needed"),
+    [
+        ([GOOD, GOOD], True, None),
+        ([GOOD, BAD], False, None),
+        ([GOOD, OPEN[0]], None, OPEN[0].images_needed),
+        ([*OPEN, GOOD], None, max(check.images_needed for check in OPEN)),
+        ([BAD, OPEN[0]], False, OPEN[0].images_needed),
+    ],
+)
+def test_a_report_is_reliable_where_every_check_has_passed(checks, reliable, needed):
+    before = {"reliable": None, "images_needed": 99, "warnings": []}
+    report = Report({**describe_attack(ATTACK), **before}, None)
+    add_doctor(report, checks, ATTACK)
+    assert report.values["reliable"] is reliable
+    assert report.values["images_needed"] == needed
+    assert report.values["warnings"] == ["bad: "] * (BAD in checks)
+    verdicts = [check["verdict"] for check in report.values["checks"]]
+    assert verdicts == [check.verdict for check in checks]
+
+
+def test_a_check_of_one_batch_that_cannot_decide_is_no_warning(digits):
+    model, loader = digits
+    report = measure(model, loader, ATTACK, seed=3, checkpoint="")
+    assert report.values["reliable"] is None
+    assert report.values["images_needed"] == 73
+    assert report.values["warnings"] == []

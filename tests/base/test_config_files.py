@@ -340,7 +340,7 @@ def test_bad_value_is_named_by_its_dotted_key(key, value, message):
         ({"adversarial": {"norm": "l2"}, "pgd_attack": {"step": "8/64"}}, "pgd_attack.step", 0.125),
         ({"pgd_attack": {"step": "1/255"}}, "pgd_attack.step", 1),
         ({"trainer": {"adv_clip_eps": "6/255"}}, "trainer.adv_clip_eps", 6),
-        ({"adversarial": {"norm": "l2"}, "trainer": {"fgsm_step": "3/255"}}, "trainer.fgsm_step", 3),
+        ({"trainer": {"fgsm_step": "3/255"}}, "trainer.fgsm_step", 3),
     ],
 )
 def test_a_size_may_be_a_fraction_of_the_pixel_range(tree, key, size):
@@ -352,9 +352,11 @@ def test_a_size_may_be_a_fraction_of_the_pixel_range(tree, key, size):
     assert validate(overridden) == config
 
 
-@pytest.mark.parametrize("text", ["8/0", "8/255px", "-8/255", "8/-255", "/255", "8/", "1e3/255", "eight"])
+@pytest.mark.parametrize(
+    "text", ["8/0", "8/255px", "-8/255", "8/-255", "/255", "8/", "1e3/255", "eight"]
+)
 def test_what_is_no_fraction_is_named_with_what_is_one(text):
-    expected = '^here: adversarial.epsilon: expected a number, or a fraction .* such as "8/255", not "'
+    expected = '^here: adversarial.epsilon: expected .* a fraction .* such as "8/255", not "'
     with pytest.raises(ConfigError, match=expected):
         validate(merge(DIGITS, {"adversarial": {"epsilon": text}}), "here")
     with pytest.raises(ConfigError, match="less than or equal to 255, not 256"):
