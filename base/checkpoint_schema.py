@@ -38,9 +38,9 @@ OLDEST_PROGRESS = (
 
 
 def _plain_tensor(tensor: Tensor) -> Tensor:
-    """Refuse tensors that only look like numbers in memory: sparse, quantized or without any."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise ValueError("expected a dense tensor with its numbers in it")
+    """Refuse tensors that no run saves: sparse, quantized or complex ones, or such without any memory."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+        raise ValueError("expected a dense tensor of real numbers")
     return tensor
 
 
@@ -79,6 +79,7 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+JSONObject = Annotated[dict[str, Any], AfterValidator(_json_tree)]
 PlainTensor = Annotated[Tensor, AfterValidator(_plain_tensor)]
 Weights = dict[str, PlainTensor]
 Finite = Annotated[Number, Field(allow_inf_nan=False)]
@@ -100,7 +101,7 @@ class AnyCheckpoint(_Schema):
     epoch: Count = 0
     batch: Count = 0
     ema_state_dict: dict[str, Any] = {}
-    config: dict[str, Any] = {}
+    config: JSONObject = {}
     mean: PerChannel = []
     std: PerChannel = []
     class_names: Names = []
@@ -152,7 +153,7 @@ class TrainingState(_Schema):
     totals: Sums
     method: dict[str, Any] = {}
     rng: Generators
-    config: Annotated[dict[str, Any], AfterValidator(_json_tree)]
+    config: JSONObject
     mean: PerChannel
     std: PerChannel
     class_names: Names
@@ -178,11 +179,8 @@ def check_training_state(contents: Mapping[str, Any], file: Path) -> None:
     Raises:
         CheckpointError: a key is missing, of another type, out of its range, or contradicts another one.
     """
-    for key, what in (("config", "config"), ("progress", "training state")):
-        if key not in contents:
-            raise CheckpointError(
-                f"{file}: holds no {what} (ConvNorm's own format): it can be evaluated, not resumed"
-            )
+    if "progress" not in contents:
+        raise CheckpointError(f"{file}: holds no training state (ConvNorm's format): it can be evaluated, not resumed")
     _check(TrainingState, contents, file)
     contradiction = _contradiction(contents)
     if contradiction:
