@@ -38,9 +38,9 @@ OLDEST_PROGRESS = (
 
 
 def _plain_tensor(tensor: Tensor) -> Tensor:
-    """Refuse tensors that only look like numbers in memory: sparse, quantized or without any."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise ValueError("expected a dense tensor with its numbers in it")
+    """Refuse tensors that no run saves: sparse, quantized or complex ones, or such without any memory."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+        raise ValueError("expected a dense tensor of real numbers")
     return tensor
 
 
@@ -79,6 +79,7 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+JSONObject = Annotated[dict[str, Any], AfterValidator(_json_tree)]
 PlainTensor = Annotated[Tensor, AfterValidator(_plain_tensor)]
 Weights = dict[str, PlainTensor]
 Finite = Annotated[Number, Field(allow_inf_nan=False)]
@@ -100,7 +101,7 @@ class AnyCheckpoint(_Schema):
     epoch: Count = 0
     batch: Count = 0
     ema_state_dict: dict[str, Any] = {}
-    config: dict[str, Any] = {}
+    config: JSONObject = {}
     mean: PerChannel = []
     std: PerChannel = []
     class_names: Names = []
@@ -152,7 +153,7 @@ class TrainingState(_Schema):
     totals: Sums
     method: dict[str, Any] = {}
     rng: Generators
-    config: Annotated[dict[str, Any], AfterValidator(_json_tree)]
+    config: JSONObject
     mean: PerChannel
     std: PerChannel
     class_names: Names

@@ -77,11 +77,7 @@ def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Ove
         CheckpointError: there is no good checkpoint, or one of another architecture.
         ConfigError: a replaced value would make it another experiment.
     """
-    file, checkpoint, problem = from_first(lambda: _read(path))
-    try:
-        own = validate(checkpoint["config"], str(file))
-    except ConfigError as error:
-        raise CheckpointError(f"{error}: the checkpoint's own config cannot be used") from None
+    file, checkpoint, problem, own = from_first(lambda: _read(path))
     tree = merge(checkpoint["config"], read_tree(config_file) if config_file else {})
     config = validate(override(tree, overrides), config_file or str(file))
     before = own.dump()  # with the defaults of keys that are newer than it
@@ -90,11 +86,17 @@ def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Ove
     return SavedRun(file, checkpoint, config, problem)
 
 
-def _read(path: str) -> tuple[Path, dict[str, Any], str | None]:
-    """See `load_to_resume`; what it found holds everything that a run goes on from."""
+def _read(path: str) -> tuple[Path, dict[str, Any], str | None, Config]:
+    """See `load_to_resume`; what it found holds all that a run goes on from, its config among it."""
     file, checkpoint, problem = load_to_resume(path)
+    if "config" not in checkpoint:
+        raise CheckpointError(f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed")
+    try:
+        config = validate(checkpoint["config"], str(file))
+    except ConfigError as error:
+        raise CheckpointError(f"{error}: the checkpoint's own config cannot be used") from None
     check_training_state(checkpoint, file)
-    return file, checkpoint, problem
+    return file, checkpoint, problem, config
 
 
 def refuse_fewer_epochs(checkpoint: Mapping[str, Any], config: Config, source: Path) -> None:

@@ -2,7 +2,9 @@
 
 import atexit
 import io
+import json
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,12 +19,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+import train
 from base.base_trainer import BaseTrainer
 from base.checkpoint import LAST, load_checkpoint, save_checkpoint
 from base.config_files import load_config, merge, validate
 from base.errors import ProjectError, Stopped
 from base.optimization import check_optimization
-from experiment import Experiment
 from soak.mutations import spoiled
 from soak.scenarios import write_images
 
@@ -62,8 +64,15 @@ def read_checkpoint(file: Path) -> None:
         update(trainer, loss)
         raise _Enough
 
-    with patch.object(BaseTrainer, "update", update_once), suppress(_Enough):
-        Experiment.resume(str(file))
+    # an odd n_gpu starts processes, which is too much here
+    with patch.object(BaseTrainer, "update", update_once), patch("job.launch"), suppress(_Enough):
+        _train("-r", file)
+
+
+def _train(*words: str | Path) -> None:
+    """As `train.py` with these words."""
+    with patch.object(sys, "argv", ["train.py", *map(str, words)]):
+        train.main()
 
 
 def config_seeds() -> list[bytes]:
@@ -91,7 +100,8 @@ def resumable() -> dict[str, Any]:
     place = Path(tempfile.mkdtemp())
     atexit.register(rmtree, place, ignore_errors=True)
     write_images(place / "images", training=4, test=1, side=8)
-    config = validate(merge(SMALL, {"data_loader": {"args": {"data_dir": str(place / "images")}}}))
+    config = merge(SMALL, {"data_loader": {"args": {"data_dir": str(place / "images")}}})
+    (place / "config.json").write_text(json.dumps(config))
     update, updates = BaseTrainer.update, count(1)
 
     def stop_in_the_second_epoch(trainer: BaseTrainer, loss: Tensor) -> None:
@@ -100,7 +110,7 @@ def resumable() -> dict[str, Any]:
             trainer.signals.asked = signal.SIGTERM
 
     with patch.object(BaseTrainer, "update", stop_in_the_second_epoch), suppress(Stopped):
-        Experiment.from_config(config).run(str(place / "run"))
+        _train("-c", place / "config.json", "--run_dir", place / "run")
     return load_checkpoint(place / "run" / LAST)
 
 

@@ -61,7 +61,7 @@ def test_the_ablation_studys_own_commands(tmp_path):
     os.close(reader)
     cut = subprocess.run(command("--list"), stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, timeout=300)
     os.close(writer)
-    assert (cut.returncode, cut.stderr) == (0, b""), "as in: run_ablations.py --list | head -1"
+    assert (cut.returncode, cut.stderr) == (1, b""), "as in: run_ablations.py --list | head -1"
 
 
 def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
