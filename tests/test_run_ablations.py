@@ -97,7 +97,7 @@ def test_ctrl_c_saves_and_the_exit_code_says_so(grid, tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 143
     assert "stopped with 1 of 1 runs to do; the same command continues them" in errors
     (output,) = (tmp_path / "out").glob("*/output.log")
