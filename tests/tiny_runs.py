@@ -133,8 +133,8 @@ def script(name, *words, cwd):
 
 
 class Patience(float):
-    """Seconds, as a bound of `data_loader.workers`, that run out only while one worker is at the image at `position` (None: while
-    all are between two batches), however slow the machine is."""
+    """Seconds, as a bound of `data_loader.workers`, that run out only while one worker is at the image at `position` (None:
+    while all are between two batches), however slow the machine is."""
 
     def __new__(cls, seconds, position):
         patience = super().__new__(cls, seconds)
@@ -147,7 +147,7 @@ class Patience(float):
 
 
 def impatient_workers(monkeypatch, position):
-    """Let the end of the patience with decoding processes be that half a second passes and one is at the image at `position`."""
+    """Let the patience with decoding processes end after half a second, and only while one is at the image at `position`."""
     patience, start = Patience(0.5, position), workers._start
 
     def noted(decoder, num_workers):
