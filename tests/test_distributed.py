@@ -157,8 +157,12 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one(runs):
     assert largest_difference(runs / "two" / "stopped" / "model_last.pth", runs / "one" / "free" / "model_last.pth") < 1e-5
 
 
-def config_file(folder):
-    tree = merge(TINY, {"arch": NETWORK, "trainer": {"epochs": 6, "verbosity": 1}})
+MANY = 100_000
+"""Epochs that no test waits for."""
+
+
+def config_file(folder, epochs=6):
+    tree = merge(TINY, {"arch": NETWORK, "trainer": {"epochs": epochs, "verbosity": 1}})
     (folder / "config.json").write_text(json.dumps(tree))
     return folder / "config.json"
 
@@ -167,7 +171,7 @@ def start(words, run, epochs):
     """Start a job and wait until `epochs` epochs are logged."""
     words = [*map(str, words), "--run_dir", str(run)]
     process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while not ((run / "metrics.jsonl").exists() and len(logs(run)) >= epochs):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the job hangs"
@@ -186,26 +190,24 @@ def processes_of(launcher):
 
 
 def test_n_gpu_starts_processes_that_stop_together(tmp_path):
-    words = [sys.executable, ROOT / "train.py", "-c", config_file(tmp_path), "--set", "n_gpu=2"]
+    words = [sys.executable, ROOT / "train.py", "-c", config_file(tmp_path, MANY), "--set", "n_gpu=2"]
     process = start(words, tmp_path / "run", epochs=1)
     assert sorted(processes_of(process.pid)) == [0, 1]
     os.kill(processes_of(process.pid)[1], signal.SIGTERM)  # not to the one that writes
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=500)
     assert process.returncode == 143, errors
     assert errors.count("stopped by SIGTERM after") == 1
     assert output.count("epoch 1 ") == 1, "one process reports"
-    assert 1 <= len(logs(tmp_path / "run")) < 6
+    assert 1 <= len(logs(tmp_path / "run")) < MANY
 
 
 def test_a_dead_process_ends_all(tmp_path):
-    process = start([*TORCHRUN, ROOT / "train.py", "-c", config_file(tmp_path)], tmp_path / "run", epochs=1)
+    process = start([*TORCHRUN, ROOT / "train.py", "-c", config_file(tmp_path, MANY)], tmp_path / "run", epochs=1)
     os.kill(processes_of(process.pid)[1], signal.SIGKILL)
-    begin = time.monotonic()
-    _, errors = process.communicate(timeout=120)
-    assert time.monotonic() - begin < 30
+    _, errors = process.communicate(timeout=500)
     assert process.returncode != 0
     assert "exitcode: -9" in errors.replace("  : ", ": ")
-    assert len(logs(tmp_path / "run")) < 6
+    assert len(logs(tmp_path / "run")) < MANY
 
 
 def machine(folder, job, port):
@@ -226,7 +228,7 @@ def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_p
         first = start(machine(tmp_path, 1, port)[:-2], run, epochs=1)
         workers = processes_of(first.pid) | processes_of(second.pid)
         os.kill(workers[1], signal.SIGKILL)
-        output = "".join(process.communicate(timeout=120)[0] for process in (first, second))
+        output = "".join(process.communicate(timeout=500)[0] for process in (first, second))
     assert (first.returncode, second.returncode) == (0, 0)
     assert "resumed after" in output
     assert [log["epoch"] for log in logs(run)] == [1, 2, 3, 4, 5, 6]
@@ -235,7 +237,7 @@ def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_p
     before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
     words = list(map(str, machine(tmp_path, 2, port)))
     machines = [subprocess.Popen(words, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True) for _ in range(2)]
-    errors = "".join(process.communicate(timeout=120)[1] for process in machines)
+    errors = "".join(process.communicate(timeout=500)[1] for process in machines)
     assert all(process.returncode for process in machines), "rank 0 fails alone, and all end"
     assert errors.count("already holds a run; continue it with -r") == 2, "at both attempts, said once"
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before

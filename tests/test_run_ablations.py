@@ -64,14 +64,31 @@ def test_the_ablation_studys_own_commands(tmp_path):
     assert (cut.returncode, cut.stderr) == (1, b""), "as in: run_ablations.py --list | head -1"
 
 
+KILLED_AT_ITS_FIRST_RUN = f"""if True:
+    import os, runpy, signal, time
+    import studies.launchers
+
+    begin = studies.launchers.Worker.__init__
+
+    def begin_and_die(self, run, *arguments, **named):
+        begin(self, run, *arguments, **named)
+        while not (run.folder / "model_last.pth").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    studies.launchers.Worker.__init__ = begin_and_die
+    runpy.run_path({str(ROOT / "run_ablations.py")!r}, run_name="__main__")
+"""
+"""run_ablations.py, which is killed as soon as its first run has a checkpoint."""
+
+
 def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
     words = ["--grid", grid, "--all", "--seed", 0, "--save_dir", tmp_path / "out", "--set", "augmentation.flip=false"]
-    process = subprocess.Popen(command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not list((tmp_path / "out").glob("*/model_last.pth")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_ITS_FIRST_RUN, *map(str, words)], cwd=tmp_path, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
     before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*/result.json")}
     assert len(before) < 2
     done = study(*words, cwd=tmp_path)  # which waits for runs of the killed study that are still saving
@@ -101,7 +118,7 @@ def test_ctrl_c_saves_and_the_exit_code_says_so(grid, tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 143
     assert "stopped with 1 of 1 runs to do; the same command continues them" in errors
     (output,) = (tmp_path / "out").glob("*/output.log")

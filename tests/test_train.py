@@ -136,6 +136,39 @@ def test_checkpoint_of_another_architecture_is_refused_and_kept(finished_run, tm
 THREE_EPOCHS = ["-c", ROOT / "configs" / "quickstart.json", "--set", "trainer.epochs=3", "--set", "system.num_threads=1"]
 
 
+HANG = 300
+"""Seconds after which a process hangs: far more than it takes on a busy machine."""
+WAITING_FOR_A_SIGNAL = """if True:
+    import runpy, time
+    from pathlib import Path
+    from base.base_trainer import BaseTrainer
+
+    update, second_epoch = BaseTrainer.update, 0
+
+    def stop_and_go(self, *arguments, **named):
+        global second_epoch
+        update(self, *arguments, **named)
+        second_epoch += self.progress.epochs_done == 1
+        if second_epoch == 7:
+            Path({there!r}).touch()
+            while self.signals.asked is None:
+                time.sleep(0.01)
+
+    BaseTrainer.update = stop_and_go
+    runpy.run_path({script!r}, run_name="__main__")
+"""
+"""train.py, which stops in the middle of the second epoch until a signal comes."""
+
+
+def wait_for(condition, process):
+    """Until a process has come so far; an error if it ends before."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the process hangs"
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -147,19 +180,18 @@ def whole_run(tmp_path_factory):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_and_resumed_ends_with_the_same_weights(whole_run, tmp_path, number, code):
     """SIGKILL repeats the broken epoch; SIGINT saves in its middle."""
+    there = tmp_path / "in the second epoch"
+    program = WAITING_FOR_A_SIGNAL.format(script=str(ROOT / "train.py"), there=str(there))
     process = subprocess.Popen(
-        command(*THREE_EPOCHS, "--run_dir", tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)  # into the second epoch
+        [sys.executable, "-c", program, *map(str, THREE_EPOCHS), "--run_dir", str(tmp_path / "killed")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(there.exists, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == code, errors
-    finished_epochs = len(metrics.read_text().splitlines())
-    assert finished_epochs < 3, "the run was killed before its end"
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines()) == 1, "the run was killed in its second epoch"
     resumed = script("train.py", "-r", tmp_path / "killed", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert metrics.read_bytes() == (whole_run / "metrics.jsonl").read_bytes()
@@ -185,11 +217,9 @@ def test_sigterm_to_the_whole_process_group_saves_although_workers_get_it_too(tm
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
     os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 143, errors
     assert "stopped by SIGTERM" in errors
     progress = torch.load(tmp_path / "run" / "model_last.pth", weights_only=True)["progress"]

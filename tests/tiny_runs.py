@@ -17,6 +17,7 @@ from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.config_files import merge, validate
 from base.errors import ProjectError, Stopped
+from data_loader import workers
 from experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,34 @@ def script(name, *words, cwd, before=None):
     code = exit_code(forked(become))
     said, complained = (file.read_text() for file in streams.values())
     return CompletedProcess([name, *words], code, said, complained)
+
+
+class Patience(float):
+    """Seconds, as a bound of `data_loader.workers`, that run out only while one worker is at the image at `position` (None:
+    while all are between two batches), however slow the machine is."""
+
+    def __new__(cls, seconds, position):
+        patience = super().__new__(cls, seconds)
+        patience.position, patience.decoders = position, []
+        return patience
+
+    def __lt__(self, quiet):
+        busy = [at for at in self.decoders[-1].notes.tolist() if at != workers.NOWHERE]
+        return super().__lt__(quiet) and busy == ([] if self.position is None else [self.position])
+
+
+def impatient_workers(monkeypatch, position):
+    """Let the patience with decoding processes end after half a second, and only while one is at the image at `position`."""
+    patience, start = Patience(0.5, position), workers._start
+
+    def noted(decoder, num_workers):
+        patience.decoders.append(decoder)
+        return start(decoder, num_workers)
+
+    monkeypatch.setattr(workers, "CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(workers, "WORKER_TIMEOUT", patience)
+    monkeypatch.setattr(workers, "_start", noted)
+    return patience
 
 
 def write_images(folder: Path, classes: dict[str, int], size: tuple[int, int] = (8, 8), suffix: str = "png") -> None:

@@ -58,11 +58,11 @@ def test_processes_meet_although_the_store_holds_what_dead_ones_said():
     with ThreadPoolExecutor(3) as pool:
         # the first comes first and finds only the words of the dead
         met = [pool.submit(_meet, store, number, 3) for number in range(3)]
-        parts = [part.result(timeout=20) for part in met]
+        parts = [part.result(timeout=200) for part in met]
     parts[0].set("key", "new")
     assert [part.get("key") for part in parts] == [b"new"] * 3
     with ThreadPoolExecutor(3) as pool:
-        again = [part.result(timeout=20) for part in [pool.submit(_meet, store, number, 3) for number in range(3)]]
+        again = [part.result(timeout=200) for part in [pool.submit(_meet, store, number, 3) for number in range(3)]]
     assert not again[1].check(["key"]), "the next attempt has a part of its own"
 
 

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,8 +30,10 @@ TINY = {
     "system": {"num_threads": 1, "device": "cpu"},
 }
 ONLINE = {**TINY, "comet": {"offline": False, "api": KEY}}
-BOUND = 9.0
-"""Seconds that a run with Comet may take longer than one without, with the patience of `impatient`."""
+ENDLESS = ("later", "stalls")
+"""Ways to fail that only patience ends. The others come to an end by themselves, on a busy machine later than on others."""
+SHORT, LONG = 6.0, 60.0
+"""The patience in seconds where it has to run out, and where it must not."""
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # comet_ml's imports and its threads, which a dead server leaves hanging
 
@@ -119,42 +120,58 @@ class CometServer:
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Comet with a second where the product gives it five, so that the test is over soon."""
+    """Comet with a second where the product gives it five, so that the test is over soon. Returns what the ends of runs have
+    waited for Comet's thread at most, run by run."""
     for name, value in base.tracking.COMET_DEFAULTS.items():
         monkeypatch.setenv(name, value)
     for name in ("COMET_TIMEOUT_HTTP", "COMET_TIMEOUT_API", "COMET_GET_OR_ADD_EXPERIMENT_RETRY_BACKOFF_MAX"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("COMET_TIMEOUT_CLEANING", "2")
     monkeypatch.delenv("COMET_API_KEY", raising=False)
-    monkeypatch.setattr(base.tracking, "PATIENCE", 6.0)
+    waited = []
+
+    class Noted(threading.Thread):
+        def join(self, timeout=None):
+            waited.append(timeout)
+            super().join(timeout)
+
+    monkeypatch.setattr(base.tracking, "Thread", Noted)
+    return waited
+
+
+def patience_for(way):
+    return SHORT if way in ENDLESS else LONG
 
 
 def run(tree, folder):
-    """Train into `folder`; returns its metrics and the seconds it took."""
-    begun = time.monotonic()
+    """Train into `folder`; returns its metrics."""
     Experiment.from_config(validate(tree)).run(str(folder))
-    return (folder / "metrics.jsonl").read_bytes(), time.monotonic() - begun
+    return (folder / "metrics.jsonl").read_bytes()
 
 
 def warnings_in(folder):
     return [line for line in (folder / "info.log").read_text(encoding="utf-8").splitlines() if " INFO " not in line and line]
 
 
-def check_comet(tmp_path, monkeypatch, ways):
+def check_comet(tmp_path, monkeypatch, ways, waited):
     """Returns how many ways a server can fail were tried."""
-    expected, plain_seconds = run(TINY, tmp_path / "without")
+    expected = run(TINY, tmp_path / "without")
     for way in ways:
+        monkeypatch.setattr(base.tracking, "PATIENCE", patience_for(way))
+        for name in ("COMET_TIMEOUT_HTTP", "COMET_TIMEOUT_API"):
+            monkeypatch.setenv(name, "1" if way in ("silent", *ENDLESS) else "20")
+        waited.clear()
         server = CometServer("well" if way == "no server" else way)
         monkeypatch.setenv("COMET_URL_OVERRIDE", server.url)
         if way == "no server":
             server.close()
         folder = tmp_path / way
-        metrics, seconds = run(ONLINE, folder)
+        metrics = run(ONLINE, folder)
         if way not in ("no server", "dies"):
             server.close()
         assert metrics == expected, way
         assert (folder / "result.json").exists()
-        assert seconds < plain_seconds + BOUND, f"{way}: {seconds:.1f} s"
+        assert waited == [SHORT if way in ENDLESS else LONG], f"{way}: waited for {waited}"
         said = warnings_in(folder)
         assert len(said) == (0 if way == "well" else 1), f"{way}: {said}"
         assert all("Comet" in line for line in said)
@@ -169,11 +186,11 @@ def check_comet(tmp_path, monkeypatch, ways):
 
 def test_a_comet_server_that_fails_costs_a_warning(tmp_path, monkeypatch, impatient):
     ways = ["well", "no server", "401", "403", "unknown key", "silent", "dies", "stalls", "later"]
-    assert check_comet(tmp_path, monkeypatch, ways) == 9
+    assert check_comet(tmp_path, monkeypatch, ways, impatient) == 9
 
 
 def _waits_too_long(monkeypatch):
-    monkeypatch.setattr(base.tracking, "PATIENCE", BOUND + 5)
+    monkeypatch.setitem(globals(), "patience_for", lambda way: SHORT + 5)
     return "later"
 
 
@@ -195,7 +212,7 @@ def _repeats_every_complaint(monkeypatch):
 def test_the_check_can_fail_for_comet(tmp_path, monkeypatch, impatient, break_it):
     way = break_it(monkeypatch)
     with pytest.raises(AssertionError, match=way):
-        check_comet(tmp_path, monkeypatch, [way])
+        check_comet(tmp_path, monkeypatch, [way], impatient)
 
 
 def test_without_any_network(tmp_path):
@@ -203,13 +220,11 @@ def test_without_any_network(tmp_path):
     if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True).returncode != 0:
         pytest.skip("network namespaces cannot be made here")
     (tmp_path / "config.json").write_text(json.dumps(ONLINE))
-    expected, _ = run(TINY, tmp_path / "without")
-    begun = time.monotonic()
+    expected = run(TINY, tmp_path / "without")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("COMET", "PYTHON"))}
     command = [*apart, sys.executable, str(ROOT / "train.py"), "-c", "config.json", "--run_dir", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=kept)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=kept)
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - begun < 100
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == expected
     assert len(warnings_in(tmp_path / "run")) == 1
     assert len(list((tmp_path / "run" / "comet").glob("*.zip"))) == 1
