@@ -68,7 +68,7 @@ class Attack(ABC):
     ) -> Tensor:
         """Adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and integer `labels` `(B,)`, of their type and device.
 
-        A module is in evaluation mode meanwhile and gets its modes back; its parameters' `.grad`
+        A module is attacked in evaluation mode and gets its modes back; its parameters' `.grad`
         are not touched, and no gradient of a weight is computed. A function's modes are the
         caller's. Every image returned lies in the threat model, to the rounding of float32, also
         where the model writes into its input, and `images` stay as they are. An image for which the

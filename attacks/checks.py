@@ -125,8 +125,7 @@ def images_to_decide(found: int, n: int, limit: float) -> int:
 def quick_checks(
     model: Model, images: Tensor, labels: Tensor, attack: Attack, batch_size: int | None = None
 ) -> list[Check]:
-    """What four forward and two backward passes on one batch tell; a module is in evaluation mode
-    meanwhile.
+    """What four forward and two backward passes on one batch, in evaluation mode, tell.
 
     Gradients of the attack's loss that vanish or are not finite, probabilities in place of logits
     (softmax saturates, and cross entropy takes it twice), and a forward pass that is random, for

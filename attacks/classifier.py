@@ -20,7 +20,7 @@ class Classifier:
         labels: int64 `(B,)`, of all images that it will be asked about.
 
     Raises:
-        TypeError: the model is no function. A call: it does not answer with a tensor.
+        TypeError: the model cannot be called. A call: it does not answer with a tensor.
         ValueError: a call: its answers are not logits of at least two classes for every image, or a
             label is none of them.
     """

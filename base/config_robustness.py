@@ -130,7 +130,7 @@ def read_sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_fraction(text: str, unit: int) -> float | str:
-    """`"8/255"` in multiples of 1/unit of the pixel range; what is no fraction stays as it is."""
+    """`"8/255"` in multiples of 1/unit of the pixel range; any other text stays as it is."""
     found = FRACTION_OF_RANGE.fullmatch(text)
     if found is None or float(found[2]) == 0:
         return text
