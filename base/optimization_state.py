@@ -127,7 +127,7 @@ def checked_schedule_state(
     """
     where = f"{source}: scheduler"
     state = _like(saved, new, where, "")
-    _refuse_other_place(state, steps_done, where)
+    _check_place(state, steps_done, where)
     if "num_bad_epochs" not in new and state.get("last_epoch", steps_done) != steps_done:
         raise CheckpointError(f"{where}.last_epoch: is {state['last_epoch']} after {steps_done} steps of the run")
     return state
@@ -248,13 +248,13 @@ def _possible(value: Any, own: Any, key: str) -> bool:
     return key in DIRECTIONS and own in ("min", "max") and value in ("min", "max")
 
 
-def _refuse_other_place(state: Mapping[str, Any], steps_done: int, where: str) -> None:
+def _check_place(state: Mapping[str, Any], steps_done: int, where: str) -> None:
     """Refuse a schedule, or a part of one, that has taken more steps than the run."""
     if state.get("last_epoch", 0) > steps_done:
         raise CheckpointError(f"{where}.last_epoch: is {state['last_epoch']} after {steps_done} steps of the run")
     parts: Sequence[Mapping[str, Any]] = state.get("_schedulers", ())
     for number, part in enumerate(parts):
-        _refuse_other_place(part, steps_done, f"{where}._schedulers.{number}")
+        _check_place(part, steps_done, f"{where}._schedulers.{number}")
 
 
 def _shown(value: Any) -> str:

@@ -82,7 +82,7 @@ def saved_run(path: str, config_file: str | None = None, overrides: Iterable[Ove
     config = validate(override(tree, overrides), config_file or str(file))
     before = own.dump()  # with the defaults of keys that are newer than it
     refuse_other_experiment(before, config, file)
-    refuse_fewer_epochs(checkpoint, config, file)
+    check_epochs(checkpoint, config, file)
     return SavedRun(file, checkpoint, config, problem)
 
 
@@ -99,7 +99,7 @@ def _read(path: str) -> tuple[Path, dict[str, Any], str | None, Config]:
     return file, checkpoint, problem, config
 
 
-def refuse_fewer_epochs(checkpoint: Mapping[str, Any], config: Config, source: Path) -> None:
+def check_epochs(checkpoint: Mapping[str, Any], config: Config, source: Path) -> None:
     """Refuse a number of epochs that the run has exceeded already.
 
     Raises:
