@@ -14,6 +14,12 @@ CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}
 
 IN_VAIN = {
     "arch.args.norm_groups": (4, {}, {"arch.args.norm_layer_type": "gn"}),
+    "arch.args.oni_rule": ("original", {}, {"arch.args.conv_layer_type": "oni_conv"}),
+    "arch.args.shortcut_input": ("raw", {}, {"arch.type": "preact_resnet18"}),
+    "arch.args.final_norm": (False, {"arch.type": "resnet34"}, {"arch.type": "preact_resnet18"}),
+    "augmentation.padding_mode": ("reflect", {"augmentation.crop_padding": 0}, {}),
+    "augmentation.cutout_inside": (True, {}, {"augmentation.cutout": 4}),
+    "augmentation.cutout_fill": ("black", {}, {"augmentation.cutout": 4}),
     "system.sync_bn": (True, {"arch.args.norm_layer_type": "in"}, {"arch.args.norm_layer_type": "bn"}),
     "lr_scheduler.args": ({"gamma": 0.9}, {"lr_scheduler.type": "none"}, {"lr_scheduler.type": "ExponentialLR"}),
     "lr_scheduler.interval": ("batch", {"lr_scheduler.type": "none"}, {"lr_scheduler.type": "PolynomialLR"}),
@@ -39,6 +45,11 @@ IN_VAIN = {
     "adversarial.bn_mode": ("eval", {}, {"adversarial.method": "trades"}),
     "adversarial.noise": ("carry", {"adversarial.method": "pgd"}, {"adversarial.method": "free"}),
     "adversarial.beta": (3, {"adversarial.method": "pgd"}, {"adversarial.method": "trades"}),
+    "adversarial.clean_passes": (
+        2,
+        {"adversarial.method": "free"},
+        {"adversarial.method": "trades"},
+    ),
     "adversarial.validate_images": (50, {}, {"adversarial.validate_every": 2}),
     "adversarial.report_images": (50, {}, {"adversarial.report": True}),
 }
