@@ -20,6 +20,7 @@ from base.checkpoint import load_checkpoint
 from base.config_files import merge, validate
 from base.errors import ConfigError, Stopped
 from base.ranks import rank, world_size
+from base.run_folder import PROVENANCE
 from evaluation import evaluation_parser, load_evaluation
 from experiment import Experiment
 
@@ -133,6 +134,8 @@ def test_two_processes_equal_one(runs, method):
     results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
     for name in ("train_seconds", "images_per_second"):
         assert all(result.pop(name) > 0 for result in results)
+    for name in PROVENANCE:
+        assert results[1].pop(name) == results[0].pop(name)
     assert results[1] == pytest.approx(results[0], abs=1e-5)
 
 
