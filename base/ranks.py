@@ -96,8 +96,10 @@ def ranks(training: bool = False) -> Iterator[None]:
 def end_process(code: int) -> NoReturn:
     """Exit at once: a group whose work was broken off has threads that wait for the others, and Python
     would wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # None where it was closed before Python began
+        if stream is not None:
+            stream.flush()
     os._exit(code)
 
 
