@@ -246,6 +246,22 @@ def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_p
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
 
 
+def test_what_all_processes_refuse_is_said_once(tmp_path):
+    script = (
+        "from base.command_line import run_script; from base.errors import DataError\n"
+        "from base.ranks import ranks\n"
+        "def main():\n"
+        "    with ranks():\n"
+        "        raise DataError('no such images')\n"
+        "run_script(main)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    words = [*TORCHRUN, str(tmp_path / "script.py")]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.splitlines().count("no such images") == 1
+
+
 def test_what_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr(assembly, "world_size", lambda: 40)
     loader = BaseDataLoader.__new__(type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__)))
