@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 from base.base_data_loader import BaseDataLoader
 from base.config import Config
+from base.config_section import lies_in
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
 from base.ranks import gather, leave_the_word_to_the_first, world_size
-from base.run_folder import package_versions
+from base.resuming import WHERE_AND_HOW
+from base.run_folder import package_versions, project_version
 from base.text import one_line
 
 T = TypeVar("T")
@@ -18,12 +20,9 @@ Facts = Mapping[str, tuple[type[ProjectError], Any]]
 """What has to be alike -> the error that a difference is, and a plain value to compare. The first
 difference is told, so what explains others comes first."""
 
-MAY_DIFFER = (
-    "comet", "data_loader.args.data_dir", "data_loader.args.num_workers",
-    "data_loader.args.pin_memory", "exper_name", "name", "system.num_threads",
-    "trainer.keep_checkpoints", "trainer.label_dir", "trainer.noise_file", "trainer.save_dir",
-    "trainer.save_period", "trainer.tensorboard", "trainer.verbosity",
-)  # fmt: skip
+ROUNDED_ALIKE = ("system.device", "system.compile", "system.channels_last", "system.deterministic")
+"""Config keys that change no result but for rounding, which processes of one job share."""
+MAY_DIFFER = tuple(key for key in WHERE_AND_HOW if key not in ROUNDED_ALIKE)
 """Config keys that say where a machine has its files, or what only rank 0 asks for."""
 ROOT = Path(__file__).parents[1]
 LONGEST = 60
@@ -78,7 +77,7 @@ def first_difference(told: Sequence[Facts]) -> ProjectError | None:
 def config_facts(config: Config) -> Facts:
     """The config, but for what may differ, and the code that is run with it."""
     tree = dict(_leaves(config.dump()))
-    compared = {key: value for key, value in tree.items() if not _may_differ(key)}
+    compared = {key: value for key, value in tree.items() if not lies_in(key, MAY_DIFFER)}
     return {
         "config": (ConfigError, compared),
         "code": (ConfigError, code_digest()),
@@ -95,10 +94,7 @@ def data_facts(**parts: BaseDataLoader | None) -> Facts:
         facts |= {
             f"class names of the {part} images": (DataError, list(loader.class_names)),
             f"numbers of {part} images": (DataError, len(loader.labels)),
-            f"{part} labels": (
-                DataError,
-                hashlib.sha256(loader.labels.cpu().numpy().tobytes()).hexdigest(),
-            ),
+            f"{part} labels": (DataError, loader.fingerprint()),
             f"{part} images": (DataError, loader.image_digest()),
             f"mean of the {part} images": (DataError, list(loader.mean)),
             f"std of the {part} images": (DataError, list(loader.std)),
@@ -107,7 +103,10 @@ def data_facts(**parts: BaseDataLoader | None) -> Facts:
 
 
 def code_digest() -> str:
-    """SHA-256 of this project's code: the modules at its root and those of its rooms, tests aside."""
+    """SHA-256 of this project's code: the modules at its root and those of its rooms, tests aside.
+    Where it is installed, its version: other projects' modules lie beside its own there."""
+    if not (ROOT / "pyproject.toml").is_file():
+        return f"version {project_version()}"
     rooms = [
         folder
         for folder in sorted(ROOT.iterdir())
@@ -139,10 +138,6 @@ def _described(name: str, theirs: Any, ours: Any, number: int) -> str:
 
 def _shown(value: Any) -> str:
     return one_line(repr(value), LONGEST)
-
-
-def _may_differ(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:

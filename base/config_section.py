@@ -1,6 +1,6 @@
 """What every section of the config tree is made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +57,11 @@ class Needs:
 
     what: str
     met: Callable[[Any], bool]
+
+
+def lies_in(key: str, places: Iterable[str]) -> bool:
+    """Whether a dotted key, or a section that it lies in, is one of `places`."""
+    return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
 def section_in(annotation: Any) -> type[Section] | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from base.config import Config
 from base.config_names import WEIGHTS_NORMALIZED
-from base.config_section import Needs, Section
+from base.config_section import Needs, Section, lies_in
 from base.text import one_line
 
 UNUSED_OK = "_unused_ok"
@@ -56,7 +56,7 @@ def _of_unused_keys(config: Config, silenced: Any) -> str | None:
     unused = [
         f"{key} {one_line(json.dumps(value), 40)} (only with {needs.what})"
         for key, value, needs in _unmet(config, config)
-        if not any(key == name or key.startswith(f"{name}.") for name in quiet)
+        if not lies_in(key, quiet)
     ]
     return f"without effect in this run: {', '.join(unused)}" if unused else None
 

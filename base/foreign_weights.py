@@ -69,16 +69,22 @@ def find_weights(
 def _weight_sets(contents: Any) -> dict[str, dict[str, Tensor]]:
     """Name -> weights: `contents` itself, with the name "", or else those nearest to its top."""
     level = {"": contents} if isinstance(contents, dict) else {}
+    # a dictionary may contain itself, or lie in many places
+    searched: set[int] = set()
     while level:
         sets = {name: part for name, part in level.items() if _are_weights(part, name)}
         if sets:
             return sets
-        level = {
-            f"{name}.{key}" if name else key: value
-            for name, part in level.items()
-            for key, value in part.items()
-            if isinstance(key, str) and isinstance(value, dict)
-        }
+        deeper: dict[str, Any] = {}
+        for name, part in level.items():
+            if id(part) not in searched:
+                searched.add(id(part))
+                deeper |= {
+                    f"{name}.{key}" if name else key: value
+                    for key, value in part.items()
+                    if isinstance(key, str) and isinstance(value, dict)
+                }
+        level = deeper
     return {}
 
 

@@ -211,9 +211,11 @@ def check_folder(folder: Path) -> None:
 def _check(path: str | Path, files: Sequence[Path], folders: Sequence[Path]) -> None:
     number = descriptor_of(path)
     if number is not None:
-        # only POSIX has it, and descriptors by name
-        from fcntl import F_GETFL, fcntl
-
+        try:
+            from fcntl import F_GETFL, fcntl
+        except ImportError:
+            # Windows
+            return
         if fcntl(number, F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise OSError("not open for writing")
         return

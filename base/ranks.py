@@ -83,10 +83,15 @@ def ranks(training: bool = False) -> Iterator[None]:
             end_process(exit_code)
         raise ProjectError(f"rank {number}: {_explained(error)}") from error
     except SystemExit as leaving:  # see `leave_the_word_to_the_first`
-        _wait_for_the_first()
+        _wait_for_the_word_of(0)
         end_process(int(leaving.code or 0))
     except ProjectError as error:
         _tell("failed", error.exit_code)
+        speaker = _first_to_fail(number)
+        if speaker != number:
+            # all have read the same file or command line, and one of them says what is wrong
+            _wait_for_the_word_of(speaker)
+            end_process(error.exit_code)
         raise
     gather(None)
     gc.collect()  # models in reference cycles hold on to the group
@@ -96,8 +101,10 @@ def ranks(training: bool = False) -> Iterator[None]:
 def end_process(code: int) -> NoReturn:
     """Exit at once: a group whose work was broken off has threads that wait for the others, and Python
     would wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # None where it was closed before Python began
+        if stream is not None:
+            stream.flush()
     os._exit(code)
 
 
@@ -191,20 +198,29 @@ def from_first(function: Callable[[], T]) -> T:
 
 def leave_the_word_to_the_first(exit_code: int) -> None:
     """On every rank but 0: end this process quietly, because rank 0 says why all end, with this exit code (see
-    `_wait_for_the_first`)."""
+    `_wait_for_the_word_of`)."""
     if rank() > 0:
         raise SystemExit(exit_code)
 
 
-def _wait_for_the_first() -> None:
-    """Wait until rank 0 has said why all end: torchrun ends it in the middle of its sentence when another process fails, and
-    ends this one when rank 0 has failed."""
+def _wait_for_the_word_of(speaker: int) -> None:
+    """Wait until this rank has said why all end: torchrun ends it in the middle of its sentence when another process fails, and
+    ends this one when the speaker has failed."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    with suppress(RuntimeError):  # rank 0 sends nothing, and its connection closes when it ends
-        dist.irecv(torch.empty(1), src=0).wait(timedelta(minutes=1))
+    with suppress(RuntimeError):  # it sends nothing, and its connection closes when it ends
+        dist.irecv(torch.empty(1), src=speaker).wait(timedelta(minutes=1))
     sleep(1)  # until torchrun has seen that it has
+
+
+def _first_to_fail(number: int) -> int:
+    """The first rank that has asked this; `number` is this one's. Where torchrun does not keep the
+    store, each is the first: to ask a store that has ended makes torch print its own stack."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        with suppress(RuntimeError):
+            return int(_store.compare_set("first to fail", "", str(number)))
+    return number
 
 
 def ask_all_to_stop(number: int) -> None:

@@ -11,6 +11,7 @@ from base.checkpoint import LAST, load_to_resume, set_aside
 from base.checkpoint_schema import check_training_state
 from base.config import Config
 from base.config_files import Override, merge, override, read_tree, validate
+from base.config_section import lies_in
 from base.errors import CheckpointError, ConfigError
 from base.optimization import spans_whole_run
 from base.ranks import from_first
@@ -26,7 +27,6 @@ DATA_DIR, NOISE_FILE = "data_loader.args.data_dir", "trainer.noise_file"
 WHERE_AND_HOW = (*CHANGE_NO_RESULT, DATA_DIR, NOISE_FILE)
 """Config keys and sections that say where and how a run computes, not what. Images and noisy labels
 may move: a resumed run compares them with what it began with."""
-
 
 MAY_CHANGE_ON_RESUME = (
     *WHERE_AND_HOW, "trainer.epochs", "trainer.early_stop", "n_gpu",
@@ -121,7 +121,7 @@ def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: P
         if key.startswith("arch."):
             raise CheckpointError(f"{source}: is of another architecture: {key} is {old!r} there and {new!r} in this config")
         spans_run = key == "trainer.epochs" and spans_whole_run(config.lr_scheduler)
-        if spans_run or (key not in MAY_CHANGE_ON_RESUME and key.partition(".")[0] not in MAY_CHANGE_ON_RESUME):
+        if spans_run or not lies_in(key, MAY_CHANGE_ON_RESUME):
             why = f"; {config.lr_scheduler.type} spans the whole run" if spans_run else ""
             raise ConfigError(f"{key}: the run was started with {old!r}; {new!r} would make it another experiment{why}")
 

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -260,8 +261,12 @@ def _number(key: str, value: Any) -> str:
     return str(value)
 
 
+@cache
 def _git(*arguments: str) -> str | None:
-    """The output of a git command in this project's folder; None where there is no git or no repository."""
+    """The output of a git command in this project's folder; None where there is no git or no repository.
+
+    Each command is run once: what is committed while a run lasts is not what it has computed with.
+    """
     try:
         result = subprocess.run(  # noqa: S603 - fixed program and arguments
             ["git", *arguments],  # noqa: S607

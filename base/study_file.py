@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from base.atomic import replacing
-from base.json_file import json_text
+from base.output import as_json
 
 NAME = "study.json"
 
@@ -31,7 +31,7 @@ def write_places(folder: Path, places: Mapping[str, Place]) -> None:
     entries = {name: asdict(place) for name, place in {**read_places(folder), **places}.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / NAME) as file:
-        file.write(f"{json_text(entries, indent=2)}\n".encode())
+        file.write(as_json(entries))
 
 
 def read_places(folder: Path) -> dict[str, Place]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from base.errors import DataError
 
 KEY = "data_loader.args.data_dir"
+
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""torchvision's. To import them from there takes seconds, as torchvision imports torch's compiler."""
 
 FOREIGN = ("__MACOSX", "@eaDir", "lost+found")
 """Folders that operating systems put beside files; they count as hidden."""
@@ -66,7 +68,7 @@ class FolderScan:
         for label, name in enumerate(classes):
             found = self._images(folder, name)
             if not found:
-                types = " ".join(IMG_EXTENSIONS)
+                types = " ".join(IMAGE_TYPES)
                 raise DataError(
                     f"{KEY}: {str(folder / name)!r} has no images; expected files of type {types}"
                 )
@@ -115,7 +117,7 @@ class FolderScan:
 
     def _is_new_image(self, entry: os.DirEntry, place: Place) -> bool:
         kind = leads_to(entry)
-        if not entry.name.lower().endswith(IMG_EXTENSIONS):
+        if not entry.name.lower().endswith(IMAGE_TYPES):
             check_link(Path(entry.path))
             self._types[Path(entry.name).suffix.lower()] += 1
             return False

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from base.errors import DataError
 from base.registry import did_you_mean
@@ -182,6 +181,9 @@ def _best_naming(
     fitted, tested = np.array_split(order, 2)
     names = np.arange(num_classes)
     if num_classes <= MOST_NAMED:
+        # here and not above: no other run needs scipy
+        from scipy.optimize import linear_sum_assignment
+
         pairs = np.bincount(noisy[fitted] * num_classes + clean[fitted], minlength=num_classes**2)
         # Of namings that agree equally well, that with more labels as they are.
         gains = pairs.reshape(num_classes, num_classes) + np.eye(num_classes) / 2

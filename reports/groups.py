@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from base.config_section import lies_in
 from base.errors import ConfigError
 from base.registry import did_you_mean
 from base.resuming import DATA_DIR, NOISE_FILE, WHERE_AND_HOW
@@ -88,7 +89,7 @@ def finished_groups(groups: Sequence[Group]) -> list[Group]:
 def differing_keys(first: Run, second: Run) -> list[str]:
     """Dotted config keys that matter for results and in which two runs differ."""
     keys = dict.fromkeys([*first.settings, *second.settings])
-    relevant = [key for key in keys if key not in MAY_DIFFER and key.partition(".")[0] not in MAY_DIFFER]
+    relevant = [key for key in keys if not lies_in(key, MAY_DIFFER)]
     return [key for key in relevant if first.settings.get(key) != second.settings.get(key)]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from base.config import Config
 from base.config_files import section_at
+from base.config_section import lies_in
 from base.resuming import WHERE_AND_HOW, forget
 
 HASHED_AT_DEFAULT = (
@@ -42,7 +43,7 @@ def identity(config: Config, settings: Collection[str] = ()) -> str:
     """
     tree = config.dump()
     for place in WHERE_AND_HOW:
-        if not any(key == place or key.startswith(f"{place}.") for key in settings):
+        if not any(lies_in(key, [place]) for key in settings):
             forget(tree, place)
     _remove_new_defaults(tree, ())
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
@@ -50,7 +51,7 @@ def identity(config: Config, settings: Collection[str] = ()) -> str:
 
 def is_place(key: str) -> bool:
     """Whether a dotted key, or the section that it lies in, is one of `WHERE_AND_HOW`."""
-    return any(key == place or key.startswith(f"{place}.") for place in WHERE_AND_HOW)
+    return lies_in(key, WHERE_AND_HOW)
 
 
 def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:

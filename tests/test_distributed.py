@@ -20,6 +20,7 @@ from base.checkpoint import load_checkpoint
 from base.config_files import merge, validate
 from base.errors import ConfigError, Stopped
 from base.ranks import rank, world_size
+from base.run_folder import PROVENANCE
 from evaluation import evaluation_parser, load_evaluation
 from experiment import Experiment
 
@@ -133,6 +134,8 @@ def test_two_processes_equal_one(runs, method):
     results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
     for name in ("train_seconds", "images_per_second"):
         assert all(result.pop(name) > 0 for result in results)
+    for name in PROVENANCE:
+        assert results[1].pop(name) == results[0].pop(name)
     assert results[1] == pytest.approx(results[0], abs=1e-5)
 
 
@@ -241,6 +244,22 @@ def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_p
     assert all(process.returncode for process in machines), "rank 0 fails alone, and all end"
     assert errors.count("already holds a run; continue it with -r") == 2, "at both attempts, said once"
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
+
+
+def test_what_all_processes_refuse_is_said_once(tmp_path):
+    script = (
+        "from base.command_line import run_script; from base.errors import DataError\n"
+        "from base.ranks import ranks\n"
+        "def main():\n"
+        "    with ranks():\n"
+        "        raise DataError('no such images')\n"
+        "run_script(main)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    words = [*TORCHRUN, str(tmp_path / "script.py")]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.splitlines().count("no such images") == 1
 
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch):

@@ -1,6 +1,7 @@
 """Who may call whom: one walk over every import of every room."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,6 +64,18 @@ def test_rooms_import_only_what_they_may(file):
             assert top in MAY_IMPORT[room], f"{file.name} of {room} imports {name}"
         if room in PACKAGES and top not in ROOMS:
             assert top in PACKAGES[room] or top in sys.stdlib_module_names, f"{file.name} of {room} imports {name}"
+
+
+def test_a_command_that_only_looks_at_its_words_imports_nothing_slow():
+    code = (
+        "import runpy, sys; sys.argv = ['train.py', '--debug', '--set', 'x']\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "except BaseException as error: assert 'expected KEY=VALUE' in str(error), error\n"
+        "slow = {'torchvision', 'scipy', 'sklearn', 'matplotlib', 'torch._dynamo'}\n"
+        "print(sorted(slow & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "script"], ids=lambda file: file.name)

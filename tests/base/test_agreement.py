@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from base.agreement import config_facts, data_facts, first_difference
+from base.agreement import code_digest, config_facts, data_facts, first_difference
 from base.config_files import merge, validate
 from base.errors import CheckpointError, ConfigError, DataError
+from base.run_folder import project_version
 from data_loader import DATA_LOADERS
 from tests.base.two_processes import ROOT, ended, start_two
 from tiny_runs import write_images
@@ -184,9 +185,15 @@ def test_what_is_compared_and_which_difference_is_told_first():
     assert isinstance(both, CheckpointError)
 
 
+def test_an_installed_project_is_compared_by_its_version(tmp_path, monkeypatch):
+    (tmp_path / "others.py").write_text("")
+    monkeypatch.setattr("base.agreement.ROOT", tmp_path)
+    assert code_digest() == f"version {project_version()}"
+
+
 @pytest.mark.parametrize("limit", [3, 2**31])
 def test_digests_of_files_see_sizes_and_contents(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr("data_loader.images.DIGEST_BYTES", limit)
+    monkeypatch.setattr("data_loader.images.FINGERPRINT_BYTES", limit)
     write_data(tmp_path / "data")
 
     def digest():

@@ -12,14 +12,17 @@ from base.config_section import Needs
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}
 
+ONI = {"arch.args.conv_layer_type": "oni_conv"}
+PREACT = {"arch.type": "preact_resnet18"}
+
 IN_VAIN = {
     "arch.args.norm_groups": (4, {}, {"arch.args.norm_layer_type": "gn"}),
-    "arch.args.oni_rule": ("original", {}, {"arch.args.conv_layer_type": "oni_conv"}),
-    "arch.args.shortcut_input": ("raw", {}, {"arch.type": "preact_resnet18"}),
-    "arch.args.final_norm": (False, {"arch.type": "resnet34"}, {"arch.type": "preact_resnet18"}),
+    "arch.args.oni_rule": ("original", {}, ONI),
+    "arch.args.shortcut_input": ("raw", {"arch.type": "resnet34"}, PREACT),
+    "arch.args.final_norm": (False, {"arch.type": "vgg11"}, PREACT),
     "augmentation.padding_mode": ("reflect", {"augmentation.crop_padding": 0}, {}),
-    "augmentation.cutout_inside": (True, {}, {"augmentation.cutout": 4}),
-    "augmentation.cutout_fill": ("black", {}, {"augmentation.cutout": 4}),
+    "augmentation.cutout_inside": (True, {}, {"augmentation.cutout": 5}),
+    "augmentation.cutout_fill": ("black", {}, {"augmentation.cutout": 5}),
     "system.sync_bn": (True, {"arch.args.norm_layer_type": "in"}, {"arch.args.norm_layer_type": "bn"}),
     "lr_scheduler.args": ({"gamma": 0.9}, {"lr_scheduler.type": "none"}, {"lr_scheduler.type": "ExponentialLR"}),
     "lr_scheduler.interval": ("batch", {"lr_scheduler.type": "none"}, {"lr_scheduler.type": "PolynomialLR"}),
@@ -45,11 +48,7 @@ IN_VAIN = {
     "adversarial.bn_mode": ("eval", {}, {"adversarial.method": "trades"}),
     "adversarial.noise": ("carry", {"adversarial.method": "pgd"}, {"adversarial.method": "free"}),
     "adversarial.beta": (3, {"adversarial.method": "pgd"}, {"adversarial.method": "trades"}),
-    "adversarial.clean_passes": (
-        2,
-        {"adversarial.method": "free"},
-        {"adversarial.method": "trades"},
-    ),
+    "adversarial.clean_passes": (2, {"adversarial.method": "free"}, {"adversarial.method": "trades"}),
     "adversarial.validate_images": (50, {}, {"adversarial.validate_every": 2}),
     "adversarial.report_images": (50, {}, {"adversarial.report": True}),
 }

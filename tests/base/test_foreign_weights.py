@@ -223,6 +223,19 @@ def test_what_is_left_over_is_refused_and_both_sides_are_named(name, tmp_path):
     assert str(caught.value).isprintable()
 
 
+def test_a_dictionary_that_holds_itself_or_lies_in_many_places_is_searched_once(tmp_path):
+    contents = {"epoch": 3}
+    for _ in range(40):
+        contents = {"a": contents, "b": contents}
+    contents["all"] = contents
+    with pytest.raises(CheckpointError, match="no other weights, but the keys a, b, all;"):
+        load(tmp_path, contents)
+    contents["b"]["b"]["net"] = STATE
+    model, assumed = load(tmp_path, contents)
+    assert is_that_of(model)
+    assert assumed["weights"] == "'a.a.net' of the file"
+
+
 def test_a_network_that_does_not_normalize_takes_no_mean():
     model = nn.Linear(3, 2)
     with pytest.raises(CheckpointError, match=r"2 keys .*\(mu, "):

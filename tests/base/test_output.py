@@ -120,6 +120,13 @@ def test_a_descriptor_that_is_only_read_is_one_line(pipe):
     check(f"/dev/fd/{pipe[1]}")
 
 
+def test_standard_output_is_checked_without_fcntl_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", sys.stdout)
+        check("-")
+
+
 def test_formats_of_streams_are_the_first(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path in ("-", "/dev/stdout", tmp_path / "fifo", "/dev/null"):

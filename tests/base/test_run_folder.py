@@ -41,6 +41,12 @@ def test_a_commit_with_changes_says_so(monkeypatch):
     assert provenance(validate(TREE))["commit"] is None
 
 
+def test_a_commit_that_is_made_meanwhile_is_not_the_runs(monkeypatch, tmp_path):
+    before = provenance(validate(TREE))["commit"]
+    monkeypatch.setattr(base.run_folder, "__file__", str(tmp_path / "run_folder.py"))
+    assert provenance(validate(TREE))["commit"] == before
+
+
 @pytest.mark.parametrize(
     ("change", "same"),
     [

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from base.errors import DataError
 from data_loader import ImageFolderDataLoader, LabelNoise
 from data_loader.datasets import read_image_folder
+from data_loader.folder_scan import IMAGE_TYPES
 from tiny_runs import write_images
 
 CLASSES = {"ash": 5, "elm": 7, "fir": 6, "yew": 5}
@@ -41,6 +43,10 @@ def test_ordinary_folders_are_read_in_torchvisions_order(trees):
         assert part.labels.tolist() == theirs.targets
         assert part.class_names == tuple(theirs.classes)
     assert (train.validation, train.remarks) == (None, ())
+
+
+def test_types_of_images_are_torchvisions():
+    assert IMAGE_TYPES == IMG_EXTENSIONS
 
 
 def test_files_that_are_no_images_are_skipped_and_counted_in_one_line(trees):
