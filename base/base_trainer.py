@@ -192,6 +192,7 @@ class BaseTrainer(ABC):
             NonFiniteError: see `update`.
         """
         self.finite.read()
+        self.finite.note_saved(self.progress)
         average = {}
         if self.average is not None:
             average = {"ema_state_dict": self.average.model.state_dict(), "ema_updates": self.average.updates}
