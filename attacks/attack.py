@@ -140,8 +140,8 @@ class Attack(ABC):
 
 @contextmanager
 def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
-    """Within the context no parameter asks for gradients, and all modules are in training mode (True), in evaluation mode (False),
-    or as they were (None).
+    """Within the context no parameter asks for gradients, and all modules are in training mode
+    (True), in evaluation mode (False), or as they were (None).
 
     Afterwards every module and parameter has its own flags again. A function has none.
     """

@@ -130,7 +130,7 @@ class BaseTrainer(ABC):
 
         Raises:
             Stopped: a signal asked for it; the state is saved.
-            NonFiniteError: see `update`; the last saved checkpoint is intact.
+            NonFiniteError: see `update` and `_check_epoch`; the last saved checkpoint is intact.
         """
         self.network = replicate(self.model)
         with self.signals.caught():
