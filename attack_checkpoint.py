@@ -227,7 +227,7 @@ def _conclusion(report: Report) -> str:
     if needed is not None:
         how = f" (--doctor {needed})" if needed <= values["n"] else ""
         return f"UNDECIDED: about {needed} images would decide{how}"
-    return f"every check passed, of {values['checked_attack']}"
+    return f"every check passed (examined: {values['checked_attack']})"
 
 
 def _attack(config: Config, name: str, num_classes: int, doctor: bool) -> Attack:

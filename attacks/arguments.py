@@ -29,7 +29,7 @@ def check_size(name: str, value: Any, norm: str) -> float:
 
 
 def check_number(name: str, value: Any) -> float:
-    """A finite number; True and False are none.
+    """A finite number; True and False do not count as numbers.
 
     Raises:
         ValueError: it is not.
@@ -40,7 +40,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_count(name: str, value: Any, smallest: int = 1) -> int:
-    """An integer of at least `smallest`; True and False are none.
+    """An integer of at least `smallest`; True and False do not count as integers.
 
     Raises:
         ValueError: it is not.

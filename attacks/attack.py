@@ -26,7 +26,7 @@ class Attack(ABC):
     Args:
         epsilon: radius of the threat model.
         norm: `"linf"` or `"l2"`.
-        targeted: `labels` are the classes that the model shall be led to, instead of the true ones.
+        targeted: `labels` are the classes to lead the model to, instead of the true ones.
         loss: what is maximised: `"ce"`, `"margin"` or `"dlr"`; see `attacks.losses`.
         seed: of the random starts, where a call brings no generators: every call then draws the same ones.
 
@@ -80,7 +80,7 @@ class Attack(ABC):
         Raises:
             TypeError: the model does not return a tensor of logits.
             ValueError: images outside `[0, 1]` or in half precision, images, labels and generators
-                that do not match, labels that are none of the model's classes, or a model of fewer
+                that do not match, labels that are not classes of the model, or a model of fewer
                 than two.
         """
         check_batch(images, labels)
@@ -140,7 +140,8 @@ class Attack(ABC):
 
 @contextmanager
 def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
-    """Meanwhile no parameter asks for gradients; all modules are in training (True) or evaluation mode (False), or stay (None).
+    """Within the context no parameter asks for gradients, and all modules are in training mode
+    (True), in evaluation mode (False), or as they were (None).
 
     Afterwards every module and parameter has its own flags again. A function has none.
     """
@@ -163,7 +164,7 @@ def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
 
 
 def check_batch(images: Tensor, labels: Tensor) -> None:
-    """Refuse what is no batch of images in `[0, 1]` with one label each.
+    """Refuse what is not a batch of images in `[0, 1]` with one label each.
 
     Raises:
         ValueError: naming what was found.

@@ -145,7 +145,7 @@ def _kept_tracer() -> Iterator[None]:
 
 @contextmanager
 def _heard(warn: Callable[[str], None]) -> Iterator[None]:
-    """Meanwhile the package's logger says nothing, and its warnings go to `warn`."""
+    """Within the context the package's logger is silent, and its warnings go to `warn`."""
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

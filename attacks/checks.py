@@ -140,7 +140,7 @@ def quick_checks(
         batch_size: images at a time; None for all.
 
     Raises:
-        TypeError, ValueError: the model does not return logits, or labels are none of its classes.
+        TypeError, ValueError: the model does not return logits, or a label is not one of its classes.
     """
     passes = []
     margin = _variant(attack, loss="margin")
@@ -419,7 +419,7 @@ class _Examination:
 def _parts(chosen: Tensor, size: int) -> list[Tensor]:
     """The positions where `chosen` `(N,)` is true, in batches.
 
-    Where it is true nowhere there is no batch: not every model can answer about no images.
+    Where it is true nowhere the list is empty: some models cannot answer a batch without images.
     """
     places = chosen.nonzero().squeeze(1)
     return list(places.split(size)) if len(places) else []

@@ -23,7 +23,7 @@ def folded(model: Model, images: Tensor) -> Model:
     model's by rounding, so verdicts are for the model itself to give.
 
     A pair is folded if, in the autograd graph of one forward pass, nothing but the batch norm takes what the convolution makes.
-    Modules that are used twice or have hooks, and convolutions that make their weights anew in every pass (subclasses,
+    Modules that are used twice or have hooks, and convolutions that compute their weights in every pass (subclasses,
     parametrisations), stay. `model` comes back where there is nothing to fold, where it cannot be copied, where the copy
     answers otherwise or with numbers that are not finite, and where it is compiled, which a copy
     would not be.

@@ -130,7 +130,7 @@ class BaseTrainer(ABC):
 
         Raises:
             Stopped: a signal asked for it; the state is saved.
-            NonFiniteError: see `update`; the last saved checkpoint is intact.
+            NonFiniteError: see `update` and `_check_epoch`; the last saved checkpoint is intact.
         """
         self.network = replicate(self.model)
         with self.signals.caught():
@@ -192,6 +192,7 @@ class BaseTrainer(ABC):
             NonFiniteError: see `update`.
         """
         self.finite.read()
+        self.finite.note_saved(self.progress)
         average = {}
         if self.average is not None:
             average = {"ema_state_dict": self.average.model.state_dict(), "ema_updates": self.average.updates}

@@ -37,7 +37,7 @@ class DataError(ProjectError):
 
 
 class NonFiniteError(ProjectError):
-    """A loss or gradient became infinite or NaN; the update was not applied."""
+    """A loss, a gradient, a weight or a result is infinite or NaN."""
 
     exit_code = 5
 

@@ -17,6 +17,8 @@ from base.ranks import largest, leave_the_word_to_the_first
 
 READ_EVERY = 50
 """Updates between two looks of the host at the device, where they are deferred."""
+OF_LAST_EPOCH = "is of the last good epoch"
+"""What `model_last.pth` is after every epoch."""
 
 
 class FiniteCheck:
@@ -43,6 +45,7 @@ class FiniteCheck:
         self._first_bad: Tensor | None = None  # int64 on the device: the batch from 1 on; 0 as long as all is well
         self._last: tuple[nn.Module, Tensor, int, Tensor | None]  # model, loss, epoch and images of the last update
         self._unread = 0
+        self._saved = OF_LAST_EPOCH
 
     def backward(self, model: nn.Module, loss: Tensor, progress: Progress, images: Tensor | None = None) -> None:
         """The gradients of `loss` (0-dim), judged, for the optimiser's step; `images` are the minibatch, for the message.
@@ -149,8 +152,17 @@ class FiniteCheck:
 
     def _kept(self) -> str:
         last = self.folder / LAST
-        return f"; {last} is of the last good epoch" if last.exists() else ""
+        return f"; {last} {self._saved}" if last.exists() else ""
+
+    def note_saved(self, progress: Progress) -> None:
+        """Remember for the message what `model_last.pth` holds from now on."""
+        if progress.batches_done:
+            self._saved = f"is of epoch {progress.epochs_done + 1}, batch {progress.batches_done}"
+        elif progress.epochs_done:
+            self._saved = OF_LAST_EPOCH
+        else:
+            self._saved = "holds the weights that training began with"
 
     def forget(self) -> None:
-        """Begin anew, with weights and optimiser from a checkpoint."""
+        """Start over, with weights and optimiser from a checkpoint."""
         self._first_bad, self._unread = None, 0

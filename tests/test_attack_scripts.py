@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from attack_checkpoint import _conclusion
+from attacks.report import Report
 from base.checkpoint import save_checkpoint
 from tiny_runs import script
 
@@ -140,6 +142,21 @@ def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
     assert "of 12 images, " in next(check["detail"] for check in report["checks"])
     none = script("validate_pgd.py", *words, "--doctor", 0, cwd=tmp_path)
     assert (none.returncode, none.stderr) == (2, "--doctor: expected at least 1, not 0\n")
+
+
+@pytest.mark.parametrize(
+    ("reliable", "needed", "line"),
+    [
+        (True, None, "every check passed (examined: PGD-7)"),
+        (None, None, "every check passed (examined: PGD-7)"),
+        (False, 90, "NOT RELIABLE: see the warnings"),
+        (None, 300, "UNDECIDED: about 300 images would decide (--doctor 300)"),
+        (None, 301, "UNDECIDED: about 301 images would decide"),
+    ],
+)
+def test_the_doctors_last_line(reliable, needed, line):
+    values = {"reliable": reliable, "images_needed": needed, "checked_attack": "PGD-7", "n": 300}
+    assert _conclusion(Report(values, None)) == line
 
 
 @pytest.mark.parametrize(

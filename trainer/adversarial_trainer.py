@@ -161,7 +161,8 @@ class AdversarialTrainer(TrainerWithAdversary):
 
     @contextmanager
     def attacking(self) -> Iterator[None]:
-        """Meanwhile parameters ask for no gradients, the mode is `bn_mode`, forward passes are in the run's precision."""
+        """Within the context parameters ask for no gradients, the mode is `bn_mode`, and forward
+        passes are in the run's precision."""
         with frozen(self.model, training=None if self.bn_mode == "train" else False), self.autocast():
             yield
 

@@ -103,7 +103,7 @@ def has_collapsed(fgsm: float, pgd: float, pgd_before: float, num_classes: int) 
     """Whether PGD accuracy has fallen from what it was to less than half of it, and to less than half
     of FGSM accuracy, both having been above chance.
 
-    A network that has learnt little yet may resist FGSM better than PGD: that is no collapse. In
+    A network that has learnt little yet may resist FGSM better than PGD: that is not a collapse. In
     healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy; after a collapse it is next to
     zero.
 

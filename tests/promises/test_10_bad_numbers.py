@@ -12,7 +12,7 @@ import base.finite as finite_module
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config_files import merge
-from base.errors import NonFiniteError
+from base.errors import NonFiniteError, Stopped
 from experiment import Experiment
 from tiny_runs import difference, run
 
@@ -152,6 +152,40 @@ def test_a_signal_after_an_update_that_explodes_saves_nothing(tmp_path, small, m
     with pytest.raises(NonFiniteError, match="epoch 2, batch 3: the model's answers are not finite after its update, first in"):
         run(tmp_path, small(**EXPLODES))
     assert load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "explode_at", "kept"),
+    [
+        (None, 2, "holds the weights that training began with"),
+        (1, 2, "is of epoch 1, batch 1"),
+        (4, 5, "is of epoch 2, batch 1"),
+        (4, 7, "is of the last good epoch"),
+    ],
+    ids=["first epoch", "resumed in the first epoch", "resumed in the second", "later"],
+)
+def test_the_message_says_what_the_last_checkpoint_holds(
+    tmp_path, small, monkeypatch, stop_after, explode_at, kept
+):
+    update, done = BaseTrainer.update, 0
+
+    def counted(self, loss):
+        nonlocal done
+        done += 1
+        update(self, loss * torch.nan if done == explode_at else loss)
+        if done == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(BaseTrainer, "update", counted)
+    config = small()
+    if stop_after is not None:
+        with pytest.raises(Stopped):
+            run(tmp_path, config)
+        stopped = load_checkpoint(tmp_path / "model_last.pth")
+        assert (stopped["epoch"], stopped["batch"]) == divmod(stop_after, 3)
+    with pytest.raises(NonFiniteError) as raised:
+        run(tmp_path, config) if stop_after is None else Experiment.resume(str(tmp_path))
+    assert str(raised.value).endswith(f"; {tmp_path / 'model_last.pth'} {kept}")
 
 
 def test_a_run_that_has_diverged_is_not_continued(tmp_path, small):
