@@ -6,10 +6,12 @@ to, never replaced, and have no suffix that would decide the format, so the firs
 there are is taken.
 """
 
+import logging
 import os
 import re
 import stat
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -20,6 +22,8 @@ from typing import Any, Protocol
 from base.atomic import replacing
 from base.errors import ConfigError
 from base.json_file import json_text
+
+logger = logging.getLogger(__name__)
 
 PICTURES = ("png", "pdf", "svg")
 DPI = 160
@@ -164,7 +168,15 @@ def save_figure(figure: Picture, path: str | Path) -> None:
         ConfigError: the suffix is no format of pictures, or the path cannot be written.
     """
     picture = BytesIO()
-    figure.savefig(picture, format=format_of(path, PICTURES), dpi=DPI)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.filterwarnings("always", message="Glyph .* missing")
+        figure.savefig(picture, format=format_of(path, PICTURES), dpi=DPI)
+    glyphs = [one for one in told if str(one.message).startswith("Glyph")]
+    if glyphs:
+        logger.warning("%s: its font lacks letters of some names, which are boxes there", path)
+    for other in told:
+        if other not in glyphs:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     with writing(path):
         write_output(path, picture.getvalue())
 

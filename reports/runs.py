@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -96,23 +95,28 @@ class Run:
         if not self.settings["trainer.percent"] and self.settings["trainer.noise_file"] is None:
             return 0.0
         recorded = self.outcome("noise_rate")
-        return _rate_of_labels(self.folder / "labels.npz") if recorded is None else recorded
+        if recorded is not None:
+            return recorded
+        try:
+            noisy, clean = _arrays(self._labels_file, ["train_label", "train_clean_label"])
+        except ConfigError:
+            return None
+        return float(np.mean(noisy != clean))
+
+    @property
+    def _labels_file(self) -> Path:
+        return self.folder / "labels.npz"
 
     def labels_of_images(self) -> dict[int, tuple[int, ...]]:
         """Position of an image in the training set -> its true label, and behind it the given one
         where that comes from a noise file; nothing where there is no `labels.npz`."""
-        file = self.folder / "labels.npz"
-        if not file.exists():
+        if not self._labels_file.exists():
             return {}
         names = ["clean_label", *(["label"] if self.settings.get("trainer.noise_file") else [])]
-        try:
-            with np.load(file) as arrays:
-                columns = [
-                    np.concatenate([arrays[f"{part}_{name}"] for part in ("train", "val")])
-                    for name in ("index", *names)
-                ]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise ConfigError(f"{file}: cannot be read: {error}") from None
+        columns = [
+            np.concatenate(_arrays(self._labels_file, [f"train_{name}", f"val_{name}"]))
+            for name in ("index", *names)
+        ]
         return {
             int(image): tuple(map(int, labels)) for image, *labels in zip(*columns, strict=True)
         }
@@ -287,12 +291,18 @@ def _json(text: str) -> Any:
         return None
 
 
-def _rate_of_labels(file: Path) -> float | None:
+def _arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Some arrays of a `labels.npz`.
+
+    Raises:
+        ConfigError: it is broken, or lacks one of them.
+    """
     try:
-        with np.load(file, allow_pickle=False) as labels:
-            return float(np.mean(labels["train_label"] != labels["train_clean_label"]))
-    except (OSError, ValueError, KeyError, BadZipFile):
-        return None
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except Exception as error:  # numpy and zip readers raise nearly everything on damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{file}: cannot be read: {reason}") from None
 
 
 def _number(value: Any, name: str, file: Path) -> float:

@@ -46,7 +46,7 @@ def look(run: Run) -> Progress:
     if finished or begun:
         _refuse_another(run)
     if finished:
-        _json(run.folder / "result.json", (run.folder / "result.json").read_text())
+        _json(run.folder / "result.json", _text(run.folder / "result.json"))
     return Progress(FINISHED if finished else BROKEN if begun else NEW, len(log), best)
 
 
@@ -92,7 +92,12 @@ def _log(file: Path) -> list[dict[str, float]]:
     """The epochs logged so far; a line that is being written does not count yet."""
     if not file.exists():
         return []
-    return [_json(file, line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [_json(file, line) for line in _text(file).splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _text(file: Path) -> str:
+    # JSON does not take what bytes that are not UTF-8 become
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def _json(file: Path, text: str) -> Any:
@@ -107,7 +112,7 @@ def _config_of_folder(run: Run) -> dict[str, Any]:
     file = run.folder / "config.json"
     if not file.exists():
         raise ConfigError(f"{run.folder}: holds a checkpoint, but no config.json; move it away")
-    return validate(_json(file, file.read_text()), str(file)).dump()
+    return validate(_json(file, _text(file)), str(file)).dump()
 
 
 def _value_at(tree: Any, key: str) -> Any:

@@ -111,10 +111,11 @@ def test_noise_is_drawn_at_the_rate_that_was_realised(make_run, tmp_path):
     assert np.allclose(axes.lines[0].get_xdata(), [0, (0.05 + 0.06) / 2, 0.25])
     assert np.allclose(axes.lines[0].get_ydata(), [90, 30, 30])
     assert axes.get_xlabel() == "realised rate of label noise (asked for by trainer.percent)"
-    (older / "labels.npz").write_bytes(b"damaged")
-    axes = against_figure(cells, "trainer.percent", ["test_top1"]).axes[0]
-    assert np.allclose(axes.lines[0].get_xdata(), [0, 0.1, 0.5]), "not known of one of them"
-    assert axes.get_xlabel() == "rate of label noise (trainer.percent)"
+    for damage in (b"damaged", b"", b"PK\x03\x04", (older / "labels.npz").read_bytes()[:-40]):
+        (older / "labels.npz").write_bytes(damage)
+        axes = against_figure(cells, "trainer.percent", ["test_top1"]).axes[0]
+        assert np.allclose(axes.lines[0].get_xdata(), [0, 0.1, 0.5]), "not known of one of them"
+        assert axes.get_xlabel() == "rate of label noise (trainer.percent)"
 
 
 def test_axis_of_epsilon_has_its_unit_and_other_differences_are_named(make_run, tmp_path, caplog):

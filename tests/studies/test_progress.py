@@ -63,9 +63,10 @@ def test_a_run_that_is_continued_gets_what_has_moved(run):
 def test_a_damaged_file_is_named(run, name):
     (run.folder / "config.json").write_text(json.dumps(run.config.dump()))
     (run.folder / "result.json").write_text("{}")
-    (run.folder / name).write_text("{oh\n")
-    with pytest.raises(ConfigError, match=f"{name}: damaged: Expecting .*; move {run.folder} away to begin again$"):
-        look(run)
+    for damage in (b"{oh\n", b"\xff\xfe{\n", b"\x00\n"):
+        (run.folder / name).write_bytes(damage)
+        with pytest.raises(ConfigError, match=f"{name}: damaged: Expecting .*; move {run.folder} away to begin again$"):
+            look(run)
 
 
 def test_the_table_has_a_line_per_run(run):
