@@ -87,7 +87,8 @@ class FiniteCheck:
             else:
                 what = f"the {'gradient' if torch.isfinite(loss) else 'loss'} is not finite, first in {where}"
             leave_the_word_to_the_first(NonFiniteError.exit_code)
-            raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{self._kept()}")
+            kept = self._kept(epoch - 1)
+            raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}")
         self._unread = 0
 
     def check_weights(self, model: nn.Module, progress: Progress) -> None:
@@ -145,11 +146,15 @@ class FiniteCheck:
         """End training after the last batch done, whose update was applied."""
         leave_the_word_to_the_first(NonFiniteError.exit_code)
         place = f"epoch {progress.epochs_done + 1}, batch {progress.batches_done}"
-        raise NonFiniteError(f"{place}: {what}: training stopped{self._kept()}")
+        raise NonFiniteError(f"{place}: {what}: training stopped{self._kept(progress.epochs_done)}")
 
-    def _kept(self) -> str:
+    def _kept(self, epochs_done: int) -> str:
         last = self.folder / LAST
-        return f"; {last} is of the last good epoch" if last.exists() else ""
+        if not last.exists():
+            return ""
+        if epochs_done == 0:
+            return f"; {last} was saved before that, with no epoch done"
+        return f"; {last} is of the last good epoch"
 
     def forget(self) -> None:
         """Begin anew, with weights and optimiser from a checkpoint."""
