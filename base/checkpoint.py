@@ -241,6 +241,7 @@ def load_weights(
     given, (state_dict, renamed) = state_dict, rename(model, state_dict)
     prefix, copies = find_prefix(own, state_dict, source)
     state = below(state_dict, prefix)
+    _check_types(model, state, source)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -261,6 +262,22 @@ def load_weights(
         )
     dropped = {"keys": f"the prefix {one_line(prefix, 60)!r} is dropped"} if prefix else {}
     return renamed | dropped | assumed
+
+
+def _check_types(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
+    """Refuse what torch would copy into the weights as something else: integers of a quantized
+    model, complex numbers, and tensors that are not dense or hold nothing."""
+    for key, own in model.state_dict().items():
+        value = state.get(key)
+        if not isinstance(value, Tensor) or not own.is_floating_point():
+            continue
+        is_dense = value.layout == torch.strided and not value.is_meta
+        if not is_dense or not value.is_floating_point():
+            kind = "a meta tensor" if value.is_meta else f"{value.dtype}, {value.layout}"
+            raise CheckpointError(
+                f"{source}: {key!r} is {kind.replace('torch.', '')};"
+                " expected a dense tensor of floating-point numbers"
+            )
 
 
 def _difference(missing: Sequence[str], unexplained: Sequence[str]) -> str:

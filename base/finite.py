@@ -90,7 +90,8 @@ class FiniteCheck:
             else:
                 what = f"the {'gradient' if torch.isfinite(loss) else 'loss'} is not finite, first in {where}"
             leave_the_word_to_the_first(NonFiniteError.exit_code)
-            raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{self._kept()}")
+            kept = self._kept()
+            raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}")
         self._unread = 0
 
     def check_weights(self, model: nn.Module, progress: Progress) -> None:

@@ -128,8 +128,17 @@ def _unsafe_classes(file: BinaryIO, error: Exception) -> list[str]:
         names = get_unsafe_globals_in_checkpoint(file)
     except Exception:  # not torch's zip format, or damaged
         names = re.findall(r"GLOBAL (\S+)", str(error))[:1]
+        file.seek(0)
+        names = names if _ends_in_file(file, names) else []
     # half a name is a sign of damage
     return sorted({one_line(name, 80) for name in names if re.fullmatch(r"\w+(\.\w+)+", name)})
+
+
+def _ends_in_file(file: BinaryIO, names: list[str]) -> bool:
+    """Whether a pickle that names these classes holds the names with their ends: it was not cut in
+    them."""
+    contents = file.read()
+    return all(f"{name.rpartition('.')[2]}\n".encode() in contents for name in names)
 
 
 def _of_classes(classes: list[str]) -> str:

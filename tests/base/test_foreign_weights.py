@@ -211,6 +211,19 @@ REFUSED = {
         {"epoch": 3, "optimizer": {"state": {}}},
         "no 'state_dict' and no other weights, but the keys epoch, optimizer;",
     ),
+    "quantized": (
+        {**STATE, "fc.weight": torch.ones_like(STATE["fc.weight"], dtype=torch.int8)},
+        "'fc.weight' is int8, strided; expected a dense tensor of floating-point numbers",
+    ),
+    "complex": (
+        {**STATE, "fc.weight": STATE["fc.weight"].to(torch.complex64)},
+        "'fc.weight' is complex64, strided; expected",
+    ),
+    "sparse": (
+        {**STATE, "fc.weight": STATE["fc.weight"].to_sparse()},
+        "'fc.weight' is float32, sparse_coo; expected",
+    ),
+    "no memory": ({**STATE, "fc.bias": torch.empty(3, device="meta")}, "a meta tensor; expected"),
     "a tensor": (torch.ones(3), "but an object of type Tensor; expected names with tensors"),
 }
 

@@ -37,6 +37,17 @@ def cut(share, **options):
     return write
 
 
+def cut_at(word, length):
+    """An old format's file that ends within a name."""
+
+    def write(path):
+        torch.save({"state_dict": WEIGHTS}, path, _use_new_zipfile_serialization=False)
+        contents = path.read_bytes()
+        path.write_bytes(contents[: contents.index(word) + length])
+
+    return write
+
+
 def zipped(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model/notes.txt", "x")
@@ -95,6 +106,10 @@ CASES = {
     ),
     "cut in a name": (
         cut(0.05, _use_new_zipfile_serialization=False),
+        "it is damaged, or torch.save has not",
+    ),
+    "cut behind a dot": (
+        cut_at(b"_rebuild_tensor_v2", 5),
         "it is damaged, or torch.save has not",
     ),
     "class": (

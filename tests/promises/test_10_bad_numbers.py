@@ -115,6 +115,14 @@ def test_the_search_leaves_no_trace_in_the_network(small):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_without_a_good_epoch_none_is_promised(tmp_path, small):
+    config = small(optimizer={"args": {"lr": 1e30}})
+    with pytest.raises(NonFiniteError, match=r"^epoch 1, batch 2: .*model_last.pth was saved before") as stopped:
+        run(tmp_path, config)
+    assert "good epoch" not in str(stopped.value)
+    assert load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 0
+
+
 EXPLODES = {
     "optimizer": {"args": {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0}},
     "lr_scheduler": {"type": "MultiStepLR", "args": {"milestones": [5], "gamma": 1e36}, "interval": "batch"},
