@@ -101,6 +101,8 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
     cases = {name: [tree_of(data), tree_of(copy)] for name, copy in copies.items()}
     streamed = {"data_loader": {"args": {"in_memory": False}}}
     cases["files"] = [merge(tree, streamed) for tree in cases["training pixels"]]
+    broken = changed(data, "6", lambda copy: (copy / "test" / "bee" / "000.png").write_bytes(b""))
+    cases["broken streamed"] = [merge(tree_of(broken), streamed)] * 2
     cases["config"] = [
         tree_of(data),
         tree_of(data, optimizer={"type": "SGD", "args": {"lr": 0.25}}),
@@ -134,6 +136,7 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
         "missing": (4, f"rank 1: data_loader.args.data_dir: '{tmp_path / 'nowhere'}' is"),
         "moved": (0, ""),
         "files": (4, "rank 1 and rank 0 have different training images"),
+        "broken streamed": (4, f"{broken}/test/bee/000.png: cannot be decoded"),
         "config": (2, "different config: optimizer.args.lr is 0.25 on rank 1 and 0.1 on rank 0"),
         "code": (2, "rank 1 and rank 0 have different code"),
     }
@@ -186,7 +189,7 @@ def test_what_is_compared_and_which_difference_is_told_first():
 
 @pytest.mark.parametrize("limit", [3, 2**31])
 def test_digests_of_files_see_sizes_and_contents(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr("data_loader.images.DIGEST_BYTES", limit)
+    monkeypatch.setattr("data_loader.images.FINGERPRINT_BYTES", limit)
     write_data(tmp_path / "data")
 
     def digest():
