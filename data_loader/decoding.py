@@ -90,7 +90,7 @@ def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
 
 
 def _undecodable(path: str, error: Exception) -> DataError:
-    if isinstance(error, FileNotFoundError) and Path(path).is_symlink():
+    if isinstance(error, OSError) and Path(path).is_symlink() and not Path(path).exists():
         return DataError(
             f"{path}: is a link to {str(Path(path).readlink())!r}, which leads nowhere"
         )

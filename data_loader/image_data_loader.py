@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
-from base.ranks import Share, from_first, rank, share_of, world_size
+from base.ranks import Share, rank, share_of, world_size
 from base.runtime import torch_generator
 from data_loader import augment
 from data_loader.images import FileImages, MemoryImages
@@ -104,14 +104,15 @@ class ImageDataLoader(BaseDataLoader):
     def prepare(self) -> None:
         """Decode every file once, so that a broken one is found before training.
 
-        Where the pixels do not stay in memory, rank 0 does it for all processes.
+        Where the pixels do not stay in memory, rank 0 does it for all processes. It does not tell
+        them here: one that has failed before would not hear it. See `base.agreement.agreed`.
 
         Raises:
             DataError: a file cannot be decoded.
         """
         images = self.images
-        if isinstance(images, FileImages):
-            from_first(images.check)
+        if isinstance(images, FileImages) and rank() == 0:
+            images.check()
 
     def __len__(self) -> int:
         return -(-self.n_samples // self.batch_size)

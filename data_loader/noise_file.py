@@ -33,6 +33,9 @@ DEVIATIONS = 3.0
 Labels in a random order do so in one of 700 files.
 """
 
+MOST_LISTED = 20
+"""Entries of a file that a message lists."""
+
 MOST_NAMED = 2000
 """Classes up to which another naming is looked for: the search takes their cube in time."""
 
@@ -281,8 +284,9 @@ def _entry(content: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def _listed(content: Mapping[str, Any]) -> str:
-    """The names in a file, which may hold line breaks and control characters."""
-    return ", ".join(repr(name)[1:-1] for name in content)
+    """The first names in a file, which may hold line breaks and control characters."""
+    shown = ", ".join(repr(name)[1:-1] for name in list(content)[:MOST_LISTED])
+    return shown + (f", ... ({len(content)} in all)" if len(content) > MOST_LISTED else "")
 
 
 def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.ndarray:

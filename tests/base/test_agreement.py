@@ -102,6 +102,8 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
     cases = {name: [tree_of(data), tree_of(copy)] for name, copy in copies.items()}
     streamed = {"data_loader": {"args": {"in_memory": False}}}
     cases["files"] = [merge(tree, streamed) for tree in cases["training pixels"]]
+    broken = changed(data, "6", lambda copy: (copy / "test" / "bee" / "000.png").write_bytes(b""))
+    cases["broken streamed"] = [merge(tree_of(broken), streamed)] * 2
     cases["config"] = [
         tree_of(data),
         tree_of(data, optimizer={"type": "SGD", "args": {"lr": 0.25}}),
@@ -135,6 +137,7 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
         "missing": (4, f"rank 1: data_loader.args.data_dir: '{tmp_path / 'nowhere'}' is"),
         "moved": (0, ""),
         "files": (4, "rank 1 and rank 0 have different training images"),
+        "broken streamed": (4, f"{broken}/test/bee/000.png: cannot be decoded"),
         "config": (2, "different config: optimizer.args.lr is 0.25 on rank 1 and 0.1 on rank 0"),
         "code": (2, "rank 1 and rank 0 have different code"),
     }

@@ -59,6 +59,7 @@ def test_every_slip_at_every_key_finds_it():
         ("pgd_attack.norm", "adversarial.norm"), ("adversarial.eps", "epsilon"), ("adversarial.K", "pgd_attack.K"),
         ("trainer.steps", None), ("data_loader.args.beta", None), ("trainer.x", None), ("system.amp", "precision"),
         ("augmentation.mixup", "mixup_alpha"), ("augmentation.cutmix_alpha", None), ("trainer.early_stopping", "early_stop"),
+        ("model_name", "arch.type"), ("arch.name", "type"), ("optimizer.name", "type"), ("train", "trainer"),
     ],
 )  # fmt: skip
 def test_names_of_other_projects_and_places(wrong, meant):

@@ -153,6 +153,14 @@ def test_broken_images_are_named(folder, workers):
         list(train.images.batches([torch.tensor([5])]))
 
 
+def test_a_link_in_a_circle_leads_nowhere(folder):
+    circle = folder / "train" / "bee" / "zzz.jpg"
+    circle.symlink_to("zzz.jpg")
+    train, _ = read_image_folder(folder, None)
+    with pytest.raises(DataError, match=r"is a link to 'zzz\.jpg', which leads nowhere"):
+        everything(train.images)
+
+
 def test_a_broken_first_image_is_named(folder):
     (folder / "train" / "ant" / "000.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"000\.jpg: cannot be decoded"):

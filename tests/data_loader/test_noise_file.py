@@ -407,3 +407,10 @@ def test_names_in_files_are_escaped(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"a\nb\x1b[31m": NOISY.tolist(), "c": []}))
     with pytest.raises(DataError, match=r"a\\nb\\x1b\[31m, c$"):
         read(tmp_path / "a.json")
+
+
+def test_a_message_lists_few_of_many_entries(tmp_path):
+    path = tmp_path / "by_image.json"
+    path.write_text(json.dumps({str(image): image % 4 for image in range(333)}))
+    with pytest.raises(DataError, match=r"noise_key: 0, 1, .*, 19, \.\.\. \(333 in all\)$"):
+        read_noise_file(str(path), None, np.arange(333) % 4, 4)
