@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from base.atomic import replacing
 from base.errors import ConfigError
 from base.json_file import json_text
+from base.streams import closed_at_start
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,8 @@ def check_folder(folder: Path) -> None:
 
 def _check(path: str | Path, files: Sequence[Path], folders: Sequence[Path]) -> None:
     number = descriptor_of(path)
+    if number in closed_at_start:
+        raise OSError("it is closed")
     if number is not None:
         try:
             from fcntl import F_GETFL, fcntl

@@ -12,6 +12,10 @@ from typing import TextIO, TypeAlias
 Readable: TypeAlias = bytes | bytearray | memoryview
 
 
+closed_at_start: set[int] = set()
+"""Descriptors 0 to 2 that were closed when `forgiving_streams` began: what is written there is lost."""
+
+
 class _Forgiving(FileIO):
     """Writes until that fails for the first time, and drops everything from then on.
 
@@ -94,6 +98,7 @@ def _occupy(number: int) -> None:
     try:
         os.fstat(number)
     except OSError:
+        closed_at_start.add(number)
         nothing = os.open(os.devnull, os.O_RDWR)
         if nothing != number:
             os.dup2(nothing, number)

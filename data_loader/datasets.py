@@ -28,6 +28,11 @@ TEST_SPLIT = 0.2
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 """Names that the folder of validation images may have."""
 
+PART_NAMES = {
+    "train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval",
+}  # fmt: skip
+"""Folders that are called so, in letters of any case, are parts of a data set and not its classes."""
+
 NETWORK_TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""
 
@@ -224,6 +229,11 @@ def _parts_of(folder: Path, expected: str) -> tuple[dict[str, Path], str | None]
     # a class may be called train
     parted = held_out or test.exists() or (train.is_dir() and class_folders(train))
     if len(classes) > 1 and not parted:
+        if {name.casefold() for name in classes} <= PART_NAMES:
+            raise DataError(
+                f"{KEY}: {str(folder)!r} holds {', '.join(classes)}, which are no classes: "
+                f"call them train and test; {expected}"
+            )
         for name in classes:
             if (folder / name / "train").is_dir():
                 raise DataError(

@@ -70,6 +70,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"its pixels are 32-bit {kind}, whose range is unknown: save it with 8 or 16 bits"
         )
+    # PIL would print a warning about the transparent colours of a palette, which RGB does not have
+    image.info.pop("transparency", None)
     return image.convert("RGB")
 
 

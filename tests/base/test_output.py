@@ -114,6 +114,12 @@ def test_a_descriptor_that_is_closed_is_one_line():
         check("/dev/fd/987")
 
 
+def test_standard_output_that_was_closed_takes_no_report(monkeypatch):
+    monkeypatch.setattr("base.output.closed_at_start", {1})
+    with pytest.raises(ConfigError, match="^--json -: cannot be written: it is closed$"):
+        check("-")
+
+
 def test_a_descriptor_that_is_only_read_is_one_line(pipe):
     with pytest.raises(ConfigError, match="cannot be written: not open for writing$"):
         check(f"/dev/fd/{pipe[0]}")

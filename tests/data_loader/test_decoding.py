@@ -118,6 +118,14 @@ def test_12_bits_of_a_tiff_go_up_to_4095(tmp_path):
     assert decode_image(str(path), (3, 1, 4), resize=False)[1].tolist() == [[0, 255, 128, 6]]
 
 
+def test_transparent_colours_of_a_palette_are_shown_without_a_warning(tmp_path):
+    image = Image.fromarray(np.array([[0, 1, 2], [2, 1, 0]], dtype=np.uint8), mode="P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.save(tmp_path / "palette.png", transparency=b"\x00\x80\xff")
+    pixels = decode_image(str(tmp_path / "palette.png"), (3, 2, 3), resize=False)
+    assert pixels[0].tolist() == [[10, 40, 70], [70, 40, 10]]
+
+
 def test_alpha_is_dropped_and_exif_orientation_is_not_applied(tmp_path):
     colours = np.random.default_rng(0).integers(0, 256, (4, 6, 4), dtype=np.uint8)
     colours[..., 3] = np.arange(24).reshape(4, 6) % 2 * 255

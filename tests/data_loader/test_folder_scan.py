@@ -270,6 +270,14 @@ def test_a_class_may_be_called_train(trees):
     assert train.class_names == ("elm", "fir", "train", "yew")
 
 
+@pytest.mark.parametrize("parts", [("Train", "Test"), ("training", "validation", "testing")])
+def test_parts_under_other_names_are_not_taken_for_classes(trees, parts):
+    for name in parts:
+        write_images(trees / "named_otherwise" / name, CLASSES)
+    with pytest.raises(DataError, match=r"which are no classes: call them train and test; expected"):
+        read_image_folder(trees / "named_otherwise", None)
+
+
 def test_folders_that_are_no_data_set_say_what_is_expected(trees, tmp_path):
     with pytest.raises(
         DataError, match=r"data_loader.args.test_split: 0.9 would hold out all 5 images of class 0"

@@ -117,7 +117,8 @@ def test_the_search_leaves_no_trace_in_the_network(small):
 
 def test_without_a_good_epoch_none_is_promised(tmp_path, small):
     config = small(optimizer={"args": {"lr": 1e30}})
-    with pytest.raises(NonFiniteError, match=r"^epoch 1, batch 2: .*model_last.pth was saved before") as stopped:
+    message = r"^epoch 1, batch 2: .*model_last.pth holds the weights that training began with"
+    with pytest.raises(NonFiniteError, match=message) as stopped:
         run(tmp_path, config)
     assert "good epoch" not in str(stopped.value)
     assert load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 0
