@@ -144,7 +144,7 @@ class Experiment:
             path, config_file, overrides: see `base.resuming.saved_run`.
 
         Raises:
-            CheckpointError: there is no checkpoint, or it belongs to other data or another model.
+            CheckpointError: there is not a checkpoint, or it belongs to other data or another model.
             ConfigError: a replaced value would make it another experiment.
         """
         return cls.continue_run(saved_run(path, config_file, overrides))

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 8
 SIDE, GAP, CAPTION, CHARACTER = 1.2, 0.15, 0.325, 0.0875
-"""Of an image, between two, below one for its caption, and a generous width of a letter, in inches.
+"""The side of an image, the gap between two, the room below one for its caption, and a generous width of
+a letter, all in inches.
 At `base.output.DPI` all are whole numbers of pixels, an image has 192, and the pixels of 32 x 32
 (and 8, 16, 24, 48, 64) are squares of one size."""
 RIGHT, WRONG, GREY = "#1a6e3a", "#b2182b", "#555555"

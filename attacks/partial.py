@@ -16,7 +16,7 @@ from base.base_data_loader import BaseDataLoader
 from base.ranks import rank, world_size
 
 DIGITS = 16
-"""Of the digest in the name of such a file."""
+"""The digits of a digest that stand in the name of such a file."""
 
 
 def partial_file(

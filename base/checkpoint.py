@@ -166,7 +166,8 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, A
             or it holds several sets of weights, and `weights` names none of them.
     """
     file = find_checkpoint(path)
-    with _opened(file) as opened:  # once: meanwhile another file may take its name
+    # opened once, because another file may take its name between two reads
+    with _opened(file) as opened:
         sealed = check_seal(opened, file)
         opened.seek(0)
         try:
@@ -175,7 +176,7 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, A
                 contents = torch.load(opened, map_location="cpu", weights_only=True)
         except Exception as error:  # a file of another kind may make torch's reader raise anything
             reason = explain(opened, error)
-            raise CheckpointError(f"{file}: is no readable checkpoint: {reason}") from None
+            raise CheckpointError(f"{file}: is not a readable checkpoint: {reason}") from None
     if not isinstance(contents, dict) or "schema_version" not in contents:
         return _foreign(contents, file, weights)
     if weights is not None:
@@ -184,7 +185,7 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, A
             f"--weights {asked}: {file} is this project's own; --ema takes its averaged weights"
         )
     if not isinstance(contents.get("state_dict"), dict):
-        raise CheckpointError(f"{file}: is no checkpoint: it holds no 'state_dict'")
+        raise CheckpointError(f"{file}: is not a checkpoint: it holds no 'state_dict'")
     check_readable(contents, file)
     version = contents["schema_version"]
     if version > SCHEMA_VERSION:
@@ -234,7 +235,7 @@ def load_weights(
     """
     if not all(isinstance(key, str) for key in state_dict):
         raise CheckpointError(
-            f"{source}: is no checkpoint: its weights have keys that are no names:"
+            f"{source}: is not a checkpoint: its weights have keys that are no names:"
             f" {first_keys(state_dict)}"
         )
     own, source = list(model.state_dict()), str(source)

@@ -197,14 +197,14 @@ def check_training_state(contents: Mapping[str, Any], file: Path) -> None:
     _check(TrainingState, contents, file)
     contradiction = _contradiction(contents)
     if contradiction:
-        raise CheckpointError(f"{file}: is no checkpoint: {contradiction}")
+        raise CheckpointError(f"{file}: is not a checkpoint: {contradiction}")
 
 
 def _check(schema: type[BaseModel], contents: Mapping[str, Any], file: Path) -> None:
     try:
         schema.model_validate(dict(contents))
     except ValidationError as error:
-        raise CheckpointError(f"{file}: is no checkpoint: {_told(error.errors()[0])}") from None
+        raise CheckpointError(f"{file}: is not a checkpoint: {_told(error.errors()[0])}") from None
 
 
 def _told(problem: Any) -> str:

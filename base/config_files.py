@@ -258,7 +258,7 @@ def _without_comments(value: Any) -> Any:
 
 
 def is_comment(key: str) -> bool:
-    """Whether a key of a file is no config value. Most are there for people and editors only; see `UNUSED_OK`."""
+    """Whether a key of a file is a comment. Most are there for people and editors only; see `UNUSED_OK`."""
     return key.startswith("_") or key == "$schema"
 
 

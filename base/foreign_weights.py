@@ -47,7 +47,7 @@ def find_weights(
     sets = _weight_sets(contents)
     if not sets:
         raise CheckpointError(
-            f"{source}: is no checkpoint: it holds no 'state_dict' and no other weights, but"
+            f"{source}: is not a checkpoint: it holds no 'state_dict' and no other weights, but"
             f" {_describe(contents)}; expected names with tensors, bare or under a key, as"
             " torch.save(model.state_dict(), FILE) writes them"
         )

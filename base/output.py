@@ -86,7 +86,7 @@ def format_of(path: str | Path, formats: Sequence[str]) -> str:
     if suffix not in formats:
         what = "pictures" if formats == PICTURES else "tables"
         raise ConfigError(
-            f"{path}: {Path(path).suffix!r} is no format of {what};"
+            f"{path}: {Path(path).suffix!r} is not a format of {what};"
             f" expected one of: {', '.join(formats)}"
         )
     return suffix
@@ -166,7 +166,7 @@ def save_figure(figure: Picture, path: str | Path) -> None:
     """Write a matplotlib figure in the format of the path's suffix; missing folders are made.
 
     Raises:
-        ConfigError: the suffix is no format of pictures, or the path cannot be written.
+        ConfigError: the suffix is not a format of pictures, or the path cannot be written.
     """
     picture = BytesIO()
     with warnings.catch_warnings(record=True) as told:

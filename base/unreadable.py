@@ -28,8 +28,8 @@ ALONE = "torch.save(model.state_dict(), 'weights.pth')"
 SHOWN = 3
 """Classes and files that a message names."""
 NEWEST_PROTOCOL = 2
-"""Of pickle, that torch's safe reader takes: the one that torch.save writes unless it is told
-otherwise."""
+"""The version of pickle that torch's safe reader takes: the one that torch.save writes unless it is
+told otherwise."""
 
 
 def explain(file: BinaryIO, error: Exception) -> str:

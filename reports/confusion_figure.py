@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEAST_SIDE, LETTER = 3.5, 0.085
-"""Of the square of all classes, and a letter of the title, in inches."""
+"""The side of the square of all classes, and the width of a letter of the title, in inches."""
 NUMBERED = 20
 """Up to so many classes the cells hold numbers."""
 TICKS = (0, 1, 5, 10, 25, 50, 75, 100)

@@ -106,7 +106,7 @@ def bad_inputs(folder, tmp_path):
         "spectrum.py": {
             "tolerance": (["-s", folder, "--tolerance", "0"], 2, "--tolerance: expected a number between 0 and 1, not 0.0"),
             "not finite": (["-s", tmp_path / "nan.pth"], 5, "classifier: its weights or running statistics are infinite"),
-            "figure format": (["-s", folder, "--figure", tmp_path / "a.bmp"], 2, "is no format of pictures"),
+            "figure format": (["-s", folder, "--figure", tmp_path / "a.bmp"], 2, "is not a format of pictures"),
         },
         "class_report.py": {
             "no config": (["-s", ORIGINAL], 2, "-c CONFIG: required"),

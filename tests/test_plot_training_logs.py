@@ -120,10 +120,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(saved, tmp_path):
             [norms, *by_norm, "--table", "a.md", "--baseline", "in"],
             "--baseline in: no such row; there are: bn, gn",
         ),
-        "picture": ([norms, *by_norm, "--out", "a.md"], "a.md: '.md' is no format of pictures"),
+        "picture": ([norms, *by_norm, "--out", "a.md"], "a.md: '.md' is not a format of pictures"),
         "table": (
             [norms, *by_norm, "--out", "a.png", "--table", "a.png"],
-            "a.png: '.png' is no format of tables",
+            "a.png: '.png' is not a format of tables",
         ),
         "no run": ([saved / "none", "--out", "a.png"], "none: no such folder"),
         "axis": (

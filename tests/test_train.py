@@ -86,7 +86,7 @@ def bad_inputs(tmp_path):
         "truncated image": (images, ["--set", f"data_loader.args.data_dir={tmp_path / 'broken'}"], 4, "dog/002.png"),
         "truncated test image": (broken_test, [], 4, "test/dog/002.png"),
         "image too small": (small, [], 2, "arch.type: vgg11 cannot be trained on batches of 2 images of 8x8"),
-        "damaged checkpoint": (None, ["-r", tmp_path / "weights.pth"], 3, "weights.pth: is no readable checkpoint"),
+        "damaged checkpoint": (None, ["-r", tmp_path / "weights.pth"], 3, "weights.pth: is not a readable checkpoint"),
     }
 
 

@@ -24,7 +24,7 @@ RANDOM, BATCH = "the forward pass is not random", "batch size changes nothing"
 HUGE, BLACK_BOX = "a huge epsilon leaves chance", "no black-box search finds more"
 N = 60
 ENOUGH = 120
-"""Of these the doctor can pass a network; of 60 it can only fail one."""
+"""With so many images the doctor can pass a network; with 60 it can only fail one."""
 
 
 class Wrapped(nn.Module):
@@ -257,8 +257,8 @@ def test_zero_gradients_are_judged_by_the_images_they_hide(marked, verdict, atta
 
 
 def test_gradients_that_vanish_and_hide_nothing_pass(healthy):
-    """Of cross entropy in float32 little is left, with which the attack may still get through; the
-    DLR loss has all of it."""
+    """In float32 little is left of the gradient of cross entropy, with which the attack may still get
+    through; the DLR loss has all of it."""
     _, _, images, labels = digits()
     confident = Wrapped(healthy, behind=lambda logits: 20 * logits)
     dlr, entropy = (PGD(EPSILON, EPSILON / 4, 10, loss=loss) for loss in ("dlr", "ce"))

@@ -94,7 +94,7 @@ def test_reading_runs_no_code(tmp_path, monkeypatch, form):
         torch.save(contents, path)
     else:
         path.write_bytes(pickle.dumps(contents, protocol=2))
-    with pytest.raises(CheckpointError, match="is no readable checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a readable checkpoint"):
         load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
     if form == "zip":
@@ -105,10 +105,10 @@ def test_reading_runs_no_code(tmp_path, monkeypatch, form):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (b"", "is no readable checkpoint"),
-        (b"not a checkpoint", "is no readable checkpoint"),
-        ([1, 2], "is no checkpoint: it holds no 'state_dict'"),
-        ({"epoch": 1}, "is no checkpoint: it holds no 'state_dict'"),
+        (b"", "is not a readable checkpoint"),
+        (b"not a checkpoint", "is not a readable checkpoint"),
+        ([1, 2], "is not a checkpoint: it holds no 'state_dict'"),
+        ({"epoch": 1}, "is not a checkpoint: it holds no 'state_dict'"),
         ({**CONTENTS, "schema_version": 99}, "has schema version 99; this code reads versions up to"),
     ],
 )

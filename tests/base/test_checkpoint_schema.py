@@ -90,7 +90,7 @@ def test_keys_may_not_be_missing(key):
 
 
 FREE = ("optimizer.state.weight", "optimizer.param_groups.0", "scheduler", "method", "config")
-"""Of what lies below these, others know more."""
+"""Other tests know more about what lies below these keys."""
 
 
 @pytest.mark.parametrize("path", [path for path in places(GOOD) if path[0] != "schema_version"], ids=str)
@@ -164,6 +164,6 @@ def test_fields_that_are_newer_than_a_checkpoint_have_their_defaults():
 @pytest.mark.parametrize("key", ["epoch", "batch", "config", "mean", "std", "class_names", "ema_state_dict", "schema_version"])
 def test_evaluation_relies_on_types_too(key):
     for odd in (None, "text", {1: 2}, torch.zeros(1)):
-        with pytest.raises(CheckpointError, match=f"file.pth: is no checkpoint: '{key}"):
+        with pytest.raises(CheckpointError, match=f"file.pth: is not a checkpoint: '{key}"):
             check_readable({**GOOD, key: odd}, FILE)
     check_readable({"state_dict": {}, "optimizer": None, "progress": 3}, FILE)

@@ -1,4 +1,4 @@
-"""What a file that is no checkpoint is, in one line that never advises to read it unsafely."""
+"""What a file that is not a checkpoint is, in one line that never advises to read it unsafely."""
 
 import argparse
 import collections

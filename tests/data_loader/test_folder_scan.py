@@ -270,7 +270,7 @@ def test_a_class_may_be_called_train(trees):
     assert train.class_names == ("elm", "fir", "train", "yew")
 
 
-@pytest.mark.parametrize("parts", [("Train", "Test"), ("training", "validation", "testing")])
+@pytest.mark.parametrize("parts", [("Train", "Test"), ("Training", "VAL", "Testing")])
 def test_parts_under_other_names_are_not_taken_for_classes(trees, parts):
     for name in parts:
         write_images(trees / "named_otherwise" / name, CLASSES)

@@ -161,5 +161,5 @@ def test_of_the_good_ones_the_newest_is_taken(tmp_path):
         file.unlink()
     assert taken == [11, 10, 2]
     shutil.copy(__file__, tmp_path / "model_last.pth")
-    with pytest.raises(CheckpointError, match="model_last.pth: is no readable checkpoint"):
+    with pytest.raises(CheckpointError, match="model_last.pth: is not a readable checkpoint"):
         load_to_resume(tmp_path)

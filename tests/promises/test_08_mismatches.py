@@ -83,7 +83,7 @@ REFUSED = {
     "generator": ([change("rng.cpu", torch.zeros(5056, dtype=torch.uint8))], [], r"rng: is not the state of a generator"),
     "config": ([change("config.trainer.epochs", "many")], [], r"trainer.epochs: .* the checkpoint's own config cannot be used"),
     "config's form": ([change("config.name", torch.zeros(1))], [], r"'config' is of type dict: a value of type Tensor"),
-    "kind of value": ([change("progress", [1])], [], r"is no checkpoint: 'progress' is of type list"),
+    "kind of value": ([change("progress", [1])], [], r"is not a checkpoint: 'progress' is of type list"),
     "no training state": ([lambda contents: contents.pop("progress")], [], r"holds no training state"),
     "classes": ([], [("num_classes", "7")], r"num_classes|classes"),
     "seed": ([], [("seed", "9")], r"seed: the run was started with 3; 9 would make it another experiment"),

@@ -175,7 +175,7 @@ def test_errors(norms, tmp_path):
         ConfigError, match=r"^--metric test_top5: no run measured it; there are: val_top1, loss, val_robust_top1, test_top1"
     ):
         against_figure(norms, "arch.args.norm_layer_type", ["test_top5"])
-    with pytest.raises(ConfigError, match=r"a.bmp: '.bmp' is no format of pictures; expected one of: png, pdf, svg$"):
+    with pytest.raises(ConfigError, match=r"a.bmp: '.bmp' is not a format of pictures; expected one of: png, pdf, svg$"):
         check_outputs({"--out": tmp_path / "a.bmp"}, {"--out": PICTURES})
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/curves.png: cannot be written: "):

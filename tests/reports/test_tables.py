@@ -259,7 +259,7 @@ def test_errors(norms, tmp_path):
         compare(norms, ["test_top5"])
     with pytest.raises(ConfigError, match=r"^--baseline bnn: no such row; there are: bn, gn, no; did you mean 'bn'\?$"):
         compare(norms, baseline="bnn")
-    with pytest.raises(ConfigError, match=r"table.txt: '.txt' is no format of tables; expected one of: md, tex, csv$"):
+    with pytest.raises(ConfigError, match=r"table.txt: '.txt' is not a format of tables; expected one of: md, tex, csv$"):
         write_table(tmp_path / "table.txt", compare(norms))
 
 
