@@ -39,5 +39,5 @@ def test_the_curve_says_what_it_shows():
 
 
 def test_other_formats_are_refused_before_anything_is_drawn(tmp_path):
-    with pytest.raises(ConfigError, match="no format of pictures; expected one of: png, pdf, svg"):
+    with pytest.raises(ConfigError, match="not a format of pictures; expected one of: png, pdf, svg"):
         draw(tmp_path / "a.bmp")
