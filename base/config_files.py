@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -214,22 +215,28 @@ def _problems(error: ValidationError) -> list[str]:
 
 def _problems_of_arguments(tree: Tree, error: ValidationError) -> list[str]:
     """What is wrong with the arguments of optimiser and schedule, which are otherwise looked at once the tree is good."""
+    bad = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
+    sections = [key for key in ("optimizer", "lr_scheduler") if key in tree and key not in bad]
+    found = [_problem_of_arguments(key, json.dumps(tree[key])) for key in sections]
+    return [problem for problem in found if problem is not None]
+
+
+@lru_cache(maxsize=64)
+def _problem_of_arguments(key: str, section: str) -> str | None:
+    """What is wrong with the section of this key, given as JSON, beside the defaults of the other one."""
     # here and not above: it brings torch, which a good config does not need
     from base.optimization import check_optimization
 
-    bad = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
-    kinds = {"optimizer": OptimizerConfig, "lr_scheduler": SchedulerConfig}
-    good = {
-        key: kind.model_validate_json(json.dumps(tree[key])) if key in tree and key not in bad else kind()
-        for key, kind in kinds.items()
-    }
-    problems = []
-    for optimizer, scheduler in ((good["optimizer"], SchedulerConfig()), (OptimizerConfig(), good["lr_scheduler"])):
-        try:
-            check_optimization(optimizer, scheduler)
-        except ConfigError as problem:
-            problems.append(str(problem))
-    return problems
+    optimizer, scheduler = OptimizerConfig(), SchedulerConfig()
+    if key == "optimizer":
+        optimizer = OptimizerConfig.model_validate_json(section)
+    else:
+        scheduler = SchedulerConfig.model_validate_json(section)
+    try:
+        check_optimization(optimizer, scheduler)
+    except ConfigError as problem:
+        return str(problem)
+    return None
 
 
 def _without_nulls(tree: Tree, path: tuple[str, ...] = ()) -> Tree:

@@ -233,6 +233,12 @@ def asked_to_stop() -> int:
     return _told("stop")
 
 
+def tell_failure(exit_code: int) -> None:
+    """Let the processes that lose their connection to this one end with the same exit code, and
+    without a word: this one has said why."""
+    _tell("failed", exit_code)
+
+
 def _tell(what: str, number: int) -> None:
     """Let all processes know a number; see `_told`."""
     if _store is not None:

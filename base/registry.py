@@ -39,19 +39,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was meant to be; None where that is a guess.
 
-    That is one that a slip of the fingers away: as many letters missing, added, swapped or wrong as its length allows, while
+    That is one that is a slip of the fingers away: as many letters missing, added, swapped or wrong as its length allows, while
     case and underscores do not count. Otherwise it is the only one that has all its words, or of which it has all words, such
     as `epochs` for `num_epochs`.
     """
     names = list(known)
     plain = _plain(name)
+    most_edits = max(1, len(plain) // 4)
     slips = {}
     for candidate in names:
-        edits = _edits(plain, _plain(candidate))
-        alike = SequenceMatcher(None, plain, _plain(candidate)).ratio()
-        # of short names, most must be the same: gm is no slip for gn
-        if edits <= max(1, len(plain) // 4) and alike >= LEAST_ALIKE:
-            slips[candidate] = (edits, -alike)
+        other = _plain(candidate)
+        # each letter that one of them is longer takes an edit
+        if abs(len(plain) - len(other)) > most_edits or _edits(plain, other) > most_edits:
+            continue
+        alike = SequenceMatcher(None, plain, other).ratio()
+        # most letters of a short name must be the same: gm is not a slip for gn
+        if alike >= LEAST_ALIKE:
+            slips[candidate] = (_edits(plain, other), -alike)
     if slips:
         return min(slips, key=lambda candidate: slips[candidate])
     words = set(name.casefold().split("_"))

@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
-from base.ranks import LOOK_EVERY, ask_all_to_stop, asked_to_stop, end_process, moments_computed, rank, world_size
+from base.ranks import (
+    LOOK_EVERY,
+    ask_all_to_stop,
+    asked_to_stop,
+    end_process,
+    moments_computed,
+    rank,
+    tell_failure,
+    world_size,
+)
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 OVER = 0
@@ -136,6 +145,7 @@ class _Watch:
                     f" {now - own_last:.0f} s: what was done since the last checkpoint is lost",
                     file=sys.stderr,
                 )
+                tell_failure(128 + asked)
                 end_process(128 + asked)
 
     def _heard(self) -> bytes:

@@ -46,7 +46,7 @@ run_script(main)
             "update",
             signal.SIGTERM,
             143,
-            "rank 0: stopped by SIGTERM while it waited for another process",
+            "stopped by SIGTERM while it waited for another process",
         ),
         ("evaluation", signal.SIGINT, 130, "interrupted"),
     ],
@@ -61,13 +61,14 @@ def test_a_process_that_waits_in_a_collective_ends_with_its_exit_code(
         processes[0].send_signal(number)
         codes, errors = ended(processes[:1])
         assert codes == [code]
-        assert message in errors[0]
         assert "Traceback" not in errors[0]
         if place == "update":
-            codes, errors = ended(processes[1:])
-            assert codes == [code], (
-                "the signal has reached the other one, too, which neither computes nor answers"
-            )
+            # the signal has reached the other one, too, which neither computes nor answers: either
+            # of them may be the first to say so
+            other_codes, other_errors = ended(processes[1:])
+            assert other_codes == [code]
+            errors += other_errors
+        assert message in "".join(errors)
     finally:
         for process in processes:
             process.kill()

@@ -238,7 +238,6 @@ def test_a_program_that_crashes_ends_although_its_workers_ignore_sigterm(paths):
     program = f"""if True:
         import torch
         from data_loader.images import FileImages
-from tiny_runs import impatient_workers
         batches = FileImages({paths!r}, (3, 6, 6), False, num_workers=2).batches(torch.arange({N}).split(1))
         next(batches)
         raise RuntimeError("a mistake in the program")

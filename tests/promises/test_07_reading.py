@@ -109,8 +109,13 @@ def unsafe_calls(text):
     return found
 
 
+BETWEEN_PROCESSES = {"base/ranks.py": ["pickle.loads"]}
+"""Processes of one job send each other objects; no file and nobody else is read that way."""
+
+
 def test_no_source_unpickles_or_evaluates():
-    assert {str(file): unsafe_calls(file.read_text()) for file in CODE if unsafe_calls(file.read_text())} == {}
+    found = {file.relative_to(ROOT).as_posix(): unsafe_calls(file.read_text()) for file in CODE}
+    assert {name: calls for name, calls in found.items() if calls} == BETWEEN_PROCESSES
     assert len(CODE) > 100
 
 

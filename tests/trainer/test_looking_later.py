@@ -40,7 +40,10 @@ def test_a_bad_batch_found_later_has_changed_no_weight_and_no_checkpoint(tmp_pat
     trainer = defer(build(tmp_path, settings, train_loader=loader))
     if stopped:
         loader.then = lambda: setattr(trainer.signals, "asked", signal.SIGTERM)
-    message = "epoch 1, batch 2: the loss or the gradient is not finite: training stopped before .*model_last.pth is of the"
+    message = (
+        "epoch 1, batch 2: the loss or the gradient is not finite: training stopped before "
+        ".*model_last.pth holds the weights that training began with"
+    )
     with pytest.raises(NonFiniteError, match=message):
         trainer.train()
     assert trainer.progress.batches_done == 3
