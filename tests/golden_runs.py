@@ -31,8 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "standard": {"augmentation": {"cutout": 4}, "trainer": {"sym": True, "percent": 0.3}},
     "free": {"adversarial": {"method": "free"}, "trainer": {"adv_repeats": 2}},
     "fgsm": {"adversarial": {"method": "fgsm"}, "trainer": {"ema_decay": 0.9}},
-    "pgd": {"adversarial": {"method": "pgd", "norm": "l2", "epsilon": 0.5, "step_size": 0.2}},
-    "trades": {"adversarial": {"method": "trades"}},
+    "pgd": {"adversarial": {"method": "pgd"}},
+    "trades": {"adversarial": {"method": "trades", "norm": "l2", "epsilon": 0.5, "step_size": 0.2}},
 }
 PROCESSES = (1, 2)
 TIMES = ("seconds", "images_per_second")
