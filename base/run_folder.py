@@ -263,7 +263,7 @@ def _number(key: str, value: Any) -> str:
 
 @cache
 def _git(*arguments: str) -> str | None:
-    """The output of a git command in this project's folder; None where there is no git or no repository.
+    """The output of a git command in this project's folder; None without git or outside a repository.
 
     Each command is run once: what is committed while a run lasts is not what it has computed with.
     """

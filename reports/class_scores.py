@@ -18,7 +18,7 @@ def class_scores(labels: np.ndarray, predictions: np.ndarray, class_names: Seque
         class_names: in label order; C of them.
 
     Returns:
-        `n`; `without_answer`, how many images there is no answer for; `top1`; `macro_recall` and
+        `n`; `without_answer`, how many images the model gave no answer for; `top1`; `macro_recall` and
         `macro_f1`, means over the classes that have images; `classes`, for each one `name`,
         `images`, `predicted` (how many images are given its name), `precision` (None where that is
         0), `recall` and `f1` (None where there are no images; without images but with predictions

@@ -75,7 +75,7 @@ class ONIConv2d(nn.Conv2d):
         rule: "paper" or "original"; see `newton_orthogonalize`.
 
     Raises:
-        ValueError: there is no such rule.
+        ValueError: the rule is unknown.
     """
 
     def __init__(
