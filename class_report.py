@@ -8,8 +8,9 @@ from base.command_line import run_script, select_device_to_evaluate
 from base.output import save_json
 from base.run_folder import package_versions
 from base.text import say
-from evaluation import check_evaluation_outputs, evaluation_parser, load_evaluation, predict
-from reports.class_scores import class_scores
+from evaluation.class_scores import class_scores
+from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
+from experiment.loading import load_evaluation, predict
 from reports.class_table import class_summary, class_table, class_warnings
 from reports.confusion_figure import draw_confusion
 

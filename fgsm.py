@@ -4,8 +4,8 @@ python fgsm.py -s saved/cifar10_free/20260101-120000-000000
 python fgsm.py -c config.json -s model_best.pth --epsilon 4 --limit 1000 --json fgsm.json
 """
 
-from attack_checkpoint import attack_parser, evaluate_checkpoint
 from base.command_line import run_script, select_device_to_evaluate
+from experiment.attack_command import attack_parser, evaluate_checkpoint
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from base.errors import ConfigError
 from base.output import save_json
 from base.run_folder import package_versions
 from base.text import say
-from evaluation import check_evaluation_outputs, evaluation_parser, load_evaluation
-from models.layer_calls import linear_calls
-from models.operator_norm import describe, measure, product_of_norms
+from evaluation.layer_trace import linear_calls
+from evaluation.spectral_norm import describe, measure, product_of_norms
+from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
+from experiment.loading import load_evaluation
 from reports.spectrum_figure import draw_spectrum
 from reports.spectrum_table import spectrum_summary, spectrum_table
 

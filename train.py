@@ -6,9 +6,9 @@ python train.py -r saved/quickstart/20260101-120000-000000
 """
 
 from base.command_line import config_parser, run_script
-from base.config import Config
+from base.config.config import Config
 from base.errors import ConfigError
-from job import run_job
+from experiment.train_command import run_job
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ python validate_pgd.py -c config.json -s model_best.pth --norm l2 --epsilon 0.5 
 torchrun --nproc_per_node 2 validate_pgd.py -s saved/cifar10_pgd/20260101-120000-000000 --restarts 10
 """
 
-from attack_checkpoint import SIZES, attack_parser, evaluate_checkpoint
 from base.command_line import run_script, select_device_to_evaluate
 from base.errors import ConfigError
+from experiment.attack_command import SIZES, attack_parser, evaluate_checkpoint
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.base_data_loader import BaseDataLoader
-from base.config import Config
-from base.config_section import lies_in
+from base.config.config import Config
+from base.config.section import lies_in
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
 from base.ranks import gather, leave_the_word_to_the_first, world_size
 from base.resuming import WHERE_AND_HOW

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.checkpoint import load_weights
-from base.config import Config
+from base.config.config import Config
 from base.diagnosis import first_bad_weight
 from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.finite import FiniteCheck

@@ -15,7 +15,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
 
-from base.config_section import Count, Number
+from base.config.section import Count, Number
 from base.errors import CheckpointError
 from base.progress import Progress
 from base.text import one_line

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from base.comet_key import without_keys
-from base.config import Config
-from base.config_files import Override, load_config
+from base.config.config import Config
+from base.config.files import Override, load_config
 from base.errors import ConfigError, ProjectError
 from base.streams import forgiving_streams
 from base.text import LineFormatter, one_line

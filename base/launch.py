@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import torch
 
-from base.config import Config
+from base.config.config import Config
 from base.errors import ConfigError
 from base.ranks import world_size
 from base.runtime import choose_device

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
+from base.config.training import OptimizerConfig, SchedulerConfig
 from base.config_arguments import check_arguments, shown
-from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
 from base.registry import lookup
 from base.text import one_line

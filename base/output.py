@@ -20,8 +20,8 @@ from tempfile import TemporaryFile
 from typing import Any, Protocol
 
 from base.atomic import replacing
+from base.config.strict_json import json_text
 from base.errors import ConfigError
-from base.json_file import json_text
 from base.streams import closed_at_start
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from base.config_section import Count, Number, Positive
+from base.config.section import Count, Number, Positive
 
 NotNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from base.checkpoint import LAST, load_to_resume, set_aside
 from base.checkpoint_schema import check_training_state
-from base.config import Config
-from base.config_files import Override, merge, override, read_tree, validate
-from base.config_section import lies_in
+from base.config.config import Config
+from base.config.files import Override, merge, override, read_tree, validate
+from base.config.section import lies_in
 from base.errors import CheckpointError, ConfigError
 from base.optimization import spans_whole_run
 from base.ranks import from_first

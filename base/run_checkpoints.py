@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, numbered, publish_copy, save_checkpoint
-from base.config_training import TrainerConfig
+from base.config.training import TrainerConfig
 from base.errors import CheckpointError
 from base.progress import Progress
 from base.ranks import from_first, rank

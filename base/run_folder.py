@@ -25,7 +25,7 @@ import torch
 from base.atomic import replacing, sweep
 from base.checkpoint import has_checkpoint
 from base.comet_key import command_without_key
-from base.config import Config
+from base.config.config import Config
 from base.errors import CheckpointError, ConfigError, ProjectError
 from base.locks import locked
 from base.output import as_json

@@ -15,8 +15,8 @@ from threading import Thread
 from typing import Any
 
 from base.atomic import replacing
-from base.config import CometConfig, Config
-from base.json_file import json_text
+from base.config.config import CometConfig, Config
+from base.config.strict_json import json_text
 
 logger = logging.getLogger(__name__)
 EpochLog = Mapping[str, int | float]

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import torch
 
-from attacks.from_config import threat_model, training_step_size
 from base.base_trainer import BaseTrainer
-from base.config_files import Override
+from base.config.files import Override
 from benchmarks.plain_loops import adversarial_step
 from benchmarks.rows import Row, Settings, speed_row
 from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, step_of, systems
 from benchmarks.timing import compare
+from experiment.build_attacks import threat_model, training_step_size
 
 BATCH, GOAL = 16, 1.5
 OURS, THEIRS = "AdversarialTrainer", "loop of Rice et al."

@@ -7,13 +7,14 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from base.config_files import Override, load_config
+from base.config.files import Override, load_config
 from benchmarks.attackers import Attacker, attackers
 from benchmarks.rows import Goal, Row, Settings, speed_row
 from benchmarks.steps import ROOT
 from benchmarks.timing import Paired, compare
-from evaluation import Evaluation, evaluation_parser, load_evaluation
-from experiment import Experiment
+from experiment.evaluation_flags import evaluation_parser
+from experiment.experiment import Experiment
+from experiment.loading import Evaluation, load_evaluation
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from attacks import FGSM, PGD
 from attacks.attack import Attack
-from attacks.robustness import attack_loader
 from attacks.threat_model import in_pixel_range
 from base.runtime import autocast, choose_precision, torch_generator
-from evaluation import Evaluation
+from evaluation.robust_accuracy import attack_loader
+from experiment.loading import Evaluation
 
 Correct = Callable[[Tensor, Tensor, int], Tensor]
 """`(images, labels, seed) -> whether the label survived the attack (B,)`. The libraries draw from torch's global generator."""

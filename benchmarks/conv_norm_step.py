@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from assembly import evaluator
 from attacks import PGD
 from base.base_trainer import BaseTrainer
-from base.config_files import Override
+from base.config.files import Override
 from benchmarks.rows import Row, Settings, cost_row, speed_row
 from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, ORIGINAL, build_trainer, step_config, step_of, systems
 from benchmarks.timing import Paired, compare
+from experiment.build import evaluator
 
 BATCHES, EVALUATED, ATTACKED, ATTACK_STEPS = (128, 32), 64, 32, 2
 """Training steps with the shipped configs' minibatch, and with a small one, where what does not grow with it weighs more."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import ConvNorm2d
-from models.layers.conv_norm import MIN_FACTOR, RAMPDOWN_STEPS
+from models.layers.conv_norm.layer import MIN_FACTOR, RAMPDOWN_STEPS
 
 
 class OriginalConvNorm(nn.Module):

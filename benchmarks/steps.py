@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from base.base_trainer import BaseTrainer
-from base.config import Config
-from base.config_files import Override, load_config
+from base.config.config import Config
+from base.config.files import Override, load_config
 from base.runtime import choose_precision
 from benchmarks.original_conv_norm import in_the_original_way
 from benchmarks.rows import Settings
-from experiment import Experiment
+from experiment.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
 BATCH_NORM, CONV_NORM, ORIGINAL = "BatchNorm", "ConvNorm", "ConvNorm as published"

@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-from base.config import Config
-from base.config_files import Override, load_config, override, validate
+from base.config.config import Config
+from base.config.files import Override, load_config, override, validate
 from base.registry import CONV_LAYERS
 from benchmarks.growth import random_images
 from benchmarks.rows import Settings, Table
 from benchmarks.steps import NO_DOWNLOAD, ROOT, build_trainer, step_of
 from benchmarks.table import number
 from benchmarks.timing import seconds_of
-from models.layers.conv_norm import FOURIER_BATCH, ConvNorm2d
+from models.layers.conv_norm.layer import FOURIER_BATCH, ConvNorm2d
 from studies.grid import plan
 
 FEW, SECONDS = 4, 0.5

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from base.config_section import lies_in
+from base.config.section import lies_in
 from base.errors import ConfigError
 from base.registry import did_you_mean
 from base.resuming import DATA_DIR, NOISE_FILE, WHERE_AND_HOW

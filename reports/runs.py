@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from base.config import Config
-from base.config_files import load_config
+from base.config.config import Config
+from base.config.files import load_config
 from base.errors import ConfigError
 from base.registry import did_you_mean
 from base.study_file import read_places

@@ -30,7 +30,7 @@ def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure"
 
     Args:
         layers: in depth order, at least one; of each `name`, `norm`, `batch_norm_scale` (None where there is none),
-            `orthogonality_error` and `spread`, as `models.operator_norm.Spectrum` explains them.
+            `orthogonality_error` and `spread`, as `evaluation.spectral_norm.Spectrum` explains them.
         title: printed above.
     """
     from matplotlib.figure import Figure

@@ -10,8 +10,10 @@ HEADS = ("layer", "input", "norm", "residual", "mean s^2", "error", "spread", "b
 
 
 def spectrum_table(layers: Sequence[Mapping[str, Any]]) -> str:
-    """A line per layer, in depth order, of what `models.operator_norm.describe` gives; a `!` behind a residual says that the
-    power iteration stopped before its tolerance."""
+    """A line per layer, in depth order, of what `evaluation.spectral_norm.describe` gives.
+
+    A `!` behind a residual says that the power iteration stopped before its tolerance.
+    """
     return text_table(HEADS, [_row(layer) for layer in layers])
 
 

@@ -14,9 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from assembly import build_data_loader, build_experiment_model
-from attacks import from_config
-from base.config_files import Override, load_config
+from base.config.files import Override, load_config
+from experiment import build_attacks
+from experiment.build import build_data_loader, build_experiment_model
 
 IMAGES = 60
 NETWORKS = {
@@ -46,7 +46,7 @@ def share_and_movement(file: str, overrides: list[Override]) -> tuple[float, flo
     last = next(module for module in reversed(list(model.modules())) if isinstance(module, torch.nn.Linear))
     seen: list[torch.Tensor] = []
     last.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
-    attack = from_config.training_attack(config)
+    attack = build_attacks.training_attack(config)
     attacked = attack.perturb(model, images, labels, torch.Generator().manual_seed(0)).detach()
     seen.clear()
     with torch.no_grad():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from base.config_files import merge
+from base.config.files import merge
 
 SMALL = {
     "name": "soak",

@@ -22,7 +22,7 @@ from torch import Tensor
 import train
 from base.base_trainer import BaseTrainer
 from base.checkpoint import LAST, load_checkpoint, save_checkpoint
-from base.config_files import load_config, merge, validate
+from base.config.files import load_config, merge, validate
 from base.errors import ProjectError, Stopped
 from base.optimization import check_optimization
 from soak.mutations import spoiled
@@ -65,7 +65,7 @@ def read_checkpoint(file: Path) -> None:
         raise _Enough
 
     # an odd n_gpu starts processes, which is too much here
-    with patch.object(BaseTrainer, "update", update_once), patch("job.launch"), suppress(_Enough):
+    with patch.object(BaseTrainer, "update", update_once), patch("experiment.train_command.launch"), suppress(_Enough):
         _train("-r", file)
 
 

@@ -13,7 +13,7 @@
 
 Paths are relative to the grid file. Every combination of one label from each axis is a variant, called by its labels
 (`BatchNorm_standard`); named variants are settings on top of the base, or another config file. `_unused_ok`, which may be left
-out, is passed on to every run: see `base.config_warnings`.
+out, is passed on to every run: see `base.config.warnings`.
 """
 
 import json
@@ -27,12 +27,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError
 
-from base.config import Config
-from base.config_files import Override, is_comment, load_config, override, read_tree
-from base.config_section import Count, Section
-from base.config_warnings import UNUSED_OK
+from base.config.config import Config
+from base.config.files import Override, is_comment, load_config, override, read_tree
+from base.config.section import Count, Section
+from base.config.strict_json import read_json_object
+from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
-from base.json_file import read_json_object
 from base.optimization import check_optimization
 from base.registry import did_you_mean
 from base.study_file import Place, write_places

@@ -5,9 +5,9 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from base.config import Config
-from base.config_files import section_at
-from base.config_section import lies_in
+from base.config.config import Config
+from base.config.files import section_at
+from base.config.section import lies_in
 from base.resuming import WHERE_AND_HOW, forget
 
 HASHED_AT_DEFAULT = (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from base.checkpoint import LAST, has_checkpoint
-from base.config_files import Override, validate
+from base.config.files import Override, validate
 from base.errors import ConfigError, ProjectError
 from base.resuming import WHERE_AND_HOW, refuse_other_experiment
 from base.text import one_line

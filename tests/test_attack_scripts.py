@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from attack_checkpoint import _conclusion
-from attacks.report import Report
 from base.checkpoint import save_checkpoint
+from evaluation.report import Report
+from experiment.attack_command import _conclusion
 from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-import job
 from base.command_line import config_parser, select_device_to_evaluate
 from base.errors import ConfigError
-from job import run_job
+from experiment import train_command
+from experiment.train_command import run_job
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _two_devices(monkeypatch):
 )
 def test_training_starts_a_process_for_each(monkeypatch, words, processes):
     started = []
-    monkeypatch.setattr(job, "launch", started.append)
+    monkeypatch.setattr(train_command, "launch", started.append)
     run_job(config_parser("").parse_args(["-c", "configs/quickstart.json", *words]), lambda config: None)
     assert [config.n_gpu for config in started] == [processes]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("3,1" if "-d" in words else "0")

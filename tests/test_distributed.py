@@ -13,16 +13,17 @@ from socket import socket
 import pytest
 import torch
 
-import assembly
 from base.base_data_loader import BaseDataLoader
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from base.errors import ConfigError, Stopped
 from base.ranks import rank, world_size
 from base.run_folder import PROVENANCE
-from evaluation import evaluation_parser, load_evaluation
-from experiment import Experiment
+from experiment import build
+from experiment.evaluation_flags import evaluation_parser
+from experiment.experiment import Experiment
+from experiment.loading import load_evaluation
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -60,12 +61,12 @@ METHODS = {
 def double_precision():
     """In single precision one rounding error may turn a maximum or the sign of a gradient to the other side, and two runs of
     the same algorithm part."""
-    build = assembly.build_experiment_model
-    assembly.build_experiment_model = lambda *arguments: build(*arguments).double()
+    original = build.build_experiment_model
+    build.build_experiment_model = lambda *arguments: original(*arguments).double()
     try:
         yield
     finally:
-        assembly.build_experiment_model = build
+        build.build_experiment_model = original
 
 
 def train_all(folder):
@@ -263,7 +264,7 @@ def test_what_all_processes_refuse_is_said_once(tmp_path):
 
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch):
-    monkeypatch.setattr(assembly, "world_size", lambda: 40)
+    monkeypatch.setattr(build, "world_size", lambda: 40)
     loader = BaseDataLoader.__new__(type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__)))
     loader.batch_size, loader.n_samples = 64, 64
     few = BaseDataLoader.__new__(type(loader))
@@ -277,10 +278,10 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch):
         (reported, (loader, None, loader), "adversarial.report_images: 21 images"),
     ):
         with pytest.raises(ConfigError, match=message):
-            assembly.refuse_too_few_images(config, *loaders)
+            build.refuse_too_few_images(config, *loaders)
     loader.batch_size = 39
     with pytest.raises(ConfigError, match=r"data_loader.args.batch_size: 39 images"):
-        assembly.refuse_too_few_images(validate(TINY), loader, None, loader)
+        build.refuse_too_few_images(validate(TINY), loader, None, loader)
 
 
 def test_a_lost_process_does_not_make_a_network_unfit():
@@ -291,7 +292,7 @@ def test_a_lost_process_does_not_make_a_network_unfit():
     loader = BaseDataLoader.__new__(type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__)))
     loader.batch_size, loader.n_samples, loader.image_shape = 8, 8, (3, 4, 4)
     with pytest.raises(RuntimeError, match="closed by peer"):
-        assembly.refuse_unfit_images(Synchronised(1, 1), loader, "resnet18")
+        build.refuse_unfit_images(Synchronised(1, 1), loader, "resnet18")
 
 
 @pytest.mark.parametrize(("device", "message"), [("cuda:1", "system.device: cuda:1 is one"), ("auto", "torchrun: asks for 4")])

@@ -10,7 +10,8 @@ import torch
 
 from base.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from base.errors import CheckpointError
-from evaluation import evaluation_parser, load_evaluation
+from experiment.evaluation_flags import evaluation_parser
+from experiment.loading import load_evaluation
 from models import build_model
 from tiny_runs import script
 

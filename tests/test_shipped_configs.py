@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from assembly import build_trainer
 from base.base_data_loader import BaseDataLoader
-from base.config_files import load_config
+from base.config.files import load_config
 from base.optimization import Schedule, build_optimizer, check_optimization
+from experiment.build import build_trainer
 from models import build_model
 from studies.grid import plan
 

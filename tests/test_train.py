@@ -13,7 +13,7 @@ import torch
 
 from base.command_line import config_parser
 from base.errors import ConfigError
-from evaluation import evaluation_parser
+from experiment.evaluation_flags import evaluation_parser
 from tiny_runs import script, write_images
 
 ROOT = Path(__file__).parents[1]

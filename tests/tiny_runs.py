@@ -15,10 +15,10 @@ from PIL import Image
 
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from base.errors import ProjectError, Stopped
 from data_loader import workers
-from experiment import Experiment
+from experiment.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
 TINY = {

@@ -14,7 +14,7 @@ from attacks.pgd import PGD
 from attacks.threat_model import ThreatModel, draw
 from base.ranks import Share, gather, rank, world_size
 from base.totals import BatchResult
-from trainer.evaluate import batch_result
+from evaluation.accuracy import batch_result
 from trainer.robust_validation import overfitting_warnings
 from trainer.trainer import Trainer
 

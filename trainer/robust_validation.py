@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from attacks.attack import Attack
-from attacks.robustness import Autocast, Verdicts, attack_loader
 from base.base_data_loader import BaseDataLoader
 from base.ranks import gather
+from evaluation.robust_accuracy import Autocast, Verdicts, attack_loader
 
 ABOVE_CHANCE = 0.1
 """PGD accuracy that is not this far above chance has nothing to fall from."""

@@ -11,7 +11,7 @@ from base.base_trainer import BaseTrainer
 from base.ranks import SharedGenerator
 from base.runtime import numpy_generator, to_device, torch_generator
 from base.totals import BatchResult
-from trainer.evaluate import Loss, Metric, batch_result
+from evaluation.accuracy import Loss, Metric, batch_result
 
 
 class Trainer(BaseTrainer):

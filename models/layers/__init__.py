@@ -4,11 +4,11 @@ from torch import nn
 
 from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, LINEAR_LAYERS, NORM_LAYERS
 from models.layers.activations import SReLU, relu
-from models.layers.conv_norm import ConvNorm2d
+from models.layers.conv_norm.layer import ConvNorm2d
+from models.layers.conv_norm.replace import replace_with_conv_norm
 from models.layers.norms import batch_norm, group_norm, instance_norm, no_norm
 from models.layers.oni import ONIConv2d
 from models.layers.own import OWNConv2d
-from models.layers.replace import replace_with_conv_norm
 from models.layers.spectral import SpectralNormConv2d
 
 __all__ = ["ConvNorm2d", "ONIConv2d", "OWNConv2d", "SReLU", "SpectralNormConv2d", "replace_with_conv_norm"]

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from models.layers.precision import without_autocast
+from models.layers.conv_norm.precision import without_autocast
 
 EPSILON = 1e-5
 Rule = Literal["paper", "original"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.layers.precision import without_autocast
+from models.layers.conv_norm.precision import without_autocast
 
 MAX_GROUP_SIZE = 64
 """Output channels in one orthogonal group: the eigendecomposition costs its cube. The paper uses 64."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers.precision import without_autocast
+from models.layers.conv_norm.precision import without_autocast
 
 _OLD_NAMES = {
     "weight": ("weight_orig", "parametrizations.weight.original"),

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from attacks import APGD, FGSM, PGD, Square
-from attacks.checks import quick_checks
 from attacks.losses import wrongness
-from attacks.robustness import NONE, attack_batch
+from evaluation.reliability import quick_checks
+from evaluation.robust_accuracy import NONE, attack_batch
 
 CLASSES = 6
 ATTACKS = {

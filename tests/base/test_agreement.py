@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from base.agreement import code_digest, config_facts, data_facts, first_difference
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from base.errors import CheckpointError, ConfigError, DataError
 from base.run_folder import project_version
 from data_loader import DATA_LOADERS
@@ -18,13 +18,14 @@ SCRIPT = """
 import json, sys
 from contextlib import nullcontext
 from pathlib import Path
-import attack_checkpoint, base.agreement
-from attack_checkpoint import attack_parser, evaluate_checkpoint
+import base.agreement
+from experiment import attack_command
+from experiment.attack_command import attack_parser, evaluate_checkpoint
 from base.command_line import run_script
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from base.errors import ProjectError
 from base.ranks import rank, ranks
-from experiment import Experiment
+from experiment.experiment import Experiment
 
 def main():
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[1], "cases.json").read_text())
@@ -42,7 +43,7 @@ def main():
                 told[name] = [end.code, ""]
             base.agreement.code_digest = digest
         (folder / f"told {rank()}.json").write_text(json.dumps(told))
-        attack_checkpoint.ranks = nullcontext
+        attack_command.ranks = nullcontext
         words = ["-s", str(folder / f"{rank()}.pth"), "-c", str(folder / "config.json"), "--limit", "10"]
         evaluate_checkpoint(attack_parser("", ()).parse_args(words), "fgsm")
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from base.errors import ConfigError
 from base.launch import available_cpus, refuse_missing_devices
 from base.runtime import choose_device

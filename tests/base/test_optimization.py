@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from base.checkpoint import load_checkpoint, save_checkpoint
+from base.config.training import OptimizerConfig, SchedulerConfig
 from base.config_arguments import NOT_THE_CONFIGS, check_arguments
-from base.config_training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
 from base.optimization import (
     OPTIMIZERS,

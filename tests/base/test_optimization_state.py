@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from base.checkpoint import load_checkpoint, save_checkpoint
-from base.config_training import OptimizerConfig, SchedulerConfig
+from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import CheckpointError
 from base.optimization import OPTIMIZERS, SCHEDULERS, UNUSABLE, Schedule, build_optimizer, load_optimizer
 from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state

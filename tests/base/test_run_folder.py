@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import base.run_folder
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from base.resuming import config_hash
 from base.run_folder import PROVENANCE, project_version, provenance
 

@@ -6,7 +6,7 @@ import torch
 import models.layers  # noqa: F401 - fills the layer tables
 from base.weight_average import WeightAverage
 from models import build_model
-from models.layers.kernel_energy import inverse_root_energy
+from models.layers.conv_norm.kernel_energy import inverse_root_energy
 
 
 def build(conv, norm):

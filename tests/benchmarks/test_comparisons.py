@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.config_files import load_config
+from base.config.files import load_config
 from base.errors import ConfigError
 from base.runtime import choose_precision
 from benchmarks import attack_libraries, growth, memory, studies_hours
@@ -19,7 +19,7 @@ from benchmarks.processes import python
 from benchmarks.rows import Row, Settings, Table
 from benchmarks.steps import build_trainer, step_config, step_of, systems
 from benchmarks.timing import Spread
-from models.layers.conv_norm import FOURIER_BATCH
+from models.layers.conv_norm.layer import FOURIER_BATCH
 
 ROOT = Path(__file__).parents[2]
 SMOKE = Settings(torch.device("cpu"), 1, smoke=True)

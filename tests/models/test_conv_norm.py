@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.layers.conv_norm import ConvNorm2d
-from models.layers.kernel_energy import inverse_root_energy, kernel_energy
+from models.layers.conv_norm.kernel_energy import inverse_root_energy, kernel_energy
+from models.layers.conv_norm.layer import ConvNorm2d
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_CASES = json.loads((GOLDEN / "conv_norm_layer.json").read_text())

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from models.layers import conv_norm, fourier_plan
-from models.layers.conv_norm import FOURIER_BATCH, ConvNorm2d
-from models.layers.fourier_convolution import fourier_convolution
-from models.layers.fourier_plan import Axis, plan_for
-from models.layers.kernel_energy import inverse_root_energy
+from models.layers.conv_norm import fourier_plan
+from models.layers.conv_norm import layer as layer_module
+from models.layers.conv_norm.fourier_convolution import fourier_convolution
+from models.layers.conv_norm.fourier_plan import Axis, plan_for
+from models.layers.conv_norm.kernel_energy import inverse_root_energy
+from models.layers.conv_norm.layer import FOURIER_BATCH, ConvNorm2d
 
 GEOMETRIES = {
     "plain": {"size": (9, 9), "kernel_size": (3, 3), "padding": (1, 1)},
@@ -68,7 +69,7 @@ def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
         return {"output": output, "images": mine.grad, **{n: p.grad for n, p in layer.named_parameters()}, **buffers}
 
     fast = one_step(layer)
-    monkeypatch.setattr(conv_norm, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
     plain = one_step(twin)
     for name, value in plain.items():
         torch.testing.assert_close(
@@ -93,7 +94,7 @@ def test_an_attack_gets_its_gradient_without_those_of_the_weights(monkeypatch):
     layer = ConvNorm2d(3, 4, 3, padding=1, bn=False).eval().requires_grad_(False)
     images = torch.rand(FOURIER_BATCH, 3, 8, 8, requires_grad=True)
     (fast,) = torch.autograd.grad(layer(images).square().sum(), images)
-    monkeypatch.setattr(conv_norm, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
     (plain,) = torch.autograd.grad(layer(images).square().sum(), images)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
 
@@ -109,7 +110,7 @@ def test_second_derivatives(monkeypatch):
         return torch.autograd.grad(gradient.square().sum(), (images, layer.weight))
 
     fast = of_penalty()
-    monkeypatch.setattr(conv_norm, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
     for actual, expected in zip(fast, of_penalty(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()))
 
@@ -130,7 +131,7 @@ def test_bfloat16_is_off_by_less_than_a_hundredth(smooth, monkeypatch):
         return float((output.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
     fast = error()
-    monkeypatch.setattr(conv_norm, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
     assert fast < 0.01
     if smooth:
         assert fast < 0.7 * error()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from soak.scenarios import SMALL, write_images
 
 

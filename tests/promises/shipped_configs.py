@@ -5,8 +5,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-from base import config_files, json_file
-from base.config_training import OptimizerConfig, SchedulerConfig
+from base.config import files, strict_json
+from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
 from base.optimization import check_optimization
 from studies import grid
@@ -168,14 +168,14 @@ class Loading:
     def __call__(self, tree):
         """As `load_config` does once it has a file's text."""
         self.count += 1
-        config = config_files.validate(json_file.parse_json(json.dumps(tree)), "config.json")
+        config = files.validate(strict_json.parse_json(json.dumps(tree)), "config.json")
         self.check(json.dumps([config.optimizer.model_dump(), config.lr_scheduler.model_dump()]))
         return config
 
     def text(self, data):
         self.count += 1
         self.file.write_bytes(data)
-        return json_file.read_json_object(self.file)
+        return strict_json.read_json_object(self.file)
 
     def refuses(self, tree, key, *also):
         message = self.message(lambda: self(tree), key)
@@ -184,7 +184,7 @@ class Loading:
 
     def refuses_deletion(self, tree, key):
         self.count += 1
-        message = self.message(lambda: config_files.override(tree, [(key, "null")]), key)
+        message = self.message(lambda: files.override(tree, [(key, "null")]), key)
         assert message.startswith(f"{key}: unknown key; did you mean "), message
 
     def refuses_grid(self, tree, *texts):

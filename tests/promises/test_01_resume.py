@@ -9,8 +9,8 @@ import torch
 from base import optimization_state
 from base.base_trainer import BaseTrainer
 from base.checkpoint import save_checkpoint
-from base.config_files import merge, validate
-from experiment import Experiment
+from base.config.files import merge, validate
+from experiment.experiment import Experiment
 from tiny_runs import difference, run
 
 ALL_STEPS, SOME = range(1, 9), (2, 3, 4)

@@ -10,7 +10,7 @@ import torch
 import base.checkpoint as checkpoint_module
 from base.checkpoint import load_checkpoint, load_to_resume, save_checkpoint
 from base.errors import CheckpointError, ConfigError
-from experiment import Experiment
+from experiment.experiment import Experiment
 from tiny_runs import difference, interrupt, run
 
 CONTENTS = {"state_dict": {"weight": torch.arange(40.0)}, "epoch": 2, "config": {"name": "x"}}

@@ -16,7 +16,7 @@ import base.run_checkpoints as run_checkpoints_module
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.errors import CheckpointError
-from experiment import Experiment
+from experiment.experiment import Experiment
 from tiny_runs import TINY, difference, exit_code, forked, run
 
 ROOT = Path(__file__).parents[2]

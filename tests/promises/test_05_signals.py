@@ -8,14 +8,14 @@ import signal
 import numpy as np
 import pytest
 
-import attacks.robustness as robustness_module
 import base.checkpoint as checkpoint_module
 import base.signals as signals_module
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.errors import Stopped
 from base.signals import Interrupted, StopSignals
-from experiment import Experiment
+from evaluation import robust_accuracy as robustness_module
+from experiment.experiment import Experiment
 from tiny_runs import difference, run
 
 STEPS = 9

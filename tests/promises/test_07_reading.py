@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from base.checkpoint import save_checkpoint
-from base.config import Config
-from base.config_files import load_config, validate
+from base.config.config import Config
+from base.config.files import load_config, validate
 from base.errors import CheckpointError, ConfigError
 from base.optimization import check_optimization
-from experiment import Experiment
+from experiment.experiment import Experiment
 from tiny_runs import run
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 import base.command_line
-import base.config
 import base.tracking
 import run_ablations
 import studies.grid

@@ -9,7 +9,7 @@ import torch
 import base.resuming as resuming_module
 from base.checkpoint import SCHEMA_VERSION, load_checkpoint, save_checkpoint
 from base.errors import CheckpointError, ConfigError
-from experiment import Experiment
+from experiment.experiment import Experiment
 from tiny_runs import difference, interrupt, run
 
 RESNET = {"arch": {"type": "preact_resnet18", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}}}

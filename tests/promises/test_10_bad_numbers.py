@@ -11,9 +11,9 @@ import torch
 import base.finite as finite_module
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, save_checkpoint
-from base.config_files import merge
+from base.config.files import merge
 from base.errors import NonFiniteError, Stopped
-from experiment import Experiment
+from experiment.experiment import Experiment
 from tiny_runs import difference, run
 
 WIDE = {
@@ -209,7 +209,7 @@ def test_a_run_that_has_diverged_is_not_continued(tmp_path, small):
 
 def test_a_result_that_is_not_finite_is_null_and_exit_code_5(tmp_path, small, monkeypatch):
     """The validation set was answered well, the test set is not."""
-    monkeypatch.setattr("conclusion._Test.of", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0})
+    monkeypatch.setattr("experiment.final_test._Test.of", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0})
     with pytest.raises(NonFiniteError, match=r"result.json: test_loss is not finite, null there"):
         run(tmp_path, small())
     text = (tmp_path / "result.json").read_text()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from base.errors import ConfigError
 from base.runtime import set_determinism
-from experiment import Experiment
+from experiment.experiment import Experiment
 from models.simple_cnn import SimpleCNN
 from tiny_runs import exit_code, forked, run
 

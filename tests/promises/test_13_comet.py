@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 import base.tracking
-from base.config_files import validate
-from experiment import Experiment
+from base.config.files import validate
+from experiment.experiment import Experiment
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-of-comet-0123456789"

@@ -16,13 +16,13 @@ import pytest
 import base.run_folder
 import base.streams
 import base.tracking
-import experiment
 import run_ablations
 import train
 import validate_pgd
-from base import config_files
 from base.command_line import run_script
-from base.config_files import validate
+from base.config import files
+from base.config.files import validate
+from experiment import experiment
 from tiny_runs import write_images
 
 ROOT = Path(__file__).parents[2]
@@ -194,7 +194,7 @@ def test_odd_paths(tmp_path, monkeypatch):
 
 
 def test_the_check_can_fail_for_paths(tmp_path, monkeypatch):
-    monkeypatch.setattr(config_files.Path, "is_symlink", lambda self: False)
+    monkeypatch.setattr(files.Path, "is_symlink", lambda self: False)
     with pytest.raises(AssertionError, match="relative"):
         check_paths(tmp_path, monkeypatch, ["plain"])
 

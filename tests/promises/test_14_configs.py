@@ -26,8 +26,9 @@ from shipped_configs import (
 )
 from torch import nn, optim
 
-from base import config_arguments, config_files, optimization
-from base.config import Config
+from base import config_arguments, optimization
+from base.config import files
+from base.config.config import Config
 from base.errors import ConfigError
 
 NAMED_INSTEAD = {
@@ -159,30 +160,30 @@ def forgets_the_documented_default(monkeypatch):
     class Changed(Config):
         seed: int = 1
 
-    monkeypatch.setattr(config_files, "Config", Changed)
+    monkeypatch.setattr(files, "Config", Changed)
 
 
 def takes_unknown_keys(monkeypatch):
     class Lenient(Config):
         model_config = ConfigDict(**{**Config.model_config, "extra": "ignore"})
 
-    monkeypatch.setattr(config_files, "Config", Lenient)
+    monkeypatch.setattr(files, "Config", Lenient)
 
 
 def takes_values_of_other_types(monkeypatch):
     class Lax(Config):
         model_config = ConfigDict(**{**Config.model_config, "strict": False})
 
-    monkeypatch.setattr(config_files, "Config", Lax)
+    monkeypatch.setattr(files, "Config", Lax)
 
 
 def names_no_key(monkeypatch):
-    told = config_files._told
-    monkeypatch.setattr(config_files, "_told", lambda problem: told(problem).partition(": ")[2])
+    told = files._told
+    monkeypatch.setattr(files, "_told", lambda problem: told(problem).partition(": ")[2])
 
 
 def hints_at_nothing(monkeypatch):
-    monkeypatch.setattr(config_files, "did_you_mean", lambda name, known: "")
+    monkeypatch.setattr(files, "did_you_mean", lambda name, known: "")
 
 
 def leaves_arguments_to_torch(monkeypatch):
@@ -197,7 +198,7 @@ def has_no_bound(monkeypatch):
     class Unbounded(Config):
         n_gpu: int = 1
 
-    monkeypatch.setattr(config_files, "Config", Unbounded)
+    monkeypatch.setattr(files, "Config", Unbounded)
 
 
 @pytest.mark.parametrize(

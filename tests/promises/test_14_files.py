@@ -10,7 +10,7 @@ import sys
 import pytest
 from shipped_configs import CONFIGS, FILES, GRIDS, ROOT, Loading
 
-from base import config_files, json_file
+from base.config import files, strict_json
 from studies import grid
 
 
@@ -81,8 +81,8 @@ def test_every_mistake_in_every_file_is_named(check, tmp_path):
 
 
 def names_no_key(monkeypatch):
-    told = config_files._told
-    monkeypatch.setattr(config_files, "_told", lambda problem: told(problem).partition(": ")[2])
+    told = files._told
+    monkeypatch.setattr(files, "_told", lambda problem: told(problem).partition(": ")[2])
 
 
 def shows_keys_in_grids(monkeypatch):
@@ -90,16 +90,16 @@ def shows_keys_in_grids(monkeypatch):
 
 
 def lets_pass_what_python_does(monkeypatch):
-    monkeypatch.setattr(json_file, "_refuse_values", lambda text: None)
+    monkeypatch.setattr(strict_json, "_refuse_values", lambda text: None)
 
 
 def counts_columns_from_0(monkeypatch):
-    class From0(json_file.JSONError):
+    class From0(strict_json.JSONError):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.column -= 1
 
-    monkeypatch.setattr(json_file, "JSONError", From0)
+    monkeypatch.setattr(strict_json, "JSONError", From0)
 
 
 @pytest.mark.parametrize(

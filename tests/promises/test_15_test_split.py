@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-import experiment
 from base.checkpoint import load_checkpoint
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from data_loader import ImageFolderDataLoader, data_loaders, training_data_loader
 from data_loader.images import MemoryImages, pixel_statistics
 from data_loader.training_data_loader import TrainingDataLoader
+from experiment import experiment
 
 CLASSES = ("ant", "bee", "cow")
 RUN = {

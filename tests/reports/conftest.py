@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 
 CONFIG = {
     "name": "made",

@@ -6,9 +6,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from attacks.figures import draw_epsilon_curve, draw_examples
 from base.output import save_figure
-from reports.class_scores import class_scores
+from evaluation.class_scores import class_scores
+from evaluation.figures import draw_epsilon_curve, draw_examples
 from reports.class_table import class_table
 from reports.confusion_figure import draw_confusion
 from reports.curves import curves_figure

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from base.config_files import merge
+from base.config.files import merge
 from base.errors import ConfigError
 from base.study_file import Place, write_places
 from reports.groups import MAY_DIFFER, group_runs

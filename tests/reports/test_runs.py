@@ -102,8 +102,8 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 def test_a_real_run_is_read(tmp_path):
-    from base.config_files import validate
-    from experiment import Experiment
+    from base.config.files import validate
+    from experiment.experiment import Experiment
 
     config = {
         "arch": {"type": "simpleCNN", "args": {"norm_layer_type": "gn"}},

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from base.config_files import annotation_at, validate
+from base.config.files import annotation_at, validate
 from studies.grid import plan
 from studies.identity import HASHED_AT_DEFAULT, identity
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from assembly import build_trainer
 from attacks import PGD
 from base.base_data_loader import BaseDataLoader
 from base.checkpoint import load_checkpoint
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from base.optimization import Schedule, build_optimizer
+from experiment.build import build_trainer
 from models import build_model
 from models.ocnn import penalty
 

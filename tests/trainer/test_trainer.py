@@ -17,13 +17,13 @@ from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
-from base.config_files import merge, validate
+from base.config.files import merge, validate
 from base.errors import CheckpointError, NonFiniteError
 from base.optimization import Schedule, build_optimizer
 from base.tracking import RunLog
+from evaluation.accuracy import evaluate
 from models.losses import LOSSES
 from models.metrics import METRICS
-from trainer.evaluate import evaluate
 from trainer.trainer import Trainer
 
 METRICS_USED = {name: METRICS[name] for name in ("top1", "top5")}

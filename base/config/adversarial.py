@@ -1,0 +1,181 @@
+"""The config's sections on adversarial training and attacks."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, WithJsonSchema, model_validator
+
+from base.config.section import Count, Needs, Positive, Section
+
+FRACTION_OF_RANGE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) */ *([0-9]+(?:\.[0-9]+)?) *")
+Size = Annotated[
+    float,
+    Field(ge=0, le=255),
+    WithJsonSchema(
+        {
+            "type": ["number", "string"],
+            "minimum": 0,
+            "maximum": 255,
+            "pattern": f"^{FRACTION_OF_RANGE.pattern}$",
+        }
+    ),
+]
+"""A radius or step size. A config may hold it as text, too; see `read_sizes`."""
+SIZES = (
+    ("adversarial", "epsilon"),
+    ("adversarial", "step_size"),
+    ("pgd_attack", "step"),
+    ("trainer", "adv_clip_eps"),
+    ("trainer", "fgsm_step"),
+)
+"""Where in a config's tree the sizes stand; those of `trainer` are always of l-inf."""
+SMALLEST_EPSILON, SMALLEST_STEP = 0.5, 0.05
+"""In 1/255: what is below, but not 0, was meant in the pixel range [0, 1]. No published attack is so weak."""
+DEFAULT_L2 = 0.5
+"""Radius under l2 where the config gives none, about 128/255: the usual one on CIFAR."""
+LARGEST_L2 = 6.0
+"""In units of the pixel range: what is above was meant in 1/255. A change of 5 is the largest published, on large images; a
+change of 8 turns an image of 32 x 32 into another."""
+LARGEST_STEP = 3.0
+"""In radii: longer steps, where the usual ones are at most 2.5, were meant in 1/255."""
+
+
+def _method(*names: str) -> Needs:
+    return Needs(f"adversarial.method {' or '.join(names)}", lambda config: config.adversarial_method in names)
+
+
+A_METHOD = Needs("adversarial training", lambda config: config.adversarial_method != "none")
+FREE, TRADES, PGD = _method("free"), _method("trades"), _method("pgd")
+STEPS = _method("pgd", "trades")
+START = _method("fgsm", "pgd")
+VALIDATION = Needs("robust validation", lambda config: config.robust_validation_period > 0)
+REPORT = Needs("an attack after training", lambda config: config.reports_robustness)
+
+
+class AdversarialConfig(Section):
+    """Adversarial training by train_robust.py, and robust validation."""
+
+    method: Literal["none", "free", "fgsm", "pgd", "trades"] | None = None
+    """free, fgsm (fast: random start, one step), pgd, trades or none; null: free where trainer.do_adv is true, else none."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units
+    of the pixel range; "8/255" is that part of the pixel range in both."""
+    epsilon: Size | None = None
+    """Radius of training and of attacks; null: trainer.adv_clip_eps for linf, 0.5 for l2."""
+    step_size: Annotated[Size | None, A_METHOD] = None
+    """Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon (fgsm), 2.5 epsilon / steps (others)."""
+    steps: Annotated[Positive, STEPS] = 10
+    """Attack steps in training with pgd and trades."""
+    restarts: Annotated[Positive, PGD] = 1
+    """Random starts in training with pgd, of which every image keeps the worst point."""
+    random_start: Annotated[bool, START] = True
+    """Begin attacks in training with fgsm and pgd at a random point."""
+    warmup_epochs: Annotated[Count, A_METHOD] = 0
+    """Epochs over which radius and step of training grow evenly from 0; validation and reports attack with the whole radius.
+    Pang et al. (arXiv:2010.00467) begin at 1/N of the radius, end one epoch earlier, and keep the whole step."""
+    bn_mode: Annotated[Literal["train", "eval"] | None, A_METHOD] = None
+    """Mode of the model while it is attacked in training: train moves running statistics, too (free knows only train); null:
+    eval for trades, train for the others, as in the authors' codes."""
+    noise: Annotated[Literal["reset", "carry"], FREE] = "reset"
+    """free: perturbations begin at zero for each minibatch (as in ConvNorm), or where the last ones ended (as in the paper)."""
+    beta: Annotated[float, Field(ge=0), TRADES] = 6.0
+    """trades: weight of the divergence between predictions."""
+    clean_passes: Annotated[int, Field(ge=1, le=2), TRADES] = 1
+    """trades: passes of the clean images through the network in an update. 2, as in the authors' code, costs a forward and a
+    backward pass more; attacked images then make 33 % of batch normalisation's running statistics, with 1 they make 53 %."""
+    validate_every: Count | None = None
+    """Epochs from one robust validation (PGD as in pgd_attack) to the next; 0 for none; null: 1 with a method, else 0."""
+    validate_images: Annotated[Positive, VALIDATION] = 1000
+    """How many validation images it attacks, the same in every epoch: the first of every class."""
+    report: bool | None = None
+    """Attack the test set after training; null: where a method is named, none included."""
+    report_images: Annotated[Positive | None, REPORT] = None
+    """How many test images the report attacks, the first of every class; null for all."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts: {self.restarts} without random_start are all the same")
+        return self
+
+
+class PGDAttackConfig(Section):
+    """The attack of robust validation, of the report after training and of validate_pgd.py."""
+
+    K: Positive = 10
+    """Steps."""
+    step: Size | None = None
+    """Step size, in 1/255 for linf, in units of the pixel range for l2; null: 2 for linf, 2.5 epsilon / K for l2."""
+    restarts: Positive = 1
+    """Random starts."""
+    loss: Literal["ce", "margin", "dlr"] = "ce"
+    """What it maximises: cross entropy, margin, or difference of logits ratio."""
+
+
+def read_sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's tree in which sizes written as a fraction of the pixel range, such as `"8/255"`,
+    are numbers in the units of their norm: 8 for l-inf, 8/255 for l2.
+    """
+    read = dict(tree)
+    adversarial = tree.get("adversarial")
+    norm = adversarial.get("norm") if isinstance(adversarial, Mapping) else None
+    for section, key in SIZES:
+        below = read.get(section)
+        value = below.get(key) if isinstance(below, Mapping) else None
+        if isinstance(value, str):
+            unit = 1 if section != "trainer" and norm == "l2" else 255
+            read[section] = {**below, key: _read_fraction(value, unit)}
+    return read
+
+
+def _read_fraction(text: str, unit: int) -> float | str:
+    """`"8/255"` in multiples of 1/unit of the pixel range; any other text stays as it is."""
+    found = FRACTION_OF_RANGE.fullmatch(text)
+    if found is None or float(found[2]) == 0:
+        return text
+    return float(found[1]) * unit / float(found[2])
+
+
+def refuse_other_units(key: str, epsilon: float | None, norm: str) -> None:
+    """Refuse a radius that was obviously meant in the other norm's units.
+
+    Raises:
+        ValueError: naming `key` and the radius.
+    """
+    if not epsilon:
+        return
+    if norm == "linf" and epsilon < SMALLEST_EPSILON:
+        raise ValueError(f"{key}: {_next_to_nothing(epsilon)}")
+    if norm == "linf" and epsilon > 255:
+        raise ValueError(f"{key}: {epsilon!r} is in 1/255 of the pixel range: expected at most 255")
+    if norm == "l2" and epsilon > LARGEST_L2:
+        raise ValueError(f"{key}: {_far_too_much(epsilon)}")
+
+
+def refuse_other_units_of_step(key: str, step: float | None, norm: str, epsilon: float) -> None:
+    """Refuse a step size that was obviously meant in the other norm's units.
+
+    Raises:
+        ValueError: naming `key` and the step size.
+    """
+    if not step:
+        return
+    if norm == "linf" and step < SMALLEST_STEP:
+        raise ValueError(f"{key}: {_next_to_nothing(step)}")
+    if norm == "l2" and step > LARGEST_STEP * epsilon > 0:
+        raise ValueError(f"{key}: {_far_too_much(step)}")
+
+
+def _next_to_nothing(size: float) -> str:
+    return (
+        f"{size:g} is in 1/255 of the pixel range, so it would be next to nothing: write {size * 255:.3g} for"
+        f" {size:g} of the pixel range"
+    )
+
+
+def _far_too_much(size: float) -> str:
+    return (
+        f"{size:g} is in units of the pixel range under l2, so it would be far too much: write {size / 255:.3g}"
+        f" for {size:g}/255"
+    )

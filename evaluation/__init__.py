@@ -1,0 +1,1 @@
+"""What is measured of a model: accuracy, robust accuracy and whether it can be believed, spectra, scores of classes."""

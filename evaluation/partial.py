@@ -1,0 +1,45 @@
+"""Where verdicts are kept until their report is written, so that an interruption loses none."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attacks.attack import Attack
+from base.base_data_loader import BaseDataLoader
+from base.ranks import rank, world_size
+from evaluation.report import describe_attack
+
+DIGITS = 16
+"""The digits of a digest that stand in the name of such a file."""
+
+
+def partial_file(
+    target: Path,
+    model: nn.Module,
+    loader: BaseDataLoader,
+    attack: Attack,
+    settings: Sequence[Any],
+) -> Path:
+    """The file beside the report `target` whose name stands for all that this process's verdicts
+    depend on: weights, images, attack, and the plain values `settings`. The folder is made."""
+    digest = hashlib.sha256()
+    images, _ = next(iter(loader))
+    for value in (*model.parameters(), *model.buffers(), loader.positions, loader.labels, images):
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    values = (*settings, describe_attack(attack), rank(), world_size())
+    digest.update(json.dumps(values, sort_keys=True).encode())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")
+
+
+def remove_partials(target: Path) -> None:
+    """Remove what was kept for `target`, whose report is there, also by interrupted attempts with
+    another number of processes or other settings."""
+    for partial in target.parent.glob(f".{escape(target.stem)}.{'[0-9a-f]' * DIGITS}.partial.npz"):
+        partial.unlink(missing_ok=True)  # another process may have been faster

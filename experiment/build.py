@@ -1,0 +1,165 @@
+"""From a config to its parts: data loader, model, trainer. `experiment` puts them together."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from base.base_data_loader import BaseDataLoader
+from base.base_model import BaseModel
+from base.base_trainer import BaseTrainer
+from base.config.config import Config
+from base.errors import ConfigError
+from base.ranks import Share, is_of_connection, world_size
+from base.registry import lookup
+from base.runtime import determinism_explained, seed_global_generators
+from data_loader import DATA_LOADERS
+from data_loader.label_noise import LabelNoise
+from evaluation.accuracy import evaluate
+from experiment import build_attacks
+from models import build_model
+from models.layers.synchronised import synchronise
+from models.losses import LOSSES
+from models.metrics import METRICS
+from models.ocnn import penalty
+from trainer.adversarial_trainer import AdversarialTrainer, FreeTrainer, TradesTrainer
+from trainer.trainer import Trainer
+
+HELD_OUT_BY_DEFAULT = 0.1
+
+
+def build_data_loader(config: Config, device: torch.device) -> Any:
+    """The training loader of a config. Where something is asked of validation images (a `val_` monitor, robust validation) and
+    there is no validation split, a tenth of every class is held out."""
+    settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
+    monitors = settings.monitor + (config.lr_scheduler.monitor or "")
+    if ("val_" in monitors or config.adversarial.validate_every) and args["validation_split"] == 0:
+        args["validation_split"] = HELD_OUT_BY_DEFAULT
+    kind = "sym" if settings.sym else "asym" if settings.asym else "file" if settings.noise_file else "none"
+    noise = LabelNoise(
+        kind=kind,
+        percent=settings.percent,
+        law=settings.noise_law,
+        file=settings.noise_file,
+        key=settings.noise_key,
+        on_validation=settings.noisy_validation,
+    )
+    augmentation = config.augmentation
+    return lookup(DATA_LOADERS, config.data_loader.type, "data_loader.type")(
+        **args,
+        seed=config.seed,
+        subset_percent=settings.subset_percent,
+        noise=noise,
+        crop_padding=augmentation.crop_padding,
+        padding_mode=augmentation.padding_mode,
+        flip=augmentation.flip,
+        cutout=augmentation.cutout,
+        cutout_inside=augmentation.cutout_inside,
+        cutout_fill=augmentation.cutout_fill,
+        device=device,
+    )
+
+
+def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch.device) -> BaseModel:
+    """The config's model for the loader's classes, with the loader's mean and std, on the device."""
+    arch = config.arch.model_dump(exclude_none=True)
+    asked = config.arch.args.num_classes or config.num_classes
+    if asked is not None and asked != loader.num_classes:
+        raise ConfigError(f"arch.args.num_classes: {asked}, but {config.data_loader.type} has {loader.num_classes} classes")
+    arch["args"]["num_classes"] = loader.num_classes
+    seed_global_generators(config.seed, "weights")
+    model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
+    if config.system.sync_bn and world_size() > 1:
+        model = synchronise(model)
+    if config.system.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> None:
+    """Try one forward pass in training mode, on a copy, with the smallest batch that will occur in a process (two images are
+    enough).
+
+    Raises:
+        ConfigError: the network cannot take images of that size, or so few.
+    """
+    smallest = loader.n_samples % loader.batch_size or loader.batch_size
+    share = Share(smallest, world_size() - 1, world_size())
+    count = min(2, len(range(smallest)[share.part]))
+    images = torch.zeros(count, *loader.image_shape, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad(), determinism_explained():
+            deepcopy(model).train()(images)
+    except (RuntimeError, ValueError) as error:
+        if is_of_connection(error):  # synchronised batch normalisation asks the other processes, which may have ended
+            raise
+        size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}") from None
+
+
+def refuse_too_few_images(config: Config, training: BaseDataLoader, *others: BaseDataLoader | None) -> None:
+    """Refuse what cannot be shared out over all processes.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    adversarial, held_out, test = config.adversarial, *others
+    attacked = adversarial.validate_images if config.robust_validation_period else None
+    reported = adversarial.report_images if config.reports_robustness else None
+    numbers = {
+        "data_loader.args.batch_size": training.batch_size,
+        "the validation set": None if held_out is None else held_out.n_samples,
+        "the test set": test.n_samples,
+        "adversarial.validate_images": attacked,
+        "adversarial.report_images": reported,
+    }
+    for name, number in numbers.items():
+        if number is not None and number < world_size():
+            raise ConfigError(f"{name}: {number} images cannot be shared out over {world_size()} processes")
+
+
+def build_trainer(config: Config, **parts: Any) -> BaseTrainer:
+    """The trainer of the config's training method; `parts` are what every `BaseTrainer` takes."""
+    parts |= {"config": config, "loss": LOSSES[config.train_loss], "metrics": metrics(config), "penalty": ocnn_penalty(config)}
+    return _trainer_class(config)(**parts)
+
+
+def _trainer_class(config: Config) -> Callable[..., BaseTrainer]:
+    settings = config.adversarial
+    match config.adversarial_method:
+        case "none":
+            return Trainer
+        case "free":
+            return partial(
+                FreeTrainer,
+                threat_model=build_attacks.threat_model(config),
+                step_size=build_attacks.training_step_size(config),
+                repeats=config.trainer.adv_repeats,
+                carry=settings.noise == "carry",
+            )
+    attack = {"attack": build_attacks.training_attack(config), "bn_mode": config.attack_bn_mode}
+    if config.adversarial_method == "trades":
+        return partial(TradesTrainer, beta=settings.beta, clean_passes=settings.clean_passes, **attack)
+    return partial(AdversarialTrainer, **attack)
+
+
+def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The config's metrics, and always the two that results are reported in."""
+    return {name: METRICS[name] for name in dict.fromkeys(["top1", "top5", *config.metrics])}
+
+
+def evaluator(config: Config, autocast: Callable[[], AbstractContextManager]) -> Callable[..., dict[str, float]]:
+    """`(model, loader, description=...) -> mean loss and accuracies`, with the config's loss and metrics; see `evaluate`."""
+    return partial(evaluate, loss=LOSSES[config.val_loss], metrics=metrics(config), autocast=autocast)
+
+
+def ocnn_penalty(config: Config) -> Callable[[nn.Module], Tensor] | None:
+    """OCNN's weighted penalty, where the config asks for it."""
+    if not config.trainer.OCNN:
+        return None
+    return lambda model: config.trainer.lamb_ocnn * penalty(model)

@@ -1,0 +1,151 @@
+"""What a finished run came to: its last and its best model, and their averages, on the test set, clean and under attack."""
+
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from base.base_data_loader import BaseDataLoader
+from base.base_model import BaseModel
+from base.base_trainer import BaseTrainer
+from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
+from base.config.config import Config
+from base.errors import CheckpointError, NonFiniteError, Stopped
+from base.progress import not_finite
+from base.ranks import from_first, gather, leave_the_word_to_the_first, rank
+from base.run_folder import describe, provenance, write_json
+from base.signals import Interrupted
+from data_loader.splits import some_of_every_class
+from evaluation.partial import partial_file, remove_partials
+from evaluation.report import measure
+from experiment import build, build_attacks
+
+logger = logging.getLogger(__name__)
+
+
+def conclude(
+    trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, float]
+) -> dict[str, Any]:
+    """Test the models of a finished run, attack them where the config asks for it, and write `result.json` and `eval/`.
+
+    Args:
+        trainer: when training has ended. Its model has the weights of the best epoch afterwards.
+        test_loader: the test set.
+        counts: how many images there were to train on, to validate and to test, and the rate of
+            label noise, by name.
+
+    Returns:
+        What `result.json` holds: values of the best model by their names (`test_top1`,
+        `test_robust_top1`), those of the last one with `last_` before them, those of averaged
+        weights with `ema_`, and `PROVENANCE`. `best_since_epoch` is there only where the best
+        model of the epochs before that was lost.
+
+    Raises:
+        NonFiniteError: a value is infinite or NaN; all are written, that one as null.
+        Stopped: a signal asked for it. The verdicts so far are kept, and a resume goes on from them.
+    """
+    try:
+        with trainer.signals.caught(), trainer.signals.interrupting():
+            return _conclude(trainer, test_loader, counts)
+    except Interrupted:
+        number = trainer.signals.asked
+        leave_the_word_to_the_first(128 + number)
+        what = "attack, whose verdicts so far are kept" if trainer.config.reports_robustness else "test"
+        name = signal.Signals(number).name
+        message = f"stopped by {name} after training, in the final {what}; continue with -r {trainer.folder}"
+        raise Stopped(message, number) from None
+
+
+def _conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, int]) -> dict[str, Any]:
+    config, progress, folder = trainer.config, trainer.progress, trainer.folder
+    test = _Test(config, test_loader, test_loader.own_part(), trainer.autocast)
+    last_is_best = progress.best_epoch in (None, progress.epochs_done) and progress.batches_done == 0
+    files = [LAST, BEST] if last_is_best else [LAST]
+    best = last = test.of_both(
+        trainer.model, trainer.average.model if trainer.average else None, [folder / name for name in files]
+    )
+    if not last_is_best:
+        saved, averaged = from_first(lambda: load_checkpoint(folder / BEST)), None
+        load_weights(trainer.model, saved["state_dict"], folder / BEST)
+        if trainer.average:
+            if "ema_state_dict" not in saved:
+                raise CheckpointError(f"{folder / BEST}: holds no averaged weights, but trainer.ema_decay asks for them")
+            averaged = deepcopy(trainer.model)
+            load_weights(averaged, saved["ema_state_dict"], folder / BEST)
+        best = test.of_both(trainer.model, averaged, [folder / BEST])
+    log = progress.history[(progress.best_epoch or progress.epochs_done) - 1]
+    result = {
+        **best,
+        **{f"last_{name}": value for name, value in last.items()},
+        "val_top1": log.get("val_top1"),
+        **{key: value for key, value in log.items() if key.startswith(("val_clean_", "val_ema_", "val_robust_"))},
+        "best_epoch": progress.best_epoch,
+        **({"best_since_epoch": progress.best_since} if progress.best_since > 1 else {}),
+        "epochs": progress.epochs_done,
+        "train_seconds": progress.train_seconds,
+        "images_per_second": progress.images_seen / progress.train_seconds,
+        **counts,
+        "parameters": trainer.model.num_parameters(),
+        "seed": config.seed,
+    }
+    if rank() == 0:
+        write_json(folder / "result.json", result | provenance(config))
+    bad = not_finite(result)
+    if bad:
+        leave_the_word_to_the_first(NonFiniteError.exit_code)
+        raise NonFiniteError(f"{folder / 'result.json'}: {bad[0]} is not finite, null there: the model has diverged")
+    logger.info("done: %s", describe(result))
+    return result | provenance(config)
+
+
+@dataclass(frozen=True)
+class _Test:
+    """The test that every model of a run is put to, by all processes together, each with its `own` images of the `loader`."""
+
+    config: Config
+    loader: BaseDataLoader
+    own: BaseDataLoader
+    autocast: Callable[[], AbstractContextManager]
+
+    def of_both(self, model: BaseModel, averaged: BaseModel | None, files: list[Any]) -> dict[str, float]:
+        """Values of a model, prefixed with `test_`, and of its average, prefixed with `ema_test_`; `files` hold both."""
+        values = self.of(model, files, "")
+        if averaged is not None:
+            values |= {f"ema_{key}": value for key, value in self.of(averaged, files, "_ema").items()}
+        return values
+
+    def of(self, model: BaseModel, files: list[Any], suffix: str) -> dict[str, float]:
+        """Values of one model; a report on its robustness goes to `eval/` for each of the checkpoints that hold it."""
+        evaluate = build.evaluator(self.config, self.autocast)
+        values = {f"test_{key}": value for key, value in evaluate(model, self.own, description="testing").items()}
+        if not self.config.reports_robustness:
+            return values
+        names = [file.stem.removeprefix("model_") + suffix for file in files]
+        images = some_of_every_class(self.loader, self.config.adversarial.report_images or self.loader.n_samples)
+        attack = build_attacks.pgd(self.config, stop_at_rank=5 if self.loader.num_classes > 5 else 1)
+        target = files[0].parent / "eval" / f"pgd_{names[0]}.json"
+        report = measure(
+            model,
+            images,
+            attack,
+            seed=self.config.seed,
+            checkpoint="",
+            autocast=nullcontext,  # float32, whatever the training was in
+            partial=partial_file(target, model, images, attack, (self.config.seed, images.batch_size)),
+            description=f"attacking the {names[0]} model",
+        )
+        for file, name in zip(files, names, strict=True):
+            if rank() > 0:
+                break
+            replace(report, values=report.values | {"checkpoint": f"{file}{' (averaged weights)' if suffix else ''}"}).save(
+                file.parent / "eval" / f"pgd_{name}.json"
+            )
+        gather(None)  # from here on the report is safe
+        remove_partials(target)
+        logger.info("%s model: %s", " and ".join(names), report)
+        for warning in report.values["warnings"]:
+            logger.warning("%s model: %s", names[0], warning)
+        return {**values, **{f"test_{key}": report.values[key] for key in ("robust_top1", "robust_top5")}}

@@ -1,0 +1,104 @@
+"""Hints at the right key: every slip of the fingers at every key, names of other projects, keys in the wrong section."""
+
+import pytest
+
+from base.config.config import Config
+from base.config.files import section_at, validate
+from base.config.hints import OTHER_PROJECTS, _keys, hint
+from base.errors import ConfigError
+from base.registry import _edits, nearest_name
+
+KEYS = sorted(_keys(Config))
+DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
+
+
+def hint_at(key):
+    *section, _ = path = key.split(".")
+    found = hint(path, list(section_at(section).model_fields))
+    return found.removeprefix("; did you mean '").removesuffix("'?") if found else None
+
+
+def slips(name):
+    """One letter lost, doubled, wrong, or swapped with its neighbour; another case; without underscores."""
+    for place in range(len(name)):
+        yield name[:place] + name[place + 1 :]
+        yield name[:place] + name[place] + name[place:]
+        yield name[:place] + "q" + name[place + 1 :]
+        yield name[:place] + name[place : place + 2][::-1] + name[place + 2 :]
+    yield name.upper()
+    yield name.replace("_", "").title()
+
+
+def test_every_slip_at_every_key_finds_it():
+    count = 0
+    for key in KEYS:
+        section, _, name = key.rpartition(".")
+        known = list(section_at(section.split(".") if section else []).model_fields)
+        for wrong in set(slips(name)) - set(known):
+            # of two letters, one is no evidence; and where a slip makes another project's name, that has its own meaning
+            if len(name) > 2 and wrong not in OTHER_PROJECTS:
+                # ipn_memory is one letter from in_memory and from pin_memory
+                right = {other for other in known if _edits(wrong.casefold(), other) <= 1} | {name}
+                assert hint_at(f"{section}.{wrong}" if section else wrong) in right, f"{section}: {wrong}"
+                count += 1
+    assert count > 2000
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("loss", "train_loss"), ("trainer.loss", "train_loss"), ("trainer.len_epoch", "data_loader.args.num_batches"),
+        ("trainer.grad_clip", None), ("grad_clip", None), ("optimizer.grad_clip", None),
+        ("trainer.gradient_clipping", None), ("trainer.warmup_epochs", None), ("trainer.label_smoothing", None),
+        ("trainer.num_epochs", "epochs"), ("trainer.n_epochs", "epochs"), ("epochs", "trainer.epochs"),
+        ("num_epochs", None), ("batch_size", "data_loader.args.batch_size"), ("trainer.batchsize", None),
+        ("data_loader.batch_size", "data_loader.args.batch_size"), ("arch.num_classes", "arch.args.num_classes"),
+        ("model", "arch"), ("optimizer.lr", "optimizer.args.lr"), ("trainer.lr", "optimizer.args.lr"),
+        ("monitor", "trainer.monitor"), ("trainer.ema", "ema_decay"), ("arch.args.norm_layer", "norm_layer_type"),
+        ("arch.args.norm", None), ("arch.args.conv", "conv_layer_type"), ("pgd_attack.steps", "K"),
+        ("pgd_attack.norm", "adversarial.norm"), ("adversarial.eps", "epsilon"), ("adversarial.K", "pgd_attack.K"),
+        ("trainer.steps", None), ("data_loader.args.beta", None), ("trainer.x", None), ("system.amp", "precision"),
+        ("augmentation.mixup", "mixup_alpha"), ("augmentation.cutmix_alpha", None), ("trainer.early_stopping", "early_stop"),
+        ("model_name", "arch.type"), ("arch.name", "type"), ("optimizer.name", "type"), ("train", "trainer"),
+    ],
+)  # fmt: skip
+def test_names_of_other_projects_and_places(wrong, meant):
+    assert hint_at(wrong) == meant
+
+
+def test_every_name_of_another_project_leads_to_a_key_that_is_there():
+    for name, meant in OTHER_PROJECTS.items():
+        *section, last = (meant or "seed").split(".")
+        found = section_at(section)
+        assert found is None or last in found.model_fields, f"{name}: {meant}"
+        if found is None:
+            assert section in (["optimizer", "args"], ["lr_scheduler", "args"])
+
+
+def test_arguments_that_stand_outside_of_args():
+    for tree, meant in (
+        ({"optimizer": {"type": "Adam", "betas": [0.9, 0.99]}}, "optimizer.args.betas"),
+        ({"lr_scheduler": {"type": "ReduceLROnPlateau", "patience": 3}}, "lr_scheduler.args.patience"),
+        ({"lr_scheduler": {"type": "StepLR", "step_size": 3}}, "lr_scheduler.args.step_size"),
+    ):
+        with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+            validate(DIGITS | tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "nearest"),
+    [
+        ("SDG", ["SGD", "Adam", "ASGD"], "SGD"),
+        ("resnet81", ["resnet18", "vgg11"], "resnet18"),
+        ("bnn", ["bn", "gn", "in", "no"], "bn"),
+        ("bm", ["bn", "gn", "in", "no"], None),
+        ("x", ["K", "step"], None),
+        ("", ["K", "step"], None),
+        ("_", ["K", "step"], None),
+        ("len_epoch", ["epochs", "save_period"], None),
+        ("val", ["val_loss", "val_top1"], None),
+        ("a" * 10_000, ["a" * 3, "b"], None),
+    ],
+)
+def test_nearest_name(name, known, nearest):
+    assert nearest_name(name, known) == nearest

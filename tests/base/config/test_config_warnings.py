@@ -1,0 +1,145 @@
+"""What a good config is warned of: keys without effect, no normalization, two in a row."""
+
+import json
+
+import pytest
+
+from base.config.config import Config
+from base.config.files import load_config, section_at, validate
+from base.config.hints import _keys
+from base.config.section import Needs
+
+DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
+CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}
+
+ONI = {"arch.args.conv_layer_type": "oni_conv"}
+PREACT = {"arch.type": "preact_resnet18"}
+
+IN_VAIN = {
+    "arch.args.norm_groups": (4, {}, {"arch.args.norm_layer_type": "gn"}),
+    "arch.args.oni_rule": ("original", {}, ONI),
+    "arch.args.shortcut_input": ("raw", {"arch.type": "resnet34"}, PREACT),
+    "arch.args.final_norm": (False, {"arch.type": "vgg11"}, PREACT),
+    "augmentation.padding_mode": ("reflect", {"augmentation.crop_padding": 0}, {}),
+    "augmentation.cutout_inside": (True, {}, {"augmentation.cutout": 5}),
+    "augmentation.cutout_fill": ("black", {}, {"augmentation.cutout": 5}),
+    "system.sync_bn": (True, {"arch.args.norm_layer_type": "in"}, {"arch.args.norm_layer_type": "bn"}),
+    "lr_scheduler.args": ({"gamma": 0.9}, {"lr_scheduler.type": "none"}, {"lr_scheduler.type": "ExponentialLR"}),
+    "lr_scheduler.interval": ("batch", {"lr_scheduler.type": "none"}, {"lr_scheduler.type": "PolynomialLR"}),
+    "lr_scheduler.monitor": ("loss", {"lr_scheduler.type": "PolynomialLR"}, {"lr_scheduler.type": "ReduceLROnPlateau"}),
+    "trainer.early_stop": (3, {"trainer.monitor": "off"}, {"trainer.monitor": "min loss"}),
+    "trainer.sym": (True, {}, {"trainer.percent": 0.1}),
+    "trainer.asym": (True, {}, {"trainer.percent": 0.1}),
+    "trainer.noise_law": (
+        "exclusive",
+        {"trainer.asym": True, "trainer.percent": 0.1},
+        {"trainer.sym": True, "trainer.percent": 0.1},
+    ),
+    "trainer.noisy_validation": (False, {}, {"trainer.noise_file": "noise.npy"}),
+    "trainer.lamb_ocnn": (0.1, {}, {"trainer.OCNN": True}),
+    "trainer.fgsm_step": (4, {"adversarial.method": "fgsm"}, {"adversarial.method": "free"}),
+    "trainer.adv_clip_eps": (4, {"adversarial.epsilon": 8}, {}),
+    "trainer.adv_repeats": (3, {"adversarial.method": "pgd"}, {"trainer.do_adv": True}),
+    "adversarial.step_size": (2, {}, {"adversarial.method": "fgsm"}),
+    "adversarial.steps": (7, {"adversarial.method": "fgsm"}, {"adversarial.method": "trades"}),
+    "adversarial.restarts": (2, {"adversarial.method": "trades"}, {"adversarial.method": "pgd"}),
+    "adversarial.random_start": (False, {"adversarial.method": "free"}, {"adversarial.method": "fgsm"}),
+    "adversarial.warmup_epochs": (5, {"adversarial.method": "none"}, {"adversarial.method": "pgd"}),
+    "adversarial.bn_mode": ("eval", {}, {"adversarial.method": "trades"}),
+    "adversarial.noise": ("carry", {"adversarial.method": "pgd"}, {"adversarial.method": "free"}),
+    "adversarial.beta": (3, {"adversarial.method": "pgd"}, {"adversarial.method": "trades"}),
+    "adversarial.clean_passes": (2, {"adversarial.method": "free"}, {"adversarial.method": "trades"}),
+    "adversarial.validate_images": (50, {}, {"adversarial.validate_every": 2}),
+    "adversarial.report_images": (50, {}, {"adversarial.report": True}),
+}
+"""Key -> a value, settings with which it has no effect, settings with which it has."""
+
+
+def tree(*parts):
+    whole = json.loads(json.dumps(DIGITS))
+    for key, value in (item for part in parts for item in part.items()):
+        *sections, name = key.split(".")
+        place = whole
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return whole
+
+
+def test_the_cases_are_all_keys_that_need_another():
+    def needs(key):
+        *section, name = key.split(".")
+        return any(isinstance(item, Needs) for item in section_at(section).model_fields[name].metadata)
+
+    assert {key for key in _keys(Config) if needs(key)} == IN_VAIN.keys()
+
+
+@pytest.mark.parametrize("key", IN_VAIN)
+def test_a_key_without_effect_is_named_and_one_with_effect_is_not(key):
+    value, without, having = IN_VAIN[key]
+    (warning,) = validate(tree(without, {key: value})).warnings
+    assert warning.startswith(f"without effect in this run: {key} ")
+    assert " (only with " in warning
+    assert "," not in warning.replace(json.dumps(value), "")
+    assert validate(tree(having, {key: value})).warnings == ()
+    default = validate(tree(without)).model_dump()
+    for name in key.split("."):
+        default = default[name]
+    assert validate(tree(without, {key: default})).warnings == (), "the default was not asked for in vain"
+    for quiet in (True, key, [key], [key.partition(".")[0]]):
+        assert validate(tree(without, {key: value, "_unused_ok": quiet})).warnings == ()
+    assert len(validate(tree(without, {key: value, "_unused_ok": ["seed", f"{key}x", 3]})).warnings) == 1
+
+
+def test_several_are_one_warning_and_the_comment_key_is_inherited(tmp_path):
+    values = {key: IN_VAIN[key][0] for key in ("adversarial.beta", "trainer.adv_repeats", "trainer.lamb_ocnn")}
+    (tmp_path / "parent.json").write_text(json.dumps(tree(values)))
+    (tmp_path / "child.json").write_text('{"extends": "parent.json", "_unused_ok": ["trainer.lamb_ocnn"]}')
+    (tmp_path / "grandchild.json").write_text('{"extends": "child.json"}')
+    (warning,) = load_config(tmp_path / "parent.json").warnings
+    assert all(f" {key} " in warning for key in values)
+    for name in ("child", "grandchild"):
+        (warning,) = load_config(tmp_path / f"{name}.json").warnings
+        assert "trainer.adv_repeats 3" in warning
+        assert "lamb_ocnn" not in warning
+    assert load_config(tmp_path / "parent.json", [("_unused_ok", "true")]).warnings == ()
+
+
+TWICE, NEVER = "normalizes twice in a row", "without any normalization"
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "message"),
+    [
+        (CONV_NORM, {"conv_layer_type": "conv"}, NEVER),
+        (CONV_NORM, {"norm_layer_type": "bn"}, TWICE),
+        (CONV_NORM, {"norm_layer_type": "gn"}, TWICE),
+        (CONV_NORM, {"conv_layer_type": "conv_norm"}, None),
+        (CONV_NORM, {"conv_layer_type": "conv", "norm_layer_type": "bn"}, None),
+        (CONV_NORM, {"conv_layer_type": "conv", "norm_layer_type": "no"}, None),
+        (CONV_NORM, {"norm_layer_type": "no"}, None),
+        (CONV_NORM, {"conv_layer_type": "oni_conv"}, None),
+        ({}, {}, None),
+        ({}, {"norm_layer_type": "no"}, NEVER),
+        ({}, {"conv_layer_type": "prec_conv"}, TWICE),
+        ({"norm_layer_type": "no"}, {}, NEVER),
+        ({"conv_layer_type": "conv_norm"}, {}, TWICE),
+        ({"conv_layer_type": "sn_conv"}, {}, None),
+        ({"conv_layer_type": "conv", "norm_layer_type": "no"}, {}, None),
+        ({"conv_layer_type": "conv", "norm_layer_type": "no"}, {"stem": "imagenet"}, None),
+        ({"conv_layer_type": "prec_conv", "norm_layer_type": "in"}, {}, None),
+    ],
+)
+def test_no_norm_and_two_norms_unless_the_files_name_both(tmp_path, files, flags, message):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**DIGITS, "arch": {"args": files}}))
+    warnings = load_config(file, [(f"arch.args.{name}", value) for name, value in flags.items()]).warnings
+    assert [message in warning for warning in warnings] == [True] * (message is not None)
+    whole = load_config(file, [("arch.args", json.dumps(flags))] if flags else []).warnings
+    assert whole == warnings
+
+
+def test_a_pair_that_parent_and_child_name_between_them_is_asked_for(tmp_path):
+    (tmp_path / "parent.json").write_text(json.dumps({**DIGITS, "arch": {"args": {"conv_layer_type": "conv"}}}))
+    (tmp_path / "child.json").write_text('{"extends": "parent.json", "arch": {"args": {"norm_layer_type": "no"}}}')
+    assert load_config(tmp_path / "child.json").warnings == ()

@@ -1,0 +1,330 @@
+"""Verdicts: the same for every batch size and any number of parts, confirmed in full precision, kept when interrupted."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from attacks import FGSM, PGD, Attack
+from data_loader import DATA_LOADERS
+from evaluation import robust_accuracy
+from evaluation.fuse_conv_bn import folded
+from evaluation.reliability import Check, judge_rate
+from evaluation.report import Report, add_doctor, describe_attack, file_stem, measure, title
+from evaluation.robust_accuracy import Verdicts, attack_batch, attack_loader, interval
+from models import build_model
+
+
+@pytest.fixture(scope="module")
+def digits():
+    torch.manual_seed(0)
+    loader = DATA_LOADERS["DigitsDataLoader"](batch_size=50)
+    model = build_model({"type": "simpleCNN", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}})
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for images, labels in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model.eval(), loader.test_loader().subset(torch.arange(0, 359, 18))
+
+
+ATTACK = PGD(4 / 255, 2 / 255, 3, restarts=2, early_stop=5)
+
+
+def verdicts_of(digits, batch_size, index=None):
+    model, loader = digits
+    part = loader.subset(torch.arange(20) if index is None else index)
+    part.batch_size = batch_size
+    return attack_loader(model, part, ATTACK, seed=3)
+
+
+def equal(first, second):
+    return all(np.array_equal(a, second.arrays()[name]) for name, a in first.arrays().items())
+
+
+def test_batch_size_and_shares_of_the_work_change_no_verdict(digits):
+    whole = verdicts_of(digits, 20)
+    assert whole.accuracy("robust_top1") < whole.accuracy("clean_top1")
+    assert whole.position.tolist() == list(range(0, 359, 18))
+    for batch_size in (1, 16):
+        assert equal(verdicts_of(digits, batch_size), whole)
+    shares = [verdicts_of(digits, 7, torch.arange(rank, 20, 2)) for rank in range(2)]
+    assert equal(Verdicts.joined(shares), whole)
+
+
+def test_the_seed_alone_decides_where_an_attack_ends(digits):
+    model, loader = digits
+    images, labels = next(iter(loader))
+    run = partial(attack_batch, model, images, labels, ATTACK, positions=loader.positions)
+    assert torch.equal(run(seed=3)[1], run(seed=3)[1])
+    assert not torch.equal(run(seed=3)[1], run(seed=4)[1])
+
+
+def test_verdicts_are_what_the_model_says(digits):
+    model, loader = digits
+    images, labels = next(iter(loader))
+    verdicts, worst = attack_batch(model, images, labels, ATTACK, positions=loader.positions, seed=3)
+    clean, final = model(images), model(worst)
+    robust = (clean.argmax(1) == labels) & (final.argmax(1) == labels)
+    assert torch.equal(verdicts.robust_top1, robust)
+    assert torch.equal(verdicts.prediction, final.argmax(1))
+    among_five = (final.topk(5).indices == labels[:, None]).any(1) & (clean.topk(5).indices == labels[:, None]).any(1)
+    assert torch.equal(verdicts.robust_top5, among_five)
+    torch.testing.assert_close(verdicts.perturbation, (worst - images).flatten(1).abs().amax(1))
+
+
+def test_attacks_of_several_steps_search_the_folded_copy_and_the_model_itself_gives_verdicts(digits, monkeypatch):
+    model, loader = digits
+    asked = []
+
+    def spied(original, images):
+        assert original is model
+        copy = folded(original, images)
+        assert copy is not model
+        copy._forward_hooks.clear()  # the model's own, which was copied, too
+        copy.register_forward_hook(lambda *call: asked.append("copy"))
+        return copy
+
+    monkeypatch.setattr(robust_accuracy, "folded", spied)
+    hook = model.register_forward_hook(lambda *call: asked.append("model"))
+    verdicts = attack_loader(model, loader, PGD(4 / 255, 0.0, 3, early_stop=True), seed=0)
+    searched = asked[-6:]
+    asked.clear()
+    attack_loader(model, loader, FGSM(4 / 255), seed=0)
+    hook.remove()
+    assert verdicts.robust_top1.any()
+    assert searched == ["model", *["copy"] * 4, "model"], "clean; three steps and the last point; the verdict"
+    assert asked == ["model", "model"]
+
+
+def test_fgsm_never_searches_in_low_precision(digits):
+    model, loader = digits
+    low = {"autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
+    report = measure(model, loader, FGSM(4 / 255), seed=0, checkpoint="model", **low)
+    assert report.values["precision"] == "fp32"
+    plain = attack_loader(model, loader, FGSM(4 / 255), seed=0)
+    assert equal(attack_loader(model, loader, FGSM(4 / 255), seed=0, **low), plain)
+
+
+def test_fgsm_costs_one_pass_and_its_verdict_one_more(digits):
+    model, loader = digits
+    images, labels = next(iter(loader))
+    asked = []
+    hook = model.register_forward_hook(lambda *call: asked.append(len(call[1][0])))
+    verdicts, worst = attack_batch(model, images, labels, FGSM(4 / 255), positions=loader.positions, seed=0)
+    hook.remove()
+    assert len(asked) == 2
+    assert torch.equal(verdicts.clean_prediction, model(images).argmax(1))
+    assert torch.equal(verdicts.prediction, model(worst).argmax(1))
+    right = verdicts.clean_top1
+    assert torch.equal(worst[right], FGSM(4 / 255)(model, images, labels)[right])
+    assert torch.equal(worst[~right], images[~right])
+
+
+def test_images_that_are_wrong_to_begin_with_are_not_attacked(digits):
+    model, loader = digits
+    images, _ = next(iter(loader))
+    wrong = (model(images).argmax(1) + 1) % 10
+    attack = PGD(4 / 255, 1 / 255, 5, early_stop=True)
+    verdicts, worst = attack_batch(model, images, wrong, attack, positions=loader.positions, seed=0)
+    assert torch.equal(worst, images)
+    assert not verdicts.robust_top1.any()
+
+
+def test_a_success_in_low_precision_only_counts_if_full_precision_confirms_it(digits):
+    model, loader = digits
+    images, labels = next(iter(loader))
+
+    class Coarse(nn.Module):
+        """In bf16, which autocast asks for, it gets everything wrong."""
+
+        def forward(self, inputs):
+            logits = model(inputs)
+            return -logits if torch.is_autocast_enabled("cpu") else logits
+
+    attack = PGD(4 / 255, 1 / 255, 5, early_stop=True)
+    run = partial(attack_batch, images=images, labels=labels, attack=attack, positions=loader.positions, seed=0)
+    low = run(Coarse(), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))[0]
+    assert torch.equal(low.robust_top1, run(model)[0].robust_top1), "what it believed in was attacked again"
+
+
+def test_a_success_that_full_precision_confirms_in_part_is_kept():
+    """bf16 believes that the label has left the top five; float32 says that it is merely not the first."""
+
+    class Coarse(nn.Module):
+        """Grey is class 0; of lighter images, float32 puts it second and bf16 last."""
+
+        def forward(self, images):
+            logits = torch.arange(10.0, 0.0, -1.0).repeat(len(images), 1)
+            lighter = images.mean(dim=(1, 2, 3)) > 0.505
+            logits[lighter, 0] = 0.0 if torch.is_autocast_enabled("cpu") else 8.5
+            return logits
+
+    class Once(Attack):
+        """Finds something in low precision only."""
+
+        rank = 5
+
+        def perturb(self, model, images, labels, generators):
+            return images + 0.01 if torch.is_autocast_enabled("cpu") else images
+
+    given = {"positions": torch.arange(4), "seed": 0, "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
+    grey, labels = torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64)
+    verdicts, _ = attack_batch(Coarse(), grey, labels, Once(0.1), **given)
+    assert verdicts.clean_top1.all()
+    assert not verdicts.robust_top1.any()
+    assert verdicts.robust_top5.all()
+
+
+def test_batches_are_filled_up_and_only_images_that_stand_are_in_them(digits):
+    model, loader = digits
+    images, _ = next(iter(loader))
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    wrong = (model(images).argmax(1) + torch.arange(len(images)).lt(15)) % 10  # 15 are misclassified, 5 stand
+    seen.clear()
+    attack_batch(model, images, wrong, PGD(4 / 255, 0.0, 3, early_stop=True), positions=loader.positions, seed=0)
+    hook.remove()
+    assert seen == [24, 16, 16, 16, 16, 16], "clean; three steps, the last point and the verdict on five images"
+
+
+def test_a_targeted_attack_and_an_empty_loader_get_no_verdict(digits):
+    model, loader = digits
+    with pytest.raises(ValueError, match="verdicts need an untargeted attack"):
+        attack_loader(model, loader, PGD(4 / 255, 2 / 255, 1, targeted=True), seed=0)
+    with pytest.raises(ValueError, match="the loader holds no images to attack"):
+        measure(model, loader.subset(torch.arange(0)), ATTACK, seed=0, checkpoint="")
+
+
+def test_a_model_that_leaves_torch_is_not_believed(digits):
+    model, loader = digits
+
+    class Outside(nn.Module):
+        def forward(self, images):
+            return torch.from_numpy(model(images).detach().numpy())
+
+    report = measure(Outside(), loader, ATTACK, seed=3, checkpoint="masked")
+    assert report.values["reliable"] is False
+    assert any("gradients are not zero" in warning for warning in report.values["warnings"])
+
+
+def test_few_classes_are_always_among_the_top_five(digits):
+    model, loader = digits
+
+    class Four(nn.Module):
+        def forward(self, images):
+            return model(images)[:, :4]
+
+    part = loader.subset(torch.nonzero(loader.labels < 4).squeeze(1))
+    part.num_classes = 4
+    report = measure(Four(), part, PGD(4 / 255, 2 / 255, 3, early_stop=True), seed=3, checkpoint="")
+    assert report.values["robust_top5"] == 1
+
+
+def test_different_attacks_have_different_files():
+    values = {
+        "attack": "PGD",
+        "norm": "linf",
+        "epsilon": 8 / 255,
+        "loss": "ce",
+        "step_size": 2 / 255,
+        "steps": 20,
+        "restarts": 1,
+    }
+    assert file_stem(values) == "pgd-20_linf_8_step_2_1_start"
+    assert file_stem({**values, "loss": "dlr"}) == "pgd-20_linf_8_step_2_1_start_dlr_loss"
+    standard = {"attack": "AutoAttack", "description": "standard ...", "loss": None, "step_size": None, "steps": None}
+    assert file_stem({**values, **standard, "restarts": None}) == "autoattack_linf_8"
+
+
+def test_an_evaluation_that_was_interrupted_goes_on(digits, tmp_path, monkeypatch):
+    model, loader = digits
+    loader = loader.subset(torch.arange(18))
+    loader.batch_size = 5
+    whole = attack_loader(model, loader, ATTACK, seed=3)
+    calls = 0
+    climb = PGD.perturb
+
+    def broken(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return climb(self, *arguments)
+
+    monkeypatch.setattr(PGD, "perturb", broken)
+    with pytest.raises(KeyboardInterrupt):
+        attack_loader(model, loader, ATTACK, seed=3, partial=tmp_path / "part.npz")
+    again = partial(attack_loader, model, loader, ATTACK, seed=3, partial=tmp_path / "part.npz")
+    assert equal(again(), whole)
+    assert calls == 5, "two batches before, two after"
+    assert equal(again(), whole), "as where one process waited for another when it was killed"
+    assert calls == 5
+
+
+def test_wilson_interval_against_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for successes, n in ((0, 10), (3, 10), (204, 1000), (10, 10)):
+        expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
+        assert interval(successes / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_report_holds_what_a_paper_needs(digits, tmp_path):
+    model, loader = digits
+    report = measure(model, loader, ATTACK, seed=3, checkpoint="best")
+    keys = {
+        "attack", "norm", "epsilon", "step_size", "steps", "restarts", "seed", "n", "clean_top1", "robust_top1", "robust_top5",
+        "interval", "seconds", "images_per_second", "max_perturbation", "reliable", "warnings", "checkpoint", "versions",
+    }  # fmt: skip
+    assert keys <= report.values.keys()
+    assert isinstance(report, Report)
+    assert 2 / 255 < report.values["max_perturbation"] <= 4 / 255 + 1e-6
+    assert title(report.values) == "PGD-3, linf 4/255, step 2/255, 2 starts"
+    low, high = report.values["interval"]
+    assert low < report.values["robust_top1"] < high
+    report.save(tmp_path / "deep" / "report.json")
+    saved = np.load(tmp_path / "deep" / "report.verdicts.npz")
+    assert saved["robust_top1"].mean() == report.values["robust_top1"]
+
+    class Saturated(nn.Module):
+        def forward(self, images):
+            return 1e6 * model(images)
+
+    masked = measure(Saturated(), loader, ATTACK, seed=3, checkpoint="masked")
+    assert masked.values["reliable"] is False
+    assert "gradients are not zero" in masked.values["warnings"][0]
+
+
+GOOD, BAD = Check("good", True, ""), Check("bad", False, "")
+OPEN = [judge_rate("open", found, 20, 0.05, "") for found in (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("checks", "reliable", "needed"),
+    [
+        ([GOOD, GOOD], True, None),
+        ([GOOD, BAD], False, None),
+        ([GOOD, OPEN[0]], None, OPEN[0].images_needed),
+        ([*OPEN, GOOD], None, max(check.images_needed for check in OPEN)),
+        ([BAD, OPEN[0]], False, OPEN[0].images_needed),
+    ],
+)
+def test_a_report_is_reliable_where_every_check_has_passed(checks, reliable, needed):
+    before = {"reliable": None, "images_needed": 99, "warnings": []}
+    report = Report({**describe_attack(ATTACK), **before}, None)
+    add_doctor(report, checks, ATTACK)
+    assert report.values["reliable"] is reliable
+    assert report.values["images_needed"] == needed
+    assert report.values["warnings"] == ["bad: "] * (BAD in checks)
+    verdicts = [check["verdict"] for check in report.values["checks"]]
+    assert verdicts == [check.verdict for check in checks]
+
+
+def test_a_check_of_one_batch_that_cannot_decide_is_no_warning(digits):
+    model, loader = digits
+    report = measure(model, loader, ATTACK, seed=3, checkpoint="")
+    assert report.values["reliable"] is None
+    assert report.values["images_needed"] == 73
+    assert report.values["warnings"] == []
