@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +49,8 @@ class BaseDataLoader(ABC):
         warnings: lines that it should warn of.
     """
 
-    default_mean: ClassVar[tuple[float, ...] | None] = None
-    default_std: ClassVar[tuple[float, ...] | None] = None
+    default_mean: tuple[float, ...] | None = None
+    default_std: tuple[float, ...] | None = None
 
     labels: Tensor
     class_names: Sequence[str]

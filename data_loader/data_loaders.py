@@ -2,7 +2,9 @@
 
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from data_loader.datasets import LabelledImages, read_cifar, read_digits, read_image_folder
 from data_loader.training_data_loader import TrainingDataLoader
@@ -46,7 +48,7 @@ class ImageFolderDataLoader(TrainingDataLoader):
         in_memory: decode once and keep the pixels, or decode every batch anew; None keeps those of training subset and
             validation up to 2 GiB, and those of test if that is enough for all. Batches are the same either way.
         test_split: part of every class that is the test set where the folder holds nothing but
-            classes.
+            classes; None for 0.2.
         channels: 3 decodes every image as RGB, whatever is in the file; 1 as gray.
     """
 
@@ -54,9 +56,9 @@ class ImageFolderDataLoader(TrainingDataLoader):
         self,
         data_dir: str | Path,
         *arguments: Any,
-        image_size: int | None = None,
+        image_size: Annotated[int, Field(ge=1, le=8192)] | None = None,
         in_memory: bool | None = None,
-        test_split: float | None = None,
+        test_split: Annotated[float, Field(gt=0, lt=1)] | None = None,
         channels: Literal[1, 3] = 3,
         **options: Any,
     ) -> None:

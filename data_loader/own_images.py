@@ -109,8 +109,7 @@ class OwnImages(TrainingDataLoader):
 
     def __init__(self, own: BaseDataLoader, **options: Any) -> None:
         self.own = own
-        options["mean"] = options.get("mean") or own.default_mean
-        options["std"] = options.get("std") or own.default_std
+        self.default_mean, self.default_std = own.default_mean, own.default_std
         super().__init__(**options)
 
     def read(self, train: bool) -> LabelledImages:

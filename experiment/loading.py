@@ -20,6 +20,7 @@ from base.config.files import Override, merge, override, read_tree, validate
 from base.errors import CheckpointError, ConfigError, DataError
 from base.launch import own_device
 from base.ranks import rank
+from base.registry import lookup
 from base.runtime import (
     autocast,
     choose_precision,
@@ -28,6 +29,7 @@ from base.runtime import (
     set_determinism,
 )
 from data_loader import DATA_LOADERS
+from data_loader.own_images import build_loader
 from data_loader.splits import some_of_every_class
 from experiment import build
 

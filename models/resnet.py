@@ -4,7 +4,7 @@ Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: "Deep Residual Learning for I
 "Identity Mappings in Deep Residual Networks", arXiv:1603.05027.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class ResNet(BaseModel):
         block: `BasicBlock` or `Bottleneck`.
         num_blocks: how many blocks each of the four stages has.
         num_classes: the number of logits.
-        stem: a name in `STEMS`.
+        stem: first layers: a 3x3 convolution (cifar), or one of 7x7 with stride and pooling (imagenet).
         layer_types: the arguments of `BaseModel`.
 
     Raises:
@@ -101,7 +101,7 @@ class ResNet(BaseModel):
         block: type[BasicBlock] | type[Bottleneck],
         num_blocks: tuple[int, int, int, int],
         num_classes: int = 10,
-        stem: str = "cifar",
+        stem: Literal["cifar", "imagenet"] = "cifar",
         **layer_types: Any,
     ) -> None:
         super().__init__(**layer_types)
@@ -184,7 +184,7 @@ class PreActResNet(BaseModel):
     Args:
         num_blocks: how many blocks each of the four stages has.
         num_classes: the number of logits.
-        shortcut_input: "activated" or "raw".
+        shortcut_input: what the shortcuts see: relu(bn(x)) (activated) or x itself (raw).
         final_norm: whether a norm and an activation stand before the average.
         layer_types: the arguments of `BaseModel`.
 
@@ -196,7 +196,7 @@ class PreActResNet(BaseModel):
         self,
         num_blocks: tuple[int, int, int, int],
         num_classes: int = 10,
-        shortcut_input: str = "activated",
+        shortcut_input: Literal["activated", "raw"] = "activated",
         final_norm: bool = True,
         **layer_types: Any,
     ) -> None:

@@ -1,9 +1,10 @@
 """Wide ResNet. Sergey Zagoruyko, Nikos Komodakis: "Wide Residual Networks", BMVC 2016, arXiv:1605.07146."""
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
@@ -74,7 +75,12 @@ class WideResNet(BaseModel):
     checkpoints hold it."""
 
     def __init__(
-        self, depth: int = 28, widen_factor: int = 10, num_classes: int = 10, dropout: float = 0.0, **layer_types: Any
+        self,
+        depth: Annotated[int, Field(ge=1, le=10_000)] = 28,
+        widen_factor: Annotated[int, Field(ge=1, le=1000)] = 10,
+        num_classes: int = 10,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        **layer_types: Any,
     ) -> None:
         super().__init__(**layer_types)
         if depth < 10 or depth % 6 != 4:
