@@ -19,6 +19,7 @@ from base.registry import lookup
 from base.runtime import determinism_explained, seed_global_generators
 from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise
+from data_loader.own_images import build_loader
 from evaluation.accuracy import evaluate
 from experiment import build_attacks
 from models import MODELS, arguments_of, build_model
@@ -32,7 +33,7 @@ from trainer.trainer import Trainer
 HELD_OUT_BY_DEFAULT = 0.1
 
 
-def build_data_loader(config: Config, device: torch.device) -> Any:
+def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
     """The training loader of a config. Where something is asked of validation images (a `val_` monitor, robust validation) and
     there is no validation split, a tenth of every class is held out."""
     settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
@@ -48,20 +49,18 @@ def build_data_loader(config: Config, device: torch.device) -> Any:
         key=settings.noise_key,
         on_validation=settings.noisy_validation,
     )
-    augmentation = config.augmentation
-    return lookup(DATA_LOADERS, config.data_loader.type, "data_loader.type")(
+    # mixup is done by the trainer
+    augmentation = config.augmentation.model_dump(exclude={"mixup_alpha"})
+    name = config.data_loader.type
+    arguments = {
         **args,
-        seed=config.seed,
-        subset_percent=settings.subset_percent,
-        noise=noise,
-        crop_padding=augmentation.crop_padding,
-        padding_mode=augmentation.padding_mode,
-        flip=augmentation.flip,
-        cutout=augmentation.cutout,
-        cutout_inside=augmentation.cutout_inside,
-        cutout_fill=augmentation.cutout_fill,
-        device=device,
-    )
+        **augmentation,
+        "seed": config.seed,
+        "subset_percent": settings.subset_percent,
+        "noise": noise,
+        "device": device,
+    }
+    return build_loader(name, lookup(DATA_LOADERS, name, "data_loader.type"), arguments)
 
 
 def completed_config(config: Config, loader: BaseDataLoader) -> Config:

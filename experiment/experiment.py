@@ -50,6 +50,7 @@ from base.runtime import (
 )
 from base.tracking import start_trackers, tell
 from data_loader.label_noise import describe_transitions
+from data_loader.own_images import check_first_batch
 from data_loader.splits import some_of_every_class
 from experiment import build, build_attacks
 from experiment.final_test import conclude
@@ -74,7 +75,7 @@ class Experiment:
     """
 
     config: Config
-    train_loader: Any
+    train_loader: BaseDataLoader
     validation_loader: BaseDataLoader | None
     test_loader: BaseDataLoader
     model: BaseModel
@@ -115,17 +116,18 @@ class Experiment:
         return cls(config, train_loader, validation_loader, test_loader, model, optimizer, schedule, precision)
 
     @staticmethod
-    def _read(config: Config, begun: bool) -> tuple[torch.device, Any, BaseDataLoader | None, BaseDataLoader]:
+    def _read(config: Config, begun: bool) -> tuple[torch.device, BaseDataLoader, BaseDataLoader | None, BaseDataLoader]:
         """This process's device, and its training, validation and test images."""
         check_optimization(config.optimizer, config.lr_scheduler, begun)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = own_device(config)
         keep_freed_memory(device)
         train_loader = build.build_data_loader(config, device)
-        train_loader.shared_out = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch
+        train_loader.shard_batches = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch
         validation_loader, test_loader = train_loader.split_validation(), train_loader.test_loader()
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
+        check_first_batch(train_loader, device)
         build.refuse_too_few_images(config, train_loader, validation_loader, test_loader)
         return device, train_loader, validation_loader, test_loader
 
@@ -254,7 +256,9 @@ class Experiment:
         loader, robust = self.validation_loader, self.robust_validation
         if loader is None:
             return lambda model, epoch: {}
-        clean = partial(build.evaluator(self.config, self.autocast), loader=loader.own_part(), description="validating")
+        shard = loader.shard(rank(), world_size())
+        evaluator = build.evaluator(self.config, self.autocast)
+        clean = partial(evaluator, loader=shard, description="validating")
 
         def validate(model: BaseModel, epoch: int) -> dict[str, float]:
             values = clean(model)
@@ -271,7 +275,7 @@ class Experiment:
         if loader is None or config.robust_validation_period == 0:
             return None
         return RobustValidation(
-            some_of_every_class(loader, config.adversarial.validate_images).own_part(),
+            some_of_every_class(loader, config.adversarial.validate_images).shard(rank(), world_size()),
             build_attacks.pgd(config),
             build_attacks.fgsm(config) if config.adversarial_method == "fgsm" else None,
             period=config.robust_validation_period,
@@ -307,6 +311,8 @@ class Experiment:
             logger.info("%d processes, each with its share of every minibatch", world_size())
         # a run that is continued has said it when it began
         for warning in () if resumed else self.config.warnings:
+            logger.warning(warning)
+        for warning in loader.warnings:
             logger.warning(warning)
         for remark in loader.remarks:
             logger.info("data set: %s", remark)

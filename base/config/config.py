@@ -53,7 +53,7 @@ def _folder_name(text: str) -> str:
     return text
 
 
-Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
+Channels = Annotated[list[Fraction], Field(min_length=1)]
 
 
 CROPS = Needs("augmentation.crop_padding above 0", lambda config: config.augmentation.crop_padding > 0)
@@ -177,7 +177,7 @@ class DataLoaderArgs(OpenSection):
     """Above 0, a training epoch ends after that many batches."""
     mean: Channels | None = None
     """Per-channel mean in [0, 1]; null takes the published one for CIFAR and the training set's own elsewhere."""
-    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
     """Per-channel standard deviation in [0, 1]; null as for mean."""
 
 
