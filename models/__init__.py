@@ -7,7 +7,7 @@ from typing import Any
 
 from base.base_model import BaseModel
 from base.errors import ConfigError
-from base.registry import did_you_mean, lookup
+from base.registry import MODELS, did_you_mean, lookup
 from models import layers as layers  # fills the layer tables that the models resolve their names in
 from models.initialization import initialize_he, initialize_he_zero_gn, zero_residual_branches
 from models.resnet import BasicBlock, Bottleneck, PreActResNet, ResNet
@@ -17,7 +17,7 @@ from models.wide_resnet import WideResNet
 
 __all__ = ["MODELS", "build_model"]
 
-MODELS: dict[str, Callable[..., BaseModel]] = {
+_NETWORKS: dict[str, Callable[..., BaseModel]] = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
@@ -34,7 +34,7 @@ MODELS: dict[str, Callable[..., BaseModel]] = {
     "simpleCNN": SimpleCNN,
     "simpleCNN2": SimpleCNN2,
 }
-"""Config name -> constructor; the keyword arguments it takes are the model's `arch.args`, with `mean` and `std`."""
+MODELS.update(_NETWORKS)
 
 INITIALIZATION = ("init", "zero_init_residual")
 """The `arch.args` of every model that its constructor does not take: they say with which weights it begins."""
