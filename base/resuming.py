@@ -133,6 +133,10 @@ def config_hash(config: Config) -> str:
     Values at their default are left out, so that a key that comes to be later changes no hash.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    defaults = config.adversarial.defaults(config.adversarial.chosen(config))
+    for key, default in defaults.items():
+        if tree.get("adversarial", {}).get(key) == default:
+            del tree["adversarial"][key]
     for key in WHERE_AND_HOW:
         forget(tree, key)
     filled = _without_empty_sections(tree)
