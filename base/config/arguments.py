@@ -89,6 +89,12 @@ def takes(entry: Constructor, name: str) -> bool:
     return any(parameter.name == name for parameter in parameters_of(entry))
 
 
+def hands_on(entry: Constructor) -> bool:
+    """Whether a constructor hands every argument on, `**others`, that it does not name itself."""
+    *_, last = _functions(entry)
+    return _hands_on(last)
+
+
 def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
     """The functions that arguments of a constructor reach: its own first, and those of its base classes as long as the
     one before hands `**others` on."""

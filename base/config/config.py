@@ -76,19 +76,24 @@ LossName = Annotated[str, NameIn(LOSSES, ("logits", "labels"))]
 MetricName = Annotated[str, NameIn(METRICS, ("logits", "labels"))]
 
 
+LAYER_CHOICES = (
+    Choice("arch.args.norm_layer_type", NORM_LAYERS, frozenset({"affine"}), positional=1, others="ignored"),
+    Choice("arch.args.conv_layer_type", CONV_LAYERS, OF_EVERY_CONVOLUTION, others="ignored"),
+    Choice("arch.args.linear_layer_type", LINEAR_LAYERS, OF_EVERY_CONVOLUTION, positional=2, others="ignored"),
+    Choice("arch.args.activation_layer_type", ACTIVATION_LAYERS, frozenset({"inplace"}), positional=1, others="ignored"),
+)
+"""The four kinds of layers, whose own arguments stand in `arch.args` beside those of the network."""
+
+
 class ArchArgs(OpenSection):
     """Arguments of the model, and of its layers; null takes their own default."""
 
-    choices = (
-        Choice("arch.type", MODELS, OF_EVERY_MODEL),
-        Choice("arch.args.norm_layer_type", NORM_LAYERS, frozenset({"affine"}), positional=1, others="ignored"),
-        Choice("arch.args.conv_layer_type", CONV_LAYERS, OF_EVERY_CONVOLUTION, others="ignored"),
-        Choice("arch.args.linear_layer_type", LINEAR_LAYERS, frozenset({"bias", "device", "dtype"}), positional=2, others="ignored"),
-        Choice("arch.args.activation_layer_type", ACTIVATION_LAYERS, frozenset({"inplace"}), positional=1, others="ignored"),
-    )  # fmt: skip
+    choices = (Choice("arch.type", MODELS, OF_EVERY_MODEL), *LAYER_CHOICES)
 
     num_classes: Positive | None = None
     """Number of classes; null takes the data set's."""
+    in_channels: Positive | None = None
+    """Channels of the images; null takes the data set's."""
     norm_layer_type: Annotated[str, NameIn(NORM_LAYERS, ("channels",))] = "bn"
     """bn BatchNorm, gn GroupNorm, in InstanceNorm, no none."""
     conv_layer_type: Annotated[str, CONV_CALL] = "conv"
