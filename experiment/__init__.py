@@ -7,6 +7,6 @@ import attacks as attacks
 import data_loader as data_loader
 import models as models
 import trainer as trainer
-from experiment.experiment import Experiment
+from experiment.experiment import Experiment, RunResult, resume, train
 
-__all__ = ["Experiment"]
+__all__ = ["Experiment", "RunResult", "resume", "train"]

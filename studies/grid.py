@@ -90,7 +90,7 @@ class Run:
     @property
     def script(self) -> str:
         """The script that trains it."""
-        return "train.py" if self.config.adversarial_method == "none" else "train_robust.py"
+        return "train_robust.py" if self.config.attacks_while_training else "train.py"
 
     def words(self) -> list[str]:
         """The command line that starts it, from the script on."""

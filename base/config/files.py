@@ -17,7 +17,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from base.config import arguments
-from base.config.adversarial import SIZES, read_sizes
+from base.config.adversarial import read_sizes, size_keys
 from base.config.config import Config
 from base.config.hints import hint as key_hint
 from base.config.section import Section, section_in
@@ -354,7 +354,7 @@ def _told(problem: dict[str, Any]) -> str:
     if _is_secret(path):
         return f"{key}: {problem['msg']} (what was given is not shown)"
     value = problem["input"]
-    if tuple(path) in SIZES and isinstance(value, str):
+    if tuple(path) in size_keys() and isinstance(value, str):
         expected = 'expected a number, or a fraction of the pixel range such as "8/255"'
         return f"{key}: {expected}, not {_shown(value)}"
     if problem["type"] == "literal_error":
