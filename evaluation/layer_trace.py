@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.layers.conv_norm.layer import ConvNorm2d
-
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -63,7 +61,8 @@ class _Trace:
     """Hooks that write down the linear layers of a forward pass, and which of them each batch norm follows.
 
     A batch norm follows a layer if it takes the very tensor that the layer gave, unchanged, or that another one gave which
-    follows the layer. Inside a `ConvNorm2d` without `bpconv` no layer gives that tensor; there its batch norm follows itself.
+    follows the layer. Inside a `ConvNorm2d` without `bpconv` no layer gives that tensor: a `batch_norm` that belongs to a
+    layer then follows that layer.
     """
 
     def __init__(self) -> None:
@@ -84,8 +83,7 @@ class _Trace:
     def leave_batch_norm(self, norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         tensor, version, call = self._given.get(id(inputs[0]), (None, 0, None))
         if tensor is None:
-            conv_norms = [layer for layer in self.layers if isinstance(layer, ConvNorm2d)]
-            owners = [layer for layer in conv_norms if layer._modules.get("batch_norm") is norm]
+            owners = [layer for layer in self.layers if layer._modules.get("batch_norm") is norm]
             call = self._last_call(owners[0]) if owners else None
         elif tensor._version != version:  # an activation has written into it
             return

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from base.errors import NonFiniteError
 from base.runtime import torch_generator
 from evaluation.layer_trace import LayerCall
-from models.layers.conv_norm.layer import ConvNorm2d
 
 Operator = Callable[[Tensor], Tensor]
 """A linear map of batches `(B, ...) -> (B, ...)`, sample by sample."""
@@ -61,17 +60,18 @@ class Spectrum:
 
 
 def linear_part(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Operator:
-    """The linear map in a convolution or linear layer in evaluation mode: no bias, and of a `ConvNorm2d` neither `bpconv` nor
-    batch norm, but its scaling in the frequency domain, from `running_V` where evaluation uses that.
+    """The linear map in a convolution or linear layer in evaluation mode, without its bias.
+
+    A layer that has a method `linear_part` says itself what that is: a `ConvNorm2d`, its scaling in the frequency domain, from
+    `running_V` where evaluation uses that, and neither `bpconv` nor batch norm. The class is not asked for, because one that is
+    installed as `conv_norm` is another than the clone's.
 
     A weight that the layer computes (spectral normalization, ONI, OWN) is computed in the layer's own precision, as in the
     network, and only then converted to `dtype`. The layer itself is left as it was; the map has no gradient for its weights.
     """
+    if hasattr(layer, "linear_part"):
+        return layer.linear_part().to(dtype)
     layer = deepcopy(layer).eval().requires_grad_(False)
-    if isinstance(layer, ConvNorm2d):
-        layer.affine = layer.bn = False
-        layer.bias = None
-        return layer.to(dtype)
     weight = layer.normalized_weight() if hasattr(layer, "normalized_weight") else layer.weight
     weight = weight.detach().to(dtype)
     if isinstance(layer, nn.Linear):
