@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from base.base_data_loader import BaseDataLoader
-from base.config.files import load_config
+from base.config.files import config_chain, load_config
 from base.optimization import Schedule, build_optimizer, check_optimization
 from experiment.build import build_trainer
 from models import build_model
@@ -53,6 +53,11 @@ def test_every_config_names_the_schema_and_trains(file, tmp_path):
     config = load_config(file, [("adversarial.steps", "1"), ("trainer.adv_repeats", "1")])
     check_optimization(config.optimizer, config.lr_scheduler)
     step(config, tmp_path)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_no_config_inherits_through_more_than_two_parents(file):
+    assert len(config_chain(file)) <= 3
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
