@@ -15,7 +15,8 @@ from studies.grid import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GRIDS = sorted((CONFIGS / "ablations").glob("*.json"))
-FILES = [file for file in sorted(CONFIGS.rglob("*.json")) if file not in GRIDS and file.name != "schema.json"]
+SCHEMAS = [CONFIGS / "schema.json", CONFIGS / "grid_schema.json"]
+FILES = [file for file in sorted(CONFIGS.rglob("*.json")) if file not in [*GRIDS, *SCHEMAS]]
 
 
 class NoImages(BaseDataLoader):
