@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from base.checkpoint import the_run_in
-from base.command_line import Parser, path_word
+from base.command_line import Parser, add_imports_flag, path_word
 from base.config.files import config_chain
 from base.output import PICTURES, check_outputs
 
@@ -35,6 +35,7 @@ def evaluation_parser(
     several = "which weights, where another code's file holds several sets"
     parser.add_argument("--weights", metavar="NAME", help=several)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
+    add_imports_flag(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"{json}; - is standard output")
     parser.add_argument("--figure", type=Path, metavar="FILE", help=f"{figure} (png, pdf or svg)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
