@@ -45,7 +45,7 @@ KEYS = {
         name: f"augmentation.{name}"
         for name in (
             "crop_padding", "padding_mode", "flip", "cutout", "cutout_inside", "cutout_fill",
-        )  # fmt: skip
+        )
     },
 }
 """Argument -> the config's key for it, where it is not one of `data_loader.args`."""

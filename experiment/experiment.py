@@ -30,7 +30,15 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, Validate
 from base.checkpoint import has_checkpoint
 from base.config.config import Config
-from base.config.files import Override, load_config, override, validate
+from base.config.files import (
+    Override,
+    load_config,
+    origins_named,
+    override_layers,
+    run_imports,
+    validate_layers,
+)
+from base.config.origins import Flag, Layer
 from base.errors import CheckpointError, ConfigError
 from base.launch import launch, own_device
 from base.optimization import Schedule, build_optimizer, check_optimization
@@ -101,6 +109,7 @@ def train(
     overrides: Overrides = (),
     run_dir: str | Path | None = None,
     *,
+    imports: Iterable[str | Path] = (),
     check: Callable[[Config], None] | None = None,
     relaunch: bool = False,
 ) -> RunResult:
@@ -116,6 +125,7 @@ def train(
         overrides: values that replace the config's, such as `{"trainer.epochs": 3, "arch.type": "resnet34"}`; None gives a
             key its default.
         run_dir: the run folder, new or empty; None makes a new one, `<trainer.save_dir>/<name>/<time>`.
+        imports: files and modules of your own to import first, as `--imports` names them, beside those of the config.
         check: called with the resolved config of a new run; raises a `ConfigError` for what is not to be trained.
         relaunch: where `n_gpu` asks for several processes and torchrun has not started them, run this process's own command
             in so many, and exit as they do. That is for scripts; otherwise such a config is refused.
@@ -132,12 +142,13 @@ def train(
     with ranks(training=True):
         if from_first(lambda: _left_by_last_attempt(run_dir)):
             file = str(config) if isinstance(config, str | Path) else None
-            return resume(run_dir, overrides, config_file=file, relaunch=relaunch)
-        resolved = _resolved(config, overrides)
-        if check is not None:
-            check(resolved)
-        _check_processes(resolved, relaunch)
-        return Experiment.from_config(resolved).run(run_dir)
+            return resume(run_dir, overrides, config_file=file, imports=imports, relaunch=relaunch)
+        resolved = _resolved(config, overrides, imports)
+        with origins_named(resolved):
+            if check is not None:
+                check(resolved)
+            _check_processes(resolved, relaunch)
+            return Experiment.from_config(resolved).run(run_dir)
 
 
 def resume(
@@ -145,6 +156,7 @@ def resume(
     overrides: Overrides = (),
     *,
     config_file: str | Path | None = None,
+    imports: Iterable[str | Path] = (),
     relaunch: bool = False,
 ) -> RunResult:
     """Continue a run in its folder, bit for bit as if it had not been interrupted; a finished one is tested again.
@@ -154,6 +166,7 @@ def resume(
         overrides: values that replace those of the run's config; see `train`. Only what does not make it another experiment
             may be replaced, such as `trainer.epochs`.
         config_file: a config with such values, under `overrides`.
+        imports: files and modules of your own that the run needs; what its folder names is not run by itself.
         relaunch: see `train`.
 
     Returns:
@@ -165,32 +178,35 @@ def resume(
         DataError, NonFiniteError, Stopped: see `train`.
     """
     with ranks(training=True), ExitStack() as stack:
-        saved = saved_run(str(path), config_file and str(config_file), _as_text(overrides))
+        saved = saved_run(str(path), config_file and str(config_file), _as_text(overrides), imports)
+        stack.enter_context(origins_named(saved.config))
         _check_processes(saved.config, relaunch)
         from_first(lambda: stack.enter_context(only_run_in(saved.file.parent)))
         return Experiment.from_config(saved.config, begun=True).run(saved=saved)
 
 
-def _resolved(config: str | Path | Mapping[str, Any] | Config, overrides: Overrides) -> Config:
+def _resolved(
+    config: str | Path | Mapping[str, Any] | Config, overrides: Overrides, imports: Iterable[str | Path]
+) -> Config:
     settings = _as_text(overrides)
     if isinstance(config, str | Path):
-        return load_config(config, settings)
+        return load_config(config, settings, imports)
     if isinstance(config, Config):
-        if not settings:
-            return config
         config = config.dump()
-    tree = dict(config)
-    return validate(override(tree, settings), "config", settings, tree)
+    files = [Layer("config", dict(config))]
+    _, own = run_imports(files, imports)
+    return validate_layers([*files, *override_layers(settings)], own, "config")
 
 
 def _as_text(overrides: Overrides) -> list[Override]:
     """Overrides as the command line has them, whose values are JSON."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
-    settings = []
+    settings: list[Override] = []
     for key, value in overrides.items():
         try:
-            settings.append((key, json.dumps(str(value) if isinstance(value, Path) else value)))
+            text = json.dumps(str(value) if isinstance(value, Path) else value)
+            settings.append(Flag((key, text), f"overrides {key}={text}"))
         except (TypeError, ValueError):
             raise ConfigError(f"{key}: {value!r:.80} is not a value that JSON can hold") from None
     return settings
@@ -310,7 +326,7 @@ class Experiment:
                 trainer = self.build_trainer(saved.file.parent)
                 # a resume that is refused leaves everything as it was
                 best = trainer.resume(saved.checkpoint, saved.file)
-                warnings = [saved.set_aside_damaged(), best]
+                warnings = [saved.set_aside_damaged(), *saved.changed_code, best]
             with self._recorded(trainer, resumed=saved is not None, warnings=warnings):
                 trainer.train()
                 result = conclude(trainer, self.test_loader, self._counts() | self._noise_rate())

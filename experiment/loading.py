@@ -1,6 +1,7 @@
 """What every evaluation of a checkpoint begins with: checkpoint and config -> config, test images, model."""
 
 import argparse
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,11 +17,23 @@ from base.base_model import BaseModel
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
 from base.command_line import set_overrides
 from base.config.config import Config
-from base.config.files import Override, merge, override, read_tree, validate
+from base.config.files import (
+    Override,
+    merge,
+    merge_layers,
+    override_layers,
+    read_layers,
+    run_imports,
+    validate,
+    validate_layers,
+)
+from base.config.imports import changes, imported_for
+from base.config.origins import Layer
 from base.errors import CheckpointError, ConfigError, DataError
 from base.launch import own_device
 from base.ranks import rank
 from base.registry import lookup
+from base.resuming import recorded_imports
 from base.runtime import (
     autocast,
     choose_precision,
@@ -32,6 +45,8 @@ from data_loader import DATA_LOADERS
 from data_loader.own_images import build_loader
 from data_loader.splits import some_of_every_class
 from experiment import build
+
+logger = logging.getLogger(__name__)
 
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """CIFAR-10's, which the original ConvNorm's attack scripts normalise by, whatever the data set; its
@@ -53,7 +68,7 @@ TOLD_BY_NO_KEY = {
 argument, its value in a checkpoint of this project that is silent, its value in another code's
 file, and why."""
 
-EVALUATED = ("name", "seed", "n_gpu", "num_classes", "arch", "data_loader", "adversarial", "pgd_attack", "system")
+EVALUATED = ("name", "seed", "n_gpu", "num_classes", "imports", "arch", "data_loader", "adversarial", "pgd_attack", "system")
 """The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
 
 
@@ -125,7 +140,9 @@ def load_evaluation(
     """
     file = find_checkpoint(arguments.checkpoint)
     checkpoint = load_checkpoint(file, arguments.weights)
-    config = _config(checkpoint, file, arguments.config, [*set_overrides(arguments.set), *overrides])
+    config = _config(
+        checkpoint, file, arguments.config, [*set_overrides(arguments.set), *overrides], arguments.imports
+    )
     config, untold = _with_untold(config, checkpoint, str(file))
     set_determinism(config.system.deterministic, config.system.num_threads)
     device = own_device(config)
@@ -160,20 +177,35 @@ def predict(model: nn.Module, loader: BaseDataLoader, autocast: Callable[[], Abs
     return torch.cat(labels), torch.cat(predictions)
 
 
-def _config(checkpoint: Mapping[str, Any], file: Path, config_file: str | None, overrides: list[Override]) -> Config:
-    """The config's part that matters for an evaluation, with the command line's values."""
+def _config(
+    checkpoint: Mapping[str, Any],
+    file: Path,
+    config_file: str | None,
+    overrides: list[Override],
+    imports: Iterable[str],
+) -> Config:
+    """The config's part that matters for an evaluation, with the command line's values. Own code is
+    imported that `config_file` or `imports` name."""
+    layers = read_layers(config_file) if config_file else []
+    recorded, own = run_imports(layers, imports)
     if config_file:
-        tree, source = read_tree(config_file), config_file
+        source = config_file
     elif "config" in checkpoint:
-        tree, source = checkpoint["config"], str(file)
+        layers, source = [Layer(str(file), checkpoint["config"])], str(file)
+        recorded = recorded_imports(checkpoint["config"], file)
+        needed = {code.name: code for code in [*imported_for(recorded, source), *own]}
+        own = list(needed.values())
     else:
         raise ConfigError(f"-c CONFIG: required, as {file} holds no config of this project")
-    adversarial = tree.get("adversarial", {})
+    for warning in changes(recorded, own):
+        logger.warning(warning)
+    adversarial = merge_layers(layers)[0].get("adversarial", {})
     before = adversarial.get("norm", "linf") if isinstance(adversarial, dict) else "linf"
     if dict(overrides).get("adversarial.norm", before) != before:
         # sizes of the other norm mean nothing in this one
-        tree = merge(tree, {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}})
-    config = validate(override(tree, overrides), source)
+        sizes = {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}}
+        layers = [*layers, Layer(source, sizes)]
+    config = validate_layers([*layers, *override_layers(overrides)], own, source)
     kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
     trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv}
     return validate({**kept, "trainer": {**trainer, "monitor": "off"}}, source)

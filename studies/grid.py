@@ -29,7 +29,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from base.config.config import Config
 from base.config.files import Override, is_comment, load_config, override, read_tree
-from base.config.section import Count, Section
+from base.config.section import Count, Section, lies_in
 from base.config.strict_json import read_json_object
 from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
@@ -179,11 +179,13 @@ def plan(
         overrides: dotted keys and the texts of their values, put on top of every variant.
 
     Raises:
-        ConfigError: anything that is wrong with the grid, a name, an override, or a config.
+        ConfigError: anything that is wrong with the grid, a name, an override (among it one of a key that the grid itself
+            varies), or a config.
     """
     grid = read_grid(path)
     _check_overrides(overrides)
     variants = variants_of(grid, path)
+    _check_left_alone(overrides, variants, path)
     for name in names:
         if name not in variants:
             raise ConfigError(
@@ -287,6 +289,50 @@ def _check_overrides(overrides: Sequence[Override]) -> None:
         if _holds_key(tree):
             reason = "would be shown and stored with the runs' commands; set COMET_API_KEY"
             raise ConfigError(f"--set {key}: {reason}")
+
+
+def _check_left_alone(
+    overrides: Sequence[Override], variants: Mapping[str, Variant], path: Path
+) -> None:
+    """Refuse to set what the grid compares: a variant's name would say what its runs are not.
+
+    Raises:
+        ConfigError: naming the flag and the values that the variants have.
+    """
+    varied = _varied(variants, path) if overrides else {}
+    for key, text in overrides:
+        for leaf, values in varied.items():
+            if lies_in(leaf, [key]) or lies_in(key, [leaf]):
+                raise ConfigError(f"--set {key}={text}: {path} itself varies {leaf} ({values})")
+
+
+def _varied(variants: Mapping[str, Variant], path: Path) -> dict[str, str]:
+    """The dotted keys in which the variants of a grid differ -> the first values, in words.
+
+    Where files lie in different places they do not compare those.
+    """
+    trees = {name: _tree_of(path, name, variant) for name, variant in variants.items()}
+    set_by_grid = {key for variant in variants.values() for key in variant.settings}
+    found = {}
+    for leaf in dict.fromkeys(leaf for tree in trees.values() for leaf in tree):
+        if is_place(leaf) and not any(lies_in(leaf, [key]) for key in set_by_grid):
+            continue
+        first_with: dict[str, str] = {}
+        for name, tree in trees.items():
+            value = as_word(tree[leaf]) if leaf in tree else "its default"
+            first_with.setdefault(value, name)
+        if len(first_with) > 1:
+            found[leaf] = ", ".join(f"{value} in {name}" for value, name in list(first_with.items())[:3])
+    return found
+
+
+def _tree_of(path: Path, name: str, variant: Variant) -> Settings:
+    """Dotted key and value of everything that the files and the grid say of a variant."""
+    settings = [(key, as_word(value)) for key, value in variant.settings.items() if not is_comment(key)]
+    try:
+        return dict(_leaves(override(read_tree(variant.config_file), settings)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {name}: {error}") from None
 
 
 def _run(
