@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from base.checkpoint import the_run_in
 from base.command_line import Parser, add_imports_flag, path_word
 from base.config.files import config_chain
 from base.output import PICTURES, check_outputs
@@ -20,7 +21,7 @@ def evaluation_parser(
         "--checkpoint_path",
         dest="checkpoint",
         required=True,
-        type=path_word,
+        type=_checkpoint_word,
         help="checkpoint, or run folder, which stands for its best model",
     )
     parser.add_argument("-c", "--config", type=path_word, help="config file; not needed where the checkpoint holds its own")
@@ -39,6 +40,11 @@ def evaluation_parser(
     parser.add_argument("--figure", type=Path, metavar="FILE", help=f"{figure} (png, pdf or svg)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _checkpoint_word(word: str) -> str:
+    """As `path_word`; a folder above a single run becomes that run's, where reports then go."""
+    return str(the_run_in(path_word(word)))
 
 
 def check_evaluation_outputs(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from base.checkpoint import has_checkpoint
 from base.command_line import config_overrides, read_config, select_device
 from base.config.config import Config
+from base.config.files import origins_named
 from base.config.origins import Flag
 from base.launch import launch
 from base.ranks import from_first, rank, ranks, started_processes
@@ -37,17 +38,19 @@ def run_job(arguments: argparse.Namespace, refuse: Callable[[Config], None]) -> 
             config = saved.config
         else:
             config = read_config(arguments, overrides)
-            refuse(config)
+            with origins_named(config):
+                refuse(config)
         if arguments.print_config:
             if rank() == 0:
                 print(config.describe_origins())
             return
-        if started_processes() == 1 and config.n_gpu > 1:
-            launch(config)
-        elif source:
-            Experiment.continue_run(saved)
-        else:
-            Experiment.from_config(config).run(arguments.run_dir)
+        with origins_named(config):
+            if started_processes() == 1 and config.n_gpu > 1:
+                launch(config)
+            elif source:
+                Experiment.continue_run(saved)
+            else:
+                Experiment.from_config(config).run(arguments.run_dir)
 
 
 def _left_by_last_attempt(run_dir: str | None) -> str | None:

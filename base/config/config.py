@@ -28,7 +28,7 @@ from base.config.names import (
     MetricName,
     NormName,
 )
-from base.config.origins import Provenance, format_config
+from base.config.origins import Origins, Provenance, format_config
 from base.config.section import Count, Fraction, InputPath, Needs, Positive, Section
 from base.config.training import OptimizerConfig, SchedulerConfig, TrainerConfig
 
@@ -320,9 +320,14 @@ class Config(Section):
         report = self.adversarial.report
         return self.adversarial.method is not None or self.trainer.do_adv if report is None else report
 
+    @property
+    def origins(self) -> Origins:
+        """Where its values come from; of those at their default, and of a config that was put together in Python, nothing."""
+        return self._provenance.origins
+
     def describe_origins(self) -> str:
         """The resolved tree as a config file, one line per key, with where its value came from beside it."""
-        origins = {path: origin for path, origin in self._provenance.origins.items() if path[0] != "imports"}
+        origins = {path: origin for path, origin in self.origins.items() if path[0] != "imports"}
         if self.imports:
             origins["imports",] = "imports of the config and its parents, and --imports"
         return format_config(self.dump(), origins)

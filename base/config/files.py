@@ -9,7 +9,8 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
@@ -302,6 +303,21 @@ def validate(
         config, merge_layers(files)[0] if layers else tree, merge_layers([Layer("", {}), *flags])[0], silenced, origins
     )
     return config
+
+
+@contextmanager
+def origins_named(config: Config) -> Iterator[None]:
+    """Let an error that begins with a key of the config name the file or flag that its value came from."""
+    try:
+        yield
+    except ConfigError as error:
+        key, colon, _ = str(error).partition(": ")
+        origin = None
+        if colon and DOTTED_WORD.fullmatch(key):
+            origin = origin_of(config.origins, key.split("."))
+        if origin is None:
+            raise
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def _all_blamed(problems: Sequence[tuple[str | None, str]], source: str) -> str:
