@@ -327,10 +327,7 @@ class Config(Section):
 
     def describe_origins(self) -> str:
         """The resolved tree as a config file, one line per key, with where its value came from beside it."""
-        origins = {path: origin for path, origin in self.origins.items() if path[0] != "imports"}
-        if self.imports:
-            origins["imports",] = "imports of the config and its parents, and --imports"
-        return format_config(self.dump(), origins)
+        return format_config(self.dump(), self.origins)
 
     def dump(self) -> dict[str, Any]:
         """The resolved tree as plain JSON values, without secrets; validating it again gives the same config."""

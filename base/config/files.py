@@ -105,6 +105,11 @@ def validate_layers(layers: Sequence[Layer], own: Sequence[OwnCode], source: str
     tree.pop(IMPORTS, None)
     if own:
         tree[IMPORTS] = [code.model_dump(exclude_none=True) for code in own]
+        # lists of imports add up, where other values replace each other
+        naming = [layer for layer in layers if layer.tree.get(IMPORTS)]
+        named = sum(len(layer.tree[IMPORTS]) for layer in naming)
+        flag = [FLAG] if len(own) > named else []
+        origins[IMPORTS,] = ", ".join([*(layer.origin for layer in naming), *flag])
     return validate(tree, source, layers, origins)
 
 

@@ -201,7 +201,7 @@ def test_words_mean_the_value(value):
         ({"variants": {"a": {}, "b": {"trainer.percent": 0}}}, "a and b are the same config"),
         (
             {"variants": {"a": {"optimizer.type": "Adam", "optimizer.args.momentum": 0.9}}},
-            "json: a: optimizer.args.momentum: Adam takes no such",
+            "json: a: its settings: optimizer.args.momentum: Adam takes no such",
         ),
         ({"variants": {"../a": {}}}, r"'../a': a variant's name is made of"),
         ({"variants": {"a": "none.json"}}, "study.json: a: .*none.json: no such config file"),
