@@ -28,7 +28,8 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError
 
 from base.config.config import Config
-from base.config.files import Override, is_comment, load_config, override, read_tree
+from base.config.files import Override, is_comment, load_config, origins_named, override, read_tree
+from base.config.origins import Flag
 from base.config.section import Count, Section, lies_in
 from base.config.strict_json import read_json_object
 from base.config.warnings import UNUSED_OK
@@ -282,11 +283,7 @@ def _check_overrides(overrides: Sequence[Override]) -> None:
     for key, text in overrides:
         if key == "seed":
             raise ConfigError(f"--set seed={text}: the seeds of a study are given by --seed")
-        try:
-            tree = override({}, [(key, text)])
-        except ConfigError as error:
-            raise ConfigError(f"--set {error}") from None
-        if _holds_key(tree):
+        if _holds_key(override({}, [(key, text)])):
             reason = "would be shown and stored with the runs' commands; set COMET_API_KEY"
             raise ConfigError(f"--set {key}: {reason}")
 
@@ -328,7 +325,11 @@ def _varied(variants: Mapping[str, Variant], path: Path) -> dict[str, str]:
 
 def _tree_of(path: Path, name: str, variant: Variant) -> Settings:
     """Dotted key and value of everything that the files and the grid say of a variant."""
-    settings = [(key, as_word(value)) for key, value in variant.settings.items() if not is_comment(key)]
+    settings = [
+        Flag((key, as_word(value)), "its settings")
+        for key, value in variant.settings.items()
+        if not is_comment(key)
+    ]
     try:
         return dict(_leaves(override(read_tree(variant.config_file), settings)))
     except ConfigError as error:
@@ -345,11 +346,11 @@ def _run(
     overrides: Sequence[Override],
 ) -> Run:
     file, settings = variant.config_file, variant.settings
-    own = [(key, as_word(value)) for key, value in settings.items()]
+    own = [Flag((key, as_word(value)), "its settings") for key, value in settings.items()]
     try:
         config = _config(file, [*own, *overrides], seed)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {name}: {_explained(error, file, own, seed, overrides)}") from None
+        raise ConfigError(f"{path}: {name}: {error}") from None
     named_by = config
     kept = [(key, text) for key, text in overrides if not (is_place(key) and key in settings)]
     if len(kept) < len(overrides):
@@ -374,29 +375,13 @@ def _config(file: Path, overrides: Sequence[Override], seed: int) -> Config:
 
     submitit writes runs into files; a run's own process reads the key from the config file.
     """
-    config = load_config(file, [*overrides, ("seed", str(seed))])
-    check_optimization(config.optimizer, config.lr_scheduler)
+    config = load_config(file, [*overrides, Flag(("seed", str(seed)), f"--seed {seed}")])
+    with origins_named(config):
+        check_optimization(config.optimizer, config.lr_scheduler)
     if config.comet is not None:
         comet = config.comet.model_copy(update={"api": None})
         config = config.model_copy(update={"comet": comet})
     return config
-
-
-def _explained(
-    error: ConfigError,
-    file: Path,
-    settings: Sequence[Override],
-    seed: int,
-    overrides: Sequence[Override],
-) -> str:
-    """The error, with the `--set` that it comes from where the variant without them is good."""
-    if overrides:
-        try:
-            _config(file, settings, seed)
-        except ConfigError:
-            return str(error)
-        return f"with {' '.join(set_words(overrides))}: {error}"
-    return str(error)
 
 
 def _own_keys(file: Path, resolved: Mapping[str, Any]) -> Settings:

@@ -210,7 +210,7 @@ class Choice:
         every = {name: self.arguments(name).get(key) for name in self.table}
         return {name: argument for name, argument in every.items() if argument is not None}
 
-    def keys(self) -> list[str]:
+    def known_keys(self) -> list[str]:
         """The keys that the entries take between them."""
         return list(dict.fromkeys(key for name in self.table for key in self.arguments(name)))
 
@@ -263,7 +263,7 @@ class OpenSection(Section):
         found: dict[str, Any] = {}
         for choice in cls.choices:
             own = choice.arguments(chosen.get(choice.key, ""))
-            for key in choice:
+            for key in choice.known_keys():
                 argument = own.get(key) or next(iter(choice.owners(key).values()))
                 if not argument.field.is_required() and argument.field.default is not None:
                     found.setdefault(key, argument.field.default)
@@ -279,7 +279,7 @@ class OpenSection(Section):
     def known_fields(cls) -> dict[str, FieldInfo]:
         """Its fixed keys, and those of all entries of its tables."""
         known = dict(cls.model_fields)
-        for key in (key for choice in cls.choices for key in choice):
+        for key in (key for choice in cls.choices for key in choice.known_keys()):
             if key not in known:
                 known[key] = next(iter(cls.owners(key).values())).field
         return known

@@ -21,7 +21,7 @@ from base.config.adversarial import (
 from base.config.arguments import Choice, NameIn, OpenSection, checks_names
 from base.config.imports import Import
 from base.config.names import ALWAYS, metric_name, metric_of
-from base.config.origins import Provenance, format_config
+from base.config.origins import Origins, Provenance, format_config
 from base.config.section import Count, Fraction, InputPath, Needs, Positive, Section
 from base.config.training import OptimizerConfig, SchedulerConfig, TrainerConfig
 from base.registry import (
@@ -380,12 +380,14 @@ class Config(Section):
         report = self.adversarial.report
         return self.adversarial.method is not None or self.trainer.do_adv if report is None else report
 
+    @property
+    def origins(self) -> Origins:
+        """Where its values come from; of those at their default, and of a config that was put together in Python, nothing."""
+        return self._provenance.origins
+
     def describe_origins(self) -> str:
         """The resolved tree as a config file, one line per key, with where its value came from beside it."""
-        origins = {path: origin for path, origin in self._provenance.origins.items() if path[0] != "imports"}
-        if self.imports:
-            origins["imports",] = "imports of the config and its parents, and --imports"
-        return format_config(self.dump(), origins)
+        return format_config(self.dump(), self.origins)
 
     def dump(self) -> dict[str, Any]:
         """The resolved tree as plain JSON values, without secrets; validating it again gives the same config."""

@@ -9,7 +9,8 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
@@ -105,6 +106,11 @@ def validate_layers(layers: Sequence[Layer], own: Sequence[OwnCode], source: str
     tree.pop(IMPORTS, None)
     if own:
         tree[IMPORTS] = [code.model_dump(exclude_none=True) for code in own]
+        # lists of imports add up, where other values replace each other
+        naming = [layer for layer in layers if layer.tree.get(IMPORTS)]
+        named = sum(len(layer.tree[IMPORTS]) for layer in naming)
+        flag = [FLAG] if len(own) > named else []
+        origins[IMPORTS,] = ", ".join([*(layer.origin for layer in naming), *flag])
     return validate(tree, source, layers, origins)
 
 
@@ -303,6 +309,21 @@ def validate(
         config, merge_layers(files)[0] if layers else tree, merge_layers([Layer("", {}), *flags])[0], silenced, origins
     )
     return config
+
+
+@contextmanager
+def origins_named(config: Config) -> Iterator[None]:
+    """Let an error that begins with a key of the config name the file or flag that its value came from."""
+    try:
+        yield
+    except ConfigError as error:
+        key, colon, _ = str(error).partition(": ")
+        origin = None
+        if colon and DOTTED_WORD.fullmatch(key):
+            origin = origin_of(config.origins, key.split("."))
+        if origin is None:
+            raise
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def _all_blamed(problems: Sequence[tuple[str | None, str]], source: str) -> str:

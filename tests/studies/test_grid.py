@@ -138,11 +138,11 @@ def test_settings_of_the_command_line_name_the_run_but_for_places_and_defaults(g
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("trainer.epoch", "3", "v: with --set trainer.epoch=3: .*base.json: trainer.epoch: unknown key; did you mean 'epochs'"),
-        ("trainer.epochs", "few", 'v: with --set trainer.epochs=few: .*trainer.epochs: .*integer, not "few"'),
-        ("optimizer.args.betas", "0.9", "v: with --set optimizer.args.betas=0.9: optimizer.args.betas: SGD takes no such"),
-        ("augmentaton", "null", "^--set augmentaton: unknown key; did you mean 'augmentation'"),
-        ("", "3", "^--set '': expected a dotted key"),
+        ("trainer.epoch", "3", "v: --set trainer.epoch=3: trainer.epoch: unknown key; did you mean 'epochs'"),
+        ("trainer.epochs", "few", 'v: --set trainer.epochs=few: trainer.epochs: .*integer, not "few"'),
+        ("optimizer.args.betas", "0.9", "v: --set optimizer.args.betas=0.9: optimizer.args.betas: SGD takes no such"),
+        ("augmentaton", "null", "^--set augmentaton=null: augmentaton: unknown key; did you mean 'augmentation'"),
+        ("", "3", "^--set =3: expected a dotted key"),
         ("seed", "3", "^--set seed=3: the seeds of a study are given by --seed$"),
     ],
 )
@@ -201,7 +201,7 @@ def test_words_mean_the_value(value):
         ({"variants": {"a": {}, "b": {"trainer.percent": 0}}}, "a and b are the same config"),
         (
             {"variants": {"a": {"optimizer.type": "Adam", "optimizer.args.momentum": 0.9}}},
-            "json: a: optimizer.args.momentum: Adam takes no such",
+            "json: a: its settings: optimizer.args.momentum: Adam takes no such",
         ),
         ({"variants": {"../a": {}}}, r"'../a': a variant's name is made of"),
         ({"variants": {"a": "none.json"}}, "study.json: a: .*none.json: no such config file"),
