@@ -14,7 +14,7 @@ from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, LINEAR_LAYERS, NORM_LA
 class BaseModel(nn.Module, ABC):
     """A network that maps pixels to logits and is built from four layer types.
 
-    `images` float `(B, 3, H, W)` in `[0, 1]` -> `logits` float `(B, num_classes)`. The model normalises the pixels itself,
+    `images` float `(B, C, H, W)` in `[0, 1]` -> `logits` float `(B, num_classes)`. The model normalises the pixels itself,
     `(images - mean) / std` per channel, so nothing outside it ever sees a mean or a std. Both are non-persistent buffers: they
     follow the model to a device but are no part of its state dict, whose keys stay those of the original ConvNorm models.
 
@@ -30,13 +30,16 @@ class BaseModel(nn.Module, ABC):
             default) or "original", as checkpoints of the original ConvNorm need it; see
             `models.layers.oni`.
         norm_groups: groups of a group normalisation; other norms ignore it.
+        in_channels: C, the channels of the images, which the first convolution takes.
         mean: per-channel mean of the data set's pixels, in `[0, 1]`; None for 0.
         std: per-channel standard deviation of the data set's pixels, in `[0, 1]`; None for 1.
 
     Raises:
-        ConfigError: a name is not in its table, or `oni_rule` is given for other convolutions.
+        ConfigError: a name is not in its table, `oni_rule` is given for other convolutions, or
+            `mean` or `std` has not one value per channel.
     """
 
+    in_channels: int
     mean: Tensor
     std: Tensor
 
@@ -49,6 +52,7 @@ class BaseModel(nn.Module, ABC):
         *,
         oni_rule: str | None = None,
         norm_groups: int = 32,
+        in_channels: int = 3,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
@@ -63,15 +67,16 @@ class BaseModel(nn.Module, ABC):
         self.norm_layer = partial(lookup(NORM_LAYERS, norm_layer_type, "arch.args.norm_layer_type"), norm_groups=norm_groups)
         self.linear_layer = lookup(LINEAR_LAYERS, linear_layer_type, "arch.args.linear_layer_type")
         self.activation_layer = lookup(ACTIVATION_LAYERS, activation_layer_type, "arch.args.activation_layer_type")
-        self.register_buffer("mean", _per_channel(mean, 0.0), persistent=False)
-        self.register_buffer("std", _per_channel(std, 1.0), persistent=False)
+        self.in_channels = in_channels
+        self.register_buffer("mean", _per_channel("mean", mean, 0.0, in_channels), persistent=False)
+        self.register_buffer("std", _per_channel("std", std, 1.0, in_channels), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
         """`(images - mean) / std`, the only place in the project where images are normalised."""
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of `images` `(B, 3, H, W)` in `[0, 1]`."""
+        """Logits `(B, num_classes)` of `images` `(B, C, H, W)` in `[0, 1]`."""
         return self.forward_normalized(self.normalize(images))
 
     @abstractmethod
@@ -83,5 +88,13 @@ class BaseModel(nn.Module, ABC):
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
-def _per_channel(values: Sequence[float] | None, default: float) -> Tensor:
-    return torch.tensor([default] * 3 if values is None else list(values), dtype=torch.float32).reshape(1, -1, 1, 1)
+def _per_channel(
+    name: str, values: Sequence[float] | None, default: float, channels: int
+) -> Tensor:
+    """`values`, or `default` for every channel, as float32 `(1, C, 1, 1)`."""
+    numbers = [default] * channels if values is None else list(values)
+    if len(numbers) != channels:
+        raise ConfigError(
+            f"data_loader.args.{name}: {len(numbers)} values for images of {channels} channels"
+        )
+    return torch.tensor(numbers, dtype=torch.float32).reshape(1, -1, 1, 1)

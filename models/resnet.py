@@ -105,7 +105,7 @@ class ResNet(BaseModel):
         **layer_types: Any,
     ) -> None:
         super().__init__(**layer_types)
-        self.conv1 = self.conv_layer(3, 64, bias=False, **lookup(STEMS, stem, "arch.args.stem"))
+        self.conv1 = self.conv_layer(self.in_channels, 64, bias=False, **lookup(STEMS, stem, "arch.args.stem"))
         self.norm1 = self.norm_layer(64)
         self.relu = self.activation_layer(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
@@ -120,7 +120,7 @@ class ResNet(BaseModel):
         self.linear = self.linear_layer(in_planes, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
         out = self.maxpool(self.relu(self.norm1(self.conv1(inputs))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
@@ -204,7 +204,7 @@ class PreActResNet(BaseModel):
         if shortcut_input not in SHORTCUT_INPUTS:
             expected = " or ".join(SHORTCUT_INPUTS)
             raise ConfigError(f"arch.args.shortcut_input: {shortcut_input!r}, expected {expected}")
-        self.conv1 = self.conv_layer(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        self.conv1 = self.conv_layer(self.in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
         in_planes = 64
         for stage, (planes, blocks) in enumerate(zip((64, 128, 256, 512), num_blocks, strict=True), start=1):
             layers = []
@@ -219,7 +219,7 @@ class PreActResNet(BaseModel):
         self.linear = self.linear_layer(in_planes, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(inputs)))))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(self.relu(self.bn(out)), 1), 1))
 

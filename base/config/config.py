@@ -66,6 +66,8 @@ class ArchArgs(Section):
 
     num_classes: Positive | None = None
     """Number of classes; null takes the data set's."""
+    in_channels: Positive | None = None
+    """Channels of the images; null takes the data set's."""
     norm_layer_type: NormName = "bn"
     """bn BatchNorm, gn GroupNorm, in InstanceNorm, no none."""
     conv_layer_type: ConvName = "conv"
