@@ -1,15 +1,20 @@
 """The test images of a folder that no config describes: folders of classes, or CIFAR's own files."""
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from base.errors import DataError
+from data_loader.data_loaders import MEMORY_LIMIT
 from data_loader.datasets import PART_NAMES, VALIDATION_FOLDERS, LabelledImages, read_cifar
 from data_loader.decoding import image_size
 from data_loader.folder_scan import KEY, FolderScan, check_link, class_folders
+from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import FileImages
+from data_loader.training_data_loader import EVALUATION_BATCH
 
 CIFAR_FOLDERS = {"cifar-10-batches-py": 10, "cifar-100-python": 100}
 GRAY = ("1", "L", "LA", "I", "F")
@@ -56,6 +61,21 @@ def with_channels(part: LabelledImages, channels: int) -> LabelledImages:
         return part
     shape = (channels, *part.images.shape[1:])
     return replace(part, images=replace(part.images, shape=shape))
+
+
+def test_loader(part: LabelledImages, device: torch.device) -> ImageDataLoader:
+    """The images in batches, in pixels of `[0, 1]`."""
+    channels = part.images.shape[0]
+    return ImageDataLoader(
+        part.images,
+        part.labels,
+        part.class_names,
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+        batch_size=EVALUATION_BATCH,
+        in_memory=len(part.labels) * prod(part.images.shape) <= MEMORY_LIMIT,
+        device=device,
+    )
 
 
 def _test_part(folder: Path) -> Path:

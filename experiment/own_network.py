@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from attacks.classifier import ask
-from base.config.strict_json import JSONError, parse_json
 from base.errors import ConfigError, DataError, ProjectError
 from base.registry import did_you_mean
 from base.runtime import determinism_explained
@@ -51,48 +50,6 @@ class Normalized(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, classes)` of `images` `(B, C, H, W)` in `[0, 1]`."""
         return self.network((images - self.mean) / self.std)
-
-
-def parse_arguments(words: Sequence[str]) -> dict[str, Any]:
-    """The keyword arguments that `--model_args NAME=VALUE ...` stands for. A value is JSON; a bare
-    word is a string.
-
-    Raises:
-        ConfigError: a word without an equals sign, or a name that is given twice.
-    """
-    arguments: dict[str, Any] = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--model_args {one_line(word, 80)}: expected NAME=VALUE")
-        if name in arguments:
-            raise ConfigError(f"--model_args: {name} is given twice")
-        try:
-            arguments[name] = parse_json(text)
-        except JSONError:
-            arguments[name] = text
-    return arguments
-
-
-def parse_numbers(flag: str, text: str) -> tuple[float, ...]:
-    """The numbers of `--mean` or `--std`, such as `0.49,0.48,0.45`.
-
-    Raises:
-        ConfigError: they are not numbers of pixels in `[0, 1]`, or not the numbers of one or three
-            channels.
-    """
-    try:
-        numbers = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        numbers = ()
-    in_range = all(0 <= number <= 1 for number in numbers)
-    if len(numbers) not in (1, 3) or not in_range or (flag == "--std" and 0 in numbers):
-        least = "above 0 and at most 1" if flag == "--std" else "in [0, 1]"
-        raise ConfigError(
-            f"{flag} {one_line(text, 80)}: expected a number {least} for each channel,"
-            " such as 0.49,0.48,0.45"
-        )
-    return numbers
 
 
 def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
