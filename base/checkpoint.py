@@ -222,7 +222,7 @@ def load_weights(
     model: nn.Module,
     state_dict: Mapping[str, Tensor],
     source: str | Path,
-    how_to_choose: str = "-c CONFIG or --set",
+    how_to_choose: str = "arch.type and arch.args, by -c CONFIG or --set",
 ) -> dict[str, str]:
     """Copy the weights into `model`, whatever prefix a wrapper has put before their keys.
 
@@ -233,7 +233,7 @@ def load_weights(
         model: gets the weights.
         state_dict: the weights.
         source: the file, for errors.
-        how_to_choose: the flags that another network is chosen with, for errors.
+        how_to_choose: what another network is chosen by, for errors.
 
     Returns:
         What was assumed, what about -> a sentence; empty where the keys are the model's.
@@ -258,8 +258,7 @@ def load_weights(
         difference = str(error).splitlines()[-1].strip()
         raise CheckpointError(
             f"{source}: does not fit {type(model).__name__}: {difference.rstrip('.')}; give the"
-            f" arguments that it was trained with, such as num_classes, width and depth"
-            f" ({how_to_choose})"
+            f" network that it was trained as ({how_to_choose}), with its num_classes, width and depth"
         ) from None
     rest = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
     rest |= {prefix + key: state[key] for key in unexpected}

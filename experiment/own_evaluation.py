@@ -26,7 +26,7 @@ FLAGS_OF_KEYS = {"data_loader.args.data_dir": "--data", "data_loader.args.image_
 """Where the values of these config keys come from here."""
 
 HOW_TO_CHOOSE = "--model and --model_args"
-"""The flags that decide which network the weights have to fit."""
+"""What decides which network the weights have to fit."""
 
 
 def evaluation_of_network(
