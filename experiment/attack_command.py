@@ -12,7 +12,7 @@ from torch import nn
 from attacks import PGD, Attack
 from base.agreement import Facts, agreed, config_facts, data_facts
 from base.base_data_loader import BaseDataLoader
-from base.command_line import Parser, set_overrides
+from base.command_line import KeyFlag, Parser, key_flags, set_overrides
 from base.config.config import Config
 from base.errors import CheckpointError, ConfigError
 from base.output import check_folder, is_stream, writing
@@ -73,7 +73,7 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     parser.add_argument("--batch_size", type=int, default=250, metavar="N", help="images attacked at a time")
     for flag, key, text in SIZES:
         if flag in sizes:
-            parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{text} ({key})")
+            parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{text} ({key})", action=KeyFlag)
     parser.add_argument(
         "--doctor",
         type=int,
@@ -95,7 +95,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
     """
     _check(arguments, attack_name)
     with ranks():
-        sizes = [(key, getattr(arguments, key)) for _, key, _ in SIZES if getattr(arguments, key, None) is not None]
+        sizes = key_flags(arguments, [key for _, key, _ in SIZES])
         if "system.precision" not in dict(set_overrides(arguments.set)):
             sizes.append(("system.precision", "fp32"))  # an attack in bf16 finds a little less, whatever the training was in
         evaluation = agreed(

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from base.command_line import Parser, path_word
+from base.checkpoint import the_run_in
+from base.command_line import Parser, add_imports_flag, path_word
 from base.config.files import config_chain
 from base.config.strict_json import JSONError, parse_json
 from base.errors import ConfigError
@@ -27,7 +28,7 @@ def evaluation_parser(
         "--checkpoint",
         "--checkpoint_path",
         dest="checkpoint",
-        type=path_word,
+        type=_checkpoint_word,
         help="checkpoint, or run folder, which stands for its best model; with --model its weights",
     )
     parser.add_argument("-c", "--config", type=path_word, help="config file; not needed where the checkpoint holds its own")
@@ -41,11 +42,17 @@ def evaluation_parser(
     several = "which weights, where another code's file holds several sets"
     parser.add_argument("--weights", metavar="NAME", help=several)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
+    add_imports_flag(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"{json}; - is standard output")
     parser.add_argument("--figure", type=Path, metavar="FILE", help=f"{figure} (png, pdf or svg)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_network_flags(parser)
     return parser
+
+
+def _checkpoint_word(word: str) -> str:
+    """As `path_word`; a folder above a single run becomes that run's, where reports then go."""
+    return str(the_run_in(path_word(word)))
 
 
 def _add_network_flags(parser: Parser) -> None:

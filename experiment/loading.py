@@ -1,6 +1,7 @@
 """Checkpoint -> model, with or without its test images; and what every evaluation begins with."""
 
 import argparse
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,33 @@ from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
+from base.checkpoint import find_checkpoint, load_checkpoint, load_weights, the_run_in
 from base.command_line import set_overrides
 from base.config.config import Config
-from base.config.files import Override, merge, override, read_tree, validate
+from base.config.files import (
+    Override,
+    merge,
+    merge_layers,
+    override_layers,
+    read_layers,
+    read_tree,
+    run_imports,
+    validate,
+    validate_layers,
+)
+from base.config.imports import changes, imported_for
+from base.config.origins import Layer
 from base.errors import CheckpointError, ConfigError, DataError
 from base.ranks import rank
+from base.resuming import recorded_imports
 from base.runtime import determinism_explained
 from data_loader import DATA_LOADERS
 from experiment import build
 from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images
 from experiment.evaluation_flags import check_network_flags
 from experiment.own_evaluation import evaluation_of_network
+
+logger = logging.getLogger(__name__)
 
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """CIFAR-10's, which the original ConvNorm's attack scripts normalise by, whatever the data set; its
@@ -43,7 +59,7 @@ TOLD_BY_NO_KEY = {
 argument, its value in a checkpoint of this project that is silent, its value in another code's
 file, and why."""
 
-EVALUATED = ("name", "seed", "n_gpu", "num_classes", "arch", "data_loader", "adversarial", "pgd_attack", "system")
+EVALUATED = ("name", "seed", "n_gpu", "num_classes", "imports", "arch", "data_loader", "adversarial", "pgd_attack", "system")
 """The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
 
 
@@ -71,6 +87,7 @@ def load_evaluation(
     check_network_flags(arguments)
     options: dict[str, Any] = {
         "overrides": [*set_overrides(arguments.set), *overrides],
+        "imports": arguments.imports,
         "weights": arguments.weights,
         "limit": limit,
         "batch_size": batch_size,
@@ -101,6 +118,7 @@ def evaluation_of_checkpoint(
     *,
     config_file: str | Path | None = None,
     overrides: Iterable[Override] = (),
+    imports: Iterable[str | Path] = (),
     weights: str | None = None,
     ema: bool = False,
     limit: int | None = None,
@@ -114,6 +132,7 @@ def evaluation_of_checkpoint(
         checkpoint: the file, or a run folder, which stands for its best model.
         config_file: the config; None for the checkpoint's own.
         overrides: config values that replace the file's.
+        imports: own code to import, as `--imports` names it; beside what `config_file` names.
         weights: which of several sets of weights in another code's file.
         ema: take the averaged weights.
         limit: take that many test images only, the first of every class.
@@ -125,7 +144,7 @@ def evaluation_of_checkpoint(
     """
     file = find_checkpoint(checkpoint)
     contents = load_checkpoint(file, weights)
-    config = _config(contents, file, config_file, list(overrides))
+    config = _config(contents, file, config_file, list(overrides), imports)
     config, untold = _with_untold(config, contents, str(file))
     device = prepare_machine(config)
     loader, normalization = _test_images(config, contents, device)
@@ -158,6 +177,7 @@ def load_model(
     *,
     ema: bool = False,
     device: str | torch.device | None = None,
+    imports: Iterable[str | Path] = (),
 ) -> BaseModel:
     """The model of a run or checkpoint, in evaluation mode. Its data set is not needed.
 
@@ -168,17 +188,18 @@ def load_model(
         run_or_checkpoint: a run folder, which stands for its best model, or a checkpoint file.
         ema: take the averaged weights.
         device: where the model is; None for the CPU.
+        imports: files and modules of own code that the checkpoint asks for. It runs none itself.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it does not say what network it is of, as
-            files of other codes.
-        ConfigError: its config cannot be used.
+        CheckpointError: there is no such checkpoint, it does not say what network it is of, as files
+            of other codes, or it asks for code that is not among `imports`.
+        ConfigError: its config cannot be used, or own code cannot be imported.
     """
-    file = find_checkpoint(run_or_checkpoint)
+    file = find_checkpoint(the_run_in(run_or_checkpoint))
     checkpoint = load_checkpoint(file)
     if "config" not in checkpoint:
         checkpoint = {**checkpoint, "config": _config_beside(file, checkpoint)}
-    config = _config(checkpoint, file, None, [])
+    config = _config(checkpoint, file, None, [], imports)
     config, _ = _with_untold(config, checkpoint, str(file))
     if "mean" in checkpoint:
         normalization = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
@@ -229,20 +250,30 @@ def _config(
     file: Path,
     config_file: str | Path | None,
     overrides: list[Override],
+    imports: Iterable[str | Path],
 ) -> Config:
-    """The config's part that matters for an evaluation, with the command line's values."""
+    """The config's part that matters for an evaluation, with the command line's values. Own code is
+    imported that `config_file` or `imports` name."""
+    layers = read_layers(config_file) if config_file else []
+    recorded, own = run_imports(layers, imports)
     if config_file:
-        tree, source = read_tree(config_file), str(config_file)
+        source = str(config_file)
     elif "config" in checkpoint:
-        tree, source = checkpoint["config"], str(file)
+        layers, source = [Layer(str(file), checkpoint["config"])], str(file)
+        recorded = recorded_imports(checkpoint["config"], file)
+        needed = {code.name: code for code in [*imported_for(recorded, source), *own]}
+        own = list(needed.values())
     else:
         raise ConfigError(f"-c CONFIG: required, as {file} holds no config of this project")
-    adversarial = tree.get("adversarial", {})
+    for warning in changes(recorded, own):
+        logger.warning(warning)
+    adversarial = merge_layers(layers)[0].get("adversarial", {})
     before = adversarial.get("norm", "linf") if isinstance(adversarial, dict) else "linf"
     if dict(overrides).get("adversarial.norm", before) != before:
         # sizes of the other norm mean nothing in this one
-        tree = merge(tree, {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}})
-    config = validate(override(tree, overrides), source)
+        sizes = {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}}
+        layers = [*layers, Layer(source, sizes)]
+    config = validate_layers([*layers, *override_layers(overrides)], own, source)
     kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
     trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv}
     return validate({**kept, "trainer": {**trainer, "monitor": "off"}}, source)

@@ -10,7 +10,9 @@ from torch import nn
 
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
 from base.config.config import Config
-from base.config.files import Override, override, validate
+from base.config.files import Override, override_layers, validate_layers
+from base.config.imports import import_own_code, requests_of_flag
+from base.config.origins import Layer, origin_of_override
 from base.config.section import lies_in
 from base.errors import ConfigError, DataError
 from base.runtime import seed_global_generators
@@ -39,6 +41,7 @@ def evaluation_of_network(
     std: Sequence[float] | None = None,
     image_size: int | None = None,
     overrides: Iterable[Override] = (),
+    imports: Iterable[str | Path] = (),
     weights: str | None = None,
     limit: int | None = None,
     batch_size: int = 250,
@@ -56,6 +59,7 @@ def evaluation_of_network(
             `[0, 1]` for each channel; None where it normalizes itself.
         image_size: side that images are resized and cropped to; None if all have one size.
         overrides: config values of `OWN_SETTINGS`.
+        imports: own code to import, as `--imports` names it.
         weights: which of several sets of weights in the file.
         limit: take that many test images only, the first of every class.
         batch_size: of the loader.
@@ -64,6 +68,7 @@ def evaluation_of_network(
         ConfigError, CheckpointError, DataError: network, weights or images cannot be had, or they
             do not fit each other.
     """
+    import_own_code(requests_of_flag(imports))
     config = _config_of_own(data, overrides)
     device = prepare_machine(config)
     with _flags_named():
@@ -151,14 +156,15 @@ def _fitting_images(
 def _config_of_own(data: str | Path, overrides: Iterable[Override]) -> Config:
     """The settings that a network of the user's own is measured with."""
     given = list(overrides)
-    for key, value in given:
-        if not lies_in(key, OWN_SETTINGS):
+    for override in given:
+        if not lies_in(override[0], OWN_SETTINGS):
             raise ConfigError(
-                f"--set {key}={value}: has no effect on the network of --model; expected a key of"
-                f" {', '.join(OWN_SETTINGS)}"
+                f"{origin_of_override(override)}: has no effect on the network of --model; expected a"
+                f" key of {', '.join(OWN_SETTINGS)}"
             )
     loader = {"type": "ImageFolderDataLoader", "args": {"data_dir": str(data)}}
-    return validate(override({"data_loader": loader, "trainer": {"monitor": "off"}}, given), "--set")
+    tree = {"data_loader": loader, "trainer": {"monitor": "off"}}
+    return validate_layers([Layer("--data", tree), *override_layers(given)], [], "--data")
 
 
 @contextmanager

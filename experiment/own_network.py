@@ -6,8 +6,6 @@
 The user names the code on the command line, so it is run.
 """
 
-import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.classifier import ask
+from base.config.imports import import_own_code, requests_of
 from base.errors import ConfigError, DataError, ProjectError
 from base.registry import did_you_mean
 from base.runtime import determinism_explained
@@ -56,8 +55,8 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The network that a function or class returns.
 
     Args:
-        place: `FILE.py:NAME` or `MODULE:NAME`. Modules beside the file, or in the working
-            directory, can be imported, too. NAME may also be a network itself.
+        place: `FILE.py:NAME` or `MODULE:NAME`. Modules beside the file can be imported by it. NAME
+            may also be a network itself.
         arguments: keyword arguments of the function.
 
     Raises:
@@ -70,7 +69,7 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
             " such as my_model.py:build or torchvision.models:resnet18"
         )
     flag = f"--model {one_line(place)}"
-    module = _imported(source, flag)
+    module = _imported(source)
     if not hasattr(module, name):
         raise ConfigError(f"{flag}: {one_line(source)} has no {name}{_names_in(module, name)}")
     build = getattr(module, name)
@@ -93,45 +92,10 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _imported(source: str, flag: str) -> ModuleType:
-    """The module that a file or a dotted name stands for."""
-    is_file = source.endswith(".py") or "/" in source or "\\" in source
-    file = Path(source).expanduser()
-    if is_file and not file.is_file():
-        raise ConfigError(f"{flag}: there is no file {one_line(source)}")
-    # behind the clone, so that no module of the user's hides one of this project
-    folder = str(file.resolve().parent if is_file else Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)
-    try:
-        return _run_file(file.resolve()) if is_file else importlib.import_module(source)
-    except Exception as error:
-        raise ConfigError(f"{flag}: {one_line(source)} cannot be imported: {_told(error)}") from error
-
-
-def _run_file(file: Path) -> ModuleType:
-    """The module of a Python file, which runs once."""
-    known = [module for module in list(sys.modules.values()) if _file_of(module) == file]
-    if known:
-        return known[0]
-    # a file called models.py is not the room of that name
-    name = file.stem if file.stem not in sys.modules else f"{file.stem} ({file.parent})"
-    specification = importlib.util.spec_from_file_location(name, file)
-    if specification is None or specification.loader is None:
-        raise ImportError("it is not a Python file")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    try:
-        specification.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _file_of(module: ModuleType) -> Path | None:
-    file = getattr(module, "__file__", None)
-    return Path(file) if isinstance(file, str) else None
+def _imported(source: str) -> ModuleType:
+    """The module that a file or a dotted name stands for, imported once."""
+    (code,) = import_own_code(requests_of([source], "--model", Path.cwd()))
+    return sys.modules[code.name]
 
 
 def _names_in(module: ModuleType, name: str) -> str:
