@@ -132,14 +132,6 @@ class ConvNorm2d(nn.Conv2d):
         if bn:
             self.batch_norm = nn.BatchNorm2d(out_channels, affine=affine)
 
-    def linear_part(self) -> "ConvNorm2d":
-        """A copy in evaluation mode of the linear map alone: the convolution and its scaling in the frequency domain, without
-        bias, `bpconv` and batch norm."""
-        layer = deepcopy(self).eval()
-        layer.affine = layer.bn = False
-        layer.bias = None
-        return layer
-
     def forward(self, input: Tensor) -> Tensor:
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
         if self.kernel_size == (1, 1):
