@@ -380,6 +380,22 @@ def _origin_of_first_key(text: str, origins: Origins) -> str | None:
     return None if key is None else origin_of(origins, key[0].split("."))
 
 
+def check_optimization_of(config: Config) -> None:
+    """Refuse arguments that optimiser and schedule do not take, also those that they take alone but not together.
+
+    Raises:
+        ConfigError: naming the file or flag that the value came from.
+    """
+    # here and not above: it brings torch
+    from base.optimization import check_optimization
+
+    try:
+        check_optimization(config.optimizer, config.lr_scheduler)
+    except ConfigError as error:
+        origin = _origin_of_first_key(str(error), config._provenance.origins)
+        raise ConfigError(str(error) if origin is None else f"{origin}: {error}") from None
+
+
 @lru_cache(maxsize=64)
 def _problem_of_arguments(key: str, section: str) -> str | None:
     """What is wrong with the section of this key, given as JSON, beside the defaults of the other one."""
