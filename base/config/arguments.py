@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 from pydantic import (
     ConfigDict,
@@ -179,11 +179,12 @@ def _args_section(text: str) -> dict[str, str]:
 def _adapter(hint: Any) -> TypeAdapter[Any] | None:
     """What checks values of a type; None for a type that JSON cannot hold."""
     try:
-        return TypeAdapter(hint, config=STRICT)
+        try:
+            return TypeAdapter(hint, config=STRICT)
+        except PydanticUserError:  # a dataclass or another model, which has a config of its own
+            return TypeAdapter(hint)
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
         return None
-    except PydanticUserError:  # a dataclass or another model, which has a config of its own
-        return TypeAdapter(hint)
 
 
 @lru_cache(maxsize=1024)
@@ -223,7 +224,7 @@ class Choice:
         every = {name: self.arguments(name).get(key) for name in self.table}
         return {name: argument for name, argument in every.items() if argument is not None}
 
-    def keys(self) -> list[str]:
+    def known_keys(self) -> list[str]:
         """The keys that the entries take between them."""
         return list(dict.fromkeys(key for name in self.table for key in self.arguments(name)))
 
@@ -238,6 +239,8 @@ class OpenSection(Section):
     model_config = ConfigDict(extra="allow")
     choices: ClassVar[tuple[Choice, ...]] = ()
     """Whose arguments it is open to. A key that several of them know reaches all that are chosen."""
+    fills_defaults: ClassVar[bool] = False
+    """Whether a resolved config holds every argument that has a default other than null, whichever entry takes it."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -284,6 +287,25 @@ class OpenSection(Section):
     def chosen(cls, config: Any) -> dict[str, str]:
         """The `key` of each choice -> the name of the entry that a config chooses."""
         return {choice.key: reduce(getattr, choice.key.split("."), config) for choice in cls.choices}
+
+    @classmethod
+    def defaults(cls, chosen: Mapping[str, str]) -> dict[str, Any]:
+        """Key -> default, other than null, of all arguments of all entries: that of the chosen entry, or, where it takes none
+        of this name, that of the first that does."""
+        found: dict[str, Any] = {}
+        for choice in cls.choices:
+            own = choice.arguments(chosen.get(choice.key, ""))
+            for key in choice.known_keys():
+                argument = own.get(key) or next(iter(choice.owners(key).values()))
+                if not argument.field.is_required() and argument.field.default is not None:
+                    found.setdefault(key, argument.field.default)
+        return found
+
+    def fill_defaults(self, chosen: Mapping[str, str]) -> None:
+        """Give what is not given its default; see `defaults`."""
+        extra = self.model_extra
+        if extra is not None:
+            extra |= {key: value for key, value in self.defaults(chosen).items() if key not in extra}
 
     @classmethod
     def known_fields(cls) -> dict[str, FieldInfo]:
