@@ -66,8 +66,7 @@ def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:
                 del tree[name]
         elif key not in HASHED_AT_DEFAULT and not is_place(key):
             # an argument of a part is hashed wherever it is given, unless a resolved config holds it given or not
-            argument = name not in section.model_fields
-            if argument and not section.fills_defaults:
+            if name not in section.model_fields and not section.fills_defaults:
                 continue
             field = section.known_fields()[name]
             if not field.is_required() and tree[name] == field.get_default(call_default_factory=True):

@@ -358,7 +358,9 @@ class OpenSection(Section):
         knowing = [choice for choice in self.choices if owners[choice]]
         choice = next((choice for choice in knowing if choice.others == "ignored" or choice.key not in chosen), knowing[0])
         if choice.others == "error" and choice.key in chosen:
-            text = f"only {' and '.join(owners[choice])} take{'' if len(owners[choice]) > 1 else 's'} it, not {chosen[choice.key]}"
+            others = " and ".join(owners[choice])
+            verb = "take" if len(owners[choice]) > 1 else "takes"
+            text = f"only {others} {verb} it, not {chosen[choice.key]}"
             raise PydanticCustomError(OTHERS_ARGUMENT, "{text}", {"text": text})
         return _first_fit([argument.adapter for argument in owners[choice].values()], value)
 
