@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from base import registry
 from base.config.config import Config
 from base.config.files import load_config, merge, override, validate
-from base.config.json_schema import reference, schema
+from base.config.json_schema import choices, readme_with_choices, reference, schema
 from base.config.strict_json import DEEPEST, parse_json, read_json_object
 from base.errors import ConfigError
 
@@ -284,7 +285,7 @@ def test_later_override_wins_and_null_restores_the_default():
         ("num_classes", 5, None),
         ("data_loader.type", "CIFAR10DataLoader", "data_loader.args.data_dir: required"),
         ("data_loader.args.image_size", 8, "data_loader.args.image_size: only ImageFolderDataLoader takes it"),
-        ("data_loader.args.mean", [0.5], "data_loader.args.mean: .*at least 1 item"),
+        ("data_loader.args.mean", [], "data_loader.args.mean: .*at least 1 item"),
         ("name", "../elsewhere", "name: '../elsewhere' is not the name of a folder: expected 1 to 255 bytes without slashes"),
         ("lr_scheduler.args.step_size", 3, "lr_scheduler.type: required where lr_scheduler.args is given"),
         ("lr_scheduler.interval", "batch", "lr_scheduler.type: required where lr_scheduler.interval is given"),
@@ -637,3 +638,12 @@ def test_schema_and_reference_are_current():
     message = "run: python -m base.config.json_schema"
     assert json.loads((CONFIGS / "schema.json").read_text()) == schema(), message
     assert (CONFIGS / "README.md").read_text() == reference(), message
+    readme = (CONFIGS.parent / "README.md").read_text()
+    assert readme_with_choices(readme) == readme, message
+
+
+def test_every_table_has_a_key_that_names_its_entries():
+    tables = [table for name, table in vars(registry).items() if name.isupper() and isinstance(table, dict)]
+    assert len(tables) == 10
+    named = [id(table) for _, table in choices()]
+    assert [[*table] for table in tables if table and id(table) not in named] == []
