@@ -1,5 +1,7 @@
 """Data sets of a user's own, of any number of channels, from training to the pictures of an attack."""
 
+import json
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from base.checkpoint import load_checkpoint
 from base.config.files import validate
 from data_loader import DATA_LOADERS, LabelledImages, MemoryImages, TrainingDataLoader
 from experiment.experiment import Experiment
+from models import build_model
 from tiny_runs import difference, script
 
 CLASSES = ("left", "middle", "right")
@@ -119,3 +122,22 @@ def test_a_run_on_own_data_is_attacked_drawn_and_measured(tmp_path):
     for name in ("fgsm.py", "class_report.py", "spectrum.py"):
         measured = script(name, *flags[:2], cwd=tmp_path)
         assert measured.returncode == 0, measured.stderr
+
+
+def test_foreign_weights_of_one_channel_are_examined(tmp_path):
+    """Without mean and std, which are then those of the training images."""
+    model = build_model({"type": "simpleCNN", "args": {"in_channels": 1, "num_classes": 3}})
+    file = tmp_path / "weights.pth"
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, file)
+    (tmp_path / "config.json").write_text(json.dumps(config_of().dump()))
+    words = ["-s", file, "-c", tmp_path / "config.json", "--json", tmp_path / "report.json"]
+    done = script("class_report.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "normalising by those of the training images" in done.stdout
+    mean = json.loads((tmp_path / "report.json").read_text())["normalization"]["mean"]
+    assert mean == pytest.approx([float(stripes(True, 1)[0].mean())], abs=1e-6)
+    colour = config_of(channels=3).dump()
+    (tmp_path / "config.json").write_text(json.dumps(colour))
+    done = script("class_report.py", *words, cwd=tmp_path)
+    assert done.returncode == 3
+    assert re.fullmatch(r".*weights\.pth: does not fit SimpleCNN: size mismatch for features\.0\.weight.*\n", done.stderr)
