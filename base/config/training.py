@@ -16,10 +16,10 @@ A_RATE = Needs("trainer.percent above 0", lambda config: config.trainer.percent 
 SYMMETRIC_NOISE = Needs("trainer.sym and trainer.percent above 0", lambda config: config.trainer.sym and A_RATE.met(config))
 NOISE = Needs("label noise", lambda config: A_RATE.met(config) or config.trainer.noise_file is not None)
 A_PENALTY = Needs("trainer.OCNN", lambda config: config.trainer.OCNN)
-FREE = Needs("free adversarial training", lambda config: config.adversarial_method == "free")
+FREE = Needs("free adversarial training", lambda config: "trainer.adv_repeats" in config.of_method("reads", ()))
 FREE_STEP = Needs(
     "free adversarial training under linf and without adversarial.step_size",
-    lambda config: FREE.met(config) and config.adversarial.norm == "linf" and config.adversarial.step_size is None,
+    lambda config: FREE.met(config) and config.adversarial.norm == "linf" and config.adversarial.get("step_size") is None,
 )
 NO_EPSILON = Needs(
     "adversarial.norm linf and without adversarial.epsilon",
@@ -31,7 +31,7 @@ class OptimizerConfig(Section):
     """The optimiser; without this section SGD with lr 0.1, momentum 0.9 and weight decay 5e-4."""
 
     type: str = "SGD"
-    """Name of a class of torch.optim."""
+    """Name of a class of torch.optim, or module.Class of own code that is imported."""
     args: dict[str, Any] = Field(default={})
     """Its arguments, checked against its signature; what is left out has torch's default."""
 
@@ -40,7 +40,7 @@ class SchedulerConfig(Section):
     """The learning-rate schedule."""
 
     type: str = "none"
-    """Name of a class of torch.optim.lr_scheduler, or none."""
+    """Name of a class of torch.optim.lr_scheduler, module.Class of own code that is imported, or none."""
     args: Annotated[dict[str, Any], A_SCHEDULE] = Field(default={})
     """Its arguments. T_max of CosineAnnealingLR, total_steps of OneCycleLR and total_iters of PolynomialLR default to the whole
     run, in a SequentialLR to what its milestones leave; mode of ReduceLROnPlateau to what is better of the monitor."""
