@@ -307,7 +307,10 @@ def test_later_override_wins_and_null_restores_the_default():
         ("system.device", "gpu", "system.device: 'gpu' is not a device: expected auto, cpu, cuda, cuda:N or mps"),
         ("system.device", "cuda:999", "system.device: 'cuda:999' is not a device"),
         ("system.num_threads", 10**6, "system.num_threads: .*less than or equal to 1024, not 1000000"),
-        ("data_loader.args.image_size", 10**6, "data_loader.args.image_size: .*less than or equal to 8192, not 1000000"),
+        (
+            "data_loader", {"type": "ImageFolderDataLoader", "args": {"data_dir": "x", "image_size": 10**6}},
+            "data_loader.args.image_size: .*less than or equal to 8192, not 1000000",
+        ),
         ("data_loader.args.batch_size", 10**10, "data_loader.args.batch_size: .*less than or equal to 1000000000, not 1"),
         ("data_loader.args.num_workers", 10**6, "data_loader.args.num_workers: .*less than or equal to 1024"),
         ("trainer.epochs", 10**30, "trainer.epochs: .*less than or equal to 1000000000, not 10{30}"),
