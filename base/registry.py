@@ -29,6 +29,9 @@ LINEAR_LAYERS: dict[str, Constructor] = {}
 ACTIVATION_LAYERS: dict[str, Constructor] = {}
 """Every entry is called as `(channels, inplace=True)`."""
 
+ATTACKS: dict[str, Constructor] = {}
+"""Every entry is a subclass of `attacks.Attack`, called with the arguments that it takes."""
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known name, or an empty string where none is near."""
