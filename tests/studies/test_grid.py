@@ -162,7 +162,7 @@ def test_words_mean_the_value(value):
         ({"axes": {"norm": {}}}, r"axes\.norm: .*at least 1 item"),
         (
             {"axes": {"norm": {"x": {"arch.args.norm": "bn"}}}},
-            "study.json: x: .*arch.args.norm: unknown key .known here: num_classes, norm_layer_type",
+            "study.json: x: .*arch.args.norm: unknown key .known here: num_classes, in_channels",
         ),
         ({"axes": {"a": NORMS, "b": {"x": NORMS["bn"]}}}, "axes: two of them set arch.args.norm_layer_type"),
         ({"axes": {"norm": NORMS}, "variants": {"bn": {}}}, "study.json: bn: two variants have this name"),
