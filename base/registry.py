@@ -91,9 +91,6 @@ def with_properties(**properties: Any) -> Callable[[T], T]:
 
     return decorate
 
-ATTACKS: dict[str, Constructor] = {}
-"""Every entry is a subclass of `attacks.Attack`, called with the arguments that it takes."""
-
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known name, or an empty string where none is near."""
