@@ -8,5 +8,6 @@ import data_loader as data_loader
 import models as models
 import trainer as trainer
 from experiment.experiment import Experiment
+from experiment.loading import load_model
 
-__all__ = ["Experiment"]
+__all__ = ["Experiment", "load_model"]

@@ -1,6 +1,6 @@
 """From a config to its parts: data loader, model, trainer. `experiment` puts them together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
@@ -84,7 +84,12 @@ def completed_config(config: Config, loader: BaseDataLoader) -> Config:
             f"arch.args.in_channels: {asked}, but the images of {config.data_loader.type} have"
             f" {channels} channels"
         )
-    facts = {"num_classes": loader.num_classes, "in_channels": channels}
+    return with_shape(config, loader.num_classes, channels)
+
+
+def with_shape(config: Config, num_classes: int, channels: int) -> Config:
+    """The config with a number of classes and of channels, as far as its model takes them."""
+    facts = {"num_classes": num_classes, "in_channels": channels}
     taken = arguments_of(lookup(MODELS, config.arch.type, "arch.type"))
     filled = {name: value for name, value in facts.items() if name in taken}
     args = config.arch.args.model_copy(update=filled)
@@ -93,9 +98,17 @@ def completed_config(config: Config, loader: BaseDataLoader) -> Config:
 
 def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch.device) -> BaseModel:
     """The config's model for the loader's classes and channels, with the loader's mean and std, on the device."""
-    arch = completed_config(config, loader).arch.model_dump(exclude_none=True)
+    config = completed_config(config, loader)
+    return build_network(config, mean=loader.mean, std=loader.std, device=device)
+
+
+def build_network(
+    config: Config, *, mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> BaseModel:
+    """The model of a config that says its classes and channels, with weights of the config's seed."""
+    arch = config.arch.model_dump(exclude_none=True)
     seed_global_generators(config.seed, "weights")
-    model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
+    model = build_model(arch, mean=mean, std=std).to(device)
     if config.system.sync_bn and world_size() > 1:
         model = synchronise(model)
     if config.system.channels_last:

@@ -137,17 +137,23 @@ class Experiment:
             return self._run(self.build_trainer(folder))
 
     @classmethod
-    def resume(cls, path: str, config_file: str | None = None, overrides: Iterable[Override] = ()) -> dict[str, Any]:
+    def resume(
+        cls,
+        path: str,
+        config_file: str | None = None,
+        overrides: Iterable[Override] = (),
+        imports: Iterable[str] = (),
+    ) -> dict[str, Any]:
         """Continue the run of a checkpoint, in its folder, with its config, and return what `result.json` holds.
 
         Args:
-            path, config_file, overrides: see `base.resuming.saved_run`.
+            path, config_file, overrides, imports: see `base.resuming.saved_run`.
 
         Raises:
             CheckpointError: there is not a checkpoint, or it belongs to other data or another model.
             ConfigError: a replaced value would make it another experiment.
         """
-        return cls.continue_run(saved_run(path, config_file, overrides))
+        return cls.continue_run(saved_run(path, config_file, overrides, imports))
 
     @classmethod
     def continue_run(cls, run: SavedRun) -> dict[str, Any]:
@@ -165,7 +171,7 @@ class Experiment:
             trainer = experiment.build_trainer(folder)
             # a resume that is refused leaves everything as it was
             best = trainer.resume(run.checkpoint, run.file)
-            return experiment._run(trainer, resumed_with=[run.set_aside_damaged(), best])
+            return experiment._run(trainer, resumed_with=[run.set_aside_damaged(), *run.changed_code, best])
 
     def refuse_other_data(self, run: SavedRun) -> None:
         """Refuse to continue a run on other images, labels or classes.

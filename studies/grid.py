@@ -28,8 +28,9 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError
 
 from base.config.config import Config
-from base.config.files import Override, is_comment, load_config, override, read_tree
-from base.config.section import Count, Section
+from base.config.files import Override, is_comment, load_config, origins_named, override, read_tree
+from base.config.origins import Flag
+from base.config.section import Count, Section, lies_in
 from base.config.strict_json import read_json_object
 from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
@@ -179,11 +180,13 @@ def plan(
         overrides: dotted keys and the texts of their values, put on top of every variant.
 
     Raises:
-        ConfigError: anything that is wrong with the grid, a name, an override, or a config.
+        ConfigError: anything that is wrong with the grid, a name, an override (among it one of a key that the grid itself
+            varies), or a config.
     """
     grid = read_grid(path)
     _check_overrides(overrides)
     variants = variants_of(grid, path)
+    _check_left_alone(overrides, variants, path)
     for name in names:
         if name not in variants:
             raise ConfigError(
@@ -280,13 +283,57 @@ def _check_overrides(overrides: Sequence[Override]) -> None:
     for key, text in overrides:
         if key == "seed":
             raise ConfigError(f"--set seed={text}: the seeds of a study are given by --seed")
-        try:
-            tree = override({}, [(key, text)])
-        except ConfigError as error:
-            raise ConfigError(f"--set {error}") from None
-        if _holds_key(tree):
+        if _holds_key(override({}, [(key, text)])):
             reason = "would be shown and stored with the runs' commands; set COMET_API_KEY"
             raise ConfigError(f"--set {key}: {reason}")
+
+
+def _check_left_alone(
+    overrides: Sequence[Override], variants: Mapping[str, Variant], path: Path
+) -> None:
+    """Refuse to set what the grid compares: a variant's name would say what its runs are not.
+
+    Raises:
+        ConfigError: naming the flag and the values that the variants have.
+    """
+    varied = _varied(variants, path) if overrides else {}
+    for key, text in overrides:
+        for leaf, values in varied.items():
+            if lies_in(leaf, [key]) or lies_in(key, [leaf]):
+                raise ConfigError(f"--set {key}={text}: {path} itself varies {leaf} ({values})")
+
+
+def _varied(variants: Mapping[str, Variant], path: Path) -> dict[str, str]:
+    """The dotted keys in which the variants of a grid differ -> the first values, in words.
+
+    Where files lie in different places they do not compare those.
+    """
+    trees = {name: _tree_of(path, name, variant) for name, variant in variants.items()}
+    set_by_grid = {key for variant in variants.values() for key in variant.settings}
+    found = {}
+    for leaf in dict.fromkeys(leaf for tree in trees.values() for leaf in tree):
+        if is_place(leaf) and not any(lies_in(leaf, [key]) for key in set_by_grid):
+            continue
+        first_with: dict[str, str] = {}
+        for name, tree in trees.items():
+            value = as_word(tree[leaf]) if leaf in tree else "its default"
+            first_with.setdefault(value, name)
+        if len(first_with) > 1:
+            found[leaf] = ", ".join(f"{value} in {name}" for value, name in list(first_with.items())[:3])
+    return found
+
+
+def _tree_of(path: Path, name: str, variant: Variant) -> Settings:
+    """Dotted key and value of everything that the files and the grid say of a variant."""
+    settings = [
+        Flag((key, as_word(value)), "its settings")
+        for key, value in variant.settings.items()
+        if not is_comment(key)
+    ]
+    try:
+        return dict(_leaves(override(read_tree(variant.config_file), settings)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {name}: {error}") from None
 
 
 def _run(
@@ -299,11 +346,11 @@ def _run(
     overrides: Sequence[Override],
 ) -> Run:
     file, settings = variant.config_file, variant.settings
-    own = [(key, as_word(value)) for key, value in settings.items()]
+    own = [Flag((key, as_word(value)), "its settings") for key, value in settings.items()]
     try:
         config = _config(file, [*own, *overrides], seed)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {name}: {_explained(error, file, own, seed, overrides)}") from None
+        raise ConfigError(f"{path}: {name}: {error}") from None
     named_by = config
     kept = [(key, text) for key, text in overrides if not (is_place(key) and key in settings)]
     if len(kept) < len(overrides):
@@ -328,29 +375,13 @@ def _config(file: Path, overrides: Sequence[Override], seed: int) -> Config:
 
     submitit writes runs into files; a run's own process reads the key from the config file.
     """
-    config = load_config(file, [*overrides, ("seed", str(seed))])
-    check_optimization(config.optimizer, config.lr_scheduler)
+    config = load_config(file, [*overrides, Flag(("seed", str(seed)), f"--seed {seed}")])
+    with origins_named(config):
+        check_optimization(config.optimizer, config.lr_scheduler)
     if config.comet is not None:
         comet = config.comet.model_copy(update={"api": None})
         config = config.model_copy(update={"comet": comet})
     return config
-
-
-def _explained(
-    error: ConfigError,
-    file: Path,
-    settings: Sequence[Override],
-    seed: int,
-    overrides: Sequence[Override],
-) -> str:
-    """The error, with the `--set` that it comes from where the variant without them is good."""
-    if overrides:
-        try:
-            _config(file, settings, seed)
-        except ConfigError:
-            return str(error)
-        return f"with {' '.join(set_words(overrides))}: {error}"
-    return str(error)
 
 
 def _own_keys(file: Path, resolved: Mapping[str, Any]) -> Settings:

@@ -18,7 +18,9 @@ from base.config.adversarial import (
     refuse_other_units_of_step,
 )
 from base.config.arguments import Choice, NameIn, OpenSection, checks_names
+from base.config.imports import Import
 from base.config.names import ALWAYS, metric_name, metric_of
+from base.config.origins import Origins, Provenance, format_config
 from base.config.section import Count, Fraction, InputPath, Needs, Positive, Section
 from base.config.training import OptimizerConfig, SchedulerConfig, TrainerConfig
 from base.registry import (
@@ -260,6 +262,9 @@ class Config(Section):
     """ConvNorm's second place for arch.args.num_classes; both must agree."""
     exper_name: str | None = None
     """Written by ConvNorm into its run folders; accepted and not used."""
+    imports: list[Import] = Field(default=[])
+    """Own code that is run before the rest of a config is read: Python files, relative to the config that names them, and
+    names of modules. Those of parents come first. A run's own config names them with a digest; see docs/extending.md."""
     arch: ArchConfig = ArchConfig()
     data_loader: DataLoaderConfig
     augmentation: AugmentationConfig = AugmentationConfig()
@@ -278,6 +283,7 @@ class Config(Section):
     comet: CometConfig | None = None
     """Comet logging; null for none."""
     _warnings: tuple[str, ...] = PrivateAttr(default=())
+    _provenance: Provenance = PrivateAttr(default=Provenance())
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -349,6 +355,18 @@ class Config(Section):
         """Whether the test set is attacked after training; by default wherever a method is named, even if it is none."""
         report = self.adversarial.report
         return self.adversarial.method is not None or self.trainer.do_adv if report is None else report
+
+    @property
+    def origins(self) -> Origins:
+        """Where its values come from; of those at their default, and of a config that was put together in Python, nothing."""
+        return self._provenance.origins
+
+    def describe_origins(self) -> str:
+        """The resolved tree as a config file, one line per key, with where its value came from beside it."""
+        origins = {path: origin for path, origin in self.origins.items() if path[0] != "imports"}
+        if self.imports:
+            origins["imports",] = "imports of the config and its parents, and --imports"
+        return format_config(self.dump(), origins)
 
     def dump(self) -> dict[str, Any]:
         """The resolved tree as plain JSON values, without secrets; validating it again gives the same config."""

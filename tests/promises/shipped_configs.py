@@ -14,7 +14,8 @@ from studies import grid
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 GRIDS = sorted((CONFIGS / "ablations").glob("*.json"))
-FILES = [file for file in sorted(CONFIGS.rglob("*.json")) if file not in GRIDS and file.name != "schema.json"]
+SCHEMAS = [CONFIGS / "schema.json", CONFIGS / "grid_schema.json"]
+FILES = [file for file in sorted(CONFIGS.rglob("*.json")) if file not in [*GRIDS, *SCHEMAS]]
 ARGUMENTS = {
     "lr": "number ≥ 0", "momentum": "number ≥ 0, < 1", "dampening": "number ≥ 0, ≤ 1", "weight_decay": "number ≥ 0",
     "nesterov": "true, false", "milestones": "list of integer ≥ 1", "gamma": "number ≥ 0",

@@ -74,18 +74,49 @@ def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_c
     assert len({folder({key: value}) for key, value in changes.items()} | {plain}) == len(changes) + 1
 
 
-def test_settings_of_the_command_line_lie_on_top_of_every_variant(grid_file):
-    path = grid_file(variants={"a": {"trainer.epochs": 4, "augmentation.flip": False}, "b": {"trainer.epochs": 5}})
-    overrides = [("optimizer.args.lr", "0.3"), ("augmentation.flip", "true"), ("trainer.epochs", "7")]
+def test_settings_of_the_command_line_lie_on_top_of_every_variant(grid_file, tmp_path):
+    always = {"trainer.epochs": 4, "augmentation.flip": False}
+    path = grid_file(variants={"a": {**always, "optimizer.args.lr": 0.1}, "b": always})
+    overrides = [("optimizer.args.weight_decay", "0.3"), ("augmentation.flip", "true"), ("trainer.epochs", "7")]
     first = plan(path, ["a"], overrides=overrides)[0]
-    assert (first.config.optimizer.args["lr"], first.config.augmentation.flip, first.config.trainer.epochs) == (0.3, True, 7)
+    assert first.config.optimizer.args["weight_decay"] == 0.3
+    assert (first.config.augmentation.flip, first.config.trainer.epochs) == (True, 7)
     assert first.words()[5:] == [
-        "--set", "trainer.epochs=4", "--set", "augmentation.flip=false",
-        "--set", "optimizer.args.lr=0.3", "--set", "augmentation.flip=true", "--set", "trainer.epochs=7", "--seed", "0",
+        "--set", "trainer.epochs=4", "--set", "augmentation.flip=false", "--set", "optimizer.args.lr=0.1",
+        "--set", "optimizer.args.weight_decay=0.3", "--set", "augmentation.flip=true", "--set", "trainer.epochs=7",
+        "--seed", "0",
     ]  # fmt: skip
-    assert describe([first]) == ["a: base.json, trainer.epochs=7, augmentation.flip=true, optimizer.args.lr=0.3 (seeds 0)"]
-    with pytest.raises(ConfigError, match="a and b are the same config with --set trainer.epochs=7 --set augmentation.flip="):
-        plan(path, overrides=[("trainer.epochs", "7"), ("augmentation.flip", "true")])
+    assert describe([first]) == [
+        "a: base.json, trainer.epochs=7, augmentation.flip=true, optimizer.args.lr=0.1,"
+        " optimizer.args.weight_decay=0.3 (seeds 0)"
+    ]
+
+
+def test_a_setting_of_the_command_line_names_a_run_as_if_it_stood_in_the_base_config(grid_file, tmp_path):
+    path = grid_file(variants={"v": {"augmentation.flip": False}})
+    given = [run.folder.name for run in plan(path, overrides=[("trainer.epochs", "7"), ("data_loader.args.data_dir", "/x")])]
+    base = json.loads((tmp_path / "base.json").read_text())
+    (tmp_path / "base.json").write_text(json.dumps({**base, "trainer": {"epochs": 7}}))
+    assert [run.folder.name for run in plan(path)] == given
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "shown"),
+    [
+        ("trainer.epochs", "7", "trainer.epochs (4 in a, 5 in b, its default in elsewhere)"),
+        ("trainer", '{"epochs": 7}', "trainer.epochs (4 in a"),
+        ("optimizer.args", "null", "optimizer.args.lr (0.3 in a, its default in b)"),
+        ("optimizer.args.lr", "0.1", "optimizer.args.lr (0.3 in a"),
+        ("system.num_threads", "3", "system.num_threads (its default in a, 2 in b)"),
+    ],
+)
+def test_what_the_grid_varies_cannot_be_set(grid_file, tmp_path, key, text, shown):
+    a, b = {"trainer.epochs": 4, "optimizer.args.lr": 0.3}, {"trainer.epochs": 5, "system.num_threads": 2}
+    (tmp_path / "file.json").write_text('{"data_loader": {"type": "DigitsDataLoader", "args": {"data_dir": "d"}}}')
+    path = grid_file(variants={"a": a, "b": b, "elsewhere": "file.json"})
+    with pytest.raises(ConfigError) as caught:
+        plan(path, ["a"], overrides=[("data_loader.args.data_dir", "/x"), (key, text)])
+    assert str(caught.value).startswith(f"--set {key}={text}: {path} itself varies {shown}")
 
 
 def test_settings_of_the_command_line_name_the_run_but_for_places_and_defaults(grid_file):
@@ -107,11 +138,11 @@ def test_settings_of_the_command_line_name_the_run_but_for_places_and_defaults(g
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("trainer.epoch", "3", "v: with --set trainer.epoch=3: .*base.json: trainer.epoch: unknown key; did you mean 'epochs'"),
-        ("trainer.epochs", "few", 'v: with --set trainer.epochs=few: .*trainer.epochs: .*integer, not "few"'),
-        ("optimizer.args.betas", "0.9", "v: with --set optimizer.args.betas=0.9: optimizer.args.betas: SGD takes no such"),
-        ("augmentaton", "null", "^--set augmentaton: unknown key; did you mean 'augmentation'"),
-        ("", "3", "^--set '': expected a dotted key"),
+        ("trainer.epoch", "3", "v: --set trainer.epoch=3: trainer.epoch: unknown key; did you mean 'epochs'"),
+        ("trainer.epochs", "few", 'v: --set trainer.epochs=few: trainer.epochs: .*integer, not "few"'),
+        ("optimizer.args.betas", "0.9", "v: --set optimizer.args.betas=0.9: optimizer.args.betas: SGD takes no such"),
+        ("augmentaton", "null", "^--set augmentaton=null: augmentaton: unknown key; did you mean 'augmentation'"),
+        ("", "3", "^--set =3: expected a dotted key"),
         ("seed", "3", "^--set seed=3: the seeds of a study are given by --seed$"),
     ],
 )

@@ -5,6 +5,7 @@ Improving Deep Convolutional Network Robustness and Training", NeurIPS 2021, arX
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from math import pi
 from typing import Any, ClassVar
 
@@ -130,6 +131,14 @@ class ConvNorm2d(nn.Conv2d):
             self.bpconv = nn.Conv2d(out_channels, out_channels, self.kernel_size, padding=half, groups=out_channels)
         if bn:
             self.batch_norm = nn.BatchNorm2d(out_channels, affine=affine)
+
+    def linear_part(self) -> "ConvNorm2d":
+        """A copy in evaluation mode of the linear map alone: the convolution and its scaling in the frequency domain, without
+        bias, `bpconv` and batch norm."""
+        layer = deepcopy(self).eval()
+        layer.affine = layer.bn = False
+        layer.bias = None
+        return layer
 
     def forward(self, input: Tensor) -> Tensor:
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
