@@ -1,11 +1,11 @@
 """Attack: what every attack does around its own search."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from inspect import Parameter, signature
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class Attack(ABC):
         ValueError: an argument out of its range.
     """
 
+    config_names: ClassVar[Mapping[str, str | None]] = {"targeted": None, "confidence": None}
+    """Arguments that a config may not give; see `base.config.arguments`."""
     epsilon: float
     norm: str = "linf"
     targeted: bool = False

@@ -19,7 +19,7 @@ from attacks.worst_points import DONE
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.errors import ConfigError
-from base.output import check_outputs, is_stream, writing
+from base.output import ARRAYS, check_outputs, is_stream, writing
 from base.ranks import gather, quiet
 from base.run_folder import package_versions
 from base.runtime import torch_generator
@@ -172,7 +172,7 @@ def check_images_file(flag: str, path: str | Path) -> None:
     Raises:
         ConfigError: naming `flag`.
     """
-    check_outputs({flag: path}, {flag: ("npz",)})
+    check_outputs({flag: path}, {flag: ARRAYS})
     if is_stream(path):
         raise ConfigError(f"{flag} {path}: expected a file, as images are put into it at the end")
 

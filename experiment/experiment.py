@@ -51,6 +51,7 @@ from base.runtime import (
 from base.tracking import start_trackers, tell
 from data_loader.label_noise import describe_transitions
 from data_loader.splits import some_of_every_class
+from evaluation.report import title
 from experiment import build, build_attacks
 from experiment.final_test import conclude
 from trainer.robust_validation import RobustValidation
@@ -278,7 +279,7 @@ class Experiment:
             return None
         return RobustValidation(
             some_of_every_class(loader, config.adversarial.validate_images).own_part(),
-            build_attacks.pgd(config),
+            build_attacks.build_attack(config, loader.num_classes),
             build_attacks.fgsm(config) if config.adversarial_method == "fgsm" else None,
             period=config.robust_validation_period,
             epochs=config.trainer.epochs,
@@ -360,8 +361,8 @@ class Experiment:
             logger.info("adversarial training: %s, %s%s", config.adversarial_method, radius, growing)
         if robust is not None:
             logger.info(
-                "robust validation: PGD-%d, %s, on %d of %d validation images (the first of every class), every %d epochs",
-                config.pgd_attack.K, radius, robust.n_samples, self.validation_loader.n_samples, robust.period,
+                "robust validation: %s, on %d of %d validation images (the first of every class), every %d epochs",
+                title(robust.attack), robust.n_samples, self.validation_loader.n_samples, robust.period,
             )  # fmt: skip
         elif config.adversarial_method != "none":
             logger.info(
