@@ -84,7 +84,7 @@ class Batches:
             raise ValueError("the loader holds no images to attack")
         if self._shares == 1 and last == loader.n_samples and batch_size is None:
             return loader
-        part = loader.subset(torch.arange(self._share, last, self._shares))
+        part = loader.subset(torch.arange(last)).shard(self._share, self._shares)
         part.batch_size = batch_size or loader.batch_size
         return part
 

@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from attacks.arguments import LARGEST_LINF
 from attacks.attack import Attack
 from attacks.fgsm import FGSM
-from attacks.pgd import PGD
 from attacks.threat_model import ThreatModel, in_pixel_range
-from base.config.adversarial import PGDAttackConfig
-from base.config.arguments import parameters_of
+from base.config.adversarial import PGDAttackConfig, is_size
+from base.config.arguments import OpenSection, parameters_of
 from base.config.config import Config
 from base.errors import ConfigError
 from base.registry import ATTACKS, lookup
@@ -50,7 +48,7 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
     if settings.step is not None or not own_step:
         offered["step_size"] = _step_size(settings, threat)
     given = {name: value for name, value in offered.items() if name in taken}
-    own = settings.arguments_for("pgd_attack.type", settings.type)
+    own = own_arguments(settings, settings.type, threat.norm)
     try:
         attack = kind(**given, **own)
     except (TypeError, ValueError) as error:
@@ -63,6 +61,16 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
         needs = f"needs at least {attack.min_classes} classes, this data set has {num_classes}"
         raise ConfigError(f"pgd_attack.{choice} {needs}")
     return attack
+
+
+def own_arguments(section: OpenSection, name: str, norm: str) -> dict[str, Any]:
+    """The arguments of the entry `name` that stand in a section of one table, sizes in units of the pixel range."""
+    (choice,) = section.choices
+    given = section.arguments_for(choice.key, name)
+    for argument in choice.arguments(name).values():
+        if given.get(argument.name) is not None and is_size(argument.field):
+            given[argument.name] = in_pixel_range(given[argument.name], norm)
+    return given
 
 
 def other_attack(section: Mapping[str, Any], name: str) -> dict[str, None]:
@@ -93,29 +101,3 @@ def fgsm(config: Config) -> FGSM:
     """FGSM with the config's norm and radius, the alarm of fast FGSM training."""
     threat = threat_model(config)
     return FGSM(threat.epsilon, threat.norm, early_stop=1, loss=config.pgd_attack.loss)
-
-
-def training_attack(config: Config) -> PGD:
-    """The attack inside a training step of the methods `fgsm`, `pgd` and `trades`."""
-    threat, settings = threat_model(config), config.adversarial
-    steps = 1 if config.adversarial_method == "fgsm" else settings.steps
-    return PGD(
-        threat.epsilon,
-        training_step_size(config),
-        steps,
-        threat.norm,
-        restarts=settings.restarts if config.adversarial_method == "pgd" else 1,
-        random_start=settings.random_start,
-    )
-
-
-def training_step_size(config: Config) -> float:
-    """Step size of the config's training method, in units of the pixel range."""
-    threat, settings, method = threat_model(config), config.adversarial, config.adversarial_method
-    if settings.step_size is not None:
-        return in_pixel_range(settings.step_size, settings.norm)
-    if method == "free":
-        return in_pixel_range(config.trainer.fgsm_step, "linf") if threat.norm == "linf" else threat.epsilon
-    step = 1.25 * threat.epsilon if method == "fgsm" else 2.5 * threat.epsilon / settings.steps
-    # a step of 1 crosses the whole pixel range
-    return min(step, LARGEST_LINF) if threat.norm == "linf" else step

@@ -29,9 +29,11 @@ from base.config.imports import changes, imported_for
 from base.config.origins import Layer
 from base.errors import CheckpointError, ConfigError, DataError
 from base.ranks import rank
+from base.registry import lookup
 from base.resuming import recorded_imports
 from base.runtime import determinism_explained
 from data_loader import DATA_LOADERS
+from data_loader.own_images import build_loader
 from experiment import build, build_attacks
 from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images
 from experiment.evaluation_flags import check_network_flags
@@ -311,13 +313,16 @@ def _test_images(
     """The test images, with the mean and std of the model, and a sentence about those where they
     are assumed."""
     args = config.data_loader.args.model_dump(exclude_none=True) | {"validation_split": 0.0, "num_batches": 0}
-    make, assumed = DATA_LOADERS[config.data_loader.type], {}
+    name, assumed = config.data_loader.type, {}
+    told = "mean" in checkpoint or ("mean" in args and "std" in args)
     if "mean" in checkpoint:
         args |= {"mean": checkpoint["mean"], "std": checkpoint["std"]}
-    elif "mean" not in args or "std" not in args:
-        normalization, assumed["normalization"] = _untold_normalization(make, config, checkpoint)
-        args = normalization | args
-    loader = make(**args, device=device).test_loader()
+    make = lookup(DATA_LOADERS, name, "data_loader.type")
+    training = build_loader(name, make, {**args, "device": device})
+    if not told:
+        untold, assumed["normalization"] = _untold_normalization(training, config, checkpoint)
+        training.mean, training.std = (tuple(args.get(key, untold[key])) for key in ("mean", "std"))
+    loader = training.test_loader()
     if loader.n_samples == 0:
         raise DataError(f"{args.get('data_dir')}: the test set is empty")
     check_class_names(checkpoint, loader.class_names, str(args.get("data_dir")))
@@ -325,18 +330,27 @@ def _test_images(
 
 
 def _untold_normalization(
-    make: Any, config: Config, checkpoint: Mapping[str, Any]
+    training: BaseDataLoader, config: Config, checkpoint: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[float, ...]], str]:
     """Mean and std for a file that holds none, under a config that leaves them open, and a sentence
     about them.
 
     They are those of the data set, as in the original's standard training, and CIFAR-10's for a
-    data set without published ones. The original's adversarial training normalises by CIFAR-10's
+    data set without published ones; where images are not of three channels, the mean and std of the
+    training images. The original's adversarial training normalises by CIFAR-10's
     whatever the data set, and on CIFAR-100 does so a second time, after its loader has normalised
     by CIFAR-100's and a clamp to [0, 1].
     """
     original = "monitor_best" in checkpoint
-    mean, std = getattr(make, "default_mean", None), getattr(make, "default_std", None)
+    channels = training.image_shape[0]
+    if channels != len(ORIGINAL_MEAN):
+        sentence = (
+            "the checkpoint holds no mean and std: normalising by those of the training images;"
+            f" --set data_loader.args.mean=[...] --set data_loader.args.std=[...] ({channels}"
+            " values each) for others"
+        )
+        return {"mean": training.mean, "std": training.std}, sentence
+    mean, std = training.default_mean, training.default_std
     twice = original and config.trainer.do_adv and mean not in (None, ORIGINAL_MEAN)
     follows = "training does"
     if mean is None or std is None or twice:

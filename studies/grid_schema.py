@@ -17,8 +17,9 @@ from studies.grid import Grid, Settings
 FILE = json_schema.FOLDER / "grid_schema.json"
 OF_CONFIGS = "schema.json"
 """The schema of configs, seen from this one."""
-NOT_IN_GRIDS = ("seed", "comet.api")
-"""Config keys that no variant may set: seeds have their own key, and a secret would stand in command lines."""
+NOT_IN_GRIDS = ("seed", "imports", "comet.api")
+"""Config keys that no variant may set: seeds have their own key, code is run before the variants are read, and a secret
+would stand in command lines."""
 FILE_KEYS = {
     "$schema": {"type": "string", "description": "This schema, for editors."},
     "extends": {"type": "string", "description": "Parent grid, relative to this file; the keys of this file win."},

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from base.config import arguments
-from base.config.adversarial import SIZES, read_sizes
+from base.config.adversarial import read_sizes, size_keys
 from base.config.config import Config
 from base.config.hints import hint as key_hint
 from base.config.imports import FLAG, OwnCode, Request, changes, import_own_code, requests_of, requests_of_flag
@@ -106,6 +106,11 @@ def validate_layers(layers: Sequence[Layer], own: Sequence[OwnCode], source: str
     tree.pop(IMPORTS, None)
     if own:
         tree[IMPORTS] = [code.model_dump(exclude_none=True) for code in own]
+        # lists of imports add up, where other values replace each other
+        naming = [layer for layer in layers if layer.tree.get(IMPORTS)]
+        named = sum(len(layer.tree[IMPORTS]) for layer in naming)
+        flag = [FLAG] if len(own) > named else []
+        origins[IMPORTS,] = ", ".join([*(layer.origin for layer in naming), *flag])
     return validate(tree, source, layers, origins)
 
 
@@ -375,6 +380,22 @@ def _origin_of_first_key(text: str, origins: Origins) -> str | None:
     return None if key is None else origin_of(origins, key[0].split("."))
 
 
+def check_optimization_of(config: Config) -> None:
+    """Refuse arguments that optimiser and schedule do not take, also those that they take alone but not together.
+
+    Raises:
+        ConfigError: naming the file or flag that the value came from.
+    """
+    # here and not above: it brings torch
+    from base.optimization import check_optimization
+
+    try:
+        check_optimization(config.optimizer, config.lr_scheduler)
+    except ConfigError as error:
+        origin = _origin_of_first_key(str(error), config._provenance.origins)
+        raise ConfigError(str(error) if origin is None else f"{origin}: {error}") from None
+
+
 @lru_cache(maxsize=64)
 def _problem_of_arguments(key: str, section: str) -> str | None:
     """What is wrong with the section of this key, given as JSON, beside the defaults of the other one."""
@@ -508,7 +529,7 @@ def _told(problem: dict[str, Any]) -> str:
     if _is_secret(path):
         return f"{key}: {problem['msg']} (what was given is not shown)"
     value = problem["input"]
-    if tuple(path) in SIZES and isinstance(value, str):
+    if tuple(path) in size_keys() and isinstance(value, str):
         expected = 'expected a number, or a fraction of the pixel range such as "8/255"'
         return f"{key}: {expected}, not {_shown(value)}"
     if problem["type"] == "literal_error":
