@@ -70,6 +70,7 @@ class Run:
         config: the resolved config.
         folder: its run folder. The name ends in a hash of the resolved config; see `identity`.
         overrides: what the command line puts on top of every variant.
+        grid: the file that it is read from.
     """
 
     variant: str
@@ -81,6 +82,7 @@ class Run:
     config: Config
     folder: Path
     overrides: tuple[Override, ...] = ()
+    grid: Path = Path()
 
     @property
     def name(self) -> str:
@@ -320,13 +322,14 @@ def _run(
         config,
         parent / f"{name.replace(' ', '-')}_seed{seed}_{identity(named_by, settings)}",
         tuple(overrides),
+        path,
     )
 
 
 def _config(file: Path, overrides: Sequence[Override], seed: int) -> Config:
     """The checked config of a run, without Comet's key.
 
-    submitit writes runs into files; a run's own process reads the key from the config file.
+    Whoever shows or stores a run cannot give it away; a run's own process reads it itself.
     """
     config = load_config(file, [*overrides, ("seed", str(seed))])
     check_optimization(config.optimizer, config.lr_scheduler)
