@@ -1,10 +1,6 @@
 """Networks that know nothing of this project, measured by one command each, from a folder outside the
 clone; and against foolbox."""
 
-import csv
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import foolbox
