@@ -32,6 +32,10 @@ WHERE_AND_HOW = (*CHANGE_NO_RESULT, DATA_DIR, NOISE_FILE, IMPORTS)
 """Config keys and sections that say where and how a run computes, not what. Images, noisy labels
 and files of own code may move: a resumed run compares them with what it began with."""
 
+FILLED_FROM_DATA = ("arch.args.num_classes", "arch.args.in_channels")
+"""Config keys that the data set decides. A run writes them into its config where that leaves them
+open, so that its checkpoints can be loaded without the data."""
+
 MAY_CHANGE_ON_RESUME = (
     *WHERE_AND_HOW, "trainer.epochs", "trainer.early_stop", "n_gpu",
     "adversarial.report", "adversarial.report_images",
@@ -149,6 +153,8 @@ def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: P
         ConfigError: anything else that matters differs.
     """
     for key, old, new in _differences(before, config.dump()):
+        if key in FILLED_FROM_DATA and new is None:
+            continue
         if key.startswith("arch."):
             raise CheckpointError(f"{source}: is of another architecture: {key} is {old!r} there and {new!r} in this config")
         spans_run = key == "trainer.epochs" and spans_whole_run(config.lr_scheduler)
@@ -161,10 +167,11 @@ def config_hash(config: Config) -> str:
     """SHA-256 of all values in a config that say what a run computes (see `WHERE_AND_HOW`), its
     seed among them.
 
-    Values at their default are left out, so that a key that comes to be later changes no hash.
+    Values at their default are left out, so that a key that comes to be later changes no hash, and
+    those that the data set decides, which a run may have filled in.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-    for key in WHERE_AND_HOW:
+    for key in (*WHERE_AND_HOW, *FILLED_FROM_DATA):
         forget(tree, key)
     filled = _without_empty_sections(tree)
     return hashlib.sha256(json.dumps(filled, sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,9 @@
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from data_loader.datasets import LabelledImages, read_cifar, read_digits, read_image_folder
 from data_loader.training_data_loader import ReadTest, TrainingDataLoader
@@ -44,16 +46,16 @@ class ImageFolderDataLoader(TrainingDataLoader):
         in_memory: decode once and keep the pixels, or decode every batch anew; None keeps those of training subset and
             validation up to 2 GiB, and those of test if that is enough for all. Batches are the same either way.
         test_split: part of every class that is the test set where the folder holds nothing but
-            classes.
+            classes; None for 0.2.
     """
 
     def __init__(
         self,
         data_dir: str | Path,
         *arguments: Any,
-        image_size: int | None = None,
+        image_size: Annotated[int, Field(ge=1, le=8192)] | None = None,
         in_memory: bool | None = None,
-        test_split: float | None = None,
+        test_split: Annotated[float, Field(gt=0, lt=1)] | None = None,
         **options: Any,
     ) -> None:
         self._image_size, self._keep, self._test_split = image_size, in_memory, test_split

@@ -1,5 +1,12 @@
-"""Config -> parts -> run, and checkpoint -> model: the room that knows every other one."""
+"""Config -> parts -> run, and checkpoint -> model: the room that knows every other one.
 
+Importing it imports the rooms that fill the tables of `base.registry`, which a config is checked against.
+"""
+
+import attacks as attacks
+import data_loader as data_loader
+import models as models
+import trainer as trainer
 from experiment.experiment import Experiment
 
 __all__ = ["Experiment"]

@@ -21,7 +21,7 @@ from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise
 from evaluation.accuracy import evaluate
 from experiment import build_attacks
-from models import build_model
+from models import MODELS, arguments_of, build_model
 from models.layers.synchronised import synchronise
 from models.losses import LOSSES
 from models.metrics import METRICS
@@ -64,13 +64,36 @@ def build_data_loader(config: Config, device: torch.device) -> Any:
     )
 
 
-def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch.device) -> BaseModel:
-    """The config's model for the loader's classes, with the loader's mean and std, on the device."""
-    arch = config.arch.model_dump(exclude_none=True)
+def completed_config(config: Config, loader: BaseDataLoader) -> Config:
+    """The config with what its data set decides, `FILLED_FROM_DATA`: whoever has it can build the
+    model without the data.
+
+    Raises:
+        ConfigError: the config asks for other classes or channels than the data set has.
+    """
     asked = config.arch.args.num_classes or config.num_classes
     if asked is not None and asked != loader.num_classes:
-        raise ConfigError(f"arch.args.num_classes: {asked}, but {config.data_loader.type} has {loader.num_classes} classes")
-    arch["args"]["num_classes"] = loader.num_classes
+        raise ConfigError(
+            f"arch.args.num_classes: {asked}, but {config.data_loader.type} has"
+            f" {loader.num_classes} classes"
+        )
+    channels = loader.image_shape[0]
+    asked = config.arch.args.in_channels
+    if asked is not None and asked != channels:
+        raise ConfigError(
+            f"arch.args.in_channels: {asked}, but the images of {config.data_loader.type} have"
+            f" {channels} channels"
+        )
+    facts = {"num_classes": loader.num_classes, "in_channels": channels}
+    taken = arguments_of(lookup(MODELS, config.arch.type, "arch.type"))
+    filled = {name: value for name, value in facts.items() if name in taken}
+    args = config.arch.args.model_copy(update=filled)
+    return config.model_copy(update={"arch": config.arch.model_copy(update={"args": args})})
+
+
+def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch.device) -> BaseModel:
+    """The config's model for the loader's classes and channels, with the loader's mean and std, on the device."""
+    arch = completed_config(config, loader).arch.model_dump(exclude_none=True)
     seed_global_generators(config.seed, "weights")
     model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
     if config.system.sync_bn and world_size() > 1:

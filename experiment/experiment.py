@@ -63,7 +63,7 @@ class Experiment:
     """Everything one config describes, assembled and ready to run. Assembling writes nothing.
 
     Attributes:
-        config: the resolved config.
+        config: the resolved config, with what the data set decides.
         train_loader: augmented minibatches of the training subset.
         validation_loader: held-out images; None where the config holds out nothing.
         test_loader: the test set, looked at only after training.
@@ -105,6 +105,7 @@ class Experiment:
                 **data_facts(training=read[1], validation=read[2], test=read[3]),
             },
         )
+        config = build.completed_config(config, train_loader)
         model = build.build_experiment_model(config, train_loader, device)
         build.refuse_unfit_images(model, train_loader, config.arch.type)
         optimizer = build_optimizer(config.optimizer, model)

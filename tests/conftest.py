@@ -11,6 +11,8 @@ import pytest
 import torchvision.datasets
 import torchvision.datasets.utils
 
+import experiment  # noqa: F401 - it fills the tables that configs are checked against
+
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from base.config import arguments
 from base.config.adversarial import SIZES, read_sizes
 from base.config.config import Config
 from base.config.hints import hint as key_hint
@@ -208,7 +209,7 @@ def merge(parent: Tree, child: Tree, root: type[Section] = Config, path: tuple[s
 def _refuse_unknown(key: str, parent: Tree, root: type[Section], path: tuple[str, ...]) -> None:
     """Refuse a key that a section does not know, or, among free-form arguments, one that is like another that is there."""
     section = section_at(path, root)
-    known = list(section.model_fields) if section else [other for other in parent if path]
+    known = list(section.known_fields()) if section else [other for other in parent if path]
     if key in known or is_comment(key):
         return
     if section:
@@ -220,7 +221,7 @@ def _refuse_unknown(key: str, parent: Tree, root: type[Section], path: tuple[str
 
 def _unknown_key(path: Sequence[str], root: type[Section] = Config) -> str:
     section = section_at(path[:-1], root)
-    known = list(section.model_fields) if section else []
+    known = list(section.known_fields()) if section else []
     hint = did_you_mean(path[-1], known)
     if root is Config:
         hint = key_hint(path, known, _torch_arguments(path))
@@ -399,7 +400,7 @@ def _without_nulls(tree: Tree, path: tuple[str, ...] = ()) -> Tree:
     for key, value in tree.items():
         if isinstance(value, dict):
             kept[key] = _without_nulls(value, (*path, key))
-        elif value is not None or (section is not None and key not in section.model_fields):
+        elif value is not None or (section is not None and key not in section.known_fields()):
             kept[key] = value
     return kept
 
@@ -475,7 +476,7 @@ def _explain_placeholders(tree: Tree, source: str) -> Tree:
 def annotation_at(path: Sequence[str]) -> Any:
     """The type annotation of the field at a dotted path, or None where the tree has no such field."""
     section = section_at(path[:-1])
-    field = section.model_fields.get(path[-1]) if section and path else None
+    field = section.known_fields().get(path[-1]) if section and path else None
     return field.annotation if field else None
 
 
@@ -483,7 +484,7 @@ def section_at(path: Sequence[str], root: type[Section] = Config) -> type[Sectio
     """The section class at a dotted path (`[]` is `root` itself), or None."""
     section = root
     for name in path:
-        field = section.model_fields.get(name)
+        field = section.known_fields().get(name)
         section = section_in(field.annotation) if field else None
         if section is None:
             return None
@@ -499,6 +500,8 @@ def _told(problem: dict[str, Any]) -> str:
             return _unknown_key(path)
         case "missing":
             return f"{key}: required, but not given"
+        case arguments.OTHERS_ARGUMENT:
+            return f"{key}: {problem['msg']}"
         case "value_error":
             message = str(problem["ctx"]["error"])
             return f"{key}.{message}" if key and message[0] not in QUOTES else f"{key}{': ' if key else ''}{message}"

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from base.config.adversarial import Size
-from base.config.names import LOGGED_VALUES, logged_value
+from base.config.arguments import checks_names
+from base.config.names import logged_value, logged_values
 from base.config.section import Count, FilePath, Fraction, InputPath, Needs, Positive, Section
 
 A_SCHEDULE = Needs("an lr_scheduler.type", lambda config: config.lr_scheduler.type != "none")
@@ -50,10 +51,10 @@ class SchedulerConfig(Section):
 
     @field_validator("monitor")
     @classmethod
-    def _monitor_is_known(cls, name: str | None) -> str | None:
-        known = name if name is None else logged_value(name)
+    def _monitor_is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
+        known = name if name is None or not checks_names(info.context) else logged_value(name)
         if name is not None and known is None:
-            raise ValueError(f"{name!r} is not a logged value: {LOGGED_VALUES}")
+            raise ValueError(f"{name!r} is not a logged value: {logged_values()}")
         return known
 
     @model_validator(mode="after")
@@ -119,13 +120,13 @@ class TrainerConfig(Section):
 
     @field_validator("monitor")
     @classmethod
-    def _monitor_is_known(cls, text: str) -> str:
-        if text == "off":
+    def _monitor_is_known(cls, text: str, info: ValidationInfo) -> str:
+        if text == "off" or not checks_names(info.context):
             return text
         mode, _, value = text.partition(" ")
         name = logged_value(value)
         if mode not in ("min", "max") or name is None:
-            raise ValueError(f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value: {LOGGED_VALUES}")
+            raise ValueError(f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value: {logged_values()}")
         return f"{mode} {name}"
 
     @model_validator(mode="after")

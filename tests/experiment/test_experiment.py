@@ -87,7 +87,10 @@ def test_run_folder_holds_everything(tmp_path):
         "model_best.pth", "model_last.pth", "model_epoch_2.pth", ".lock",
     }  # fmt: skip
     read = {path.name: json.loads(path.read_text()) for path in (tmp_path / "run").glob("*.json")}
-    assert validate(read["config.json"]).dump() == config.dump()
+    # complete: a checkpoint can be loaded without the data
+    filled = {"arch": {"args": {"num_classes": 10, "in_channels": 3}}}
+    assert read["config.json"] == merge(config.dump(), filled)
+    assert load_checkpoint(tmp_path / "run" / "model_best.pth")["config"] == read["config.json"]
     assert read["result.json"] == result
     assert {"test_top1", "test_top5", "val_top1", "best_epoch", "epochs", "train_seconds", "images_per_second"} <= result.keys()
     assert {"val_clean_top1", "last_test_top1", "n_train", "n_val", "n_test"} <= result.keys()
