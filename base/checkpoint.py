@@ -266,12 +266,21 @@ def _foreign(contents: Any, file: Path, weights: str | None) -> dict[str, Any]:
 
 
 def load_weights(
-    model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    source: str | Path,
+    how_to_choose: str = "arch.type and arch.args, by -c CONFIG or --set",
 ) -> dict[str, str]:
     """Copy the weights into `model`, whatever prefix a wrapper has put before their keys.
 
     A mean and std among them (`mu` and `sigma`) become the model's own. What else lies beside the
     weights has to be known not to matter; see `base.foreign_weights`.
+
+    Args:
+        model: gets the weights.
+        state_dict: the weights.
+        source: the file, for errors.
+        how_to_choose: what another network is chosen by, for errors.
 
     Returns:
         What was assumed, what about -> a sentence; empty where the keys are the model's.
@@ -296,8 +305,7 @@ def load_weights(
         difference = str(error).splitlines()[-1].strip()
         raise CheckpointError(
             f"{source}: does not fit {type(model).__name__}: {difference.rstrip('.')}; give the"
-            " arch.args that it was trained with, such as num_classes, width and depth"
-            " (-c CONFIG or --set)"
+            f" network that it was trained as ({how_to_choose}), with its num_classes, width and depth"
         ) from None
     rest = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
     rest |= {prefix + key: state[key] for key in unexpected}
@@ -306,7 +314,7 @@ def load_weights(
         raise CheckpointError(
             f"{source}: is of another architecture than this {type(model).__name__}:"
             f" {_difference(missing, unexplained)}; its keys: {first_keys(given)};"
-            f" the model's: {first_keys(own)}; {_advice(missing)}"
+            f" the model's: {first_keys(own)}; {_advice(missing, how_to_choose)}"
         )
     dropped = {"keys": f"the prefix {one_line(prefix, 60)!r} is dropped"} if prefix else {}
     return renamed | dropped | assumed
@@ -338,10 +346,9 @@ def _difference(missing: Sequence[str], unexplained: Sequence[str]) -> str:
     return " and ".join(parts)
 
 
-def _advice(missing: Sequence[str]) -> str:
+def _advice(missing: Sequence[str], how_to_choose: str) -> str:
     if missing:
-        network = "-c CONFIG, --set arch.type=NAME"
-        return f"give the network that it was trained as ({network}), or rename its keys"
+        return f"give the network that it was trained as ({how_to_choose}), or rename its keys"
     return "save it without them if its network does not use them; if it does, it is another network"
 
 

@@ -163,7 +163,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _can_fuse(cls: type[Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
+def _can_fuse(cls: Callable[..., Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
     """Whether fused updates are left to us, and torch has a kernel for them: tried on one number, as it depends on optimiser,
     arguments, device and version."""
     if "fused" not in inspect.signature(cls).parameters or {"fused", "foreach"} & set(args) or device.type not in FUSED_ON:

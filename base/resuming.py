@@ -171,6 +171,10 @@ def config_hash(config: Config) -> str:
     those that the data set decides, which a run may have filled in.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    defaults = config.adversarial.defaults(config.adversarial.chosen(config))
+    for key, default in defaults.items():
+        if tree.get("adversarial", {}).get(key) == default:
+            del tree["adversarial"][key]
     for key in (*WHERE_AND_HOW, *FILLED_FROM_DATA):
         forget(tree, key)
     filled = _without_empty_sections(tree)

@@ -123,7 +123,7 @@ def _measured(settings: Settings, config: Config, batch: int, side: int) -> floa
 def _costs(config: Config) -> list[object]:
     """Everything in a config that the time of a training step depends on."""
     adversarial, trainer = config.adversarial, config.trainer
-    attack = (config.adversarial_method, adversarial.norm, adversarial.steps, adversarial.restarts, config.attack_bn_mode)
+    attack = (config.adversarial_method, adversarial.norm, adversarial.given, config.attack_bn_mode)
     extras = (trainer.OCNN, trainer.adv_repeats, trainer.ema_decay is not None, config.augmentation.mixup_alpha > 0)
     arch = config.arch.model_dump(mode="json", exclude={"args": {"init", "zero_init_residual"}})
     return [arch, config.system.model_dump(mode="json"), attack, extras, config.optimizer.type]

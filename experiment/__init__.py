@@ -7,6 +7,7 @@ import attacks as attacks
 import data_loader as data_loader
 import models as models
 import trainer as trainer
-from experiment.experiment import Experiment
+from experiment.experiment import Experiment, RunResult, resume, train
+from experiment.loading import load_model
 
-__all__ = ["Experiment"]
+__all__ = ["Experiment", "RunResult", "load_model", "resume", "train"]

@@ -102,7 +102,7 @@ class Run:
     @property
     def script(self) -> str:
         """The script that trains it."""
-        return "train.py" if self.config.adversarial_method == "none" else "train_robust.py"
+        return "train_robust.py" if self.config.attacks_while_training else "train.py"
 
     def words(self) -> list[str]:
         """The command line that starts it, from the script on."""
@@ -432,7 +432,7 @@ def _config(file: Path, overrides: Sequence[Override], seed: int, imports: Seque
 
     submitit writes runs into files; a run's own process reads the key from the config file.
     """
-    config = load_config(file, [*overrides, ("seed", str(seed))], imports)
+    config = load_config(file, [*overrides, Flag(("seed", str(seed)), f"--seed {seed}")], imports)
     check_optimization_of(config)
     if config.comet is not None:
         comet = config.comet.model_copy(update={"api": None})

@@ -85,6 +85,6 @@ def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:
             if NOT_HASHED.get(key) == tree[name]:
                 del tree[name]
         elif key not in HASHED_AT_DEFAULT and not is_place(key):
-            field = section.model_fields[name]
+            field = section.known_fields()[name]
             if not field.is_required() and tree[name] == field.get_default(call_default_factory=True):
                 del tree[name]

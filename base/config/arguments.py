@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError
@@ -170,11 +170,12 @@ def _args_section(text: str) -> dict[str, str]:
 def _adapter(hint: Any) -> TypeAdapter[Any] | None:
     """What checks values of a type; None for a type that JSON cannot hold."""
     try:
-        return TypeAdapter(hint, config=STRICT)
+        try:
+            return TypeAdapter(hint, config=STRICT)
+        except PydanticUserError:  # a dataclass or another model, which has a config of its own
+            return TypeAdapter(hint)
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
         return None
-    except PydanticUserError:  # a dataclass or another model, which has a config of its own
-        return TypeAdapter(hint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +210,7 @@ class Choice:
         every = {name: self.arguments(name).get(key) for name in self.table}
         return {name: argument for name, argument in every.items() if argument is not None}
 
-    def keys(self) -> list[str]:
+    def known_keys(self) -> list[str]:
         """The keys that the entries take between them."""
         return list(dict.fromkeys(key for name in self.table for key in self.arguments(name)))
 
@@ -224,6 +225,8 @@ class OpenSection(Section):
     model_config = ConfigDict(extra="allow")
     choices: ClassVar[tuple[Choice, ...]] = ()
     """Whose arguments it is open to. A key that several of them know reaches all that are chosen."""
+    fills_defaults: ClassVar[bool] = False
+    """Whether a resolved config holds every argument that has a default other than null, whichever entry takes it."""
 
     @property
     def given(self) -> dict[str, Any]:
@@ -254,10 +257,29 @@ class OpenSection(Section):
         return {choice.key: reduce(getattr, choice.key.split("."), config) for choice in cls.choices}
 
     @classmethod
+    def defaults(cls, chosen: Mapping[str, str]) -> dict[str, Any]:
+        """Key -> default, other than null, of all arguments of all entries: that of the chosen entry, or, where it takes none
+        of this name, that of the first that does."""
+        found: dict[str, Any] = {}
+        for choice in cls.choices:
+            own = choice.arguments(chosen.get(choice.key, ""))
+            for key in choice.known_keys():
+                argument = own.get(key) or next(iter(choice.owners(key).values()))
+                if not argument.field.is_required() and argument.field.default is not None:
+                    found.setdefault(key, argument.field.default)
+        return found
+
+    def fill_defaults(self, chosen: Mapping[str, str]) -> None:
+        """Give what is not given its default; see `defaults`."""
+        extra = self.model_extra
+        if extra is not None:
+            extra |= {key: value for key, value in self.defaults(chosen).items() if key not in extra}
+
+    @classmethod
     def known_fields(cls) -> dict[str, FieldInfo]:
         """Its fixed keys, and those of all entries of its tables."""
         known = dict(cls.model_fields)
-        for key in (key for choice in cls.choices for key in choice.keys()):
+        for key in (key for choice in cls.choices for key in choice.known_keys()):
             if key not in known:
                 known[key] = next(iter(cls.owners(key).values())).field
         return known

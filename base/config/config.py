@@ -14,13 +14,14 @@ from base.config.adversarial import (
     DEFAULT_L2,
     AdversarialConfig,
     PGDAttackConfig,
+    is_size,
     refuse_other_units,
     refuse_other_units_of_step,
 )
 from base.config.arguments import Choice, NameIn, OpenSection, checks_names
 from base.config.imports import Import
 from base.config.names import ALWAYS, metric_name, metric_of
-from base.config.origins import Provenance, format_config
+from base.config.origins import Origins, Provenance, format_config
 from base.config.section import Count, Fraction, InputPath, Needs, Positive, Section
 from base.config.training import OptimizerConfig, SchedulerConfig, TrainerConfig
 from base.registry import (
@@ -32,6 +33,7 @@ from base.registry import (
     METRICS,
     MODELS,
     NORM_LAYERS,
+    TRAINERS,
     property_of,
 )
 
@@ -55,7 +57,7 @@ def _folder_name(text: str) -> str:
     return text
 
 
-Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
+Channels = Annotated[list[Fraction], Field(min_length=1)]
 
 
 CROPS = Needs("augmentation.crop_padding above 0", lambda config: config.augmentation.crop_padding > 0)
@@ -179,7 +181,7 @@ class DataLoaderArgs(OpenSection):
     """Above 0, a training epoch ends after that many batches."""
     mean: Channels | None = None
     """Per-channel mean in [0, 1]; null takes the published one for CIFAR and the training set's own elsewhere."""
-    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
     """Per-channel standard deviation in [0, 1]; null as for mean."""
 
 
@@ -277,7 +279,7 @@ class Config(Section):
     metrics: list[MetricName] = Field(default=["top1", "top5"])
     """Metrics in progress and logs; my_metric is top1, my_metric2 is top5."""
     trainer: TrainerConfig = TrainerConfig()
-    adversarial: AdversarialConfig = AdversarialConfig()
+    adversarial: AdversarialConfig = Field(default_factory=AdversarialConfig)
     pgd_attack: PGDAttackConfig = PGDAttackConfig()
     system: SystemConfig = SystemConfig()
     comet: CometConfig | None = None
@@ -314,24 +316,46 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _method_takes_its_arguments(self, info: ValidationInfo) -> Self:
+        if not checks_names(info.context):
+            return self
+        adversarial = self.adversarial
+        adversarial.check(adversarial.chosen(self), ("adversarial",))
+        adversarial.fill_defaults(adversarial.chosen(self))
+        if adversarial.get("restarts", 1) > 1 and not adversarial.get("random_start", True):
+            restarts = adversarial.get("restarts")
+            raise ValueError(f"adversarial.restarts: {restarts} without random_start are all the same")
+        return self
+
+    @model_validator(mode="after")
     def _attack_sizes(self) -> Self:
         adversarial, trainer = self.adversarial, self.trainer
         if adversarial.method == "none" and trainer.do_adv:
             raise ValueError("adversarial.method: none contradicts trainer.do_adv: true")
-        if self.adversarial_method == "free" and adversarial.bn_mode == "eval":
-            raise ValueError("adversarial.bn_mode: free training attacks by its training pass: only train is possible")
         refuse_other_units("trainer.adv_clip_eps", trainer.adv_clip_eps, "linf")
         refuse_other_units("adversarial.epsilon", adversarial.epsilon, adversarial.norm)
         epsilon = self.attack_epsilon
         refuse_other_units_of_step("trainer.fgsm_step", trainer.fgsm_step, "linf", trainer.adv_clip_eps)
-        refuse_other_units_of_step("adversarial.step_size", adversarial.step_size, adversarial.norm, epsilon)
+        for key, field in adversarial.known_fields().items():
+            if is_size(field) and key != "epsilon":
+                refuse_other_units_of_step(f"adversarial.{key}", adversarial.get(key), adversarial.norm, epsilon)
         refuse_other_units_of_step("pgd_attack.step", self.pgd_attack.step, adversarial.norm, epsilon)
         return self
 
     @property
     def adversarial_method(self) -> str:
-        """The training method: `none`, `free`, `fgsm`, `pgd` or `trades`."""
+        """The training method: a name in `base.registry.TRAINERS`. ConvNorm's do_adv asks for free training."""
         return self.adversarial.method or ("free" if self.trainer.do_adv else "none")
+
+    def of_method(self, name: str, default: Any) -> Any:
+        """An attribute of the training method's class; `default` where it has none, or the class is not known."""
+        entry = TRAINERS.get(self.adversarial_method)
+        return default if entry is None else property_of(entry, name, default)
+
+    @property
+    def attacks_while_training(self) -> bool:
+        """Whether the training method attacks images: train_robust.py is its command then. What is not known does."""
+        return self.of_method("attacks_while_training", self.adversarial_method not in TRAINERS)
 
     @property
     def attack_epsilon(self) -> float:
@@ -340,15 +364,15 @@ class Config(Section):
         return default if self.adversarial.epsilon is None else self.adversarial.epsilon
 
     @property
-    def attack_bn_mode(self) -> str:
-        """The mode of the model while it is attacked in training: `train` or `eval`."""
-        return self.adversarial.bn_mode or ("eval" if self.adversarial_method == "trades" else "train")
+    def attack_bn_mode(self) -> str | None:
+        """The mode of the model while it is attacked in training, `train` or `eval`; None where the method has none."""
+        return self.adversarial.get("bn_mode") or self.of_method("default_bn_mode", None)
 
     @property
     def robust_validation_period(self) -> int:
         """Epochs from one robust validation to the next; 0 for none."""
         every = self.adversarial.validate_every
-        return int(self.adversarial_method != "none") if every is None else every
+        return int(self.attacks_while_training) if every is None else every
 
     @property
     def reports_robustness(self) -> bool:
@@ -356,12 +380,14 @@ class Config(Section):
         report = self.adversarial.report
         return self.adversarial.method is not None or self.trainer.do_adv if report is None else report
 
+    @property
+    def origins(self) -> Origins:
+        """Where its values come from; of those at their default, and of a config that was put together in Python, nothing."""
+        return self._provenance.origins
+
     def describe_origins(self) -> str:
         """The resolved tree as a config file, one line per key, with where its value came from beside it."""
-        origins = {path: origin for path, origin in self._provenance.origins.items() if path[0] != "imports"}
-        if self.imports:
-            origins["imports",] = "imports of the config and its parents, and --imports"
-        return format_config(self.dump(), origins)
+        return format_config(self.dump(), self.origins)
 
     def dump(self) -> dict[str, Any]:
         """The resolved tree as plain JSON values, without secrets; validating it again gives the same config."""

@@ -9,7 +9,8 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from base.config import arguments
-from base.config.adversarial import SIZES, read_sizes
+from base.config.adversarial import read_sizes, size_keys
 from base.config.config import Config
 from base.config.hints import hint as key_hint
 from base.config.imports import FLAG, OwnCode, Request, changes, import_own_code, requests_of, requests_of_flag
@@ -105,6 +106,11 @@ def validate_layers(layers: Sequence[Layer], own: Sequence[OwnCode], source: str
     tree.pop(IMPORTS, None)
     if own:
         tree[IMPORTS] = [code.model_dump(exclude_none=True) for code in own]
+        # lists of imports add up, where other values replace each other
+        naming = [layer for layer in layers if layer.tree.get(IMPORTS)]
+        named = sum(len(layer.tree[IMPORTS]) for layer in naming)
+        flag = [FLAG] if len(own) > named else []
+        origins[IMPORTS,] = ", ".join([*(layer.origin for layer in naming), *flag])
     return validate(tree, source, layers, origins)
 
 
@@ -303,6 +309,21 @@ def validate(
         config, merge_layers(files)[0] if layers else tree, merge_layers([Layer("", {}), *flags])[0], silenced, origins
     )
     return config
+
+
+@contextmanager
+def origins_named(config: Config) -> Iterator[None]:
+    """Let an error that begins with a key of the config name the file or flag that its value came from."""
+    try:
+        yield
+    except ConfigError as error:
+        key, colon, _ = str(error).partition(": ")
+        origin = None
+        if colon and DOTTED_WORD.fullmatch(key):
+            origin = origin_of(config.origins, key.split("."))
+        if origin is None:
+            raise
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def _all_blamed(problems: Sequence[tuple[str | None, str]], source: str) -> str:
@@ -508,7 +529,7 @@ def _told(problem: dict[str, Any]) -> str:
     if _is_secret(path):
         return f"{key}: {problem['msg']} (what was given is not shown)"
     value = problem["input"]
-    if tuple(path) in SIZES and isinstance(value, str):
+    if tuple(path) in size_keys() and isinstance(value, str):
         expected = 'expected a number, or a fraction of the pixel range such as "8/255"'
         return f"{key}: {expected}, not {_shown(value)}"
     if problem["type"] == "literal_error":

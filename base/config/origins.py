@@ -15,6 +15,8 @@ other."""
 LONGEST = 120
 """Characters of a flag that is shown."""
 DEFAULT = "default"
+WIDEST = 60
+"""Columns of a line that the others are aligned with."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def format_config(tree: Mapping[str, Any], origins: Origins) -> str:
     """A resolved tree as JSON, one line per key, with the origin of its value as a comment key
     beside it: `"epochs": 5, "_epochs": "--set trainer.epochs=5"`. It can be used as a config."""
     lines = list(_lines(tree, origins, (), "  "))
-    width = max((len(line) for line, origin in lines if origin is not None), default=0)
+    lengths = [len(line) for line, origin in lines if origin is not None]
+    width = max((length for length in lengths if length <= WIDEST), default=0)
     text = [line if origin is None else f"{line:<{width}}  {origin}" for line, origin in lines]
     return "\n".join(["{", *text, "}"])
 

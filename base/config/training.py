@@ -16,10 +16,10 @@ A_RATE = Needs("trainer.percent above 0", lambda config: config.trainer.percent 
 SYMMETRIC_NOISE = Needs("trainer.sym and trainer.percent above 0", lambda config: config.trainer.sym and A_RATE.met(config))
 NOISE = Needs("label noise", lambda config: A_RATE.met(config) or config.trainer.noise_file is not None)
 A_PENALTY = Needs("trainer.OCNN", lambda config: config.trainer.OCNN)
-FREE = Needs("free adversarial training", lambda config: config.adversarial_method == "free")
+FREE = Needs("free adversarial training", lambda config: "trainer.adv_repeats" in config.of_method("reads", ()))
 FREE_STEP = Needs(
     "free adversarial training under linf and without adversarial.step_size",
-    lambda config: FREE.met(config) and config.adversarial.norm == "linf" and config.adversarial.step_size is None,
+    lambda config: FREE.met(config) and config.adversarial.norm == "linf" and config.adversarial.get("step_size") is None,
 )
 NO_EPSILON = Needs(
     "adversarial.norm linf and without adversarial.epsilon",
