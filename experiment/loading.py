@@ -34,7 +34,7 @@ from base.resuming import recorded_imports
 from base.runtime import determinism_explained
 from data_loader import DATA_LOADERS
 from data_loader.own_images import build_loader
-from experiment import build
+from experiment import build, build_attacks
 from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images
 from experiment.evaluation_flags import check_network_flags
 from experiment.own_evaluation import evaluation_of_network
@@ -269,12 +269,16 @@ def _config(
         raise ConfigError(f"-c CONFIG: required, as {file} holds no config of this project")
     for warning in changes(recorded, own):
         logger.warning(warning)
-    adversarial = merge_layers(layers)[0].get("adversarial", {})
+    merged = merge_layers(layers)[0]
+    adversarial, attack = merged.get("adversarial", {}), merged.get("pgd_attack", {})
     before = adversarial.get("norm", "linf") if isinstance(adversarial, dict) else "linf"
     if dict(overrides).get("adversarial.norm", before) != before:
         # sizes of the other norm mean nothing in this one
         sizes = {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}}
         layers = [*layers, Layer(source, sizes)]
+    if "pgd_attack.type" in dict(overrides) and isinstance(attack, dict):
+        left = build_attacks.other_attack(attack, dict(overrides)["pgd_attack.type"])
+        layers = [*layers, Layer(source, {"pgd_attack": left})]
     config = validate_layers([*layers, *override_layers(overrides)], own, source)
     kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
     trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv}
