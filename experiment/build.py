@@ -16,6 +16,7 @@ from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts, Validate
 from base.config.config import Config
+from base.config.names import ALWAYS
 from base.errors import ConfigError
 from base.optimization import Schedule
 from base.ranks import Share, is_of_connection, world_size
@@ -231,7 +232,7 @@ def method_arguments(config: Config) -> dict[str, Any]:
 
 def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The config's metrics, and always the two that results are reported in."""
-    return {name: METRICS[name] for name in dict.fromkeys(["top1", "top5", *config.metrics])}
+    return {name: METRICS[name] for name in dict.fromkeys([*ALWAYS, *config.metrics])}
 
 
 def evaluator(config: Config, autocast: Callable[[], AbstractContextManager]) -> Callable[..., dict[str, float]]:

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -348,10 +348,14 @@ def _all_blamed(problems: Sequence[tuple[str | None, str]], source: str) -> str:
 
 def _problems(error: ValidationError, origins: Origins) -> list[tuple[str | None, str]]:
     """Everything that is wrong with a tree, each problem once, with what it came from. Misspelt keys come first: where one was
-    a required key, that is missed, too, and says less. What a section knows is listed once."""
+    a required key, that is missed, too, and says less. What a section knows is listed once. A key that an unknown part may
+    take is not told: the part's name says more."""
     listed: set[tuple[Any, ...]] = set()
     problems = []
+    bad = {".".join(map(str, problem["loc"])) for problem in error.errors()}
     for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
+        if problem["type"] == "extra_forbidden" and _may_be_of_unknown_part(problem["loc"], bad):
+            continue
         text = _told(problem)
         section = tuple(problem["loc"][:-1])
         if problem["type"] == "extra_forbidden":
@@ -360,6 +364,14 @@ def _problems(error: ValidationError, origins: Origins) -> list[tuple[str | None
             listed.add(section)
         problems.append((_to_blame(problem, text, origins), text))
     return list(dict.fromkeys(problems))
+
+
+def _may_be_of_unknown_part(path: Sequence[int | str], bad: Collection[str]) -> bool:
+    """Whether an unknown key may be an argument of a part whose own name is among the keys that are wrong."""
+    section = section_at([str(part) for part in path[:-1]])
+    if section is None or not issubclass(section, arguments.OpenSection):
+        return False
+    return any(choice.key in bad for choice in section.choices)
 
 
 def _to_blame(problem: Any, text: str, origins: Origins) -> str | None:

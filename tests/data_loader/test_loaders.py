@@ -1,3 +1,4 @@
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 
 import data_loader.images as images_module
 from base.base_data_loader import BaseDataLoader
+from base.config.arguments import arguments_of
 from base.errors import DataError
 from data_loader import (
     DATA_LOADERS,
@@ -40,9 +42,31 @@ def folder_loader(folder, **options):
     return ImageFolderDataLoader(folder, **{"batch_size": 16, "validation_split": 0.2, **AUGMENTED, **options})
 
 
-def test_the_table_names_the_four_loaders():
-    assert set(DATA_LOADERS) == {"CIFAR10DataLoader", "CIFAR100DataLoader", "ImageFolderDataLoader", "DigitsDataLoader"}
-    assert all(issubclass(loader, BaseDataLoader) for loader in DATA_LOADERS.values())
+def opened(name, folders):
+    """The loader of this name, of the first folder that has its layout; of none where it needs no folder."""
+    argument = arguments_of(DATA_LOADERS[name]).get("data_dir")
+    for folder in folders if argument and argument.field.is_required() else [None]:
+        with suppress(DataError):
+            return DATA_LOADERS[name](**({} if folder is None else {"data_dir": folder}), batch_size=8, validation_split=0.2)
+    return pytest.skip(f"{name}: no folder of the tests has its layout")
+
+
+@pytest.mark.parametrize("name", DATA_LOADERS)
+def test_every_loader_of_the_table_keeps_the_contract(name, fake_cifar, session_folder):
+    loader = opened(name, (fake_cifar, session_folder))
+    assert isinstance(loader, BaseDataLoader)
+    validation, test = loader.split_validation(), loader.test_loader()
+    for part in (loader, validation, test):
+        batches = collect(part)
+        assert len(batches) == len(part)
+        assert sum(len(labels) for _, labels in batches) == part.n_samples > 0
+        for images, labels in batches:
+            assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+            assert images.shape[1:] == part.image_shape == loader.image_shape
+            assert 0 <= images.min() <= images.max() <= 1
+            assert 0 <= labels.min() <= labels.max() < len(part.class_names)
+        assert same(batches, collect(part))
+    assert same(collect(loader)[1:], collect(loader, first_batch=1)), "an epoch goes on where it was left"
 
 
 def test_batches_keep_the_contract(session_folder):

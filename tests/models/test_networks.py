@@ -162,7 +162,7 @@ def test_norm_layers():
         assert len(list(NORM_LAYERS[name](6).parameters())) == 2
         assert len(list(NORM_LAYERS[name](6, affine=False).parameters())) == 0
     x = torch.randn(2, 3, 4, 4)
-    assert torch.equal(NORM_LAYERS["no"](3, affine=True, norm_groups=2)(x), x)
+    assert torch.equal(NORM_LAYERS["no"](3, affine=True)(x), x)
     torch.testing.assert_close(
         NORM_LAYERS["in"](3)(x), (x - x.mean((2, 3), True)) / (x.var((2, 3), False, keepdim=True) + 1e-5).sqrt()
     )
@@ -263,7 +263,7 @@ def test_loads_an_original_checkpoint():
         ({"type": "wide_resnet34_10", "args": {"depth": 34}}, r"arch\.args\.depth: wide_resnet34_10 takes no such argument"),
         (
             {"type": "vgg16", "args": {"norm_layer": "bn"}},
-            r"arch\.args\.norm_layer: vgg16 .*norm_groups, in_channels, .*; did you mean 'norm_layer_type'\?$",
+            r"arch\.args\.norm_layer: vgg16 .*linear_layer_type, .*in_channels, .*; did you mean 'norm_layer_type'\?$",
         ),
         ({"type": "vgg16", "args": {"mean": [0]}}, r"arch\.args\.mean: vgg16 takes no such argument"),
         (

@@ -48,6 +48,10 @@ IN_VAIN = {
     "adversarial.clean_passes": (2, {"adversarial.method": "free"}, {"adversarial.method": "trades"}),
     "adversarial.validate_images": (50, {}, {"adversarial.validate_every": 2}),
     "adversarial.report_images": (50, {}, {"adversarial.report": True}),
+    "pgd_attack.K": (7, {"pgd_attack.type": "fgsm"}, {"pgd_attack.type": "pgd"}),
+    "pgd_attack.step": (2.5, {"pgd_attack.type": "apgd"}, {"pgd_attack.type": "pgd"}),
+    "pgd_attack.restarts": (3, {"pgd_attack.type": "fgsm"}, {"pgd_attack.type": "apgd"}),
+    "pgd_attack.loss": ("dlr", {"pgd_attack.type": "autoattack"}, {"pgd_attack.type": "fgsm"}),
 }
 """Key -> a value, settings with which it has no effect, settings with which it has."""
 

@@ -1,0 +1,177 @@
+"""A norm, a network, a loss and a metric of the user's own: registered by an assignment, and nothing else is edited."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+from pydantic import Field
+from torch import nn
+
+from base.base_model import BaseModel
+from base.config.files import load_config, validate
+from base.config.json_schema import readme_with_choices, reference, schema
+from base.errors import ConfigError
+from base.registry import DATA_LOADERS, LOSSES, METRICS, MODELS, NORM_LAYERS
+from models import build_model
+from reports.runs import read_run
+from tiny_runs import config_of, run
+
+
+class ResponseNorm(nn.Module):
+    """Divides by the root mean square of each channel.
+
+    Args:
+        channels: the number of channels.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, channels: int, eps: Annotated[float, Field(gt=0)] = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.eps = eps
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.weight * images * (images.square().mean((2, 3), keepdim=True) + self.eps).rsqrt()
+
+
+class Thin(BaseModel):
+    """One convolution.
+
+    Args:
+        width: its channels.
+    """
+
+    def __init__(self, width: Annotated[int, Field(ge=1)], num_classes: int = 10, **layer_types: Any) -> None:
+        super().__init__(**layer_types)
+        self.conv = self.conv_layer(self.in_channels, width, kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm, self.act = self.norm_layer(width), self.activation_layer(width)
+        self.fc = self.linear_layer(width, num_classes)
+
+    def forward_normalized(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.act(self.norm(self.conv(inputs))).mean((2, 3)))
+
+
+def brier(logits, labels):
+    targets = labels if labels.ndim == 2 else nn.functional.one_hot(labels, logits.shape[1])
+    return (logits.softmax(1) - targets).square().sum(1)
+
+
+def top2(logits, labels):
+    return (logits.topk(2).indices == labels[:, None]).sum()
+
+
+OWN = {
+    "arch": {"type": "thin", "args": {"width": 6, "conv_layer_type": "conv", "norm_layer_type": "response", "eps": 0.25}},
+    "train_loss": "brier",
+    "metrics": ["top2"],
+    "trainer": {"epochs": 1, "monitor": "max val_top2"},
+}
+
+
+@pytest.fixture
+def own(monkeypatch):
+    for table, name, entry in (
+        (NORM_LAYERS, "response", ResponseNorm),
+        (MODELS, "thin", Thin),
+        (LOSSES, "brier", brier),
+        (METRICS, "top2", top2),
+    ):
+        monkeypatch.setitem(table, name, entry)
+
+
+def test_a_run_of_own_parts_trains_and_is_reported_without_their_code(own, monkeypatch, tmp_path):
+    folder = tmp_path / "run"
+    config = config_of(**OWN)
+    assert config.warnings == ()
+    assert validate(config.dump()) == config
+    result = run(folder, config)
+    (line,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert 0 < line["loss"] < 2
+    assert line["top1"] <= line["top2"]
+    assert line["val_top1"] <= line["val_top2"]
+    assert result["test_top1"] <= result["test_top2"]
+    model = build_model(config.arch.model_dump(exclude_none=True))
+    assert (model.norm.eps, model.conv.out_channels) == (0.25, 6)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"config.json: arch.type: 'thin' is not one of: resnet18"):
+        load_config(folder / "config.json")
+    read = read_run(folder)
+    assert read.settings["arch.type"] == "thin"
+    assert read.settings["arch.args.eps"] == 0.25
+    assert read.settings["trainer.monitor"] == "max val_top2"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arch": {"args": {"eps": 0}}}, r"arch.args.eps: Input should be greater than 0, not 0"),
+        ({"arch": {"args": {"esp": 0.1}}}, r"arch.args.esp: unknown key; did you mean 'eps'\?"),
+        ({"arch": {"args": {"width": None}}}, r"arch.args.width: required, but not given"),
+        ({"arch": {"args": {"depth": 16}}}, r"arch.args.depth: only wide_resnet takes it, not thin$"),
+        ({"arch": {"args": {"norm_layer_type": "respones"}}}, r"'respones' is not one of: bn, gn, in, no, response; did you"),
+        ({"train_loss": "breir"}, r"train_loss: 'breir' is not one of: cross_entropy, brier; did you mean 'brier'\?"),
+        ({"metrics": ["top3"]}, r"metrics.0: 'top3' is not one of: top1, top5, my_metric, my_metric2, top2"),
+        ({"metrics": []}, r"trainer.monitor: 'max val_top2' is only logged where metrics names 'top2'"),
+        ({"trainer": {"monitor": "max val_top3"}}, r"a logged value: loss, top1, top5, top2, alone or after"),
+    ],
+)
+def test_what_is_wrong_with_an_own_part_is_one_line_that_knows_it(own, change, message):
+    tree = json.loads(json.dumps(OWN))
+    for section, values in change.items():
+        if section == "arch":
+            tree["arch"]["args"] |= values["args"]
+        else:
+            tree[section] = values if section != "trainer" else {**tree["trainer"], **values}
+    with pytest.raises(ConfigError, match=message):
+        config_of(**tree)
+
+
+def test_an_argument_of_an_own_layer_is_without_effect_beside_another_layer(own):
+    (warning,) = config_of(arch={"args": {"eps": 0.5, "norm_layer_type": "no"}}).warnings
+    assert warning == "without effect in this run: arch.args.eps 0.5 (only with arch.args.norm_layer_type response)"
+
+
+def test_schema_reference_and_readme_know_own_parts(own):
+    properties = schema()["$defs"]["ArchArgs"]["properties"]
+    names, anything, null = properties["norm_layer_type"]["anyOf"]
+    assert names["enum"] == list(NORM_LAYERS)
+    assert (anything, null) == ({"type": "string"}, {"type": "null"})
+    eps = properties["eps"]
+    assert {"exclusiveMinimum": 0, "type": "number"} in eps["anyOf"]
+    assert eps["description"] == "response: added to the mean square."
+    assert "| `eps` | number > 0 | `1e-06` | response: added to the mean square. |" in reference()
+    assert "| `width` | integer ≥ 1 | required | thin: its channels. |" in reference()
+    assert "| `arch.type` | `thin` | One convolution. |" in reference()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert "`top2`" in readme_with_choices(readme)
+
+
+def no_arguments():
+    """A norm layer that forgot its channels."""
+
+
+def test_an_entry_that_cannot_be_called_as_its_table_says_is_one_line(monkeypatch):
+    monkeypatch.setitem(NORM_LAYERS, "broken", no_arguments)
+    monkeypatch.setitem(LOSSES, "broken", lambda logits: logits)
+    with pytest.raises(ConfigError, match=r"norm_layer_type: 'broken' cannot be called as \(channels\): too many positional"):
+        config_of(arch={"args": {"norm_layer_type": "broken"}})
+    with pytest.raises(ConfigError, match=r"val_loss: 'broken' cannot be called as \(logits, labels\): too many"):
+        config_of(val_loss="broken")
+
+
+def test_a_data_loader_with_a_default_for_its_folder_needs_none(monkeypatch):
+    class Folderless(DATA_LOADERS["DigitsDataLoader"]):
+        """Digits of another hand."""
+
+        def __init__(self, hand: str = "left", **options: Any) -> None:
+            super().__init__(**options)
+
+    monkeypatch.setitem(DATA_LOADERS, "Folderless", Folderless)
+    config = validate({"data_loader": {"type": "Folderless", "args": {"hand": "right"}}})
+    assert config.data_loader.args.get("hand") == "right"
+    with pytest.raises(ConfigError, match=r"data_loader.args.hand: only Folderless takes it, not DigitsDataLoader$"):
+        validate({"data_loader": {"type": "DigitsDataLoader", "args": {"hand": "right"}}})
+    with pytest.raises(ConfigError, match=r"data_loader.args.data_dir: required, but not given"):
+        validate({"data_loader": {"type": "CIFAR10DataLoader"}})
