@@ -5,7 +5,7 @@ python train.py -c configs/quickstart.json --conv conv --norm bn --seed 1 --set 
 python train.py -r saved/quickstart/20260101-120000-000000
 """
 
-from base.command_line import config_parser, run_script, training_overrides
+from base.command_line import config_parser, print_config, run_script, training_overrides
 from base.config.config import Config
 from base.errors import ConfigError
 from experiment import resume, train
@@ -14,10 +14,13 @@ from experiment import resume, train
 def main() -> None:
     arguments = config_parser("Standard training from a JSON config.").parse_args()
     overrides = training_overrides(arguments)
-    if arguments.resume:
-        resume(arguments.resume, overrides, config_file=arguments.config, relaunch=True)
+    own = {"imports": arguments.imports, "relaunch": True}
+    if arguments.print_config:
+        print_config(arguments, overrides)
+    elif arguments.resume:
+        resume(arguments.resume, overrides, config_file=arguments.config, **own)
     else:
-        train(arguments.config, overrides, arguments.run_dir, check=refuse, relaunch=True)
+        train(arguments.config, overrides, arguments.run_dir, check=refuse, **own)
 
 
 def refuse(config: Config) -> None:

@@ -6,7 +6,7 @@ python train_robust.py -c configs/cifar10.json --set adversarial.method=none    
 python train_robust.py -r saved/cifar10_free/20260101-120000-000000
 """
 
-from base.command_line import config_parser, run_script, training_overrides
+from base.command_line import config_parser, print_config, run_script, training_overrides
 from base.config.config import Config
 from base.errors import ConfigError
 from base.registry import TRAINERS
@@ -16,10 +16,13 @@ from experiment import resume, train
 def main() -> None:
     arguments = config_parser("Adversarial training from a JSON config, then an attack on the test set.").parse_args()
     overrides = training_overrides(arguments)
-    if arguments.resume:
-        resume(arguments.resume, overrides, config_file=arguments.config, relaunch=True)
+    own = {"imports": arguments.imports, "relaunch": True}
+    if arguments.print_config:
+        print_config(arguments, overrides)
+    elif arguments.resume:
+        resume(arguments.resume, overrides, config_file=arguments.config, **own)
     else:
-        train(arguments.config, overrides, arguments.run_dir, check=refuse, relaunch=True)
+        train(arguments.config, overrides, arguments.run_dir, check=refuse, **own)
 
 
 def refuse(config: Config) -> None:

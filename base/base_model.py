@@ -62,7 +62,7 @@ class BaseModel(nn.Module, ABC):
         self.norm_layer, self.conv_layer, self.linear_layer, self.activation_layer = (
             _layer(choice, name, layer_arguments) for choice, name in zip(LAYER_CHOICES, names, strict=True)
         )
-        known = {key for choice in LAYER_CHOICES for key in choice.keys()}
+        known = {key for choice in LAYER_CHOICES for key in choice.known_keys()}
         for key in layer_arguments:
             if key not in known:
                 raise ConfigError(f"arch.args.{key}: no layer takes it{did_you_mean(key, known)}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
@@ -137,6 +137,13 @@ def _progress_schema() -> type[BaseModel]:
     return create_model("ProgressSchema", __config__=ConfigDict(strict=True, extra="forbid"), **described)
 
 
+if TYPE_CHECKING:
+    # a checker of types does not call the function
+    ProgressSchema = BaseModel
+else:
+    ProgressSchema = _progress_schema()
+
+
 class TrainingState(_Schema):
     """What a run goes on from: everything that `BaseTrainer.checkpoint` writes."""
 
@@ -149,7 +156,7 @@ class TrainingState(_Schema):
     optimizer_type: str
     scheduler: dict[str, Any]
     scheduler_type: str
-    progress: _progress_schema()
+    progress: ProgressSchema
     totals: Sums
     method: dict[str, Any] = {}
     rng: Generators

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
+from base.config.imports import own_class
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.config_arguments import check_arguments, shown
 from base.errors import ConfigError
@@ -128,7 +129,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     """The optimiser of `model`. Parameters that a layer's class names in `no_weight_decay` are exempt from it: the
     thresholds of shifted ReLUs, as in ConvNorm. The update is one fused kernel where torch has it, unless the config says
     anything about `fused` or `foreach`."""
-    cls = _usable(OPTIMIZERS, config.type, "optimizer.type")
+    cls = _usable(OPTIMIZERS, config.type, "optimizer.type", Optimizer)
     check_arguments(cls, config.args, "optimizer.args", given=1, others=OPTIMIZERS.values())
     exempt = _without_weight_decay(model)
     groups: list[dict[str, Any]] = [{"params": [value for value in model.parameters() if value not in exempt]}]
@@ -162,7 +163,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _can_fuse(cls: type[Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
+def _can_fuse(cls: Callable[..., Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
     """Whether fused updates are left to us, and torch has a kernel for them: tried on one number, as it depends on optimiser,
     arguments, device and version."""
     if "fused" not in inspect.signature(cls).parameters or {"fused", "foreach"} & set(args) or device.type not in FUSED_ON:
@@ -272,7 +273,7 @@ class Schedule:
 
 
 def _build_scheduler(name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int, key: str) -> Any:
-    cls = _usable(SCHEDULERS, name, f"{key}.type")
+    cls = _usable(SCHEDULERS, name, f"{key}.type", lr_scheduler.LRScheduler)
     args = dict(args)
     length = WHOLE_SPAN_ARGUMENT.get(name)
     if length and "epochs" not in args:
@@ -357,7 +358,10 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("type"), str) and isinstance(value.get("args", {}), dict)
 
 
-def _usable(table: Mapping[str, type], name: str, key: str) -> type:
+def _usable(table: Mapping[str, type], name: str, key: str, kind: type) -> type:
+    """The class of this name in the table, or, by its dotted name, in what a user has imported."""
+    if "." in name:
+        return own_class(name, kind, key)
     cls = lookup(table, name, key)
     if name in UNUSABLE:
         raise ConfigError(f"{key}: {name} cannot be used from a config: {UNUSABLE[name]}")

@@ -7,7 +7,7 @@ of name and values. Checkpoints from before that (numbers, no checksums) are che
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from sys import float_info
@@ -146,7 +146,9 @@ def _checksum(name: str, entry: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _after_a_step(kind: type[Optimizer], group: Mapping[str, Any], shape: torch.Size) -> dict[str, Any]:
+def _after_a_step(
+    kind: Callable[..., Optimizer], group: Mapping[str, Any], shape: torch.Size
+) -> dict[str, Any]:
     """What an optimizer keeps for a parameter of this shape: what a step on zeros leaves behind."""
     trial = torch.zeros(shape, requires_grad=True)
     trial.grad = torch.zeros_like(trial)

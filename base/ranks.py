@@ -193,6 +193,7 @@ def from_first(function: Callable[[], T]) -> T:
     exit_code, value = _from_bytes(words)
     if exit_code:
         leave_the_word_to_the_first(exit_code)
+    if failure is not None:
         raise failure
     return value
 

@@ -64,7 +64,7 @@ class OriginalConvNorm(nn.Module):
 def in_the_original_way(model: nn.Module) -> nn.Module:
     """Swap every `ConvNorm2d` of a network for an `OriginalConvNorm` on the same parameters, in place."""
     for name, child in model.named_children():
-        if isinstance(child, ConvNorm2d):
+        if isinstance(child, nn.Conv2d) and hasattr(child, "running_V"):
             setattr(model, name, OriginalConvNorm(child).train(child.training))
         else:
             in_the_original_way(child)

@@ -40,7 +40,7 @@ def measure(settings: Settings) -> list[Table]:
     """One line for each grid of `configs/ablations`, and one for each config that trains a network by itself."""
     configs = ROOT / "configs"
     grids = sorted((configs / "ablations").glob("*.json"))
-    recipes = sorted(file for file in configs.glob("*.json") if file.name != "schema.json")
+    recipes = sorted(file for file in configs.glob("*.json") if not file.name.endswith("schema.json"))
     studies = {f"ablations/{file.name}": [run.config for run in plan(file)] for file in _few(settings, grids)}
     studies |= {file.name: [load_config(file)] for file in _few(settings, recipes)}
     known: dict[str, float] = {}

@@ -2,7 +2,10 @@
 
 from base.registry import DATA_LOADERS
 from data_loader.data_loaders import CIFAR10DataLoader, CIFAR100DataLoader, DigitsDataLoader, ImageFolderDataLoader
+from data_loader.datasets import LabelledImages
+from data_loader.images import MemoryImages
 from data_loader.label_noise import LabelNoise
+from data_loader.training_data_loader import TrainingDataLoader
 
 for loader in (CIFAR10DataLoader, CIFAR100DataLoader, ImageFolderDataLoader, DigitsDataLoader):
     DATA_LOADERS[loader.__name__] = loader
@@ -14,4 +17,7 @@ __all__ = [
     "DigitsDataLoader",
     "ImageFolderDataLoader",
     "LabelNoise",
+    "LabelledImages",
+    "MemoryImages",
+    "TrainingDataLoader",
 ]

@@ -8,5 +8,6 @@ import data_loader as data_loader
 import models as models
 import trainer as trainer
 from experiment.experiment import Experiment, RunResult, resume, train
+from experiment.loading import load_model
 
-__all__ = ["Experiment", "RunResult", "resume", "train"]
+__all__ = ["Experiment", "RunResult", "load_model", "resume", "train"]

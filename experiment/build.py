@@ -1,6 +1,6 @@
 """From a config to its parts: data loader, model, trainer. `experiment` puts them together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from attacks.threat_model import in_pixel_range
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts, Validate
-from base.config.adversarial import is_size
 from base.config.config import Config
 from base.errors import ConfigError
 from base.optimization import Schedule
@@ -26,6 +24,7 @@ from base.runtime import determinism_explained, seed_global_generators
 from base.text import one_line
 from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise
+from data_loader.own_images import build_loader
 from evaluation.accuracy import evaluate
 from experiment import build_attacks
 from models import MODELS, arguments_of, build_model
@@ -37,7 +36,7 @@ from models.ocnn import penalty
 HELD_OUT_BY_DEFAULT = 0.1
 
 
-def build_data_loader(config: Config, device: torch.device) -> Any:
+def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
     """The training loader of a config. Where something is asked of validation images (a `val_` monitor, robust validation) and
     there is no validation split, a tenth of every class is held out."""
     settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
@@ -53,20 +52,18 @@ def build_data_loader(config: Config, device: torch.device) -> Any:
         key=settings.noise_key,
         on_validation=settings.noisy_validation,
     )
-    augmentation = config.augmentation
-    return lookup(DATA_LOADERS, config.data_loader.type, "data_loader.type")(
+    # mixup is done by the trainer
+    augmentation = config.augmentation.model_dump(exclude={"mixup_alpha"})
+    name = config.data_loader.type
+    arguments = {
         **args,
-        seed=config.seed,
-        subset_percent=settings.subset_percent,
-        noise=noise,
-        crop_padding=augmentation.crop_padding,
-        padding_mode=augmentation.padding_mode,
-        flip=augmentation.flip,
-        cutout=augmentation.cutout,
-        cutout_inside=augmentation.cutout_inside,
-        cutout_fill=augmentation.cutout_fill,
-        device=device,
-    )
+        **augmentation,
+        "seed": config.seed,
+        "subset_percent": settings.subset_percent,
+        "noise": noise,
+        "device": device,
+    }
+    return build_loader(name, lookup(DATA_LOADERS, name, "data_loader.type"), arguments)
 
 
 def completed_config(config: Config, loader: BaseDataLoader) -> Config:
@@ -89,7 +86,12 @@ def completed_config(config: Config, loader: BaseDataLoader) -> Config:
             f"arch.args.in_channels: {asked}, but the images of {config.data_loader.type} have"
             f" {channels} channels"
         )
-    facts = {"num_classes": loader.num_classes, "in_channels": channels}
+    return with_shape(config, loader.num_classes, channels)
+
+
+def with_shape(config: Config, num_classes: int, channels: int) -> Config:
+    """The config with a number of classes and of channels, as far as its model takes them."""
+    facts = {"num_classes": num_classes, "in_channels": channels}
     taken = arguments_of(lookup(MODELS, config.arch.type, "arch.type"))
     filled = {name: value for name, value in facts.items() if name in taken}
     args = config.arch.args.model_copy(update=filled)
@@ -98,9 +100,17 @@ def completed_config(config: Config, loader: BaseDataLoader) -> Config:
 
 def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch.device) -> BaseModel:
     """The config's model for the loader's classes and channels, with the loader's mean and std, on the device."""
-    arch = completed_config(config, loader).arch.model_dump(exclude_none=True)
+    config = completed_config(config, loader)
+    return build_network(config, mean=loader.mean, std=loader.std, device=device)
+
+
+def build_network(
+    config: Config, *, mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> BaseModel:
+    """The model of a config that says its classes and channels, with weights of the config's seed."""
+    arch = config.arch.model_dump(exclude_none=True)
     seed_global_generators(config.seed, "weights")
-    model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
+    model = build_model(arch, mean=mean, std=std).to(device)
     if config.system.sync_bn and world_size() > 1:
         model = synchronise(model)
     if config.system.channels_last:
@@ -216,12 +226,7 @@ def check_method(config: Config) -> type[BaseTrainer]:
 
 def method_arguments(config: Config) -> dict[str, Any]:
     """The arguments of the config's training method, sizes in units of the pixel range."""
-    section, name = config.adversarial, config.adversarial_method
-    given = section.arguments_for("adversarial.method", name)
-    for argument in section.choices[0].arguments(name).values():
-        if argument.name in given and given[argument.name] is not None and is_size(argument.field):
-            given[argument.name] = in_pixel_range(given[argument.name], section.norm)
-    return given
+    return build_attacks.own_arguments(config.adversarial, config.adversarial_method, config.adversarial.norm)
 
 
 def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

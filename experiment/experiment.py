@@ -30,7 +30,15 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, Validate
 from base.checkpoint import has_checkpoint
 from base.config.config import Config
-from base.config.files import Override, load_config, override, validate
+from base.config.files import (
+    Override,
+    load_config,
+    origins_named,
+    override_layers,
+    run_imports,
+    validate_layers,
+)
+from base.config.origins import Flag, Layer
 from base.errors import CheckpointError, ConfigError
 from base.launch import launch, own_device
 from base.optimization import Schedule, build_optimizer, check_optimization
@@ -57,7 +65,9 @@ from base.runtime import (
 )
 from base.tracking import start_trackers, tell
 from data_loader.label_noise import describe_transitions
+from data_loader.own_images import check_first_batch
 from data_loader.splits import some_of_every_class
+from evaluation.report import title
 from experiment import build, build_attacks
 from experiment.final_test import conclude
 from trainer.robust_validation import RobustValidation
@@ -100,6 +110,7 @@ def train(
     overrides: Overrides = (),
     run_dir: str | Path | None = None,
     *,
+    imports: Iterable[str | Path] = (),
     check: Callable[[Config], None] | None = None,
     relaunch: bool = False,
 ) -> RunResult:
@@ -115,6 +126,7 @@ def train(
         overrides: values that replace the config's, such as `{"trainer.epochs": 3, "arch.type": "resnet34"}`; None gives a
             key its default.
         run_dir: the run folder, new or empty; None makes a new one, `<trainer.save_dir>/<name>/<time>`.
+        imports: files and modules of your own to import first, as `--imports` names them, beside those of the config.
         check: called with the resolved config of a new run; raises a `ConfigError` for what is not to be trained.
         relaunch: where `n_gpu` asks for several processes and torchrun has not started them, run this process's own command
             in so many, and exit as they do. That is for scripts; otherwise such a config is refused.
@@ -131,12 +143,13 @@ def train(
     with ranks(training=True):
         if from_first(lambda: _left_by_last_attempt(run_dir)):
             file = str(config) if isinstance(config, str | Path) else None
-            return resume(run_dir, overrides, config_file=file, relaunch=relaunch)
-        resolved = _resolved(config, overrides)
-        if check is not None:
-            check(resolved)
-        _check_processes(resolved, relaunch)
-        return Experiment.from_config(resolved).run(run_dir)
+            return resume(run_dir, overrides, config_file=file, imports=imports, relaunch=relaunch)
+        resolved = _resolved(config, overrides, imports)
+        with origins_named(resolved):
+            if check is not None:
+                check(resolved)
+            _check_processes(resolved, relaunch)
+            return Experiment.from_config(resolved).run(run_dir)
 
 
 def resume(
@@ -144,6 +157,7 @@ def resume(
     overrides: Overrides = (),
     *,
     config_file: str | Path | None = None,
+    imports: Iterable[str | Path] = (),
     relaunch: bool = False,
 ) -> RunResult:
     """Continue a run in its folder, bit for bit as if it had not been interrupted; a finished one is tested again.
@@ -153,6 +167,7 @@ def resume(
         overrides: values that replace those of the run's config; see `train`. Only what does not make it another experiment
             may be replaced, such as `trainer.epochs`.
         config_file: a config with such values, under `overrides`.
+        imports: files and modules of your own that the run needs; what its folder names is not run by itself.
         relaunch: see `train`.
 
     Returns:
@@ -164,32 +179,35 @@ def resume(
         DataError, NonFiniteError, Stopped: see `train`.
     """
     with ranks(training=True), ExitStack() as stack:
-        saved = saved_run(str(path), config_file and str(config_file), _as_text(overrides))
+        saved = saved_run(str(path), config_file and str(config_file), _as_text(overrides), imports)
+        stack.enter_context(origins_named(saved.config))
         _check_processes(saved.config, relaunch)
         from_first(lambda: stack.enter_context(only_run_in(saved.file.parent)))
         return Experiment.from_config(saved.config, begun=True).run(saved=saved)
 
 
-def _resolved(config: str | Path | Mapping[str, Any] | Config, overrides: Overrides) -> Config:
+def _resolved(
+    config: str | Path | Mapping[str, Any] | Config, overrides: Overrides, imports: Iterable[str | Path]
+) -> Config:
     settings = _as_text(overrides)
     if isinstance(config, str | Path):
-        return load_config(config, settings)
+        return load_config(config, settings, imports)
     if isinstance(config, Config):
-        if not settings:
-            return config
         config = config.dump()
-    tree = dict(config)
-    return validate(override(tree, settings), "config", settings, tree)
+    files = [Layer("config", dict(config))]
+    _, own = run_imports(files, imports)
+    return validate_layers([*files, *override_layers(settings)], own, "config")
 
 
 def _as_text(overrides: Overrides) -> list[Override]:
     """Overrides as the command line has them, whose values are JSON."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
-    settings = []
+    settings: list[Override] = []
     for key, value in overrides.items():
         try:
-            settings.append((key, json.dumps(str(value) if isinstance(value, Path) else value)))
+            text = json.dumps(str(value) if isinstance(value, Path) else value)
+            settings.append(Flag((key, text), f"overrides {key}={text}"))
         except (TypeError, ValueError):
             raise ConfigError(f"{key}: {value!r:.80} is not a value that JSON can hold") from None
     return settings
@@ -235,7 +253,7 @@ class Experiment:
     """
 
     config: Config
-    train_loader: Any
+    train_loader: BaseDataLoader
     validation_loader: BaseDataLoader | None
     test_loader: BaseDataLoader
     model: BaseModel
@@ -276,7 +294,7 @@ class Experiment:
         return cls(config, train_loader, validation_loader, test_loader, model, optimizer, schedule, precision)
 
     @staticmethod
-    def _read(config: Config, begun: bool) -> tuple[torch.device, Any, BaseDataLoader | None, BaseDataLoader]:
+    def _read(config: Config, begun: bool) -> tuple[torch.device, BaseDataLoader, BaseDataLoader | None, BaseDataLoader]:
         """This process's device, and its training, validation and test images."""
         check_optimization(config.optimizer, config.lr_scheduler, begun)
         build.check_method(config)
@@ -284,10 +302,11 @@ class Experiment:
         device = own_device(config)
         keep_freed_memory(device)
         train_loader = build.build_data_loader(config, device)
-        train_loader.shared_out = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch
+        train_loader.shard_batches = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch
         validation_loader, test_loader = train_loader.split_validation(), train_loader.test_loader()
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
+        check_first_batch(train_loader, device)
         build.refuse_too_few_images(config, train_loader, validation_loader, test_loader)
         return device, train_loader, validation_loader, test_loader
 
@@ -308,7 +327,7 @@ class Experiment:
                 trainer = self.build_trainer(saved.file.parent)
                 # a resume that is refused leaves everything as it was
                 best = trainer.resume(saved.checkpoint, saved.file)
-                warnings = [saved.set_aside_damaged(), best]
+                warnings = [saved.set_aside_damaged(), *saved.changed_code, best]
             with self._recorded(trainer, resumed=saved is not None, warnings=warnings):
                 trainer.train()
                 result = conclude(trainer, self.test_loader, self._counts() | self._noise_rate())
@@ -403,7 +422,9 @@ class Experiment:
         loader, robust = self.validation_loader, self.robust_validation
         if loader is None:
             return lambda model, epoch: {}
-        clean = partial(build.evaluator(self.config, self.autocast), loader=loader.own_part(), description="validating")
+        shard = loader.shard(rank(), world_size())
+        evaluator = build.evaluator(self.config, self.autocast)
+        clean = partial(evaluator, loader=shard, description="validating")
 
         def validate(model: BaseModel, epoch: int) -> dict[str, float]:
             values = clean(model)
@@ -420,8 +441,8 @@ class Experiment:
         if loader is None or config.robust_validation_period == 0:
             return None
         return RobustValidation(
-            some_of_every_class(loader, config.adversarial.validate_images).own_part(),
-            build_attacks.pgd(config),
+            some_of_every_class(loader, config.adversarial.validate_images).shard(rank(), world_size()),
+            build_attacks.build_attack(config, loader.num_classes),
             build_attacks.fgsm(config) if config.of_method("validated_by_fgsm", False) else None,
             period=config.robust_validation_period,
             epochs=config.trainer.epochs,
@@ -456,6 +477,8 @@ class Experiment:
             logger.info("%d processes, each with its share of every minibatch", world_size())
         # a run that is continued has said it when it began
         for warning in () if resumed else self.config.warnings:
+            logger.warning(warning)
+        for warning in loader.warnings:
             logger.warning(warning)
         for remark in loader.remarks:
             logger.info("data set: %s", remark)
@@ -503,8 +526,8 @@ class Experiment:
             logger.info("adversarial training: %s, %s%s", config.adversarial_method, radius, growing)
         if robust is not None:
             logger.info(
-                "robust validation: PGD-%d, %s, on %d of %d validation images (the first of every class), every %d epochs",
-                config.pgd_attack.K, radius, robust.n_samples, self.validation_loader.n_samples, robust.period,
+                "robust validation: %s, on %d of %d validation images (the first of every class), every %d epochs",
+                title(robust.attack), robust.n_samples, self.validation_loader.n_samples, robust.period,
             )  # fmt: skip
         elif config.attacks_while_training:
             logger.info(

@@ -58,7 +58,7 @@ def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, st
     args = {key: value for key, value in (arch.get("args") or {}).items() if value is not None}
     init, zero_init_residual = (args.pop(key, None) for key in INITIALIZATION)
     known, own = arguments_of(model), constructor_arguments(model)
-    of_layers = {key for choice in LAYER_CHOICES for key in choice.keys()} if hands_on(model) else set()
+    of_layers = {key for choice in LAYER_CHOICES for key in choice.known_keys()} if hands_on(model) else set()
     for key in args:
         if key not in known and key not in of_layers:
             takes = ", ".join(known)

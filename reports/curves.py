@@ -53,7 +53,7 @@ def curves_figure(groups: Sequence[Group], metrics: Sequence[str] | None = None)
     figure = panels_figure([group.name for group in groups], lines, spread, each)
     for axes in figure.axes:
         axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params("x", integer=True)
     return figure
 
 

@@ -77,7 +77,7 @@ def _train(*words: str | Path) -> None:
 
 def config_seeds() -> list[bytes]:
     """All shipped configs."""
-    return [file.read_bytes() for file in sorted(CONFIGS.rglob("*.json")) if file.name != "schema.json"]
+    return [file.read_bytes() for file in sorted(CONFIGS.rglob("*.json")) if not file.name.endswith("schema.json")]
 
 
 def checkpoint_seeds() -> list[bytes]:

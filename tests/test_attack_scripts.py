@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from attacks import PGD
 from base.checkpoint import save_checkpoint
-from evaluation.report import Report
+from evaluation import DoctorReport, RobustnessReport
 from experiment.attack_command import _conclusion
 from tiny_runs import script
 
@@ -147,16 +148,20 @@ def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
 @pytest.mark.parametrize(
     ("reliable", "needed", "line"),
     [
-        (True, None, "every check passed (examined: PGD-7)"),
-        (None, None, "every check passed (examined: PGD-7)"),
+        (True, None, "every check passed (examined: PGD-7, linf 8/255, step 2/255, 1 start)"),
+        (None, None, "every check passed (examined: PGD-7, linf 8/255, step 2/255, 1 start)"),
         (False, 90, "NOT RELIABLE: see the warnings"),
         (None, 300, "UNDECIDED: about 300 images would decide (--doctor 300)"),
         (None, 301, "UNDECIDED: about 301 images would decide"),
     ],
 )
 def test_the_doctors_last_line(reliable, needed, line):
-    values = {"reliable": reliable, "images_needed": needed, "checked_attack": "PGD-7", "n": 300}
-    assert _conclusion(Report(values, None)) == line
+    attack = PGD(8 / 255, 2 / 255, 7)
+    numbers = {"n": 300, "clean_top1": 1.0, "robust_top1": 0.5, "robust_top5": None, "interval": (0.4, 0.6)}
+    cost = {"seconds": 1.0, "images_per_second": 300.0, "max_perturbation": 8 / 255, "precision": "fp32"}
+    judged = {"reliable": reliable, "images_needed": needed, "warnings": (), "verdicts": None}
+    report = RobustnessReport(attack, 0, **numbers, **cost, **judged)
+    assert _conclusion(report, DoctorReport((), attack, (), 200, 10)) == line
 
 
 @pytest.mark.parametrize(

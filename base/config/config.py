@@ -19,7 +19,9 @@ from base.config.adversarial import (
     refuse_other_units_of_step,
 )
 from base.config.arguments import Choice, NameIn, OpenSection, checks_names
+from base.config.imports import Import
 from base.config.names import ALWAYS, metric_name, metric_of
+from base.config.origins import Origins, Provenance, format_config
 from base.config.section import Count, Fraction, InputPath, Needs, Positive, Section
 from base.config.training import OptimizerConfig, SchedulerConfig, TrainerConfig
 from base.registry import (
@@ -55,7 +57,7 @@ def _folder_name(text: str) -> str:
     return text
 
 
-Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
+Channels = Annotated[list[Fraction], Field(min_length=1)]
 
 
 CROPS = Needs("augmentation.crop_padding above 0", lambda config: config.augmentation.crop_padding > 0)
@@ -179,7 +181,7 @@ class DataLoaderArgs(OpenSection):
     """Above 0, a training epoch ends after that many batches."""
     mean: Channels | None = None
     """Per-channel mean in [0, 1]; null takes the published one for CIFAR and the training set's own elsewhere."""
-    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
     """Per-channel standard deviation in [0, 1]; null as for mean."""
 
 
@@ -262,6 +264,9 @@ class Config(Section):
     """ConvNorm's second place for arch.args.num_classes; both must agree."""
     exper_name: str | None = None
     """Written by ConvNorm into its run folders; accepted and not used."""
+    imports: list[Import] = Field(default=[])
+    """Own code that is run before the rest of a config is read: Python files, relative to the config that names them, and
+    names of modules. Those of parents come first. A run's own config names them with a digest; see docs/extending.md."""
     arch: ArchConfig = ArchConfig()
     data_loader: DataLoaderConfig
     augmentation: AugmentationConfig = AugmentationConfig()
@@ -280,6 +285,7 @@ class Config(Section):
     comet: CometConfig | None = None
     """Comet logging; null for none."""
     _warnings: tuple[str, ...] = PrivateAttr(default=())
+    _provenance: Provenance = PrivateAttr(default=Provenance())
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -373,6 +379,15 @@ class Config(Section):
         """Whether the test set is attacked after training; by default wherever a method is named, even if it is none."""
         report = self.adversarial.report
         return self.adversarial.method is not None or self.trainer.do_adv if report is None else report
+
+    @property
+    def origins(self) -> Origins:
+        """Where its values come from; of those at their default, and of a config that was put together in Python, nothing."""
+        return self._provenance.origins
+
+    def describe_origins(self) -> str:
+        """The resolved tree as a config file, one line per key, with where its value came from beside it."""
+        return format_config(self.dump(), self.origins)
 
     def dump(self) -> dict[str, Any]:
         """The resolved tree as plain JSON values, without secrets; validating it again gives the same config."""

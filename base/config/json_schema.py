@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from base.config.arguments import NameIn, OpenSection, describe
 from base.config.config import Config
 from base.config.files import section_at
+from base.config.imports import OwnCode
 from base.config.section import LARGEST, Section
 
 FOLDER = Path("configs")
@@ -87,7 +88,9 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(map(str, arguments))
     if origin is list:
         return f"list of {_describe(arguments[0], [])}"
-    words = {int: "integer", float: "number", str: "text", bool: "true, false"}.get(annotation, "object")
+    # own code is an object in resolved configs only: people write a word
+    names = {int: "integer", float: "number", str: "text", bool: "true, false", OwnCode: "text"}
+    words = names.get(annotation, "object")
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     constraints = [constraint for item in metadata for constraint in getattr(item, "metadata", [item])]
     limits = [(sign, getattr(item, name)) for item in constraints for name, sign in signs.items() if hasattr(item, name)]

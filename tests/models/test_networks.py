@@ -263,7 +263,7 @@ def test_loads_an_original_checkpoint():
         ({"type": "wide_resnet34_10", "args": {"depth": 34}}, r"arch\.args\.depth: wide_resnet34_10 takes no such argument"),
         (
             {"type": "vgg16", "args": {"norm_layer": "bn"}},
-            r"arch\.args\.norm_layer: vgg16 .*norm_groups, in_channels, init, zero_init_residual; did you mean 'norm_layer_type'\?$",
+            r"arch\.args\.norm_layer: vgg16 .*norm_groups, in_channels, .*; did you mean 'norm_layer_type'\?$",
         ),
         ({"type": "vgg16", "args": {"mean": [0]}}, r"arch\.args\.mean: vgg16 takes no such argument"),
         (

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.layers.conv_norm.fourier_plan import Plan
-from models.layers.conv_norm.precision import without_autocast
+from .fourier_plan import Plan
+from .precision import without_autocast
 
 Plain = Callable[[Tensor, Tensor], Tensor]
 

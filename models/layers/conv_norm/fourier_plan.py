@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.layers.conv_norm.dft import waves
+from .dft import waves
 
 BLOCK_BYTES = 2**18
 """Of the spectra of kernels, for each image: so many frequencies are computed at a time. Spectra and products of a block stay

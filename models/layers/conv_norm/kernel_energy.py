@@ -5,8 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from models.layers.conv_norm.dft import waves
-from models.layers.conv_norm.precision import without_autocast
+from .dft import waves
+from .precision import without_autocast
 
 RELATIVE_FLOOR = 1e-6
 ABSOLUTE_FLOOR = 1e-12

@@ -5,6 +5,7 @@ Improving Deep Convolutional Network Robustness and Training", NeurIPS 2021, arX
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from math import pi
 from typing import Any, ClassVar
 
@@ -12,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers.conv_norm.fourier_convolution import fourier_convolution
-from models.layers.conv_norm.fourier_plan import Axis, Plan, plan_for
-from models.layers.conv_norm.kernel_energy import inverse_root_energy
-from models.layers.conv_norm.precision import without_autocast
+from .fourier_convolution import fourier_convolution
+from .fourier_plan import Axis, Plan, plan_for
+from .kernel_energy import inverse_root_energy
+from .precision import without_autocast
 
 RAMPDOWN_STEPS = 40000
 """Training steps over which the weight of the newest spectrum in `running_V` falls from 1 to `MIN_FACTOR` along a cosine."""
@@ -91,12 +92,6 @@ class ConvNorm2d(nn.Conv2d):
     normalizes: ClassVar = True
     normalizes_weights: ClassVar = True
     batch_statistics: ClassVar = True
-    config_names: ClassVar = {
-        "affine": "conv_affine",
-        "bn": "conv_bn",
-        "momentum": "conv_momentum",
-        "track_running_stats": "track_spectra",
-    }
 
     running_V: Tensor  # noqa: N815 - the original's name, a key of its checkpoints
     num_batches_tracked: Tensor
@@ -150,6 +145,16 @@ class ConvNorm2d(nn.Conv2d):
             output = self.bpconv(output)
         return self.batch_norm(output) if self.bn else output
 
+    def linear_part(self) -> "ConvNorm2d":
+        """A copy of the layer in evaluation mode that makes its steps 1 to 3 without the bias: a linear map of its inputs.
+
+        Nothing in it needs a gradient. By this method others know the layer, whatever the package is imported as.
+        """
+        layer = deepcopy(self).eval().requires_grad_(False)
+        layer.affine = layer.bn = False
+        layer.bias = None
+        return layer
+
     def _normalized_again(self, input: Tensor) -> Tensor:
         """`batch_norm(bpconv(input))` that keeps `input` only for the backward pass, and computes what is between the two once
         more: a depthwise convolution takes little time, its output as much memory as the layer's."""
@@ -176,14 +181,15 @@ class ConvNorm2d(nn.Conv2d):
         """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
         if (
-            input.device.type != "cpu"
+            # asked first: an exported network takes any batch unless its size is asked for
+            torch.compiler.is_compiling()
+            or input.device.type != "cpu"
             or len(input) < FOURIER_BATCH
             or max(input.shape[-2:]) > FOURIER_SIZE
             or dtype not in (torch.float32, torch.bfloat16)
             or self.groups > 1
             or self.padding_mode != "zeros"
             or isinstance(self.padding, str)
-            or torch.compiler.is_compiling()
         ):
             return None
         axes = zip(input.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)

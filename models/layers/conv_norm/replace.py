@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor, fx, nn
 
-from models.layers.conv_norm.layer import ConvNorm2d
+from .layer import ConvNorm2d
 
 SHOWN = 3
 """Convolutions that a warning names."""
