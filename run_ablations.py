@@ -7,7 +7,7 @@ python run_ablations.py --grid configs/ablations/label_noise.json --all --launch
 
 from pathlib import Path
 
-from base.command_line import Parser, run_script, set_overrides
+from base.command_line import Parser, add_imports_flag, run_script, set_overrides
 from base.errors import ConfigError, ProjectError
 from base.text import say
 from studies.grid import describe, plan, record
@@ -25,6 +25,7 @@ def arguments_parser() -> Parser:
     parser.add_argument("--all", action="store_true", help="run all variants")
     parser.add_argument("--seed", type=int, nargs="+", default=[], help="instead of the grid's seeds")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in all variants")
+    add_imports_flag(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many runs at once")
     parser.add_argument("--save_dir", type=Path, metavar="DIR", help="instead of <trainer.save_dir>/<grid's name>")
@@ -37,7 +38,7 @@ def arguments_parser() -> Parser:
 def main() -> None:
     arguments = arguments_parser().parse_args()
     grid, names, overrides = arguments.grid, arguments.config, set_overrides(arguments.set)
-    runs = plan(grid, names, arguments.seed, arguments.save_dir, overrides)
+    runs = plan(grid, names, arguments.seed, arguments.save_dir, overrides, arguments.imports)
     if arguments.list:
         say(*describe(runs))
         return

@@ -5,14 +5,22 @@ python train.py -c configs/quickstart.json --conv conv --norm bn --seed 1 --set 
 python train.py -r saved/quickstart/20260101-120000-000000
 """
 
-from base.command_line import config_parser, run_script
+from base.command_line import config_parser, print_config, run_script, training_overrides
 from base.config.config import Config
 from base.errors import ConfigError
-from experiment.train_command import run_job
+from experiment import resume, train
 
 
 def main() -> None:
-    run_job(config_parser("Standard training from a JSON config.").parse_args(), refuse)
+    arguments = config_parser("Standard training from a JSON config.").parse_args()
+    overrides = training_overrides(arguments)
+    own = {"imports": arguments.imports, "relaunch": True}
+    if arguments.print_config:
+        print_config(arguments, overrides)
+    elif arguments.resume:
+        resume(arguments.resume, overrides, config_file=arguments.config, **own)
+    else:
+        train(arguments.config, overrides, arguments.run_dir, check=refuse, **own)
 
 
 def refuse(config: Config) -> None:
@@ -21,7 +29,7 @@ def refuse(config: Config) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    if config.adversarial_method != "none":
+    if config.attacks_while_training:
         key = "adversarial.method" if config.adversarial.method else "trainer.do_adv"
         raise ConfigError(f"{key}: asks for adversarial training, train.py trains on clean images; use train_robust.py")
 

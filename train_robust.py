@@ -6,14 +6,23 @@ python train_robust.py -c configs/cifar10.json --set adversarial.method=none    
 python train_robust.py -r saved/cifar10_free/20260101-120000-000000
 """
 
-from base.command_line import config_parser, run_script
+from base.command_line import config_parser, print_config, run_script, training_overrides
 from base.config.config import Config
 from base.errors import ConfigError
-from experiment.train_command import run_job
+from base.registry import TRAINERS
+from experiment import resume, train
 
 
 def main() -> None:
-    run_job(config_parser("Adversarial training from a JSON config, then an attack on the test set.").parse_args(), refuse)
+    arguments = config_parser("Adversarial training from a JSON config, then an attack on the test set.").parse_args()
+    overrides = training_overrides(arguments)
+    own = {"imports": arguments.imports, "relaunch": True}
+    if arguments.print_config:
+        print_config(arguments, overrides)
+    elif arguments.resume:
+        resume(arguments.resume, overrides, config_file=arguments.config, **own)
+    else:
+        train(arguments.config, overrides, arguments.run_dir, check=refuse, **own)
 
 
 def refuse(config: Config) -> None:
@@ -24,8 +33,8 @@ def refuse(config: Config) -> None:
     """
     if not config.trainer.do_adv and config.adversarial.method is None:
         raise ConfigError(
-            "adversarial.method: not given, and trainer.do_adv is false: add --set adversarial.method=free (or fgsm, pgd,"
-            " trades; none for standard training and the attack)"
+            "adversarial.method: not given, and trainer.do_adv is false: add --set adversarial.method=NAME, with one of"
+            f" {', '.join(TRAINERS)} (none for standard training and the attack)"
         )
 
 

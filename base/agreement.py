@@ -11,7 +11,7 @@ from base.config.config import Config
 from base.config.section import lies_in
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
 from base.ranks import gather, leave_the_word_to_the_first, world_size
-from base.resuming import WHERE_AND_HOW
+from base.resuming import IMPORTS, WHERE_AND_HOW, digests
 from base.run_folder import package_versions, project_version
 from base.text import one_line
 
@@ -79,6 +79,8 @@ def config_facts(config: Config) -> Facts:
     tree = dict(_leaves(config.dump()))
     compared = {key: value for key, value in tree.items() if not lies_in(key, MAY_DIFFER)}
     return {
+        # the names in a config mean what own code makes of them
+        "own code (imports)": (ConfigError, digests(tree.get(IMPORTS, []))),
         "config": (ConfigError, compared),
         "code": (ConfigError, code_digest()),
         "versions": (ConfigError, {"python": platform.python_version(), **package_versions()}),

@@ -1,13 +1,17 @@
-"""BaseTrainer: the epoch loop and everything around it that does not depend on how a minibatch is trained on."""
+"""BaseTrainer: the epoch loop, one optimizer step, and everything around them that does not depend on the training method."""
 
 import logging
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -17,19 +21,37 @@ from base.base_model import BaseModel
 from base.checkpoint import load_weights
 from base.config.config import Config
 from base.diagnosis import first_bad_weight
-from base.errors import CheckpointError, NonFiniteError, Stopped
+from base.errors import CheckpointError, ConfigError, NonFiniteError, Stopped
 from base.finite import FiniteCheck
 from base.optimization import Schedule, load_optimizer
 from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 from base.progress import Progress
-from base.ranks import Share, from_first, largest, leave_the_word_to_the_first, quiet, rank, share_of, world_size
+from base.ranks import (
+    Share,
+    SharedGenerator,
+    from_first,
+    largest,
+    leave_the_word_to_the_first,
+    quiet,
+    rank,
+    share_of,
+    world_size,
+)
 from base.replicas import equalise, replicate
 from base.run_checkpoints import RunCheckpoints
 from base.run_folder import describe
-from base.runtime import autocast, get_rng_state, seed_global_generators, set_rng_state
+from base.runtime import (
+    autocast,
+    get_rng_state,
+    numpy_generator,
+    seed_global_generators,
+    set_rng_state,
+    to_device,
+    torch_generator,
+)
 from base.signals import Interrupted, StopSignals
 from base.text import one_line
-from base.totals import BatchResult, Totals
+from base.totals import BatchResult, Loss, Metric, Totals, batch_result
 from base.tracking import Tracker, tell
 from base.weight_average import WeightAverage
 
@@ -37,68 +59,146 @@ logger = logging.getLogger(__name__)
 Validate = Callable[[BaseModel, int], dict[str, float]]
 
 
+Penalty = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """What every training method is made from; `experiment.build.build_trainer` puts it together.
+
+    Attributes:
+        config: the resolved config.
+        model: on its device.
+        optimizer: over the model's parameters.
+        schedule: of the optimizer's learning rate.
+        train_loader: shuffled, augmented minibatches.
+        validate: `(model, epoch) -> {name: value}` on held-out images; empty to train without
+            validation.
+        loss: per-sample loss.
+        metrics: counts of correct samples in a batch, by name.
+        penalty: a scalar function of the model that is added to the loss of every update, such as
+            OCNN's weighted orthogonality penalty.
+        norm: of perturbations, `"linf"` or `"l2"`.
+        epsilon: their radius in units of the pixel range `[0, 1]`.
+        precision: `"fp32"` or `"bf16"`, for forward passes.
+        folder: the run folder, which exists.
+        metadata: further plain values for every checkpoint (config, mean, std, fingerprints,
+            versions).
+    """
+
+    config: Config
+    model: BaseModel
+    optimizer: Optimizer
+    schedule: Schedule
+    train_loader: BaseDataLoader
+    validate: Validate
+    loss: Loss
+    metrics: Mapping[str, Metric]
+    penalty: Penalty | None
+    norm: str
+    epsilon: float
+    precision: str
+    folder: Path
+    metadata: Mapping[str, Any]
+
+
 class BaseTrainer(ABC):
     """Trains a model: epochs, validation, monitoring, early stop, checkpoints, resume, logging, signals.
 
-    A subclass writes `train_batch`, with `update` for each optimiser step in it, so that a training method reads like the
-    algorithm of its paper. SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which `resume`
+    A training method is a subclass with one method, `train_batch`, that calls `update` for every optimizer step, so that it
+    reads like the algorithm of its paper. Its constructor takes the parts and, by keyword, the method's own arguments: those
+    are what the config's section `adversarial` takes for it. An entry in `base.registry.TRAINERS` makes it known to configs.
+
+    SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which `resume`
     continues bit for bit (on the same device and library versions; up to rounding with three processes or more). Values of
     every epoch go to `trackers`, which are set from outside.
 
     Of several processes each trains a copy of the model on its share of every minibatch (see `Share`), and rank 0 writes.
 
     Args:
-        config: the resolved config.
-        model: on its device.
-        optimizer: over the model's parameters.
-        schedule: of the optimiser's learning rate.
-        train_loader: shuffled, augmented minibatches.
-        validate: `(model, epoch) -> {name: value}` on held-out images; empty to train without validation.
-        precision: `"fp32"` or `"bf16"`, for forward passes.
-        folder: the run folder, which exists.
-        metadata: further plain values for every checkpoint (config, mean, std, fingerprints, versions).
+        parts: see `TrainerParts`.
     """
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        model: BaseModel,
-        optimizer: Optimizer,
-        schedule: Schedule,
-        train_loader: BaseDataLoader,
-        validate: Validate,
-        precision: str,
-        folder: Path,
-        metadata: Mapping[str, Any],
-    ) -> None:
-        self.config = config
-        self.model = model
-        self.network: nn.Module = model  # for training passes: behind DistributedDataParallel where there are copies
-        self.optimizer = optimizer
-        self.finite = FiniteCheck(optimizer, folder)
-        self.schedule = schedule
-        self.train_loader = train_loader
-        self.validate_model, self.precision = validate, precision
-        self.folder = folder
-        self.checkpoints = RunCheckpoints(folder, config.trainer)
+    attacks_while_training: ClassVar[bool] = False
+    """Whether the method attacks images: its command is train_robust.py then, and every validation attacks, too."""
+    validated_by_fgsm: ClassVar[bool] = False
+    """Whether robust validation measures FGSM accuracy, too; see `trainer.robust_validation.overfitting_warnings`."""
+    takes_mixup: ClassVar[bool] = False
+    """Whether `train_batch` takes class probabilities for labels, which is what mixup makes of them."""
+
+    def __init__(self, parts: TrainerParts) -> None:
+        self.config = parts.config
+        self.model = parts.model
+        self.network: nn.Module = parts.model  # for training passes: behind DistributedDataParallel where there are copies
+        self.optimizer = parts.optimizer
+        self.finite = FiniteCheck(parts.optimizer, parts.folder)
+        self.schedule = parts.schedule
+        self.train_loader = parts.train_loader
+        self.validate_model = parts.validate
+        self.loss = parts.loss
+        self.metrics = parts.metrics
+        self.penalty = parts.penalty
+        self.precision = parts.precision
+        self.folder = parts.folder
+        self.checkpoints = RunCheckpoints(parts.folder, parts.config.trainer)
         self.trackers: list[Tracker] = []
-        self.metadata = metadata
-        self.device = next(model.parameters()).device
+        self.metadata = parts.metadata
+        self.device = next(parts.model.parameters()).device
         self.images: Tensor | None = None  # the minibatch that is being trained on
         self.progress = Progress()
         self.totals = Totals()
-        decay = config.trainer.ema_decay
-        self.average = None if decay is None else WeightAverage(model, decay)
+        decay = parts.config.trainer.ema_decay
+        self.average = None if decay is None else WeightAverage(parts.model, decay)
         self.signals = StopSignals()
 
     @abstractmethod
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
-        """Train on one minibatch: every forward pass, and `update` for every optimiser step.
+        """Train on one minibatch: every forward pass, and `update` for every optimizer step.
 
-        `images` float32 `(B, C, H, W)` in `[0, 1]`, `labels` int64 `(B,)`, both on the model's device; the model is in training
-        mode. Losses are reduced by `share(images).mean`. Returns sums and counts, never means.
+        Args:
+            images: float32 `(B, C, H, W)` in `[0, 1]`, on the model's device, which is in training mode.
+            labels: int64 `(B,)`; with mixup class probabilities, float32 `(B, num_classes)`.
+
+        Returns:
+            Sums and counts, never means; see `result`.
         """
+
+    def update(self, losses: Tensor) -> None:
+        """One optimizer step on the mean of `losses` `(B,)`, one per sample, and the penalty on the weights.
+
+        The mean is that over the samples of all processes: DistributedDataParallel averages gradients.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is infinite or NaN, now or, on a GPU, since the last look at the device (see
+            `FiniteCheck`). No parameter was updated from there on (running statistics, which the forward pass moves, were).
+        """
+        _check_per_sample(losses, self)
+        loss = self.share(losses).mean(losses)
+        if self.penalty is not None:
+            loss = loss + self.penalty(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        # a loss that is not finite makes every gradient NaN, in every process
+        loss.backward(1 + 0 * loss.detach())
+        self.finite.look(self.model, loss, self.progress, self.images)
+        self.optimizer.step()
+        equalise(self.model, statistics_only=True)
+        if self.average is not None:
+            self.average.update()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(B, num_classes)` of a training pass in the run's precision."""
+        with self.autocast():
+            return self.network(images)
+
+    def result(self, losses: Tensor, logits: Tensor, labels: Tensor) -> BatchResult:
+        """What one pass over a minibatch adds to the epoch: its loss and the config's metrics.
+
+        Args:
+            losses: `(B,)`, as they were given to `update`; the penalty is not logged.
+            logits: `(B, num_classes)`.
+            labels: as `train_batch` takes them.
+        """
+        return batch_result(losses, logits, labels, self.metrics)
 
     def share(self, images: Tensor) -> Share:
         """This process's part of the minibatch that is being trained on; with one process that is `images`."""
@@ -107,21 +207,39 @@ class BaseTrainer(ABC):
         loader = self.train_loader
         return share_of(min(loader.batch_size, loader.n_samples - self.progress.batches_done * loader.batch_size))
 
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step on `loss` (0-dim).
+    @property
+    def minibatch(self) -> tuple[int, int]:
+        """Epoch and number of the minibatch that is being trained on, from which its random draws are derived."""
+        return self.progress.epochs_done + 1, self.progress.batches_done
 
-        Raises:
-            NonFiniteError: the loss or a gradient is infinite or NaN, now or, on a GPU, since the last look at the device (see
-            `FiniteCheck`). No parameter was updated from there on (running statistics, which the forward pass moves, were).
+    def generator(self, purpose: str, images: Tensor) -> torch.Generator | SharedGenerator:
+        """Where this minibatch's random numbers for `purpose` come from; they do not depend on the number of processes."""
+        generator, share = torch_generator(self.config.seed, purpose, *self.minibatch), self.share(images)
+        return generator if share.processes == 1 else SharedGenerator(generator, share)
+
+    def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup (Zhang et al., arXiv:1710.09412), where the config asks for it: pairs of images and of labels are averaged with
+        one Beta(alpha, alpha) weight per minibatch.
+
+        Returns images and class probabilities `(B, num_classes)`; without mixup, images and labels `(B,)` as they came. As
+        cross entropy is linear in the probabilities, it is that of both labels with their weights, in training and inside
+        every attack.
+
+        An image's partner may be any of the minibatch: where several processes train, mixup is given the whole minibatch and
+        returns the share of this one.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        self.finite.backward(self.model, loss, self.progress, self.images)
-        self.optimizer.step()
-        equalise(self.model, statistics_only=True)
-        if self.average is not None:
-            self.average.update()
+        alpha = self.config.augmentation.mixup_alpha
+        if alpha == 0:
+            return images, labels
+        key = ("mixup", *self.minibatch)
+        weight = float(numpy_generator(self.config.seed, *key).beta(alpha, alpha))
+        partner = to_device(torch.randperm(len(labels), generator=torch_generator(self.config.seed, *key)), labels.device)
+        targets = F.one_hot(labels, self.train_loader.num_classes).to(images.dtype)
+        part = self.share(images).part
+        own = partner[part]
+        return torch.lerp(images[own], images[part], weight), torch.lerp(targets[own], targets[part], weight)
 
-    def autocast(self) -> Any:
+    def autocast(self) -> AbstractContextManager:
         """The context for forward passes in the run's precision."""
         return autocast(self.device, self.precision)
 
@@ -297,7 +415,7 @@ class BaseTrainer(ABC):
         begin = perf_counter()
         for images, labels in bar:
             share, self.images = self.share(images), images
-            result = self.train_batch(images, labels)
+            result = self.train_batch(*self.mixed(images, labels))
             if share.counts:
                 self.totals.add(result)
             self.schedule.step_batch()
@@ -366,3 +484,15 @@ class BaseTrainer(ABC):
         done = f"{self.progress.epochs_done} epochs and {self.progress.batches_done} batches"
         name = signal.Signals(self.signals.asked).name
         raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked)
+
+
+def _check_per_sample(losses: Tensor, trainer: BaseTrainer) -> None:
+    """Refuse a mean, which could not be averaged over the samples of several processes.
+
+    Raises:
+        ConfigError: naming the training method.
+    """
+    if losses.dim() != 1:
+        raise ConfigError(
+            f"{type(trainer).__name__}.train_batch: update takes one loss per sample, of shape (B,), not {tuple(losses.shape)}"
+        )

@@ -34,6 +34,8 @@ from base.unreadable import explain
 SCHEMA_VERSION = 2
 """Of what is written here; since version 2 every checkpoint is sealed."""
 BEST, LAST, NUMBERED = "model_best.pth", "model_last.pth", "model_epoch_{}.pth"
+LEVELS_TO_RUNS = 3
+"""How far below a folder its runs are looked for: `<save_dir>/<name>/<run id>` is two levels."""
 
 
 def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
@@ -83,6 +85,50 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).exists() for name in (LAST, BEST)) or bool(numbered(folder))
 
 
+def the_run_in(path: str | Path) -> Path:
+    """The run folder that `path` means: of a folder without checkpoints the only one below it.
+
+    Returns:
+        `path` itself where it is a file, a run folder, or a folder without runs below it.
+
+    Raises:
+        CheckpointError: several runs lie below it.
+    """
+    path = Path(path)
+    if not path.is_dir() or has_checkpoint(path):
+        return path
+    runs = _runs_below(path, LEVELS_TO_RUNS)
+    if len(runs) > 1:
+        newest = ", ".join(one_line(run) for run in runs[-5:])
+        raise CheckpointError(f"{path}: holds {len(runs)} runs: name one, such as (newest last) {newest}")
+    return runs[0] if runs else path
+
+
+def _runs_below(folder: Path, levels: int) -> list[Path]:
+    """The folders with checkpoints below `folder`, each once, by the time of their last checkpoint."""
+    ages: dict[Path, tuple[float, Path]] = {}
+    for run in _folders_with_checkpoints(folder, levels):
+        age = max((file.stat().st_mtime for file in run.glob("*.pth") if file.exists()), default=0.0)
+        ages.setdefault(run.resolve(), (age, run))
+    return [run for _, run in sorted(ages.values())]
+
+
+def _folders_with_checkpoints(folder: Path, levels: int) -> Iterator[Path]:
+    try:
+        # links come last: where one leads to a run that lies here, too, the run's own name is taken
+        children = sorted(folder.iterdir(), key=lambda child: (child.is_symlink(), child.name))
+        for child in children:
+            if not child.is_dir():
+                continue
+            if has_checkpoint(child):
+                yield child
+            elif levels > 1:
+                yield from _folders_with_checkpoints(child, levels - 1)
+    except OSError:
+        # what may not be read holds no run that could be
+        return
+
+
 def set_aside(file: Path) -> Path:
     """Rename a damaged checkpoint, so that nothing is written over what is left of it; returns the new name.
 
@@ -101,11 +147,12 @@ def set_aside(file: Path) -> Path:
 
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint file that `path` means: itself, or of a run folder the best model, before there is one the last.
+    A folder above a single run stands for that run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or `path` is a folder above several runs.
     """
-    path = Path(path)
+    path = the_run_in(path)
     if path.is_dir():
         for name in (BEST, LAST):
             if (path / name).is_file():
@@ -118,15 +165,15 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def load_to_resume(path: str | Path) -> tuple[Path, dict[str, Any], str | None]:
     """The checkpoint to go on from: `path` itself, or in a run folder the last one. Where that one is missing or damaged, the
-    newest good one beside it.
+    newest good one beside it. A folder above a single run stands for that run.
 
     Returns:
         Its file, its contents, and, where it is not the last one, what is wrong with that.
 
     Raises:
-        CheckpointError: there is no good one, or the file that `path` names is not.
+        CheckpointError: there is no good one, the file that `path` names is not, or `path` is a folder above several runs.
     """
-    folder = Path(path)
+    folder = the_run_in(path)
     if not folder.is_dir():
         return folder, load_checkpoint(folder), None
     last = folder / LAST
@@ -219,12 +266,21 @@ def _foreign(contents: Any, file: Path, weights: str | None) -> dict[str, Any]:
 
 
 def load_weights(
-    model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    source: str | Path,
+    how_to_choose: str = "arch.type and arch.args, by -c CONFIG or --set",
 ) -> dict[str, str]:
     """Copy the weights into `model`, whatever prefix a wrapper has put before their keys.
 
     A mean and std among them (`mu` and `sigma`) become the model's own. What else lies beside the
     weights has to be known not to matter; see `base.foreign_weights`.
+
+    Args:
+        model: gets the weights.
+        state_dict: the weights.
+        source: the file, for errors.
+        how_to_choose: what another network is chosen by, for errors.
 
     Returns:
         What was assumed, what about -> a sentence; empty where the keys are the model's.
@@ -249,8 +305,7 @@ def load_weights(
         difference = str(error).splitlines()[-1].strip()
         raise CheckpointError(
             f"{source}: does not fit {type(model).__name__}: {difference.rstrip('.')}; give the"
-            " arch.args that it was trained with, such as num_classes, width and depth"
-            " (-c CONFIG or --set)"
+            f" network that it was trained as ({how_to_choose}), with its num_classes, width and depth"
         ) from None
     rest = {key: value for key, value in state_dict.items() if not key.startswith(prefix)}
     rest |= {prefix + key: state[key] for key in unexpected}
@@ -259,7 +314,7 @@ def load_weights(
         raise CheckpointError(
             f"{source}: is of another architecture than this {type(model).__name__}:"
             f" {_difference(missing, unexplained)}; its keys: {first_keys(given)};"
-            f" the model's: {first_keys(own)}; {_advice(missing)}"
+            f" the model's: {first_keys(own)}; {_advice(missing, how_to_choose)}"
         )
     dropped = {"keys": f"the prefix {one_line(prefix, 60)!r} is dropped"} if prefix else {}
     return renamed | dropped | assumed
@@ -291,10 +346,9 @@ def _difference(missing: Sequence[str], unexplained: Sequence[str]) -> str:
     return " and ".join(parts)
 
 
-def _advice(missing: Sequence[str]) -> str:
+def _advice(missing: Sequence[str], how_to_choose: str) -> str:
     if missing:
-        network = "-c CONFIG, --set arch.type=NAME"
-        return f"give the network that it was trained as ({network}), or rename its keys"
+        return f"give the network that it was trained as ({how_to_choose}), or rename its keys"
     return "save it without them if its network does not use them; if it does, it is another network"
 
 

@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from base.comet_key import without_keys
-from base.config.config import Config
 from base.config.files import Override, load_config
+from base.config.imports import FLAG
+from base.config.origins import Flag
 from base.errors import ConfigError, ProjectError
 from base.streams import forgiving_streams
 from base.text import LineFormatter, one_line
@@ -59,11 +60,48 @@ def config_parser(description: str) -> Parser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value, such as trainer.epochs=10"
     )
+    add_imports_flag(parser)
+    about = "print the resolved config and where each value came from, and do nothing else"
+    parser.add_argument("--print-config", action="store_true", help=about)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for flags, key, text in SHORT_FLAGS:
         optional = {"nargs": "?", "const": "true"} if key in BOOLEANS else {}
-        parser.add_argument(*flags, dest=key, metavar="VALUE", help=f"{text} ({key})", **optional)
+        parser.add_argument(*flags, dest=key, metavar="VALUE", help=f"{text} ({key})", action=KeyFlag, **optional)
     return parser
+
+
+def add_imports_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag `--imports`, for every script that reads a config or a checkpoint."""
+    parser.add_argument(
+        FLAG,
+        action="append",
+        default=[],
+        type=path_word,
+        metavar="FILE_OR_MODULE",
+        help="run own code, such as my_layers.py, before the config is checked; may be repeated",
+    )
+
+
+class KeyFlag(argparse.Action):
+    """Stores a flag of a config key, and how it was written, which messages name."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        written = f"{option_string} {values}"
+        namespace.written = {**getattr(namespace, "written", {}), self.dest: written}
+
+
+def key_flags(arguments: argparse.Namespace, keys: Iterable[str]) -> list[Override]:
+    """The overrides that flags of config keys (see `KeyFlag`) stand for, in the order of `keys`."""
+    values, written = vars(arguments), getattr(arguments, "written", {})
+    given = [key for key in keys if values.get(key) is not None]
+    return [Flag((key, values[key]), written.get(key, "")) for key in given]
 
 
 def path_word(word: str) -> str:
@@ -84,8 +122,7 @@ def config_overrides(arguments: argparse.Namespace) -> list[Override]:
     """
     if arguments.resume and arguments.run_dir:
         raise ConfigError("--run_dir: a resumed run stays in its own folder")
-    values = vars(arguments)
-    return set_overrides(arguments.set) + [(key, values[key]) for _, key, _ in SHORT_FLAGS if values[key] is not None]
+    return set_overrides(arguments.set) + key_flags(arguments, [key for _, key, _ in SHORT_FLAGS])
 
 
 def set_overrides(settings: Iterable[str], flag: str = "--set") -> list[Override]:
@@ -103,15 +140,38 @@ def set_overrides(settings: Iterable[str], flag: str = "--set") -> list[Override
     return overrides
 
 
-def read_config(arguments: argparse.Namespace, overrides: list[Override]) -> Config:
-    """The config that a new run is started with.
+def training_overrides(arguments: argparse.Namespace) -> list[Override]:
+    """`config_overrides` for training, with the devices of `-d` made the only ones that there are: `-d 0,1` means a process
+    on each of the two, as the original's DataParallel would use them.
 
     Raises:
-        ConfigError: none is named, or it cannot be used.
+        ConfigError: neither a config nor a run to continue is named, or see `config_overrides` and `select_device`.
     """
-    if not arguments.config:
+    devices = select_device(arguments.device)
+    overrides = config_overrides(arguments)
+    if not arguments.config and not arguments.resume:
         raise ConfigError("-c CONFIG or -r CHECKPOINT is required (see --help)")
-    return load_config(arguments.config, overrides)
+    if devices > 1 and "n_gpu" not in dict(overrides):
+        overrides.append(Flag(("n_gpu", str(devices)), f"-d {arguments.device}"))
+    return overrides
+
+
+def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -> None:
+    """Print the config that a run would have, and where each of its values came from: what
+    `--print-config` asks for.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot be had.
+    """
+    if arguments.resume:
+        # here and not above: it brings torch
+        from base.resuming import saved_run
+
+        config = saved_run(arguments.resume, arguments.config, overrides, arguments.imports).config
+    else:
+        config = load_config(arguments.config, overrides, arguments.imports)
+    if os.environ.get("RANK", "0") == "0":
+        print(config.describe_origins())
 
 
 def select_device(devices: str | None) -> int:
@@ -168,9 +228,19 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     if logging.lastResort is not None:
         # warnings of scripts without a log go straight to stderr
         logging.lastResort.setFormatter(LineFormatter())
+    code = 0
     with forgiving_streams() as streams:
         try:
-            code = _exit_code(main)
+            try:
+                main()
+                sys.stdout.flush()
+            except ProjectError as error:
+                # a run that has saved and stopped says so, even when it is asked again
+                _forget_ctrl_c()
+                if "--debug" in sys.argv:
+                    raise
+                print(one_line(without_keys(f"{error}", sys.argv)), file=sys.stderr)
+                code = error.exit_code
             _forget_ctrl_c()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -184,20 +254,6 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     if ranks is not None and ranks.world_size() > 1:
         ranks.end_process(code)
     sys.exit(code)
-
-
-def _exit_code(main: Callable[[], None]) -> int:
-    try:
-        main()
-        sys.stdout.flush()
-    except ProjectError as error:
-        # a run that has saved and stopped says so, even when it is asked again
-        _forget_ctrl_c()
-        if "--debug" in sys.argv:
-            raise
-        print(one_line(without_keys(f"{error}", sys.argv)), file=sys.stderr)
-        return error.exit_code
-    return 0
 
 
 def _forget_ctrl_c() -> None:

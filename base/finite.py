@@ -47,13 +47,13 @@ class FiniteCheck:
         self._unread = 0
         self._saved = OF_LAST_EPOCH
 
-    def backward(self, model: nn.Module, loss: Tensor, progress: Progress, images: Tensor | None = None) -> None:
-        """The gradients of `loss` (0-dim), judged, for the optimiser's step; `images` are the minibatch, for the message.
+    def look(self, model: nn.Module, loss: Tensor, progress: Progress, images: Tensor | None = None) -> None:
+        """Judge the gradients that the backward pass of `loss` (0-dim) has left, before the optimizer's step. They are NaN
+        where the loss is not finite (see `BaseTrainer.update`); `images` are the minibatch, for the message.
 
         Raises:
             NonFiniteError: see `read`.
         """
-        loss.backward(1 + 0 * loss.detach())  # NaN where the loss is not finite: so are all gradients then, in every process
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         if self._first_bad is None:

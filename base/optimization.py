@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
+from base.config.imports import own_class
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.config_arguments import check_arguments, shown
 from base.errors import ConfigError
@@ -125,18 +126,28 @@ def _culprit(args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any], 
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """The optimiser of `model`; thresholds of shifted ReLUs are exempt from weight decay, as in ConvNorm. The update is
-    one fused kernel where torch has it, unless the config says anything about `fused` or `foreach`."""
-    cls = _usable(OPTIMIZERS, config.type, "optimizer.type")
+    """The optimiser of `model`. Parameters that a layer's class names in `no_weight_decay` are exempt from it: the
+    thresholds of shifted ReLUs, as in ConvNorm. The update is one fused kernel where torch has it, unless the config says
+    anything about `fused` or `foreach`."""
+    cls = _usable(OPTIMIZERS, config.type, "optimizer.type", Optimizer)
     check_arguments(cls, config.args, "optimizer.args", given=1, others=OPTIMIZERS.values())
-    thresholds, others = [], []
-    for name, parameter in model.named_parameters():
-        (thresholds if name.endswith("srelu_bias") else others).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": others}]
-    if thresholds:
-        groups.append({"params": thresholds, "weight_decay": 0.0})
+    exempt = _without_weight_decay(model)
+    groups: list[dict[str, Any]] = [{"params": [value for value in model.parameters() if value not in exempt]}]
+    if exempt:
+        groups.append({"params": [value for value in model.parameters() if value in exempt], "weight_decay": 0.0})
     fused = {"fused": True} if _can_fuse(cls, config.args, next(model.parameters()).device) else {}
     return _build(cls, "optimizer.args", groups, {**config.args, **fused})
+
+
+def _without_weight_decay(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model that its layers' classes name in `no_weight_decay`."""
+    found = set()
+    for module in model.modules():
+        names = getattr(type(module), "no_weight_decay", ())
+        # timm's networks have a method of this name
+        for name in () if callable(names) else names:
+            found.add(module.get_parameter(name))
+    return found
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -262,7 +273,7 @@ class Schedule:
 
 
 def _build_scheduler(name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int, key: str) -> Any:
-    cls = _usable(SCHEDULERS, name, f"{key}.type")
+    cls = _usable(SCHEDULERS, name, f"{key}.type", lr_scheduler.LRScheduler)
     args = dict(args)
     length = WHOLE_SPAN_ARGUMENT.get(name)
     if length and "epochs" not in args:
@@ -347,7 +358,10 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("type"), str) and isinstance(value.get("args", {}), dict)
 
 
-def _usable(table: Mapping[str, type], name: str, key: str) -> type:
+def _usable(table: Mapping[str, type], name: str, key: str, kind: type) -> type:
+    """The class of this name in the table, or, by its dotted name, in what a user has imported."""
+    if "." in name:
+        return own_class(name, kind, key)
     cls = lookup(table, name, key)
     if name in UNUSABLE:
         raise ConfigError(f"{key}: {name} cannot be used from a config: {UNUSABLE[name]}")

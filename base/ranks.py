@@ -45,7 +45,8 @@ def started_processes() -> int:
 
 @contextmanager
 def ranks(training: bool = False) -> Iterator[None]:
-    """Join the other processes that torchrun has started, for as long as the context lasts.
+    """Join the other processes that torchrun has started, for as long as the context lasts; inside another such context
+    nothing is left to do.
 
     Plain values and tensors on the CPU are exchanged by gloo, which serves every device; `training` adds NCCL for gradients on
     CUDA devices.
@@ -55,7 +56,7 @@ def ranks(training: bool = False) -> Iterator[None]:
     Raises:
         ProjectError: another process has ended in the middle of the work, or the connection has failed.
     """
-    if started_processes() == 1:
+    if started_processes() == world_size():
         yield
         return
     with_cuda = training and torch.cuda.is_available() and dist.is_nccl_available()

@@ -1,14 +1,24 @@
-"""Name -> constructor tables, and the one way to look a name up.
+"""The tables of everything that a config names, and the one way to look a name up.
 
-A registry is a plain dict. The layer tables stand here, empty, because `BaseModel` resolves names with them and must not
-import `models`; `models.layers` fills them.
+A table is a plain dict, name -> constructor or function. The tables stand here, empty, so that `base` can check
+configs against them; the rooms fill them (`models`, `data_loader`, `trainer`, `attacks`), and `experiment` imports
+all rooms. An own entry is registered by an assignment, `NORM_LAYERS["frn"] = FilterResponseNorm`.
+
+What a config may say about an entry follows from its signature, its type hints and the `Args:` of its docstring; see
+`base.config.arguments`. What else the project asks of an entry is an attribute of the class or function, see
+`property_of`; each table names those that its entries may have.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import SequenceMatcher
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from base.errors import ConfigError
+from base.text import one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Constructor = Callable[..., Any]
 T = TypeVar("T")
@@ -17,17 +27,69 @@ LEAST_ALIKE = 0.6
 LONGEST_COMPARED = 80
 """Letters of a name that are compared with known ones."""
 
+MODELS: dict[str, Constructor] = {}
+"""`arch.type`: called with keyword arguments, `num_classes`, `in_channels`, `mean`, `std` and the four names of layer
+types, as far as it takes them, and its own from `arch.args`; returns a `base.base_model.BaseModel`."""
+
 CONV_LAYERS: dict[str, Constructor] = {}
-"""Every entry has the signature of `torch.nn.Conv2d`."""
+"""`arch.args.conv_layer_type`: called as `torch.nn.Conv2d`, and with its own keywords from `arch.args`.
+
+`normalizes` (False): it normalizes what it puts out, so that no norm layer is needed behind it.
+`normalizes_weights` (False): it normalizes its weights, with which it is used both with and without a norm layer.
+`batch_statistics` (False): in training its output depends on the other images of the batch."""
 
 NORM_LAYERS: dict[str, Constructor] = {}
-"""Every entry is called as `(channels, affine=True, norm_groups=32)`."""
+"""`arch.args.norm_layer_type`: called as `(channels)`, and with its own keywords from `arch.args`.
+
+`normalizes` (True): False for a layer that does nothing.
+`batch_statistics` (False): in training its output depends on the other images of the batch."""
 
 LINEAR_LAYERS: dict[str, Constructor] = {}
-"""Every entry is called as `(in_features, out_features, bias=True)`."""
+"""`arch.args.linear_layer_type`: called as `(in_features, out_features)`, and with its own keywords from `arch.args`."""
 
 ACTIVATION_LAYERS: dict[str, Constructor] = {}
-"""Every entry is called as `(channels, inplace=True)`."""
+"""`arch.args.activation_layer_type`: called as `(channels, inplace=True)`, and with its own keywords from `arch.args`."""
+
+DATA_LOADERS: dict[str, Constructor] = {}
+"""`data_loader.type`: called with keyword arguments, those of `data_loader.args` and those that the config's other
+sections say (`seed`, `noise`, `crop_padding`, `device` ...), as far as it takes them; returns a
+`base.base_data_loader.BaseDataLoader`, the training set. An entry whose `data_dir` has no default needs that key."""
+
+LOSSES: dict[str, "Callable[[Tensor, Tensor], Tensor]"] = {}
+"""`train_loss`, `val_loss`: `(logits (B, C), labels) -> losses (B,)`, one for each sample; `labels` are int64 `(B,)`
+or, with mixup, class probabilities `(B, C)`."""
+
+METRICS: dict[str, "Callable[[Tensor, Tensor], Tensor]"] = {}
+"""`metrics`: `(logits (B, C), labels) -> a tensor without dimensions`, the number of samples that are right, which is
+divided by the number of samples; `labels` as for `LOSSES`. Of two names for one function the first is logged."""
+
+TRAINERS: dict[str, Constructor] = {}
+"""`adversarial.method`: subclasses of `base.base_trainer.BaseTrainer`, called as `(parts, **arguments)` with a
+`TrainerParts` and their own arguments from `adversarial`."""
+
+ATTACKS: dict[str, Constructor] = {}
+"""`pgd_attack.type`: subclasses of `attacks.attack.Attack`, frozen dataclasses, called with those of the fields
+`epsilon, norm, step_size, steps, restarts, loss, early_stop, seed` that they have, in units of the pixel range
+`[0, 1]`, and with their own from `pgd_attack`."""
+
+
+def property_of(entry: Constructor, name: str, default: Any) -> Any:
+    """An attribute of a table's entry, of the class or function within a `functools.partial`; `default` where it
+    has none."""
+    while isinstance(entry, partial):
+        entry = entry.func
+    return getattr(entry, name, default)
+
+
+def with_properties(**properties: Any) -> Callable[[T], T]:
+    """A decorator that gives a function attributes for `property_of`. A class has them in its body."""
+
+    def decorate(function: T) -> T:
+        for name, value in properties.items():
+            setattr(function, name, value)
+        return function
+
+    return decorate
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -95,5 +157,10 @@ def lookup(table: Mapping[str, T], name: str, key: str) -> T:
     try:
         return table[name]
     except (KeyError, TypeError):
-        known = ", ".join(table)
-        raise ConfigError(f"{key}: {name!r} is not one of: {known}{did_you_mean(str(name), table)}") from None
+        raise ConfigError(f"{key}: {not_one_of(name, table)}") from None
+
+
+def not_one_of(name: str, known: Iterable[str]) -> str:
+    """`"'x' is not one of: ...; did you mean 'y'?"`."""
+    names = list(known)
+    return f"{one_line(repr(name), LONGEST_COMPARED)} is not one of: {', '.join(names)}{did_you_mean(str(name), names)}"

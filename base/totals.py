@@ -1,6 +1,6 @@
 """Sums and counts over samples: every metric is reduced once, never averaged over batch means."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 from base.ranks import gather, world_size
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""`(logits (B, num_classes), labels (B,)) -> losses (B,)`, one per sample."""
+Metric = Callable[[Tensor, Tensor], Tensor]
+"""`(logits (B, num_classes), labels (B,)) -> number of correct samples`, 0-dim."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,13 @@ class BatchResult:
 
     sums: Mapping[str, Tensor]
     count: int
+
+
+def batch_result(losses: Tensor, logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric]) -> BatchResult:
+    """The sums of one batch: `loss` and every metric."""
+    logits = logits.detach()
+    sums = {"loss": losses.detach().sum(), **{name: metric(logits, labels) for name, metric in metrics.items()}}
+    return BatchResult(sums, len(labels))
 
 
 class Totals:

@@ -10,7 +10,6 @@ from benchmarks.plain_loops import adversarial_step
 from benchmarks.rows import Row, Settings, speed_row
 from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, step_of, systems
 from benchmarks.timing import compare
-from experiment.build_attacks import threat_model, training_step_size
 
 BATCH, GOAL = 16, 1.5
 OURS, THEIRS = "AdversarialTrainer", "loop of Rice et al."
@@ -37,6 +36,6 @@ def _their_step(trainer: BaseTrainer) -> Callable[[], object]:
     """Their loop on a network, an optimiser and a minibatch like those of our side."""
     images, labels = next(iter(trainer.train_loader))
     optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
-    epsilon, step_size = threat_model(trainer.config).epsilon, training_step_size(trainer.config)
-    steps = trainer.config.adversarial.steps
+    attack = trainer.attack
+    epsilon, step_size, steps = attack.epsilon, attack.step_size, attack.steps
     return lambda: adversarial_step(trainer.model, optimizer, images, labels, epsilon, step_size, steps, trainer.autocast)

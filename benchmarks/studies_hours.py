@@ -40,7 +40,7 @@ def measure(settings: Settings) -> list[Table]:
     """One line for each grid of `configs/ablations`, and one for each config that trains a network by itself."""
     configs = ROOT / "configs"
     grids = sorted((configs / "ablations").glob("*.json"))
-    recipes = sorted(file for file in configs.glob("*.json") if file.name != "schema.json")
+    recipes = sorted(file for file in configs.glob("*.json") if not file.name.endswith("schema.json"))
     studies = {f"ablations/{file.name}": [run.config for run in plan(file)] for file in _few(settings, grids)}
     studies |= {file.name: [load_config(file)] for file in _few(settings, recipes)}
     known: dict[str, float] = {}
@@ -123,7 +123,7 @@ def _measured(settings: Settings, config: Config, batch: int, side: int) -> floa
 def _costs(config: Config) -> list[object]:
     """Everything in a config that the time of a training step depends on."""
     adversarial, trainer = config.adversarial, config.trainer
-    attack = (config.adversarial_method, adversarial.norm, adversarial.steps, adversarial.restarts, config.attack_bn_mode)
+    attack = (config.adversarial_method, adversarial.norm, adversarial.given, config.attack_bn_mode)
     extras = (trainer.OCNN, trainer.adv_repeats, trainer.ema_decay is not None, config.augmentation.mixup_alpha > 0)
     arch = config.arch.model_dump(mode="json", exclude={"args": {"init", "zero_init_residual"}})
     return [arch, config.system.model_dump(mode="json"), attack, extras, config.optimizer.type]

@@ -11,13 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.base_data_loader import to_float as to_float
 from base.ranks import Share
 from base.runtime import to_device
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels in `[0, 255]` as float32 in `[0, 1]`."""
-    return images.to(torch.float32, copy=True).div_(255)
 
 
 def random_crop(

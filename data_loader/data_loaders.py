@@ -1,12 +1,13 @@
 """The data loaders a config can name: CIFAR-10, CIFAR-100, a folder of images, and scikit-learn's digits."""
 
-from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from data_loader.datasets import LabelledImages, read_cifar, read_digits, read_image_folder
-from data_loader.training_data_loader import ReadTest, TrainingDataLoader
+from data_loader.training_data_loader import TrainingDataLoader
 
 MEMORY_LIMIT = 2 * 1024**3
 """Bytes of uint8 pixels up to which the images of a folder are kept in memory when `in_memory` is None."""
@@ -17,26 +18,29 @@ class CIFAR10DataLoader(TrainingDataLoader):
 
     default_mean = (0.4914, 0.4822, 0.4465)
     default_std = (0.2023, 0.1994, 0.2010)
+    classes: ClassVar[Literal[10, 100]] = 10
 
-    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
-        return read_cifar(10, data_dir, train=True), partial(read_cifar, 10, data_dir, train=False)
+    def __init__(self, data_dir: str | Path, *arguments: Any, **options: Any) -> None:
+        self.data_dir = data_dir
+        super().__init__(*arguments, **options)
+
+    def read(self, train: bool) -> LabelledImages:
+        return read_cifar(self.classes, self.data_dir, train)
 
 
-class CIFAR100DataLoader(TrainingDataLoader):
+class CIFAR100DataLoader(CIFAR10DataLoader):
     """CIFAR-100: 100 classes, 50,000 + 10,000 images of 32 x 32; see `TrainingDataLoader` and `datasets.read_cifar`."""
 
     default_mean = (0.5071, 0.4867, 0.4408)
     default_std = (0.2675, 0.2565, 0.2761)
-
-    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
-        return read_cifar(100, data_dir, train=True), partial(read_cifar, 100, data_dir, train=False)
+    classes = 100
 
 
 class ImageFolderDataLoader(TrainingDataLoader):
     """Any images in `data_dir/train/<class>/` and `data_dir/test/<class>/`, or in another layout.
 
     `datasets.read_image_folder` names the layouts. Takes the arguments of `TrainingDataLoader` and
-    three more. Only images that are used are decoded; where those of validation and test are
+    four more. Only images that are used are decoded; where those of validation and test are
     decoded batch by batch, `prepare` decodes each of them once before training.
 
     Args:
@@ -44,27 +48,37 @@ class ImageFolderDataLoader(TrainingDataLoader):
         in_memory: decode once and keep the pixels, or decode every batch anew; None keeps those of training subset and
             validation up to 2 GiB, and those of test if that is enough for all. Batches are the same either way.
         test_split: part of every class that is the test set where the folder holds nothing but
-            classes.
+            classes; None for 0.2.
+        channels: 3 decodes every image as RGB, whatever is in the file; 1 as gray.
     """
 
     def __init__(
         self,
         data_dir: str | Path,
         *arguments: Any,
-        image_size: int | None = None,
+        image_size: Annotated[int, Field(ge=1, le=8192)] | None = None,
         in_memory: bool | None = None,
-        test_split: float | None = None,
+        test_split: Annotated[float, Field(gt=0, lt=1)] | None = None,
+        channels: Literal[1, 3] = 3,
         **options: Any,
     ) -> None:
         self._image_size, self._keep, self._test_split = image_size, in_memory, test_split
-        super().__init__(data_dir, *arguments, **options)
+        self.data_dir, self._channels = data_dir, channels
+        super().__init__(*arguments, **options)
 
-    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
-        train, test = read_image_folder(
-            data_dir, self._image_size, num_workers, pin_memory, self._test_split
+    def read(self, train: bool) -> LabelledImages:
+        if not train:
+            return self._test_part
+        # one scan of both parts, as no file may be in both
+        part, self._test_part = read_image_folder(
+            self.data_dir,
+            self._image_size,
+            self.num_workers,
+            self.pin_memory,
+            self._test_split,
+            self._channels,
         )
-        self._test_part = test
-        return train, lambda: test
+        return part
 
     def _fits_in_memory(self, n_images: int) -> bool:
         if self._keep is not None:
@@ -75,8 +89,10 @@ class ImageFolderDataLoader(TrainingDataLoader):
 class DigitsDataLoader(TrainingDataLoader):
     """The digits of scikit-learn as 32 x 32 RGB, nothing to download; `data_dir` is ignored. See `datasets.read_digits`."""
 
-    def __init__(self, data_dir: str | Path | None = None, *arguments: Any, **options: Any) -> None:
-        super().__init__(data_dir or "", *arguments, **options)
+    def __init__(
+        self, data_dir: str | Path | None = None, *arguments: Any, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
 
-    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
-        return read_digits(train=True), partial(read_digits, train=False)
+    def read(self, train: bool) -> LabelledImages:
+        return read_digits(train)

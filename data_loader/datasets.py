@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from base.errors import DataError
 from data_loader.decoding import image_size
 from data_loader.folder_scan import KEY, FolderScan, check_link, class_folders
-from data_loader.images import FileImages, MemoryImages
+from data_loader.images import FileImages, Images, MemoryImages
 from data_loader.splits import stratified_split
 
 TEST_SPLIT_SEED = 0
@@ -47,13 +47,13 @@ class LabelledImages:
     Attributes:
         images: `N` images.
         labels: int64 `(N,)`.
-        class_names: in label order.
+        class_names: in label order, the same ones in every part.
         validation: of a training part, the validation images that the data set names itself; None
             where it names none.
         remarks: of a training part, lines that the log of a run should hold about the data set.
     """
 
-    images: MemoryImages | FileImages
+    images: Images
     labels: np.ndarray
     class_names: tuple[str, ...]
     validation: "LabelledImages | None" = None
@@ -143,6 +143,7 @@ def read_image_folder(
     num_workers: int = 0,
     pin_memory: bool = False,
     test_split: float | None = None,
+    channels: Literal[1, 3] = 3,
 ) -> tuple[LabelledImages, LabelledImages]:
     """Any images in folders of classes; nothing is decoded yet.
 
@@ -165,6 +166,7 @@ def read_image_folder(
         pin_memory: see `images.FileImages`.
         test_split: part of every class that is the test set in the last layout, in `(0, 1)`; None
             for `TEST_SPLIT`. Without effect in the others.
+        channels: 3 for RGB, 1 for gray.
 
     Returns:
         The training part, which may hold a validation part, and the test part.
@@ -192,8 +194,8 @@ def read_image_folder(
     height, width = image_size(train_files[0]) if size is None else (size, size)
 
     def labelled(files: tuple[str, ...], labels: np.ndarray) -> LabelledImages:
-        shape, resize = (3, height, width), size is not None
-        images = FileImages(files, shape, resize, num_workers, pin_memory)
+        shape, resize = (channels, height, width), size is not None
+        images = FileImages(files, shape, resize, num_workers, pin_memory, str(folder))
         return LabelledImages(images, labels, classes)
 
     parts = {part: labelled(files, labels) for part, (_, files, labels) in found.items()}

@@ -1,4 +1,4 @@
-"""One image file to pixels: uint8 `(3, H, W)`, RGB."""
+"""One image file to pixels: uint8 `(3, H, W)`, RGB, or `(1, H, W)`, gray."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ BITS_PER_SAMPLE = 258
 
 
 def decode_image(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor:
-    """One file as uint8 `(3, H, W)`, converted to RGB.
+    """One file as uint8 `shape`, converted to RGB, or with one channel to gray (ITU-R 601 luma).
 
     With `resize`, the shorter side becomes H (bilinear with antialiasing, as PIL does it) and the
     centre H x H is cut out, the usual evaluation transform; otherwise the file must be H x W.
@@ -30,10 +30,10 @@ def decode_image(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor
         DataError: the file cannot be decoded, its pixels have no known range, or it has another
             size.
     """
-    _, height, width = shape
+    channels, height, width = shape
     try:
         with Image.open(path) as file:
-            image = _as_rgb(file)
+            image = _with_channels(file, channels)
     except Exception as error:  # PIL's decoders raise nearly everything on broken files
         raise _undecodable(path, error) from None
     if resize and image.size != (width, height):
@@ -43,7 +43,7 @@ def decode_image(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor
             f"{path}: is {image.width}x{image.height} pixels, the first training image is {width}x{height}: "
             "set data_loader.args.image_size to bring all images to one size"
         )
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1))
+    return torch.from_numpy(np.array(image).reshape(height, width, channels).transpose(2, 0, 1))
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -59,7 +59,7 @@ def image_size(path: str) -> tuple[int, int]:
         raise _undecodable(path, error) from None
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _with_channels(image: Image.Image, channels: int) -> Image.Image:
     # PIL's own conversion of these modes would cut values at 255 instead of scaling them.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int64)
@@ -72,7 +72,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         )
     # PIL would print a warning about the transparent colours of a palette, which RGB does not have
     image.info.pop("transparency", None)
-    return image.convert("RGB")
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def _bits(image: Image.Image) -> int:

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
-from base.ranks import Share, rank, share_of, world_size
+from base.ranks import Share, rank
 from base.runtime import torch_generator
 from data_loader import augment
-from data_loader.images import FileImages, MemoryImages
+from data_loader.images import Images, MemoryImages
 
 
 class ImageDataLoader(BaseDataLoader):
     """One part of a data set, in batches; see `BaseDataLoader` for what iterating yields.
 
-    Images that fit in memory are moved to the device once, as uint8, and every batch is gathered, augmented and turned into
+    Images that fit in memory are moved to the device once, as they are, and every batch is gathered, augmented and turned into
     floats there; others are decoded batch by batch, with the same result. The order of epoch e is a function of (seed, e), the
     augmentation of its b-th batch of (seed, e, b). The last batch is never dropped.
 
@@ -24,8 +24,8 @@ class ImageDataLoader(BaseDataLoader):
         images: `N` images.
         labels: int64 `(N,)`.
         class_names: in label order.
-        mean: per-channel mean, in `[0, 1]`.
-        std: per-channel standard deviation, in `[0, 1]`.
+        mean: per-channel mean, in `[0, 1]`; None where the class knows it.
+        std: per-channel standard deviation, in `[0, 1]`; None likewise.
         batch_size: images per batch.
         shuffle: a new order every epoch; False keeps the order of `images`.
         num_batches: above 0 ends every epoch after that many batches.
@@ -40,20 +40,16 @@ class ImageDataLoader(BaseDataLoader):
         in_memory: decode files once, at the first iteration, and keep the pixels.
         device: where the batches shall be.
         test: gives the test loader; None where this is it.
-
-    Attributes:
-        shared_out: where several processes train together: yield this process's share of every batch, see `base.ranks.Share`,
-            instead of the whole. Order and augmentation are those of the whole batch either way. False until it is set.
     """
 
     def __init__(
         self,
-        images: MemoryImages | FileImages,
+        images: Images,
         labels: np.ndarray,
         class_names: Sequence[str],
         *,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
         batch_size: int,
         shuffle: bool = False,
         num_batches: int = 0,
@@ -74,7 +70,10 @@ class ImageDataLoader(BaseDataLoader):
         self.num_classes = len(class_names)
         self.class_names = tuple(class_names)
         self.image_shape = images.shape
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        if mean is not None:
+            self.mean = tuple(map(float, mean))
+        if std is not None:
+            self.std = tuple(map(float, std))
         self.device = torch.device(device)
         self.clean_labels = None
         if clean_labels is not None and not shuffle:
@@ -85,13 +84,11 @@ class ImageDataLoader(BaseDataLoader):
         self._shuffle, self._seed = shuffle, seed
         self._crop_padding, self._padding_mode, self._flip = crop_padding, padding_mode, flip
         self._cutout, self._cutout_inside, self._cutout_fill = cutout, cutout_inside, cutout_fill
-        self._epoch, self._first_batch = 1, 0
         self._test = test
         self._image_digest: str | None = None
-        self.shared_out = False
 
     @property
-    def images(self) -> MemoryImages | FileImages:
+    def images(self) -> Images:
         """The images, decoded and moved to the device at the first call if they are to stay in memory.
 
         Raises:
@@ -102,41 +99,33 @@ class ImageDataLoader(BaseDataLoader):
         return self._source
 
     def prepare(self) -> None:
-        """Decode every file once, so that a broken one is found before training.
+        """Look at the images, so that a broken one is found before training: each file is decoded
+        once.
 
         Where the pixels do not stay in memory, rank 0 does it for all processes. It does not tell
         them here: one that has failed before would not hear it. See `base.agreement.agreed`.
 
         Raises:
-            DataError: a file cannot be decoded.
+            DataError: a file cannot be decoded, or images are not such.
         """
         images = self.images
-        if isinstance(images, FileImages) and rank() == 0:
+        if rank() == 0:
             images.check()
 
-    def __len__(self) -> int:
-        return -(-self.n_samples // self.batch_size)
+    def images_at(self, positions: Tensor) -> Tensor:
+        return next(iter(self.images.batches([positions.to(self.device)])))
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        self._epoch, self._first_batch = epoch, first_batch
+    def order(self, epoch: int) -> Tensor:
+        if not self._shuffle:
+            return torch.arange(len(self.labels))
+        generator = torch_generator(self._seed, "order", epoch)
+        return torch.randperm(len(self.labels), generator=generator)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._batches(self._epoch, self._first_batch)
+    def image_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        return self.images.batches(batches)
 
-    def _batches(self, epoch: int, first_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._shuffle:
-            order = torch.randperm(len(self.labels), generator=torch_generator(self._seed, "order", epoch))
-        else:
-            order = torch.arange(len(self.labels))
-        whole = order.to(self.device).split(self.batch_size)[first_batch : len(self)]
-        shares = [share_of(len(batch)) if self.shared_out else Share(len(batch)) for batch in whole]
-        batches = [batch[share.part] for batch, share in zip(whole, shares, strict=True)]
-        numbered = enumerate(zip(batches, shares, self.images.batches(batches), strict=True), start=first_batch)
-        for number, (positions, share, pixels) in numbered:
-            pixels = pixels.to(self.device, non_blocking=True)
-            yield self._augmented(pixels, epoch, number, share), self.labels[positions]
-
-    def _augmented(self, pixels: Tensor, epoch: int, number: int, share: Share) -> Tensor:
+    def augmented(self, images: Tensor, epoch: int, number: int, share: Share) -> Tensor:
+        pixels = images
         generator = torch_generator(self._seed, "augmentation", epoch, number)
         if self._crop_padding > 0:
             pixels = augment.random_crop(
@@ -175,12 +164,8 @@ class ImageDataLoader(BaseDataLoader):
             self._image_digest = self.images.digest()
         return self._image_digest
 
-    def own_part(self) -> "ImageDataLoader":
-        """The images that this process evaluates where several share the work; all of them where there is one."""
-        return self if world_size() == 1 else self.subset(torch.arange(rank(), self.n_samples, world_size()))
-
-    def split_validation(self) -> "ImageDataLoader | None":
-        return None
+    def sample_names(self) -> Sequence[str] | None:
+        return self._source.names
 
     def test_loader(self) -> "ImageDataLoader":
         return self if self._test is None else self._test()

@@ -2,18 +2,20 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from base.errors import DataError
+from base.errors import ConfigError, DataError
 from base.runtime import numpy_generator
+from data_loader.contract import check_labels
 from data_loader.datasets import LabelledImages
 from data_loader.image_data_loader import ImageDataLoader
-from data_loader.images import FileImages, pixel_statistics
+from data_loader.images import FileImages, MemoryImages, pixel_statistics
 from data_loader.label_noise import (
     CLEAN,
     LabelNoise,
@@ -31,16 +33,24 @@ STATISTICS_SAMPLE = 5000
 EVALUATION_BATCH = 256
 """Validation and test batches are at least this large: they need no gradients."""
 
-ReadTest = Callable[[], LabelledImages]
-
 
 class TrainingDataLoader(ImageDataLoader):
     """The training part of a data set, which also knows its validation and test parts.
 
+    A subclass writes `read`, which returns images and labels of either part. One whose data set has
+    arguments of its own takes them in its constructor, beside `**options` for this one:
+
+        class Moons(TrainingDataLoader):
+            def __init__(self, file: str, **options: Any) -> None:
+                self.file = file
+                super().__init__(**options)
+
+            def read(self, train: bool) -> LabelledImages:
+                ...
+
     The names up to `std` are those of ConvNorm's loaders.
 
     Args:
-        data_dir: folder of the data set.
         batch_size: images per training batch; validation and test use max(batch_size, 256).
         shuffle: a new order every epoch.
         validation_split: fraction of every class that is held out, in `[0, 1)`; see
@@ -68,12 +78,8 @@ class TrainingDataLoader(ImageDataLoader):
         DataError: data is missing or broken, a class has too few images for the fractions, or the noise does not fit.
     """
 
-    default_mean: tuple[float, ...] | None = None
-    default_std: tuple[float, ...] | None = None
-
     def __init__(
         self,
-        data_dir: str | Path,
         batch_size: int = 128,
         shuffle: bool = True,
         validation_split: float = 0.0,
@@ -94,8 +100,9 @@ class TrainingDataLoader(ImageDataLoader):
         cutout_fill: str = "mean",
         device: str | torch.device = "cpu",
     ) -> None:
-        pin_memory = pin_memory and torch.device(device).type == "cuda"
-        train, self._read_test = self._read(data_dir, num_workers, pin_memory)
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory and torch.device(device).type == "cuda"
+        train = self._checked(self.read(train=True))
         self.names_validation = train.validation is not None
         self.remarks = train.remarks
         if train.validation is None:
@@ -104,7 +111,8 @@ class TrainingDataLoader(ImageDataLoader):
             val_labels = train.labels[self._val_index]
         else:
             remaining = np.arange(len(train.labels))
-            self._val_images, val_labels = train.validation.images, train.validation.labels
+            validation = self._checked(train.validation, train.images.shape)
+            self._val_images, val_labels = validation.images, validation.labels
             # their numbers go on behind those of the training set
             self._val_index = len(train.labels) + np.arange(len(val_labels))
         self._train_index = stratified_subset(remaining, train.labels, subset_percent, seed)
@@ -116,8 +124,8 @@ class TrainingDataLoader(ImageDataLoader):
             train.images.select(self._train_index),
             self._label_arrays["train_label"],
             train.class_names,
-            mean=(),
-            std=(),
+            mean=mean or self.default_mean,
+            std=std or self.default_std,
             batch_size=batch_size,
             shuffle=shuffle,
             num_batches=num_batches,
@@ -132,11 +140,39 @@ class TrainingDataLoader(ImageDataLoader):
             in_memory=self._fits_in_memory(len(self._train_index) + len(self._val_index)),
             device=device,
         )
-        self.mean, self.std = self._mean_and_std(mean or self.default_mean, std or self.default_std)
+        for name, given in (("mean", mean), ("std", std)):
+            if given is not None and len(given) != self.image_shape[0]:
+                raise ConfigError(
+                    f"data_loader.args.{name}: {len(given)} values, but the images have"
+                    f" {self.image_shape[0]} channels"
+                )
 
     @abstractmethod
-    def _read(self, data_dir: str | Path, num_workers: int, pin_memory: bool) -> tuple[LabelledImages, ReadTest]:
-        """The training part, and a function that gives the test part."""
+    def read(self, train: bool) -> LabelledImages:
+        """The training part of the data set, or its test part, which is asked for after it.
+
+        What it needs is in the attributes that the subclass sets before it calls this class's
+        constructor; `num_workers` and `pin_memory` are set, too.
+
+        Raises:
+            DataError: data is missing or broken.
+        """
+
+    def _checked(
+        self, part: LabelledImages, shape: tuple[int, int, int] | None = None
+    ) -> LabelledImages:
+        """A part of the data set that keeps the contract; `shape` is that of the training images,
+        where this is another part."""
+        where = f"data_loader.type: {type(self).__name__}"
+        if isinstance(part.images, MemoryImages):
+            part.images.check()
+        labels = check_labels(part.labels, len(part.images), part.class_names, where)
+        if shape not in (None, part.images.shape):
+            raise DataError(
+                f"{where}: images (C, H, W) of {part.images.shape}, but those that are trained on"
+                f" have {shape}"
+            )
+        return replace(part, labels=labels, class_names=tuple(part.class_names))
 
     def _fits_in_memory(self, n_images: int) -> bool:
         """Whether so many images may be kept in memory."""
@@ -175,27 +211,34 @@ class TrainingDataLoader(ImageDataLoader):
             )
         return chosen
 
-    def _mean_and_std(
-        self, mean: Sequence[float] | None, std: Sequence[float] | None
-    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        if mean is None or std is None:
-            images = self.images
-            if isinstance(images, FileImages) and len(images) > STATISTICS_SAMPLE:
-                sample = numpy_generator(self._seed, "statistics").permutation(len(images))[:STATISTICS_SAMPLE]
-                images = images.select(np.sort(sample))
-            own_mean, own_std = pixel_statistics(images)
-            mean, std = mean or own_mean, std or own_std
-        return tuple(map(float, mean)), tuple(map(float, std))
+    @cached_property
+    def mean(self) -> tuple[float, ...]:
+        return self._statistics[0]
+
+    @cached_property
+    def std(self) -> tuple[float, ...]:
+        return self._statistics[1]
+
+    @cached_property
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the training images' pixels."""
+        images = self.images
+        if not isinstance(images, MemoryImages) and len(images) > STATISTICS_SAMPLE:
+            drawn = numpy_generator(self._seed, "statistics").permutation(len(images))
+            images = images.select(np.sort(drawn[:STATISTICS_SAMPLE]))
+        return pixel_statistics(images)
 
     def prepare(self) -> None:
         """Decode now what is to stay in memory.
 
-        Other training images are decoded by the first epoch anyway, which finds a broken one.
+        Other files are decoded by the first epoch anyway, which finds a broken one.
 
         Raises:
-            DataError: a file cannot be decoded.
+            DataError: a file cannot be decoded, or images are not such.
         """
-        _ = self.images
+        images = self.images
+        if not isinstance(images, FileImages):
+            images.check()
 
     def split_validation(self) -> ImageDataLoader | None:
         if len(self._val_index) == 0:
@@ -212,7 +255,7 @@ class TrainingDataLoader(ImageDataLoader):
 
     def test_loader(self) -> ImageDataLoader:
         if self._test_loader is None:
-            test = self._read_test()
+            test = self._checked(self.read(train=False), self.image_shape)
             n_images = len(self._train_index) + len(self._val_index) + len(test.labels)
             # whether training images are kept must not depend on the test set: mean and std do depend on it
             self._test_loader = self._evaluation_loader(test, in_memory=self._in_memory and self._fits_in_memory(n_images))
@@ -233,13 +276,7 @@ class TrainingDataLoader(ImageDataLoader):
         )
 
     def label_arrays(self) -> dict[str, np.ndarray]:
-        """What `labels.npz` of a run folder holds: `train_index, train_label, train_clean_label` and the same for `val`.
-
-        int64; an index is a position in the original training set, behind whose end validation
-        images that the data set names itself are counted on. With label noise there is also
-        `transition_matrix`, float64, of the training labels. Copies: changing them changes nothing
-        here.
-        """
+        """See `BaseDataLoader`; copies: changing them changes nothing here."""
         arrays = {name: array.copy() for name, array in self._label_arrays.items()}
         if self._noise.active:
             clean, noisy = arrays["train_clean_label"], arrays["train_label"]

@@ -40,7 +40,7 @@ NOWHERE = -1
 def decode_in_processes(
     paths: Sequence[str], shape: tuple[int, int, int], resize: bool, batches: list[list[int]], num_workers: int
 ) -> Iterator[Tensor]:
-    """One uint8 `(B, 3, H, W)` for each list of positions in `paths`, in order; overwritten when the next one is asked for.
+    """One uint8 `(B, C, H, W)` for each list of positions in `paths`, in order; overwritten when the next one is asked for.
 
     No process outlives the iterator, nor keeps the main one from ending.
 

@@ -4,24 +4,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
 from base.ranks import quiet
-from base.totals import BatchResult, Totals
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""`(logits (B, C), labels (B,)) -> losses (B,)`, one per sample."""
-Metric = Callable[[Tensor, Tensor], Tensor]
-"""`(logits (B, C), labels (B,)) -> number of correct samples`, 0-dim."""
-
-
-def batch_result(losses: Tensor, logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric]) -> BatchResult:
-    """The sums of one batch: `loss` and every metric."""
-    logits = logits.detach()
-    sums = {"loss": losses.detach().sum(), **{name: metric(logits, labels) for name, metric in metrics.items()}}
-    return BatchResult(sums, len(labels))
+from base.totals import Loss, Metric, Totals, batch_result
 
 
 @torch.no_grad()

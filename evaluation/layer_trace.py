@@ -28,7 +28,8 @@ class LayerCall:
 def linear_calls(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCall]:
     """Every call of a convolution or linear layer in one forward pass (evaluation mode, one black image), in its order.
 
-    A `ConvNorm2d` gives two: the convolution with its scaling in the frequency domain, and its `bpconv`, under that name.
+    A `ConvNorm2d` gives two: the convolution with its scaling in the frequency domain, and its `bpconv`, under that name. It is
+    known by its parts, as an installed `conv_norm` has a class of its own.
 
     Args:
         model: any network on images; left as it was.
@@ -42,7 +43,7 @@ def linear_calls(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCa
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_hook(trace.leave_batch_norm))
     modes = {module: module.training for module in model.modules()}
-    like = next(model.parameters())
+    like = next(model.parameters(), torch.empty(0))
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype))
@@ -61,8 +62,8 @@ class _Trace:
     """Hooks that write down the linear layers of a forward pass, and which of them each batch norm follows.
 
     A batch norm follows a layer if it takes the very tensor that the layer gave, unchanged, or that another one gave which
-    follows the layer. Inside a `ConvNorm2d` without `bpconv` no layer gives that tensor: a `batch_norm` that belongs to a
-    layer then follows that layer.
+    follows the layer. Inside a `ConvNorm2d` without `bpconv` no layer gives that tensor; there its batch norm, a part of the
+    layer, follows the layer itself.
     """
 
     def __init__(self) -> None:
@@ -83,7 +84,7 @@ class _Trace:
     def leave_batch_norm(self, norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         tensor, version, call = self._given.get(id(inputs[0]), (None, 0, None))
         if tensor is None:
-            owners = [layer for layer in self.layers if layer._modules.get("batch_norm") is norm]
+            owners = [layer for layer in self.layers if norm in layer.children()]
             call = self._last_call(owners[0]) if owners else None
         elif tensor._version != version:  # an activation has written into it
             return

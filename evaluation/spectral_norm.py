@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from base.errors import NonFiniteError
 from base.runtime import torch_generator
-from evaluation.layer_trace import LayerCall
+from evaluation.layer_trace import LayerCall, linear_calls
 
 Operator = Callable[[Tensor], Tensor]
 """A linear map of batches `(B, ...) -> (B, ...)`, sample by sample."""
@@ -59,18 +60,114 @@ class Spectrum:
     spread: float
 
 
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """A layer where a forward pass calls it, and its spectrum.
+
+    Attributes:
+        name: of the layer in its network.
+        type: its class.
+        input_shape: of one input, without the batch.
+        spectrum: of its linear part.
+        batch_norm_scale: see `LayerCall`.
+    """
+
+    name: str
+    type: str
+    input_shape: tuple[int, ...]
+    spectrum: Spectrum
+    batch_norm_scale: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in plain values, for JSON."""
+        return {
+            "name": self.name,
+            "type": self.type,
+            "input_shape": list(self.input_shape),
+            **asdict(self.spectrum),
+            "batch_norm_scale": self.batch_norm_scale,
+        }
+
+
+@dataclass(frozen=True)
+class NetworkSpectra:
+    """The spectra of a network's layers.
+
+    Attributes:
+        layers: in the order of their calls.
+        tolerance: of each `Spectrum.residual`.
+        seed: of first vectors and probes.
+    """
+
+    layers: tuple[LayerSpectrum, ...]
+    tolerance: float
+    seed: int
+
+    @property
+    def log10_product_of_norms(self) -> float | None:
+        """See `product_of_norms`."""
+        return product_of_norms(layer.spectrum.norm for layer in self.layers)
+
+    @property
+    def log10_product_with_batch_norms(self) -> float | None:
+        """The same, each norm times the scale of the batch norm behind the layer."""
+        return product_of_norms(
+            layer.spectrum.norm * (layer.batch_norm_scale or 1.0) for layer in self.layers
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in plain values, for JSON."""
+        return {
+            "tolerance": self.tolerance,
+            "seed": self.seed,
+            "log10_product_of_norms": self.log10_product_of_norms,
+            "log10_product_with_batch_norms": self.log10_product_with_batch_norms,
+            "layers": [layer.as_dict() for layer in self.layers],
+        }
+
+
+def layer_spectra(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    *,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> NetworkSpectra:
+    """The spectra of all convolutions and linear layers of any network, at their inputs' sizes, in
+    evaluation mode. Shows a progress bar on a terminal.
+
+    Args:
+        model: any network on images; left as it was.
+        image_shape: `(C, H, W)`.
+        tolerance: see `operator_spectrum`.
+        seed: see `operator_spectrum`.
+        dtype: what is computed in; float32 for devices without float64.
+
+    Raises:
+        NonFiniteError: a layer's weights are infinite or NaN; the message names it.
+    """
+    layers = []
+    for call in tqdm(linear_calls(model, image_shape), desc="layers", disable=None, leave=False):
+        spectrum = measure(call, tolerance=tolerance, seed=seed, dtype=dtype)
+        kind = type(call.layer).__name__
+        layers.append(
+            LayerSpectrum(call.name, kind, call.input_shape, spectrum, call.batch_norm_scale)
+        )
+    return NetworkSpectra(tuple(layers), tolerance, seed)
+
+
 def linear_part(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Operator:
-    """The linear map in a convolution or linear layer in evaluation mode, without its bias.
+    """The linear map in a convolution or linear layer in evaluation mode: its weight without its bias.
 
-    A layer that has a method `linear_part` says itself what that is: a `ConvNorm2d`, its scaling in the frequency domain, from
-    `running_V` where evaluation uses that, and neither `bpconv` nor batch norm. The class is not asked for, because one that is
-    installed as `conv_norm` is another than the clone's.
-
-    A weight that the layer computes (spectral normalization, ONI, OWN) is computed in the layer's own precision, as in the
-    network, and only then converted to `dtype`. The layer itself is left as it was; the map has no gradient for its weights.
+    A layer that does more than apply its weight offers a method `linear_part()`, which returns a
+    module for the linear map, as `ConvNorm2d` does. A weight that the layer computes (spectral
+    normalization, ONI, OWN) is computed in the layer's own precision, as in the network, and only
+    then converted to `dtype`. The layer itself is left as it was; the map has no gradient for its
+    weights.
     """
     if hasattr(layer, "linear_part"):
-        return layer.linear_part().to(dtype)
+        return layer.linear_part().requires_grad_(False).to(dtype)
     layer = deepcopy(layer).eval().requires_grad_(False)
     weight = layer.normalized_weight() if hasattr(layer, "normalized_weight") else layer.weight
     weight = weight.detach().to(dtype)
@@ -161,12 +258,6 @@ def operator_spectrum(
         orthogonality_error=error,
         spread=sqrt(max(0.0, mean_fourth / mean_square**2 - 1)) if mean_square > 0 else 0.0,
     )
-
-
-def describe(call: LayerCall, spectrum: Spectrum) -> dict[str, Any]:
-    """A layer and its spectrum in plain values, for a report."""
-    layer = {"name": call.name, "type": type(call.layer).__name__, "input_shape": list(call.input_shape)}
-    return {**layer, **asdict(spectrum), "batch_norm_scale": call.batch_norm_scale}
 
 
 def product_of_norms(norms: Iterable[float]) -> float | None:

@@ -1,5 +1,13 @@
-"""Config -> parts -> run, and checkpoint -> model: the room that knows every other one."""
+"""Config -> parts -> run, and checkpoint -> model: the room that knows every other one.
 
-from experiment.experiment import Experiment
+Importing it imports the rooms that fill the tables of `base.registry`, which a config is checked against.
+"""
 
-__all__ = ["Experiment"]
+import attacks as attacks
+import data_loader as data_loader
+import models as models
+import trainer as trainer
+from experiment.experiment import Experiment, RunResult, resume, train
+from experiment.loading import load_model
+
+__all__ = ["Experiment", "RunResult", "load_model", "resume", "train"]

@@ -1,19 +1,18 @@
 """The path that validate_pgd.py and fgsm.py share: checkpoint and config -> test images, model, attack -> report."""
 
 import argparse
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from attacks import PGD, Attack
 from base.agreement import Facts, agreed, config_facts, data_facts
 from base.base_data_loader import BaseDataLoader
-from base.base_model import BaseModel
-from base.command_line import Parser, set_overrides
+from base.command_line import KeyFlag, Parser, key_flags, set_overrides
 from base.config.config import Config
 from base.errors import CheckpointError, ConfigError
 from base.output import check_folder, is_stream, writing
@@ -74,7 +73,7 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     parser.add_argument("--batch_size", type=int, default=250, metavar="N", help="images attacked at a time")
     for flag, key, text in SIZES:
         if flag in sizes:
-            parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{text} ({key})")
+            parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{text} ({key})", action=KeyFlag)
     parser.add_argument(
         "--doctor",
         type=int,
@@ -96,7 +95,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
     """
     _check(arguments, attack_name)
     with ranks():
-        sizes = [(key, getattr(arguments, key)) for _, key, _ in SIZES if getattr(arguments, key, None) is not None]
+        sizes = key_flags(arguments, [key for _, key, _ in SIZES])
         if "system.precision" not in dict(set_overrides(arguments.set)):
             sizes.append(("system.precision", "fp32"))  # an attack in bf16 finds a little less, whatever the training was in
         evaluation = agreed(
@@ -108,14 +107,14 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
             raise ConfigError(f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes")
         attack = _attack(config, attack_name, loader.num_classes, arguments.doctor is not None)
         context = {"seed": arguments.seed, "autocast": evaluation.autocast}
-        target = arguments.json or _default_target(Path(arguments.checkpoint), attack, arguments)
+        target = arguments.json or _default_target(evaluation.run_folder, attack, arguments)
         from_first(lambda: _check_target(target, arguments))
         partial = None
         if target is not None and not is_stream(target):
-            settings = (config.dump(), arguments.seed, arguments.batch_size)
+            settings = (config.dump(), evaluation.provenance, arguments.seed, arguments.batch_size)
             partial = partial_file(target, model, loader, attack, settings)
         with memory_explained("--batch_size", arguments.batch_size):
-            report = measure(model, loader, attack, checkpoint=str(evaluation.file), partial=partial, **context)
+            report = measure(model, loader, attack, checkpoint=evaluation.source, partial=partial, **context)
         report.values.update(evaluation.provenance, data=evaluation.data)
         is_first = rank() == 0
         if target is not None and not is_stream(target):
@@ -129,12 +128,10 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None
 def _facts(evaluation: Evaluation, attack_name: str, arguments: argparse.Namespace) -> Facts:
     """What processes that share an evaluation have to have alike."""
     asked = {"attack": attack_name, **{name: getattr(arguments, name) for name in ("seed", "batch_size", "ema")}}
-    with evaluation.file.open("rb") as file:
-        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "command lines": (ConfigError, asked),
         **config_facts(evaluation.config),
-        "checkpoints": (CheckpointError, checkpoint),
+        "checkpoints": (CheckpointError, evaluation.weights_digest()),
         **data_facts(test=evaluation.loader),
     }
 
@@ -186,7 +183,7 @@ def _report_printed_on_failure(report: Report) -> Iterator[None]:
 
 def _conclude(
     report: Report,
-    model: BaseModel,
+    model: nn.Module,
     loader: BaseDataLoader,
     attack: Attack,
     target: Path | None,
@@ -244,14 +241,16 @@ def _attack(config: Config, name: str, num_classes: int, doctor: bool) -> Attack
     return attack
 
 
-def _default_target(source: Path, attack: Attack, arguments: argparse.Namespace) -> Path | None:
-    """Reports on a run folder go into it, or into `--result_dir`; other checkpoints are reported on
+def _default_target(
+    run_folder: Path | None, attack: Attack, arguments: argparse.Namespace
+) -> Path | None:
+    """Reports on a run folder go into it, or into `--result_dir`; everything else is reported on
     only where `--json` or `--result_dir` says so."""
-    if arguments.result_dir is None and not source.is_dir():
+    folder = arguments.result_dir or (run_folder and run_folder / "eval")
+    if folder is None:
         return None
     extra = ["ema"] * arguments.ema + [f"n{arguments.limit}"] * (arguments.limit is not None) + [f"seed{arguments.seed}"]
     name = [] if arguments.name is None else [arguments.name]
-    folder = arguments.result_dir or source / "eval"
     return folder / ("_".join([*name, file_stem(describe_attack(attack)), *extra]) + ".json")
 
 
@@ -260,13 +259,14 @@ def _draw_curve(curve: list[tuple[float, float]], report: Report, loader: BaseDa
         return
     suffix = beside.suffix if beside.suffix in (".png", ".pdf", ".svg") else ".png"
     path, values = beside.with_name(f"{beside.stem}_epsilon{suffix}"), report.values
-    heading = f"{Path(values['checkpoint']).name} under PGD on {loader.n_samples} images"
+    name = Path(values["checkpoint"] or values["model"]).name
+    heading = f"{name} under PGD on {loader.n_samples} images"
     draw_epsilon_curve(path, curve, values["norm"], curve[0][1], 1 / loader.num_classes, values["epsilon"], heading)
     say(f"accuracy against epsilon {path}")
 
 
 def _draw_examples(
-    path: Path, report: Report, model: BaseModel, loader: BaseDataLoader, attack: Attack, *, seed: int, autocast: Autocast
+    path: Path, report: Report, model: nn.Module, loader: BaseDataLoader, attack: Attack, *, seed: int, autocast: Autocast
 ) -> None:
     """Draw images that the attack broke, or else any. PGD finds the same points again, as its starts depend on the image only;
     AutoAttack draws for a batch as a whole and may find others."""

@@ -1,38 +1,44 @@
 """From a config to its parts: data loader, model, trainer. `experiment` puts them together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
+from inspect import isabstract, signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from attacks.threat_model import in_pixel_range
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.base_trainer import BaseTrainer
+from base.base_trainer import BaseTrainer, TrainerParts, Validate
+from base.config.adversarial import is_size
 from base.config.config import Config
 from base.errors import ConfigError
+from base.optimization import Schedule
 from base.ranks import Share, is_of_connection, world_size
-from base.registry import lookup
+from base.registry import TRAINERS, lookup
 from base.runtime import determinism_explained, seed_global_generators
+from base.text import one_line
 from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise
+from data_loader.own_images import build_loader
 from evaluation.accuracy import evaluate
 from experiment import build_attacks
-from models import build_model
+from models import MODELS, arguments_of, build_model
 from models.layers.synchronised import synchronise
 from models.losses import LOSSES
 from models.metrics import METRICS
 from models.ocnn import penalty
-from trainer.adversarial_trainer import AdversarialTrainer, FreeTrainer, TradesTrainer
-from trainer.trainer import Trainer
 
 HELD_OUT_BY_DEFAULT = 0.1
 
 
-def build_data_loader(config: Config, device: torch.device) -> Any:
+def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
     """The training loader of a config. Where something is asked of validation images (a `val_` monitor, robust validation) and
     there is no validation split, a tenth of every class is held out."""
     settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
@@ -48,31 +54,65 @@ def build_data_loader(config: Config, device: torch.device) -> Any:
         key=settings.noise_key,
         on_validation=settings.noisy_validation,
     )
-    augmentation = config.augmentation
-    return lookup(DATA_LOADERS, config.data_loader.type, "data_loader.type")(
+    # mixup is done by the trainer
+    augmentation = config.augmentation.model_dump(exclude={"mixup_alpha"})
+    name = config.data_loader.type
+    arguments = {
         **args,
-        seed=config.seed,
-        subset_percent=settings.subset_percent,
-        noise=noise,
-        crop_padding=augmentation.crop_padding,
-        padding_mode=augmentation.padding_mode,
-        flip=augmentation.flip,
-        cutout=augmentation.cutout,
-        cutout_inside=augmentation.cutout_inside,
-        cutout_fill=augmentation.cutout_fill,
-        device=device,
-    )
+        **augmentation,
+        "seed": config.seed,
+        "subset_percent": settings.subset_percent,
+        "noise": noise,
+        "device": device,
+    }
+    return build_loader(name, lookup(DATA_LOADERS, name, "data_loader.type"), arguments)
+
+
+def completed_config(config: Config, loader: BaseDataLoader) -> Config:
+    """The config with what its data set decides, `FILLED_FROM_DATA`: whoever has it can build the
+    model without the data.
+
+    Raises:
+        ConfigError: the config asks for other classes or channels than the data set has.
+    """
+    asked = config.arch.args.num_classes or config.num_classes
+    if asked is not None and asked != loader.num_classes:
+        raise ConfigError(
+            f"arch.args.num_classes: {asked}, but {config.data_loader.type} has"
+            f" {loader.num_classes} classes"
+        )
+    channels = loader.image_shape[0]
+    asked = config.arch.args.in_channels
+    if asked is not None and asked != channels:
+        raise ConfigError(
+            f"arch.args.in_channels: {asked}, but the images of {config.data_loader.type} have"
+            f" {channels} channels"
+        )
+    return with_shape(config, loader.num_classes, channels)
+
+
+def with_shape(config: Config, num_classes: int, channels: int) -> Config:
+    """The config with a number of classes and of channels, as far as its model takes them."""
+    facts = {"num_classes": num_classes, "in_channels": channels}
+    taken = arguments_of(lookup(MODELS, config.arch.type, "arch.type"))
+    filled = {name: value for name, value in facts.items() if name in taken}
+    args = config.arch.args.model_copy(update=filled)
+    return config.model_copy(update={"arch": config.arch.model_copy(update={"args": args})})
 
 
 def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch.device) -> BaseModel:
-    """The config's model for the loader's classes, with the loader's mean and std, on the device."""
+    """The config's model for the loader's classes and channels, with the loader's mean and std, on the device."""
+    config = completed_config(config, loader)
+    return build_network(config, mean=loader.mean, std=loader.std, device=device)
+
+
+def build_network(
+    config: Config, *, mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> BaseModel:
+    """The model of a config that says its classes and channels, with weights of the config's seed."""
     arch = config.arch.model_dump(exclude_none=True)
-    asked = config.arch.args.num_classes or config.num_classes
-    if asked is not None and asked != loader.num_classes:
-        raise ConfigError(f"arch.args.num_classes: {asked}, but {config.data_loader.type} has {loader.num_classes} classes")
-    arch["args"]["num_classes"] = loader.num_classes
     seed_global_generators(config.seed, "weights")
-    model = build_model(arch, mean=loader.mean, std=loader.std).to(device)
+    model = build_model(arch, mean=mean, std=std).to(device)
     if config.system.sync_bn and world_size() > 1:
         model = synchronise(model)
     if config.system.channels_last:
@@ -123,29 +163,77 @@ def refuse_too_few_images(config: Config, training: BaseDataLoader, *others: Bas
             raise ConfigError(f"{name}: {number} images cannot be shared out over {world_size()} processes")
 
 
-def build_trainer(config: Config, **parts: Any) -> BaseTrainer:
-    """The trainer of the config's training method; `parts` are what every `BaseTrainer` takes."""
-    parts |= {"config": config, "loss": LOSSES[config.train_loss], "metrics": metrics(config), "penalty": ocnn_penalty(config)}
-    return _trainer_class(config)(**parts)
+def build_trainer(
+    config: Config,
+    *,
+    model: BaseModel,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    train_loader: BaseDataLoader,
+    validate: Validate,
+    precision: str,
+    folder: Path,
+    metadata: Mapping[str, Any],
+) -> BaseTrainer:
+    """The trainer of the config's training method, with its arguments; the others are those of `TrainerParts`.
+
+    Raises:
+        ConfigError: the method does not take them.
+    """
+    threat = build_attacks.threat_model(config)
+    parts = TrainerParts(
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        train_loader=train_loader,
+        validate=validate,
+        loss=LOSSES[config.train_loss],
+        metrics=metrics(config),
+        penalty=ocnn_penalty(config),
+        norm=threat.norm,
+        epsilon=threat.epsilon,
+        precision=precision,
+        folder=folder,
+        metadata=metadata,
+    )
+    method = check_method(config)
+    try:
+        return method(parts, **method_arguments(config))
+    except ValueError as error:
+        raise ConfigError(f"adversarial: {method.__name__}: {one_line(error)}") from error
 
 
-def _trainer_class(config: Config) -> Callable[..., BaseTrainer]:
-    settings = config.adversarial
-    match config.adversarial_method:
-        case "none":
-            return Trainer
-        case "free":
-            return partial(
-                FreeTrainer,
-                threat_model=build_attacks.threat_model(config),
-                step_size=build_attacks.training_step_size(config),
-                repeats=config.trainer.adv_repeats,
-                carry=settings.noise == "carry",
-            )
-    attack = {"attack": build_attacks.training_attack(config), "bn_mode": config.attack_bn_mode}
-    if config.adversarial_method == "trades":
-        return partial(TradesTrainer, beta=settings.beta, clean_passes=settings.clean_passes, **attack)
-    return partial(AdversarialTrainer, **attack)
+def check_method(config: Config) -> type[BaseTrainer]:
+    """The class of the config's training method, which is one that can be called as the project calls it.
+
+    Raises:
+        ConfigError: naming the method and what does not fit.
+    """
+    name = config.adversarial_method
+    method = lookup(TRAINERS, name, "adversarial.method")
+    key = f"adversarial.method: {name!r}"
+    if not isinstance(method, type) or not issubclass(method, BaseTrainer):
+        raise ConfigError(f"{key} is not a subclass of base.base_trainer.BaseTrainer")
+    if isabstract(method):
+        raise ConfigError(f"{key}: {method.__name__} lacks {', '.join(sorted(method.__abstractmethods__))}")
+    if config.augmentation.mixup_alpha > 0 and not method.takes_mixup:
+        raise ConfigError(f"augmentation.mixup_alpha: {method.__name__} takes labels, not mixup's class probabilities")
+    try:
+        signature(method).bind("parts", **method_arguments(config))
+    except TypeError as error:
+        raise ConfigError(f"{key} cannot be called as (parts, **arguments): {error}") from None
+    return method
+
+
+def method_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of the config's training method, sizes in units of the pixel range."""
+    section, name = config.adversarial, config.adversarial_method
+    given = section.arguments_for("adversarial.method", name)
+    for argument in section.choices[0].arguments(name).values():
+        if argument.name in given and given[argument.name] is not None and is_size(argument.field):
+            given[argument.name] = in_pixel_range(given[argument.name], section.norm)
+    return given
 
 
 def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

@@ -1,6 +1,5 @@
 """The attacks that a config describes. Here, and nowhere else, its sizes become those of the pixel range `[0, 1]`."""
 
-from attacks.arguments import LARGEST_LINF
 from attacks.auto_attack import AutoAttack
 from attacks.auto_pgd import APGD
 from attacks.fgsm import FGSM
@@ -48,29 +47,3 @@ def auto_attack(config: Config) -> AutoAttack:
     """The standard AutoAttack, whose only parameters are norm and radius."""
     threat = threat_model(config)
     return AutoAttack(threat.epsilon, threat.norm)
-
-
-def training_attack(config: Config) -> PGD:
-    """The attack inside a training step of the methods `fgsm`, `pgd` and `trades`."""
-    threat, settings = threat_model(config), config.adversarial
-    steps = 1 if config.adversarial_method == "fgsm" else settings.steps
-    return PGD(
-        threat.epsilon,
-        training_step_size(config),
-        steps,
-        threat.norm,
-        restarts=settings.restarts if config.adversarial_method == "pgd" else 1,
-        random_start=settings.random_start,
-    )
-
-
-def training_step_size(config: Config) -> float:
-    """Step size of the config's training method, in units of the pixel range."""
-    threat, settings, method = threat_model(config), config.adversarial, config.adversarial_method
-    if settings.step_size is not None:
-        return in_pixel_range(settings.step_size, settings.norm)
-    if method == "free":
-        return in_pixel_range(config.trainer.fgsm_step, "linf") if threat.norm == "linf" else threat.epsilon
-    step = 1.25 * threat.epsilon if method == "fgsm" else 2.5 * threat.epsilon / settings.steps
-    # a step of 1 crosses the whole pixel range
-    return min(step, LARGEST_LINF) if threat.norm == "linf" else step

@@ -1,11 +1,16 @@
-"""Experiment: config -> loaders, model, optimiser, trainer -> run folder. With `build` and `final_test`, knows every room.
+"""Training from Python: `train`, `resume`, and `Experiment`, the parts that a config describes, ready to run.
 
-experiment = Experiment.from_config(load_config("configs/quickstart.json"))
-result = experiment.run()
+    import experiment
+
+    result = experiment.train("configs/quickstart.json", {"trainer.epochs": 3}, run_dir="runs/first")
+    result["test_top1"], result.folder
+
+With `build` and `final_test`, knows every room.
 """
 
+import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,15 +28,25 @@ from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, Validate
+from base.checkpoint import has_checkpoint
 from base.config.config import Config
-from base.config.files import Override
+from base.config.files import (
+    Override,
+    load_config,
+    origins_named,
+    override_layers,
+    run_imports,
+    validate_layers,
+)
+from base.config.origins import Flag, Layer
 from base.errors import CheckpointError, ConfigError
-from base.launch import own_device
+from base.launch import launch, own_device
 from base.optimization import Schedule, build_optimizer, check_optimization
 from base.progress import not_finite
-from base.ranks import from_first, rank, started_processes, world_size
+from base.ranks import from_first, rank, ranks, started_processes, world_size
 from base.resuming import SavedRun, saved_run
 from base.run_folder import (
+    begun_by_this_job,
     logging_to,
     new_run_folder,
     only_run_in,
@@ -50,6 +65,7 @@ from base.runtime import (
 )
 from base.tracking import start_trackers, tell
 from data_loader.label_noise import describe_transitions
+from data_loader.own_images import check_first_batch
 from data_loader.splits import some_of_every_class
 from experiment import build, build_attacks
 from experiment.final_test import conclude
@@ -58,12 +74,174 @@ from trainer.robust_validation import RobustValidation
 logger = logging.getLogger(__name__)
 
 
+Overrides = Mapping[str, Any] | Iterable[Override]
+"""Config values to replace: dotted keys with Python values, or pairs of a key and its value's text as on a command line."""
+
+
+@dataclass(frozen=True)
+class RunResult(Mapping[str, Any]):
+    """What a run came to: a read-only mapping with the names and values of its `result.json`, such as `test_top1`.
+
+    Attributes:
+        folder: the run folder.
+        values: by name.
+    """
+
+    folder: Path
+    values: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The values as a plain dictionary, which JSON can hold."""
+        return dict(self.values)
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | Config,
+    overrides: Overrides = (),
+    run_dir: str | Path | None = None,
+    *,
+    imports: Iterable[str | Path] = (),
+    check: Callable[[Config], None] | None = None,
+    relaunch: bool = False,
+) -> RunResult:
+    """Train what a config describes, test it, and write a run folder, as train.py and train_robust.py do.
+
+    SIGINT, which Ctrl-C and a notebook's stop button send, and SIGTERM end it after the current minibatch with all saved; in
+    a thread other than the main one there are no signals. Under torchrun all processes call this function alike. Where
+    torchrun has started them again after a failure (`--max-restarts`), a run that has reached a checkpoint in `run_dir` goes
+    on there.
+
+    Args:
+        config: the file of a config, a tree of JSON values like that of a file, or a resolved config.
+        overrides: values that replace the config's, such as `{"trainer.epochs": 3, "arch.type": "resnet34"}`; None gives a
+            key its default.
+        run_dir: the run folder, new or empty; None makes a new one, `<trainer.save_dir>/<name>/<time>`.
+        imports: files and modules of your own to import first, as `--imports` names them, beside those of the config.
+        check: called with the resolved config of a new run; raises a `ConfigError` for what is not to be trained.
+        relaunch: where `n_gpu` asks for several processes and torchrun has not started them, run this process's own command
+            in so many, and exit as they do. That is for scripts; otherwise such a config is refused.
+
+    Returns:
+        The values of `result.json`, and the run folder.
+
+    Raises:
+        ConfigError: the config, or `run_dir`, cannot be used.
+        DataError: images or labels are missing or broken.
+        NonFiniteError: a number became infinite or NaN; the last checkpoint is intact.
+        Stopped: a signal asked for it; `resume(run folder)` goes on.
+    """
+    with ranks(training=True):
+        if from_first(lambda: _left_by_last_attempt(run_dir)):
+            file = str(config) if isinstance(config, str | Path) else None
+            return resume(run_dir, overrides, config_file=file, imports=imports, relaunch=relaunch)
+        resolved = _resolved(config, overrides, imports)
+        with origins_named(resolved):
+            if check is not None:
+                check(resolved)
+            _check_processes(resolved, relaunch)
+            return Experiment.from_config(resolved).run(run_dir)
+
+
+def resume(
+    path: str | Path,
+    overrides: Overrides = (),
+    *,
+    config_file: str | Path | None = None,
+    imports: Iterable[str | Path] = (),
+    relaunch: bool = False,
+) -> RunResult:
+    """Continue a run in its folder, bit for bit as if it had not been interrupted; a finished one is tested again.
+
+    Args:
+        path: a run folder, of which the last good checkpoint is taken, or a checkpoint.
+        overrides: values that replace those of the run's config; see `train`. Only what does not make it another experiment
+            may be replaced, such as `trainer.epochs`.
+        config_file: a config with such values, under `overrides`.
+        imports: files and modules of your own that the run needs; what its folder names is not run by itself.
+        relaunch: see `train`.
+
+    Returns:
+        The values of `result.json`, and the run folder.
+
+    Raises:
+        CheckpointError: there is no good checkpoint, or it belongs to other data or another model.
+        ConfigError: a replaced value would make it another experiment, or another process trains in its folder.
+        DataError, NonFiniteError, Stopped: see `train`.
+    """
+    with ranks(training=True), ExitStack() as stack:
+        saved = saved_run(str(path), config_file and str(config_file), _as_text(overrides), imports)
+        stack.enter_context(origins_named(saved.config))
+        _check_processes(saved.config, relaunch)
+        from_first(lambda: stack.enter_context(only_run_in(saved.file.parent)))
+        return Experiment.from_config(saved.config, begun=True).run(saved=saved)
+
+
+def _resolved(
+    config: str | Path | Mapping[str, Any] | Config, overrides: Overrides, imports: Iterable[str | Path]
+) -> Config:
+    settings = _as_text(overrides)
+    if isinstance(config, str | Path):
+        return load_config(config, settings, imports)
+    if isinstance(config, Config):
+        config = config.dump()
+    files = [Layer("config", dict(config))]
+    _, own = run_imports(files, imports)
+    return validate_layers([*files, *override_layers(settings)], own, "config")
+
+
+def _as_text(overrides: Overrides) -> list[Override]:
+    """Overrides as the command line has them, whose values are JSON."""
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    settings: list[Override] = []
+    for key, value in overrides.items():
+        try:
+            text = json.dumps(str(value) if isinstance(value, Path) else value)
+            settings.append(Flag((key, text), f"overrides {key}={text}"))
+        except (TypeError, ValueError):
+            raise ConfigError(f"{key}: {value!r:.80} is not a value that JSON can hold") from None
+    return settings
+
+
+def _check_processes(config: Config, relaunch: bool) -> None:
+    """Start the processes that `n_gpu` asks for, which does not return, or refuse to.
+
+    Raises:
+        ConfigError: there is one process, and it may not start others.
+    """
+    if started_processes() > 1 or config.n_gpu <= 1:
+        return
+    if not relaunch:
+        raise ConfigError(
+            f"n_gpu: {config.n_gpu} processes are asked for, and this is one: train with train.py, or under torchrun, or set"
+            " n_gpu to 1"
+        )
+    launch(config)
+
+
+def _left_by_last_attempt(run_dir: str | Path | None) -> bool:
+    """Whether an earlier attempt of the same job has made the run folder and saved a checkpoint in it."""
+    if run_dir is None:
+        return False
+    folder = Path(run_dir).expanduser()
+    return has_checkpoint(folder) and begun_by_this_job(folder)
+
+
 @dataclass
 class Experiment:
     """Everything one config describes, assembled and ready to run. Assembling writes nothing.
 
     Attributes:
-        config: the resolved config.
+        config: the resolved config, with what the data set decides.
         train_loader: augmented minibatches of the training subset.
         validation_loader: held-out images; None where the config holds out nothing.
         test_loader: the test set, looked at only after training.
@@ -74,7 +252,7 @@ class Experiment:
     """
 
     config: Config
-    train_loader: Any
+    train_loader: BaseDataLoader
     validation_loader: BaseDataLoader | None
     test_loader: BaseDataLoader
     model: BaseModel
@@ -105,6 +283,7 @@ class Experiment:
                 **data_facts(training=read[1], validation=read[2], test=read[3]),
             },
         )
+        config = build.completed_config(config, train_loader)
         model = build.build_experiment_model(config, train_loader, device)
         build.refuse_unfit_images(model, train_loader, config.arch.type)
         optimizer = build_optimizer(config.optimizer, model)
@@ -114,57 +293,50 @@ class Experiment:
         return cls(config, train_loader, validation_loader, test_loader, model, optimizer, schedule, precision)
 
     @staticmethod
-    def _read(config: Config, begun: bool) -> tuple[torch.device, Any, BaseDataLoader | None, BaseDataLoader]:
+    def _read(config: Config, begun: bool) -> tuple[torch.device, BaseDataLoader, BaseDataLoader | None, BaseDataLoader]:
         """This process's device, and its training, validation and test images."""
         check_optimization(config.optimizer, config.lr_scheduler, begun)
+        build.check_method(config)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = own_device(config)
         keep_freed_memory(device)
         train_loader = build.build_data_loader(config, device)
-        train_loader.shared_out = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch
+        train_loader.shard_batches = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch
         validation_loader, test_loader = train_loader.split_validation(), train_loader.test_loader()
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
+        check_first_batch(train_loader, device)
         build.refuse_too_few_images(config, train_loader, validation_loader, test_loader)
         return device, train_loader, validation_loader, test_loader
 
-    def run(self, run_dir: str | None = None) -> dict[str, Any]:
-        """Train into a new run folder and return what `result.json` holds."""
-        with ExitStack() as stack:
-            place = new_run_folder(self.config.trainer.save_dir, self.config.name, run_dir)
-            folder = from_first(lambda: stack.enter_context(place))
-            return self._run(self.build_trainer(folder))
-
-    @classmethod
-    def resume(cls, path: str, config_file: str | None = None, overrides: Iterable[Override] = ()) -> dict[str, Any]:
-        """Continue the run of a checkpoint, in its folder, with its config, and return what `result.json` holds.
+    def run(self, run_dir: str | Path | None = None, saved: SavedRun | None = None) -> RunResult:
+        """Train, test, and write everything into a run folder.
 
         Args:
-            path, config_file, overrides: see `base.resuming.saved_run`.
-
-        Raises:
-            CheckpointError: there is not a checkpoint, or it belongs to other data or another model.
-            ConfigError: a replaced value would make it another experiment.
+            run_dir: the folder of a new run; see `train`.
+            saved: the run to continue instead, in its folder, of which no other may make use; see `resume`.
         """
-        return cls.continue_run(saved_run(path, config_file, overrides))
+        with ExitStack() as stack:
+            if saved is None:
+                place = new_run_folder(self.config.trainer.save_dir, self.config.name, run_dir and str(run_dir))
+                trainer = self.build_trainer(from_first(lambda: stack.enter_context(place)))
+                warnings = []
+            else:
+                self.refuse_other_data(saved)
+                trainer = self.build_trainer(saved.file.parent)
+                # a resume that is refused leaves everything as it was
+                best = trainer.resume(saved.checkpoint, saved.file)
+                warnings = [saved.set_aside_damaged(), *saved.changed_code, best]
+            with self._recorded(trainer, resumed=saved is not None, warnings=warnings):
+                trainer.train()
+                result = conclude(trainer, self.test_loader, self._counts() | self._noise_rate())
+                tell(trainer.trackers, lambda tracker: tracker.log_result(result))
+        return RunResult(trainer.folder, result)
 
     @classmethod
-    def continue_run(cls, run: SavedRun) -> dict[str, Any]:
-        """Continue a run and return what `result.json` holds; see `resume`.
-
-        Raises:
-            CheckpointError: it belongs to other data.
-            ConfigError: another process trains in its folder.
-        """
-        folder = run.file.parent
-        with ExitStack() as stack:
-            from_first(lambda: stack.enter_context(only_run_in(folder)))
-            experiment = cls.from_config(run.config, begun=True)
-            experiment.refuse_other_data(run)
-            trainer = experiment.build_trainer(folder)
-            # a resume that is refused leaves everything as it was
-            best = trainer.resume(run.checkpoint, run.file)
-            return experiment._run(trainer, resumed_with=[run.set_aside_damaged(), best])
+    def resume(cls, path: str, config_file: str | None = None, overrides: Overrides = ()) -> RunResult:
+        """Continue a run; see `experiment.resume`."""
+        return resume(path, overrides, config_file=config_file)
 
     def refuse_other_data(self, run: SavedRun) -> None:
         """Refuse to continue a run on other images, labels or classes.
@@ -197,34 +369,30 @@ class Experiment:
                 f"{run.file}: was trained on other images or labels than {place} now holds: {', '.join(different)}"
             )
 
-    def _run(self, trainer: BaseTrainer, resumed_with: list[str | None] | None = None) -> dict[str, Any]:
-        """Train and conclude; `resumed_with` are the warnings of a resume, None for a new run."""
-        folder, progress, resumed = trainer.folder, trainer.progress, resumed_with is not None
-        with logging_to(folder / "info.log", self.config.trainer.verbosity) if rank() == 0 else _silence():
+    @contextmanager
+    def _recorded(self, trainer: BaseTrainer, *, resumed: bool, warnings: list[str | None]) -> Iterator[None]:
+        """A run's log, trackers and signals, for as long as it lasts; `warnings` are those of a resume."""
+        config, folder, progress = self.config, trainer.folder, trainer.progress
+        with logging_to(folder / "info.log", config.trainer.verbosity) if rank() == 0 else _silence():
             self._describe(folder, resumed)
+            for warning in filter(None, warnings):
+                logger.warning(warning)
             if resumed:
-                for warning in filter(None, resumed_with):
-                    logger.warning(warning)
                 logger.info("resumed after %d epochs and %d batches", progress.epochs_done, progress.batches_done)
             else:
-                # copies of a model shall not drop the same units
-                seed_global_generators(self.config.seed, f"training {rank()}" if rank() else "training")
-            trainer.trackers = start_trackers(self.config, folder, progress.history) if rank() == 0 else []
+                # copies of a model must not drop the same units
+                seed_global_generators(config.seed, f"training {rank()}" if rank() else "training")
+            trainer.trackers = start_trackers(config, folder, progress.history) if rank() == 0 else []
             try:
-                if self.config.system.compile:
+                if config.system.compile:
                     # training, validation, attacks and averaged weights each ask for their own code
                     torch._dynamo.config.recompile_limit = 64
                     self.model.compile()
-                batch_size = self.config.data_loader.args.batch_size
-                fitting = memory_explained("data_loader.args.batch_size", batch_size)
+                fitting = memory_explained("data_loader.args.batch_size", config.data_loader.args.batch_size)
                 with trainer.signals.caught(), determinism_explained(), fitting:
-                    trainer.train()
-                    counts = self._counts() | self._noise_rate()
-                    result = conclude(trainer, self.test_loader, counts)
-                tell(trainer.trackers, lambda tracker: tracker.log_result(result))
+                    yield
             finally:
                 tell(trainer.trackers, lambda tracker: tracker.close())
-        return result
 
     def build_trainer(self, folder: Path) -> BaseTrainer:
         """The trainer that the config asks for, which will write into `folder`."""
@@ -253,7 +421,9 @@ class Experiment:
         loader, robust = self.validation_loader, self.robust_validation
         if loader is None:
             return lambda model, epoch: {}
-        clean = partial(build.evaluator(self.config, self.autocast), loader=loader.own_part(), description="validating")
+        shard = loader.shard(rank(), world_size())
+        evaluator = build.evaluator(self.config, self.autocast)
+        clean = partial(evaluator, loader=shard, description="validating")
 
         def validate(model: BaseModel, epoch: int) -> dict[str, float]:
             values = clean(model)
@@ -270,9 +440,9 @@ class Experiment:
         if loader is None or config.robust_validation_period == 0:
             return None
         return RobustValidation(
-            some_of_every_class(loader, config.adversarial.validate_images).own_part(),
+            some_of_every_class(loader, config.adversarial.validate_images).shard(rank(), world_size()),
             build_attacks.pgd(config),
-            build_attacks.fgsm(config) if config.adversarial_method == "fgsm" else None,
+            build_attacks.fgsm(config) if config.of_method("validated_by_fgsm", False) else None,
             period=config.robust_validation_period,
             epochs=config.trainer.epochs,
             seed=config.seed,
@@ -306,6 +476,8 @@ class Experiment:
             logger.info("%d processes, each with its share of every minibatch", world_size())
         # a run that is continued has said it when it began
         for warning in () if resumed else self.config.warnings:
+            logger.warning(warning)
+        for warning in loader.warnings:
             logger.warning(warning)
         for remark in loader.remarks:
             logger.info("data set: %s", remark)
@@ -347,8 +519,8 @@ class Experiment:
         config, robust = self.config, self.robust_validation
         threat = build_attacks.threat_model(config)
         radius = f"{threat.norm} {as_written(threat.epsilon, threat.norm)}"
-        if config.adversarial_method != "none":
-            epochs = config.adversarial.warmup_epochs
+        if config.attacks_while_training:
+            epochs = config.adversarial.get("warmup_epochs", 0)
             growing = f", growing over the first {epochs} epochs" if epochs else ""
             logger.info("adversarial training: %s, %s%s", config.adversarial_method, radius, growing)
         if robust is not None:
@@ -356,7 +528,7 @@ class Experiment:
                 "robust validation: PGD-%d, %s, on %d of %d validation images (the first of every class), every %d epochs",
                 config.pgd_attack.K, radius, robust.n_samples, self.validation_loader.n_samples, robust.period,
             )  # fmt: skip
-        elif config.adversarial_method != "none":
+        elif config.attacks_while_training:
             logger.info(
                 "no robust validation: %s", "nothing is held out" if config.robust_validation_period else "not asked for"
             )

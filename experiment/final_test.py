@@ -15,7 +15,7 @@ from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from base.config.config import Config
 from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.progress import not_finite
-from base.ranks import from_first, gather, leave_the_word_to_the_first, rank
+from base.ranks import from_first, gather, leave_the_word_to_the_first, rank, world_size
 from base.run_folder import describe, provenance, write_json
 from base.signals import Interrupted
 from data_loader.splits import some_of_every_class
@@ -61,7 +61,7 @@ def conclude(
 
 def _conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, int]) -> dict[str, Any]:
     config, progress, folder = trainer.config, trainer.progress, trainer.folder
-    test = _Test(config, test_loader, test_loader.own_part(), trainer.autocast)
+    test = _Test(config, test_loader, test_loader.shard(rank(), world_size()), trainer.autocast)
     last_is_best = progress.best_epoch in (None, progress.epochs_done) and progress.batches_done == 0
     files = [LAST, BEST] if last_is_best else [LAST]
     best = last = test.of_both(

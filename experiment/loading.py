@@ -1,35 +1,45 @@
-"""What every evaluation of a checkpoint begins with: checkpoint and config -> config, test images, model."""
+"""Checkpoint -> model, with or without its test images; and what every evaluation begins with."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
+from base.checkpoint import find_checkpoint, load_checkpoint, load_weights, the_run_in
 from base.command_line import set_overrides
 from base.config.config import Config
-from base.config.files import Override, merge, override, read_tree, validate
-from base.errors import CheckpointError, ConfigError, DataError
-from base.launch import own_device
-from base.ranks import rank
-from base.runtime import (
-    autocast,
-    choose_precision,
-    determinism_explained,
-    keep_freed_memory,
-    set_determinism,
+from base.config.files import (
+    Override,
+    merge,
+    merge_layers,
+    override_layers,
+    read_layers,
+    read_tree,
+    run_imports,
+    validate,
+    validate_layers,
 )
+from base.config.imports import changes, imported_for
+from base.config.origins import Layer
+from base.errors import CheckpointError, ConfigError, DataError
+from base.ranks import rank
+from base.registry import lookup
+from base.resuming import recorded_imports
+from base.runtime import determinism_explained
 from data_loader import DATA_LOADERS
-from data_loader.splits import some_of_every_class
+from data_loader.own_images import build_loader
 from experiment import build
+from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images
+from experiment.evaluation_flags import check_network_flags
+from experiment.own_evaluation import evaluation_of_network
+
+logger = logging.getLogger(__name__)
 
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """CIFAR-10's, which the original ConvNorm's attack scripts normalise by, whatever the data set; its
@@ -51,127 +61,221 @@ TOLD_BY_NO_KEY = {
 argument, its value in a checkpoint of this project that is silent, its value in another code's
 file, and why."""
 
-EVALUATED = ("name", "seed", "n_gpu", "num_classes", "arch", "data_loader", "adversarial", "pgd_attack", "system")
+EVALUATED = ("name", "seed", "n_gpu", "num_classes", "imports", "arch", "data_loader", "adversarial", "pgd_attack", "system")
 """The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A checkpoint, ready to be examined.
-
-    Attributes:
-        file: the checkpoint.
-        config: the part of its config (or of the one named instead) that matters for an evaluation.
-        device: where model and images are.
-        loader: the test images, or the part of them that was asked for.
-        model: with the checkpoint's weights, in evaluation mode.
-        assumed: what was taken for what where the checkpoint does not say it: what about -> a
-            sentence, for reports.
-    """
-
-    file: Path
-    config: Config
-    device: torch.device
-    loader: BaseDataLoader
-    model: BaseModel
-    assumed: dict[str, str]
-
-    def autocast(self) -> AbstractContextManager:
-        """The context of forward passes in the config's precision."""
-        return autocast(self.device, choose_precision(self.config.system.precision, self.device))
-
-    @property
-    def described(self) -> str:
-        """The network and the checkpoint's place, in a few words."""
-        args = self.config.arch.args
-        kind = f"{self.config.arch.type}, {args.conv_layer_type}, {args.norm_layer_type}"
-        return f"{kind}, {'/'.join(self.file.parts[-2:])}"
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What every report says of its model: the file, what the pixels are normalised by, and
-        what was assumed."""
-        return {
-            "checkpoint": str(self.file),
-            "normalization": {"mean": _plain(self.model.mean), "std": _plain(self.model.std)},
-            "assumed": self.assumed,
-        }
-
-    @property
-    def data(self) -> str:
-        """The data set's folder; where it has none, its loader's name."""
-        return self.config.data_loader.args.data_dir or self.config.data_loader.type
-
-
 def load_evaluation(
-    arguments: argparse.Namespace, overrides: Iterable[Override] = (), *, limit: int | None = None, batch_size: int = 250
+    arguments: argparse.Namespace,
+    overrides: Iterable[Override] = (),
+    *,
+    limit: int | None = None,
+    batch_size: int = 250,
 ) -> Evaluation:
-    """Config, test images and model of the checkpoint that an `evaluation_parser`'s arguments name.
+    """What the arguments of an `evaluation_parser` name: a checkpoint, or a network of the user's own.
 
-    The config is that of `-c`, or else the checkpoint's own, with `--set` and then `overrides`. The checkpoint's mean and std
-    are taken where it has them. What neither says is assumed, printed and kept in
-    `Evaluation.assumed`. Determinism and number of threads are set as the config says.
+    What was assumed is printed. Determinism and number of threads are set as the config says.
 
     Args:
         arguments: parsed.
-        overrides: more config values, of a script's own flags.
+        overrides: config values of a script's own flags, which come after `--set`.
         limit: take that many test images only, the first of every class.
         batch_size: of the loader.
 
     Raises:
-        ConfigError, CheckpointError, DataError: one of the three cannot be had, or they do not fit each other.
+        ConfigError, CheckpointError, DataError: network, weights or images cannot be had, or they
+            do not fit each other.
     """
-    file = find_checkpoint(arguments.checkpoint)
-    checkpoint = load_checkpoint(file, arguments.weights)
-    config = _config(checkpoint, file, arguments.config, [*set_overrides(arguments.set), *overrides])
-    config, untold = _with_untold(config, checkpoint, str(file))
-    set_determinism(config.system.deterministic, config.system.num_threads)
-    device = own_device(config)
-    keep_freed_memory(device)
-    loader, normalization = _test_images(config, checkpoint, device)
-    loader = some_of_every_class(loader, limit or loader.n_samples)
-    loader.batch_size = batch_size
-    model, fitted = _model(config, loader, checkpoint, file, device, ema=arguments.ema)
-    # a normalization in the file comes last and wins
-    assumed = untold | normalization | checkpoint.get("assumed", {}) | fitted
+    check_network_flags(arguments)
+    options: dict[str, Any] = {
+        "overrides": [*set_overrides(arguments.set), *overrides],
+        "imports": arguments.imports,
+        "weights": arguments.weights,
+        "limit": limit,
+        "batch_size": batch_size,
+    }
+    if arguments.model is None:
+        evaluation = evaluation_of_checkpoint(
+            arguments.checkpoint, config_file=arguments.config, ema=arguments.ema, **options
+        )
+    else:
+        evaluation = evaluation_of_network(
+            arguments.model,
+            arguments.data,
+            model_args=dict(arguments.model_args),
+            checkpoint=arguments.checkpoint,
+            mean=arguments.mean,
+            std=arguments.std,
+            image_size=arguments.image_size,
+            **options,
+        )
     if rank() == 0:
-        for about, sentence in assumed.items():
+        for about, sentence in evaluation.assumed.items():
             print(f"assumed: {about}: {sentence}")
-    return Evaluation(file, config, device, loader, model, assumed)
+    return evaluation
+
+
+def evaluation_of_checkpoint(
+    checkpoint: str | Path,
+    *,
+    config_file: str | Path | None = None,
+    overrides: Iterable[Override] = (),
+    imports: Iterable[str | Path] = (),
+    weights: str | None = None,
+    ema: bool = False,
+    limit: int | None = None,
+    batch_size: int = 250,
+) -> Evaluation:
+    """The model of a checkpoint, and the test images of its config.
+
+    Mean and std are the checkpoint's where it has them.
+
+    Args:
+        checkpoint: the file, or a run folder, which stands for its best model.
+        config_file: the config; None for the checkpoint's own.
+        overrides: config values that replace the file's.
+        imports: own code to import, as `--imports` names it; beside what `config_file` names.
+        weights: which of several sets of weights in another code's file.
+        ema: take the averaged weights.
+        limit: take that many test images only, the first of every class.
+        batch_size: of the loader.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: one of the three cannot be had, or they do not fit
+            each other.
+    """
+    file = find_checkpoint(checkpoint)
+    contents = load_checkpoint(file, weights)
+    config = _config(contents, file, config_file, list(overrides), imports)
+    config, untold = _with_untold(config, contents, str(file))
+    device = prepare_machine(config)
+    loader, normalization = _test_images(config, contents, device)
+    loader = some_images(loader, limit, batch_size)
+    model, fitted = _model(config, loader, contents, file, device, ema=ema)
+    args = config.arch.args
+    return Evaluation(
+        model=model,
+        loader=loader,
+        config=config,
+        device=device,
+        source=str(file),
+        described=(
+            f"{config.arch.type}, {args.conv_layer_type}, {args.norm_layer_type},"
+            f" {'/'.join(file.parts[-2:])}"
+        ),
+        data=config.data_loader.args.data_dir or config.data_loader.type,
+        provenance={
+            "checkpoint": str(file),
+            "normalization": {"mean": _plain(model.mean), "std": _plain(model.std)},
+            # a normalization in the file comes last and wins
+            "assumed": untold | normalization | contents.get("assumed", {}) | fitted,
+        },
+        run_folder=Path(checkpoint) if Path(checkpoint).is_dir() else None,
+    )
+
+
+def load_model(
+    run_or_checkpoint: str | Path,
+    *,
+    ema: bool = False,
+    device: str | torch.device | None = None,
+    imports: Iterable[str | Path] = (),
+) -> BaseModel:
+    """The model of a run or checkpoint, in evaluation mode. Its data set is not needed.
+
+        model = load_model("saved/quickstart/20260101-120000-000000")
+        logits = model(images)  # (B, C, H, W) in [0, 1] -> (B, classes)
+
+    Args:
+        run_or_checkpoint: a run folder, which stands for its best model, or a checkpoint file.
+        ema: take the averaged weights.
+        device: where the model is; None for the CPU.
+        imports: files and modules of own code that the checkpoint asks for. It runs none itself.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it does not say what network it is of, as files
+            of other codes, or it asks for code that is not among `imports`.
+        ConfigError: its config cannot be used, or own code cannot be imported.
+    """
+    file = find_checkpoint(the_run_in(run_or_checkpoint))
+    checkpoint = load_checkpoint(file)
+    if "config" not in checkpoint:
+        checkpoint = {**checkpoint, "config": _config_beside(file, checkpoint)}
+    config = _config(checkpoint, file, None, [], imports)
+    config, _ = _with_untold(config, checkpoint, str(file))
+    if "mean" in checkpoint:
+        normalization = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
+    else:
+        make = DATA_LOADERS.get(config.data_loader.type)
+        normalization, _ = _untold_normalization(make, config, checkpoint)
+    classes = config.arch.args.num_classes or config.num_classes
+    if classes is None:
+        classes = len(checkpoint.get("class_names", ()))
+    if not classes:
+        raise CheckpointError(f"{file}: does not say how many classes its network tells apart")
+    config = build.with_shape(config, classes, len(normalization["mean"]))
+    # the weights that it begins with are replaced, and the caller's generators are not ours
+    with torch.random.fork_rng(devices=[]):
+        model = build.build_network(config, **normalization, device=torch.device(device or "cpu"))
+    load_weights(model, _weights_of(checkpoint, file, ema), file)
+    return model.eval()
+
+
+def _config_beside(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The config in the folder of a checkpoint of the original ConvNorm, which holds none itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    beside = file.with_name("config.json")
+    if "monitor_best" not in checkpoint or not beside.is_file():
+        raise CheckpointError(
+            f"{file}: holds no config of this project, so nothing says what network it is of:"
+            " build that with models.build_model, and fill it with base.checkpoint.load_weights"
+        )
+    # the folder of its data may be a placeholder
+    return merge(read_tree(beside), {"data_loader": {"args": {"data_dir": str(file.parent)}}})
+
+
+def _weights_of(checkpoint: Mapping[str, Any], file: Path, ema: bool) -> dict[str, Tensor]:
+    if ema and "ema_state_dict" not in checkpoint:
+        raise CheckpointError(f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)")
+    return checkpoint["ema_state_dict" if ema else "state_dict"]
 
 
 def _plain(values: Tensor) -> list[float]:
     return [round(value, 6) for value in values.flatten().tolist()]
 
 
-@torch.no_grad()
-def predict(model: nn.Module, loader: BaseDataLoader, autocast: Callable[[], AbstractContextManager]) -> tuple[Tensor, Tensor]:
-    """What the model, in its present mode, says about every image: labels and predicted classes, int64 `(N,)` on the CPU, in
-    the order of the loader; -1 is predicted where logits are NaN."""
-    labels, predictions = [], []
-    for images, truth in tqdm(loader, desc="predicting", disable=None, leave=False):
-        with autocast():
-            logits = model(images)
-        labels.append(truth.cpu())
-        no_answer = logits.isnan().any(dim=1)
-        predictions.append(logits.argmax(dim=1).masked_fill(no_answer, -1).cpu())
-    return torch.cat(labels), torch.cat(predictions)
-
-
-def _config(checkpoint: Mapping[str, Any], file: Path, config_file: str | None, overrides: list[Override]) -> Config:
-    """The config's part that matters for an evaluation, with the command line's values."""
+def _config(
+    checkpoint: Mapping[str, Any],
+    file: Path,
+    config_file: str | Path | None,
+    overrides: list[Override],
+    imports: Iterable[str | Path],
+) -> Config:
+    """The config's part that matters for an evaluation, with the command line's values. Own code is
+    imported that `config_file` or `imports` name."""
+    layers = read_layers(config_file) if config_file else []
+    recorded, own = run_imports(layers, imports)
     if config_file:
-        tree, source = read_tree(config_file), config_file
+        source = str(config_file)
     elif "config" in checkpoint:
-        tree, source = checkpoint["config"], str(file)
+        layers, source = [Layer(str(file), checkpoint["config"])], str(file)
+        recorded = recorded_imports(checkpoint["config"], file)
+        needed = {code.name: code for code in [*imported_for(recorded, source), *own]}
+        own = list(needed.values())
     else:
         raise ConfigError(f"-c CONFIG: required, as {file} holds no config of this project")
-    adversarial = tree.get("adversarial", {})
+    for warning in changes(recorded, own):
+        logger.warning(warning)
+    adversarial = merge_layers(layers)[0].get("adversarial", {})
     before = adversarial.get("norm", "linf") if isinstance(adversarial, dict) else "linf"
     if dict(overrides).get("adversarial.norm", before) != before:
         # sizes of the other norm mean nothing in this one
-        tree = merge(tree, {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}})
-    config = validate(override(tree, overrides), source)
+        sizes = {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}}
+        layers = [*layers, Layer(source, sizes)]
+    config = validate_layers([*layers, *override_layers(overrides)], own, source)
     kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
     trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv}
     return validate({**kept, "trainer": {**trainer, "monitor": "off"}}, source)
@@ -205,35 +309,44 @@ def _test_images(
     """The test images, with the mean and std of the model, and a sentence about those where they
     are assumed."""
     args = config.data_loader.args.model_dump(exclude_none=True) | {"validation_split": 0.0, "num_batches": 0}
-    make, assumed = DATA_LOADERS[config.data_loader.type], {}
+    name, assumed = config.data_loader.type, {}
+    told = "mean" in checkpoint or ("mean" in args and "std" in args)
     if "mean" in checkpoint:
         args |= {"mean": checkpoint["mean"], "std": checkpoint["std"]}
-    elif "mean" not in args or "std" not in args:
-        normalization, assumed["normalization"] = _untold_normalization(make, config, checkpoint)
-        args = normalization | args
-    loader = make(**args, device=device).test_loader()
+    make = lookup(DATA_LOADERS, name, "data_loader.type")
+    training = build_loader(name, make, {**args, "device": device})
+    if not told:
+        untold, assumed["normalization"] = _untold_normalization(training, config, checkpoint)
+        training.mean, training.std = (tuple(args.get(key, untold[key])) for key in ("mean", "std"))
+    loader = training.test_loader()
     if loader.n_samples == 0:
         raise DataError(f"{args.get('data_dir')}: the test set is empty")
-    known = checkpoint.get("class_names")
-    if known is not None and list(known) != list(loader.class_names):
-        there, trained = ", ".join(loader.class_names), ", ".join(known)
-        raise DataError(f"{args.get('data_dir')}: has the classes {there}; the model was trained on {trained}")
+    check_class_names(checkpoint, loader.class_names, str(args.get("data_dir")))
     return loader, assumed
 
 
 def _untold_normalization(
-    make: Any, config: Config, checkpoint: Mapping[str, Any]
+    training: BaseDataLoader, config: Config, checkpoint: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[float, ...]], str]:
     """Mean and std for a file that holds none, under a config that leaves them open, and a sentence
     about them.
 
     They are those of the data set, as in the original's standard training, and CIFAR-10's for a
-    data set without published ones. The original's adversarial training normalises by CIFAR-10's
+    data set without published ones; where images are not of three channels, the mean and std of the
+    training images. The original's adversarial training normalises by CIFAR-10's
     whatever the data set, and on CIFAR-100 does so a second time, after its loader has normalised
     by CIFAR-100's and a clamp to [0, 1].
     """
     original = "monitor_best" in checkpoint
-    mean, std = getattr(make, "default_mean", None), getattr(make, "default_std", None)
+    channels = training.image_shape[0]
+    if channels != len(ORIGINAL_MEAN):
+        sentence = (
+            "the checkpoint holds no mean and std: normalising by those of the training images;"
+            f" --set data_loader.args.mean=[...] --set data_loader.args.std=[...] ({channels}"
+            " values each) for others"
+        )
+        return {"mean": training.mean, "std": training.std}, sentence
+    mean, std = training.default_mean, training.default_std
     twice = original and config.trainer.do_adv and mean not in (None, ORIGINAL_MEAN)
     follows = "training does"
     if mean is None or std is None or twice:
@@ -255,9 +368,7 @@ def _model(
 ) -> tuple[BaseModel, dict[str, str]]:
     """The model, and what was assumed to fit the weights to it."""
     model = build.build_experiment_model(config, loader, device)
-    if ema and "ema_state_dict" not in checkpoint:
-        raise CheckpointError(f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)")
-    assumed = load_weights(model, checkpoint["ema_state_dict" if ema else "state_dict"], file)
+    assumed = load_weights(model, _weights_of(checkpoint, file, ema), file)
     _check_images_fit(model.eval(), config, loader, device)
     return model, assumed
 

@@ -1,13 +1,15 @@
 """Networks by name: `build_model` turns the config's `arch` into a model."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from base.base_model import BaseModel
+from base.config.arguments import arguments_of as constructor_arguments
+from base.config.arguments import hands_on
+from base.config.config import LAYER_CHOICES
 from base.errors import ConfigError
-from base.registry import did_you_mean, lookup
+from base.registry import MODELS, did_you_mean, lookup
 from models import layers as layers  # fills the layer tables that the models resolve their names in
 from models.initialization import initialize_he, initialize_he_zero_gn, zero_residual_branches
 from models.resnet import BasicBlock, Bottleneck, PreActResNet, ResNet
@@ -17,7 +19,7 @@ from models.wide_resnet import WideResNet
 
 __all__ = ["MODELS", "build_model"]
 
-MODELS: dict[str, Callable[..., BaseModel]] = {
+_NETWORKS: dict[str, Callable[..., BaseModel]] = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
@@ -34,7 +36,7 @@ MODELS: dict[str, Callable[..., BaseModel]] = {
     "simpleCNN": SimpleCNN,
     "simpleCNN2": SimpleCNN2,
 }
-"""Config name -> constructor; the keyword arguments it takes are the model's `arch.args`, with `mean` and `std`."""
+MODELS.update(_NETWORKS)
 
 INITIALIZATION = ("init", "zero_init_residual")
 """The `arch.args` of every model that its constructor does not take: they say with which weights it begins."""
@@ -54,13 +56,16 @@ def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, st
     name = arch.get("type")
     model = lookup(MODELS, name, "arch.type")
     args = {key: value for key, value in (arch.get("args") or {}).items() if value is not None}
-    known = arguments_of(model)
+    init, zero_init_residual = (args.pop(key, None) for key in INITIALIZATION)
+    known, own = arguments_of(model), constructor_arguments(model)
+    of_layers = {key for choice in LAYER_CHOICES for key in choice.known_keys()} if hands_on(model) else set()
     for key in args:
-        if key not in known:
+        if key not in known and key not in of_layers:
             takes = ", ".join(known)
             raise ConfigError(f"arch.args.{key}: {name} takes no such argument; it takes: {takes}{did_you_mean(key, known)}")
-    init, zero_init_residual = (args.pop(key, None) for key in INITIALIZATION)
-    network = model(**args, mean=mean, std=std)
+    named = {own[key].name if key in own else key: value for key, value in args.items()}
+    pixels = {key: value for key, value in (("mean", mean), ("std", std)) if key in own or hands_on(model)}
+    network = model(**named, **pixels)
     if init == "he":
         initialize_he(network)
     if init == "he_zero_gn":
@@ -72,7 +77,4 @@ def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, st
 
 def arguments_of(model: Callable[..., BaseModel]) -> list[str]:
     """The `arch.args` that an entry of MODELS takes: its own, those it passes on to `BaseModel`, and INITIALIZATION."""
-    own = inspect.signature(model).parameters.values()
-    inherited = inspect.signature(BaseModel).parameters.values()
-    names = [parameter.name for parameter in (*own, *inherited) if parameter.kind is not parameter.VAR_KEYWORD]
-    return [*(name for name in names if name not in ("mean", "std")), *INITIALIZATION]
+    return [*(key for key in constructor_arguments(model) if key not in ("mean", "std")), *INITIALIZATION]

@@ -54,10 +54,16 @@ def zero_residual_branches(model: nn.Module, name: str) -> None:
     if not ends:
         raise ConfigError(f"arch.args.zero_init_residual: {name} has no residual blocks")
     for end in ends:
-        if type(end) is not nn.Conv2d and not isinstance(end, nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d):
+        if getattr(end, "weight", None) is None or normalizes_weights(end):
             reason = f"blocks of {name} end in {type(end).__name__}, whose weight cannot begin at zero"
             raise ConfigError(f"arch.args.zero_init_residual: {reason}")
         nn.init.zeros_(end.weight)
+
+
+def normalizes_weights(layer: nn.Module) -> bool:
+    """Whether a layer normalizes its weights, so that neither their size nor zero means anything; a property of its
+    class, see `base.registry.CONV_LAYERS`."""
+    return getattr(layer, "normalizes_weights", False)
 
 
 def _initialize_convolutions(model: nn.Module) -> None:
@@ -66,7 +72,7 @@ def _initialize_convolutions(model: nn.Module) -> None:
     Convolutions that normalize their own kernels, and depthwise ones, keep what they have.
     """
     for module in model.modules():
-        if type(module) is nn.Conv2d and module.groups == 1:
+        if isinstance(module, nn.Conv2d) and not normalizes_weights(module) and module.groups == 1:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 

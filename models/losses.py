@@ -1,9 +1,9 @@
 """Losses per sample, so that the trainer can sum, weight and count them."""
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
+
+from base.registry import LOSSES
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -19,5 +19,4 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy}
-"""Config name -> `(logits, labels) -> losses (B,)`."""
+LOSSES["cross_entropy"] = cross_entropy

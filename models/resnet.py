@@ -4,7 +4,7 @@ Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: "Deep Residual Learning for I
 "Identity Mappings in Deep Residual Networks", arXiv:1603.05027.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class ResNet(BaseModel):
         block: `BasicBlock` or `Bottleneck`.
         num_blocks: how many blocks each of the four stages has.
         num_classes: the number of logits.
-        stem: a name in `STEMS`.
+        stem: first layers: a 3x3 convolution (cifar), or one of 7x7 with stride and pooling (imagenet).
         layer_types: the arguments of `BaseModel`.
 
     Raises:
@@ -101,11 +101,11 @@ class ResNet(BaseModel):
         block: type[BasicBlock] | type[Bottleneck],
         num_blocks: tuple[int, int, int, int],
         num_classes: int = 10,
-        stem: str = "cifar",
+        stem: Literal["cifar", "imagenet"] = "cifar",
         **layer_types: Any,
     ) -> None:
         super().__init__(**layer_types)
-        self.conv1 = self.conv_layer(3, 64, bias=False, **lookup(STEMS, stem, "arch.args.stem"))
+        self.conv1 = self.conv_layer(self.in_channels, 64, bias=False, **lookup(STEMS, stem, "arch.args.stem"))
         self.norm1 = self.norm_layer(64)
         self.relu = self.activation_layer(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
@@ -120,7 +120,7 @@ class ResNet(BaseModel):
         self.linear = self.linear_layer(in_planes, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
         out = self.maxpool(self.relu(self.norm1(self.conv1(inputs))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
@@ -184,7 +184,7 @@ class PreActResNet(BaseModel):
     Args:
         num_blocks: how many blocks each of the four stages has.
         num_classes: the number of logits.
-        shortcut_input: "activated" or "raw".
+        shortcut_input: what the shortcuts see: relu(bn(x)) (activated) or x itself (raw).
         final_norm: whether a norm and an activation stand before the average.
         layer_types: the arguments of `BaseModel`.
 
@@ -196,7 +196,7 @@ class PreActResNet(BaseModel):
         self,
         num_blocks: tuple[int, int, int, int],
         num_classes: int = 10,
-        shortcut_input: str = "activated",
+        shortcut_input: Literal["activated", "raw"] = "activated",
         final_norm: bool = True,
         **layer_types: Any,
     ) -> None:
@@ -204,7 +204,7 @@ class PreActResNet(BaseModel):
         if shortcut_input not in SHORTCUT_INPUTS:
             expected = " or ".join(SHORTCUT_INPUTS)
             raise ConfigError(f"arch.args.shortcut_input: {shortcut_input!r}, expected {expected}")
-        self.conv1 = self.conv_layer(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        self.conv1 = self.conv_layer(self.in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
         in_planes = 64
         for stage, (planes, blocks) in enumerate(zip((64, 128, 256, 512), num_blocks, strict=True), start=1):
             layers = []
@@ -219,7 +219,7 @@ class PreActResNet(BaseModel):
         self.linear = self.linear_layer(in_planes, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(inputs)))))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(self.relu(self.bn(out)), 1), 1))
 

@@ -27,7 +27,7 @@ class SimpleCNN(BaseModel):
     def __init__(self, num_classes: int = 10, **layer_types: Any) -> None:
         super().__init__(**layer_types)
         layers: list[nn.Module] = []
-        in_channels = 3
+        in_channels = self.in_channels
         for channels in (8, 16, 32):
             for _ in range(2):
                 layers += [
@@ -41,7 +41,7 @@ class SimpleCNN(BaseModel):
         self.classifier = self.linear_layer(32 * 4 * 4, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
         out = self.features(inputs)
         # the pooling has no deterministic backward pass on CUDA, so it is left out where it does nothing
         if out.shape[-2:] != (4, 4):
@@ -50,7 +50,7 @@ class SimpleCNN(BaseModel):
 
 
 class SimpleCNN2(BaseModel):
-    """Four convolutions without padding, 3 -> 6 -> 16 -> 20 -> 32 channels, with norm and activation; a 2x2 maximum after the
+    """Four convolutions without padding, C -> 6 -> 16 -> 20 -> 32 channels, with norm and activation; a 2x2 maximum after the
     first, second and fourth; one linear layer.
 
     The state dict has the keys of the original. Deviations: `activation_layer_type` is obeyed (the original always takes ReLU),
@@ -66,7 +66,7 @@ class SimpleCNN2(BaseModel):
 
     def __init__(self, num_classes: int = 10, **layer_types: Any) -> None:
         super().__init__(**layer_types)
-        sizes = ((3, 6, 5), (6, 16, 3), (16, 20, 3), (20, 32, 3))
+        sizes = ((self.in_channels, 6, 5), (6, 16, 3), (16, 20, 3), (20, 32, 3))
         for number, (in_channels, channels, kernel_size) in enumerate(sizes, start=1):
             self.add_module(f"conv{number}", self.conv_layer(in_channels, channels, kernel_size, bias=False))
             self.add_module(f"norm{number}", self.norm_layer(channels))
@@ -75,7 +75,7 @@ class SimpleCNN2(BaseModel):
         self.fc = self.linear_layer(32, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
         out = self.pool(self.relu1(self.norm1(self.conv1(inputs))))
         out = self.pool(self.relu2(self.norm2(self.conv2(out))))
         out = self.relu3(self.norm3(self.conv3(out)))

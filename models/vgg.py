@@ -38,7 +38,7 @@ class VGG(BaseModel):
     def __init__(self, name: str, num_classes: int = 10, **layer_types: Any) -> None:
         super().__init__(**layer_types)
         layers: list[nn.Module] = []
-        in_channels = 3
+        in_channels = self.in_channels
         for stage in STAGES[name]:
             for channels in stage:
                 layers += [
@@ -53,5 +53,5 @@ class VGG(BaseModel):
         self.classifier = self.linear_layer(in_channels, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(self.features(inputs), 1), 1))

@@ -1,9 +1,10 @@
 """Wide ResNet. Sergey Zagoruyko, Nikos Komodakis: "Wide Residual Networks", BMVC 2016, arXiv:1605.07146."""
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
@@ -74,7 +75,12 @@ class WideResNet(BaseModel):
     checkpoints hold it."""
 
     def __init__(
-        self, depth: int = 28, widen_factor: int = 10, num_classes: int = 10, dropout: float = 0.0, **layer_types: Any
+        self,
+        depth: Annotated[int, Field(ge=1, le=10_000)] = 28,
+        widen_factor: Annotated[int, Field(ge=1, le=1000)] = 10,
+        num_classes: int = 10,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        **layer_types: Any,
     ) -> None:
         super().__init__(**layer_types)
         if depth < 10 or depth % 6 != 4:
@@ -84,7 +90,7 @@ class WideResNet(BaseModel):
         blocks = (depth - 4) // 6
         widths = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         block_args = (dropout, self.conv_layer, self.norm_layer, self.activation_layer)
-        self.conv1 = self.conv_layer(3, 16, kernel_size=3, stride=1, padding=1, bias=False)
+        self.conv1 = self.conv_layer(self.in_channels, 16, kernel_size=3, stride=1, padding=1, bias=False)
         self.block1 = WideStage(blocks, 16, widths[0], 1, *block_args)
         self.block2 = WideStage(blocks, widths[0], widths[1], 2, *block_args)
         self.block3 = WideStage(blocks, widths[1], widths[2], 2, *block_args)
@@ -93,6 +99,6 @@ class WideResNet(BaseModel):
         self.fc = self.linear_layer(widths[2], num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, 3, H, W)`."""
+        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
         out = self.block3(self.block2(self.block1(self.conv1(inputs))))
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.relu(self.bn1(out)), 1), 1))

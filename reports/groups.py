@@ -11,16 +11,21 @@ import numpy as np
 from base.config.section import lies_in
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.resuming import DATA_DIR, NOISE_FILE, WHERE_AND_HOW
+from base.resuming import DATA_DIR, FILLED_FROM_DATA, IMPORTS, NOISE_FILE, WHERE_AND_HOW
 from base.run_folder import PROVENANCE
 from reports.runs import Run, only_finished
 
 logger = logging.getLogger(__name__)
 
 MOVED = (DATA_DIR, NOISE_FILE)
-MAY_DIFFER = ("seed", *WHERE_AND_HOW)
+MAY_DIFFER = (
+    "seed",
+    *(key for key in WHERE_AND_HOW if key != IMPORTS),
+    *FILLED_FROM_DATA,
+)
 """Config keys in which runs that are averaged may differ: none of them changes results, but for the
-seed and for rounding. Where one of `MOVED` differs, labels are compared."""
+seed and for rounding. Where one of `MOVED` differs, labels are compared. Of own code a run's
+settings hold digests, which have to be equal."""
 MAY_VARY = ("train_seconds", "images_per_second", *PROVENANCE)
 """What two runs of one config and seed may have different values of in `result.json`."""
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from base.config.config import Config
-from base.config.files import load_config
+from base.config.files import read_tree, validate
 from base.errors import ConfigError
 from base.registry import did_you_mean
+from base.resuming import IMPORTS, digests
 from base.study_file import read_places
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,9 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: one of its files is broken, or it has logged no epoch.
     """
-    settings = resolved_settings(load_config(folder / "config.json"))
+    file = folder / "config.json"
+    # what own code it names is not imported
+    settings = resolved_settings(validate(read_tree(file), str(file)))
     log = _read_log(folder / "metrics.jsonl")
     if not log:
         raise ConfigError(f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet")
@@ -200,6 +203,7 @@ def resolved_settings(config: Config) -> dict[str, Any]:
     """Dotted key -> value of every value of a config; see `Run.settings`."""
     return {
         **_flat(config.model_dump(mode="json")),
+        IMPORTS: digests(config.dump()[IMPORTS]),
         "adversarial.method": config.adversarial_method,
         "adversarial.epsilon": config.attack_epsilon,
         "adversarial.bn_mode": config.attack_bn_mode,

@@ -10,7 +10,7 @@ HEADS = ("layer", "input", "norm", "residual", "mean s^2", "error", "spread", "b
 
 
 def spectrum_table(layers: Sequence[Mapping[str, Any]]) -> str:
-    """A line per layer, in depth order, of what `evaluation.spectral_norm.describe` gives.
+    """A line per layer, in depth order; `layers` as in `evaluation.NetworkSpectra.as_dict()`.
 
     A `!` behind a residual says that the power iteration stopped before its tolerance.
     """

@@ -15,8 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from base.config.files import Override, load_config
-from experiment import build_attacks
-from experiment.build import build_data_loader, build_experiment_model
+from experiment import Experiment
 
 IMAGES = 60
 NETWORKS = {
@@ -39,15 +38,14 @@ def main() -> None:
 def share_and_movement(file: str, overrides: list[Override]) -> tuple[float, float]:
     """Both numbers, for one config and one seed."""
     config = load_config(file, [*overrides, ("data_loader.args.batch_size", str(IMAGES))])
-    loader = build_data_loader(config, torch.device("cpu"))
+    experiment = Experiment.from_config(config)
+    trainer, loader, model = experiment.build_trainer(Path()), experiment.train_loader, experiment.model.train()
     loader.set_epoch(1)
     images, labels = next(iter(loader))
-    model = build_experiment_model(config, loader, torch.device("cpu")).train()
     last = next(module for module in reversed(list(model.modules())) if isinstance(module, torch.nn.Linear))
     seen: list[torch.Tensor] = []
     last.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
-    attack = build_attacks.training_attack(config)
-    attacked = attack.perturb(model, images, labels, torch.Generator().manual_seed(0)).detach()
+    attacked = trainer.attack.perturb(model, images, labels, torch.Generator().manual_seed(0)).detach()
     seen.clear()
     with torch.no_grad():
         model(images)

@@ -60,12 +60,12 @@ def read_checkpoint(file: Path) -> None:
     load_checkpoint(file)
     update = BaseTrainer.update
 
-    def update_once(trainer: BaseTrainer, loss: Tensor) -> None:
-        update(trainer, loss)
+    def update_once(trainer: BaseTrainer, losses: Tensor) -> None:
+        update(trainer, losses)
         raise _Enough
 
     # an odd n_gpu starts processes, which is too much here
-    with patch.object(BaseTrainer, "update", update_once), patch("experiment.train_command.launch"), suppress(_Enough):
+    with patch.object(BaseTrainer, "update", update_once), patch("experiment.experiment.launch"), suppress(_Enough):
         _train("-r", file)
 
 
@@ -77,7 +77,7 @@ def _train(*words: str | Path) -> None:
 
 def config_seeds() -> list[bytes]:
     """All shipped configs."""
-    return [file.read_bytes() for file in sorted(CONFIGS.rglob("*.json")) if file.name != "schema.json"]
+    return [file.read_bytes() for file in sorted(CONFIGS.rglob("*.json")) if not file.name.endswith("schema.json")]
 
 
 def checkpoint_seeds() -> list[bytes]:
@@ -104,8 +104,8 @@ def resumable() -> dict[str, Any]:
     (place / "config.json").write_text(json.dumps(config))
     update, updates = BaseTrainer.update, count(1)
 
-    def stop_in_the_second_epoch(trainer: BaseTrainer, loss: Tensor) -> None:
-        update(trainer, loss)
+    def stop_in_the_second_epoch(trainer: BaseTrainer, losses: Tensor) -> None:
+        update(trainer, losses)
         if next(updates) == BATCHES + 1:
             trainer.signals.asked = signal.SIGTERM
 

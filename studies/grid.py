@@ -12,8 +12,9 @@
 }
 
 Paths are relative to the grid file. Every combination of one label from each axis is a variant, called by its labels
-(`BatchNorm_standard`); named variants are settings on top of the base, or another config file. `_unused_ok`, which may be left
-out, is passed on to every run: see `base.config.warnings`.
+(`BatchNorm_standard`); named variants are settings on top of the base, or another config file. What base and files name in
+`imports` is run, as if `-c` named them. `_unused_ok`, which may be left out, is passed on to every run: see
+`base.config.warnings`.
 """
 
 import json
@@ -28,14 +29,23 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError
 
 from base.config.config import Config
-from base.config.files import Override, is_comment, load_config, override, read_tree
-from base.config.section import Count, Section
+from base.config.files import (
+    Override,
+    check_optimization_of,
+    is_comment,
+    load_config,
+    override,
+    read_tree,
+)
+from base.config.imports import FLAG
+from base.config.origins import Flag
+from base.config.section import Count, Section, lies_in
 from base.config.strict_json import read_json_object
 from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
-from base.optimization import check_optimization
 from base.registry import did_you_mean
 from base.study_file import Place, write_places
+from base.text import one_line
 from studies.identity import identity, is_place
 
 Settings = dict[str, Any]
@@ -70,6 +80,7 @@ class Run:
         config: the resolved config.
         folder: its run folder. The name ends in a hash of the resolved config; see `identity`.
         overrides: what the command line puts on top of every variant.
+        imports: own code, as the command line names it; the config's own is not among it.
         grid: the file that it is read from.
     """
 
@@ -82,6 +93,7 @@ class Run:
     config: Config
     folder: Path
     overrides: tuple[Override, ...] = ()
+    imports: tuple[str, ...] = ()
     grid: Path = Path()
 
     @property
@@ -92,17 +104,28 @@ class Run:
     @property
     def script(self) -> str:
         """The script that trains it."""
-        return "train.py" if self.config.adversarial_method == "none" else "train_robust.py"
+        return "train_robust.py" if self.config.attacks_while_training else "train.py"
 
     def words(self) -> list[str]:
         """The command line that starts it, from the script on."""
         settings = [(key, as_word(value)) for key, value in self.settings.items()]
         words = [self.script, "-c", str(self.config_file), "--run_dir", str(self.folder)]
+        words += _words(FLAG, self.imports)
         return [*words, *set_words([*settings, *self.overrides]), "--seed", str(self.seed)]
 
     def words_to_resume(self, changes: Sequence[Override] = ()) -> list[str]:
-        """The command line that continues it, with other values of some keys."""
-        return [self.script, "-r", str(self.folder), *set_words(changes)]
+        """The command line that continues it, with other values of some keys.
+
+        It names all own code, as a run folder by itself runs none.
+        """
+        imports = [code.word for code in self.config.imports]
+        return [self.script, "-r", str(self.folder), *_words(FLAG, imports), *set_words(changes)]
+
+    def words_of_study(self) -> list[str]:
+        """What `run_ablations.py` is told to work on this run alone."""
+        words = ["--grid", str(self.grid), f"--config={self.variant}", "--seed", str(self.seed)]
+        words += ["--save_dir", str(self.folder.parent), *_words(FLAG, self.imports)]
+        return [*words, *set_words(self.overrides)]
 
 
 def read_grid(path: Path) -> Grid:
@@ -119,8 +142,13 @@ def read_grid(path: Path) -> Grid:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"] if part not in ("str", "dict[str,any]"))
-        hint = did_you_mean(key, list(Grid.model_fields)) if problem["type"] == "extra_forbidden" else ""
-        raise ConfigError(f"{path}: {key}: {problem['msg']}{hint}") from None
+        if problem["type"] == "extra_forbidden":
+            known = list(Grid.model_fields)
+            raise ConfigError(
+                f"{path}: {key}: unknown key{did_you_mean(key, known)} (known here: {', '.join(known)})"
+            ) from None
+        given = one_line(json.dumps(problem["input"]), 80)
+        raise ConfigError(f"{path}: {key}: {problem['msg']}, not {given}") from None
     if not grid.axes and not grid.variants:
         raise ConfigError(f"{path}: neither axes nor variants: there is nothing to run")
     if grid.base is None and (grid.axes or not all(isinstance(value, str) for value in grid.variants.values())):
@@ -130,26 +158,43 @@ def read_grid(path: Path) -> Grid:
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of a grid: what its runs start from, what is put on top of that, and its axes' labels."""
+    """One variant of a grid.
+
+    Attributes:
+        config_file: what its runs start from.
+        settings: what is put on top of that.
+        places: dotted key of a setting -> where it stands in the grid file, such as `axes.norm.GroupNorm`.
+        labels: its label on each axis.
+    """
 
     config_file: Path
     settings: Settings
+    places: Mapping[str, str]
     labels: Mapping[str, str]
+
+    def overrides(self, path: Path) -> list[Override]:
+        """Its settings as overrides whose errors name the grid file."""
+        return [
+            Flag((key, as_word(value)), f"{path}: {self.places[key]}" if key in self.places else f"{path}")
+            for key, value in self.settings.items()
+        ]
 
 
 def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
     """The variants by name, those of the axes first.
 
     Raises:
-        ConfigError: two variants of one name, a name that is no folder name, a seed or a Comet key among the settings, or two
-            axes that set the same key.
+        ConfigError: two variants of one name, a name that is no folder name, a seed, imports or a Comet key among the
+            settings, or two axes that set the same key.
     """
     base = path.parent / (grid.base or "")
     quiet = {} if grid._unused_ok is None else {UNUSED_OK: grid._unused_ok}
-    named = [
-        (name, Variant(path.parent / value, {}, {}) if isinstance(value, str) else Variant(base, value, {}))
-        for name, value in grid.variants.items()
-    ]
+    named = []
+    for name, value in grid.variants.items():
+        if isinstance(value, str):
+            named.append((name, Variant(path.parent / value, {}, {}, {})))
+        else:
+            named.append((name, Variant(base, value, dict.fromkeys(value, f"variants.{name}"), {})))
     found: dict[str, Variant] = {}
     for name, variant in [*_combinations(grid, path, base), *named]:
         if name in found:
@@ -158,6 +203,8 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
             raise ConfigError(f"{path}: {name!r}: a variant's name is made of letters, digits, spaces and _ . + = % -")
         if "seed" in variant.settings:
             raise ConfigError(f"{path}: {name}: seed: belongs into the grid's seeds")
+        if any(lies_in(key, ["imports"]) for key in variant.settings):
+            raise ConfigError(f"{path}: {name}: imports: belongs into the base config, or after {FLAG}")
         if _holds_key(variant.settings):
             raise ConfigError(f"{path}: {name}: comet.api: would be shown and stored with the run's command; set COMET_API_KEY")
         found[name] = replace(variant, settings=quiet | variant.settings)
@@ -170,6 +217,7 @@ def plan(
     seeds: Sequence[int] = (),
     save_dir: Path | None = None,
     overrides: Sequence[Override] = (),
+    imports: Sequence[str] = (),
 ) -> list[Run]:
     """The runs that a grid file stands for, seeds of one variant side by side. All configs are checked; nothing is written.
 
@@ -179,13 +227,16 @@ def plan(
         seeds: instead of the grid's.
         save_dir: folder of the study's run folders; by default `trainer.save_dir` of each config, and in it the grid's name.
         overrides: dotted keys and the texts of their values, put on top of every variant.
+        imports: own code to import, beside that of the configs: files and modules, as `--imports` names them.
 
     Raises:
-        ConfigError: anything that is wrong with the grid, a name, an override, or a config.
+        ConfigError: anything that is wrong with the grid, a name, an override (among it one of a key that the grid itself
+            varies), or a config.
     """
     grid = read_grid(path)
     _check_overrides(overrides)
     variants = variants_of(grid, path)
+    _check_left_alone(overrides, variants, path)
     for name in names:
         if name not in variants:
             raise ConfigError(
@@ -195,7 +246,7 @@ def plan(
     order = list(variants)
     for name in dict.fromkeys(names or order):
         for seed in dict.fromkeys(seeds or grid.seeds):
-            run = _run(path, name, order.index(name), seed, variants[name], save_dir, overrides)
+            run = _run(path, name, order.index(name), seed, variants[name], save_dir, overrides, imports)
             for same in (run.folder.name.rpartition("_")[2], json.dumps(run.config.dump())):
                 twin = runs.setdefault(same, run)
                 if twin is not run:
@@ -242,7 +293,11 @@ def describe(runs: Sequence[Run]) -> list[str]:
 
 def set_words(settings: Iterable[Override]) -> list[str]:
     """The words of a command line that set these keys."""
-    return [word for key, text in settings for word in ("--set", f"{key}={text}")]
+    return _words("--set", [f"{key}={text}" for key, text in settings])
+
+
+def _words(flag: str, values: Iterable[str]) -> list[str]:
+    return [word for value in values for word in (flag, value)]
 
 
 def as_word(value: Any) -> str:
@@ -267,13 +322,16 @@ def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant
     found = []
     for labels in product(*(axis.items() for axis in grid.axes.values())):
         settings: Settings = {}
-        for _, part in labels:
+        places: dict[str, str] = {}
+        for axis, (label, part) in zip(grid.axes, labels, strict=True):
             twice = settings.keys() & part.keys()
             if twice:
                 raise ConfigError(f"{path}: axes: two of them set {min(twice)}")
             settings |= part
+            places |= dict.fromkeys(part, f"axes.{axis}.{label}")
         names = [label for label, _ in labels]
-        found.append(("_".join(names), Variant(base, settings, dict(zip(grid.axes, names, strict=True)))))
+        labels_of_axes = dict(zip(grid.axes, names, strict=True))
+        found.append(("_".join(names), Variant(base, settings, places, labels_of_axes)))
     return found
 
 
@@ -282,13 +340,54 @@ def _check_overrides(overrides: Sequence[Override]) -> None:
     for key, text in overrides:
         if key == "seed":
             raise ConfigError(f"--set seed={text}: the seeds of a study are given by --seed")
-        try:
-            tree = override({}, [(key, text)])
-        except ConfigError as error:
-            raise ConfigError(f"--set {error}") from None
+        tree = override({}, [(key, text)])
         if _holds_key(tree):
             reason = "would be shown and stored with the runs' commands; set COMET_API_KEY"
             raise ConfigError(f"--set {key}: {reason}")
+
+
+def _check_left_alone(
+    overrides: Sequence[Override], variants: Mapping[str, Variant], path: Path
+) -> None:
+    """Refuse to set what the grid compares: a variant's name would say what its runs are not.
+
+    Raises:
+        ConfigError: naming the flag and the values that the variants have.
+    """
+    varied = _varied(variants, path) if overrides else {}
+    for key, text in overrides:
+        for leaf, values in varied.items():
+            if lies_in(leaf, [key]) or lies_in(key, [leaf]):
+                raise ConfigError(f"--set {key}={text}: {path} itself varies {leaf} ({values})")
+
+
+def _varied(variants: Mapping[str, Variant], path: Path) -> dict[str, str]:
+    """The dotted keys in which the variants of a grid differ -> the first values, in words.
+
+    Where files lie in different places they do not compare those.
+    """
+    trees = {name: _tree_of(path, name, variant) for name, variant in variants.items()}
+    set_by_grid = {key for variant in variants.values() for key in variant.settings}
+    found = {}
+    for leaf in dict.fromkeys(leaf for tree in trees.values() for leaf in tree):
+        if is_place(leaf) and not any(lies_in(leaf, [key]) for key in set_by_grid):
+            continue
+        first_with: dict[str, str] = {}
+        for name, tree in trees.items():
+            value = as_word(tree[leaf]) if leaf in tree else "its default"
+            first_with.setdefault(value, name)
+        if len(first_with) > 1:
+            found[leaf] = ", ".join(f"{value} in {name}" for value, name in list(first_with.items())[:3])
+    return found
+
+
+def _tree_of(path: Path, name: str, variant: Variant) -> Settings:
+    """Dotted key and value of everything that the files and the grid say of a variant."""
+    settings = [setting for setting in variant.overrides(path) if not is_comment(setting[0])]
+    try:
+        return dict(_leaves(override(read_tree(variant.config_file), settings)))
+    except ConfigError as error:
+        raise _of_variant(error, path, name) from None
 
 
 def _run(
@@ -299,18 +398,18 @@ def _run(
     variant: Variant,
     save_dir: Path | None,
     overrides: Sequence[Override],
+    imports: Sequence[str],
 ) -> Run:
-    file, settings = variant.config_file, variant.settings
-    own = [(key, as_word(value)) for key, value in settings.items()]
+    file, settings, own = variant.config_file, variant.settings, variant.overrides(path)
     try:
-        config = _config(file, [*own, *overrides], seed)
+        config = _config(file, [*own, *overrides], seed, imports)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {name}: {_explained(error, file, own, seed, overrides)}") from None
+        raise _of_variant(error, path, name) from None
     named_by = config
     kept = [(key, text) for key, text in overrides if not (is_place(key) and key in settings)]
     if len(kept) < len(overrides):
         # the grid compares places: its runs keep the names that they have with the grid's values
-        named_by = _config(file, [*own, *kept], seed)
+        named_by = _config(file, [*own, *kept], seed, imports)
     parent = save_dir or Path(config.trainer.save_dir) / path.stem
     return Run(
         name,
@@ -322,38 +421,32 @@ def _run(
         config,
         parent / f"{name.replace(' ', '-')}_seed{seed}_{identity(named_by, settings)}",
         tuple(overrides),
+        tuple(imports),
         path,
     )
 
 
-def _config(file: Path, overrides: Sequence[Override], seed: int) -> Config:
+def _of_variant(error: ConfigError, path: Path, variant: str) -> ConfigError:
+    """The error of a variant. What is wrong with the grid itself, or with a flag, says so already."""
+    text = str(error)
+    if text.startswith(f"{path}: "):
+        return error
+    if text.startswith("--"):
+        return ConfigError(f"{text} ({path}: {variant})")
+    return ConfigError(f"{path}: {variant}: {text}")
+
+
+def _config(file: Path, overrides: Sequence[Override], seed: int, imports: Sequence[str]) -> Config:
     """The checked config of a run, without Comet's key.
 
     Whoever shows or stores a run cannot give it away; a run's own process reads it itself.
     """
-    config = load_config(file, [*overrides, ("seed", str(seed))])
-    check_optimization(config.optimizer, config.lr_scheduler)
+    config = load_config(file, [*overrides, Flag(("seed", str(seed)), f"--seed {seed}")], imports)
+    check_optimization_of(config)
     if config.comet is not None:
         comet = config.comet.model_copy(update={"api": None})
         config = config.model_copy(update={"comet": comet})
     return config
-
-
-def _explained(
-    error: ConfigError,
-    file: Path,
-    settings: Sequence[Override],
-    seed: int,
-    overrides: Sequence[Override],
-) -> str:
-    """The error, with the `--set` that it comes from where the variant without them is good."""
-    if overrides:
-        try:
-            _config(file, settings, seed)
-        except ConfigError:
-            return str(error)
-        return f"with {' '.join(set_words(overrides))}: {error}"
-    return str(error)
 
 
 def _own_keys(file: Path, resolved: Mapping[str, Any]) -> Settings:

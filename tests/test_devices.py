@@ -1,14 +1,15 @@
 """`-d 0,1`: several devices for one command."""
 
 import os
+import sys
 
 import pytest
 import torch
 
-from base.command_line import config_parser, select_device_to_evaluate
+import train
+from base.command_line import select_device_to_evaluate
 from base.errors import ConfigError
-from experiment import train_command
-from experiment.train_command import run_job
+from experiment import experiment as experiment_module
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +25,15 @@ def _two_devices(monkeypatch):
 )
 def test_training_starts_a_process_for_each(monkeypatch, words, processes):
     started = []
-    monkeypatch.setattr(train_command, "launch", started.append)
-    run_job(config_parser("").parse_args(["-c", "configs/quickstart.json", *words]), lambda config: None)
+
+    def launch(config):
+        started.append(config)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(experiment_module, "launch", launch)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-c", "configs/quickstart.json", *words])
+    with pytest.raises(SystemExit):
+        train.main()
     assert [config.n_gpu for config in started] == [processes]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("3,1" if "-d" in words else "0")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from base.base_data_loader import BaseDataLoader
-from base.config.files import load_config
+from base.config.files import config_chain, load_config
 from base.optimization import Schedule, build_optimizer, check_optimization
 from experiment.build import build_trainer
 from models import build_model
@@ -15,7 +15,8 @@ from studies.grid import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GRIDS = sorted((CONFIGS / "ablations").glob("*.json"))
-FILES = [file for file in sorted(CONFIGS.rglob("*.json")) if file not in GRIDS and file.name != "schema.json"]
+SCHEMAS = [CONFIGS / "schema.json", CONFIGS / "grid_schema.json"]
+FILES = [file for file in sorted(CONFIGS.rglob("*.json")) if file not in [*GRIDS, *SCHEMAS]]
 
 
 class NoImages(BaseDataLoader):
@@ -53,6 +54,11 @@ def test_every_config_names_the_schema_and_trains(file, tmp_path):
     config = load_config(file, [("adversarial.steps", "1"), ("trainer.adv_repeats", "1")])
     check_optimization(config.optimizer, config.lr_scheduler)
     step(config, tmp_path)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_no_config_inherits_through_more_than_two_parents(file):
+    assert len(config_chain(file)) <= 3
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))

@@ -3,24 +3,44 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from attacks.arguments import LARGEST_LINF
 from attacks.attack import frozen
 from attacks.pgd import PGD
-from attacks.threat_model import ThreatModel, draw
+from attacks.threat_model import ThreatModel, draw, in_pixel_range
+from base.base_trainer import BaseTrainer, TrainerParts
+from base.config.adversarial import Size
+from base.config.section import Count, Positive
 from base.ranks import Share, gather, rank, world_size
 from base.totals import BatchResult
-from evaluation.accuracy import batch_result
 from trainer.robust_validation import overfitting_warnings
-from trainer.trainer import Trainer
 
 
-class TrainerWithAdversary(Trainer):
-    """What every method has in common."""
+class TrainerWithAdversary(BaseTrainer):
+    """What all methods that attack images have in common.
+
+    Args:
+        parts: see `TrainerParts`.
+        warmup_epochs: Epochs over which radius and step of training grow evenly from 0; validation and reports attack with
+            the whole radius. Pang et al. (arXiv:2010.00467) begin at 1/N of the radius, end one epoch earlier, and keep the
+            whole step.
+    """
+
+    attacks_while_training = True
+    takes_mixup = True
+    default_bn_mode: ClassVar[Literal["train", "eval"]] = "train"
+    """Mode of the model while it is attacked, where the config names none: that of the authors' code."""
+
+    def __init__(self, parts: TrainerParts, *, warmup_epochs: Count = 0) -> None:
+        super().__init__(parts)
+        self.threat_model = ThreatModel(parts.norm, parts.epsilon)
+        self.warmup_epochs = warmup_epochs
 
     @property
     def radius_share(self) -> float:
@@ -35,7 +55,7 @@ class TrainerWithAdversary(Trainer):
         A network whose features hardly tell images apart in the beginning (a deep one with GroupNorm) meets an adversary that
         can hide all of that difference, and learns to answer the same for every image; with the radius growing it does not.
         """
-        epochs = self.config.adversarial.warmup_epochs
+        epochs = self.warmup_epochs
         done = self.progress.epochs_done + self.progress.batches_done / len(self.train_loader)
         return min(1.0, done / epochs) if epochs else 1.0
 
@@ -49,32 +69,52 @@ class FreeTrainer(TrainerWithAdversary):
     In the paper the perturbation is carried from minibatch to minibatch; ConvNorm begins at zero for each. Values logged are
     sums over all updates, each counting its samples.
 
+    `trainer.adv_repeats` says how many updates there are for each minibatch, the paper's m. The sum of perturbation and image
+    is clamped to `[0, 1]`, the perturbation itself is not.
+
     Args:
-        threat_model: bound of the perturbation. Its sum with the image is clamped to `[0, 1]`, the perturbation itself is not.
-        step_size: of the perturbation, in units of the pixel range.
-        repeats: updates per minibatch, the paper's m.
-        carry: begin with the last minibatch's perturbation instead of zero.
-        **parts: everything `Trainer` takes.
+        parts: see `TrainerParts`.
+        step_size: Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon (fgsm), 2.5 epsilon / steps
+            (others).
+        bn_mode: Mode of the model while it is attacked in training. train moves running statistics, too (free knows only
+            train); null: eval for trades, train for the others, as in the authors' codes.
+        noise: Perturbations begin at zero for each minibatch (reset, as in ConvNorm), or where the last ones ended (carry, as
+            in the paper).
     """
 
-    def __init__(self, *, threat_model: ThreatModel, step_size: float, repeats: int, carry: bool = False, **parts: Any) -> None:
-        super().__init__(**parts)
-        self.threat_model = threat_model
+    reads = ("trainer.adv_repeats", "trainer.fgsm_step")
+    """Keys of other sections of the config that mean something to this method only."""
+
+    def __init__(
+        self,
+        parts: TrainerParts,
+        *,
+        step_size: Size | None = None,
+        warmup_epochs: Count = 0,
+        bn_mode: Literal["train"] | None = None,
+        noise: Literal["reset", "carry"] = "reset",
+    ) -> None:
+        super().__init__(parts, warmup_epochs=warmup_epochs)
+        settings = parts.config.trainer
+        if step_size is None:
+            step_size = in_pixel_range(settings.fgsm_step, "linf") if parts.norm == "linf" else parts.epsilon
         self.step_size = step_size
-        self.repeats = repeats
-        self.carry = carry
+        self.repeats = settings.adv_repeats
+        self.carry = noise == "carry"
         self._perturbation: Tensor | None = None
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
         """`repeats` updates, the perturbation moving with each."""
-        images, targets = self.mixed(images, labels)
         share = self.share(images)
         bound = replace(self.threat_model, epsilon=self.radius_share * self.threat_model.epsilon)
         perturbation = self._first_perturbation(images, share)
         results = []
         for _ in range(self.repeats):
             perturbation.requires_grad_()
-            results.append(self.train_on((images + perturbation).clamp(0, 1), targets))
+            logits = self.forward((images + perturbation).clamp(0, 1))
+            losses = self.loss(logits, labels)
+            self.update(losses)
+            results.append(self.result(losses, logits, labels))
             moved = bound.step(perturbation.detach(), perturbation.grad, self.radius_share * self.step_size)
             perturbation = bound.bound(moved)
         if self.carry:
@@ -127,32 +167,56 @@ class FreeTrainer(TrainerWithAdversary):
 
 
 class AdversarialTrainer(TrainerWithAdversary):
-    """Training on attacked images: PGD (Madry et al., arXiv:1706.06083), or, with one step of 1.25 epsilon from a random start,
-    fast FGSM training (Wong et al., arXiv:2001.03994).
+    """Training on images attacked by PGD (Madry et al., arXiv:1706.06083).
 
     Cost: one forward and one backward pass per attack step, without gradients of the weights, and those of the update. The
     values logged are those on the attacked images.
 
+    An own method with another loss on attacked images derives from this class, takes its own arguments and hands the others
+    on: `def __init__(self, parts, *, beta: float = 5.0, **others): super().__init__(parts, **others)`.
+
     Args:
-        attack: the attack of every training step.
-        bn_mode: mode of the model while it is attacked. `"train"` normalises by the statistics of the attacked minibatch, and
-            running statistics follow every step of the attack, as in the codes of PGD and fast FGSM training; `"eval"`, as in
-            that of TRADES, uses and keeps the running statistics.
-        **parts: everything `Trainer` takes.
+        parts: see `TrainerParts`.
+        step_size: Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon (fgsm), 2.5 epsilon / steps
+            (others).
+        steps: Attack steps in training.
+        restarts: Random starts in training, of which every image keeps the worst point.
+        random_start: Begin attacks in training at a random point.
+        bn_mode: Mode of the model while it is attacked in training. train normalizes by the statistics of the attacked
+            minibatch, and running statistics follow every step of the attack; eval uses and keeps the running statistics;
+            null: eval for trades, train for the others, as in the authors' codes.
     """
 
-    def __init__(self, *, attack: PGD, bn_mode: str = "train", **parts: Any) -> None:
-        super().__init__(**parts)
-        self.attack = attack
-        self.bn_mode = bn_mode
+    def __init__(
+        self,
+        parts: TrainerParts,
+        *,
+        step_size: Size | None = None,
+        steps: Positive = 10,
+        restarts: Positive = 1,
+        random_start: bool = True,
+        warmup_epochs: Count = 0,
+        bn_mode: Literal["train", "eval"] | None = None,
+    ) -> None:
+        super().__init__(parts, warmup_epochs=warmup_epochs)
+        if step_size is None:
+            step_size = _within_range(2.5 * parts.epsilon / steps, parts.norm)
+        self.attack = PGD(parts.epsilon, step_size, steps, parts.norm, restarts=restarts, random_start=random_start)
+        self.bn_mode = bn_mode or self.default_bn_mode
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
         """Attack the minibatch, then one update on what came of it."""
-        images, targets = self.mixed(images, labels)
+        attacked = self.attacked(images, labels)
+        logits = self.forward(attacked)
+        losses = self.loss(logits, labels)
+        self.update(losses)
+        return self.result(losses, logits, labels)
+
+    def attacked(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The minibatch under the training attack, which maximizes cross entropy; `images` stay as they are."""
         generator = self.generator("training attack", images)
         with self.attacking():
-            attacked = self.attack.scaled(self.radius_share).perturb(self.model, images, targets, generator)
-        return self.train_on(attacked, targets)
+            return self.attack.scaled(self.radius_share).perturb(self.model, images, labels, generator)
 
     def epoch_warnings(self, log: Mapping[str, Any]) -> list[str]:
         """Whether the network has collapsed since an earlier epoch, where it is also validated by FGSM
@@ -167,37 +231,80 @@ class AdversarialTrainer(TrainerWithAdversary):
             yield
 
 
+class FGSMTrainer(AdversarialTrainer):
+    """Fast FGSM training (Wong et al., arXiv:2001.03994): one step, of 1.25 epsilon from a random start.
+
+    Args:
+        parts: see `TrainerParts`.
+        step_size, random_start, warmup_epochs, bn_mode: see `AdversarialTrainer`.
+    """
+
+    validated_by_fgsm = True
+
+    def __init__(
+        self,
+        parts: TrainerParts,
+        *,
+        step_size: Size | None = None,
+        random_start: bool = True,
+        warmup_epochs: Count = 0,
+        bn_mode: Literal["train", "eval"] | None = None,
+    ) -> None:
+        if step_size is None:
+            step_size = _within_range(1.25 * parts.epsilon, parts.norm)
+        super().__init__(
+            parts,
+            step_size=step_size,
+            steps=1,
+            random_start=random_start,
+            warmup_epochs=warmup_epochs,
+            bn_mode=bn_mode,
+        )
+
+
 class TradesTrainer(AdversarialTrainer):
     """TRADES (Zhang et al., arXiv:1901.08573, algorithm 1): `loss(f(x), y) + beta KL(f(x) || f(x'))`, with x' the point of the
     ball where the divergence is found largest.
 
     The gradient of the divergence for x' is that of the cross entropy with the clean predictions as class probabilities, which
-    is what the attack climbs; it begins at `x + 0.001 N(0, 1)`, as in the paper. `loss` is logged as it is minimised, without
+    is what the attack climbs; it begins at `x + 0.001 N(0, 1)`, as in the paper. `loss` is logged as it is minimized, without
     the penalty; `top1` counts clean images, `robust_top1` attacked ones.
 
     The authors' code passes clean images through the network twice in an update, for the loss before
-    the attacked ones and for the divergence after them. To an optimiser both passes are the same, but
-    each moves the running statistics of batch normalisation: there attacked images make 33 % of them
+    the attacked ones and for the divergence after them. To an optimizer both passes are the same, but
+    each moves the running statistics of batch normalization: there attacked images make 33 % of them
     (momentum 0.1), with one clean pass 53 %. One pass is the default here, as it saves a forward and a
     backward pass; `clean_passes` 2 is the authors' way.
 
     Args:
-        beta: weight of the divergence; larger is more robust and less accurate.
-        clean_passes: 1, or 2 as in the authors' code.
-        **parts: everything `AdversarialTrainer` takes.
+        parts: see `TrainerParts`.
+        beta: Weight of the divergence between predictions; larger is more robust and less accurate.
+        clean_passes: Passes of the clean images through the network in an update. 2, as in the authors' code, costs a forward
+            and a backward pass more; attacked images then make 33 % of batch normalization's running statistics, with 1 they
+            make 53 %.
     """
 
     START_STD = 0.001
+    default_bn_mode = "eval"
 
-    def __init__(self, *, beta: float, clean_passes: int = 1, **parts: Any) -> None:
-        super().__init__(**parts)
+    def __init__(
+        self,
+        parts: TrainerParts,
+        *,
+        beta: Annotated[float, Field(ge=0)] = 6.0,
+        clean_passes: Annotated[int, Field(ge=1, le=2)] = 1,
+        step_size: Size | None = None,
+        steps: Positive = 10,
+        warmup_epochs: Count = 0,
+        bn_mode: Literal["train", "eval"] | None = None,
+    ) -> None:
+        super().__init__(parts, step_size=step_size, steps=steps, warmup_epochs=warmup_epochs, bn_mode=bn_mode)
         self.beta = beta
         self.clean_passes = clean_passes
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
         """One forward pass for the clean predictions, the attack, then one update on both images."""
-        images, targets = self.mixed(images, labels)
-        attacked = self._attacked(images)
+        attacked = self.attacked(images, labels)
         with self.autocast():
             logits, attacked_logits = self.network(images), self.network(attacked)
             compared = logits
@@ -206,15 +313,21 @@ class TradesTrainer(AdversarialTrainer):
         log_clean = F.log_softmax(compared.float(), dim=1)
         log_attacked = F.log_softmax(attacked_logits.float(), dim=1)
         divergence = F.kl_div(log_attacked, log_clean, reduction="none", log_target=True).sum(dim=1)
-        losses = self.loss(logits, targets) + self.beta * divergence
-        self.update(self.penalised(self.share(images).mean(losses)))
-        clean = batch_result(losses, logits, targets, self.metrics)
-        robust = {f"robust_{name}": metric(attacked_logits.detach(), targets) for name, metric in self.metrics.items()}
+        losses = self.loss(logits, labels) + self.beta * divergence
+        self.update(losses)
+        clean = self.result(losses, logits, labels)
+        robust = {f"robust_{name}": metric(attacked_logits.detach(), labels) for name, metric in self.metrics.items()}
         return BatchResult({**clean.sums, **robust}, clean.count)
 
-    def _attacked(self, images: Tensor) -> Tensor:
+    def attacked(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The minibatch at the points where the predictions for it diverge most from those for the clean images."""
         noise = self.START_STD * draw(torch.randn, images, self.generator("training attack", images))
         with self.attacking():
             with torch.no_grad():
                 predictions = self.model(images).float().softmax(dim=1)
             return self.attack.scaled(self.radius_share).climb(self.model, images, predictions, images + noise)
+
+
+def _within_range(step_size: float, norm: str) -> float:
+    """A default step: under l-inf a step of 1 crosses the whole pixel range."""
+    return min(step_size, LARGEST_LINF) if norm == "linf" else step_size

@@ -1,17 +1,29 @@
 """The config's sections on adversarial training and attacks."""
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, WithJsonSchema, model_validator
+from pydantic import Field, WithJsonSchema
+from pydantic.fields import FieldInfo
 
+from base.config.arguments import Choice, NameIn, OpenSection
 from base.config.section import Count, Needs, Positive, Section
+from base.registry import TRAINERS
 
 FRACTION_OF_RANGE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) */ *([0-9]+(?:\.[0-9]+)?) *")
+
+
+@dataclass(frozen=True)
+class InUnitsOfNorm:
+    """That a config gives a number in 1/255 of the pixel range under l-inf, as metadata of its type; see `Size`."""
+
+
 Size = Annotated[
     float,
     Field(ge=0, le=255),
+    InUnitsOfNorm(),
     WithJsonSchema(
         {
             "type": ["number", "string"],
@@ -21,15 +33,10 @@ Size = Annotated[
         }
     ),
 ]
-"""A radius or step size. A config may hold it as text, too; see `read_sizes`."""
-SIZES = (
-    ("adversarial", "epsilon"),
-    ("adversarial", "step_size"),
-    ("pgd_attack", "step"),
-    ("trainer", "adv_clip_eps"),
-    ("trainer", "fgsm_step"),
-)
-"""Where in a config's tree the sizes stand; those of `trainer` are always of l-inf."""
+"""A radius or step size. A config gives it in 1/255 of the pixel range under l-inf and in units of the pixel range under
+l2, or as text (see `read_sizes`); a constructor that takes it always gets it in units of the pixel range."""
+OF_LINF = (("trainer", "adv_clip_eps"), ("trainer", "fgsm_step"))
+"""Where in a config's tree sizes stand that are always of l-inf."""
 SMALLEST_EPSILON, SMALLEST_STEP = 0.5, 0.05
 """In 1/255: what is below, but not 0, was meant in the pixel range [0, 1]. No published attack is so weak."""
 DEFAULT_L2 = 0.5
@@ -41,51 +48,27 @@ LARGEST_STEP = 3.0
 """In radii: longer steps, where the usual ones are at most 2.5, were meant in 1/255."""
 
 
-def _method(*names: str) -> Needs:
-    return Needs(f"adversarial.method {' or '.join(names)}", lambda config: config.adversarial_method in names)
-
-
-A_METHOD = Needs("adversarial training", lambda config: config.adversarial_method != "none")
-FREE, TRADES, PGD = _method("free"), _method("trades"), _method("pgd")
-STEPS = _method("pgd", "trades")
-START = _method("fgsm", "pgd")
 VALIDATION = Needs("robust validation", lambda config: config.robust_validation_period > 0)
 REPORT = Needs("an attack after training", lambda config: config.reports_robustness)
 
 
-class AdversarialConfig(Section):
-    """Adversarial training by train_robust.py, and robust validation."""
+class AdversarialConfig(OpenSection):
+    """The training method with its arguments, robust validation, and the attack after training."""
 
-    method: Literal["none", "free", "fgsm", "pgd", "trades"] | None = None
-    """free, fgsm (fast: random start, one step), pgd, trades or none; null: free where trainer.do_adv is true, else none."""
+    choices = (Choice("adversarial.method", TRAINERS, positional=1, others="ignored"),)
+    fills_defaults = True
+
+    method: Annotated[str, NameIn(TRAINERS, ("parts",))] | None = None
+    """Training method: none, free, fgsm (fast: random start, one step), pgd or trades; null: free where trainer.do_adv is
+    true, else none."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units
     of the pixel range; "8/255" is that part of the pixel range in both."""
     epsilon: Size | None = None
     """Radius of training and of attacks; null: trainer.adv_clip_eps for linf, 0.5 for l2."""
-    step_size: Annotated[Size | None, A_METHOD] = None
-    """Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon (fgsm), 2.5 epsilon / steps (others)."""
-    steps: Annotated[Positive, STEPS] = 10
-    """Attack steps in training with pgd and trades."""
-    restarts: Annotated[Positive, PGD] = 1
-    """Random starts in training with pgd, of which every image keeps the worst point."""
-    random_start: Annotated[bool, START] = True
-    """Begin attacks in training with fgsm and pgd at a random point."""
-    warmup_epochs: Annotated[Count, A_METHOD] = 0
-    """Epochs over which radius and step of training grow evenly from 0; validation and reports attack with the whole radius.
-    Pang et al. (arXiv:2010.00467) begin at 1/N of the radius, end one epoch earlier, and keep the whole step."""
-    bn_mode: Annotated[Literal["train", "eval"] | None, A_METHOD] = None
-    """Mode of the model while it is attacked in training: train moves running statistics, too (free knows only train); null:
-    eval for trades, train for the others, as in the authors' codes."""
-    noise: Annotated[Literal["reset", "carry"], FREE] = "reset"
-    """free: perturbations begin at zero for each minibatch (as in ConvNorm), or where the last ones ended (as in the paper)."""
-    beta: Annotated[float, Field(ge=0), TRADES] = 6.0
-    """trades: weight of the divergence between predictions."""
-    clean_passes: Annotated[int, Field(ge=1, le=2), TRADES] = 1
-    """trades: passes of the clean images through the network in an update. 2, as in the authors' code, costs a forward and a
-    backward pass more; attacked images then make 33 % of batch normalisation's running statistics, with 1 they make 53 %."""
     validate_every: Count | None = None
-    """Epochs from one robust validation (PGD as in pgd_attack) to the next; 0 for none; null: 1 with a method, else 0."""
+    """Epochs from one robust validation (PGD as in pgd_attack) to the next; 0 for none; null: 1 with a method that attacks
+    images, else 0."""
     validate_images: Annotated[Positive, VALIDATION] = 1000
     """How many validation images it attacks, the same in every epoch: the first of every class."""
     report: bool | None = None
@@ -93,11 +76,10 @@ class AdversarialConfig(Section):
     report_images: Annotated[Positive | None, REPORT] = None
     """How many test images the report attacks, the first of every class; null for all."""
 
-    @model_validator(mode="after")
-    def _has_effect(self) -> Self:
-        if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"restarts: {self.restarts} without random_start are all the same")
-        return self
+    @classmethod
+    def chosen(cls, config: Any) -> dict[str, str]:
+        """The method of a config, also where trainer.do_adv says it."""
+        return {"adversarial.method": config.adversarial_method}
 
 
 class PGDAttackConfig(Section):
@@ -120,13 +102,28 @@ def read_sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
     read = dict(tree)
     adversarial = tree.get("adversarial")
     norm = adversarial.get("norm") if isinstance(adversarial, Mapping) else None
-    for section, key in SIZES:
+    for section, key in size_keys():
         below = read.get(section)
         value = below.get(key) if isinstance(below, Mapping) else None
         if isinstance(value, str):
             unit = 1 if section != "trainer" and norm == "l2" else 255
             read[section] = {**below, key: _read_fraction(value, unit)}
     return read
+
+
+def size_keys() -> Iterator[tuple[str, str]]:
+    """Section and key of every size in a config's tree, the arguments of all training methods among them."""
+    for name, section in (("adversarial", AdversarialConfig), ("pgd_attack", PGDAttackConfig)):
+        yield from ((name, key) for key, field in section.known_fields().items() if is_size(field))
+    yield from OF_LINF
+
+
+def is_size(field: FieldInfo) -> bool:
+    """Whether a key's or argument's type is `Size`, or may be."""
+    metadata = list(field.metadata)
+    for kind in (field.annotation, *get_args(field.annotation)):
+        metadata += getattr(kind, "__metadata__", ())
+    return any(isinstance(one, InUnitsOfNorm) for one in metadata)
 
 
 def _read_fraction(text: str, unit: int) -> float | str:

@@ -8,27 +8,34 @@ import re
 import unicodedata
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from base.config.adversarial import (
     DEFAULT_L2,
     AdversarialConfig,
     PGDAttackConfig,
+    is_size,
     refuse_other_units,
     refuse_other_units_of_step,
 )
-from base.config.names import (
-    CONV_NORM,
-    METRIC_ALIASES,
-    ActivationName,
-    ArchName,
-    ConvName,
-    DataLoaderName,
-    MetricName,
-    NormName,
-)
+from base.config.arguments import Choice, NameIn, OpenSection, checks_names
+from base.config.imports import Import
+from base.config.names import ALWAYS, metric_name, metric_of
+from base.config.origins import Origins, Provenance, format_config
 from base.config.section import Count, Fraction, InputPath, Needs, Positive, Section
 from base.config.training import OptimizerConfig, SchedulerConfig, TrainerConfig
+from base.registry import (
+    ACTIVATION_LAYERS,
+    CONV_LAYERS,
+    DATA_LOADERS,
+    LINEAR_LAYERS,
+    LOSSES,
+    METRICS,
+    MODELS,
+    NORM_LAYERS,
+    TRAINERS,
+    property_of,
+)
 
 DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:[0-9]{1,2})?")
 LONGEST_NAME = 255
@@ -50,46 +57,53 @@ def _folder_name(text: str) -> str:
     return text
 
 
-Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
+Channels = Annotated[list[Fraction], Field(min_length=1)]
 
 
-ONI = Needs("arch.args.conv_layer_type oni_conv", lambda config: config.arch.args.conv_layer_type == "oni_conv")
-PREACT = Needs("arch.type preact_resnet18", lambda config: config.arch.type == "preact_resnet18")
 CROPS = Needs("augmentation.crop_padding above 0", lambda config: config.augmentation.crop_padding > 0)
 CUTOUT = Needs("augmentation.cutout above 0", lambda config: config.augmentation.cutout > 0)
-GROUPS = Needs("arch.args.norm_layer_type gn", lambda config: config.arch.args.norm_layer_type == "gn")
-BATCH_STATISTICS = Needs("batch normalization", lambda config: {"bn", "ConvNorm"} & set(config.arch.args.normalizations))
+BATCH_STATISTICS = Needs("batch normalization", lambda config: config.arch.args.uses_batch_statistics)
+
+LAYER_TYPES = ("norm_layer_type", "conv_layer_type", "linear_layer_type", "activation_layer_type")
+OF_EVERY_MODEL = frozenset({"num_classes", "in_channels", "mean", "std", *LAYER_TYPES})
+"""Arguments of networks that `models.build_model` gives them."""
+OF_EVERY_CONVOLUTION = frozenset(
+    {
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode",
+        "device", "dtype",
+    }
+)  # fmt: skip
+CONV_CALL = NameIn(CONV_LAYERS, ("in_channels", "out_channels"), ("kernel_size", "stride", "padding", "bias"))
+LossName = Annotated[str, NameIn(LOSSES, ("logits", "labels"))]
+MetricName = Annotated[str, NameIn(METRICS, ("logits", "labels"))]
 
 
-class ArchArgs(Section):
-    """Arguments of the model; null takes the model's own default."""
+LAYER_CHOICES = (
+    Choice("arch.args.norm_layer_type", NORM_LAYERS, frozenset({"affine"}), positional=1, others="ignored"),
+    Choice("arch.args.conv_layer_type", CONV_LAYERS, OF_EVERY_CONVOLUTION, others="ignored"),
+    Choice("arch.args.linear_layer_type", LINEAR_LAYERS, OF_EVERY_CONVOLUTION, positional=2, others="ignored"),
+    Choice("arch.args.activation_layer_type", ACTIVATION_LAYERS, frozenset({"inplace"}), positional=1, others="ignored"),
+)
+"""The four kinds of layers, whose own arguments stand in `arch.args` beside those of the network."""
+
+
+class ArchArgs(OpenSection):
+    """Arguments of the model, and of its layers; null takes their own default."""
+
+    choices = (Choice("arch.type", MODELS, OF_EVERY_MODEL), *LAYER_CHOICES)
 
     num_classes: Positive | None = None
     """Number of classes; null takes the data set's."""
-    norm_layer_type: NormName = "bn"
+    in_channels: Positive | None = None
+    """Channels of the images; null takes the data set's."""
+    norm_layer_type: Annotated[str, NameIn(NORM_LAYERS, ("channels",))] = "bn"
     """bn BatchNorm, gn GroupNorm, in InstanceNorm, no none."""
-    conv_layer_type: ConvName = "conv"
+    conv_layer_type: Annotated[str, CONV_CALL] = "conv"
     """conv plain, prec_conv or conv_norm ConvNorm, sn_conv spectral normalization, oni_conv ONI, own_conv OWN."""
-    linear_layer_type: Literal["linear"] = "linear"
+    linear_layer_type: Annotated[str, NameIn(LINEAR_LAYERS, ("in_features", "out_features"))] = "linear"
     """Type of the classifier."""
-    activation_layer_type: ActivationName = "relu"
+    activation_layer_type: Annotated[str, NameIn(ACTIVATION_LAYERS, ("channels",), ("inplace",))] = "relu"
     """relu, or srelu: shifted ReLU with a learnt threshold per channel."""
-    norm_groups: Annotated[Positive | None, GROUPS] = None
-    """Groups of gn; fewer are used where the channels do not divide. Default 32."""
-    oni_rule: Annotated[Literal["paper", "original"] | None, ONI] = None
-    """oni_conv with more outputs than inputs: paper (default) or original (as ConvNorm's code)."""
-    stem: Literal["cifar", "imagenet"] | None = None
-    """First layers of a ResNet: 3x3 (cifar, the default) or 7x7 with stride and pooling (imagenet)."""
-    shortcut_input: Annotated[Literal["activated", "raw"] | None, PREACT] = None
-    """preact_resnet18: its shortcuts see relu(bn(x)) (activated, default) or x itself (raw)."""
-    final_norm: Annotated[bool | None, PREACT] = None
-    """preact_resnet18: whether norm and activation stand before the average; default true."""
-    depth: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """Depth of wide_resnet: 6 n + 4."""
-    widen_factor: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Width factor of wide_resnet."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Dropout rate inside the blocks of a wide ResNet."""
     init: Literal["default", "he", "he_zero_gn"] | None = None
     """Initial weights: PyTorch's (default); He's normal law by fan-out, as in TRADES' wide ResNets
     (he); that law for convolutions only, and weight 0 in every GroupNorm that ends a residual branch,
@@ -99,22 +113,56 @@ class ArchArgs(Section):
 
     @property
     def normalizations(self) -> list[str]:
-        """What normalizes between two layers, one after the other: ConvNorm's convolution, and the norm layer."""
-        convolution = ["ConvNorm"] if self.conv_layer_type in CONV_NORM else []
-        return convolution if self.norm_layer_type == "no" else [*convolution, self.norm_layer_type]
+        """What normalizes between two layers, one after the other: the convolution itself, and the norm layer."""
+        convolution, norm = self.conv_layer_type, self.norm_layer_type
+        found = [convolution] if property_of(CONV_LAYERS[convolution], "normalizes", False) else []
+        return [*found, norm] if property_of(NORM_LAYERS[norm], "normalizes", True) else found
+
+    @property
+    def normalizes_weights(self) -> bool:
+        """Whether the convolution normalizes its weights."""
+        return property_of(CONV_LAYERS[self.conv_layer_type], "normalizes_weights", False)
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether a layer's output depends, in training, on the other images of the batch."""
+        layers = (CONV_LAYERS[self.conv_layer_type], NORM_LAYERS[self.norm_layer_type])
+        return any(property_of(layer, "batch_statistics", False) for layer in layers)
 
 
 class ArchConfig(Section):
     """The model."""
 
-    type: ArchName = "resnet18"
+    type: Annotated[str, NameIn(MODELS)] = "resnet18"
     """Name of the model."""
     args: ArchArgs = ArchArgs()
     """Its arguments."""
 
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Dotted key -> name of the network and of the layers."""
+        return {"arch.type": self.type} | {f"arch.args.{name}": getattr(self.args, name) for name in LAYER_TYPES}
 
-class DataLoaderArgs(Section):
+    @model_validator(mode="after")
+    def _arguments_fit(self, info: ValidationInfo) -> Self:
+        if checks_names(info.context):
+            self.args.check(self.chosen, ("args",))
+        return self
+
+
+OF_THE_CONFIG = frozenset(
+    {
+        "seed", "subset_percent", "noise", "crop_padding", "padding_mode", "flip", "cutout", "cutout_inside",
+        "cutout_fill", "device",
+    }
+)  # fmt: skip
+"""Arguments of data loaders that other sections of the config give."""
+
+
+class DataLoaderArgs(OpenSection):
     """Arguments of the data loader."""
+
+    choices = (Choice("data_loader.type", DATA_LOADERS, OF_THE_CONFIG),)
 
     data_dir: InputPath | None = None
     """Folder of the data set, see docs/data.md; DigitsDataLoader needs none."""
@@ -133,33 +181,22 @@ class DataLoaderArgs(Section):
     """Above 0, a training epoch ends after that many batches."""
     mean: Channels | None = None
     """Per-channel mean in [0, 1]; null takes the published one for CIFAR and the training set's own elsewhere."""
-    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)] | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
     """Per-channel standard deviation in [0, 1]; null as for mean."""
-    image_size: Annotated[int, Field(ge=1, le=8192)] | None = None
-    """ImageFolderDataLoader: side in pixels that images are resized and cropped to; null: all have one size already."""
-    in_memory: bool | None = None
-    """ImageFolderDataLoader: keep all images decoded in memory; null decides by size."""
-    test_split: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """ImageFolderDataLoader: part of every class that is the test set where data_dir holds class
-    folders only; null: 0.2."""
 
 
 class DataLoaderConfig(Section):
     """The data set and how it is read."""
 
-    type: DataLoaderName
+    type: Annotated[str, NameIn(DATA_LOADERS)]
     """Name of the data loader."""
     args: DataLoaderArgs = DataLoaderArgs()
     """Its arguments."""
 
     @model_validator(mode="after")
-    def _has_data_dir(self) -> Self:
-        if self.type != "DigitsDataLoader" and self.args.data_dir is None:
-            raise ValueError("args.data_dir: required: the folder of the data set")
-        if self.type != "ImageFolderDataLoader":
-            for name in ("image_size", "in_memory", "test_split"):
-                if getattr(self.args, name) is not None:
-                    raise ValueError(f"args.{name}: only ImageFolderDataLoader takes it, not {self.type}")
+    def _arguments_fit(self, info: ValidationInfo) -> Self:
+        if checks_names(info.context):
+            self.args.check({"data_loader.type": self.type}, ("args",))
         return self
 
 
@@ -227,24 +264,28 @@ class Config(Section):
     """ConvNorm's second place for arch.args.num_classes; both must agree."""
     exper_name: str | None = None
     """Written by ConvNorm into its run folders; accepted and not used."""
+    imports: list[Import] = Field(default=[])
+    """Own code that is run before the rest of a config is read: Python files, relative to the config that names them, and
+    names of modules. Those of parents come first. A run's own config names them with a digest; see docs/extending.md."""
     arch: ArchConfig = ArchConfig()
     data_loader: DataLoaderConfig
     augmentation: AugmentationConfig = AugmentationConfig()
     optimizer: OptimizerConfig = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4})
     lr_scheduler: SchedulerConfig = SchedulerConfig()
-    train_loss: Literal["cross_entropy"] = "cross_entropy"
+    train_loss: LossName = "cross_entropy"
     """Loss of training."""
-    val_loss: Literal["cross_entropy"] = "cross_entropy"
+    val_loss: LossName = "cross_entropy"
     """Loss reported on validation and test set."""
     metrics: list[MetricName] = Field(default=["top1", "top5"])
     """Metrics in progress and logs; my_metric is top1, my_metric2 is top5."""
     trainer: TrainerConfig = TrainerConfig()
-    adversarial: AdversarialConfig = AdversarialConfig()
+    adversarial: AdversarialConfig = Field(default_factory=AdversarialConfig)
     pgd_attack: PGDAttackConfig = PGDAttackConfig()
     system: SystemConfig = SystemConfig()
     comet: CometConfig | None = None
     """Comet logging; null for none."""
     _warnings: tuple[str, ...] = PrivateAttr(default=())
+    _provenance: Provenance = PrivateAttr(default=Provenance())
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -254,7 +295,7 @@ class Config(Section):
     @field_validator("metrics")
     @classmethod
     def _one_name_per_metric(cls, names: list[str]) -> list[str]:
-        return list(dict.fromkeys(METRIC_ALIASES.get(name, name) for name in names))
+        return list(dict.fromkeys(metric_name(name) for name in names))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -269,6 +310,21 @@ class Config(Section):
                 raise ValueError(f"{key}.monitor: {name!r} is only logged with trainer.ema_decay")
             if "robust_" in name and self.robust_validation_period == 0:
                 raise ValueError(f"{key}.monitor: {name!r} is only logged with adversarial.validate_every above 0")
+            metric = metric_of(name.removeprefix("min ").removeprefix("max "))
+            if metric not in (None, "off", "", *ALWAYS, *self.metrics):
+                raise ValueError(f"{key}.monitor: {name!r} is only logged where metrics names {metric!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _method_takes_its_arguments(self, info: ValidationInfo) -> Self:
+        if not checks_names(info.context):
+            return self
+        adversarial = self.adversarial
+        adversarial.check(adversarial.chosen(self), ("adversarial",))
+        adversarial.fill_defaults(adversarial.chosen(self))
+        if adversarial.get("restarts", 1) > 1 and not adversarial.get("random_start", True):
+            restarts = adversarial.get("restarts")
+            raise ValueError(f"adversarial.restarts: {restarts} without random_start are all the same")
         return self
 
     @model_validator(mode="after")
@@ -276,20 +332,30 @@ class Config(Section):
         adversarial, trainer = self.adversarial, self.trainer
         if adversarial.method == "none" and trainer.do_adv:
             raise ValueError("adversarial.method: none contradicts trainer.do_adv: true")
-        if self.adversarial_method == "free" and adversarial.bn_mode == "eval":
-            raise ValueError("adversarial.bn_mode: free training attacks by its training pass: only train is possible")
         refuse_other_units("trainer.adv_clip_eps", trainer.adv_clip_eps, "linf")
         refuse_other_units("adversarial.epsilon", adversarial.epsilon, adversarial.norm)
         epsilon = self.attack_epsilon
         refuse_other_units_of_step("trainer.fgsm_step", trainer.fgsm_step, "linf", trainer.adv_clip_eps)
-        refuse_other_units_of_step("adversarial.step_size", adversarial.step_size, adversarial.norm, epsilon)
+        for key, field in adversarial.known_fields().items():
+            if is_size(field) and key != "epsilon":
+                refuse_other_units_of_step(f"adversarial.{key}", adversarial.get(key), adversarial.norm, epsilon)
         refuse_other_units_of_step("pgd_attack.step", self.pgd_attack.step, adversarial.norm, epsilon)
         return self
 
     @property
     def adversarial_method(self) -> str:
-        """The training method: `none`, `free`, `fgsm`, `pgd` or `trades`."""
+        """The training method: a name in `base.registry.TRAINERS`. ConvNorm's do_adv asks for free training."""
         return self.adversarial.method or ("free" if self.trainer.do_adv else "none")
+
+    def of_method(self, name: str, default: Any) -> Any:
+        """An attribute of the training method's class; `default` where it has none, or the class is not known."""
+        entry = TRAINERS.get(self.adversarial_method)
+        return default if entry is None else property_of(entry, name, default)
+
+    @property
+    def attacks_while_training(self) -> bool:
+        """Whether the training method attacks images: train_robust.py is its command then. What is not known does."""
+        return self.of_method("attacks_while_training", self.adversarial_method not in TRAINERS)
 
     @property
     def attack_epsilon(self) -> float:
@@ -298,21 +364,30 @@ class Config(Section):
         return default if self.adversarial.epsilon is None else self.adversarial.epsilon
 
     @property
-    def attack_bn_mode(self) -> str:
-        """The mode of the model while it is attacked in training: `train` or `eval`."""
-        return self.adversarial.bn_mode or ("eval" if self.adversarial_method == "trades" else "train")
+    def attack_bn_mode(self) -> str | None:
+        """The mode of the model while it is attacked in training, `train` or `eval`; None where the method has none."""
+        return self.adversarial.get("bn_mode") or self.of_method("default_bn_mode", None)
 
     @property
     def robust_validation_period(self) -> int:
         """Epochs from one robust validation to the next; 0 for none."""
         every = self.adversarial.validate_every
-        return int(self.adversarial_method != "none") if every is None else every
+        return int(self.attacks_while_training) if every is None else every
 
     @property
     def reports_robustness(self) -> bool:
         """Whether the test set is attacked after training; by default wherever a method is named, even if it is none."""
         report = self.adversarial.report
         return self.adversarial.method is not None or self.trainer.do_adv if report is None else report
+
+    @property
+    def origins(self) -> Origins:
+        """Where its values come from; of those at their default, and of a config that was put together in Python, nothing."""
+        return self._provenance.origins
+
+    def describe_origins(self) -> str:
+        """The resolved tree as a config file, one line per key, with where its value came from beside it."""
+        return format_config(self.dump(), self.origins)
 
     def dump(self) -> dict[str, Any]:
         """The resolved tree as plain JSON values, without secrets; validating it again gives the same config."""

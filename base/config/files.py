@@ -2,13 +2,15 @@
 
 A file may name its parent in `extends`: its own keys win, and `null` deletes a key, which gives it its default. That path is
 relative to the file; where the file is a symbolic link, to what it leads to. A key that begins with `_`, and `$schema`,
-is a comment.
+is a comment. `imports` names a user's own code (see `base.config.imports`); those of a file add to those of its parents.
 """
 
 import inspect
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
@@ -16,9 +18,12 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from base.config.adversarial import SIZES, read_sizes
+from base.config import arguments
+from base.config.adversarial import read_sizes, size_keys
 from base.config.config import Config
 from base.config.hints import hint as key_hint
+from base.config.imports import FLAG, OwnCode, Request, changes, import_own_code, requests_of, requests_of_flag
+from base.config.origins import Layer, Origins, Provenance, origin_of, origin_of_keys, origin_of_override, record
 from base.config.section import Section, section_in
 from base.config.strict_json import HALF_A_PAIR, KINDS, JSONError, parse_json, read_json_object
 from base.config.training import OptimizerConfig, SchedulerConfig
@@ -32,57 +37,140 @@ MMENGINES_PARENT = "_base_"
 """Where mmengine's configs name their parents. As a comment it would pass, and every inherited value would be missing."""
 LONGEST_PATH = 20
 """Names in a dotted key. The tree itself has five levels, free-form arguments a few more."""
+IMPORTS = "imports"
 Override = tuple[str, str]
 """A dotted key and the text of its value."""
 
 QUOTES = ("'", '"')
+DOTTED_WORD = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 PLACEHOLDER = re.compile(r"\*\*.*\*\*")
 """ConvNorm's published configs write `**data dir**` and `**comet key**` where the user's own values belong."""
 
 
-def load_config(path: str | Path, overrides: Iterable[Override] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Iterable[Override] = (), imports: Iterable[str | os.PathLike[str]] = ()
+) -> Config:
     """The typed config of a file, its parents and the command line's overrides.
 
+    Args:
+        path: the file.
+        overrides: single values on top of it.
+        imports: files and modules of a user's own to import, as `--imports` names them, beside those that the config names.
+
     Raises:
-        ConfigError: one line that names the file and what is wrong with it.
+        ConfigError: one line that names the file, or the flag, and what is wrong with it.
     """
-    overrides = list(overrides)
-    files = read_tree(path)
-    return validate(override(files, overrides), str(path), overrides, files)
+    files = read_layers(path)
+    recorded, own = run_imports(files, imports)
+    layers = [*files, *override_layers(overrides)]
+    config = validate_layers(layers, own, str(path))
+    config._warnings = (*config.warnings, *changes(recorded, own))
+    return config
+
+
+def run_imports(
+    layers: Sequence[Layer], words: Iterable[str | os.PathLike[str]] = ()
+) -> tuple[list[OwnCode], list[OwnCode]]:
+    """Import what the files of a config name, and then what `--imports` does.
+
+    Returns:
+        What they name, and what was imported, with digests.
+
+    Raises:
+        ConfigError: one line that names the file or the flag, and what could not be imported.
+    """
+    requests: list[Request] = []
+    for layer in layers:
+        named = layer.tree.get(IMPORTS, [])
+        if named is None:
+            # null deletes what the parents name
+            requests = []
+        else:
+            requests += requests_of(named, f"{layer.origin}: {IMPORTS}", layer.folder)
+    requests += requests_of_flag(words)
+    return [request.code for request in requests], import_own_code(requests)
+
+
+def validate_layers(layers: Sequence[Layer], own: Sequence[OwnCode], source: str) -> Config:
+    """The typed config of files and flags on top of each other. Errors and warnings name the one that a value came from.
+
+    Args:
+        layers: the lowest first.
+        own: what was imported for them.
+        source: what errors name where none of them is to blame.
+
+    Raises:
+        ConfigError: one line.
+    """
+    tree, origins = merge_layers(layers)
+    tree.pop(IMPORTS, None)
+    if own:
+        tree[IMPORTS] = [code.model_dump(exclude_none=True) for code in own]
+        # lists of imports add up, where other values replace each other
+        naming = [layer for layer in layers if layer.tree.get(IMPORTS)]
+        named = sum(len(layer.tree[IMPORTS]) for layer in naming)
+        flag = [FLAG] if len(own) > named else []
+        origins[IMPORTS,] = ", ".join([*(layer.origin for layer in naming), *flag])
+    return validate(tree, source, layers, origins)
+
+
+def merge_layers(layers: Sequence[Layer], root: type[Section] = Config) -> tuple[Tree, Origins]:
+    """The tree of layers on top of each other, and where each of its values comes from.
+
+    Raises:
+        ConfigError: a null for a key that does not exist, naming its layer.
+    """
+    tree: Tree = {}
+    origins: Origins = {}
+    for number, layer in enumerate(layers):
+        try:
+            # the nulls of the lowest are for `validate`, which tells all that is wrong with it
+            tree = merge(tree, layer.tree, root) if number else dict(layer.tree)
+        except ConfigError as error:
+            raise ConfigError(f"{layer.origin}: {error}") from None
+        record(origins, layer)
+    return tree, origins
 
 
 def read_tree(path: str | Path, root: type[Section] = Config) -> Tree:
-    """The JSON tree of a file merged over its parents'; `root` is what it holds.
+    """The JSON tree of a file merged over its parents'; `root` is what it holds. No code is imported.
 
     Raises:
         ConfigError: one line that names the file and, where there is one, the place in it.
     """
-    trees, files, file, context = [], set(), Path(path), ""
+    return merge_layers(read_layers(path), root)[0]
+
+
+def read_layers(path: str | Path) -> list[Layer]:
+    """The JSON trees of a file and its parents, the file's own last.
+
+    Raises:
+        ConfigError: one line that names the file and, where there is one, the place in it.
+    """
+    layers: list[Layer] = []
+    files: set[Path] = set()
+    file, context, child = Path(path), "", ""
     while True:
         place = _resolved(file)
         if place in files:
             raise ConfigError(f"{context}{one_line(file)} extends itself")
         files.add(place)
         try:
-            trees.append(read_json_object(file))
+            tree = read_json_object(file)
         except ConfigError as error:
             raise ConfigError(f"{context}{error}") from None
-        if MMENGINES_PARENT in trees[-1]:
+        if MMENGINES_PARENT in tree:
             raise ConfigError(f"{context}{one_line(file)}: {MMENGINES_PARENT}: a parent is named in extends here")
-        parent = trees[-1].pop("extends", None)
+        parent = tree.pop("extends", None)
+        folder = (place if file.is_symlink() else file).parent
+        layers.append(Layer(f"{one_line(file)}{child}", tree, folder))
         if parent is None:
-            break
+            return layers[::-1]
         context = f"{one_line(file)}: extends: "
         if not isinstance(parent, str):
             raise ConfigError(f"{context}expected the path of a config file, not {_shown(parent)}")
-        file = (place if file.is_symlink() else file).parent / parent
-    tree = trees.pop()
-    try:
-        while trees:
-            tree = merge(tree, trees.pop(), root)
-    except ConfigError as error:
-        raise ConfigError(f"{one_line(path)}: {error}") from None
-    return tree
+        child = f" (extended by {one_line(file.name)})"
+        file = folder / parent
 
 
 def config_chain(path: str | Path) -> list[Path]:
@@ -127,7 +215,7 @@ def merge(parent: Tree, child: Tree, root: type[Section] = Config, path: tuple[s
 def _refuse_unknown(key: str, parent: Tree, root: type[Section], path: tuple[str, ...]) -> None:
     """Refuse a key that a section does not know, or, among free-form arguments, one that is like another that is there."""
     section = section_at(path, root)
-    known = list(section.model_fields) if section else [other for other in parent if path]
+    known = list(section.known_fields()) if section else [other for other in parent if path]
     if key in known or is_comment(key):
         return
     if section:
@@ -139,7 +227,7 @@ def _refuse_unknown(key: str, parent: Tree, root: type[Section], path: tuple[str
 
 def _unknown_key(path: Sequence[str], root: type[Section] = Config) -> str:
     section = section_at(path[:-1], root)
-    known = list(section.model_fields) if section else []
+    known = list(section.known_fields()) if section else []
     hint = did_you_mean(path[-1], known)
     if root is Config:
         hint = key_hint(path, known, _torch_arguments(path))
@@ -158,48 +246,99 @@ def _torch_arguments(path: Sequence[str]) -> set[str]:
 
 
 def override(tree: Tree, overrides: Iterable[Override]) -> Tree:
-    """`tree` with dotted keys replaced: a value is JSON, a bare word is a string, the field's own type decides between them."""
-    for key, text in overrides:
-        path = key.split(".")
+    """`tree` with dotted keys replaced: a value is JSON, a bare word is a string, the field's own type decides between them.
+
+    Raises:
+        ConfigError: a key that is none, or a value that cannot be read; it names the flag.
+    """
+    return merge_layers([Layer("config", tree), *override_layers(overrides)])[0]
+
+
+def override_layers(overrides: Iterable[Override]) -> list[Layer]:
+    """Overrides as layers to put on top of a config's files; see `override`.
+
+    Raises:
+        ConfigError: as `override` does.
+    """
+    layers = []
+    for setting in overrides:
+        key, text = setting
+        origin, path = origin_of_override(setting), key.split(".")
         if not all(path) or len(path) > LONGEST_PATH:
-            raise ConfigError(f"{key[:80]!r}: expected a dotted key such as trainer.epochs")
-        value = _parse(text, path)
+            raise ConfigError(f"{origin}: expected a dotted key such as trainer.epochs")
+        if path[0] == IMPORTS:
+            raise ConfigError(f"{origin}: own code is named by {FLAG} FILE_OR_MODULE")
+        try:
+            value = _parse(text, path)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
         for name in reversed(path):
             value = {name: value}
-        tree = merge(tree, value)
-    return tree
+        layers.append(Layer(origin, value, is_flag=True))
+    return layers
 
 
 def validate(
-    tree: Tree, source: str = "config", overrides: Iterable[Override] = (), files: Tree | None = None
+    tree: Tree, source: str = "config", layers: Sequence[Layer] = (), origins: Origins | None = None
 ) -> Config:
-    """The typed config of a JSON tree.
+    """The typed config of a JSON tree. No code is imported for it.
 
     Args:
         tree: the whole tree.
         source: what errors call it.
-        overrides: what the command line has put into it.
-        files: the tree before that; the whole tree where nothing was.
+        layers: the files and flags that it was merged of, where it was.
+        origins: which of them each value came from.
 
     Raises:
-        ConfigError: one line that names `source`, the dotted key, the value, what was expected and the nearest valid name.
+        ConfigError: one line that names the file, the flag or `source`, the dotted key, the value, what was expected and the
+            nearest valid name.
     """
-    source = one_line(source)
+    source, origins = one_line(source), origins or {}
     silenced = tree.get(UNUSED_OK)
     tree = _explain_placeholders(_without_nulls(_without_comments(tree)), source)
-    _refuse_broken_text(tree, source)
+    _refuse_broken_text(tree, source, origins)
     try:
         config = Config.model_validate_json(json.dumps(read_sizes(tree)))
     except ValidationError as error:
-        problems = _problems(error) + _problems_of_arguments(tree, error)
-        raise ConfigError(f"{source}: {all_of([one_line(problem) for problem in problems])}") from None
-    config._warnings = warnings_of(config, tree if files is None else files, override({}, overrides), silenced)
+        problems = [*_problems(error, origins), *_problems_of_arguments(tree, error, origins)]
+        raise ConfigError(_all_blamed(problems, source)) from None
+    config._provenance = Provenance(origins)
+    files = [layer for layer in layers if not layer.is_flag]
+    flags = [layer for layer in layers if layer.is_flag]
+    config._warnings = warnings_of(
+        config, merge_layers(files)[0] if layers else tree, merge_layers([Layer("", {}), *flags])[0], silenced, origins
+    )
     return config
 
 
-def _problems(error: ValidationError) -> list[str]:
-    """Everything that is wrong with a tree, each problem once. Misspelt keys come first: where one was a required key, that is
-    missed, too, and says less. What a section knows is listed once."""
+@contextmanager
+def origins_named(config: Config) -> Iterator[None]:
+    """Let an error that begins with a key of the config name the file or flag that its value came from."""
+    try:
+        yield
+    except ConfigError as error:
+        key, colon, _ = str(error).partition(": ")
+        origin = None
+        if colon and DOTTED_WORD.fullmatch(key):
+            origin = origin_of(config.origins, key.split("."))
+        if origin is None:
+            raise
+        raise ConfigError(f"{origin}: {error}") from error
+
+
+def _all_blamed(problems: Sequence[tuple[str | None, str]], source: str) -> str:
+    """Problems in one line, each behind what is to blame for it; that is named again only where it changes."""
+    parts, last = [], None
+    for origin, text in problems:
+        blamed = origin or source
+        parts.append(one_line(text) if blamed == last else f"{blamed}: {one_line(text)}")
+        last = blamed
+    return all_of(parts)
+
+
+def _problems(error: ValidationError, origins: Origins) -> list[tuple[str | None, str]]:
+    """Everything that is wrong with a tree, each problem once, with what it came from. Misspelt keys come first: where one was
+    a required key, that is missed, too, and says less. What a section knows is listed once."""
     listed: set[tuple[Any, ...]] = set()
     problems = []
     for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
@@ -209,16 +348,52 @@ def _problems(error: ValidationError) -> list[str]:
             if section in listed:
                 text = text.partition(" (known here: ")[0]
             listed.add(section)
-        problems.append(text)
+        problems.append((_to_blame(problem, text, origins), text))
     return list(dict.fromkeys(problems))
 
 
-def _problems_of_arguments(tree: Tree, error: ValidationError) -> list[str]:
+def _to_blame(problem: Any, text: str, origins: Origins) -> str | None:
+    """The file or flag that a problem came from; None where no value of a config is to blame."""
+    path = tuple(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return None
+    if problem["type"] != "value_error" or path in origins:
+        return origin_of(origins, path)
+    # several values contradict each other: to blame is the one that came last
+    words = [tuple(word.split(".")) for word in DOTTED_WORD.findall(text)]
+    named = [word for word in words if len(word) > 1] + words[:1] + [(*path, *word) for word in words if path]
+    known = [word for word in named if word in origins]
+    return origin_of_keys(origins, known) if known else origin_of(origins, path)
+
+
+def _problems_of_arguments(tree: Tree, error: ValidationError, origins: Origins) -> list[tuple[str | None, str]]:
     """What is wrong with the arguments of optimiser and schedule, which are otherwise looked at once the tree is good."""
     bad = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
     sections = [key for key in ("optimizer", "lr_scheduler") if key in tree and key not in bad]
     found = [_problem_of_arguments(key, json.dumps(tree[key])) for key in sections]
-    return [problem for problem in found if problem is not None]
+    return [(_origin_of_first_key(problem, origins), problem) for problem in found if problem is not None]
+
+
+def _origin_of_first_key(text: str, origins: Origins) -> str | None:
+    """What the value came from whose dotted key a message begins with."""
+    key = DOTTED_WORD.match(text)
+    return None if key is None else origin_of(origins, key[0].split("."))
+
+
+def check_optimization_of(config: Config) -> None:
+    """Refuse arguments that optimiser and schedule do not take, also those that they take alone but not together.
+
+    Raises:
+        ConfigError: naming the file or flag that the value came from.
+    """
+    # here and not above: it brings torch
+    from base.optimization import check_optimization
+
+    try:
+        check_optimization(config.optimizer, config.lr_scheduler)
+    except ConfigError as error:
+        origin = _origin_of_first_key(str(error), config._provenance.origins)
+        raise ConfigError(str(error) if origin is None else f"{origin}: {error}") from None
 
 
 @lru_cache(maxsize=64)
@@ -246,7 +421,7 @@ def _without_nulls(tree: Tree, path: tuple[str, ...] = ()) -> Tree:
     for key, value in tree.items():
         if isinstance(value, dict):
             kept[key] = _without_nulls(value, (*path, key))
-        elif value is not None or (section is not None and key not in section.model_fields):
+        elif value is not None or (section is not None and key not in section.known_fields()):
             kept[key] = value
     return kept
 
@@ -269,20 +444,21 @@ def is_comment(key: str) -> bool:
     return key.startswith("_") or key == "$schema"
 
 
-def _refuse_broken_text(value: Any, source: str, path: tuple[str, ...] = ()) -> None:
+def _refuse_broken_text(value: Any, source: str, origins: Origins, path: tuple[str, ...] = ()) -> None:
     """Refuse zero bytes, which neither paths nor command lines can hold, and half surrogate pairs, which is how Python hands
     over bytes of a command line that are no UTF-8."""
     if isinstance(value, str) and ("\0" in value or HALF_A_PAIR.search(value)):
         reason = "holds a zero byte" if "\0" in value else "not UTF-8 text"
         content = "" if _is_secret(path) else f": {_shown(value)}"
-        raise ConfigError(f"{source}: {one_line('.'.join(path))}: {reason}{content}")
+        blamed = origin_of(origins, path) or source
+        raise ConfigError(f"{blamed}: {one_line('.'.join(path))}: {reason}{content}")
     if isinstance(value, dict):
         for key, below in value.items():
-            _refuse_broken_text(key, source, (*path, key))
-            _refuse_broken_text(below, source, (*path, key))
+            _refuse_broken_text(key, source, origins, (*path, key))
+            _refuse_broken_text(below, source, origins, (*path, key))
     elif isinstance(value, list):
         for index, below in enumerate(value):
-            _refuse_broken_text(below, source, (*path, str(index)))
+            _refuse_broken_text(below, source, origins, (*path, str(index)))
 
 
 def _parse(text: str, path: list[str]) -> Any:
@@ -321,7 +497,7 @@ def _explain_placeholders(tree: Tree, source: str) -> Tree:
 def annotation_at(path: Sequence[str]) -> Any:
     """The type annotation of the field at a dotted path, or None where the tree has no such field."""
     section = section_at(path[:-1])
-    field = section.model_fields.get(path[-1]) if section and path else None
+    field = section.known_fields().get(path[-1]) if section and path else None
     return field.annotation if field else None
 
 
@@ -329,7 +505,7 @@ def section_at(path: Sequence[str], root: type[Section] = Config) -> type[Sectio
     """The section class at a dotted path (`[]` is `root` itself), or None."""
     section = root
     for name in path:
-        field = section.model_fields.get(name)
+        field = section.known_fields().get(name)
         section = section_in(field.annotation) if field else None
         if section is None:
             return None
@@ -345,13 +521,15 @@ def _told(problem: dict[str, Any]) -> str:
             return _unknown_key(path)
         case "missing":
             return f"{key}: required, but not given"
+        case arguments.OTHERS_ARGUMENT:
+            return f"{key}: {problem['msg']}"
         case "value_error":
             message = str(problem["ctx"]["error"])
             return f"{key}.{message}" if key and message[0] not in QUOTES else f"{key}{': ' if key else ''}{message}"
     if _is_secret(path):
         return f"{key}: {problem['msg']} (what was given is not shown)"
     value = problem["input"]
-    if tuple(path) in SIZES and isinstance(value, str):
+    if tuple(path) in size_keys() and isinstance(value, str):
         expected = 'expected a number, or a fraction of the pixel range such as "8/255"'
         return f"{key}: {expected}, not {_shown(value)}"
     if problem["type"] == "literal_error":

@@ -117,7 +117,7 @@ def _elsewhere(place: str, name: str) -> str | None:
 
 def _keys(section: type[Section], path: str = "") -> Iterator[str]:
     """The dotted keys of all leaves."""
-    for name, field in section.model_fields.items():
+    for name, field in section.known_fields().items():
         inner = section_in(field.annotation)
         if inner is None:
             yield path + name

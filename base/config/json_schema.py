@@ -4,14 +4,19 @@
 complete and check, and `configs/README.md`, the config reference.
 """
 
+import importlib
 import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
+from base.config.arguments import NameIn, OpenSection, describe
 from base.config.config import Config
 from base.config.files import section_at
+from base.config.imports import OwnCode
 from base.config.section import LARGEST, Section
 
 FOLDER = Path("configs")
@@ -46,20 +51,27 @@ def reference() -> str:
         title = ".".join(path) if path else "Top level"
         lines += ["", f"## {title}", "", (section.__doc__ or "").strip(), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-        for name, field in section.model_fields.items():
+        for name, field in section.known_fields().items():
             if section_at([*path, name]) is None:
                 default = "required" if field.is_required() else f"`{json.dumps(_plain(field.default))}`"
-                kind, meaning = _describe(field.annotation, field.metadata), " ".join((field.description or "").split())
+                kind, meaning = _describe(field.annotation, field.metadata), _meaning(section, name, field)
                 lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
 def _sections(section: type[Section], path: list[str]) -> Iterator[tuple[list[str], type[Section]]]:
     yield path, section
-    for name in section.model_fields:
+    for name in section.known_fields():
         below = section_at([*path, name])
         if below is not None:
             yield from _sections(below, [*path, name])
+
+
+def _meaning(section: type[Section], name: str, field: FieldInfo) -> str:
+    """What a key means, and whose argument it is where entries of a table take it."""
+    open_to = name not in section.model_fields and issubclass(section, OpenSection)
+    text = describe(section.owners(name)) if open_to else field.description or ""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _describe(annotation: Any, metadata: list[Any]) -> str:
@@ -69,11 +81,16 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return _describe(arguments[0], list(arguments[1:]))
     if origin in (Union, types.UnionType):
         return _describe(next(argument for argument in arguments if argument is not type(None)), metadata) + " or null"
+    names = next((item.table for item in metadata if isinstance(item, NameIn)), None)
+    if names is not None:
+        return ", ".join(names)
     if origin is Literal:
         return ", ".join(map(str, arguments))
     if origin is list:
         return f"list of {_describe(arguments[0], [])}"
-    words = {int: "integer", float: "number", str: "text", bool: "true, false"}.get(annotation, "object")
+    # own code is an object in resolved configs only: people write a word
+    names = {int: "integer", float: "number", str: "text", bool: "true, false", OwnCode: "text"}
+    words = names.get(annotation, "object")
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     constraints = [constraint for item in metadata for constraint in getattr(item, "metadata", [item])]
     limits = [(sign, getattr(item, name)) for item in constraints for name, sign in signs.items() if hasattr(item, name)]
@@ -88,11 +105,15 @@ def _plain(value: Any) -> Any:
 def _allow_comments_and_nulls(node: Any) -> None:
     """Let every object of the schema hold `_comment` keys, need no key, and take null (the default) for each."""
     if isinstance(node, dict):
-        if node.get("additionalProperties") is False:
-            node["patternProperties"] = {"^_": {}}
+        closed = node.get("additionalProperties") is False
+        if closed or (node.get("additionalProperties") is True and "properties" in node):
+            if closed:
+                node["patternProperties"] = {"^_": {}}
             node.pop("required", None)  # a parent may give what a child leaves out
             for name, value in node["properties"].items():
-                if "type" in value or "$ref" in value or "enum" in value:
+                if "anyOf" in value:
+                    value["anyOf"] += [{"type": "null"}] if {"type": "null"} not in value["anyOf"] else []
+                elif "type" in value or "$ref" in value or "enum" in value:
                     described = {key: value.pop(key) for key in ("description", "default") if key in value}
                     node["properties"][name] = {"anyOf": [value, {"type": "null"}], **described}
         for value in node.values():
@@ -103,5 +124,7 @@ def _allow_comments_and_nulls(node: Any) -> None:
 
 
 if __name__ == "__main__":
+    # its rooms fill the tables; `base` itself imports none of them
+    importlib.import_module("experiment")
     (FOLDER / "schema.json").write_text(json.dumps(schema(), indent=2) + "\n")
     (FOLDER / "README.md").write_text(reference())

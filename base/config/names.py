@@ -1,32 +1,41 @@
-"""The names a config can choose from. What they stand for lies in tables in other rooms, which a test holds equal to these."""
+"""The names that a config may use for what an epoch logs."""
 
-from typing import Literal
+from base.registry import METRICS
 
-ArchName = Literal[
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "preact_resnet18",
-    "wide_resnet", "wide_resnet28_10", "wide_resnet34_10", "vgg11", "vgg13", "vgg16", "vgg19", "simpleCNN", "simpleCNN2",
-]  # fmt: skip
-ConvName = Literal["conv", "prec_conv", "conv_norm", "sn_conv", "oni_conv", "own_conv"]
-CONV_NORM = ("prec_conv", "conv_norm")
-"""Convolutions that normalize what they put out, so that no norm layer is needed behind them."""
-WEIGHTS_NORMALIZED = ("sn_conv", "oni_conv", "own_conv")
-"""Convolutions that normalize their weights: with and without a norm layer behind them they are in use."""
-NormName = Literal["bn", "gn", "in", "no"]
-ActivationName = Literal["relu", "srelu"]
-DataLoaderName = Literal["CIFAR10DataLoader", "CIFAR100DataLoader", "ImageFolderDataLoader", "DigitsDataLoader"]
-MetricName = Literal["top1", "top5", "my_metric", "my_metric2"]
-METRIC_ALIASES = {"my_metric": "top1", "my_metric2": "top5"}
+PREFIXES = ("val_clean_", "val_ema_", "val_")
+ALWAYS = ("top1", "top5")
+"""Metrics that are logged whatever the config asks for."""
 
-LOGGED_VALUES = (
-    "loss, top1, top5, alone or after val_, val_clean_ or val_ema_, and val_robust_top1, val_ema_robust_top1"
-    " (never the test set)"
-)
+
+def metric_name(name: str) -> str:
+    """The name under which a metric is logged: the first of those that its function has in `METRICS`."""
+    function = METRICS.get(name)
+    return next((other for other in METRICS if METRICS[other] is function), name)
 
 
 def logged_value(name: str) -> str | None:
-    """The canonical name of a value that epochs log, such as `val_top1` for ConvNorm's `val_my_metric`; None if unknown."""
-    prefix = next((prefix for prefix in ("val_clean_", "val_ema_", "val_") if name.startswith(prefix)), "")
-    rest = name.removeprefix(prefix)
-    rest = METRIC_ALIASES.get(rest, rest)
-    known = ("loss", "top1", "top5", "robust_top1") if prefix in ("val_", "val_ema_") else ("loss", "top1", "top5")
-    return prefix + rest if rest in known else None
+    """The canonical name of a value that epochs can log, such as `val_top1` for ConvNorm's `val_my_metric`; None if unknown."""
+    prefix, rest = _parts(name)
+    if rest == "loss" or (rest == "robust_top1" and prefix in ("val_", "val_ema_")):
+        return name
+    return prefix + metric_name(rest) if rest in METRICS else None
+
+
+def metric_of(value: str) -> str | None:
+    """The metric that a logged value is of; None for losses and robust accuracy."""
+    _, rest = _parts(value)
+    return None if rest in ("loss", "robust_top1") else rest
+
+
+def logged_values() -> str:
+    """What epochs can log, in words."""
+    metrics = dict.fromkeys(map(metric_name, METRICS))
+    return (
+        f"loss, {', '.join(metrics)}, alone or after val_, val_clean_ or val_ema_, and val_robust_top1, val_ema_robust_top1"
+        " (never the test set)"
+    )
+
+
+def _parts(name: str) -> tuple[str, str]:
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    return prefix, name.removeprefix(prefix)

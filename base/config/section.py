@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 LARGEST = 10**9
 """Of all integers that have no bound of their own, but for the seed: what is larger was mistyped, and torch would stumble."""
@@ -44,6 +45,11 @@ class Section(BaseModel):
     """One object of the tree: strict types, no unknown keys, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def known_fields(cls) -> dict[str, FieldInfo]:
+        """Key -> field, of every key that may stand in it."""
+        return dict(cls.model_fields)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from base.config.adversarial import Size
-from base.config.names import LOGGED_VALUES, logged_value
+from base.config.arguments import checks_names
+from base.config.names import logged_value, logged_values
 from base.config.section import Count, FilePath, Fraction, InputPath, Needs, Positive, Section
 
 A_SCHEDULE = Needs("an lr_scheduler.type", lambda config: config.lr_scheduler.type != "none")
@@ -15,10 +16,10 @@ A_RATE = Needs("trainer.percent above 0", lambda config: config.trainer.percent 
 SYMMETRIC_NOISE = Needs("trainer.sym and trainer.percent above 0", lambda config: config.trainer.sym and A_RATE.met(config))
 NOISE = Needs("label noise", lambda config: A_RATE.met(config) or config.trainer.noise_file is not None)
 A_PENALTY = Needs("trainer.OCNN", lambda config: config.trainer.OCNN)
-FREE = Needs("free adversarial training", lambda config: config.adversarial_method == "free")
+FREE = Needs("free adversarial training", lambda config: "trainer.adv_repeats" in config.of_method("reads", ()))
 FREE_STEP = Needs(
     "free adversarial training under linf and without adversarial.step_size",
-    lambda config: FREE.met(config) and config.adversarial.norm == "linf" and config.adversarial.step_size is None,
+    lambda config: FREE.met(config) and config.adversarial.norm == "linf" and config.adversarial.get("step_size") is None,
 )
 NO_EPSILON = Needs(
     "adversarial.norm linf and without adversarial.epsilon",
@@ -30,7 +31,7 @@ class OptimizerConfig(Section):
     """The optimiser; without this section SGD with lr 0.1, momentum 0.9 and weight decay 5e-4."""
 
     type: str = "SGD"
-    """Name of a class of torch.optim."""
+    """Name of a class of torch.optim, or module.Class of own code that is imported."""
     args: dict[str, Any] = Field(default={})
     """Its arguments, checked against its signature; what is left out has torch's default."""
 
@@ -39,7 +40,7 @@ class SchedulerConfig(Section):
     """The learning-rate schedule."""
 
     type: str = "none"
-    """Name of a class of torch.optim.lr_scheduler, or none."""
+    """Name of a class of torch.optim.lr_scheduler, module.Class of own code that is imported, or none."""
     args: Annotated[dict[str, Any], A_SCHEDULE] = Field(default={})
     """Its arguments. T_max of CosineAnnealingLR, total_steps of OneCycleLR and total_iters of PolynomialLR default to the whole
     run, in a SequentialLR to what its milestones leave; mode of ReduceLROnPlateau to what is better of the monitor."""
@@ -50,10 +51,10 @@ class SchedulerConfig(Section):
 
     @field_validator("monitor")
     @classmethod
-    def _monitor_is_known(cls, name: str | None) -> str | None:
-        known = name if name is None else logged_value(name)
+    def _monitor_is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
+        known = name if name is None or not checks_names(info.context) else logged_value(name)
         if name is not None and known is None:
-            raise ValueError(f"{name!r} is not a logged value: {LOGGED_VALUES}")
+            raise ValueError(f"{name!r} is not a logged value: {logged_values()}")
         return known
 
     @model_validator(mode="after")
@@ -119,13 +120,13 @@ class TrainerConfig(Section):
 
     @field_validator("monitor")
     @classmethod
-    def _monitor_is_known(cls, text: str) -> str:
-        if text == "off":
+    def _monitor_is_known(cls, text: str, info: ValidationInfo) -> str:
+        if text == "off" or not checks_names(info.context):
             return text
         mode, _, value = text.partition(" ")
         name = logged_value(value)
         if mode not in ("min", "max") or name is None:
-            raise ValueError(f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value: {LOGGED_VALUES}")
+            raise ValueError(f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value: {logged_values()}")
         return f"{mode} {name}"
 
     @model_validator(mode="after")

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from base.config.arguments import OpenSection
 from base.config.config import Config
-from base.config.names import WEIGHTS_NORMALIZED
+from base.config.origins import Origins, origin_of
 from base.config.section import Needs, Section, lies_in
 from base.text import one_line
 
@@ -15,7 +16,11 @@ PAIR = ("conv_layer_type", "norm_layer_type")
 
 
 def warnings_of(
-    config: Config, files: Mapping[str, Any], flags: Mapping[str, Any], silenced: Any = None
+    config: Config,
+    files: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    silenced: Any = None,
+    origins: Origins | None = None,
 ) -> tuple[str, ...]:
     """The warnings of a config, each in one line.
 
@@ -24,8 +29,9 @@ def warnings_of(
         files: the tree of its file and that one's parents.
         flags: the tree of what the command line puts on top.
         silenced: the value of `UNUSED_OK`.
+        origins: which file or flag each value came from.
     """
-    found = [_of_normalization(config, files, flags), _of_unused_keys(config, silenced)]
+    found = [_of_normalization(config, files, flags), _of_unused_keys(config, silenced, origins or {})]
     return tuple(filter(None, found))
 
 
@@ -38,7 +44,7 @@ def _of_normalization(config: Config, files: Mapping[str, Any], flags: Mapping[s
     names = f"arch.args.conv_layer_type {args.conv_layer_type} with arch.args.norm_layer_type {args.norm_layer_type}"
     if len(args.normalizations) > 1:
         return f"{names} normalizes twice in a row; ConvNorm needs no norm layer (--norm no)"
-    if not args.normalizations and args.conv_layer_type not in WEIGHTS_NORMALIZED:
+    if not args.normalizations and not args.normalizes_weights:
         return f"{names} is a network without any normalization; a config file that means this names both"
     return None
 
@@ -49,19 +55,24 @@ def _pair(tree: Mapping[str, Any]) -> tuple[Any, Any]:
     return tuple(args.get(name) if isinstance(args, dict) else None for name in PAIR)
 
 
-def _of_unused_keys(config: Config, silenced: Any) -> str | None:
+def _of_unused_keys(config: Config, silenced: Any, origins: Origins) -> str | None:
     if silenced is True:
         return None
     quiet = [str(key) for key in (silenced if isinstance(silenced, list) else [silenced])]
     unused = [
-        f"{key} {one_line(json.dumps(value), 40)} (only with {needs.what})"
-        for key, value, needs in _unmet(config, config)
+        f"{key} {one_line(json.dumps(value), 40)}{_given_by(key, origins)} (only with {needed})"
+        for key, value, needed in _unmet(config, config)
         if not lies_in(key, quiet)
     ]
     return f"without effect in this run: {', '.join(unused)}" if unused else None
 
 
-def _unmet(config: Config, section: Section, path: str = "") -> Iterator[tuple[str, Any, Needs]]:
+def _given_by(key: str, origins: Origins) -> str:
+    origin = origin_of(origins, key.split("."))
+    return f" of {origin}" if origin else ""
+
+
+def _unmet(config: Config, section: Section, path: str = "") -> Iterator[tuple[str, Any, str]]:
     """Key, value and what is missed of every key that was set to something else than its default, in vain."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
@@ -70,4 +81,7 @@ def _unmet(config: Config, section: Section, path: str = "") -> Iterator[tuple[s
         elif name in section.model_fields_set and value != field.default:
             for needs in field.metadata:
                 if isinstance(needs, Needs) and not needs.met(config):
-                    yield f"{path}{name}", value, needs
+                    yield f"{path}{name}", value, needs.what
+    if isinstance(section, OpenSection):
+        for name, value, takers in section.unused(section.chosen(config)):
+            yield f"{path}{name}", value, takers

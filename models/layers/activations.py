@@ -1,5 +1,7 @@
 """Activation layers, each called as `(channels, inplace=True)`."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,12 +16,14 @@ class SReLU(nn.Module):
     """`max(x, b) = relu(x - b) + b` with one learned threshold b per channel.
 
     State: `srelu_bias` `(1, channels, 1, 1)`, -1 at first. A threshold should not be pulled to zero, so weight decay leaves
-    parameters of this name out.
+    it out.
 
     Args:
         channels: the number of channels.
         inplace: accepted for the signature's sake; x itself is never overwritten.
     """
+
+    no_weight_decay: ClassVar = ("srelu_bias",)
 
     def __init__(self, channels: int, inplace: bool = True) -> None:
         super().__init__()

@@ -1,24 +1,35 @@
-"""Norm layers, each called as `(channels, affine=True, norm_groups=32)`."""
+"""Norm layers, each called as `(channels)`, and with its own keywords."""
 
 from torch import nn
 
+from base.config.section import Positive
+from base.registry import with_properties
 
-def batch_norm(channels: int, affine: bool = True, norm_groups: int = 32) -> nn.BatchNorm2d:
-    """Batch normalisation over (B, H, W); `norm_groups` is ignored."""
+
+@with_properties(batch_statistics=True)
+def batch_norm(channels: int, affine: bool = True) -> nn.BatchNorm2d:
+    """Batch normalisation over (B, H, W)."""
     return nn.BatchNorm2d(channels, affine=affine)
 
 
-def group_norm(channels: int, affine: bool = True, norm_groups: int = 32) -> nn.GroupNorm:
-    """Group normalisation (arXiv:1803.08494) in the largest number of groups up to `norm_groups` that divides `channels`."""
+def group_norm(channels: int, affine: bool = True, norm_groups: Positive = 32) -> nn.GroupNorm:
+    """Group normalisation (arXiv:1803.08494).
+
+    Args:
+        channels: the number of channels.
+        affine: whether there are a weight and a bias per channel.
+        norm_groups: groups of channels; fewer are used where they do not divide the channels.
+    """
     groups = max(n for n in range(1, max(1, min(norm_groups, channels)) + 1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, affine=affine)
 
 
-def instance_norm(channels: int, affine: bool = True, norm_groups: int = 32) -> nn.InstanceNorm2d:
-    """Instance normalisation over (H, W), without running statistics; `norm_groups` is ignored."""
+def instance_norm(channels: int, affine: bool = True) -> nn.InstanceNorm2d:
+    """Instance normalisation over (H, W), without running statistics."""
     return nn.InstanceNorm2d(channels, affine=affine)
 
 
-def no_norm(channels: int, affine: bool = True, norm_groups: int = 32) -> nn.Identity:
+@with_properties(normalizes=False)
+def no_norm(channels: int, affine: bool = True) -> nn.Identity:
     """The identity, for convolutions that normalise themselves; every argument is ignored."""
     return nn.Identity()

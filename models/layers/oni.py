@@ -5,9 +5,10 @@ CVPR 2020, arXiv:2004.00887.
 """
 
 from math import sqrt
-from typing import Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from models.layers.conv_norm.precision import without_autocast
@@ -72,11 +73,15 @@ class ONIConv2d(nn.Conv2d):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in `nn.Conv2d`.
         iterations: the number of Newton iterations, the paper's T.
         scale: initial `WNScale`; sqrt(2) keeps the variance through a ReLU (the original's 1.414).
-        rule: "paper" or "original"; see `newton_orthogonalize`.
+        rule: what is done to a weight with more outputs than inputs: "paper", or "original", as ConvNorm's code does; see
+            `newton_orthogonalize`.
 
     Raises:
         ValueError: the rule is unknown.
     """
+
+    normalizes_weights: ClassVar = True
+    config_names: ClassVar = {"rule": "oni_rule", "iterations": "oni_iterations", "scale": "weight_scale"}
 
     def __init__(
         self,
@@ -89,8 +94,8 @@ class ONIConv2d(nn.Conv2d):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        iterations: int = 3,
-        scale: float = sqrt(2),
+        iterations: Annotated[int, Field(ge=1, le=100)] = 3,
+        scale: Annotated[float, Field(gt=0)] = sqrt(2),
         rule: Rule = "paper",
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)

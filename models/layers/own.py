@@ -5,9 +5,10 @@ Optimization over Multiple Dependent Stiefel Manifolds in Deep Neural Networks",
 """
 
 from math import sqrt
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -74,6 +75,9 @@ class OWNConv2d(nn.Conv2d):
         ValueError: `norm_groups` does not divide the number of output channels.
     """
 
+    normalizes_weights: ClassVar = True
+    # norm_groups is what configs call the groups of a GroupNorm
+    config_names: ClassVar = {"norm_groups": "own_groups", "scale": "weight_scale"}
     WNScale: Tensor
 
     def __init__(
@@ -87,8 +91,8 @@ class OWNConv2d(nn.Conv2d):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        norm_groups: int | None = None,
-        scale: float = sqrt(2),
+        norm_groups: Annotated[int, Field(ge=1)] | None = None,
+        scale: Annotated[float, Field(gt=0)] = sqrt(2),
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         if norm_groups is None:

@@ -4,7 +4,7 @@ Takeru Miyato, Toshiki Kataoka, Masanori Koyama, Yuichi Yoshida: "Spectral Norma
 ICLR 2018, arXiv:1802.05957, algorithm 1.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ class SpectralNormConv2d(nn.Conv2d):
             `bias` is False unless asked for, as in the original.
     """
 
+    normalizes_weights: ClassVar = True
     weight_u: Tensor
     weight_v: Tensor
     eps = 1e-12

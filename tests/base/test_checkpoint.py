@@ -15,6 +15,7 @@ from base.checkpoint import (
     find_checkpoint,
     keep_newest,
     load_checkpoint,
+    load_to_resume,
     load_weights,
     plain,
     publish_copy,
@@ -78,6 +79,28 @@ def test_run_folder_means_its_best_or_its_last(tmp_path):
     assert find_checkpoint(tmp_path).name == "model_best.pth"
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         find_checkpoint(tmp_path / "absent.pth")
+
+
+def test_a_folder_above_one_run_stands_for_it(tmp_path):
+    run = tmp_path / "saved" / "name" / "run"
+    run.mkdir(parents=True)
+    save_checkpoint(run / "model_last.pth", CONTENTS)
+    (tmp_path / "saved" / "latest").symlink_to(run)
+    assert find_checkpoint(tmp_path / "saved") == run / "model_last.pth"
+    assert load_to_resume(tmp_path / "saved")[0] == run / "model_last.pth"
+    assert not find_checkpoint(run).is_symlink()
+
+
+def test_a_folder_above_several_runs_names_the_newest_last(tmp_path):
+    for age, name in enumerate("fbedac"):
+        (tmp_path / name).mkdir()
+        save_checkpoint(tmp_path / name / "model_best.pth", CONTENTS)
+        os.utime(tmp_path / name / "model_best.pth", (age, age))
+    newest = ", ".join(str(tmp_path / name) for name in "bedac")
+    for find in (find_checkpoint, load_to_resume):
+        with pytest.raises(CheckpointError) as caught:
+            find(tmp_path)
+        assert str(caught.value) == f"{tmp_path}: holds 6 runs: name one, such as (newest last) {newest}"
 
 
 class Malicious:

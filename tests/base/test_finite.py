@@ -52,7 +52,8 @@ class Run:
     def update(self, value, added=0.0):
         self.optimizer.zero_grad()
         loss = self.model(torch.tensor([[value, 1.0]])).square().sum() + added
-        self.check.backward(self.model, loss, self.progress)
+        loss.backward(1 + 0 * loss.detach())  # as in BaseTrainer.update
+        self.check.look(self.model, loss, self.progress)
         self.optimizer.step()
         self.progress.batches_done += 1
 

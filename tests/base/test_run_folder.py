@@ -53,6 +53,7 @@ def test_a_commit_that_is_made_meanwhile_is_not_the_runs(monkeypatch, tmp_path):
         ({"data_loader": {"args": {"data_dir": "b"}}, "trainer": {"noise_file": "c.npy"}}, True),
         ({"name": "other", "system": {"num_threads": 3}}, True),
         ({"trainer": {"epochs": 200, "OCNN": False}}, True),
+        ({"arch": {"args": {"num_classes": 10, "in_channels": 3}}}, True),
         ({"trainer": {"epochs": 3}}, False),
         ({"trainer": {"noise_file": None}}, False),
         ({"seed": 3}, False),

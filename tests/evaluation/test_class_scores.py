@@ -12,7 +12,7 @@ PREDICTIONS = np.array([0, 0, 0, 1, 1, 0, 0, 3, 3, 3])
 
 
 def test_every_number_by_hand():
-    scores = class_scores(LABELS, PREDICTIONS, NAMES)
+    scores = class_scores(LABELS, PREDICTIONS, NAMES).as_dict()
     assert scores["confusion"] == [[3, 1, 0, 0], [2, 1, 0, 0], [0, 0, 0, 3], [0, 0, 0, 0]]
     cat, dog, frog, ship = scores["classes"]
     assert cat == {"name": "cat", "images": 4, "predicted": 5, "precision": 0.6, "recall": 0.75, "f1": pytest.approx(2 / 3)}
@@ -31,13 +31,13 @@ def test_every_number_by_hand():
 
 
 def test_a_class_that_is_neither_there_nor_predicted_has_no_scores():
-    scores = class_scores(np.array([0, 1]), np.array([0, 1]), ("a", "b", "c"))
+    scores = class_scores(np.array([0, 1]), np.array([0, 1]), ("a", "b", "c")).as_dict()
     assert scores["classes"][2] == {"name": "c", "images": 0, "predicted": 0, "precision": None, "recall": None, "f1": None}
     assert (scores["macro_recall"], scores["macro_f1"], scores["confused"]) == (1, 1, [])
 
 
 def test_the_table_is_aligned_and_shows_what_is_missing():
-    scores = class_scores(LABELS, PREDICTIONS, NAMES)
+    scores = class_scores(LABELS, PREDICTIONS, NAMES).as_dict()
     lines = class_table(scores).splitlines()
     assert lines[0].split() == ["class", "images", "predicted", "precision", "recall", "F1"]
     assert lines[1].split() == ["cat", "4", "5", "60.00%", "75.00%", "66.67%"]
@@ -50,13 +50,13 @@ def test_the_table_is_aligned_and_shows_what_is_missing():
 def test_images_without_an_answer_are_wrong_and_in_no_column():
     predictions = PREDICTIONS.copy()
     predictions[[0, 7]] = -1
-    scores = class_scores(LABELS, predictions, NAMES)
+    scores = class_scores(LABELS, predictions, NAMES).as_dict()
     assert scores["confusion"] == [[2, 1, 0, 0], [2, 1, 0, 0], [0, 0, 0, 2], [0, 0, 0, 0]]
     assert (scores["n"], scores["top1"], scores["without_answer"]) == (10, 0.3, 2)
     assert [entry["recall"] for entry in scores["classes"]] == [0.5, pytest.approx(1 / 3), 0, None]
     assert scores["confused"][0] == {"label": "dog", "predicted": "cat", "images": 2, "share": pytest.approx(2 / 3)}
     assert scores["confused"][1]["share"] == pytest.approx(2 / 3), "of all images of the class"
     assert class_warnings(scores) == ["the logits of 2 of 10 images are NaN: they count as wrong, in no column"]
-    assert class_warnings(class_scores(LABELS, PREDICTIONS, NAMES)) == []
-    silent = class_scores(LABELS, np.full(10, -1), NAMES)
+    assert class_warnings(class_scores(LABELS, PREDICTIONS, NAMES).as_dict()) == []
+    silent = class_scores(LABELS, np.full(10, -1), NAMES).as_dict()
     assert (silent["top1"], silent["macro_recall"], silent["confused"]) == (0, 0, [])

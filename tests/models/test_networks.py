@@ -53,6 +53,18 @@ def test_shapes_on_the_meta_device(name):
         assert build_model({"type": name, "args": args})(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"resnet101", "resnet152", "wide_resnet28_10"}))
+def test_any_number_of_channels(name, channels):
+    args = {"in_channels": channels, "conv_layer_type": "prec_conv"}
+    with torch.device("meta"):
+        model = build_model({"type": name, "args": args}, [0.5] * channels, [0.2] * channels)
+        assert model(torch.zeros(2, channels, 32, 32)).shape == (2, 10)
+        assert model.mean.shape == build_model({"type": name, "args": args}).std.shape == (1, channels, 1, 1)
+        with pytest.raises(ConfigError, match=rf"args\.mean: 2 values for images of {channels} channels$"):
+            build_model({"type": name, "args": args}, [0.5, 0.5], [0.2] * channels)
+
+
 def assert_finite_gradients(name, args, size):
     torch.manual_seed(0)
     model = build_model({"type": name, "args": args}, MEAN, STD)
@@ -251,7 +263,7 @@ def test_loads_an_original_checkpoint():
         ({"type": "wide_resnet34_10", "args": {"depth": 34}}, r"arch\.args\.depth: wide_resnet34_10 takes no such argument"),
         (
             {"type": "vgg16", "args": {"norm_layer": "bn"}},
-            r"arch\.args\.norm_layer: vgg16 .*norm_groups, init, zero_init_residual; did you mean 'norm_layer_type'\?$",
+            r"arch\.args\.norm_layer: vgg16 .*norm_groups, in_channels, .*; did you mean 'norm_layer_type'\?$",
         ),
         ({"type": "vgg16", "args": {"mean": [0]}}, r"arch\.args\.mean: vgg16 takes no such argument"),
         (

@@ -14,7 +14,8 @@ from studies import grid
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 GRIDS = sorted((CONFIGS / "ablations").glob("*.json"))
-FILES = [file for file in sorted(CONFIGS.rglob("*.json")) if file not in GRIDS and file.name != "schema.json"]
+SCHEMAS = [CONFIGS / "schema.json", CONFIGS / "grid_schema.json"]
+FILES = [file for file in sorted(CONFIGS.rglob("*.json")) if file not in [*GRIDS, *SCHEMAS]]
 ARGUMENTS = {
     "lr": "number ≥ 0", "momentum": "number ≥ 0, < 1", "dampening": "number ≥ 0, ≤ 1", "weight_decay": "number ≥ 0",
     "nesterov": "true, false", "milestones": "list of integer ≥ 1", "gamma": "number ≥ 0",
@@ -84,6 +85,7 @@ def with_every_key():
         "data_loader.args.std": [0.2] * 3, "metrics": ["top1", "my_metric2"], "trainer.percent": 0, "num_classes": 1,
         "optimizer.args": {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": True},
         "lr_scheduler.args": {"milestones": [1, 3], "gamma": 0.1},
+        "imports": [{"module": "json"}],
     }  # fmt: skip
     by_kind = {"integer": 1, "number": 0.5, "text": "text", "true, false": False}
     for key, (words, _) in ROWS.items():
@@ -185,7 +187,8 @@ class Loading:
     def refuses_deletion(self, tree, key):
         self.count += 1
         message = self.message(lambda: files.override(tree, [(key, "null")]), key)
-        assert message.startswith(f"{key}: unknown key; did you mean "), message
+        assert message.startswith(f"--set {key}"), message
+        assert f": {key}: unknown key; did you mean " in message, message
 
     def refuses_grid(self, tree, *texts):
         self.count += 1

@@ -144,18 +144,20 @@ def validate_on_test(patch):
 
 
 def statistics_of_test(patch):
-    patch.setattr(TrainingDataLoader, "_mean_and_std", lambda loader, *_: pixel_statistics(loader._read_test().images))
+    of_test = property(lambda loader: pixel_statistics(loader.read(train=False).images))
+    patch.setattr(TrainingDataLoader, "_statistics", of_test)
 
 
 def a_look_at_test(patch):
     """Nothing comes of it, but it is one."""
-    mean_and_std = TrainingDataLoader._mean_and_std
+    statistics = TrainingDataLoader._statistics.func
 
-    def look_first(loader, *arguments):
-        next(loader._read_test().images.in_memory(torch.device("cpu")).batches([torch.arange(1)]))
-        return mean_and_std(loader, *arguments)
+    def look_first(loader):
+        test = loader.read(train=False).images
+        next(test.in_memory(torch.device("cpu")).batches([torch.arange(1)]))
+        return statistics(loader)
 
-    patch.setattr(TrainingDataLoader, "_mean_and_std", look_first)
+    patch.setattr(TrainingDataLoader, "_statistics", property(look_first))
 
 
 @pytest.mark.parametrize("sections", [STANDARD, FGSM], ids=["standard", "fgsm"])

@@ -62,7 +62,7 @@ def test_pictures(tmp_path, make_run):
 
 def test_printed_tables():
     labels = torch.tensor([0, 0, 1]).numpy()
-    table = class_table(class_scores(labels, 1 - labels, [HOSTILE, "dog"]))
+    table = class_table(class_scores(labels, 1 - labels, [HOSTILE, "dog"]).as_dict())
     assert len(table.splitlines()) == 5
     for text in (table, spectrum_table([LAYER])):
         assert SHOWN in text

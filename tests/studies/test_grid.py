@@ -1,11 +1,14 @@
 """Grid files: the runs they stand for, and one line for everything that can be wrong with them."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from base.config import imports
 from base.errors import ConfigError
+from base.registry import NORM_LAYERS
 from studies.grid import as_word, describe, identity, plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -74,18 +77,49 @@ def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_c
     assert len({folder({key: value}) for key, value in changes.items()} | {plain}) == len(changes) + 1
 
 
-def test_settings_of_the_command_line_lie_on_top_of_every_variant(grid_file):
-    path = grid_file(variants={"a": {"trainer.epochs": 4, "augmentation.flip": False}, "b": {"trainer.epochs": 5}})
-    overrides = [("optimizer.args.lr", "0.3"), ("augmentation.flip", "true"), ("trainer.epochs", "7")]
+def test_settings_of_the_command_line_lie_on_top_of_every_variant(grid_file, tmp_path):
+    always = {"trainer.epochs": 4, "augmentation.flip": False}
+    path = grid_file(variants={"a": {**always, "optimizer.args.lr": 0.1}, "b": always})
+    overrides = [("optimizer.args.weight_decay", "0.3"), ("augmentation.flip", "true"), ("trainer.epochs", "7")]
     first = plan(path, ["a"], overrides=overrides)[0]
-    assert (first.config.optimizer.args["lr"], first.config.augmentation.flip, first.config.trainer.epochs) == (0.3, True, 7)
+    assert first.config.optimizer.args["weight_decay"] == 0.3
+    assert (first.config.augmentation.flip, first.config.trainer.epochs) == (True, 7)
     assert first.words()[5:] == [
-        "--set", "trainer.epochs=4", "--set", "augmentation.flip=false",
-        "--set", "optimizer.args.lr=0.3", "--set", "augmentation.flip=true", "--set", "trainer.epochs=7", "--seed", "0",
+        "--set", "trainer.epochs=4", "--set", "augmentation.flip=false", "--set", "optimizer.args.lr=0.1",
+        "--set", "optimizer.args.weight_decay=0.3", "--set", "augmentation.flip=true", "--set", "trainer.epochs=7",
+        "--seed", "0",
     ]  # fmt: skip
-    assert describe([first]) == ["a: base.json, trainer.epochs=7, augmentation.flip=true, optimizer.args.lr=0.3 (seeds 0)"]
-    with pytest.raises(ConfigError, match="a and b are the same config with --set trainer.epochs=7 --set augmentation.flip="):
-        plan(path, overrides=[("trainer.epochs", "7"), ("augmentation.flip", "true")])
+    assert describe([first]) == [
+        "a: base.json, trainer.epochs=7, augmentation.flip=true, optimizer.args.lr=0.1,"
+        " optimizer.args.weight_decay=0.3 (seeds 0)"
+    ]
+
+
+def test_a_setting_of_the_command_line_names_a_run_as_if_it_stood_in_the_base_config(grid_file, tmp_path):
+    path = grid_file(variants={"v": {"augmentation.flip": False}})
+    given = [run.folder.name for run in plan(path, overrides=[("trainer.epochs", "7"), ("data_loader.args.data_dir", "/x")])]
+    base = json.loads((tmp_path / "base.json").read_text())
+    (tmp_path / "base.json").write_text(json.dumps({**base, "trainer": {"epochs": 7}}))
+    assert [run.folder.name for run in plan(path)] == given
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "shown"),
+    [
+        ("trainer.epochs", "7", "trainer.epochs (4 in a, 5 in b, its default in elsewhere)"),
+        ("trainer", '{"epochs": 7}', "trainer.epochs (4 in a"),
+        ("optimizer.args", "null", "optimizer.args.lr (0.3 in a, its default in b)"),
+        ("optimizer.args.lr", "0.1", "optimizer.args.lr (0.3 in a"),
+        ("system.num_threads", "3", "system.num_threads (its default in a, 2 in b)"),
+    ],
+)
+def test_what_the_grid_varies_cannot_be_set(grid_file, tmp_path, key, text, shown):
+    a, b = {"trainer.epochs": 4, "optimizer.args.lr": 0.3}, {"trainer.epochs": 5, "system.num_threads": 2}
+    (tmp_path / "file.json").write_text('{"data_loader": {"type": "DigitsDataLoader", "args": {"data_dir": "d"}}}')
+    path = grid_file(variants={"a": a, "b": b, "elsewhere": "file.json"})
+    with pytest.raises(ConfigError) as caught:
+        plan(path, ["a"], overrides=[("data_loader.args.data_dir", "/x"), (key, text)])
+    assert str(caught.value).startswith(f"--set {key}={text}: {path} itself varies {shown}")
 
 
 def test_settings_of_the_command_line_name_the_run_but_for_places_and_defaults(grid_file):
@@ -107,11 +141,11 @@ def test_settings_of_the_command_line_name_the_run_but_for_places_and_defaults(g
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("trainer.epoch", "3", "v: with --set trainer.epoch=3: .*base.json: trainer.epoch: unknown key; did you mean 'epochs'"),
-        ("trainer.epochs", "few", 'v: with --set trainer.epochs=few: .*trainer.epochs: .*integer, not "few"'),
-        ("optimizer.args.betas", "0.9", "v: with --set optimizer.args.betas=0.9: optimizer.args.betas: SGD takes no such"),
-        ("augmentaton", "null", "^--set augmentaton: unknown key; did you mean 'augmentation'"),
-        ("", "3", "^--set '': expected a dotted key"),
+        ("trainer.epoch", "3", r"^--set trainer.epoch=3: trainer.epoch: unknown key.*'epochs'.* \(.*study.json: v\)$"),
+        ("trainer.epochs", "few", '^--set trainer.epochs=few: trainer.epochs: .*integer, not "few"'),
+        ("optimizer.args.betas", "0.9", "^--set optimizer.args.betas=0.9: optimizer.args.betas: SGD takes no such"),
+        ("augmentaton", "null", "^--set augmentaton=null: augmentaton: unknown key; did you mean 'augmentation'"),
+        ("", "3", "^--set =3: expected a dotted key"),
         ("seed", "3", "^--set seed=3: the seeds of a study are given by --seed$"),
     ],
 )
@@ -138,6 +172,36 @@ def test_the_list_shows_what_files_set_and_what_differs(grid_file, tmp_path):
     ]
 
 
+@pytest.fixture
+def own_code(tmp_path, request):
+    """A file, of a name of its own, that registers a norm layer, and has no place in the tables afterwards."""
+    file = tmp_path / f"norm_of_a_grid_{request.node.callspec.id}.py"
+    file.write_text(
+        "from models.layers.norms import batch_norm\n"
+        "from base.registry import NORM_LAYERS\n"
+        "NORM_LAYERS['of_a_grid'] = lambda channels, affine=True, norm_groups=32: batch_norm(channels)\n"
+    )
+    yield file
+    NORM_LAYERS.pop("of_a_grid", None)
+    sys.modules.pop(file.stem, None)
+    sys.path.remove(str(tmp_path))
+    imports._imported.pop(file.stem, None)
+
+
+@pytest.mark.parametrize("by_flag", [True, False], ids=["flag", "base"])
+def test_own_code_of_the_base_and_of_the_command_line_reaches_the_runs(grid_file, own_code, tmp_path, by_flag):
+    base = json.loads((tmp_path / "base.json").read_text())
+    if not by_flag:
+        (tmp_path / "base.json").write_text(json.dumps({**base, "imports": [own_code.name]}))
+    flags = [str(own_code)] if by_flag else []
+    path = grid_file(variants={"v": {"trainer.epochs": 3}, "w": {}})
+    run, _ = plan(path, imports=flags)
+    assert "of_a_grid" in NORM_LAYERS
+    given = ["--imports", str(own_code)]
+    assert (given == run.words()[5:7]) == by_flag
+    assert run.words_to_resume() == ["train.py", "-r", str(run.folder), *given], "a run folder by itself runs no code"
+
+
 def test_adversarial_runs_get_their_script(grid_file):
     path = grid_file(variants={"a": {}, "b": {"adversarial.method": "none"}, "c": {"trainer.do_adv": True}})
     assert [run.script for run in plan(path)] == ["train.py", "train.py", "train_robust.py"]
@@ -162,7 +226,7 @@ def test_words_mean_the_value(value):
         ({"axes": {"norm": {}}}, r"axes\.norm: .*at least 1 item"),
         (
             {"axes": {"norm": {"x": {"arch.args.norm": "bn"}}}},
-            "study.json: x: .*arch.args.norm: unknown key .known here: num_classes, norm_layer_type",
+            r"study.json: axes\.norm\.x: arch\.args\.norm: unknown key",
         ),
         ({"axes": {"a": NORMS, "b": {"x": NORMS["bn"]}}}, "axes: two of them set arch.args.norm_layer_type"),
         ({"axes": {"norm": NORMS}, "variants": {"bn": {}}}, "study.json: bn: two variants have this name"),
@@ -170,11 +234,13 @@ def test_words_mean_the_value(value):
         ({"variants": {"a": {}, "b": {"trainer.percent": 0}}}, "a and b are the same config"),
         (
             {"variants": {"a": {"optimizer.type": "Adam", "optimizer.args.momentum": 0.9}}},
-            "json: a: optimizer.args.momentum: Adam takes no such",
+            r"json: variants\.a: optimizer.args.momentum: Adam takes no such",
         ),
         ({"variants": {"../a": {}}}, r"'../a': a variant's name is made of"),
         ({"variants": {"a": "none.json"}}, "study.json: a: .*none.json: no such config file"),
-        ({"variants": {"a": {"trainer.epochs": "many"}}}, 'a: .*trainer.epochs: .*integer, not "many"'),
+        ({"variants": {"a": {"trainer.epochs": "many"}}}, r'json: variants\.a: trainer.epochs: .*integer, not "many"'),
+        ({"variants": {"a": {"imports": ["x.py"]}}}, "json: a: imports: belongs into the base config, or after --imports"),
+        ({"variants": {"a": 5}}, r"json: variants\.a: .*object, not 5"),
     ],
 )
 def test_a_bad_grid_is_one_line(grid_file, tree, message):

@@ -72,7 +72,7 @@ def test_free_training_follows_the_original(tmp_path, conv, norm):
     source = golden if any(key.startswith("init/") for key in golden.files) else start
     trainer.model.load_state_dict({k[5:]: torch.from_numpy(source[k]) for k in source.files if k.startswith("init/")})
     losses, update = [], trainer.update
-    trainer.update = lambda loss: (losses.append(loss.item()), update(loss))
+    trainer.update = lambda each: (losses.append(each.mean().item()), update(each))
     images = torch.from_numpy(golden["images_uint8"]).permute(0, 3, 1, 2) / 255
     for number in range(3):
         part = slice(32 * number, 32 * number + 32)
@@ -299,7 +299,7 @@ def test_every_method_works_with_mixup_ocnn_averaging_and_either_norm(tmp_path, 
     }
     trainer = build(tmp_path, settings)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
-    result = trainer.train_batch(*batch())
+    result = trainer.train_batch(*trainer.mixed(*batch()))
     updates = trainer.config.trainer.adv_repeats if method == "free" else 1
     assert result.count == 6 * updates
     assert 0 <= float(result.sums["top1"]) <= result.count

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import base.run_checkpoints as run_checkpoints_module
-import models.layers  # noqa: F401 - fills the layer tables
+import experiment  # noqa: F401 - fills the tables
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.base_trainer import BaseTrainer
+from base.base_trainer import BaseTrainer, TrainerParts
 from base.checkpoint import load_checkpoint
 from base.config.files import merge, validate
 from base.errors import CheckpointError, NonFiniteError
@@ -84,9 +84,12 @@ def build(folder, settings=None, *, train_loader=None, validation_loader="same",
     optimizer = build_optimizer(config.optimizer, model)
     loader = train_loader or TinyLoader()
     validation = TinyLoader() if validation_loader == "same" else validation_loader
-    trainer = Trainer(
+    parts = TrainerParts(
         loss=LOSSES["cross_entropy"],
         metrics=METRICS_USED,
+        penalty=options.pop("penalty", None),
+        norm="linf",
+        epsilon=8 / 255,
         config=config,
         model=model,
         optimizer=optimizer,
@@ -98,6 +101,7 @@ def build(folder, settings=None, *, train_loader=None, validation_loader="same",
         metadata={"config": config.dump()},
         **options,
     )
+    trainer = Trainer(parts)
     trainer.trackers = [RunLog(folder / "metrics.jsonl")]
     return trainer
 
@@ -308,7 +312,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
     trainer = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
     trainer.model = trainer.network = Recorder()
     images, labels = next(iter(TinyLoader()))
-    result = trainer.train_batch(images, labels)
+    result = trainer.train_batch(*trainer.mixed(images, labels))
     # find weight and partners from what the model saw: x' = w x + (1 - w) x[p]
     candidates = []
     for i in range(4):
@@ -332,7 +336,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
     torch.testing.assert_close(result.sums["top1"], (weight * right[0] + (1 - weight) * right[1]).sum())
     again = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
     again.model = again.network = Recorder()
-    again.train_batch(images, labels)
+    again.train_batch(*again.mixed(images, labels))
     assert torch.equal(seen[0], seen[1]), "the draw is a function of seed, epoch and batch"
 
 

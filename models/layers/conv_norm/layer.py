@@ -7,7 +7,7 @@ Improving Deep Convolutional Network Robustness and Training", NeurIPS 2021, arX
 from collections.abc import Callable
 from copy import deepcopy
 from math import pi
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,17 @@ class ConvNorm2d(nn.Conv2d):
     Raises:
         ValueError: the padded input is smaller than the kernel.
     """
+
+    # what this project's tables ask of a layer
+    normalizes: ClassVar = True
+    normalizes_weights: ClassVar = True
+    batch_statistics: ClassVar = True
+    config_names: ClassVar = {
+        "affine": "conv_affine",
+        "bn": "conv_bn",
+        "momentum": "conv_momentum",
+        "track_running_stats": "track_spectra",
+    }
 
     running_V: Tensor  # noqa: N815 - the original's name, a key of its checkpoints
     num_batches_tracked: Tensor

@@ -550,7 +550,7 @@ def test_missing_file_and_line_breaks_in_its_name(tmp_path):
         (("optimizer.args.lr", "1e999"), "optimizer.args.lr: 1e999 is too large a number"),
         (("optimizer", "[" * 10_000), "optimizer: nested deeper than 100 levels"),
         ((".".join("a" * 21), "1"), "expected a dotted key such as trainer.epochs"),
-        (("trainer..epochs", "1"), "'trainer..epochs': expected a dotted key"),
+        (("trainer..epochs", "1"), "^--set trainer..epochs=1: expected a dotted key"),
         (("name", "a\udcffb"), r"name: not UTF-8 text: .*udcff"),
         (("data_loader.args.data_dir", "[1, \udcff"), "data_loader.args.data_dir: not UTF-8 text"),
         (("a\udcff", "1"), r"a\\udcff: not UTF-8 text"),

@@ -1,0 +1,456 @@
+"""The arguments of a constructor as a config sees them, and the sections that are open to them.
+
+`arguments_of` reads them off a class or function: names and defaults from its signature, types and ranges from its
+type hints, descriptions from the `Args:` of its docstring. An `OpenSection` holds fixed keys, and whatever the chosen
+entries of its tables take.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial, reduce
+from typing import Any, ClassVar, Literal, get_type_hints
+
+from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUndefined, core_schema
+
+from base.config.section import Section
+from base.registry import Constructor, not_one_of, property_of
+
+STRICT = ConfigDict(strict=True)
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+OTHERS_ARGUMENT = "argument_of_others"
+"""The type of the error that only other entries of a table take an argument."""
+ARGUMENT_LINE = re.compile(r"(\*{0,2}\w+(?:, *\*{0,2}\w+)*)(?: *\(.*?\))?: *(.*)")
+"""A line of `Args:` that begins the description of one or several arguments."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument that a config may give to a constructor.
+
+    Attributes:
+        name: what the constructor calls it.
+        key: what a config calls it: the same, unless the entry's `config_names` say otherwise.
+        field: its type, range, default and description, as those of a section's own key.
+        adapter: what checks its values, and turns those of JSON into those of Python.
+    """
+
+    name: str
+    key: str
+    field: FieldInfo
+    adapter: TypeAdapter[Any]
+
+
+@lru_cache(maxsize=1024)
+def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
+    """Config key -> argument, of every argument of a constructor that JSON can hold, in the order of its signature.
+
+    A class that hands `**others` on has the arguments of the base classes, too; those that a `functools.partial` gives
+    by position are left out. `config_names`, an attribute of the entry, maps arguments that a config knows by another
+    name to that name, and those that it may not give to None.
+
+    Args:
+        entry: a class or function, or a partial of one.
+    """
+    hints, texts = _hints(entry), _descriptions(entry)
+    names = property_of(entry, "config_names", {})
+    arguments = {}
+    for parameter in parameters_of(entry):
+        key = names.get(parameter.name, parameter.name)
+        adapter = _adapter(hints.get(parameter.name, Any))
+        if key is None or adapter is None:
+            continue
+        default = PydanticUndefined if parameter.default is parameter.empty else parameter.default
+        field = FieldInfo.from_annotation(hints.get(parameter.name, Any))
+        field.default = default
+        field.description = texts.get(parameter.name, "")
+        arguments[key] = Argument(parameter.name, key, field, adapter)
+    return arguments
+
+
+def parameters_of(entry: Constructor) -> list[inspect.Parameter]:
+    """The parameters of a constructor that can be given by name, those of base classes that it hands `**others` on to
+    among them."""
+    found: dict[str, inspect.Parameter] = {}
+    for function in _functions(entry):
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind in NAMED and parameter.name != "self":
+                found.setdefault(parameter.name, parameter)
+    return [*found.values()]
+
+
+def takes(entry: Constructor, name: str) -> bool:
+    """Whether a constructor takes an argument of this name."""
+    return any(parameter.name == name for parameter in parameters_of(entry))
+
+
+def hands_on(entry: Constructor) -> bool:
+    """Whether a constructor hands every argument on, `**others`, that it does not name itself."""
+    *_, last = _functions(entry)
+    return _hands_on(last)
+
+
+def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
+    """The functions that arguments of a constructor reach: its own first, and those of its base classes as long as the
+    one before hands `**others` on."""
+    whole = entry
+    while isinstance(entry, partial):
+        entry = entry.func
+    yield whole
+    if not inspect.isclass(entry) or not _hands_on(whole):
+        return
+    own = _where_initialized(entry)
+    for base in own[1:]:
+        yield base.__init__
+        if not _hands_on(base.__init__):
+            return
+
+
+def _where_initialized(cls: type) -> list[type]:
+    """The classes of a class's line that have an `__init__` of their own, nearest first, without `object`."""
+    return [base for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+
+
+def _hands_on(function: Callable[..., Any]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values())
+
+
+def _hints(entry: Constructor) -> dict[str, Any]:
+    """Parameter -> its type hint, with ranges; nothing of a function whose hints cannot be resolved."""
+    hints: dict[str, Any] = {}
+    for function in _functions(entry):
+        while isinstance(function, partial):
+            function = function.func
+        for source in [function.__init__] if inspect.isclass(function) else [function]:
+            try:
+                resolved = get_type_hints(source, include_extras=True)
+            except (NameError, TypeError, AttributeError):
+                resolved = {}
+            hints = resolved | hints
+    return hints
+
+
+def _descriptions(entry: Constructor) -> dict[str, str]:
+    """Parameter -> what the `Args:` of its docstring says; a base class's where it hands arguments on."""
+    while isinstance(entry, partial):
+        entry = entry.func
+    documented = reversed(entry.__mro__) if inspect.isclass(entry) else [entry]
+    found: dict[str, str] = {}
+    for source in documented:
+        # not inspect.getdoc, which gives a class without one that of another
+        for text in (source.__doc__, getattr(vars(source).get("__init__"), "__doc__", None)):
+            found |= _args_section(inspect.cleandoc(text)) if isinstance(text, str) else {}
+    return found
+
+
+def _args_section(text: str) -> dict[str, str]:
+    """Argument -> description, of a docstring's `Args:`."""
+    _, _, section = text.partition("\nArgs:\n")
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        indent = len(line) - len(line.lstrip())
+        begins = ARGUMENT_LINE.fullmatch(line.strip()) if indent <= 4 else None
+        if begins:
+            names = [name.strip().lstrip("*") for name in begins[1].split(",")]
+            found |= dict.fromkeys(names, begins[2])
+        elif line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _adapter(hint: Any) -> TypeAdapter[Any] | None:
+    """What checks values of a type; None for a type that JSON cannot hold."""
+    try:
+        try:
+            return TypeAdapter(hint, config=STRICT)
+        except PydanticUserError:  # a dataclass or another model, which has a config of its own
+            return TypeAdapter(hint)
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A key that chooses an entry of a table, whose arguments may then stand in an open section.
+
+    Attributes:
+        key: the dotted key that names the entry.
+        table: the entries.
+        contract: arguments that are not the section's, because the project itself gives them.
+        positional: how many of the first arguments the project gives by position; they are not the section's either.
+        others: what a key is that only other entries take: an `error`, or `ignored`, of which a run warns.
+    """
+
+    key: str
+    table: Mapping[str, Constructor]
+    contract: frozenset[str] = frozenset()
+    positional: int = 0
+    others: Literal["error", "ignored"] = "error"
+
+    def arguments(self, name: str) -> dict[str, Argument]:
+        """Config key -> argument of an entry; nothing where the table has none of this name."""
+        if name not in self.table:
+            return {}
+        entry = self.table[name]
+        first = {parameter.name for parameter in parameters_of(entry)[: self.positional]}
+        every = arguments_of(entry).items()
+        return {key: argument for key, argument in every if argument.name not in self.contract | first}
+
+    def owners(self, key: str) -> dict[str, Argument]:
+        """Entry -> its argument of this key, of all that take it."""
+        every = {name: self.arguments(name).get(key) for name in self.table}
+        return {name: argument for name, argument in every.items() if argument is not None}
+
+    def known_keys(self) -> list[str]:
+        """The keys that the entries take between them."""
+        return list(dict.fromkeys(key for name in self.table for key in self.arguments(name)))
+
+
+class OpenSection(Section):
+    """A section with fixed keys, and those that the chosen entries of tables take.
+
+    Those others are values like its own: `section.steps`, and `section.get("steps")` where it may not be given. They are
+    dumped beside the fixed ones, where they are given.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    choices: ClassVar[tuple[Choice, ...]] = ()
+    """Whose arguments it is open to. A key that several of them know reaches all that are chosen."""
+    fills_defaults: ClassVar[bool] = False
+    """Whether a resolved config holds every argument that has a default other than null, whichever entry takes it."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Key -> value of what is given of the entries' arguments."""
+        return dict(self.model_extra or {})
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key; `default` where an entry's argument is not given."""
+        return getattr(self, key, default) if key in type(self).model_fields else self.given.get(key, default)
+
+    def arguments_for(self, choice_key: str, name: str) -> dict[str, Any]:
+        """Argument -> value, of what is given and an entry takes, by the constructor's own names.
+
+        Args:
+            choice_key: the `key` of one of `choices`.
+            name: the entry.
+        """
+        choice = next(choice for choice in self.choices if choice.key == choice_key)
+        return {
+            argument.name: self.given[key]
+            for key, argument in choice.arguments(name).items()
+            if key in self.given
+        }
+
+    @classmethod
+    def chosen(cls, config: Any) -> dict[str, str]:
+        """The `key` of each choice -> the name of the entry that a config chooses."""
+        return {choice.key: reduce(getattr, choice.key.split("."), config) for choice in cls.choices}
+
+    @classmethod
+    def defaults(cls, chosen: Mapping[str, str]) -> dict[str, Any]:
+        """Key -> default, other than null, of all arguments of all entries: that of the chosen entry, or, where it takes none
+        of this name, that of the first that does."""
+        found: dict[str, Any] = {}
+        for choice in cls.choices:
+            own = choice.arguments(chosen.get(choice.key, ""))
+            for key in choice.known_keys():
+                argument = own.get(key) or next(iter(choice.owners(key).values()))
+                if not argument.field.is_required() and argument.field.default is not None:
+                    found.setdefault(key, argument.field.default)
+        return found
+
+    def fill_defaults(self, chosen: Mapping[str, str]) -> None:
+        """Give what is not given its default; see `defaults`."""
+        extra = self.model_extra
+        if extra is not None:
+            extra |= {key: value for key, value in self.defaults(chosen).items() if key not in extra}
+
+    @classmethod
+    def known_fields(cls) -> dict[str, FieldInfo]:
+        """Its fixed keys, and those of all entries of its tables."""
+        known = dict(cls.model_fields)
+        for key in (key for choice in cls.choices for key in choice.known_keys()):
+            if key not in known:
+                known[key] = next(iter(cls.owners(key).values())).field
+        return known
+
+    @classmethod
+    def owners(cls, key: str) -> dict[str, Argument]:
+        """Entry -> its argument of this key, of all that take it, in all tables."""
+        return {name: argument for choice in cls.choices for name, argument in choice.owners(key).items()}
+
+    def check(self, chosen: Mapping[str, str], place: tuple[str, ...] = ()) -> None:
+        """Check what is given against the signatures of the chosen entries, and give it their types.
+
+        Args:
+            chosen: the `key` of each choice -> the name of its entry; a choice that is not yet known is left out, and
+                values are then what any of its entries takes.
+            place: where this section lies below the one whose validator calls this.
+
+        Raises:
+            ValidationError: with an error for each key.
+        """
+        problems: list[InitErrorDetails] = []
+        extra = self.model_extra or {}
+        for key, value in self.given.items():
+            try:
+                extra[key] = self._checked(key, value, chosen)
+            except ValidationError as error:
+                problems += [_moved(problem, (*place, key)) for problem in error.errors()]
+            except PydanticCustomError as error:
+                problems.append(InitErrorDetails(type=error, loc=(*place, key), input=value))
+            except KeyError:
+                problems.append(InitErrorDetails(type="extra_forbidden", loc=(*place, key), input=value))
+        problems += [
+            InitErrorDetails(type="missing", loc=(*place, key), input=None) for key in self._missing(chosen)
+        ]
+        if problems:
+            raise ValidationError.from_exception_data(type(self).__name__, problems)
+
+    def _checked(self, key: str, value: Any, chosen: Mapping[str, str]) -> Any:
+        """The value of a key as the chosen entries take it, or, where none does, as others do.
+
+        Raises:
+            KeyError: no entry knows the key.
+        """
+        owners = {choice: choice.owners(key) for choice in self.choices}
+        takers = [owners[choice][chosen[choice.key]] for choice in self.choices if chosen.get(choice.key) in owners[choice]]
+        if takers:
+            values = [argument.adapter.validate_json(json.dumps(value)) for argument in takers]
+            return values[0]
+        knowing = [choice for choice in self.choices if owners[choice]]
+        if not knowing:
+            raise KeyError(key)
+        choice = next((choice for choice in knowing if choice.others == "ignored" or choice.key not in chosen), knowing[0])
+        if choice.others == "error" and choice.key in chosen:
+            text = f"only {' and '.join(owners[choice])} take{'' if len(owners[choice]) > 1 else 's'} it, not {chosen[choice.key]}"
+            raise PydanticCustomError(OTHERS_ARGUMENT, "{text}", {"text": text})
+        return _first_fit([argument.adapter for argument in owners[choice].values()], value)
+
+    def _missing(self, chosen: Mapping[str, str]) -> Iterator[str]:
+        """The keys that a chosen entry needs and that are not given."""
+        for choice in self.choices:
+            if choice.key in chosen:
+                for key, argument in choice.arguments(chosen[choice.key]).items():
+                    if argument.field.is_required() and self.get(key) is None:
+                        yield key
+
+    def unused(self, chosen: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+        """Key, value and who takes it, such as `arch.args.norm_layer_type gn`, of everything that is given in vain: to
+        no chosen entry, and with another value than any entry's default."""
+        for key, value in self.given.items():
+            owners = {choice: choice.owners(key) for choice in self.choices}
+            owners = {choice: takers for choice, takers in owners.items() if takers}
+            if any(chosen.get(choice.key) in takers for choice, takers in owners.items()):
+                continue
+            arguments = [argument for takers in owners.values() for argument in takers.values()]
+            if arguments and all(argument.field.default != value for argument in arguments):
+                yield key, value, " or ".join(f"{choice.key} {' or '.join(takers)}" for choice, takers in owners.items())
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Its fixed keys, and those of all entries; others are allowed, as a user's own part may have them."""
+        reference = handler(schema)
+        schema = handler.resolve_ref_schema(reference)
+        for key in cls.known_fields():
+            if key not in cls.model_fields:
+                schema["properties"][key] = _property(cls.owners(key))
+        return reference
+
+
+def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
+    """A value as the first type takes it that does; the error is that of the first."""
+    failed: list[ValidationError] = []
+    for adapter in adapters:
+        try:
+            return adapter.validate_json(json.dumps(value))
+        except ValidationError as error:
+            failed.append(error)
+    raise failed[0]
+
+
+def _moved(problem: Any, place: tuple[str, ...]) -> InitErrorDetails:
+    """A problem that was found in a value, as one of the tree that the value lies in."""
+    kind = problem["type"]
+    details = InitErrorDetails(type=kind, loc=(*place, *problem["loc"]), input=problem["input"])
+    if "ctx" in problem:
+        details["ctx"] = problem["ctx"]
+    return details
+
+
+def _property(owners: Mapping[str, Argument]) -> dict[str, Any]:
+    """What the JSON Schema says of an argument of one or several entries."""
+    kinds: list[dict[str, Any]] = []
+    for argument in owners.values():
+        kind = argument.adapter.json_schema()
+        if kind not in kinds:
+            kinds.append(kind)
+    about = describe(owners)
+    described = {"description": about} if about else {}
+    return {**(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}), **described}
+
+
+def describe(owners: Mapping[str, Argument]) -> str:
+    """Whose argument it is, and what the first of them says of it."""
+    texts = (argument.field.description for argument in owners.values())
+    text = next(filter(None, texts), "")
+    return f"{', '.join(owners)}: {text}" if text else ", ".join(owners)
+
+
+@dataclass(frozen=True, eq=False)
+class NameIn:
+    """That a text is a name in a table, as metadata of its type: `Annotated[str, NameIn(MODELS)]`.
+
+    Where a config is read without the code of its parts (`UNCHECKED` is the context), any name is good.
+
+    Attributes:
+        table: the entries.
+        positional: names of the arguments that the project calls each entry with by position.
+        keywords: those that it gives by name.
+    """
+
+    table: Mapping[str, Any]
+    positional: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """The schema of text, with a look into the table behind it."""
+        return core_schema.with_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Editors complete the names that are known, and accept others."""
+        return {"anyOf": [{"enum": list(self.table), "type": "string"}, handler(schema)]}
+
+    def _known(self, name: str, info: Any) -> str:
+        if not checks_names(info.context):
+            return name
+        if not self.table:
+            raise RuntimeError("the tables are empty: import experiment, which fills them, before a config is checked")
+        if name not in self.table:
+            raise ValueError(not_one_of(name, self.table))
+        try:
+            signature = inspect.signature(self.table[name])
+            signature.bind_partial(*self.positional, **dict.fromkeys(self.keywords))
+        except (TypeError, ValueError) as error:
+            call = ", ".join([*self.positional, *(f"{keyword}=..." for keyword in self.keywords)])
+            raise ValueError(f"{name!r} cannot be called as ({call}): {error}") from None
+        return name
+
+
+UNCHECKED = {"names": False}
+"""The context in which a config is read whose parts' code may be missing, as reports do."""
+
+
+def checks_names(context: Any) -> bool:
+    """Whether names and arguments of parts are held against the tables, in a validator's context."""
+    return context is None or context.get("names", True)

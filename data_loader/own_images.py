@@ -1,0 +1,220 @@
+"""Any entry of DATA_LOADERS as a loader to train on: what its class leaves to the framework is done
+around it.
+
+There are three kinds of them:
+
+- a `TrainingDataLoader`, which only reads its data set, does everything itself;
+- a `BaseDataLoader` that gives images by position: order, split, subset, noise and augmentation
+  are done around it, by `OwnImages`;
+- a `BaseDataLoader` that makes its batches itself, with an `__iter__` or `order` of its own: it is
+  trained on as it is, and has to do what the config asks for, or the run is refused.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from base.base_data_loader import BaseDataLoader
+from base.config.arguments import parameters_of
+from base.errors import ConfigError, DataError
+from base.ranks import Share, share_of
+from data_loader.contract import check_images, check_range
+from data_loader.datasets import LabelledImages
+from data_loader.images import LoadedImages
+from data_loader.label_noise import LabelNoise
+from data_loader.training_data_loader import TrainingDataLoader
+
+BATCHING = ("__iter__", "__len__", "set_epoch", "order")
+"""Methods of `BaseDataLoader`; whoever has one of their own makes its batches itself."""
+
+WITHOUT_EFFECT = (
+    "crop_padding", "padding_mode", "flip", "cutout", "cutout_inside", "cutout_fill",
+    "num_workers", "pin_memory", "shuffle", "seed",
+)  # fmt: skip
+"""Arguments that a loader which makes its batches itself may do without: a warning says so."""
+
+KEYS = {
+    "seed": "seed",
+    "subset_percent": "trainer.subset_percent",
+    "noise": "trainer.percent",
+    **{
+        name: f"augmentation.{name}"
+        for name in (
+            "crop_padding", "padding_mode", "flip", "cutout", "cutout_inside", "cutout_fill",
+        )
+    },
+}
+"""Argument -> the config's key for it, where it is not one of `data_loader.args`."""
+
+
+def build_loader(
+    name: str, make: Callable[..., BaseDataLoader], arguments: Mapping[str, Any]
+) -> BaseDataLoader:
+    """The training loader of an entry of DATA_LOADERS.
+
+    Args:
+        name: the entry's, for messages.
+        make: the entry.
+        arguments: what the config and the framework have for it; those that it takes reach it, and
+            what it leaves is done around it where that is possible.
+
+    Raises:
+        ConfigError: something is asked for that nobody would do, or an argument is missing.
+        DataError: the data set cannot be read, or is not what `BaseDataLoader` says.
+    """
+    takes = _names(make)
+    taken = {key: value for key, value in arguments.items() if key in takes}
+    left = {key: value for key, value in arguments.items() if key not in takes}
+    try:
+        inspect.signature(make).bind(**taken)
+    except TypeError as error:
+        raise ConfigError(f"data_loader.args: {name}: {error}") from None
+    try:
+        loader = make(**taken)
+    except OSError as error:
+        raise DataError(f"data_loader.type: {name}: {error}") from None
+    if not isinstance(loader, BaseDataLoader):
+        kind = type(loader).__name__
+        raise ConfigError(f"data_loader.type: {name} makes a {kind}; expected a BaseDataLoader")
+    if isinstance(loader, TrainingDataLoader) or _makes_batches(loader):
+        _check_left(name, loader, left)
+        return loader
+    done_around = _names(TrainingDataLoader)
+    twice = sorted((takes & done_around) - {"seed", "device", "batch_size", *WORKERS})
+    if twice:
+        raise ConfigError(
+            f"data_loader.type: {name} takes {', '.join(twice)}, which is done around a loader that"
+            " gives images by position: drop the argument, or subclass TrainingDataLoader"
+        )
+    for key in left:
+        if key not in done_around:
+            raise ConfigError(f"data_loader.args.{key}: {name} takes no such argument")
+    return OwnImages(loader, **{key: arguments[key] for key in done_around & arguments.keys()})
+
+
+WORKERS = ("num_workers", "pin_memory")
+
+
+class OwnImages(TrainingDataLoader):
+    """The images of a loader that gives them by position, with everything that a run does to them.
+
+    Args:
+        own: the loader of the training part.
+        options: the arguments of `TrainingDataLoader`.
+    """
+
+    def __init__(self, own: BaseDataLoader, **options: Any) -> None:
+        self.own = own
+        self.default_mean, self.default_std = own.default_mean, own.default_std
+        super().__init__(**options)
+
+    def read(self, train: bool) -> LabelledImages:
+        if not train:
+            return _labelled(self.own.test_loader())
+        return _labelled(self.own, self.own.split_validation())
+
+    def augmented(self, images: Tensor, epoch: int, number: int, share: Share) -> Tensor:
+        if type(self.own).augmented is not BaseDataLoader.augmented:
+            images = self.own.augmented(images, epoch, number, share)
+        return super().augmented(images, epoch, number, share)
+
+    def _fits_in_memory(self, n_images: int) -> bool:
+        # where the pixels are is the loader's own business
+        return False
+
+
+def check_first_batch(loader: BaseDataLoader, device: torch.device) -> None:
+    """Refuse a loader whose batches are not what `BaseDataLoader` says, before training.
+
+    Raises:
+        DataError: in one line.
+    """
+    where = f"data_loader.type: {type(loader).__name__}"
+    expected = -(-loader.n_samples // loader.batch_size)
+    if len(loader) != expected:
+        raise DataError(
+            f"{where}: __len__ is {len(loader)}; expected {expected} batches of"
+            f" {loader.batch_size} for n_samples {loader.n_samples}"
+        )
+    loader.set_epoch(1)
+    batch = next(iter(loader), None)
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise DataError(f"{where}: yields a {type(batch).__name__}; expected (images, labels)")
+    images, labels = batch
+    total = min(loader.batch_size, loader.n_samples)
+    share = share_of(total) if loader.shard_batches else Share(total)
+    count = len(range(total)[share.part])
+    check_images(images, {0: count, **dict(enumerate(loader.image_shape, start=1))}, where)
+    if images.dtype != torch.float32:
+        raise DataError(f"{where}: yields {images.dtype} images; expected float32 in [0, 1]")
+    check_range(images, where)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or len(labels) != count:
+        raise DataError(f"{where}: yields labels that are not an int64 tensor of shape ({count},)")
+    for what, tensor in (("images", images), ("labels", labels)):
+        if tensor.device.type != device.type:
+            raise DataError(f"{where}: yields {what} on {tensor.device}; expected {device}")
+
+
+def _labelled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) -> LabelledImages:
+    """One part of a data set, from the loader that gives its images."""
+    where = f"data_loader.type: {type(loader).__name__}"
+    if not isinstance(loader, BaseDataLoader):
+        raise DataError(f"{where}: expected a BaseDataLoader from test_loader and split_validation")
+    for name in ("labels", "class_names"):
+        if not hasattr(loader, name):
+            raise DataError(f"{where}: has no {name}")
+    last = len(loader.labels) - 1
+    if last < 0:
+        raise DataError(f"{where}: labels: there are none")
+    try:
+        check_images(loader.images_at(torch.tensor([0, last])), {0: 2}, f"{where}.images_at")
+    except IndexError as error:
+        raise DataError(
+            f"{where}: has {last + 1} labels, but images_at does not know position {last}: {error}"
+        ) from None
+    return LabelledImages(
+        LoadedImages(loader, np.arange(last + 1)),
+        loader.labels,
+        loader.class_names,
+        validation=None if validation is None else _labelled(validation),
+        remarks=loader.remarks,
+    )
+
+
+def _makes_batches(loader: BaseDataLoader) -> bool:
+    own, inherited = type(loader), BaseDataLoader
+    return any(getattr(own, name) is not getattr(inherited, name) for name in BATCHING)
+
+
+def _check_left(name: str, loader: BaseDataLoader, left: Mapping[str, Any]) -> None:
+    """Refuse what is asked for and nobody does, and leave a warning of what has no effect."""
+    defaults = inspect.signature(TrainingDataLoader.__init__).parameters
+    idle = []
+    for key, value in left.items():
+        dotted = KEYS.get(key, f"data_loader.args.{key}")
+        asked = value.active if isinstance(value, LabelNoise) else value
+        if key == "device":
+            continue
+        if key == "batch_size":
+            asked = loader.batch_size != value
+        elif key in defaults:
+            asked = asked and value != defaults[key].default
+        if asked and key in WITHOUT_EFFECT:
+            idle.append(dotted)
+        elif asked:
+            raise ConfigError(
+                f"{dotted}: {name} does not take {key}, so nobody would do it: let its constructor"
+                " take it, or **options for its base class"
+            )
+    if idle:
+        warning = f"{', '.join(idle)}: without effect: {name} does not take them"
+        loader.warnings = (*loader.warnings, warning)
+
+
+def _names(make: Callable[..., BaseDataLoader]) -> set[str]:
+    """The names of a constructor's arguments."""
+    return {parameter.name for parameter in parameters_of(make)}

@@ -1,0 +1,27 @@
+"""Generalized cross entropy, for noisy labels (Zhang and Sabuncu 2018, arXiv:1805.07836)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from base.registry import LOSSES
+
+Q = 0.7
+"""0 is cross entropy; 1 is the mean absolute error, which forgives a wrong label most and learns slowest."""
+
+
+def generalized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """`(1 - p^Q) / Q` of every sample, `(B,)`, where p is the probability of its label.
+
+    Args:
+        logits: `(B, C)`.
+        labels: int64 `(B,)`, or class probabilities `(B, C)` (mixup).
+    """
+    log_probabilities = F.log_softmax(logits.float(), dim=1)
+    if labels.ndim == 1:
+        labels = F.one_hot(labels, logits.shape[1])
+    # exp of a logarithm, as the gradient of 0^Q is infinite
+    losses = (1 - (Q * log_probabilities).exp()) / Q
+    return (labels * losses).sum(dim=1)
+
+
+LOSSES["gce"] = generalized_cross_entropy

@@ -1,0 +1,44 @@
+"""Momentum iterative FGSM (Dong et al. 2018, arXiv:1710.06081) as an attack."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attacks import Attack
+from attacks.classifier import Model
+from attacks.threat_model import Generators
+from base.registry import ATTACKS
+
+
+@dataclass(frozen=True)
+class MomentumFGSM(Attack):
+    """Steps along the sign of a running sum of gradients, each divided by its l1 norm; l-inf only.
+
+    Args:
+        epsilon: radius in units of the pixel range, such as 8/255.
+        step_size: length of a step, in the same units.
+        steps: the number of steps.
+        decay: how much of the sum stays from step to step.
+        loss: what is maximised; see `attacks.losses`.
+    """
+
+    epsilon: float
+    step_size: float
+    steps: int = 10
+    decay: float = 1.0
+    loss: str = "ce"
+
+    def perturb(self, model: Model, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
+        """The last point."""
+        points, momentum = images, torch.zeros_like(images)
+        for _ in range(self.steps):
+            _, _, gradient = self.ascend(model, points, labels)
+            # an image without a gradient stays without one
+            size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
+            momentum = self.decay * momentum + gradient / size
+            points = self.threat_model.project(points + self.step_size * momentum.sign(), images)
+        return points
+
+
+ATTACKS["mi_fgsm"] = MomentumFGSM

@@ -1,0 +1,88 @@
+"""What class_report.py does: network and test images -> predictions -> scores of every class."""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from io import StringIO
+from math import isnan
+from pathlib import Path
+
+from base.base_data_loader import BaseDataLoader
+from base.command_line import Parser
+from base.output import save_json, write_output, writing
+from base.run_folder import package_versions
+from base.text import csv_text, say
+from evaluation.class_scores import Predictions, class_scores, predict
+from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
+from experiment.loading import load_evaluation
+from reports.class_table import class_summary, class_table, class_warnings
+from reports.confusion_figure import draw_confusion
+
+COLUMNS = ("position", "file", "label", "prediction", "confidence")
+
+
+def class_report_parser() -> Parser:
+    """The command line of class_report.py."""
+    parser = evaluation_parser("Precision, recall and confusions of every class of the test set.")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write a line for every image: file, label, prediction"
+    )
+    return parser
+
+
+def report_classes(arguments: argparse.Namespace) -> None:
+    """Evaluate the network that the command line names, print a table, write what is asked for.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: before anything is predicted.
+    """
+    check_evaluation_outputs(arguments, csv=arguments.csv)
+    evaluation = load_evaluation(arguments)
+    loader = evaluation.loader
+    predictions = predict(evaluation.model, loader, autocast=evaluation.autocast)
+    scores = class_scores(predictions.label, predictions.prediction, loader.class_names).as_dict()
+    values = {
+        **evaluation.provenance,
+        "ema": arguments.ema,
+        "data": evaluation.data,
+        **scores,
+        "reliable": False if scores["without_answer"] else None,
+        "warnings": class_warnings(scores),
+        "versions": package_versions(),
+    }
+    print(class_table(scores))
+    for warning in values["warnings"]:
+        print(f"warning: {warning}")
+    if arguments.json:
+        save_json(arguments.json, values)
+        say(f"report {arguments.json}")
+    if arguments.csv:
+        with writing(arguments.csv):
+            write_output(arguments.csv, predictions_csv(predictions, loader).encode())
+        say(f"predictions {arguments.csv}")
+    if arguments.figure:
+        title = f"{evaluation.described} on {scores['n']} test images: top-1 {scores['top1']:.2%}"
+        draw_confusion(arguments.figure, scores["confusion"], loader.class_names, title)
+        say(f"figure {arguments.figure}")
+    print(class_summary(scores))
+
+
+def predictions_csv(predictions: Predictions, loader: BaseDataLoader) -> str:
+    """A line for every image: its place in the test set, its file, the names of its class and of the
+    one predicted, and the probability of that. Where the model answers NaN the last two are empty."""
+    names: Sequence[str] = loader.class_names
+    text = StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    rows = zip(
+        loader.positions.tolist(),
+        getattr(loader, "sample_names", lambda: None)() or [""] * loader.n_samples,
+        predictions.label.tolist(),
+        predictions.prediction.tolist(),
+        predictions.confidence.tolist(),
+        strict=True,
+    )
+    for position, file, label, prediction, confidence in rows:
+        answer = ["", ""] if isnan(confidence) else [csv_text(names[prediction]), f"{confidence:.6g}"]
+        table.writerow([position, csv_text(file), csv_text(names[label]), *answer])
+    return text.getvalue()

@@ -1,0 +1,177 @@
+"""A network of the user's own, built by a function that the command line names.
+
+    network = build_network("my_model.py:build", {"width": 16})
+    network = build_network("torchvision.models:resnet18", {"num_classes": 10})
+
+The user names the code on the command line, so it is run.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attacks.classifier import ask
+from base.config.imports import import_own_code, requests_of
+from base.errors import ConfigError, DataError, ProjectError
+from base.registry import did_you_mean
+from base.runtime import determinism_explained
+from base.text import one_line
+
+MOST_NAMES = 8
+"""Names of a module that a message lists."""
+
+
+class Normalized(nn.Module):
+    """A network behind `(images - mean) / std`, for one that does not normalize the pixels itself.
+
+    Args:
+        network: maps normalized images to logits.
+        mean: of each channel, in `[0, 1]`.
+        std: of each channel, above 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        for name, values in (("mean", mean), ("std", std)):
+            tensor = torch.tensor(list(values), dtype=torch.float32).reshape(1, -1, 1, 1)
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(B, classes)` of `images` `(B, C, H, W)` in `[0, 1]`."""
+        return self.network((images - self.mean) / self.std)
+
+
+def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The network that a function or class returns.
+
+    Args:
+        place: `FILE.py:NAME` or `MODULE:NAME`. Modules beside the file can be imported by it. NAME
+            may also be a network itself.
+        arguments: keyword arguments of the function.
+
+    Raises:
+        ConfigError: one line that names `place` and says what is wrong with it.
+    """
+    source, colon, name = place.rpartition(":")
+    if not colon or not source or not name:
+        raise ConfigError(
+            f"--model {one_line(place)}: expected FILE.py:FUNCTION or MODULE:FUNCTION,"
+            " such as my_model.py:build or torchvision.models:resnet18"
+        )
+    flag = f"--model {one_line(place)}"
+    module = _imported(source)
+    if not hasattr(module, name):
+        raise ConfigError(f"{flag}: {one_line(source)} has no {name}{_names_in(module, name)}")
+    build = getattr(module, name)
+    if isinstance(build, nn.Module) and not arguments:
+        return build
+    if not callable(build) or isinstance(build, nn.Module):
+        raise ConfigError(
+            f"{flag}: {name} is a {type(build).__name__}; expected a function that returns a"
+            " torch.nn.Module"
+        )
+    _check_arguments(build, name, arguments, flag)
+    try:
+        network = build(**arguments)
+    except Exception as error:
+        raise ConfigError(f"{flag}: {name}() failed: {_told(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"{flag}: {name}() returned a {type(network).__name__}; expected a torch.nn.Module"
+        )
+    return network
+
+
+def _imported(source: str) -> ModuleType:
+    """The module that a file or a dotted name stands for, imported once."""
+    (code,) = import_own_code(requests_of([source], "--model", Path.cwd()))
+    return sys.modules[code.name]
+
+
+def _names_in(module: ModuleType, name: str) -> str:
+    """The functions and classes that a module offers, for a name that it does not."""
+    offered = [
+        other
+        for other, value in vars(module).items()
+        if callable(value) and not other.startswith("_")
+    ]
+    own = [other for other in offered if getattr(vars(module)[other], "__module__", None) == module.__name__]
+    shown = (own or offered)[:MOST_NAMES]
+    more = ", ..." if len(own or offered) > MOST_NAMES else ""
+    there = f" (there are: {', '.join(shown)}{more})" if shown else ""
+    return f"{did_you_mean(name, offered)}{there}"
+
+
+def _check_arguments(
+    build: Callable[..., Any], name: str, arguments: Mapping[str, Any], flag: str
+) -> None:
+    """Refuse arguments that the function does not take, and the lack of those that it needs."""
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except (TypeError, ValueError):
+        # of a function in C, which says itself what it lacks
+        return
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind not in variadic}
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    for given in arguments:
+        if given not in named and not takes_any:
+            takes = f" (it takes: {', '.join(named)})" if named else ""
+            raise ConfigError(
+                f"--model_args {given}: {name}() of {flag} takes no such argument"
+                f"{did_you_mean(given, named)}{takes}"
+            )
+    missing = [
+        parameter.name
+        for parameter in named.values()
+        if parameter.default is parameter.empty and parameter.name not in arguments
+    ]
+    if missing:
+        words = " ".join(f"{argument}=VALUE" for argument in missing)
+        raise ConfigError(f"{flag}: {name}() needs arguments: give --model_args {words}")
+
+
+def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.device) -> int:
+    """How many logits a network in evaluation mode gives for an image of a shape.
+
+    Raises:
+        ConfigError: it does not answer with logits of at least two classes.
+        DataError: it cannot take such an image.
+    """
+    image = torch.zeros(1, *image_shape, device=device)
+    channels, height, width = image_shape
+    kind = type(network).__name__
+
+    def answer(images: Tensor) -> Any:
+        try:
+            with determinism_explained():
+                return network(images)
+        except ProjectError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"images of {width}x{height} pixels with {channels} channels, which {kind} cannot"
+                f" take: {_told(error)}"
+            ) from error
+
+    try:
+        with torch.no_grad():
+            return ask(answer, image).shape[1]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{kind}: {error}") from error
+
+
+def _told(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {one_line(lines[0], 200)}" if lines else type(error).__name__

@@ -1,0 +1,86 @@
+"""The JSON Schema of a grid file, generated from the types of grids and configs.
+
+`python -m studies.grid_schema` writes `configs/grid_schema.json`, which every shipped grid names in `$schema` so that
+editors complete and check. What the values of config keys may be stands in `configs/schema.json`, which it refers to.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from base.config import json_schema
+from studies.grid import Grid, Settings
+
+FILE = json_schema.FOLDER / "grid_schema.json"
+OF_CONFIGS = "schema.json"
+"""The schema of configs, seen from this one."""
+NOT_IN_GRIDS = ("seed", "imports", "comet.api")
+"""Config keys that no variant may set: seeds have their own key, code is run before the variants are read, and a secret
+would stand in command lines."""
+FILE_KEYS = {
+    "$schema": {"type": "string", "description": "This schema, for editors."},
+    "extends": {"type": "string", "description": "Parent grid, relative to this file; the keys of this file win."},
+}
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a grid file: its own keys, and every dotted config key wherever settings are given."""
+    free_form = json.dumps(TypeAdapter(Settings).json_schema(), sort_keys=True)
+    settings = json.dumps({"$ref": "#/$defs/Settings"})
+    grid = json.dumps(Grid.model_json_schema(), sort_keys=True)
+    generated = json.loads(grid.replace(free_form, settings))
+    generated["properties"] = FILE_KEYS | generated["properties"]
+    generated["patternProperties"] = {"^_": {}}
+    generated["$defs"] = {"Settings": _settings()}
+    return generated
+
+
+def _settings() -> dict[str, Any]:
+    """The schema of settings: dotted config key -> value."""
+    whole = json_schema.schema()
+    keys, open_sections = {}, {"^_": {}}
+    for key, place, node in _keys(whole, whole, "", "#"):
+        if key not in NOT_IN_GRIDS and key not in json_schema.FILE_KEYS:
+            keys[key] = {"$ref": f"{OF_CONFIGS}{place}"}
+        if _is_open(node):
+            open_sections[f"^{re.escape(key)}\\."] = {}
+    return {
+        "type": "object",
+        "description": "Dotted config key -> value, on top of the base config; null gives a key its default.",
+        "properties": keys,
+        "patternProperties": open_sections,
+        "additionalProperties": False,
+    }
+
+
+def _keys(
+    whole: dict[str, Any], section: dict[str, Any], path: str, place: str
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Dotted key, JSON pointer and schema of everything below a section. Where null is allowed, the schema is the other one."""
+    for name, node in section.get("properties", {}).items():
+        here = f"{place}/properties/{name}"
+        value = next((kind for kind in node.get("anyOf", []) if kind.get("type") != "null"), node)
+        below = here
+        if "$ref" in value:
+            below = value["$ref"]
+            value = _at(whole, below)
+        yield path + name, here, value
+        yield from _keys(whole, value, f"{path}{name}.", below)
+
+
+def _at(whole: dict[str, Any], pointer: str) -> dict[str, Any]:
+    for name in pointer.removeprefix("#/").split("/"):
+        whole = whole[name]
+    return whole
+
+
+def _is_open(node: dict[str, Any]) -> bool:
+    """Whether an object takes keys that its schema does not list."""
+    return node.get("type") == "object" and node.get("additionalProperties", True) is not False
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(schema(), indent=2) + "\n")
