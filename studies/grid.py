@@ -121,6 +121,12 @@ class Run:
         imports = [code.word for code in self.config.imports]
         return [self.script, "-r", str(self.folder), *_words(FLAG, imports), *set_words(changes)]
 
+    def words_of_study(self) -> list[str]:
+        """What `run_ablations.py` is told to work on this run alone."""
+        words = ["--grid", str(self.grid), f"--config={self.variant}", "--seed", str(self.seed)]
+        words += ["--save_dir", str(self.folder.parent), *_words(FLAG, self.imports)]
+        return [*words, *set_words(self.overrides)]
+
 
 def read_grid(path: Path) -> Grid:
     """The grid of a file.

@@ -18,11 +18,16 @@ def test_the_path_from_a_script_to_an_optimizer_step_is_short(tmp_path, name, me
     (tmp_path / "config.json").write_text(json.dumps(merge(TINY, {"adversarial": {"method": method}})))
 
     def look():
+        unwatched = torch.optim.SGD.step
+
         def step(self, closure=None):
-            stack = [Path(frame.filename) for frame in traceback.extract_stack()[:-1]]
-            files = [str(file.relative_to(ROOT)) for file in stack if file.is_relative_to(ROOT)]
-            own = [file for file in files[files.index(name) :] if not file.startswith("tests")]
-            (tmp_path / "frames.json").write_text(json.dumps(own))
+            stack = traceback.extract_stack()[:-1]
+            if not any(frame.name == "update" for frame in stack):
+                # a config's optimizer is tried on a number first
+                return unwatched(self, closure)
+            files = [Path(frame.filename) for frame in stack]
+            own = [str(file.relative_to(ROOT)) for file in files if file.is_relative_to(ROOT)]
+            (tmp_path / "frames.json").write_text(json.dumps(own[own.index(name) :]))
             raise ZeroDivisionError
 
         torch.optim.SGD.step = step
