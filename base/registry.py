@@ -29,7 +29,10 @@ LONGEST_COMPARED = 80
 
 MODELS: dict[str, Constructor] = {}
 """`arch.type`: called with keyword arguments, `num_classes`, `in_channels`, `mean`, `std` and the four names of layer
-types, as far as it takes them, and its own from `arch.args`; returns a `base.base_model.BaseModel`."""
+types, as far as it takes them, and its own from `arch.args`; returns a `base.base_model.BaseModel`.
+
+`untold` (nothing): arguments that make another network of the same weights, which no key of a checkpoint tells: config
+key -> the value in a checkpoint of another project, and why. Layers may have it, too."""
 
 CONV_LAYERS: dict[str, Constructor] = {}
 """`arch.args.conv_layer_type`: called as `torch.nn.Conv2d`, and with its own keywords from `arch.args`.

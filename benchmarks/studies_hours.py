@@ -83,7 +83,7 @@ def _minibatches(config: Config) -> int:
 
 def _seconds_per_step(settings: Settings, config: Config, known: dict[str, float]) -> float:
     """Of a whole minibatch; a step that costs the same as a known one is not measured again."""
-    batch, side = config.data_loader.args.batch_size, config.data_loader.args.image_size or 32
+    batch, side = config.data_loader.args.batch_size, config.data_loader.args.get("image_size") or 32
     machine = [("system.device", str(settings.device)), ("system.num_threads", str(settings.threads))]
     smoke = [("arch", '{"type": "simpleCNN", "args": null}')] if settings.smoke else []
     measured = validate(override(config.dump(), [*WITHOUT_DATA, *machine, *smoke]), config.name)

@@ -29,7 +29,7 @@ from base.config.imports import changes, imported_for
 from base.config.origins import Layer
 from base.errors import CheckpointError, ConfigError, DataError
 from base.ranks import rank
-from base.registry import lookup
+from base.registry import lookup, property_of
 from base.resuming import recorded_imports
 from base.runtime import determinism_explained
 from data_loader import DATA_LOADERS
@@ -44,22 +44,6 @@ logger = logging.getLogger(__name__)
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """CIFAR-10's, which the original ConvNorm's attack scripts normalise by, whatever the data set; its
 checkpoints hold none."""
-
-TOLD_BY_NO_KEY = {
-    "oni_rule": (
-        "oni_conv", "paper", "original",
-        "as the original ConvNorm's code has it;"
-        " --set arch.args.oni_rule=paper if this project trained it",
-    ),
-    "shortcut_input": (
-        "preact_resnet18", "activated", "activated",
-        "as robust_overfitting and AWP have it;"
-        " --set arch.args.shortcut_input=raw for fast_adversarial and GradAlign",
-    ),
-}  # fmt: skip
-"""Arguments of `arch.args` that make another network of the same weights: the type that has the
-argument, its value in a checkpoint of this project that is silent, its value in another code's
-file, and why."""
 
 EVALUATED = ("name", "seed", "n_gpu", "num_classes", "imports", "arch", "data_loader", "adversarial", "pgd_attack", "system")
 """The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
@@ -291,22 +275,25 @@ def _config(
 def _with_untold(
     config: Config, checkpoint: Mapping[str, Any], source: str
 ) -> tuple[Config, dict[str, str]]:
-    """The config with the values of `TOLD_BY_NO_KEY` that it leaves open, and a sentence about each
-    that is assumed: the checkpoint's own config tells them, or else whether it is this
-    project's."""
+    """The config with the arguments that it leaves open and that no key of the weights tells (see
+    `untold` at `base.registry.MODELS`), and a sentence about each that is assumed: the checkpoint's
+    own config tells them, or else whether it is this project's."""
     saved: Any = checkpoint
     for section in ("config", "arch", "args"):
         saved = saved.get(section) if isinstance(saved, dict) else None
     saved, assumed = saved if isinstance(saved, dict) else {}, {}
-    for name, (owner, own, foreign, why) in TOLD_BY_NO_KEY.items():
-        args = config.arch.args
-        if owner not in (config.arch.type, args.conv_layer_type) or getattr(args, name) is not None:
-            continue
-        value = saved.get(name, own)
-        if "schema_version" not in checkpoint and name not in saved:
-            value = foreign
-            assumed[f"arch.args.{name}"] = f"{value}, {why}"
-        config = validate(merge(config.dump(), {"arch": {"args": {name: value}}}), source)
+    args, chosen = config.arch.args, config.arch.chosen
+    for choice in args.choices:
+        part = chosen[choice.key]
+        untold = property_of(choice.table[part], "untold", {})
+        for key, (foreign, why) in untold.items():
+            if args.get(key) is not None:
+                continue
+            value = saved.get(key, choice.arguments(part)[key].field.default)
+            if "schema_version" not in checkpoint and key not in saved:
+                value = foreign
+                assumed[f"arch.args.{key}"] = f"{value}, {why}"
+            config = validate(merge(config.dump(), {"arch": {"args": {key: value}}}), source)
     return config, assumed
 
 

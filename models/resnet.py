@@ -192,6 +192,13 @@ class PreActResNet(BaseModel):
         ConfigError: a layer type or `shortcut_input` is unknown.
     """
 
+    untold: ClassVar = {
+        "shortcut_input": (
+            "activated",
+            "as robust_overfitting and AWP have it; --set arch.args.shortcut_input=raw for fast_adversarial and GradAlign",
+        )
+    }
+
     def __init__(
         self,
         num_blocks: tuple[int, int, int, int],

@@ -82,6 +82,12 @@ class ONIConv2d(nn.Conv2d):
 
     normalizes_weights: ClassVar = True
     config_names: ClassVar = {"rule": "oni_rule"}
+    untold: ClassVar = {
+        "oni_rule": (
+            "original",
+            "as the original ConvNorm's code has it; --set arch.args.oni_rule=paper if this project trained it",
+        )
+    }
 
     def __init__(
         self,

@@ -81,7 +81,7 @@ def test_the_ablation_studys_values(grid, expected):
         assert (loader.args.mean, loader.args.std) == ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
         assert (augmentation.crop_padding, augmentation.padding_mode, augmentation.flip) == (4, "zeros", True)
         assert (augmentation.cutout, augmentation.mixup_alpha) == (0, 0)
-        assert config.arch.args.stem in (None, "cifar")
+        assert config.arch.args.get("stem") in (None, "cifar")
         assert (config.adversarial_method, config.trainer.tensorboard) == ("none", True)
 
 
@@ -133,7 +133,7 @@ def check_comparison(config):
     assert (config.optimizer.type, config.optimizer.args["lr"], config.optimizer.args["momentum"]) == ("SGD", 0.1, 0.9)
     scheduler = config.lr_scheduler
     assert (scheduler.type, scheduler.args) == ("MultiStepLR", {"milestones": [100, 150], "gamma": 0.1})
-    assert config.arch.args.norm_groups in (None, 32)
+    assert config.arch.args.get("norm_groups") in (None, 32)
     adversarial, attack = config.adversarial, config.pgd_attack
     assert (adversarial.norm, config.attack_epsilon, adversarial.steps, adversarial.step_size) == ("linf", 8, 10, 2)
     assert (adversarial.restarts, adversarial.random_start, config.attack_bn_mode) == (1, True, "train")
