@@ -21,6 +21,7 @@ from base.optimization import (
     load_optimizer,
     spans_whole_run,
 )
+from base.registry import ACTIVATION_LAYERS
 
 SGD = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9})
 PARTS = [{"type": "LinearLR"}, {"type": "MultiStepLR", "args": {"milestones": [2]}}]
@@ -423,15 +424,25 @@ def test_a_run_goes_on_with_the_direction_that_its_plateau_began_with(caplog):
     assert "the run began with mode 'min' for val_top1, and goes on so" in caplog.text
 
 
-def test_thresholds_of_shifted_relus_do_not_decay():
-    model = nn.Module()
-    model.weight = nn.Parameter(torch.ones(2))
-    model.srelu_bias = nn.Parameter(torch.ones(2))
+class Thresholds(nn.Module):
+    no_weight_decay = ("threshold",)
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.threshold = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+
+def test_parameters_that_a_layers_class_exempts_do_not_decay():
+    model = nn.Sequential(nn.Identity(), Thresholds())
+    # a parameter of this name decays where the class does not say so
+    model.threshold = nn.Parameter(torch.ones(2))
     optimizer = build_optimizer(OptimizerConfig(type="SGD", args={"lr": 1.0, "weight_decay": 0.5}), model)
-    (model.weight.sum() * 0 + model.srelu_bias.sum() * 0).backward()
+    sum(parameter.sum() * 0 for parameter in model.parameters()).backward()
     optimizer.step()
-    assert model.weight.tolist() == [0.5, 0.5]
-    assert model.srelu_bias.tolist() == [1.0, 1.0]
+    assert [parameter.tolist() for parameter in (model[1].weight, model.threshold)] == [[0.5, 0.5], [0.5, 0.5]]
+    assert model[1].threshold.tolist() == [1.0, 1.0]
+    srelu = ACTIVATION_LAYERS["srelu"](3)
+    assert [group["weight_decay"] for group in build_optimizer(SGD, nn.Sequential(nn.Linear(2, 2), srelu)).param_groups][1] == 0
 
 
 def network():

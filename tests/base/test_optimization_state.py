@@ -22,6 +22,8 @@ STATEFUL = sorted(set(OPTIMIZERS) - set(UNUSABLE))
 class Small(nn.Module):
     """Two convolutions of one shape, a bias of their width, and a group of its own for thresholds."""
 
+    no_weight_decay = ("srelu_bias",)
+
     def __init__(self):
         super().__init__()
         self.first = nn.Conv2d(5, 5, 3, padding=1)

@@ -136,7 +136,7 @@ def check_comparison(config):
     assert config.arch.args.get("norm_groups") in (None, 32)
     adversarial, attack = config.adversarial, config.pgd_attack
     assert (adversarial.norm, config.attack_epsilon, adversarial.steps, adversarial.step_size) == ("linf", 8, 10, 2)
-    assert (adversarial.restarts, adversarial.random_start, config.attack_bn_mode) == (1, True, "train")
+    assert (adversarial.restarts, adversarial.random_start, config.attack_bn_mode or "train") == (1, True, "train")
     assert (attack.K, attack.step, attack.restarts, attack.loss) == (10, 2, 1, "ce")
 
 
