@@ -172,6 +172,8 @@ def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -
         config = load_config(arguments.config, overrides, arguments.imports)
     if os.environ.get("RANK", "0") == "0":
         print(config.describe_origins())
+        for warning in config.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 def select_device(devices: str | None) -> int:

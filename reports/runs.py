@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from base.config.arguments import OpenSection
 from base.config.config import Config
 from base.config.files import read_tree, validate
+from base.config.section import Section
 from base.errors import ConfigError
 from base.registry import did_you_mean
 from base.resuming import IMPORTS, digests
@@ -201,8 +203,10 @@ def read_run(folder: Path) -> Run:
 
 def resolved_settings(config: Config) -> dict[str, Any]:
     """Dotted key -> value of every value of a config; see `Run.settings`."""
+    given = _flat(config.model_dump(mode="json"))
     return {
-        **_flat(config.model_dump(mode="json")),
+        **given,
+        **{key: None for key in _open_keys(config) if key not in given},
         IMPORTS: digests(config.dump()[IMPORTS]),
         "adversarial.method": config.adversarial_method,
         "adversarial.epsilon": config.attack_epsilon,
@@ -210,6 +214,16 @@ def resolved_settings(config: Config) -> dict[str, Any]:
         "adversarial.validate_every": config.robust_validation_period,
         "adversarial.report": config.reports_robustness,
     }
+
+
+def _open_keys(section: Section, path: str = "") -> Iterator[str]:
+    """The dotted keys of all arguments that parts take, most of which a config leaves out."""
+    if isinstance(section, OpenSection):
+        yield from (path + key for key in type(section).known_fields())
+    for name in type(section).model_fields:
+        below = getattr(section, name)
+        if isinstance(below, Section):
+            yield from _open_keys(below, f"{path}{name}.")
 
 
 def only_finished(runs: Sequence[Run]) -> list[Run]:

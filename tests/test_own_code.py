@@ -195,7 +195,7 @@ def test_a_folder_that_hides_a_room_is_one_line(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("")
     done = subprocess.run(
-        [sys.executable, "-c", "import experiment"],
+        [sys.executable, "-c", "import base"],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     last = done.stderr.splitlines()[-1]

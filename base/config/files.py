@@ -411,11 +411,8 @@ def check_optimization_of(config: Config) -> None:
     # here and not above: it brings torch
     from base.optimization import check_optimization
 
-    try:
+    with origins_named(config):
         check_optimization(config.optimizer, config.lr_scheduler)
-    except ConfigError as error:
-        origin = _origin_of_first_key(str(error), config._provenance.origins)
-        raise ConfigError(str(error) if origin is None else f"{origin}: {error}") from None
 
 
 @lru_cache(maxsize=64)

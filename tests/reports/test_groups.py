@@ -21,6 +21,7 @@ OTHER_VALUES = {
     "trainer.tensorboard": True, "data_loader.args.num_workers": 2, "data_loader.args.pin_memory": True,
     "system.num_threads": 1, "system.device": "cpu", "system.compile": True, "system.channels_last": True,
     "system.deterministic": True, "data_loader.args.data_dir": "else",
+    "arch.args.num_classes": 10, "arch.args.in_channels": 3,
 }  # fmt: skip
 """A value other than the default of each key that does not matter."""
 MATTERS = {
@@ -96,7 +97,10 @@ def test_errors(make_run, tmp_path):
     messages = {
         (): r"^seed: 0 in both .*a and .*b of made; leave one out$",
         ("norm_layer_type",): r"no such key in the runs' configs; did you mean 'arch.args.norm_layer_type'\?$",
-        ("arch.args.type",): r"did you mean 'arch.type' or 'data_loader.type' or 'optimizer.type' or 'lr_scheduler.type'\?$",
+        ("arch.args.type",): (
+            "did you mean 'arch.type' or 'data_loader.type' or 'optimizer.type' or 'lr_scheduler.type' or"
+            " 'pgd_attack.type'"
+        ),
         ("trainer.procent",): r"^--group-by trainer.procent: .*did you mean 'trainer.percent'\?$",
     }
     for keys, message in messages.items():

@@ -71,7 +71,7 @@ def broken(make_run, tmp_path):
         "line": "metrics.jsonl: line 2: '{\"epoch\": ' is no JSON object with an epoch",
         "list": "metrics.jsonl: line 2: '{\"val_top1\": 0.5}' is no JSON object with an epoch",
         "result": "result.json: no JSON object",
-        "config": "config.json: arch.type: 'resnet19' is not one of",
+        "config": "config.json: data_loader: required, but not given",
     }
 
 
