@@ -28,7 +28,7 @@ def quick(tmp_path_factory):
 
 def test_a_config_file_overrides_and_a_result(quick):
     written = json.loads((quick.folder / "result.json").read_text())
-    assert quick.as_dict() == written == dict(quick)
+    assert quick == quick.as_dict() == written
     assert quick["epochs"] == 1
     config = json.loads((quick.folder / "config.json").read_text())
     assert (config["seed"], config["data_loader"]["args"]["batch_size"]) == (5, 8)
