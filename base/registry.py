@@ -70,7 +70,13 @@ divided by the number of samples; `labels` as for `LOSSES`. Of two names for one
 
 TRAINERS: dict[str, Constructor] = {}
 """`adversarial.method`: subclasses of `base.base_trainer.BaseTrainer`, called as `(parts, **arguments)` with a
-`TrainerParts` and their own arguments from `adversarial`."""
+`TrainerParts` and their own arguments from `adversarial`.
+
+`attacks_while_training` (False): it attacks images: train_robust.py is its command, and every validation attacks, too.
+`takes_mixup` (False): `train_batch` takes mixup's class probabilities for labels.
+`validated_by_fgsm` (False): robust validation measures FGSM accuracy, too.
+`default_bn_mode`: the mode of the model under attack where `adversarial.bn_mode` is null.
+`reads` (()): keys of other sections of the config that mean something to it only."""
 
 ATTACKS: dict[str, Constructor] = {}
 """`pgd_attack.type`: subclasses of `attacks.attack.Attack`, frozen dataclasses, called with those of the fields

@@ -79,7 +79,7 @@ Overrides = Mapping[str, Any] | Iterable[Override]
 """Config values to replace: dotted keys with Python values, or pairs of a key and its value's text as on a command line."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunResult(Mapping[str, Any]):
     """What a run came to: a read-only mapping with the names and values of its `result.json`, such as `test_top1`.
 

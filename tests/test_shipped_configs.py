@@ -27,7 +27,7 @@ class NoImages(BaseDataLoader):
     def __len__(self):
         return 1
 
-    __iter__ = set_epoch = subset = split_validation = test_loader = None
+    __iter__ = set_epoch = images_at = subset = split_validation = test_loader = None
 
 
 def step(config, folder):

@@ -28,7 +28,7 @@ def quick(tmp_path_factory):
 
 def test_a_config_file_overrides_and_a_result(quick):
     written = json.loads((quick.folder / "result.json").read_text())
-    assert quick.as_dict() == written == dict(quick)
+    assert quick == quick.as_dict() == written
     assert quick["epochs"] == 1
     config = json.loads((quick.folder / "config.json").read_text())
     assert (config["seed"], config["data_loader"]["args"]["batch_size"]) == (5, 8)
@@ -67,7 +67,7 @@ def test_a_new_folder_is_made_where_none_is_named(tmp_path):
         ({"trainer.epoch": 3}, r"trainer\.epoch: unknown key; did you mean 'epochs'\?"),
         ({"trainer.epochs": 0}, r"trainer\.epochs: .*not 0$"),
         ({"trainer.epochs": torch.tensor(3)}, r"^trainer\.epochs: tensor\(3\) is not a value that JSON can hold$"),
-        ({"n_gpu": 2}, r"^n_gpu: 2 processes are asked for, and this is one: train with train\.py, or under torchrun"),
+        ({"n_gpu": 2}, r"n_gpu: 2 processes are asked for, and this is one: train with train\.py, or under torchrun"),
     ],
 )
 def test_errors_are_exceptions_of_one_line(tmp_path, overrides, message):

@@ -4,6 +4,7 @@ resume is exact."""
 import json
 import os
 import signal
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.errors import Stopped
 from base.signals import Interrupted, StopSignals
-from evaluation import robust_accuracy as robustness_module
 from experiment.experiment import Experiment
 from tiny_runs import difference, run
+
+robustness_module = import_module("evaluation.robust_accuracy")
 
 STEPS = 9
 """Three epochs of three minibatches."""

@@ -53,6 +53,9 @@ class TinyLoader(BaseDataLoader):
     def set_epoch(self, epoch, first_batch=0):
         assert first_batch == 0
 
+    def images_at(self, positions):
+        return self.images[positions]
+
     def subset(self, index):
         raise NotImplementedError
 
