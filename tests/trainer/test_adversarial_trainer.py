@@ -33,7 +33,7 @@ class Batches(BaseDataLoader):
     def __len__(self):
         return 3
 
-    __iter__ = set_epoch = subset = split_validation = test_loader = None
+    images_at = __iter__ = set_epoch = subset = split_validation = test_loader = None
 
 
 def build(folder, settings, model=None):
