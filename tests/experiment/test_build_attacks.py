@@ -93,7 +93,7 @@ def test_too_few_classes_are_one_line(section, classes, message):
         build_attack(config_of(pgd_attack=section), classes)
 
 
-def test_what_is_no_attack_is_one_line(monkeypatch):
+def test_an_entry_that_builds_something_else_is_one_line(monkeypatch):
     monkeypatch.setitem(ATTACKS, "none", lambda epsilon: None)
     with pytest.raises(ConfigError, match="^pgd_attack.type: none: expected a subclass of attacks.Attack, not NoneType$"):
         attack_of(type="none")
