@@ -39,7 +39,7 @@ class Attack(ABC):
 
     Fields of the names epsilon, norm, step_size, steps, restarts, loss and seed mean what they mean
     here and in `PGD`, and are checked. What a subclass does not declare has the value that it has
-    here. A subclass that is no dataclass may keep this constructor, or write one.
+    here. A subclass that is not a dataclass may keep this constructor, or write one.
 
     Args:
         epsilon: radius of the threat model.
@@ -102,7 +102,7 @@ class Attack(ABC):
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        """Of a subclass that is no dataclass: what it was made with."""
+        """What a subclass that is not a dataclass was made with."""
         values = ", ".join(f"{name}={value!r}" for name, value in settings(self).items())
         return f"{type(self).__qualname__}({values})"
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,18 +47,21 @@ class AutoAttack(Attack):
         ValueError: an argument out of its range. A call: images that are not float32, or a model with fewer than 4 classes.
     """
 
-    # of the project's losses the one whose gradient no scale of the logits flattens
-    loss: ClassVar[str] = "dlr"
-    min_classes: ClassVar[int] = 4
     epsilon: float
     norm: str = "linf"
     _: KW_ONLY
     seed: int = 0
+    # of the project's losses the one whose gradient no scale of the logits flattens
+    loss: str = field(default="dlr", init=False, repr=False, compare=False)
     warnings: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _import("autoattack")
+
+    @property
+    def min_classes(self) -> int:
+        return 4
 
     @property
     def version(self) -> str:

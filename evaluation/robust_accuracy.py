@@ -60,13 +60,13 @@ def robust_accuracy(
 ) -> RobustnessReport:
     """Attack every image of `data` and report how many are still classified correctly.
 
-        model = torchvision.models.resnet18(weights="DEFAULT")    # of images in [0, 1]: see below
+        normalize = torchvision.transforms.Normalize(mean, std)
+        model = torch.nn.Sequential(normalize, torchvision.models.resnet18(weights="DEFAULT"))
         report = robust_accuracy(model, test_loader, PGD(8 / 255, 2 / 255, 20), limit=1000)
         print(report)
         report.robust_top1, report.interval, report.verdicts.robust_top1
 
-    The model takes pixels in `[0, 1]` and normalizes them itself; one that expects normalized images
-    goes into `torch.nn.Sequential` behind its normalization. It is asked in evaluation mode and gets
+    The model takes pixels in `[0, 1]` and normalizes them itself, as above. It is asked in evaluation mode and gets
     its modes back. An image's random starts are a function of `seed` and its position alone, so
     that batch size and number of processes change no verdict. Where there are several processes,
     each attacks its part of the images, and all get the report.
@@ -99,7 +99,7 @@ def robust_accuracy(
     Raises:
         ConfigError: a file cannot be written; `save_images` is tried before the work.
         TypeError: the model does not return a tensor of logits.
-        ValueError: no images, or what is no batch of them (uint8, out of range, not a pair), a label
+        ValueError: no images, or batches that are not as above (uint8, out of range, not a pair), a label
             that is not one of the model's classes, or a targeted attack.
     """
     if save_images is not None:

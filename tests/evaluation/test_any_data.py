@@ -147,7 +147,7 @@ def test_plain_pgd_is_examined_beside_an_attack_of_another_kind(problem, hasty):
         (lambda images, labels: project_loader(images[:0], labels[:0]), "^the loader holds no images to attack$"),
     ],
 )
-def test_what_is_no_data_is_one_line(problem, data, message):
+def test_data_that_cannot_be_used_is_one_line(problem, data, message):
     model, images, labels = problem
     with pytest.raises(ValueError, match=message):
         robust_accuracy(model, data(images, labels), ATTACK)

@@ -1,0 +1,116 @@
+"""From a config to its attack: any entry of the table, with what it takes of what the config offers."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from own_attacks import MomentumFGSM
+
+from attacks import APGD, ATTACKS, FGSM, PGD, Attack, AutoAttack, Square
+from base.config.adversarial import PGDAttackConfig, Size
+from base.config.files import merge, validate
+from base.errors import ConfigError
+from experiment.build_attacks import build_attack, other_attack
+from tiny_runs import config_of
+
+
+@dataclass(frozen=True)
+class Windowed(MomentumFGSM):
+    """With a size of its own."""
+
+    window: Size = 0.5
+
+
+@pytest.fixture
+def own(monkeypatch):
+    monkeypatch.setitem(ATTACKS, "momentum", MomentumFGSM)
+    monkeypatch.setitem(ATTACKS, "windowed", Windowed)
+
+
+def attack_of(norm="linf", rank=5, **section):
+    return build_attack(config_of(adversarial={"norm": norm}, pgd_attack=section), 10, rank)
+
+
+PLAIN = PGD(8 / 255, 2 / 255, 10, early_stop=5, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({}, PLAIN),
+        ({"K": 20, "step": 1}, replace(PLAIN, steps=20, step_size=1 / 255)),
+        ({"restarts": 2, "loss": "dlr"}, replace(PLAIN, restarts=2, loss="dlr")),
+        ({"random_start": False}, replace(PLAIN, random_start=False)),
+        ({"norm": "l2", "K": 5}, PGD(0.5, 0.25, 5, "l2", early_stop=5, seed=3)),
+        ({"type": "fgsm", "loss": "margin"}, FGSM(8 / 255, early_stop=5, loss="margin")),
+        ({"type": "apgd", "rho": 0.5}, APGD(8 / 255, 100, rho=0.5, seed=3)),
+        ({"type": "apgd", "K": 7}, APGD(8 / 255, 7, seed=3)),
+        ({"type": "square", "queries": 50}, Square(8 / 255, 50, loss="margin", seed=3)),
+        ({"type": "square", "loss": "ce"}, Square(8 / 255, loss="ce", seed=3)),
+        ({"type": "autoattack", "norm": "l2"}, AutoAttack(0.5, "l2", seed=3)),
+        ({"type": "momentum"}, MomentumFGSM(8 / 255)),
+        ({"type": "momentum", "momentum": 0.9, "step": 2}, MomentumFGSM(8 / 255, step_size=2 / 255, momentum=0.9)),
+        ({"type": "windowed", "window": 4}, Windowed(8 / 255, window=4 / 255)),
+        ({"type": "windowed", "window": "16/255"}, Windowed(8 / 255, window=16 / 255)),
+    ],
+)
+def test_an_attack_gets_what_it_takes(own, section, expected):
+    assert attack_of(**section) == expected
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_config_builds_every_attack_and_is_stable(name):
+    config = config_of(pgd_attack={"type": name})
+    assert type(build_attack(config, 10)) is ATTACKS[name]
+    assert validate(config.dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"type": "pdg"}, "^.*pgd_attack.type: 'pdg' is not one of: .*; did you mean 'pgd'\\?$"),
+        ({"queries": 3}, "pgd_attack.queries: only square takes it, not pgd$"),
+        ({"querys": 3}, "pgd_attack.querys: .*queries"),
+        ({"type": "square", "queries": "many"}, "pgd_attack.queries: "),
+        ({"targeted": True}, "pgd_attack.targeted"),
+        ({"restarts": 2, "random_start": False}, "^pgd_attack: pgd: restarts 2: without random_start all"),
+    ],
+)
+def test_what_an_attack_does_not_take_is_one_line(section, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        attack_of(**section)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "classes", "message"),
+    [
+        ({"loss": "dlr"}, 2, "^pgd_attack.loss: dlr needs at least 3 classes, this data set has 2$"),
+        ({"type": "autoattack"}, 3, "^pgd_attack.type: autoattack needs at least 4 classes, this data set has 3$"),
+    ],
+)
+def test_too_few_classes_are_one_line(section, classes, message):
+    with pytest.raises(ConfigError, match=message):
+        build_attack(config_of(pgd_attack=section), classes)
+
+
+def test_an_entry_that_builds_something_else_is_one_line(monkeypatch):
+    monkeypatch.setitem(ATTACKS, "none", lambda epsilon: None)
+    with pytest.raises(ConfigError, match="^pgd_attack.type: none: expected a subclass of attacks.Attack, not NoneType$"):
+        attack_of(type="none")
+
+
+def test_another_attack_takes_over_what_was_chosen_and_no_defaults():
+    written = config_of(pgd_attack={"K": 20, "random_start": False}).dump()["pgd_attack"]
+    assert written.keys() > other_attack(written, "square").keys() == {"K", "restarts", "loss", "random_start"}
+    chosen = {"type": "square", "loss": "dlr", "queries": 7, "restarts": 3}
+    left = merge({"pgd_attack": chosen}, {"pgd_attack": other_attack(chosen, "apgd")})
+    assert {key: value for key, value in left["pgd_attack"].items() if value is not None} == {
+        "type": "square", "loss": "dlr", "restarts": 3,
+    }  # fmt: skip
+    assert other_attack(chosen, "square") == {}
+
+
+def test_keys_of_the_section_are_the_entries_arguments():
+    known = PGDAttackConfig.known_fields().keys()
+    assert {"type", "K", "step", "restarts", "loss", "queries", "rho", "p_init", "random_start"} == known
+    assert issubclass(ATTACKS["pgd"], Attack)
