@@ -81,6 +81,7 @@ class Run:
         folder: its run folder. The name ends in a hash of the resolved config; see `identity`.
         overrides: what the command line puts on top of every variant.
         imports: own code, as the command line names it; the config's own is not among it.
+        grid: the file that it is read from.
     """
 
     variant: str
@@ -93,6 +94,7 @@ class Run:
     folder: Path
     overrides: tuple[Override, ...] = ()
     imports: tuple[str, ...] = ()
+    grid: Path = Path()
 
     @property
     def name(self) -> str:
@@ -118,6 +120,12 @@ class Run:
         """
         imports = [code.word for code in self.config.imports]
         return [self.script, "-r", str(self.folder), *_words(FLAG, imports), *set_words(changes)]
+
+    def words_of_study(self) -> list[str]:
+        """What `run_ablations.py` is told to work on this run alone."""
+        words = ["--grid", str(self.grid), f"--config={self.variant}", "--seed", str(self.seed)]
+        words += ["--save_dir", str(self.folder.parent), *_words(FLAG, self.imports)]
+        return [*words, *set_words(self.overrides)]
 
 
 def read_grid(path: Path) -> Grid:
@@ -414,6 +422,7 @@ def _run(
         parent / f"{name.replace(' ', '-')}_seed{seed}_{identity(named_by, settings)}",
         tuple(overrides),
         tuple(imports),
+        path,
     )
 
 
@@ -430,7 +439,7 @@ def _of_variant(error: ConfigError, path: Path, variant: str) -> ConfigError:
 def _config(file: Path, overrides: Sequence[Override], seed: int, imports: Sequence[str]) -> Config:
     """The checked config of a run, without Comet's key.
 
-    submitit writes runs into files; a run's own process reads the key from the config file.
+    Whoever shows or stores a run cannot give it away; a run's own process reads it itself.
     """
     config = load_config(file, [*overrides, Flag(("seed", str(seed)), f"--seed {seed}")], imports)
     check_optimization_of(config)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,22 +161,31 @@ class LocalJob(Job):
 
 
 class ClusterJob(Job):
-    """A job of submitit, which goes on without the process that submitted it."""
+    """A job of submitit, which goes on without the process that submitted it.
+
+    Args:
+        job: of submitit; its command is `command_of_job(run)`.
+        run: what it works on.
+    """
 
     outlives = True
 
-    def __init__(self, job: Any) -> None:
-        self.job = job
+    def __init__(self, job: Any, run: Run) -> None:
+        self.job, self.run = job, run
 
     def exit_code(self) -> int | None:
         if not self.job.done():
             return None
-        return self.job.result() if self.job.exception() is None else 1
+        return 0 if self.error() is None else 1
 
     def error(self) -> str | None:
         error = self.job.exception()
-        lines = str(error or "").strip().splitlines()
-        return lines[-1] if lines else None
+        if error is not None:
+            return _reason(str(error), self.run.name)
+        # the folder is listed, because a network file system would remember that a single file was not there
+        if "result.json" in {file.name for file in self.run.folder.glob("*")}:
+            return None
+        return "its job has worked on another config: the grid or a file under it has changed since"
 
     def stop(self) -> None:
         pass
@@ -184,22 +194,32 @@ class ClusterJob(Job):
         pass
 
 
-class WorkOnCluster:
-    """What a cluster's job does: work on a run until its end. A job that is preempted or at its time limit is queued again."""
+def _reason(error: str, name: str) -> str:
+    """Why a job failed: what its command said last, which submitit quotes between two rules."""
+    first, rule, rest = error.strip().partition("\n----------------------\n")
+    said = rest.partition(rule)[0].strip().splitlines()[-1:] if rule else first.splitlines()[:1]
+    _, is_study, reason = "".join(said).partition(f"failed: {name} (")
+    if is_study:
+        return reason.removesuffix(")")
+    return "".join(said).rpartition("FailedJobError: ")[2] or "its job says nothing"
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
 
-    def __call__(self) -> int:
-        worker = Worker(self.run)
-        signal.signal(signal.SIGTERM, lambda *_: worker.stop())
-        return worker.wait()
+def command_of_job(run: Run) -> list[str]:
+    """What a cluster's job does: a study of this run alone, which begins it or continues it."""
+    return [sys.executable, str(ROOT / "run_ablations.py"), *run.words_of_study()]
 
-    def checkpoint(self) -> Any:
-        """submitit calls this before the job has to go; the run itself saves when it is told to leave."""
-        from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(WorkOnCluster(self.run))
+def work_of_job(run: Run) -> Any:
+    """What submitit is given: the command of a run, in this folder.
+
+    A function of ours would not do: to read it, a job would have to find our modules. A job that is
+    preempted or at its time limit is queued again.
+    """
+    from submitit.helpers import CommandFunction, DelayedSubmission
+
+    work = CommandFunction(command_of_job(run), cwd=Path.cwd())
+    work.checkpoint = partial(DelayedSubmission, work)
+    return work
 
 
 Start = Callable[[Run, int], Job]
@@ -226,14 +246,12 @@ def launcher(name: str, folder: Path, settings: Sequence[str]) -> Start:
         import submitit
     except ModuleNotFoundError:
         raise ConfigError('--launcher: needs the package submitit: pip install -e ".[slurm]"') from None
-    # a job reads back what it is to do, for which it has to find this module, wherever it is started
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=name)
         executor.update_parameters(name="study", **parameters)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise ConfigError(f"--launcher {name}: {str(error).splitlines()[0]}") from None
-    return lambda run, slot: ClusterJob(executor.submit(WorkOnCluster(run)))
+    return lambda run, slot: ClusterJob(executor.submit(work_of_job(run)), run)
 
 
 def _environment(run: Run, slot: int) -> dict[str, str]:

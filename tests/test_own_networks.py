@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import subprocess
-import sys
 from pathlib import Path
 
 import foolbox
@@ -293,7 +291,7 @@ BAD_INPUT = {
     "no module": (["--model", "torchvsion.models:resnet18"], 2, "torchvsion.models: no such module"),
     "code that fails": (["--model", "broken_code.py:build"], 2, "broken_code.py: line 1: SyntaxError"),
     "arguments missing": (["--model", "tiny_network.py:needs"], 2, "needs() needs arguments: give --model_args depth=VALUE"),
-    "unknown argument": (["--model_args", "wdth=3"], 2, "--model_args wdth: build() of --model tiny_network.py:build takes no such argument; did you mean 'width'?"),
+    "unknown argument": (["--model_args", "wdth=3"], 2, "takes no such argument; did you mean 'width'?"),
     "a failing function": (["--model", "tiny_network.py:fails"], 2, "fails() failed: RuntimeError: out of luck"),
     "no network": (["--model", "tiny_network.py:no_network"], 2, "returned a dict; expected a torch.nn.Module"),
     "one output": (["--model_args", "classes=1"], 2, "logits (B, classes) of at least 2 classes, not of 1"),

@@ -165,11 +165,19 @@ def test_a_failure_is_reported_at_the_end_and_stops_nothing(grid, tmp_path):
 
 def test_a_cluster_takes_the_same_path(grid, tmp_path):
     pytest.importorskip("submitit")
-    words = ["--grid", grid, "--config", "bn", "--seed", 0, "--save_dir", tmp_path / "out", "--launcher", "local"]
-    done = study(*words, "--parameter", "timeout_min=5", cwd=tmp_path)
+    words = ["--grid", grid.name, "--config", "bn", "--seed", 1, "--save_dir", "out", "--launcher", "local"]
+    settings = ["--set", "trainer.epochs=1", "--parameter", "timeout_min=5"]
+    done = study(*words, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 of 1 runs are finished" in done.stdout
-    assert list((tmp_path / "out" / "jobs").glob("*_log.out"))
+    [result] = (tmp_path / "out").glob("bn_seed1_*/result.json")
+    assert json.loads((result.parent / "config.json").read_text())["trainer"]["epochs"] == 1
+    [log] = (tmp_path / "out" / "jobs").glob("*_log.out")
+    assert "run_ablations.py" in log.read_text()
+    # a command: a job needs no room of the clone to read what it is to do
+    [work] = (tmp_path / "out" / "jobs").glob("*_submitted.pkl")
+    assert b"CommandFunction" in work.read_bytes()
+    assert b"studies" not in work.read_bytes()
 
 
 def test_bad_input_is_one_line(grid, tmp_path):

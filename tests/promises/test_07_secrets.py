@@ -24,7 +24,7 @@ import studies.grid
 import train
 from base.command_line import run_script
 from studies.grid import plan
-from studies.launchers import WorkOnCluster
+from studies.launchers import command_of_job
 
 ROOT = Path(__file__).parents[2]
 KEY = "SeCrEt-0123456789-kEy"
@@ -221,7 +221,7 @@ def check_study(tmp_path, monkeypatch, capfd):
         assert (end.value.code, "two" in printed) == (0, True)
         assert KEY not in printed, f"{word}: {printed}"
     for run in plan(Path("grid.json")):
-        assert KEY.encode() not in pickle.dumps(WorkOnCluster(run)), "what submitit writes"
+        assert KEY.encode() not in pickle.dumps([run, command_of_job(run)]), "what a job is told"
         assert KEY not in repr(run) + " ".join(run.words())
     for settings in ({"comet.api": KEY}, {"comet": {"api": KEY}}):
         (tmp_path / "grid.json").write_text(json.dumps({"base": "base.json", "variants": {"one": settings}}))
@@ -241,7 +241,7 @@ def test_a_study_passes_no_key_on(tmp_path, monkeypatch, capfd):
 
 def _stores_whole_configs(monkeypatch):
     monkeypatch.setattr(base.config.Config, "model_copy", lambda self, **_: self)
-    return "what submitit writes"
+    return "what a job is told"
 
 
 def _takes_keys_in_grids(monkeypatch):

@@ -1,14 +1,30 @@
 """Jobs of a cluster: what has become of them."""
 
+import json
+import pickle
 import subprocess
+import sys
 
 import pytest
 
-from studies.launchers import ClusterJob, _quoted
+from studies.grid import plan
+from studies.launchers import ROOT, ClusterJob, _quoted, command_of_job, work_of_job
+from tiny_runs import script
+
+RULE = "-" * 22
+TRACE = f"""Job (task=0) failed during processing with trace:
+{RULE}
+Traceback (most recent call last):
+  ...
+submitit.core.utils.FailedJobError: {{said}}
+
+{RULE}
+You can check full logs with 'job.stderr(0)' and 'job.stdout(0)'or at paths:
+  - x_0_log.err"""
 
 
 class Job:
-    """A finished job of submitit that ended in an exception."""
+    """A finished job of submitit that ended in an exception, or in none."""
 
     def __init__(self, exception):
         self.ended_in = exception
@@ -19,14 +35,56 @@ class Job:
     def exception(self):
         return self.ended_in
 
-    def result(self):
-        raise self.ended_in
+
+@pytest.fixture
+def run(tmp_path):
+    base = ROOT / "configs" / "quickstart.json"
+    grid = {"variants": {"plain bn": str(base)}, "seeds": [3, 4]}
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    (tmp_path / "own_of_a_job.py").write_text("")
+    given = {"overrides": [("name", "a b")], "imports": [str(tmp_path / "own_of_a_job.py")]}
+    return plan(tmp_path / "grid.json", save_dir=tmp_path / "out", **given)[1]
 
 
-@pytest.mark.parametrize(("exception", "error"), [(RuntimeError(), None), (RuntimeError("traceback\nbusy: x\n"), "busy: x")])
-def test_a_job_that_failed_has_failed_whether_or_not_it_says_why(exception, error):
-    job = ClusterJob(Job(exception))
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("", "its job says nothing"),
+        ("Job 7 has not produced any output\nlook at:\n- x.out", "Job 7 has not produced any output"),
+        (TRACE.format(said="warning: x\ngrid.json: no such file"), "grid.json: no such file"),
+        (TRACE.format(said="grid.json: no such file"), "grid.json: no such file"),
+        (TRACE.format(said="failed: plain bn seed 4 (exit code 5: epoch 1)"), "exit code 5: epoch 1"),
+    ],
+)
+def test_a_job_that_failed_has_failed_whether_or_not_it_says_why(run, said, error):
+    job = ClusterJob(Job(RuntimeError(said)), run)
     assert (job.exit_code(), job.error()) == (1, error)
+
+
+def test_a_job_has_done_its_work_when_its_run_is_finished(run):
+    job = ClusterJob(Job(None), run)
+    assert job.exit_code() == 1
+    assert "has changed" in job.error()
+    run.folder.mkdir(parents=True)
+    (run.folder / "result.json").write_text("{}")
+    assert (job.exit_code(), job.error()) == (0, None)
+
+
+def test_a_jobs_command_plans_its_run_alone(run, tmp_path):
+    python, file, *words = command_of_job(run)
+    assert (python, file) == (sys.executable, str(ROOT / "run_ablations.py"))
+    done = script("run_ablations.py", *words, "--dry-run", cwd=tmp_path)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
+    imports = f"--imports {tmp_path / 'own_of_a_job.py'}"
+    assert f"--run_dir {run.folder} {imports} --set 'name=a b' --seed 4" in done.stdout
+
+
+def test_a_job_that_has_to_go_is_queued_again_with_the_same_command(run):
+    helpers = pytest.importorskip("submitit.helpers")
+    work = helpers.DelayedSubmission(work_of_job(run))
+    for _ in range(2):
+        work = pickle.loads(pickle.dumps(work._checkpoint_function()))  # noqa: S301
+        assert work.function.command == command_of_job(run)
 
 
 def test_words_that_a_terminal_cannot_show_come_back_from_a_shell():
