@@ -9,10 +9,9 @@ from PIL import Image
 
 from base.errors import DataError
 from data_loader.datasets import read_cifar
-from data_loader.test_images import read_test_images, test_loader, with_channels
+from data_loader.folder_test_set import read_test_images, unshuffled_loader, with_channels
 from tiny_runs import write_images
 
-test_loader.__test__ = False
 CLASSES = {"cat": 2, "dog": 3}
 LAYOUTS = {
     "test": (["test"], "test"),
@@ -59,10 +58,10 @@ def test_gray_files_have_one_channel_or_as_many_as_asked_for(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name / "a.png")
     found = read_test_images(tmp_path)
     assert found.images.shape == (1, 8, 8)
-    images, labels = next(iter(test_loader(found, torch.device("cpu"))))
+    images, labels = next(iter(unshuffled_loader(found, torch.device("cpu"))))
     assert torch.equal(images, torch.from_numpy(pixels / 255).float().expand(2, 1, 8, 8))
     assert labels.tolist() == [0, 1]
-    images, _ = next(iter(test_loader(with_channels(found, 3), torch.device("cpu"))))
+    images, _ = next(iter(unshuffled_loader(with_channels(found, 3), torch.device("cpu"))))
     assert torch.equal(images, torch.from_numpy(pixels / 255).float().expand(2, 3, 8, 8))
     assert read_test_images(tmp_path, 4).images.shape == (1, 4, 4)
 
