@@ -17,7 +17,7 @@ from base.config.section import lies_in
 from base.errors import ConfigError, DataError
 from base.runtime import seed_global_generators
 from data_loader.datasets import LabelledImages
-from data_loader.test_images import read_test_images, test_loader, with_channels
+from data_loader.folder_test_set import read_test_images, unshuffled_loader, with_channels
 from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images
 from experiment.own_network import Normalized, build_network, count_logits
 
@@ -51,7 +51,7 @@ def evaluation_of_network(
     Args:
         model: the function that returns the network, `FILE.py:NAME` or `MODULE:NAME`; see
             `own_network.build_network`.
-        data: the folder; see `data_loader.test_images.read_test_images`.
+        data: the folder; see `data_loader.folder_test_set.read_test_images`.
         model_args: keyword arguments of the function.
         checkpoint: a file with the network's weights, in any form that `base.foreign_weights`
             knows; None where the function loads them itself.
@@ -98,7 +98,7 @@ def evaluation_of_network(
         assumed["channels"] = (
             f"the first image file has {channels}; the network gets {part.images.shape[0]}"
         )
-    loader = some_images(test_loader(part, device), limit, batch_size)
+    loader = some_images(unshuffled_loader(part, device), limit, batch_size)
     with _flags_named():
         # a broken file is found before the work
         loader.prepare()

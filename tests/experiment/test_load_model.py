@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
     """A run on image files that are gone by now, its model, and what that says to some images."""
     folder = tmp_path_factory.mktemp("trained")
     for part in ("train", "test"):
-        write_images(folder / "data" / part, {"cat": 9, "dog": 9, "owl": 9}, (16, 16))
+        write_images(folder / "data" / part, {"cat": 9, "dog": 9, "owl": 9}, (32, 32))
     args = {"data_dir": str(folder / "data"), "batch_size": 8, "num_batches": 0}
     config = config_of(
         arch={"type": "simpleCNN2", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
     experiment = Experiment.from_config(config)
     experiment.run(str(folder / "run"))
     shutil.rmtree(folder / "data")
-    images = torch.rand(4, 3, 16, 16)
+    images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         return folder / "run", images, experiment.model.eval()(images)
 

@@ -63,7 +63,7 @@ def with_channels(part: LabelledImages, channels: int) -> LabelledImages:
     return replace(part, images=replace(part.images, shape=shape))
 
 
-def test_loader(part: LabelledImages, device: torch.device) -> ImageDataLoader:
+def unshuffled_loader(part: LabelledImages, device: torch.device) -> ImageDataLoader:
     """The images in batches, in pixels of `[0, 1]`."""
     channels = part.images.shape[0]
     return ImageDataLoader(
