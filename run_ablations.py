@@ -7,6 +7,7 @@ python run_ablations.py --grid configs/ablations/label_noise.json --all --launch
 
 from pathlib import Path
 
+import experiment  # noqa: F401 - it fills the tables that configs are checked against
 from base.command_line import Parser, add_imports_flag, run_script, set_overrides
 from base.errors import ConfigError, ProjectError
 from base.text import say

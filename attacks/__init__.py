@@ -7,5 +7,8 @@ from attacks.fgsm import FGSM
 from attacks.pgd import PGD
 from attacks.square import Square
 from attacks.threat_model import ThreatModel
+from base.registry import ATTACKS
 
-__all__ = ["APGD", "FGSM", "PGD", "Attack", "AutoAttack", "Square", "ThreatModel"]
+ATTACKS.update(fgsm=FGSM, pgd=PGD, apgd=APGD, square=Square, autoattack=AutoAttack)
+
+__all__ = ["APGD", "ATTACKS", "FGSM", "PGD", "Attack", "AutoAttack", "Square", "ThreatModel"]

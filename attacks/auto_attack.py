@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ NORMS_OF_PACKAGE = {"linf": "Linf", "l2": "L2"}
 STANDARD_TARGETS = 9
 
 
+@dataclass(frozen=True)
 class AutoAttack(Attack):
     """Standard AutoAttack (Croce and Hein, arXiv:2003.01690): APGD on cross entropy, then targeted APGD, targeted FAB and
     Square, each on the images that those before did not break.
@@ -45,10 +47,17 @@ class AutoAttack(Attack):
         ValueError: an argument out of its range. A call: images that are not float32, or a model with fewer than 4 classes.
     """
 
-    def __init__(self, epsilon: float, norm: str = "linf", *, seed: int = 0) -> None:
-        # of its losses the one whose gradient no scale of the logits flattens
-        super().__init__(epsilon, norm, loss="dlr", seed=seed)
-        self.warnings: list[str] = []
+    # of the project's losses the one whose gradient no scale of the logits flattens
+    loss: ClassVar[str] = "dlr"
+    min_classes: ClassVar[int] = 4
+    epsilon: float
+    norm: str = "linf"
+    _: KW_ONLY
+    seed: int = 0
+    warnings: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _import("autoattack")
 
     @property
@@ -69,7 +78,7 @@ class AutoAttack(Attack):
         with torch.no_grad():
             logits = model(images)
         n_classes = logits.shape[1]
-        if n_classes < 4:
+        if n_classes < self.min_classes:
             raise ValueError(f"AutoAttack needs at least 4 classes (its targeted DLR loss does), the model has {n_classes}")
         if n_classes <= STANDARD_TARGETS:
             self._warn(

@@ -1,9 +1,11 @@
 """Auto-PGD (APGD): projected gradient ascent that chooses its step sizes itself."""
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 from torch import Tensor
 
-from attacks.arguments import check_count, check_number
+from attacks.arguments import check_number
 from attacks.attack import Attack
 from attacks.classifier import Model
 from attacks.threat_model import Generators, ThreatModel, draw, generators_of, lengths
@@ -13,6 +15,7 @@ MOMENTUM = 0.75
 """alpha of algorithm 1: the part of the new step in a move, the rest repeats the move before."""
 
 
+@dataclass(frozen=True)
 class APGD(Attack):
     """Auto-PGD (Croce and Hein, arXiv:2003.01690, algorithm 1).
 
@@ -41,31 +44,31 @@ class APGD(Attack):
         rho: condition 1, in [0, 1].
         targeted: lead to `labels` instead of away from them.
         seed: of the random starts, where a call brings no generators.
+        confidence: see `PGD`.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    def __init__(
-        self,
-        epsilon: float,
-        steps: int = 100,
-        norm: str = "linf",
-        restarts: int = 1,
-        loss: str = "ce",
-        early_stop: bool = True,
-        rho: float = 0.75,
-        targeted: bool = False,
-        *,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(epsilon, norm, targeted=targeted, loss=loss, seed=seed)
-        self.steps = check_count("steps", steps)
-        self.restarts = check_count("restarts", restarts)
-        if not 0 <= check_number("rho", rho) <= 1:
-            raise ValueError(f"rho: expected a number in [0, 1], not {rho}")
-        self.early_stop = early_stop
-        self.rho = rho
+    epsilon: float
+    steps: int = 100
+    norm: str = "linf"
+    restarts: int = 1
+    loss: str = "ce"
+    early_stop: bool = True
+    rho: float = 0.75
+    targeted: bool = False
+    _: KW_ONLY
+    seed: int = 0
+    confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rho = check_number("rho", self.rho)
+        if not 0 <= rho <= 1:
+            raise ValueError(f"rho: expected a number in [0, 1], not {self.rho}")
+        object.__setattr__(self, "rho", rho)
+        object.__setattr__(self, "early_stop", bool(self.early_stop))
 
     def perturb(
         self, model: Model, images: Tensor, labels: Tensor, generators: Generators

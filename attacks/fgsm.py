@@ -1,8 +1,13 @@
 """The fast gradient sign method (FGSM)."""
 
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from attacks.attack import arguments
 from attacks.pgd import PGD
 
 
+@dataclass(frozen=True)
 class FGSM(PGD):
     """The fast gradient sign method: one full step from the image, `x + epsilon * sign(gradient)` for l-inf (Goodfellow et al.,
     arXiv:1412.6572); for l2 a step of length epsilon along the gradient.
@@ -13,15 +18,24 @@ class FGSM(PGD):
         early_stop: leave images alone that are misclassified already; see `PGD`.
         targeted: lead to `labels` instead of away from them.
         loss: `"ce"`, `"margin"` or `"dlr"`.
+        confidence: see `PGD`.
     """
 
-    def __init__(
-        self,
-        epsilon: float,
-        norm: str = "linf",
-        *,
-        early_stop: bool | int = False,
-        targeted: bool = False,
-        loss: str = "ce",
-    ) -> None:
-        super().__init__(epsilon, epsilon, 1, norm, random_start=False, early_stop=early_stop, targeted=targeted, loss=loss)
+    step_size: float = field(init=False, repr=False)
+    steps: int = field(default=1, init=False, repr=False)
+    restarts: int = field(default=1, init=False, repr=False)
+    random_start: bool = field(default=False, init=False, repr=False)
+    early_stop: bool | int = field(default=False, kw_only=True)
+    targeted: bool = field(default=False, kw_only=True)
+    loss: str = field(default="ce", kw_only=True)
+    seed: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step_size", self.epsilon)
+        super().__post_init__()
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, epsilon=factor * self.epsilon)
+
+    def as_pgd(self) -> PGD:
+        return PGD(**{name: getattr(self, name) for name in arguments(PGD)})

@@ -1,18 +1,19 @@
 """Projected gradient descent (PGD)."""
 
-from copy import copy
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from attacks.arguments import check_count, check_size
+from attacks.arguments import check_count
 from attacks.attack import Attack
 from attacks.classifier import Model
 from attacks.threat_model import Generators, generators_of
 from attacks.worst_points import DONE, WorstPoints
 
 
+@dataclass(frozen=True)
 class PGD(Attack):
     """Projected gradient ascent on a loss (Madry et al., arXiv:1706.06083).
 
@@ -33,44 +34,47 @@ class PGD(Attack):
         targeted: lead to `labels` instead of away from them.
         loss: `"ce"`, `"margin"` or `"dlr"`.
         seed: of the random starts, where a call brings no generators.
+        confidence: an image counts as misclassified once its label's logit falls short by this part
+            of the largest logit; see `Attack.confident`.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    def __init__(
-        self,
-        epsilon: float,
-        step_size: float,
-        steps: int,
-        norm: str = "linf",
-        restarts: int = 1,
-        random_start: bool = True,
-        early_stop: bool | int = False,
-        targeted: bool = False,
-        loss: str = "ce",
-        *,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(epsilon, norm, targeted=targeted, loss=loss, seed=seed)
-        self.step_size = check_size("step_size", step_size, norm)
-        self.steps = check_count("steps", steps)
-        self.restarts = check_count("restarts", restarts)
-        if not isinstance(early_stop, bool):
-            check_count("early_stop", early_stop, 0)
-        if restarts > 1 and not random_start:
-            raise ValueError(f"restarts {restarts}: without random_start all of them are the same")
-        if targeted and early_stop > 1:
-            raise ValueError(f"early_stop {early_stop}: a targeted attack has no rank to reach but the first")
-        self.random_start = random_start
-        self.early_stop = int(early_stop)
+    epsilon: float
+    step_size: float
+    steps: int
+    norm: str = "linf"
+    restarts: int = 1
+    random_start: bool = True
+    early_stop: bool | int = False
+    targeted: bool = False
+    loss: str = "ce"
+    _: KW_ONLY
+    seed: int = 0
+    confidence: float = 0.0
 
-    def scaled(self, factor: float) -> "PGD":
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.early_stop, bool):
+            check_count("early_stop", self.early_stop, 0)
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts {self.restarts}: without random_start all of them are the same")
+        if self.targeted and self.early_stop > 1:
+            raise ValueError(f"early_stop {self.early_stop}: a targeted attack has no rank to reach but the first")
+        object.__setattr__(self, "early_stop", int(self.early_stop))
+
+    def scaled(self, factor: float) -> Self:
         """The same attack with `factor` times the radius and the step size."""
-        scaled = copy(self)
-        scaled.threat_model = replace(self.threat_model, epsilon=factor * self.threat_model.epsilon)
-        scaled.step_size = factor * self.step_size
-        return scaled
+        return replace(self, epsilon=factor * self.epsilon, step_size=factor * self.step_size)
+
+    def as_pgd(self) -> "PGD":
+        """An attack that does the same, of which every number can be replaced."""
+        return self
+
+    @property
+    def single_step(self) -> bool:
+        return self.steps == 1 and not self.random_start
 
     @property
     def rank(self) -> int:

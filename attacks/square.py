@@ -1,5 +1,7 @@
 """The Square attack: random search, for models whose gradients are missing or mislead."""
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Of 10,000 queries, those after which the share of changed pixels is halved."""
 
 
+@dataclass(frozen=True)
 class Square(Attack):
     """The Square attack (Andriushchenko et al., arXiv:1912.00049): random search with forward passes only.
 
@@ -39,21 +42,21 @@ class Square(Attack):
         ValueError: an argument out of its range.
     """
 
-    def __init__(
-        self,
-        epsilon: float,
-        queries: int = 1000,
-        norm: str = "linf",
-        p_init: float = 0.8,
-        loss: str = "margin",
-        *,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(epsilon, norm, loss=loss, seed=seed)
-        self.queries = check_count("queries", queries)
-        if not 0 < check_number("p_init", p_init) <= 1:
-            raise ValueError(f"p_init: expected a number in (0, 1], not {p_init}")
-        self.p_init = p_init
+    epsilon: float
+    queries: int = 1000
+    norm: str = "linf"
+    p_init: float = 0.8
+    loss: str = "margin"
+    _: KW_ONLY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        p_init = check_number("p_init", self.p_init)
+        if not 0 < p_init <= 1:
+            raise ValueError(f"p_init: expected a number in (0, 1], not {self.p_init}")
+        object.__setattr__(self, "queries", check_count("queries", self.queries))
+        object.__setattr__(self, "p_init", p_init)
 
     @torch.no_grad()
     def perturb(

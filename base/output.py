@@ -27,6 +27,7 @@ from base.streams import closed_at_start
 logger = logging.getLogger(__name__)
 
 PICTURES = ("png", "pdf", "svg")
+ARRAYS = ("npz",)
 DPI = 160
 STDOUT = 1
 DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/(?:self|thread-self|\d+)/fd/(\d+)")
@@ -84,7 +85,7 @@ def format_of(path: str | Path, formats: Sequence[str]) -> str:
     if suffix not in formats and is_stream(path):
         return formats[0]
     if suffix not in formats:
-        what = "pictures" if formats == PICTURES else "tables"
+        what = "pictures" if formats == PICTURES else "arrays" if formats == ARRAYS else "tables"
         raise ConfigError(
             f"{path}: {Path(path).suffix!r} is not a format of {what};"
             f" expected one of: {', '.join(formats)}"

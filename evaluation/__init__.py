@@ -1,14 +1,27 @@
-"""What is measured of a model: accuracy, robust accuracy and whether it can be believed, spectra, scores of classes."""
+"""What is measured of a model: accuracy, robust accuracy and whether it can be believed, spectra, scores of classes.
+
+The function `robust_accuracy` has the name of the module that it stands in: as an attribute of this
+package it is the function, and `from evaluation.robust_accuracy import ...` finds the module.
+"""
 
 from evaluation.class_scores import ClassScores, Predictions, class_scores, predict
+from evaluation.reliability import DoctorReport, doctor
+from evaluation.report import RobustnessReport
+from evaluation.robust_accuracy import robust_accuracy
 from evaluation.spectral_norm import LayerSpectrum, NetworkSpectra, layer_spectra
+from evaluation.verdicts import Verdicts
 
 __all__ = [
     "ClassScores",
+    "DoctorReport",
     "LayerSpectrum",
     "NetworkSpectra",
     "Predictions",
+    "RobustnessReport",
+    "Verdicts",
     "class_scores",
+    "doctor",
     "layer_spectra",
     "predict",
+    "robust_accuracy",
 ]

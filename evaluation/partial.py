@@ -32,14 +32,18 @@ def partial_file(
     images, _ = next(iter(loader))
     for value in (*model.parameters(), *model.buffers(), loader.positions, loader.labels, images):
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    values = (*settings, describe_attack(attack), rank(), world_size())
+    kind = f"{type(attack).__module__}.{type(attack).__qualname__}"
+    values = (*settings, kind, describe_attack(attack), rank(), world_size())
     digest.update(json.dumps(values, sort_keys=True).encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")
 
 
 def remove_partials(target: Path) -> None:
-    """Remove what was kept for `target`, whose report is there, also by interrupted attempts with
-    another number of processes or other settings."""
-    for partial in target.parent.glob(f".{escape(target.stem)}.{'[0-9a-f]' * DIGITS}.partial.npz"):
-        partial.unlink(missing_ok=True)  # another process may have been faster
+    """Remove what was kept for `target`, whose report is there, verdicts and adversarial images,
+    also by interrupted attempts with another number of processes or other settings."""
+    for suffix in ("npz", "images"):
+        name = f".{escape(target.stem)}.{'[0-9a-f]' * DIGITS}.partial.{suffix}"
+        for partial in target.parent.glob(name):
+            # another process may have been faster
+            partial.unlink(missing_ok=True)

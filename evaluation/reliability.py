@@ -5,228 +5,122 @@ evaluating adversarial robustness" (arXiv:1902.06705). Passing is no proof: a de
 """
 
 from contextlib import nullcontext
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from math import ceil, prod, sqrt
+from math import prod, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attacks.arguments import LARGEST_LINF
 from attacks.attack import Attack, frozen
 from attacks.classifier import Classifier, Model
 from attacks.losses import wrongness
 from attacks.pgd import PGD
 from attacks.square import Square
-from attacks.threat_model import ThreatModel, as_written
-from attacks.worst_points import DONE
-from base.base_data_loader import BaseDataLoader
-from evaluation.robust_accuracy import Autocast, Z, attack_batch, interval
+from attacks.threat_model import as_written
+from base.ranks import quiet
+from evaluation.batches import Batches, Data
+from evaluation.checks import (
+    ENOUGH_STEPS,
+    FAILED,
+    FOUND,
+    FOUND_BESIDE_FGSM,
+    HIDDEN,
+    SAME_BATCH,
+    Check,
+    as_pgd,
+    failures,
+    images_needed,
+    judge_rate,
+    parts_of,
+    quick_checks,
+    relative_difference,
+)
+from evaluation.report import title
+from evaluation.robust_accuracy import Autocast, attack_batch
 
-HIDDEN, FOUND, FOUND_BESIDE_FGSM = 0.05, 0.10, 0.15
-"""Largest share of all images that only seem to stand.
-
-By the first: those that vanishing gradients hide, or that a weaker attack breaks (noise, FGSM, a
-smaller epsilon, other batches). A sound model and attack have hardly any; of 200 images 3 pass, as
-their 95 % interval ends at 4.3 %, and 17 fail, as theirs begins at 5.4 %.
-
-By the second: those that more steps, more starts or a black-box search break. Of 200 images 11 pass
-and 29 fail. They find something everywhere: on networks trained against it, PGD with 20 steps is 4
-points below 7 steps (CIFAR-10, Madry et al., arXiv:1706.06083, table 2). Of small networks trained
-with PGD on scikit-learn's digits, with a robust accuracy of 0.6, three starts broke 2 to 5 % and
-Square 2 to 5.5 % that one start of PGD-20 left; of simpleCNN on CIFAR-10 Square broke 1.4 %. Where
-gradients were hidden it broke 14 to 33 %.
-
-By the third: those that PGD breaks beside FGSM, which is 10 points above it (ibid.)."""
-SATURATED = 2.0**-24
-"""A gradient that is this much smaller than that of the margin, or zero, counts as vanishing: in
-float32 the probability of the label rounds to 1, and what is left of the gradient of cross entropy
-no longer pushes the label down."""
-PROBABILITY_ROUNDING = 0.01
-"""How far sums of probabilities may be from 1: bfloat16 rounds less, and no batch of logits comes so close by chance."""
-SAME_FORWARD, SAME_BATCH = 1e-4, 0.05
-"""Difference, relative to the spread of logits, up to which two forward passes count as the same: one repeated (GPUs add in
-varying order, about 1e-6), and one in batches of another size, for which libraries take other kernels (TF32 rounds by 5e-4 each
-time; batch statistics changed logits by 0.4 and more)."""
 SQUARE_QUERIES = 500
 """Enough for a black-box search to break what hidden gradients protect."""
-FEW_STEPS, ENOUGH_STEPS = 10, 20
-"""Fewer steps than the first need not break everything at a large epsilon (FGSM does not), so PGD with the second is added."""
+FEW_STEPS = 10
+"""Fewer steps need not break everything at a large epsilon (FGSM does not), so PGD with `ENOUGH_STEPS` is added."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 NOISE_DRAWS, MORE_STEPS, MORE_RESTARTS = 10, 4, 3
-PASSED, FAILED, UNDECIDED = "passed", "failed", "undecided"
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing that was checked.
+class DoctorReport:
+    """What the doctor has found.
 
     Attributes:
-        name: what ought to be.
-        passed: whether it is, as far as can be known from so many images; False also where they
-            cannot decide.
-        detail: the numbers, in one line.
-        verdict: `"passed"`, `"failed"` or `"undecided"`.
-        images_needed: where the verdict is undecided, the number of images that would decide if the
-            rate found stayed as it is.
+        checks: everything that was checked.
+        examined: the attack that was examined; plain PGD beside one of another kind.
+        curve: (epsilon in units of the pixel range, accuracy), from epsilon 0 to one that leaves
+            nothing of an image: the attack with its step size scaled along, or the PGD beside it.
+        n: images that were examined.
+        num_classes: of the model.
     """
 
-    name: str
-    passed: bool
-    detail: str
-    verdict: str = ""
-    images_needed: int | None = None
+    checks: tuple[Check, ...]
+    examined: Attack
+    curve: tuple[tuple[float, float], ...]
+    n: int
+    num_classes: int
 
-    def __post_init__(self) -> None:
-        if not self.verdict:
-            object.__setattr__(self, "verdict", PASSED if self.passed else FAILED)
+    @property
+    def reliable(self) -> bool | None:
+        """True where every check has passed, False where one has failed, None where it takes more
+        images to say."""
+        if any(check.verdict == FAILED for check in self.checks):
+            return False
+        return True if all(check.passed for check in self.checks) else None
+
+    @property
+    def images_needed(self) -> int | None:
+        """How many images would decide the checks that are undecided; None where none is."""
+        return images_needed(self.checks)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line for each check that has failed."""
+        return failures(self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "checks": [vars(check) for check in self.checks],
+            "checked_attack": title(self.examined),
+            "reliable": self.reliable,
+            "images_needed": self.images_needed,
+            "warnings": list(self.warnings),
+            "curve": [list(point) for point in self.curve],
+            "n": self.n,
+        }
 
     def __str__(self) -> str:
-        word = {PASSED: "pass", FAILED: "FAIL", UNDECIDED: "undecided"}[self.verdict]
-        return f"{word}  {self.name}: {self.detail}"
-
-
-def judge_rate(name: str, found: int, n: int, limit: float, detail: str) -> Check:
-    """Whether so many of all images are at most a share of `limit`: passed where the 95 % interval
-    of the share lies below the limit, failed where it lies above, and undecided where it holds the
-    limit.
-
-    Args:
-        name, detail: see `Check`; the interval is added to the detail.
-        found: how many of the `n` images examined.
-        limit: in (0, 1).
-    """
-    low, high = interval(found / n, n)
-    between = f"{100 * low:.2f} to {100 * high:.2f} %"
-    detail = (
-        f"{detail}: {found} of {n} images, {between} (95 % interval; at most {100 * limit:g} %)"
-    )
-    if high <= limit or low > limit:
-        return Check(name, high <= limit, detail)
-    needed = images_to_decide(found, n, limit)
-    return Check(name, False, f"{detail}; about {needed} images would decide", UNDECIDED, needed)
-
-
-def images_to_decide(found: int, n: int, limit: float) -> int:
-    """How many images it takes until the Wilson interval of the rate `found / n` excludes `limit`.
-
-    The interval holds all shares `q` with `|rate - q| <= z sqrt(q (1 - q) / images)`. No number of
-    images could tell a rate of exactly `limit` from it; it counts as half an image off.
-    """
-    distance = abs(found / n - limit)
-    if distance < 1e-9:
-        distance = 0.5 / n
-    return max(n + 1, ceil(Z**2 * limit * (1 - limit) / distance**2))
-
-
-def quick_checks(
-    model: Model, images: Tensor, labels: Tensor, attack: Attack, batch_size: int | None = None
-) -> list[Check]:
-    """What four forward and two backward passes on one batch, in evaluation mode, tell.
-
-    Gradients of the attack's loss that vanish or are not finite, probabilities in place of logits
-    (softmax saturates, and cross entropy takes it twice), and a forward pass that is random, for
-    which a single gradient says little. Vanishing gradients are judged by what they hide: where
-    there are any, the attack and its like on the margin are tried on those images.
-
-    Args:
-        model: maps images in `[0, 1]` to logits.
-        images: `(B, C, H, W)` in `[0, 1]`.
-        labels: int64 `(B,)`.
-        attack: the attack whose loss counts.
-        batch_size: images at a time; None for all.
-
-    Raises:
-        TypeError, ValueError: the model does not return logits, or a label is not one of its classes.
-    """
-    passes = []
-    margin = _variant(attack, loss="margin")
-    with torch.inference_mode(False), frozen(model, training=False):
-        images, labels, size = images.clone(), labels.clone().long(), batch_size or len(images)
-        asked = Classifier(model, labels)
-        for points, classes in zip(images.split(size), labels.split(size), strict=True):
-            with torch.no_grad():
-                logits, again = asked(points).float(), asked(points).float()
-            of_loss = _largest(attack.ascend(asked, points, classes)[2])
-            of_margin = _largest(margin.ascend(asked, points, classes)[2])
-            passes.append((logits, again, of_loss, of_margin))
-        logits, again, gradient, of_margin = (
-            torch.cat(parts) for parts in zip(*passes, strict=True)
-        )
-        attacked = (wrongness(logits, labels) == 0) != attack.targeted
-        vanishing = attacked & (gradient <= SATURATED * of_margin)
-        hidden = 0
-        for part in _parts(vanishing, size):
-            hidden += _hidden(model, images[part], labels[part], attack)
-    not_finite = len(labels) - int((gradient.isfinite() & logits.isfinite().all(dim=1)).sum())
-    low, high = float(logits.amin()), float(logits.amax())
-    off = float((logits.sum(dim=1) - 1).abs().amax())
-    probabilities = low >= 0 and high <= 1 and off <= PROBABILITY_ROUNDING
-    between = (
-        f"between {low:.3g} and {high:.3g}, with sums up to {off:.3g} from 1"
-        + ": probabilities" * probabilities
-    )
-    change = _difference(logits, again)
-    of_attacked = f"{int(vanishing.sum())} of {int(attacked.sum())} images to attack"
-    vanishes = f"they vanish for {of_attacked}; the margin finds what they hide"
-    return [
-        judge_rate("gradients are not zero", hidden, len(labels), HIDDEN, vanishes),
-        Check(
-            "gradients and logits are finite",
-            not_finite == 0,
-            f"not for {not_finite} of {len(labels)} images",
-        ),
-        Check("outputs are logits", not probabilities, between),
-        Check(
-            "the forward pass is not random",
-            change <= SAME_FORWARD,
-            f"a second one differs by {change:.1e} of the spread",
-        ),
-    ]
-
-
-def _largest(gradient: Tensor) -> Tensor:
-    return gradient.flatten(1).abs().amax(dim=1)
-
-
-def _hidden(model: Model, images: Tensor, labels: Tensor, attack: Attack) -> int:
-    """How many of the images only seem to stand: the attack leaves them, but on the margin it
-    breaks them, or has no gradient where it ended.
-
-    In place of attacks other than PGD, PGD with `ENOUGH_STEPS` on their loss is tried.
-    """
-    searching = _variant(attack, early_stop=1) if isinstance(attack, PGD) else plain_pgd(attack)
-    on_margin = _variant(searching, loss="margin")
-    found, other = searching(model, images, labels), on_margin(model, images, labels)
-    asked = Classifier(model, labels)
-    with torch.no_grad():
-        standing = searching.reached(asked(found), labels) < DONE
-        broken = on_margin.reached(asked(other), labels) == DONE
-    flat = _largest(on_margin.ascend(asked, found, labels)[2]) == 0
-    return int((standing & (broken | flat)).sum())
-
-
-def plain_pgd(attack: Attack) -> PGD:
-    """PGD with `ENOUGH_STEPS` steps, in place of an attack of another kind with the same threat
-    model, loss and goal."""
-    epsilon, norm = attack.threat_model.epsilon, attack.threat_model.norm
-    step_size = 2.5 * epsilon / ENOUGH_STEPS
-    goal = {"targeted": attack.targeted, "loss": attack.loss}
-    return PGD(epsilon, step_size, ENOUGH_STEPS, norm, early_stop=True, **goal)
+        return "\n".join(map(str, self.checks))
 
 
 def doctor(
     model: Model,
-    loader: BaseDataLoader,
-    attack: PGD,
+    data: Data,
+    attack: Attack,
     *,
-    seed: int,
+    seed: int = 0,
+    device: str | torch.device | None = None,
     autocast: Autocast = nullcontext,
-) -> tuple[list[Check], list[tuple[float, float]]]:
-    """Everything there is to check about a model and an attack on it, with a progress bar.
+    limit: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> DoctorReport:
+    """Check everything there is to check about a model and an attack on it, with a progress bar.
+
+        report = doctor(model, test_loader, PGD(8 / 255, 2 / 255, 20), limit=200)
+        report.reliable     # True, False, or None where more images are needed
+        print(report)
 
     All verdicts on images are top-1, by copies of the attack that stop there. On images that stand
     it costs up to 15 attacks and `SQUARE_QUERIES` forward passes. Most checks ask how many images
@@ -234,23 +128,22 @@ def doctor(
     of such images is at most `HIDDEN` or `FOUND`, by its 95 % interval; see `judge_rate`.
 
     Args:
-        model: maps images in `[0, 1]` to logits.
-        loader: neither shuffled nor augmented. 200 images are enough for most models; fewer than 73
-            never are.
-        attack: PGD or FGSM, untargeted. An attack of fewer than `FEW_STEPS` steps is checked beside PGD with `ENOUGH_STEPS`.
+        model, data, device, limit, batch_size, progress: see `robust_accuracy`. 200 images are
+            enough for most models; fewer than 73 never are. All of them are held in memory.
+        attack: untargeted. In place of an attack of another kind PGD with `ENOUGH_STEPS` on the
+            same loss is examined. PGD of fewer than `FEW_STEPS` steps, and FGSM, are checked beside
+            PGD with `ENOUGH_STEPS`.
         seed: of all draws.
         autocast: context of the attack's forward passes.
 
-    Returns:
-        The checks, and (epsilon in units of the pixel range, accuracy) of the attack with its step size scaled along, or of the
-        PGD beside it, from epsilon 0 to one that leaves nothing of an image.
-
     Raises:
-        ValueError: a targeted attack, or an epsilon of 0.
+        ValueError: a targeted attack, or an epsilon of 0; and see `robust_accuracy`.
     """
-    if attack.targeted or attack.threat_model.epsilon == 0:
+    if attack.targeted or attack.epsilon == 0:
         raise ValueError("only an untargeted attack with an epsilon above 0 can be checked")
-    this = _Examination(model, loader, attack, seed, autocast)
+    examined = as_pgd(attack)
+    batches = Batches(data, model, device=device, batch_size=batch_size, limit=limit)
+    this = _Examination(model, batches, examined, seed, autocast)
     checks: list[Check] = []
     parts = (
         this.gradients,
@@ -260,30 +153,34 @@ def doctor(
         this.weaker_attacks,
         this.stronger_attacks,
     )
-    with tqdm((*parts, this.black_box), disable=None, leave=False) as bar:
+    with tqdm((*parts, this.black_box), disable=quiet() if progress else True, leave=False) as bar:
         for part in bar:
             bar.set_description_str(f"checking {part.__name__.replace('_', ' ')}")
             checks += part()
-    return checks, this.curve
+    shown = attack if isinstance(attack, PGD) else examined
+    return DoctorReport(tuple(checks), shown, tuple(this.curve), this.n, this.num_classes)
 
 
 class _Examination:
     """A model, the images it is examined on, and what is known so far. Verdicts are bool `(N,)`: still classified correctly."""
 
     def __init__(
-        self, model: Model, loader: BaseDataLoader, attack: PGD, seed: int, autocast: Autocast
+        self, model: Model, batches: Batches, attack: PGD, seed: int, autocast: Autocast
     ) -> None:
         self.model, self.seed, self.autocast = model, seed, autocast
-        loader.set_epoch(1)
-        batches = list(loader)
-        self.images, self.labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        self.n, self.size = len(self.labels), len(batches[0][1])
-        self.positions, self.num_classes = loader.positions[: self.n], loader.num_classes
-        self.norm, self.epsilon = attack.threat_model.norm, attack.threat_model.epsilon
-        self.attack = self.search = _variant(attack, early_stop=1)
+        every = list(batches)
+        self.images = torch.cat([batch.images for batch in every])
+        self.labels = torch.cat([batch.labels for batch in every])
+        self.positions = torch.cat([batch.positions for batch in every])
+        self.n, self.size = len(self.labels), len(every[0].labels)
+        self.num_classes = batches.num_classes
+        self.norm, self.epsilon = attack.norm, attack.epsilon
+        self.attack = self.search = replace(attack, early_stop=1)
         if attack.steps < FEW_STEPS:
-            enough = {"steps": ENOUGH_STEPS, "step_size": 2.5 * self.epsilon / ENOUGH_STEPS}
-            self.search = _variant(self.attack, **enough, random_start=True)
+            step_size = 2.5 * self.epsilon / ENOUGH_STEPS
+            self.search = replace(
+                self.attack, steps=ENOUGH_STEPS, step_size=step_size, random_start=True
+            )
         self.curve: list[tuple[float, float]] = []
 
     @cached_property
@@ -300,7 +197,7 @@ class _Examination:
         """Attack all images, or those `among` them, in batches of `size`; the others count as broken."""
         standing = torch.zeros(self.n, dtype=torch.bool)
         among = torch.ones_like(standing) if among is None else among
-        for part in _parts(among, size or self.size):
+        for part in parts_of(among, size or self.size):
             there = part.to(self.images.device)
             images, labels, positions = self.images[there], self.labels[there], self.positions[part]
             options = {"positions": positions, "seed": self.seed, "autocast": self.autocast}
@@ -321,7 +218,7 @@ class _Examination:
 
     def epsilon_zero(self) -> list[Check]:
         clean = (wrongness(self.logits(self.size), self.labels) == 0).cpu()
-        zero = self.verdicts(_scaled(_variant(self.attack, steps=1, restarts=1), 0.0))
+        zero = self.verdicts(_scaled(replace(self.attack, steps=1, restarts=1), 0.0))
         self.curve = [(0.0, _share(zero))]
         same = bool((clean == zero).all())
         detail = f"{_percent(_share(zero))} and {_percent(_share(clean))}"
@@ -331,7 +228,7 @@ class _Examination:
         name = "batch size changes nothing"
         other = max(1, self.size // 3) if self.size > 1 else min(self.n, 16)
         changed = int((self.verdicts(self.attack, other) != self.standing).sum())
-        change = _difference(self.logits(self.size), self.logits(other))
+        change = relative_difference(self.logits(self.size), self.logits(other))
         by = f"by {change:.1e} of their spread (at most {SAME_BATCH:g})"
         detail = f"in batches of {other}, not {self.size}, logits change {by}"
         if change > SAME_BATCH:
@@ -367,14 +264,14 @@ class _Examination:
 
     def weaker_attacks(self) -> list[Check]:
         # a search that does not move tries its random starts
-        noise = _variant(
+        noise = replace(
             self.attack, steps=1, step_size=0.0, restarts=NOISE_DRAWS, random_start=True
         )
         checks = [
             self._compared("not weaker than random noise", self.standing, self.verdicts(noise))
         ]
         if self.attack.steps > 1:
-            fgsm = _variant(
+            fgsm = replace(
                 self.attack, steps=1, step_size=self.epsilon, restarts=1, random_start=False
             )
             checks.append(
@@ -386,9 +283,9 @@ class _Examination:
         steps, longer = self.search.steps, self.searched
         if self.search is self.attack:
             steps *= MORE_STEPS
-            longer = self.verdicts(_variant(self.attack, steps=steps))
+            longer = self.verdicts(replace(self.attack, steps=steps))
         starts = MORE_RESTARTS * self.search.restarts
-        restarted = self.verdicts(_variant(self.search, restarts=starts, random_start=True))
+        restarted = self.verdicts(replace(self.search, restarts=starts, random_start=True))
         more_steps = f"{steps} steps, not {self.attack.steps}, find little more"
         more_starts = f"{starts} starts, not {self.search.restarts}, find little more"
         limit = FOUND_BESIDE_FGSM if self.attack.steps == 1 else FOUND
@@ -416,36 +313,12 @@ class _Examination:
         return [judge_rate("no black-box search finds more", broken, self.n, FOUND, detail)]
 
 
-def _parts(chosen: Tensor, size: int) -> list[Tensor]:
-    """The positions where `chosen` `(N,)` is true, in batches.
-
-    Where it is true nowhere the list is empty: some models cannot answer a batch without images.
-    """
-    places = chosen.nonzero().squeeze(1)
-    return list(places.split(size)) if len(places) else []
-
-
-def _variant(attack: Any, **changes: object) -> Any:
-    """A copy of the attack with some attributes changed."""
-    variant = copy(attack)
-    vars(variant).update(changes)
-    return variant
-
-
 def _scaled(attack: PGD, factor: float) -> PGD:
     """The attack with epsilon and step size multiplied by `factor`."""
-    threat_model = ThreatModel(attack.threat_model.norm, factor * attack.threat_model.epsilon)
-    return _variant(attack, threat_model=threat_model, step_size=factor * attack.step_size)
-
-
-def _difference(logits: Tensor, others: Tensor) -> float:
-    """The largest difference of finite logits, relative to their spread: the median distance from the mean of their image."""
-    finite = (logits.isfinite() & others.isfinite()).all(dim=1)
-    if not finite.any():
-        return 0.0
-    logits, others = logits[finite], others[finite]
-    spread = (logits - logits.mean(dim=1, keepdim=True)).abs().median()
-    return float((logits - others).abs().max() / spread.clamp_min(torch.finfo(spread.dtype).tiny))
+    # a step of 1 crosses the whole pixel range
+    longest = LARGEST_LINF if attack.norm == "linf" else float("inf")
+    step_size = min(factor * attack.step_size, longest)
+    return replace(attack, epsilon=factor * attack.epsilon, step_size=step_size)
 
 
 def _share(verdicts: Tensor) -> float:

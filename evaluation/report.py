@@ -1,169 +1,249 @@
 """What an evaluation says: accuracies with their uncertainty, what was run, and whether to believe it."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
-from io import BytesIO
+import csv
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from io import BytesIO, StringIO
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from attacks.attack import Attack
-from attacks.classifier import Model
+from attacks.attack import Attack, arguments, settings
 from attacks.threat_model import as_written
-from base.base_data_loader import BaseDataLoader
 from base.output import as_json, is_stream, write_output
-from base.ranks import gather, rank, world_size
-from base.run_folder import package_versions
-from evaluation.reliability import FAILED, Check, quick_checks
-from evaluation.robust_accuracy import Autocast, Verdicts, attack_loader, interval, known_verdicts, knows_top5, lowers
+from base.text import csv_text
+from evaluation.verdicts import NONE, Verdicts
+
+if TYPE_CHECKING:
+    from evaluation.reliability import DoctorReport
+
+IN_TITLES = ("epsilon", "norm", "step_size", "steps", "restarts", "loss", "early_stop", "seed")
+"""Numbers of an attack that a title says in words of its own, or leaves out."""
 
 
 @dataclass(frozen=True)
-class Report:
+class RobustnessReport:
     """One attack on one model.
 
     Attributes:
-        values: what the JSON file holds.
+        attack: what was tried.
+        seed: of its random starts.
+        n: images that were attacked.
+        clean_top1: the share of them that the model classifies correctly.
+        robust_top1: the share that stays so under attack.
+        robust_top5: the share whose label stays among the five largest logits; None where the attack
+            did not try to prevent that (see `Verdicts`).
+        interval: of `robust_top1`, 95 %, after Wilson.
+        seconds: that the attack took.
+        images_per_second: that were attacked.
+        max_perturbation: the largest change, in the attack's norm and units of the pixel range.
+        precision: of the search and of the verdicts.
+        reliable: whether to believe it: False where a check failed, True where the doctor found
+            nothing, None where that is not known.
+        images_needed: how many images would decide the checks that are undecided; None where none
+            is.
+        warnings: what speaks against it, a line each.
         verdicts: one for every image.
+        checkpoint: the model's name.
+        provenance: what else is known of model and data, plain values by name.
+        versions: of the packages that were used.
+        doctor: what the doctor found, where it has looked.
     """
 
-    values: dict[str, Any]
+    attack: Attack
+    seed: int
+    n: int
+    clean_top1: float
+    robust_top1: float
+    robust_top5: float | None
+    interval: tuple[float, float]
+    seconds: float
+    images_per_second: float
+    max_perturbation: float
+    precision: str
+    reliable: bool | None
+    images_needed: int | None
+    warnings: tuple[str, ...]
     verdicts: Verdicts
+    checkpoint: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    doctor: "DoctorReport | None" = None
+
+    @property
+    def title(self) -> str:
+        """The attack in one line."""
+        return title(self.attack)
+
+    def with_doctor(self, doctor: "DoctorReport") -> "RobustnessReport":
+        """This report with the doctor's findings: `reliable` is False where a check failed, and True
+        where every check passed, the attack reported is the one examined, and nothing else was held
+        against it. Where a check is undecided it stays None, and `images_needed` is the number of
+        images that would decide all of them."""
+        reliable = self.reliable
+        unsuspicious = reliable is None and not self.warnings
+        if doctor.reliable and unsuspicious and title(doctor.examined) == self.title:
+            reliable = True
+        if doctor.reliable is False:
+            reliable = False
+        return replace(
+            self,
+            doctor=doctor,
+            reliable=reliable,
+            images_needed=doctor.images_needed,
+            warnings=tuple(dict.fromkeys((*self.warnings, *doctor.warnings))),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON: everything but the verdicts, and every field of the attack."""
+        apart = ("attack", "verdicts", "provenance", "doctor", "seed")
+        values = {
+            name: getattr(self, name)
+            for name in (one.name for one in fields(self))
+            if name not in apart
+        }
+        values["interval"], values["warnings"] = list(self.interval), list(self.warnings)
+        values["versions"] = dict(self.versions)
+        doctor: dict[str, Any] = {}
+        if self.doctor is not None:
+            of_doctor = self.doctor.as_dict()
+            doctor = {key: of_doctor[key] for key in ("checks", "checked_attack")}
+        # the seed of the evaluation, in place of that of calls without generators
+        seed = {"seed": self.seed}
+        return {**describe_attack(self.attack), **seed, **values, **self.provenance, **doctor}
 
     def save(self, path: Path) -> None:
-        """Write the values to `path` and the verdicts beside it, to `<name>.verdicts.npz`; nothing
-        is beside a stream."""
-        write_output(path, as_json(self.values))
+        """Write `as_dict()` to `path` and the verdicts beside it, to `<name>.verdicts.npz`; nothing
+        is beside a stream.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_output(path, as_json(self.as_dict()))
         if not is_stream(path):
             verdicts = BytesIO()
             np.savez_compressed(verdicts, **self.verdicts.arrays())
             write_output(path.with_suffix(".verdicts.npz"), verdicts.getvalue())
 
+    def save_csv(
+        self,
+        path: Path,
+        class_names: Sequence[str] = (),
+        file_names: Mapping[int, str] | None = None,
+    ) -> None:
+        """Write the verdicts to `path`, a line for each image.
+
+        Args:
+            path: a file or stream.
+            class_names: in label order; empty where they are not known.
+            file_names: an image's position -> the name of its file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        classes = ("label", "clean_prediction", "prediction")
+        numbers = [name for name in self.verdicts.arrays() if name not in ("position", *classes)]
+        named = [column for name in classes for column in (name, f"{name}_name")]
+        writer.writerow(["position", "file", *named, *numbers])
+        columns = {name: values.tolist() for name, values in self.verdicts.arrays().items()}
+        for row, position in enumerate(columns["position"]):
+            cells: list[Any] = [position, csv_text((file_names or {}).get(position, ""))]
+            for name in classes:
+                label = columns[name][row]
+                cells += [label, csv_text(_class_name(label, class_names))]
+            cells += [_cell(columns[name][row]) for name in numbers]
+            writer.writerow(cells)
+        write_output(path, text.getvalue().encode())
+
     def __str__(self) -> str:
-        values = self.values
-        low, high = (f"{share:.2%}" for share in values["interval"])
-        top5 = "" if values["robust_top5"] is None else f"  top-5 {values['robust_top5']:.2%}"
+        low, high = (f"{share:.2%}" for share in self.interval)
+        top5 = "" if self.robust_top5 is None else f"  top-5 {self.robust_top5:.2%}"
         return (
-            f"{title(values)} on {values['n']} images: clean {values['clean_top1']:.2%}"
-            f"  top-1 {values['robust_top1']:.2%} (95 % interval {low} to {high}){top5}"
+            f"{self.title} on {self.n} images: clean {self.clean_top1:.2%}"
+            f"  top-1 {self.robust_top1:.2%} (95 % interval {low} to {high}){top5}"
         )
 
 
-def measure(
-    model: Model,
-    loader: BaseDataLoader,
-    attack: Attack,
-    *,
-    seed: int,
-    checkpoint: str,
-    autocast: Autocast = nullcontext,
-    partial: Path | None = None,
-    description: str = "attacking",
-) -> Report:
-    """Attack every image of `loader`, shared out over all ranks, and report; see `attack_loader` for the arguments.
-
-    `reliable` is False where one of the quick checks fails; it is None, not known, until the doctor
-    has looked, too, and where the images examined cannot decide: `images_needed` then says how many
-    would. `checkpoint` is the name that the report gives the model. After an interruption,
-    `seconds` and `images_per_second` are those of the rest.
-
-    Raises:
-        ValueError: the loader holds no images, or the attack is targeted.
-    """
-    if loader.n_samples == 0:
-        raise ValueError("the loader holds no images to attack")
-    warnings = getattr(attack, "warnings", [])
-    warnings.clear()  # those of another model
-    share = loader.subset(torch.arange(rank(), loader.n_samples, world_size())) if world_size() > 1 else loader
-    share.set_epoch(1)
-    checks = quick_checks(model, *next(iter(share)), attack)
-    known = len(known_verdicts(partial) or ())
-    begin = perf_counter()
-    own = attack_loader(model, share, attack, seed=seed, autocast=autocast, partial=partial, description=description)
-    verdicts = Verdicts.joined(gather(own))
-    seconds = perf_counter() - begin
-    robust, n = verdicts.accuracy("robust_top1"), len(verdicts)
-    attacked = n - sum(gather(known))
-    values = {
-        **describe_attack(attack),
-        "seed": seed,
-        "n": n,
-        "clean_top1": verdicts.accuracy("clean_top1"),
-        "robust_top1": robust,
-        "robust_top5": verdicts.accuracy("robust_top5") if knows_top5(attack, loader.num_classes) else None,
-        "interval": list(interval(robust, n)),
-        "seconds": seconds,
-        "images_per_second": attacked / seconds,
-        "max_perturbation": float(verdicts.perturbation.max()),
-        "precision": "bf16, verdicts in fp32" if lowers(autocast, attack) else "fp32",
-        "reliable": None,
-        "warnings": [],
-        "checkpoint": checkpoint,
-        "versions": package_versions(),
-    }
-    _judge(values, [check for part in gather(checks) for check in part])
-    values["warnings"] += [line for part in gather(list(warnings)) for line in part]
-    return Report(values, verdicts)
+def _class_name(label: int, class_names: Sequence[str]) -> str:
+    if label == NONE:
+        return "NaN"
+    return class_names[label] if label < len(class_names) else ""
 
 
-def add_doctor(report: Report, checks: list[Check], examined: Attack) -> None:
-    """Add the doctor's findings on the attack `examined`: `reliable` is False where a check failed, and True where every check
-    passed, the attack reported is the one examined, and nothing else was held against it. Where a
-    check is undecided it stays None, and `images_needed` is the number of images that would decide
-    all of them.
-    """
-    values = report.values
-    values["checks"] = [vars(check) for check in checks]
-    values["checked_attack"] = title(describe_attack(examined))
-    passed = all(check.passed for check in checks)
-    unsuspicious = values["reliable"] is None and not values["warnings"]
-    if passed and unsuspicious and values["checked_attack"] == title(values):
-        values["reliable"] = True
-    _judge(values, checks)
+def _cell(value: Any) -> Any:
+    """A truth value as 0 or 1, which every reader of tables takes."""
+    return int(value) if isinstance(value, bool) else value
 
 
 def describe_attack(attack: Attack) -> dict[str, Any]:
-    """What an attack is, in plain values; sizes in units of the pixel range."""
-    description = getattr(attack, "description", None)
+    """What an attack is, in plain values: its class and everything it was made with; sizes in units
+    of the pixel range."""
+    made_with = {name: plain(value) for name, value in settings(attack).items()}
     return {
         "attack": type(attack).__name__,
-        **({"description": description} if description else {}),
-        "norm": attack.threat_model.norm,
-        "epsilon": attack.threat_model.epsilon,
-        "loss": None if description else attack.loss,
-        **{name: getattr(attack, name, None) for name in ("step_size", "steps", "restarts", "random_start")},
+        **({"description": attack.description} if attack.description else {}),
+        "norm": attack.norm,
+        "epsilon": attack.epsilon,
+        "loss": None if attack.description else plain(attack.loss),
+        **{name: plain(getattr(attack, name, None)) for name in ("step_size", "steps", "restarts", "random_start")},
+        **made_with,
     }
 
 
-def title(values: dict[str, Any]) -> str:
-    """One short line for an attack that `describe_attack` has described, such as `PGD-20, linf 8/255, step 2/255, 1 start`."""
-    norm, steps, restarts = values["norm"], values["steps"], values["restarts"]
-    name = values["attack"] if values["attack"] == "FGSM" or steps is None else f"{values['attack']}-{steps}"
-    parts = [values.get("description", name), f"{norm} {as_written(values['epsilon'], norm)}"]
-    if name != "FGSM" and values["step_size"] is not None:
-        parts.append(f"step {as_written(values['step_size'], norm)}")
-    if name != "FGSM" and restarts is not None:
-        parts.append(f"{restarts} start{'s' if restarts > 1 else ''}")
-    if values["loss"] not in ("ce", None):
-        parts.append(f"{values['loss']} loss")
-    return ", ".join(parts)
+def plain(value: Any) -> Any:
+    """A field of an attack as JSON has it: arrays by their digest, other things by their text."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, np.ndarray):
+        digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        return f"{value.dtype} {value.shape} sha256:{digest}"
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
 
 
-def file_stem(values: dict[str, Any]) -> str:
+def title(attack: Attack) -> str:
+    """One short line for an attack, such as `PGD-20, linf 8/255, step 2/255, 1 start`."""
+    return ", ".join([attack.description or _name(attack), *_numbers(attack)])
+
+
+def file_stem(attack: Attack) -> str:
     """The name of a report's file, such as `pgd-20_linf_8_step_2_1_start`: different attacks have different names."""
-    words = title({**values, "description": values["attack"]} if "description" in values else values)
-    return words.lower().replace("/255", "").replace(",", "").replace(" ", "_")
+    words = ", ".join([_name(attack), *_numbers(attack)])
+    words = words.lower().replace("/255", "").replace(",", "").replace(" ", "_")
+    return "".join(letter if letter.isalnum() or letter in "._-+" else "-" for letter in words)
 
 
-def _judge(values: dict[str, Any], checks: list[Check]) -> None:
-    undecided = [check.images_needed for check in checks if check.images_needed]
-    values["images_needed"] = max(undecided, default=None)
-    for check in checks:
-        line = f"{check.name}: {check.detail}"
-        if check.verdict == FAILED:
-            values["reliable"] = False
-            if line not in values["warnings"]:
-                values["warnings"].append(line)
+def _name(attack: Attack) -> str:
+    """The class and its steps, where they are to be chosen."""
+    name, taken = type(attack).__name__, arguments(type(attack))
+    return f"{name}-{plain(getattr(attack, 'steps', None))}" if "steps" in taken else name
+
+
+def _numbers(attack: Attack) -> Iterable[str]:
+    """What a title says of an attack beside its name; of its own arguments those that are not at
+    their defaults."""
+    taken = arguments(type(attack))
+    yield f"{attack.norm} {as_written(attack.epsilon, attack.norm)}"
+    step_size, restarts = (getattr(attack, name, None) for name in ("step_size", "restarts"))
+    if step_size is not None and "step_size" in taken:
+        yield f"step {as_written(step_size, attack.norm)}"
+    if restarts is not None and "restarts" in taken:
+        yield f"{restarts} start{'s' if restarts > 1 else ''}"
+    if attack.loss != "ce" and not attack.description:
+        yield f"{attack.loss} loss"
+    for name, value in settings(attack).items():
+        default = taken[name].default if name in taken else value
+        if name not in IN_TITLES and plain(value) != plain(default):
+            yield f"{name} {plain(value)}"

@@ -1,11 +1,11 @@
-"""Robust accuracy of a model on a loader, with a verdict for every image."""
+"""Robust accuracy of any model on any images, with a verdict for every image."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from math import sqrt
 from pathlib import Path
-from zipfile import BadZipFile
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,21 @@ from tqdm import tqdm
 
 from attacks.attack import Attack, check_batch, frozen
 from attacks.classifier import Classifier, Model
-from attacks.fgsm import FGSM
 from attacks.losses import wrongness
 from attacks.worst_points import DONE
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
-from base.output import writing
-from base.ranks import quiet
+from base.errors import ConfigError
+from base.output import ARRAYS, check_outputs, is_stream, writing
+from base.ranks import gather, quiet
+from base.run_folder import package_versions
 from base.runtime import torch_generator
+from evaluation.adversarial_images import AdversarialImages
+from evaluation.batches import Batches, Data
+from evaluation.checks import FAILED, failures, images_needed, quick_checks
 from evaluation.fuse_conv_bn import TOLERANCE, folded
+from evaluation.report import RobustnessReport
+from evaluation.verdicts import NONE, Verdicts, interval, known_verdicts, knows_top5
 
 ROWS, MORE_ROWS = 16, 8
 """Batches are filled up to at least `ROWS` images, and to a multiple of `MORE_ROWS`. Libraries choose other kernels for odd
@@ -32,88 +38,160 @@ CONFIDENCE, CONFIDENCE_FOLDED = 0.02, 2 * TOLERANCE
 """See `Attack.confident`: more than what logits are off by where a network is attacked in low precision (nearly always; what is
 believed too early has to be attacked once more), and with its batch norms folded."""
 
-Z = 1.959964
-"""Standard deviations on both sides that hold 95 % of the normal distribution."""
-
-NONE = -1
-"""Prediction of a model that answers NaN."""
-
 Autocast = Callable[[], AbstractContextManager]
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """What became of every attacked image; all tensors `(N,)`, on the CPU.
+def robust_accuracy(
+    model: Model,
+    data: Data,
+    attack: Attack,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    autocast: Autocast = nullcontext,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    description: str = "attacking",
+    partial: Path | None = None,
+    save_images: str | Path | None = None,
+    checkpoint: str = "",
+    provenance: Mapping[str, Any] | None = None,
+) -> RobustnessReport:
+    """Attack every image of `data` and report how many are still classified correctly.
 
-    Attributes:
-        position: of the image in its data set.
-        label: its class.
-        clean_prediction: the predicted class of the image; `NONE` where a logit is NaN, which
-            counts as wrong.
-        prediction: the predicted class of the worst image found; `NONE` likewise.
-        clean_top1: whether the image is classified correctly.
-        robust_top1: whether it is, and stays so under attack.
-        robust_top5: whether its label is among the five largest logits, and stays so under attack. Where the attack's `rank` is
-            below 5 it did not try to prevent that, and nothing can be said: then it is False everywhere and not to be read
-            (unless there are no more than five classes, when it is always true).
-        perturbation: size of the change in the attack's norm, in units of the pixel range; 0 where none was needed.
+        model = torchvision.models.resnet18(weights="DEFAULT")    # of images in [0, 1]: see below
+        report = robust_accuracy(model, test_loader, PGD(8 / 255, 2 / 255, 20), limit=1000)
+        print(report)
+        report.robust_top1, report.interval, report.verdicts.robust_top1
+
+    The model takes pixels in `[0, 1]` and normalizes them itself; one that expects normalized images
+    goes into `torch.nn.Sequential` behind its normalization. It is asked in evaluation mode and gets
+    its modes back. An image's random starts are a function of `seed` and its position alone, so
+    that batch size and number of processes change no verdict. Where there are several processes,
+    each attacks its part of the images, and all get the report.
+
+    `reliable` in the report is False where one of the quick checks fails; it is None, not known,
+    until `doctor` has looked, too, and where the images examined cannot decide: `images_needed`
+    then says how many would.
+
+    Args:
+        model: a module, or a function of images `(B, C, H, W)` that returns logits `(B, classes)`.
+        data: batches `(images, labels)`, neither shuffled nor augmented: a loader of this project,
+            a `torch.utils.data.DataLoader`, a list or a generator. Images are float32 in `[0, 1]`,
+            labels integers `(B,)`. Both are moved to the model's device.
+        attack: what to try; untargeted.
+        seed: of the random starts.
+        device: where the model is; None asks its weights. A function that does not compute where
+            the images are needs it.
+        autocast: context of the attack's forward passes; verdicts are in the model's own precision.
+        limit: attack the first that many images only.
+        batch_size: images at a time; None takes the batches as they come.
+        progress: show a progress bar, where there is a terminal.
+        description: of the progress bar.
+        partial: see `attack_loader`. After an interruption, `seconds` and `images_per_second` are
+            those of the rest.
+        save_images: an `.npz` file for the adversarial images: `images`, as they were attacked, in
+            the order of `position`, and all columns of the verdicts.
+        checkpoint: the name that the report gives the model.
+        provenance: what else the report's JSON says of model and data.
+
+    Raises:
+        ConfigError: a file cannot be written; `save_images` is tried before the work.
+        TypeError: the model does not return a tensor of logits.
+        ValueError: no images, or what is no batch of them (uint8, out of range, not a pair), a label
+            that is not one of the model's classes, or a targeted attack.
     """
+    if save_images is not None:
+        check_images_file("save_images", save_images)
+    batches = Batches(data, model, device=device, batch_size=batch_size, limit=limit, shared=True)
+    # those of another model
+    if isinstance(attack.warnings, list):
+        attack.warnings.clear()
+    first = batches.first
+    checks = quick_checks(model, first.images, first.labels, attack)
+    known = known_verdicts(partial)
+    images, own = None, known
+    if save_images is not None:
+        rows = _beside(Path(save_images)) if partial is None else partial.with_suffix(".images")
+        positions = torch.empty(0, dtype=torch.int64) if known is None else known.position
+        images = AdversarialImages(rows, first.images, positions)
+        own = known if images.complete else None
+    done = len(own or ())
+    begin = perf_counter()
+    try:
+        own = _attack_batches(
+            model,
+            batches,
+            attack,
+            seed=seed,
+            autocast=autocast,
+            partial=partial,
+            known=own,
+            images=images,
+            description=description,
+            progress=progress,
+        )
+        verdicts = Verdicts.joined(gather(own))
+        seconds = perf_counter() - begin
+        if images is not None:
+            images.save(Path(save_images), verdicts, _names(data))
+    finally:
+        # nobody could take them up again
+        if images is not None and partial is None:
+            images.rows.unlink(missing_ok=True)
+    attacked = len(verdicts) - sum(gather(done))
+    told = [line for part in gather(list(attack.warnings)) for line in part]
+    checks = [check for part in gather(checks) for check in part]
+    top5 = verdicts.accuracy("robust_top5") if knows_top5(attack, batches.num_classes) else None
+    return RobustnessReport(
+        attack=attack,
+        seed=seed,
+        n=len(verdicts),
+        clean_top1=verdicts.accuracy("clean_top1"),
+        robust_top1=verdicts.accuracy("robust_top1"),
+        robust_top5=top5,
+        interval=interval(verdicts.accuracy("robust_top1"), len(verdicts)),
+        seconds=seconds,
+        images_per_second=attacked / seconds,
+        max_perturbation=float(verdicts.perturbation.max()),
+        precision="bf16, verdicts in fp32" if lowers(autocast, attack) else "fp32",
+        reliable=False if any(check.verdict == FAILED for check in checks) else None,
+        images_needed=images_needed(checks),
+        warnings=(*failures(checks), *told),
+        verdicts=verdicts,
+        checkpoint=checkpoint,
+        provenance=dict(provenance or {}),
+        versions=package_versions(),
+    )
 
-    position: Tensor
-    label: Tensor
-    clean_prediction: Tensor
-    prediction: Tensor
-    clean_top1: Tensor
-    robust_top1: Tensor
-    robust_top5: Tensor
-    perturbation: Tensor
 
-    def __len__(self) -> int:
-        return len(self.position)
+def check_images_file(flag: str, path: str | Path) -> None:
+    """Refuse a file for adversarial images that cannot be written.
 
-    def accuracy(self, name: str) -> float:
-        """The share of images for which the verdict `name` is true."""
-        return float(getattr(self, name).double().mean())
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All columns, for a file."""
-        return {field.name: getattr(self, field.name).numpy() for field in fields(self)}
-
-    @classmethod
-    def joined(cls, parts: Sequence["Verdicts"]) -> "Verdicts":
-        """All images of all parts, in the order of their positions."""
-        columns = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)}
-        order = columns["position"].argsort()
-        return cls(**{name: column[order] for name, column in columns.items()})
-
-
-class _FullRows(nn.Module):
-    """The model on batches filled up with copies of the last image; see `ROWS`.
-
-    Attributes:
-        first: the logits of the first batch; None before.
+    Raises:
+        ConfigError: naming `flag`.
     """
+    check_outputs({flag: path}, {flag: ARRAYS})
+    if is_stream(path):
+        raise ConfigError(f"{flag} {path}: expected a file, as images are put into it at the end")
 
-    def __init__(self, model: Model, labels: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        self.ask = Classifier(model, labels)
-        self.first: Tensor | None = None
 
-    def forward(self, images: Tensor) -> Tensor:
-        missing = max(ROWS - len(images), -len(images) % MORE_ROWS) if len(images) else 0
-        if missing:
-            images = torch.cat([images, images[-1:].detach().expand(missing, -1, -1, -1)])
-        logits = self.ask(images)
-        logits = logits[: len(logits) - missing]
-        if self.first is None:
-            self.first = logits.detach()
-        return logits
+def _beside(path: Path) -> Path:
+    """A file of this process beside another one; see `base.atomic.sweep`."""
+    return path.with_name(f".{path.stem}.images.{os.getpid()}.incomplete")
+
+
+def _names(data: Data) -> dict[str, np.ndarray]:
+    """Names of the classes, where the data has any, for a file."""
+    if not isinstance(data, BaseDataLoader):
+        return {}
+    return {"class_names": np.array(data.class_names, dtype=np.str_)}
 
 
 def attack_loader(
     model: Model,
-    loader: BaseDataLoader,
+    loader: Data,
     attack: Attack,
     *,
     seed: int,
@@ -121,7 +199,7 @@ def attack_loader(
     partial: Path | None = None,
     description: str = "attacking",
 ) -> Verdicts:
-    """Attack every image of `loader`, batch by batch, with a progress bar.
+    """Attack every image of `loader` in this process, batch by batch, with a progress bar.
 
     An image's random starts are a function of `seed` and its position alone; with full rows of images (see `ROWS`) verdicts do
     not depend on the batch size, on the CPU. An attack of several steps searches with batch norms folded into convolutions, see
@@ -130,11 +208,11 @@ def attack_loader(
     Args:
         model: a module or a function that maps images in `[0, 1]` to logits; a module is evaluated
             in evaluation mode.
-        loader: neither shuffled nor augmented.
+        loader: batches `(images, labels)`, neither shuffled nor augmented; see `robust_accuracy`.
         attack: what to try.
         seed: of the random starts.
         autocast: context of the attack's forward passes. Verdicts are always taken without it, in the model's own precision,
-            and so is FGSM's one step, whose pass gives the clean logits, too.
+            and so is the search of an attack of a `single_step`, whose pass gives the clean logits, too.
         partial: a file that the verdicts so far are kept in; if it is there, its images are not attacked again. The caller
             removes it, and gives it a name that stands for model, images, attack and seed.
         description: of the progress bar.
@@ -142,20 +220,52 @@ def attack_loader(
     Raises:
         ConfigError: `partial` cannot be written; what has been attacked before is kept in it.
     """
-    parts, skip, search = [], 0, None
-    known = known_verdicts(partial)
-    if known is not None:
-        parts, skip = [known], -(-len(known) // loader.batch_size)
-    loader.set_epoch(1, first_batch=skip)
-    done = skip * loader.batch_size
-    bar = tqdm(loader, desc=description, initial=skip, total=len(loader), disable=quiet(), leave=False)
-    for images, labels in bar:
-        positions = loader.positions[done : done + len(labels)]
-        done += len(labels)
-        if search is None and not isinstance(attack, FGSM):  # whose one step is also the pass that gives the clean logits
-            search = folded(model, images[:ROWS])
-        options = {"positions": positions, "seed": seed, "autocast": autocast, "search": search}
-        parts.append(attack_batch(model, images, labels, attack, **options)[0])
+    batches, known = Batches(loader, model), known_verdicts(partial)
+    options = {"seed": seed, "autocast": autocast, "partial": partial, "known": known}
+    return _attack_batches(model, batches, attack, description=description, **options)
+
+
+def _attack_batches(
+    model: Model,
+    batches: Batches,
+    attack: Attack,
+    *,
+    seed: int,
+    autocast: Autocast,
+    partial: Path | None,
+    known: Verdicts | None,
+    images: AdversarialImages | None = None,
+    description: str = "attacking",
+    progress: bool = True,
+) -> Verdicts:
+    """Verdicts on all batches; `known` are those that an earlier attempt has left."""
+    parts = [] if known is None else [known]
+    skip = torch.empty(0, dtype=torch.int64) if known is None else known.position
+    search = None
+    bar = tqdm(
+        batches.without(skip),
+        desc=description,
+        total=batches.count(len(skip)),
+        disable=quiet() if progress else True,
+        leave=False,
+    )
+    for batch in bar:
+        # one step of gradients is no search that a copy could make cheaper
+        if search is None and not attack.single_step:
+            search = folded(model, batch.images[:ROWS])
+        verdicts, worst = attack_batch(
+            model,
+            batch.images,
+            batch.labels,
+            attack,
+            positions=batch.positions,
+            seed=seed,
+            autocast=autocast,
+            search=search,
+        )
+        parts.append(verdicts)
+        if images is not None:
+            images.append(batch.positions, worst)
         if partial is not None:
             # a disk that is full now would not take the report, either
             with writing(partial.parent), replacing(partial) as file:
@@ -163,7 +273,6 @@ def attack_loader(
         if not bar.disable:
             so_far = Verdicts.joined(parts)
             bar.set_postfix_str(f"clean {so_far.accuracy('clean_top1'):.1%}, robust {so_far.accuracy('robust_top1'):.1%}")
-    loader.set_epoch(1)
     return Verdicts.joined(parts)
 
 
@@ -209,22 +318,24 @@ def attack_batch(
         frozen(search, training=False),
         torch.no_grad(),
     ):
-        worst = images.clone()
-        # FGSM takes its gradient at the images themselves: where the model itself is attacked, that pass gives the clean logits
-        of_fgsm = attack(rows, images, labels) if isinstance(attack, FGSM) and search is model else None
-        clean = rows(images) if of_fgsm is None else rows.first
+        worst, of_one_step = images.clone(), None
+        if attack.single_step and search is model:
+            of_one_step = attack(rows, images, labels)
+        # the gradient of a single step is that at the images themselves: its pass gives the clean logits, too
+        asked = of_one_step is not None and rows.asked is not None and torch.equal(rows.asked, images)
+        clean = rows.first if asked else rows(images)
         level = wrongness(clean, labels, attack.rank)
         final = clean.clone()
         left = (level < DONE).nonzero().squeeze(1)
         for searched, precision, searching in passes:
             if len(left) == 0:
                 break
-            if of_fgsm is None:
+            if of_one_step is None:
                 generators = [torch_generator(seed, "attack", int(positions[index])) for index in left.tolist()]
                 with precision():
                     found = searching(searched, images[left], labels[left], generators=generators)
             else:
-                found = of_fgsm[left]
+                found = of_one_step[left]
             logits = rows(found)
             confirmed = wrongness(logits, labels[left], attack.rank)
             better = confirmed >= level[left]
@@ -241,7 +352,7 @@ def attack_batch(
 
 def lowers(autocast: Autocast, attack: Attack) -> bool:
     """Whether the attack searches in a lower precision than that of the verdicts."""
-    return not isinstance(attack, FGSM) and not isinstance(autocast(), nullcontext)
+    return not attack.single_step and not isinstance(autocast(), nullcontext)
 
 
 def _verdicts(
@@ -265,22 +376,26 @@ def _predicted(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1).where(~logits.isnan().any(dim=1), NONE)
 
 
-def known_verdicts(partial: Path | None) -> Verdicts | None:
-    """What an interrupted evaluation has left; None where it has left nothing, or a file that is damaged."""
-    try:
-        with np.load(partial or "") as file:
-            return Verdicts(**{name: torch.from_numpy(file[name]) for name in file.files})
-    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile):
-        return None
+class _FullRows(nn.Module):
+    """The model on batches filled up with copies of the last image; see `ROWS`.
 
+    Attributes:
+        asked, first: the first batch without its copies, and its logits; None before.
+    """
 
-def knows_top5(attack: Attack, num_classes: int) -> bool:
-    """Whether `robust_top5` can be read after this attack."""
-    return attack.rank >= 5 or num_classes <= 5
+    def __init__(self, model: Model, labels: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.ask = Classifier(model, labels)
+        self.asked: Tensor | None = None
+        self.first: Tensor | None = None
 
-
-def interval(share: float, n: int, z: float = Z) -> tuple[float, float]:
-    """The Wilson score interval of a share of `n` independent images, at 95 % by default."""
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    def forward(self, images: Tensor) -> Tensor:
+        missing = max(ROWS - len(images), -len(images) % MORE_ROWS) if len(images) else 0
+        if missing:
+            images = torch.cat([images, images[-1:].detach().expand(missing, -1, -1, -1)])
+        logits = self.ask(images)
+        logits = logits[: len(logits) - missing]
+        if self.first is None:
+            self.asked, self.first = images[: len(logits)].detach(), logits.detach()
+        return logits

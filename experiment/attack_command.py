@@ -1,30 +1,35 @@
 """The path that validate_pgd.py and fgsm.py share: checkpoint and config -> test images, model, attack -> report."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from attacks import PGD, Attack
+from attacks import ATTACKS, Attack
 from base.agreement import Facts, agreed, config_facts, data_facts
 from base.base_data_loader import BaseDataLoader
 from base.command_line import KeyFlag, Parser, key_flags, set_overrides
+from base.config.arguments import takes
 from base.config.config import Config
+from base.config.origins import Flag
 from base.errors import CheckpointError, ConfigError
-from base.output import check_folder, is_stream, writing
+from base.output import check_folder, format_of, is_stream, writing
 from base.ranks import from_first, rank, ranks, world_size
+from base.registry import lookup
 from base.runtime import memory_explained
 from base.text import say
 from data_loader.splits import some_of_every_class
 from evaluation.figures import draw_epsilon_curve, draw_examples
 from evaluation.partial import partial_file, remove_partials
-from evaluation.reliability import doctor, plain_pgd
-from evaluation.report import Report, add_doctor, describe_attack, file_stem, measure, title
-from evaluation.robust_accuracy import Autocast, attack_batch
+from evaluation.reliability import DoctorReport, doctor
+from evaluation.report import RobustnessReport, file_stem, title
+from evaluation.robust_accuracy import Autocast, attack_batch, check_images_file, robust_accuracy
 from experiment import build_attacks
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
 from experiment.loading import Evaluation, load_evaluation
@@ -39,20 +44,27 @@ SIZES = (
     ("--restarts", "pgd_attack.restarts", "random starts"),
     ("--loss", "pgd_attack.loss", "ce, margin or dlr"),
 )
-ATTACKS: dict[str, Callable[[Config, int], Attack]] = {
-    "fgsm": build_attacks.fgsm,
-    "pgd": build_attacks.pgd,
-    "apgd": lambda config, _: build_attacks.apgd(config),
-    "autoattack": lambda config, _: build_attacks.auto_attack(config),
-}
-"""Name -> `(config, rank to stop at) -> attack`."""
-FIXED: dict[str, tuple[str, ...]] = {
-    "fgsm": (),
-    "pgd": (),
-    "apgd": ("--step_size",),
-    "autoattack": ("--steps", "--step_size", "--restarts", "--loss"),
-}
-"""The flags of `SIZES` that an attack has no use for."""
+OF_ATTACKS = {"--steps": "steps", "--step_size": "step_size", "--restarts": "restarts", "--loss": "loss"}
+"""Flags of `SIZES` that not every attack has a use for -> the argument of its constructor."""
+
+
+@dataclass(frozen=True)
+class AttackOptions:
+    """How an attack command measures and where it writes; what its flags of the same names say."""
+
+    seed: int = 0
+    limit: int | None = None
+    batch_size: int = 250
+    ema: bool = False
+    doctor: int | None = None
+    json: Path | None = None
+    csv: Path | None = None
+    save_images: Path | None = None
+    figure: Path | None = None
+    result_dir: Path | None = None
+    name: str | None = None
+    flags: tuple[str, ...] = ()
+    """The flags of `SIZES` that are given."""
 
 
 def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
@@ -68,6 +80,9 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     parser.add_argument(
         "--name", help="begins the name of the report's file, where --json names none"
     )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each image here; - is standard output")
+    images = "write the adversarial images here (npz), float32 as they were attacked, with labels and predictions"
+    parser.add_argument("--save_images", type=Path, metavar="FILE", help=images)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random starts")
     parser.add_argument("--limit", type=int, metavar="N", help="attack N test images only, the first of every class")
     parser.add_argument("--batch_size", type=int, default=250, metavar="N", help="images attacked at a time")
@@ -85,73 +100,104 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     return parser
 
 
-def evaluate_checkpoint(arguments: argparse.Namespace, attack_name: str) -> None:
-    """Run one of `ATTACKS` on the checkpoint that the command line names; the last line printed holds the accuracies.
+def evaluate_checkpoint(arguments: argparse.Namespace, attack: str | None = None) -> None:
+    """Attack the network that the command line names; the last line printed holds the accuracies.
+
+    Args:
+        arguments: of an `attack_parser`.
+        attack: a name in `ATTACKS`; None for that of the config.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: before anything is attacked.
+    """
+    given = vars(arguments)
+    fields_of_options = [field.name for field in fields(AttackOptions) if field.name in given]
+    options = AttackOptions(
+        **{name: given[name] for name in fields_of_options},
+        flags=tuple(flag for flag, key, _ in SIZES if given.get(key) is not None),
+    )
+    _check(options)
+    check_evaluation_outputs(arguments, csv=options.csv, save_images=options.save_images)
+    overrides = key_flags(arguments, [key for _, key, _ in SIZES])
+    if attack is not None:
+        overrides.insert(0, Flag(("pgd_attack.type", attack), f"--attack {attack}"))
+    if "system.precision" not in dict(set_overrides(arguments.set)):
+        # an attack in bf16 finds a little less, whatever the training was in
+        overrides.append(("system.precision", "fp32"))
+    limits = {"limit": options.limit, "batch_size": options.batch_size}
+    attack_evaluation(partial(load_evaluation, arguments, overrides, **limits), options)
+
+
+def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) -> None:
+    """Attack what `load` returns, write the report and print it.
 
     Under torchrun the images are shared out over the processes; rank 0 writes and prints.
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything is attacked.
     """
-    _check(arguments, attack_name)
     with ranks():
-        sizes = key_flags(arguments, [key for _, key, _ in SIZES])
-        if "system.precision" not in dict(set_overrides(arguments.set)):
-            sizes.append(("system.precision", "fp32"))  # an attack in bf16 finds a little less, whatever the training was in
-        evaluation = agreed(
-            lambda: load_evaluation(arguments, sizes, limit=arguments.limit, batch_size=arguments.batch_size),
-            lambda evaluation: _facts(evaluation, attack_name, arguments),
-        )
+        evaluation = agreed(load, lambda evaluation: _facts(evaluation, options))
         config, loader, model = evaluation.config, evaluation.loader, evaluation.model
         if loader.n_samples < world_size():
             raise ConfigError(f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes")
-        attack = _attack(config, attack_name, loader.num_classes, arguments.doctor is not None)
-        context = {"seed": arguments.seed, "autocast": evaluation.autocast}
-        target = arguments.json or _default_target(evaluation.run_folder, attack, arguments)
-        from_first(lambda: _check_target(target, arguments))
-        partial = None
+        attack = _attack(config, loader.num_classes, options)
+        context: dict[str, Any] = {"seed": options.seed, "autocast": evaluation.autocast}
+        target = options.json or _default_target(evaluation.run_folder, attack, options)
+        from_first(lambda: _check_target(target, options))
+        kept = None
         if target is not None and not is_stream(target):
-            settings = (config.dump(), evaluation.provenance, arguments.seed, arguments.batch_size)
-            partial = partial_file(target, model, loader, attack, settings)
-        with memory_explained("--batch_size", arguments.batch_size):
-            report = measure(model, loader, attack, checkpoint=evaluation.source, partial=partial, **context)
-        report.values.update(evaluation.provenance, data=evaluation.data)
+            settings = (config.dump(), evaluation.provenance, options.seed, options.batch_size)
+            kept = partial_file(target, model, loader, attack, settings)
+        with memory_explained("--batch_size", options.batch_size):
+            report = robust_accuracy(
+                model,
+                loader,
+                attack,
+                partial=kept,
+                save_images=options.save_images,
+                checkpoint=evaluation.source,
+                provenance={**evaluation.provenance, "data": evaluation.data},
+                **context,
+            )
         is_first = rank() == 0
+        if options.csv is not None:
+            from_first(lambda: _save_csv(report, loader, options.csv))
         if target is not None and not is_stream(target):
             from_first(lambda: _save(report, target))
             # from here on the report is safe, and nobody needs what was kept for an interruption
             remove_partials(target)
     if is_first:
-        _conclude(report, model, loader, attack, target, arguments, context)
+        _conclude(report, evaluation, attack, target, options, context)
 
 
-def _facts(evaluation: Evaluation, attack_name: str, arguments: argparse.Namespace) -> Facts:
+def _facts(evaluation: Evaluation, options: AttackOptions) -> Facts:
     """What processes that share an evaluation have to have alike."""
-    asked = {"attack": attack_name, **{name: getattr(arguments, name) for name in ("seed", "batch_size", "ema")}}
+    asked = {name: getattr(options, name) for name in ("seed", "batch_size", "ema")}
     return {
-        "command lines": (ConfigError, asked),
+        "command lines": (ConfigError, {"attack": evaluation.config.pgd_attack.type, **asked}),
         **config_facts(evaluation.config),
         "checkpoints": (CheckpointError, evaluation.weights_digest()),
         **data_facts(test=evaluation.loader),
     }
 
 
-def _check(arguments: argparse.Namespace, attack_name: str) -> None:
-    """Refuse what would fail after the attack, or have no effect on it."""
+def _check(options: AttackOptions) -> None:
+    """Refuse what would fail after the attack."""
     for name in ("limit", "batch_size", "doctor"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: expected at least 1, not {getattr(arguments, name)}")
-    for flag, key, _ in SIZES:
-        if flag in FIXED[attack_name] and getattr(arguments, key, None) is not None:
-            raise ConfigError(f"{flag}: {attack_name} has no such setting")
-    if arguments.name is not None and (
-        not arguments.name or Path(arguments.name).name != arguments.name
-    ):
-        raise ConfigError(f"--name {arguments.name}: expected the beginning of a file's name")
-    check_evaluation_outputs(arguments)
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: expected at least 1, not {value}")
+    name = options.name
+    if name is not None and (not name or Path(name).name != name):
+        raise ConfigError(f"--name {name}: expected the beginning of a file's name")
+    if options.csv is not None:
+        format_of(options.csv, ("csv",))
+    if options.save_images is not None:
+        check_images_file("--save_images", options.save_images)
 
 
-def _check_target(target: Path | None, arguments: argparse.Namespace) -> None:
+def _check_target(target: Path | None, options: AttackOptions) -> None:
     """Refuse to attack where report and verdicts could not be written, such as in a run folder that
     may only be read."""
     if target is None or is_stream(target):
@@ -159,19 +205,27 @@ def _check_target(target: Path | None, arguments: argparse.Namespace) -> None:
     try:
         check_folder(target.parent)
     except OSError as error:
-        instead = "" if arguments.json else "; name a file for the report with --json FILE"
+        instead = "" if options.json else "; name a file for the report with --json FILE"
         raise ConfigError(
             f"{target.parent}: may not be written ({error.strerror}){instead}"
         ) from None
 
 
-def _save(report: Report, target: Path) -> None:
+def _save(report: RobustnessReport, target: Path) -> None:
     with _report_printed_on_failure(report), writing(target):
         report.save(target)
 
 
+def _save_csv(report: RobustnessReport, loader: BaseDataLoader, path: Path) -> None:
+    names = loader.sample_names()
+    positions = loader.positions.tolist()
+    file_names = None if names is None else dict(zip(positions, names, strict=True))
+    with _report_printed_on_failure(report), writing(path):
+        report.save_csv(path, loader.class_names, file_names)
+
+
 @contextmanager
-def _report_printed_on_failure(report: Report) -> Iterator[None]:
+def _report_printed_on_failure(report: RobustnessReport) -> Iterator[None]:
     """A file that cannot be written does not cost the numbers: they are printed before the
     error."""
     try:
@@ -182,91 +236,100 @@ def _report_printed_on_failure(report: Report) -> Iterator[None]:
 
 
 def _conclude(
-    report: Report,
-    model: nn.Module,
-    loader: BaseDataLoader,
+    report: RobustnessReport,
+    evaluation: Evaluation,
     attack: Attack,
     target: Path | None,
-    arguments: argparse.Namespace,
-    context: dict[str, Any],
+    options: AttackOptions,
+    context: Mapping[str, Any],
 ) -> None:
     """Doctor, files, pictures, and the report itself as the last line, also where a file cannot be
     written."""
-    if arguments.doctor:
-        few = some_of_every_class(loader, arguments.doctor)
-        examined = attack if isinstance(attack, PGD) else plain_pgd(attack)
-        checks, curve = doctor(model, few, examined, **context)
-        add_doctor(report, checks, examined)
-        say(*checks)
+    model, loader = evaluation.model, evaluation.loader
+    if options.doctor:
+        few = some_of_every_class(loader, options.doctor)
+        found = doctor(model, few, attack, **context)
+        report = report.with_doctor(found)
+        say(*found.checks)
         with _report_printed_on_failure(report):
-            _draw_curve(curve, report, few, arguments.figure or target)
+            _draw_curve(found, report, options.figure or target)
     if target is not None:
-        if arguments.doctor or is_stream(target):
+        if options.doctor or is_stream(target):
             _save(report, target)
         say(
             f"report {target}"
             + ("" if is_stream(target) else f", verdicts {target.with_suffix('.verdicts.npz')}")
         )
-    if arguments.figure:
+    if options.csv is not None:
+        say(f"table {options.csv}")
+    if options.save_images is not None:
+        say(f"adversarial images {options.save_images}")
+    if options.figure:
         with _report_printed_on_failure(report):
-            _draw_examples(arguments.figure, report, model, loader, attack, **context)
-        say(f"figure {arguments.figure}")
-    say(*(f"warning: {warning}" for warning in report.values["warnings"]))
-    if arguments.doctor:
-        print(_conclusion(report))
+            _draw_examples(options.figure, report, model, loader, attack, **context)
+        say(f"figure {options.figure}")
+    say(*(f"warning: {warning}" for warning in report.warnings))
+    if report.doctor is not None:
+        print(_conclusion(report, report.doctor))
     print(report)
 
 
-def _conclusion(report: Report) -> str:
+def _conclusion(report: RobustnessReport, found: DoctorReport) -> str:
     """What the doctor's checks come to, in one line."""
-    values = report.values
-    needed = values["images_needed"]
-    if values["reliable"] is False:
+    needed = report.images_needed
+    if report.reliable is False:
         return "NOT RELIABLE: see the warnings"
     if needed is not None:
-        how = f" (--doctor {needed})" if needed <= values["n"] else ""
+        how = f" (--doctor {needed})" if needed <= report.n else ""
         return f"UNDECIDED: about {needed} images would decide{how}"
-    return f"every check passed (examined: {values['checked_attack']})"
+    return f"every check passed (examined: {title(found.examined)})"
 
 
-def _attack(config: Config, name: str, num_classes: int, doctor: bool) -> Attack:
-    """One of `ATTACKS`, which goes on until a label has left the top five where there are more classes than that."""
-    classes_needed = 4 if name == "autoattack" else 3 if config.pgd_attack.loss == "dlr" else 2
-    if num_classes < classes_needed:
-        what = "--autoattack" if name == "autoattack" else f"pgd_attack.loss: {config.pgd_attack.loss}"
-        raise ConfigError(f"{what} needs at least {classes_needed} classes, this data set has {num_classes}")
-    attack = ATTACKS[name](config, 5 if num_classes > 5 else 1)
-    if doctor and attack.threat_model.epsilon == 0:
+def _attack(config: Config, num_classes: int, options: AttackOptions) -> Attack:
+    """The config's attack, which goes on until a label has left the top five where there are more classes than that."""
+    name = config.pgd_attack.type
+    kind = lookup(ATTACKS, name, "pgd_attack.type")
+    for flag in options.flags:
+        if flag in OF_ATTACKS and not takes(kind, OF_ATTACKS[flag]):
+            raise ConfigError(f"{flag}: {name} has no such setting")
+    attack = build_attacks.build_attack(config, num_classes, 5 if num_classes > 5 else 1)
+    if options.doctor is not None and attack.epsilon == 0:
         raise ConfigError("--doctor: with an epsilon of 0 there is nothing to examine")
     return attack
 
 
-def _default_target(
-    run_folder: Path | None, attack: Attack, arguments: argparse.Namespace
-) -> Path | None:
+def _default_target(run_folder: Path | None, attack: Attack, options: AttackOptions) -> Path | None:
     """Reports on a run folder go into it, or into `--result_dir`; everything else is reported on
     only where `--json` or `--result_dir` says so."""
-    folder = arguments.result_dir or (run_folder and run_folder / "eval")
+    folder = options.result_dir or (run_folder and run_folder / "eval")
     if folder is None:
         return None
-    extra = ["ema"] * arguments.ema + [f"n{arguments.limit}"] * (arguments.limit is not None) + [f"seed{arguments.seed}"]
-    name = [] if arguments.name is None else [arguments.name]
-    return folder / ("_".join([*name, file_stem(describe_attack(attack)), *extra]) + ".json")
+    limit = [] if options.limit is None else [f"n{options.limit}"]
+    extra = ["ema"] * options.ema + limit + [f"seed{options.seed}"]
+    name = [] if options.name is None else [options.name]
+    return folder / ("_".join([*name, file_stem(attack), *extra]) + ".json")
 
 
-def _draw_curve(curve: list[tuple[float, float]], report: Report, loader: BaseDataLoader, beside: Path | None) -> None:
+def _draw_curve(found: DoctorReport, report: RobustnessReport, beside: Path | None) -> None:
     if beside is None or is_stream(beside):
         return
     suffix = beside.suffix if beside.suffix in (".png", ".pdf", ".svg") else ".png"
-    path, values = beside.with_name(f"{beside.stem}_epsilon{suffix}"), report.values
-    name = Path(values["checkpoint"] or values["model"]).name
-    heading = f"{name} under PGD on {loader.n_samples} images"
-    draw_epsilon_curve(path, curve, values["norm"], curve[0][1], 1 / loader.num_classes, values["epsilon"], heading)
+    path, attack = beside.with_name(f"{beside.stem}_epsilon{suffix}"), found.examined
+    heading = f"{Path(report.checkpoint).name} under PGD on {found.n} images"
+    chance, clean = 1 / found.num_classes, found.curve[0][1]
+    draw_epsilon_curve(path, found.curve, attack.norm, clean, chance, attack.epsilon, heading)
     say(f"accuracy against epsilon {path}")
 
 
 def _draw_examples(
-    path: Path, report: Report, model: nn.Module, loader: BaseDataLoader, attack: Attack, *, seed: int, autocast: Autocast
+    path: Path,
+    report: RobustnessReport,
+    model: nn.Module,
+    loader: BaseDataLoader,
+    attack: Attack,
+    *,
+    seed: int,
+    autocast: Autocast,
 ) -> None:
     """Draw images that the attack broke, or else any. PGD finds the same points again, as its starts depend on the image only;
     AutoAttack draws for a batch as a whole and may find others."""
@@ -278,4 +341,4 @@ def _draw_examples(
     images, labels = next(iter(few))
     found, worst = attack_batch(model, images, labels, attack, positions=few.positions, seed=seed, autocast=autocast)
     predictions = (found.clean_prediction, found.prediction)
-    draw_examples(path, images.cpu(), worst.cpu(), *predictions, found.label, loader.class_names, title(report.values))
+    draw_examples(path, images.cpu(), worst.cpu(), *predictions, found.label, loader.class_names, report.title)

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from attacks.threat_model import in_pixel_range
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts, Validate
-from base.config.adversarial import is_size
 from base.config.config import Config
 from base.errors import ConfigError
 from base.optimization import Schedule
@@ -228,12 +226,7 @@ def check_method(config: Config) -> type[BaseTrainer]:
 
 def method_arguments(config: Config) -> dict[str, Any]:
     """The arguments of the config's training method, sizes in units of the pixel range."""
-    section, name = config.adversarial, config.adversarial_method
-    given = section.arguments_for("adversarial.method", name)
-    for argument in section.choices[0].arguments(name).values():
-        if argument.name in given and given[argument.name] is not None and is_size(argument.field):
-            given[argument.name] = in_pixel_range(given[argument.name], section.norm)
-    return given
+    return build_attacks.own_arguments(config.adversarial, config.adversarial_method, config.adversarial.norm)
 
 
 def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

@@ -1,11 +1,17 @@
 """The attacks that a config describes. Here, and nowhere else, its sizes become those of the pixel range `[0, 1]`."""
 
-from attacks.auto_attack import AutoAttack
-from attacks.auto_pgd import APGD
+from collections.abc import Mapping
+from typing import Any
+
+from attacks.attack import Attack
 from attacks.fgsm import FGSM
-from attacks.pgd import PGD
 from attacks.threat_model import ThreatModel, in_pixel_range
+from base.config.adversarial import PGDAttackConfig, is_size
+from base.config.arguments import OpenSection, parameters_of
 from base.config.config import Config
+from base.errors import ConfigError
+from base.registry import ATTACKS, lookup
+from base.text import one_line
 
 
 def threat_model(config: Config) -> ThreatModel:
@@ -14,36 +20,84 @@ def threat_model(config: Config) -> ThreatModel:
     return ThreatModel(norm, in_pixel_range(config.attack_epsilon, norm))
 
 
-def pgd(config: Config, stop_at_rank: int = 1) -> PGD:
-    """The PGD of robust validation and reports; it goes on until a label is not among the `stop_at_rank` largest logits."""
+def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Attack:
+    """The attack of `pgd_attack`, for robust validation and reports. Its constructor gets what the config offers, as far
+    as it takes it: epsilon, norm, steps, step_size, restarts, loss, early_stop and seed; and the section's keys of its own.
+
+    Args:
+        config: the resolved config.
+        num_classes: of the data set.
+        stop_at_rank: `early_stop`: an image is attacked until its label is not among that many of the largest logits.
+
+    Raises:
+        ConfigError: the attack refuses its arguments or needs more classes, or the package that it needs is missing.
+    """
     threat, settings = threat_model(config), config.pgd_attack
-    step_size = in_pixel_range(2, "linf") if threat.norm == "linf" else 2.5 * threat.epsilon / settings.K
+    kind = lookup(ATTACKS, settings.type, "pgd_attack.type")
+    offered: dict[str, Any] = {
+        "epsilon": threat.epsilon,
+        "norm": threat.norm,
+        "steps": settings.K,
+        "restarts": settings.restarts,
+        "loss": settings.loss,
+        "early_stop": stop_at_rank,
+        "seed": config.seed,
+    }
+    taken = {parameter.name: parameter for parameter in parameters_of(kind)}
+    own_step = "step_size" in taken and taken["step_size"].default is not taken["step_size"].empty
+    if settings.step is not None or not own_step:
+        offered["step_size"] = _step_size(settings, threat)
+    given = {name: value for name, value in offered.items() if name in taken}
+    own = own_arguments(settings, settings.type, threat.norm)
+    try:
+        attack = kind(**given, **own)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"pgd_attack: {settings.type}: {one_line(error)}") from None
+    if not isinstance(attack, Attack):
+        what = type(attack).__name__
+        raise ConfigError(f"pgd_attack.type: {settings.type}: expected a subclass of attacks.Attack, not {what}")
+    if num_classes < attack.min_classes:
+        choice = f"loss: {attack.loss}" if "loss" in taken else f"type: {settings.type}"
+        needs = f"needs at least {attack.min_classes} classes, this data set has {num_classes}"
+        raise ConfigError(f"pgd_attack.{choice} {needs}")
+    return attack
+
+
+def own_arguments(section: OpenSection, name: str, norm: str) -> dict[str, Any]:
+    """The arguments of the entry `name` that stand in a section of one table, sizes in units of the pixel range."""
+    (choice,) = section.choices
+    given = section.arguments_for(choice.key, name)
+    for argument in choice.arguments(name).values():
+        if given.get(argument.name) is not None and is_size(argument.field):
+            given[argument.name] = in_pixel_range(given[argument.name], norm)
+    return given
+
+
+def other_attack(section: Mapping[str, Any], name: str) -> dict[str, None]:
+    """What a config's section `pgd_attack` has to lose where another attack takes the place of the one that it is
+    about: sizes and arguments of that one, and values that nobody chose, its defaults.
+
+    Args:
+        section: the section, as written.
+        name: the new attack.
+    """
+    before = section.get("type", "pgd")
+    if name == before:
+        return {}
+    kept = {"type"}
+    if before in ATTACKS:
+        old = PGDAttackConfig(type=before)
+        kept |= {key for key in ("restarts", "loss") if section.get(key) != getattr(old, key)}
+    return dict.fromkeys(key for key in section if key not in kept)
+
+
+def _step_size(settings: PGDAttackConfig, threat: ThreatModel) -> float:
     if settings.step is not None:
-        step_size = in_pixel_range(settings.step, threat.norm)
-    return PGD(
-        threat.epsilon,
-        step_size,
-        settings.K,
-        threat.norm,
-        restarts=settings.restarts,
-        early_stop=stop_at_rank,
-        loss=settings.loss,
-    )
+        return in_pixel_range(settings.step, threat.norm)
+    return in_pixel_range(2, "linf") if threat.norm == "linf" else 2.5 * threat.epsilon / settings.K
 
 
-def fgsm(config: Config, stop_at_rank: int = 1) -> FGSM:
-    """FGSM with the config's norm and radius."""
+def fgsm(config: Config) -> FGSM:
+    """FGSM with the config's norm and radius, the alarm of fast FGSM training."""
     threat = threat_model(config)
-    return FGSM(threat.epsilon, threat.norm, early_stop=stop_at_rank, loss=config.pgd_attack.loss)
-
-
-def apgd(config: Config) -> APGD:
-    """APGD with as many steps as `pgd_attack.K`, which should be 100 or so."""
-    threat, settings = threat_model(config), config.pgd_attack
-    return APGD(threat.epsilon, settings.K, threat.norm, restarts=settings.restarts, loss=settings.loss)
-
-
-def auto_attack(config: Config) -> AutoAttack:
-    """The standard AutoAttack, whose only parameters are norm and radius."""
-    threat = threat_model(config)
-    return AutoAttack(threat.epsilon, threat.norm)
+    return FGSM(threat.epsilon, threat.norm, early_stop=1, loss=config.pgd_attack.loss)

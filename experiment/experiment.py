@@ -67,6 +67,7 @@ from base.tracking import start_trackers, tell
 from data_loader.label_noise import describe_transitions
 from data_loader.own_images import check_first_batch
 from data_loader.splits import some_of_every_class
+from evaluation.report import title
 from experiment import build, build_attacks
 from experiment.final_test import conclude
 from trainer.robust_validation import RobustValidation
@@ -192,6 +193,9 @@ def _resolved(
     if isinstance(config, str | Path):
         return load_config(config, settings, imports)
     if isinstance(config, Config):
+        if not settings:
+            # as it is: a dump leaves out the Comet key
+            return config
         config = config.dump()
     files = [Layer("config", dict(config))]
     _, own = run_imports(files, imports)
@@ -441,7 +445,7 @@ class Experiment:
             return None
         return RobustValidation(
             some_of_every_class(loader, config.adversarial.validate_images).shard(rank(), world_size()),
-            build_attacks.pgd(config),
+            build_attacks.build_attack(config, loader.num_classes),
             build_attacks.fgsm(config) if config.of_method("validated_by_fgsm", False) else None,
             period=config.robust_validation_period,
             epochs=config.trainer.epochs,
@@ -525,8 +529,8 @@ class Experiment:
             logger.info("adversarial training: %s, %s%s", config.adversarial_method, radius, growing)
         if robust is not None:
             logger.info(
-                "robust validation: PGD-%d, %s, on %d of %d validation images (the first of every class), every %d epochs",
-                config.pgd_attack.K, radius, robust.n_samples, self.validation_loader.n_samples, robust.period,
+                "robust validation: %s, on %d of %d validation images (the first of every class), every %d epochs",
+                title(robust.attack), robust.n_samples, self.validation_loader.n_samples, robust.period,
             )  # fmt: skip
         elif config.attacks_while_training:
             logger.info(

@@ -20,7 +20,7 @@ from base.run_folder import describe, provenance, write_json
 from base.signals import Interrupted
 from data_loader.splits import some_of_every_class
 from evaluation.partial import partial_file, remove_partials
-from evaluation.report import measure
+from evaluation.robust_accuracy import robust_accuracy
 from experiment import build, build_attacks
 
 logger = logging.getLogger(__name__)
@@ -125,14 +125,15 @@ class _Test:
             return values
         names = [file.stem.removeprefix("model_") + suffix for file in files]
         images = some_of_every_class(self.loader, self.config.adversarial.report_images or self.loader.n_samples)
-        attack = build_attacks.pgd(self.config, stop_at_rank=5 if self.loader.num_classes > 5 else 1)
-        target = files[0].parent / "eval" / f"pgd_{names[0]}.json"
-        report = measure(
+        classes = self.loader.num_classes
+        attack = build_attacks.build_attack(self.config, classes, 5 if classes > 5 else 1)
+        kind = self.config.pgd_attack.type
+        target = files[0].parent / "eval" / f"{kind}_{names[0]}.json"
+        report = robust_accuracy(
             model,
             images,
             attack,
             seed=self.config.seed,
-            checkpoint="",
             autocast=nullcontext,  # float32, whatever the training was in
             partial=partial_file(target, model, images, attack, (self.config.seed, images.batch_size)),
             description=f"attacking the {names[0]} model",
@@ -140,12 +141,14 @@ class _Test:
         for file, name in zip(files, names, strict=True):
             if rank() > 0:
                 break
-            replace(report, values=report.values | {"checkpoint": f"{file}{' (averaged weights)' if suffix else ''}"}).save(
-                file.parent / "eval" / f"pgd_{name}.json"
-            )
+            checkpoint = f"{file}{' (averaged weights)' if suffix else ''}"
+            replace(report, checkpoint=checkpoint).save(file.parent / "eval" / f"{kind}_{name}.json")
         gather(None)  # from here on the report is safe
         remove_partials(target)
         logger.info("%s model: %s", " and ".join(names), report)
-        for warning in report.values["warnings"]:
+        for warning in report.warnings:
             logger.warning("%s model: %s", names[0], warning)
-        return {**values, **{f"test_{key}": report.values[key] for key in ("robust_top1", "robust_top5")}}
+        values["test_robust_top1"] = report.robust_top1
+        if report.robust_top5 is not None:
+            values["test_robust_top5"] = report.robust_top5
+        return values

@@ -7,6 +7,7 @@ editors complete and check. What the values of config keys may be stands in `con
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -83,4 +84,6 @@ def _is_open(node: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
+    # fills the tables whose names and arguments the schema lists
+    import_module("experiment")
     FILE.write_text(json.dumps(schema(), indent=2) + "\n")

@@ -8,7 +8,8 @@ from torch import nn
 from attacks.attack import Attack
 from base.base_data_loader import BaseDataLoader
 from base.ranks import gather
-from evaluation.robust_accuracy import Autocast, Verdicts, attack_loader
+from evaluation.robust_accuracy import Autocast, attack_loader
+from evaluation.verdicts import Verdicts
 
 ABOVE_CHANCE = 0.1
 """PGD accuracy that is not this far above chance has nothing to fall from."""

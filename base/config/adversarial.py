@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic.fields import FieldInfo
 
-from base.config.arguments import Choice, NameIn, OpenSection
-from base.config.section import Count, Needs, Positive, Section
-from base.registry import TRAINERS
+from base.config.arguments import Choice, NameIn, OpenSection, checks_names, parameters_of, takes
+from base.config.section import Count, Needs, Positive
+from base.registry import ATTACKS, TRAINERS
 
 FRACTION_OF_RANGE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) */ *([0-9]+(?:\.[0-9]+)?) *")
 
@@ -82,17 +82,55 @@ class AdversarialConfig(OpenSection):
         return {"adversarial.method": config.adversarial_method}
 
 
-class PGDAttackConfig(Section):
+OFFERED = frozenset({"epsilon", "norm", "steps", "step_size", "restarts", "loss", "early_stop", "seed"})
+"""Arguments of attacks that the config's own keys give."""
+
+
+def _attack_with(argument: str) -> Needs:
+    def takes_it(config: Any) -> bool:
+        kind = ATTACKS.get(config.pgd_attack.type)
+        return kind is None or takes(kind, argument)
+
+    return Needs(f"a pgd_attack.type that takes {argument}", takes_it)
+
+
+class PGDAttackConfig(OpenSection):
     """The attack of robust validation, of the report after training and of validate_pgd.py."""
 
-    K: Positive = 10
+    choices = (Choice("pgd_attack.type", ATTACKS, OFFERED),)
+
+    type: Annotated[str, NameIn(ATTACKS)] = "pgd"
+    """Name of the attack. K, restarts and loss are then its own defaults, where it has any."""
+    K: Annotated[Positive, _attack_with("steps")] = 10
     """Steps."""
-    step: Size | None = None
-    """Step size, in 1/255 for linf, in units of the pixel range for l2; null: 2 for linf, 2.5 epsilon / K for l2."""
-    restarts: Positive = 1
+    step: Annotated[Size | None, _attack_with("step_size")] = None
+    """Step size, in 1/255 for linf, in units of the pixel range for l2; null: the attack's own default, where it has one,
+    else 2 for linf, 2.5 epsilon / K for l2."""
+    restarts: Annotated[Positive, _attack_with("restarts")] = 1
     """Random starts."""
-    loss: Literal["ce", "margin", "dlr"] = "ce"
+    loss: Annotated[Literal["ce", "margin", "dlr"], _attack_with("loss")] = "ce"
     """What it maximises: cross entropy, margin, or difference of logits ratio."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_attack(cls, values: Any) -> Any:
+        """The attack's own defaults in place of this section's."""
+        if not isinstance(values, Mapping):
+            return values
+        kind = ATTACKS.get(str(values.get("type")))
+        own = {} if kind is None else {one.name: one.default for one in parameters_of(kind)}
+        found = {key: own.get(name) for key, name in OF_ATTACKS.items()}
+        return {key: value for key, value in found.items() if isinstance(value, int | str)} | dict(values)
+
+    @model_validator(mode="after")
+    def _arguments_fit(self, info: ValidationInfo) -> Self:
+        if checks_names(info.context):
+            self.check({"pgd_attack.type": self.type})
+        return self
+
+
+OF_ATTACKS = {"K": "steps", "restarts": "restarts", "loss": "loss"}
+"""Keys of `pgd_attack` whose default is the attack's own -> what attacks call them."""
 
 
 def read_sizes(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from torch import nn
 
 from attacks import APGD, FGSM, PGD, Square
 from attacks.losses import wrongness
-from evaluation.reliability import quick_checks
-from evaluation.robust_accuracy import NONE, attack_batch
+from evaluation.checks import quick_checks
+from evaluation.robust_accuracy import attack_batch
+from evaluation.verdicts import NONE
 
 CLASSES = 6
 ATTACKS = {

@@ -84,7 +84,7 @@ def test_trajectory_of_the_authors_code(model, norm, loss, monkeypatch):
     images, labels = make_images(48, 1)
     attack = APGD(EPSILON[norm], 50, norm, loss=loss, early_stop=False)
     start = attack.start(images, torch_generator(0, "start"))
-    monkeypatch.setattr(attack, "start", lambda images, generators: start)
+    monkeypatch.setattr(APGD, "start", lambda attack, images, generators: start)
     ours, theirs = Recorded(model), Recorded(model)
     points = attack(ours, images, labels)
     authors = reference_attack(theirs, norm, loss, losses_of(attack, model, start, labels))
@@ -111,7 +111,7 @@ def test_verdicts_of_the_authors_code_unchanged(model, norm, loss, monkeypatch):
     attack = APGD(EPSILON[norm], 50, norm, loss=loss)
     start = attack.start(images, torch_generator(1, "start"))
     # one restart, for those that are not misclassified already
-    monkeypatch.setattr(attack, "start", lambda left, generators: start[~verdicts(model, images, labels)])
+    monkeypatch.setattr(APGD, "start", lambda attack, left, generators: start[~verdicts(model, images, labels)])
     points = attack(model, images, labels)
     authors = reference_attack(model, norm, loss)
     authors.init_hyperparam(images)

@@ -14,8 +14,9 @@ from attacks import FGSM, PGD
 from attacks.square import Square
 from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import MemoryImages
-from evaluation.reliability import Check, doctor, images_to_decide, judge_rate, quick_checks
-from evaluation.robust_accuracy import interval
+from evaluation import doctor
+from evaluation.checks import Check, images_to_decide, judge_rate, quick_checks
+from evaluation.verdicts import interval
 
 EPSILON = 0.1
 ATTACK = PGD(EPSILON, EPSILON / 4, 10)
@@ -116,13 +117,15 @@ def test_a_check_is_one_line():
 )
 def test_a_healthy_network_passes_everything(healthy, attack, largest, capsys):
     parameters = [parameter.clone() for parameter in healthy.state_dict().values()]
-    checks, curve = doctor(healthy, loader(ENOUGH, 60), attack, seed=0)
+    report = doctor(healthy, loader(ENOUGH, 60), attack)
+    checks, curve = report.checks, report.curve
+    assert report.reliable
     print(*checks, sep="\n")
     told = {(check.passed, check.verdict, check.images_needed) for check in checks}
     assert told == {(True, "passed", None)}
     assert len({check.name for check in checks}) == len(checks) >= 12
     assert all("\n" not in str(check) for check in checks)
-    json.dumps([vars(check) for check in checks])  # plain values
+    json.dumps(report.as_dict())  # plain values
     assert capsys.readouterr().err == ""  # no progress bar where there is no terminal
 
     sizes, accuracies = zip(*curve, strict=True)
@@ -139,7 +142,7 @@ def test_a_healthy_network_passes_everything(healthy, attack, largest, capsys):
 
 
 def test_the_curve_holds_the_attack_itself(healthy):
-    (_, curve), (_, again) = (doctor(healthy, loader(32), ATTACK, seed=0) for _ in range(2))
+    curve, again = (doctor(healthy, loader(32), ATTACK, seed=0).curve for _ in range(2))
     _, _, images, labels = digits()
     images = (255 * images[:32]).round() / 255
     accuracy = dict(curve)
@@ -183,14 +186,14 @@ def test_broken_networks_are_found(healthy, name):
     breaking, expected, others = BROKEN[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        found = failed(doctor(breaking(healthy), loader(), ATTACK, seed=0)[0])
+        found = failed(doctor(breaking(healthy), loader(), ATTACK, seed=0).checks)
     assert expected <= found
     if others is not None:
         assert found <= expected | others | {"not weaker than random noise"}  # blind attacks are noise of one draw
 
 
 def test_an_attack_that_hardly_moves_is_found(healthy):
-    found = failed(doctor(healthy, loader(), PGD(EPSILON, EPSILON / 40, 10, random_start=False), seed=0)[0])
+    found = failed(doctor(healthy, loader(), PGD(EPSILON, EPSILON / 40, 10, random_start=False), seed=0).checks)
     assert {"not weaker than FGSM", "40 steps, not 10, find little more", BLACK_BOX} <= found
 
 
@@ -207,13 +210,13 @@ def test_fgsm_that_points_the_wrong_way_is_found(healthy):
             logits = self.network(images)
             return torch.where(at_image[:, None], logits.detach() + 1e-9 * images.flatten(1).sum(1, keepdim=True), logits)
 
-    found = failed(doctor(Flat(), loader(), FGSM(0.2), seed=0)[0])
+    found = failed(doctor(Flat(), loader(), FGSM(0.2), seed=0).checks)
     assert "20 steps, not 1, find little more" in found
 
 
 def test_low_precision_passes(healthy):
     low = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
-    checks, _ = doctor(healthy, loader(ENOUGH, 60), ATTACK, seed=0, **low)
+    checks = doctor(healthy, loader(ENOUGH, 60), ATTACK, seed=0, **low).checks
     print(*checks, sep="\n")
     assert all(check.passed for check in checks)
 
@@ -305,19 +308,19 @@ def test_nothing_is_asked_where_no_image_stands(healthy):
         return images
 
     wrong = Wrapped(healthy, before=some, behind=lambda logits: logits.roll(1, dims=1))
-    checks, _ = doctor(wrong, loader(6, 6), ATTACK, seed=0)
+    checks = doctor(wrong, loader(6, 6), ATTACK, seed=0).checks
     assert not failed(checks)
 
 
 def test_few_images_decide_nothing_good_and_anything_bad(healthy):
-    checks, _ = doctor(healthy, loader(8, 8), ATTACK, seed=0)
+    checks = doctor(healthy, loader(8, 8), ATTACK, seed=0).checks
     assert not failed(checks)
     undecided = [check for check in checks if check.verdict == "undecided"]
     assert BLACK_BOX in {check.name for check in undecided}
     assert not any(check.passed for check in undecided)
     assert max(check.images_needed for check in undecided) == 73
     blind = Wrapped(healthy, before=lambda images: (8 * images).round() / 8)
-    assert HUGE in failed(doctor(blind, loader(8, 8), ATTACK, seed=0)[0])
+    assert HUGE in failed(doctor(blind, loader(8, 8), ATTACK, seed=0).checks)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,22 @@
 """Verdicts: the same for every batch size and any number of parts, confirmed in full precision, kept when interrupted."""
 
+from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from attacks import FGSM, PGD, Attack
+from attacks import FGSM, PGD, Attack, AutoAttack
 from data_loader import DATA_LOADERS
-from evaluation import robust_accuracy
+from evaluation import DoctorReport, Verdicts, robust_accuracy
+from evaluation.checks import Check, judge_rate
 from evaluation.fuse_conv_bn import folded
-from evaluation.reliability import Check, judge_rate
-from evaluation.report import Report, add_doctor, describe_attack, file_stem, measure, title
-from evaluation.robust_accuracy import Verdicts, attack_batch, attack_loader, interval
+from evaluation.report import file_stem, title
+from evaluation.robust_accuracy import attack_batch, attack_loader
+from evaluation.verdicts import interval
 from models import build_model
 
 
@@ -87,7 +90,7 @@ def test_attacks_of_several_steps_search_the_folded_copy_and_the_model_itself_gi
         copy.register_forward_hook(lambda *call: asked.append("copy"))
         return copy
 
-    monkeypatch.setattr(robust_accuracy, "folded", spied)
+    monkeypatch.setattr(import_module("evaluation.robust_accuracy"), "folded", spied)
     hook = model.register_forward_hook(lambda *call: asked.append("model"))
     verdicts = attack_loader(model, loader, PGD(4 / 255, 0.0, 3, early_stop=True), seed=0)
     searched = asked[-6:]
@@ -102,8 +105,8 @@ def test_attacks_of_several_steps_search_the_folded_copy_and_the_model_itself_gi
 def test_fgsm_never_searches_in_low_precision(digits):
     model, loader = digits
     low = {"autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
-    report = measure(model, loader, FGSM(4 / 255), seed=0, checkpoint="model", **low)
-    assert report.values["precision"] == "fp32"
+    report = robust_accuracy(model, loader, FGSM(4 / 255), seed=0, **low)
+    assert report.precision == "fp32"
     plain = attack_loader(model, loader, FGSM(4 / 255), seed=0)
     assert equal(attack_loader(model, loader, FGSM(4 / 255), seed=0, **low), plain)
 
@@ -195,7 +198,7 @@ def test_a_targeted_attack_and_an_empty_loader_get_no_verdict(digits):
     with pytest.raises(ValueError, match="verdicts need an untargeted attack"):
         attack_loader(model, loader, PGD(4 / 255, 2 / 255, 1, targeted=True), seed=0)
     with pytest.raises(ValueError, match="the loader holds no images to attack"):
-        measure(model, loader.subset(torch.arange(0)), ATTACK, seed=0, checkpoint="")
+        robust_accuracy(model, loader.subset(torch.arange(0)), ATTACK, seed=0)
 
 
 def test_a_model_that_leaves_torch_is_not_believed(digits):
@@ -205,9 +208,9 @@ def test_a_model_that_leaves_torch_is_not_believed(digits):
         def forward(self, images):
             return torch.from_numpy(model(images).detach().numpy())
 
-    report = measure(Outside(), loader, ATTACK, seed=3, checkpoint="masked")
-    assert report.values["reliable"] is False
-    assert any("gradients are not zero" in warning for warning in report.values["warnings"])
+    report = robust_accuracy(Outside(), loader, ATTACK, seed=3)
+    assert report.reliable is False
+    assert any("gradients are not zero" in warning for warning in report.warnings)
 
 
 def test_few_classes_are_always_among_the_top_five(digits):
@@ -219,24 +222,18 @@ def test_few_classes_are_always_among_the_top_five(digits):
 
     part = loader.subset(torch.nonzero(loader.labels < 4).squeeze(1))
     part.num_classes = 4
-    report = measure(Four(), part, PGD(4 / 255, 2 / 255, 3, early_stop=True), seed=3, checkpoint="")
-    assert report.values["robust_top5"] == 1
+    report = robust_accuracy(Four(), part, PGD(4 / 255, 2 / 255, 3, early_stop=True), seed=3)
+    assert report.robust_top5 == 1
 
 
 def test_different_attacks_have_different_files():
-    values = {
-        "attack": "PGD",
-        "norm": "linf",
-        "epsilon": 8 / 255,
-        "loss": "ce",
-        "step_size": 2 / 255,
-        "steps": 20,
-        "restarts": 1,
-    }
-    assert file_stem(values) == "pgd-20_linf_8_step_2_1_start"
-    assert file_stem({**values, "loss": "dlr"}) == "pgd-20_linf_8_step_2_1_start_dlr_loss"
-    standard = {"attack": "AutoAttack", "description": "standard ...", "loss": None, "step_size": None, "steps": None}
-    assert file_stem({**values, **standard, "restarts": None}) == "autoattack_linf_8"
+    attack = PGD(8 / 255, 2 / 255, 20)
+    assert file_stem(attack) == "pgd-20_linf_8_step_2_1_start"
+    assert file_stem(replace(attack, loss="dlr")) == "pgd-20_linf_8_step_2_1_start_dlr_loss"
+    assert file_stem(replace(attack, random_start=False)).endswith("_1_start_random_start_false")
+    assert file_stem(FGSM(8 / 255)) == "fgsm_linf_8"
+    assert file_stem(AutoAttack(8 / 255)) == "autoattack_linf_8"
+    assert title(AutoAttack(8 / 255)).startswith("standard AutoAttack (pyautoattack ")
 
 
 def test_an_evaluation_that_was_interrupted_goes_on(digits, tmp_path, monkeypatch):
@@ -273,28 +270,27 @@ def test_wilson_interval_against_scipy():
 
 def test_report_holds_what_a_paper_needs(digits, tmp_path):
     model, loader = digits
-    report = measure(model, loader, ATTACK, seed=3, checkpoint="best")
+    report = robust_accuracy(model, loader, ATTACK, seed=3)
     keys = {
         "attack", "norm", "epsilon", "step_size", "steps", "restarts", "seed", "n", "clean_top1", "robust_top1", "robust_top5",
         "interval", "seconds", "images_per_second", "max_perturbation", "reliable", "warnings", "checkpoint", "versions",
     }  # fmt: skip
-    assert keys <= report.values.keys()
-    assert isinstance(report, Report)
-    assert 2 / 255 < report.values["max_perturbation"] <= 4 / 255 + 1e-6
-    assert title(report.values) == "PGD-3, linf 4/255, step 2/255, 2 starts"
-    low, high = report.values["interval"]
-    assert low < report.values["robust_top1"] < high
+    assert keys <= report.as_dict().keys()
+    assert 2 / 255 < report.max_perturbation <= 4 / 255 + 1e-6
+    assert report.title == "PGD-3, linf 4/255, step 2/255, 2 starts"
+    low, high = report.interval
+    assert low < report.robust_top1 < high
     report.save(tmp_path / "deep" / "report.json")
     saved = np.load(tmp_path / "deep" / "report.verdicts.npz")
-    assert saved["robust_top1"].mean() == report.values["robust_top1"]
+    assert saved["robust_top1"].mean() == report.robust_top1
 
     class Saturated(nn.Module):
         def forward(self, images):
             return 1e6 * model(images)
 
-    masked = measure(Saturated(), loader, ATTACK, seed=3, checkpoint="masked")
-    assert masked.values["reliable"] is False
-    assert "gradients are not zero" in masked.values["warnings"][0]
+    masked = robust_accuracy(Saturated(), loader, ATTACK, seed=3)
+    assert masked.reliable is False
+    assert "gradients are not zero" in masked.warnings[0]
 
 
 GOOD, BAD = Check("good", True, ""), Check("bad", False, "")
@@ -311,20 +307,22 @@ OPEN = [judge_rate("open", found, 20, 0.05, "") for found in (0, 2)]
         ([BAD, OPEN[0]], False, OPEN[0].images_needed),
     ],
 )
-def test_a_report_is_reliable_where_every_check_has_passed(checks, reliable, needed):
-    before = {"reliable": None, "images_needed": 99, "warnings": []}
-    report = Report({**describe_attack(ATTACK), **before}, None)
-    add_doctor(report, checks, ATTACK)
-    assert report.values["reliable"] is reliable
-    assert report.values["images_needed"] == needed
-    assert report.values["warnings"] == ["bad: "] * (BAD in checks)
-    verdicts = [check["verdict"] for check in report.values["checks"]]
+def test_a_report_is_reliable_where_every_check_has_passed(digits, checks, reliable, needed):
+    model, loader = digits
+    report = replace(robust_accuracy(model, loader, ATTACK), images_needed=99)
+    examined = report.with_doctor(DoctorReport(tuple(checks), ATTACK, (), 20, 10))
+    assert examined.reliable is reliable
+    assert examined.images_needed == needed
+    assert examined.warnings == ("bad: ",) * (BAD in checks)
+    verdicts = [check["verdict"] for check in examined.as_dict()["checks"]]
     assert verdicts == [check.verdict for check in checks]
+    other = DoctorReport((GOOD,), FGSM(4 / 255), (), 20, 10)
+    assert report.with_doctor(other).reliable is None, "another attack was examined"
 
 
 def test_a_check_of_one_batch_that_cannot_decide_is_no_warning(digits):
     model, loader = digits
-    report = measure(model, loader, ATTACK, seed=3, checkpoint="")
-    assert report.values["reliable"] is None
-    assert report.values["images_needed"] == 73
-    assert report.values["warnings"] == []
+    report = robust_accuracy(model, loader, ATTACK, seed=3)
+    assert report.reliable is None
+    assert report.images_needed == 73
+    assert report.warnings == ()

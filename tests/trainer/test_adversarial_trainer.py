@@ -121,13 +121,13 @@ def attack_by_hand(model, images, targets, start, step, epsilon, steps):
 
 @pytest.mark.parametrize("bn_mode", ["train", "eval"])
 @pytest.mark.parametrize(("method", "steps", "step"), [("pgd", 3, 2.5 * 8 / 3), ("fgsm", 1, 10)])
-def test_pgd_and_fgsm_training_against_the_loop_written_out(tmp_path, method, steps, step, bn_mode):
+def test_pgd_and_fgsm_training_against_the_loop_written_out(tmp_path, method, steps, step, bn_mode, monkeypatch):
     settings = {"adversarial": {"method": method, "steps": 3, "bn_mode": bn_mode}}
     trainer, plain = build(tmp_path, settings), build(tmp_path, settings)
     starts = []
     draw = type(trainer.attack.threat_model).random_start
     start = draw(trainer.attack.threat_model, batch()[0], torch.Generator().manual_seed(5))
-    trainer.attack.start = lambda images, generators: (starts.append(generators), start)[1]
+    monkeypatch.setattr(PGD, "start", lambda attack, images, generators: (starts.append(generators), start)[1])
     images, labels = batch()
     result = trainer.train_batch(images, labels)
     model = plain.model.train(bn_mode == "train")
@@ -250,13 +250,13 @@ def test_the_passes_of_trades_and_what_running_statistics_hold(tmp_path, clean_p
 
 
 @pytest.mark.parametrize("clean_passes", [1, 2])
-def test_trades_against_the_formula(tmp_path, clean_passes):
+def test_trades_against_the_formula(tmp_path, clean_passes, monkeypatch):
     trades = {"method": "trades", "steps": 2, "beta": 3.0, "bn_mode": "eval"}
     settings = {"adversarial": {**trades, "clean_passes": clean_passes}}
     trainer, plain = build(tmp_path, settings), build(tmp_path, settings)
     images, labels = batch()
-    noisy, climb = [], trainer.attack.climb
-    trainer.attack.climb = lambda *given: (noisy.append(given[-1]), climb(*given))[1]
+    noisy, climb = [], PGD.climb
+    monkeypatch.setattr(PGD, "climb", lambda *given: (noisy.append(given[-1]), climb(*given))[1])
     result = trainer.train_batch(images, labels)
     assert float((noisy[0] - images).std()) == pytest.approx(0.001, rel=0.05)
     model, points = plain.model.eval(), noisy[0]
@@ -321,7 +321,7 @@ def test_mixups_two_labels_go_through_the_attacks_loss(tmp_path):
     trainer = build(tmp_path, {"adversarial": {"method": "pgd", "steps": 1}, "augmentation": {"mixup_alpha": 1.0}})
     trainer.attack = Recorder(8 / 255, 2 / 255, 1)
     images, labels = batch()
-    trainer.train_batch(images, labels)
+    trainer.train_batch(*trainer.mixed(images, labels))
     mixed, probabilities = seen[0]
     assert not torch.equal(mixed, images)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(6))
