@@ -41,7 +41,7 @@ names."""
 class Picture(Protocol):
     """A `matplotlib.figure.Figure`."""
 
-    def savefig(self, file: Any, **options: Any) -> None:
+    def savefig(self, file: Any, /, **options: Any) -> None:
         """Write the picture to an open file."""
 
 

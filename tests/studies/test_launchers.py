@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -41,9 +42,8 @@ def run(tmp_path):
     base = ROOT / "configs" / "quickstart.json"
     grid = {"variants": {"plain bn": str(base)}, "seeds": [3, 4]}
     (tmp_path / "grid.json").write_text(json.dumps(grid))
-    (tmp_path / "own_of_a_job.py").write_text("")
-    given = {"overrides": [("name", "a b")], "imports": [str(tmp_path / "own_of_a_job.py")]}
-    return plan(tmp_path / "grid.json", save_dir=tmp_path / "out", **given)[1]
+    overrides = [("name", "a b")]
+    return plan(tmp_path / "grid.json", save_dir=tmp_path / "out", overrides=overrides)[1]
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,14 @@ def test_a_job_has_done_its_work_when_its_run_is_finished(run):
 
 
 def test_a_jobs_command_plans_its_run_alone(run, tmp_path):
-    python, file, *words = command_of_job(run)
+    (tmp_path / "own.py").write_text("")
+    python, file, *words = command_of_job(replace(run, imports=("own.py",)))
     assert (python, file) == (sys.executable, str(ROOT / "run_ablations.py"))
     done = script("run_ablations.py", *words, "--dry-run", cwd=tmp_path)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
-    imports = f"--imports {tmp_path / 'own_of_a_job.py'}"
-    assert f"--run_dir {run.folder} {imports} --set 'name=a b' --seed 4" in done.stdout
+    # own code is part of what a run is known by, so here the folder is another one
+    assert f"--run_dir {run.folder.parent}/plain-bn_seed4_" in done.stdout
+    assert done.stdout.endswith(" --imports own.py --set 'name=a b' --seed 4\n")
 
 
 def test_a_job_that_has_to_go_is_queued_again_with_the_same_command(run):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeGuard
 
 from torch import Tensor, fx, nn
 
@@ -75,9 +76,9 @@ class _Flow:
         left: plain convolutions whose output leaves the part of the network that could be traced.
     """
 
-    takers: dict[nn.Module, set[nn.Module | None]] = field(default_factory=dict)
+    takers: dict[nn.Conv2d, set[nn.BatchNorm2d | None]] = field(default_factory=dict)
     givers: dict[nn.Module, set[nn.Module | None]] = field(default_factory=dict)
-    left: set[nn.Module] = field(default_factory=set)
+    left: set[nn.Conv2d] = field(default_factory=set)
 
     def read(self, graph: fx.Graph, root: nn.Module, is_whole: bool) -> None:
         """Add what the trace of `root` tells."""
@@ -93,7 +94,7 @@ class _Flow:
             elif layer is not None and type(layer) is nn.BatchNorm2d:
                 self.givers.setdefault(layer, set()).add(_layer(node.all_input_nodes[0], root))
 
-    def batch_norm_behind(self, conv: nn.Module) -> nn.Module | None:
+    def batch_norm_behind(self, conv: nn.Conv2d) -> nn.BatchNorm2d | None:
         """The batch norm that takes the convolution's output and nothing else's in every call; None
         where there is none."""
         for norm in self.takers[conv]:
@@ -132,7 +133,7 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
     """The calls of a module's forward in one of the modes; None where it cannot be traced. The
     module is left alone: a copy is traced, whose parameters are the module's own, and whose buffers
     and attributes the forward may change."""
-    shared = {id(value): value for value in module.parameters()}
+    shared: dict[int, Tensor] = {id(value): value for value in module.parameters()}
     for value in (value for part in module.modules() for value in vars(part).values()):
         if isinstance(value, Tensor) and not value.is_leaf:
             # an old weight hook's result: a tensor with a history cannot be copied
@@ -167,22 +168,21 @@ def _parents(module: nn.Module) -> Iterator[nn.Module]:
             yield from _parents(child)
 
 
-def _neighbours(module: nn.Module) -> dict[nn.Module, nn.Module | None]:
+def _neighbours(module: nn.Module) -> dict[nn.Conv2d, nn.BatchNorm2d | None]:
     """Plain convolution -> the plain batch norm of its width that is registered next to it, where
     there is one."""
-    found: dict[nn.Module, nn.Module | None] = {}
+    found: dict[nn.Conv2d, nn.BatchNorm2d | None] = {}
     for parent in _parents(module):
         # with repetitions, which named_children() leaves out
         children = [child for child in parent._modules.values() if child is not None]
         for child, following in pairwise([*children, None]):
             if _is_plain_conv(child):
-                found.setdefault(
-                    child, following if _is_batch_norm(following, child.out_channels) else None
-                )
+                norm = following if _is_batch_norm(following, child.out_channels) else None
+                found.setdefault(child, norm)
     return found
 
 
-def _warn_of(guessed: Iterable[nn.Module], module: nn.Module, flow: _Flow) -> None:
+def _warn_of(guessed: Iterable[nn.Conv2d], module: nn.Module, flow: _Flow) -> None:
     """Name the convolutions whose batch norm is a guess: no trace meets them, and a batch norm of
     their width is free."""
     free = {
@@ -204,11 +204,11 @@ def _warn_of(guessed: Iterable[nn.Module], module: nn.Module, flow: _Flow) -> No
         )
 
 
-def _is_plain_conv(module: nn.Module) -> bool:
+def _is_plain_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     return type(module) is nn.Conv2d and "weight" in module._parameters
 
 
-def _is_batch_norm(module: nn.Module | None, channels: int) -> bool:
+def _is_batch_norm(module: nn.Module | None, channels: int) -> TypeGuard[nn.BatchNorm2d]:
     return type(module) is nn.BatchNorm2d and module.num_features == channels
 
 
