@@ -101,6 +101,11 @@ class Attack(ABC):
             # the way past the lock of a frozen dataclass
             object.__setattr__(self, name, value)
 
+    def __repr__(self) -> str:
+        """Of a subclass that is no dataclass: what it was made with."""
+        values = ", ".join(f"{name}={value!r}" for name, value in settings(self).items())
+        return f"{type(self).__qualname__}({values})"
+
     @property
     def threat_model(self) -> ThreatModel:
         """The images that the attack may return."""

@@ -62,7 +62,8 @@ def check_labels(labels: Any, n_images: int, class_names: Any, where: str) -> np
     Raises:
         DataError: they are not N integers in `[0, number of classes)`, or the names not names.
     """
-    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+    listed = isinstance(class_names, list | tuple)
+    if not listed or not all(isinstance(name, str) for name in class_names):
         raise DataError(f"{where}: class_names: {class_names!r:.80}; expected a list of names")
     array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -72,7 +72,8 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
         )
     # PIL would print a warning about the transparent colours of a palette, which RGB does not have
     image.info.pop("transparency", None)
-    return image.convert("L" if channels == 1 else "RGB")
+    image = image.convert("RGB")
+    return image.convert("L") if channels == 1 else image
 
 
 def _bits(image: Image.Image) -> int:

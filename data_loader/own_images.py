@@ -31,22 +31,16 @@ from data_loader.training_data_loader import TrainingDataLoader
 BATCHING = ("__iter__", "__len__", "set_epoch", "order")
 """Methods of `BaseDataLoader`; whoever has one of their own makes its batches itself."""
 
-WITHOUT_EFFECT = (
-    "crop_padding", "padding_mode", "flip", "cutout", "cutout_inside", "cutout_fill",
-    "num_workers", "pin_memory", "shuffle", "seed",
-)  # fmt: skip
+AUGMENTATION = ("crop_padding", "padding_mode", "flip", "cutout", "cutout_inside", "cutout_fill")
+WORKERS = ("num_workers", "pin_memory")
+WITHOUT_EFFECT = (*AUGMENTATION, *WORKERS, "shuffle", "seed")
 """Arguments that a loader which makes its batches itself may do without: a warning says so."""
 
 KEYS = {
     "seed": "seed",
     "subset_percent": "trainer.subset_percent",
     "noise": "trainer.percent",
-    **{
-        name: f"augmentation.{name}"
-        for name in (
-            "crop_padding", "padding_mode", "flip", "cutout", "cutout_inside", "cutout_fill",
-        )
-    },
+    **{name: f"augmentation.{name}" for name in AUGMENTATION},
 }
 """Argument -> the config's key for it, where it is not one of `data_loader.args`."""
 
@@ -96,9 +90,6 @@ def build_loader(
     return OwnImages(loader, **{key: arguments[key] for key in done_around & arguments.keys()})
 
 
-WORKERS = ("num_workers", "pin_memory")
-
-
 class OwnImages(TrainingDataLoader):
     """The images of a loader that gives them by position, with everything that a run does to them.
 
@@ -111,6 +102,10 @@ class OwnImages(TrainingDataLoader):
         self.own = own
         self.default_mean, self.default_std = own.default_mean, own.default_std
         super().__init__(**options)
+
+    @property
+    def _called(self) -> str:
+        return type(self.own).__name__
 
     def read(self, train: bool) -> LabelledImages:
         if not train:
@@ -196,16 +191,17 @@ def _check_left(name: str, loader: BaseDataLoader, left: Mapping[str, Any]) -> N
     idle = []
     for key, value in left.items():
         dotted = KEYS.get(key, f"data_loader.args.{key}")
-        asked = value.active if isinstance(value, LabelNoise) else value
-        if key == "device":
+        if key not in defaults:
+            raise ConfigError(f"{dotted}: {name} takes no such argument")
+        done = loader.batch_size if key == "batch_size" else defaults[key].default
+        # where batches are is seen from the first one
+        if value == done or key == "device":
             continue
-        if key == "batch_size":
-            asked = loader.batch_size != value
-        elif key in defaults:
-            asked = asked and value != defaults[key].default
-        if asked and key in WITHOUT_EFFECT:
+        if isinstance(value, LabelNoise) and not value.active:
+            continue
+        if key in WITHOUT_EFFECT:
             idle.append(dotted)
-        elif asked:
+        else:
             raise ConfigError(
                 f"{dotted}: {name} does not take {key}, so nobody would do it: let its constructor"
                 " take it, or **options for its base class"

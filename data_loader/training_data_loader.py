@@ -158,12 +158,17 @@ class TrainingDataLoader(ImageDataLoader):
             DataError: data is missing or broken.
         """
 
+    @property
+    def _called(self) -> str:
+        """The class's name, for messages."""
+        return type(self).__name__
+
     def _checked(
         self, part: LabelledImages, shape: tuple[int, int, int] | None = None
     ) -> LabelledImages:
         """A part of the data set that keeps the contract; `shape` is that of the training images,
         where this is another part."""
-        where = f"data_loader.type: {type(self).__name__}"
+        where = f"data_loader.type: {self._called}"
         if isinstance(part.images, MemoryImages):
             part.images.check()
         labels = check_labels(part.labels, len(part.images), part.class_names, where)

@@ -76,7 +76,7 @@ def predictions_csv(predictions: Predictions, loader: BaseDataLoader) -> str:
     table.writerow(COLUMNS)
     rows = zip(
         loader.positions.tolist(),
-        getattr(loader, "sample_names", lambda: None)() or [""] * loader.n_samples,
+        loader.sample_names() or [""] * loader.n_samples,
         predictions.label.tolist(),
         predictions.prediction.tolist(),
         predictions.confidence.tolist(),

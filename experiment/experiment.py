@@ -193,6 +193,9 @@ def _resolved(
     if isinstance(config, str | Path):
         return load_config(config, settings, imports)
     if isinstance(config, Config):
+        if not settings:
+            # as it is: a dump leaves out the Comet key
+            return config
         config = config.dump()
     files = [Layer("config", dict(config))]
     _, own = run_imports(files, imports)

@@ -206,8 +206,11 @@ def load_model(
     if "mean" in checkpoint:
         normalization = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
     else:
-        make = DATA_LOADERS.get(config.data_loader.type)
-        normalization, _ = _untold_normalization(make, config, checkpoint)
+        channels = config.arch.args.in_channels or len(ORIGINAL_MEAN)
+        if channels != len(ORIGINAL_MEAN):
+            raise CheckpointError(f"{file}: does not say by which mean and std its network normalizes")
+        make = lookup(DATA_LOADERS, config.data_loader.type, "data_loader.type")
+        normalization, _ = _untold_normalization(make, channels, config, checkpoint)
     classes = config.arch.args.num_classes or config.num_classes
     if classes is None:
         classes = len(checkpoint.get("class_names", ()))
@@ -320,7 +323,10 @@ def _test_images(
     make = lookup(DATA_LOADERS, name, "data_loader.type")
     training = build_loader(name, make, {**args, "device": device})
     if not told:
-        untold, assumed["normalization"] = _untold_normalization(training, config, checkpoint)
+        channels = training.image_shape[0]
+        untold, assumed["normalization"] = _untold_normalization(
+            training, channels, config, checkpoint
+        )
         training.mean, training.std = (tuple(args.get(key, untold[key])) for key in ("mean", "std"))
     loader = training.test_loader()
     if loader.n_samples == 0:
@@ -330,7 +336,7 @@ def _test_images(
 
 
 def _untold_normalization(
-    training: BaseDataLoader, config: Config, checkpoint: Mapping[str, Any]
+    training: Any, channels: int, config: Config, checkpoint: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[float, ...]], str]:
     """Mean and std for a file that holds none, under a config that leaves them open, and a sentence
     about them.
@@ -340,9 +346,14 @@ def _untold_normalization(
     training images. The original's adversarial training normalises by CIFAR-10's
     whatever the data set, and on CIFAR-100 does so a second time, after its loader has normalised
     by CIFAR-100's and a clamp to [0, 1].
+
+    Args:
+        training: the training images; their class does where they have three channels.
+        channels: of the images.
+        config: of the evaluation.
+        checkpoint: its contents.
     """
     original = "monitor_best" in checkpoint
-    channels = training.image_shape[0]
     if channels != len(ORIGINAL_MEAN):
         sentence = (
             "the checkpoint holds no mean and std: normalising by those of the training images;"
@@ -350,7 +361,7 @@ def _untold_normalization(
             " values each) for others"
         )
         return {"mean": training.mean, "std": training.std}, sentence
-    mean, std = training.default_mean, training.default_std
+    mean, std = getattr(training, "default_mean", None), getattr(training, "default_std", None)
     twice = original and config.trainer.do_adv and mean not in (None, ORIGINAL_MEAN)
     follows = "training does"
     if mean is None or std is None or twice:

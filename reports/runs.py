@@ -189,8 +189,8 @@ def read_run(folder: Path) -> Run:
         ConfigError: one of its files is broken, or it has logged no epoch.
     """
     file = folder / "config.json"
-    # what own code it names is not imported
-    settings = resolved_settings(validate(read_tree(file), str(file)))
+    # its own code is not imported, so names of own parts are not known here
+    settings = resolved_settings(validate(read_tree(file), str(file), check_names=False))
     log = _read_log(folder / "metrics.jsonl")
     if not log:
         raise ConfigError(f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet")

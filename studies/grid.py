@@ -110,7 +110,7 @@ class Run:
         """The command line that starts it, from the script on."""
         settings = [(key, as_word(value)) for key, value in self.settings.items()]
         words = [self.script, "-c", str(self.config_file), "--run_dir", str(self.folder)]
-        words += flag_words(FLAG, self.imports)
+        words += _words(FLAG, self.imports)
         return [*words, *set_words([*settings, *self.overrides]), "--seed", str(self.seed)]
 
     def words_to_resume(self, changes: Sequence[Override] = ()) -> list[str]:
@@ -119,7 +119,13 @@ class Run:
         It names all own code, as a run folder by itself runs none.
         """
         imports = [code.word for code in self.config.imports]
-        return [self.script, "-r", str(self.folder), *flag_words(FLAG, imports), *set_words(changes)]
+        return [self.script, "-r", str(self.folder), *_words(FLAG, imports), *set_words(changes)]
+
+    def words_of_study(self) -> list[str]:
+        """What `run_ablations.py` is told to work on this run alone."""
+        words = ["--grid", str(self.grid), f"--config={self.variant}", "--seed", str(self.seed)]
+        words += ["--save_dir", str(self.folder.parent), *_words(FLAG, self.imports)]
+        return [*words, *set_words(self.overrides)]
 
 
 def read_grid(path: Path) -> Grid:
@@ -287,11 +293,10 @@ def describe(runs: Sequence[Run]) -> list[str]:
 
 def set_words(settings: Iterable[Override]) -> list[str]:
     """The words of a command line that set these keys."""
-    return flag_words("--set", [f"{key}={text}" for key, text in settings])
+    return _words("--set", [f"{key}={text}" for key, text in settings])
 
 
-def flag_words(flag: str, values: Iterable[str]) -> list[str]:
-    """The words of a command line that repeat a flag."""
+def _words(flag: str, values: Iterable[str]) -> list[str]:
     return [word for value in values for word in (flag, value)]
 
 

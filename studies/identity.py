@@ -30,20 +30,6 @@ HASHED_AT_DEFAULT = (
 runs were first named. It does not grow: a newer key is hashed only where it has another value than
 its default, so that the folders of earlier studies keep their names."""
 
-HASHED_WHERE_ABSENT: dict[str, Any] = {
-    "adversarial.steps": 10,
-    "adversarial.restarts": 1,
-    "adversarial.random_start": True,
-    "adversarial.warmup_epochs": 0,
-    "adversarial.noise": "reset",
-    "adversarial.beta": 6.0,
-}
-"""Keys of `HASHED_AT_DEFAULT` that have become arguments of some methods: a config that does not
-give them is hashed with the default that they had. It does not grow either."""
-NOT_HASHED = {"adversarial.clean_passes": 1}
-"""A key that was newer than `HASHED_AT_DEFAULT` and has become an argument, and its default. Other
-arguments of constructors are hashed wherever a config gives them."""
-
 
 def identity(config: Config, settings: Collection[str] = ()) -> str:
     """Ten hexadecimal digits of a hash of everything in a config that can change a result.
@@ -60,9 +46,6 @@ def identity(config: Config, settings: Collection[str] = ()) -> str:
         if not any(lies_in(key, [place]) for key in settings):
             forget(tree, place)
     _remove_new_defaults(tree, ())
-    for key, value in HASHED_WHERE_ABSENT.items():
-        section, name = key.split(".")
-        tree.setdefault(section, {}).setdefault(name, value)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -81,10 +64,10 @@ def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:
             known = any(other.startswith(f"{key}.") for other in HASHED_AT_DEFAULT)
             if not tree[name] and not known:
                 del tree[name]
-        elif name not in section.model_fields:
-            if NOT_HASHED.get(key) == tree[name]:
-                del tree[name]
         elif key not in HASHED_AT_DEFAULT and not is_place(key):
+            # an argument of a part is hashed wherever it is given, unless a resolved config holds it given or not
+            if name not in section.model_fields and not section.fills_defaults:
+                continue
             field = section.known_fields()[name]
             if not field.is_required() and tree[name] == field.get_default(call_default_factory=True):
                 del tree[name]

@@ -17,10 +17,9 @@ import torch
 
 from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
-from base.config.imports import FLAG
 from base.errors import ConfigError
 from base.text import one_line
-from studies.grid import Run, flag_words, set_words
+from studies.grid import Run
 from studies.progress import FINISHED, changed_places, look
 
 ROOT = Path(__file__).parents[1]
@@ -207,10 +206,7 @@ def _reason(error: str, name: str) -> str:
 
 def command_of_job(run: Run) -> list[str]:
     """What a cluster's job does: a study of this run alone, which begins it or continues it."""
-    words = ["--grid", str(run.grid), f"--config={run.variant}", "--seed", str(run.seed)]
-    words += ["--save_dir", str(run.folder.parent), *set_words(run.overrides)]
-    words += flag_words(FLAG, run.imports)
-    return [sys.executable, str(ROOT / "run_ablations.py"), *words]
+    return [sys.executable, str(ROOT / "run_ablations.py"), *run.words_of_study()]
 
 
 def work_of_job(run: Run) -> Any:

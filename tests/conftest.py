@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import signal
+import sys
 import tarfile
 import urllib.error
 
@@ -11,7 +12,9 @@ import pytest
 import torchvision.datasets
 import torchvision.datasets.utils
 
-import experiment  # noqa: F401 - it fills the tables that configs are checked against
+# whose rooms fill the tables that configs are checked against
+import experiment as experiment
+from base.config import imports
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -22,6 +25,23 @@ def ctrl_c_ends_the_tests():
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def own_code(monkeypatch):
+    """Whatever a test imports as a user's own code is forgotten behind it."""
+    tables = {name: dict(table) for name, table in imports.tables().items()}
+    modules = set(sys.modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(imports, "_imported", {})
+    monkeypatch.setattr(imports, "_owners", {})
+    yield
+    for name, table in imports.tables().items():
+        table.clear()
+        table.update(tables[name])
+    for name in set(sys.modules) - modules:
+        if getattr(sys.modules[name], "OWN", False):
+            del sys.modules[name]
 
 
 def _cifar_entry(n: int, num_classes: int, label_key: str, seed: int) -> dict:

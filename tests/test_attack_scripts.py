@@ -318,6 +318,29 @@ def bad_inputs(folder, tmp_path):
             "--steps: autoattack has no such setting",
         ),
         "two attacks": (["-s", folder, "--apgd", "--autoattack"], 2, "one attack at a time"),
+        "three attacks": (["-s", folder, "--apgd", "--attack", "pgd"], 2, "one attack at a time"),
+        "no attack": (
+            ["-s", folder, "--attack", "apdg"],
+            2,
+            "'apdg' is not one of: fgsm, pgd, apgd, square, autoattack; did you mean 'apgd'?",
+        ),
+        "another attack's argument": (
+            ["-s", folder, "--attack", "apgd", "--set", "pgd_attack.queries=3"],
+            2,
+            "pgd_attack.queries: only square takes it, not apgd",
+        ),
+        "an argument out of its range": (
+            ["-s", folder, "--attack", "apgd", "--set", "pgd_attack.rho=3"],
+            2,
+            "pgd_attack: apgd: rho: expected a number in [0, 1], not 3",
+        ),
+        "table": (["-s", folder, "--csv", "a.txt"], 2, "expected one of: csv"),
+        "images": (["-s", folder, "--save_images", "a.pt"], 2, "expected one of: npz"),
+        "images over the checkpoint": (
+            ["-s", folder, "--save_images", folder / "labels.npz"],
+            2,
+            "it is a file of the run in",
+        ),
         "unknown flag": (["-s", folder, "--step", "3"], 2, "--step"),
     }
 
@@ -407,6 +430,42 @@ def test_a_run_folder_that_may_only_be_read_asks_for_a_file(robust_run, tmp_path
     done = script("fgsm.py", *words, "--json", "a.json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((tmp_path / "a.json").read_text())["n"] == 10
+
+
+def own_attack(folder):
+    """A file that registers an attack of a user's own."""
+    source = (ROOT / "tests" / "own_attacks.py").read_text()
+    file = folder / "mine.py"
+    file.write_text(f'{source}\n\nfrom base.registry import ATTACKS\n\nATTACKS["momentum"] = MomentumFGSM\n')
+    return file
+
+
+def test_a_users_own_attack_with_its_arguments_images_and_table(robust_run, tmp_path):
+    words = ["-s", robust_run[0], "--limit", 12, "--json", "a.json", "--csv", "a.csv", "--save_images", "a.npz"]
+    own = ["--imports", own_attack(tmp_path), "--attack", "momentum", "--set", "pgd_attack.momentum=0.5", "--steps", 3]
+    done = script("validate_pgd.py", *words, *own, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].startswith("MomentumFGSM-3, linf 8/255, momentum 0.5 on 12 images: clean ")
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert (report["momentum"], report["steps"], report["step_size"]) == (0.5, 3, None)
+    images, verdicts = np.load(tmp_path / "a.npz"), np.load(tmp_path / "a.verdicts.npz")
+    assert images["images"].shape == (12, 3, 32, 32)
+    assert np.array_equal(images["prediction"], verdicts["prediction"])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["position"]) for row in rows] == verdicts["position"].tolist()
+    assert {row["label_name"] for row in rows} <= {str(digit) for digit in range(10)}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_config_chooses_the_attack_and_its_own_defaults(robust_run, tmp_path):
+    """Sizes of the checkpoint's PGD mean nothing to another attack."""
+    words = ["-s", robust_run[0], "--limit", 4, "--json", tmp_path / "a.json"]
+    choice = ["--set", "pgd_attack.type=square", "--set", "pgd_attack.queries=7"]
+    done = script("validate_pgd.py", *words, *choice, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert (report["attack"], report["queries"], report["loss"]) == ("Square", 7, "margin")
 
 
 def test_the_originals_long_flags(robust_run, tmp_path):

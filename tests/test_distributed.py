@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from socket import socket
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from base.config.files import merge, validate
 from base.errors import ConfigError, Stopped
 from base.ranks import rank, world_size
 from base.run_folder import PROVENANCE
+from data_loader import DATA_LOADERS
+from data_loader.datasets import read_digits
 from experiment import build
 from experiment.evaluation_flags import evaluation_parser
 from experiment.experiment import Experiment
@@ -54,7 +57,23 @@ METHODS = {
     ),
     "free": {"adversarial": {"method": "free", "noise": "carry", **ATTACKED}, "trainer": {"adv_repeats": 2}},
     "trades": {"adversarial": {"method": "trades", "clean_passes": 2, **ATTACKED}},
+    "own data": {"data_loader": {"type": "OwnDigits"}, "augmentation": {"cutout": 4}},
 }
+
+
+class OwnDigits(BaseDataLoader):
+    """A user's data set, which gives images by position."""
+
+    def __init__(self, train: bool = True) -> None:
+        digits = read_digits(train)
+        self.pixels, self.labels = digits.images.pixels, torch.from_numpy(digits.labels)
+        self.class_names = digits.class_names
+
+    def images_at(self, positions):
+        return self.pixels[positions]
+
+    def test_loader(self):
+        return OwnDigits(train=False)
 
 
 @contextmanager
@@ -71,7 +90,7 @@ def double_precision():
 
 def train_all(folder):
     """Every method; where there are two processes, one more run is stopped in the middle of its second epoch."""
-    with double_precision():
+    with double_precision(), patch.dict(DATA_LOADERS, OwnDigits=OwnDigits):
         for name, settings in METHODS.items():
             Experiment.from_config(validate(merge(TINY, settings))).run(str(folder / name))
         if world_size() == 2:
@@ -138,6 +157,12 @@ def test_two_processes_equal_one(runs, method):
     for name in PROVENANCE:
         assert results[1].pop(name) == results[0].pop(name)
     assert results[1] == pytest.approx(results[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_own_data_trains_as_data_that_is_known(runs, processes):
+    own, known = (runs / processes / name for name in ("own data", "standard"))
+    assert largest_difference(own / "model_last.pth", known / "model_last.pth") == 0
 
 
 def test_the_comparison_can_fail(runs):

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "script": {"base", "evaluation", "studies", "reports", "experiment"},
 }
 PACKAGES = {
-    "base": {"torch", "pydantic", "numpy", "tqdm", "comet_ml"},
+    "base": {"torch", "pydantic", "pydantic_core", "numpy", "tqdm", "comet_ml"},
     "reports": {"numpy", "scipy", "sklearn", "matplotlib"},
 }
 """Of the rooms that may use only these."""

@@ -1,4 +1,4 @@
-"""Adversarial training: free, PGD and fast FGSM, and TRADES. Each `train_batch` is the algorithm of its paper."""
+"""Adversarial training: free, PGD, fast FGSM, and TRADES. Each `train_batch` is the algorithm of its paper."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -235,8 +235,7 @@ class FGSMTrainer(AdversarialTrainer):
     """Fast FGSM training (Wong et al., arXiv:2001.03994): one step, of 1.25 epsilon from a random start.
 
     Args:
-        parts: see `TrainerParts`.
-        step_size, random_start, warmup_epochs, bn_mode: see `AdversarialTrainer`.
+        parts: see `TrainerParts`; the other arguments are those of `AdversarialTrainer`.
     """
 
     validated_by_fgsm = True

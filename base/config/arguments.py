@@ -11,12 +11,21 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
-from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUndefined, core_schema
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, PydanticUndefined, core_schema
 
 from base.config.section import Section
 from base.registry import Constructor, not_one_of, property_of
@@ -178,6 +187,14 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
         return None
 
 
+@lru_cache(maxsize=1024)
+def _open_arguments(entry: Constructor, contract: frozenset[str], positional: int) -> Mapping[str, Argument]:
+    """`arguments_of` an entry without those that the project itself gives; see `Choice`."""
+    first = {parameter.name for parameter in parameters_of(entry)[:positional]}
+    every = arguments_of(entry).items()
+    return {key: argument for key, argument in every if argument.name not in contract | first}
+
+
 @dataclass(frozen=True, eq=False)
 class Choice:
     """A key that chooses an entry of a table, whose arguments may then stand in an open section.
@@ -196,14 +213,11 @@ class Choice:
     positional: int = 0
     others: Literal["error", "ignored"] = "error"
 
-    def arguments(self, name: str) -> dict[str, Argument]:
+    def arguments(self, name: str) -> Mapping[str, Argument]:
         """Config key -> argument of an entry; nothing where the table has none of this name."""
         if name not in self.table:
             return {}
-        entry = self.table[name]
-        first = {parameter.name for parameter in parameters_of(entry)[: self.positional]}
-        every = arguments_of(entry).items()
-        return {key: argument for key, argument in every if argument.name not in self.contract | first}
+        return _open_arguments(self.table[name], self.contract, self.positional)
 
     def owners(self, key: str) -> dict[str, Argument]:
         """Entry -> its argument of this key, of all that take it."""
@@ -227,6 +241,24 @@ class OpenSection(Section):
     """Whose arguments it is open to. A key that several of them know reaches all that are chosen."""
     fills_defaults: ClassVar[bool] = False
     """Whether a resolved config holds every argument that has a default other than null, whichever entry takes it."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _known_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """Refuse keys that no entry knows, together with whatever is wrong with the others."""
+        problems: list[InitErrorDetails] = []
+        if isinstance(value, dict) and checks_names(info.context):
+            unknown = value.keys() - cls.known_fields().keys()
+            problems = [
+                InitErrorDetails(type="extra_forbidden", loc=(key,), input=value[key]) for key in value if key in unknown
+            ]
+        try:
+            section = handler(value)
+        except ValidationError as error:
+            problems = [*(_moved(problem, ()) for problem in error.errors()), *problems]
+        if problems:
+            raise ValidationError.from_exception_data(cls.__name__, problems)
+        return section
 
     @property
     def given(self) -> dict[str, Any]:
@@ -279,9 +311,10 @@ class OpenSection(Section):
     def known_fields(cls) -> dict[str, FieldInfo]:
         """Its fixed keys, and those of all entries of its tables."""
         known = dict(cls.model_fields)
-        for key in (key for choice in cls.choices for key in choice.known_keys()):
-            if key not in known:
-                known[key] = next(iter(cls.owners(key).values())).field
+        for choice in cls.choices:
+            for name in choice.table:
+                for key, argument in choice.arguments(name).items():
+                    known.setdefault(key, argument.field)
         return known
 
     @classmethod
@@ -309,8 +342,6 @@ class OpenSection(Section):
                 problems += [_moved(problem, (*place, key)) for problem in error.errors()]
             except PydanticCustomError as error:
                 problems.append(InitErrorDetails(type=error, loc=(*place, key), input=value))
-            except KeyError:
-                problems.append(InitErrorDetails(type="extra_forbidden", loc=(*place, key), input=value))
         problems += [
             InitErrorDetails(type="missing", loc=(*place, key), input=None) for key in self._missing(chosen)
         ]
@@ -318,22 +349,18 @@ class OpenSection(Section):
             raise ValidationError.from_exception_data(type(self).__name__, problems)
 
     def _checked(self, key: str, value: Any, chosen: Mapping[str, str]) -> Any:
-        """The value of a key as the chosen entries take it, or, where none does, as others do.
-
-        Raises:
-            KeyError: no entry knows the key.
-        """
+        """The value of a key as the chosen entries take it, or, where none does, as others do."""
         owners = {choice: choice.owners(key) for choice in self.choices}
         takers = [owners[choice][chosen[choice.key]] for choice in self.choices if chosen.get(choice.key) in owners[choice]]
         if takers:
             values = [argument.adapter.validate_json(json.dumps(value)) for argument in takers]
             return values[0]
         knowing = [choice for choice in self.choices if owners[choice]]
-        if not knowing:
-            raise KeyError(key)
         choice = next((choice for choice in knowing if choice.others == "ignored" or choice.key not in chosen), knowing[0])
         if choice.others == "error" and choice.key in chosen:
-            text = f"only {' and '.join(owners[choice])} take{'' if len(owners[choice]) > 1 else 's'} it, not {chosen[choice.key]}"
+            others = " and ".join(owners[choice])
+            verb = "take" if len(owners[choice]) > 1 else "takes"
+            text = f"only {others} {verb} it, not {chosen[choice.key]}"
             raise PydanticCustomError(OTHERS_ARGUMENT, "{text}", {"text": text})
         return _first_fit([argument.adapter for argument in owners[choice].values()], value)
 
@@ -379,7 +406,7 @@ def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
     raise failed[0]
 
 
-def _moved(problem: Any, place: tuple[str, ...]) -> InitErrorDetails:
+def _moved(problem: ErrorDetails, place: tuple[str, ...]) -> InitErrorDetails:
     """A problem that was found in a value, as one of the tree that the value lies in."""
     kind = problem["type"]
     details = InitErrorDetails(type=kind, loc=(*place, *problem["loc"]), input=problem["input"])

@@ -97,13 +97,13 @@ class ArchArgs(OpenSection):
     in_channels: Positive | None = None
     """Channels of the images; null takes the data set's."""
     norm_layer_type: Annotated[str, NameIn(NORM_LAYERS, ("channels",))] = "bn"
-    """bn BatchNorm, gn GroupNorm, in InstanceNorm, no none."""
+    """Norm layers."""
     conv_layer_type: Annotated[str, CONV_CALL] = "conv"
-    """conv plain, prec_conv or conv_norm ConvNorm, sn_conv spectral normalization, oni_conv ONI, own_conv OWN."""
+    """Convolutions; those of ConvNorm need no norm layer."""
     linear_layer_type: Annotated[str, NameIn(LINEAR_LAYERS, ("in_features", "out_features"))] = "linear"
-    """Type of the classifier."""
+    """The classifier."""
     activation_layer_type: Annotated[str, NameIn(ACTIVATION_LAYERS, ("channels",), ("inplace",))] = "relu"
-    """relu, or srelu: shifted ReLU with a learnt threshold per channel."""
+    """Activations."""
     init: Literal["default", "he", "he_zero_gn"] | None = None
     """Initial weights: PyTorch's (default); He's normal law by fan-out, as in TRADES' wide ResNets
     (he); that law for convolutions only, and weight 0 in every GroupNorm that ends a residual branch,
@@ -165,7 +165,7 @@ class DataLoaderArgs(OpenSection):
     choices = (Choice("data_loader.type", DATA_LOADERS, OF_THE_CONFIG),)
 
     data_dir: InputPath | None = None
-    """Folder of the data set, see docs/data.md; DigitsDataLoader needs none."""
+    """Folder of the data set, see docs/data.md; a data loader may need none."""
     batch_size: Positive = 128
     """Images in a minibatch, over all processes that train together."""
     shuffle: bool = True
@@ -277,7 +277,7 @@ class Config(Section):
     val_loss: LossName = "cross_entropy"
     """Loss reported on validation and test set."""
     metrics: list[MetricName] = Field(default=["top1", "top5"])
-    """Metrics in progress and logs; my_metric is top1, my_metric2 is top5."""
+    """Metrics in progress and logs; of two names for one, the first is logged."""
     trainer: TrainerConfig = TrainerConfig()
     adversarial: AdversarialConfig = Field(default_factory=AdversarialConfig)
     pgd_attack: PGDAttackConfig = PGDAttackConfig()

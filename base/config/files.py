@@ -279,7 +279,12 @@ def override_layers(overrides: Iterable[Override]) -> list[Layer]:
 
 
 def validate(
-    tree: Tree, source: str = "config", layers: Sequence[Layer] = (), origins: Origins | None = None
+    tree: Tree,
+    source: str = "config",
+    layers: Sequence[Layer] = (),
+    origins: Origins | None = None,
+    *,
+    check_names: bool = True,
 ) -> Config:
     """The typed config of a JSON tree. No code is imported for it.
 
@@ -288,6 +293,8 @@ def validate(
         source: what errors call it.
         layers: the files and flags that it was merged of, where it was.
         origins: which of them each value came from.
+        check_names: False takes any name and argument of a part, as the code that registers it may be missing; nothing is
+            warned of then.
 
     Raises:
         ConfigError: one line that names the file, the flag or `source`, the dotted key, the value, what was expected and the
@@ -298,11 +305,14 @@ def validate(
     tree = _explain_placeholders(_without_nulls(_without_comments(tree)), source)
     _refuse_broken_text(tree, source, origins)
     try:
-        config = Config.model_validate_json(json.dumps(read_sizes(tree)))
+        context = None if check_names else arguments.UNCHECKED
+        config = Config.model_validate_json(json.dumps(read_sizes(tree)), context=context)
     except ValidationError as error:
         problems = [*_problems(error, origins), *_problems_of_arguments(tree, error, origins)]
         raise ConfigError(_all_blamed(problems, source)) from None
     config._provenance = Provenance(origins)
+    if not check_names:
+        return config
     files = [layer for layer in layers if not layer.is_flag]
     flags = [layer for layer in layers if layer.is_flag]
     config._warnings = warnings_of(

@@ -25,10 +25,9 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 from base import registry
 from base.config.section import FilePath, Section
 from base.errors import CheckpointError, ConfigError, ProjectError
+from base.rooms import ROOMS, ROOT
 from base.text import one_line
 
-ROOT = Path(__file__).parents[2]
-"""The folder of the clone, where the rooms lie."""
 FLAG = "--imports"
 EXPECTED = "expected a list of Python files and names of modules"
 
@@ -205,23 +204,6 @@ def own_class(name: str, kind: type, key: str) -> type:
     return cls
 
 
-def hidden_room() -> str | None:
-    """Which room another module hides, as one line; None where Python finds all rooms in the clone.
-
-    A user's folder `models/` does so where Python looks into it before it looks into the clone.
-    """
-    for room in _rooms():
-        spec = find_spec(room)
-        places = list(spec.submodule_search_locations or [spec.origin]) if spec else []
-        if places and Path(str(places[0])).resolve() != (ROOT / room).resolve():
-            return f"{places[0]}: hides this project's {ROOT / room}: rename it, or start elsewhere"
-    return None
-
-
-def _rooms() -> list[str]:
-    return sorted(folder.parent.name for folder in ROOT.glob("*/__init__.py"))
-
-
 def _import(request: Request) -> OwnCode:
     code = request.code
     if code.file is None:
@@ -271,7 +253,7 @@ def _import_module(request: Request) -> OwnCode:
     known = _imported.get(name)
     if known is not None:
         return known
-    if name.partition(".")[0] in _rooms():
+    if name.partition(".")[0] in ROOMS:
         raise _error(request, "is a room of this project: expected a module of your own")
     _run(request, request.code, None, lambda: importlib.import_module(name))
     return _noted(_already_there(OwnCode(module=name)))
@@ -300,7 +282,7 @@ def _file_of(module: ModuleType) -> Path | None:
 
 def _hidden_by(name: str, file: Path) -> str | None:
     """What a module of this name stands for already; None where that is nothing, or this file."""
-    if name in _rooms() or (ROOT / f"{name}.py").is_file():
+    if name in ROOMS or (ROOT / f"{name}.py").is_file():
         return f"{name} of this project"
     loaded = sys.modules.get(name)
     if loaded is not None:
@@ -402,5 +384,5 @@ def _reason(error: BaseException, code: OwnCode, file: Path | None) -> str:
     ]
     place = f"line {lines[-1]}: " if lines else ""
     room = missing.partition(".")[0]
-    hint = f"; {room} is a room of this project, which comes first" if room in _rooms() else ""
+    hint = f"; {room} is a room of this project, which comes first" if room in ROOMS else ""
     return f"{place}{type(error).__name__}: {error}{hint}"

@@ -1,13 +1,16 @@
 """The JSON Schema of a config file and the table of its keys, both generated from the typed tree.
 
 `python -m base.config.json_schema` writes `configs/schema.json`, which every shipped config names in `$schema` so that editors
-complete and check, and `configs/README.md`, the config reference.
+complete and check, `configs/README.md`, the config reference, and the table of choices in `README.md`.
 """
 
 import importlib
+import inspect
 import json
+import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,7 +22,10 @@ from base.config.files import section_at
 from base.config.imports import OwnCode
 from base.config.section import LARGEST, Section
 
-FOLDER = Path("configs")
+FOLDER, README = Path("configs"), Path("README.md")
+CHOICES_BEGIN = "<!-- choices, written by python -m base.config.json_schema -->"
+CHOICES_END = "<!-- end of choices -->"
+FIRST_SENTENCE = re.compile(r".*?\.(?= |$)|.*")
 FILE_KEYS = {
     "$schema": "This schema, for editors.",
     "extends": "Parent config, relative to this file; the keys of this file win, null deletes a key.",
@@ -56,7 +62,65 @@ def reference() -> str:
                 default = "required" if field.is_required() else f"`{json.dumps(_plain(field.default))}`"
                 kind, meaning = _describe(field.annotation, field.metadata), _meaning(section, name, field)
                 lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
+    lines += ["", "## Choices", "", "What the names in these tables stand for; own parts may be added to them.", ""]
+    lines += ["| key | name | meaning |", "|---|---|---|"]
+    for keys, table in choices():
+        for names, meaning in _summaries(table):
+            lines.append(f"| {_code(keys)} | {_code(names)} | {meaning} |")
     return "\n".join(lines) + "\n"
+
+
+def readme_with_choices(text: str) -> str:
+    """The text of `README.md` with the table of choices as it is now, between `CHOICES_BEGIN` and `CHOICES_END`."""
+    before, _, rest = text.partition(f"{CHOICES_BEGIN}\n")
+    _, _, after = rest.partition(CHOICES_END)
+    rows = [f"| {_code(keys)} | {_code(table)} |" for keys, table in choices()]
+    lines = ["| choice | names |", "|---|---|", *rows]
+    return f"{before}{CHOICES_BEGIN}\n" + "\n".join(lines) + f"\n{CHOICES_END}{after}"
+
+
+def choices() -> list[tuple[list[str], Mapping[str, Any]]]:
+    """The dotted keys that name entries of a table, and the table, of every table."""
+    found: dict[int, tuple[list[str], Mapping[str, Any]]] = {}
+    for path, section in _sections(Config, []):
+        for name, field in section.model_fields.items():
+            for table in _tables(field.annotation, field.metadata):
+                keys, _ = found.setdefault(id(table), ([], table))
+                keys.append(".".join([*path, name]))
+    return list(found.values())
+
+
+def _tables(annotation: Any, metadata: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    """The tables that a type's values are names in."""
+    yield from (item.table for item in metadata if isinstance(item, NameIn))
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        yield from _tables(arguments[0], arguments[1:])
+    elif get_origin(annotation) is not Literal:
+        for argument in arguments:
+            yield from _tables(argument, ())
+
+
+def _summaries(table: Mapping[str, Any]) -> Iterator[tuple[list[str], str]]:
+    """The names of each entry of a table, and the first sentence of its docstring."""
+    names: dict[str, list[str]] = {}
+    for name, entry in table.items():
+        names.setdefault(_summary(entry), []).append(name)
+    for summary, its_names in names.items():
+        yield its_names, summary
+
+
+def _summary(entry: Any) -> str:
+    while isinstance(entry, partial):
+        entry = entry.func
+    paragraph = inspect.cleandoc(entry.__doc__ or "").partition("\n\n")[0]
+    sentence = FIRST_SENTENCE.match(" ".join(paragraph.split()))
+    # torch's docstrings are reStructuredText
+    return sentence[0].replace("|", "\\|").replace(":math:", "") if sentence else ""
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _sections(section: type[Section], path: list[str]) -> Iterator[tuple[list[str], type[Section]]]:
@@ -128,3 +192,4 @@ if __name__ == "__main__":
     importlib.import_module("experiment")
     (FOLDER / "schema.json").write_text(json.dumps(schema(), indent=2) + "\n")
     (FOLDER / "README.md").write_text(reference())
+    README.write_text(readme_with_choices(README.read_text()))

@@ -81,7 +81,7 @@ class ONIConv2d(nn.Conv2d):
     """
 
     normalizes_weights: ClassVar = True
-    config_names: ClassVar = {"rule": "oni_rule", "iterations": "oni_iterations", "scale": "weight_scale"}
+    config_names: ClassVar = {"rule": "oni_rule"}
 
     def __init__(
         self,

@@ -136,3 +136,13 @@ def test_alpha_is_dropped_and_exif_orientation_is_not_applied(tmp_path):
         assert image.getexif()[0x0112] == 6
     found = decode_image(str(tmp_path / "turned.png"), (3, 4, 6), resize=False)
     assert np.array_equal(found.permute(1, 2, 0).numpy(), colours[..., :3])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "LAB"])
+def test_one_channel_is_the_luma_of_rgb(tmp_path, mode):
+    image, (red, green, blue) = image_of(mode)
+    path = tmp_path / "image.tif"
+    image.save(path)
+    gray = decode_image(str(path), (1, HEIGHT, WIDTH), resize=False)
+    assert gray.shape == (1, HEIGHT, WIDTH)
+    assert abs(int(gray[0, 0, 0]) - (0.299 * red + 0.587 * green + 0.114 * blue)) <= 1

@@ -79,6 +79,30 @@ def test_a_subset_holds_the_images_asked_for_in_that_order(session_folder):
     assert (part.mean, part.class_names, part.n_samples) == (whole.mean, whole.class_names, 4)
 
 
+def test_a_folder_of_gray_images_has_one_channel_where_asked(session_folder):
+    gray, colour = (folder_loader(session_folder, channels=channels, crop_padding=0) for channels in (1, 3))
+    assert gray.image_shape == (1, 8, 8)
+    assert len(gray.mean) == len(gray.test_loader().std) == 1
+    luma = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
+    images, expected = (next(iter(loader.test_loader()))[0] for loader in (gray, colour))
+    assert torch.allclose(images[:, 0], (expected * luma).sum(dim=1), atol=1 / 255)
+    assert gray.image_digest() != colour.image_digest()
+    assert collect(gray)[0][0].shape == (16, 1, 8, 8)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_files_are_named_by_their_paths_in_the_folder(session_folder, in_memory):
+    loader = folder_loader(session_folder, in_memory=in_memory)
+    loader.prepare()
+    names = loader.sample_names()
+    index = loader.label_arrays()["train_index"]
+    assert names[0] == f"train/ant/{index[0]:03}.png"
+    assert len(names) == loader.n_samples
+    test = loader.test_loader()
+    assert test.subset(torch.tensor([6, 0])).sample_names() == ("test/bee/001.png", "test/ant/000.png")
+    assert DigitsDataLoader().sample_names() is None
+
+
 def test_the_last_batch_is_not_dropped(session_folder):
     loader = folder_loader(session_folder, batch_size=20)
     assert [len(labels) for _, labels in loader] == [20, 20, 8]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from base.errors import ConfigError
-from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, LINEAR_LAYERS, NORM_LAYERS
+from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS
 from models import MODELS, build_model
 from models.layers import ONIConv2d
 from models.losses import LOSSES
@@ -283,4 +283,3 @@ def test_errors_name_the_key_and_the_choices(arch, message):
 def test_none_means_not_given():
     model = build_model({"type": "simpleCNN", "args": {"num_classes": 3, "stem": None, "norm_layer_type": None}})
     assert model(torch.rand(2, 3, 48, 40)).shape == (2, 3)
-    assert set(LINEAR_LAYERS) == {"linear"}

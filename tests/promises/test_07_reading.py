@@ -1,5 +1,7 @@
 """Promise 7: reading runs no code. Every checkpoint, label file and array is read without unpickling anything but tensors and
-plain values; names in configs resolve only through the tables; paths in configs cannot leave `save_dir` for what is written.
+plain values; code of a user's own runs only if a config that `-c` gives, or `--imports`, names it, never because a checkpoint
+or a run folder asks for it; names in configs resolve only through the tables and what was imported so; paths in configs cannot
+leave `save_dir` for what is written.
 (Secrets: `test_07_secrets.py`; archives: `test_09_data.py`.)"""
 
 import ast
@@ -14,12 +16,15 @@ import numpy as np
 import pytest
 import torch
 
+from base import resuming
 from base.checkpoint import save_checkpoint
+from base.config import imports
 from base.config.config import Config
 from base.config.files import load_config, validate
 from base.errors import CheckpointError, ConfigError
 from base.optimization import check_optimization
 from experiment.experiment import Experiment
+from reports.runs import read_run
 from tiny_runs import run
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +95,51 @@ def test_the_check_can_fail(tmp_path, monkeypatch, small, reader):
         monkeypatch.setattr(np, "load", lambda *args, **options: load_array(*args, **{**options, "allow_pickle": True}))
     with pytest.raises(AssertionError, match="has run what it read"):
         check_every_entry_point(tmp_path / "x", monkeypatch, small())
+
+
+def folder_that_asks_for_code(folder, config):
+    """A run folder whose config names a file that makes a folder when it runs."""
+    Malicious.place = folder / "ran"
+    (folder / "run").mkdir(parents=True)
+    code = folder / "asked_for.py"
+    code.write_text(f"import os\nos.mkdir({str(Malicious.place)!r})\n")
+    tree = {**config.dump(), "imports": [{"file": str(code)}]}
+    for name in ("model_best.pth", "model_last.pth"):
+        save_checkpoint(folder / "run" / name, {"state_dict": {}, "config": tree})
+    (folder / "run" / "config.json").write_text(json.dumps(tree))
+    (folder / "run" / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1.0}\n')
+    return folder / "run", code
+
+
+def check_code_that_is_asked_for(folder, monkeypatch, config):
+    run_folder, code = folder_that_asks_for_code(folder, config)
+    evaluating = ("validate_pgd.py", "fgsm.py", "spectrum.py", "class_report.py")
+    for place in (run_folder, run_folder / "model_last.pth"):
+        commands = [["train.py", "-r", place], ["train_robust.py", "-r", place], ["train.py", "--print-config", "-r", place]]
+        for script, *words in [*commands, *([script, "-s", place] for script in evaluating)]:
+            monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, words)])
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            assert not Malicious.place.exists(), f"{script} {words} has run what the checkpoint asks for"
+            assert ended.value.code == 3, f"{script} {words}: exit {ended.value.code}"
+    read_run(run_folder)
+    assert not Malicious.place.exists()
+    return code
+
+
+def test_no_entry_point_runs_code_that_a_run_asks_for(tmp_path, monkeypatch, small, capsys):
+    code = check_code_that_is_asked_for(tmp_path / "x", monkeypatch, small())
+    assert capsys.readouterr().err.count(f": add --imports {code}") == 14
+
+
+def test_the_check_of_code_that_is_asked_for_can_fail(tmp_path, monkeypatch, small, own_code):
+    def run(recorded, source):
+        return imports.import_own_code(imports.requests_of_flag([code.word for code in recorded]))
+
+    monkeypatch.setattr(resuming, "imported_for", run)
+    with pytest.raises(AssertionError, match="has run what the checkpoint asks for"):
+        check_code_that_is_asked_for(tmp_path / "x", monkeypatch, small())
+    sys.modules.pop("asked_for", None)
 
 
 def unsafe_calls(text):

@@ -45,7 +45,7 @@ def test_settings_say_what_a_null_stands_for(make_run):
     assert (settings["adversarial.method"], settings["adversarial.epsilon"]) == ("free", 4)
     assert (settings["adversarial.bn_mode"], settings["adversarial.validate_every"]) == ("train", 1)
     assert settings["optimizer.args.lr"] == 0.1
-    assert settings["arch.args.norm_groups"] is None
+    assert settings["arch.args.num_classes"] is None
 
 
 def broken(make_run, tmp_path):

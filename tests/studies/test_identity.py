@@ -30,6 +30,33 @@ def test_folders_of_begun_studies_keep_their_names(grid):
     assert run.folder.name == name
 
 
+OF_4BC1DE1 = [
+    ("1824eb9021", {}),
+    ("1824eb9021", {"arch": {"args": {"stem": None, "oni_rule": None}}}),
+    ("ad1806bbb6", {"arch": {"args": {"stem": "cifar"}}}),
+    ("75c0f37ce3", {"arch": {"args": {"norm_groups": 8}}}),
+    ("054eea62e9", {"arch": {"type": "wide_resnet", "args": {"depth": 16, "widen_factor": 2, "dropout": 0}}}),
+    ("b34f72ffe8", {"arch": {"args": {"conv_layer_type": "oni_conv", "oni_rule": "paper"}}}),
+    ("cd548141e9", {"adversarial": {"method": "trades", "beta": 6, "clean_passes": 1}}),
+    ("36b4c05534", {"adversarial": {"method": "trades", "clean_passes": 2}}),
+    ("8c86f26798", {"adversarial": {"method": "pgd", "steps": 10, "bn_mode": "train"}}),
+    ("864a4b3bd3", {"adversarial": {"method": "none", "steps": 3}}),
+    ("cfdd380721", {
+        "data_loader": {
+            "type": "ImageFolderDataLoader",
+            "args": {"data_dir": "x", "image_size": 32, "in_memory": True, "test_split": 0.2},
+        },
+    }),
+]  # fmt: skip
+"""Hashes of commit 4bc1de1, the last in which one list named the arguments of all parts."""
+
+
+@pytest.mark.parametrize(("digest", "tree"), OF_4BC1DE1)
+def test_arguments_of_parts_are_hashed_as_they_were(digest, tree):
+    config = validate({"data_loader": {"type": "DigitsDataLoader"}, **tree})
+    assert identity(config) == identity(validate(config.dump())) == digest
+
+
 def test_every_hashed_key_is_a_config_key():
     assert [key for key in HASHED_AT_DEFAULT if annotation_at(key.split(".")) is None] == []
 

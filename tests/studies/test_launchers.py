@@ -39,8 +39,11 @@ class Job:
 @pytest.fixture
 def run(tmp_path):
     base = ROOT / "configs" / "quickstart.json"
-    (tmp_path / "grid.json").write_text(json.dumps({"variants": {"plain bn": str(base)}, "seeds": [3, 4]}))
-    return plan(tmp_path / "grid.json", save_dir=tmp_path / "out", overrides=[("name", "a b")])[1]
+    grid = {"variants": {"plain bn": str(base)}, "seeds": [3, 4]}
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    (tmp_path / "own_of_a_job.py").write_text("")
+    given = {"overrides": [("name", "a b")], "imports": [str(tmp_path / "own_of_a_job.py")]}
+    return plan(tmp_path / "grid.json", save_dir=tmp_path / "out", **given)[1]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,8 @@ def test_a_jobs_command_plans_its_run_alone(run, tmp_path):
     assert (python, file) == (sys.executable, str(ROOT / "run_ablations.py"))
     done = script("run_ablations.py", *words, "--dry-run", cwd=tmp_path)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
-    assert f"--run_dir {run.folder} --set 'name=a b' --seed 4" in done.stdout
+    imports = f"--imports {tmp_path / 'own_of_a_job.py'}"
+    assert f"--run_dir {run.folder} {imports} --set 'name=a b' --seed 4" in done.stdout
 
 
 def test_a_job_that_has_to_go_is_queued_again_with_the_same_command(run):

@@ -321,7 +321,7 @@ def test_mixups_two_labels_go_through_the_attacks_loss(tmp_path):
     trainer = build(tmp_path, {"adversarial": {"method": "pgd", "steps": 1}, "augmentation": {"mixup_alpha": 1.0}})
     trainer.attack = Recorder(8 / 255, 2 / 255, 1)
     images, labels = batch()
-    trainer.train_batch(images, labels)
+    trainer.train_batch(*trainer.mixed(images, labels))
     mixed, probabilities = seen[0]
     assert not torch.equal(mixed, images)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(6))

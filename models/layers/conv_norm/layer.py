@@ -92,12 +92,6 @@ class ConvNorm2d(nn.Conv2d):
     normalizes: ClassVar = True
     normalizes_weights: ClassVar = True
     batch_statistics: ClassVar = True
-    config_names: ClassVar = {
-        "affine": "conv_affine",
-        "bn": "conv_bn",
-        "momentum": "conv_momentum",
-        "track_running_stats": "track_spectra",
-    }
 
     running_V: Tensor  # noqa: N815 - the original's name, a key of its checkpoints
     num_batches_tracked: Tensor

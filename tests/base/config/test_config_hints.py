@@ -14,7 +14,7 @@ DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 
 def hint_at(key):
     *section, _ = path = key.split(".")
-    found = hint(path, list(section_at(section).model_fields))
+    found = hint(path, list(section_at(section).known_fields()))
     return found.removeprefix("; did you mean '").removesuffix("'?") if found else None
 
 
@@ -33,7 +33,7 @@ def test_every_slip_at_every_key_finds_it():
     count = 0
     for key in KEYS:
         section, _, name = key.rpartition(".")
-        known = list(section_at(section.split(".") if section else []).model_fields)
+        known = list(section_at(section.split(".") if section else []).known_fields())
         for wrong in set(slips(name)) - set(known):
             # of two letters, one is no evidence; and where a slip makes another project's name, that has its own meaning
             if len(name) > 2 and wrong not in OTHER_PROJECTS:
@@ -70,7 +70,7 @@ def test_every_name_of_another_project_leads_to_a_key_that_is_there():
     for name, meant in OTHER_PROJECTS.items():
         *section, last = (meant or "seed").split(".")
         found = section_at(section)
-        assert found is None or last in found.model_fields, f"{name}: {meant}"
+        assert found is None or last in found.known_fields(), f"{name}: {meant}"
         if found is None:
             assert section in (["optimizer", "args"], ["lr_scheduler", "args"])
 

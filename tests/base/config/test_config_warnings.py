@@ -1,10 +1,14 @@
 """What a good config is warned of: keys without effect, no normalization, two in a row."""
 
 import json
+from contextlib import suppress
+from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
-from base.config.config import Config
+from base.config.adversarial import AdversarialConfig
+from base.config.config import LAYER_CHOICES, Config
 from base.config.files import load_config, section_at, validate
 from base.config.hints import _keys
 from base.config.section import Needs
@@ -12,14 +16,7 @@ from base.config.section import Needs
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}
 
-ONI = {"arch.args.conv_layer_type": "oni_conv"}
-PREACT = {"arch.type": "preact_resnet18"}
-
 IN_VAIN = {
-    "arch.args.norm_groups": (4, {}, {"arch.args.norm_layer_type": "gn"}),
-    "arch.args.oni_rule": ("original", {}, ONI),
-    "arch.args.shortcut_input": ("raw", {"arch.type": "resnet34"}, PREACT),
-    "arch.args.final_norm": (False, {"arch.type": "vgg11"}, PREACT),
     "augmentation.padding_mode": ("reflect", {"augmentation.crop_padding": 0}, {}),
     "augmentation.cutout_inside": (True, {}, {"augmentation.cutout": 5}),
     "augmentation.cutout_fill": ("black", {}, {"augmentation.cutout": 5}),
@@ -69,9 +66,10 @@ def tree(*parts):
 def test_the_cases_are_all_keys_that_need_another():
     def needs(key):
         *section, name = key.split(".")
-        return any(isinstance(item, Needs) for item in section_at(section).model_fields[name].metadata)
+        return any(isinstance(item, Needs) for item in section_at(section).known_fields()[name].metadata)
 
-    assert {key for key in _keys(Config) if needs(key)} == IN_VAIN.keys()
+    arguments = {f"adversarial.{key}" for choice in AdversarialConfig.choices for key in choice.known_keys()}
+    assert {key for key in _keys(Config) if needs(key)} | arguments == IN_VAIN.keys()
 
 
 @pytest.mark.parametrize("key", IN_VAIN)
@@ -84,11 +82,41 @@ def test_a_key_without_effect_is_named_and_one_with_effect_is_not(key):
     assert validate(tree(having, {key: value})).warnings == ()
     default = validate(tree(without)).model_dump()
     for name in key.split("."):
-        default = default[name]
+        default = default.get(name)
     assert validate(tree(without, {key: default})).warnings == (), "the default was not asked for in vain"
     for quiet in (True, key, [key], [key.partition(".")[0]]):
         assert validate(tree(without, {key: value, "_unused_ok": quiet})).warnings == ()
     assert len(validate(tree(without, {key: value, "_unused_ok": ["seed", f"{key}x", 3]})).warnings) == 1
+
+
+OF_LAYERS = [(choice, name, key) for choice in LAYER_CHOICES for name in choice.table for key in choice.arguments(name)]
+
+
+def another_value(argument):
+    """A value of an argument's type that is not its default."""
+    candidates = (True, False, 2, 0.5, *get_args(argument.field.annotation))
+    for value in candidates:
+        with suppress(ValidationError):
+            checked = argument.adapter.validate_python(value)
+            if checked != argument.field.default:
+                return checked
+    raise AssertionError(f"{argument.key}: no other value was found")
+
+
+@pytest.mark.parametrize(("choice", "name", "key"), OF_LAYERS, ids=[f"{name}-{key}" for _, name, key in OF_LAYERS])
+def test_a_layers_argument_is_in_vain_where_no_chosen_layer_takes_it(choice, name, key):
+    argument, place = choice.arguments(name)[key], f"arch.args.{key}"
+    value = another_value(argument)
+    chosen = validate(tree({choice.key: name, place: value}))
+    assert chosen.arch.args.get(key) == value
+    assert not any("without effect" in warning for warning in chosen.warnings)
+    (warning,) = validate(tree({place: value})).warnings
+    owners = " or ".join(other for other in choice.table if key in choice.arguments(other))
+    assert warning.startswith(f"without effect in this run: {place} {json.dumps(value)} (only with {choice.key} ")
+    assert owners in warning
+    if argument.field.default is not None:
+        assert validate(tree({place: argument.field.default})).warnings == (), "the default was not asked for in vain"
+    assert validate(tree({place: None})).warnings == ()
 
 
 def test_several_are_one_warning_and_the_comment_key_is_inherited(tmp_path):

@@ -1,0 +1,100 @@
+"""Training from Python, as in a notebook or a user's own script."""
+
+import json
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import experiment
+from base.base_trainer import BaseTrainer
+from base.errors import CheckpointError, ConfigError, Stopped
+from tiny_runs import ROOT, TINY, config_of, difference
+
+SMALL = {"trainer.epochs": 1, "data_loader.args.num_batches": 2, "data_loader.args.batch_size": 8, "trainer.verbosity": 0}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The quickstart's little brother, trained for an epoch."""
+    folder = tmp_path_factory.mktemp("python") / "run"
+    constant = {"lr_scheduler.type": "none", "lr_scheduler.args": None}
+    return experiment.train(ROOT / "configs" / "quickstart.json", {**SMALL, **constant, "seed": 5}, run_dir=folder)
+
+
+def test_a_config_file_overrides_and_a_result(quick):
+    written = json.loads((quick.folder / "result.json").read_text())
+    assert quick.as_dict() == written == dict(quick)
+    assert quick["epochs"] == 1
+    config = json.loads((quick.folder / "config.json").read_text())
+    assert (config["seed"], config["data_loader"]["args"]["batch_size"]) == (5, 8)
+
+
+def test_a_finished_run_goes_on_with_more_epochs(quick):
+    more = experiment.resume(quick.folder, {"trainer.epochs": 2})
+    assert (more["epochs"], more.folder) == (2, quick.folder)
+    with pytest.raises(ConfigError, match=r"^seed: the run was started with 5; 6 would make it another experiment$"):
+        experiment.resume(str(quick.folder), {"seed": 6})
+    with pytest.raises(CheckpointError):
+        experiment.resume(quick.folder / "nothing")
+
+
+def test_a_tree_and_a_resolved_config_train_alike_and_in_a_thread_without_signals(tmp_path):
+    handlers = list(logging.getLogger().handlers)
+    settings = {"trainer.epochs": 1, "optimizer.args": {"lr": 0.02}, "trainer.early_stop": None}
+    experiment.train(TINY, settings, run_dir=tmp_path / "tree")
+    config = config_of(trainer={"epochs": 1}, optimizer={"args": {"lr": 0.02}})
+    thread = threading.Thread(target=experiment.train, args=(config,), kwargs={"run_dir": tmp_path / "thread"})
+    thread.start()
+    thread.join()
+    assert difference(tmp_path / "tree" / "model_last.pth", tmp_path / "thread" / "model_last.pth") == []
+    assert logging.getLogger().handlers == handlers
+
+
+def test_a_new_folder_is_made_where_none_is_named(tmp_path):
+    result = experiment.train(TINY, {"trainer.epochs": 1, "trainer.save_dir": tmp_path, "name": "mine"})
+    assert result.folder.parent == tmp_path / "mine"
+    assert (result.folder / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"trainer.epoch": 3}, r"trainer\.epoch: unknown key; did you mean 'epochs'\?"),
+        ({"trainer.epochs": 0}, r"trainer\.epochs: .*not 0$"),
+        ({"trainer.epochs": torch.tensor(3)}, r"^trainer\.epochs: tensor\(3\) is not a value that JSON can hold$"),
+        ({"n_gpu": 2}, r"^n_gpu: 2 processes are asked for, and this is one: train with train\.py, or under torchrun"),
+    ],
+)
+def test_errors_are_exceptions_of_one_line(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        experiment.train(TINY, overrides, run_dir=tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_saves_and_is_an_exception(tmp_path, monkeypatch):
+    update = BaseTrainer.update
+
+    def interrupted(self, losses):
+        update(self, losses)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseTrainer, "update", interrupted)
+        with pytest.raises(Stopped, match=r"^stopped by SIGINT after 0 epochs and 1 batches; continue with -r "):
+            experiment.train(TINY, {"trainer.epochs": 1}, run_dir=tmp_path / "run")
+    experiment.train(TINY, {"trainer.epochs": 1}, run_dir=tmp_path / "whole")
+    experiment.resume(tmp_path / "run")
+    assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / "run" / "model_last.pth") == []
+
+
+def test_a_script_of_a_users_own_reads_no_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.chdir(tmp_path)
+    result = experiment.train(TINY, {"trainer.epochs": 1}, run_dir="here")
+    assert result.folder == Path("here")
