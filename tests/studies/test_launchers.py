@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from base.config import imports
 from studies.grid import plan
 from studies.launchers import ROOT, ClusterJob, _quoted, command_of_job, work_of_job
 from tiny_runs import script
@@ -43,7 +44,11 @@ def run(tmp_path):
     (tmp_path / "grid.json").write_text(json.dumps(grid))
     (tmp_path / "own_of_a_job.py").write_text("")
     given = {"overrides": [("name", "a b")], "imports": [str(tmp_path / "own_of_a_job.py")]}
-    return plan(tmp_path / "grid.json", save_dir=tmp_path / "out", **given)[1]
+    yield plan(tmp_path / "grid.json", save_dir=tmp_path / "out", **given)[1]
+    # each test has another file of this name
+    sys.modules.pop("own_of_a_job", None)
+    sys.path.remove(str(tmp_path))
+    imports._imported.pop("own_of_a_job", None)
 
 
 @pytest.mark.parametrize(
