@@ -1,15 +1,16 @@
-"""Train, load and attack from Python."""
+"""Train, load and attack from Python; importing tiny_digits.py enters its data set into the table."""
+
+from tiny_digits import TinyDigits
 
 from attacks import PGD
-from data_loader.data_loaders import DigitsDataLoader
 from evaluation import robust_accuracy
 from experiment import load_model, train
 
-result = train("digits.json", overrides={"trainer.epochs": 1}, run_dir="my_run")
+result = train("tiny_digits.json", overrides={"trainer.epochs": 4}, run_dir="my_run")
 print(f"clean: {result['test_top1']:.1%}")
 
 model = load_model("my_run")
 attack = PGD(epsilon=8 / 255, step_size=2 / 255, steps=5)
 # any module or function, and any iterable of (images, labels), such as a torch DataLoader
-report = robust_accuracy(model, DigitsDataLoader().test_loader(), attack)
+report = robust_accuracy(model, TinyDigits(part="test"), attack)
 print(f"under attack: {report.robust_top1:.1%}")

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from base.config import imports
 from studies.grid import plan
 from studies.launchers import ROOT, ClusterJob, _quoted, command_of_job, work_of_job
 from tiny_runs import script
@@ -42,8 +43,13 @@ def run(tmp_path):
     base = ROOT / "configs" / "quickstart.json"
     grid = {"variants": {"plain bn": str(base)}, "seeds": [3, 4]}
     (tmp_path / "grid.json").write_text(json.dumps(grid))
-    overrides = [("name", "a b")]
-    return plan(tmp_path / "grid.json", save_dir=tmp_path / "out", overrides=overrides)[1]
+    (tmp_path / "own_of_a_job.py").write_text("")
+    given = {"overrides": [("name", "a b")], "imports": [str(tmp_path / "own_of_a_job.py")]}
+    yield plan(tmp_path / "grid.json", save_dir=tmp_path / "out", **given)[1]
+    # each test has another file of this name
+    sys.modules.pop("own_of_a_job", None)
+    sys.path.remove(str(tmp_path))
+    imports._imported.pop("own_of_a_job", None)
 
 
 @pytest.mark.parametrize(
