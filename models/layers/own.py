@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from base.config.section import Positive
 from models.layers.conv_norm.precision import without_autocast
 
 MAX_GROUP_SIZE = 64
@@ -91,7 +92,7 @@ class OWNConv2d(nn.Conv2d):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        norm_groups: Annotated[int, Field(ge=1)] | None = None,
+        norm_groups: Positive | None = None,
         scale: Annotated[float, Field(gt=0)] = sqrt(2),
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)

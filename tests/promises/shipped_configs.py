@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 
 from base.config import files, strict_json
+from base.config.adversarial import PGDAttackConfig
+from base.config.config import ArchArgs, DataLoaderArgs
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
 from base.optimization import check_optimization
@@ -76,8 +78,21 @@ def resolved(file):
     return merged(resolved(file.parent / parent), tree) if parent else tree
 
 
+def of_others(section, chosen):
+    """The arguments that only other entries of a section's table take."""
+    choice = section.choices[0]
+    return set(choice.known_keys()) - set(choice.arguments(chosen))
+
+
+OF_OTHERS = {
+    "arch.args": of_others(ArchArgs, "resnet18"),
+    "data_loader.args": of_others(DataLoaderArgs, "ImageFolderDataLoader"),
+    "pgd_attack": of_others(PGDAttackConfig, "pgd"),
+}
+
+
 def with_every_key():
-    """A config that has a value at every key of the reference."""
+    """A config that has a value at every key of the reference, but for arguments of other parts than its own."""
     tree = {}
     special = {
         "data_loader.type": "ImageFolderDataLoader", "trainer.monitor": "max val_top1", "lr_scheduler.monitor": "val_loss",
@@ -85,12 +100,14 @@ def with_every_key():
         "data_loader.args.std": [0.2] * 3, "metrics": ["top1", "my_metric2"], "trainer.percent": 0, "num_classes": 1,
         "optimizer.args": {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": True},
         "lr_scheduler.args": {"milestones": [1, 3], "gamma": 0.1},
-        "imports": [{"module": "json"}],
+        "imports": [{"module": "json"}], "data_loader.args.channels": 3, "pgd_attack.type": "pgd",
     }  # fmt: skip
     by_kind = {"integer": 1, "number": 0.5, "text": "text", "true, false": False}
     for key, (words, _) in ROWS.items():
         kind = kind_of(words)
         *sections, name = key.split(".")
+        if name in OF_OTHERS.get(".".join(sections), ()):
+            continue
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
