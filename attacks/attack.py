@@ -25,7 +25,7 @@ class Attack(ABC):
     of the pixel range (8/255, not 8).
 
     A subclass writes `perturb`; everything else that an attack promises happens around it. The
-    project's attacks are frozen dataclasses, and an own one should be: its fields are its
+    project's attacks are frozen dataclasses, and yours should be one: its fields are its
     arguments, they stand in `repr` and in reports, and `dataclasses.replace` makes variants.
 
         @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class Attack(ABC):
             generators: where random numbers come from: one generator, or one for each image; None for the attack's seed.
 
         Raises:
-            TypeError: the model does not return a tensor of logits, or `perturb` none of images.
+            TypeError: the model does not return a tensor of logits, or `perturb`
+                one of images.
             ValueError: images outside `[0, 1]` or in half precision, images, labels and generators
                 that do not match, labels that are not classes of the model, or a model of fewer
                 than two; or what `perturb` returns has another shape than the images.
@@ -159,7 +160,7 @@ class Attack(ABC):
             raise ValueError(
                 f"generators: expected one, or {len(images)}, one per image, not {len(generators)}"
             )
-        # gradients on, as a search may take them by itself, and as they were behind it
+        # a search may take gradients itself; behind it they are on or off as they were
         with torch.inference_mode(False), torch.enable_grad(), frozen(model, training=False):
             # clones are ordinary tensors, also of tensors that were made in inference mode
             images, labels = images.detach().clone(), labels.detach().clone().long()

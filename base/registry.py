@@ -2,7 +2,7 @@
 
 A table is a plain dict, name -> constructor or function. The tables stand here, empty, so that `base` can check
 configs against them; the rooms fill them (`models`, `data_loader`, `trainer`, `attacks`), and `experiment` imports
-all rooms. An own entry is registered by an assignment, `NORM_LAYERS["frn"] = FilterResponseNorm`.
+all rooms. An entry of your own is registered by an assignment, `NORM_LAYERS["frn"] = FilterResponseNorm`.
 
 What a config may say about an entry follows from its signature, its type hints and the `Args:` of its docstring; see
 `base.config.arguments`. What else the project asks of an entry is an attribute of the class or function, see

@@ -56,7 +56,7 @@ def read_test_images(folder: str | Path, size: int | None = None) -> LabelledIma
 
 
 def with_channels(part: LabelledImages, channels: int) -> LabelledImages:
-    """The same image files, decoded to so many channels."""
+    """The same images; those of files are decoded to this number of channels."""
     if not isinstance(part.images, FileImages) or part.images.shape[0] == channels:
         return part
     shape = (channels, *part.images.shape[1:])
@@ -94,7 +94,7 @@ def _read_classes(folder: Path, size: int | None) -> LabelledImages:
     names = class_folders(folder)
     if names and {name.casefold() for name in names} <= PART_NAMES:
         raise DataError(
-            f"{KEY}: {str(folder)!r} holds {', '.join(names)}, which are no classes: {expected}"
+            f"{KEY}: {str(folder)!r} holds {', '.join(names)}, which are not classes: {expected}"
         )
     scan = FolderScan()
     classes, files, labels = scan.scan(folder, expected)

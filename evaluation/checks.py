@@ -49,7 +49,7 @@ class Check:
     """One thing that was checked.
 
     Attributes:
-        name: what ought to be.
+        name: what should hold.
         passed: whether it is, as far as can be known from so many images; False also where they
             cannot decide.
         detail: the numbers, in one line.
