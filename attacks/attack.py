@@ -190,8 +190,8 @@ class Attack(ABC):
         """The search: points `(B, C, H, W)` for `images` `(B, C, H, W)` and int64 `labels` `(B,)`.
 
         Points outside of the threat model are projected into it afterwards, and NaN pixels become
-        the image's own. `ascend` gives logits, losses and gradients; `reached` tells which images
-        are broken. Random numbers come from `attacks.threat_model.draw`, with `generators`; those
+        the image's own. `value_and_grad` gives logits, losses and gradients; `reached` tells which
+        images are broken. Random numbers come from `attacks.threat_model.draw`, with `generators`; those
         of some of the images are `generators_of(generators, index)`. The model's modes are the
         caller's, and `frozen` holds: adversarial training attacks in training mode.
         """
@@ -210,7 +210,9 @@ class Attack(ABC):
             logits = logits.scatter_add(1, labels.unsqueeze(1), shortage)
         return wrongness(logits, labels, self.rank)
 
-    def ascend(self, model: Model, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def value_and_grad(
+        self, model: Model, points: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits `(B, C)`, losses `(B,)` and the losses' gradients `(B, C, H, W)` at `points`, detached.
 
         Losses are summed, not averaged, so an image's gradient does not depend on the batch it is

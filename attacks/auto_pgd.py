@@ -101,7 +101,7 @@ class APGD(Attack):
         """All steps of one restart; what it meets goes into `found`."""
         ends = checkpoints(self.steps)
         for step in range(self.steps):
-            logits, losses, gradient = self.ascend(model, climb.points, climb.labels)
+            logits, losses, gradient = self.value_and_grad(model, climb.points, climb.labels)
             reached = self.reached(logits, climb.labels)
             found.note(climb.at, climb.points, losses, reached)
             climb.arrive(losses, gradient)
