@@ -28,7 +28,7 @@ class PGD(Attack):
         steps: steps per restart, at least 1.
         norm: `"linf"` or `"l2"`.
         restarts: independent starts.
-        random_start: begin at a random point; False begins at the image.
+        random_start: begin at a random point of the ball, not at the image.
         early_stop: leave an image alone once it is misclassified (targeted: classified as the target). A number k asks for
             more: that the label is not among the k largest logits.
         targeted: lead to `labels` instead of away from them.

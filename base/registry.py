@@ -7,8 +7,8 @@ all rooms. An entry of your own is registered by an assignment, `NORM_LAYERS["fr
 What a config may say about an entry follows from its signature, its type hints and the `Args:` of its docstring; see
 `base.config.arguments`. What else the project asks of an entry is an attribute of the class or function, see
 `property_of`; each table names those that its entries may have, with their defaults. Entries of every table may have
-`config_names`, which maps arguments that configs know by another name to it, and those that they may not give to None;
-classes of layers may have `no_weight_decay`, the names of parameters that weight decay leaves out.
+`config_names`, a dictionary: argument -> its name in configs where that is another one, or None where configs may not
+give it. Classes of layers may have `no_weight_decay`, the names of parameters that weight decay leaves out.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -60,8 +60,8 @@ class AdversarialConfig(OpenSection):
     fills_defaults = True
 
     method: Annotated[str, NameIn(TRAINERS, ("parts",))] | None = None
-    """Training method: none, free, fgsm (fast: random start, one step), pgd or trades; null: free where trainer.do_adv is
-    true, else none."""
+    """Training method. fgsm is the fast one, with a random start and one step; none trains on clean images. null: free
+    where trainer.do_adv is true, else none."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units
     of the pixel range; "8/255" is that part of the pixel range in both."""
@@ -73,7 +73,7 @@ class AdversarialConfig(OpenSection):
     validate_images: Annotated[Positive, VALIDATION] = 1000
     """How many validation images it attacks, the same in every epoch: the first of every class."""
     report: bool | None = None
-    """Attack the test set after training; null: where a method is named, none included."""
+    """Attack the test set after training; null: true where a method is named, also where that is none."""
     report_images: Annotated[Positive | None, REPORT] = None
     """How many test images the report attacks, the first of every class; null for all."""
 

@@ -60,8 +60,8 @@ def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
     """Config key -> argument, of every argument of a constructor that JSON can hold, in the order of its signature.
 
     A class that hands `**others` on has the arguments of the base classes, too; those that a `functools.partial` gives
-    by position are left out. `config_names`, an attribute of the entry, maps arguments that a config knows by another
-    name to that name, and those that it may not give to None.
+    by position are left out. The entry's attribute `config_names` tells arguments that configs know by another
+    name, or may not give; see `base.registry`.
 
     Args:
         entry: a class or function, or a partial of one.
