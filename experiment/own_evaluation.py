@@ -134,7 +134,9 @@ def _fitting_images(
         DataError: it cannot take the images, or tells other classes apart.
     """
     found = part.images.shape[0]
-    candidates = [channels] if channels is not None else [found, 3] if found == 1 else [found]
+    candidates = [found] if channels is None else [channels]
+    if channels is None and found == 1:
+        candidates.append(3)
     failures: list[DataError] = []
     for number in candidates:
         images = with_channels(part, number)
