@@ -87,7 +87,7 @@ def format_of(path: str | Path, formats: Sequence[str]) -> str:
     if suffix not in formats and is_stream(path):
         return formats[0]
     if suffix not in formats:
-        what = KINDS.get(formats, "tables")
+        what = KINDS.get(tuple(formats), "tables")
         raise ConfigError(
             f"{path}: {Path(path).suffix!r} is not a format of {what};"
             f" expected one of: {', '.join(formats)}"
