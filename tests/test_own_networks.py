@@ -270,7 +270,8 @@ def test_class_report_writes_predictions_with_file_names(tiny):
     assert [row["prediction"] for row in rows] == [str(int(name)) for name in predicted]
     found = [float(row["confidence"]) for row in rows]
     assert found == pytest.approx(probabilities.amax(1).tolist(), abs=1e-5)
-    assert all((folder / row["file"]).is_file() for row in rows)
+    data = folder / words[words.index("--data") + 1]
+    assert all((data / row["file"]).is_file() for row in rows)
     assert [Path(row["file"]).parent.name for row in rows] == [row["label"] for row in rows]
 
 
