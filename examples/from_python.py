@@ -6,7 +6,7 @@ from attacks import PGD
 from evaluation import robust_accuracy
 from experiment import load_model, train
 
-result = train("tiny_digits.json", overrides={"trainer.epochs": 4}, run_dir="my_run")
+result = train("tiny_digits.json", overrides={"trainer.epochs": 6}, run_dir="my_run")
 print(f"clean: {result['test_top1']:.1%}")
 
 model = load_model("my_run")
