@@ -2,7 +2,7 @@
 
 python validate_pgd.py -s saved/cifar10_pgd/20260101-120000-000000 --steps 20 --doctor --figure examples.png
 python validate_pgd.py -c config.json -s model_best.pth --norm l2 --epsilon 0.5 --limit 1000 --json l2.json
-python validate_pgd.py -s model_best.pth --imports my_attacks.py --attack momentum --set pgd_attack.momentum=0.9
+python validate_pgd.py -s model_best.pth --imports examples/mi_fgsm.py --attack mi_fgsm --set pgd_attack.decay=0.9
 torchrun --nproc_per_node 2 validate_pgd.py -s saved/cifar10_pgd/20260101-120000-000000 --restarts 10
 """
 

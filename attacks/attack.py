@@ -25,7 +25,7 @@ class Attack(ABC):
     of the pixel range (8/255, not 8).
 
     A subclass writes `perturb`; everything else that an attack promises happens around it. The
-    project's attacks are frozen dataclasses, and an own one should be: its fields are its
+    project's attacks are frozen dataclasses, and yours should be one: its fields are its
     arguments, they stand in `repr` and in reports, and `dataclasses.replace` makes variants.
 
         @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class Attack(ABC):
             generators: where random numbers come from: one generator, or one for each image; None for the attack's seed.
 
         Raises:
-            TypeError: the model does not return a tensor of logits, or `perturb` none of images.
+            TypeError: the model does not return a tensor of logits, or `perturb`
+                one of images.
             ValueError: images outside `[0, 1]` or in half precision, images, labels and generators
                 that do not match, labels that are not classes of the model, or a model of fewer
                 than two; or what `perturb` returns has another shape than the images.
@@ -159,7 +160,7 @@ class Attack(ABC):
             raise ValueError(
                 f"generators: expected one, or {len(images)}, one per image, not {len(generators)}"
             )
-        # gradients on, as a search may take them by itself, and as they were behind it
+        # a search may take gradients itself; behind it they are on or off as they were
         with torch.inference_mode(False), torch.enable_grad(), frozen(model, training=False):
             # clones are ordinary tensors, also of tensors that were made in inference mode
             images, labels = images.detach().clone(), labels.detach().clone().long()
@@ -189,8 +190,8 @@ class Attack(ABC):
         """The search: points `(B, C, H, W)` for `images` `(B, C, H, W)` and int64 `labels` `(B,)`.
 
         Points outside of the threat model are projected into it afterwards, and NaN pixels become
-        the image's own. `ascend` gives logits, losses and gradients; `reached` tells which images
-        are broken. Random numbers come from `attacks.threat_model.draw`, with `generators`; those
+        the image's own. `value_and_grad` gives logits, losses and gradients; `reached` tells which
+        images are broken. Random numbers come from `attacks.threat_model.draw`, with `generators`; those
         of some of the images are `generators_of(generators, index)`. The model's modes are the
         caller's, and `frozen` holds: adversarial training attacks in training mode.
         """
@@ -209,7 +210,9 @@ class Attack(ABC):
             logits = logits.scatter_add(1, labels.unsqueeze(1), shortage)
         return wrongness(logits, labels, self.rank)
 
-    def ascend(self, model: Model, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def value_and_grad(
+        self, model: Model, points: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits `(B, C)`, losses `(B,)` and the losses' gradients `(B, C, H, W)` at `points`, detached.
 
         Losses are summed, not averaged, so an image's gradient does not depend on the batch it is

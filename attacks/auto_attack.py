@@ -51,7 +51,7 @@ class AutoAttack(Attack):
     norm: str = "linf"
     _: KW_ONLY
     seed: int = 0
-    # of the project's losses the one whose gradient no scale of the logits flattens
+    # unlike cross entropy's, the gradient of this loss is not flattened by large logits
     loss: str = field(default="dlr", init=False, repr=False, compare=False)
     warnings: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 

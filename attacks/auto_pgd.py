@@ -41,7 +41,7 @@ class APGD(Attack):
         loss: `"ce"`, `"dlr"` or `"margin"`. With `targeted`, `"dlr"` is the negated DLR loss of the target, not equation 7.
         early_stop: images that are misclassified leave the batch. This saves passes and changes no verdict. False takes the
             misclassified point of largest loss instead of the first.
-        rho: condition 1, in [0, 1].
+        rho: an image's step size is halved where at most this share of steps raised the loss; in [0, 1].
         targeted: lead to `labels` instead of away from them.
         seed: of the random starts, where a call brings no generators.
         confidence: see `PGD`.
@@ -101,7 +101,7 @@ class APGD(Attack):
         """All steps of one restart; what it meets goes into `found`."""
         ends = checkpoints(self.steps)
         for step in range(self.steps):
-            logits, losses, gradient = self.ascend(model, climb.points, climb.labels)
+            logits, losses, gradient = self.value_and_grad(model, climb.points, climb.labels)
             reached = self.reached(logits, climb.labels)
             found.note(climb.at, climb.points, losses, reached)
             climb.arrive(losses, gradient)

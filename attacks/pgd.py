@@ -28,7 +28,7 @@ class PGD(Attack):
         steps: steps per restart, at least 1.
         norm: `"linf"` or `"l2"`.
         restarts: independent starts.
-        random_start: begin at a random point; False begins at the image.
+        random_start: begin at a random point of the ball, not at the image.
         early_stop: leave an image alone once it is misclassified (targeted: classified as the target). A number k asks for
             more: that the label is not among the k largest logits.
         targeted: lead to `labels` instead of away from them.
@@ -109,7 +109,7 @@ class PGD(Attack):
     ) -> None:
         """One restart for the images at positions `left`, from `points`; what it meets goes into `found`."""
         for _ in range(self.steps):
-            logits, losses, gradient = self.ascend(model, points, labels[left])
+            logits, losses, gradient = self.value_and_grad(model, points, labels[left])
             reached = self.reached(logits, labels[left])
             found.note(left, points, losses, reached)
             if self.early_stop:
@@ -125,7 +125,7 @@ class PGD(Attack):
     def climb(self, model: Model, images: Tensor, labels: Tensor, points: Tensor) -> Tensor:
         """All steps from `points`; `labels` may be class probabilities `(B, C)`. Returns the last point."""
         for _ in range(self.steps):
-            _, _, gradient = self.ascend(model, points, labels)
+            _, _, gradient = self.value_and_grad(model, points, labels)
             points = self.move(points, gradient, images)
         return points
 

@@ -79,8 +79,8 @@ def config_facts(config: Config) -> Facts:
     tree = dict(_leaves(config.dump()))
     compared = {key: value for key, value in tree.items() if not lies_in(key, MAY_DIFFER)}
     return {
-        # the names in a config mean what own code makes of them
-        "own code (imports)": (ConfigError, digests(tree.get(IMPORTS, []))),
+        # what the names in a config mean depends on the user's code
+        "your own code (imports)": (ConfigError, digests(tree.get(IMPORTS, []))),
         "config": (ConfigError, compared),
         "code": (ConfigError, code_digest()),
         "versions": (ConfigError, {"python": platform.python_version(), **package_versions()}),

@@ -17,7 +17,7 @@ class BaseDataLoader(ABC):
     """Labelled images of one part of a data set, which can be iterated over in batches.
 
     A subclass sets `labels` and `class_names` and writes two methods, `images_at` and
-    `test_loader`; everything else has a default. In `base.registry.DATA_LOADERS` its class can be
+    `test_loader`; everything else has a default. A class in `base.registry.DATA_LOADERS` can be
     trained on: order, epochs, subsets, validation split, label noise and augmentation are then done
     around it (see `data_loader.own_images`), as pure functions of seed, epoch and batch.
 
@@ -134,8 +134,8 @@ class BaseDataLoader(ABC):
         return torch.arange(len(self.labels))
 
     def image_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images at each of these positions, which are on `device`; see `images_at`. Whoever
-        can work ahead does it here."""
+        """The images at each of these positions, which are on `device`; see `images_at`. A
+        class that can work ahead does it here."""
         return (self.images_at(positions.cpu()) for positions in batches)
 
     def augmented(self, images: Tensor, epoch: int, number: int, share: Share) -> Tensor:
@@ -170,7 +170,7 @@ class BaseDataLoader(ABC):
         """Do now what can fail, so that broken data is found before training.
 
         Raises:
-            DataError: an image cannot be had.
+            DataError: an image cannot be read.
         """
 
     def fingerprint(self) -> str:
@@ -196,8 +196,8 @@ class BaseDataLoader(ABC):
         """What `labels.npz` of a run folder holds: `train_index, train_label, train_clean_label`
         and the same for `val`, all int64.
 
-        An index is a position in the original training set, behind whose end validation images that
-        the data set names itself are counted on. With label noise there is also
+        An index is a position in the original training set. Validation images that the data set
+        names itself are numbered on from its end. With label noise there is also
         `transition_matrix`, float64, of the training labels.
         """
         validation = self.split_validation()

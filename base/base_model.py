@@ -19,7 +19,7 @@ class BaseModel(nn.Module, ABC):
 
     `images` float `(B, C, H, W)` in `[0, 1]` -> `logits` float `(B, num_classes)`. The model normalises the pixels itself,
     `(images - mean) / std` per channel, so nothing outside it ever sees a mean or a std. Both are non-persistent buffers: they
-    follow the model to a device but are no part of its state dict, whose keys stay those of the original ConvNorm models.
+    follow the model to a device but are not part of its state dict, whose keys stay those of the original ConvNorm models.
 
     The four names are resolved once, here, into `conv_layer`, `norm_layer`, `linear_layer` and `activation_layer`; blocks
     receive these constructors, never names.

@@ -72,8 +72,8 @@ class TrainerParts:
         optimizer: over the model's parameters.
         schedule: of the optimizer's learning rate.
         train_loader: shuffled, augmented minibatches.
-        validate: `(model, epoch) -> {name: value}` on held-out images; empty to train without
-            validation.
+        validate: `(model, epoch) -> {name: value}` on held-out images; it returns an
+            empty dict to train without validation.
         loss: per-sample loss.
         metrics: counts of correct samples in a batch, by name.
         penalty: a scalar function of the model that is added to the loss of every update, such as

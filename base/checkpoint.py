@@ -125,7 +125,7 @@ def _folders_with_checkpoints(folder: Path, levels: int) -> Iterator[Path]:
             elif levels > 1:
                 yield from _folders_with_checkpoints(child, levels - 1)
     except OSError:
-        # what may not be read holds no run that could be
+        # a run in a folder that may not be read could not be read either
         return
 
 

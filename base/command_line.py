@@ -78,7 +78,7 @@ def add_imports_flag(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=path_word,
         metavar="FILE_OR_MODULE",
-        help="run own code, such as my_layers.py, before the config is checked; may be repeated",
+        help="run your own code, such as my_layers.py, before the config is checked; may be repeated",
     )
 
 
@@ -161,7 +161,7 @@ def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -
     `--print-config` asks for.
 
     Raises:
-        ConfigError, CheckpointError: it cannot be had.
+        ConfigError, CheckpointError: the config or the checkpoint is wrong or cannot be read.
     """
     if arguments.resume:
         # here and not above: it brings torch

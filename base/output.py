@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 PICTURES = ("png", "pdf", "svg")
 ARRAYS = ("npz",)
+KINDS = {PICTURES: "pictures", ARRAYS: "arrays"}
+"""What files of these formats hold, in words."""
 DPI = 160
 STDOUT = 1
 DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/(?:self|thread-self|\d+)/fd/(\d+)")
@@ -85,7 +87,7 @@ def format_of(path: str | Path, formats: Sequence[str]) -> str:
     if suffix not in formats and is_stream(path):
         return formats[0]
     if suffix not in formats:
-        what = "pictures" if formats == PICTURES else "arrays" if formats == ARRAYS else "tables"
+        what = KINDS.get(tuple(formats), "tables")
         raise ConfigError(
             f"{path}: {Path(path).suffix!r} is not a format of {what};"
             f" expected one of: {', '.join(formats)}"

@@ -2,15 +2,15 @@
 
 A table is a plain dict, name -> constructor or function. The tables stand here, empty, so that `base` can check
 configs against them; the rooms fill them (`models`, `data_loader`, `trainer`, `attacks`), and `experiment` imports
-all rooms. An own entry is registered by an assignment, `NORM_LAYERS["frn"] = FilterResponseNorm`.
+all rooms. An entry of your own is registered by an assignment, `NORM_LAYERS["frn"] = FilterResponseNorm`.
 
 What a config may say about an entry follows from its signature, its type hints and the `Args:` of its docstring; see
 `base.config.arguments`. What else the project asks of an entry is an attribute of the class or function, see
 `property_of`; each table names those that its entries may have, with their defaults. Entries of every table may have
-`config_names`, which maps arguments that configs know by another name to it, and those that they may not give to None;
-classes of layers may have `no_weight_decay`, the names of parameters that weight decay leaves out, and
-`buffers_follow_weights` (False), whether their buffers move with the weights alone: others are running statistics, which
-several processes exchange after every update.
+`config_names`, a dictionary: argument -> its name in configs where that is another one, or None where configs may not
+give it. Classes of layers may have `no_weight_decay`, the names of parameters that weight decay leaves out, and
+`buffers_follow_weights` (False): whether their buffers move with the weights alone. Other buffers are running statistics,
+which several processes exchange after every update.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -30,7 +30,7 @@ DATA_DIR, NOISE_FILE = "data_loader.args.data_dir", "trainer.noise_file"
 IMPORTS = "imports"
 WHERE_AND_HOW = (*CHANGE_NO_RESULT, DATA_DIR, NOISE_FILE, IMPORTS)
 """Config keys and sections that say where and how a run computes, not what. Images, noisy labels
-and files of own code may move: a resumed run compares them with what it began with."""
+and files of the user's own code may move: a resumed run compares them with what it began with."""
 
 FILLED_FROM_DATA = ("arch.args.num_classes", "arch.args.in_channels")
 """Config keys that the data set decides. A run writes them into its config where that leaves them
@@ -52,7 +52,7 @@ class SavedRun:
         checkpoint: its contents.
         config: to go on with.
         problem: what is wrong with the last checkpoint, where this is an earlier one instead of it; None otherwise.
-        changed_code: a warning for each file of own code that has other content than when the run began.
+        changed_code: a warning for each file of the user's code that has changed since the run began.
     """
 
     file: Path
@@ -87,7 +87,7 @@ def saved_run(
         path: a checkpoint file, or a run folder, whose last checkpoint is taken, or, if that is damaged, its newest good one.
         config_file: values that replace those of the run.
         overrides: likewise, single values.
-        imports: own code to import, as `--imports` names it. What the checkpoint names is not imported, only what
+        imports: the user's own code to import, as `--imports` names it. What the checkpoint names is not imported, only what
             `config_file` does.
 
     Raises:
@@ -122,7 +122,7 @@ def _read(path: str) -> tuple[Path, dict[str, Any], str | None, Config]:
 
 
 def recorded_imports(tree: Any, source: Path) -> list[OwnCode]:
-    """The own code that the config of a checkpoint or a run folder names.
+    """The user's code that the config of a checkpoint or a run folder names.
 
     Raises:
         CheckpointError: what it holds there is not that.
@@ -167,7 +167,7 @@ def config_hash(config: Config) -> str:
     """SHA-256 of all values in a config that say what a run computes (see `WHERE_AND_HOW`), its
     seed among them.
 
-    Values at their default are left out, so that a key that comes to be later changes no hash, and
+    Values at their default are left out, so that a key that is added later changes no hash, and
     those that the data set decides, which a run may have filled in.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
@@ -183,7 +183,7 @@ def config_hash(config: Config) -> str:
 
 def forget(tree: dict[str, Any], key: str) -> None:
     """Take a key of `WHERE_AND_HOW` out of the tree of a config. Where a noise file lies is
-    forgotten, but not that there is one; of own code, the digests are kept."""
+    forgotten, but not that there is one. The digests of the user's code are kept."""
     *sections, name = key.split(".")
     for section in sections:
         tree = tree.get(section, {})
@@ -196,8 +196,8 @@ def forget(tree: dict[str, Any], key: str) -> None:
 
 
 def digests(imports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What own code is, wherever it lies: the digest of each file, and the name of a module that
-    has none."""
+    """What the user's code is, wherever it lies: the digest of each file, and the name of a module
+    that has none."""
     return [code.get("sha256") or code.get("module") or "" for code in imports]
 
 

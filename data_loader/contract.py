@@ -34,7 +34,7 @@ def asking(where: str) -> Iterator[None]:
 
 
 def check_images(images: Tensor, expected: Mapping[int, int], where: str) -> None:
-    """Refuse what is not images, as the contract of `BaseDataLoader` has them.
+    """Refuse a value that is not images as the contract of `BaseDataLoader` describes them.
 
     Args:
         images: what a loader gave.

@@ -52,11 +52,11 @@ def read_test_images(folder: str | Path, size: int | None = None) -> LabelledIma
         if size not in (None, 32):
             raise DataError(f"{KEY}: {str(place)!r}: CIFAR's images are 32x32, not {size}x{size}")
         return read_cifar(CIFAR_FOLDERS[name], parent, train=False)
-    return _read_classes(_test_part(place), size)
+    return _read_classes(_test_part(place), size, place)
 
 
 def with_channels(part: LabelledImages, channels: int) -> LabelledImages:
-    """The same image files, decoded to so many channels."""
+    """The same images; those of files are decoded to this number of channels."""
     if not isinstance(part.images, FileImages) or part.images.shape[0] == channels:
         return part
     shape = (channels, *part.images.shape[1:])
@@ -89,17 +89,19 @@ def _test_part(folder: Path) -> Path:
     return folder
 
 
-def _read_classes(folder: Path, size: int | None) -> LabelledImages:
+def _read_classes(folder: Path, size: int | None, data: Path) -> LabelledImages:
+    """The images in `folder/<class>/`, named by their paths below the folder `data`."""
     expected = f"expected {folder}/test/<class>/ or {folder}/<class>/ with images"
     names = class_folders(folder)
     if names and {name.casefold() for name in names} <= PART_NAMES:
         raise DataError(
-            f"{KEY}: {str(folder)!r} holds {', '.join(names)}, which are no classes: {expected}"
+            f"{KEY}: {str(folder)!r} holds {', '.join(names)}, which are not classes: {expected}"
         )
     scan = FolderScan()
     classes, files, labels = scan.scan(folder, expected)
     height, width = image_size(files[0]) if size is None else (size, size)
-    images = FileImages(files, (_channels(files[0]), height, width), size is not None)
+    shape = (_channels(files[0]), height, width)
+    images = FileImages(files, shape, size is not None, folder=str(data))
     skipped = scan.skipped()
     return LabelledImages(images, labels, classes, remarks=() if skipped is None else (skipped,))
 

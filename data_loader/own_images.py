@@ -29,7 +29,7 @@ from data_loader.label_noise import LabelNoise
 from data_loader.training_data_loader import TrainingDataLoader
 
 BATCHING = ("__iter__", "__len__", "set_epoch", "order")
-"""Methods of `BaseDataLoader`; whoever has one of their own makes its batches itself."""
+"""Methods of `BaseDataLoader`: a class that overrides one of them makes its batches itself."""
 
 AUGMENTATION = ("crop_padding", "padding_mode", "flip", "cutout", "cutout_inside", "cutout_fill")
 WORKERS = ("num_workers", "pin_memory")
@@ -57,7 +57,7 @@ def build_loader(
             what it leaves is done around it where that is possible.
 
     Raises:
-        ConfigError: something is asked for that nobody would do, or an argument is missing.
+        ConfigError: something is asked for that would not be done, or an argument is missing.
         DataError: the data set cannot be read, or is not what `BaseDataLoader` says.
     """
     takes = _names(make)
@@ -183,7 +183,7 @@ def _makes_batches(loader: BaseDataLoader) -> bool:
 
 
 def _check_left(name: str, loader: BaseDataLoader, left: Mapping[str, Any]) -> None:
-    """Refuse what is asked for and nobody does, and leave a warning of what has no effect."""
+    """Refuse what the config asks for and nothing does; leave a warning of what has no effect."""
     defaults = inspect.signature(TrainingDataLoader.__init__).parameters
     idle = []
     for key, value in left.items():
@@ -200,7 +200,7 @@ def _check_left(name: str, loader: BaseDataLoader, left: Mapping[str, Any]) -> N
             idle.append(dotted)
         else:
             raise ConfigError(
-                f"{dotted}: {name} does not take {key}, so nobody would do it: let its constructor"
+                f"{dotted}: {name} does not take {key}, so it would not be done: let its constructor"
                 " take it, or **options for its base class"
             )
     if idle:

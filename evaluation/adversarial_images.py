@@ -23,7 +23,7 @@ class AdversarialImages:
     one batch of them.
 
     Args:
-        rows: the file, which is made; one that is there is taken up where `known` says so.
+        rows: the file. It is created, or continued where there are `known` images.
         images: a batch of the images to come, for their shape and type.
         known: positions `(n,)` of the images that an interrupted evaluation has verdicts on.
 

@@ -1,4 +1,4 @@
-"""The images that a model is evaluated on, whoever brings them."""
+"""The images that a model is evaluated on, whatever they come from."""
 
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from base.base_data_loader import BaseDataLoader
 from base.ranks import rank, world_size
 
 Data = BaseDataLoader | Iterable[tuple[Tensor, Tensor]]
-"""What brings images and labels: a loader of this project, a `torch.utils.data.DataLoader`, a list
+"""A source of images and labels: a loader of this project, a `torch.utils.data.DataLoader`, a list
 of batches, a generator."""
 
 
@@ -128,7 +128,7 @@ class Batches:
                 yield Batch(batch.images[there], batch.labels[there], batch.positions[new])
 
     def count(self, known: int = 0) -> int | None:
-        """How many batches there are behind the `known` images; None where the data does not tell."""
+        """How many batches follow the `known` images; None where the data does not tell."""
         if isinstance(self._data, BaseDataLoader):
             return len(self._data) - -(-known // self._data.batch_size)
         told = isinstance(self._data, Sized) and self._batch_size is None and self._limit is None

@@ -49,7 +49,7 @@ class Check:
     """One thing that was checked.
 
     Attributes:
-        name: what ought to be.
+        name: what should hold.
         passed: whether it is, as far as can be known from so many images; False also where they
             cannot decide.
         detail: the numbers, in one line.
@@ -145,8 +145,8 @@ def quick_checks(
         for points, classes in zip(images.split(size), labels.split(size), strict=True):
             with torch.no_grad():
                 logits, again = asked(points).float(), asked(points).float()
-            of_loss = _largest(attack.ascend(asked, points, classes)[2])
-            of_margin = _largest(margin.ascend(asked, points, classes)[2])
+            of_loss = _largest(attack.value_and_grad(asked, points, classes)[2])
+            of_margin = _largest(margin.value_and_grad(asked, points, classes)[2])
             passes.append((logits, again, of_loss, of_margin))
         logits, again, gradient, of_margin = (
             torch.cat(parts) for parts in zip(*passes, strict=True)
@@ -200,7 +200,7 @@ def _hidden(model: Model, images: Tensor, labels: Tensor, attack: Attack) -> int
     with torch.no_grad():
         standing = searching.reached(asked(found), labels) < DONE
         broken = on_margin.reached(asked(other), labels) == DONE
-    flat = _largest(on_margin.ascend(asked, found, labels)[2]) == 0
+    flat = _largest(on_margin.value_and_grad(asked, found, labels)[2]) == 0
     return int((standing & (broken | flat)).sum())
 
 

@@ -120,7 +120,7 @@ def draw_epsilon_curve(
 
     Args:
         path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
-        curve: (epsilon in units of the pixel range, accuracy as a fraction), as `checks.doctor` returns it.
+        curve: (epsilon in units of the pixel range, accuracy as a fraction), as `DoctorReport.curve` holds it.
         norm: `"linf"`, then the axis is in 1/255, or `"l2"`, then in units of the pixel range.
         clean: accuracy without an attack.
         chance: accuracy of guessing.

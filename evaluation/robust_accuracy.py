@@ -138,7 +138,7 @@ def robust_accuracy(
         if images is not None:
             images.save(Path(save_images), verdicts, _names(data))
     finally:
-        # nobody could take them up again
+        # no later call could continue from them
         if images is not None and partial is None:
             images.rows.unlink(missing_ok=True)
     attacked = len(verdicts) - sum(gather(done))
@@ -251,7 +251,7 @@ def _attack_batches(
         leave=False,
     )
     for batch in bar:
-        # one step of gradients is no search that a copy could make cheaper
+        # a folded copy cannot make an attack of a single gradient cheaper
         if search is None and not attack.single_step:
             search = folded(model, batch.images[:ROWS])
         verdicts, worst = attack_batch(
@@ -294,7 +294,7 @@ def attack_batch(
     verdict does not confirm, it is repeated on the model in its own precision.
 
     Args:
-        search: the network that is attacked, whose logits are `model`'s to within `folding.TOLERANCE`; None for `model`.
+        search: the network that is attacked, whose logits are `model`'s to within `fuse_conv_bn.TOLERANCE`; None for `model`.
             Verdicts are `model`'s.
 
     Raises:

@@ -33,7 +33,7 @@ class MomentumFGSM(Attack):
         """The last point."""
         points, momentum = images, torch.zeros_like(images)
         for _ in range(self.steps):
-            _, _, gradient = self.ascend(model, points, labels)
+            _, _, gradient = self.value_and_grad(model, points, labels)
             # an image without a gradient stays without one
             size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
             momentum = self.decay * momentum + gradient / size

@@ -68,7 +68,7 @@ def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
 
 
 def completed_config(config: Config, loader: BaseDataLoader) -> Config:
-    """The config with what its data set decides, `FILLED_FROM_DATA`: whoever has it can build the
+    """The config with what its data set decides, `FILLED_FROM_DATA`: it is enough to build the
     model without the data.
 
     Raises:

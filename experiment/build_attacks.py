@@ -75,8 +75,8 @@ def own_arguments(section: OpenSection, name: str, norm: str) -> dict[str, Any]:
 
 
 def other_attack(section: Mapping[str, Any], name: str) -> dict[str, None]:
-    """What a config's section `pgd_attack` has to lose where another attack takes the place of the one that it is
-    about: sizes and arguments of that one, and values that nobody chose, its defaults.
+    """The keys that a config's section `pgd_attack` loses where another attack takes the place of
+    the one that it describes: that one's sizes and arguments, and values at their default.
 
     Args:
         section: the section, as written.
@@ -99,6 +99,6 @@ def _step_size(settings: PGDAttackConfig, threat: ThreatModel) -> float:
 
 
 def fgsm(config: Config) -> FGSM:
-    """FGSM with the config's norm and radius, the alarm of fast FGSM training."""
+    """FGSM with the config's norm and radius, which watches fast FGSM training for overfitting."""
     threat = threat_model(config)
     return FGSM(threat.epsilon, threat.norm, early_stop=1, loss=config.pgd_attack.loss)

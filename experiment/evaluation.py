@@ -48,7 +48,7 @@ class Evaluation:
 
     @property
     def assumed(self) -> dict[str, str]:
-        """What was taken for what where nothing says it: what about -> a sentence."""
+        """What was assumed because nothing says it: what about -> a sentence."""
         return self.provenance["assumed"]
 
     def autocast(self) -> AbstractContextManager:

@@ -5,7 +5,7 @@
     result = experiment.train("configs/quickstart.json", {"trainer.epochs": 3}, run_dir="runs/first")
     result["test_top1"], result.folder
 
-With `build` and `final_test`, knows every room.
+With `build` and `final_test`, this module knows every room.
 """
 
 import json
@@ -540,7 +540,7 @@ class Experiment:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Meanwhile log messages go nowhere: rank 0 has the same ones."""
+    """A context in which log messages go nowhere: rank 0 has the same ones."""
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
     try:

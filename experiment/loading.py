@@ -67,8 +67,8 @@ def load_evaluation(
         batch_size: of the loader.
 
     Raises:
-        ConfigError, CheckpointError, DataError: network, weights or images cannot be had, or they
-            do not fit each other.
+        ConfigError, CheckpointError, DataError: network, weights or images cannot be read, or
+            they do not fit each other.
     """
     check_network_flags(arguments)
     options: dict[str, Any] = {
@@ -118,15 +118,16 @@ def evaluation_of_checkpoint(
         checkpoint: the file, or a run folder, which stands for its best model.
         config_file: the config; None for the checkpoint's own.
         overrides: config values that replace the file's.
-        imports: own code to import, as `--imports` names it; beside what `config_file` names.
+        imports: the user's own code to import, as `--imports` names it, beside what `config_file`
+            names.
         weights: which of several sets of weights in another code's file.
         ema: take the averaged weights.
         limit: take that many test images only, the first of every class.
         batch_size: of the loader.
 
     Raises:
-        ConfigError, CheckpointError, DataError: one of the three cannot be had, or they do not fit
-            each other.
+        ConfigError, CheckpointError, DataError: one of the three cannot be read, or they do not
+            fit each other.
     """
     file = find_checkpoint(checkpoint)
     contents = load_checkpoint(file, weights)
@@ -174,12 +175,12 @@ def load_model(
         run_or_checkpoint: a run folder, which stands for its best model, or a checkpoint file.
         ema: take the averaged weights.
         device: where the model is; None for the CPU.
-        imports: files and modules of own code that the checkpoint asks for. It runs none itself.
+        imports: files and modules of your own that the checkpoint asks for. It runs none itself.
 
     Raises:
         CheckpointError: there is no such checkpoint, it does not say what network it is of, as files
             of other codes, or it asks for code that is not among `imports`.
-        ConfigError: its config cannot be used, or own code cannot be imported.
+        ConfigError: its config cannot be used, or `imports` cannot be imported.
     """
     file = find_checkpoint(the_run_in(run_or_checkpoint))
     checkpoint = load_checkpoint(file)
@@ -241,8 +242,8 @@ def _config(
     overrides: list[Override],
     imports: Iterable[str | Path],
 ) -> Config:
-    """The config's part that matters for an evaluation, with the command line's values. Own code is
-    imported that `config_file` or `imports` name."""
+    """The config's part that matters for an evaluation, with the command line's values. The code
+    that `config_file` and `imports` name is imported."""
     layers = read_layers(config_file) if config_file else []
     recorded, own = run_imports(layers, imports)
     if config_file:

@@ -22,7 +22,7 @@ from experiment.evaluation import Evaluation, check_class_names, prepare_machine
 from experiment.own_network import Normalized, build_network, count_logits
 
 OWN_SETTINGS = ("adversarial", "pgd_attack", "system", "seed")
-"""Config keys and sections that say how a network is measured, whoever has made it."""
+"""Config keys and sections that say how a network is measured, wherever it comes from."""
 
 FLAGS_OF_KEYS = {"data_loader.args.data_dir": "--data", "data_loader.args.image_size": "--image_size"}
 """Where the values of these config keys come from here."""
@@ -59,14 +59,14 @@ def evaluation_of_network(
             `[0, 1]` for each channel; None where it normalizes itself.
         image_size: side that images are resized and cropped to; None if all have one size.
         overrides: config values of `OWN_SETTINGS`.
-        imports: own code to import, as `--imports` names it.
+        imports: the user's own code to import, as `--imports` names it.
         weights: which of several sets of weights in the file.
         limit: take that many test images only, the first of every class.
         batch_size: of the loader.
 
     Raises:
-        ConfigError, CheckpointError, DataError: network, weights or images cannot be had, or they
-            do not fit each other.
+        ConfigError, CheckpointError, DataError: network, weights or images cannot be read, or
+            they do not fit each other.
     """
     import_own_code(requests_of_flag(imports))
     config = _config_of_own(data, overrides)
@@ -134,7 +134,9 @@ def _fitting_images(
         DataError: it cannot take the images, or tells other classes apart.
     """
     found = part.images.shape[0]
-    candidates = [channels] if channels is not None else [found, 3] if found == 1 else [found]
+    candidates = [found] if channels is None else [channels]
+    if channels is None and found == 1:
+        candidates.append(3)
     failures: list[DataError] = []
     for number in candidates:
         images = with_channels(part, number)

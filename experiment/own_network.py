@@ -24,7 +24,7 @@ from base.runtime import determinism_explained
 from base.text import one_line
 
 MOST_NAMES = 8
-"""Names of a module that a message lists."""
+"""The number of a module's names that a message lists at most."""
 
 
 class Normalized(nn.Module):

@@ -24,8 +24,8 @@ MAY_DIFFER = (
     *FILLED_FROM_DATA,
 )
 """Config keys in which runs that are averaged may differ: none of them changes results, but for the
-seed and for rounding. Where one of `MOVED` differs, labels are compared. Of own code a run's
-settings hold digests, which have to be equal."""
+seed and for rounding. Where one of `MOVED` differs, labels are compared. A run's settings hold
+digests of the user's code, which have to be equal."""
 MAY_VARY = ("train_seconds", "images_per_second", *PROVENANCE)
 """What two runs of one config and seed may have different values of in `result.json`."""
 

@@ -80,7 +80,7 @@ class Run:
         config: the resolved config.
         folder: its run folder. The name ends in a hash of the resolved config; see `identity`.
         overrides: what the command line puts on top of every variant.
-        imports: own code, as the command line names it; the config's own is not among it.
+        imports: the user's code that the command line names, without what configs name.
         grid: the file that it is read from.
     """
 
@@ -116,7 +116,7 @@ class Run:
     def words_to_resume(self, changes: Sequence[Override] = ()) -> list[str]:
         """The command line that continues it, with other values of some keys.
 
-        It names all own code, as a run folder by itself runs none.
+        It names all of the user's code, as a run folder by itself runs none.
         """
         imports = [code.word for code in self.config.imports]
         return [self.script, "-r", str(self.folder), *_words(FLAG, imports), *set_words(changes)]
@@ -184,7 +184,7 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
     """The variants by name, those of the axes first.
 
     Raises:
-        ConfigError: two variants of one name, a name that is no folder name, a seed, imports or a Comet key among the
+        ConfigError: two variants of one name, a name that cannot be a folder's, a seed, imports or a Comet key among the
             settings, or two axes that set the same key.
     """
     base = path.parent / (grid.base or "")
@@ -227,10 +227,11 @@ def plan(
         seeds: instead of the grid's.
         save_dir: folder of the study's run folders; by default `trainer.save_dir` of each config, and in it the grid's name.
         overrides: dotted keys and the texts of their values, put on top of every variant.
-        imports: own code to import, beside that of the configs: files and modules, as `--imports` names them.
+        imports: the user's own files and modules to import, as `--imports` names them, beside those
+            of the configs.
 
     Raises:
-        ConfigError: anything that is wrong with the grid, a name, an override (among it one of a key that the grid itself
+        ConfigError: anything that is wrong with the grid, a name, an override (also one of a key that the grid itself
             varies), or a config.
     """
     grid = read_grid(path)
@@ -439,7 +440,7 @@ def _of_variant(error: ConfigError, path: Path, variant: str) -> ConfigError:
 def _config(file: Path, overrides: Sequence[Override], seed: int, imports: Sequence[str]) -> Config:
     """The checked config of a run, without Comet's key.
 
-    Whoever shows or stores a run cannot give it away; a run's own process reads it itself.
+    So nothing that shows or stores a run can give it away; the run's process reads it itself.
     """
     config = load_config(file, [*overrides, Flag(("seed", str(seed)), f"--seed {seed}")], imports)
     check_optimization_of(config)

@@ -29,7 +29,7 @@ def ctrl_c_ends_the_tests():
 
 @pytest.fixture
 def own_code(monkeypatch):
-    """Whatever a test imports as a user's own code is forgotten behind it."""
+    """Whatever a test imports as a user's own code is forgotten after it."""
     tables = {name: dict(table) for name, table in imports.tables().items()}
     modules = set(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -29,7 +29,7 @@ class MomentumFGSM(Attack):
         points, velocity = images, torch.zeros_like(images)
         size = self.step_size or self.epsilon / self.steps
         for _ in range(self.steps):
-            _, _, gradient = self.ascend(model, points, labels)
+            _, _, gradient = self.value_and_grad(model, points, labels)
             length = gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
             velocity = self.momentum * velocity + gradient / length
             points = self.threat_model.step(points, velocity, size)

@@ -1,5 +1,5 @@
-"""Own parts of every kind, as a user has them: in a folder outside the clone, named by a config, trained, resumed, measured,
-reported; and nothing of them runs that no config and no flag names."""
+"""A user's parts of every kind, in a folder outside the clone: named by a config, trained, resumed,
+measured and reported. Nothing of them runs unless a config or a flag names it."""
 
 import json
 import os

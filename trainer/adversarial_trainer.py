@@ -172,8 +172,9 @@ class AdversarialTrainer(TrainerWithAdversary):
     Cost: one forward and one backward pass per attack step, without gradients of the weights, and those of the update. The
     values logged are those on the attacked images.
 
-    An own method with another loss on attacked images derives from this class, takes its own arguments and hands the others
-    on: `def __init__(self, parts, *, beta: float = 5.0, **others): super().__init__(parts, **others)`.
+    A method of your own with another loss on attacked images derives from this class, takes its
+    own arguments and hands the others on:
+    `def __init__(self, parts, *, beta: float = 5.0, **others): super().__init__(parts, **others)`.
 
     Args:
         parts: see `TrainerParts`.

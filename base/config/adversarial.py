@@ -17,7 +17,8 @@ FRACTION_OF_RANGE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) */ *([0-9]+(?:\.[0-9]+)
 
 @dataclass(frozen=True)
 class InUnitsOfNorm:
-    """That a config gives a number in 1/255 of the pixel range under l-inf, as metadata of its type; see `Size`."""
+    """Metadata of a type: a config gives the number in 1/255 of the pixel range under l-inf; see
+`Size`."""
 
 
 Size = Annotated[
@@ -36,13 +37,13 @@ Size = Annotated[
 """A radius or step size. A config gives it in 1/255 of the pixel range under l-inf and in units of the pixel range under
 l2, or as text (see `read_sizes`); a constructor that takes it always gets it in units of the pixel range."""
 OF_LINF = (("trainer", "adv_clip_eps"), ("trainer", "fgsm_step"))
-"""Where in a config's tree sizes stand that are always of l-inf."""
+"""The places in a config's tree whose sizes are always of l-inf."""
 SMALLEST_EPSILON, SMALLEST_STEP = 0.5, 0.05
-"""In 1/255: what is below, but not 0, was meant in the pixel range [0, 1]. No published attack is so weak."""
+"""In 1/255: a size below this, but not 0, was meant in the pixel range [0, 1]. No published attack is so weak."""
 DEFAULT_L2 = 0.5
 """Radius under l2 where the config gives none, about 128/255: the usual one on CIFAR."""
 LARGEST_L2 = 6.0
-"""In units of the pixel range: what is above was meant in 1/255. A change of 5 is the largest published, on large images; a
+"""In units of the pixel range: a size above this was meant in 1/255. A change of 5 is the largest published, on large images; a
 change of 8 turns an image of 32 x 32 into another."""
 LARGEST_STEP = 3.0
 """In radii: longer steps, where the usual ones are at most 2.5, were meant in 1/255."""
@@ -59,8 +60,8 @@ class AdversarialConfig(OpenSection):
     fills_defaults = True
 
     method: Annotated[str, NameIn(TRAINERS, ("parts",))] | None = None
-    """Training method: none, free, fgsm (fast: random start, one step), pgd or trades; null: free where trainer.do_adv is
-    true, else none."""
+    """Training method. fgsm is the fast one, with a random start and one step; none trains on clean images. null: free
+    where trainer.do_adv is true, else none."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units
     of the pixel range; "8/255" is that part of the pixel range in both."""
@@ -72,7 +73,7 @@ class AdversarialConfig(OpenSection):
     validate_images: Annotated[Positive, VALIDATION] = 1000
     """How many validation images it attacks, the same in every epoch: the first of every class."""
     report: bool | None = None
-    """Attack the test set after training; null: where a method is named, none included."""
+    """Attack the test set after training; null: true where a method is named, also where that is none."""
     report_images: Annotated[Positive | None, REPORT] = None
     """How many test images the report attacks, the first of every class; null for all."""
 
@@ -153,7 +154,7 @@ def read_sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def size_keys() -> Iterator[tuple[str, str]]:
-    """Section and key of every size in a config's tree, the arguments of all training methods among them."""
+    """Section and key of every size in a config's tree, including those of all training methods."""
     for name, section in (("adversarial", AdversarialConfig), ("pgd_attack", PGDAttackConfig)):
         yield from ((name, key) for key, field in section.known_fields().items() if is_size(field))
     yield from OF_LINF

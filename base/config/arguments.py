@@ -33,7 +33,7 @@ from base.registry import Constructor, not_one_of, property_of
 STRICT = ConfigDict(strict=True)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 OTHERS_ARGUMENT = "argument_of_others"
-"""The type of the error that only other entries of a table take an argument."""
+"""The type of the error for an argument that only other entries of a table take."""
 ARGUMENT_LINE = re.compile(r"(\*{0,2}\w+(?:, *\*{0,2}\w+)*)(?: *\(.*?\))?: *(.*)")
 """A line of `Args:` that begins the description of one or several arguments."""
 
@@ -60,8 +60,8 @@ def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
     """Config key -> argument, of every argument of a constructor that JSON can hold, in the order of its signature.
 
     A class that hands `**others` on has the arguments of the base classes, too; those that a `functools.partial` gives
-    by position are left out. `config_names`, an attribute of the entry, maps arguments that a config knows by another
-    name to that name, and those that it may not give to None.
+    by position are left out. The entry's attribute `config_names` tells arguments that configs know by another
+    name, or may not give; see `base.registry`.
 
     Args:
         entry: a class or function, or a partial of one.
@@ -83,8 +83,8 @@ def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
 
 
 def parameters_of(entry: Constructor) -> list[inspect.Parameter]:
-    """The parameters of a constructor that can be given by name, those of base classes that it hands `**others` on to
-    among them."""
+    """The parameters of a constructor that can be given by name, including those of the base
+    classes that it hands `**others` on to."""
     found: dict[str, inspect.Parameter] = {}
     for function in _functions(entry):
         for parameter in inspect.signature(function).parameters.values():
@@ -99,7 +99,7 @@ def takes(entry: Constructor, name: str) -> bool:
 
 
 def hands_on(entry: Constructor) -> bool:
-    """Whether a constructor hands every argument on, `**others`, that it does not name itself."""
+    """Whether a constructor hands on, as `**others`, every argument that it does not name."""
     *_, last = _functions(entry)
     return _hands_on(last)
 
@@ -121,7 +121,7 @@ def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
 
 
 def _where_initialized(cls: type) -> list[type]:
-    """The classes of a class's line that have an `__init__` of their own, nearest first, without `object`."""
+    """The classes in a class's `__mro__` that define `__init__`, nearest first, without `object`."""
     return [base for base in cls.__mro__[:-1] if "__init__" in vars(base)]
 
 
@@ -130,7 +130,7 @@ def _hands_on(function: Callable[..., Any]) -> bool:
 
 
 def _hints(entry: Constructor) -> dict[str, Any]:
-    """Parameter -> its type hint, with ranges; nothing of a function whose hints cannot be resolved."""
+    """Parameter -> its type hint, with ranges; empty for a function whose hints cannot be resolved."""
     hints: dict[str, Any] = {}
     for function in _functions(entry):
         while isinstance(function, partial):
@@ -151,7 +151,7 @@ def _descriptions(entry: Constructor) -> dict[str, str]:
     documented = reversed(entry.__mro__) if inspect.isclass(entry) else [entry]
     found: dict[str, str] = {}
     for source in documented:
-        # not inspect.getdoc, which gives a class without one that of another
+        # inspect.getdoc would give a class without a docstring that of a base class
         for text in (source.__doc__, getattr(vars(source).get("__init__"), "__doc__", None)):
             found |= _args_section(inspect.cleandoc(text)) if isinstance(text, str) else {}
     return found
@@ -204,7 +204,8 @@ class Choice:
         table: the entries.
         contract: arguments that are not the section's, because the project itself gives them.
         positional: how many of the first arguments the project gives by position; they are not the section's either.
-        others: what a key is that only other entries take: an `error`, or `ignored`, of which a run warns.
+        others: what becomes of a key that only other entries take: `error` refuses it, `ignored`
+            warns of it.
     """
 
     key: str
@@ -220,7 +221,7 @@ class Choice:
         return _open_arguments(self.table[name], self.contract, self.positional)
 
     def owners(self, key: str) -> dict[str, Argument]:
-        """Entry -> its argument of this key, of all that take it."""
+        """Entry -> its argument of this key, for every entry that takes it."""
         every = {name: self.arguments(name).get(key) for name in self.table}
         return {name: argument for name, argument in every.items() if argument is not None}
 
@@ -270,7 +271,7 @@ class OpenSection(Section):
         return getattr(self, key, default) if key in type(self).model_fields else self.given.get(key, default)
 
     def arguments_for(self, choice_key: str, name: str) -> dict[str, Any]:
-        """Argument -> value, of what is given and an entry takes, by the constructor's own names.
+        """What is given of an entry's arguments: the constructor's name for it -> value.
 
         Args:
             choice_key: the `key` of one of `choices`.
@@ -319,7 +320,7 @@ class OpenSection(Section):
 
     @classmethod
     def owners(cls, key: str) -> dict[str, Argument]:
-        """Entry -> its argument of this key, of all that take it, in all tables."""
+        """Entry -> its argument of this key, for every entry of any table that takes it."""
         return {name: argument for choice in cls.choices for name, argument in choice.owners(key).items()}
 
     def check(self, chosen: Mapping[str, str], place: tuple[str, ...] = ()) -> None:
@@ -373,8 +374,8 @@ class OpenSection(Section):
                         yield key
 
     def unused(self, chosen: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-        """Key, value and who takes it, such as `arch.args.norm_layer_type gn`, of everything that is given in vain: to
-        no chosen entry, and with another value than any entry's default."""
+        """Key, value and who takes it, such as `arch.args.norm_layer_type gn`, of all that
+        is given without effect: no chosen entry takes it, and no entry has its value as a default."""
         for key, value in self.given.items():
             owners = {choice: choice.owners(key) for choice in self.choices}
             owners = {choice: takers for choice, takers in owners.items() if takers}
@@ -396,7 +397,7 @@ class OpenSection(Section):
 
 
 def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
-    """A value as the first type takes it that does; the error is that of the first."""
+    """A value as the first type reads it that accepts it; the error is that of the first type."""
     failed: list[ValidationError] = []
     for adapter in adapters:
         try:
@@ -407,7 +408,7 @@ def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
 
 
 def _moved(problem: ErrorDetails, place: tuple[str, ...]) -> InitErrorDetails:
-    """A problem that was found in a value, as one of the tree that the value lies in."""
+    """A problem that was found in a value, as a problem of the tree that holds the value."""
     kind = problem["type"]
     details = InitErrorDetails(type=kind, loc=(*place, *problem["loc"]), input=problem["input"])
     if "ctx" in problem:
@@ -436,7 +437,7 @@ def describe(owners: Mapping[str, Argument]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class NameIn:
-    """That a text is a name in a table, as metadata of its type: `Annotated[str, NameIn(MODELS)]`.
+    """Metadata of a type: the text is a name in a table. `Annotated[str, NameIn(MODELS)]`.
 
     Where a config is read without the code of its parts (`UNCHECKED` is the context), any name is good.
 
@@ -451,7 +452,7 @@ class NameIn:
     keywords: tuple[str, ...] = ()
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        """The schema of text, with a look into the table behind it."""
+        """The schema of text, followed by a look into the table."""
         return core_schema.with_info_after_validator_function(self._known, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -475,9 +476,9 @@ class NameIn:
 
 
 UNCHECKED = {"names": False}
-"""The context in which a config is read whose parts' code may be missing, as reports do."""
+"""The validation context for a config whose parts' code may be missing, as in reports."""
 
 
 def checks_names(context: Any) -> bool:
-    """Whether names and arguments of parts are held against the tables, in a validator's context."""
+    """Whether names and arguments of parts are checked against the tables in this validation."""
     return context is None or context.get("names", True)

@@ -265,7 +265,7 @@ class Config(Section):
     exper_name: str | None = None
     """Written by ConvNorm into its run folders; accepted and not used."""
     imports: list[Import] = Field(default=[])
-    """Own code that is run before the rest of a config is read: Python files, relative to the config that names them, and
+    """Your own code, run before the rest of a config is read: Python files, relative to the config that names them, and
     names of modules. Those of parents come first. A run's own config names them with a digest; see docs/extending.md."""
     arch: ArchConfig = ArchConfig()
     data_loader: DataLoaderConfig
@@ -354,7 +354,8 @@ class Config(Section):
 
     @property
     def attacks_while_training(self) -> bool:
-        """Whether the training method attacks images: train_robust.py is its command then. What is not known does."""
+        """Whether the training method attacks images: train_robust.py is its command then. A method
+        that no table knows is taken to do so."""
         return self.of_method("attacks_while_training", self.adversarial_method not in TRAINERS)
 
     @property
@@ -382,7 +383,8 @@ class Config(Section):
 
     @property
     def origins(self) -> Origins:
-        """Where its values come from; of those at their default, and of a config that was put together in Python, nothing."""
+        """Where its values come from, as far as a file or flag gave them: not values at their default,
+        nor those of a config made in Python."""
         return self._provenance.origins
 
     def describe_origins(self) -> str:

@@ -249,7 +249,7 @@ def override(tree: Tree, overrides: Iterable[Override]) -> Tree:
     """`tree` with dotted keys replaced: a value is JSON, a bare word is a string, the field's own type decides between them.
 
     Raises:
-        ConfigError: a key that is none, or a value that cannot be read; it names the flag.
+        ConfigError: a key that does not exist, or a value that cannot be read; it names the flag.
     """
     return merge_layers([Layer("config", tree), *override_layers(overrides)])[0]
 
@@ -267,7 +267,7 @@ def override_layers(overrides: Iterable[Override]) -> list[Layer]:
         if not all(path) or len(path) > LONGEST_PATH:
             raise ConfigError(f"{origin}: expected a dotted key such as trainer.epochs")
         if path[0] == IMPORTS:
-            raise ConfigError(f"{origin}: own code is named by {FLAG} FILE_OR_MODULE")
+            raise ConfigError(f"{origin}: your own code is named by {FLAG} FILE_OR_MODULE")
         try:
             value = _parse(text, path)
         except ConfigError as error:
@@ -337,7 +337,8 @@ def origins_named(config: Config) -> Iterator[None]:
 
 
 def _all_blamed(problems: Sequence[tuple[str | None, str]], source: str) -> str:
-    """Problems in one line, each behind what is to blame for it; that is named again only where it changes."""
+    """Problems in one line, each after the file or flag that is to blame for it, which is named
+    again only where it changes."""
     parts, last = [], None
     for origin, text in problems:
         blamed = origin or source

@@ -89,7 +89,7 @@ class Request:
 
 
 _imported: dict[str, OwnCode] = {}
-"""Name of the module -> what was imported, of everything that this process has imported."""
+"""Everything that this process has imported: name of the module -> what it came from."""
 _owners: dict[tuple[str, str], str] = {}
 """Table and entry -> the file or module of a user's own that registered it."""
 

@@ -62,7 +62,7 @@ def reference() -> str:
                 default = "required" if field.is_required() else f"`{json.dumps(_plain(field.default))}`"
                 kind, meaning = _describe(field.annotation, field.metadata), _meaning(section, name, field)
                 lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
-    lines += ["", "## Choices", "", "What the names in these tables stand for; own parts may be added to them.", ""]
+    lines += ["", "## Choices", "", "What the names in these tables stand for; you may add parts of your own to them.", ""]
     lines += ["| key | name | meaning |", "|---|---|---|"]
     for keys, table in choices():
         for names, meaning in _summaries(table):
@@ -152,7 +152,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(map(str, arguments))
     if origin is list:
         return f"list of {_describe(arguments[0], [])}"
-    # own code is an object in resolved configs only: people write a word
+    # a resolved config has an object for each file or module; people write a word
     names = {int: "integer", float: "number", str: "text", bool: "true, false", OwnCode: "text"}
     words = names.get(annotation, "object")
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

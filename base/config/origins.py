@@ -16,7 +16,7 @@ LONGEST = 120
 """Characters of a flag that is shown."""
 DEFAULT = "default"
 WIDEST = 60
-"""Columns of a line that the others are aligned with."""
+"""Lines up to this length decide where the comments are aligned."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 LARGEST = 10**9
-"""Of all integers that have no bound of their own, but for the seed: what is larger was mistyped, and torch would stumble."""
+"""The upper bound of integers that have none of their own, except the seed: a larger one was
+mistyped, and torch would stumble."""
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -54,7 +55,9 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a key has an effect with, as metadata of its type: `Annotated[float, Needs("trainer.OCNN", ...)]`.
+    """Metadata of a type: what the key has an effect with.
+
+    `Annotated[float, Needs("trainer.OCNN", ...)]` is the type of such a key.
 
     Attributes:
         what: in words, after "only with".

@@ -31,7 +31,7 @@ class OptimizerConfig(Section):
     """The optimiser; without this section SGD with lr 0.1, momentum 0.9 and weight decay 5e-4."""
 
     type: str = "SGD"
-    """Name of a class of torch.optim, or module.Class of own code that is imported."""
+    """Name of a class of torch.optim, or module.Class of your own code that is imported."""
     args: dict[str, Any] = Field(default={})
     """Its arguments, checked against its signature; what is left out has torch's default."""
 
@@ -40,7 +40,7 @@ class SchedulerConfig(Section):
     """The learning-rate schedule."""
 
     type: str = "none"
-    """Name of a class of torch.optim.lr_scheduler, module.Class of own code that is imported, or none."""
+    """Name of a class of torch.optim.lr_scheduler, module.Class of your own code that is imported, or none."""
     args: Annotated[dict[str, Any], A_SCHEDULE] = Field(default={})
     """Its arguments. T_max of CosineAnnealingLR, total_steps of OneCycleLR and total_iters of PolynomialLR default to the whole
     run, in a SequentialLR to what its milestones leave; mode of ReduceLROnPlateau to what is better of the monitor."""

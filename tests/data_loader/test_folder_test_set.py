@@ -31,6 +31,8 @@ def test_which_images_of_a_folder_are_taken(tmp_path, layout):
     assert found.labels.tolist() == [0, 0, 1, 1, 1], "all of them: nothing is split off"
     assert found.images.shape == (3, 8, 8)
     assert {Path(path).parents[1] for path in found.images.paths} == {tmp_path / taken}
+    below = tuple(str(Path(path).relative_to(tmp_path)) for path in found.images.paths)
+    assert found.images.names == below, "named by their paths below the folder"
 
 
 def test_a_class_may_be_called_test(tmp_path):
@@ -70,5 +72,5 @@ def test_what_is_no_data_set_is_refused(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         read_test_images(tmp_path / "nowhere")
     write_images(tmp_path / "train", CLASSES)
-    with pytest.raises(DataError, match=r"holds train, which are no classes: expected .*/test/<class>/"):
+    with pytest.raises(DataError, match=r"holds train, which are not classes: expected .*/test/<class>/"):
         read_test_images(tmp_path)

@@ -154,7 +154,7 @@ def test_what_a_loader_that_makes_its_batches_leaves_is_warned_of_or_refused():
         ("batch_size", 64, "data_loader.args.batch_size"),
         ("mean", [0.5] * 3, "data_loader.args.mean"),
     ]:
-        with pytest.raises(ConfigError, match=rf"^{key}: Batched does not take {name}, so nobody would do it"):
+        with pytest.raises(ConfigError, match=rf"^{key}: Batched does not take {name}, so it would not be done"):
             build_loader("Batched", Batched, {"batch_size": 128, name: value})
         assert build_loader("Digits", Digits, {**PLAIN, name: value})
 

@@ -149,7 +149,7 @@ class ConvNorm2d(nn.Conv2d):
     def linear_part(self) -> "ConvNorm2d":
         """A copy of the layer in evaluation mode that makes its steps 1 to 3 without the bias: a linear map of its inputs.
 
-        Nothing in it needs a gradient. By this method others know the layer, whatever the package is imported as.
+        Nothing in it needs a gradient. Callers recognize the layer by this method, whatever name its package is imported under.
         """
         layer = deepcopy(self).eval().requires_grad_(False)
         layer.affine = layer.bn = False

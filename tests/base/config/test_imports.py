@@ -159,7 +159,7 @@ def test_imports_that_are_no_list_of_words(tmp_path, value):
 
 def test_a_setting_imports_nothing(tmp_path):
     (tmp_path / "own_file.py").write_text("raise AssertionError")
-    with pytest.raises(ConfigError, match=r"^--set imports=.*: own code is named by --imports FILE_OR_MODULE$"):
+    with pytest.raises(ConfigError, match=r"^--set imports=.*: your own code is named by --imports FILE_OR_MODULE$"):
         load_config(config_file(tmp_path / "c.json"), [("imports", json.dumps([str(tmp_path / "own_file.py")]))])
 
 
