@@ -271,6 +271,17 @@ def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
             module.training = mode
 
 
+def check_attack(attack: Any) -> None:
+    """Refuse what is not an attack, such as the class of one.
+
+    Raises:
+        TypeError: naming what was found.
+    """
+    if not isinstance(attack, Attack):
+        found = f"the class {attack.__name__}" if isinstance(attack, type) else repr(attack)
+        raise TypeError(f"attack: expected one, such as PGD(8 / 255, 2 / 255, 20), not {found}")
+
+
 def check_batch(images: Tensor, labels: Tensor) -> None:
     """Refuse what is not a batch of images in `[0, 1]` with one label each.
 

@@ -26,9 +26,9 @@ class Classifier:
     """
 
     def __init__(self, model: Model, labels: Tensor) -> None:
-        if not callable(model):
-            kind = type(model).__name__
-            raise TypeError(f"model: expected a module or a function of logits, not {kind}")
+        if not callable(model) or isinstance(model, type):
+            found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            raise TypeError(f"model: expected a module or a function of logits, not {found}")
         self.model = model
         # read now, so that no forward pass has to wait for the device
         self.smallest = int(labels.min()) if len(labels) else 0

@@ -8,7 +8,9 @@ What a config may say about an entry follows from its signature, its type hints 
 `base.config.arguments`. What else the project asks of an entry is an attribute of the class or function, see
 `property_of`; each table names those that its entries may have, with their defaults. Entries of every table may have
 `config_names`, a dictionary: argument -> its name in configs where that is another one, or None where configs may not
-give it. Classes of layers may have `no_weight_decay`, the names of parameters that weight decay leaves out.
+give it. Classes of layers may have `no_weight_decay`, the names of parameters that weight decay leaves out, and
+`buffers_follow_weights` (False): whether their buffers move with the weights alone. Other buffers are running statistics,
+which several processes exchange after every update.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -4,7 +4,6 @@ import inspect
 import warnings
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from base.ranks import take_from_first, world_size
@@ -31,9 +30,10 @@ def replicate(model: nn.Module) -> nn.Module:
 def equalise(model: nn.Module, *, statistics_only: bool) -> None:
     """Give every process the buffers of rank 0's copy.
 
-    With `statistics_only` just the running statistics of batch normalisation, which come from different images in every process
-    and are therefore sent after every update. All other buffers (ConvNorm's spectrum, singular vectors) are functions of the
-    weights, so that equal copies compute the same; on a GPU up to rounding, and once in an epoch is enough.
+    With `statistics_only` just the running statistics, which come from different images in every
+    process and are therefore sent after every update. All other buffers (ConvNorm's spectrum,
+    singular vectors) are functions of the weights, so that equal copies compute the same; on a GPU
+    up to rounding, and once in an epoch is enough.
     """
     if world_size() == 1:
         return
@@ -42,6 +42,13 @@ def equalise(model: nn.Module, *, statistics_only: bool) -> None:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The running means and variances of a model's batch normalisation."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+    """What a model's layers take from images without a gradient, such as the means and variances of
+    batch normalisation: the floating-point buffers that a checkpoint holds, except those of layers
+    whose class has `buffers_follow_weights`."""
+    return [
+        buffer
+        for module in model.modules()
+        if not getattr(module, "buffers_follow_weights", False)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set and buffer.is_floating_point() and buffer.numel()
+    ]

@@ -1,13 +1,36 @@
 """What a data set must be to be trained on, checked before training; see `base.base_data_loader`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from base.errors import DataError
+from base.errors import DataError, ProjectError
+from base.ranks import is_of_connection
+
+
+@contextmanager
+def asking(where: str) -> Iterator[None]:
+    """Tell in one line what a loader raises while it is asked for something.
+
+    Args:
+        where: what the line begins with.
+
+    Raises:
+        DataError: naming the exception, which is its cause.
+    """
+    try:
+        yield
+    except ProjectError:
+        raise
+    except Exception as error:
+        if is_of_connection(error):
+            raise
+        lines = str(error).splitlines() or [""]
+        raise DataError(f"{where}: {type(error).__name__}: {lines[0]}") from error
 
 
 def check_images(images: Tensor, expected: Mapping[int, int], where: str) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from base.base_data_loader import BaseDataLoader
 from base.errors import DataError
 from base.ranks import quiet
-from data_loader.contract import check_images, check_range
+from data_loader.contract import asking, check_images, check_range
 from data_loader.decoding import decode_image
 from data_loader.workers import decode_in_processes
 
@@ -147,12 +147,13 @@ class LoadedImages:
         sizes = [len(batch) for batch in batches]
         # one copy from the device for all of them
         chosen = index[torch.cat(tuple(batches)).cpu()].split(sizes)
-        for number, images in enumerate(self.loader.image_batches(chosen)):
-            expected = {0: sizes[number], **dict(enumerate(self.shape, start=1))}
-            check_images(images, expected, self._where)
-            if number == 0:
-                check_range(images, self._where)
-            yield images
+        with asking(self._where):
+            for number, images in enumerate(self.loader.image_batches(chosen)):
+                expected = {0: sizes[number], **dict(enumerate(self.shape, start=1))}
+                check_images(images, expected, self._where)
+                if number == 0:
+                    check_range(images, self._where)
+                yield images
 
     def digest(self) -> str:
         """SHA-256 of the shape and of the pixels of all images, hexadecimal; of more than

@@ -22,7 +22,7 @@ from base.base_data_loader import BaseDataLoader
 from base.config.arguments import parameters_of
 from base.errors import ConfigError, DataError
 from base.ranks import Share, share_of
-from data_loader.contract import check_images, check_range
+from data_loader.contract import asking, check_images, check_range
 from data_loader.datasets import LabelledImages
 from data_loader.images import LoadedImages
 from data_loader.label_noise import LabelNoise
@@ -67,10 +67,8 @@ def build_loader(
         inspect.signature(make).bind(**taken)
     except TypeError as error:
         raise ConfigError(f"data_loader.args: {name}: {error}") from None
-    try:
+    with asking(f"data_loader.type: {name}"):
         loader = make(**taken)
-    except OSError as error:
-        raise DataError(f"data_loader.type: {name}: {error}") from None
     if not isinstance(loader, BaseDataLoader):
         kind = type(loader).__name__
         raise ConfigError(f"data_loader.type: {name} makes a {kind}; expected a BaseDataLoader")
@@ -108,9 +106,10 @@ class OwnImages(TrainingDataLoader):
         return type(self.own).__name__
 
     def read(self, train: bool) -> LabelledImages:
-        if not train:
-            return _labelled(self.own.test_loader())
-        return _labelled(self.own, self.own.split_validation())
+        part = "split_validation" if train else "test_loader"
+        with asking(f"data_loader.type: {self._called}.{part}"):
+            other = self.own.split_validation() if train else self.own.test_loader()
+        return _labelled(self.own, other) if train else _labelled(other)
 
     def augmented(self, images: Tensor, epoch: int, number: int, share: Share) -> Tensor:
         if type(self.own).augmented is not BaseDataLoader.augmented:
@@ -159,22 +158,20 @@ def _labelled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) 
     where = f"data_loader.type: {type(loader).__name__}"
     if not isinstance(loader, BaseDataLoader):
         raise DataError(f"{where}: expected a BaseDataLoader from test_loader and split_validation")
-    for name in ("labels", "class_names"):
-        if not hasattr(loader, name):
-            raise DataError(f"{where}: has no {name}")
-    last = len(loader.labels) - 1
+    with asking(where):
+        last = len(loader.labels) - 1
+        class_names, names = loader.class_names, loader.sample_names()
     if last < 0:
         raise DataError(f"{where}: labels: there are none")
-    try:
-        check_images(loader.images_at(torch.tensor([0, last])), {0: 2}, f"{where}.images_at")
-    except IndexError as error:
-        raise DataError(
-            f"{where}: has {last + 1} labels, but images_at does not know position {last}: {error}"
-        ) from None
+    if names is not None and len(names) != last + 1:
+        raise DataError(f"{where}.sample_names gives {len(names)} names for {last + 1} labels")
+    with asking(f"{where}.images_at, asked for positions 0 and {last}"):
+        images = loader.images_at(torch.tensor([0, last]))
+    check_images(images, {0: 2}, f"{where}.images_at")
     return LabelledImages(
         LoadedImages(loader, np.arange(last + 1)),
         loader.labels,
-        loader.class_names,
+        class_names,
         validation=None if validation is None else _labelled(validation),
         remarks=loader.remarks,
     )

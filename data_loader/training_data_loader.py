@@ -12,6 +12,7 @@ import torch
 
 from base.errors import ConfigError, DataError
 from base.runtime import numpy_generator
+from base.text import one_line
 from data_loader.contract import check_labels
 from data_loader.datasets import LabelledImages
 from data_loader.image_data_loader import ImageDataLoader
@@ -111,7 +112,7 @@ class TrainingDataLoader(ImageDataLoader):
             val_labels = train.labels[self._val_index]
         else:
             remaining = np.arange(len(train.labels))
-            validation = self._checked(train.validation, train.images.shape)
+            validation = self._checked(train.validation, train.images.shape, train.class_names)
             self._val_images, val_labels = validation.images, validation.labels
             # their numbers go on behind those of the training set
             self._val_index = len(train.labels) + np.arange(len(val_labels))
@@ -164,10 +165,13 @@ class TrainingDataLoader(ImageDataLoader):
         return type(self).__name__
 
     def _checked(
-        self, part: LabelledImages, shape: tuple[int, int, int] | None = None
+        self,
+        part: LabelledImages,
+        shape: tuple[int, int, int] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> LabelledImages:
-        """A part of the data set that keeps the contract; `shape` is that of the training images,
-        where this is another part."""
+        """A part of the data set that keeps the contract; `shape` and `class_names` are those of
+        the training images, where this is another part."""
         where = f"data_loader.type: {self._called}"
         if isinstance(part.images, MemoryImages):
             part.images.check()
@@ -177,7 +181,14 @@ class TrainingDataLoader(ImageDataLoader):
                 f"{where}: images (C, H, W) of {part.images.shape}, but those that are trained on"
                 f" have {shape}"
             )
-        return replace(part, labels=labels, class_names=tuple(part.class_names))
+        names = tuple(part.class_names)
+        # the same classes in another order would be taken for each other
+        if class_names not in (None, names):
+            raise DataError(
+                f"{where}: class_names {one_line(names, 80)} of its other images, but those that"
+                f" are trained on have {one_line(class_names, 80)}"
+            )
+        return replace(part, labels=labels, class_names=names)
 
     def _fits_in_memory(self, n_images: int) -> bool:
         """Whether so many images may be kept in memory."""
@@ -260,7 +271,7 @@ class TrainingDataLoader(ImageDataLoader):
 
     def test_loader(self) -> ImageDataLoader:
         if self._test_loader is None:
-            test = self._checked(self.read(train=False), self.image_shape)
+            test = self._checked(self.read(train=False), self.image_shape, self.class_names)
             n_images = len(self._train_index) + len(self._val_index) + len(test.labels)
             # whether training images are kept must not depend on the test set: mean and std do depend on it
             self._test_loader = self._evaluation_loader(test, in_memory=self._in_memory and self._fits_in_memory(n_images))

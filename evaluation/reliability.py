@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attacks.arguments import LARGEST_LINF
-from attacks.attack import Attack, frozen
+from attacks.attack import Attack, check_attack, frozen
 from attacks.classifier import Classifier, Model
 from attacks.losses import wrongness
 from attacks.pgd import PGD
@@ -139,6 +139,7 @@ def doctor(
     Raises:
         ValueError: a targeted attack, or an epsilon of 0; and see `robust_accuracy`.
     """
+    check_attack(attack)
     if attack.targeted or attack.epsilon == 0:
         raise ValueError("only an untargeted attack with an epsilon above 0 can be checked")
     examined = as_pgd(attack)

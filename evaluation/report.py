@@ -115,7 +115,7 @@ class RobustnessReport:
         seed = {"seed": self.seed}
         return {**describe_attack(self.attack), **seed, **values, **self.provenance, **doctor}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write `as_dict()` to `path` and the verdicts beside it, to `<name>.verdicts.npz`; nothing
         is beside a stream.
 
@@ -126,11 +126,11 @@ class RobustnessReport:
         if not is_stream(path):
             verdicts = BytesIO()
             np.savez_compressed(verdicts, **self.verdicts.arrays())
-            write_output(path.with_suffix(".verdicts.npz"), verdicts.getvalue())
+            write_output(Path(path).with_suffix(".verdicts.npz"), verdicts.getvalue())
 
     def save_csv(
         self,
-        path: Path,
+        path: str | Path,
         class_names: Sequence[str] = (),
         file_names: Mapping[int, str] | None = None,
     ) -> None:
@@ -243,6 +243,8 @@ def _numbers(attack: Attack) -> Iterable[str]:
         yield f"{restarts} start{'s' if restarts > 1 else ''}"
     if attack.loss != "ce" and not attack.description:
         yield f"{attack.loss} loss"
+    if "early_stop" in taken and not getattr(attack, "early_stop", True) and not attack.single_step:
+        yield "no early stop"
     for name, value in settings(attack).items():
         default = taken[name].default if name in taken else value
         if name not in IN_TITLES and plain(value) != plain(default):

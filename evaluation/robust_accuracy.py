@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attacks.attack import Attack, check_batch, frozen
+from attacks.attack import Attack, check_attack, check_batch, frozen
 from attacks.classifier import Classifier, Model
 from attacks.losses import wrongness
 from attacks.worst_points import DONE
@@ -98,10 +98,11 @@ def robust_accuracy(
 
     Raises:
         ConfigError: a file cannot be written; `save_images` is tried before the work.
-        TypeError: the model does not return a tensor of logits.
+        TypeError: the model does not return a tensor of logits, or `attack` is not an attack.
         ValueError: no images, or batches that are not as above (uint8, out of range, not a pair), a label
             that is not one of the model's classes, or a targeted attack.
     """
+    check_attack(attack)
     if save_images is not None:
         check_images_file("save_images", save_images)
     batches = Batches(data, model, device=device, batch_size=batch_size, limit=limit, shared=True)

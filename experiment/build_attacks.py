@@ -27,7 +27,8 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
     Args:
         config: the resolved config.
         num_classes: of the data set.
-        stop_at_rank: `early_stop`: an image is attacked until its label is not among that many of the largest logits.
+        stop_at_rank: `early_stop` where the config leaves it open: an image is attacked until its label is not among that
+            many of the largest logits.
 
     Raises:
         ConfigError: the attack refuses its arguments or needs more classes, or the package that it needs is missing.
@@ -40,7 +41,7 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
         "steps": settings.K,
         "restarts": settings.restarts,
         "loss": settings.loss,
-        "early_stop": stop_at_rank,
+        "early_stop": stop_at_rank if settings.early_stop is None else settings.early_stop,
         "seed": config.seed,
     }
     taken = {parameter.name: parameter for parameter in parameters_of(kind)}

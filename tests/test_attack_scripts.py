@@ -156,7 +156,7 @@ def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
     ],
 )
 def test_the_doctors_last_line(reliable, needed, line):
-    attack = PGD(8 / 255, 2 / 255, 7)
+    attack = PGD(8 / 255, 2 / 255, 7, early_stop=5)
     numbers = {"n": 300, "clean_top1": 1.0, "robust_top1": 0.5, "robust_top5": None, "interval": (0.4, 0.6)}
     cost = {"seconds": 1.0, "images_per_second": 300.0, "max_perturbation": 8 / 255, "precision": "fp32"}
     judged = {"reliable": reliable, "images_needed": needed, "warnings": (), "verdicts": None}

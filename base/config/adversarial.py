@@ -111,6 +111,9 @@ class PGDAttackConfig(OpenSection):
     """Random starts."""
     loss: Annotated[Literal["ce", "margin", "dlr"], _attack_with("loss")] = "ce"
     """What it maximises: cross entropy, margin, or difference of logits ratio."""
+    early_stop: Annotated[Count | None, _attack_with("early_stop")] = None
+    """How many of the largest logits the label has to leave before an image is left alone; 0: it never is, and of a single
+    start PGD's last point counts; null: 1, in a report on more than five classes 5."""
 
     @model_validator(mode="before")
     @classmethod

@@ -67,12 +67,16 @@ def origin_of_override(override: tuple[str, str]) -> str:
 
 def record(origins: Origins, layer: Layer) -> None:
     """Note the leaves of a layer that is put on top."""
+    sections = {known[:depth] for known in origins for depth in range(len(known))}
     for path, value in leaves(layer.tree):
-        if value == {} and any(_is_below(other, path) for other in origins):
-            # an empty object replaces nothing
-            continue
-        for other in [other for other in origins if _is_below(other, path) or _is_below(path, other)]:
-            del origins[other]
+        if path in sections:
+            if value == {}:
+                # an empty object replaces nothing
+                continue
+            for below in [known for known in origins if _is_below(known, path)]:
+                del origins[below]
+        for depth in range(len(path)):
+            origins.pop(path[: depth + 1], None)
         if value is not None:
             origins[path] = layer.origin
 

@@ -77,6 +77,7 @@ class OWNConv2d(nn.Conv2d):
     """
 
     normalizes_weights: ClassVar = True
+    buffers_follow_weights: ClassVar = True
     # norm_groups is what configs call the groups of a GroupNorm
     config_names: ClassVar = {"norm_groups": "own_groups"}
     WNScale: Tensor

@@ -41,6 +41,7 @@ class SpectralNormConv2d(nn.Conv2d):
     """
 
     normalizes_weights: ClassVar = True
+    buffers_follow_weights: ClassVar = True
     weight_u: Tensor
     weight_v: Tensor
     eps = 1e-12

@@ -53,6 +53,10 @@ class Named(Digits):
         return [f"{position}.png" for position in range(len(self.labels))]
 
 
+class Turned(Digits):
+    class_names = tuple("9876543210")
+
+
 class Batched(Digits):
     """Makes its batches itself, in an order of its own, and nothing else."""
 
@@ -195,12 +199,18 @@ def broken(name, method):
         ("images_at", lambda self, p: self.pixels[:5], r"the shape \(5, 3, 32, 32\); expected \(2, C, H, W\)"),
         ("images_at", lambda self, p: self.pixels[p].numpy(), r"gives a ndarray; expected a tensor"),
         ("images_at", lambda self, p: torch.rand(len(p), 3, 8, 8), r"other images for the same positions"),
-        ("images_at", lambda self, p: self.pixels[:9][p], r"1438 labels, but images_at does not know position 1437"),
+        ("images_at", lambda self, p: self.pixels[:9][p], r"images_at, asked for positions 0 and 1437: IndexError"),
+        ("images_at", lambda self, p: {}["x"], r"Broken\.images_at, asked for positions 0 and 1437: KeyError: 'x'$"),
+        ("images_at", lambda self, p: self.gone if 9 in p else self.pixels[p], r"images_at: AttributeError: .*'gone'$"),
+        ("sample_names", lambda self: ["a.png"], r"Broken\.sample_names gives 1 names for 1438 labels"),
         ("labels", torch.arange(1438), r"labels: 10 is not in \[0, 10\)"),
         ("labels", torch.rand(1438), r"labels: float32 of the shape \(1438,\); expected integers"),
         ("labels", torch.zeros(0), r"labels: there are none"),
         ("class_names", 10, r"class_names: 10; expected a list of names"),
+        ("labels", None, r"Broken: TypeError: object of type 'NoneType' has no len\(\)$"),
         ("test_loader", lambda self: None, r"NoneType: expected a BaseDataLoader from test_loader"),
+        ("test_loader", lambda self: self.gone(), r"Broken\.test_loader: AttributeError: .*'gone'$"),
+        ("test_loader", lambda self: Turned(train=False), r"Broken: class_names \('9', .* but those that are trained on"),
     ],
 )
 def test_a_broken_promise_is_one_line(name, method, message):
@@ -274,6 +284,6 @@ def test_other_makers_are_refused():
     def missing(batch_size):
         raise FileNotFoundError("moons.npz")
 
-    with pytest.raises(DataError, match=r"^data_loader\.type: missing: moons\.npz$"):
+    with pytest.raises(DataError, match=r"^data_loader\.type: missing: FileNotFoundError: moons\.npz$"):
         build_loader("missing", missing, PLAIN)
     assert check_labels([0, 1, 1], 3, ["a", "b"], "here").tolist() == [0, 1, 1]

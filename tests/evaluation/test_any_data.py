@@ -153,6 +153,15 @@ def test_data_that_cannot_be_used_is_one_line(problem, data, message):
         robust_accuracy(model, data(images, labels), ATTACK)
 
 
+def test_classes_for_objects_are_named(problem):
+    model, images, labels = problem
+    for measure in (robust_accuracy, doctor):
+        with pytest.raises(TypeError, match="^attack: expected one, such as .*, not the class PGD$"):
+            measure(model, [(images, labels)], PGD)
+    with pytest.raises(TypeError, match="^model: expected a module or a function .*, not the class Linear$"):
+        robust_accuracy(torch.nn.Linear, [(images, labels)], ATTACK)
+
+
 def test_numbers_out_of_range_are_named(problem):
     model, images, labels = problem
     for name in ("limit", "batch_size"):

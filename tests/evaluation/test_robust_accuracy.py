@@ -227,8 +227,9 @@ def test_few_classes_are_always_among_the_top_five(digits):
 
 
 def test_different_attacks_have_different_files():
-    attack = PGD(8 / 255, 2 / 255, 20)
+    attack = PGD(8 / 255, 2 / 255, 20, early_stop=5)
     assert file_stem(attack) == "pgd-20_linf_8_step_2_1_start"
+    assert file_stem(replace(attack, early_stop=0)).endswith("_1_start_no_early_stop")
     assert file_stem(replace(attack, loss="dlr")) == "pgd-20_linf_8_step_2_1_start_dlr_loss"
     assert file_stem(replace(attack, random_start=False)).endswith("_1_start_random_start_false")
     assert file_stem(FGSM(8 / 255)) == "fgsm_linf_8"
@@ -280,7 +281,7 @@ def test_report_holds_what_a_paper_needs(digits, tmp_path):
     assert report.title == "PGD-3, linf 4/255, step 2/255, 2 starts"
     low, high = report.interval
     assert low < report.robust_top1 < high
-    report.save(tmp_path / "deep" / "report.json")
+    report.save(str(tmp_path / "deep" / "report.json"))
     saved = np.load(tmp_path / "deep" / "report.verdicts.npz")
     assert saved["robust_top1"].mean() == report.robust_top1
 

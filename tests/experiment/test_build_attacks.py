@@ -39,7 +39,7 @@ PLAIN = PGD(8 / 255, 2 / 255, 10, early_stop=5, seed=3)
         ({}, PLAIN),
         ({"K": 20, "step": 1}, replace(PLAIN, steps=20, step_size=1 / 255)),
         ({"restarts": 2, "loss": "dlr"}, replace(PLAIN, restarts=2, loss="dlr")),
-        ({"random_start": False}, replace(PLAIN, random_start=False)),
+        ({"random_start": False, "early_stop": 0}, replace(PLAIN, random_start=False, early_stop=0)),
         ({"norm": "l2", "K": 5}, PGD(0.5, 0.25, 5, "l2", early_stop=5, seed=3)),
         ({"type": "fgsm", "loss": "margin"}, FGSM(8 / 255, early_stop=5, loss="margin")),
         ({"type": "apgd", "rho": 0.5}, APGD(8 / 255, 100, rho=0.5, seed=3)),

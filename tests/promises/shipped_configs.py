@@ -43,6 +43,7 @@ OTHERS = {
     "list": ["text", 3, 0.5, True, {"a": 1}],
     "object": ["text", 3, 0.5, True, [1]],
     "choice": [3, 0.5, True, ["a"], {"a": "b"}],
+    "choice of numbers": ["text", "3", 2.5, [1], {"a": 1}],
 }
 """Values of other types than the documented one."""
 
@@ -78,17 +79,21 @@ def resolved(file):
     return merged(resolved(file.parent / parent), tree) if parent else tree
 
 
+OPEN = {"arch.args": ArchArgs, "data_loader.args": DataLoaderArgs, "pgd_attack": PGDAttackConfig}
+"""Sections that hold arguments of parts only where they are given: a constructor has their defaults."""
+LEFT_TO_CONSTRUCTORS = {
+    f"{section}.{key}" for section, cls in OPEN.items() for key in cls.known_fields().keys() - cls.model_fields.keys()
+}
+
+
 def of_others(section, chosen):
     """The arguments that only other entries of a section's table take."""
     choice = section.choices[0]
     return set(choice.known_keys()) - set(choice.arguments(chosen))
 
 
-OF_OTHERS = {
-    "arch.args": of_others(ArchArgs, "resnet18"),
-    "data_loader.args": of_others(DataLoaderArgs, "ImageFolderDataLoader"),
-    "pgd_attack": of_others(PGDAttackConfig, "pgd"),
-}
+CHOSEN = {"arch.args": "resnet18", "data_loader.args": "ImageFolderDataLoader", "pgd_attack": "pgd"}
+OF_OTHERS = {section: of_others(OPEN[section], name) for section, name in CHOSEN.items()}
 
 
 def with_every_key():
@@ -123,6 +128,8 @@ def trees():
 def kind_of(words):
     if words.startswith("list of"):
         return "list"
+    if words.replace(", ", "").isdigit():
+        return "choice of numbers"
     first = words.split()[0]
     return words if words == "true, false" else first if first in ("integer", "number", "text", "object") else "choice"
 
@@ -187,6 +194,7 @@ class Loading:
     def __call__(self, tree):
         """As `load_config` does once it has a file's text."""
         self.count += 1
+        files.requests_of(tree.get("imports", []), "config.json: imports", CONFIGS)
         config = files.validate(strict_json.parse_json(json.dumps(tree)), "config.json")
         self.check(json.dumps([config.optimizer.model_dump(), config.lr_scheduler.model_dump()]))
         return config

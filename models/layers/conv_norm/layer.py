@@ -92,6 +92,7 @@ class ConvNorm2d(nn.Conv2d):
     normalizes: ClassVar = True
     normalizes_weights: ClassVar = True
     batch_statistics: ClassVar = True
+    buffers_follow_weights: ClassVar = True
 
     running_V: Tensor  # noqa: N815 - the original's name, a key of its checkpoints
     num_batches_tracked: Tensor

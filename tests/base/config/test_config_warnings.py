@@ -52,6 +52,7 @@ IN_VAIN = {
     "pgd_attack.step": (2.5, {"pgd_attack.type": "apgd"}, {"pgd_attack.type": "pgd"}),
     "pgd_attack.restarts": (3, {"pgd_attack.type": "fgsm"}, {"pgd_attack.type": "apgd"}),
     "pgd_attack.loss": ("dlr", {"pgd_attack.type": "autoattack"}, {"pgd_attack.type": "fgsm"}),
+    "pgd_attack.early_stop": (0, {"pgd_attack.type": "square"}, {"pgd_attack.type": "fgsm"}),
 }
 """Key -> a value, settings with which it has no effect, settings with which it has."""
 

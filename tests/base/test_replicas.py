@@ -1,0 +1,55 @@
+"""Which buffers of a layer several processes exchange after every update."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, LINEAR_LAYERS, NORM_LAYERS
+from base.replicas import running_statistics
+
+KINDS = {
+    "conv": (CONV_LAYERS, (4, 8, 3), (5, 4, 8, 8)),
+    "norm": (NORM_LAYERS, (4,), (5, 4, 8, 8)),
+    "activation": (ACTIVATION_LAYERS, (4,), (5, 4, 8, 8)),
+    "linear": (LINEAR_LAYERS, (4, 8), (5, 4)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, (table, _, _) in KINDS.items() for name in table]
+)
+def test_buffers_that_are_not_exchanged_do_not_depend_on_the_images(kind, name):
+    table, arguments, shape = KINDS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(table[name](*arguments)).train()
+    copy = deepcopy(model)
+    for each in (model, copy):
+        each(torch.rand(shape))
+    exchanged = {id(tensor) for tensor in running_statistics(model)}
+    for (name_of, ours), theirs in zip(model.named_buffers(), copy.buffers(), strict=True):
+        if id(ours) not in exchanged:
+            assert torch.equal(ours, theirs), name_of
+
+
+class OwnNorm(nn.Module):
+    """Follows the mean of its images, and holds constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("followed", torch.zeros(4))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("constant", torch.ones(4), persistent=False)
+
+
+def test_statistics_of_an_own_layer_are_exchanged_as_those_of_batch_normalisation():
+    model = nn.Sequential(OwnNorm(), nn.BatchNorm2d(4), CONV_LAYERS["prec_conv"](4, 4, 3))
+    names = {id(tensor): name for name, tensor in model.named_buffers()}
+    assert [names[id(tensor)] for tensor in running_statistics(model)] == [
+        "0.followed",
+        "1.running_mean",
+        "1.running_var",
+        "2.batch_norm.running_mean",
+        "2.batch_norm.running_var",
+    ]
