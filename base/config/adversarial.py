@@ -112,8 +112,9 @@ class PGDAttackConfig(OpenSection):
     loss: Annotated[Literal["ce", "margin", "dlr"], _attack_with("loss")] = "ce"
     """What it maximises: cross entropy, margin, or difference of logits ratio."""
     early_stop: Annotated[Count | None, _attack_with("early_stop")] = None
-    """How many of the largest logits the label has to leave before an image is left alone; 0: it never is, and of a single
-    start PGD's last point counts; null: 1, in a report on more than five classes 5."""
+    """An image is left alone once its label is not among this many of the largest logits. 0: it never
+    is, and with one start PGD's last point counts. null: 1, or 5 in a report on more than five
+    classes."""
 
     @model_validator(mode="before")
     @classmethod
