@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from base.comet_key import without_keys
-from base.config.files import Override, load_config
+from base.config.files import Override, check_optimization_of, load_config
 from base.config.imports import FLAG
 from base.config.origins import Flag
 from base.errors import ConfigError, ProjectError
@@ -170,6 +170,7 @@ def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -
         config = saved_run(arguments.resume, arguments.config, overrides, arguments.imports).config
     else:
         config = load_config(arguments.config, overrides, arguments.imports)
+    check_optimization_of(config)
     if os.environ.get("RANK", "0") == "0":
         print(config.describe_origins())
         for warning in config.warnings:

@@ -330,8 +330,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _attack_sizes(self) -> Self:
         adversarial, trainer = self.adversarial, self.trainer
-        if adversarial.method == "none" and trainer.do_adv:
-            raise ValueError("adversarial.method: none contradicts trainer.do_adv: true")
+        if trainer.do_adv and not self.attacks_while_training:
+            raise ValueError(f"adversarial.method: {adversarial.method} contradicts trainer.do_adv: true")
         refuse_other_units("trainer.adv_clip_eps", trainer.adv_clip_eps, "linf")
         refuse_other_units("adversarial.epsilon", adversarial.epsilon, adversarial.norm)
         epsilon = self.attack_epsilon

@@ -105,11 +105,8 @@ def hint(path: Sequence[str], known: Sequence[str], arguments: Collection[str] =
 
 def _elsewhere(place: str, name: str) -> str | None:
     """The only key of this name in other sections, or the only one below this section."""
-    keys = [
-        key
-        for key in _keys(Config)
-        if key.rpartition(".")[2] == name and (place in ATTACKS or key.partition(".")[0] not in OF_ITS_OWN)
-    ]
+    others = ("arch",) if place in ATTACKS else OF_ITS_OWN
+    keys = [key for key in _keys(Config) if key.rpartition(".")[2] == name and key.partition(".")[0] not in others]
     below = [key for key in keys if key.startswith(f"{place}.")]
     found = below or keys
     return found[0] if len(found) == 1 else None

@@ -13,6 +13,7 @@ from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config.files import merge
 from base.errors import NonFiniteError, Stopped
+from base.registry import TRAINERS
 from experiment.experiment import Experiment
 from tiny_runs import difference, run
 
@@ -23,7 +24,6 @@ WIDE = {
     }
 }
 NETWORKS = {"ConvNorm": {}, "wide ResNet": WIDE}
-METHODS = ("none", "free", "fgsm", "pgd", "trades")
 
 
 def poison(monkeypatch, layer, step):
@@ -64,7 +64,7 @@ def layers_of(config):
 def check_stops(folder, config, layer):
     """In the second minibatch of the second epoch, of three."""
     with pytest.MonkeyPatch.context() as patch:
-        poison(patch, layer, 4 * (config.trainer.adv_repeats if config.adversarial_method == "free" else 1))
+        poison(patch, layer, 4 * (config.trainer.adv_repeats if "trainer.adv_repeats" in config.of_method("reads", ()) else 1))
         with pytest.raises(NonFiniteError) as stopped:
             run(folder, config)
     said = str(stopped.value)
@@ -86,7 +86,7 @@ def test_the_first_bad_layer_is_named_and_the_last_good_epoch_kept(tmp_path, sma
         assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / layer / "model_last.pth") == []
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", [name for name in TRAINERS if TRAINERS[name].attacks_while_training])
 def test_so_it_does_in_every_method(tmp_path, small, method):
     config = small(adversarial={"method": method, "validate_every": 0, "steps": 1}, trainer={"adv_repeats": 2})
     check_stops(tmp_path / "run", config, layers_of(config)[1])

@@ -12,6 +12,7 @@ from base.base_data_loader import BaseDataLoader
 from base.checkpoint import load_checkpoint
 from base.config.files import merge, validate
 from base.optimization import Schedule, build_optimizer
+from base.registry import TRAINERS
 from experiment.build import build_trainer
 from models import build_model
 from models.ocnn import penalty
@@ -144,7 +145,7 @@ def test_pgd_and_fgsm_training_against_the_loop_written_out(tmp_path, method, st
     assert isinstance(starts[0], torch.Generator)
 
 
-@pytest.mark.parametrize("method", ["free", "fgsm", "pgd", "trades"])
+@pytest.mark.parametrize("method", [name for name in TRAINERS if TRAINERS[name].attacks_while_training])
 def test_the_radius_grows_over_the_warm_up(tmp_path, method):
     trainer = build(tmp_path, {"adversarial": {"method": method, "steps": 4, "warmup_epochs": 4}})
     images, labels = batch()
@@ -199,7 +200,7 @@ def test_every_forward_pass_is_in_the_runs_precision_and_on_pixels(tmp_path, met
     assert all(all(values) for values in seen)
 
 
-@pytest.mark.parametrize("method", ["none", "free", "fgsm", "pgd", "trades"])
+@pytest.mark.parametrize("method", TRAINERS)
 def test_ocnns_penalty_is_part_of_every_methods_loss(tmp_path, method):
     """With a learning rate of 1 and plain SGD the weights move by the gradient: the penalty's part is the difference."""
     plain = {"optimizer": {"args": {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}}, "trainer": {"adv_repeats": 1}}

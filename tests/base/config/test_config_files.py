@@ -377,6 +377,14 @@ def test_none_contradicts_the_original_switch_for_free_training():
         validate({**DIGITS, "adversarial": {"method": "none"}, "trainer": {"do_adv": True}})
 
 
+def test_a_method_that_attacks_nothing_contradicts_do_adv(monkeypatch):
+    monkeypatch.setitem(registry.TRAINERS, "plain", registry.TRAINERS["none"])
+    tree = {**DIGITS, "adversarial": {"method": "plain"}}
+    assert not validate(tree).attacks_while_training
+    with pytest.raises(ConfigError, match=r"adversarial.method: plain contradicts trainer.do_adv: true"):
+        validate({**tree, "trainer": {"do_adv": True}})
+
+
 def test_two_places_for_num_classes_must_agree():
     with pytest.raises(ConfigError, match=r"num_classes: 5 contradicts arch.args.num_classes: 10"):
         validate({**DIGITS, "num_classes": 5, "arch": {"args": {"num_classes": 10}}})

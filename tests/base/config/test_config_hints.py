@@ -57,6 +57,7 @@ def test_every_slip_at_every_key_finds_it():
         ("monitor", "trainer.monitor"), ("trainer.ema", "ema_decay"), ("arch.args.norm_layer", "norm_layer_type"),
         ("arch.args.norm", None), ("arch.args.conv", "conv_layer_type"), ("pgd_attack.steps", "K"),
         ("pgd_attack.norm", "adversarial.norm"), ("adversarial.eps", "epsilon"), ("adversarial.K", "pgd_attack.K"),
+        ("pgd_attack.depth", None), ("adversarial.repeats", None), ("adversarial.adv_repeats", "trainer.adv_repeats"),
         ("trainer.steps", None), ("data_loader.args.beta", None), ("trainer.x", None), ("system.amp", "precision"),
         ("augmentation.mixup", "mixup_alpha"), ("augmentation.cutmix_alpha", None), ("trainer.early_stopping", "early_stop"),
         ("model_name", "arch.type"), ("arch.name", "type"), ("optimizer.name", "type"), ("train", "trainer"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import experiment  # noqa: F401 - fills the tables
-from base.command_line import config_overrides, config_parser
+from base.command_line import config_overrides, config_parser, print_config
 from base.config.files import load_config, origins_named, validate
 from base.errors import ConfigError
 from base.optimization import check_optimization
@@ -94,3 +94,11 @@ def test_the_printed_config_is_a_config_and_names_every_origin(tmp_path):
     assert tree["optimizer"]["args"]["_lr"] == "--lr 0.3"
     assert tree["_seed"] == tree["trainer"]["_verbosity"] == "default"
     assert "early_stop" not in tree["trainer"]
+
+
+def test_what_a_run_would_refuse_is_not_printed(tmp_path, capsys):
+    (tmp_path / "digits.json").write_text('{"data_loader": {"type": "DigitsDataLoader"}}')
+    arguments = config_parser("").parse_args(["-c", str(tmp_path / "digits.json"), "--lr", "fast"])
+    with pytest.raises(ConfigError, match="^--lr fast: optimizer.args.lr: expected a number"):
+        print_config(arguments, config_overrides(arguments))
+    assert capsys.readouterr().out == ""
