@@ -112,5 +112,6 @@ def test_another_attack_takes_over_what_was_chosen_and_no_defaults():
 
 def test_keys_of_the_section_are_the_entries_arguments():
     known = PGDAttackConfig.known_fields().keys()
-    assert {"type", "K", "step", "restarts", "loss", "queries", "rho", "p_init", "random_start"} == known
+    of_attacks = {"queries", "rho", "p_init", "random_start"}
+    assert {"type", "K", "step", "restarts", "loss", "early_stop", *of_attacks} == known
     assert issubclass(ATTACKS["pgd"], Attack)
