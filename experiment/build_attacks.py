@@ -5,6 +5,7 @@ from typing import Any
 
 from attacks.attack import Attack
 from attacks.fgsm import FGSM
+from attacks.losses import ATTACK_LOSSES
 from attacks.threat_model import ThreatModel, in_pixel_range
 from base.config.adversarial import PGDAttackConfig, is_size
 from base.config.arguments import OpenSection, parameters_of
@@ -99,6 +100,9 @@ def _step_size(settings: PGDAttackConfig, threat: ThreatModel) -> float:
 
 
 def fgsm(config: Config) -> FGSM:
-    """FGSM with the config's norm and radius, which watches fast FGSM training for overfitting."""
-    threat = threat_model(config)
-    return FGSM(threat.epsilon, threat.norm, early_stop=1, loss=config.pgd_attack.loss)
+    """FGSM with the config's norm, radius and loss, which watches fast FGSM training for overfitting.
+
+    It climbs cross entropy where a user's own attack has a loss that FGSM does not know.
+    """
+    threat, loss = threat_model(config), config.pgd_attack.loss
+    return FGSM(threat.epsilon, threat.norm, early_stop=1, loss=loss if loss in ATTACK_LOSSES else "ce")

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic.fields import FieldInfo
 
-from base.config.arguments import Choice, NameIn, OpenSection, checks_names, parameters_of, takes
+from base.config.arguments import Choice, NameIn, OpenSection, arguments_of, checks_names, parameters_of, takes
 from base.config.section import Count, Needs, Positive
-from base.registry import ATTACKS, TRAINERS
+from base.registry import ATTACKS, TRAINERS, Constructor, not_one_of
 
 FRACTION_OF_RANGE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) */ *([0-9]+(?:\.[0-9]+)?) *")
 
@@ -87,6 +87,32 @@ OFFERED = frozenset({"epsilon", "norm", "steps", "step_size", "restarts", "loss"
 """Arguments of attacks that the config's own keys give."""
 
 
+ATTACK_LOSSES = ("ce", "margin", "dlr")
+"""What every attack that takes a loss can maximise, unless its type hint is a `Literal` of others."""
+
+
+def losses_of(kind: Constructor | None) -> tuple[str, ...]:
+    """The losses that a config may give to an attack: those of its type hint, where that is a `Literal`, else
+    `ATTACK_LOSSES` and its own default."""
+    argument = None if kind is None else arguments_of(kind).get("loss")
+    if argument is None:
+        return ATTACK_LOSSES
+    own, default = get_args(argument.field.annotation), argument.field.default
+    if own:
+        return tuple(one for one in own if isinstance(one, str))
+    return ATTACK_LOSSES if default in ATTACK_LOSSES or not isinstance(default, str) else (*ATTACK_LOSSES, default)
+
+
+class LossOfAttack(NameIn):
+    """That a text is a loss of the attack chosen before it, as metadata of its type; see `losses_of`."""
+
+    def _known(self, name: str, info: ValidationInfo) -> str:
+        known = losses_of(ATTACKS.get(info.data.get("type", "")))
+        if checks_names(info.context) and name not in known:
+            raise ValueError(not_one_of(name, known))
+        return name
+
+
 def _attack_with(argument: str) -> Needs:
     def takes_it(config: Any) -> bool:
         kind = ATTACKS.get(config.pgd_attack.type)
@@ -109,8 +135,8 @@ class PGDAttackConfig(OpenSection):
     else 2 for linf, 2.5 epsilon / K for l2."""
     restarts: Annotated[Positive, _attack_with("restarts")] = 1
     """Random starts."""
-    loss: Annotated[Literal["ce", "margin", "dlr"], _attack_with("loss")] = "ce"
-    """What it maximises: cross entropy, margin, or difference of logits ratio."""
+    loss: Annotated[str, LossOfAttack(dict.fromkeys(ATTACK_LOSSES)), _attack_with("loss")] = "ce"
+    """What it maximises: cross entropy, margin, or difference of logits ratio; or a loss of an own attack."""
     early_stop: Annotated[Count | None, _attack_with("early_stop")] = None
     """An image is left alone once its label is not among this many of the largest logits. 0: it never
     is, and with one start PGD's last point counts. null: 1, or 5 in a report on more than five

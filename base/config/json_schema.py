@@ -92,7 +92,8 @@ def choices() -> list[tuple[list[str], Mapping[str, Any]]]:
 
 def _tables(annotation: Any, metadata: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
     """The tables that a type's values are names in."""
-    yield from (item.table for item in metadata if isinstance(item, NameIn))
+    # a subclass knows names that stand in no table of the registry
+    yield from (item.table for item in metadata if type(item) is NameIn)
     arguments = get_args(annotation)
     if get_origin(annotation) is Annotated:
         yield from _tables(arguments[0], arguments[1:])

@@ -1,6 +1,7 @@
 """From a config to its attack: any entry of the table, with what it takes of what the config offers."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pytest
 from own_attacks import MomentumFGSM
@@ -9,7 +10,7 @@ from attacks import APGD, ATTACKS, FGSM, PGD, Attack, AutoAttack, Square
 from base.config.adversarial import PGDAttackConfig, Size
 from base.config.files import merge, validate
 from base.errors import ConfigError
-from experiment.build_attacks import build_attack, other_attack
+from experiment.build_attacks import build_attack, fgsm, other_attack
 from tiny_runs import config_of
 
 
@@ -108,6 +109,31 @@ def test_another_attack_takes_over_what_was_chosen_and_no_defaults():
         "type": "square", "loss": "dlr", "restarts": 3,
     }  # fmt: skip
     assert other_attack(chosen, "square") == {}
+
+
+@dataclass(frozen=True)
+class OnOwnLoss(MomentumFGSM):
+    """An attack with a loss of its own, among others."""
+
+    loss: Literal["first", "last"] = "last"
+
+    def losses(self, logits, labels):
+        return logits[:, 0 if self.loss == "first" else -1]
+
+
+@dataclass(frozen=True)
+class OnOneLoss(OnOwnLoss):
+    loss: str = "last"
+
+
+def test_an_own_attack_may_have_losses_of_its_own(monkeypatch):
+    monkeypatch.setitem(ATTACKS, "own_losses", OnOwnLoss)
+    monkeypatch.setitem(ATTACKS, "one_loss", OnOneLoss)
+    assert attack_of(type="own_losses").loss == attack_of(type="one_loss").loss == "last"
+    assert attack_of(type="own_losses", loss="first").loss == "first"
+    assert fgsm(config_of(pgd_attack={"type": "own_losses"})).loss == "ce"
+    with pytest.raises(ConfigError, match=r"pgd_attack.loss: 'fist' is not one of: first, last; did you mean 'first'\?"):
+        attack_of(type="own_losses", loss="fist")
 
 
 def test_keys_of_the_section_are_the_entries_arguments():
