@@ -21,15 +21,15 @@ class BaseDataLoader(ABC):
     trained on: order, epochs, subsets, validation split, label noise and augmentation are then done
     around it (see `data_loader.own_images`), as pure functions of seed, epoch and batch.
 
-    Iterating yields `images` float32 `(B, C, H, W)` in `[0, 1]` and `labels` int64 `(B,)`, on
-    `device`. What a batch holds is a pure function of (seed, epoch, batch index): neither earlier
-    batches nor the number of worker processes change it, so `set_epoch(e, first_batch=b)` continues
-    an interrupted epoch exactly.
+    Iterating yields `images` float32 `(B, C, H, W)` in `[0, 1]` and `labels` int64 `(B,)`; whoever
+    asks for them moves them to its model's device. What a batch holds is a pure function of
+    (seed, epoch, batch index): neither earlier batches nor the number of worker processes change
+    it, so `set_epoch(e, first_batch=b)` continues an interrupted epoch exactly.
 
     Attributes:
         labels: int64 `(N,)` in `[0, num_classes)`, in the order of the data set.
         class_names: the classes' names in label order.
-        device: where batches are.
+        device: where batches are made.
         batch_size: images in a full batch; the last batch of an epoch may hold fewer.
         shard_batches: where several processes train together: yield this process's part of every
             batch (see `base.ranks.Share`) instead of the whole. Order and augmentation are those of
@@ -134,9 +134,13 @@ class BaseDataLoader(ABC):
         return torch.arange(len(self.labels))
 
     def image_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images at each of these positions, which are on `device`; see `images_at`. A
-        class that can work ahead does it here."""
-        return (self.images_at(positions.cpu()) for positions in batches)
+        """The images at each of these positions, which are on `device`; see `images_at`. A class
+        can work ahead does it here."""
+        if not batches:
+            return iter(())
+        # one copy from the device for all of them: each makes the host wait
+        on_host = torch.cat(tuple(batches)).cpu().split([len(batch) for batch in batches])
+        return (self.images_at(positions) for positions in on_host)
 
     def augmented(self, images: Tensor, epoch: int, number: int, share: Share) -> Tensor:
         """Pixels on `device` as they are trained on, float32 in `[0, 1]`.

@@ -414,8 +414,10 @@ class BaseTrainer(ABC):
         )
         begin = perf_counter()
         for images, labels in bar:
+            images, labels = images.to(self.device), labels.to(self.device)
             share, self.images = self.share(images), images
             result = self.train_batch(*self.mixed(images, labels))
+            _check_result(result, self)
             if share.counts:
                 self.totals.add(result)
             self.schedule.step_batch()
@@ -495,4 +497,17 @@ def _check_per_sample(losses: Tensor, trainer: BaseTrainer) -> None:
     if losses.dim() != 1:
         raise ConfigError(
             f"{type(trainer).__name__}.train_batch: update takes one loss per sample, of shape (B,), not {tuple(losses.shape)}"
+        )
+
+
+def _check_result(result: object, trainer: BaseTrainer) -> None:
+    """Refuse what cannot be added to an epoch's values, such as the None of a method that returns nothing.
+
+    Raises:
+        ConfigError: naming the training method.
+    """
+    if not isinstance(result, BatchResult):
+        raise ConfigError(
+            f"{type(trainer).__name__}.train_batch: returns a {type(result).__name__}, not a BatchResult, such as"
+            " self.result(losses, logits, labels)"
         )

@@ -121,7 +121,7 @@ class OwnImages(TrainingDataLoader):
         return False
 
 
-def check_first_batch(loader: BaseDataLoader, device: torch.device) -> None:
+def check_first_batch(loader: BaseDataLoader) -> None:
     """Refuse a loader whose batches are not what `BaseDataLoader` says, before training.
 
     Raises:
@@ -148,9 +148,6 @@ def check_first_batch(loader: BaseDataLoader, device: torch.device) -> None:
     check_range(images, where)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or len(labels) != count:
         raise DataError(f"{where}: yields labels that are not an int64 tensor of shape ({count},)")
-    for what, tensor in (("images", images), ("labels", labels)):
-        if tensor.device.type != device.type:
-            raise DataError(f"{where}: yields {what} on {tensor.device}; expected {device}")
 
 
 def _labelled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) -> LabelledImages:

@@ -31,15 +31,17 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    device = next(model.parameters()).device
     totals, clean_totals = Totals(), Totals()
     seen = 0
     try:
         for images, labels in tqdm(loader, desc=description, disable=quiet(), leave=False):
+            images, labels = images.to(device), labels.to(device)
             with autocast():
                 logits = model(images)
             totals.add(batch_result(loss(logits, labels), logits, labels, metrics))
             if loader.clean_labels is not None:
-                clean = loader.clean_labels[seen : seen + len(labels)]
+                clean = loader.clean_labels[seen : seen + len(labels)].to(device)
                 clean_totals.add(batch_result(loss(logits, clean), logits, clean, metrics))
             seen += len(labels)
     finally:

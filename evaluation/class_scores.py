@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from attacks.attack import frozen
 from attacks.classifier import Model
+from evaluation.batches import device_of
 
 CONFUSED = 10
 """The most frequent mistakes that are listed."""
@@ -119,13 +120,16 @@ def predict(
 
     Args:
         model: a module or function that maps images in `[0, 1]` to logits.
-        data: batches of images `(B, C, H, W)` and labels `(B,)` on the model's device, at least
-            one; a `torch.utils.data.DataLoader`, for one.
+        data: batches of images `(B, C, H, W)`, which are moved to the model's device, and labels
+            `(B,)`, at least one; a `torch.utils.data.DataLoader`, for one.
         autocast: context of the forward passes.
     """
+    device = device_of(model)
     labels, predictions, confidences = [], [], []
     with frozen(model, training=False):
         for images, truth in tqdm(data, desc="predicting", disable=None, leave=False):
+            if device is not None:
+                images = images.to(device)
             with autocast():
                 logits = model(images).float()
             no_answer = logits.isnan().any(dim=1)

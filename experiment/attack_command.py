@@ -25,6 +25,7 @@ from base.registry import lookup
 from base.runtime import memory_explained
 from base.text import say
 from data_loader.splits import some_of_every_class
+from evaluation.batches import device_of
 from evaluation.figures import draw_epsilon_curve, draw_examples
 from evaluation.partial import partial_file, remove_partials
 from evaluation.reliability import DoctorReport, doctor
@@ -338,7 +339,8 @@ def _draw_examples(
     chosen = broken if len(broken) else torch.arange(len(verdicts))
     few = some_of_every_class(loader.subset(chosen), EXAMPLES)
     few.batch_size = EXAMPLES
-    images, labels = next(iter(few))
+    device = device_of(model)
+    images, labels = (tensor.to(device) for tensor in next(iter(few)))
     found, worst = attack_batch(model, images, labels, attack, positions=few.positions, seed=seed, autocast=autocast)
     predictions = (found.clean_prediction, found.prediction)
     draw_examples(path, images.cpu(), worst.cpu(), *predictions, found.label, loader.class_names, report.title)

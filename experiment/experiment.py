@@ -11,7 +11,7 @@ With `build` and `final_test`, this module knows every room.
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import zip_longest
@@ -209,11 +209,20 @@ def _as_text(overrides: Overrides) -> list[Override]:
     settings: list[Override] = []
     for key, value in overrides.items():
         try:
-            text = json.dumps(str(value) if isinstance(value, Path) else value)
+            text = json.dumps(value, default=_as_json)
             settings.append(Flag((key, text), f"overrides {key}={text}"))
         except (TypeError, ValueError):
             raise ConfigError(f"{key}: {value!r:.80} is not a value that JSON can hold") from None
     return settings
+
+
+def _as_json(value: Any) -> Any:
+    """A path as its text, a number of NumPy as Python's."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError
 
 
 def _check_processes(config: Config, relaunch: bool) -> None:
@@ -309,7 +318,7 @@ class Experiment:
         validation_loader, test_loader = train_loader.split_validation(), train_loader.test_loader()
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
-        check_first_batch(train_loader, device)
+        check_first_batch(train_loader)
         build.refuse_too_few_images(config, train_loader, validation_loader, test_loader)
         return device, train_loader, validation_loader, test_loader
 
@@ -453,7 +462,7 @@ class Experiment:
             autocast=self.autocast,
         )
 
-    def autocast(self) -> Any:
+    def autocast(self) -> AbstractContextManager:
         """The context of forward passes in the run's precision."""
         return autocast(next(self.model.parameters()).device, self.precision)
 

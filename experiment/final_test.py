@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from base.base_data_loader import BaseDataLoader
@@ -110,14 +111,14 @@ class _Test:
     own: BaseDataLoader
     autocast: Callable[[], AbstractContextManager]
 
-    def of_both(self, model: BaseModel, averaged: BaseModel | None, files: list[Any]) -> dict[str, float]:
+    def of_both(self, model: BaseModel, averaged: BaseModel | None, files: list[Path]) -> dict[str, float]:
         """Values of a model, prefixed with `test_`, and of its average, prefixed with `ema_test_`; `files` hold both."""
         values = self.of(model, files, "")
         if averaged is not None:
             values |= {f"ema_{key}": value for key, value in self.of(averaged, files, "_ema").items()}
         return values
 
-    def of(self, model: BaseModel, files: list[Any], suffix: str) -> dict[str, float]:
+    def of(self, model: BaseModel, files: list[Path], suffix: str) -> dict[str, float]:
         """Values of one model; a report on its robustness goes to `eval/` for each of the checkpoints that hold it."""
         evaluate = build.evaluator(self.config, self.autocast)
         values = {f"test_{key}": value for key, value in evaluate(model, self.own, description="testing").items()}

@@ -245,7 +245,7 @@ def test_a_broken_promise_is_one_line(name, method, message):
 def test_batches_of_ones_own_are_looked_at(name, method, message):
     loader = build_loader("Broken", broken(name, method), {"batch_size": 128})
     with pytest.raises(DataError, match=message):
-        check_first_batch(loader, torch.device("cpu"))
+        check_first_batch(loader)
 
 
 def test_what_is_read_is_looked_at():

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,8 @@ def quick(tmp_path_factory):
     """The quickstart's little brother, trained for an epoch."""
     folder = tmp_path_factory.mktemp("python") / "run"
     constant = {"lr_scheduler.type": "none", "lr_scheduler.args": None}
-    return experiment.train(ROOT / "configs" / "quickstart.json", {**SMALL, **constant, "seed": 5}, run_dir=folder)
+    settings = {**SMALL, **constant, "seed": np.int64(5)}
+    return experiment.train(ROOT / "configs" / "quickstart.json", settings, run_dir=folder)
 
 
 def test_a_config_file_overrides_and_a_result(quick):

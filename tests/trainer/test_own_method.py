@@ -123,6 +123,11 @@ class OfMeans(MARTTrainer):
         super().update(losses.mean())
 
 
+class Silent(MARTTrainer):
+    def train_batch(self, images, labels):
+        super().train_batch(images, labels)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -132,6 +137,7 @@ class OfMeans(MARTTrainer):
         (lambda parts: None, r"adversarial\.method: 'odd' is not a subclass of base\.base_trainer\.BaseTrainer$"),
         (Picky, r"adversarial: Picky: beta 5\.0: only even numbers$"),
         (OfMeans, r"OfMeans\.train_batch: update takes one loss per sample, of shape \(B,\), not \(\)$"),
+        (Silent, r"Silent\.train_batch: returns a NoneType, not a BatchResult, such as self\.result\("),
     ],
 )
 def test_a_class_that_does_not_fit_is_one_line(tmp_path, monkeypatch, entry, message):

@@ -22,6 +22,7 @@ from base.errors import CheckpointError, NonFiniteError
 from base.optimization import Schedule, build_optimizer
 from base.tracking import RunLog
 from evaluation.accuracy import evaluate
+from evaluation.class_scores import predict
 from models.losses import LOSSES
 from models.metrics import METRICS
 from trainer.trainer import Trainer
@@ -79,6 +80,30 @@ class TinyModel(BaseModel):
 
 def evaluate_tiny(model, loader):
     return evaluate(model, loader, loss=LOSSES["cross_entropy"], metrics=METRICS_USED, autocast=nullcontext)
+
+
+class Elsewhere:
+    """A tensor that is not where the model is until it is moved there."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def to(self, device):
+        assert device == torch.device("cpu")
+        return self.tensor
+
+
+class LoaderElsewhere(TinyLoader):
+    def __iter__(self):
+        return ((Elsewhere(images), Elsewhere(labels)) for images, labels in super().__iter__())
+
+
+def test_batches_are_moved_to_where_the_model_is(tmp_path):
+    trainer = build(tmp_path, train_loader=LoaderElsewhere(), validation_loader=LoaderElsewhere())
+    trainer.train()
+    assert trainer.progress.history[-1]["val_loss"] > 0
+    batches = ((images, labels.tensor) for images, labels in LoaderElsewhere())
+    assert len(predict(trainer.model, batches).prediction) == 11
 
 
 def build(folder, settings=None, *, train_loader=None, validation_loader="same", scheduler=None, **options):
