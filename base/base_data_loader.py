@@ -135,7 +135,7 @@ class BaseDataLoader(ABC):
 
     def image_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """The images at each of these positions, which are on `device`; see `images_at`. A class
-        can work ahead does it here."""
+        that can work ahead does it here."""
         if not batches:
             return iter(())
         # one copy from the device for all of them: each makes the host wait

@@ -54,6 +54,8 @@ def check_images(images: Tensor, expected: Mapping[int, int], where: str) -> Non
     if images.dtype not in (torch.uint8, torch.float32):
         kind = str(images.dtype).removeprefix("torch.")
         raise DataError(f"{where} gives {kind}; expected float32 in [0, 1], or uint8")
+    if images.requires_grad:
+        raise DataError(f"{where} gives images that require a gradient; expected data, .detach()")
 
 
 def check_range(images: Tensor, where: str) -> None:

@@ -127,7 +127,8 @@ def check_first_batch(loader: BaseDataLoader) -> None:
     Raises:
         DataError: in one line.
     """
-    where = f"data_loader.type: {type(loader).__name__}"
+    own = loader.own if isinstance(loader, OwnImages) else loader
+    where = f"data_loader.type: {type(own).__name__}"
     expected = -(-loader.n_samples // loader.batch_size)
     if len(loader) != expected:
         raise DataError(

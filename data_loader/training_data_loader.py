@@ -119,14 +119,16 @@ class TrainingDataLoader(ImageDataLoader):
         self._train_index = stratified_subset(remaining, train.labels, subset_percent, seed)
         self._noise = noise
         self._label_arrays = self._draw_labels(train, val_labels, seed)
+        for name, given in (("mean", mean), ("std", std)):
+            self._check_statistic(name, given, train.images.shape[0])
         self._validation: ImageDataLoader | None = None
         self._test_loader: ImageDataLoader | None = None
         super().__init__(
             train.images.select(self._train_index),
             self._label_arrays["train_label"],
             train.class_names,
-            mean=mean or self.default_mean,
-            std=std or self.default_std,
+            mean=self.default_mean if mean is None else mean,
+            std=self.default_std if std is None else std,
             batch_size=batch_size,
             shuffle=shuffle,
             num_batches=num_batches,
@@ -141,12 +143,6 @@ class TrainingDataLoader(ImageDataLoader):
             in_memory=self._fits_in_memory(len(self._train_index) + len(self._val_index)),
             device=device,
         )
-        for name, given in (("mean", mean), ("std", std)):
-            if given is not None and len(given) != self.image_shape[0]:
-                raise ConfigError(
-                    f"data_loader.args.{name}: {len(given)} values, but the images have"
-                    f" {self.image_shape[0]} channels"
-                )
 
     @abstractmethod
     def read(self, train: bool) -> LabelledImages:
@@ -189,6 +185,19 @@ class TrainingDataLoader(ImageDataLoader):
                 f" are trained on have {one_line(class_names, 80)}"
             )
         return replace(part, labels=labels, class_names=names)
+
+    def _check_statistic(self, name: str, given: Sequence[float] | None, channels: int) -> None:
+        """Refuse a mean or a standard deviation, from the config or the class's own, that does not
+        hold a number for each channel."""
+        own = getattr(self, f"default_{name}")
+        numbers = own if given is None else given
+        if numbers is None or np.shape(numbers) == (channels,):
+            return
+        found = f"{len(numbers)} values" if np.ndim(numbers) == 1 else one_line(numbers, 80)
+        problem = f"{found}, but the images have {channels} channels"
+        if given is None:
+            raise DataError(f"data_loader.type: {self._called}.default_{name}: {problem}")
+        raise ConfigError(f"data_loader.args.{name}: {problem}")
 
     def _fits_in_memory(self, n_images: int) -> bool:
         """Whether so many images may be kept in memory."""

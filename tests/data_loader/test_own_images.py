@@ -200,12 +200,16 @@ def broken(name, method):
         ("images_at", lambda self, p: self.pixels[p].numpy(), r"gives a ndarray; expected a tensor"),
         ("images_at", lambda self, p: torch.rand(len(p), 3, 8, 8), r"other images for the same positions"),
         ("images_at", lambda self, p: self.pixels[:9][p], r"images_at, asked for positions 0 and 1437: IndexError"),
+        ("images_at", lambda self, p: torch.ones(len(p), 3, 8, 8, requires_grad=True), r"images that require a gradient"),
+        ("augmented", lambda self, images, *_: 3.0 * images, r"Broken gives pixels from 0 to 765; expected \[0, 1\]"),
         ("images_at", lambda self, p: {}["x"], r"Broken\.images_at, asked for positions 0 and 1437: KeyError: 'x'$"),
         ("images_at", lambda self, p: self.gone if 9 in p else self.pixels[p], r"images_at: AttributeError: .*'gone'$"),
         ("sample_names", lambda self: ["a.png"], r"Broken\.sample_names gives 1 names for 1438 labels"),
         ("labels", torch.arange(1438), r"labels: 10 is not in \[0, 10\)"),
         ("labels", torch.rand(1438), r"labels: float32 of the shape \(1438,\); expected integers"),
         ("labels", torch.zeros(0), r"labels: there are none"),
+        ("default_mean", [0.5], r"Broken\.default_mean: 1 values, but the images have 3 channels$"),
+        ("default_std", 0.5, r"Broken\.default_std: 0\.5, but the images have 3 channels$"),
         ("class_names", 10, r"class_names: 10; expected a list of names"),
         ("labels", None, r"Broken: TypeError: object of type 'NoneType' has no len\(\)$"),
         ("test_loader", lambda self: None, r"NoneType: expected a BaseDataLoader from test_loader"),
@@ -225,6 +229,7 @@ def test_a_broken_promise_is_one_line(name, method, message):
     def read():
         loader = build_loader("Broken", kind, PLAIN)
         loader.prepare()
+        check_first_batch(loader, torch.device("cpu"))
         loader.test_loader()
 
     with pytest.raises(DataError, match=message) as caught:

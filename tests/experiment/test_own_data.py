@@ -109,13 +109,9 @@ def test_own_data_trains_and_goes_on_bit_for_bit(tmp_path, monkeypatch, loader, 
     assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / "parts" / "model_last.pth") == []
 
 
-def test_an_own_data_set_is_learnt(tmp_path):
+def test_own_data_is_learnt_attacked_drawn_and_measured(tmp_path):
     sections = {"trainer": {"epochs": 6}, "augmentation": {"crop_padding": 1, "flip": False}}
     assert tiny_runs.run(tmp_path / "run", config_of(**sections))["test_top1"] > 0.9
-
-
-def test_a_run_on_own_data_is_attacked_drawn_and_measured(tmp_path):
-    tiny_runs.run(tmp_path / "run", config_of("Given", 1, trainer={"epochs": 1}))
     flags = ("-s", tmp_path / "run" / "model_last.pth", "--limit", 9)
     done = script("validate_pgd.py", *flags, "--figure", tmp_path / "pgd.png", "--steps", 2, cwd=tmp_path)
     assert (done.returncode, (tmp_path / "pgd.png").exists()) == (0, True), done.stderr

@@ -146,6 +146,24 @@ def test_what_cannot_be_followed_is_guessed_with_a_warning():
     }
 
 
+def test_a_convolution_of_which_only_the_weight_is_taken_stays():
+    class Taken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = F.conv2d(x, self.first.weight)
+            return self.norm(self.second(x + self.second.weight.mean()))
+
+    network = Taken()
+    with pytest.warns(UserWarning, match=r"leaves first as it is: Taken takes its weight") as caught:
+        assert pairs(network) == {"second": "norm"}
+    assert (len(caught), caught[0].filename) == (1, __file__)
+    assert type(network.first) is nn.Conv2d
+
+
 def test_without_a_batch_norm_in_question_nothing_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -30,7 +30,8 @@ def replace_with_conv_norm(module: nn.Module) -> nn.Module:
     The flow of data is read off a symbolic trace of `forward` (`torch.fx`), in training and in eval
     mode, which needs no input. Where a module's forward cannot be traced, its submodules are traced
     on their own. A convolution that no trace meets is paired with the batch norm registered next to
-    it, and a warning names it.
+    it, and a warning names it. One whose weight is taken, `F.conv2d(x, conv.weight)`, and that is
+    never called stays as it is, with a warning too.
 
     Subclasses of `nn.Conv2d` (`ConvNorm2d` and its inside, the spectral and orthogonal
     convolutions) and convolutions whose weight is computed by a hook stay as they are, so a second
@@ -47,11 +48,23 @@ def replace_with_conv_norm(module: nn.Module) -> nn.Module:
     flow = _Flow()
     _follow(module, flow, is_whole=True, seen=set())
     pairs = {conv: flow.batch_norm_behind(conv) for conv in flow.takers if conv not in flow.left}
-    guessed = {conv: norm for conv, norm in _neighbours(module).items() if conv not in pairs}
+    uncalled = flow.parted - flow.takers.keys()
+    guessed = {
+        conv: norm
+        for conv, norm in _neighbours(module).items()
+        if conv not in pairs and conv not in uncalled
+    }
     for conv, norm in guessed.items():
         is_free = norm is not None and norm not in flow.givers and norm not in pairs.values()
         pairs[conv] = norm if is_free else None
     _warn_of(guessed, module, flow)
+    if uncalled:
+        names = [name for name, part in module.named_modules() if part in uncalled]
+        warnings.warn(
+            f"replace_with_conv_norm leaves {_shown(names)} as it is: {type(module).__name__} takes"
+            " its weight and never calls it",
+            stacklevel=2,
+        )
     replaced: dict[nn.Module, nn.Module] = {}
     for conv, norm in pairs.items():
         replaced[conv] = _conv_norm_from(conv, norm)
@@ -74,15 +87,21 @@ class _Flow:
         givers: plain batch norm -> the layers whose output it takes; None among them where that is
             no layer's.
         left: plain convolutions whose output leaves the part of the network that could be traced.
+        parted: plain convolutions whose weight or bias is taken out of them.
     """
 
     takers: dict[nn.Conv2d, set[nn.BatchNorm2d | None]] = field(default_factory=dict)
     givers: dict[nn.Module, set[nn.Module | None]] = field(default_factory=dict)
     left: set[nn.Conv2d] = field(default_factory=set)
+    parted: set[nn.Conv2d] = field(default_factory=set)
 
     def read(self, graph: fx.Graph, root: nn.Module, is_whole: bool) -> None:
         """Add what the trace of `root` tells."""
         for node in graph.nodes:
+            if node.op == "get_attr":
+                owner = root.get_submodule(str(node.target).rpartition(".")[0])
+                if _is_plain_conv(owner):
+                    self.parted.add(owner)
             layer = _layer(node, root)
             if layer is not None and _is_plain_conv(layer):
                 users = [user for user in node.users if not _asks_for_shape(user)]
@@ -193,15 +212,17 @@ def _warn_of(guessed: Iterable[nn.Conv2d], module: nn.Module, flow: _Flow) -> No
     names = {part: name for name, part in module.named_modules()}
     doubtful = [names[conv] for conv in guessed if conv.out_channels in free]
     if doubtful:
-        shown = ", ".join(doubtful[:SHOWN]) + (
-            f" and {len(doubtful) - SHOWN} more" if len(doubtful) > SHOWN else ""
-        )
         warnings.warn(
             f"replace_with_conv_norm cannot follow the data through {type(module).__name__} to the"
-            f" batch norms behind {shown}: each is paired with the one registered next to it, or"
+            f" batch norms behind {_shown(doubtful)}: each is paired with the one registered next to it, or"
             " with none; look whether that is right",
             stacklevel=3,
         )
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _is_plain_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
