@@ -11,7 +11,15 @@ from typing import Any
 from base.checkpoint import LAST, load_to_resume, set_aside
 from base.checkpoint_schema import check_training_state
 from base.config.config import Config
-from base.config.files import Override, override_layers, read_layers, run_imports, validate, validate_layers
+from base.config.files import (
+    Override,
+    origins_named,
+    override_layers,
+    read_layers,
+    run_imports,
+    validate,
+    validate_layers,
+)
 from base.config.imports import OwnCode, changes, imported_for, requests_of
 from base.config.origins import Layer
 from base.config.section import lies_in
@@ -102,8 +110,9 @@ def saved_run(
     layers = [Layer(str(file), checkpoint["config"]), *files, *override_layers(overrides)]
     config = validate_layers(layers, list(code.values()), config_file or str(file))
     before = own.dump()  # with the defaults of keys that are newer than it
-    refuse_other_experiment(before, config, file)
-    check_epochs(checkpoint, config, file)
+    with origins_named(config):
+        refuse_other_experiment(before, config, file)
+        check_epochs(checkpoint, config, file)
     return SavedRun(file, checkpoint, config, problem, tuple(changes(own.imports, config.imports)))
 
 

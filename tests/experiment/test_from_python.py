@@ -39,7 +39,7 @@ def test_a_config_file_overrides_and_a_result(quick):
 def test_a_finished_run_goes_on_with_more_epochs(quick):
     more = experiment.resume(quick.folder, {"trainer.epochs": 2})
     assert (more["epochs"], more.folder) == (2, quick.folder)
-    with pytest.raises(ConfigError, match=r"^seed: the run was started with 5; 6 would make it another experiment$"):
+    with pytest.raises(ConfigError, match=r"^overrides seed=6: seed: the run was started with 5; 6 would"):
         experiment.resume(str(quick.folder), {"seed": 6})
     with pytest.raises(CheckpointError):
         experiment.resume(quick.folder / "nothing")

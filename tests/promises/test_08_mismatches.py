@@ -86,7 +86,7 @@ REFUSED = {
     "kind of value": ([change("progress", [1])], [], r"is not a checkpoint: 'progress' is of type list"),
     "no training state": ([lambda contents: contents.pop("progress")], [], r"holds no training state"),
     "classes": ([], [("num_classes", "7")], r"num_classes|classes"),
-    "seed": ([], [("seed", "9")], r"seed: the run was started with 3; 9 would make it another experiment"),
+    "seed": ([], [("seed", "9")], r"^--set seed=9: seed: the run was started with 3; 9 would make it another experiment"),
 }  # fmt: skip
 
 
