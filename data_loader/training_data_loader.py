@@ -16,7 +16,7 @@ from base.text import one_line
 from data_loader.contract import check_labels
 from data_loader.datasets import LabelledImages
 from data_loader.image_data_loader import ImageDataLoader
-from data_loader.images import FileImages, MemoryImages, pixel_statistics
+from data_loader.images import FileImages, Images, MemoryImages, pixel_statistics
 from data_loader.label_noise import (
     CLEAN,
     LabelNoise,
@@ -169,6 +169,9 @@ class TrainingDataLoader(ImageDataLoader):
         """A part of the data set that keeps the contract; `shape` and `class_names` are those of
         the training images, where this is another part."""
         where = f"data_loader.type: {self._called}"
+        if not isinstance(part.images, Images):
+            found = type(part.images).__name__
+            raise DataError(f"{where}: read: images: {found}; expected MemoryImages or FileImages")
         if isinstance(part.images, MemoryImages):
             part.images.check()
         labels = check_labels(part.labels, len(part.images), part.class_names, where)

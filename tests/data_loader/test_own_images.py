@@ -292,3 +292,12 @@ def test_other_makers_are_refused():
     with pytest.raises(DataError, match=r"^data_loader\.type: missing: FileNotFoundError: moons\.npz$"):
         build_loader("missing", missing, PLAIN)
     assert check_labels([0, 1, 1], 3, ["a", "b"], "here").tolist() == [0, 1, 1]
+
+
+def test_read_that_returns_a_tensor_for_images_is_one_line():
+    class Bare(TrainingDataLoader):
+        def read(self, train):
+            return LabelledImages(torch.zeros(4, 1, 2, 2), np.array([0, 1, 0, 1]), ("a", "b"))
+
+    with pytest.raises(DataError, match="read: images: Tensor; expected MemoryImages or FileImages"):
+        Bare(batch_size=2)
