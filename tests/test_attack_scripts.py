@@ -524,7 +524,7 @@ def test_scripts_send_each_other_the_configs_they_do_not_train(tmp_path):
     config = ROOT / "configs" / "quickstart.json"
     none = script("train_robust.py", "-c", config, cwd=tmp_path)
     assert (none.returncode, len(none.stderr.splitlines())) == (2, 1)
-    assert "add --set adversarial.method=free" in none.stderr
+    assert "add --set adversarial.method=NAME, with one of none, fgsm" in none.stderr
     other = script("train.py", "-c", config, "--set", "adversarial.method=pgd", cwd=tmp_path)
     assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
     assert "adversarial.method: asks for adversarial training" in other.stderr

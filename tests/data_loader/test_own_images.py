@@ -229,7 +229,7 @@ def test_a_broken_promise_is_one_line(name, method, message):
     def read():
         loader = build_loader("Broken", kind, PLAIN)
         loader.prepare()
-        check_first_batch(loader, torch.device("cpu"))
+        check_first_batch(loader)
         loader.test_loader()
 
     with pytest.raises(DataError, match=message) as caught:
