@@ -50,8 +50,10 @@ def test_an_installation_brings_one_name_and_shadows_nothing(tmp_path, editable)
     (own / "models").mkdir(parents=True)
     for name in ("models/__init__.py", "base.py", "attacks.py"):
         (own / name).write_text("mine = True\n")
+    # without the environment's own site packages, where this project may be installed, too; torch is found there later
+    others = [folder for folder in sys.path if folder.endswith("site-packages")]
     code = (
-        f"import importlib.util, json, site; site.addsitedir({str(site)!r})\n"
+        f"import importlib.util, json, site, sys; site.addsitedir({str(site)!r}); sys.path += {others}\n"
         "import conv_norm\n"
         "import models, base, attacks\n"
         "from torch import nn, zeros\n"
@@ -62,7 +64,7 @@ def test_an_installation_brings_one_name_and_shadows_nothing(tmp_path, editable)
         "found = [room for room in rooms if importlib.util.find_spec(room)]\n"
         "print(json.dumps([conv_norm.__file__, models.mine and base.mine and attacks.mine, found]))"
     )
-    done = run([sys.executable, "-c", code], own)
+    done = run([sys.executable, "-S", "-c", code], own)
     assert done.returncode == 0, done.stderr
     where = package if editable else site / "conv_norm"
     assert json.loads(done.stdout) == [str(where / "__init__.py"), True, []]
