@@ -7,7 +7,7 @@ from typing import Any
 from base.base_model import BaseModel
 from base.config.arguments import arguments_of as constructor_arguments
 from base.config.arguments import hands_on
-from base.config.config import LAYER_CHOICES
+from base.config.config import LAYER_CHOICES, LAYER_TYPES, ArchArgs
 from base.errors import ConfigError
 from base.registry import MODELS, did_you_mean, lookup
 from models import layers as layers  # fills the layer tables that the models resolve their names in
@@ -51,13 +51,17 @@ def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, st
         std: per-channel standard deviation of the data set's pixels, in `[0, 1]`; None for 1.
 
     Raises:
-        ConfigError: the model, one of its layers or one of its arguments is unknown.
+        ConfigError: the model, one of its layers or one of its arguments is unknown. Layer types at
+            their defaults are not arguments for a network that does not take them.
     """
     name = arch.get("type")
     model = lookup(MODELS, name, "arch.type")
     args = {key: value for key, value in (arch.get("args") or {}).items() if value is not None}
     init, zero_init_residual = (args.pop(key, None) for key in INITIALIZATION)
     known, own = arguments_of(model), constructor_arguments(model)
+    # every config names layer types; a network that has none to choose takes none
+    defaults = {key: ArchArgs.model_fields[key].default for key in LAYER_TYPES if key not in known}
+    args = {key: value for key, value in args.items() if key not in defaults or value != defaults[key]}
     of_layers = {key for choice in LAYER_CHOICES for key in choice.known_keys()} if hands_on(model) else set()
     for key in args:
         if key not in known and key not in of_layers:

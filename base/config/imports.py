@@ -352,6 +352,10 @@ def _problem_with_tables(before: Mapping[str, Mapping[Any, Any]]) -> str | None:
         for entry in table.keys() - before[name].keys():
             if not isinstance(entry, str) or not callable(table[entry]):
                 return f"{name}[{entry!r}]: expected a name, and a class or function for it"
+            try:
+                inspect.signature(table[entry])
+            except (TypeError, ValueError):
+                return f"{name}[{entry!r}]: has no signature to read its arguments from; wrap it in a function"
     return None
 
 

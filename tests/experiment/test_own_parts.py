@@ -175,3 +175,24 @@ def test_a_data_loader_with_a_default_for_its_folder_needs_none(monkeypatch):
         validate({"data_loader": {"type": "DigitsDataLoader", "args": {"hand": "right"}}})
     with pytest.raises(ConfigError, match=r"data_loader.args.data_dir: required, but not given"):
         validate({"data_loader": {"type": "CIFAR10DataLoader"}})
+
+
+class Average(BaseModel):
+    """A network that has no layers to choose."""
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, mean=None, std=None) -> None:
+        super().__init__(in_channels=in_channels, mean=mean, std=std)
+        self.classifier = nn.Linear(in_channels, num_classes)
+
+    def forward_normalized(self, inputs):
+        return self.classifier(inputs.mean(dim=(2, 3)))
+
+
+def test_a_network_without_layers_to_choose_trains_and_refuses_layer_types(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "average", Average)
+    usual = {"norm_layer_type": "bn", "conv_layer_type": "conv"}
+    config = config_of(arch={"type": "average", "args": usual}, trainer={"epochs": 1})
+    assert isinstance(build_model(config.arch.model_dump(exclude_none=True)), Average)
+    run(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match="arch.args.norm_layer_type: average takes no such argument"):
+        build_model(config_of(arch={"type": "average", "args": {"norm_layer_type": "gn"}}).arch.model_dump())

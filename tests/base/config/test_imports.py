@@ -92,6 +92,10 @@ BROKEN = {
         "from base.registry import METRICS\nMETRICS['mine'] = 3\n",
         r"METRICS\['mine'\]: expected a name, and a class or function for it",
     ),
+    "builtin.py": (
+        "from base.registry import NORM_LAYERS\nNORM_LAYERS['mine'] = dict\n",
+        r"NORM_LAYERS\['mine'\]: has no signature to read its arguments from; wrap it in a function",
+    ),
     "models.py": ("", "would hide models of this project: rename the file"),
     "train.py": ("", "would hide train of this project: rename the file"),
     "json.py": ("", r"would hide the module json \(.*json/__init__.py\): rename the file"),
