@@ -113,7 +113,8 @@ class BaseTrainer(ABC):
     continues bit for bit (on the same device and library versions; up to rounding with three processes or more). Values of
     every epoch go to `trackers`, which are set from outside.
 
-    Of several processes each trains a copy of the model on its share of every minibatch (see `Share`), and rank 0 writes.
+    Where several processes train, each trains a copy of the model on its share of every minibatch (see
+    `Share`), and rank 0 writes.
 
     Args:
         parts: see `TrainerParts`.

@@ -171,7 +171,8 @@ def load_to_resume(path: str | Path) -> tuple[Path, dict[str, Any], str | None]:
         Its file, its contents, and, where it is not the last one, what is wrong with that.
 
     Raises:
-        CheckpointError: there is no good one, the file that `path` names is not, or `path` is a folder above several runs.
+        CheckpointError: the folder holds no undamaged checkpoint, the named file is missing or damaged, or
+            `path` is a folder above several runs.
     """
     folder = the_run_in(path)
     if not folder.is_dir():

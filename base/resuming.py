@@ -99,7 +99,8 @@ def saved_run(
             `config_file` does.
 
     Raises:
-        CheckpointError: there is no good checkpoint, one of another architecture, or one that needs code that was not imported.
+        CheckpointError: no undamaged checkpoint was found, or the checkpoint has another architecture or needs
+            code that was not imported.
         ConfigError: a replaced value would make it another experiment.
     """
     files = read_layers(config_file) if config_file else []

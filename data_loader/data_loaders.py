@@ -45,8 +45,9 @@ class ImageFolderDataLoader(TrainingDataLoader):
 
     Args:
         image_size: side that every image is resized and cropped to; None if all images have one size.
-        in_memory: decode once and keep the pixels, or decode every batch anew; None keeps those of training subset and
-            validation up to 2 GiB, and those of test if that is enough for all. Batches are the same either way.
+        in_memory: True decodes every image once and keeps the pixels; False decodes each batch when it is
+            needed; None keeps the training and validation images up to 2 GiB, and the test images, too, if
+            all of them fit. Batches are the same either way.
         test_split: part of every class that is the test set where the folder holds nothing but
             classes; None for 0.2.
         channels: 3 decodes every image as RGB, whatever is in the file; 1 as gray.

@@ -208,7 +208,7 @@ class _Examination:
 
     @torch.no_grad()
     def logits(self, size: int) -> Tensor:
-        """Of all images, computed in batches of `size`."""
+        """The logits of all images, computed in batches of `size`, float32 `(N, C)`."""
         with frozen(self.model, training=False):
             asked = Classifier(self.model, self.labels)
             return torch.cat([asked(part).float() for part in self.images.split(size)])

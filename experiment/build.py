@@ -38,8 +38,11 @@ HELD_OUT_BY_DEFAULT = 0.1
 
 
 def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
-    """The training loader of a config. Where something is asked of validation images (a `val_` monitor, robust validation) and
-    there is no validation split, a tenth of every class is held out."""
+    """The training loader of a config.
+
+    It holds out a tenth of every class where the config needs validation images, for a `val_` monitor or
+    robust validation, and asks for no validation split.
+    """
     settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
     monitors = settings.monitor + (config.lr_scheduler.monitor or "")
     if ("val_" in monitors or config.adversarial.validate_every) and args["validation_split"] == 0:

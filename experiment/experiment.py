@@ -174,7 +174,8 @@ def resume(
         The values of `result.json`, and the run folder.
 
     Raises:
-        CheckpointError: there is no good checkpoint, or it belongs to other data or another model.
+        CheckpointError: no undamaged checkpoint was found, or the checkpoint belongs to other data or another
+            model.
         ConfigError: a replaced value would make it another experiment, or another process trains in its folder.
         DataError, NonFiniteError, Stopped: see `train`.
     """

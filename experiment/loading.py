@@ -178,8 +178,8 @@ def load_model(
         imports: files and modules of your own that the checkpoint asks for. It runs none itself.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it does not say what network it is of, as files
-            of other codes, or it asks for code that is not among `imports`.
+        CheckpointError: the checkpoint does not exist, does not name its network (files of other projects
+            do not), or asks for code that is not among `imports`.
         ConfigError: its config cannot be used, or `imports` cannot be imported.
     """
     file = find_checkpoint(the_run_in(run_or_checkpoint))
