@@ -150,7 +150,7 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
         if target is not None and not is_stream(target):
             settings = (config.dump(), evaluation.provenance, options.seed, options.batch_size)
             kept = partial_file(target, model, loader, attack, settings)
-        with memory_explained("--batch_size", options.batch_size):
+        with memory_explained("--batch_size", options.batch_size), _misfit_explained():
             report = robust_accuracy(
                 model,
                 loader,
@@ -215,6 +215,15 @@ def _check_target(target: Path | None, options: AttackOptions) -> None:
 def _save(report: RobustnessReport, target: Path) -> None:
     with _report_printed_on_failure(report), writing(target):
         report.save(target)
+
+
+@contextmanager
+def _misfit_explained() -> Iterator[None]:
+    """An attack or a network of the user's own that breaks its contract is one line, not a traceback."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _save_csv(report: RobustnessReport, loader: BaseDataLoader, path: Path) -> None:

@@ -136,7 +136,7 @@ def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> 
     try:
         with torch.no_grad(), determinism_explained():
             deepcopy(model).train()(images)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         if is_of_connection(error):  # synchronised batch normalisation asks the other processes, which may have ended
             raise
         size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"

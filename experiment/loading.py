@@ -388,7 +388,7 @@ def _check_images_fit(
     try:
         with torch.no_grad(), determinism_explained():
             model(torch.zeros(1, channels, height, width, device=device))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         place = config.data_loader.args.data_dir or config.data_loader.type
         what = f"images of {width}x{height} pixels with {channels} channels"
         raise DataError(

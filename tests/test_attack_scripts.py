@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -456,6 +457,17 @@ def test_a_users_own_attack_with_its_arguments_images_and_table(robust_run, tmp_
     assert [int(row["position"]) for row in rows] == verdicts["position"].tolist()
     assert {row["label_name"] for row in rows} <= {str(digit) for digit in range(10)}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_attack_that_returns_another_shape_is_one_line(robust_run, tmp_path):
+    file = own_attack(tmp_path)
+    file.write_text(file.read_text().replace("return points\n", "return points[:, :, 1:]\n"))
+    words = ["-s", robust_run[0], "--imports", file, "--attack", "momentum", "--limit", 4]
+    done = script("validate_pgd.py", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    # only images that are classified correctly are attacked
+    line = r"MomentumFGSM.perturb: must return images of the shape \((\d), 3, 32, 32\), not \(\1, 3, 31, 32\)\n"
+    assert re.fullmatch(line, done.stderr)
 
 
 def test_a_config_chooses_the_attack_and_its_own_defaults(robust_run, tmp_path):

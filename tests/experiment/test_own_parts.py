@@ -196,3 +196,9 @@ def test_a_network_without_layers_to_choose_trains_and_refuses_layer_types(tmp_p
     run(tmp_path / "run", config)
     with pytest.raises(ConfigError, match="arch.args.norm_layer_type: average takes no such argument"):
         build_model(config_of(arch={"type": "average", "args": {"norm_layer_type": "gn"}}).arch.model_dump())
+
+
+def test_a_norm_that_makes_no_layer_is_one_line(monkeypatch):
+    monkeypatch.setitem(NORM_LAYERS, "nothing", lambda channels: None)
+    with pytest.raises(ConfigError, match=r"arch.type: \w+ cannot be trained on .* 'NoneType' object is not callable"):
+        run(None, config_of(arch={"args": {"norm_layer_type": "nothing"}}))
