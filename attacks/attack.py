@@ -14,7 +14,7 @@ from attacks.arguments import check_count, check_size
 from attacks.classifier import Classifier, Model, ask
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.threat_model import Generators, ThreatModel
-from attacks.worst_points import DONE, MISSED
+from attacks.worst_case import DONE, MISSED
 from base.runtime import torch_generator
 
 

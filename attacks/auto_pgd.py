@@ -9,7 +9,7 @@ from attacks.arguments import check_number
 from attacks.attack import Attack
 from attacks.classifier import Model
 from attacks.threat_model import Generators, ThreatModel, draw, generators_of, lengths
-from attacks.worst_points import DONE, WorstPoints
+from attacks.worst_case import DONE, WorstPoints
 
 MOMENTUM = 0.75
 """alpha of algorithm 1: the part of the new step in a move, the rest repeats the move before."""

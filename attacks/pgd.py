@@ -10,7 +10,7 @@ from attacks.arguments import check_count
 from attacks.attack import Attack
 from attacks.classifier import Model
 from attacks.threat_model import Generators, generators_of
-from attacks.worst_points import DONE, WorstPoints
+from attacks.worst_case import DONE, WorstPoints
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from attacks.attack import Attack, frozen
 from attacks.classifier import Classifier, Model
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.pgd import PGD
-from attacks.worst_points import DONE
+from attacks.worst_case import DONE
 from evaluation.verdicts import Z, interval
 
 HIDDEN, FOUND, FOUND_BESIDE_FGSM = 0.05, 0.10, 0.15

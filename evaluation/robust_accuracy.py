@@ -15,7 +15,7 @@ from tqdm import tqdm
 from attacks.attack import Attack, check_attack, check_batch, frozen
 from attacks.classifier import Classifier, Model
 from attacks.losses import wrongness
-from attacks.worst_points import DONE
+from attacks.worst_case import DONE
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.errors import ConfigError
