@@ -15,7 +15,7 @@ from attacks.classifier import Classifier, Model, ask
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.threat_model import Generators, ThreatModel
 from attacks.worst_case import DONE, MISSED
-from base.runtime import torch_generator
+from base.seeding import torch_generator
 
 
 class Attack(ABC):

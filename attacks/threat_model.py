@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from attacks.arguments import check_size
+from base.device import to_device
 from base.ranks import SharedGenerator
-from base.runtime import to_device
 
 NORMS = ("linf", "l2")
 ROUNDING = 1e-6

@@ -20,12 +20,14 @@ from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.checkpoint import load_weights
 from base.config.config import Config
+from base.device import autocast, to_device
 from base.diagnosis import first_bad_weight
+from base.ema import WeightAverage
 from base.errors import CheckpointError, ConfigError, NonFiniteError, Stopped
-from base.finite import FiniteCheck
+from base.meters import BatchResult, Loss, Metric, Totals, batch_result
+from base.nan_guard import FiniteCheck
 from base.optimization import Schedule, load_optimizer
 from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
-from base.progress import Progress
 from base.ranks import (
     Share,
     SharedGenerator,
@@ -40,20 +42,11 @@ from base.ranks import (
 from base.replicas import equalise, replicate
 from base.run_checkpoints import RunCheckpoints
 from base.run_folder import describe
-from base.runtime import (
-    autocast,
-    get_rng_state,
-    numpy_generator,
-    seed_global_generators,
-    set_rng_state,
-    to_device,
-    torch_generator,
-)
+from base.seeding import get_rng_state, numpy_generator, seed_global_generators, set_rng_state, torch_generator
 from base.signals import Interrupted, StopSignals
 from base.text import one_line
-from base.totals import BatchResult, Loss, Metric, Totals, batch_result
 from base.tracking import Tracker, tell
-from base.weight_average import WeightAverage
+from base.train_state import Progress
 
 logger = logging.getLogger(__name__)
 Validate = Callable[[BaseModel, int], dict[str, float]]

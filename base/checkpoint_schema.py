@@ -17,8 +17,8 @@ from torch import Tensor
 
 from base.config.section import Count, Number
 from base.errors import CheckpointError
-from base.progress import Progress
 from base.text import one_line
+from base.train_state import Progress
 
 DEEPEST = 30
 """Levels of a config; its tree has five, and free-form arguments a few more."""
@@ -115,14 +115,14 @@ class OptimizerState(_Schema):
 
 
 class Sums(_Schema):
-    """See `base.totals`."""
+    """See `base.meters`."""
 
     sums: dict[str, Annotated[PlainTensor, AfterValidator(_one_number)]]
     count: Count
 
 
 class Generators(_Schema):
-    """See `base.runtime.get_rng_state`."""
+    """See `base.seeding.get_rng_state`."""
 
     cpu: GeneratorState
     cuda: list[GeneratorState]

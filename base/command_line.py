@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from base.comet_key import without_keys
 from base.config.files import Override, check_optimization_of, load_config
 from base.config.imports import FLAG
 from base.config.origins import Flag
 from base.errors import ConfigError, ProjectError
+from base.secrets import without_keys
 from base.streams import forgiving_streams
 from base.text import LineFormatter, one_line
 

@@ -7,9 +7,9 @@ from typing import NoReturn
 import torch
 
 from base.config.config import Config
+from base.device import choose_device
 from base.errors import ConfigError
 from base.ranks import world_size
-from base.runtime import choose_device
 
 
 def launch(config: Config) -> NoReturn:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, numbered, publish_copy, save_checkpoint
 from base.config.training import TrainerConfig
 from base.errors import CheckpointError
-from base.progress import Progress
 from base.ranks import from_first, rank
+from base.train_state import Progress
 
 
 class RunCheckpoints:

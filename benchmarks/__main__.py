@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from base.checkpoint import find_checkpoint
 from base.command_line import Parser, run_script
+from base.device import choose_device
 from base.errors import ConfigError
 from base.registry import lookup
 from base.run_folder import write_json
-from base.runtime import choose_device
 from benchmarks import (
     adversarial_step,
     attack_libraries,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from attacks import FGSM, PGD
 from attacks.attack import Attack
 from attacks.threat_model import in_pixel_range
-from base.runtime import autocast, choose_precision, torch_generator
+from base.device import autocast, choose_precision
+from base.seeding import torch_generator
 from evaluation.robust_accuracy import attack_loader
 from experiment.loading import Evaluation
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from base.device import choose_precision
 from base.run_folder import environment
-from base.runtime import choose_precision
 
 PEERS = ("torchvision", "torchattacks", "foolbox")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from base.base_trainer import BaseTrainer
 from base.config.config import Config
 from base.config.files import Override, load_config
-from base.runtime import choose_precision
+from base.device import choose_precision
 from benchmarks.original_conv_norm import in_the_original_way
 from benchmarks.rows import Settings
 from experiment.experiment import Experiment

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from base.base_trainer import BaseTrainer
-from base.totals import Totals
+from base.meters import Totals
 from benchmarks.plain_loops import plain_loader, train_epoch
 from benchmarks.rows import Row, Settings, speed_row
 from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, systems

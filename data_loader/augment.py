@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.base_data_loader import to_float as to_float
+from base.device import to_device
 from base.ranks import Share
-from base.runtime import to_device
 
 
 def random_crop(

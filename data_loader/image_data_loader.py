@@ -8,7 +8,7 @@ from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
 from base.ranks import Share, rank
-from base.runtime import torch_generator
+from base.seeding import torch_generator
 from data_loader import augment
 from data_loader.images import Images, MemoryImages
 

@@ -13,7 +13,7 @@ import torch
 
 from base.errors import DataError
 from base.registry import did_you_mean
-from base.runtime import numpy_generator
+from base.seeding import numpy_generator
 from data_loader.label_files import load_label_file
 
 CLEAN_KEY, ORDER_FILES = "clean_label", "image_order*.npy"

@@ -8,7 +8,7 @@ import torch
 
 from base.base_data_loader import BaseDataLoader
 from base.errors import DataError
-from base.runtime import numpy_generator
+from base.seeding import numpy_generator
 
 
 def stratified_split(

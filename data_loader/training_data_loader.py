@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from base.errors import ConfigError, DataError
-from base.runtime import numpy_generator
+from base.seeding import numpy_generator
 from base.text import one_line
 from data_loader.contract import check_labels
 from data_loader.datasets import LabelledImages

@@ -8,8 +8,8 @@ from torch import nn
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
+from base.meters import Loss, Metric, Totals, batch_result
 from base.ranks import quiet
-from base.totals import Loss, Metric, Totals, batch_result
 
 
 @torch.no_grad()

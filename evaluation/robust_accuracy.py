@@ -22,7 +22,7 @@ from base.errors import ConfigError
 from base.output import ARRAYS, check_outputs, is_stream, writing
 from base.ranks import gather, quiet
 from base.run_folder import package_versions
-from base.runtime import torch_generator
+from base.seeding import torch_generator
 from evaluation.adversarial_images import AdversarialImages
 from evaluation.batches import Batches, Data
 from evaluation.checks import FAILED, failures, images_needed, quick_checks

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from base.errors import NonFiniteError
-from base.runtime import torch_generator
+from base.seeding import torch_generator
 from evaluation.layer_trace import LayerCall, linear_calls
 
 Operator = Callable[[Tensor], Tensor]

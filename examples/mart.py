@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from base.base_trainer import TrainerParts
+from base.meters import BatchResult
 from base.registry import TRAINERS
-from base.totals import BatchResult
 from trainer.adversarial_trainer import AdversarialTrainer
 
 

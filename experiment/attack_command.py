@@ -18,11 +18,11 @@ from base.command_line import KeyFlag, Parser, key_flags, set_overrides
 from base.config.arguments import takes
 from base.config.config import Config
 from base.config.origins import Flag
+from base.device import memory_explained
 from base.errors import CheckpointError, ConfigError
 from base.output import check_folder, format_of, is_stream, writing
 from base.ranks import from_first, rank, ranks, world_size
 from base.registry import lookup
-from base.runtime import memory_explained
 from base.text import say
 from data_loader.splits import some_of_every_class
 from evaluation.batches import device_of

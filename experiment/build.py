@@ -17,11 +17,12 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts, Validate
 from base.config.config import Config
 from base.config.names import ALWAYS
+from base.device import determinism_explained
 from base.errors import ConfigError
 from base.optimization import Schedule
 from base.ranks import Share, is_of_connection, world_size
 from base.registry import TRAINERS, lookup
-from base.runtime import determinism_explained, seed_global_generators
+from base.seeding import seed_global_generators
 from base.text import one_line
 from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise

@@ -12,9 +12,9 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.config.config import Config
+from base.device import autocast, choose_precision, keep_freed_memory, set_determinism
 from base.errors import DataError
 from base.launch import own_device
-from base.runtime import autocast, choose_precision, keep_freed_memory, set_determinism
 from data_loader.splits import some_of_every_class
 
 

@@ -39,10 +39,10 @@ from base.config.files import (
     validate_layers,
 )
 from base.config.origins import Flag, Layer
+from base.device import autocast, choose_precision, determinism_explained, keep_freed_memory, memory_explained, set_determinism
 from base.errors import CheckpointError, ConfigError
 from base.launch import launch, own_device
 from base.optimization import Schedule, build_optimizer, check_optimization
-from base.progress import not_finite
 from base.ranks import from_first, rank, ranks, started_processes, world_size
 from base.resuming import SavedRun, saved_run
 from base.run_folder import (
@@ -54,16 +54,9 @@ from base.run_folder import (
     record_environment,
     write_json,
 )
-from base.runtime import (
-    autocast,
-    choose_precision,
-    determinism_explained,
-    keep_freed_memory,
-    memory_explained,
-    seed_global_generators,
-    set_determinism,
-)
+from base.seeding import seed_global_generators
 from base.tracking import start_trackers, tell
+from base.train_state import not_finite
 from data_loader.label_noise import describe_transitions
 from data_loader.own_images import check_first_batch
 from data_loader.splits import some_of_every_class

@@ -15,10 +15,10 @@ from base.base_trainer import BaseTrainer
 from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from base.config.config import Config
 from base.errors import CheckpointError, NonFiniteError, Stopped
-from base.progress import not_finite
 from base.ranks import from_first, gather, leave_the_word_to_the_first, rank, world_size
 from base.run_folder import describe, provenance, write_json
 from base.signals import Interrupted
+from base.train_state import not_finite
 from data_loader.splits import some_of_every_class
 from evaluation.partial import partial_file, remove_partials
 from evaluation.robust_accuracy import robust_accuracy

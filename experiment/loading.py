@@ -27,11 +27,11 @@ from base.config.files import (
 )
 from base.config.imports import changes, imported_for
 from base.config.origins import Layer
+from base.device import determinism_explained
 from base.errors import CheckpointError, ConfigError, DataError
 from base.ranks import rank
 from base.registry import lookup, property_of
 from base.resuming import recorded_imports
-from base.runtime import determinism_explained
 from data_loader import DATA_LOADERS
 from data_loader.own_images import build_loader
 from experiment import build, build_attacks

@@ -15,7 +15,7 @@ from base.config.imports import import_own_code, requests_of_flag
 from base.config.origins import Layer, origin_of_override
 from base.config.section import lies_in
 from base.errors import ConfigError, DataError
-from base.runtime import seed_global_generators
+from base.seeding import seed_global_generators
 from data_loader.datasets import LabelledImages
 from data_loader.folder_test_set import read_test_images, unshuffled_loader, with_channels
 from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from attacks.classifier import ask
 from base.config.imports import import_own_code, requests_of
+from base.device import determinism_explained
 from base.errors import ConfigError, DataError, ProjectError
 from base.registry import did_you_mean
-from base.runtime import determinism_explained
 from base.text import one_line
 
 MOST_NAMES = 8

@@ -17,8 +17,8 @@ from attacks.threat_model import ThreatModel, draw, in_pixel_range
 from base.base_trainer import BaseTrainer, TrainerParts
 from base.config.adversarial import Size
 from base.config.section import Count, Positive
+from base.meters import BatchResult
 from base.ranks import Share, gather, rank, world_size
-from base.totals import BatchResult
 from trainer.robust_validation import overfitting_warnings
 
 

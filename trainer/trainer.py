@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from base.base_trainer import BaseTrainer
-from base.totals import BatchResult
+from base.meters import BatchResult
 
 
 class Trainer(BaseTrainer):

@@ -9,7 +9,7 @@ from torch import nn
 
 from attacks.auto_attack import AutoAttack
 from base.errors import ConfigError
-from base.runtime import torch_generator
+from base.seeding import torch_generator
 
 pyautoattack = pytest.importorskip("pyautoattack")
 PACKAGE_NORM = {"linf": "Linf", "l2": "L2"}

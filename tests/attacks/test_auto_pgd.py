@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from attacks.auto_pgd import APGD, _Climb, checkpoints
 from attacks.pgd import PGD
-from base.runtime import torch_generator
+from base.seeding import torch_generator
 
 N_CLASSES = 6
 EPSILON = {"linf": 0.06, "l2": 0.5}

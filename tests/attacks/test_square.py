@@ -6,7 +6,7 @@ from torch import nn
 
 from attacks.pgd import PGD
 from attacks.square import Square, _bump_grid, _bumps
-from base.runtime import torch_generator
+from base.seeding import torch_generator
 
 NORMS = ["linf", "l2"]
 EPSILON = {"linf": 0.1, "l2": 1.0}

@@ -14,18 +14,18 @@ import torch
 
 import models.layers  # noqa: F401 - fills the layer tables
 from base.base_model import BaseModel
-from base.comet_key import command_without_key
 from base.command_line import SHORT_FLAGS, config_overrides, config_parser, run_script, select_device
 from base.config.config import CometConfig
 from base.config.files import annotation_at, override, validate
 from base.config.strict_json import parse_json
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
-from base.progress import Progress
+from base.meters import BatchResult, Totals
 from base.registry import lookup
 from base.run_folder import begun_by_this_job, new_run_folder, record_environment, write_json
-from base.runtime import torch_generator
-from base.totals import BatchResult, Totals
+from base.secrets import command_without_key
+from base.seeding import torch_generator
 from base.tracking import RunLog, Tracker, start_trackers, tell
+from base.train_state import Progress
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from base.config.files import merge, validate
+from base.device import choose_device
 from base.errors import ConfigError
 from base.launch import available_cpus, refuse_missing_devices
-from base.runtime import choose_device
 
 MINIMAL = {"arch": {"type": "simpleCNN"}, "data_loader": {"type": "DigitsDataLoader"}}
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from base.config.files import load_config
+from base.device import choose_precision
 from base.errors import ConfigError
-from base.runtime import choose_precision
 from benchmarks import attack_libraries, growth, memory, studies_hours
 from benchmarks.attackers import attackers
 from benchmarks.processes import python

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from base.weight_average import WeightAverage
+from base.ema import WeightAverage
 from benchmarks.original_conv_norm import OriginalConvNorm, in_the_original_way
 from evaluation.layer_trace import linear_calls
 from evaluation.spectral_norm import measure

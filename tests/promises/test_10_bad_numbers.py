@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-import base.finite as finite_module
+import base.nan_guard as finite_module
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config.files import merge

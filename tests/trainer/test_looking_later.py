@@ -8,7 +8,7 @@ import torch
 
 from base.checkpoint import load_checkpoint
 from base.errors import NonFiniteError
-from tests.base.test_finite import Reads
+from tests.base.test_nan_guard import Reads
 from tests.trainer.test_trainer import TinyLoader, TinyModel, build, lines
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import models.layers  # noqa: F401 - fills the layer tables
-from base.weight_average import WeightAverage
+from base.ema import WeightAverage
 from models import build_model
 from models.layers.conv_norm.kernel_energy import inverse_root_energy
 

@@ -1,15 +1,12 @@
-"""What a run stands on: seeds and generators, the device, the precision."""
+"""The device, the precision and the memory that a process computes with."""
 
 import ctypes
-import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
-import numpy as np
 import torch
 
 from base.errors import ConfigError
@@ -22,47 +19,10 @@ NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|s
 """What torch says, of any device, when it gets no memory."""
 
 
-def derived_seed(seed: int, purpose: str, *indices: int) -> int:
-    """A 63-bit seed that is a pure function of its arguments.
-
-    `purpose` names what is drawn (`"order"`, `"augmentation"`), `indices` are the epoch, the batch or sample index and so on.
-    Two different argument lists give unrelated seeds, so draws for one purpose never depend on how many were made for another.
-    """
-    text = ":".join([str(seed), purpose, *map(str, indices)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def torch_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
-    """A CPU `torch.Generator` seeded by `derived_seed`."""
-    return torch.Generator().manual_seed(derived_seed(seed, purpose, *indices))
-
-
-def numpy_generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """A `numpy.random.Generator` seeded by `derived_seed`."""
-    return np.random.default_rng(derived_seed(seed, purpose, *indices))
-
-
-def seed_global_generators(seed: int, purpose: str) -> None:
-    """Seed torch's global generators, from which only weight initialisation and dropout draw."""
-    torch.manual_seed(derived_seed(seed, purpose))
-
-
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on `device`, for which the host does not wait: a copy to a CUDA device from ordinary memory waits
     for everything that the device still has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def get_rng_state() -> dict[str, Any]:
-    """The states of torch's global generators, which dropout draws from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what `get_rng_state` returned; generators of devices that are not here are skipped."""
-    torch.set_rng_state(state["cpu"])
-    for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(device_state, index)
 
 
 def choose_device(device: str, n_gpu: int = 1) -> torch.device:

@@ -8,15 +8,9 @@ import sys
 import pytest
 import torch
 
+from base.device import choose_device, choose_precision, memory_explained
 from base.errors import ConfigError
-from base.runtime import (
-    choose_device,
-    choose_precision,
-    derived_seed,
-    memory_explained,
-    numpy_generator,
-    torch_generator,
-)
+from base.seeding import derived_seed, numpy_generator, torch_generator
 
 
 def test_generators_are_pure_functions_of_their_arguments():

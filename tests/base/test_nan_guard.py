@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import base.finite as finite_module
+import base.nan_guard as finite_module
 from base.errors import NonFiniteError
-from base.finite import FiniteCheck
-from base.progress import Progress
+from base.nan_guard import FiniteCheck
+from base.train_state import Progress
 
 ROOT = Path(__file__).parents[2]
 FUSED = [
@@ -148,7 +148,7 @@ from pathlib import Path
 from torch.nn.parallel import DistributedDataParallel
 from base.errors import NonFiniteError
 from base.ranks import rank, ranks
-from tests.base.test_finite import Run, inf
+from tests.base.test_nan_guard import Run, inf
 
 with ranks(training=True):
     for deferred in (True, False):
