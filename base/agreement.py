@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.base_data_loader import BaseDataLoader
+from base.checkpoint.resume import IMPORTS, WHERE_AND_HOW, digests
 from base.config.config import Config
 from base.config.section import lies_in
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
 from base.ranks import gather, leave_the_word_to_the_first, world_size
-from base.resuming import IMPORTS, WHERE_AND_HOW, digests
 from base.run_folder import package_versions, project_version
 from base.text import one_line
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint import load_weights
+from base.checkpoint.checkpoint import load_weights
+from base.checkpoint.manager import RunCheckpoints
 from base.config.config import Config
 from base.device import autocast, to_device
 from base.diagnosis import first_bad_weight
@@ -40,7 +41,6 @@ from base.ranks import (
     world_size,
 )
 from base.replicas import equalise, replicate
-from base.run_checkpoints import RunCheckpoints
 from base.run_folder import describe
 from base.seeding import get_rng_state, numpy_generator, seed_global_generators, set_rng_state, torch_generator
 from base.signals import Interrupted, StopSignals
@@ -332,7 +332,7 @@ class BaseTrainer(ABC):
         Nothing is written before all has been checked.
 
         Args:
-            checkpoint: as `base.checkpoint_schema.check_training_state` has checked it.
+            checkpoint: as `base.checkpoint.schema.check_training_state` has checked it.
             source: its file.
 
         Raises:

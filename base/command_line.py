@@ -165,7 +165,7 @@ def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -
     """
     if arguments.resume:
         # here and not above: it brings torch
-        from base.resuming import saved_run
+        from base.checkpoint.resume import saved_run
 
         config = saved_run(arguments.resume, arguments.config, overrides, arguments.imports).config
     else:

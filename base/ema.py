@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from base.checkpoint import load_weights
+from base.checkpoint.checkpoint import load_weights
 
 
 class WeightAverage:

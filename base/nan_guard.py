@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from base.checkpoint import LAST
+from base.checkpoint.checkpoint import LAST
 from base.diagnosis import first_bad_layer, first_bad_output, first_bad_weight
 from base.errors import NonFiniteError
 from base.ranks import largest, leave_the_word_to_the_first

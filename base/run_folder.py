@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from base.atomic import replacing, sweep
-from base.checkpoint import has_checkpoint
+from base.checkpoint.checkpoint import has_checkpoint
+from base.checkpoint.resume import config_hash
 from base.config.config import Config
 from base.errors import CheckpointError, ConfigError, ProjectError
 from base.locks import locked
 from base.output import as_json
 from base.ranks import world_size
-from base.resuming import config_hash
 from base.secrets import command_without_key
 from base.text import LineFormatter
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint import the_run_in
+from base.checkpoint.checkpoint import the_run_in
 from base.command_line import Parser, add_imports_flag, path_word
 from base.config.files import config_chain
 from base.config.strict_json import JSONError, parse_json

@@ -28,7 +28,8 @@ from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, Validate
-from base.checkpoint import has_checkpoint
+from base.checkpoint.checkpoint import has_checkpoint
+from base.checkpoint.resume import SavedRun, saved_run
 from base.config.config import Config
 from base.config.files import (
     Override,
@@ -44,7 +45,6 @@ from base.errors import CheckpointError, ConfigError
 from base.launch import launch, own_device
 from base.optimization import Schedule, build_optimizer, check_optimization
 from base.ranks import from_first, rank, ranks, started_processes, world_size
-from base.resuming import SavedRun, saved_run
 from base.run_folder import (
     begun_by_this_job,
     logging_to,

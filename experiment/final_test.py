@@ -12,7 +12,7 @@ from typing import Any
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
-from base.checkpoint import BEST, LAST, load_checkpoint, load_weights
+from base.checkpoint.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from base.config.config import Config
 from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.ranks import from_first, gather, leave_the_word_to_the_first, rank, world_size

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint import find_checkpoint, load_checkpoint, load_weights, the_run_in
+from base.checkpoint.checkpoint import find_checkpoint, load_checkpoint, load_weights, the_run_in
+from base.checkpoint.resume import recorded_imports
 from base.command_line import set_overrides
 from base.config.config import Config
 from base.config.files import (
@@ -31,7 +32,6 @@ from base.device import determinism_explained
 from base.errors import CheckpointError, ConfigError, DataError
 from base.ranks import rank
 from base.registry import lookup, property_of
-from base.resuming import recorded_imports
 from data_loader import DATA_LOADERS
 from data_loader.own_images import build_loader
 from experiment import build, build_attacks
@@ -219,7 +219,7 @@ def _config_beside(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if "monitor_best" not in checkpoint or not beside.is_file():
         raise CheckpointError(
             f"{file}: holds no config of this project, so nothing says what network it is of:"
-            " build that with models.build_model, and fill it with base.checkpoint.load_weights"
+            " build that with models.build_model, and fill it with base.checkpoint.checkpoint.load_weights"
         )
     # the folder of its data may be a placeholder
     return merge(read_tree(beside), {"data_loader": {"args": {"data_dir": str(file.parent)}}})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
+from base.checkpoint.checkpoint import find_checkpoint, load_checkpoint, load_weights
 from base.config.config import Config
 from base.config.files import Override, override_layers, validate_layers
 from base.config.imports import import_own_code, requests_of_flag
@@ -53,7 +53,7 @@ def evaluation_of_network(
             `own_network.build_network`.
         data: the folder; see `data_loader.folder_test_set.read_test_images`.
         model_args: keyword arguments of the function.
-        checkpoint: a file with the network's weights, in any form that `base.foreign_weights`
+        checkpoint: a file with the network's weights, in any form that `base.checkpoint.foreign_weights`
             knows; None where the function loads them itself.
         mean, std: what the pixels are normalized by before the network gets them, a number in
             `[0, 1]` for each channel; None where it normalizes itself.

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from base.checkpoint.resume import IMPORTS, digests
 from base.config.arguments import OpenSection
 from base.config.config import Config
 from base.config.files import read_tree, validate
 from base.config.section import Section
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.resuming import IMPORTS, digests
 from base.study_file import read_places
 
 logger = logging.getLogger(__name__)

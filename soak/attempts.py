@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import train_robust
-from base.checkpoint import BEST, LAST, load_to_resume, numbered
+from base.checkpoint.checkpoint import BEST, LAST, load_to_resume, numbered
 from base.command_line import run_script
 from base.errors import CheckpointError
 

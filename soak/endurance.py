@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from base.checkpoint import LAST, load_checkpoint
+from base.checkpoint.checkpoint import LAST, load_checkpoint
 from soak.attempts import ENDINGS, Attempt, attempt, checkpoints, damage, position
 from soak.scenarios import tree_of
 

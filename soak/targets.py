@@ -21,7 +21,7 @@ from torch import Tensor
 
 import train
 from base.base_trainer import BaseTrainer
-from base.checkpoint import LAST, load_checkpoint, save_checkpoint
+from base.checkpoint.checkpoint import LAST, load_checkpoint, save_checkpoint
 from base.config.files import load_config, merge, validate
 from base.errors import ProjectError, Stopped
 from base.optimization import check_optimization

@@ -5,10 +5,10 @@ import json
 from collections.abc import Collection
 from typing import Any
 
+from base.checkpoint.resume import WHERE_AND_HOW, forget
 from base.config.config import Config
 from base.config.files import section_at
 from base.config.section import lies_in
-from base.resuming import WHERE_AND_HOW, forget
 
 HASHED_AT_DEFAULT = (
     "seed", "n_gpu", "train_loss", "val_loss", "metrics", "arch.type",

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint import LAST, has_checkpoint
+from base.checkpoint.checkpoint import LAST, has_checkpoint
+from base.checkpoint.resume import WHERE_AND_HOW, refuse_other_experiment
 from base.config.files import Override, validate
 from base.errors import ConfigError, ProjectError
-from base.resuming import WHERE_AND_HOW, refuse_other_experiment
 from base.text import one_line
 from studies.grid import Run, as_word
 

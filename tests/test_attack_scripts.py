@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from attacks import PGD
-from base.checkpoint import save_checkpoint
+from base.checkpoint.checkpoint import save_checkpoint
 from evaluation import DoctorReport, RobustnessReport
 from experiment.attack_command import _conclusion
 from tiny_runs import script

@@ -16,7 +16,7 @@ import torch
 
 from base.base_data_loader import BaseDataLoader
 from base.base_trainer import BaseTrainer
-from base.checkpoint import load_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import merge, validate
 from base.errors import ConfigError, Stopped
 from base.ranks import rank, world_size

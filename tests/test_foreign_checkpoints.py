@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from base.errors import CheckpointError
 from experiment.evaluation_flags import evaluation_parser
 from experiment.loading import load_evaluation

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from base.checkpoint import save_checkpoint
+from base.checkpoint.checkpoint import save_checkpoint
 from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from base.base_trainer import BaseTrainer
-from base.checkpoint import load_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import merge, validate
 from base.errors import ProjectError, Stopped
 from data_loader import workers

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from base.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.config_arguments import NOT_THE_CONFIGS, check_arguments
 from base.errors import ConfigError

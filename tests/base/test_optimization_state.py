@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from base.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import CheckpointError
 from base.optimization import OPTIMIZERS, SCHEDULERS, UNUSABLE, Schedule, build_optimizer, load_optimizer

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import base.run_folder
+from base.checkpoint.resume import config_hash
 from base.config.files import merge, validate
-from base.resuming import config_hash
 from base.run_folder import PROVENANCE, project_version, provenance
 
 TREE = {

@@ -10,7 +10,7 @@ import torch
 
 import tiny_runs
 from base.base_data_loader import BaseDataLoader
-from base.checkpoint import load_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import validate
 from data_loader import DATA_LOADERS, LabelledImages, MemoryImages, TrainingDataLoader
 from experiment.experiment import Experiment

@@ -8,7 +8,7 @@ import torch
 
 from base import optimization_state
 from base.base_trainer import BaseTrainer
-from base.checkpoint import save_checkpoint
+from base.checkpoint.checkpoint import save_checkpoint
 from base.config.files import merge, validate
 from experiment.experiment import Experiment
 from tiny_runs import difference, run

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-import base.checkpoint as checkpoint_module
-from base.checkpoint import load_checkpoint, load_to_resume, save_checkpoint
+import base.checkpoint.checkpoint as checkpoint_module
+from base.checkpoint.checkpoint import load_checkpoint, load_to_resume, save_checkpoint
 from base.errors import CheckpointError, ConfigError
 from experiment.experiment import Experiment
 from tiny_runs import difference, interrupt, run

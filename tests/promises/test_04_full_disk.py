@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import base.checkpoint as checkpoint_module
-import base.run_checkpoints as run_checkpoints_module
+import base.checkpoint.checkpoint as checkpoint_module
+import base.checkpoint.manager as run_checkpoints_module
 from base.base_trainer import BaseTrainer
-from base.checkpoint import load_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint
 from base.errors import CheckpointError
 from experiment.experiment import Experiment
 from tiny_runs import TINY, difference, exit_code, forked, run

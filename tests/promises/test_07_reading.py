@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from base import resuming
-from base.checkpoint import save_checkpoint
+from base.checkpoint.checkpoint import resume as resuming
+from base.checkpoint.checkpoint import save_checkpoint
 from base.config import imports
 from base.config.config import Config
 from base.config.files import load_config, validate

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-import base.resuming as resuming_module
-from base.checkpoint import SCHEMA_VERSION, load_checkpoint, save_checkpoint
+import base.checkpoint.resume as resuming_module
+from base.checkpoint.checkpoint import SCHEMA_VERSION, load_checkpoint, save_checkpoint
 from base.errors import CheckpointError, ConfigError
 from experiment.experiment import Experiment
 from tiny_runs import difference, interrupt, run

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from base.checkpoint import load_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import merge, validate
 from data_loader import ImageFolderDataLoader, data_loaders, training_data_loader
 from data_loader.images import MemoryImages, pixel_statistics

@@ -7,8 +7,8 @@ import pytest
 from torch.optim import Optimizer
 
 import base.base_trainer
-import base.checkpoint
-import base.resuming
+import base.checkpoint.checkpoint
+import base.checkpoint.resume
 import soak.targets
 from base.base_trainer import BaseTrainer
 from soak.endurance import Endurance, Tally
@@ -89,7 +89,7 @@ def test_odd_values_in_a_checkpoint_are_refused_or_change_nothing(tmp_path):
 
 
 def test_an_odd_value_that_nobody_checks_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(base.resuming, "check_training_state", lambda contents, file: None)
+    monkeypatch.setattr(base.checkpoint.resume, "check_training_state", lambda contents, file: None)
     monkeypatch.setattr(base.base_trainer, "checked_optimizer_state", lambda optimizer, model, saved, source: saved)
     with pytest.raises((AttributeError, KeyError, TypeError, ValueError, RuntimeError)):
         resume_what_is_spoiled(tmp_path)
@@ -111,7 +111,7 @@ def test_every_seed_is_resumed_for_a_step(tmp_path, monkeypatch):
 
 
 def test_the_fuzzer_finds_an_error_that_is_none_of_ours(tmp_path, monkeypatch):
-    monkeypatch.setattr(base.checkpoint, "CheckpointError", ValueError)
+    monkeypatch.setattr(base.checkpoint.checkpoint, "CheckpointError", ValueError)
     monkeypatch.setattr(soak.targets, "ProjectError", KeyError)
     with pytest.raises(ValueError, match="input|no such checkpoint"):
         fuzz("checkpoint", tmp_path)

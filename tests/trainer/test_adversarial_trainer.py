@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from attacks import PGD
 from base.base_data_loader import BaseDataLoader
-from base.checkpoint import load_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import merge, validate
 from base.optimization import Schedule, build_optimizer
 from base.registry import TRAINERS

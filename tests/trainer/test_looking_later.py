@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from base.checkpoint import load_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint
 from base.errors import NonFiniteError
 from tests.base.test_nan_guard import Reads
 from tests.trainer.test_trainer import TinyLoader, TinyModel, build, lines

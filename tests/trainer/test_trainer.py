@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import base.run_checkpoints as run_checkpoints_module
+import base.checkpoint.manager as run_checkpoints_module
 import experiment  # noqa: F401 - fills the tables
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts
-from base.checkpoint import load_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import merge, validate
 from base.errors import CheckpointError, NonFiniteError
 from base.optimization import Schedule, build_optimizer

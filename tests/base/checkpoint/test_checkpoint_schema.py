@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.checkpoint_schema import TrainingState, check_readable, check_training_state
+from base.checkpoint.schema import TrainingState, check_readable, check_training_state
 from base.errors import CheckpointError
 
 FILE = Path("file.pth")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import base.checkpoint as checkpoint_module
-from base.checkpoint import (
+import base.checkpoint.checkpoint as checkpoint_module
+from base.checkpoint.checkpoint import (
     SCHEMA_VERSION,
     find_checkpoint,
     keep_newest,

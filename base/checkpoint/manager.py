@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from base.checkpoint import BEST, LAST, NUMBERED, keep_newest, load_checkpoint, numbered, publish_copy, save_checkpoint
+from base.checkpoint.checkpoint import (
+    BEST,
+    LAST,
+    NUMBERED,
+    keep_newest,
+    load_checkpoint,
+    numbered,
+    publish_copy,
+    save_checkpoint,
+)
 from base.config.training import TrainerConfig
 from base.errors import CheckpointError
 from base.ranks import from_first, rank

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from base.atomic import link_or_copy, replacing
-from base.checkpoint_schema import check_readable, without_unreadable
-from base.errors import CheckpointError
-from base.foreign_weights import (
+from base.checkpoint.checksum import check_seal, seal
+from base.checkpoint.foreign_weights import (
     below,
     explain_rest,
     find_prefix,
@@ -27,9 +26,10 @@ from base.foreign_weights import (
     normalization_beside,
     rename,
 )
-from base.seal import check_seal, seal
+from base.checkpoint.schema import check_readable, without_unreadable
+from base.checkpoint.unreadable import explain
+from base.errors import CheckpointError
 from base.text import one_line
-from base.unreadable import explain
 
 SCHEMA_VERSION = 2
 """Of what is written here; since version 2 every checkpoint is sealed."""
@@ -39,7 +39,7 @@ LEVELS_TO_RUNS = 3
 
 
 def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
-    """Write `contents` to `path`, sealed (see `base.seal`); at every moment the file is either the old one or the new one.
+    """Write `contents` to `path`, sealed (see `base.checkpoint.checksum`); at every moment the file is either the old one or the new one.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the old file is untouched.
@@ -202,7 +202,7 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, A
     """The contents of a checkpoint file, or of a run folder's best model, with all tensors on the CPU.
 
     A file that another code has written has its weights under "state_dict", too, wherever they lie
-    in it (see `base.foreign_weights`), and under "assumed" what was taken for what: what about -> a
+    in it (see `base.checkpoint.foreign_weights`), and under "assumed" what was taken for what: what about -> a
     sentence.
 
     Args:
@@ -275,7 +275,7 @@ def load_weights(
     """Copy the weights into `model`, whatever prefix a wrapper has put before their keys.
 
     A mean and std among them (`mu` and `sigma`) become the model's own. What else lies beside the
-    weights has to be known not to matter; see `base.foreign_weights`.
+    weights has to be known not to matter; see `base.checkpoint.foreign_weights`.
 
     Args:
         model: gets the weights.

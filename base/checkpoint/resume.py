@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint import LAST, load_to_resume, set_aside
-from base.checkpoint_schema import check_training_state
+from base.checkpoint.checkpoint import LAST, load_to_resume, set_aside
+from base.checkpoint.schema import check_training_state
 from base.config.config import Config
 from base.config.files import (
     Override,
