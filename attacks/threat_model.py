@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attacks.arguments import check_size
 from base.device import to_device
-from base.ranks import SharedGenerator
+from base.distributed.shard import SharedGenerator
 
 NORMS = ("linf", "l2")
 ROUNDING = 1e-6

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from base.ranks import Share, share_of
+from base.distributed.shard import Share, share_of
 
 
 class BaseDataLoader(ABC):
@@ -32,7 +32,7 @@ class BaseDataLoader(ABC):
         device: where batches are made.
         batch_size: images in a full batch; the last batch of an epoch may hold fewer.
         shard_batches: where several processes train together: yield this process's part of every
-            batch (see `base.ranks.Share`) instead of the whole. Order and augmentation are those of
+            batch (see `base.distributed.shard.Share`) instead of the whole. Order and augmentation are those of
             the whole batch either way.
         default_mean, default_std: published statistics of the data set's pixels, where there are
             any; without them, training computes its own.

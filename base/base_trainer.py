@@ -23,24 +23,16 @@ from base.checkpoint.manager import RunCheckpoints
 from base.config.config import Config
 from base.device import autocast, to_device
 from base.diagnosis import first_bad_weight
+from base.distributed.collectives import from_first, largest, leave_the_word_to_the_first
+from base.distributed.ddp import equalise, replicate
+from base.distributed.process_group import quiet, rank, world_size
+from base.distributed.shard import Share, SharedGenerator, share_of
 from base.ema import WeightAverage
 from base.errors import CheckpointError, ConfigError, NonFiniteError, Stopped
 from base.meters import BatchResult, Loss, Metric, Totals, batch_result
 from base.nan_guard import FiniteCheck
 from base.optimization import Schedule, load_optimizer
 from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
-from base.ranks import (
-    Share,
-    SharedGenerator,
-    from_first,
-    largest,
-    leave_the_word_to_the_first,
-    quiet,
-    rank,
-    share_of,
-    world_size,
-)
-from base.replicas import equalise, replicate
 from base.run_folder import describe
 from base.seeding import get_rng_state, numpy_generator, seed_global_generators, set_rng_state, torch_generator
 from base.signals import Interrupted, StopSignals

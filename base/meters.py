@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.ranks import gather, world_size
+from base.distributed.collectives import gather
+from base.distributed.process_group import world_size
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`(logits (B, num_classes), labels (B,)) -> losses (B,)`, one per sample."""

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from base.checkpoint.checkpoint import LAST
 from base.diagnosis import first_bad_layer, first_bad_output, first_bad_weight
+from base.distributed.collectives import largest, leave_the_word_to_the_first
 from base.errors import NonFiniteError
-from base.ranks import largest, leave_the_word_to_the_first
 from base.train_state import Progress, not_finite
 
 READ_EVERY = 50

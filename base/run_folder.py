@@ -26,10 +26,10 @@ from base.atomic import replacing, sweep
 from base.checkpoint.checkpoint import has_checkpoint
 from base.checkpoint.resume import config_hash
 from base.config.config import Config
+from base.distributed.process_group import world_size
 from base.errors import CheckpointError, ConfigError, ProjectError
 from base.locks import locked
 from base.output import as_json
-from base.ranks import world_size
 from base.secrets import command_without_key
 from base.text import LineFormatter
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from base.base_data_loader import to_float as to_float
 from base.device import to_device
-from base.ranks import Share
+from base.distributed.shard import Share
 
 
 def random_crop(

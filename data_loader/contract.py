@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.distributed.session import is_of_connection
 from base.errors import DataError, ProjectError
-from base.ranks import is_of_connection
 
 
 @contextmanager

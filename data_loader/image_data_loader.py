@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
-from base.ranks import Share, rank
+from base.distributed.process_group import rank
+from base.distributed.shard import Share
 from base.seeding import torch_generator
 from data_loader import augment
 from data_loader.images import Images, MemoryImages
@@ -103,7 +104,7 @@ class ImageDataLoader(BaseDataLoader):
         once.
 
         Where the pixels do not stay in memory, rank 0 does it for all processes. It does not tell
-        them here: one that has failed before would not hear it. See `base.agreement.agreed`.
+        them here: one that has failed before would not hear it. See `base.distributed.agreement.agreed`.
 
         Raises:
             DataError: a file cannot be decoded, or images are not such.

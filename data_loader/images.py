@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
+from base.distributed.process_group import quiet
 from base.errors import DataError
-from base.ranks import quiet
 from data_loader.contract import asking, check_images, check_range
 from data_loader.decoding import decode_image
 from data_loader.workers import decode_in_processes

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
 from base.config.arguments import parameters_of
+from base.distributed.shard import Share, share_of
 from base.errors import ConfigError, DataError
-from base.ranks import Share, share_of
 from data_loader.contract import asking, check_images, check_range
 from data_loader.datasets import LabelledImages
 from data_loader.images import LoadedImages

@@ -8,8 +8,8 @@ from torch import nn
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
+from base.distributed.process_group import quiet
 from base.meters import Loss, Metric, Totals, batch_result
-from base.ranks import quiet
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from base.atomic import replacing
+from base.distributed.collectives import gather
+from base.distributed.process_group import rank
 from base.output import writing
-from base.ranks import gather, rank
 from evaluation.verdicts import Verdicts
 
 AT_A_TIME = 256

@@ -22,7 +22,7 @@ from attacks.losses import wrongness
 from attacks.pgd import PGD
 from attacks.square import Square
 from attacks.threat_model import as_written
-from base.ranks import quiet
+from base.distributed.process_group import quiet
 from evaluation.batches import Batches, Data
 from evaluation.checks import (
     ENOUGH_STEPS,

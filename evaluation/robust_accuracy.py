@@ -18,9 +18,10 @@ from attacks.losses import wrongness
 from attacks.worst_case import DONE
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
+from base.distributed.collectives import gather
+from base.distributed.process_group import quiet
 from base.errors import ConfigError
 from base.output import ARRAYS, check_outputs, is_stream, writing
-from base.ranks import gather, quiet
 from base.run_folder import package_versions
 from base.seeding import torch_generator
 from evaluation.adversarial_images import AdversarialImages

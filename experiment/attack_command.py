@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 from attacks import ATTACKS, Attack
-from base.agreement import Facts, agreed, config_facts, data_facts
 from base.base_data_loader import BaseDataLoader
 from base.command_line import KeyFlag, Parser, key_flags, set_overrides
 from base.config.arguments import takes
 from base.config.config import Config
 from base.config.origins import Flag
 from base.device import memory_explained
+from base.distributed.agreement import Facts, agreed, config_facts, data_facts
+from base.distributed.collectives import from_first
+from base.distributed.process_group import rank, world_size
+from base.distributed.session import ranks
 from base.errors import CheckpointError, ConfigError
 from base.output import check_folder, format_of, is_stream, writing
-from base.ranks import from_first, rank, ranks, world_size
 from base.registry import lookup
 from base.text import say
 from data_loader.splits import some_of_every_class

@@ -18,9 +18,12 @@ from base.base_trainer import BaseTrainer, TrainerParts, Validate
 from base.config.config import Config
 from base.config.names import ALWAYS
 from base.device import determinism_explained
+from base.distributed.process_group import world_size
+from base.distributed.session import is_of_connection
+from base.distributed.shard import Share
+from base.distributed.sync_batch_norm import synchronise
 from base.errors import ConfigError
 from base.optimization import Schedule
-from base.ranks import Share, is_of_connection, world_size
 from base.registry import TRAINERS, lookup
 from base.seeding import seed_global_generators
 from base.text import one_line
@@ -30,7 +33,6 @@ from data_loader.own_images import build_loader
 from evaluation.accuracy import evaluate
 from experiment import build_attacks
 from models import MODELS, arguments_of, build_model
-from models.layers.synchronised import synchronise
 from models.losses import LOSSES
 from models.metrics import METRICS
 from models.ocnn import penalty

@@ -13,8 +13,8 @@ from torch import nn
 from base.base_data_loader import BaseDataLoader
 from base.config.config import Config
 from base.device import autocast, choose_precision, keep_freed_memory, set_determinism
+from base.distributed.launch import own_device
 from base.errors import DataError
-from base.launch import own_device
 from data_loader.splits import some_of_every_class
 
 

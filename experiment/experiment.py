@@ -23,7 +23,6 @@ import torch
 from torch.optim import Optimizer
 
 from attacks.threat_model import as_written
-from base.agreement import agreed, config_facts, data_facts
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
@@ -41,10 +40,13 @@ from base.config.files import (
 )
 from base.config.origins import Flag, Layer
 from base.device import autocast, choose_precision, determinism_explained, keep_freed_memory, memory_explained, set_determinism
+from base.distributed.agreement import agreed, config_facts, data_facts
+from base.distributed.collectives import from_first
+from base.distributed.launch import launch, own_device
+from base.distributed.process_group import rank, started_processes, world_size
+from base.distributed.session import ranks
 from base.errors import CheckpointError, ConfigError
-from base.launch import launch, own_device
 from base.optimization import Schedule, build_optimizer, check_optimization
-from base.ranks import from_first, rank, ranks, started_processes, world_size
 from base.run_folder import (
     begun_by_this_job,
     logging_to,
@@ -272,7 +274,7 @@ class Experiment:
         """Check the optimisation, read the data, build the model and its optimiser.
 
         Several processes make sure that they have the same config, code and data (see
-        `base.agreement`), before any of them waits for another.
+        `base.distributed.agreement`), before any of them waits for another.
 
         Args:
             config: the resolved config.
@@ -282,7 +284,7 @@ class Experiment:
             ConfigError, DataError: one line that names the key or file, or what differs between processes.
         """
         if started_processes() != world_size():
-            raise ConfigError("torchrun: the processes have not met: train inside `with base.ranks.ranks(training=True):`")
+            raise ConfigError("torchrun: the processes have not met: train inside `with base.distributed.session.ranks(training=True):`")
         device, train_loader, validation_loader, test_loader = agreed(
             lambda: cls._read(config, begun),
             lambda read: {

@@ -14,8 +14,9 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
 from base.checkpoint.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from base.config.config import Config
+from base.distributed.collectives import from_first, gather, leave_the_word_to_the_first
+from base.distributed.process_group import rank, world_size
 from base.errors import CheckpointError, NonFiniteError, Stopped
-from base.ranks import from_first, gather, leave_the_word_to_the_first, rank, world_size
 from base.run_folder import describe, provenance, write_json
 from base.signals import Interrupted
 from base.train_state import not_finite

@@ -29,8 +29,8 @@ from base.config.files import (
 from base.config.imports import changes, imported_for
 from base.config.origins import Layer
 from base.device import determinism_explained
+from base.distributed.process_group import rank
 from base.errors import CheckpointError, ConfigError, DataError
-from base.ranks import rank
 from base.registry import lookup, property_of
 from data_loader import DATA_LOADERS
 from data_loader.own_images import build_loader

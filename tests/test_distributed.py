@@ -18,8 +18,8 @@ from base.base_data_loader import BaseDataLoader
 from base.base_trainer import BaseTrainer
 from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import merge, validate
+from base.distributed.process_group import rank, world_size
 from base.errors import ConfigError, Stopped
-from base.ranks import rank, world_size
 from base.run_folder import PROVENANCE
 from data_loader import DATA_LOADERS
 from data_loader.datasets import read_digits
@@ -322,7 +322,7 @@ def test_a_lost_process_does_not_make_a_network_unfit():
 
 @pytest.mark.parametrize(("device", "message"), [("cuda:1", "system.device: cuda:1 is one"), ("auto", "torchrun: asks for 4")])
 def test_evaluation_refuses_to_share_a_device(tmp_path, monkeypatch, device, message):
-    monkeypatch.setattr("base.launch.world_size", lambda: 4)
+    monkeypatch.setattr("base.distributed.launch.world_size", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -17,8 +17,10 @@ from attacks.threat_model import ThreatModel, draw, in_pixel_range
 from base.base_trainer import BaseTrainer, TrainerParts
 from base.config.adversarial import Size
 from base.config.section import Count, Positive
+from base.distributed.collectives import gather
+from base.distributed.process_group import rank, world_size
+from base.distributed.shard import Share
 from base.meters import BatchResult
-from base.ranks import Share, gather, rank, world_size
 from trainer.robust_validation import overfitting_warnings
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from attacks.attack import Attack
 from base.base_data_loader import BaseDataLoader
-from base.ranks import gather
+from base.distributed.collectives import gather
 from evaluation.robust_accuracy import Autocast, attack_loader
 from evaluation.verdicts import Verdicts
 

@@ -16,8 +16,9 @@ from base.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from base.config.training import TrainerConfig
+from base.distributed.collectives import from_first
+from base.distributed.process_group import rank
 from base.errors import CheckpointError
-from base.ranks import from_first, rank
 from base.train_state import Progress
 
 

@@ -23,9 +23,9 @@ from base.config.files import (
 from base.config.imports import OwnCode, changes, imported_for, requests_of
 from base.config.origins import Layer
 from base.config.section import lies_in
+from base.distributed.collectives import from_first
 from base.errors import CheckpointError, ConfigError
 from base.optimization import spans_whole_run
-from base.ranks import from_first
 
 CHANGE_NO_RESULT = (
     "name", "exper_name", "comet", "trainer.save_dir", "trainer.save_period", "trainer.keep_checkpoints", "trainer.verbosity",

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tests.base.two_processes import ended, start_two
+from tests.base.distributed.two_processes import ended, start_two
 
 SCRIPT = """
 import sys, time
@@ -12,7 +12,7 @@ import torch
 import base.signals
 from base.command_line import run_script
 from base.ranks import gather, rank, ranks
-from base.replicas import replicate
+from base.distributed.ddp import replicate
 from base.signals import StopSignals
 
 base.signals.PATIENCE = 1.0

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from base.ranks import Share
+from base.distributed.shard import Share
 from data_loader import augment
 
 

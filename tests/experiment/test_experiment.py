@@ -181,7 +181,7 @@ def test_what_asks_for_validation_gets_images_for_it(tmp_path, caplog):
 
 def test_processes_of_torchrun_must_have_met(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"torchrun: the processes have not met: train inside `with base.ranks.ranks"):
+    with pytest.raises(ConfigError, match=r"torchrun: the processes have not met: train inside `with base.distributed.session.ranks"):
         Experiment.from_config(config_of())
 
 

@@ -10,8 +10,9 @@ from base.base_data_loader import BaseDataLoader
 from base.checkpoint.resume import IMPORTS, WHERE_AND_HOW, digests
 from base.config.config import Config
 from base.config.section import lies_in
+from base.distributed.collectives import gather, leave_the_word_to_the_first
+from base.distributed.process_group import world_size
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
-from base.ranks import gather, leave_the_word_to_the_first, world_size
 from base.run_folder import package_versions, project_version
 from base.text import one_line
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from base.distributed.sync_batch_norm import SynchronisedBatchNorm2d, synchronise
 from models.layers import ConvNorm2d
-from models.layers.synchronised import SynchronisedBatchNorm2d, synchronise
 
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}])

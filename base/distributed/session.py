@@ -1,46 +1,27 @@
-"""Processes that share the work, as torchrun starts them; without torchrun there is one, rank 0 of 1."""
+"""Joining and leaving the processes that torchrun has started, and ending together when one fails."""
 
 import gc
 import os
-import pickle
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from time import sleep
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from base.distributed.collectives import gather
+from base.distributed.process_group import started_processes, world_size
 from base.errors import ProjectError
 
-T = TypeVar("T")
-LOOK_EVERY = 0.5
-"""Seconds between two looks at signals, where a process waits for others."""
 _store: dist.Store | None = None
 """What all processes of the job can write to and read, as long as they are joined."""
-
-
-def rank() -> int:
-    """The number of this process, from 0 on."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many processes share the work."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def started_processes() -> int:
-    """How many processes torchrun has started, whether they have met yet or not; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -131,80 +112,6 @@ def _meet(store: dist.Store, number: int, size: int) -> dist.Store:
     return dist.PrefixStore(name, store)
 
 
-def gather(value: T) -> list[T]:
-    """The values of all ranks, in their order, on every rank."""
-    if world_size() == 1:
-        return [value]
-    words = _as_bytes(value)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    _finish(dist.all_gather(sizes, torch.tensor([len(words)]), async_op=True))
-    longest = int(max(sizes))
-    padded = torch.cat([words, words.new_zeros(longest - len(words))])
-    parts = [torch.empty_like(padded) for _ in sizes]
-    _finish(dist.all_gather(parts, padded, async_op=True))
-    return [_from_bytes(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
-
-
-def _as_bytes(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-
-
-def _from_bytes(words: Tensor) -> Any:
-    return pickle.loads(words.numpy().tobytes())  # noqa: S301 - of a process of the same job
-
-
-def _finish(work: dist.Work) -> None:
-    """Wait until all processes have taken part, and let Python see to signals in between: a process
-    that waits in gloo's own code would not hear them."""
-    while not work.is_completed():
-        try:
-            work.wait(timedelta(seconds=LOOK_EVERY))
-        except RuntimeError:  # time is up, or the connection has failed, which the last line tells
-            continue
-    work.wait()
-
-
-def largest(number: int) -> int:
-    """The largest of all ranks' numbers, on every rank."""
-    if world_size() == 1:
-        return number
-    tensor = torch.tensor(number)
-    _finish(dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True))
-    return int(tensor)
-
-
-def from_first(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, where alone it is called, on every rank; where it raises a `ProjectError` there, the
-    other ranks leave without a word."""
-    if world_size() == 1:
-        return function()
-    failure, value = None, None
-    if rank() == 0:
-        try:
-            value = function()
-        except ProjectError as error:
-            failure = error
-    words = _as_bytes((failure and failure.exit_code, value))
-    size = torch.tensor([len(words)])
-    _finish(dist.broadcast(size, 0, async_op=True))
-    if rank() > 0:
-        words = torch.empty(int(size), dtype=torch.uint8)
-    _finish(dist.broadcast(words, 0, async_op=True))
-    exit_code, value = _from_bytes(words)
-    if exit_code:
-        leave_the_word_to_the_first(exit_code)
-    if failure is not None:
-        raise failure
-    return value
-
-
-def leave_the_word_to_the_first(exit_code: int) -> None:
-    """On every rank but 0: end this process quietly, because rank 0 says why all end, with this exit code (see
-    `_wait_for_the_word_of`)."""
-    if rank() > 0:
-        raise SystemExit(exit_code)
-
-
 def _wait_for_the_word_of(speaker: int) -> None:
     """Wait until this rank has said why all end: torchrun ends it in the middle of its sentence when another process fails, and
     ends this one when the speaker has failed."""
@@ -261,89 +168,6 @@ def moments_computed(more: int) -> int:
     with suppress(RuntimeError):
         return 0 if _store is None else _store.add("computed", more)
     return 0
-
-
-def quiet() -> bool | None:
-    """tqdm's `disable`: bars are drawn by rank 0, and by it only on a terminal."""
-    return None if rank() == 0 else True
-
-
-@torch.no_grad()
-def take_from_first(tensors: Sequence[Tensor]) -> None:
-    """Overwrite these tensors, which are of the same shapes on every rank, by those of rank 0, in one message per type."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        of_type = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.flatten() for tensor in of_type])
-        if flat.device.type == "cpu":
-            _finish(dist.broadcast(flat, 0, async_op=True))
-        else:
-            dist.broadcast(flat, 0)
-        for tensor, values in zip(of_type, flat.split([tensor.numel() for tensor in of_type]), strict=True):
-            tensor.copy_(values.view_as(tensor))
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of a minibatch that this process computes on: every `processes`-th image from number `rank` on.
-
-    A minibatch with fewer images than processes is computed as a whole by each of them, so that none has nothing to do (and
-    nothing to bring to the statistics of batch normalisation), and counted by rank 0 only. (Synchronised batch normalisation
-    then sees each image several times, which changes nothing but the n / (n - 1) of its running variance.)
-
-    Attributes:
-        total: images in the whole minibatch.
-        rank: of this process.
-        processes: how many there are.
-    """
-
-    total: int
-    rank: int = 0
-    processes: int = 1
-
-    @property
-    def copied(self) -> bool:
-        """Whether every process computes the whole minibatch."""
-        return self.total < self.processes
-
-    @property
-    def part(self) -> slice:
-        """The images that this process computes on."""
-        return slice(0, self.total) if self.copied else self.own
-
-    @property
-    def own(self) -> slice:
-        """The images that only this process has; none where there are fewer images than processes before it."""
-        return slice(self.rank, self.total, self.processes)
-
-    @property
-    def counts(self) -> bool:
-        """Whether what this process computes belongs into sums over all processes."""
-        return self.rank == 0 or not self.copied
-
-    def mean(self, losses: Tensor) -> Tensor:
-        """What this process contributes to the minibatch's mean of `losses` `(B,)`: the average over all processes, which
-        DistributedDataParallel takes of its gradients, is the mean over the whole minibatch, however uneven the shares are."""
-        if self.processes == 1 or self.copied:
-            return losses.mean()
-        return losses.sum() * (self.processes / self.total)
-
-
-def share_of(total: int) -> Share:
-    """This process's share of a minibatch of `total` images."""
-    return Share(total, rank(), world_size())
-
-
-@dataclass(frozen=True)
-class SharedGenerator:
-    """Draws for a whole minibatch, from the same state in every process, of which each takes its share's part: the number of
-    processes then changes no draw."""
-
-    generator: torch.Generator
-    share: Share
-
-    def draw(self, distribution: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
-        """`distribution((B, *shape), generator=...)` of the share's images."""
-        return distribution((self.share.total, *shape), generator=self.generator)[self.share.part]
 
 
 def is_of_connection(error: Exception) -> bool:

@@ -7,8 +7,8 @@ import torch
 
 from base.config.files import merge, validate
 from base.device import choose_device
+from base.distributed.launch import available_cpus, refuse_missing_devices
 from base.errors import ConfigError
-from base.launch import available_cpus, refuse_missing_devices
 
 MINIMAL = {"arch": {"type": "simpleCNN"}, "data_loader": {"type": "DigitsDataLoader"}}
 

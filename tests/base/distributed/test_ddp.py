@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from base.distributed.ddp import running_statistics
 from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, LINEAR_LAYERS, NORM_LAYERS
-from base.replicas import running_statistics
 
 KINDS = {
     "conv": (CONV_LAYERS, (4, 8, 3), (5, 4, 8, 8)),

@@ -8,8 +8,8 @@ import torch
 
 from base.config.config import Config
 from base.device import choose_device
+from base.distributed.process_group import world_size
 from base.errors import ConfigError
-from base.ranks import world_size
 
 
 def launch(config: Config) -> NoReturn:

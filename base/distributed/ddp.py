@@ -6,7 +6,8 @@ import warnings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from base.ranks import take_from_first, world_size
+from base.distributed.collectives import take_from_first
+from base.distributed.process_group import world_size
 
 
 def replicate(model: nn.Module) -> nn.Module:

@@ -6,19 +6,19 @@ import shutil
 import pytest
 import torch
 
-from base.agreement import code_digest, config_facts, data_facts, first_difference
 from base.config.files import merge, validate
+from base.distributed.agreement import code_digest, config_facts, data_facts, first_difference
 from base.errors import CheckpointError, ConfigError, DataError
 from base.run_folder import project_version
 from data_loader import DATA_LOADERS
-from tests.base.two_processes import ROOT, ended, start_two
+from tests.base.distributed.two_processes import ROOT, ended, start_two
 from tiny_runs import write_images
 
 SCRIPT = """
 import json, sys
 from contextlib import nullcontext
 from pathlib import Path
-import base.agreement
+import base.distributed.agreement
 from experiment import attack_command
 from experiment.attack_command import attack_parser, evaluate_checkpoint
 from base.command_line import run_script
@@ -29,11 +29,11 @@ from experiment.experiment import Experiment
 
 def main():
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[1], "cases.json").read_text())
-    told, digest = {}, base.agreement.code_digest
+    told, digest = {}, base.distributed.agreement.code_digest
     with ranks(training=True):
         for name, trees in cases.items():
             if name == "code" and rank() == 1:
-                base.agreement.code_digest = lambda: "other"
+                base.distributed.agreement.code_digest = lambda: "other"
             try:
                 Experiment.from_config(validate(trees[rank()]))
                 told[name] = [0, ""]
@@ -41,7 +41,7 @@ def main():
                 told[name] = [error.exit_code, str(error)]
             except SystemExit as end:
                 told[name] = [end.code, ""]
-            base.agreement.code_digest = digest
+            base.distributed.agreement.code_digest = digest
         (folder / f"told {rank()}.json").write_text(json.dumps(told))
         attack_command.ranks = nullcontext
         words = ["-s", str(folder / f"{rank()}.pth"), "-c", str(folder / "config.json"), "--limit", "10"]
@@ -191,7 +191,7 @@ def test_what_is_compared_and_which_difference_is_told_first():
 
 def test_an_installed_project_is_compared_by_its_version(tmp_path, monkeypatch):
     (tmp_path / "others.py").write_text("")
-    monkeypatch.setattr("base.agreement.ROOT", tmp_path)
+    monkeypatch.setattr("base.distributed.agreement.ROOT", tmp_path)
     assert code_digest() == f"version {project_version()}"
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from base.distributed.collectives import from_first, gather, largest
+from base.distributed.session import _explained, _meet, ranks
+from base.distributed.shard import Share, SharedGenerator, share_of
 from base.errors import ProjectError
-from base.ranks import Share, SharedGenerator, _explained, _meet, from_first, gather, largest, ranks, share_of
-from tests.base.two_processes import ended, start_two
+from tests.base.distributed.two_processes import ended, start_two
 
 
 def shares(total, processes):
@@ -104,7 +106,7 @@ def test_the_cause_of_a_failed_connection_is_kept(monkeypatch):
     cause = dist.DistBackendError(NCCL)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(None, 1, 2)]))
-    monkeypatch.setattr("base.ranks._meet", lambda *_: None)
+    monkeypatch.setattr("base.distributed.session._meet", lambda *_: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     with pytest.raises(ProjectError, match="rank 1: the processes cannot work together") as caught, ranks():
         raise cause

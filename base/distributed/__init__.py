@@ -1,0 +1,1 @@
+"""Several processes: joining them, exchanging values, sharding minibatches, launching, averaging gradients."""
