@@ -31,8 +31,9 @@ from base.ema import WeightAverage
 from base.errors import CheckpointError, ConfigError, NonFiniteError, Stopped
 from base.meters import BatchResult, Loss, Metric, Totals, batch_result
 from base.nan_guard import FiniteCheck
-from base.optimization import Schedule, load_optimizer
-from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
+from base.optim.optimizers import load_optimizer
+from base.optim.schedules import Schedule
+from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 from base.run_folder import describe
 from base.seeding import get_rng_state, numpy_generator, seed_global_generators, set_rng_state, torch_generator
 from base.signals import Interrupted, StopSignals

@@ -23,7 +23,7 @@ from base.distributed.session import is_of_connection
 from base.distributed.shard import Share
 from base.distributed.sync_batch_norm import synchronise
 from base.errors import ConfigError
-from base.optimization import Schedule
+from base.optim.schedules import Schedule
 from base.registry import TRAINERS, lookup
 from base.seeding import seed_global_generators
 from base.text import one_line

@@ -46,7 +46,9 @@ from base.distributed.launch import launch, own_device
 from base.distributed.process_group import rank, started_processes, world_size
 from base.distributed.session import ranks
 from base.errors import CheckpointError, ConfigError
-from base.optimization import Schedule, build_optimizer, check_optimization
+from base.optim.dry_run import check_optimization
+from base.optim.optimizers import build_optimizer
+from base.optim.schedules import Schedule
 from base.run_folder import (
     begun_by_this_job,
     logging_to,

@@ -24,7 +24,7 @@ from base.base_trainer import BaseTrainer
 from base.checkpoint.checkpoint import LAST, load_checkpoint, save_checkpoint
 from base.config.files import load_config, merge, validate
 from base.errors import ProjectError, Stopped
-from base.optimization import check_optimization
+from base.optim.dry_run import check_optimization
 from soak.mutations import spoiled
 from soak.scenarios import write_images
 

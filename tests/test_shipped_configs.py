@@ -8,7 +8,9 @@ import torch
 
 from base.base_data_loader import BaseDataLoader
 from base.config.files import config_chain, load_config
-from base.optimization import Schedule, build_optimizer, check_optimization
+from base.optim.dry_run import check_optimization
+from base.optim.optimizers import build_optimizer
+from base.optim.schedules import Schedule
 from experiment.build import build_trainer
 from models import build_model
 from studies.grid import plan

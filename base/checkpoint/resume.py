@@ -25,7 +25,7 @@ from base.config.origins import Layer
 from base.config.section import lies_in
 from base.distributed.collectives import from_first
 from base.errors import CheckpointError, ConfigError
-from base.optimization import spans_whole_run
+from base.optim.schedules import spans_whole_run
 
 CHANGE_NO_RESULT = (
     "name", "exper_name", "comet", "trainer.save_dir", "trainer.save_period", "trainer.keep_checkpoints", "trainer.verbosity",

@@ -108,7 +108,7 @@ class AnyCheckpoint(_Schema):
 
 
 class OptimizerState(_Schema):
-    """See `base.optimization_state`, which checks it against the optimizer."""
+    """See `base.optim.state`, which checks it against the optimizer."""
 
     state: dict[int | str, dict[str, Any]]
     param_groups: list[dict[str, Any]]

@@ -239,7 +239,8 @@ def _torch_arguments(path: Sequence[str]) -> set[str]:
     if len(path) != 2 or path[0] not in ("optimizer", "lr_scheduler"):
         return set()
     # here and not above: it brings torch, which a good config does not need
-    from base.optimization import OPTIMIZERS, SCHEDULERS
+    from base.optim.optimizers import OPTIMIZERS
+    from base.optim.schedules import SCHEDULERS
 
     classes = (OPTIMIZERS if path[0] == "optimizer" else SCHEDULERS).values()
     return {name for cls in classes for name in inspect.signature(cls).parameters}
@@ -410,7 +411,7 @@ def check_optimization_of(config: Config) -> None:
         ConfigError: naming the file or flag that the value came from.
     """
     # here and not above: it brings torch
-    from base.optimization import check_optimization
+    from base.optim.dry_run import check_optimization
 
     with origins_named(config):
         check_optimization(config.optimizer, config.lr_scheduler)
@@ -420,7 +421,7 @@ def check_optimization_of(config: Config) -> None:
 def _problem_of_arguments(key: str, section: str) -> str | None:
     """What is wrong with the section of this key, given as JSON, beside the defaults of the other one."""
     # here and not above: it brings torch, which a good config does not need
-    from base.optimization import check_optimization
+    from base.optim.dry_run import check_optimization
 
     optimizer, scheduler = OptimizerConfig(), SchedulerConfig()
     if key == "optimizer":

@@ -1,15 +1,15 @@
 """Promise 1: resume is bit-exact from any step, for every training method, with label noise, early stop and averaged weights,
-with 0 and 2 loader workers; and evaluation never disturbs training. (Every scheduler: `tests/base/test_optimization.py`.)"""
+with 0 and 2 loader workers; and evaluation never disturbs training. (Every scheduler: `tests/base/optim/test_optim.py`.)"""
 
 import json
 
 import pytest
 import torch
 
-from base import optimization_state
 from base.base_trainer import BaseTrainer
 from base.checkpoint.checkpoint import save_checkpoint
 from base.config.files import merge, validate
+from base.optim import state as optimization_state
 from experiment.experiment import Experiment
 from tiny_runs import difference, run
 

@@ -22,7 +22,7 @@ from base.config import imports
 from base.config.config import Config
 from base.config.files import load_config, validate
 from base.errors import CheckpointError, ConfigError
-from base.optimization import check_optimization
+from base.optim.dry_run import check_optimization
 from experiment.experiment import Experiment
 from reports.runs import read_run
 from tiny_runs import run

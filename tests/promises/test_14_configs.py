@@ -27,10 +27,11 @@ from shipped_configs import (
 )
 from torch import nn, optim
 
-from base import config_arguments, optimization
+from base import optimization
 from base.config import files
 from base.config.config import Config
 from base.errors import ConfigError
+from base.optim import signatures as config_arguments
 
 NAMED_INSTEAD = {
     "arch.type": ("arch.args.depth", "only wide_resnet takes it"),

@@ -11,7 +11,8 @@ from attacks import PGD
 from base.base_data_loader import BaseDataLoader
 from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import merge, validate
-from base.optimization import Schedule, build_optimizer
+from base.optim.optimizers import build_optimizer
+from base.optim.schedules import Schedule
 from base.registry import TRAINERS
 from experiment.build import build_trainer
 from models import build_model

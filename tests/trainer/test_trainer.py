@@ -19,7 +19,8 @@ from base.base_trainer import BaseTrainer, TrainerParts
 from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import merge, validate
 from base.errors import CheckpointError, NonFiniteError
-from base.optimization import Schedule, build_optimizer
+from base.optim.optimizers import build_optimizer
+from base.optim.schedules import Schedule
 from base.tracking import RunLog
 from evaluation.accuracy import evaluate
 from evaluation.class_scores import predict

@@ -8,7 +8,7 @@ import experiment  # noqa: F401 - fills the tables
 from base.command_line import config_overrides, config_parser, print_config
 from base.config.files import load_config, origins_named, validate
 from base.errors import ConfigError
-from base.optimization import check_optimization
+from base.optim.dry_run import check_optimization
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 

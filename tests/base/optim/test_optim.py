@@ -9,18 +9,11 @@ from torch import nn
 
 from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from base.config.training import OptimizerConfig, SchedulerConfig
-from base.config_arguments import NOT_THE_CONFIGS, check_arguments
 from base.errors import ConfigError
-from base.optimization import (
-    OPTIMIZERS,
-    SCHEDULERS,
-    UNUSABLE,
-    Schedule,
-    build_optimizer,
-    check_optimization,
-    load_optimizer,
-    spans_whole_run,
-)
+from base.optim.dry_run import check_optimization
+from base.optim.optimizers import OPTIMIZERS, UNUSABLE, build_optimizer, load_optimizer
+from base.optim.schedules import SCHEDULERS, Schedule, spans_whole_run
+from base.optim.signatures import NOT_THE_CONFIGS, check_arguments
 from base.registry import ACTIVATION_LAYERS
 
 SGD = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9})

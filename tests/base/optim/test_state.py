@@ -11,8 +11,9 @@ from torch import nn
 from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import CheckpointError
-from base.optimization import OPTIMIZERS, SCHEDULERS, UNUSABLE, Schedule, build_optimizer, load_optimizer
-from base.optimization_state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
+from base.optim.optimizers import OPTIMIZERS, UNUSABLE, build_optimizer, load_optimizer
+from base.optim.schedules import SCHEDULERS, Schedule
+from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 
 SOURCE = Path("file.pth")
 ARGS = {"SGD": {"lr": 0.1, "momentum": 0.9}, "RMSprop": {"momentum": 0.5, "centered": True}, "Adam": {"amsgrad": True}}

@@ -1,73 +1,33 @@
-"""Optimisers and learning-rate schedules by the names of `torch.optim`, checked before any data is read."""
+"""Learning-rate schedules by the names of `torch.optim.lr_scheduler`."""
 
 import inspect
 import logging
-import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
-from base.config.imports import own_class
-from base.config.training import OptimizerConfig, SchedulerConfig
-from base.config_arguments import check_arguments, shown
+from base.config.training import SchedulerConfig
 from base.errors import ConfigError
-from base.registry import lookup
-from base.text import one_line
+from base.optim.optimizers import _build, _usable
+from base.optim.signatures import check_arguments, shown
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
-    name: cls
-    for name, cls in vars(torch.optim).items()
-    if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer
-}
 SCHEDULERS: dict[str, type] = {
     name: cls
     for name, cls in vars(lr_scheduler).items()
     if inspect.isclass(cls) and issubclass(cls, lr_scheduler.LRScheduler) and name not in ("LRScheduler", "_LRScheduler")
 }
-UNUSABLE = {
-    "LBFGS": "it evaluates the loss several times in one step",
-    "SparseAdam": "it takes sparse gradients only",
-    "Muon": "it takes matrices only, and convolutions and biases are none",
-    "LambdaLR": "it takes a Python function, which JSON cannot hold",
-    "MultiplicativeLR": "it takes a Python function, which JSON cannot hold",
-}
-FUSED_ON = ("cpu", "cuda")
 STEPPED_BY_BATCH = ("OneCycleLR", "CyclicLR")
 WHOLE_SPAN_ARGUMENT = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
 """The argument that defaults to the number of steps that the schedule has: those of the whole run, or, inside a SequentialLR,
 those between its milestones."""
 Part = tuple[str, Mapping[str, Any]]
 """One schedule that another is made of: its dotted key, and its `type` and `args`."""
-
-
-def check_optimization(optimizer: OptimizerConfig, scheduler: SchedulerConfig, begun: bool = False) -> None:
-    """Build both for a dummy layer and take a few steps, so that wrong arguments are found before any data is read.
-
-    Args:
-        optimizer, scheduler: what to build.
-        begun: a run with them has begun already. It may go on with a plateau's mode that a new run may not have.
-
-    Raises:
-        ConfigError: naming `optimizer.args.x` or `lr_scheduler.args.x`.
-    """
-    if not begun:
-        check_plateau(scheduler)
-    _try(
-        "optimizer.args", optimizer.args,
-        lambda args: _take_steps(optimizer.model_copy(update={"args": args}), SchedulerConfig()),
-    )  # fmt: skip
-    _try(
-        "lr_scheduler.args", scheduler.args,
-        lambda args: _take_steps(optimizer, scheduler.model_copy(update={"args": args})),
-    )  # fmt: skip
 
 
 def check_plateau(scheduler: SchedulerConfig) -> None:
@@ -88,93 +48,6 @@ def check_plateau(scheduler: SchedulerConfig) -> None:
 def plateau_mode(monitor: str) -> str:
     """Which values of `monitor` are better: `min`, those of losses, or `max`, those of accuracies."""
     return "min" if monitor.endswith("loss") else "max"
-
-
-def _try(key: str, args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], None]) -> None:
-    try:
-        attempt(dict(args))
-    except ConfigError:
-        raise
-    except Exception as error:
-        name = _culprit(args, attempt, error)
-        raise ConfigError(f"{key}{name}: a step with these arguments fails: {_first_line(error)}") from None
-
-
-def _take_steps(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
-    dummy = nn.Conv2d(2, 2, 1)
-    built = build_optimizer(optimizer, dummy)
-    schedule = Schedule(scheduler, built, epochs=1000, batches_per_epoch=1, has_validation=True, trial=True)
-    for step in range(min(3, getattr(schedule.scheduler, "total_steps", 3))):
-        dummy(torch.ones(1, 2, 1, 1)).sum().backward()
-        built.step()
-        if step == 0 and not all(parameter.isfinite().all() for parameter in dummy.parameters()):
-            raise ValueError("the weights are not finite after the first one")  # what grows later, training itself notices
-        schedule.step_batch()
-        schedule.step_epoch({schedule.monitor: 1.0})
-
-
-def _culprit(args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any], error: Exception) -> str:
-    """`.name` of the first argument without which `attempt` succeeds, or that the error names; nothing where there is none."""
-    for name in args:
-        try:
-            attempt({other: value for other, value in args.items() if other != name})
-        except Exception:  # noqa: S112 - so it was not this one, or not this one alone
-            continue
-        return f".{name}"
-    named = [name for name in args if len(args) == 1 or re.search(rf"\b{name}\b", str(error))]
-    return f".{named[0]}" if named else ""
-
-
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """The optimiser of `model`. Parameters that a layer's class names in `no_weight_decay` are exempt from it: the
-    thresholds of shifted ReLUs, as in ConvNorm. The update is one fused kernel where torch has it, unless the config says
-    anything about `fused` or `foreach`."""
-    cls = _usable(OPTIMIZERS, config.type, "optimizer.type", Optimizer)
-    check_arguments(cls, config.args, "optimizer.args", given=1, others=OPTIMIZERS.values())
-    exempt = _without_weight_decay(model)
-    groups: list[dict[str, Any]] = [{"params": [value for value in model.parameters() if value not in exempt]}]
-    if exempt:
-        groups.append({"params": [value for value in model.parameters() if value in exempt], "weight_decay": 0.0})
-    fused = {"fused": True} if _can_fuse(cls, config.args, next(model.parameters()).device) else {}
-    return _build(cls, "optimizer.args", groups, {**config.args, **fused})
-
-
-def _without_weight_decay(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model that its layers' classes name in `no_weight_decay`."""
-    found = set()
-    for module in model.modules():
-        names = getattr(type(module), "no_weight_decay", ())
-        # timm's networks have a method of this name
-        for name in () if callable(names) else names:
-            found.add(module.get_parameter(name))
-    return found
-
-
-def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Continue from a saved state, with the settings saved in it: a run that began without fused kernels goes on without.
-
-    Fused kernels read the tensors of a parameter as they lie in memory, and take no notice where one is laid out in another
-    order (channels last) than the others. So what was saved is brought into the order of its parameter.
-    """
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.ndim > 1 and value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _can_fuse(cls: Callable[..., Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether fused updates are left to us, and torch has a kernel for them: tried on one number, as it depends on optimiser,
-    arguments, device and version."""
-    if "fused" not in inspect.signature(cls).parameters or {"fused", "foreach"} & set(args) or device.type not in FUSED_ON:
-        return False
-    number = nn.Parameter(torch.zeros(1, device=device))
-    number.grad = torch.zeros_like(number)
-    try:
-        cls([number], **args, fused=True).step()
-    except Exception:  # wrong arguments among them, which then fail without it and are named
-        return False
-    return True
 
 
 def spans_whole_run(scheduler: SchedulerConfig) -> bool:
@@ -356,30 +229,6 @@ def _listed(value: Any) -> list[Any]:
 
 def _is_part(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("type"), str) and isinstance(value.get("args", {}), dict)
-
-
-def _usable(table: Mapping[str, type], name: str, key: str, kind: type) -> type:
-    """The class of this name in the table, or, by its dotted name, in what a user has imported."""
-    if "." in name:
-        return own_class(name, kind, key)
-    cls = lookup(table, name, key)
-    if name in UNUSABLE:
-        raise ConfigError(f"{key}: {name} cannot be used from a config: {UNUSABLE[name]}")
-    return cls
-
-
-def _build(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
-    try:
-        return cls(first, **args)
-    except Exception as error:  # whatever torch's classes raise on values they did not expect
-        name = _culprit(args, lambda rest: cls(first, **rest), error)
-        values = {key: value for key, value in args.items() if key != "schedulers"}  # which are built already
-        value = values.get(name[1:], values)
-        raise ConfigError(f"{key}{name}: {cls.__name__} does not accept {shown(value)}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return one_line((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _restore_counters(scheduler: Any, state: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules: built by name, checked before any data is read, resumed."""
