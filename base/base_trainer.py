@@ -34,7 +34,7 @@ from base.nan_guard import FiniteCheck
 from base.optim.optimizers import load_optimizer
 from base.optim.schedules import Schedule
 from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
-from base.run_folder import describe
+from base.run_folder.logs import describe
 from base.seeding import get_rng_state, numpy_generator, seed_global_generators, set_rng_state, torch_generator
 from base.signals import Interrupted, StopSignals
 from base.text import one_line

@@ -22,7 +22,7 @@ from base.distributed.collectives import gather
 from base.distributed.process_group import quiet
 from base.errors import ConfigError
 from base.output import ARRAYS, check_outputs, is_stream, writing
-from base.run_folder import package_versions
+from base.run_folder.environment.environment import package_versions
 from base.seeding import torch_generator
 from evaluation.adversarial_images import AdversarialImages
 from evaluation.batches import Batches, Data

@@ -49,15 +49,9 @@ from base.errors import CheckpointError, ConfigError
 from base.optim.dry_run import check_optimization
 from base.optim.optimizers import build_optimizer
 from base.optim.schedules import Schedule
-from base.run_folder import (
-    begun_by_this_job,
-    logging_to,
-    new_run_folder,
-    only_run_in,
-    package_versions,
-    record_environment,
-    write_json,
-)
+from base.run_folder.environment.environment import package_versions, record_environment
+from base.run_folder.folder import begun_by_this_job, new_run_folder, only_run_in, write_json
+from base.run_folder.logs import logging_to
 from base.seeding import seed_global_generators
 from base.tracking import start_trackers, tell
 from base.train_state import not_finite

@@ -17,7 +17,9 @@ from base.config.config import Config
 from base.distributed.collectives import from_first, gather, leave_the_word_to_the_first
 from base.distributed.process_group import rank, world_size
 from base.errors import CheckpointError, NonFiniteError, Stopped
-from base.run_folder import describe, provenance, write_json
+from base.run_folder.environment.environment import provenance
+from base.run_folder.folder import write_json
+from base.run_folder.logs import describe
 from base.signals import Interrupted
 from base.train_state import not_finite
 from data_loader.splits import some_of_every_class

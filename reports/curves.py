@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from base.errors import ConfigError
-from base.run_folder import PROVENANCE
+from base.run_folder.environment.environment import PROVENANCE
 from base.text import one_line
 from reports.groups import Group, as_text, differing_keys, mean_and_std
 from reports.panels import Curve, line_and_band, line_with_markers, panels_figure, points_and_bars, unit_of

@@ -18,7 +18,7 @@ from base.config.files import read_tree, validate
 from base.config.section import Section
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.study_file import read_places
+from base.run_folder.study_index import read_places
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from time import monotonic
 from tqdm import tqdm
 
 from base.output import save_json
-from base.run_folder import environment
+from base.run_folder.environment.environment import environment
 from soak.endurance import Endurance, Tally
 from soak.scenarios import SCENARIOS, write_images
 

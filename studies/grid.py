@@ -44,7 +44,7 @@ from base.config.strict_json import read_json_object
 from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.study_file import Place, write_places
+from base.run_folder.study_index import Place, write_places
 from base.text import one_line
 from studies.identity import identity, is_place
 

@@ -20,7 +20,7 @@ from base.checkpoint.checkpoint import load_checkpoint
 from base.config.files import merge, validate
 from base.distributed.process_group import rank, world_size
 from base.errors import ConfigError, Stopped
-from base.run_folder import PROVENANCE
+from base.run_folder.environment.environment import PROVENANCE
 from data_loader import DATA_LOADERS
 from data_loader.datasets import read_digits
 from experiment import build

@@ -13,7 +13,7 @@ from base.config.section import lies_in
 from base.distributed.collectives import gather, leave_the_word_to_the_first
 from base.distributed.process_group import world_size
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
-from base.run_folder import package_versions, project_version
+from base.run_folder.environment.environment import package_versions, project_version
 from base.text import one_line
 
 T = TypeVar("T")

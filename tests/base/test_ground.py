@@ -21,7 +21,8 @@ from base.config.strict_json import parse_json
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from base.meters import BatchResult, Totals
 from base.registry import lookup
-from base.run_folder import begun_by_this_job, new_run_folder, record_environment, write_json
+from base.run_folder.environment.environment import record_environment
+from base.run_folder.folder import begun_by_this_job, new_run_folder, write_json
 from base.secrets import command_without_key
 from base.seeding import torch_generator
 from base.tracking import RunLog, Tracker, start_trackers, tell

@@ -13,7 +13,7 @@ from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from base.checkpoint.resume import config_hash
 from base.config.files import merge, validate
 from base.errors import CheckpointError, ConfigError, DataError, Stopped
-from base.run_folder import project_version
+from base.run_folder.environment.environment import project_version
 from experiment.experiment import Experiment
 from tiny_runs import config_of, difference, interrupt, run, write_images
 

@@ -8,7 +8,7 @@ import pytest
 
 import base.run_folder as run_folder_module
 from base.errors import ConfigError
-from base.run_folder import new_run_folder, only_run_in
+from base.run_folder.folder import new_run_folder, only_run_in
 from experiment.experiment import Experiment
 from tiny_runs import exit_code, forked, run
 

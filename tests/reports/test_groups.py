@@ -10,7 +10,7 @@ import pytest
 
 from base.config.files import merge
 from base.errors import ConfigError
-from base.study_file import Place, write_places
+from base.run_folder.study_index import Place, write_places
 from reports.groups import MAY_DIFFER, group_runs
 from reports.runs import find_runs
 

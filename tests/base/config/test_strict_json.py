@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from base.config.strict_json import json_text, parse_json
-from base.run_folder import write_json
-from base.study_file import Place, write_places
+from base.run_folder.folder import write_json
+from base.run_folder.study_index import Place, write_places
 from base.tracking import RunLog
 
 VALUES = {

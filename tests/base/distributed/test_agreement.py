@@ -9,7 +9,7 @@ import torch
 from base.config.files import merge, validate
 from base.distributed.agreement import code_digest, config_facts, data_facts, first_difference
 from base.errors import CheckpointError, ConfigError, DataError
-from base.run_folder import project_version
+from base.run_folder.environment.environment import project_version
 from data_loader import DATA_LOADERS
 from tests.base.distributed.two_processes import ROOT, ended, start_two
 from tiny_runs import write_images

@@ -8,7 +8,7 @@ import pytest
 import base.run_folder
 from base.checkpoint.resume import config_hash
 from base.config.files import merge, validate
-from base.run_folder import PROVENANCE, project_version, provenance
+from base.run_folder.environment.environment import PROVENANCE, project_version, provenance
 
 TREE = {
     "arch": {"type": "simpleCNN"},
