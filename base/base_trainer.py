@@ -38,7 +38,7 @@ from base.run_folder.logs import describe
 from base.seeding import get_rng_state, numpy_generator, seed_global_generators, set_rng_state, torch_generator
 from base.signals import Interrupted, StopSignals
 from base.text import one_line
-from base.tracking import Tracker, tell
+from base.tracking.tracker import Tracker, tell
 from base.train_state import Progress
 
 logger = logging.getLogger(__name__)

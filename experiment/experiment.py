@@ -53,7 +53,8 @@ from base.run_folder.environment.environment import package_versions, record_env
 from base.run_folder.folder import begun_by_this_job, new_run_folder, only_run_in, write_json
 from base.run_folder.logs import logging_to
 from base.seeding import seed_global_generators
-from base.tracking import start_trackers, tell
+from base.tracking.start import start_trackers
+from base.tracking.tracker import tell
 from base.train_state import not_finite
 from data_loader.label_noise import describe_transitions
 from data_loader.own_images import check_first_batch

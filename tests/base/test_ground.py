@@ -25,7 +25,8 @@ from base.run_folder.environment.environment import record_environment
 from base.run_folder.folder import begun_by_this_job, new_run_folder, write_json
 from base.secrets import command_without_key
 from base.seeding import torch_generator
-from base.tracking import RunLog, Tracker, start_trackers, tell
+from base.tracking.start import start_trackers
+from base.tracking.tracker import RunLog, Tracker, tell
 from base.train_state import Progress
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}

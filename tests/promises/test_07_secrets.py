@@ -86,7 +86,7 @@ def server(monkeypatch):
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    for name, value in base.tracking.COMET_DEFAULTS.items():
+    for name, value in base.tracking.comet.COMET_DEFAULTS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("COMET_URL_OVERRIDE", f"http://127.0.0.1:{server.server_port}/clientlib")
     monkeypatch.delenv("COMET_API_KEY", raising=False)
@@ -185,7 +185,7 @@ def _passes_complaints_on(monkeypatch):
     def add(self, message):
         self.last = message
 
-    monkeypatch.setattr(base.tracking._Complaints, "add", add)
+    monkeypatch.setattr(base.tracking.comet._Complaints, "add", add)
     return "environment", "online", "printed"
 
 

@@ -122,7 +122,7 @@ class CometServer:
 def impatient(monkeypatch):
     """Comet with a second where the product gives it five, so that the test is over soon. Returns what the ends of runs have
     waited for Comet's thread at most, run by run."""
-    for name, value in base.tracking.COMET_DEFAULTS.items():
+    for name, value in base.tracking.comet.COMET_DEFAULTS.items():
         monkeypatch.setenv(name, value)
     for name in ("COMET_TIMEOUT_HTTP", "COMET_TIMEOUT_API", "COMET_GET_OR_ADD_EXPERIMENT_RETRY_BACKOFF_MAX"):
         monkeypatch.setenv(name, "1")
@@ -195,7 +195,7 @@ def _waits_too_long(monkeypatch):
 
 
 def _does_not_look_whether_it_began(monkeypatch):
-    monkeypatch.setattr(base.tracking._Complaints, "tell", lambda self, text: None)
+    monkeypatch.setattr(base.tracking.comet._Complaints, "tell", lambda self, text: None)
     return "401"
 
 
@@ -204,7 +204,7 @@ def _repeats_every_complaint(monkeypatch):
         logging.getLogger("base.tracking").warning("Comet: %s", message)
         self.last = message
 
-    monkeypatch.setattr(base.tracking._Complaints, "add", warn_at_once)
+    monkeypatch.setattr(base.tracking.comet._Complaints, "add", warn_at_once)
     return "no server"
 
 

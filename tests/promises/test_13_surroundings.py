@@ -121,7 +121,7 @@ def test_the_check_can_fail_for_packages(tmp_path, monkeypatch, capfd, careless)
     if not careless:  # in this process as in a bare one, then
         assert check_bare(tmp_path, here) == 6
         return
-    tensorboard = base.tracking.TensorBoard
+    tensorboard = base.tracking.tracker.TensorBoard
     monkeypatch.setattr(experiment, "start_trackers", lambda config, folder, history: [tensorboard(folder, 0)])
     with pytest.raises(ImportError, match="tensorboard"):
         check_bare(tmp_path, here)

@@ -21,7 +21,7 @@ from base.config.files import merge, validate
 from base.errors import CheckpointError, NonFiniteError
 from base.optim.optimizers import build_optimizer
 from base.optim.schedules import Schedule
-from base.tracking import RunLog
+from base.tracking.tracker import RunLog
 from evaluation.accuracy import evaluate
 from evaluation.class_scores import predict
 from models.losses import LOSSES

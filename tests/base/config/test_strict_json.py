@@ -8,7 +8,7 @@ import pytest
 from base.config.strict_json import json_text, parse_json
 from base.run_folder.folder import write_json
 from base.run_folder.study_index import Place, write_places
-from base.tracking import RunLog
+from base.tracking.tracker import RunLog
 
 VALUES = {
     "loss": float("nan"),

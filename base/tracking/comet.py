@@ -1,25 +1,19 @@
-"""Where logged values go: the run log (JSON lines), TensorBoard, Comet. Each is a `Tracker`.
-
-TensorBoard and Comet are imported only when the config asks for them. Where one is absent or fails, training goes on after one
-warning. Comet's server is spoken to by a thread of its own, for which the end of a run waits `PATIENCE` seconds at most.
-"""
+"""Comet as a tracker: a thread of its own speaks to the server, so that training never waits for it."""
 
 import logging
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from base.atomic import replacing
 from base.config.config import CometConfig, Config
-from base.config.strict_json import json_text
+from base.tracking.tracker import EpochLog, Tracker
 
 logger = logging.getLogger(__name__)
-EpochLog = Mapping[str, int | float]
+
 
 PATIENCE = 25.0
 """Seconds that the end of a run waits for Comet's server to take what is left; torchrun and SLURM kill after 30."""
@@ -33,60 +27,6 @@ COMET_DEFAULTS = {
 }  # fmt: skip
 """Settings of the package comet_ml, where the environment has no others. Its own defaults try a silent server for minutes
 before they give up, replace functions of torch, and report errors to a third party."""
-
-
-class Tracker(ABC):
-    """Receives the values of every epoch and the outcome of the run."""
-
-    @abstractmethod
-    def log_epoch(self, log: EpochLog) -> None:
-        """Record one epoch; `log["epoch"]` is its number, from 1 on."""
-
-    def log_result(self, result: Mapping[str, Any]) -> None:  # noqa: B027 - optional
-        """Record the outcome of the run."""
-
-    def close(self) -> None:  # noqa: B027 - optional
-        """Finish writing."""
-
-
-class RunLog(Tracker):
-    """`metrics.jsonl`: one JSON object per epoch, nothing in it that two equal runs would not share (no times).
-
-    Args:
-        path: the file.
-        history: the epochs of the run that is resumed; lines of later epochs, which will be run again, are dropped.
-    """
-
-    def __init__(self, path: Path, history: Sequence[EpochLog] = ()) -> None:
-        self.path = path
-        with replacing(path) as file:
-            file.write("".join(json_text(log) + "\n" for log in history).encode())
-
-    def log_epoch(self, log: EpochLog) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json_text(log) + "\n")
-
-
-class TensorBoard(Tracker):
-    """Event files for TensorBoard.
-
-    Raises:
-        ImportError: the `tensorboard` package is not installed.
-    """
-
-    def __init__(self, folder: Path, epochs_done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder), purge_step=epochs_done + 1 if epochs_done else None)
-
-    def log_epoch(self, log: EpochLog) -> None:
-        for key, value in log.items():
-            if key != "epoch":
-                self.writer.add_scalar(key, value, int(log["epoch"]))
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 class Comet(Tracker):
@@ -216,34 +156,3 @@ class _Complaints(logging.Handler):
         if self.last and not self.heard:
             self.heard = True
             logger.warning(text, self.last)
-
-
-def tell(trackers: list[Tracker], what: Callable[[Tracker], None]) -> None:
-    """Call `what` for every tracker. One that fails is dropped after a warning; only the run log may end a run."""
-    for tracker in list(trackers):
-        try:
-            what(tracker)
-        except Exception as error:
-            if isinstance(tracker, RunLog):
-                raise
-            trackers.remove(tracker)
-            logger.warning("%s failed (%s): training goes on without it", type(tracker).__name__, error)
-
-
-def start_trackers(config: Config, folder: Path, history: Sequence[EpochLog] = ()) -> list[Tracker]:
-    """The trackers that the config asks for, writing into the run folder."""
-    trackers: list[Tracker] = [RunLog(folder / "metrics.jsonl", history)]
-    wanted = []
-    if config.trainer.tensorboard:
-        wanted.append(("TensorBoard", lambda: TensorBoard(folder / "tensorboard", len(history))))
-    if config.comet is not None:
-        settings = config.comet
-        wanted.append(("Comet", lambda: Comet(folder / "comet", settings, config)))
-    for name, start in wanted:
-        try:
-            trackers.append(start())
-        except ImportError as error:
-            logger.warning("%s is asked for but not installed (%s): training goes on without it", name, error)
-        except Exception as error:  # whatever it is: a logging service must never end a training run
-            logger.warning("%s could not start (%s): training goes on without it", name, error)
-    return trackers
