@@ -1,4 +1,4 @@
-"""How well a network recognises each class of the test set, and what it takes it for.
+"""How well a network recognizes each class of the test set, and what it takes it for.
 
 python class_report.py -s saved/cifar10/20260101-120000-000000 --figure confusion.png --json classes.json
 python class_report.py -c config.json -s model_best.pth --csv predictions.csv

@@ -6,7 +6,7 @@ python train.py -r saved/quickstart/20260101-120000-000000
 """
 
 from base.command_line import config_parser, print_config, run_script, training_overrides
-from base.config.config import Config
+from base.config import Config
 from base.errors import ConfigError
 from experiment import resume, train
 

@@ -45,7 +45,7 @@ class Attack(ABC):
         epsilon: radius of the threat model.
         norm: `"linf"` or `"l2"`.
         targeted: `labels` are the classes to lead the model to, instead of the true ones.
-        loss: what is maximised: `"ce"`, `"margin"` or `"dlr"`; see `attacks.losses`.
+        loss: what is maximized: `"ce"`, `"margin"` or `"dlr"`; see `attacks.losses`.
         seed: of the random starts, where a call brings no generators: every call then draws the same ones.
 
     Attributes:
@@ -197,7 +197,7 @@ class Attack(ABC):
         """
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What is maximised, `(B,)`, in float32."""
+        """What is maximized, `(B,)`, in float32."""
         losses = ATTACK_LOSSES[self.loss](logits.float(), labels)
         return -losses if self.targeted else losses
 
@@ -306,7 +306,7 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
     if len(images) and not (images.amin() >= 0 and images.amax() <= 1):
         low, high = (_as_outside(float(end)) for end in (images.amin(), images.amax()))
         raise ValueError(
-            f"images: expected pixels in [0, 1], found {low} to {high}; models normalise inside"
+            f"images: expected pixels in [0, 1], found {low} to {high}; models normalize inside"
         )
 
 

@@ -39,7 +39,7 @@ class AutoAttack(Attack):
         seed: of all draws, where a call brings no generators.
 
     Attributes:
-        warnings: what the package, or this class, holds against the evaluation (a randomised model, zero gradients, fewer
+        warnings: what the package, or this class, holds against the evaluation (a randomized model, zero gradients, fewer
             targets than the standard), over all calls, in order. Of warnings that differ in their numbers only, the first.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an attack maximises, per image. All take logits `(B, C)` and return `(B,)`; they grow as the label loses."""
+"""What an attack maximizes, per image. All take logits `(B, C)` and return `(B,)`; they grow as the label loses."""
 
 from collections.abc import Callable
 
@@ -45,7 +45,7 @@ def _as_index(labels: Tensor) -> Tensor:
 
 
 ATTACK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-"""Name -> `(logits, labels) -> losses (B,)`, to be maximised."""
+"""Name -> `(logits, labels) -> losses (B,)`, to be maximized."""
 
 
 def wrongness(logits: Tensor, labels: Tensor, rank: int = 1) -> Tensor:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from attacks.arguments import check_size
 from base.device import to_device
-from base.distributed.shard import SharedGenerator
+from base.distributed import ShardedGenerator
 
 NORMS = ("linf", "l2")
 ROUNDING = 1e-6
-Generators = torch.Generator | SharedGenerator | Sequence[torch.Generator]
+Generators = torch.Generator | ShardedGenerator | Sequence[torch.Generator]
 """One generator for a whole batch, one for a minibatch of which the batch is a process's share, or one for each image, with
 which no draw depends on the other images of the batch."""
 
@@ -133,7 +133,7 @@ def draw(distribution: Callable[..., Tensor], like: Tensor, generators: Generato
     """Random numbers of the shape of `like`, drawn on the CPU, so that they are the same on every device."""
     if isinstance(generators, torch.Generator):
         drawn = distribution(like.shape, generator=generators)
-    elif isinstance(generators, SharedGenerator):
+    elif isinstance(generators, ShardedGenerator):
         drawn = generators.draw(distribution, like.shape[1:])
     else:
         drawn = torch.stack([distribution(like.shape[1:], generator=generator) for generator in generators])

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from base.distributed.shard import Share, share_of
+from base.distributed import Shard, shard_of
 
 
 class BaseDataLoader(ABC):
-    """Labelled images of one part of a data set, which can be iterated over in batches.
+    """Labeled images of one part of a data set, which can be iterated over in batches.
 
     A subclass sets `labels` and `class_names` and writes two methods, `images_at` and
     `test_loader`; everything else has a default. A class in `base.registry.DATA_LOADERS` can be
@@ -32,7 +32,7 @@ class BaseDataLoader(ABC):
         device: where batches are made.
         batch_size: images in a full batch; the last batch of an epoch may hold fewer.
         shard_batches: where several processes train together: yield this process's part of every
-            batch (see `base.distributed.shard.Share`) instead of the whole. Order and augmentation are those of
+            batch (see `base.distributed.shard.Shard`) instead of the whole. Order and augmentation are those of
             the whole batch either way.
         default_mean, default_std: published statistics of the data set's pixels, where there are
             any; without them, training computes its own.
@@ -119,15 +119,15 @@ class BaseDataLoader(ABC):
         device = torch.device(self.device)
         order, labels = self.order(epoch).to(device), self.labels.to(device)
         whole = order.split(self.batch_size)[first_batch : len(self)]
-        shares = [self._share(len(batch)) for batch in whole]
-        batches = [batch[share.part] for batch, share in zip(whole, shares, strict=True)]
-        images_of = zip(batches, shares, self.image_batches(batches), strict=True)
-        for number, (positions, share, images) in enumerate(images_of, start=first_batch):
+        shards = [self._shard(len(batch)) for batch in whole]
+        batches = [batch[shard.part] for batch, shard in zip(whole, shards, strict=True)]
+        images_of = zip(batches, shards, self.image_batches(batches), strict=True)
+        for number, (positions, shard, images) in enumerate(images_of, start=first_batch):
             images = images.to(device, non_blocking=True)
-            yield self.augmented(images, epoch, number, share), labels[positions]
+            yield self.augmented(images, epoch, number, shard), labels[positions]
 
-    def _share(self, total: int) -> Share:
-        return share_of(total) if self.shard_batches else Share(total)
+    def _shard(self, total: int) -> Shard:
+        return shard_of(total) if self.shard_batches else Shard(total)
 
     def order(self, epoch: int) -> Tensor:
         """int64: the positions of the images in the order in which an epoch yields them."""
@@ -142,14 +142,14 @@ class BaseDataLoader(ABC):
         on_host = torch.cat(tuple(batches)).cpu().split([len(batch) for batch in batches])
         return (self.images_at(positions) for positions in on_host)
 
-    def augmented(self, images: Tensor, epoch: int, number: int, share: Share) -> Tensor:
+    def augmented(self, images: Tensor, epoch: int, number: int, shard: Shard) -> Tensor:
         """Pixels on `device` as they are trained on, float32 in `[0, 1]`.
 
         Args:
             images: as `image_batches` gives them.
             epoch: that of the batch, from 1 on.
             number: of the batch in its epoch, from 0 on.
-            share: of the batch that `images` are.
+            shard: of the batch that `images` are.
         """
         return to_float(images)
 

@@ -17,7 +17,7 @@ from base.registry import Constructor, did_you_mean, lookup
 class BaseModel(nn.Module, ABC):
     """A network that maps pixels to logits and is built from four layer types.
 
-    `images` float `(B, C, H, W)` in `[0, 1]` -> `logits` float `(B, num_classes)`. The model normalises the pixels itself,
+    `images` float `(B, C, H, W)` in `[0, 1]` -> `logits` float `(B, num_classes)`. The model normalizes the pixels itself,
     `(images - mean) / std` per channel, so nothing outside it ever sees a mean or a std. Both are non-persistent buffers: they
     follow the model to a device but are not part of its state dict, whose keys stay those of the original ConvNorm models.
 
@@ -71,7 +71,7 @@ class BaseModel(nn.Module, ABC):
         self.register_buffer("std", _per_channel("std", std, 1.0, in_channels), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """`(images - mean) / std`, the only place in the project where images are normalised."""
+        """`(images - mean) / std`, the only place in the project where images are normalized."""
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class BaseModel(nn.Module, ABC):
 
     @abstractmethod
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits of inputs that are already normalised."""
+        """Logits of inputs that are already normalized."""
 
     def num_parameters(self) -> int:
         """The number of trainable parameters."""

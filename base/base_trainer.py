@@ -18,28 +18,36 @@ from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint.checkpoint import load_weights
-from base.checkpoint.manager import RunCheckpoints
-from base.config.config import Config
+from base.checkpoint import load_weights
+from base.checkpoint.manager import CheckpointManager
+from base.config import Config
 from base.device import autocast, to_device
 from base.diagnosis import first_bad_weight
-from base.distributed.collectives import from_first, largest, leave_the_word_to_the_first
-from base.distributed.ddp import equalise, replicate
-from base.distributed.process_group import quiet, rank, world_size
-from base.distributed.shard import Share, SharedGenerator, share_of
-from base.ema import WeightAverage
+from base.distributed import (
+    Shard,
+    ShardedGenerator,
+    all_reduce_max,
+    exit_unless_primary,
+    from_primary,
+    hide_progress_bar,
+    is_primary,
+    rank,
+    shard_of,
+    world_size,
+)
+from base.distributed.ddp import broadcast_buffers, distribute_bn, wrap_ddp
+from base.ema import ModelEma
 from base.errors import CheckpointError, ConfigError, NonFiniteError, Stopped
-from base.meters import BatchResult, Loss, Metric, Totals, batch_result
-from base.nan_guard import FiniteCheck
-from base.optim.optimizers import load_optimizer
-from base.optim.schedules import Schedule
+from base.meters import BatchResult, Loss, Meters, Metric, batch_result
+from base.nan_guard import NanGuard
+from base.optim import Schedule, load_optimizer
 from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 from base.run_folder.logs import describe
 from base.seeding import get_rng_state, numpy_generator, seed_global_generators, set_rng_state, torch_generator
 from base.signals import Interrupted, StopSignals
 from base.text import one_line
 from base.tracking.tracker import Tracker, tell
-from base.train_state import Progress
+from base.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 Validate = Callable[[BaseModel, int], dict[str, float]]
@@ -99,8 +107,8 @@ class BaseTrainer(ABC):
     continues bit for bit (on the same device and library versions; up to rounding with three processes or more). Values of
     every epoch go to `trackers`, which are set from outside.
 
-    Where several processes train, each trains a copy of the model on its share of every minibatch (see
-    `Share`), and rank 0 writes.
+    Where several processes train, each trains a copy of the model on its shard of every minibatch (see
+    `Shard`), and rank 0 writes.
 
     Args:
         parts: see `TrainerParts`.
@@ -118,7 +126,7 @@ class BaseTrainer(ABC):
         self.model = parts.model
         self.network: nn.Module = parts.model  # for training passes: behind DistributedDataParallel where there are copies
         self.optimizer = parts.optimizer
-        self.finite = FiniteCheck(parts.optimizer, parts.folder)
+        self.nan_guard = NanGuard(parts.optimizer, parts.folder)
         self.schedule = parts.schedule
         self.train_loader = parts.train_loader
         self.validate_model = parts.validate
@@ -127,15 +135,15 @@ class BaseTrainer(ABC):
         self.penalty = parts.penalty
         self.precision = parts.precision
         self.folder = parts.folder
-        self.checkpoints = RunCheckpoints(parts.folder, parts.config.trainer)
+        self.checkpoints = CheckpointManager(parts.folder, parts.config.trainer)
         self.trackers: list[Tracker] = []
         self.metadata = parts.metadata
         self.device = next(parts.model.parameters()).device
         self.images: Tensor | None = None  # the minibatch that is being trained on
-        self.progress = Progress()
-        self.totals = Totals()
+        self.state = TrainState()
+        self.meters = Meters()
         decay = parts.config.trainer.ema_decay
-        self.average = None if decay is None else WeightAverage(parts.model, decay)
+        self.ema = None if decay is None else ModelEma(parts.model, decay)
         self.signals = StopSignals()
 
     @abstractmethod
@@ -157,20 +165,20 @@ class BaseTrainer(ABC):
 
         Raises:
             NonFiniteError: the loss or a gradient is infinite or NaN, now or, on a GPU, since the last look at the device (see
-            `FiniteCheck`). No parameter was updated from there on (running statistics, which the forward pass moves, were).
+            `NanGuard`). No parameter was updated from there on (running statistics, which the forward pass moves, were).
         """
         _check_per_sample(losses, self)
-        loss = self.share(losses).mean(losses)
+        loss = self.shard(losses).mean(losses)
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         # a loss that is not finite makes every gradient NaN, in every process
         loss.backward(1 + 0 * loss.detach())
-        self.finite.look(self.model, loss, self.progress, self.images)
+        self.nan_guard.look(self.model, loss, self.state, self.images)
         self.optimizer.step()
-        equalise(self.model, statistics_only=True)
-        if self.average is not None:
-            self.average.update()
+        distribute_bn(self.model)
+        if self.ema is not None:
+            self.ema.update()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of a training pass in the run's precision."""
@@ -187,22 +195,22 @@ class BaseTrainer(ABC):
         """
         return batch_result(losses, logits, labels, self.metrics)
 
-    def share(self, images: Tensor) -> Share:
+    def shard(self, images: Tensor) -> Shard:
         """This process's part of the minibatch that is being trained on; with one process that is `images`."""
         if world_size() == 1:
-            return Share(len(images))
+            return Shard(len(images))
         loader = self.train_loader
-        return share_of(min(loader.batch_size, loader.n_samples - self.progress.batches_done * loader.batch_size))
+        return shard_of(min(loader.batch_size, loader.n_samples - self.state.batches_done * loader.batch_size))
 
     @property
     def minibatch(self) -> tuple[int, int]:
         """Epoch and number of the minibatch that is being trained on, from which its random draws are derived."""
-        return self.progress.epochs_done + 1, self.progress.batches_done
+        return self.state.epochs_done + 1, self.state.batches_done
 
-    def generator(self, purpose: str, images: Tensor) -> torch.Generator | SharedGenerator:
+    def generator(self, purpose: str, images: Tensor) -> torch.Generator | ShardedGenerator:
         """Where this minibatch's random numbers for `purpose` come from; they do not depend on the number of processes."""
-        generator, share = torch_generator(self.config.seed, purpose, *self.minibatch), self.share(images)
-        return generator if share.processes == 1 else SharedGenerator(generator, share)
+        generator, shard = torch_generator(self.config.seed, purpose, *self.minibatch), self.shard(images)
+        return generator if shard.processes == 1 else ShardedGenerator(generator, shard)
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup (Zhang et al., arXiv:1710.09412), where the config asks for it: pairs of images and of labels are averaged with
@@ -213,7 +221,7 @@ class BaseTrainer(ABC):
         every attack.
 
         An image's partner may be any of the minibatch: where several processes train, mixup is given the whole minibatch and
-        returns the share of this one.
+        returns the shard of this one.
         """
         alpha = self.config.augmentation.mixup_alpha
         if alpha == 0:
@@ -222,7 +230,7 @@ class BaseTrainer(ABC):
         weight = float(numpy_generator(self.config.seed, *key).beta(alpha, alpha))
         partner = to_device(torch.randperm(len(labels), generator=torch_generator(self.config.seed, *key)), labels.device)
         targets = F.one_hot(labels, self.train_loader.num_classes).to(images.dtype)
-        part = self.share(images).part
+        part = self.shard(images).part
         own = partner[part]
         return torch.lerp(images[own], images[part], weight), torch.lerp(targets[own], targets[part], weight)
 
@@ -237,7 +245,7 @@ class BaseTrainer(ABC):
             Stopped: a signal asked for it; the state is saved.
             NonFiniteError: see `update` and `_check_epoch`; the last saved checkpoint is intact.
         """
-        self.network = replicate(self.model)
+        self.network = wrap_ddp(self.model)
         with self.signals.caught():
             # a kill in the first epoch loses nothing, a full disk is found out now, and a damaged file is replaced
             self.checkpoints.save_last(self.checkpoint())
@@ -253,16 +261,16 @@ class BaseTrainer(ABC):
     def finished(self) -> bool:
         """Whether the last epoch is done or the early stop is due."""
         patience = self.config.trainer.early_stop
-        if patience is not None and self.progress.epochs_without_improvement >= patience:
+        if patience is not None and self.state.epochs_without_improvement >= patience:
             return True
-        return self.progress.epochs_done >= self.config.trainer.epochs
+        return self.state.epochs_done >= self.config.trainer.epochs
 
     def validate(self) -> dict[str, float]:
         """Values on the held-out images, their names prefixed with `val_`, and with `val_ema_` for the averaged weights."""
-        epoch = self.progress.epochs_done + 1
+        epoch = self.state.epochs_done + 1
         values = {f"val_{name}": value for name, value in self.validate_model(self.model, epoch).items()}
-        if self.average is not None:
-            averaged = self.validate_model(self.average.model, epoch)
+        if self.ema is not None:
+            averaged = self.validate_model(self.ema.model, epoch)
             values |= {f"val_ema_{name}": value for name, value in averaged.items()}
         return values
 
@@ -280,7 +288,7 @@ class BaseTrainer(ABC):
 
     def epoch_warnings(self, log: Mapping[str, Any]) -> list[str]:
         """What there is to warn of after an epoch that logged these values; what the epochs before it
-        logged is `progress.history`."""
+        logged is `state.history`."""
         return []
 
     def method_state(self) -> dict[str, Any]:
@@ -296,25 +304,25 @@ class BaseTrainer(ABC):
         Raises:
             NonFiniteError: see `update`.
         """
-        self.finite.read()
-        self.finite.note_saved(self.progress)
+        self.nan_guard.read()
+        self.nan_guard.note_saved(self.state)
         average = {}
-        if self.average is not None:
-            average = {"ema_state_dict": self.average.model.state_dict(), "ema_updates": self.average.updates}
+        if self.ema is not None:
+            average = {"ema_state_dict": self.ema.model.state_dict(), "ema_updates": self.ema.updates}
         return {
             **self.metadata,
             **average,
             "arch": type(self.model).__name__,
-            "epoch": self.progress.epochs_done,
-            "batch": self.progress.batches_done,
+            "epoch": self.state.epochs_done,
+            "batch": self.state.batches_done,
             "state_dict": self.model.state_dict(),
             "optimizer": named_optimizer_state(self.optimizer, self.model),
             "optimizer_type": type(self.optimizer).__name__,
             "scheduler": self.schedule.state_dict(),
             "scheduler_type": self.config.lr_scheduler.type,
-            "monitor_best": self.progress.best_value,
-            "progress": vars(self.progress),
-            "totals": self.totals.over_ranks().state_dict(),
+            "monitor_best": self.state.best_value,
+            "progress": vars(self.state),
+            "totals": self.meters.all_reduce().state_dict(),
             "method": self.method_state(),
             "rng": get_rng_state(),
         }
@@ -339,13 +347,13 @@ class BaseTrainer(ABC):
             if checkpoint[key] != ours:
                 theirs = one_line(checkpoint[key], 80)
                 raise CheckpointError(f"{source}: was trained with {key} {theirs}, this config has {ours}")
-        self.progress = progress = Progress(**checkpoint["progress"])
+        self.state = state = TrainState(**checkpoint["progress"])
         batches = len(self.train_loader)
-        if progress.batches_done > batches:
-            raise CheckpointError(f"{source}: has done {progress.batches_done} batches of an epoch of {batches}")
-        steps = progress.epochs_done
+        if state.batches_done > batches:
+            raise CheckpointError(f"{source}: has done {state.batches_done} batches of an epoch of {batches}")
+        steps = state.epochs_done
         if self.schedule.steps_by_batch:
-            steps = steps * batches + progress.batches_done
+            steps = steps * batches + state.batches_done
         optimizer = checked_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"], source)
         schedule = checked_schedule_state(checkpoint["scheduler"], self.schedule.state_dict(), steps, source)
         load_weights(self.model, checkpoint["state_dict"], source)
@@ -353,21 +361,21 @@ class BaseTrainer(ABC):
         if diverged is not None:
             raise NonFiniteError(f"{source}: {diverged} is not finite: the run has diverged there; name an earlier checkpoint")
         load_optimizer(self.optimizer, optimizer)
-        self.finite.forget()
+        self.nan_guard.forget()
         self.schedule.load_state_dict(schedule)
-        if rank() == 0:  # they are those of all processes
-            self.totals.load_state_dict(checkpoint["totals"], self.device)
+        if is_primary():  # they are those of all processes
+            self.meters.load_state_dict(checkpoint["totals"], self.device)
         try:
             self.load_method_state(checkpoint.get("method", {}))
         except ValueError as error:
             raise CheckpointError(f"{source}: method: {error}") from None
-        if self.average is not None:
+        if self.ema is not None:
             for key in ("ema_state_dict", "ema_updates"):
                 if key not in checkpoint:
                     raise CheckpointError(f"{source}: {key!r} is missing, but trainer.ema_decay asks for averaged weights")
-            self.average.load_state_dict(checkpoint["ema_state_dict"], checkpoint["ema_updates"], source)
+            self.ema.load_state_dict(checkpoint["ema_state_dict"], checkpoint["ema_updates"], source)
         self._restore_generators(checkpoint["rng"], source)
-        return self.checkpoints.restore_best(progress, source, finished=self.finished)
+        return self.checkpoints.restore_best(state, source, finished=self.finished)
 
     def _restore_generators(self, states: Mapping[str, Any], source: Path) -> None:
         """Go on with torch's global generators as they were; with several processes `states` are those of rank 0."""
@@ -379,51 +387,51 @@ class BaseTrainer(ABC):
                 reason = str(error).splitlines()[0]
                 raise CheckpointError(f"{source}: rng: is not the state of a generator of torch: {reason}") from None
 
-        from_first(restore)
-        if rank() > 0:  # copies of a model must not drop the same units
-            progress = self.progress
-            seed_global_generators(self.config.seed, f"training {rank()} {progress.epochs_done} {progress.batches_done}")
+        from_primary(restore)
+        if not is_primary():  # copies of a model must not drop the same units
+            state = self.state
+            seed_global_generators(self.config.seed, f"training {rank()} {state.epochs_done} {state.batches_done}")
 
     def _train_epoch(self) -> dict[str, Any]:
         self.model.train()
-        progress = self.progress
-        epoch = progress.epochs_done + 1
-        if progress.batches_done == 0:
-            progress.learning_rate = self.schedule.learning_rate
-        self.train_loader.set_epoch(epoch, first_batch=progress.batches_done)
+        state = self.state
+        epoch = state.epochs_done + 1
+        if state.batches_done == 0:
+            state.learning_rate = self.schedule.learning_rate
+        self.train_loader.set_epoch(epoch, first_batch=state.batches_done)
         bar = tqdm(
             self.train_loader,
             desc=f"epoch {epoch}/{self.config.trainer.epochs}{self._accuracies_so_far()}",
             total=len(self.train_loader),
-            initial=progress.batches_done,
-            disable=quiet(),
+            initial=state.batches_done,
+            disable=hide_progress_bar(),
             leave=False,
         )
         begin = perf_counter()
         for images, labels in bar:
             images, labels = images.to(self.device), labels.to(self.device)
-            share, self.images = self.share(images), images
+            shard, self.images = self.shard(images), images
             result = self.train_batch(*self.mixed(images, labels))
             _check_result(result, self)
-            if share.counts:
-                self.totals.add(result)
+            if shard.counts:
+                self.meters.add(result)
             self.schedule.step_batch()
-            progress.batches_done += 1
-            progress.images_seen += share.total
-            if not bar.disable and progress.batches_done % 10 == 0:
-                bar.set_postfix_str(describe(self.totals.means()))
+            state.batches_done += 1
+            state.images_seen += shard.total
+            if not bar.disable and state.batches_done % 10 == 0:
+                bar.set_postfix_str(describe(self.meters.means()))
             if self._asked_to_stop():
-                progress.train_seconds += perf_counter() - begin
+                state.train_seconds += perf_counter() - begin
                 self._stop()
-        self.finite.read()
-        means = self.totals.over_ranks().means()  # reads the device, so the time is that of finished work
-        progress.train_seconds += perf_counter() - begin
-        equalise(self.model, statistics_only=False)
-        return {"epoch": epoch, "lr": progress.learning_rate, **means}
+        self.nan_guard.read()
+        means = self.meters.all_reduce().means()  # reads the device, so the time is that of finished work
+        state.train_seconds += perf_counter() - begin
+        broadcast_buffers(self.model)
+        return {"epoch": epoch, "lr": state.learning_rate, **means}
 
     def _accuracies_so_far(self) -> str:
         """Validation accuracies of the last epoch, for the progress bar."""
-        log = next(reversed(self.progress.history), {})
+        log = next(reversed(self.state.history), {})
         kinds = {"clean": log.get("val_top1"), "robust": log.get("val_robust_top1")}
         known = [f"{value:.1%} {kind}" for kind, value in kinds.items() if value is not None]
         return f" (validation: {', '.join(known)})" if known else ""
@@ -435,24 +443,24 @@ class BaseTrainer(ABC):
             NonFiniteError: a weight, a value of the epoch, or, where nothing was validated, an answer
             of the model is infinite or NaN.
         """
-        self.finite.check_weights(self.model, self.progress)
-        self.finite.check_values(self.model, self.progress, self.images, log)
+        self.nan_guard.check_weights(self.model, self.state)
+        self.nan_guard.check_values(self.model, self.state, self.images, log)
         if "val_loss" not in log:
-            self.finite.check_answers(self.model, self.progress, self.images)
+            self.nan_guard.check_answers(self.model, self.state, self.images)
 
     def _finish_epoch(self, log: dict[str, Any]) -> None:
         self.schedule.step_epoch(log)
-        self.totals = Totals()
+        self.meters = Meters()
         for warning in self.epoch_warnings(log):
             logger.warning(warning)
-        improved = self.progress.finish_epoch(log, self.config.trainer.monitor)
-        self.checkpoints.save_epoch(self.checkpoint(), self.progress.epochs_done, improved)
+        improved = self.state.finish_epoch(log, self.config.trainer.monitor)
+        self.checkpoints.save_epoch(self.checkpoint(), self.state.epochs_done, improved)
         tell(self.trackers, lambda tracker: tracker.log_epoch(log))
         logger.info("%s%s", describe(log), "  (best)" if improved else "")
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal has reached any process: all stop after the same minibatch."""
-        asked = largest(self.signals.asked or 0)
+        asked = all_reduce_max(self.signals.asked or 0)
         if asked:  # otherwise one may have come just now, for next time
             self.signals.asked = asked
         return asked > 0
@@ -464,13 +472,13 @@ class BaseTrainer(ABC):
             Stopped: the state is saved.
             NonFiniteError: the model has diverged with the last update; nothing is saved.
         """
-        self.finite.read()
-        if self.progress.batches_done:  # of an epoch that has not been judged yet
-            self.finite.check_weights(self.model, self.progress)
-            self.finite.check_answers(self.model, self.progress, self.images)
+        self.nan_guard.read()
+        if self.state.batches_done:  # of an epoch that has not been judged yet
+            self.nan_guard.check_weights(self.model, self.state)
+            self.nan_guard.check_answers(self.model, self.state, self.images)
         self.checkpoints.save_last(self.checkpoint())
-        leave_the_word_to_the_first(128 + self.signals.asked)
-        done = f"{self.progress.epochs_done} epochs and {self.progress.batches_done} batches"
+        exit_unless_primary(128 + self.signals.asked)
+        done = f"{self.state.epochs_done} epochs and {self.state.batches_done} batches"
         name = signal.Signals(self.signals.asked).name
         raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked)
 

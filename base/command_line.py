@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from base.config.files import Override, check_optimization_of, load_config
+from base.config import Override, load_config
+from base.config.files import check_optimization_of
 from base.config.imports import FLAG
 from base.config.origins import Flag
 from base.errors import ConfigError, ProjectError
@@ -253,7 +254,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             code = code or 1
             if not isinstance(problem, BrokenPipeError):
                 print(f"standard output: cannot be written: {problem.strerror}", file=sys.stderr)
-    ranks = sys.modules.get("base.ranks")
+    ranks = sys.modules.get("base.distributed.session")
     if ranks is not None and ranks.world_size() > 1:
         ranks.end_process(code)
     sys.exit(code)

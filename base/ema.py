@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from base.checkpoint.checkpoint import load_weights
+from base.checkpoint import load_weights
 
 
-class WeightAverage:
+class ModelEma:
     """A second model whose weights follow those of a first: `average <- d average + (1 - d) weights` after every update.
 
     `d = min(decay, (1 + t) / (10 + t))` after t updates, so that the random first weights are soon forgotten. What is no
-    parameter is treated by its nature: running statistics of batch normalisation are averaged like the weights; buffers that
-    are functions of the weights (ConvNorm's spectrum, the singular vectors of spectral normalisation) are recomputed from the
+    parameter is treated by its nature: running statistics of batch normalization are averaged like the weights; buffers that
+    are functions of the weights (ConvNorm's spectrum, the singular vectors of spectral normalization) are recomputed from the
     averaged weights, by the layer's `buffers_from_weights()`; all others are copied.
 
     Args:
@@ -63,7 +63,7 @@ class WeightAverage:
 
 
 def _averaged(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors that are averaged, in a fixed order: parameters, and running statistics of batch normalisation."""
+    """The tensors that are averaged, in a fixed order: parameters, and running statistics of batch normalization."""
     yield from model.parameters()
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.distributed.collectives import gather
-from base.distributed.process_group import world_size
+from base.distributed import all_gather_object, world_size
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`(logits (B, num_classes), labels (B,)) -> losses (B,)`, one per sample."""
@@ -36,8 +35,8 @@ def batch_result(losses: Tensor, logits: Tensor, labels: Tensor, metrics: Mappin
     return BatchResult(sums, len(labels))
 
 
-class Totals:
-    """Running sums of `BatchResult`s. They stay on the device until they are read, so adding does not synchronise."""
+class Meters:
+    """Running sums of `BatchResult`s. They stay on the device until they are read, so adding does not synchronize."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -51,12 +50,12 @@ class Totals:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += result.count
 
-    def over_ranks(self) -> "Totals":
+    def all_reduce(self) -> "Meters":
         """The sums of all ranks, the same on every rank; with one process itself."""
         if world_size() == 1:
             return self
-        total = Totals()
-        for sums, count in gather(({name: float(value) for name, value in self.sums.items()}, self.count)):
+        total = Meters()
+        for sums, count in all_gather_object(({name: float(value) for name, value in self.sums.items()}, self.count)):
             total.add(BatchResult({name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}, count))
         return total
 

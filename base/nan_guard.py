@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from base.checkpoint.checkpoint import LAST
 from base.diagnosis import first_bad_layer, first_bad_output, first_bad_weight
-from base.distributed.collectives import largest, leave_the_word_to_the_first
+from base.distributed import all_reduce_max, exit_unless_primary
 from base.errors import NonFiniteError
-from base.train_state import Progress, not_finite
+from base.train_state import TrainState, not_finite
 
 READ_EVERY = 50
 """Updates between two looks of the host at the device, where they are deferred."""
@@ -21,13 +21,13 @@ OF_LAST_EPOCH = "is of the last good epoch"
 """What `model_last.pth` is after every epoch."""
 
 
-class FiniteCheck:
-    """Keeps an optimiser from ever updating on gradients that are infinite or NaN, and ends training where they are.
+class NanGuard:
+    """Keeps an optimizer from ever updating on gradients that are infinite or NaN, and ends training where they are.
 
     On the CPU it looks before every update. On a GPU that would let the host wait for the device in every step, while it could
-    prepare the next one. There a fused optimiser is told on the device (`found_inf`): from the first bad update on it changes
+    prepare the next one. There a fused optimizer is told on the device (`found_inf`): from the first bad update on it changes
     nothing any more, neither weights nor its own state, and the host looks every `READ_EVERY` updates, at the end of an epoch
-    and before every checkpoint. What moves until then, running statistics and averaged weights, is never saved. Optimisers
+    and before every checkpoint. What moves until then, running statistics and averaged weights, is never saved. Optimizers
     without such kernels, and runs that began without them, are looked after before every update on a GPU, too.
 
     Several processes judge the same gradients, averaged over all, and so agree.
@@ -47,7 +47,7 @@ class FiniteCheck:
         self._unread = 0
         self._saved = OF_LAST_EPOCH
 
-    def look(self, model: nn.Module, loss: Tensor, progress: Progress, images: Tensor | None = None) -> None:
+    def look(self, model: nn.Module, loss: Tensor, state: TrainState, images: Tensor | None = None) -> None:
         """Judge the gradients that the backward pass of `loss` (0-dim) has left, before the optimizer's step. They are NaN
         where the loss is not finite (see `BaseTrainer.update`); `images` are the minibatch, for the message.
 
@@ -58,8 +58,8 @@ class FiniteCheck:
         finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         if self._first_bad is None:
             self._first_bad = torch.zeros((), dtype=torch.int64, device=finite.device)
-        self._first_bad = torch.where(finite | (self._first_bad > 0), self._first_bad, progress.batches_done + 1)
-        self._last = (model, loss.detach(), progress.epochs_done + 1, images)
+        self._first_bad = torch.where(finite | (self._first_bad > 0), self._first_bad, state.batches_done + 1)
+        self._last = (model, loss.detach(), state.epochs_done + 1, images)
         self._unread += 1
         deferred = self.deferred(loss.device)
         self.optimizer.found_inf = (self._first_bad > 0).float() if deferred else None
@@ -67,7 +67,7 @@ class FiniteCheck:
             self.read()
 
     def deferred(self, device: torch.device) -> bool:
-        """Whether the optimiser leaves out bad updates by itself. Its groups are asked, too: a resumed run brings its own."""
+        """Whether the optimizer leaves out bad updates by itself. Its groups are asked, too: a resumed run brings its own."""
         heeds = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # torch's own sign, for loss scaling
         return device.type in self.deferred_on and heeds and all(group.get("fused") for group in self.optimizer.param_groups)
 
@@ -89,12 +89,12 @@ class FiniteCheck:
                 what = "the loss or the gradient is not finite"
             else:
                 what = f"the {'gradient' if torch.isfinite(loss) else 'loss'} is not finite, first in {where}"
-            leave_the_word_to_the_first(NonFiniteError.exit_code)
+            exit_unless_primary(NonFiniteError.exit_code)
             kept = self._kept()
             raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}")
         self._unread = 0
 
-    def check_weights(self, model: nn.Module, progress: Progress) -> None:
+    def check_weights(self, model: nn.Module, state: TrainState) -> None:
         """Make sure that what a checkpoint would hold now is finite: an update on finite gradients may
         still carry weights or running statistics beyond the range of their type.
 
@@ -103,9 +103,9 @@ class FiniteCheck:
         """
         where = first_bad_weight(model)
         if where is not None:
-            self._refuse(progress, f"{where} is not finite after its update")
+            self._refuse(state, f"{where} is not finite after its update")
 
-    def check_answers(self, model: nn.Module, progress: Progress, images: Tensor | None) -> None:
+    def check_answers(self, model: nn.Module, state: TrainState, images: Tensor | None) -> None:
         """Make sure that the model, in evaluation mode, answers the last minibatch with finite numbers:
         weights that have exploded may be finite themselves. Where several processes train, all of them
         call it, each with its share of the images.
@@ -114,14 +114,14 @@ class FiniteCheck:
             NonFiniteError: naming the epoch, the last batch done in it, and the first bad layer.
         """
         where = None if images is None else self._first_bad_answer(model, images)
-        if largest(int(where is not None)):
+        if all_reduce_max(int(where is not None)):
             where = where or "what another process computes"
-            self._refuse(progress, f"the model's answers are not finite after its update, first in {where}")
+            self._refuse(state, f"the model's answers are not finite after its update, first in {where}")
 
     def check_values(
         self,
         model: nn.Module,
-        progress: Progress,
+        state: TrainState,
         images: Tensor | None,
         values: Mapping[str, Any],
     ) -> None:
@@ -134,7 +134,7 @@ class FiniteCheck:
         if bad:
             where = None if images is None else self._first_bad_answer(model, images)
             begin = "" if where is None else f", first in {where}"
-            self._refuse(progress, f"{bad[0]} is not finite after its update{begin}")
+            self._refuse(state, f"{bad[0]} is not finite after its update{begin}")
 
     @staticmethod
     def _first_bad_answer(model: nn.Module, images: Tensor) -> str | None:
@@ -145,25 +145,25 @@ class FiniteCheck:
         finally:
             model.train(was_training)
 
-    def _refuse(self, progress: Progress, what: str) -> NoReturn:
+    def _refuse(self, state: TrainState, what: str) -> NoReturn:
         """End training after the last batch done, whose update was applied."""
-        leave_the_word_to_the_first(NonFiniteError.exit_code)
-        place = f"epoch {progress.epochs_done + 1}, batch {progress.batches_done}"
+        exit_unless_primary(NonFiniteError.exit_code)
+        place = f"epoch {state.epochs_done + 1}, batch {state.batches_done}"
         raise NonFiniteError(f"{place}: {what}: training stopped{self._kept()}")
 
     def _kept(self) -> str:
         last = self.folder / LAST
         return f"; {last} {self._saved}" if last.exists() else ""
 
-    def note_saved(self, progress: Progress) -> None:
+    def note_saved(self, state: TrainState) -> None:
         """Remember for the message what `model_last.pth` holds from now on."""
-        if progress.batches_done:
-            self._saved = f"is of epoch {progress.epochs_done + 1}, batch {progress.batches_done}"
-        elif progress.epochs_done:
+        if state.batches_done:
+            self._saved = f"is of epoch {state.epochs_done + 1}, batch {state.batches_done}"
+        elif state.epochs_done:
             self._saved = OF_LAST_EPOCH
         else:
             self._saved = "holds the weights that training began with"
 
     def forget(self) -> None:
-        """Start over, with weights and optimiser from a checkpoint."""
+        """Start over, with weights and optimizer from a checkpoint."""
         self._first_bad, self._unread = None, 0

@@ -147,7 +147,7 @@ def _contain(words: set[str], others: set[str]) -> bool:
 
 
 def _edits(first: str, second: str) -> int:
-    """How many letters must be added, dropped, replaced or swapped with their neighbour to make one text of the other (the
+    """How many letters must be added, dropped, replaced or swapped with their neighbor to make one text of the other (the
     optimal string alignment distance)."""
     before, above = [], list(range(len(second) + 1))
     for i, letter in enumerate(first, 1):

@@ -29,7 +29,7 @@ def numpy_generator(seed: int, purpose: str, *indices: int) -> np.random.Generat
 
 
 def seed_global_generators(seed: int, purpose: str) -> None:
-    """Seed torch's global generators, from which only weight initialisation and dropout draw."""
+    """Seed torch's global generators, from which only weight initialization and dropout draw."""
     torch.manual_seed(derived_seed(seed, purpose))
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
+from base.distributed import rank, world_size
 from base.distributed.collectives import LOOK_EVERY
-from base.distributed.process_group import rank, world_size
 from base.distributed.session import ask_all_to_stop, asked_to_stop, end_process, moments_computed, tell_failure
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Progress: how far a run has come, and how good it was."""
+"""TrainState: how far a run has come, and how good it was."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ NotNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass
-class Progress:
-    """Everything a checkpoint holds besides weights, optimiser, schedule and generators.
+class TrainState:
+    """Everything a checkpoint holds besides weights, optimizer, schedule and generators.
 
     Attributes:
         epochs_done: finished epochs.

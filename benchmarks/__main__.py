@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from tqdm import tqdm
 
-from base.checkpoint.checkpoint import find_checkpoint
+from base.checkpoint import find_checkpoint
 from base.command_line import Parser, run_script
 from base.device import choose_device
 from base.errors import ConfigError

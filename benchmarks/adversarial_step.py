@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from base.base_trainer import BaseTrainer
-from base.config.files import Override
+from base.config import Override
 from benchmarks.plain_loops import adversarial_step
 from benchmarks.rows import Row, Settings, speed_row
 from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, step_of, systems
@@ -33,7 +33,7 @@ def _row(settings: Settings, precision: str, overrides: list[Override]) -> Row:
 
 
 def _their_step(trainer: BaseTrainer) -> Callable[[], object]:
-    """Their loop on a network, an optimiser and a minibatch like those of our side."""
+    """Their loop on a network, an optimizer and a minibatch like those of our side."""
     images, labels = next(iter(trainer.train_loader))
     optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
     attack = trainer.attack

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from base.config.files import Override, load_config
+from base.config import Override, load_config
 from benchmarks.attackers import Attacker, attackers
 from benchmarks.rows import Goal, Row, Settings, speed_row
 from benchmarks.steps import ROOT

@@ -6,7 +6,7 @@ import torch
 
 from attacks import PGD
 from base.base_trainer import BaseTrainer
-from base.config.files import Override
+from base.config import Override
 from benchmarks.rows import Row, Settings, cost_row, speed_row
 from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, ORIGINAL, build_trainer, step_config, step_of, systems
 from benchmarks.timing import Paired, compare

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from base.base_trainer import BaseTrainer
-from base.config.files import Override
+from base.config import Override
 from benchmarks.processes import python
 from benchmarks.rows import Settings, Table
 from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, ROOT, build_trainer, step_config, step_of, step_overrides, systems

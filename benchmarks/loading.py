@@ -15,7 +15,7 @@ from data_loader.images import MemoryImages
 IMAGES, BATCH = 10_000, 128
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 FASTER, SHARE = 10, 0.03
-NOTE = "random uint8 images in memory, seed 0; crop with padding 4, flip, float, normalise on all sides"
+NOTE = "random uint8 images in memory, seed 0; crop with padding 4, flip, float, normalize on all sides"
 
 
 def measure(settings: Settings) -> list[Row]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from base.device import choose_precision
-from base.run_folder.environment.environment import environment
+from base.run_folder.environment import environment
 
 PEERS = ("torchvision", "torchattacks", "foolbox")
 

@@ -16,7 +16,7 @@ class OriginalConvNorm(nn.Module):
     Every forward pass in training transforms all `C_out x C_in` kernels, padded with zeros to the size of the full convolution,
     and sums their squared magnitudes over the inputs: `V = 1 / sqrt(sum_c |w^_c|^2)`, a constant for the gradient. The output
     of the full convolution, at stride 1 whatever the stride is, is transformed, multiplied by V, transformed back and cropped;
-    of it every `stride`-th row and column is kept. A depthwise affine convolution and a batch normalisation follow.
+    of it every `stride`-th row and column is kept. A depthwise affine convolution and a batch normalization follow.
 
     A 1x1 kernel has the same energy at every frequency: there V is one number per channel, and nothing is transformed.
     There is no floor under the energy, and the gradient of the transforms is torch's own.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.timing import synchronise
+from benchmarks.timing import convert_sync_batchnorm
 
 
 class PlainImages(Dataset):
@@ -66,7 +66,7 @@ def train_epoch(model: nn.Module, loader: DataLoader, optimizer: Optimizer, devi
         total_loss += loss.item() * labels.size(0)
         correct += outputs.argmax(dim=1).eq(labels).sum().item()
         seen += labels.size(0)
-    synchronise(device)
+    convert_sync_batchnorm(device)
     return total_loss / seen, correct / seen
 
 

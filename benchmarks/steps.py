@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from base.base_trainer import BaseTrainer
-from base.config.config import Config
-from base.config.files import Override, load_config
+from base.config import Config, Override, load_config
 from base.device import choose_precision
 from benchmarks.original_conv_norm import in_the_original_way
 from benchmarks.rows import Settings
@@ -56,7 +55,7 @@ def build_trainer(config: Config, layers: str = "") -> BaseTrainer:
     """The trainer that the config asks for, in training mode. It has no run folder: nothing that writes may be called."""
     experiment = Experiment.from_config(config)
     if layers == ORIGINAL:
-        in_the_original_way(experiment.model)  # on the same parameters, so the optimiser has them
+        in_the_original_way(experiment.model)  # on the same parameters, so the optimizer has them
     trainer = experiment.build_trainer(Path())
     trainer.model.train()
     return trainer

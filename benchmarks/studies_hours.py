@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from base.config.config import Config
-from base.config.files import Override, load_config, override, validate
+from base.config import Config, Override, load_config, validate
+from base.config.files import override
 from base.registry import CONV_LAYERS
 from benchmarks.growth import random_images
 from benchmarks.rows import Settings, Table

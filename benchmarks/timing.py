@@ -74,10 +74,10 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warmup + repeats):
         for name, side in sides.items():
-            synchronise(device)
+            convert_sync_batchnorm(device)
             begin = clock()
             side()
-            synchronise(device)
+            convert_sync_batchnorm(device)
             taken = clock() - begin
             if number >= warmup:
                 seconds[name].append(taken)
@@ -89,7 +89,7 @@ def seconds_of(side: Callable[[], object], repeats: int, *, warmup: int = 1, dev
     return compare({"": side}, repeats, warmup=warmup, device=device).spread("")
 
 
-def synchronise(device: torch.device | str) -> None:
+def convert_sync_batchnorm(device: torch.device | str) -> None:
     """Wait until a CUDA device has finished what it was given; other devices are waited for already."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

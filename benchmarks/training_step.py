@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from base.base_trainer import BaseTrainer
-from base.meters import Totals
+from base.meters import Meters
 from benchmarks.plain_loops import plain_loader, train_epoch
 from benchmarks.rows import Row, Settings, speed_row
 from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, systems
@@ -42,7 +42,7 @@ def _our_epoch(trainer: BaseTrainer) -> Callable[[], object]:
         nonlocal epoch
         epoch += 1
         loader.set_epoch(epoch)
-        totals = Totals()
+        totals = Meters()
         for images, labels in loader:
             totals.add(trainer.train_batch(images, labels))
             trainer.schedule.step_batch()
@@ -52,7 +52,7 @@ def _our_epoch(trainer: BaseTrainer) -> Callable[[], object]:
 
 
 def _plain_epoch(trainer: BaseTrainer, batch: int, batches: int) -> Callable[[], object]:
-    """The same network, images and optimiser in the plain loop."""
+    """The same network, images and optimizer in the plain loop."""
     data, arch = trainer.train_loader, trainer.config.arch.model_dump(exclude_none=True)
     pixels, labels = data.images.pixels[: batch * batches].cpu(), data.labels[: batch * batches].cpu()
     loader = plain_loader(pixels, labels, data.mean, data.std, batch, WORKERS)

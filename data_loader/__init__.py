@@ -2,7 +2,7 @@
 
 from base.registry import DATA_LOADERS
 from data_loader.data_loaders import CIFAR10DataLoader, CIFAR100DataLoader, DigitsDataLoader, ImageFolderDataLoader
-from data_loader.datasets import LabelledImages
+from data_loader.datasets import LabeledImages
 from data_loader.images import MemoryImages
 from data_loader.label_noise import LabelNoise
 from data_loader.training_data_loader import TrainingDataLoader
@@ -17,7 +17,7 @@ __all__ = [
     "DigitsDataLoader",
     "ImageFolderDataLoader",
     "LabelNoise",
-    "LabelledImages",
+    "LabeledImages",
     "MemoryImages",
     "TrainingDataLoader",
 ]

@@ -1,7 +1,7 @@
 """Random augmentation of whole batches on the device they live on.
 
 Every function is pure: it draws from the CPU generator it is given (so a batch is the same on every device), returns a new
-tensor and leaves its input alone. Images are `(B, C, H, W)`, uint8 in `[0, 255]` or float in `[0, 1]`. Where they are a `share`
+tensor and leaves its input alone. Images are `(B, C, H, W)`, uint8 in `[0, 255]` or float in `[0, 1]`. Where they are a `shard`
 of a minibatch, numbers are drawn for all of it: an image then looks the same whatever the number of processes.
 """
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from base.base_data_loader import to_float as to_float
 from base.device import to_device
-from base.distributed.shard import Share
+from base.distributed import Shard
 
 
 def random_crop(
     images: Tensor,
     padding: int,
     generator: torch.Generator,
-    share: Share | None = None,
+    shard: Shard | None = None,
     mode: str = "zeros",
 ) -> Tensor:
     """Pad every side and cut a window of the original size at a uniformly drawn place, per image.
@@ -29,14 +29,14 @@ def random_crop(
         images: `(B, C, H, W)`.
         padding: pixels added on each side, at least 0.
         generator: a CPU generator.
-        share: of the minibatch that `images` are; None where they are all of it.
+        shard: of the minibatch that `images` are; None where they are all of it.
         mode: what is added: `zeros`, or `reflect`: the image mirrored at its border pixels, which
             are not repeated themselves; as often as the padding needs.
     """
     batch, _, height, width = images.shape
-    share = share or Share(batch)
-    places = torch.randint(0, 2 * padding + 1, (2, share.total), generator=generator)
-    top, left = to_device(places[:, share.part], images.device)
+    shard = shard or Shard(batch)
+    places = torch.randint(0, 2 * padding + 1, (2, shard.total), generator=generator)
+    top, left = to_device(places[:, shard.part], images.device)
     if mode == "reflect":
         rows = to_device(_mirrored(height, padding), images.device)
         columns = to_device(_mirrored(width, padding), images.device)
@@ -57,10 +57,10 @@ def _mirrored(length: int, padding: int) -> Tensor:
     return torch.minimum(there_and_back, 2 * length - 2 - there_and_back)
 
 
-def random_flip(images: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
+def random_flip(images: Tensor, generator: torch.Generator, shard: Shard | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2."""
-    share = share or Share(len(images))
-    mirrored = to_device(torch.rand(share.total, generator=generator)[share.part] < 0.5, images.device)
+    shard = shard or Shard(len(images))
+    mirrored = to_device(torch.rand(shard.total, generator=generator)[shard.part] < 0.5, images.device)
     return torch.where(mirrored.reshape(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -69,7 +69,7 @@ def cutout(
     size: int,
     fill: Sequence[float],
     generator: torch.Generator,
-    share: Share | None = None,
+    shard: Shard | None = None,
     inside: bool = False,
 ) -> Tensor:
     """Overwrite one square of `size` x `size` pixels per image (DeVries and Taylor, arXiv 1708.04552).
@@ -79,13 +79,13 @@ def cutout(
         size: the square's side in pixels. An odd side is kept; the paper's code rounds it down to an even one.
         fill: one value per channel, in the unit of `images`. The paper writes 0 after normalization: here, the data mean.
         generator: a CPU generator.
-        share: of the minibatch that `images` are; None where they are all of it.
+        shard: of the minibatch that `images` are; None where they are all of it.
         inside: whether the square's place is uniform among those wholly inside the image; a square
-            larger than the image covers it. Otherwise the square's centre is uniform over the image,
+            larger than the image covers it. Otherwise the square's center is uniform over the image,
             so that near a border only part of it falls inside, as in the paper.
     """
     batch, _, height, width = images.shape
-    drawn_for = share or Share(batch)
+    drawn_for = shard or Shard(batch)
 
     def covered(length: int) -> Tensor:
         starts = max(length - size, 0) + 1 if inside else length

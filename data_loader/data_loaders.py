@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from data_loader.datasets import LabelledImages, read_cifar, read_digits, read_image_folder
+from data_loader.datasets import LabeledImages, read_cifar, read_digits, read_image_folder
 from data_loader.training_data_loader import TrainingDataLoader
 
 MEMORY_LIMIT = 2 * 1024**3
@@ -24,7 +24,7 @@ class CIFAR10DataLoader(TrainingDataLoader):
         self.data_dir = data_dir
         super().__init__(*arguments, **options)
 
-    def read(self, train: bool) -> LabelledImages:
+    def read(self, train: bool) -> LabeledImages:
         return read_cifar(self.classes, self.data_dir, train)
 
 
@@ -67,7 +67,7 @@ class ImageFolderDataLoader(TrainingDataLoader):
         self.data_dir, self._channels = data_dir, channels
         super().__init__(*arguments, **options)
 
-    def read(self, train: bool) -> LabelledImages:
+    def read(self, train: bool) -> LabeledImages:
         if not train:
             return self._test_part
         # one scan of both parts, as no file may be in both
@@ -95,5 +95,5 @@ class DigitsDataLoader(TrainingDataLoader):
     ) -> None:
         super().__init__(*arguments, **options)
 
-    def read(self, train: bool) -> LabelledImages:
+    def read(self, train: bool) -> LabeledImages:
         return read_digits(train)

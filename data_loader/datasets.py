@@ -41,7 +41,7 @@ LOCK = ".download.lock"
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """One part of a data set.
 
     Attributes:
@@ -56,11 +56,11 @@ class LabelledImages:
     images: Images
     labels: np.ndarray
     class_names: tuple[str, ...]
-    validation: "LabelledImages | None" = None
+    validation: "LabeledImages | None" = None
     remarks: tuple[str, ...] = ()
 
 
-def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabelledImages:
+def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabeledImages:
     """CIFAR-10 or CIFAR-100: 50,000 training and 10,000 test images of 32 x 32.
 
     Reads the python version's files from `data_dir`; if they are missing or damaged, unpacks the archive that lies there, and
@@ -94,7 +94,7 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabelledI
                 folder.rmdir()
         raise DataError(_cifar_error(source, num_classes, folder, error)) from None
     pixels = torch.from_numpy(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)))
-    return LabelledImages(MemoryImages(pixels), np.asarray(data.targets, dtype=np.int64), tuple(data.classes))
+    return LabeledImages(MemoryImages(pixels), np.asarray(data.targets, dtype=np.int64), tuple(data.classes))
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def read_image_folder(
     pin_memory: bool = False,
     test_split: float | None = None,
     channels: Literal[1, 3] = 3,
-) -> tuple[LabelledImages, LabelledImages]:
+) -> tuple[LabeledImages, LabeledImages]:
     """Any images in folders of classes; nothing is decoded yet.
 
     Four layouts are known (`valid` and `validation` stand for `val`, too):
@@ -193,12 +193,12 @@ def read_image_folder(
             )
     height, width = image_size(train_files[0]) if size is None else (size, size)
 
-    def labelled(files: tuple[str, ...], labels: np.ndarray) -> LabelledImages:
+    def labeled(files: tuple[str, ...], labels: np.ndarray) -> LabeledImages:
         shape, resize = (channels, height, width), size is not None
         images = FileImages(files, shape, resize, num_workers, pin_memory, str(folder))
-        return LabelledImages(images, labels, classes)
+        return LabeledImages(images, labels, classes)
 
-    parts = {part: labelled(files, labels) for part, (_, files, labels) in found.items()}
+    parts = {part: labeled(files, labels) for part, (_, files, labels) in found.items()}
     if "test" not in parts:
         whole = parts["train"]
         share = TEST_SPLIT if test_split is None else test_split
@@ -247,10 +247,10 @@ def _parts_of(folder: Path, expected: str) -> tuple[dict[str, Path], str | None]
     raise DataError(f"{KEY}: {str(missing)!r} is not a folder; {expected}")
 
 
-def read_digits(train: bool) -> LabelledImages:
+def read_digits(train: bool) -> LabeledImages:
     """The 1,797 handwritten digits that come with scikit-learn, for trying things out without a download.
 
-    8 x 8 grey images with values 0 to 16, scaled to 0 to 255, enlarged bilinearly to 32 x 32 and repeated in three channels.
+    8 x 8 gray images with values 0 to 16, scaled to 0 to 255, enlarged bilinearly to 32 x 32 and repeated in three channels.
     scikit-learn ships no official split; here 20 % of every class are the test set, always the same ones.
     """
     from sklearn.datasets import load_digits
@@ -258,6 +258,6 @@ def read_digits(train: bool) -> LabelledImages:
     data = load_digits()
     labels = data.target.astype(np.int64)
     index = stratified_split(labels, TEST_SPLIT, TEST_SPLIT_SEED)[0 if train else 1]
-    grey = torch.from_numpy(data.images[index]).float()[:, None] * (255 / 16)
-    pixels = F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
-    return LabelledImages(MemoryImages(pixels.repeat(1, 3, 1, 1)), labels[index], tuple(map(str, data.target_names)))
+    gray = torch.from_numpy(data.images[index]).float()[:, None] * (255 / 16)
+    pixels = F.interpolate(gray, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    return LabeledImages(MemoryImages(pixels.repeat(1, 3, 1, 1)), labels[index], tuple(map(str, data.target_names)))

@@ -17,11 +17,11 @@ def decode_image(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor
     """One file as uint8 `shape`, converted to RGB, or with one channel to gray (ITU-R 601 luma).
 
     With `resize`, the shorter side becomes H (bilinear with antialiasing, as PIL does it) and the
-    centre H x H is cut out, the usual evaluation transform; otherwise the file must be H x W.
+    center H x H is cut out, the usual evaluation transform; otherwise the file must be H x W.
 
-    Grayscale of 16 bits is divided by 257 and rounded, so that 65,535 becomes 255; colour of 16
+    Grayscale of 16 bits is divided by 257 and rounded, so that 65,535 becomes 255; color of 16
     bits keeps its high byte, as PIL reads it. Floats and integers of 32 bits are refused: nothing
-    says which range they have. An alpha channel is dropped, so transparent pixels show the colour
+    says which range they have. An alpha channel is dropped, so transparent pixels show the color
     that is stored for them. The EXIF orientation is not applied, but for TIFF, where PIL applies it
     itself. Of several frames the first is taken. Alpha, orientation and frames are as in
     torchvision's `ImageFolder`.
@@ -70,7 +70,7 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
         raise ValueError(
             f"its pixels are 32-bit {kind}, whose range is unknown: save it with 8 or 16 bits"
         )
-    # PIL would print a warning about the transparent colours of a palette, which RGB does not have
+    # PIL would print a warning about the transparent colors of a palette, which RGB does not have
     image.info.pop("transparency", None)
     image = image.convert("RGB")
     return image.convert("L") if channels == 1 else image

@@ -9,7 +9,7 @@ from PIL import Image
 
 from base.errors import DataError
 from data_loader.data_loaders import MEMORY_LIMIT
-from data_loader.datasets import PART_NAMES, VALIDATION_FOLDERS, LabelledImages, read_cifar
+from data_loader.datasets import PART_NAMES, VALIDATION_FOLDERS, LabeledImages, read_cifar
 from data_loader.decoding import image_size
 from data_loader.folder_scan import KEY, FolderScan, check_link, class_folders
 from data_loader.image_data_loader import ImageDataLoader
@@ -21,7 +21,7 @@ GRAY = ("1", "L", "LA", "I", "F")
 """Modes of gray images in PIL; those of 16 bits begin with `I;16`."""
 
 
-def read_test_images(folder: str | Path, size: int | None = None) -> LabelledImages:
+def read_test_images(folder: str | Path, size: int | None = None) -> LabeledImages:
     """The test images that a folder holds; image files are not decoded yet.
 
     The first of these that is there:
@@ -55,7 +55,7 @@ def read_test_images(folder: str | Path, size: int | None = None) -> LabelledIma
     return _read_classes(_test_part(place), size, place)
 
 
-def with_channels(part: LabelledImages, channels: int) -> LabelledImages:
+def with_channels(part: LabeledImages, channels: int) -> LabeledImages:
     """The same images; those of files are decoded to this number of channels."""
     if not isinstance(part.images, FileImages) or part.images.shape[0] == channels:
         return part
@@ -63,7 +63,7 @@ def with_channels(part: LabelledImages, channels: int) -> LabelledImages:
     return replace(part, images=replace(part.images, shape=shape))
 
 
-def unshuffled_loader(part: LabelledImages, device: torch.device) -> ImageDataLoader:
+def unshuffled_loader(part: LabeledImages, device: torch.device) -> ImageDataLoader:
     """The images in batches, in pixels of `[0, 1]`."""
     channels = part.images.shape[0]
     return ImageDataLoader(
@@ -89,7 +89,7 @@ def _test_part(folder: Path) -> Path:
     return folder
 
 
-def _read_classes(folder: Path, size: int | None, data: Path) -> LabelledImages:
+def _read_classes(folder: Path, size: int | None, data: Path) -> LabeledImages:
     """The images in `folder/<class>/`, named by their paths below the folder `data`."""
     expected = f"expected {folder}/test/<class>/ or {folder}/<class>/ with images"
     names = class_folders(folder)
@@ -103,7 +103,7 @@ def _read_classes(folder: Path, size: int | None, data: Path) -> LabelledImages:
     shape = (_channels(files[0]), height, width)
     images = FileImages(files, shape, size is not None, folder=str(data))
     skipped = scan.skipped()
-    return LabelledImages(images, labels, classes, remarks=() if skipped is None else (skipped,))
+    return LabeledImages(images, labels, classes, remarks=() if skipped is None else (skipped,))
 
 
 def _channels(path: str) -> int:

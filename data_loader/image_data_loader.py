@@ -1,4 +1,4 @@
-"""ImageDataLoader: batches of any labelled images, in memory or in files."""
+"""ImageDataLoader: batches of any labeled images, in memory or in files."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
-from base.distributed.process_group import rank
-from base.distributed.shard import Share
+from base.distributed import Shard, is_primary
 from base.seeding import torch_generator
 from data_loader import augment
 from data_loader.images import Images, MemoryImages
@@ -36,7 +35,7 @@ class ImageDataLoader(BaseDataLoader):
         flip: mirror half of the images.
         cutout: side in pixels of the square that is overwritten; 0 for none.
         cutout_inside: whether the square lies wholly inside the image.
-        cutout_fill: its colour: `mean`, or `black`.
+        cutout_fill: its color: `mean`, or `black`.
         clean_labels: int64 `(N,)` labels before the noise, where `labels` carry noise.
         in_memory: decode files once, at the first iteration, and keep the pixels.
         device: where the batches shall be.
@@ -110,7 +109,7 @@ class ImageDataLoader(BaseDataLoader):
             DataError: a file cannot be decoded, or images are not such.
         """
         images = self.images
-        if rank() == 0:
+        if is_primary():
             images.check()
 
     def images_at(self, positions: Tensor) -> Tensor:
@@ -125,21 +124,21 @@ class ImageDataLoader(BaseDataLoader):
     def image_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         return self.images.batches(batches)
 
-    def augmented(self, images: Tensor, epoch: int, number: int, share: Share) -> Tensor:
+    def augmented(self, images: Tensor, epoch: int, number: int, shard: Shard) -> Tensor:
         pixels = images
         generator = torch_generator(self._seed, "augmentation", epoch, number)
         if self._crop_padding > 0:
             pixels = augment.random_crop(
-                pixels, self._crop_padding, generator, share, self._padding_mode
+                pixels, self._crop_padding, generator, shard, self._padding_mode
             )
         if self._flip:
-            pixels = augment.random_flip(pixels, generator, share)
+            pixels = augment.random_flip(pixels, generator, shard)
         images = augment.to_float(pixels)
         if self._cutout > 0:
             black = (0.0,) * len(self.mean)
             fill = black if self._cutout_fill == "black" else self.mean
             images = augment.cutout(
-                images, self._cutout, fill, generator, share, self._cutout_inside
+                images, self._cutout, fill, generator, shard, self._cutout_inside
             )
         return images
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
-from base.distributed.process_group import quiet
+from base.distributed import hide_progress_bar
 from base.errors import DataError
 from data_loader.contract import asking, check_images, check_range
 from data_loader.decoding import decode_image
@@ -177,7 +177,7 @@ class FileImages:
     Attributes:
         paths: one per image.
         shape: `(C, H, W)` that every image gets: RGB with 3 channels, gray with 1.
-        resize: True resizes the shorter side to H and cuts the centre (H equals W); False expects H x W in every file.
+        resize: True resizes the shorter side to H and cuts the center (H equals W); False expects H x W in every file.
         num_workers: processes that decode; 0 decodes in this one.
         pin_memory: hand batches over in page-locked memory, which speeds up the way to a CUDA device.
         folder: the data set's; see `names`.
@@ -223,7 +223,7 @@ class FileImages:
     def _in_order(self, description: str) -> Iterator[tuple[Tensor, Tensor]]:
         """All images, some at a time: their positions, and uint8 `(B, C, H, W)`."""
         chunks = torch.arange(len(self)).split(DECODE_BATCH)
-        bar = tqdm(total=len(self), desc=description, unit="image", disable=quiet(), leave=False)
+        bar = tqdm(total=len(self), desc=description, unit="image", disable=hide_progress_bar(), leave=False)
         with bar:
             for chunk, images in zip(chunks, self.batches(chunks), strict=True):
                 yield chunk, images
@@ -262,7 +262,7 @@ class FileImages:
                 sizes.append(Path(path).stat().st_size)
             digest.update(np.array(sizes, "<i8").tobytes())
             step = -(-sum(sizes) // FINGERPRINT_BYTES) or 1
-            for path in tqdm(self.paths[::step], desc="reading images", unit="image", disable=quiet(), leave=False):
+            for path in tqdm(self.paths[::step], desc="reading images", unit="image", disable=hide_progress_bar(), leave=False):
                 digest.update(Path(path).read_bytes())
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None

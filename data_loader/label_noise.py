@@ -138,7 +138,7 @@ def apply_noise(
 
 
 def transition_matrix(clean: np.ndarray, noisy: np.ndarray, num_classes: int) -> np.ndarray:
-    """float64 `(K, K)`: entry (i, j) is the share of the images of class i that are labelled j.
+    """float64 `(K, K)`: entry (i, j) is the share of the images of class i that are labeled j.
 
     Rows sum to 1; the row of a class without images is all 0.
     """

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
 from base.config.arguments import parameters_of
-from base.distributed.shard import Share, share_of
+from base.distributed import Shard, shard_of
 from base.errors import ConfigError, DataError
 from data_loader.contract import asking, check_images, check_range
-from data_loader.datasets import LabelledImages
+from data_loader.datasets import LabeledImages
 from data_loader.images import LoadedImages
 from data_loader.label_noise import LabelNoise
 from data_loader.training_data_loader import TrainingDataLoader
@@ -105,16 +105,16 @@ class OwnImages(TrainingDataLoader):
     def _called(self) -> str:
         return type(self.own).__name__
 
-    def read(self, train: bool) -> LabelledImages:
+    def read(self, train: bool) -> LabeledImages:
         part = "split_validation" if train else "test_loader"
         with asking(f"data_loader.type: {self._called}.{part}"):
             other = self.own.split_validation() if train else self.own.test_loader()
-        return _labelled(self.own, other) if train else _labelled(other)
+        return _labeled(self.own, other) if train else _labeled(other)
 
-    def augmented(self, images: Tensor, epoch: int, number: int, share: Share) -> Tensor:
+    def augmented(self, images: Tensor, epoch: int, number: int, shard: Shard) -> Tensor:
         if type(self.own).augmented is not BaseDataLoader.augmented:
-            images = self.own.augmented(images, epoch, number, share)
-        return super().augmented(images, epoch, number, share)
+            images = self.own.augmented(images, epoch, number, shard)
+        return super().augmented(images, epoch, number, shard)
 
     def _fits_in_memory(self, n_images: int) -> bool:
         # where the pixels are is the loader's own business
@@ -141,8 +141,8 @@ def check_first_batch(loader: BaseDataLoader) -> None:
         raise DataError(f"{where}: yields a {type(batch).__name__}; expected (images, labels)")
     images, labels = batch
     total = min(loader.batch_size, loader.n_samples)
-    share = share_of(total) if loader.shard_batches else Share(total)
-    count = len(range(total)[share.part])
+    shard = shard_of(total) if loader.shard_batches else Shard(total)
+    count = len(range(total)[shard.part])
     check_images(images, {0: count, **dict(enumerate(loader.image_shape, start=1))}, where)
     if images.dtype != torch.float32:
         raise DataError(f"{where}: yields {images.dtype} images; expected float32 in [0, 1]")
@@ -151,7 +151,7 @@ def check_first_batch(loader: BaseDataLoader) -> None:
         raise DataError(f"{where}: yields labels that are not an int64 tensor of shape ({count},)")
 
 
-def _labelled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) -> LabelledImages:
+def _labeled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) -> LabeledImages:
     """One part of a data set, from the loader that gives its images."""
     where = f"data_loader.type: {type(loader).__name__}"
     if not isinstance(loader, BaseDataLoader):
@@ -166,11 +166,11 @@ def _labelled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) 
     with asking(f"{where}.images_at, asked for positions 0 and {last}"):
         images = loader.images_at(torch.tensor([0, last]))
     check_images(images, {0: 2}, f"{where}.images_at")
-    return LabelledImages(
+    return LabeledImages(
         LoadedImages(loader, np.arange(last + 1)),
         loader.labels,
         class_names,
-        validation=None if validation is None else _labelled(validation),
+        validation=None if validation is None else _labeled(validation),
         remarks=loader.remarks,
     )
 

@@ -14,7 +14,7 @@ from base.errors import ConfigError, DataError
 from base.seeding import numpy_generator
 from base.text import one_line
 from data_loader.contract import check_labels
-from data_loader.datasets import LabelledImages
+from data_loader.datasets import LabeledImages
 from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import FileImages, Images, MemoryImages, pixel_statistics
 from data_loader.label_noise import (
@@ -46,7 +46,7 @@ class TrainingDataLoader(ImageDataLoader):
                 self.file = file
                 super().__init__(**options)
 
-            def read(self, train: bool) -> LabelledImages:
+            def read(self, train: bool) -> LabeledImages:
                 ...
 
     The names up to `std` are those of ConvNorm's loaders.
@@ -72,7 +72,7 @@ class TrainingDataLoader(ImageDataLoader):
         flip: mirror half of the training images.
         cutout: side in pixels of a square overwritten in training images; 0 for none.
         cutout_inside: whether the square lies wholly inside the image.
-        cutout_fill: its colour: `mean`, or `black`.
+        cutout_fill: its color: `mean`, or `black`.
         device: where batches shall be.
 
     Raises:
@@ -145,7 +145,7 @@ class TrainingDataLoader(ImageDataLoader):
         )
 
     @abstractmethod
-    def read(self, train: bool) -> LabelledImages:
+    def read(self, train: bool) -> LabeledImages:
         """The training part of the data set, or its test part, which is asked for after it.
 
         What it needs is in the attributes that the subclass sets before it calls this class's
@@ -162,10 +162,10 @@ class TrainingDataLoader(ImageDataLoader):
 
     def _checked(
         self,
-        part: LabelledImages,
+        part: LabeledImages,
         shape: tuple[int, int, int] | None = None,
         class_names: Sequence[str] | None = None,
-    ) -> LabelledImages:
+    ) -> LabeledImages:
         """A part of the data set that keeps the contract; `shape` and `class_names` are those of
         the training images, where this is another part."""
         where = f"data_loader.type: {self._called}"
@@ -207,7 +207,7 @@ class TrainingDataLoader(ImageDataLoader):
         return True
 
     def _draw_labels(
-        self, train: LabelledImages, val_labels: np.ndarray, seed: int
+        self, train: LabeledImages, val_labels: np.ndarray, seed: int
     ) -> dict[str, np.ndarray]:
         noise, from_file = self._noise, None
         if noise.kind == "file":
@@ -274,7 +274,7 @@ class TrainingDataLoader(ImageDataLoader):
         if self._validation is None:
             noisy = self._noise.active and self._noise.on_validation
             self._validation = self._evaluation_loader(
-                LabelledImages(self._val_images, self._label_arrays["val_label"], self.class_names),
+                LabeledImages(self._val_images, self._label_arrays["val_label"], self.class_names),
                 clean_labels=self._label_arrays["val_clean_label"] if noisy else None,
                 test=self.test_loader,
                 in_memory=self._in_memory,
@@ -289,7 +289,7 @@ class TrainingDataLoader(ImageDataLoader):
             self._test_loader = self._evaluation_loader(test, in_memory=self._in_memory and self._fits_in_memory(n_images))
         return self._test_loader
 
-    def _evaluation_loader(self, part: LabelledImages, *, in_memory: bool, **options: Any) -> ImageDataLoader:
+    def _evaluation_loader(self, part: LabeledImages, *, in_memory: bool, **options: Any) -> ImageDataLoader:
         return ImageDataLoader(
             part.images,
             part.labels,

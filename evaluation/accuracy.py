@@ -8,8 +8,8 @@ from torch import nn
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
-from base.distributed.process_group import quiet
-from base.meters import Loss, Metric, Totals, batch_result
+from base.distributed import hide_progress_bar
+from base.meters import Loss, Meters, Metric, batch_result
 
 
 @torch.no_grad()
@@ -32,10 +32,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    totals, clean_totals = Totals(), Totals()
+    totals, clean_totals = Meters(), Meters()
     seen = 0
     try:
-        for images, labels in tqdm(loader, desc=description, disable=quiet(), leave=False):
+        for images, labels in tqdm(loader, desc=description, disable=hide_progress_bar(), leave=False):
             images, labels = images.to(device), labels.to(device)
             with autocast():
                 logits = model(images)
@@ -46,5 +46,5 @@ def evaluate(
             seen += len(labels)
     finally:
         model.train(was_training)
-    clean_means = clean_totals.over_ranks().means()
-    return totals.over_ranks().means() | {f"clean_{name}": value for name, value in clean_means.items()}
+    clean_means = clean_totals.all_reduce().means()
+    return totals.all_reduce().means() | {f"clean_{name}": value for name, value in clean_means.items()}

@@ -10,8 +10,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from base.atomic import replacing
-from base.distributed.collectives import gather
-from base.distributed.process_group import rank
+from base.distributed import all_gather_object, is_primary
 from base.output import writing
 from evaluation.verdicts import Verdicts
 
@@ -75,7 +74,7 @@ class AdversarialImages:
             ConfigError: it cannot be written; the old file, where there is one, stays.
         """
         chunks = self._chunks(verdicts.position)
-        if rank() > 0:
+        if not is_primary():
             # they send, and the first process writes
             for _ in chunks:
                 pass
@@ -103,6 +102,6 @@ class AdversarialImages:
         known = own["position"]
         for chunk in positions.split(AT_A_TIME):
             mine = np.flatnonzero(np.isin(known, chunk.numpy()))
-            parts = gather(own[mine])
+            parts = all_gather_object(own[mine])
             rows = np.concatenate(parts)
             yield rows["pixels"][rows["position"].argsort()]

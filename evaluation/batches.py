@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attacks.attack import check_batch, frozen
 from attacks.classifier import Model, ask
 from base.base_data_loader import BaseDataLoader
-from base.distributed.process_group import rank, world_size
+from base.distributed import rank, world_size
 
 Data = BaseDataLoader | Iterable[tuple[Tensor, Tensor]]
 """A source of images and labels: a loader of this project, a `torch.utils.data.DataLoader`, a list

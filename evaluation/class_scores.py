@@ -1,4 +1,4 @@
-"""What a model predicts for each image, how well each class is recognised, and what it is taken for."""
+"""What a model predicts for each image, how well each class is recognized, and what it is taken for."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -40,7 +40,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How well one class is recognised; all shares are fractions.
+    """How well one class is recognized; all shares are fractions.
 
     Attributes:
         name: of the class.

@@ -38,13 +38,13 @@ def draw_examples(
     title: str,
 ) -> None:
     """Write a picture with a row for each of the first `MAX_ROWS` images: its label, the image, the adversarial image, and the
-    change, magnified around grey so that the largest change of all rows fills the range.
+    change, magnified around gray so that the largest change of all rows fills the range.
 
     Below an image stands its prediction: "✓" and green if it is the label, "✗" and red if not; below the change, its largest.
 
     Args:
         path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
-        images: `(B, C, H, W)` in `[0, 1]`, B at least 1; shown in colour if C is 3, otherwise as the grey mean of the channels.
+        images: `(B, C, H, W)` in `[0, 1]`, B at least 1; shown in color if C is 3, otherwise as the gray mean of the channels.
         adversarial: of the same shape.
         predictions: `(B,)`, the class predicted for every image; negative where the model answers
             NaN.
@@ -214,7 +214,7 @@ def _show(figure: "Figure", x: float, y: float, pixels: Tensor) -> None:
 
 
 def _verdict(prediction: str, label: str) -> tuple[str, str]:
-    """Caption and colour of a prediction."""
+    """Caption and color of a prediction."""
     return (f"✓ {_short(prediction)}", RIGHT) if prediction == label else (f"✗ {_short(prediction)}", WRONG)
 
 

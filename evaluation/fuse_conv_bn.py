@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolution before it, for attacks that ask a frozen network again and again."""
+"""Batch normalization folded into the convolution before it, for attacks that ask a frozen network again and again."""
 
 from collections import Counter
 from copy import deepcopy

@@ -12,7 +12,7 @@ from torch import nn
 
 from attacks.attack import Attack
 from base.base_data_loader import BaseDataLoader
-from base.distributed.process_group import rank, world_size
+from base.distributed import rank, world_size
 from evaluation.report import describe_attack
 
 DIGITS = 16

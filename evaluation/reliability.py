@@ -22,7 +22,7 @@ from attacks.losses import wrongness
 from attacks.pgd import PGD
 from attacks.square import Square
 from attacks.threat_model import as_written
-from base.distributed.process_group import quiet
+from base.distributed import hide_progress_bar
 from evaluation.batches import Batches, Data
 from evaluation.checks import (
     ENOUGH_STEPS,
@@ -154,7 +154,7 @@ def doctor(
         this.weaker_attacks,
         this.stronger_attacks,
     )
-    with tqdm((*parts, this.black_box), disable=quiet() if progress else True, leave=False) as bar:
+    with tqdm((*parts, this.black_box), disable=hide_progress_bar() if progress else True, leave=False) as bar:
         for part in bar:
             bar.set_description_str(f"checking {part.__name__.replace('_', ' ')}")
             checks += part()
@@ -237,7 +237,7 @@ class _Examination:
         return [judge_rate(name, changed, self.n, HIDDEN, f"{detail}, and verdicts")]
 
     def epsilons(self) -> list[Check]:
-        # within 0.5 of every pixel every image can become flat grey, the same for all; that is this far in the Euclidean norm
+        # within 0.5 of every pixel every image can become flat gray, the same for all; that is this far in the Euclidean norm
         largest = 0.5 if self.norm == "linf" else 0.5 * sqrt(prod(self.images.shape[1:]))
         sizes = {
             factor * self.epsilon

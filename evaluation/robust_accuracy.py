@@ -18,11 +18,10 @@ from attacks.losses import wrongness
 from attacks.worst_case import DONE
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
-from base.distributed.collectives import gather
-from base.distributed.process_group import quiet
+from base.distributed import all_gather_object, hide_progress_bar
 from base.errors import ConfigError
 from base.output import ARRAYS, check_outputs, is_stream, writing
-from base.run_folder.environment.environment import package_versions
+from base.run_folder.environment import package_versions
 from base.seeding import torch_generator
 from evaluation.adversarial_images import AdversarialImages
 from evaluation.batches import Batches, Data
@@ -134,7 +133,7 @@ def robust_accuracy(
             description=description,
             progress=progress,
         )
-        verdicts = Verdicts.joined(gather(own))
+        verdicts = Verdicts.joined(all_gather_object(own))
         seconds = perf_counter() - begin
         if images is not None:
             images.save(Path(save_images), verdicts, _names(data))
@@ -142,9 +141,9 @@ def robust_accuracy(
         # no later call could continue from them
         if images is not None and partial is None:
             images.rows.unlink(missing_ok=True)
-    attacked = len(verdicts) - sum(gather(done))
-    told = [line for part in gather(list(attack.warnings)) for line in part]
-    checks = [check for part in gather(checks) for check in part]
+    attacked = len(verdicts) - sum(all_gather_object(done))
+    told = [line for part in all_gather_object(list(attack.warnings)) for line in part]
+    checks = [check for part in all_gather_object(checks) for check in part]
     top5 = verdicts.accuracy("robust_top5") if knows_top5(attack, batches.num_classes) else None
     return RobustnessReport(
         attack=attack,
@@ -248,7 +247,7 @@ def _attack_batches(
         batches.without(skip),
         desc=description,
         total=batches.count(len(skip)),
-        disable=quiet() if progress else True,
+        disable=hide_progress_bar() if progress else True,
         leave=False,
     )
     for batch in bar:

@@ -81,6 +81,6 @@ def knows_top5(attack: Attack, num_classes: int) -> bool:
 
 def interval(share: float, n: int, z: float = Z) -> tuple[float, float]:
     """The Wilson score interval of a share of `n` independent images, at 95 % by default."""
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)

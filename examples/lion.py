@@ -1,4 +1,4 @@
-"""The optimiser Lion (Chen et al. 2023, arXiv:2302.06675), and a schedule. No table knows them: a config gives their names."""
+"""The optimizer Lion (Chen et al. 2023, arXiv:2302.06675), and a schedule. No table knows them: a config gives their names."""
 
 from collections.abc import Callable, Iterable
 from math import sqrt
@@ -50,7 +50,7 @@ class InverseSquareRoot(LRScheduler):
     """The learning rate divided by the square root of the epoch, which counts from 1.
 
     Args:
-        optimizer: the optimiser.
+        optimizer: the optimizer.
         last_epoch: -1 at the beginning.
     """
 

@@ -20,7 +20,7 @@ class MomentumFGSM(Attack):
         step_size: length of a step, in the same units.
         steps: the number of steps.
         decay: how much of the sum stays from step to step.
-        loss: what is maximised; see `attacks.losses`.
+        loss: what is maximized; see `attacks.losses`.
     """
 
     epsilon: float

@@ -14,14 +14,12 @@ from torch import nn
 from attacks import ATTACKS, Attack
 from base.base_data_loader import BaseDataLoader
 from base.command_line import KeyFlag, Parser, key_flags, set_overrides
+from base.config import Config
 from base.config.arguments import takes
-from base.config.config import Config
 from base.config.origins import Flag
 from base.device import memory_explained
+from base.distributed import distributed_session, from_primary, is_primary, world_size
 from base.distributed.agreement import Facts, agreed, config_facts, data_facts
-from base.distributed.collectives import from_first
-from base.distributed.process_group import rank, world_size
-from base.distributed.session import ranks
 from base.errors import CheckpointError, ConfigError
 from base.output import check_folder, format_of, is_stream, writing
 from base.registry import lookup
@@ -139,7 +137,7 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
     Raises:
         ConfigError, CheckpointError, DataError: before anything is attacked.
     """
-    with ranks():
+    with distributed_session():
         evaluation = agreed(load, lambda evaluation: _facts(evaluation, options))
         config, loader, model = evaluation.config, evaluation.loader, evaluation.model
         if loader.n_samples < world_size():
@@ -147,7 +145,7 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
         attack = _attack(config, loader.num_classes, options)
         context: dict[str, Any] = {"seed": options.seed, "autocast": evaluation.autocast}
         target = options.json or _default_target(evaluation.run_folder, attack, options)
-        from_first(lambda: _check_target(target, options))
+        from_primary(lambda: _check_target(target, options))
         kept = None
         if target is not None and not is_stream(target):
             settings = (config.dump(), evaluation.provenance, options.seed, options.batch_size)
@@ -163,11 +161,11 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
                 provenance={**evaluation.provenance, "data": evaluation.data},
                 **context,
             )
-        is_first = rank() == 0
+        is_first = is_primary()
         if options.csv is not None:
-            from_first(lambda: _save_csv(report, loader, options.csv))
+            from_primary(lambda: _save_csv(report, loader, options.csv))
         if target is not None and not is_stream(target):
-            from_first(lambda: _save(report, target))
+            from_primary(lambda: _save(report, target))
             # from here on the report is safe, and nobody needs what was kept for an interruption
             remove_partials(target)
     if is_first:

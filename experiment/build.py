@@ -15,15 +15,14 @@ from torch.optim import Optimizer
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts, Validate
-from base.config.config import Config
+from base.config import Config
 from base.config.names import ALWAYS
 from base.device import determinism_explained
-from base.distributed.process_group import world_size
+from base.distributed import Shard, world_size
 from base.distributed.session import is_of_connection
-from base.distributed.shard import Share
-from base.distributed.sync_batch_norm import synchronise
+from base.distributed.sync_batch_norm import convert_sync_batchnorm
 from base.errors import ConfigError
-from base.optim.schedules import Schedule
+from base.optim import Schedule
 from base.registry import TRAINERS, lookup
 from base.seeding import seed_global_generators
 from base.text import one_line
@@ -119,7 +118,7 @@ def build_network(
     seed_global_generators(config.seed, "weights")
     model = build_model(arch, mean=mean, std=std).to(device)
     if config.system.sync_bn and world_size() > 1:
-        model = synchronise(model)
+        model = convert_sync_batchnorm(model)
     if config.system.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model
@@ -133,14 +132,14 @@ def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> 
         ConfigError: the network cannot take images of that size, or so few.
     """
     smallest = loader.n_samples % loader.batch_size or loader.batch_size
-    share = Share(smallest, world_size() - 1, world_size())
-    count = min(2, len(range(smallest)[share.part]))
+    shard = Shard(smallest, world_size() - 1, world_size())
+    count = min(2, len(range(smallest)[shard.part]))
     images = torch.zeros(count, *loader.image_shape, device=next(model.parameters()).device)
     try:
         with torch.no_grad(), determinism_explained():
             deepcopy(model).train()(images)
     except (RuntimeError, ValueError, TypeError) as error:
-        if is_of_connection(error):  # synchronised batch normalisation asks the other processes, which may have ended
+        if is_of_connection(error):  # synchronized batch normalization asks the other processes, which may have ended
             raise
         size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
         reason = str(error).splitlines()[0]

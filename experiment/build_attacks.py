@@ -7,9 +7,9 @@ from attacks.attack import Attack
 from attacks.fgsm import FGSM
 from attacks.losses import ATTACK_LOSSES
 from attacks.threat_model import ThreatModel, in_pixel_range
+from base.config import Config
 from base.config.adversarial import PGDAttackConfig, is_size
 from base.config.arguments import OpenSection, parameters_of
-from base.config.config import Config
 from base.errors import ConfigError
 from base.registry import ATTACKS, lookup
 from base.text import one_line

@@ -10,7 +10,7 @@ from pathlib import Path
 from base.base_data_loader import BaseDataLoader
 from base.command_line import Parser
 from base.output import save_json, write_output, writing
-from base.run_folder.environment.environment import package_versions
+from base.run_folder.environment import package_versions
 from base.text import csv_text, say
 from evaluation.class_scores import Predictions, class_scores, predict
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from base.base_data_loader import BaseDataLoader
-from base.config.config import Config
+from base.config import Config
 from base.device import autocast, choose_precision, keep_freed_memory, set_determinism
 from base.distributed.launch import own_device
 from base.errors import DataError

@@ -27,29 +27,18 @@ from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, Validate
-from base.checkpoint.checkpoint import has_checkpoint
+from base.checkpoint import has_checkpoint
 from base.checkpoint.resume import SavedRun, saved_run
-from base.config.config import Config
-from base.config.files import (
-    Override,
-    load_config,
-    origins_named,
-    override_layers,
-    run_imports,
-    validate_layers,
-)
+from base.config import Config, Override, load_config
+from base.config.files import origins_named, override_layers, run_imports, validate_layers
 from base.config.origins import Flag, Layer
 from base.device import autocast, choose_precision, determinism_explained, keep_freed_memory, memory_explained, set_determinism
+from base.distributed import distributed_session, from_primary, is_primary, rank, started_processes, world_size
 from base.distributed.agreement import agreed, config_facts, data_facts
-from base.distributed.collectives import from_first
 from base.distributed.launch import launch, own_device
-from base.distributed.process_group import rank, started_processes, world_size
-from base.distributed.session import ranks
 from base.errors import CheckpointError, ConfigError
-from base.optim.dry_run import check_optimization
-from base.optim.optimizers import build_optimizer
-from base.optim.schedules import Schedule
-from base.run_folder.environment.environment import package_versions, record_environment
+from base.optim import Schedule, build_optimizer, check_optimization
+from base.run_folder.environment import package_versions, record_environment
 from base.run_folder.folder import begun_by_this_job, new_run_folder, only_run_in, write_json
 from base.run_folder.logs import logging_to
 from base.seeding import seed_global_generators
@@ -132,8 +121,8 @@ def train(
         NonFiniteError: a number became infinite or NaN; the last checkpoint is intact.
         Stopped: a signal asked for it; `resume(run folder)` goes on.
     """
-    with ranks(training=True):
-        if from_first(lambda: _left_by_last_attempt(run_dir)):
+    with distributed_session(training=True):
+        if from_primary(lambda: _left_by_last_attempt(run_dir)):
             file = str(config) if isinstance(config, str | Path) else None
             return resume(run_dir, overrides, config_file=file, imports=imports, relaunch=relaunch)
         resolved = _resolved(config, overrides, imports)
@@ -171,11 +160,11 @@ def resume(
         ConfigError: a replaced value would make it another experiment, or another process trains in its folder.
         DataError, NonFiniteError, Stopped: see `train`.
     """
-    with ranks(training=True), ExitStack() as stack:
+    with distributed_session(training=True), ExitStack() as stack:
         saved = saved_run(str(path), config_file and str(config_file), _as_text(overrides), imports)
         stack.enter_context(origins_named(saved.config))
         _check_processes(saved.config, relaunch)
-        from_first(lambda: stack.enter_context(only_run_in(saved.file.parent)))
+        from_primary(lambda: stack.enter_context(only_run_in(saved.file.parent)))
         return Experiment.from_config(saved.config, begun=True).run(saved=saved)
 
 
@@ -268,7 +257,7 @@ class Experiment:
 
     @classmethod
     def from_config(cls, config: Config, begun: bool = False) -> "Experiment":
-        """Check the optimisation, read the data, build the model and its optimiser.
+        """Check the optimization, read the data, build the model and its optimizer.
 
         Several processes make sure that they have the same config, code and data (see
         `base.distributed.agreement`), before any of them waits for another.
@@ -281,7 +270,7 @@ class Experiment:
             ConfigError, DataError: one line that names the key or file, or what differs between processes.
         """
         if started_processes() != world_size():
-            raise ConfigError("torchrun: the processes have not met: train inside `with base.distributed.session.ranks(training=True):`")
+            raise ConfigError("torchrun: the processes have not met: train inside `with base.distributed.distributed_session(training=True):`")
         device, train_loader, validation_loader, test_loader = agreed(
             lambda: cls._read(config, begun),
             lambda read: {
@@ -325,7 +314,7 @@ class Experiment:
         with ExitStack() as stack:
             if saved is None:
                 place = new_run_folder(self.config.trainer.save_dir, self.config.name, run_dir and str(run_dir))
-                trainer = self.build_trainer(from_first(lambda: stack.enter_context(place)))
+                trainer = self.build_trainer(from_primary(lambda: stack.enter_context(place)))
                 warnings = []
             else:
                 self.refuse_other_data(saved)
@@ -378,17 +367,17 @@ class Experiment:
     @contextmanager
     def _recorded(self, trainer: BaseTrainer, *, resumed: bool, warnings: list[str | None]) -> Iterator[None]:
         """A run's log, trackers and signals, for as long as it lasts; `warnings` are those of a resume."""
-        config, folder, progress = self.config, trainer.folder, trainer.progress
-        with logging_to(folder / "info.log", config.trainer.verbosity) if rank() == 0 else _silence():
+        config, folder, state = self.config, trainer.folder, trainer.state
+        with logging_to(folder / "info.log", config.trainer.verbosity) if is_primary() else _silence():
             self._describe(folder, resumed)
             for warning in filter(None, warnings):
                 logger.warning(warning)
             if resumed:
-                logger.info("resumed after %d epochs and %d batches", progress.epochs_done, progress.batches_done)
+                logger.info("resumed after %d epochs and %d batches", state.epochs_done, state.batches_done)
             else:
                 # copies of a model must not drop the same units
                 seed_global_generators(config.seed, f"training {rank()}" if rank() else "training")
-            trainer.trackers = start_trackers(config, folder, progress.history) if rank() == 0 else []
+            trainer.trackers = start_trackers(config, folder, state.history) if is_primary() else []
             try:
                 if config.system.compile:
                     # training, validation, attacks and averaged weights each ask for their own code
@@ -464,7 +453,7 @@ class Experiment:
         loader, counts = self.train_loader, self._counts()
         layers = self.config.arch.args
         labels = loader.label_arrays()
-        if rank() == 0:
+        if is_primary():
             write_json(folder / "config.json", self.config.dump())
             for warning in record_environment(folder, resumed):
                 logger.warning(warning)

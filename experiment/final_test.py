@@ -12,12 +12,12 @@ from typing import Any
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
-from base.checkpoint.checkpoint import BEST, LAST, load_checkpoint, load_weights
-from base.config.config import Config
-from base.distributed.collectives import from_first, gather, leave_the_word_to_the_first
-from base.distributed.process_group import rank, world_size
+from base.checkpoint import load_checkpoint, load_weights
+from base.checkpoint.checkpoint import BEST, LAST
+from base.config import Config
+from base.distributed import barrier, exit_unless_primary, from_primary, is_primary, rank, world_size
 from base.errors import CheckpointError, NonFiniteError, Stopped
-from base.run_folder.environment.environment import provenance
+from base.run_folder.environment import provenance
 from base.run_folder.folder import write_json
 from base.run_folder.logs import describe
 from base.signals import Interrupted
@@ -56,7 +56,7 @@ def conclude(
             return _conclude(trainer, test_loader, counts)
     except Interrupted:
         number = trainer.signals.asked
-        leave_the_word_to_the_first(128 + number)
+        exit_unless_primary(128 + number)
         what = "attack, whose verdicts so far are kept" if trainer.config.reports_robustness else "test"
         name = signal.Signals(number).name
         message = f"stopped by {name} after training, in the final {what}; continue with -r {trainer.folder}"
@@ -64,42 +64,42 @@ def conclude(
 
 
 def _conclude(trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, int]) -> dict[str, Any]:
-    config, progress, folder = trainer.config, trainer.progress, trainer.folder
+    config, state, folder = trainer.config, trainer.state, trainer.folder
     test = _Test(config, test_loader, test_loader.shard(rank(), world_size()), trainer.autocast)
-    last_is_best = progress.best_epoch in (None, progress.epochs_done) and progress.batches_done == 0
+    last_is_best = state.best_epoch in (None, state.epochs_done) and state.batches_done == 0
     files = [LAST, BEST] if last_is_best else [LAST]
     best = last = test.of_both(
-        trainer.model, trainer.average.model if trainer.average else None, [folder / name for name in files]
+        trainer.model, trainer.ema.model if trainer.ema else None, [folder / name for name in files]
     )
     if not last_is_best:
-        saved, averaged = from_first(lambda: load_checkpoint(folder / BEST)), None
+        saved, averaged = from_primary(lambda: load_checkpoint(folder / BEST)), None
         load_weights(trainer.model, saved["state_dict"], folder / BEST)
-        if trainer.average:
+        if trainer.ema:
             if "ema_state_dict" not in saved:
                 raise CheckpointError(f"{folder / BEST}: holds no averaged weights, but trainer.ema_decay asks for them")
             averaged = deepcopy(trainer.model)
             load_weights(averaged, saved["ema_state_dict"], folder / BEST)
         best = test.of_both(trainer.model, averaged, [folder / BEST])
-    log = progress.history[(progress.best_epoch or progress.epochs_done) - 1]
+    log = state.history[(state.best_epoch or state.epochs_done) - 1]
     result = {
         **best,
         **{f"last_{name}": value for name, value in last.items()},
         "val_top1": log.get("val_top1"),
         **{key: value for key, value in log.items() if key.startswith(("val_clean_", "val_ema_", "val_robust_"))},
-        "best_epoch": progress.best_epoch,
-        **({"best_since_epoch": progress.best_since} if progress.best_since > 1 else {}),
-        "epochs": progress.epochs_done,
-        "train_seconds": progress.train_seconds,
-        "images_per_second": progress.images_seen / progress.train_seconds,
+        "best_epoch": state.best_epoch,
+        **({"best_since_epoch": state.best_since} if state.best_since > 1 else {}),
+        "epochs": state.epochs_done,
+        "train_seconds": state.train_seconds,
+        "images_per_second": state.images_seen / state.train_seconds,
         **counts,
         "parameters": trainer.model.num_parameters(),
         "seed": config.seed,
     }
-    if rank() == 0:
+    if is_primary():
         write_json(folder / "result.json", result | provenance(config))
     bad = not_finite(result)
     if bad:
-        leave_the_word_to_the_first(NonFiniteError.exit_code)
+        exit_unless_primary(NonFiniteError.exit_code)
         raise NonFiniteError(f"{folder / 'result.json'}: {bad[0]} is not finite, null there: the model has diverged")
     logger.info("done: %s", describe(result))
     return result | provenance(config)
@@ -143,11 +143,11 @@ class _Test:
             description=f"attacking the {names[0]} model",
         )
         for file, name in zip(files, names, strict=True):
-            if rank() > 0:
+            if not is_primary():
                 break
             checkpoint = f"{file}{' (averaged weights)' if suffix else ''}"
             replace(report, checkpoint=checkpoint).save(file.parent / "eval" / f"{kind}_{name}.json")
-        gather(None)  # from here on the report is safe
+        barrier()  # from here on the report is safe
         remove_partials(target)
         logger.info("%s model: %s", " and ".join(names), report)
         for warning in report.warnings:

@@ -11,25 +11,16 @@ from torch import Tensor
 
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
-from base.checkpoint.checkpoint import find_checkpoint, load_checkpoint, load_weights, the_run_in
+from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
+from base.checkpoint.checkpoint import the_run_in
 from base.checkpoint.resume import recorded_imports
 from base.command_line import set_overrides
-from base.config.config import Config
-from base.config.files import (
-    Override,
-    merge,
-    merge_layers,
-    override_layers,
-    read_layers,
-    read_tree,
-    run_imports,
-    validate,
-    validate_layers,
-)
+from base.config import Config, Override, validate
+from base.config.files import merge, merge_layers, override_layers, read_layers, read_tree, run_imports, validate_layers
 from base.config.imports import changes, imported_for
 from base.config.origins import Layer
 from base.device import determinism_explained
-from base.distributed.process_group import rank
+from base.distributed import is_primary
 from base.errors import CheckpointError, ConfigError, DataError
 from base.registry import lookup, property_of
 from data_loader import DATA_LOADERS
@@ -42,7 +33,7 @@ from experiment.own_evaluation import evaluation_of_network
 logger = logging.getLogger(__name__)
 
 ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-"""CIFAR-10's, which the original ConvNorm's attack scripts normalise by, whatever the data set; its
+"""CIFAR-10's, which the original ConvNorm's attack scripts normalize by, whatever the data set; its
 checkpoints hold none."""
 
 EVALUATED = ("name", "seed", "n_gpu", "num_classes", "imports", "arch", "data_loader", "adversarial", "pgd_attack", "system")
@@ -93,7 +84,7 @@ def load_evaluation(
             image_size=arguments.image_size,
             **options,
         )
-    if rank() == 0:
+    if is_primary():
         for about, sentence in evaluation.assumed.items():
             print(f"assumed: {about}: {sentence}")
     return evaluation
@@ -219,7 +210,7 @@ def _config_beside(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if "monitor_best" not in checkpoint or not beside.is_file():
         raise CheckpointError(
             f"{file}: holds no config of this project, so nothing says what network it is of:"
-            " build that with models.build_model, and fill it with base.checkpoint.checkpoint.load_weights"
+            " build that with models.build_model, and fill it with base.checkpoint.load_weights"
         )
     # the folder of its data may be a placeholder
     return merge(read_tree(beside), {"data_loader": {"args": {"data_dir": str(file.parent)}}})
@@ -331,8 +322,8 @@ def _untold_normalization(
 
     They are those of the data set, as in the original's standard training, and CIFAR-10's for a
     data set without published ones; where images are not of three channels, the mean and std of the
-    training images. The original's adversarial training normalises by CIFAR-10's
-    whatever the data set, and on CIFAR-100 does so a second time, after its loader has normalised
+    training images. The original's adversarial training normalizes by CIFAR-10's
+    whatever the data set, and on CIFAR-100 does so a second time, after its loader has normalized
     by CIFAR-100's and a clamp to [0, 1].
 
     Args:
@@ -344,7 +335,7 @@ def _untold_normalization(
     original = "monitor_best" in checkpoint
     if channels != len(ORIGINAL_MEAN):
         sentence = (
-            "the checkpoint holds no mean and std: normalising by those of the training images;"
+            "the checkpoint holds no mean and std: normalizing by those of the training images;"
             f" --set data_loader.args.mean=[...] --set data_loader.args.std=[...] ({channels}"
             " values each) for others"
         )
@@ -356,11 +347,11 @@ def _untold_normalization(
         mean, std = ORIGINAL_MEAN, ORIGINAL_STD
         follows = "attack scripts do"
     whose = "CIFAR-10" if mean == ORIGINAL_MEAN else config.data_loader.type
-    sentence = f"the checkpoint holds no mean and std: normalising by those of {whose}"
+    sentence = f"the checkpoint holds no mean and std: normalizing by those of {whose}"
     if original:
         sentence += f", as the original's {follows}"
     if twice:
-        sentence += "; its adversarial training on CIFAR-100 normalises twice, which no mean and"
+        sentence += "; its adversarial training on CIFAR-100 normalizes twice, which no mean and"
         sentence += " std can stand for"
     choice = "--set data_loader.args.mean=[R,G,B] --set data_loader.args.std=[R,G,B]"
     return {"mean": mean, "std": std}, f"{sentence}; {choice} for others"

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from base.checkpoint.checkpoint import find_checkpoint, load_checkpoint, load_weights
-from base.config.config import Config
-from base.config.files import Override, override_layers, validate_layers
+from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
+from base.config import Config, Override
+from base.config.files import override_layers, validate_layers
 from base.config.imports import import_own_code, requests_of_flag
 from base.config.origins import Layer, origin_of_override
 from base.config.section import lies_in
 from base.errors import ConfigError, DataError
 from base.seeding import seed_global_generators
-from data_loader.datasets import LabelledImages
+from data_loader.datasets import LabeledImages
 from data_loader.folder_test_set import read_test_images, unshuffled_loader, with_channels
 from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images
 from experiment.own_network import Normalized, build_network, count_logits
@@ -122,11 +122,11 @@ def evaluation_of_network(
 
 def _fitting_images(
     network: nn.Module,
-    part: LabelledImages,
+    part: LabeledImages,
     device: torch.device,
     channels: int | None,
     data: str,
-) -> LabelledImages:
+) -> LabeledImages:
     """The images with as many channels as the network takes: files that are gray can have three.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from base.command_line import Parser
 from base.errors import ConfigError
 from base.output import save_json
-from base.run_folder.environment.environment import package_versions
+from base.run_folder.environment import package_versions
 from base.text import say
 from evaluation.spectral_norm import layer_spectra
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser

@@ -19,13 +19,13 @@ def conv_orthogonality(
     """`|conv2d(K, K, stride, padding) - I|_F`: how far the rows of the convolution's operator are from orthonormal.
 
     Entry `(o, p, lag)` of the self-convolution is the inner product of filter o with filter p shifted by that lag, a multiple
-    of the stride; `I` is 1 where `o = p` at the centre. The norm is not squared, as in the authors' code; the paper
+    of the stride; `I` is 1 where `o = p` at the center. The norm is not squared, as in the authors' code; the paper
     squares it.
 
     Args:
         kernel: `(C_out, C_in, k_h, k_w)`.
         stride: of the convolution, per axis.
-        padding: None for the paper's `floor((k - 1) / stride) * stride`, with which the centre is lag zero. The authors' code
+        padding: None for the paper's `floor((k - 1) / stride) * stride`, with which the center is lag zero. The authors' code
             always takes 1: with a 3x3 kernel at stride 2 it then asks a filter to match itself shifted by one pixel.
 
     Returns:
@@ -62,7 +62,7 @@ def penalty(model: nn.Module) -> Tensor:
 
     1x1 kernels are measured by `matrix_orthogonality`, all others by `conv_orthogonality` at their stride; each group of a
     grouped convolution by itself. Depthwise convolutions, whose filters share no input, are left out: ConvNorm's `bpconv`.
-    The weight that is measured is the parameter, before any normalisation that the layer does.
+    The weight that is measured is the parameter, before any normalization that the layer does.
 
     Returns:
         A differentiable tensor without dimensions; 0 for a model without convolutions.

@@ -120,7 +120,7 @@ class ResNet(BaseModel):
         self.linear = self.linear_layer(in_planes, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
+        """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
         out = self.maxpool(self.relu(self.norm1(self.conv1(inputs))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
@@ -226,7 +226,7 @@ class PreActResNet(BaseModel):
         self.linear = self.linear_layer(in_planes, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
+        """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(inputs)))))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(self.relu(self.bn(out)), 1), 1))
 

@@ -41,7 +41,7 @@ class SimpleCNN(BaseModel):
         self.classifier = self.linear_layer(32 * 4 * 4, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
+        """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
         out = self.features(inputs)
         # the pooling has no deterministic backward pass on CUDA, so it is left out where it does nothing
         if out.shape[-2:] != (4, 4):
@@ -75,7 +75,7 @@ class SimpleCNN2(BaseModel):
         self.fc = self.linear_layer(32, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
+        """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
         out = self.pool(self.relu1(self.norm1(self.conv1(inputs))))
         out = self.pool(self.relu2(self.norm2(self.conv2(out))))
         out = self.relu3(self.norm3(self.conv3(out)))

@@ -53,5 +53,5 @@ class VGG(BaseModel):
         self.classifier = self.linear_layer(in_channels, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
+        """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(self.features(inputs), 1), 1))

@@ -99,6 +99,6 @@ class WideResNet(BaseModel):
         self.fc = self.linear_layer(widths[2], num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalised images `(B, C, H, W)`."""
+        """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
         out = self.block3(self.block2(self.block1(self.conv1(inputs))))
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.relu(self.bn1(out)), 1), 1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from base.errors import ConfigError
-from base.run_folder.environment.environment import PROVENANCE
+from base.run_folder.environment import PROVENANCE
 from base.text import one_line
 from reports.groups import Group, as_text, differing_keys, mean_and_std
 from reports.panels import Curve, line_and_band, line_with_markers, panels_figure, points_and_bars, unit_of
@@ -28,7 +28,7 @@ AXIS_LABELS = {
 NOISE_KEY = "trainer.percent"
 REALISED_LABEL = "realised rate of label noise (asked for by trainer.percent)"
 MOST_BANDS = 6
-"""More of them would be one grey area."""
+"""More of them would be one gray area."""
 EPSILON_UNITS = {"linf": "1/255 of the pixel range, l-inf", "l2": "units of the pixel range, l2"}
 
 

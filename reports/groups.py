@@ -12,7 +12,7 @@ from base.checkpoint.resume import DATA_DIR, FILLED_FROM_DATA, IMPORTS, NOISE_FI
 from base.config.section import lies_in
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.run_folder.environment.environment import PROVENANCE
+from base.run_folder.environment import PROVENANCE
 from reports.runs import Run, only_finished
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Panels side by side, in lines that are told apart in colour, by colour-blind people and in grey."""
+"""Panels side by side, in lines that are told apart in color, by color-blind people and in gray."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_LINE, LETTER = 4.6, 3.4, 0.22, 0.09
 """In inches; the last is a generous width of a letter in the legend."""
 COLORS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00")
-"""Okabe and Ito's, which colour-blind people tell apart; neighbours differ in grey, too."""
+"""Okabe and Ito's, which color-blind people tell apart; neighbors differ in gray, too."""
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "X", "<", "p")
-"""The first 28 groups each have a colour and line of their own."""
+"""The first 28 groups each have a color and line of their own."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def line_and_band(axes: "Axes", curve: Curve, index: int) -> None:
     if max(curve.n) > 1:
         low, high = curve.mean - curve.std, curve.mean + curve.std
         color, line = COLORS[index % len(COLORS)], LINES[index % len(LINES)]
-        edge = {"edgecolor": (color, 0.45), "linewidth": 0.6, "linestyle": line}  # tells overlapping bands apart in grey
+        edge = {"edgecolor": (color, 0.45), "linewidth": 0.6, "linestyle": line}  # tells overlapping bands apart in gray
         axes.fill_between(curve.x, low, high, facecolor=(color, 0.15), **edge)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from base.checkpoint.resume import IMPORTS, digests
+from base.config import Config, validate
 from base.config.arguments import OpenSection
-from base.config.config import Config
-from base.config.files import read_tree, validate
+from base.config.files import read_tree
 from base.config.section import Section
 from base.errors import ConfigError
 from base.registry import did_you_mean

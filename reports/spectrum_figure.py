@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 PER_LAYER, LEAST_WIDTH, MOST_NAMES = 0.2, 6.5, 150
 BLUE, ORANGE = "#0b4f8a", "#d55e00"
-"""Far apart in grey, too; and every series has a marker of its own."""
+"""Far apart in gray, too; and every series has a marker of its own."""
 
 
 def draw_spectrum(path: str | Path, layers: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from base.errors import ConfigError
 from base.output import format_of, write_output, writing
-from base.run_folder.environment.environment import PROVENANCE
+from base.run_folder.environment import PROVENANCE
 from base.text import csv_text, one_line
 from reports.groups import Group, mean_and_std
 from reports.runs import LAST_EPOCH, REPORT, refuse_unknown

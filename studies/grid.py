@@ -28,15 +28,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError
 
-from base.config.config import Config
-from base.config.files import (
-    Override,
-    check_optimization_of,
-    is_comment,
-    load_config,
-    override,
-    read_tree,
-)
+from base.config import Config, Override, load_config
+from base.config.files import check_optimization_of, is_comment, override, read_tree
 from base.config.imports import FLAG
 from base.config.origins import Flag
 from base.config.section import Count, Section, lies_in

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from base.checkpoint.resume import WHERE_AND_HOW, forget
-from base.config.config import Config
+from base.config import Config
 from base.config.files import section_at
 from base.config.section import lies_in
 

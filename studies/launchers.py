@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from base.checkpoint.checkpoint import has_checkpoint
+from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
 from base.errors import ConfigError
 from base.text import one_line

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint.checkpoint import LAST, has_checkpoint
+from base.checkpoint import has_checkpoint
+from base.checkpoint.checkpoint import LAST
 from base.checkpoint.resume import WHERE_AND_HOW, refuse_other_experiment
-from base.config.files import Override, validate
+from base.config import Override, validate
 from base.errors import ConfigError, ProjectError
 from base.text import one_line
 from studies.grid import Run, as_word

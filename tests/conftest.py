@@ -1,11 +1,16 @@
-"""What every room needs: tiny data sets on disk, and Ctrl-C."""
+"""What every room needs: one thread per process, signals as in a terminal, tiny data sets on disk."""
 
 import hashlib
+import os
 import pickle
 import signal
 import sys
 import tarfile
 import urllib.error
+
+# torch reads it when it is first imported. Tests and the processes that they start share the
+# machine's cores, and several threads in each would only get into each other's way.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -15,6 +20,13 @@ import torchvision.datasets.utils
 # whose rooms fill the tables that configs are checked against
 import experiment as experiment
 from base.config import imports
+
+# Who starts the tests in the background, or with nohup, has signals ignored, and processes inherit
+# that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from attacks import PGD
-from base.checkpoint.checkpoint import save_checkpoint
+from base.checkpoint import save_checkpoint
 from evaluation import DoctorReport, RobustnessReport
 from experiment.attack_command import _conclusion
 from tiny_runs import script
@@ -131,7 +131,7 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
     digits = ["--set", "data_loader.type=DigitsDataLoader", "--set", "data_loader.args.data_dir=none"]
     done = script("validate_pgd.py", *words, *digits, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "normalising by those of CIFAR-10" in done.stdout
+    assert "normalizing by those of CIFAR-10" in done.stdout
     assert "PGD-2, linf 8/255, step 2/255" in done.stdout
 
 

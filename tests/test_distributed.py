@@ -16,11 +16,12 @@ import torch
 
 from base.base_data_loader import BaseDataLoader
 from base.base_trainer import BaseTrainer
-from base.checkpoint.checkpoint import load_checkpoint
-from base.config.files import merge, validate
-from base.distributed.process_group import rank, world_size
+from base.checkpoint import load_checkpoint
+from base.config import validate
+from base.config.files import merge
+from base.distributed import is_primary, rank, world_size
 from base.errors import ConfigError, Stopped
-from base.run_folder.environment.environment import PROVENANCE
+from base.run_folder.environment import PROVENANCE
 from data_loader import DATA_LOADERS
 from data_loader.datasets import read_digits
 from experiment import build
@@ -110,7 +111,7 @@ def stop_in_the_middle(config, folder):
 
     BaseTrainer.update = counted
     try:
-        with pytest.raises(Stopped if rank() == 0 else SystemExit):
+        with pytest.raises(Stopped if is_primary() else SystemExit):
             Experiment.from_config(config).run(str(folder))
     finally:
         BaseTrainer.update = update
@@ -122,8 +123,8 @@ def runs(tmp_path_factory):
     """The folders of the same runs in one and in two processes."""
     folder = tmp_path_factory.mktemp("runs")
     script = (
-        "import sys, pathlib; from base.ranks import ranks; from tests.test_distributed import train_all\n"
-        "with ranks(training=True): train_all(pathlib.Path(sys.argv[1]))\n"
+        "import sys, pathlib; from base.ranks import distributed_session; from tests.test_distributed import train_all\n"
+        "with distributed_session(training=True): train_all(pathlib.Path(sys.argv[1]))\n"
     )
     (folder / "train_all.py").write_text(script)
     words = [*TORCHRUN, str(folder / "train_all.py"), str(folder / "two")]
@@ -275,9 +276,9 @@ def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_p
 def test_what_all_processes_refuse_is_said_once(tmp_path):
     script = (
         "from base.command_line import run_script; from base.errors import DataError\n"
-        "from base.ranks import ranks\n"
+        "from base.ranks import distributed_session\n"
         "def main():\n"
-        "    with ranks():\n"
+        "    with distributed_session():\n"
         "        raise DataError('no such images')\n"
         "run_script(main)\n"
     )
@@ -310,14 +311,14 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch):
 
 
 def test_a_lost_process_does_not_make_a_network_unfit():
-    class Synchronised(torch.nn.Linear):
+    class Synchronized(torch.nn.Linear):
         def forward(self, images):
             raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
 
     loader = BaseDataLoader.__new__(type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__)))
     loader.batch_size, loader.n_samples, loader.image_shape = 8, 8, (3, 4, 4)
     with pytest.raises(RuntimeError, match="closed by peer"):
-        build.refuse_unfit_images(Synchronised(1, 1), loader, "resnet18")
+        build.refuse_unfit_images(Synchronized(1, 1), loader, "resnet18")
 
 
 @pytest.mark.parametrize(("device", "message"), [("cuda:1", "system.device: cuda:1 is one"), ("auto", "torchrun: asks for 4")])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.checkpoint.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from base.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from base.errors import CheckpointError
 from experiment.evaluation_flags import evaluation_parser
 from experiment.loading import load_evaluation
@@ -201,19 +201,19 @@ CIFAR10, CIFAR100 = (
 @pytest.mark.parametrize(
     ("classes", "adversarial", "expected", "told"),
     [
-        (10, False, CIFAR10, "normalising by those of CIFAR-10, as the original's training does;"),
-        (10, True, CIFAR10, "normalising by those of CIFAR-10, as the original's training does;"),
+        (10, False, CIFAR10, "normalizing by those of CIFAR-10, as the original's training does;"),
+        (10, True, CIFAR10, "normalizing by those of CIFAR-10, as the original's training does;"),
         (
             100,
             False,
             CIFAR100,
-            "normalising by those of CIFAR100DataLoader, as the original's training does;",
+            "normalizing by those of CIFAR100DataLoader, as the original's training does;",
         ),
         (
             100,
             True,
             CIFAR10,
-            "its adversarial training on CIFAR-100 normalises twice, which no mean and std can stand for;",
+            "its adversarial training on CIFAR-100 normalizes twice, which no mean and std can stand for;",
         ),
     ],
 )

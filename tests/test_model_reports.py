@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from base.checkpoint.checkpoint import save_checkpoint
+from base.checkpoint import save_checkpoint
 from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def test_an_original_checkpoint_with_its_config(name, tmp_path):
     digits = ["--set", "data_loader.type=DigitsDataLoader", "--set", "data_loader.args.data_dir=none"]
     done = script(name, "-s", ORIGINAL, "-c", tmp_path / "config.json", *digits, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "normalising by those of CIFAR-10" in done.stdout.splitlines()[0]
+    assert "normalizing by those of CIFAR-10" in done.stdout.splitlines()[0]
     assert done.stdout.splitlines()[-1].startswith(("13 layers: ", "10 classes, "))
 
 

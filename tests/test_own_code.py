@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from base.checkpoint.checkpoint import load_checkpoint
+from base.checkpoint import load_checkpoint
 from tiny_runs import ROOT, script
 
 PARTS = '''

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from base.config.files import validate
+from base.config import validate
 from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]

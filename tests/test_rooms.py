@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CODE = (
     "base", "models", "data_loader", "attacks", "evaluation", "trainer", "studies", "reports",
-    "experiment", "benchmarks", "soak",
+    "experiment", "benchmarks",
 )  # fmt: skip
 ROOMS = (*CODE, "configs", "tests")
 MAY_IMPORT = {
@@ -24,7 +24,6 @@ MAY_IMPORT = {
     "reports": {"base"},
     "experiment": {"base", "models", "data_loader", "attacks", "evaluation", "trainer", "studies", "reports"},
     "benchmarks": {*CODE},
-    "soak": {"base", "experiment"},
     "script": {"base", "evaluation", "studies", "reports", "experiment"},
 }
 PACKAGES = {

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from base.base_data_loader import BaseDataLoader
-from base.config.files import config_chain, load_config
-from base.optim.dry_run import check_optimization
-from base.optim.optimizers import build_optimizer
-from base.optim.schedules import Schedule
+from base.config import load_config
+from base.config.files import config_chain
+from base.optim import Schedule, build_optimizer, check_optimization
 from experiment.build import build_trainer
 from models import build_model
 from studies.grid import plan
@@ -75,6 +74,6 @@ def test_no_variant_of_a_grid_warns(file):
 
 
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
-def test_every_variant_of_every_grid_can_be_optimised(file):
+def test_every_variant_of_every_grid_can_be_optimized(file):
     for run in plan(file):
         check_optimization(run.config.optimizer, run.config.lr_scheduler)

@@ -79,7 +79,7 @@ def bad_inputs(tmp_path):
         "misspelt key": ({**digits, "trainer": {"epoch": 3}}, [], 2, "trainer.epoch: unknown key; did you mean 'epochs'?"),
         "wrong type": ({**digits, "trainer": {"epochs": "3"}}, [], 2, "trainer.epochs: Input should be a valid integer, not"),
         "unknown layer": (digits, ["--conv", "prec_cnov"], 2, "did you mean 'prec_conv'?"),
-        "unknown optimiser argument": (digits, ["--set", "optimizer.args.momentun=1"], 2, "did you mean 'momentum'?"),
+        "unknown optimizer argument": (digits, ["--set", "optimizer.args.momentun=1"], 2, "did you mean 'momentum'?"),
         "adversarial": ({**digits, "trainer": {"do_adv": True}}, [], 2, "trainer.do_adv: asks for adversarial training"),
         "no config": (None, [], 2, "-c CONFIG or -r CHECKPOINT is required"),
         "missing data folder": (images, [], 4, "images"),
@@ -93,7 +93,7 @@ def bad_inputs(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "misspelt key", "wrong type", "unknown layer", "unknown optimiser argument", "adversarial", "no config",
+        "misspelt key", "wrong type", "unknown layer", "unknown optimizer argument", "adversarial", "no config",
         "missing data folder", "truncated image", "truncated test image", "image too small", "damaged checkpoint",
     ],
 )  # fmt: skip
@@ -148,7 +148,7 @@ WAITING_FOR_A_SIGNAL = """if True:
     def stop_and_go(self, *arguments, **named):
         global second_epoch
         update(self, *arguments, **named)
-        second_epoch += self.progress.epochs_done == 1
+        second_epoch += self.state.epochs_done == 1
         if second_epoch == 7:
             Path({there!r}).touch()
             while self.signals.asked is None:

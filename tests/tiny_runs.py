@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from base.base_trainer import BaseTrainer
-from base.checkpoint.checkpoint import load_checkpoint
-from base.config.files import merge, validate
+from base.checkpoint import load_checkpoint
+from base.config import validate
+from base.config.files import merge
 from base.errors import ProjectError, Stopped
 from data_loader import workers
 from experiment.experiment import Experiment

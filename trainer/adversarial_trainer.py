@@ -17,9 +17,7 @@ from attacks.threat_model import ThreatModel, draw, in_pixel_range
 from base.base_trainer import BaseTrainer, TrainerParts
 from base.config.adversarial import Size
 from base.config.section import Count, Positive
-from base.distributed.collectives import gather
-from base.distributed.process_group import rank, world_size
-from base.distributed.shard import Share
+from base.distributed import Shard, all_gather_object, rank, world_size
 from base.meters import BatchResult
 from trainer.robust_validation import overfitting_warnings
 
@@ -46,7 +44,7 @@ class TrainerWithAdversary(BaseTrainer):
 
     @property
     def radius_share(self) -> float:
-        """Share in [0, 1] of radius and step size for the minibatch at hand: it grows evenly over the first
+        """Shard in [0, 1] of radius and step size for the minibatch at hand: it grows evenly over the first
         `adversarial.warmup_epochs`, from 0 in the first minibatch to 1 in the first one after them.
 
         The idea is that of Pang et al. ("Bag of Tricks for Adversarial Training", arXiv:2010.00467,
@@ -58,7 +56,7 @@ class TrainerWithAdversary(BaseTrainer):
         can hide all of that difference, and learns to answer the same for every image; with the radius growing it does not.
         """
         epochs = self.warmup_epochs
-        done = self.progress.epochs_done + self.progress.batches_done / len(self.train_loader)
+        done = self.state.epochs_done + self.state.batches_done / len(self.train_loader)
         return min(1.0, done / epochs) if epochs else 1.0
 
 
@@ -107,9 +105,9 @@ class FreeTrainer(TrainerWithAdversary):
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
         """`repeats` updates, the perturbation moving with each."""
-        share = self.share(images)
+        shard = self.shard(images)
         bound = replace(self.threat_model, epsilon=self.radius_share * self.threat_model.epsilon)
-        perturbation = self._first_perturbation(images, share)
+        perturbation = self._first_perturbation(images, shard)
         results = []
         for _ in range(self.repeats):
             perturbation.requires_grad_()
@@ -120,12 +118,12 @@ class FreeTrainer(TrainerWithAdversary):
             moved = bound.step(perturbation.detach(), perturbation.grad, self.radius_share * self.step_size)
             perturbation = bound.bound(moved)
         if self.carry:
-            self._keep(perturbation[share.own] if share.copied else perturbation)
+            self._keep(perturbation[shard.own] if shard.copied else perturbation)
         sums = {name: torch.stack([result.sums[name] for result in results]).sum() for name in results[0].sums}
         return BatchResult(sums, sum(result.count for result in results))
 
-    def _first_perturbation(self, images: Tensor, share: Share) -> Tensor:
-        kept = self._of_all_ranks() if share.copied else self._perturbation
+    def _first_perturbation(self, images: Tensor, shard: Shard) -> Tensor:
+        kept = self._of_all_ranks() if shard.copied else self._perturbation
         if kept is None:
             return torch.zeros_like(images)
         missing = len(images) - len(kept)  # where a resumed run's first minibatch was an epoch's short last one
@@ -141,7 +139,7 @@ class FreeTrainer(TrainerWithAdversary):
         """The perturbations that are carried, in the order of the whole minibatch; None where nothing is."""
         if world_size() == 1 or not self.carry:
             return self._perturbation
-        parts = gather(None if self._perturbation is None else self._perturbation.cpu())
+        parts = all_gather_object(None if self._perturbation is None else self._perturbation.cpu())
         if parts[0] is None:
             return None
         whole = torch.empty((sum(0 if part is None else len(part) for part in parts), *parts[0].shape[1:]))
@@ -156,7 +154,7 @@ class FreeTrainer(TrainerWithAdversary):
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         kept = state.get("perturbation") if self.carry else None
-        begun = self.progress.epochs_done + self.progress.batches_done > 0
+        begun = self.state.epochs_done + self.state.batches_done > 0
         if kept is None:
             if self.carry and begun:
                 raise ValueError("'perturbation' is missing, but adversarial.noise carries it on")
@@ -224,7 +222,7 @@ class AdversarialTrainer(TrainerWithAdversary):
     def epoch_warnings(self, log: Mapping[str, Any]) -> list[str]:
         """Whether the network has collapsed since an earlier epoch, where it is also validated by FGSM
         (see `overfitting_warnings`)."""
-        return overfitting_warnings(log, self.progress.history, self.train_loader.num_classes)
+        return overfitting_warnings(log, self.state.history, self.train_loader.num_classes)
 
     @contextmanager
     def attacking(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from attacks.attack import Attack
 from base.base_data_loader import BaseDataLoader
-from base.distributed.collectives import gather
+from base.distributed import all_gather_object
 from evaluation.robust_accuracy import Autocast, attack_loader
 from evaluation.verdicts import Verdicts
 
@@ -53,7 +53,7 @@ class RobustValidation:
         self.epochs = epochs
         self.seed = seed
         self.autocast = autocast
-        self.n_samples = sum(gather(loader.n_samples))
+        self.n_samples = sum(all_gather_object(loader.n_samples))
 
     def __call__(self, model: nn.Module, epoch: int) -> dict[str, float]:
         if epoch % self.period and epoch != self.epochs:
@@ -65,7 +65,7 @@ class RobustValidation:
 
     def _accuracy(self, model: nn.Module, attack: Attack) -> float:
         options = {"seed": self.seed, "autocast": self.autocast, "description": f"validating under {type(attack).__name__}"}
-        return Verdicts.joined(gather(attack_loader(model, self.loader, attack, **options))).accuracy("robust_top1")
+        return Verdicts.joined(all_gather_object(attack_loader(model, self.loader, attack, **options))).accuracy("robust_top1")
 
 
 def overfitting_warnings(
@@ -104,7 +104,7 @@ def has_collapsed(fgsm: float, pgd: float, pgd_before: float, num_classes: int) 
     """Whether PGD accuracy has fallen from what it was to less than half of it, and to less than half
     of FGSM accuracy, both having been above chance.
 
-    A network that has learnt little yet may resist FGSM better than PGD: that is not a collapse. In
+    A network that has learned little yet may resist FGSM better than PGD: that is not a collapse. In
     healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy; after a collapse it is next to
     zero.
 
@@ -116,5 +116,5 @@ def has_collapsed(fgsm: float, pgd: float, pgd_before: float, num_classes: int) 
     """
     chance = 1 / num_classes
     well_above_chance = min(2 * chance, (1 + chance) / 2)
-    has_learnt = fgsm > well_above_chance and pgd_before > chance + ABOVE_CHANCE
-    return has_learnt and pgd < 0.5 * min(fgsm, pgd_before)
+    has_learned = fgsm > well_above_chance and pgd_before > chance + ABOVE_CHANCE
+    return has_learned and pgd < 0.5 * min(fgsm, pgd_before)

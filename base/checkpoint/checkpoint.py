@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from base.atomic import link_or_copy, replacing
-from base.checkpoint.checksum import check_seal, seal
+from base.checkpoint.checksum import verify_checksum, write_checksum
 from base.checkpoint.foreign_weights import (
     below,
     explain_rest,
@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
     try:
         with replacing(path) as file:
             torch.save(plain({"schema_version": SCHEMA_VERSION, **contents}), file)
-            seal(file)
+            write_checksum(file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
 
@@ -216,7 +216,7 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, A
     file = find_checkpoint(path)
     # opened once, because another file may take its name between two reads
     with _opened(file) as opened:
-        sealed = check_seal(opened, file)
+        sealed = verify_checksum(opened, file)
         opened.seek(0)
         try:
             # torch warns of odd pickles that it then refuses

@@ -20,7 +20,7 @@ two, the comment's length, are zero."""
 CHUNK = 1 << 20
 
 
-def seal(file: BinaryIO) -> None:
+def write_checksum(file: BinaryIO) -> None:
     """Seal a zip archive without a comment that is open for reading and writing."""
     file.seek(-2, 2)
     file.write(LENGTH.to_bytes(2, "little"))
@@ -28,7 +28,7 @@ def seal(file: BinaryIO) -> None:
     file.write(b"convnorm-trainer sha256 " + digest)
 
 
-def check_seal(file: BinaryIO, path: Path) -> bool:
+def verify_checksum(file: BinaryIO, path: Path) -> bool:
     """Whether the file has a seal; what it holds is then what was written. Other files (the original's) have none.
 
     Raises:

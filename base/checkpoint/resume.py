@@ -10,20 +10,12 @@ from typing import Any
 
 from base.checkpoint.checkpoint import LAST, load_to_resume, set_aside
 from base.checkpoint.schema import check_training_state
-from base.config.config import Config
-from base.config.files import (
-    Override,
-    origins_named,
-    override_layers,
-    read_layers,
-    run_imports,
-    validate,
-    validate_layers,
-)
+from base.config import Config, Override, validate
+from base.config.files import origins_named, override_layers, read_layers, run_imports, validate_layers
 from base.config.imports import OwnCode, changes, imported_for, requests_of
 from base.config.origins import Layer
 from base.config.section import lies_in
-from base.distributed.collectives import from_first
+from base.distributed import from_primary
 from base.errors import CheckpointError, ConfigError
 from base.optim.schedules import spans_whole_run
 
@@ -48,7 +40,7 @@ MAY_CHANGE_ON_RESUME = (
     *WHERE_AND_HOW, "trainer.epochs", "trainer.early_stop", "n_gpu",
     "adversarial.report", "adversarial.report_images",
 )  # fmt: skip
-"""Config keys that a resumed run may have other values for: none of them changes what is learnt from what, but for rounding."""
+"""Config keys that a resumed run may have other values for: none of them changes what is learned from what, but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class SavedRun:
         if self.problem is None:
             return None
         last = self.file.parent / LAST
-        kept = from_first(lambda: set_aside(last).name if last.exists() else None)
+        kept = from_primary(lambda: set_aside(last).name if last.exists() else None)
         kept = f" (kept as {kept})" if kept else ""
         return f"{self.problem}{kept}: going on from {self.file.name} instead"
 
@@ -106,7 +98,7 @@ def saved_run(
     files = read_layers(config_file) if config_file else []
     # every process imports, before it reads what may hold the names
     _, given = run_imports(files, imports)
-    file, checkpoint, problem, own = from_first(lambda: _read(path))
+    file, checkpoint, problem, own = from_primary(lambda: _read(path))
     code = {code.name: code for code in [*imported_for(own.imports, str(file)), *given]}
     layers = [Layer(str(file), checkpoint["config"]), *files, *override_layers(overrides)]
     config = validate_layers(layers, list(code.values()), config_file or str(file))

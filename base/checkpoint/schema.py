@@ -18,7 +18,7 @@ from torch import Tensor
 from base.config.section import Count, Number
 from base.errors import CheckpointError
 from base.text import one_line
-from base.train_state import Progress
+from base.train_state import TrainState
 
 DEEPEST = 30
 """Levels of a config; its tree has five, and free-form arguments a few more."""
@@ -34,7 +34,7 @@ OLDEST_PROGRESS = (
     "train_seconds",
     "images_seen",
 )
-"""Fields of `Progress` that every checkpoint has. Fields that came later have their defaults where they are missing."""
+"""Fields of `TrainState` that every checkpoint has. Fields that came later have their defaults where they are missing."""
 
 
 def _plain_tensor(tensor: Tensor) -> Tensor:
@@ -129,9 +129,9 @@ class Generators(_Schema):
 
 
 def _progress_schema() -> type[BaseModel]:
-    """The fields of `Progress`, with their types and ranges."""
+    """The fields of `TrainState`, with their types and ranges."""
     described = {}
-    for field in fields(Progress):
+    for field in fields(TrainState):
         default = ... if field.name in OLDEST_PROGRESS or field.default is MISSING else field.default
         described[field.name] = (field.type, default)
     return create_model("ProgressSchema", __config__=ConfigDict(strict=True, extra="forbid"), **described)

@@ -88,7 +88,7 @@ OFFERED = frozenset({"epsilon", "norm", "steps", "step_size", "restarts", "loss"
 
 
 ATTACK_LOSSES = ("ce", "margin", "dlr")
-"""What every attack that takes a loss can maximise, unless its type hint is a `Literal` of others."""
+"""What every attack that takes a loss can maximize, unless its type hint is a `Literal` of others."""
 
 
 def losses_of(kind: Constructor | None) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ class PGDAttackConfig(OpenSection):
     restarts: Annotated[Positive, _attack_with("restarts")] = 1
     """Random starts."""
     loss: Annotated[str, LossOfAttack(dict.fromkeys(ATTACK_LOSSES)), _attack_with("loss")] = "ce"
-    """What it maximises: cross entropy, margin, or difference of logits ratio; or a loss of an own attack."""
+    """What it maximizes: cross entropy, margin, or difference of logits ratio; or a loss of an own attack."""
     early_stop: Annotated[Count | None, _attack_with("early_stop")] = None
     """An image is left alone once its label is not among this many of the largest logits. 0: it never
     is, and with one start PGD's last point counts. null: 1, or 5 in a report on more than five

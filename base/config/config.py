@@ -212,9 +212,9 @@ class AugmentationConfig(Section):
     cutout: Annotated[int, Field(ge=0, le=8192)] = 0
     """Side in pixels of the square that is masked at a random place; 0 for none."""
     cutout_inside: Annotated[bool, CUTOUT] = False
-    """The whole square lies inside the image; false: its centre does, as in the paper."""
+    """The whole square lies inside the image; false: its center does, as in the paper."""
     cutout_fill: Annotated[Literal["mean", "black"], CUTOUT] = "mean"
-    """Colour of the square: the data's mean (0 after normalization, as in the paper), or black."""
+    """Color of the square: the data's mean (0 after normalization, as in the paper), or black."""
     mixup_alpha: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Both parameters of the Beta distribution of mixup's weight; 0 for no mixup."""
 
@@ -235,7 +235,7 @@ class SystemConfig(Section):
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of torch; null leaves its choice."""
     sync_bn: Annotated[bool, BATCH_STATISTICS] = False
-    """Where several processes train: batch normalisation by the statistics of all their images instead of each one's own."""
+    """Where several processes train: batch normalization by the statistics of all their images instead of each one's own."""
 
 
 class CometConfig(Section):

@@ -235,12 +235,11 @@ def _unknown_key(path: Sequence[str], root: type[Section] = Config) -> str:
 
 
 def _torch_arguments(path: Sequence[str]) -> set[str]:
-    """The arguments that the optimisers, or the schedules, take between them, where the path is that of one."""
+    """The arguments that the optimizers, or the schedules, take between them, where the path is that of one."""
     if len(path) != 2 or path[0] not in ("optimizer", "lr_scheduler"):
         return set()
     # here and not above: it brings torch, which a good config does not need
-    from base.optim.optimizers import OPTIMIZERS
-    from base.optim.schedules import SCHEDULERS
+    from base.optim import OPTIMIZERS, SCHEDULERS
 
     classes = (OPTIMIZERS if path[0] == "optimizer" else SCHEDULERS).values()
     return {name for cls in classes for name in inspect.signature(cls).parameters}
@@ -391,7 +390,7 @@ def _to_blame(problem: Any, text: str, origins: Origins) -> str | None:
 
 
 def _problems_of_arguments(tree: Tree, error: ValidationError, origins: Origins) -> list[tuple[str | None, str]]:
-    """What is wrong with the arguments of optimiser and schedule, which are otherwise looked at once the tree is good."""
+    """What is wrong with the arguments of optimizer and schedule, which are otherwise looked at once the tree is good."""
     bad = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
     sections = [key for key in ("optimizer", "lr_scheduler") if key in tree and key not in bad]
     found = [_problem_of_arguments(key, json.dumps(tree[key])) for key in sections]
@@ -405,13 +404,13 @@ def _origin_of_first_key(text: str, origins: Origins) -> str | None:
 
 
 def check_optimization_of(config: Config) -> None:
-    """Refuse arguments that optimiser and schedule do not take, also those that they take alone but not together.
+    """Refuse arguments that optimizer and schedule do not take, also those that they take alone but not together.
 
     Raises:
         ConfigError: naming the file or flag that the value came from.
     """
     # here and not above: it brings torch
-    from base.optim.dry_run import check_optimization
+    from base.optim import check_optimization
 
     with origins_named(config):
         check_optimization(config.optimizer, config.lr_scheduler)
@@ -421,7 +420,7 @@ def check_optimization_of(config: Config) -> None:
 def _problem_of_arguments(key: str, section: str) -> str | None:
     """What is wrong with the section of this key, given as JSON, beside the defaults of the other one."""
     # here and not above: it brings torch, which a good config does not need
-    from base.optim.dry_run import check_optimization
+    from base.optim import check_optimization
 
     optimizer, scheduler = OptimizerConfig(), SchedulerConfig()
     if key == "optimizer":

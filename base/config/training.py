@@ -1,4 +1,4 @@
-"""The config's sections on training: optimiser, schedule, and everything about the loop."""
+"""The config's sections on training: optimizer, schedule, and everything about the loop."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -28,7 +28,7 @@ NO_EPSILON = Needs(
 
 
 class OptimizerConfig(Section):
-    """The optimiser; without this section SGD with lr 0.1, momentum 0.9 and weight decay 5e-4."""
+    """The optimizer; without this section SGD with lr 0.1, momentum 0.9 and weight decay 5e-4."""
 
     type: str = "SGD"
     """Name of a class of torch.optim, or module.Class of your own code that is imported."""

@@ -3,17 +3,17 @@
 import hashlib
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from base.base_data_loader import BaseDataLoader
 from base.checkpoint.resume import IMPORTS, WHERE_AND_HOW, digests
-from base.config.config import Config
+from base.config import Config
 from base.config.section import lies_in
-from base.distributed.collectives import gather, leave_the_word_to_the_first
+from base.distributed.collectives import all_gather_object, exit_unless_primary
 from base.distributed.process_group import world_size
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
-from base.run_folder.environment.environment import package_versions, project_version
+from base.rooms import ROOT
+from base.run_folder.environment import package_versions, project_version
 from base.text import one_line
 
 T = TypeVar("T")
@@ -25,7 +25,6 @@ ROUNDED_ALIKE = ("system.device", "system.compile", "system.channels_last", "sys
 """Config keys that change no result but for rounding, which processes of one job share."""
 MAY_DIFFER = tuple(key for key in WHERE_AND_HOW if key not in ROUNDED_ALIKE)
 """Config keys that say where a machine has its files, or what only rank 0 asks for."""
-ROOT = Path(__file__).parents[1]
 LONGEST = 60
 """Characters of a value that is shown."""
 
@@ -46,15 +45,15 @@ def agreed(prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:
         own = dict(facts(prepared))
     except ProjectError as error:
         failure = error
-    told = gather((failure and (failure.exit_code, str(failure)), own))
+    told = all_gather_object((failure and (failure.exit_code, str(failure)), own))
     failures = [(number, failed) for number, (failed, _) in enumerate(told) if failed]
     if failures:
         number, (code, message) = failures[0]
-        leave_the_word_to_the_first(code)
+        exit_unless_primary(code)
         raise failure or _error_of(code)(f"rank {number}: {message}")
     difference = first_difference([facts_of_rank for _, facts_of_rank in told])
     if difference is not None:
-        leave_the_word_to_the_first(difference.exit_code)
+        exit_unless_primary(difference.exit_code)
         raise difference
     return prepared
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from base.distributed.process_group import rank, world_size
+from base.distributed.process_group import is_primary, world_size
 from base.errors import ProjectError
 
 T = TypeVar("T")
@@ -17,7 +17,7 @@ LOOK_EVERY = 0.5
 """Seconds between two looks at signals, where a process waits for others."""
 
 
-def gather(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """The values of all ranks, in their order, on every rank."""
     if world_size() == 1:
         return [value]
@@ -50,7 +50,12 @@ def _finish(work: dist.Work) -> None:
     work.wait()
 
 
-def largest(number: int) -> int:
+def barrier() -> None:
+    """Wait until every process has come to this point."""
+    all_gather_object(None)
+
+
+def all_reduce_max(number: int) -> int:
     """The largest of all ranks' numbers, on every rank."""
     if world_size() == 1:
         return number
@@ -59,13 +64,13 @@ def largest(number: int) -> int:
     return int(tensor)
 
 
-def from_first(function: Callable[[], T]) -> T:
+def from_primary(function: Callable[[], T]) -> T:
     """What `function` returns on rank 0, where alone it is called, on every rank; where it raises a `ProjectError` there, the
     other ranks leave without a word."""
     if world_size() == 1:
         return function()
     failure, value = None, None
-    if rank() == 0:
+    if is_primary():
         try:
             value = function()
         except ProjectError as error:
@@ -73,26 +78,26 @@ def from_first(function: Callable[[], T]) -> T:
     words = _as_bytes((failure and failure.exit_code, value))
     size = torch.tensor([len(words)])
     _finish(dist.broadcast(size, 0, async_op=True))
-    if rank() > 0:
+    if not is_primary():
         words = torch.empty(int(size), dtype=torch.uint8)
     _finish(dist.broadcast(words, 0, async_op=True))
     exit_code, value = _from_bytes(words)
     if exit_code:
-        leave_the_word_to_the_first(exit_code)
+        exit_unless_primary(exit_code)
     if failure is not None:
         raise failure
     return value
 
 
-def leave_the_word_to_the_first(exit_code: int) -> None:
+def exit_unless_primary(exit_code: int) -> None:
     """On every rank but 0: end this process quietly, because rank 0 says why all end, with this exit code (see
     `_wait_for_the_word_of`)."""
-    if rank() > 0:
+    if not is_primary():
         raise SystemExit(exit_code)
 
 
 @torch.no_grad()
-def take_from_first(tensors: Sequence[Tensor]) -> None:
+def broadcast(tensors: Sequence[Tensor]) -> None:
     """Overwrite these tensors, which are of the same shapes on every rank, by those of rank 0, in one message per type."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         of_type = [tensor for tensor in tensors if tensor.dtype == dtype]

@@ -6,15 +6,15 @@ import warnings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from base.distributed.collectives import take_from_first
+from base.distributed.collectives import broadcast
 from base.distributed.process_group import world_size
 
 
-def replicate(model: nn.Module) -> nn.Module:
+def wrap_ddp(model: nn.Module) -> nn.Module:
     """`model` behind DistributedDataParallel, which averages gradients over all processes in every backward pass; with one
     process `model` itself. All copies begin with the weights of rank 0.
 
-    Buffers are not its business (see `equalise`): it would send them before every forward pass, also between the two of TRADES,
+    Buffers are not its business (see `distribute_bn`): it would send them before every forward pass, also between the two of TRADES,
     whose first then has no backward pass any more.
     """
     if world_size() == 1:
@@ -28,23 +28,28 @@ def replicate(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, device_ids=index, **{buffers: False})
 
 
-def equalise(model: nn.Module, *, statistics_only: bool) -> None:
-    """Give every process the buffers of rank 0's copy.
+def distribute_bn(model: nn.Module) -> None:
+    """Give every process the running statistics of rank 0's copy of `model`.
 
-    With `statistics_only` just the running statistics, which come from different images in every
-    process and are therefore sent after every update. All other buffers (ConvNorm's spectrum,
-    singular vectors) are functions of the weights, so that equal copies compute the same; on a GPU
-    up to rounding, and once in an epoch is enough.
+    They come from different images in every process, so they are sent after every update.
     """
-    if world_size() == 1:
-        return
-    tensors = running_statistics(model) if statistics_only else [buffer for buffer in model.buffers() if buffer.numel()]
-    take_from_first(tensors)
+    if world_size() > 1:
+        broadcast(running_statistics(model))
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process all buffers of rank 0's copy of `model`.
+
+    Those that are functions of the weights (ConvNorm's spectrum, singular vectors) are equal on the
+    CPU, and equal up to rounding on a GPU, where once in an epoch is enough.
+    """
+    if world_size() > 1:
+        broadcast([buffer for buffer in model.buffers() if buffer.numel()])
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """What a model's layers take from images without a gradient, such as the means and variances of
-    batch normalisation: the floating-point buffers that a checkpoint holds, except those of layers
+    batch normalization: the floating-point buffers that a checkpoint holds, except those of layers
     whose class has `buffers_follow_weights`."""
     return [
         buffer

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import torch
 
-from base.config.config import Config
+from base.config import Config
 from base.device import choose_device
 from base.distributed.process_group import world_size
 from base.errors import ConfigError

@@ -20,6 +20,11 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def quiet() -> bool | None:
-    """tqdm's `disable`: bars are drawn by rank 0, and by it only on a terminal."""
-    return None if rank() == 0 else True
+def is_primary() -> bool:
+    """Whether this is rank 0, the process that writes files and draws progress bars."""
+    return rank() == 0
+
+
+def hide_progress_bar() -> bool | None:
+    """The argument `disable` of tqdm: rank 0 alone draws bars, and only on a terminal (None)."""
+    return None if is_primary() else True

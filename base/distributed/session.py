@@ -16,7 +16,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from base.distributed.collectives import gather
+from base.distributed.collectives import barrier
 from base.distributed.process_group import started_processes, world_size
 from base.errors import ProjectError
 
@@ -25,7 +25,7 @@ _store: dist.Store | None = None
 
 
 @contextmanager
-def ranks(training: bool = False) -> Iterator[None]:
+def distributed_session(training: bool = False) -> Iterator[None]:
     """Join the other processes that torchrun has started, for as long as the context lasts; inside another such context
     nothing is left to do.
 
@@ -44,7 +44,7 @@ def ranks(training: bool = False) -> Iterator[None]:
     global _store
     rendezvous, number, size = next(dist.rendezvous("env://"))
     _store = _meet(rendezvous, number, size)
-    # the first to finish its share waits for the last, however long that takes; torchrun ends all when a process dies, but for
+    # the first to finish its shard waits for the last, however long that takes; torchrun ends all when a process dies, but for
     # a machine that vanishes without closing its connections they wait until this timeout
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if with_cuda else "gloo",
@@ -64,7 +64,7 @@ def ranks(training: bool = False) -> Iterator[None]:
         if exit_code:  # and the process that has failed has said why
             end_process(exit_code)
         raise ProjectError(f"rank {number}: {_explained(error)}") from error
-    except SystemExit as leaving:  # see `leave_the_word_to_the_first`
+    except SystemExit as leaving:  # see `exit_unless_primary`
         _wait_for_the_word_of(0)
         end_process(int(leaving.code or 0))
     except ProjectError as error:
@@ -75,7 +75,7 @@ def ranks(training: bool = False) -> Iterator[None]:
             _wait_for_the_word_of(speaker)
             end_process(error.exit_code)
         raise
-    gather(None)
+    barrier()
     gc.collect()  # models in reference cycles hold on to the group
     dist.destroy_process_group()
 

@@ -10,11 +10,11 @@ from base.distributed.process_group import rank, world_size
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """The part of a minibatch that this process computes on: every `processes`-th image from number `rank` on.
 
     A minibatch with fewer images than processes is computed as a whole by each of them, so that none has nothing to do (and
-    nothing to bring to the statistics of batch normalisation), and counted by rank 0 only. (Synchronised batch normalisation
+    nothing to bring to the statistics of batch normalization), and counted by rank 0 only. (Synchronized batch normalization
     then sees each image several times, which changes nothing but the n / (n - 1) of its running variance.)
 
     Attributes:
@@ -49,25 +49,25 @@ class Share:
 
     def mean(self, losses: Tensor) -> Tensor:
         """What this process contributes to the minibatch's mean of `losses` `(B,)`: the average over all processes, which
-        DistributedDataParallel takes of its gradients, is the mean over the whole minibatch, however uneven the shares are."""
+        DistributedDataParallel takes of its gradients, is the mean over the whole minibatch, however uneven the shards are."""
         if self.processes == 1 or self.copied:
             return losses.mean()
         return losses.sum() * (self.processes / self.total)
 
 
-def share_of(total: int) -> Share:
-    """This process's share of a minibatch of `total` images."""
-    return Share(total, rank(), world_size())
+def shard_of(total: int) -> Shard:
+    """This process's shard of a minibatch of `total` images."""
+    return Shard(total, rank(), world_size())
 
 
 @dataclass(frozen=True)
-class SharedGenerator:
-    """Draws for a whole minibatch, from the same state in every process, of which each takes its share's part: the number of
+class ShardedGenerator:
+    """Draws for a whole minibatch, from the same state in every process, of which each takes its shard's part: the number of
     processes then changes no draw."""
 
     generator: torch.Generator
-    share: Share
+    shard: Shard
 
     def draw(self, distribution: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
-        """`distribution((B, *shape), generator=...)` of the share's images."""
-        return distribution((self.share.total, *shape), generator=self.generator)[self.share.part]
+        """`distribution((B, *shape), generator=...)` of the shard's images."""
+        return distribution((self.shard.total, *shape), generator=self.generator)[self.shard.part]

@@ -1,25 +1,25 @@
-"""Batch normalisation over the images of all processes that train together."""
+"""Batch normalization over the images of all processes that train together."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def synchronise(model: nn.Module) -> nn.Module:
-    """`model` with batch normalisation by the statistics of the whole minibatch, all processes' shares together, ConvNorm's
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """`model` with batch normalization by the statistics of the whole minibatch, all processes' shards together, ConvNorm's
     inner ones included. Weights, statistics and their names stay.
 
-    On CUDA it is torch's own `SyncBatchNorm`, which exists for no other device; elsewhere `SynchronisedBatchNorm2d`.
+    On CUDA it is torch's own `SyncBatchNorm`, which exists for no other device; elsewhere `SynchronizedBatchNorm2d`.
     """
     if any(parameter.is_cuda for parameter in model.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = SynchronisedBatchNorm2d
+            module.__class__ = SynchronizedBatchNorm2d
     return model
 
 
-class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose mean and variance, in training, are those of the `(B, H, W)` of every process.
 
     `y = (x - mean) / sqrt(var + eps) * weight + bias` with the biased variance; the running variance follows the unbiased one.
@@ -37,11 +37,11 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
         sums = _SumOverProcesses.apply(torch.cat([values.sum(dim=(0, 2, 3)), count]))
         total = sums[-1].detach()
         mean = sums[:-1] / total
-        centred = values - mean.reshape(1, -1, 1, 1)
-        variance = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / total
+        centered = values - mean.reshape(1, -1, 1, 1)
+        variance = _SumOverProcesses.apply(centered.square().sum(dim=(0, 2, 3))) / total
         if self.track_running_stats:
             self._follow(mean.detach(), variance.detach() * total / (total - 1))
-        output = centred * (variance + self.eps).rsqrt().reshape(1, -1, 1, 1)
+        output = centered * (variance + self.eps).rsqrt().reshape(1, -1, 1, 1)
         if self.affine:
             output = output * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)
         return output.to(input.dtype)

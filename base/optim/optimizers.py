@@ -47,7 +47,7 @@ def _culprit(args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any], 
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """The optimiser of `model`. Parameters that a layer's class names in `no_weight_decay` are exempt from it: the
+    """The optimizer of `model`. Parameters that a layer's class names in `no_weight_decay` are exempt from it: the
     thresholds of shifted ReLUs, as in ConvNorm. The update is one fused kernel where torch has it, unless the config says
     anything about `fused` or `foreach`."""
     cls = _usable(OPTIMIZERS, config.type, "optimizer.type", Optimizer)
@@ -85,7 +85,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def _can_fuse(cls: Callable[..., Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether fused updates are left to us, and torch has a kernel for them: tried on one number, as it depends on optimiser,
+    """Whether fused updates are left to us, and torch has a kernel for them: tried on one number, as it depends on optimizer,
     arguments, device and version."""
     if "fused" not in inspect.signature(cls).parameters or {"fused", "foreach"} & set(args) or device.type not in FUSED_ON:
         return False

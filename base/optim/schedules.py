@@ -122,7 +122,7 @@ class Schedule:
                 self.scheduler.step(log[self.monitor])
         elif self.scheduler is not None and not self.steps_by_batch:
             with warnings.catch_warnings():
-                # torch misses an optimiser step where the epoch's last one was taken by the process that this one continues
+                # torch misses an optimizer step where the epoch's last one was taken by the process that this one continues
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
                 self.scheduler.step()
 
@@ -131,7 +131,7 @@ class Schedule:
         return {} if self.scheduler is None else self.scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state. The optimiser's own state holds the learning rates.
+        """Continue from a saved state. The optimizer's own state holds the learning rates.
 
         Lengths and the plateau's mode are part of the state: a run goes on as it began, whatever the defaults are by now.
         """

@@ -1,4 +1,4 @@
-"""Arguments of torch's optimisers and schedules, held against their signatures: names, types, ranges.
+"""Arguments of torch's optimizers and schedules, held against their signatures: names, types, ranges.
 
 torch itself refuses some wrong values in its own words, takes others in silence (a negative `gamma`, an `eta_min` below 0, a
 `step_size` of -1, numbers for truth values), and stumbles over the rest while it trains.

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from base.checkpoint.resume import config_hash
-from base.config.config import Config
-from base.distributed.process_group import world_size
+from base.config import Config
+from base.distributed import world_size
+from base.rooms import ROOT
 from base.run_folder.folder import _read_object, job, write_json
 from base.secrets import command_without_key
 
@@ -83,7 +84,7 @@ def project_version() -> str | None:
     is known."""
     try:
         project = tomllib.loads(
-            (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+            (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         )["project"]
         if project["name"] == PROJECT:
             return project["version"]
@@ -116,7 +117,7 @@ def _git(*arguments: str) -> str | None:
     try:
         result = subprocess.run(  # noqa: S603 - fixed program and arguments
             ["git", *arguments],  # noqa: S607
-            cwd=Path(__file__).parent,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=10,

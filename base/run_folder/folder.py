@@ -15,7 +15,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from base.atomic import replacing, sweep
-from base.checkpoint.checkpoint import has_checkpoint
+from base.checkpoint import has_checkpoint
 from base.errors import CheckpointError, ConfigError
 from base.output import as_json
 from base.run_folder.locks import locked

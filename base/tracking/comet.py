@@ -9,7 +9,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from base.config.config import CometConfig, Config
+from base.config import Config
+from base.config.config import CometConfig
 from base.tracking.tracker import EpochLog, Tracker
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from base.config.config import Config
+from base.config import Config
 from base.tracking.comet import Comet
 from base.tracking.tracker import EpochLog, RunLog, TensorBoard, Tracker
 

@@ -8,12 +8,12 @@ from base.registry import with_properties
 
 @with_properties(batch_statistics=True)
 def batch_norm(channels: int, affine: bool = True) -> nn.BatchNorm2d:
-    """Batch normalisation over (B, H, W)."""
+    """Batch normalization over (B, H, W)."""
     return nn.BatchNorm2d(channels, affine=affine)
 
 
 def group_norm(channels: int, affine: bool = True, norm_groups: Positive = 32) -> nn.GroupNorm:
-    """Group normalisation (arXiv:1803.08494).
+    """Group normalization (arXiv:1803.08494).
 
     Args:
         channels: the number of channels.
@@ -25,11 +25,11 @@ def group_norm(channels: int, affine: bool = True, norm_groups: Positive = 32) -
 
 
 def instance_norm(channels: int, affine: bool = True) -> nn.InstanceNorm2d:
-    """Instance normalisation over (H, W), without running statistics."""
+    """Instance normalization over (H, W), without running statistics."""
     return nn.InstanceNorm2d(channels, affine=affine)
 
 
 @with_properties(normalizes=False)
 def no_norm(channels: int, affine: bool = True) -> nn.Identity:
-    """The identity, for convolutions that normalise themselves; every argument is ignored."""
+    """The identity, for convolutions that normalize themselves; every argument is ignored."""
     return nn.Identity()

@@ -21,7 +21,7 @@ Rule = Literal["paper", "original"]
 def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper") -> Tensor:
     """Approximately orthonormal rows, or columns where the rows are more, by Newton's iteration.
 
-    With `Z` centred along its rows, `S = Z Z^T + 1e-5 I`, `s = |S|_F`, `B_0 = I` and `B <- 1.5 B - 0.5 B^3 S / s`, the result
+    With `Z` centered along its rows, `S = Z Z^T + 1e-5 I`, `s = |S|_F`, `B_0 = I` and `B <- 1.5 B - 0.5 B^3 S / s`, the result
     is `B Z / sqrt(s)`, which tends to the polar factor `(Z Z^T)^(-1/2) Z`. A matrix with more rows than columns is treated by
     its columns, `Z B / sqrt(s)` with `S = Z^T Z + 1e-5 I`. The number of iterations bounds how far small singular values rise.
 
@@ -40,8 +40,8 @@ def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper"
     """
     rows, columns = matrices.shape[-2:]
     # a single column minus its mean would be zero
-    centred = matrices - matrices.mean(dim=-1, keepdim=True) if columns > 1 else matrices
-    wide = centred if rows <= columns else centred.mT
+    centered = matrices - matrices.mean(dim=-1, keepdim=True) if columns > 1 else matrices
+    wide = centered if rows <= columns else centered.mT
     identity = torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device)
     gram = torch.bmm(wide, wide.mT) + EPSILON * identity
     norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True)

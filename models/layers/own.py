@@ -46,19 +46,19 @@ class _InverseSquareRoot(torch.autograd.Function):
 
 
 def whiten_rows(matrices: Tensor) -> Tensor:
-    """Orthonormal rows `(Z Z^T)^(-1/2) Z`, of Z centred along its rows; `(groups, rows, columns)` -> the same shape.
+    """Orthonormal rows `(Z Z^T)^(-1/2) Z`, of Z centered along its rows; `(groups, rows, columns)` -> the same shape.
 
     Of all matrices with orthonormal rows it is the nearest to Z. Directions in which Z has rank less than `rows` stay zero.
     """
     # a single column minus its mean would be zero
-    centred = matrices - matrices.mean(dim=-1, keepdim=True) if matrices.shape[-1] > 1 else matrices
-    return _InverseSquareRoot.apply(torch.bmm(centred, centred.mT)) @ centred
+    centered = matrices - matrices.mean(dim=-1, keepdim=True) if matrices.shape[-1] > 1 else matrices
+    return _InverseSquareRoot.apply(torch.bmm(centered, centered.mT)) @ centered
 
 
 class OWNConv2d(nn.Conv2d):
     """Convolution with the weight `WNScale * whiten_rows(weight)`, in groups of output channels.
 
-    The weight is a `(C_out, C_in / groups * k_h * k_w)` matrix, of which `C_out / norm_groups` neighbouring rows at a time are
+    The weight is a `(C_out, C_in / groups * k_h * k_w)` matrix, of which `C_out / norm_groups` neighboring rows at a time are
     made orthonormal. Training and eval do the same.
 
     State: `weight`, `bias`, `WNScale` `(C_out, 1, 1, 1)`, a buffer.

@@ -1,4 +1,4 @@
-"""Spectral normalisation: convolutions divided by the largest singular value of their weight matrix.
+"""Spectral normalization: convolutions divided by the largest singular value of their weight matrix.
 
 Takeru Miyato, Toshiki Kataoka, Masanori Koyama, Yuichi Yoshida: "Spectral Normalization for Generative Adversarial Networks",
 ICLR 2018, arXiv:1802.05957, algorithm 1.
@@ -65,7 +65,7 @@ class SpectralNormConv2d(nn.Conv2d):
             self._iterate(self.weight.detach().flatten(1))
 
     def forward(self, input: Tensor) -> Tensor:
-        """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, as `nn.Conv2d` with the normalised weight."""
+        """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, as `nn.Conv2d` with the normalized weight."""
         return self._conv_forward(input, self.normalized_weight(), self.bias)
 
     def normalized_weight(self) -> Tensor:

@@ -30,7 +30,7 @@ CASES = [(name, norm) for name in ATTACKS for norm in EPSILON]
 
 
 class InPlace(nn.Module):
-    """Normalises its input in place before a network."""
+    """Normalizes its input in place before a network."""
 
     def __init__(self, network):
         super().__init__()
@@ -223,7 +223,7 @@ def test_labels_that_are_no_classes_are_refused_in_the_same_words(name, wrong):
         (
             torch.full((2, 1, 4, 4), 17.0),
             torch.zeros(2).long(),
-            "found 17 to 17; models normalise inside",
+            "found 17 to 17; models normalize inside",
         ),
         (torch.full((2, 1, 4, 4), float("nan")), torch.zeros(2).long(), "found nan to nan"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2), "labels: expected integers, not torch.float32"),

@@ -38,7 +38,7 @@ def make_images(n, seed):
 
 @pytest.fixture(scope="module")
 def model():
-    """A small network that has learnt the classes, against weak attacks, so that epsilon matters."""
+    """A small network that has learned the classes, against weak attacks, so that epsilon matters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(

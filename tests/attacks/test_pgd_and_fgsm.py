@@ -28,7 +28,7 @@ class Linear(nn.Module):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A small network that has learnt to tell bright corners, and 200 images of them."""
+    """A small network that has learned to tell bright corners, and 200 images of them."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(4, (200,), generator=generator)
     images = torch.rand(200, 3, 32, 32, generator=generator) * 0.6 + 0.2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import models.layers  # noqa: F401 - fills the layer tables
-from base.ema import WeightAverage
+from base.ema import ModelEma
 from models import build_model
 from models.layers.conv_norm.kernel_energy import inverse_root_energy
 
@@ -25,7 +25,7 @@ def train(model, average, steps):
 
 def test_weights_and_running_statistics_follow_the_recursion():
     model = build("conv", "bn")
-    average = WeightAverage(model, 0.6)
+    average = ModelEma(model, 0.6)
     names = ("features.0.weight", "features.1.running_mean", "features.1.running_var", "classifier.bias")
     expected = {name: model.state_dict()[name].clone() for name in names}
     for step in range(1, 9):
@@ -43,7 +43,7 @@ def test_weights_and_running_statistics_follow_the_recursion():
 
 def test_conv_norms_spectrum_is_that_of_the_averaged_kernels():
     model = build("prec_conv", "no")
-    average = WeightAverage(model, 0.5)
+    average = ModelEma(model, 0.5)
     train(model, average, 3)
     averaged = average.model
     layer = averaged.features[0]
@@ -60,7 +60,7 @@ def test_conv_norms_spectrum_is_that_of_the_averaged_kernels():
 
 def test_spectral_norm_of_the_averaged_weights_is_one():
     model = build("sn_conv", "bn")
-    average = WeightAverage(model, 0.5)
+    average = ModelEma(model, 0.5)
     train(model, average, 3)
     weight = average.model.features[3].normalized_weight()
     assert float(torch.linalg.matrix_norm(weight.flatten(1), 2)) == pytest.approx(1, abs=0.02)
@@ -68,10 +68,10 @@ def test_spectral_norm_of_the_averaged_weights_is_one():
 
 def test_a_saved_average_goes_on_as_if_it_had_not_stopped():
     model = build("prec_conv", "no")
-    average = WeightAverage(model, 0.9)
+    average = ModelEma(model, 0.9)
     train(model, average, 2)
     saved, updates = {name: value.clone() for name, value in average.model.state_dict().items()}, average.updates
-    other = WeightAverage(model, 0.9)
+    other = ModelEma(model, 0.9)
     other.load_state_dict(saved, updates)
     train(model, average, 1)
     other.update()

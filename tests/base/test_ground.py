@@ -15,35 +15,36 @@ import torch
 import models.layers  # noqa: F401 - fills the layer tables
 from base.base_model import BaseModel
 from base.command_line import SHORT_FLAGS, config_overrides, config_parser, run_script, select_device
+from base.config import validate
 from base.config.config import CometConfig
-from base.config.files import annotation_at, override, validate
+from base.config.files import annotation_at, override
 from base.config.strict_json import parse_json
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
-from base.meters import BatchResult, Totals
+from base.meters import BatchResult, Meters
 from base.registry import lookup
-from base.run_folder.environment.environment import record_environment
+from base.run_folder.environment import record_environment
 from base.run_folder.folder import begun_by_this_job, new_run_folder, write_json
 from base.secrets import command_without_key
 from base.seeding import torch_generator
 from base.tracking.start import start_trackers
 from base.tracking.tracker import RunLog, Tracker, tell
-from base.train_state import Progress
+from base.train_state import TrainState
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 
 
 def test_totals_are_sums_over_samples_not_means_of_means():
-    totals = Totals()
+    totals = Meters()
     values = torch.rand(7, generator=torch_generator(0, "test"))
     for part in values.split([4, 2, 1]):
         totals.add(BatchResult({"loss": part.sum()}, len(part)))
     assert totals.means()["loss"] == pytest.approx(float(values.double().mean()), rel=1e-7)
     mean_of_means = sum(float(part.mean()) for part in values.split([4, 2, 1])) / 3
     assert totals.means()["loss"] != pytest.approx(mean_of_means, rel=1e-3), "the test can tell the two apart"
-    resumed = Totals()
+    resumed = Meters()
     resumed.load_state_dict(totals.state_dict(), torch.device("cpu"))
     assert resumed.means() == totals.means()
-    assert Totals().means() == {}
+    assert Meters().means() == {}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_totals_are_sums_over_samples_not_means_of_means():
     ],
 )
 def test_progress_knows_its_best_epoch(monitor, values, best_epoch, without):
-    progress = Progress(batches_done=5)
+    progress = TrainState(batches_done=5)
     for value in values:
         progress.finish_epoch({"val_top1": value, "val_loss": value}, monitor)
     assert (progress.best_epoch, progress.epochs_without_improvement) == (best_epoch, without)
@@ -66,7 +67,7 @@ def test_progress_knows_its_best_epoch(monitor, values, best_epoch, without):
 @pytest.mark.parametrize("monitor", ["off", "max val_top1", "min val_loss"])
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_an_epoch_that_has_diverged_is_never_the_best(monitor, bad):
-    progress = Progress()
+    progress = TrainState()
     assert not progress.finish_epoch({"val_top1": 0.9, "val_loss": 0.1, "loss": bad}, monitor)
     assert (progress.best_epoch, progress.best_value) == (None, None)
     assert progress.finish_epoch({"val_top1": 0.2, "val_loss": 3.0, "loss": 1.0}, monitor)
@@ -91,7 +92,7 @@ def test_lookup_lists_what_is_known():
         lookup({"a": 1}, ["a"], "key")
 
 
-def test_model_normalises_pixels_with_buffers_outside_its_state():
+def test_model_normalizes_pixels_with_buffers_outside_its_state():
     class Identity(BaseModel):
         def forward_normalized(self, inputs):
             return inputs
@@ -246,7 +247,7 @@ def test_short_flags_and_settings_become_overrides():
 @pytest.mark.parametrize("key", [key for _, key, _ in SHORT_FLAGS])
 def test_every_short_flag_names_a_config_key(key):
     section, _, name = key.rpartition(".")
-    if section == "optimizer.args":  # the optimiser's own signature decides
+    if section == "optimizer.args":  # the optimizer's own signature decides
         return
     assert annotation_at(key.split(".")) is not None, name
 

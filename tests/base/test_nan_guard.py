@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import base.nan_guard as finite_module
 from base.errors import NonFiniteError
-from base.nan_guard import FiniteCheck
-from base.train_state import Progress
+from base.nan_guard import NanGuard
+from base.train_state import TrainState
 
 ROOT = Path(__file__).parents[2]
 FUSED = [
@@ -39,23 +39,23 @@ class Reads(TorchDispatchMode):
 
 
 class Run:
-    """A layer, its optimiser and a check, trained on one input at a time; `added` goes to the loss, not to its gradient."""
+    """A layer, its optimizer and a check, trained on one input at a time; `added` goes to the loss, not to its gradient."""
 
     def __init__(self, folder, cls=torch.optim.SGD, deferred=True, **args):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         self.optimizer = cls(self.model.parameters(), **{"lr": 0.1, "fused": True, **args})
-        self.check = FiniteCheck(self.optimizer, folder)
+        self.check = NanGuard(self.optimizer, folder)
         self.check.deferred_on = ("cpu",) if deferred else ()
-        self.progress = Progress(epochs_done=3)
+        self.state = TrainState(epochs_done=3)
 
     def update(self, value, added=0.0):
         self.optimizer.zero_grad()
         loss = self.model(torch.tensor([[value, 1.0]])).square().sum() + added
         loss.backward(1 + 0 * loss.detach())  # as in BaseTrainer.update
-        self.check.look(self.model, loss, self.progress)
+        self.check.look(self.model, loss, self.state)
         self.optimizer.step()
-        self.progress.batches_done += 1
+        self.state.batches_done += 1
 
     def state(self):
         return deepcopy([list(self.model.parameters()), list(self.optimizer.state.values())])

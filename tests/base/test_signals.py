@@ -11,8 +11,8 @@ import sys, time
 import torch
 import base.signals
 from base.command_line import run_script
-from base.ranks import gather, rank, ranks
-from base.distributed.ddp import replicate
+from base.ranks import all_gather_object, rank, distributed_session
+from base.distributed.ddp import wrap_ddp
 from base.signals import StopSignals
 
 base.signals.PATIENCE = 1.0
@@ -22,8 +22,8 @@ def wait_in(place):
         if rank() == 1:
             time.sleep(1000)
         print("waiting", flush=True)
-        gather("verdicts")
-    model = replicate(torch.nn.Linear(3, 2))
+        all_gather_object("verdicts")
+    model = wrap_ddp(torch.nn.Linear(3, 2))
     with StopSignals().caught():
         loss = model(torch.ones(5, 3)).sum()
         if rank() == 1:
@@ -32,7 +32,7 @@ def wait_in(place):
         loss.backward()
 
 def main():
-    with ranks(training=True):
+    with distributed_session(training=True):
         wait_in(sys.argv[1])
 
 run_script(main)

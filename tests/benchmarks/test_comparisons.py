@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.config.files import load_config
+from base.config import load_config
 from base.device import choose_precision
 from base.errors import ConfigError
 from benchmarks import attack_libraries, growth, memory, studies_hours

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from base.distributed.shard import Share
+from base.distributed import Shard
 from data_loader import augment
 
 
@@ -120,5 +120,5 @@ def test_shares_of_a_minibatch_look_as_in_the_whole():
     ):
         whole = augmented(images, None)
         assert not torch.equal(whole, images)
-        for share in (Share(7, 0, 2), Share(7, 1, 2), Share(7, 2, 9)):
+        for share in (Shard(7, 0, 2), Shard(7, 1, 2), Shard(7, 2, 9)):
             assert torch.equal(augmented(images[share.part], share), whole[share.part])

@@ -107,7 +107,7 @@ def test_resizing_equals_torchvision(tmp_path, size):
     assert torch.equal(decode_image(str(path), (3, 16, 16), resize=True), expected)
 
 
-def test_grey_and_transparent_images_become_rgb(tmp_path):
+def test_gray_and_transparent_images_become_rgb(tmp_path):
     for mode in ("L", "RGBA", "1", "CMYK"):
         path = tmp_path / f"{mode}.tif"
         Image.new(mode, (4, 4)).save(path)

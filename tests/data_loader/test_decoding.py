@@ -69,10 +69,10 @@ def test_every_mode_has_the_right_pixels_or_is_refused(tmp_path):
                     decode_image(str(path), shape, resize=False)
                 assert "\n" not in str(caught.value)
                 continue
-            colour = torch.tensor(expected, dtype=torch.uint8).reshape(3, 1, 1).expand(shape)
+            color = torch.tensor(expected, dtype=torch.uint8).reshape(3, 1, 1).expand(shape)
             found = decode_image(str(path), shape, resize=False)
             tolerance = 1 if mode in ("YCbCr", "LAB") else 0
-            difference = (found.int() - colour.int()).abs().max()
+            difference = (found.int() - color.int()).abs().max()
             assert found.dtype == torch.uint8
             assert difference <= tolerance, (
                 f"{mode} in .{suffix}: {found[:, 0, 0].tolist()}, expected {expected}"
@@ -118,7 +118,7 @@ def test_12_bits_of_a_tiff_go_up_to_4095(tmp_path):
     assert decode_image(str(path), (3, 1, 4), resize=False)[1].tolist() == [[0, 255, 128, 6]]
 
 
-def test_transparent_colours_of_a_palette_are_shown_without_a_warning(tmp_path):
+def test_transparent_colors_of_a_palette_are_shown_without_a_warning(tmp_path):
     image = Image.fromarray(np.array([[0, 1, 2], [2, 1, 0]], dtype=np.uint8), mode="P")
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     image.save(tmp_path / "palette.png", transparency=b"\x00\x80\xff")
@@ -127,15 +127,15 @@ def test_transparent_colours_of_a_palette_are_shown_without_a_warning(tmp_path):
 
 
 def test_alpha_is_dropped_and_exif_orientation_is_not_applied(tmp_path):
-    colours = np.random.default_rng(0).integers(0, 256, (4, 6, 4), dtype=np.uint8)
-    colours[..., 3] = np.arange(24).reshape(4, 6) % 2 * 255
+    colors = np.random.default_rng(0).integers(0, 256, (4, 6, 4), dtype=np.uint8)
+    colors[..., 3] = np.arange(24).reshape(4, 6) % 2 * 255
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    Image.fromarray(colours).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(colors).save(tmp_path / "turned.png", exif=exif)
     with Image.open(tmp_path / "turned.png") as image:
         assert image.getexif()[0x0112] == 6
     found = decode_image(str(tmp_path / "turned.png"), (3, 4, 6), resize=False)
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), colours[..., :3])
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), colors[..., :3])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "LAB"])

@@ -104,13 +104,13 @@ def test_a_subset_holds_the_images_asked_for_in_that_order(session_folder):
 
 
 def test_a_folder_of_gray_images_has_one_channel_where_asked(session_folder):
-    gray, colour = (folder_loader(session_folder, channels=channels, crop_padding=0) for channels in (1, 3))
+    gray, color = (folder_loader(session_folder, channels=channels, crop_padding=0) for channels in (1, 3))
     assert gray.image_shape == (1, 8, 8)
     assert len(gray.mean) == len(gray.test_loader().std) == 1
     luma = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
-    images, expected = (next(iter(loader.test_loader()))[0] for loader in (gray, colour))
+    images, expected = (next(iter(loader.test_loader()))[0] for loader in (gray, color))
     assert torch.allclose(images[:, 0], (expected * luma).sum(dim=1), atol=1 / 255)
-    assert gray.image_digest() != colour.image_digest()
+    assert gray.image_digest() != color.image_digest()
     assert collect(gray)[0][0].shape == (16, 1, 8, 8)
 
 
@@ -425,7 +425,7 @@ def test_labels_follow_their_images():
 
 
 def repaint(file):
-    """Another colour in one corner, in a file that is as long as before where nothing is compressed."""
+    """Another color in one corner, in a file that is as long as before where nothing is compressed."""
     image = Image.open(file)
     image.putpixel((0, 0), tuple(255 - value for value in image.getpixel((0, 0))))
     image.save(file)

@@ -8,7 +8,7 @@ import torch
 
 from base.base_data_loader import BaseDataLoader, Subset
 from base.errors import ConfigError, DataError
-from data_loader import DigitsDataLoader, LabelledImages, LabelNoise, MemoryImages, TrainingDataLoader
+from data_loader import DigitsDataLoader, LabeledImages, LabelNoise, MemoryImages, TrainingDataLoader
 from data_loader.contract import check_labels
 from data_loader.own_images import build_loader, check_first_batch
 
@@ -266,12 +266,12 @@ def test_what_is_read_is_looked_at():
         (pixels, labels[1:], r"Own: labels: 1437 of them for 1438 images"),
         (pixels, labels - 1, r"labels: -1 is not in \[0, 10\)"),
     ]:
-        pieces = LabelledImages(MemoryImages(images), classes, names)
+        pieces = LabeledImages(MemoryImages(images), classes, names)
         with pytest.raises(DataError, match=message):
             build_loader("Own", Own, PLAIN)
     pieces = digits
     loader = build_loader("Own", Own, PLAIN)
-    pieces = LabelledImages(MemoryImages(pixels[:, :1]), labels, names)
+    pieces = LabeledImages(MemoryImages(pixels[:, :1]), labels, names)
     with pytest.raises(DataError, match=r"of \(1, 32, 32\), but those that are trained on have \(3, 32, 32\)"):
         loader.test_loader()
     with pytest.raises(ConfigError, match=r"^data_loader\.args\.std: 3 values, but the images have 1 channels$"):
@@ -297,7 +297,7 @@ def test_other_makers_are_refused():
 def test_read_that_returns_a_tensor_for_images_is_one_line():
     class Bare(TrainingDataLoader):
         def read(self, train):
-            return LabelledImages(torch.zeros(4, 1, 2, 2), np.array([0, 1, 0, 1]), ("a", "b"))
+            return LabeledImages(torch.zeros(4, 1, 2, 2), np.array([0, 1, 0, 1]), ("a", "b"))
 
     with pytest.raises(DataError, match="read: images: Tensor; expected MemoryImages or FileImages"):
         Bare(batch_size=2)

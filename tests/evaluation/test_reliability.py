@@ -40,7 +40,7 @@ class Wrapped(nn.Module):
 
 
 class StuckInTraining(nn.Module):
-    """Normalises by the statistics of the batch, whatever mode it is told."""
+    """Normalizes by the statistics of the batch, whatever mode it is told."""
 
     def __init__(self, network):
         super().__init__()

@@ -157,7 +157,7 @@ def test_a_success_that_full_precision_confirms_in_part_is_kept():
     """bf16 believes that the label has left the top five; float32 says that it is merely not the first."""
 
     class Coarse(nn.Module):
-        """Grey is class 0; of lighter images, float32 puts it second and bf16 last."""
+        """Gray is class 0; of lighter images, float32 puts it second and bf16 last."""
 
         def forward(self, images):
             logits = torch.arange(10.0, 0.0, -1.0).repeat(len(images), 1)
@@ -174,8 +174,8 @@ def test_a_success_that_full_precision_confirms_in_part_is_kept():
             return images + 0.01 if torch.is_autocast_enabled("cpu") else images
 
     given = {"positions": torch.arange(4), "seed": 0, "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
-    grey, labels = torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64)
-    verdicts, _ = attack_batch(Coarse(), grey, labels, Once(0.1), **given)
+    gray, labels = torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64)
+    verdicts, _ = attack_batch(Coarse(), gray, labels, Once(0.1), **given)
     assert verdicts.clean_top1.all()
     assert not verdicts.robust_top1.any()
     assert verdicts.robust_top5.all()

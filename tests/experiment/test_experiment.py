@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from base.base_trainer import BaseTrainer
-from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
 from base.checkpoint.resume import config_hash
-from base.config.files import merge, validate
+from base.config import validate
+from base.config.files import merge
 from base.errors import CheckpointError, ConfigError, DataError, Stopped
-from base.run_folder.environment.environment import project_version
+from base.run_folder.environment import project_version
 from experiment.experiment import Experiment
 from tiny_runs import config_of, difference, interrupt, run, write_images
 
@@ -154,7 +155,7 @@ def test_a_signal_ends_validation_at_once_and_loses_nothing(tmp_path, monkeypatc
 
     def interrupted(self):
         values = validate(self)
-        if self.progress.epochs_done == 1:
+        if self.state.epochs_done == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("validation went on")
         return values
@@ -181,7 +182,7 @@ def test_what_asks_for_validation_gets_images_for_it(tmp_path, caplog):
 
 def test_processes_of_torchrun_must_have_met(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"torchrun: the processes have not met: train inside `with base.distributed.session.ranks"):
+    with pytest.raises(ConfigError, match=r"torchrun: the processes have not met: train inside `with base.distributed.distributed_session"):
         Experiment.from_config(config_of())
 
 

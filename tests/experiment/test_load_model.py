@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
 from base.errors import CheckpointError
 from experiment import Experiment, load_model
 from models import build_model

@@ -10,9 +10,9 @@ import torch
 
 import tiny_runs
 from base.base_data_loader import BaseDataLoader
-from base.checkpoint.checkpoint import load_checkpoint
-from base.config.files import validate
-from data_loader import DATA_LOADERS, LabelledImages, MemoryImages, TrainingDataLoader
+from base.checkpoint import load_checkpoint
+from base.config import validate
+from data_loader import DATA_LOADERS, LabeledImages, MemoryImages, TrainingDataLoader
 from experiment.experiment import Experiment
 from models import build_model
 from tiny_runs import difference, script
@@ -55,7 +55,7 @@ class Read(TrainingDataLoader):
 
     def read(self, train):
         pixels, labels = stripes(train, self.channels)
-        return LabelledImages(MemoryImages((255 * pixels).round().byte()), labels, CLASSES)
+        return LabeledImages(MemoryImages((255 * pixels).round().byte()), labels, CLASSES)
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_own_data_trains_and_goes_on_bit_for_bit(tmp_path, monkeypatch, loader, 
     assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / "parts" / "model_last.pth") == []
 
 
-def test_own_data_is_learnt_attacked_drawn_and_measured(tmp_path):
+def test_own_data_is_learned_attacked_drawn_and_measured(tmp_path):
     sections = {"trainer": {"epochs": 6}, "augmentation": {"crop_padding": 1, "flip": False}}
     assert tiny_runs.run(tmp_path / "run", config_of(**sections))["test_top1"] > 0.9
     flags = ("-s", tmp_path / "run" / "model_last.pth", "--limit", 9)
@@ -129,11 +129,11 @@ def test_foreign_weights_of_one_channel_are_examined(tmp_path):
     words = ["-s", file, "-c", tmp_path / "config.json", "--json", tmp_path / "report.json"]
     done = script("class_report.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "normalising by those of the training images" in done.stdout
+    assert "normalizing by those of the training images" in done.stdout
     mean = json.loads((tmp_path / "report.json").read_text())["normalization"]["mean"]
     assert mean == pytest.approx([float(stripes(True, 1)[0].mean())], abs=1e-6)
-    colour = config_of(channels=3).dump()
-    (tmp_path / "config.json").write_text(json.dumps(colour))
+    color = config_of(channels=3).dump()
+    (tmp_path / "config.json").write_text(json.dumps(color))
     done = script("class_report.py", *words, cwd=tmp_path)
     assert done.returncode == 3
     assert re.fullmatch(r".*weights\.pth: does not fit SimpleCNN: size mismatch for features\.0\.weight.*\n", done.stderr)

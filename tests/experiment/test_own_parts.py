@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from base.base_model import BaseModel
-from base.config.files import load_config, validate
+from base.config import load_config, validate
 from base.config.json_schema import readme_with_choices, reference, schema
 from base.errors import ConfigError
 from base.registry import DATA_LOADERS, LOSSES, METRICS, MODELS, NORM_LAYERS

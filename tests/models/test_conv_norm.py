@@ -128,12 +128,12 @@ def test_agrees_with_dense_operators_in_value_and_gradient(name):
     np.testing.assert_allclose((inputs.grad.numpy() * change).sum(), (cotangent.numpy() * along).sum(), rtol=1e-9)
 
 
-@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+@pytest.mark.parametrize("mode", ["circular", "reflect", "wrap_ddp"])
 def test_other_padding_modes_pad_the_input_first(mode):
     torch.manual_seed(0)
     layer = ConvNorm2d(3, 4, (3, 2), padding=(1, 2), padding_mode=mode, affine=False, bn=False).double()
     x = np.random.default_rng(0).standard_normal((2, 3, 6, 5))
-    numpy_mode = {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}[mode]
+    numpy_mode = {"circular": "wrap", "reflect": "reflect", "wrap_ddp": "edge"}[mode]
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (2, 2)), mode=numpy_mode)
     weight = layer.weight.detach().numpy()
     _, size = dense_filter(padded, weight, None, 1.0)

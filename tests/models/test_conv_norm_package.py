@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from base.ema import WeightAverage
+from base.ema import ModelEma
 from benchmarks.original_conv_norm import OriginalConvNorm, in_the_original_way
 from evaluation.layer_trace import linear_calls
 from evaluation.spectral_norm import measure
@@ -110,7 +110,7 @@ def test_layers_of_an_installed_package_are_known_by_what_they_offer(installed):
         found = [
             (call.name, call.input_shape, call.batch_norm_scale, measure(call)) for call in calls
         ]
-        averaged = WeightAverage(network, 0.9).model.modules()
+        averaged = ModelEma(network, 0.9).model.modules()
         spectra = [module.running_V.numel() for module in averaged if hasattr(module, "running_V")]
         swapped = in_the_original_way(deepcopy(network)).modules()
         swaps = sum(isinstance(module, OriginalConvNorm) for module in swapped)

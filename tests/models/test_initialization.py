@@ -27,7 +27,7 @@ def test_he_gives_plain_convolutions_the_variance_two_by_fan_out():
     assert torch.equal(model.bn1.weight, torch.ones(128))
 
 
-def test_he_leaves_layers_alone_that_normalise_their_kernels():
+def test_he_leaves_layers_alone_that_normalize_their_kernels():
     for conv in ("prec_conv", "oni_conv", "own_conv", "sn_conv"):
         default, he = (build(WIDE, conv_layer_type=conv, init=init).state_dict() for init in ("default", "he"))
         changed = {key for key in default if not torch.equal(default[key], he[key])}

@@ -145,14 +145,14 @@ def test_onis_rule_reaches_the_layers():
     assert sum(layer.out_channels > layer.weight[0].numel() for layer in convolutions) == 4
 
 
-def test_models_normalise_pixels_themselves():
+def test_models_normalize_pixels_themselves():
     torch.manual_seed(0)
     model = build_model({"type": "simpleCNN"}, MEAN, STD).eval()
     plain = build_model({"type": "simpleCNN"}).eval()
     plain.load_state_dict(model.state_dict())  # mean and std are no part of it
     pixels = torch.rand(2, 3, 32, 32)
-    normalised = torch.stack([(pixels[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
-    torch.testing.assert_close(model(pixels), plain(normalised))
+    normalized = torch.stack([(pixels[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
+    torch.testing.assert_close(model(pixels), plain(normalized))
 
 
 def test_norm_layers():

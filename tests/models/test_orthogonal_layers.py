@@ -20,7 +20,7 @@ def golden(name):
     return torch.from_numpy(GOLDEN[name])
 
 
-def centred(weight, groups):
+def centered(weight, groups):
     rows = weight.detach().double().numpy().reshape(groups, weight.shape[0] // groups, -1)
     return rows - rows.mean(-1, keepdims=True)
 
@@ -43,7 +43,7 @@ def test_oni_is_newtons_recurrence_on_singular_values(in_channels, out_channels,
     torch.manual_seed(0)
     layer = ONIConv2d(in_channels, out_channels, (2, 3), groups=groups, iterations=iterations).double()
     actual = layer.normalized_weight().detach().numpy().reshape(groups, out_channels // groups, -1) / 2**0.5
-    for got, matrix in zip(actual, centred(layer.weight, groups), strict=True):
+    for got, matrix in zip(actual, centered(layer.weight, groups), strict=True):
         left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
         eigenvalues = sigma**2 + EPSILON  # the smaller Gram matrix has no others
         norm = np.linalg.norm(eigenvalues)
@@ -79,7 +79,7 @@ def test_onis_two_rules_differ_in_one_division(shape, groups):
     args = (in_channels * groups, out_channels, tuple(kernel_size))
     layer = ONIConv2d(*args, groups=groups, bias=False, iterations=2, rule="original").double()
     actual = layer.normalized_weight().detach().numpy().reshape(groups, out_channels // groups, -1) / 2**0.5
-    for got, matrix in zip(actual, centred(layer.weight, groups), strict=True):
+    for got, matrix in zip(actual, centered(layer.weight, groups), strict=True):
         is_tall = matrix.shape[0] > matrix.shape[1]
         gram = matrix.T @ matrix if is_tall else matrix @ matrix.T
         gram = gram + EPSILON * np.eye(len(gram))
@@ -104,7 +104,7 @@ def test_own_is_the_polar_factor_of_each_group(in_channels, out_channels, groups
     layer = OWNConv2d(in_channels, out_channels, 3, groups=groups, norm_groups=asked).double()
     assert layer.norm_groups == norm_groups
     actual = layer.normalized_weight().numpy(force=True).reshape(norm_groups, out_channels // norm_groups, -1) / 2**0.5
-    for got, matrix in zip(actual, centred(layer.weight, norm_groups), strict=True):
+    for got, matrix in zip(actual, centered(layer.weight, norm_groups), strict=True):
         left, _, right = np.linalg.svd(matrix, full_matrices=False)
         np.testing.assert_allclose(got, left @ right, atol=1e-9)
 
@@ -212,7 +212,7 @@ def test_spectral_norm_takes_over_from_pytorchs(reference, wrap):
 
 
 @pytest.mark.parametrize("make", [ONIConv2d, OWNConv2d, SpectralNormConv2d])
-def test_autocast_normalises_in_float32(make):
+def test_autocast_normalizes_in_float32(make):
     torch.manual_seed(0)
     layer = make(3, 8, 3)
     twin = copy.deepcopy(layer)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from base.config.files import merge, validate
-from soak.scenarios import SMALL, write_images
+from base.config import validate
+from base.config.files import merge
+from tests.soak.scenarios import SMALL, write_images
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from base.config.adversarial import PGDAttackConfig
 from base.config.config import ArchArgs, DataLoaderArgs
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
-from base.optim.dry_run import check_optimization
+from base.optim import check_optimization
 from studies import grid
 
 ROOT = Path(__file__).parents[2]

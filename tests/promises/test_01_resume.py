@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from base.base_trainer import BaseTrainer
-from base.checkpoint.checkpoint import save_checkpoint
-from base.config.files import merge, validate
+from base.checkpoint import save_checkpoint
+from base.config import validate
+from base.config.files import merge
 from base.optim import state as optimization_state
 from experiment.experiment import Experiment
 from tiny_runs import difference, run
@@ -64,7 +65,7 @@ def check_steps(folder, monkeypatch, config, steps):
     whole, asked = folder / "whole", BaseTrainer._asked_to_stop
 
     def write_down(self):
-        path = folder / f"{3 * self.progress.epochs_done + self.progress.batches_done}.pth"
+        path = folder / f"{3 * self.state.epochs_done + self.state.batches_done}.pth"
         if not path.exists():  # after an epoch's last minibatch, not when it is finished
             save_checkpoint(path, self.checkpoint())
         return asked(self)

@@ -16,7 +16,7 @@ import torch
 import base.atomic as atomic_module
 import base.checkpoint.checkpoint as checkpoint_module
 from base.atomic import sweep
-from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
 from base.errors import CheckpointError
 from tiny_runs import forked
 

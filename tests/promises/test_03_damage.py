@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import base.checkpoint.checkpoint as checkpoint_module
-from base.checkpoint.checkpoint import load_checkpoint, load_to_resume, save_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint.checkpoint import load_to_resume
 from base.errors import CheckpointError, ConfigError
 from experiment.experiment import Experiment
 from tiny_runs import difference, interrupt, run
@@ -41,7 +42,7 @@ def test_every_byte_counts(tmp_path, monkeypatch):
 
 
 def test_the_check_can_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_module, "check_seal", lambda file, path: True)  # torch alone notices nothing
+    monkeypatch.setattr(checkpoint_module, "verify_checksum", lambda file, path: True)  # torch alone notices nothing
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_every_byte(tmp_path, monkeypatch)
 
@@ -109,7 +110,7 @@ def test_a_damaged_last_checkpoint_is_kept_aside(tmp_path, monkeypatch, small):
 
 
 def test_the_check_of_going_on_can_fail(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(checkpoint_module, "check_seal", lambda file, path: True)
+    monkeypatch.setattr(checkpoint_module, "verify_checksum", lambda file, path: True)
     with pytest.raises(AssertionError):
         check_goes_on(tmp_path, monkeypatch, small())
 

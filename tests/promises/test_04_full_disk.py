@@ -14,7 +14,7 @@ import pytest
 import base.checkpoint.checkpoint as checkpoint_module
 import base.checkpoint.manager as run_checkpoints_module
 from base.base_trainer import BaseTrainer
-from base.checkpoint.checkpoint import load_checkpoint
+from base.checkpoint import load_checkpoint
 from base.errors import CheckpointError
 from experiment.experiment import Experiment
 from tiny_runs import TINY, difference, exit_code, forked, run
@@ -35,7 +35,7 @@ def check_fills_up(folder, monkeypatch, config):
     for name, size in sizes.items():
 
         def fill_up(self, log, size=size):
-            if self.progress.epochs_done == 1:
+            if self.state.epochs_done == 1:
                 disk_of(size)
             finish(self, log)
 

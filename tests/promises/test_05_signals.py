@@ -12,7 +12,7 @@ import pytest
 import base.checkpoint.checkpoint as checkpoint_module
 import base.signals as signals_module
 from base.base_trainer import BaseTrainer
-from base.checkpoint.checkpoint import load_checkpoint
+from base.checkpoint import load_checkpoint
 from base.errors import Stopped
 from base.signals import Interrupted, StopSignals
 from experiment.experiment import Experiment

@@ -16,13 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from base.checkpoint import save_checkpoint
 from base.checkpoint.checkpoint import resume as resuming
-from base.checkpoint.checkpoint import save_checkpoint
-from base.config import imports
-from base.config.config import Config
-from base.config.files import load_config, validate
+from base.config import Config, imports, load_config, validate
 from base.errors import CheckpointError, ConfigError
-from base.optim.dry_run import check_optimization
+from base.optim import check_optimization
 from experiment.experiment import Experiment
 from reports.runs import read_run
 from tiny_runs import run
@@ -159,7 +157,7 @@ def unsafe_calls(text):
     return found
 
 
-BETWEEN_PROCESSES = {"base/ranks.py": ["pickle.loads"]}
+BETWEEN_PROCESSES = {"base/distributed/collectives.py": ["pickle.loads"]}
 """Processes of one job send each other objects; no file and nobody else is read that way."""
 
 

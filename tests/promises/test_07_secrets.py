@@ -167,7 +167,7 @@ def test_commands_that_are_refused_show_no_key(tmp_path, monkeypatch, capfd):
 
 
 def _writes_the_command(monkeypatch):
-    monkeypatch.setattr("base.run_folder.command_without_key", list)
+    monkeypatch.setattr("base.run_folder.environment.command_without_key", list)
     return "--set", "offline", "environment.json"
 
 

@@ -1,4 +1,4 @@
-"""Promise 8: a checkpoint of another architecture, other classes, optimiser, scheduler, data, schema version or device, or with
+"""Promise 8: a checkpoint of another architecture, other classes, optimizer, scheduler, data, schema version or device, or with
 a wrapper's prefix, is handled or refused, naming both sides."""
 
 import shutil
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import base.checkpoint.resume as resuming_module
-from base.checkpoint.checkpoint import SCHEMA_VERSION, load_checkpoint, save_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint.checkpoint import SCHEMA_VERSION
 from base.errors import CheckpointError, ConfigError
 from experiment.experiment import Experiment
 from tiny_runs import difference, interrupt, run
@@ -62,8 +63,8 @@ def without(key):
 REFUSED = {
     "architecture": ([], [("arch.type", "vgg11")], r"arch.type is 'simpleCNN' there and 'vgg11' in this config"),
     "layers": ([], [("arch.args.norm_layer_type", "gn")], r"arch.args.norm_layer_type is 'no' there and 'gn' in this config"),
-    "optimiser": ([], [("optimizer.type", "RMSprop")], r"'SGD'; 'RMSprop' would make it"),
-    "optimiser's state": ([change("optimizer_type", "Adam")], [], r"trained with optimizer_type Adam, this config has SGD"),
+    "optimizer": ([], [("optimizer.type", "RMSprop")], r"'SGD'; 'RMSprop' would make it"),
+    "optimizer's state": ([change("optimizer_type", "Adam")], [], r"trained with optimizer_type Adam, this config has SGD"),
     "schedule": ([change("scheduler_type", "StepLR")], [], r"trained with scheduler_type StepLR, this config has none"),
     "newer schema": ([change("schema_version", 99)], [], rf"version 99; this code reads versions up to {SCHEMA_VERSION}"),
     "names of weights": ([rename], [], r"it lacks 1 of the model's keys .* it has 1 keys .* \(other.weight"),

@@ -1,4 +1,4 @@
-"""Promise 9: nothing of a data set is unpickled or unpacked before its md5 is right; truncated, mis-shaped and mis-labelled
+"""Promise 9: nothing of a data set is unpickled or unpacked before its md5 is right; truncated, mis-shaped and mis-labeled
 data is refused in one line that names the file."""
 
 import io
@@ -251,7 +251,7 @@ def test_the_check_can_fail_for_folders(tmp_path, monkeypatch):
         check_damaged_folders_are_named(tmp_path / "set")
 
 
-def check_mislabelled_noise_files_are_named(folder):
+def check_mislabeled_noise_files_are_named(folder):
     clean = np.arange(200) % 10
     noisy = np.where(np.arange(200) < 60, (clean + 1) % 10, clean)
     arrays = {
@@ -290,11 +290,11 @@ def check_mislabelled_noise_files_are_named(folder):
     return cases + 1
 
 
-def test_mislabelled_noise_files_are_named(tmp_path):
-    assert check_mislabelled_noise_files_are_named(tmp_path) == 2 * (9 + 12 + 1) + 1
+def test_mislabeled_noise_files_are_named(tmp_path):
+    assert check_mislabeled_noise_files_are_named(tmp_path) == 2 * (9 + 12 + 1) + 1
 
 
 def test_the_check_can_fail_for_noise_files(tmp_path, monkeypatch):
     monkeypatch.setattr("data_loader.noise_file._as_labels", lambda values, *_: np.asarray(values).astype(np.int64))
     with pytest.raises(AssertionError):
-        check_mislabelled_noise_files_are_named(tmp_path)
+        check_mislabeled_noise_files_are_named(tmp_path)

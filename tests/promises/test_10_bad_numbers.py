@@ -10,7 +10,7 @@ import torch
 
 import base.nan_guard as finite_module
 from base.base_trainer import BaseTrainer
-from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config.files import merge
 from base.errors import NonFiniteError, Stopped
 from base.registry import TRAINERS
@@ -97,7 +97,7 @@ def test_the_check_can_fail(tmp_path, small, monkeypatch, broken):
     if broken == "first_bad_layer":
         monkeypatch.setattr(finite_module, broken, lambda model, images: None)
     else:
-        monkeypatch.setattr(finite_module.FiniteCheck, "look", lambda self, model, loss, progress, images: None)
+        monkeypatch.setattr(finite_module.NanGuard, "look", lambda self, model, loss, progress, images: None)
     config = small()
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_stops(tmp_path / "run", config, layers_of(config)[1])

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import base.tracking
-from base.config.files import validate
+from base.config import validate
 from experiment.experiment import Experiment
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +201,7 @@ def _does_not_look_whether_it_began(monkeypatch):
 
 def _repeats_every_complaint(monkeypatch):
     def warn_at_once(self, message):
-        logging.getLogger("base.tracking").warning("Comet: %s", message)
+        logging.getLogger("base.tracking.comet").warning("Comet: %s", message)
         self.last = message
 
     monkeypatch.setattr(base.tracking.comet._Complaints, "add", warn_at_once)

@@ -20,8 +20,7 @@ import run_ablations
 import train
 import validate_pgd
 from base.command_line import run_script
-from base.config import files
-from base.config.files import validate
+from base.config import files, validate
 from experiment import experiment
 from tiny_runs import write_images
 

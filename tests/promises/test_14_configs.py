@@ -2,7 +2,7 @@
 or one line that names its dotted path.
 
 What is expected comes from `configs/README.md`, the table that users read, not from the code. "Loading" is all that happens
-before data is read: file, types, ranges, and a few steps of optimiser and schedule.
+before data is read: file, types, ranges, and a few steps of optimizer and schedule.
 """
 
 import json
@@ -28,8 +28,7 @@ from shipped_configs import (
 from torch import nn, optim
 
 from base import optimization
-from base.config import files
-from base.config.config import Config
+from base.config import Config, files
 from base.errors import ConfigError
 from base.optim import signatures as config_arguments
 

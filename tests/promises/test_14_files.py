@@ -26,7 +26,7 @@ def check_grids(load):
             load.refuses_grid({**tree, key + key[-1]: tree[key]}, f"{key}{key[-1]}: ", f"did you mean {key!r}?")
             load.refuses_grid({**tree, key: 3}, f"{key}: ")
             load.refuses_grid({**tree, key: [["a"]]}, f"{key}")
-        for label, settings in labelled_settings(tree):
+        for label, settings in labeled_settings(tree):
             for key in settings:
                 others = {other: settings[other] for other in settings if other != key}
                 for wrong in ({key + key[-1]: settings[key]}, {key: {"a": 1}}, {key: [["a"]]}, {"comet.api": "secret"}):
@@ -34,7 +34,7 @@ def check_grids(load):
                     load.refuses_grid(alone, f"{next(iter(wrong))}: ")
 
 
-def labelled_settings(tree):
+def labeled_settings(tree):
     """Label and settings of every axis and variant of a grid; those variants that are config files have none of their own."""
     for labels in (*tree.get("axes", {}).values(), tree.get("variants", {})):
         yield from ((label, settings) for label, settings in labels.items() if isinstance(settings, dict))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from base.checkpoint.checkpoint import load_checkpoint
-from base.config.files import merge, validate
+from base.checkpoint import load_checkpoint
+from base.config import validate
+from base.config.files import merge
 from data_loader import ImageFolderDataLoader, data_loaders, training_data_loader
 from data_loader.images import MemoryImages, pixel_statistics
 from data_loader.training_data_loader import TrainingDataLoader
@@ -45,7 +46,7 @@ FGSM = {
 
 
 def write_part(folder, per_class, seed):
-    """Classes that differ in colour, under noise."""
+    """Classes that differ in color, under noise."""
     shutil.rmtree(folder, ignore_errors=True)
     for number, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)

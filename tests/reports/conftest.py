@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from base.config.files import merge, validate
+from base.config import validate
+from base.config.files import merge
 
 CONFIG = {
     "name": "made",

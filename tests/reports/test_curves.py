@@ -45,7 +45,7 @@ def test_lines_are_means_and_bands_one_sample_deviation_in_per_cent(norms):
     )
     assert words(curves_figure(norms[1:], ["val_top1"])) == (["gn  (n = 1)"], "")
     crowd = curves_figure(4 * norms, ["val_top1"])
-    assert not crowd.axes[0].collections, "eight bands would be one grey area"
+    assert not crowd.axes[0].collections, "eight bands would be one gray area"
     assert words(crowd)[1] == "mean over seeds"
 
 
@@ -141,10 +141,10 @@ def test_accuracies_beyond_0_and_100_are_not_on_the_axis(make_run, tmp_path):
     assert 100 < top <= 101
 
 
-def test_lines_differ_in_grey_and_without_colour():
-    grey = [float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) for color in COLORS]
-    assert min(abs(a - b) for a, b in zip(grey, [*grey[1:], grey[0]], strict=True)) > 0.1
-    assert max(grey) < 0.75, "seen on white"
+def test_lines_differ_in_gray_and_without_color():
+    gray = [float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) for color in COLORS]
+    assert min(abs(a - b) for a, b in zip(gray, [*gray[1:], gray[0]], strict=True)) > 0.1
+    assert max(gray) < 0.75, "seen on white"
     looks = {(COLORS[index % len(COLORS)], LINES[index % len(LINES)]) for index in range(28)}
     assert len(looks) == 28
     assert len({(LINES[index % len(LINES)], MARKERS[index % len(MARKERS)]) for index in range(8)}) == 8

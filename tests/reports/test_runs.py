@@ -102,7 +102,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 
 def test_a_real_run_is_read(tmp_path):
-    from base.config.files import validate
+    from base.config import validate
     from experiment.experiment import Experiment
 
     config = {

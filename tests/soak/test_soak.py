@@ -9,12 +9,12 @@ from torch.optim import Optimizer
 import base.base_trainer
 import base.checkpoint.checkpoint
 import base.checkpoint.resume
-import soak.targets
 from base.base_trainer import BaseTrainer
-from soak.endurance import Endurance, Tally
-from soak.mutations import mutated
-from soak.scenarios import SCENARIOS, SMALL, tree_of, write_images
-from soak.targets import TARGETS, examine, resumable, spoiled_checkpoint
+from tests.soak import targets
+from tests.soak.endurance import Endurance, Tally
+from tests.soak.mutations import mutated
+from tests.soak.scenarios import SCENARIOS, SMALL, tree_of, write_images
+from tests.soak.targets import TARGETS, examine, resumable, spoiled_checkpoint
 
 PLATEAU = "standard, label noise, early stop, plateau"
 MUTATIONS, SPOILED = 200, 100
@@ -99,7 +99,7 @@ def test_every_seed_is_resumed_for_a_step(tmp_path, monkeypatch):
     steps, update = [], BaseTrainer.update
 
     def counted(self, loss):
-        steps.append(self.progress.batches_done)
+        steps.append(self.state.batches_done)
         update(self, loss)
 
     monkeypatch.setattr(BaseTrainer, "update", counted)
@@ -112,6 +112,6 @@ def test_every_seed_is_resumed_for_a_step(tmp_path, monkeypatch):
 
 def test_the_fuzzer_finds_an_error_that_is_none_of_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(base.checkpoint.checkpoint, "CheckpointError", ValueError)
-    monkeypatch.setattr(soak.targets, "ProjectError", KeyError)
+    monkeypatch.setattr(targets, "ProjectError", KeyError)
     with pytest.raises(ValueError, match="input|no such checkpoint"):
         fuzz("checkpoint", tmp_path)

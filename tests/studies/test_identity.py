@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from base.config.files import annotation_at, validate
+from base.config import validate
+from base.config.files import annotation_at
 from studies.grid import plan
 from studies.identity import HASHED_AT_DEFAULT, identity
 

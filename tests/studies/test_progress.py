@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from base.config.files import validate
+from base.config import validate
 from base.errors import ConfigError
 from studies.grid import Run
 from studies.launchers import command

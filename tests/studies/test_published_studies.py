@@ -13,7 +13,7 @@ import torch
 
 import run_ablations
 from base.command_line import config_overrides, config_parser
-from base.config.files import Override, load_config
+from base.config import Override, load_config
 from models import build_model
 from studies.grid import plan
 

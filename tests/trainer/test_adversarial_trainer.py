@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from attacks import PGD
 from base.base_data_loader import BaseDataLoader
-from base.checkpoint.checkpoint import load_checkpoint
-from base.config.files import merge, validate
-from base.optim.optimizers import build_optimizer
-from base.optim.schedules import Schedule
+from base.checkpoint import load_checkpoint
+from base.config import validate
+from base.config.files import merge
+from base.optim import Schedule, build_optimizer
 from base.registry import TRAINERS
 from experiment.build import build_trainer
 from models import build_model
@@ -156,7 +156,7 @@ def test_the_radius_grows_over_the_warm_up(tmp_path, method):
     )
     for epochs, batches, share in ((0, 0, 0), (1, 0, 0.25), (2, 1, 7 / 12), (4, 0, 1), (9, 2, 1)):
         distances.clear()
-        trainer.progress.epochs_done, trainer.progress.batches_done = epochs, batches
+        trainer.state.epochs_done, trainer.state.batches_done = epochs, batches
         trainer.train_batch(images, labels)
         assert distances[-1] == pytest.approx(share, abs=1e-4), "the update is on points at the edge of the ball"
         assert max(distances) <= max(share, 0.2) + 1e-4, "TRADES begins at a small distance even then"
@@ -166,7 +166,7 @@ def test_starts_are_a_function_of_seed_epoch_and_minibatch(tmp_path):
     models = []
     for batches_done in (0, 0, 1):
         trainer = build(tmp_path, {"adversarial": {"method": "fgsm"}})
-        trainer.progress.batches_done = batches_done
+        trainer.state.batches_done = batches_done
         trainer.train_batch(*batch())
         models.append(trainer.model)
     assert same_weights(models[0], models[1])
@@ -305,7 +305,7 @@ def test_every_method_works_with_mixup_ocnn_averaging_and_either_norm(tmp_path, 
     updates = trainer.config.trainer.adv_repeats if method == "free" else 1
     assert result.count == 6 * updates
     assert 0 <= float(result.sums["top1"]) <= result.count
-    assert trainer.average.updates == updates
+    assert trainer.ema.updates == updates
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     assert trainer.model.training
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))

@@ -6,14 +6,14 @@ import signal
 import pytest
 import torch
 
-from base.checkpoint.checkpoint import load_checkpoint
+from base.checkpoint import load_checkpoint
 from base.errors import NonFiniteError
 from tests.base.test_nan_guard import Reads
 from tests.trainer.test_trainer import TinyLoader, TinyModel, build, lines
 
 
 def defer(trainer):
-    trainer.finite.deferred_on = ("cpu",)
+    trainer.nan_guard.deferred_on = ("cpu",)
     return trainer
 
 
@@ -46,7 +46,7 @@ def test_a_bad_batch_found_later_has_changed_no_weight_and_no_checkpoint(tmp_pat
     )
     with pytest.raises(NonFiniteError, match=message):
         trainer.train()
-    assert trainer.progress.batches_done == 3
+    assert trainer.state.batches_done == 3
     one_batch = build(made(tmp_path / "one"), settings)
     one_batch.model.train()
     one_batch.train_batch(*next(iter(TinyLoader())))
@@ -89,8 +89,8 @@ def test_no_minibatch_is_waited_for(tmp_path):
     trainer.model.train()
     with Reads() as reads:
         for images, labels in TinyLoader():
-            trainer.totals.add(trainer.train_batch(images, labels))
+            trainer.meters.add(trainer.train_batch(images, labels))
             trainer.schedule.step_batch()
         assert reads.count == 0
-        trainer.finite.read()
+        trainer.nan_guard.read()
         assert reads.count == 1, "the count can see what it counts"

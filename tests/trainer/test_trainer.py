@@ -16,11 +16,11 @@ import experiment  # noqa: F401 - fills the tables
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts
-from base.checkpoint.checkpoint import load_checkpoint
-from base.config.files import merge, validate
+from base.checkpoint import load_checkpoint
+from base.config import validate
+from base.config.files import merge
 from base.errors import CheckpointError, NonFiniteError
-from base.optim.optimizers import build_optimizer
-from base.optim.schedules import Schedule
+from base.optim import Schedule, build_optimizer
 from base.tracking.tracker import RunLog
 from evaluation.accuracy import evaluate
 from evaluation.class_scores import predict
@@ -102,7 +102,7 @@ class LoaderElsewhere(TinyLoader):
 def test_batches_are_moved_to_where_the_model_is(tmp_path):
     trainer = build(tmp_path, train_loader=LoaderElsewhere(), validation_loader=LoaderElsewhere())
     trainer.train()
-    assert trainer.progress.history[-1]["val_loss"] > 0
+    assert trainer.state.history[-1]["val_loss"] > 0
     batches = ((images, labels.tensor) for images, labels in LoaderElsewhere())
     assert len(predict(trainer.model, batches).prediction) == 11
 
@@ -206,7 +206,7 @@ def test_epochs_without_the_monitored_value_are_neither_better_nor_worse(tmp_pat
     trainer = build(tmp_path, settings, validate=scripted([None, 0.4, None, None, 0.3, 0.5]))
     trainer.train()
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 6
-    assert trainer.progress.epochs_done == 6, "epochs 3 and 4 do not count against early_stop"
+    assert trainer.state.epochs_done == 6, "epochs 3 and 4 do not count against early_stop"
 
 
 def test_a_kill_between_saving_last_and_best_loses_nothing(tmp_path, monkeypatch):
@@ -227,7 +227,7 @@ def test_a_kill_between_saving_last_and_best_loses_nothing(tmp_path, monkeypatch
     resumed = build(tmp_path, validate=scripted([0.3]))
     resumed.resume(load_checkpoint(tmp_path / "model_last.pth"), tmp_path / "model_last.pth")
     resumed.train()
-    assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == resumed.progress.best_epoch == 2
+    assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == resumed.state.best_epoch == 2
 
 
 def rewound(folder, settings=None):
@@ -249,7 +249,7 @@ def test_a_best_model_of_an_epoch_that_comes_again_is_chosen_anew(tmp_path):
     trainer, checkpoint, path = rewound(tmp_path)
     assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(checkpoint, path)
     trainer.train()
-    assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == trainer.progress.best_epoch == 3
+    assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == trainer.state.best_epoch == 3
 
 
 @pytest.mark.parametrize("deleted", ["model_last.pth", "model_epoch_3.pth"])
@@ -262,7 +262,7 @@ def test_a_best_model_whose_names_are_of_one_damaged_file_is_chosen_anew(tmp_pat
     (tmp_path / deleted).unlink()
     assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(checkpoint, path)
     trainer.train()
-    assert load_checkpoint(best)["epoch"] == trainer.progress.best_epoch == 3
+    assert load_checkpoint(best)["epoch"] == trainer.state.best_epoch == 3
 
 
 @pytest.mark.parametrize("damage", [lambda best: best.unlink(), lambda best: best.write_bytes(b"PK")])
@@ -276,7 +276,7 @@ def test_a_lost_best_model_is_chosen_among_the_epochs_that_follow(tmp_path, dama
         "model_best.pth is not: it is lost, and the best model is chosen among the epochs from 3 on"
     )
     trainer.train()
-    assert load_checkpoint(best)["epoch"] == trainer.progress.best_epoch == 3
+    assert load_checkpoint(best)["epoch"] == trainer.state.best_epoch == 3
     assert load_checkpoint(best)["progress"]["best_since"] == 3
 
 
@@ -289,14 +289,14 @@ def test_a_best_model_that_does_not_come_again_is_lost(tmp_path):
 def test_early_stop_counts_epochs_without_improvement(tmp_path):
     trainer = build(tmp_path, {"trainer": {"epochs": 9, "early_stop": 2}}, validate=scripted([0.3, 0.5, 0.4, 0.5, 0.9]))
     trainer.train()
-    assert trainer.progress.epochs_done == 4
-    assert trainer.progress.best_epoch == 4, "of equally good epochs the last, but no improvement"
+    assert trainer.state.epochs_done == 4
+    assert trainer.state.best_epoch == 4, "of equally good epochs the last, but no improvement"
 
 
 def test_without_validation_and_monitor_the_last_model_is_the_best(tmp_path):
     trainer = build(tmp_path, {"trainer": {"monitor": "off"}}, validation_loader=None)
     trainer.train()
-    assert trainer.progress.best_epoch == 3
+    assert trainer.state.best_epoch == 3
     assert set(lines(tmp_path)[0]) == {"epoch", "lr", "loss", "top1", "top5"}
 
 
@@ -305,8 +305,8 @@ def test_without_validation_and_monitor_the_last_model_is_the_best(tmp_path):
 def test_non_finite_numbers_stop_before_the_update(tmp_path, what, deferred):
     trainer = build(tmp_path)
     trainer.train()
-    trainer.finite.deferred_on = ("cpu",) if deferred else ()
-    trainer.progress.epochs_done = 1
+    trainer.nan_guard.deferred_on = ("cpu",) if deferred else ()
+    trainer.state.epochs_done = 1
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     if what == "loss":
         trainer.loss = lambda logits, labels: logits.sum(1) * math.inf
@@ -369,7 +369,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
     assert torch.equal(seen[0], seen[1]), "the draw is a function of seed, epoch and batch"
 
 
-def test_other_optimisers_and_foreign_checkpoints_are_refused(tmp_path):
+def test_other_optimizers_and_foreign_checkpoints_are_refused(tmp_path):
     trainer = build(tmp_path)
     trainer.train()
     checkpoint = load_checkpoint(tmp_path / "model_last.pth")

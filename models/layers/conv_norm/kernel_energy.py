@@ -23,7 +23,7 @@ def kernel_energy(weight: Tensor, size: tuple[int, int], dilation: tuple[int, in
     Args:
         weight: `(C_out, C_in / groups, k_h, k_w)`. No gradient flows back to it.
         size: `(S_h, S_w)`, the grid of the transform.
-        dilation: distance between neighbouring taps, per axis.
+        dilation: distance between neighboring taps, per axis.
 
     Returns:
         `(C_out, S_h, S_w // 2 + 1)`, float64 (float32 on devices without it): the difference of large terms that E is near a

@@ -51,7 +51,7 @@ def replace_with_conv_norm(module: nn.Module) -> nn.Module:
     uncalled = flow.parted - flow.takers.keys()
     guessed = {
         conv: norm
-        for conv, norm in _neighbours(module).items()
+        for conv, norm in _neighbors(module).items()
         if conv not in pairs and conv not in uncalled
     }
     for conv, norm in guessed.items():
@@ -187,7 +187,7 @@ def _parents(module: nn.Module) -> Iterator[nn.Module]:
             yield from _parents(child)
 
 
-def _neighbours(module: nn.Module) -> dict[nn.Conv2d, nn.BatchNorm2d | None]:
+def _neighbors(module: nn.Module) -> dict[nn.Conv2d, nn.BatchNorm2d | None]:
     """Plain convolution -> the plain batch norm of its width that is registered next to it, where
     there is one."""
     found: dict[nn.Conv2d, nn.BatchNorm2d | None] = {}

@@ -10,17 +10,8 @@ import torch
 from torch import nn
 
 import base.checkpoint.checkpoint as checkpoint_module
-from base.checkpoint.checkpoint import (
-    SCHEMA_VERSION,
-    find_checkpoint,
-    keep_newest,
-    load_checkpoint,
-    load_to_resume,
-    load_weights,
-    plain,
-    publish_copy,
-    save_checkpoint,
-)
+from base.checkpoint import find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from base.checkpoint.checkpoint import SCHEMA_VERSION, keep_newest, load_to_resume, plain, publish_copy
 from base.errors import CheckpointError
 
 CONTENTS = {"state_dict": {"weight": torch.arange(3.0)}, "epoch": 2}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from base.checkpoint.checkpoint import load_checkpoint, load_weights
+from base.checkpoint import load_checkpoint, load_weights
 from base.errors import CheckpointError
 
 

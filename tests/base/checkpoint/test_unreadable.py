@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from base.checkpoint.checkpoint import load_checkpoint
+from base.checkpoint import load_checkpoint
 from base.errors import CheckpointError
 
 WEIGHTS = {"fc.weight": torch.arange(600.0).reshape(3, 200), "fc.bias": torch.zeros(3)}

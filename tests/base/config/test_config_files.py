@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from base import registry
-from base.config.config import Config
-from base.config.files import load_config, merge, override, validate
+from base.config import Config, load_config, validate
+from base.config.files import merge, override
 from base.config.json_schema import choices, readme_with_choices, reference, schema
 from base.config.strict_json import DEEPEST, parse_json, read_json_object
 from base.errors import ConfigError
@@ -249,7 +249,7 @@ def test_later_override_wins_and_null_restores_the_default():
     ("key", "value", "message"),
     [
         ("trainer.epoch", 3, r"trainer.epoch: unknown key; did you mean 'epochs'\?"),
-        ("optimiser", {}, r"optimiser: unknown key; did you mean 'optimizer'\?"),
+        ("optimizer", {}, r"optimizer: unknown key; did you mean 'optimizer'\?"),
         ("trainer.epochs", "ten", 'trainer.epochs: .*integer, not "ten"'),
         ("trainer.epochs", 1.5, "trainer.epochs: .*integer, not 1.5"),
         ("trainer.epochs", True, "trainer.epochs: .*integer, not true"),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from base.config.config import Config
-from base.config.files import section_at, validate
+from base.config import Config, validate
+from base.config.files import section_at
 from base.config.hints import OTHER_PROJECTS, _keys, hint
 from base.errors import ConfigError
 from base.registry import _edits, nearest_name
@@ -19,7 +19,7 @@ def hint_at(key):
 
 
 def slips(name):
-    """One letter lost, doubled, wrong, or swapped with its neighbour; another case; without underscores."""
+    """One letter lost, doubled, wrong, or swapped with its neighbor; another case; without underscores."""
     for place in range(len(name)):
         yield name[:place] + name[place + 1 :]
         yield name[:place] + name[place] + name[place:]

@@ -7,9 +7,10 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
+from base.config import Config, load_config, validate
 from base.config.adversarial import AdversarialConfig
-from base.config.config import LAYER_CHOICES, Config
-from base.config.files import load_config, section_at, validate
+from base.config.config import LAYER_CHOICES
+from base.config.files import section_at
 from base.config.hints import _keys
 from base.config.section import Needs
 

@@ -9,8 +9,7 @@ import pytest
 
 import experiment  # noqa: F401 - fills the tables
 from base.checkpoint.resume import config_hash
-from base.config import imports
-from base.config.files import load_config
+from base.config import imports, load_config
 from base.config.imports import FLAG, OwnCode, import_own_code, imported_for, own_class, requests_of_flag
 from base.errors import CheckpointError, ConfigError
 from base.registry import METRICS, NORM_LAYERS

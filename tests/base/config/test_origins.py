@@ -6,9 +6,10 @@ import pytest
 
 import experiment  # noqa: F401 - fills the tables
 from base.command_line import config_overrides, config_parser, print_config
-from base.config.files import load_config, origins_named, validate
+from base.config import load_config, validate
+from base.config.files import origins_named
 from base.errors import ConfigError
-from base.optim.dry_run import check_optimization
+from base.optim import check_optimization
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 

@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 
-from base.config.files import merge, validate
+from base.config import validate
+from base.config.files import merge
 from base.distributed.agreement import code_digest, config_facts, data_facts, first_difference
 from base.errors import CheckpointError, ConfigError, DataError
-from base.run_folder.environment.environment import project_version
+from base.run_folder.environment import project_version
 from data_loader import DATA_LOADERS
 from tests.base.distributed.two_processes import ROOT, ended, start_two
 from tiny_runs import write_images
@@ -24,13 +25,13 @@ from experiment.attack_command import attack_parser, evaluate_checkpoint
 from base.command_line import run_script
 from base.config.files import merge, validate
 from base.errors import ProjectError
-from base.ranks import rank, ranks
+from base.ranks import rank, distributed_session
 from experiment.experiment import Experiment
 
 def main():
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[1], "cases.json").read_text())
     told, digest = {}, base.distributed.agreement.code_digest
-    with ranks(training=True):
+    with distributed_session(training=True):
         for name, trees in cases.items():
             if name == "code" and rank() == 1:
                 base.distributed.agreement.code_digest = lambda: "other"

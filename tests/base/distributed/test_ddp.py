@@ -43,7 +43,7 @@ class OwnNorm(nn.Module):
         self.register_buffer("constant", torch.ones(4), persistent=False)
 
 
-def test_statistics_of_an_own_layer_are_exchanged_as_those_of_batch_normalisation():
+def test_statistics_of_an_own_layer_are_exchanged_as_those_of_batch_normalization():
     model = nn.Sequential(OwnNorm(), nn.BatchNorm2d(4), CONV_LAYERS["prec_conv"](4, 4, 3))
     names = {id(tensor): name for name, tensor in model.named_buffers()}
     assert [names[id(tensor)] for tensor in running_statistics(model)] == [

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from base.config.files import merge, validate
+from base.config import validate
+from base.config.files import merge
 from base.device import choose_device
 from base.distributed.launch import available_cpus, refuse_missing_devices
 from base.errors import ConfigError

@@ -6,15 +6,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from base.distributed.collectives import from_first, gather, largest
-from base.distributed.session import _explained, _meet, ranks
-from base.distributed.shard import Share, SharedGenerator, share_of
+from base.distributed import (
+    Shard,
+    ShardedGenerator,
+    all_gather_object,
+    all_reduce_max,
+    distributed_session,
+    from_primary,
+    shard_of,
+)
+from base.distributed.session import _explained, _meet
 from base.errors import ProjectError
 from tests.base.distributed.two_processes import ended, start_two
 
 
 def shares(total, processes):
-    return [Share(total, rank, processes) for rank in range(processes)]
+    return [Shard(total, rank, processes) for rank in range(processes)]
 
 
 @pytest.mark.parametrize(("total", "processes"), [(9, 2), (8, 2), (7, 3), (3, 3), (5, 1)])
@@ -43,14 +50,14 @@ def test_fewer_images_than_processes_are_computed_by_all_and_counted_by_one(tota
 def test_draws_do_not_depend_on_the_number_of_processes():
     whole = torch.randn(7, 2, generator=torch.Generator().manual_seed(1))
     for share in shares(7, 3):
-        drawn = SharedGenerator(torch.Generator().manual_seed(1), share).draw(torch.randn, (2,))
+        drawn = ShardedGenerator(torch.Generator().manual_seed(1), share).draw(torch.randn, (2,))
         assert torch.equal(drawn, whole[share.part])
 
 
 def test_one_process_has_all_and_says_what_it_says():
-    with ranks(training=True):
-        assert share_of(5) == Share(5, 0, 1)
-        assert (gather("a"), largest(3), from_first(lambda: 7)) == (["a"], 3, 7)
+    with distributed_session(training=True):
+        assert shard_of(5) == Shard(5, 0, 1)
+        assert (all_gather_object("a"), all_reduce_max(3), from_primary(lambda: 7)) == (["a"], 3, 7)
 
 
 def test_processes_meet_although_the_store_holds_what_dead_ones_said():
@@ -108,7 +115,7 @@ def test_the_cause_of_a_failed_connection_is_kept(monkeypatch):
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(None, 1, 2)]))
     monkeypatch.setattr("base.distributed.session._meet", lambda *_: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
-    with pytest.raises(ProjectError, match="rank 1: the processes cannot work together") as caught, ranks():
+    with pytest.raises(ProjectError, match="rank 1: the processes cannot work together") as caught, distributed_session():
         raise cause
     assert caught.value.__cause__ is cause
 
@@ -116,14 +123,14 @@ def test_the_cause_of_a_failed_connection_is_kept(monkeypatch):
 FAILS_ALONE = """
 from base.command_line import run_script
 from base.errors import DataError
-from base.ranks import gather, rank, ranks
+from base.ranks import all_gather_object, rank, distributed_session
 
 def main():
-    with ranks():
-        gather("begun")
+    with distributed_session():
+        all_gather_object("begun")
         if rank() == 1:
             raise DataError("only here an image is broken")
-        gather("done")
+        all_gather_object("done")
 
 run_script(main)
 """

@@ -1,4 +1,4 @@
-"""Synchronised batch normalisation; in several processes it is tested by tests/test_distributed.py."""
+"""Synchronized batch normalization; in several processes it is tested by tests/test_distributed.py."""
 
 from copy import deepcopy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from base.distributed.sync_batch_norm import SynchronisedBatchNorm2d, synchronise
+from base.distributed.sync_batch_norm import SynchronizedBatchNorm2d, convert_sync_batchnorm
 from models.layers import ConvNorm2d
 
 
@@ -14,8 +14,8 @@ from models.layers import ConvNorm2d
 def test_with_one_process_it_is_batch_norm(options):
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(4, **options).double()
-    ours = synchronise(nn.Sequential(deepcopy(plain)))[0]
-    assert type(ours) is SynchronisedBatchNorm2d
+    ours = convert_sync_batchnorm(nn.Sequential(deepcopy(plain)))[0]
+    assert type(ours) is SynchronizedBatchNorm2d
     for _ in range(2):
         images = (3 + 2 * torch.randn(5, 4, 3, 3)).double()
         inputs = [images.clone().requires_grad_() for _ in range(2)]
@@ -31,17 +31,17 @@ def test_with_one_process_it_is_batch_norm(options):
     torch.testing.assert_close(plain.eval()(images), ours.eval()(images))
 
 
-def test_conv_norms_inner_norm_is_synchronised_and_names_stay():
+def test_conv_norms_inner_norm_is_synchronized_and_names_stay():
     model = nn.Sequential(ConvNorm2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4))
     names = list(model.state_dict())
-    synchronise(model)
-    assert type(model[0].batch_norm) is type(model[1]) is SynchronisedBatchNorm2d
+    convert_sync_batchnorm(model)
+    assert type(model[0].batch_norm) is type(model[1]) is SynchronizedBatchNorm2d
     assert list(model.state_dict()) == names
     assert model(torch.rand(2, 3, 6, 6, dtype=torch.bfloat16).float()).dtype == torch.float32
 
 
 def test_low_precision_in_low_precision_out():
-    norm = synchronise(nn.Sequential(nn.BatchNorm2d(2)))
+    norm = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(2)))
     images = torch.randn(4, 2, 5, 5).bfloat16()
     output = norm(images).detach()
     assert output.dtype == torch.bfloat16

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from socket import socket
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def start_two(script, *words):

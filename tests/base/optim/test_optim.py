@@ -1,4 +1,4 @@
-"""Optimisers and schedules by name: checked before data is read, stepped at the right moment, resumed exactly."""
+"""Optimizers and schedules by name: checked before data is read, stepped at the right moment, resumed exactly."""
 
 import inspect
 import json
@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
-from base.optim.dry_run import check_optimization
-from base.optim.optimizers import OPTIMIZERS, UNUSABLE, build_optimizer, load_optimizer
-from base.optim.schedules import SCHEDULERS, Schedule, spans_whole_run
+from base.optim import OPTIMIZERS, SCHEDULERS, Schedule, build_optimizer, check_optimization, load_optimizer
+from base.optim.optimizers import UNUSABLE
+from base.optim.schedules import spans_whole_run
 from base.optim.signatures import NOT_THE_CONFIGS, check_arguments
 from base.registry import ACTIVATION_LAYERS
 

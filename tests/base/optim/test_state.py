@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import CheckpointError
-from base.optim.optimizers import OPTIMIZERS, UNUSABLE, build_optimizer, load_optimizer
-from base.optim.schedules import SCHEDULERS, Schedule
+from base.optim import OPTIMIZERS, SCHEDULERS, Schedule, build_optimizer, load_optimizer
+from base.optim.optimizers import UNUSABLE
 from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 
 SOURCE = Path("file.pth")

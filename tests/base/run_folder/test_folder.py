@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-import base.run_folder
+import base.run_folder.environment as environment_module
 from base.checkpoint.resume import config_hash
-from base.config.files import merge, validate
-from base.run_folder.environment.environment import PROVENANCE, project_version, provenance
+from base.config import validate
+from base.config.files import merge
+from base.run_folder.environment import PROVENANCE, project_version, provenance
 
 TREE = {
     "arch": {"type": "simpleCNN"},
@@ -19,10 +20,10 @@ TREE = {
 
 
 def test_the_version_is_that_of_the_clone(monkeypatch, tmp_path):
-    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    monkeypatch.setattr(base.run_folder, "version", lambda name: f"installed {name}")
+    declared = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(environment_module, "version", lambda name: f"installed {name}")
     assert project_version() == declared["version"]
-    monkeypatch.setattr(base.run_folder, "__file__", str(tmp_path / "base" / "run_folder.py"))
+    monkeypatch.setattr(environment_module, "ROOT", tmp_path)
     assert project_version() == f"installed {declared['name']}", "there is no clone"
     for other in ("[project]\nname = 'another'\nversion = '9'", "[tool]", "= no toml"):
         (tmp_path / "pyproject.toml").write_text(other)
@@ -31,7 +32,7 @@ def test_the_version_is_that_of_the_clone(monkeypatch, tmp_path):
 
 def test_a_commit_with_changes_says_so(monkeypatch):
     answers = {"rev-parse": "abc", "status": " M train.py"}
-    monkeypatch.setattr(base.run_folder, "_git", lambda command, *_: answers[command])
+    monkeypatch.setattr(environment_module, "_git", lambda command, *_: answers[command])
     values = provenance(validate(TREE))
     assert tuple(values) == PROVENANCE
     assert values["commit"] == "abc-dirty"
@@ -43,7 +44,7 @@ def test_a_commit_with_changes_says_so(monkeypatch):
 
 def test_a_commit_that_is_made_meanwhile_is_not_the_runs(monkeypatch, tmp_path):
     before = provenance(validate(TREE))["commit"]
-    monkeypatch.setattr(base.run_folder, "__file__", str(tmp_path / "run_folder.py"))
+    monkeypatch.setattr(environment_module, "ROOT", tmp_path)
     assert provenance(validate(TREE))["commit"] == before
 
 

@@ -1,9 +1,9 @@
 """A fuzzer for what is read: spoils configs and checkpoints, and stops at all but a result or an error of one line.
 
 pip install -e ".[fuzz]"
-python -m soak.fuzz config --seconds 600
-python -m soak.fuzz checkpoint --seconds 600
-python -m soak.fuzz values --seconds 600
+python -m tests.soak.fuzz config --seconds 600
+python -m tests.soak.fuzz checkpoint --seconds 600
+python -m tests.soak.fuzz values --seconds 600
 
 `config` and `checkpoint` are changed byte by byte, as the coverage of this project's code suggests (atheris, on Linux).
 `values` are whole checkpoints in which one value is odd, drawn at random. What can be resumed goes on for a step.
@@ -37,7 +37,7 @@ def fuzz_bytes(folder: Path, arguments: argparse.Namespace) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["base", "soak.targets", "torch._weights_only_unpickler"]):
-        from soak.targets import TARGETS, examine
+        from tests.soak.targets import TARGETS, examine
     file, corpus = folder / "input", folder / "corpus"
     corpus.mkdir()
     seeds = TARGETS[arguments.target][1]()
@@ -56,7 +56,7 @@ def fuzz_bytes(folder: Path, arguments: argparse.Namespace) -> None:
 
 def fuzz_values(folder: Path, arguments: argparse.Namespace) -> int:
     """Resume checkpoints with one odd value until the time is over; the exit code, 1 where one breaks something."""
-    from soak.targets import examine, spoiled_checkpoint
+    from tests.soak.targets import examine, spoiled_checkpoint
 
     file, random, counts = folder / "input", Random(arguments.seed), [0, 0]
     end = monotonic() + arguments.seconds

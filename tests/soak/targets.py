@@ -21,14 +21,16 @@ from torch import Tensor
 
 import train
 from base.base_trainer import BaseTrainer
-from base.checkpoint.checkpoint import LAST, load_checkpoint, save_checkpoint
-from base.config.files import load_config, merge, validate
+from base.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint.checkpoint import LAST
+from base.config import load_config, validate
+from base.config.files import merge
 from base.errors import ProjectError, Stopped
-from base.optim.dry_run import check_optimization
-from soak.mutations import spoiled
-from soak.scenarios import write_images
+from base.optim import check_optimization
+from tests.soak.mutations import spoiled
+from tests.soak.scenarios import write_images
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {
     "name": "fuzz",
     "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},

@@ -1,6 +1,6 @@
 """How far apart images lie in the last features of networks that have not been trained, and how far PGD moves them.
 
-python results/initial_features.py configs/small_wide_resnet.json 0 1 2 3
+python -m benchmarks.initial_features configs/small_wide_resnet.json 0 1 2 3
 
 Prints, of the pooled features `(B, D)` of 60 training images, for each seed (of weights, data split and order): the share of
 their mean square that is variance between images, and the mean square distance that the config's training attack moves them,
@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from base.config.files import Override, load_config
+from base.config import Override, load_config
 from experiment import Experiment
 
 IMAGES = 60

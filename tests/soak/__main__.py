@@ -1,6 +1,6 @@
 """Kill and resume small runs at random moments, for as long as you like, and count.
 
-python -m soak --minutes 60 --json results/soak.json
+python -m tests.soak --minutes 60 --json results/soak.json
 """
 
 import argparse
@@ -14,9 +14,9 @@ from time import monotonic
 from tqdm import tqdm
 
 from base.output import save_json
-from base.run_folder.environment.environment import environment
-from soak.endurance import Endurance, Tally
-from soak.scenarios import SCENARIOS, write_images
+from base.run_folder.environment import environment
+from tests.soak.endurance import Endurance, Tally
+from tests.soak.scenarios import SCENARIOS, write_images
 
 
 def main() -> None:

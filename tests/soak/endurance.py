@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from base.checkpoint.checkpoint import LAST, load_checkpoint
-from soak.attempts import ENDINGS, Attempt, attempt, checkpoints, damage, position
-from soak.scenarios import tree_of
+from base.checkpoint import load_checkpoint
+from base.checkpoint.checkpoint import LAST
+from tests.soak.attempts import ENDINGS, Attempt, attempt, checkpoints, damage, position
+from tests.soak.scenarios import tree_of
 
 ATTEMPTS = 14
 """After so many, a run is left alone until it finishes."""
@@ -151,7 +152,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "metrics.jsonl": (run / "metrics.jsonl").read_bytes(),
         "the last model": last["state_dict"],
         "the averaged model": last.get("ema_state_dict"),
-        "the optimiser": last["optimizer"],
+        "the optimizer": last["optimizer"],
         "the best model": load_checkpoint(run / "model_best.pth")["state_dict"],
         "result.json": {key: value for key, value in result.items() if key not in TIMES},
         "epochs": last["epoch"],
