@@ -1,4 +1,5 @@
-"""The layers of a network as the linear operators that they are: spectral norms and distances from orthogonality.
+"""The layers of a network as the linear operators that they are: spectral norms and distances from
+orthogonality.
 
 python spectrum.py -s saved/cifar10_conv_norm/20260101-120000-000000 --figure spectrum.png --json spectrum.json
 python spectrum.py -c config.json -s model_best.pth --tolerance 1e-6

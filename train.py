@@ -31,7 +31,9 @@ def refuse(config: Config) -> None:
     """
     if config.attacks_while_training:
         key = "adversarial.method" if config.adversarial.method else "trainer.do_adv"
-        raise ConfigError(f"{key}: asks for adversarial training, but train.py trains on clean images: use train_robust.py")
+        raise ConfigError(
+            f"{key}: asks for adversarial training, but train.py trains on clean images: use train_robust.py"
+        )
 
 
 if __name__ == "__main__":

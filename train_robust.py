@@ -14,7 +14,9 @@ from experiment import resume, train
 
 
 def main() -> None:
-    arguments = config_parser("Adversarial training from a JSON config, then an attack on the test set.").parse_args()
+    arguments = config_parser(
+        "Adversarial training from a JSON config, then an attack on the test set."
+    ).parse_args()
     overrides = training_overrides(arguments)
     own = {"imports": arguments.imports, "relaunch": True}
     if arguments.print_config:

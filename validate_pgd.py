@@ -12,11 +12,20 @@ from experiment.attack_command import ATTACKS, SIZES, attack_parser, evaluate_ch
 
 
 def main() -> None:
-    parser = attack_parser("Robust accuracy of a checkpoint under PGD or another attack.", tuple(flag for flag, _, _ in SIZES))
+    parser = attack_parser(
+        "Robust accuracy of a checkpoint under PGD or another attack.",
+        tuple(flag for flag, _, _ in SIZES),
+    )
     names = f"{', '.join(ATTACKS)}, or one of --imports (pgd_attack.type)"
     parser.add_argument("--attack", metavar="NAME", help=names)
-    parser.add_argument("--apgd", action="store_true", help="APGD, of 100 steps unless --steps says otherwise")
-    parser.add_argument("--autoattack", action="store_true", help="standard AutoAttack (needs the package pyautoattack)")
+    parser.add_argument(
+        "--apgd", action="store_true", help="APGD, of 100 steps unless --steps says otherwise"
+    )
+    parser.add_argument(
+        "--autoattack",
+        action="store_true",
+        help="standard AutoAttack (needs the package pyautoattack)",
+    )
     arguments = parser.parse_args()
     select_device_to_evaluate(arguments.device)
     chosen = [name for name in ("apgd", "autoattack") if vars(arguments)[name]]

@@ -19,7 +19,8 @@ from base.seeding import torch_generator
 
 
 class Attack(ABC):
-    """Searches a threat model for images that a model gets wrong: `attack(model, images, labels) -> adversarial images`.
+    """Searches a threat model for images that a model gets wrong: `attack(model, images, labels) ->
+    adversarial images`.
 
     Works with any module or function that maps images in `[0, 1]` to logits. All sizes are in units
     of the pixel range (8/255, not 8).
@@ -46,7 +47,8 @@ class Attack(ABC):
         norm: `"linf"` or `"l2"`.
         targeted: `labels` are the classes to lead the model to, instead of the true ones.
         loss: what is maximized: `"ce"`, `"margin"` or `"dlr"`; see `attacks.losses`.
-        seed: of the random starts, where a call brings no generators: every call then draws the same ones.
+        seed: of the random starts, where a call brings no generators: every call then draws the
+            same ones.
 
     Attributes:
         confidence: see `confident`; above 0 only in attacks with a field of this name.
@@ -112,10 +114,13 @@ class Attack(ABC):
         return ThreatModel(self.norm, self.epsilon)
 
     def confident(self, confidence: float) -> Self:
-        """The same attack, for a network that answers nearly as the one that is meant: an image counts as misclassified once
-        the label's logit falls short by `confidence` times the image's largest logit, so that little is believed too early.
-        An attack without a field `confidence` comes back as it is."""
-        return replace(self, confidence=confidence) if "confidence" in arguments(type(self)) else self
+        """The same attack, for a network that answers nearly as the one that is meant: an image
+        counts as misclassified once the label's logit falls short by `confidence` times the image's
+        largest logit, so that little is believed too early. An attack without a field `confidence`
+        comes back as it is."""
+        return (
+            replace(self, confidence=confidence) if "confidence" in arguments(type(self)) else self
+        )
 
     @property
     def rank(self) -> int:
@@ -137,7 +142,8 @@ class Attack(ABC):
     def __call__(
         self, model: Model, images: Tensor, labels: Tensor, *, generators: Generators | None = None
     ) -> Tensor:
-        """Adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and integer `labels` `(B,)`, of their type and device.
+        """Adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and integer `labels` `(B,)`,
+        of their type and device.
 
         A module is attacked in evaluation mode and gets its modes back; its parameters' `.grad`
         are not touched, and no gradient of a weight is computed. A function's modes are the
@@ -146,7 +152,8 @@ class Attack(ABC):
         model answers NaN counts as misclassified. All of this holds whatever `perturb` does.
 
         Args:
-            generators: where random numbers come from: one generator, or one for each image; None for the attack's seed.
+            generators: where random numbers come from: one generator, or one for each image; None
+                for the attack's seed.
 
         Raises:
             TypeError: the model does not return a tensor of logits, or `perturb`
@@ -191,10 +198,9 @@ class Attack(ABC):
 
         Points outside of the threat model are projected into it afterwards, and NaN pixels become
         the image's own. `value_and_grad` gives logits, losses and gradients; `reached` tells which
-        images are broken. Random numbers come from `attacks.threat_model.draw`, with `generators`; those
-        of some of the images are `generators_of(generators, index)`. The model's modes are the
-        caller's, and `frozen` holds: adversarial training attacks in training mode.
-        """
+        images are broken. Random numbers come from `attacks.threat_model.draw`, with `generators`;
+        those of some of the images are `generators_of(generators, index)`. The model's modes are
+        the caller's, and `frozen` holds: adversarial training attacks in training mode."""
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What is maximized, `(B,)`, in float32."""
@@ -213,7 +219,8 @@ class Attack(ABC):
     def value_and_grad(
         self, model: Model, points: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits `(B, C)`, losses `(B,)` and the losses' gradients `(B, C, H, W)` at `points`, detached.
+        """Logits `(B, C)`, losses `(B,)` and the losses' gradients `(B, C, H, W)` at `points`,
+        detached.
 
         Losses are summed, not averaged, so an image's gradient does not depend on the batch it is
         in. The gradient is zero where no path leads from the losses to the points: the model leaves
@@ -239,7 +246,9 @@ def arguments(kind: type[Attack]) -> dict[str, Parameter]:
 def settings(attack: Attack) -> dict[str, Any]:
     """Everything that an attack was made with: the fields that count when two are compared, and
     whatever else its own constructor keeps under a public name."""
-    declared = {field.name: field.compare for field in fields(attack)} if is_dataclass(attack) else {}
+    declared = (
+        {field.name: field.compare for field in fields(attack)} if is_dataclass(attack) else {}
+    )
     values = {name: getattr(attack, name) for name, compared in declared.items() if compared}
     kept = getattr(attack, "__dict__", {}).items()
     more = {name: value for name, value in kept if name not in declared and name[0] != "_"}

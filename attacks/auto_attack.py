@@ -1,4 +1,5 @@
-"""AutoAttack: the standard ensemble by which robustness is reported, through the package pyautoattack."""
+"""AutoAttack: the standard ensemble by which robustness is reported, through the package
+pyautoattack."""
 
 import importlib
 import importlib.metadata
@@ -25,13 +26,14 @@ STANDARD_TARGETS = 9
 
 @dataclass(frozen=True)
 class AutoAttack(Attack):
-    """Standard AutoAttack (Croce and Hein, arXiv:2003.01690): APGD on cross entropy, then targeted APGD, targeted FAB and
-    Square, each on the images that those before did not break.
+    """Standard AutoAttack (Croce and Hein, arXiv:2003.01690): APGD on cross entropy, then targeted
+    APGD, targeted FAB and Square, each on the images that those before did not break.
 
-    An adapter of the optional package pyautoattack, with the numbers of its version "standard": 100 steps, 9 targets, 5000
-    queries. Each call is one evaluation of the whole batch. Images that no attack breaks, and those that are misclassified
-    from the beginning, come back unchanged. The seed of an evaluation is drawn from the first generator; the package draws for
-    the batch as a whole, so an image's result depends on the images beside it.
+    An adapter of the optional package pyautoattack, with the numbers of its version "standard": 100
+    steps, 9 targets, 5000 queries. Each call is one evaluation of the whole batch. Images that no
+    attack breaks, and those that are misclassified from the beginning, come back unchanged. The
+    seed of an evaluation is drawn from the first generator; the package draws for the batch as a
+    whole, so an image's result depends on the images beside it.
 
     Args:
         epsilon: radius in units of the pixel range, such as 8/255.
@@ -39,12 +41,14 @@ class AutoAttack(Attack):
         seed: of all draws, where a call brings no generators.
 
     Attributes:
-        warnings: what the package, or this class, holds against the evaluation (a randomized model, zero gradients, fewer
-            targets than the standard), over all calls, in order. Of warnings that differ in their numbers only, the first.
+        warnings: what the package, or this class, holds against the evaluation (a randomized model,
+            zero gradients, fewer targets than the standard), over all calls, in order. Of warnings
+            that differ in their numbers only, the first.
 
     Raises:
         ConfigError: the package is not installed.
-        ValueError: an argument out of its range. A call: images that are not float32, or a model with fewer than 4 classes.
+        ValueError: an argument out of its range. A call: images that are not float32, or a model
+            with fewer than 4 classes.
     """
 
     epsilon: float
@@ -82,7 +86,9 @@ class AutoAttack(Attack):
             logits = model(images)
         n_classes = logits.shape[1]
         if n_classes < self.min_classes:
-            raise ValueError(f"AutoAttack needs at least 4 classes (its targeted DLR loss does), the model has {n_classes}")
+            raise ValueError(
+                f"AutoAttack needs at least 4 classes (its targeted DLR loss does), the model has {n_classes}"
+            )
         if n_classes <= STANDARD_TARGETS:
             self._warn(
                 f"the model has {n_classes} classes: {n_classes - 1} targets instead of the standard {STANDARD_TARGETS} "
@@ -106,7 +112,8 @@ class AutoAttack(Attack):
         """The package's attack, with targets that exist."""
 
         def logits(points: Tensor) -> Tensor:
-            # Square asks for no images when all that are left are tied with another class, and not every model can do that
+            # Square asks for no images when all that are left are tied with another class, and not
+            # every model can do that
             return model(points) if len(points) else points.new_zeros(0, n_classes)
 
         attack = _import("autoattack").AutoAttack(
@@ -117,7 +124,9 @@ class AutoAttack(Attack):
             version="standard",
             device=device,
         )
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(STANDARD_TARGETS, n_classes - 1)
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(
+            STANDARD_TARGETS, n_classes - 1
+        )
         return attack
 
     def _warn(self, message: str) -> None:
@@ -139,13 +148,16 @@ def _import(module: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("pyautoattack"):
             raise
-        raise ConfigError('AutoAttack needs the package pyautoattack: pip install -e ".[autoattack]"') from None
+        raise ConfigError(
+            'AutoAttack needs the package pyautoattack: pip install -e ".[autoattack]"'
+        ) from None
 
 
 @contextmanager
 def _kept_tracer() -> Iterator[None]:
-    """The package counts calls in the model's forward pass by tracing it, and ends with no tracer: a debugger's or a coverage
-    tool's would be gone. Its counters are global, so one suspicious model would taint all later ones: they begin at 0."""
+    """The package counts calls in the model's forward pass by tracing it, and ends with no tracer:
+    a debugger's or a coverage tool's would be gone. Its counters are global, so one suspicious
+    model would taint all later ones: they begin at 0."""
     counters = _import("checks").funcs
     counters.update(dict.fromkeys(counters, 0))
     tracer = sys.gettrace()
@@ -164,7 +176,12 @@ def _heard(warn: Callable[[str], None]) -> Iterator[None]:
             warn(record.getMessage())
 
     logger = logging.getLogger("auto-attack")
-    handlers, level, propagate, disabled = logger.handlers, logger.level, logger.propagate, logger.disabled
+    handlers, level, propagate, disabled = (
+        logger.handlers,
+        logger.level,
+        logger.propagate,
+        logger.disabled,
+    )
     try:
         logger.handlers, logger.propagate, logger.disabled = [Listener()], False, False
         logger.setLevel(logging.WARNING)

@@ -19,29 +19,33 @@ MOMENTUM = 0.75
 class APGD(Attack):
     """Auto-PGD (Croce and Hein, arXiv:2003.01690, algorithm 1).
 
-    Gradient ascent with momentum, `x' = project(x + size * direction(gradient))`,
-    `x <- project(x + 0.75 (x' - x) + 0.25 (x - x_before))`, from a step size of 2 epsilon. At checkpoints (after 22 % of the
-    steps, then at distances that shrink by 3 % down to 6 %) an image's step size is halved, and the image goes back to its
-    point of largest loss, if (1) at most `rho` of the steps since the last checkpoint raised the loss, or (2) the step size was
-    not halved at the last checkpoint and the largest loss has not grown since.
+    Gradient ascent with momentum, `x' = project(x + size * direction(gradient))`, `x <- project(x +
+    0.75 (x' - x) + 0.25 (x - x_before))`, from a step size of 2 epsilon. At checkpoints (after 22 %
+    of the steps, then at distances that shrink by 3 % down to 6 %) an image's step size is halved,
+    and the image goes back to its point of largest loss, if (1) at most `rho` of the steps since
+    the last checkpoint raised the loss, or (2) the step size was not halved at the last checkpoint
+    and the largest loss has not grown since.
 
-    Each image gets a misclassified point if one was found, the image itself included, else its point of largest loss. Restarts
-    are for images that are not misclassified yet. A restart costs `steps` forward and backward passes and one forward pass; the
-    call one forward pass more.
+    Each image gets a misclassified point if one was found, the image itself included, else its
+    point of largest loss. Restarts are for images that are not misclassified yet. A restart costs
+    `steps` forward and backward passes and one forward pass; the call one forward pass more.
 
-    Where the paper leaves a choice, this follows the authors' code (rounding of checkpoints, "at most" in condition 1, no
-    condition 2 at the first checkpoint). One difference: the first step counts in condition 1 if it raised the loss, as in the
-    paper; the code asks whether the loss after it is above 0.
+    Where the paper leaves a choice, this follows the authors' code (rounding of checkpoints, "at
+    most" in condition 1, no condition 2 at the first checkpoint). One difference: the first step
+    counts in condition 1 if it raised the loss, as in the paper; the code asks whether the loss
+    after it is above 0.
 
     Args:
         epsilon: radius in units of the pixel range, such as 8/255.
         steps: gradient steps per restart, at least 1.
         norm: `"linf"` or `"l2"`.
         restarts: independent starts.
-        loss: `"ce"`, `"dlr"` or `"margin"`. With `targeted`, `"dlr"` is the negated DLR loss of the target, not equation 7.
-        early_stop: images that are misclassified leave the batch. This saves passes and changes no verdict. False takes the
-            misclassified point of largest loss instead of the first.
-        rho: an image's step size is halved where at most this share of steps raised the loss; in [0, 1].
+        loss: `"ce"`, `"dlr"` or `"margin"`. With `targeted`, `"dlr"` is the negated DLR loss of the
+            target, not equation 7.
+        early_stop: images that are misclassified leave the batch. This saves passes and changes no
+            verdict. False takes the misclassified point of largest loss instead of the first.
+        rho: an image's step size is halved where at most this share of steps raised the loss; in
+            [0, 1].
         targeted: lead to `labels` instead of away from them.
         seed: of the random starts, where a call brings no generators.
         confidence: see `PGD`.
@@ -83,12 +87,17 @@ class APGD(Attack):
             if len(left) == 0:
                 break
             start = self.start(images[left], generators_of(generators, left))
-            self._climb(model, found, _Climb(left, images[left], labels[left], start, 2 * self.threat_model.epsilon))
+            self._climb(
+                model,
+                found,
+                _Climb(left, images[left], labels[left], start, 2 * self.threat_model.epsilon),
+            )
         return found.points
 
     def start(self, images: Tensor, generators: Generators) -> Tensor:
-        """Where a restart begins: a uniform (l-inf) or Gaussian (l2) draw stretched to length epsilon in the norm, so that it
-        lies on the sphere and not in the ball, then clamped to `[0, 1]`. So does the authors' code."""
+        """Where a restart begins: a uniform (l-inf) or Gaussian (l2) draw stretched to length
+        epsilon in the norm, so that it lies on the sphere and not in the ball, then clamped to `[0,
+        1]`. So does the authors' code."""
         if self.threat_model.norm == "linf":
             change = 2 * draw(torch.rand, images, generators) - 1
             change = change / change.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
@@ -114,11 +123,17 @@ class APGD(Attack):
             climb.move(self.threat_model, MOMENTUM if step else 1.0)
         with torch.no_grad():
             logits = model(climb.points)
-        found.note(climb.at, climb.points, self.losses(logits, climb.labels), self.reached(logits, climb.labels))
+        found.note(
+            climb.at,
+            climb.points,
+            self.losses(logits, climb.labels),
+            self.reached(logits, climb.labels),
+        )
 
 
 def checkpoints(steps: int) -> dict[int, int]:
-    """The checkpoints of a climb: number of steps done -> number of steps since the checkpoint before."""
+    """The checkpoints of a climb: number of steps done -> number of steps since the checkpoint
+    before."""
     length, shrink, shortest = (max(int(part * steps), 1) for part in (0.22, 0.03, 0.06))
     ends, end = {}, length
     while end < steps:
@@ -129,17 +144,23 @@ def checkpoints(steps: int) -> dict[int, int]:
 
 
 class _Climb:
-    """One restart: where its images are and what their step sizes have come to. Every attribute has the images first."""
+    """One restart: where its images are and what their step sizes have come to. Every attribute has
+    the images first."""
 
-    def __init__(self, at: Tensor, images: Tensor, labels: Tensor, start: Tensor, size: float) -> None:
+    def __init__(
+        self, at: Tensor, images: Tensor, labels: Tensor, start: Tensor, size: float
+    ) -> None:
         self.at, self.images, self.labels = at, images, labels
         self.points = self.previous = self.best = start
         self.gradient = self.best_gradient = torch.zeros_like(start)
         self.size = start.new_full((len(at), 1, 1, 1), size)
-        self.best_loss = self.best_loss_before = start.new_full((len(at),), float("-inf"), dtype=torch.float32)
+        self.best_loss = self.best_loss_before = start.new_full(
+            (len(at),), float("-inf"), dtype=torch.float32
+        )
         self.loss = -self.best_loss  # so that arriving at the start is no rise
         self.rises = torch.zeros_like(self.loss)
-        self.halved = torch.ones_like(self.loss, dtype=torch.bool)  # so that condition 2 rests at the first checkpoint
+        # so that condition 2 rests at the first checkpoint
+        self.halved = torch.ones_like(self.loss, dtype=torch.bool)
 
     def arrive(self, losses: Tensor, gradient: Tensor) -> None:
         """Take in the losses `(n,)` and gradients at the points."""
@@ -151,17 +172,30 @@ class _Climb:
         self.loss, self.gradient = losses, gradient
 
     def adapt(self, rises_needed: float) -> None:
-        """A checkpoint: where one of the two conditions holds, halve the step size and go back to the best point."""
-        halve = (self.rises <= rises_needed) | (~self.halved & (self.best_loss_before >= self.best_loss))
+        """A checkpoint: where one of the two conditions holds, halve the step size and go back to
+        the best point."""
+        halve = (self.rises <= rises_needed) | (
+            ~self.halved & (self.best_loss_before >= self.best_loss)
+        )
         self.size = torch.where(_wide(halve), self.size / 2, self.size)
         self.points = torch.where(_wide(halve), self.best, self.points)
         self.gradient = torch.where(_wide(halve), self.best_gradient, self.gradient)
-        self.halved, self.best_loss_before, self.rises = halve, self.best_loss, torch.zeros_like(self.rises)
+        self.halved, self.best_loss_before, self.rises = (
+            halve,
+            self.best_loss,
+            torch.zeros_like(self.rises),
+        )
 
     def move(self, threat_model: ThreatModel, momentum: float) -> None:
         """One step; `momentum` is the part of it that is new."""
-        step = threat_model.project(self.points + self.size * threat_model.direction(self.gradient), self.images)
-        mixed = self.points + momentum * (step - self.points) + (1 - momentum) * (self.points - self.previous)
+        step = threat_model.project(
+            self.points + self.size * threat_model.direction(self.gradient), self.images
+        )
+        mixed = (
+            self.points
+            + momentum * (step - self.points)
+            + (1 - momentum) * (self.points - self.previous)
+        )
         self.previous, self.points = self.points, threat_model.project(mixed, self.images)
 
     def keep(self, going: Tensor) -> None:

@@ -27,7 +27,9 @@ class Classifier:
 
     def __init__(self, model: Model, labels: Tensor) -> None:
         if not callable(model) or isinstance(model, type):
-            found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            found = (
+                f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            )
             raise TypeError(f"model: expected a module or a function of logits, not {found}")
         self.model = model
         # read now, so that no forward pass has to wait for the device

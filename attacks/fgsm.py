@@ -9,8 +9,9 @@ from attacks.pgd import PGD
 
 @dataclass(frozen=True)
 class FGSM(PGD):
-    """The fast gradient sign method: one full step from the image, `x + epsilon * sign(gradient)` for l-inf (Goodfellow et al.,
-    arXiv:1412.6572); for l2 a step of length epsilon along the gradient.
+    """The fast gradient sign method: one full step from the image, `x + epsilon * sign(gradient)`
+    for l-inf (Goodfellow et al., arXiv:1412.6572); for l2 a step of length epsilon along the
+    gradient.
 
     Args:
         epsilon: radius and step in units of the pixel range.

@@ -17,10 +17,11 @@ from attacks.worst_case import DONE, WorstPoints
 class PGD(Attack):
     """Projected gradient ascent on a loss (Madry et al., arXiv:1706.06083).
 
-    From a random point of the ball: `x <- project(x + step_size * direction(gradient))`, `steps` times. With one restart and
-    without early stop the result is the last point, and every step costs one forward and one backward pass. Otherwise all
-    points on the way count, with one more forward pass for the last: each image gets its worst point over all steps and
-    restarts, misclassified before not, then of larger loss.
+    From a random point of the ball: `x <- project(x + step_size * direction(gradient))`, `steps`
+    times. With one restart and without early stop the result is the last point, and every step
+    costs one forward and one backward pass. Otherwise all points on the way count, with one more
+    forward pass for the last: each image gets its worst point over all steps and restarts,
+    misclassified before not, then of larger loss.
 
     Args:
         epsilon: radius in units of the pixel range, such as 8/255.
@@ -29,8 +30,8 @@ class PGD(Attack):
         norm: `"linf"` or `"l2"`.
         restarts: independent starts.
         random_start: begin at a random point of the ball, not at the image.
-        early_stop: leave an image alone once it is misclassified (targeted: classified as the target). A number k asks for
-            more: that the label is not among the k largest logits.
+        early_stop: leave an image alone once it is misclassified (targeted: classified as the
+            target). A number k asks for more: that the label is not among the k largest logits.
         targeted: lead to `labels` instead of away from them.
         loss: `"ce"`, `"margin"` or `"dlr"`.
         seed: of the random starts, where a call brings no generators.
@@ -59,9 +60,13 @@ class PGD(Attack):
         if not isinstance(self.early_stop, bool):
             check_count("early_stop", self.early_stop, 0)
         if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"restarts {self.restarts}: without random_start all of them are the same")
+            raise ValueError(
+                f"restarts {self.restarts}: without random_start all of them are the same"
+            )
         if self.targeted and self.early_stop > 1:
-            raise ValueError(f"early_stop {self.early_stop}: a targeted attack has no rank to reach but the first")
+            raise ValueError(
+                f"early_stop {self.early_stop}: a targeted attack has no rank to reach but the first"
+            )
         object.__setattr__(self, "early_stop", int(self.early_stop))
 
     def scaled(self, factor: float) -> Self:
@@ -107,7 +112,8 @@ class PGD(Attack):
         left: Tensor,
         points: Tensor,
     ) -> None:
-        """One restart for the images at positions `left`, from `points`; what it meets goes into `found`."""
+        """One restart for the images at positions `left`, from `points`; what it meets goes into
+        `found`."""
         for _ in range(self.steps):
             logits, losses, gradient = self.value_and_grad(model, points, labels[left])
             reached = self.reached(logits, labels[left])
@@ -120,10 +126,13 @@ class PGD(Attack):
             points = self.move(points, gradient, images[left])
         with torch.no_grad():
             logits = model(points)
-        found.note(left, points, self.losses(logits, labels[left]), self.reached(logits, labels[left]))
+        found.note(
+            left, points, self.losses(logits, labels[left]), self.reached(logits, labels[left])
+        )
 
     def climb(self, model: Model, images: Tensor, labels: Tensor, points: Tensor) -> Tensor:
-        """All steps from `points`; `labels` may be class probabilities `(B, C)`. Returns the last point."""
+        """All steps from `points`; `labels` may be class probabilities `(B, C)`. Returns the last
+        point."""
         for _ in range(self.steps):
             _, _, gradient = self.value_and_grad(model, points, labels)
             points = self.move(points, gradient, images)
@@ -131,4 +140,6 @@ class PGD(Attack):
 
     def move(self, points: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
         """One projected step."""
-        return self.threat_model.project(self.threat_model.step(points, gradient, self.step_size), images)
+        return self.threat_model.project(
+            self.threat_model.step(points, gradient, self.step_size), images
+        )

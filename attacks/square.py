@@ -17,22 +17,27 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 @dataclass(frozen=True)
 class Square(Attack):
-    """The Square attack (Andriushchenko et al., arXiv:1912.00049): random search with forward passes only.
+    """The Square attack (Andriushchenko et al., arXiv:1912.00049): random search with forward
+    passes only.
 
-    Starts with vertical stripes of +-epsilon per channel (l-inf) or a grid of bumps of total length epsilon (l2), then proposes
-    a change in a random square window and keeps it if the loss grows or the image is misclassified. The window covers the share
-    `p` of the pixels; `p` starts at `p_init` and is halved after the paper's 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000
-    of 10,000 queries, scaled to `queries`. For l-inf a proposal sets the window to the image +-epsilon, one sign per channel
-    (algorithm 2; that is the published step of +-2 epsilon, clipped). For l2 it takes the change away in a second window of the
-    same size and puts its length, and what was left of epsilon, into bumps in the first (algorithm 3).
+    Starts with vertical stripes of +-epsilon per channel (l-inf) or a grid of bumps of total length
+    epsilon (l2), then proposes a change in a random square window and keeps it if the loss grows or
+    the image is misclassified. The window covers the share `p` of the pixels; `p` starts at
+    `p_init` and is halved after the paper's 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of
+    10,000 queries, scaled to `queries`. For l-inf a proposal sets the window to the image
+    +-epsilon, one sign per channel (algorithm 2; that is the published step of +-2 epsilon,
+    clipped). For l2 it takes the change away in a second window of the same size and puts its
+    length, and what was left of epsilon, into bumps in the first (algorithm 3).
 
-    Misclassified images leave the batch, those that are misclassified from the beginning unchanged. Every image has windows and
-    signs of its own (the PyTorch code of the authors draws them once for the batch), and windows may touch the lower and right
-    border, which the authors' code leaves out.
+    Misclassified images leave the batch, those that are misclassified from the beginning unchanged.
+    Every image has windows and signs of its own (the PyTorch code of the authors draws them once
+    for the batch), and windows may touch the lower and right border, which the authors' code leaves
+    out.
 
     Args:
         epsilon: radius in units of the pixel range, such as 8/255.
-        queries: points tried for an image, the start among them, at least 1; one forward pass on the image itself comes first.
+        queries: points tried for an image, the start among them, at least 1; one forward pass on
+            the image itself comes first.
         norm: `"linf"` or `"l2"`.
         p_init: share of the pixels in the first windows, in (0, 1].
         loss: `"margin"`, `"ce"` or `"dlr"`.
@@ -69,7 +74,11 @@ class Square(Attack):
             if len(left) == 0:
                 break
             own = generators_of(generators, left)
-            tried = self.propose(points[left], images[left], query, own) if query else self.start(images[left], own)
+            tried = (
+                self.propose(points[left], images[left], query, own)
+                if query
+                else self.start(images[left], own)
+            )
             logits = model(tried)
             losses = self.losses(logits, labels[left])
             broken = wrongness(logits, labels[left]) > 0
@@ -93,15 +102,20 @@ class Square(Attack):
         return move(points, images, side, generators)
 
     def side(self, query: int, height: int, width: int) -> int:
-        """The side in pixels of the windows of a query: `sqrt(p H W)`, at most the image's; for l2 odd and at least 3, as bumps
-        need room (an image of even or smaller size is the exception)."""
-        share = self.p_init / 2 ** sum(query / self.queries * 10_000 > halving for halving in HALVINGS)
+        """The side in pixels of the windows of a query: `sqrt(p H W)`, at most the image's; for l2
+        odd and at least 3, as bumps need room (an image of even or smaller size is the
+        exception)."""
+        share = self.p_init / 2 ** sum(
+            query / self.queries * 10_000 > halving for halving in HALVINGS
+        )
         side = max(round((share * height * width) ** 0.5), 1)
         if self.threat_model.norm == "l2":
             side = max(side, 3) | 1
         return min(side, height, width)
 
-    def _propose_linf(self, points: Tensor, images: Tensor, side: int, generators: Generators) -> Tensor:
+    def _propose_linf(
+        self, points: Tensor, images: Tensor, side: int, generators: Generators
+    ) -> Tensor:
         n, channels, height, width = images.shape
         draws = _uniform(n, 2 + channels, images, generators)
         rows, columns = _inside(draws[:, 0], height, side)[0], _inside(draws[:, 1], width, side)[0]
@@ -109,24 +123,37 @@ class Square(Attack):
         changed = images + self.threat_model.epsilon * _signs(draws[:, 2:, None, None])
         return self.threat_model.project(torch.where(window, changed, points), images)
 
-    def _propose_l2(self, points: Tensor, images: Tensor, side: int, generators: Generators) -> Tensor:
+    def _propose_l2(
+        self, points: Tensor, images: Tensor, side: int, generators: Generators
+    ) -> Tensor:
         n, channels, height, width = images.shape
         draws = _uniform(n, 5 + channels, images, generators)
         signs = _signs(draws[:, 5:, None, None])
-        (rows, row), (columns, column) = _inside(draws[:, 0], height, side), _inside(draws[:, 1], width, side)
+        (rows, row), (columns, column) = (
+            _inside(draws[:, 0], height, side),
+            _inside(draws[:, 1], width, side),
+        )
         filled = (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
-        emptied = _inside(draws[:, 2], height, side)[0][:, :, None] & _inside(draws[:, 3], width, side)[0][:, None, :]
+        emptied = (
+            _inside(draws[:, 2], height, side)[0][:, :, None]
+            & _inside(draws[:, 3], width, side)[0][:, None, :]
+        )
         emptied = emptied.unsqueeze(1) & ~filled
         turned = (draws[:, 4] < 0.5).long()[:, None, None]
-        bumps = _bumps(side).to(images)[turned, row[:, :, None], column[:, None, :]].unsqueeze(1)  # (n, 1, H, W)
+        # shape (n, 1, H, W)
+        bumps = _bumps(side).to(images)[turned, row[:, :, None], column[:, None, :]].unsqueeze(1)
 
         change = points - images
         there = torch.where(filled, change, 0)
         room = (self.threat_model.epsilon**2 - _squares(change, (1, 2, 3))).clamp_min(0) / channels
         length = (room + _squares(torch.where(filled | emptied, change, 0), (2, 3))).sqrt()
-        new = torch.where(filled, bumps * signs, 0) + there / _squares(there, (2, 3)).sqrt().clamp_min(1e-12)
+        new = torch.where(filled, bumps * signs, 0) + there / _squares(
+            there, (2, 3)
+        ).sqrt().clamp_min(1e-12)
         new = new / _squares(new, (2, 3)).sqrt().clamp_min(1e-12) * length
-        return self._of_length_epsilon(torch.where(filled, new, torch.where(emptied, 0, change)), images)
+        return self._of_length_epsilon(
+            torch.where(filled, new, torch.where(emptied, 0, change)), images
+        )
 
     def _of_length_epsilon(self, change: Tensor, images: Tensor) -> Tensor:
         change = change * (self.threat_model.epsilon / lengths(change).clamp_min(1e-12))
@@ -134,7 +161,8 @@ class Square(Attack):
 
 
 def _uniform(n: int, count: int, images: Tensor, generators: Generators) -> Tensor:
-    """`count` numbers in [0, 1) for each of `n` images, float32 whatever the images are: a rounded 1 would be no place."""
+    """`count` numbers in [0, 1) for each of `n` images, float32 whatever the images are: a rounded
+    1 would be no place."""
     return draw(torch.rand, images.new_empty((n, count), dtype=torch.float32), generators)
 
 
@@ -143,8 +171,8 @@ def _signs(draws: Tensor) -> Tensor:
 
 
 def _inside(draws: Tensor, size: int, side: int) -> tuple[Tensor, Tensor]:
-    """Which of `size` rows or columns lie in windows at random places, bool `(n, size)`, and at which of the window's rows or
-    columns (0 for those outside)."""
+    """Which of `size` rows or columns lie in windows at random places, bool `(n, size)`, and at
+    which of the window's rows or columns (0 for those outside)."""
     first = (draws * (size - side + 1)).long()
     place = torch.arange(size, device=draws.device) - first[:, None]
     inside = (place >= 0) & (place < side)
@@ -156,27 +184,34 @@ def _squares(change: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _bump(height: int, width: int) -> Tensor:
-    """A pyramid of length 1, `(height, width)`: at distance d (the larger of rows and columns) from its middle
-    `sum_{k=d}^{n} 1 / (k + 1)^2` with n half the larger side."""
-    rows, columns = (torch.arange(height) - height // 2).abs(), (torch.arange(width) - width // 2).abs()
+    """A pyramid of length 1, `(height, width)`: at distance d (the larger of rows and columns) from
+    its middle `sum_{k=d}^{n} 1 / (k + 1)^2` with n half the larger side."""
+    rows, columns = (
+        (torch.arange(height) - height // 2).abs(),
+        (torch.arange(width) - width // 2).abs(),
+    )
     terms = 1 / torch.arange(1, max(height, width) // 2 + 2).square()
     bump = terms.flip(0).cumsum(0).flip(0)[torch.maximum(rows[:, None], columns[None, :])]
     return bump / torch.linalg.vector_norm(bump)
 
 
 def _bumps(side: int) -> Tensor:
-    """A bump above a negative one, of length 1, and the same lying on its side, `(2, side, side)`."""
+    """A bump above a negative one, of length 1, and the same lying on its side, `(2, side,
+    side)`."""
     above = torch.cat([_bump(side // 2, side), -_bump(side - side // 2, side)])
     above = above / torch.linalg.vector_norm(above)
     return torch.stack([above, above.T])
 
 
 def _bump_grid(images: Tensor, generators: Generators) -> Tensor:
-    """Pairs of bumps of a fifth of the image's side, turned at random, with a random sign per channel, `(n, C, H, W)`."""
+    """Pairs of bumps of a fifth of the image's side, turned at random, with a random sign per
+    channel, `(n, C, H, W)`."""
     n, channels, height, width = images.shape
     side = max(min(height, width) // 5, 1)
     down, across = height // side, width // side
-    draws = _uniform(n, down * across * (1 + channels), images, generators).reshape(n, 1 + channels, down, across)
+    draws = _uniform(n, down * across * (1 + channels), images, generators).reshape(
+        n, 1 + channels, down, across
+    )
     turned = (draws[:, 0] < 0.5).long()
     tiles = _bumps(side).to(images)[turned].unsqueeze(1) * _signs(draws[:, 1:, :, :, None, None])
     grid = tiles.permute(0, 1, 2, 4, 3, 5).reshape(n, channels, down * side, across * side)

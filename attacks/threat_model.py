@@ -13,15 +13,15 @@ from base.distributed import ShardedGenerator
 NORMS = ("linf", "l2")
 ROUNDING = 1e-6
 Generators = torch.Generator | ShardedGenerator | Sequence[torch.Generator]
-"""One generator for a whole batch, one for a minibatch of which the batch is a process's share, or one for each image, with
-which no draw depends on the other images of the batch."""
+"""One generator for a whole batch, one for a minibatch of which the batch is a process's share, or
+one for each image, with which no draw depends on the other images of the batch."""
 
 
 def in_pixel_range(size: float, norm: str) -> float:
     """An epsilon or step size of a config or a command line in units of the pixel range `[0, 1]`.
 
-    This is the only place that converts: l-inf sizes are written in 1/255 (8 means 8/255), l2 sizes in the pixel range already.
-    """
+    This is the only place that converts: l-inf sizes are written in 1/255 (8 means 8/255), l2 sizes
+    in the pixel range already."""
     return size / 255 if norm == "linf" else size
 
 
@@ -35,7 +35,8 @@ class ThreatModel:
     """All images within `epsilon` of the original in `norm`, with pixels in `[0, 1]`.
 
     Attributes:
-        norm: `"linf"`, the largest change of any pixel, or `"l2"`, the Euclidean length of the change.
+        norm: `"linf"`, the largest change of any pixel, or `"l2"`, the Euclidean length of the
+            change.
         epsilon: radius in units of the pixel range, at least 0.
 
     Raises:
@@ -52,27 +53,32 @@ class ThreatModel:
         object.__setattr__(self, "epsilon", check_size("epsilon", self.epsilon, self.norm))
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
-        """The allowed images at `points` `(B, C, H, W)`, or the nearest to them on the way back to `images`.
+        """The allowed images at `points` `(B, C, H, W)`, or the nearest to them on the way back to
+        `images`.
 
-        First into the ball, then into `[0, 1]`; as `images` lie in `[0, 1]`, the second never leaves the ball again.
-        """
+        First into the ball, then into `[0, 1]`; as `images` lie in `[0, 1]`, the second never
+        leaves the ball again."""
         if self.norm == "linf":
-            points = torch.minimum(torch.maximum(points, images - self.epsilon), images + self.epsilon)
+            points = torch.minimum(
+                torch.maximum(points, images - self.epsilon), images + self.epsilon
+            )
         else:
             points = images + self.bound(points - images)
         return points.clamp(0, 1)
 
     def bound(self, change: Tensor) -> Tensor:
-        """The nearest `change` `(B, C, H, W)` in the ball around zero; under l2 within 1e-6 of its radius, so that rounding in
-        `images + change` does not leave the ball."""
+        """The nearest `change` `(B, C, H, W)` in the ball around zero; under l2 within 1e-6 of its
+        radius, so that rounding in `images + change` does not leave the ball."""
         if self.norm == "linf":
             return change.clamp(-self.epsilon, self.epsilon)
-        return change * (self.epsilon * (1 - ROUNDING) / lengths(change).clamp_min(1e-30)).clamp(max=1)
+        return change * (self.epsilon * (1 - ROUNDING) / lengths(change).clamp_min(1e-30)).clamp(
+            max=1
+        )
 
     def step(self, points: Tensor, gradient: Tensor, size: float) -> Tensor:
-        """`points` moved by `size` in direction of steepest ascent: the gradient's sign (l-inf), or the gradient at length 1
-        (l2). Where the gradient is zero or NaN nothing moves. The result is not projected.
-        """
+        """`points` moved by `size` in direction of steepest ascent: the gradient's sign (l-inf), or
+        the gradient at length 1 (l2). Where the gradient is zero or NaN nothing moves. The result
+        is not projected."""
         return points + size * self.direction(gradient)
 
     def direction(self, gradient: Tensor) -> Tensor:
@@ -87,10 +93,10 @@ class ThreatModel:
     def random_start(self, images: Tensor, generators: Generators) -> Tensor:
         """Allowed images around `images` `(B, C, H, W)`, clamped to `[0, 1]`.
 
-        Under linf they are drawn uniformly from the ball. Under l2 direction and length are uniform: in many dimensions nearly
-        all of the ball lies at its surface, and an attack of few steps that begins with a random change of full length does not
-        get rid of it, and finds less.
-        """
+        Under linf they are drawn uniformly from the ball. Under l2 direction and length are
+        uniform: in many dimensions nearly all of the ball lies at its surface, and an attack of few
+        steps that begins with a random change of full length does not get rid of it, and finds
+        less."""
         if self.norm == "linf":
             change = 2 * draw(torch.rand, images, generators) - 1
         else:
@@ -126,15 +132,22 @@ def _largest_entry(change: Tensor) -> Tensor:
 
 def generators_of(generators: Generators, index: Tensor) -> Generators:
     """The generators of the images at `index`, int64 `(n,)`."""
-    return [generators[image] for image in index.tolist()] if isinstance(generators, Sequence) else generators
+    return (
+        [generators[image] for image in index.tolist()]
+        if isinstance(generators, Sequence)
+        else generators
+    )
 
 
 def draw(distribution: Callable[..., Tensor], like: Tensor, generators: Generators) -> Tensor:
-    """Random numbers of the shape of `like`, drawn on the CPU, so that they are the same on every device."""
+    """Random numbers of the shape of `like`, drawn on the CPU, so that they are the same on every
+    device."""
     if isinstance(generators, torch.Generator):
         drawn = distribution(like.shape, generator=generators)
     elif isinstance(generators, ShardedGenerator):
         drawn = generators.draw(distribution, like.shape[1:])
     else:
-        drawn = torch.stack([distribution(like.shape[1:], generator=generator) for generator in generators])
+        drawn = torch.stack(
+            [distribution(like.shape[1:], generator=generator) for generator in generators]
+        )
     return to_device(drawn.to(like.dtype), like.device)

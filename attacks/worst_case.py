@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 MISSED, DONE = 0, 2
-"""How far an attack has come with an image: not at all, or all the way; 1 is misclassified, but not as badly as was asked."""
+"""How far an attack has come with an image: not at all, or all the way; 1 is misclassified, but not
+as badly as was asked."""
 
 
 class WorstPoints:
-    """For every image its worst point so far: the one with which the attack came farthest, of those the one of largest loss.
+    """For every image its worst point so far: the one with which the attack came farthest, of those
+    the one of largest loss.
 
     Args:
         images: `(B, C, H, W)`, the points to begin with.
@@ -25,7 +27,8 @@ class WorstPoints:
         self.losses = images.new_full((len(images),), float("-inf"), dtype=torch.float32)
 
     def note(self, at: Tensor, points: Tensor, losses: Tensor, reached: Tensor) -> None:
-        """Consider `points` `(n, C, H, W)` for the images at positions `at` `(n,)`; NaN counts as the smallest loss."""
+        """Consider `points` `(n, C, H, W)` for the images at positions `at` `(n,)`; NaN counts as
+        the smallest loss."""
         losses = losses.nan_to_num(nan=float("-inf"))
         before = self.reached[at]
         worse = (reached > before) | ((reached == before) & (losses > self.losses[at]))
@@ -35,5 +38,6 @@ class WorstPoints:
         self.losses[kept] = losses[worse]
 
     def left(self, stop: bool = True) -> Tensor:
-        """Positions of the images that are still to be attacked: those that are not done, or, without `stop`, all."""
+        """Positions of the images that are still to be attacked: those that are not done, or,
+        without `stop`, all."""
         return (self.reached < (DONE if stop else DONE + 1)).nonzero().squeeze(1)

@@ -1,4 +1,5 @@
-"""Files that are at every moment either the old one or the new one, complete, even if the process or the machine dies."""
+"""Files that are at every moment either the old one or the new one, complete, even if the process
+or the machine dies."""
 
 import os
 import re
@@ -13,10 +14,11 @@ TEMPORARY = re.compile(r"\..+\.(?P<process>\d+)\.incomplete")
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, open for reading and writing, that takes the place of `path` in one step when the block ends.
+    """A new file, open for reading and writing, that takes the place of `path` in one step when the
+    block ends.
 
-    It is written beside `path`, flushed to the disk, renamed, and the rename flushed, too. Where the block raises, `path` stays
-    what it was and nothing else is left.
+    It is written beside `path`, flushed to the disk, renamed, and the rename flushed, too. Where
+    the block raises, `path` stays what it was and nothing else is left.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -36,7 +38,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Let `target` hold in one step what `source` holds: by a hard link where the file system has them, by a copy elsewhere.
+    """Let `target` hold in one step what `source` holds: by a hard link where the file system has
+    them, by a copy elsewhere.
 
     Only for files that are replaced as a whole and never written in place.
 
@@ -48,7 +51,8 @@ def link_or_copy(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
         temporary.hardlink_to(source)
         temporary.replace(target)
-        temporary.unlink(missing_ok=True)  # replacing a link by another one to the same file does nothing
+        # replacing a link by another one to the same file does nothing
+        temporary.unlink(missing_ok=True)
     except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -58,7 +62,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes of this machine that are dead have left incomplete in `folder`; nothing else is touched."""
+    """Remove what processes of this machine that are dead have left incomplete in `folder`; nothing
+    else is touched."""
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         if match and not _alive(int(match["process"])):

@@ -32,8 +32,8 @@ class BaseDataLoader(ABC):
         device: where batches are made.
         batch_size: images in a full batch; the last batch of an epoch may hold fewer.
         shard_batches: where several processes train together: yield this process's part of every
-            batch (see `base.distributed.shard.Shard`) instead of the whole. Order and augmentation are those of
-            the whole batch either way.
+            batch (see `base.distributed.shard.Shard`) instead of the whole. Order and augmentation
+            are those of the whole batch either way.
         default_mean, default_std: published statistics of the data set's pixels, where there are
             any; without them, training computes its own.
         mean, std: per channel, in `[0, 1]`: what a model normalizes these images by.
@@ -43,7 +43,8 @@ class BaseDataLoader(ABC):
         positions: int64 `(n_samples,)`, for each image of an unshuffled loader its place in the
             part of the data set it was taken from.
         clean_labels: where the labels of an unshuffled loader carry noise, int64 `(n_samples,)`
-            labels before the noise in the order of iteration, on `device`; None where they are clean.
+            labels before the noise in the order of iteration, on `device`; None where they are
+            clean.
         names_validation: whether the data set names its validation images itself.
         remarks: lines that the log of a run should hold about the data set.
         warnings: lines that it should warn of.

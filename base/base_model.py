@@ -17,12 +17,13 @@ from base.registry import Constructor, did_you_mean, lookup
 class BaseModel(nn.Module, ABC):
     """A network that maps pixels to logits and is built from four layer types.
 
-    `images` float `(B, C, H, W)` in `[0, 1]` -> `logits` float `(B, num_classes)`. The model normalizes the pixels itself,
-    `(images - mean) / std` per channel, so nothing outside it ever sees a mean or a std. Both are non-persistent buffers: they
-    follow the model to a device but are not part of its state dict, whose keys stay those of the original ConvNorm models.
+    `images` float `(B, C, H, W)` in `[0, 1]` -> `logits` float `(B, num_classes)`. The model
+    normalizes the pixels itself, `(images - mean) / std` per channel, so nothing outside it ever
+    sees a mean or a std. Both are non-persistent buffers: they follow the model to a device but are
+    not part of its state dict, whose keys stay those of the original ConvNorm models.
 
-    The four names are resolved once, here, into `conv_layer`, `norm_layer`, `linear_layer` and `activation_layer`; blocks
-    receive these constructors, never names.
+    The four names are resolved once, here, into `conv_layer`, `norm_layer`, `linear_layer` and
+    `activation_layer`; blocks receive these constructors, never names.
 
     Args:
         norm_layer_type: a name in `base.registry.NORM_LAYERS`.
@@ -60,7 +61,8 @@ class BaseModel(nn.Module, ABC):
         super().__init__()
         names = (norm_layer_type, conv_layer_type, linear_layer_type, activation_layer_type)
         self.norm_layer, self.conv_layer, self.linear_layer, self.activation_layer = (
-            _layer(choice, name, layer_arguments) for choice, name in zip(LAYER_CHOICES, names, strict=True)
+            _layer(choice, name, layer_arguments)
+            for choice, name in zip(LAYER_CHOICES, names, strict=True)
         )
         known = {key for choice in LAYER_CHOICES for key in choice.known_keys()}
         for key in layer_arguments:

@@ -1,4 +1,5 @@
-"""BaseTrainer: the epoch loop, one optimizer step, and everything around them that does not depend on the training method."""
+"""BaseTrainer: the epoch loop, one optimizer step, and everything around them that does not depend
+on the training method."""
 
 import logging
 import signal
@@ -43,7 +44,13 @@ from base.nan_guard import NanGuard
 from base.optim import Schedule, load_optimizer
 from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 from base.run_folder.logs import describe
-from base.seeding import get_rng_state, numpy_generator, seed_global_generators, set_rng_state, torch_generator
+from base.seeding import (
+    get_rng_state,
+    numpy_generator,
+    seed_global_generators,
+    set_rng_state,
+    torch_generator,
+)
 from base.signals import Interrupted, StopSignals
 from base.text import one_line
 from base.tracking.tracker import Tracker, tell
@@ -97,34 +104,40 @@ class TrainerParts:
 
 
 class BaseTrainer(ABC):
-    """Trains a model: epochs, validation, monitoring, early stop, checkpoints, resume, logging, signals.
+    """Trains a model: epochs, validation, monitoring, early stop, checkpoints, resume, logging,
+    signals.
 
-    A training method is a subclass with one method, `train_batch`, that calls `update` for every optimizer step, so that it
-    reads like the algorithm of its paper. Its constructor takes the parts and, by keyword, the method's own arguments: those
-    are what the config's section `adversarial` takes for it. An entry in `base.registry.TRAINERS` makes it known to configs.
+    A training method is a subclass with one method, `train_batch`, that calls `update` for every
+    optimizer step, so that it reads like the algorithm of its paper. Its constructor takes the
+    parts and, by keyword, the method's own arguments: those are what the config's section
+    `adversarial` takes for it. An entry in `base.registry.TRAINERS` makes it known to configs.
 
-    SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which `resume`
-    continues bit for bit (on the same device and library versions; up to rounding with three processes or more). Values of
-    every epoch go to `trackers`, which are set from outside.
+    SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which
+    `resume` continues bit for bit (on the same device and library versions; up to rounding with
+    three processes or more). Values of every epoch go to `trackers`, which are set from outside.
 
-    Where several processes train, each trains a copy of the model on its shard of every minibatch (see
-    `Shard`), and rank 0 writes.
+    Where several processes train, each trains a copy of the model on its shard of every minibatch
+    (see `Shard`), and rank 0 writes.
 
     Args:
         parts: see `TrainerParts`.
     """
 
     attacks_while_training: ClassVar[bool] = False
-    """Whether the method attacks images: its command is train_robust.py then, and every validation attacks, too."""
+    """Whether the method attacks images: its command is train_robust.py then, and every validation
+    attacks, too."""
     validated_by_fgsm: ClassVar[bool] = False
-    """Whether robust validation measures FGSM accuracy, too; see `trainer.robust_validation.overfitting_warnings`."""
+    """Whether robust validation measures FGSM accuracy, too; see
+    `trainer.robust_validation.overfitting_warnings`."""
     takes_mixup: ClassVar[bool] = False
-    """Whether `train_batch` takes class probabilities for labels, which is what mixup makes of them."""
+    """Whether `train_batch` takes class probabilities for labels, which is what mixup makes of
+    them."""
 
     def __init__(self, parts: TrainerParts) -> None:
         self.config = parts.config
         self.model = parts.model
-        self.network: nn.Module = parts.model  # for training passes: behind DistributedDataParallel where there are copies
+        # for training passes: behind DistributedDataParallel where there are copies
+        self.network: nn.Module = parts.model
         self.optimizer = parts.optimizer
         self.nan_guard = NanGuard(parts.optimizer, parts.folder)
         self.schedule = parts.schedule
@@ -151,7 +164,8 @@ class BaseTrainer(ABC):
         """Train on one minibatch: every forward pass, and `update` for every optimizer step.
 
         Args:
-            images: float32 `(B, C, H, W)` in `[0, 1]`, on the model's device, which is in training mode.
+            images: float32 `(B, C, H, W)` in `[0, 1]`, on the model's device, which is in training
+                mode.
             labels: int64 `(B,)`; with mixup class probabilities, float32 `(B, num_classes)`.
 
         Returns:
@@ -159,13 +173,16 @@ class BaseTrainer(ABC):
         """
 
     def update(self, losses: Tensor) -> None:
-        """One optimizer step on the mean of `losses` `(B,)`, one per sample, and the penalty on the weights.
+        """One optimizer step on the mean of `losses` `(B,)`, one per sample, and the penalty on the
+        weights.
 
-        The mean is that over the samples of all processes: DistributedDataParallel averages gradients.
+        The mean is that over the samples of all processes: DistributedDataParallel averages
+        gradients.
 
         Raises:
-            NonFiniteError: the loss or a gradient is infinite or NaN, now or, on a GPU, since the last look at the device (see
-            `NanGuard`). No parameter was updated from there on (running statistics, which the forward pass moves, were).
+            NonFiniteError: the loss or a gradient is infinite or NaN, now or, on a GPU, since the
+            last look at the device (see `NanGuard`). No parameter was updated from there on
+            (running statistics, which the forward pass moves, were).
         """
         _check_per_sample(losses, self)
         loss = self.shard(losses).mean(losses)
@@ -196,43 +213,55 @@ class BaseTrainer(ABC):
         return batch_result(losses, logits, labels, self.metrics)
 
     def shard(self, images: Tensor) -> Shard:
-        """This process's part of the minibatch that is being trained on; with one process that is `images`."""
+        """This process's part of the minibatch that is being trained on; with one process that is
+        `images`."""
         if world_size() == 1:
             return Shard(len(images))
         loader = self.train_loader
-        return shard_of(min(loader.batch_size, loader.n_samples - self.state.batches_done * loader.batch_size))
+        return shard_of(
+            min(loader.batch_size, loader.n_samples - self.state.batches_done * loader.batch_size)
+        )
 
     @property
     def minibatch(self) -> tuple[int, int]:
-        """Epoch and number of the minibatch that is being trained on, from which its random draws are derived."""
+        """Epoch and number of the minibatch that is being trained on, from which its random draws
+        are derived."""
         return self.state.epochs_done + 1, self.state.batches_done
 
     def generator(self, purpose: str, images: Tensor) -> torch.Generator | ShardedGenerator:
-        """Where this minibatch's random numbers for `purpose` come from; they do not depend on the number of processes."""
-        generator, shard = torch_generator(self.config.seed, purpose, *self.minibatch), self.shard(images)
+        """Where this minibatch's random numbers for `purpose` come from; they do not depend on the
+        number of processes."""
+        generator, shard = (
+            torch_generator(self.config.seed, purpose, *self.minibatch),
+            self.shard(images),
+        )
         return generator if shard.processes == 1 else ShardedGenerator(generator, shard)
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixup (Zhang et al., arXiv:1710.09412), where the config asks for it: pairs of images and of labels are averaged with
-        one Beta(alpha, alpha) weight per minibatch.
+        """Mixup (Zhang et al., arXiv:1710.09412), where the config asks for it: pairs of images and
+        of labels are averaged with one Beta(alpha, alpha) weight per minibatch.
 
-        Returns images and class probabilities `(B, num_classes)`; without mixup, images and labels `(B,)` as they came. As
-        cross entropy is linear in the probabilities, it is that of both labels with their weights, in training and inside
-        every attack.
+        Returns images and class probabilities `(B, num_classes)`; without mixup, images and labels
+        `(B,)` as they came. As cross entropy is linear in the probabilities, it is that of both
+        labels with their weights, in training and inside every attack.
 
-        An image's partner may be any of the minibatch: where several processes train, mixup is given the whole minibatch and
-        returns the shard of this one.
-        """
+        An image's partner may be any of the minibatch: where several processes train, mixup is
+        given the whole minibatch and returns the shard of this one."""
         alpha = self.config.augmentation.mixup_alpha
         if alpha == 0:
             return images, labels
         key = ("mixup", *self.minibatch)
         weight = float(numpy_generator(self.config.seed, *key).beta(alpha, alpha))
-        partner = to_device(torch.randperm(len(labels), generator=torch_generator(self.config.seed, *key)), labels.device)
+        partner = to_device(
+            torch.randperm(len(labels), generator=torch_generator(self.config.seed, *key)),
+            labels.device,
+        )
         targets = F.one_hot(labels, self.train_loader.num_classes).to(images.dtype)
         part = self.shard(images).part
         own = partner[part]
-        return torch.lerp(images[own], images[part], weight), torch.lerp(targets[own], targets[part], weight)
+        return torch.lerp(images[own], images[part], weight), torch.lerp(
+            targets[own], targets[part], weight
+        )
 
     def autocast(self) -> AbstractContextManager:
         """The context for forward passes in the run's precision."""
@@ -247,7 +276,8 @@ class BaseTrainer(ABC):
         """
         self.network = wrap_ddp(self.model)
         with self.signals.caught():
-            # a kill in the first epoch loses nothing, a full disk is found out now, and a damaged file is replaced
+            # a kill in the first epoch loses nothing, a full disk is found out now, and a damaged
+            # file is replaced
             self.checkpoints.save_last(self.checkpoint())
             self.checkpoints.refuse_full_disk()
             while not self.finished:
@@ -266,18 +296,21 @@ class BaseTrainer(ABC):
         return self.state.epochs_done >= self.config.trainer.epochs
 
     def validate(self) -> dict[str, float]:
-        """Values on the held-out images, their names prefixed with `val_`, and with `val_ema_` for the averaged weights."""
+        """Values on the held-out images, their names prefixed with `val_`, and with `val_ema_` for
+        the averaged weights."""
         epoch = self.state.epochs_done + 1
-        values = {f"val_{name}": value for name, value in self.validate_model(self.model, epoch).items()}
+        values = {
+            f"val_{name}": value for name, value in self.validate_model(self.model, epoch).items()
+        }
         if self.ema is not None:
             averaged = self.validate_model(self.ema.model, epoch)
             values |= {f"val_ema_{name}": value for name, value in averaged.items()}
         return values
 
     def _validated(self) -> dict[str, float]:
-        """`validate`, which a signal ends at once, as an attack may take longer than a cluster waits. What is saved then is the
-        state after the epoch's last minibatch; a resumed run validates again. Several processes finish it, as none can leave
-        alone."""
+        """`validate`, which a signal ends at once, as an attack may take longer than a cluster
+        waits. What is saved then is the state after the epoch's last minibatch; a resumed run
+        validates again. Several processes finish it, as none can leave alone."""
         if world_size() > 1:
             return self.validate()
         try:
@@ -287,19 +320,22 @@ class BaseTrainer(ABC):
             self._stop()
 
     def epoch_warnings(self, log: Mapping[str, Any]) -> list[str]:
-        """What there is to warn of after an epoch that logged these values; what the epochs before it
-        logged is `state.history`."""
+        """What there is to warn of after an epoch that logged these values; what the epochs before
+        it logged is `state.history`."""
         return []
 
     def method_state(self) -> dict[str, Any]:
-        """What a training method carries from minibatch to minibatch, for checkpoints: tensors and plain values."""
+        """What a training method carries from minibatch to minibatch, for checkpoints: tensors and
+        plain values."""
         return {}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional
-        """Continue from what `method_state` returned; raises a `ValueError` that says what is wrong with it."""
+        """Continue from what `method_state` returned; raises a `ValueError` that says what is wrong
+        with it."""
 
     def checkpoint(self) -> dict[str, Any]:
-        """Everything `resume` needs and a reader of the weights, whatever number of processes train. All of them call it.
+        """Everything `resume` needs and a reader of the weights, whatever number of processes
+        train. All of them call it.
 
         Raises:
             NonFiniteError: see `update`.
@@ -308,7 +344,10 @@ class BaseTrainer(ABC):
         self.nan_guard.note_saved(self.state)
         average = {}
         if self.ema is not None:
-            average = {"ema_state_dict": self.ema.model.state_dict(), "ema_updates": self.ema.updates}
+            average = {
+                "ema_state_dict": self.ema.model.state_dict(),
+                "ema_updates": self.ema.updates,
+            }
         return {
             **self.metadata,
             **average,
@@ -341,25 +380,40 @@ class BaseTrainer(ABC):
             NonFiniteError: its weights are infinite or NaN.
         """
         if "progress" not in checkpoint:
-            raise CheckpointError(f"{source}: holds no training state (ConvNorm's format): it can be evaluated, not resumed")
-        kinds = {"optimizer_type": type(self.optimizer).__name__, "scheduler_type": self.config.lr_scheduler.type}
+            raise CheckpointError(
+                f"{source}: holds no training state (ConvNorm's format): it can be evaluated, not resumed"
+            )
+        kinds = {
+            "optimizer_type": type(self.optimizer).__name__,
+            "scheduler_type": self.config.lr_scheduler.type,
+        }
         for key, ours in kinds.items():
             if checkpoint[key] != ours:
                 theirs = one_line(checkpoint[key], 80)
-                raise CheckpointError(f"{source}: was trained with {key} {theirs}, this config has {ours}")
+                raise CheckpointError(
+                    f"{source}: was trained with {key} {theirs}, this config has {ours}"
+                )
         self.state = state = TrainState(**checkpoint["progress"])
         batches = len(self.train_loader)
         if state.batches_done > batches:
-            raise CheckpointError(f"{source}: has done {state.batches_done} batches of an epoch of {batches}")
+            raise CheckpointError(
+                f"{source}: has done {state.batches_done} batches of an epoch of {batches}"
+            )
         steps = state.epochs_done
         if self.schedule.steps_by_batch:
             steps = steps * batches + state.batches_done
-        optimizer = checked_optimizer_state(self.optimizer, self.model, checkpoint["optimizer"], source)
-        schedule = checked_schedule_state(checkpoint["scheduler"], self.schedule.state_dict(), steps, source)
+        optimizer = checked_optimizer_state(
+            self.optimizer, self.model, checkpoint["optimizer"], source
+        )
+        schedule = checked_schedule_state(
+            checkpoint["scheduler"], self.schedule.state_dict(), steps, source
+        )
         load_weights(self.model, checkpoint["state_dict"], source)
         diverged = first_bad_weight(self.model)
         if diverged is not None:
-            raise NonFiniteError(f"{source}: {diverged} is not finite: the run has diverged there; name an earlier checkpoint")
+            raise NonFiniteError(
+                f"{source}: {diverged} is not finite: the run has diverged there; name an earlier checkpoint"
+            )
         load_optimizer(self.optimizer, optimizer)
         self.nan_guard.forget()
         self.schedule.load_state_dict(schedule)
@@ -372,25 +426,34 @@ class BaseTrainer(ABC):
         if self.ema is not None:
             for key in ("ema_state_dict", "ema_updates"):
                 if key not in checkpoint:
-                    raise CheckpointError(f"{source}: {key!r} is missing, but trainer.ema_decay asks for averaged weights")
-            self.ema.load_state_dict(checkpoint["ema_state_dict"], checkpoint["ema_updates"], source)
+                    raise CheckpointError(
+                        f"{source}: {key!r} is missing, but trainer.ema_decay asks for averaged weights"
+                    )
+            self.ema.load_state_dict(
+                checkpoint["ema_state_dict"], checkpoint["ema_updates"], source
+            )
         self._restore_generators(checkpoint["rng"], source)
         return self.checkpoints.restore_best(state, source, finished=self.finished)
 
     def _restore_generators(self, states: Mapping[str, Any], source: Path) -> None:
-        """Go on with torch's global generators as they were; with several processes `states` are those of rank 0."""
+        """Go on with torch's global generators as they were; with several processes `states` are
+        those of rank 0."""
 
         def restore() -> None:
             try:
                 set_rng_state(states)
             except (RuntimeError, TypeError) as error:
                 reason = str(error).splitlines()[0]
-                raise CheckpointError(f"{source}: rng: is not the state of a generator of torch: {reason}") from None
+                raise CheckpointError(
+                    f"{source}: rng: is not the state of a generator of torch: {reason}"
+                ) from None
 
         from_primary(restore)
         if not is_primary():  # copies of a model must not drop the same units
             state = self.state
-            seed_global_generators(self.config.seed, f"training {rank()} {state.epochs_done} {state.batches_done}")
+            seed_global_generators(
+                self.config.seed, f"training {rank()} {state.epochs_done} {state.batches_done}"
+            )
 
     def _train_epoch(self) -> dict[str, Any]:
         self.model.train()
@@ -424,7 +487,8 @@ class BaseTrainer(ABC):
                 state.train_seconds += perf_counter() - begin
                 self._stop()
         self.nan_guard.read()
-        means = self.meters.all_reduce().means()  # reads the device, so the time is that of finished work
+        # reads the device, so the time is that of finished work
+        means = self.meters.all_reduce().means()
         state.train_seconds += perf_counter() - begin
         broadcast_buffers(self.model)
         return {"epoch": epoch, "lr": state.learning_rate, **means}
@@ -440,8 +504,8 @@ class BaseTrainer(ABC):
         """Refuse to count an epoch that has diverged.
 
         Raises:
-            NonFiniteError: a weight, a value of the epoch, or, where nothing was validated, an answer
-            of the model is infinite or NaN.
+            NonFiniteError: a weight, a value of the epoch, or, where nothing was validated, an
+            answer of the model is infinite or NaN.
         """
         self.nan_guard.check_weights(self.model, self.state)
         self.nan_guard.check_values(self.model, self.state, self.images, log)
@@ -480,7 +544,9 @@ class BaseTrainer(ABC):
         exit_unless_primary(128 + self.signals.asked)
         done = f"{self.state.epochs_done} epochs and {self.state.batches_done} batches"
         name = signal.Signals(self.signals.asked).name
-        raise Stopped(f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked)
+        raise Stopped(
+            f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked
+        )
 
 
 def _check_per_sample(losses: Tensor, trainer: BaseTrainer) -> None:
@@ -496,7 +562,8 @@ def _check_per_sample(losses: Tensor, trainer: BaseTrainer) -> None:
 
 
 def _check_result(result: object, trainer: BaseTrainer) -> None:
-    """Refuse what cannot be added to an epoch's values, such as the None of a method that returns nothing.
+    """Refuse what cannot be added to an epoch's values, such as the None of a method that returns
+    nothing.
 
     Raises:
         ConfigError: naming the training method.

@@ -1,4 +1,5 @@
-"""What every script's command line shares: config flags, overrides, errors as one line and an exit code."""
+"""What every script's command line shares: config flags, overrides, errors as one line and an exit
+code."""
 
 import argparse
 import logging
@@ -44,11 +45,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def config_parser(description: str) -> Parser:
-    """A parser for scripts that run a config: `-c -r -d --run_dir --set` and ConvNorm's short flags."""
+    """A parser for scripts that run a config: `-c -r -d --run_dir --set` and ConvNorm's short
+    flags."""
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("-c", "--config", type=path_word, help="config file")
     parser.add_argument(
-        "-r", "--resume", metavar="CHECKPOINT", type=path_word, help="checkpoint or run folder to continue, in that folder"
+        "-r",
+        "--resume",
+        metavar="CHECKPOINT",
+        type=path_word,
+        help="checkpoint or run folder to continue, in that folder",
     )
     parser.add_argument(
         "-d",
@@ -59,7 +65,11 @@ def config_parser(description: str) -> Parser:
     about = "write exactly here instead of <save_dir>/<name>/<run id>"
     parser.add_argument("--run_dir", metavar="DIR", type=path_word, help=about)
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value, such as trainer.epochs=10"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a config value, such as trainer.epochs=10",
     )
     add_imports_flag(parser)
     about = "print the resolved config and where each value came from, and do nothing else"
@@ -67,7 +77,9 @@ def config_parser(description: str) -> Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for flags, key, text in SHORT_FLAGS:
         optional = {"nargs": "?", "const": "true"} if key in BOOLEANS else {}
-        parser.add_argument(*flags, dest=key, metavar="VALUE", help=f"{text} ({key})", action=KeyFlag, **optional)
+        parser.add_argument(
+            *flags, dest=key, metavar="VALUE", help=f"{text} ({key})", action=KeyFlag, **optional
+        )
     return parser
 
 
@@ -106,17 +118,19 @@ def key_flags(arguments: argparse.Namespace, keys: Iterable[str]) -> list[Overri
 
 
 def path_word(word: str) -> str:
-    """A path on the command line, with its home folder, as the shell does not do it behind an equals sign or within quotes.
+    """A path on the command line, with its home folder, as the shell does not do it behind an
+    equals sign or within quotes.
 
-    An empty word is what a script with an unset variable hands over: it does not mean that the flag was left out.
-    """
+    An empty word is what a script with an unset variable hands over: it does not mean that the flag
+    was left out."""
     if not word:
         raise argparse.ArgumentTypeError("expected a path, not an empty word")
     return os.path.expanduser(word)  # noqa: PTH111 - unlike Path's, it leaves the name of a user that is not here
 
 
 def config_overrides(arguments: argparse.Namespace) -> list[Override]:
-    """The config overrides of a parsed command line: `--set` in the order given, then the short flags.
+    """The config overrides of a parsed command line: `--set` in the order given, then the short
+    flags.
 
     Raises:
         ConfigError: a setting without a value, or flags that contradict each other.
@@ -142,11 +156,12 @@ def set_overrides(settings: Iterable[str], flag: str = "--set") -> list[Override
 
 
 def training_overrides(arguments: argparse.Namespace) -> list[Override]:
-    """`config_overrides` for training, with the devices of `-d` made the only ones that there are: `-d 0,1` means a process
-    on each of the two, as the original's DataParallel would use them.
+    """`config_overrides` for training, with the devices of `-d` made the only ones that there are:
+    `-d 0,1` means a process on each of the two, as the original's DataParallel would use them.
 
     Raises:
-        ConfigError: neither a config nor a run to continue is named, or see `config_overrides` and `select_device`.
+        ConfigError: neither a config nor a run to continue is named, or see `config_overrides` and
+            `select_device`.
     """
     devices = select_device(arguments.device)
     overrides = config_overrides(arguments)
@@ -222,7 +237,8 @@ def select_device_to_evaluate(devices: str | None) -> None:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug` keeps the traceback.
+    """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug`
+    keeps the traceback.
 
     Ctrl-C during `main` is exit code 130; once it has ended, only its own exit code counts.
     Whatever becomes of stdout and stderr (see `forgiving_streams`), the work is done to its end.
@@ -261,4 +277,5 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 
 def _forget_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, lambda *_: None)  # unlike SIG_IGN, not for processes that are still started
+    # unlike SIG_IGN, not for processes that are still started
+    signal.signal(signal.SIGINT, lambda *_: None)

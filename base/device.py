@@ -15,21 +15,27 @@ from base.text import one_line
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's `mallopt`, numbered as in malloc.h."""
 
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE)
+NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE
+)
 """What torch says, of any device, when it gets no memory."""
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on `device`, for which the host does not wait: a copy to a CUDA device from ordinary memory waits
-    for everything that the device still has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor of the CPU on `device`, for which the host does not wait: a copy to a CUDA device
+    from ordinary memory waits for everything that the device still has to do."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def choose_device(device: str, n_gpu: int = 1) -> torch.device:
     """The `torch.device` for the config's `system.device` and `n_gpu`.
 
-    `"auto"` takes the first CUDA device, then Apple's, then the CPU; `n_gpu` 0 asks for the CPU. Under torchrun each process
-    takes its own CUDA device, for `"cuda"`, too.
+    `"auto"` takes the first CUDA device, then Apple's, then the CPU; `n_gpu` 0 asks for the CPU.
+    Under torchrun each process takes its own CUDA device, for `"cuda"`, too.
 
     Raises:
         ConfigError: the device is named but is not there.
@@ -44,18 +50,29 @@ def choose_device(device: str, n_gpu: int = 1) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"system.device: {device!r} is not a device; expected auto, cpu, cuda, cuda:N or mps") from None
+        raise ConfigError(
+            f"system.device: {device!r} is not a device; expected auto, cpu, cuda, cuda:N or mps"
+        ) from None
     if chosen.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"system.device: {device!r} is not supported; expected auto, cpu, cuda, cuda:N or mps")
+        raise ConfigError(
+            f"system.device: {device!r} is not supported; expected auto, cpu, cuda, cuda:N or mps"
+        )
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"system.device: {device!r} asked for, but {torch.cuda.device_count()} CUDA devices are visible")
+        raise ConfigError(
+            f"system.device: {device!r} asked for, but {torch.cuda.device_count()} CUDA devices are visible"
+        )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("system.device: 'mps' asked for, but this machine has none")
-    return torch.device("cuda", int(own) % torch.cuda.device_count()) if device == "cuda" and own else chosen
+    return (
+        torch.device("cuda", int(own) % torch.cuda.device_count())
+        if device == "cuda" and own
+        else chosen
+    )
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`"fp32"` or `"bf16"` for the config's `system.precision`; `"auto"` is bf16 where the hardware multiplies it natively."""
+    """`"fp32"` or `"bf16"` for the config's `system.precision`; `"auto"` is bf16 where the hardware
+    multiplies it natively."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -73,26 +90,29 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def set_determinism(deterministic: bool, num_threads: int | None) -> None:
-    """Apply `system.deterministic` and `system.num_threads` to this process. Float32 then means float32 on every device: torch
-    would convolve in TF32, which keeps 10 bits of 23."""
+    """Apply `system.deterministic` and `system.num_threads` to this process. Float32 then means
+    float32 on every device: torch would convolve in TF32, which keeps 10 bits of 23."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no deterministic algorithms
+        # without it cuBLAS has no deterministic algorithms
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Where tensors are in the CPU's memory: let this process keep what they free for those that come next.
+    """Where tensors are in the CPU's memory: let this process keep what they free for those that
+    come next.
 
-    glibc takes large blocks from the system one by one and gives each back at once, and the system clears every page of the
-    next one: a tensor of 32 MiB, what a ResNet's first layers make of 128 images, then takes 15 ms to fill instead of 2, and a
-    training step with ConvNorm a quarter to a half longer. The peak of resident memory stays as it is; below the peak nothing
-    is given back before the process ends. Other C libraries, and an environment that sets `MALLOC_...` itself, are left alone.
-    """
+    glibc takes large blocks from the system one by one and gives each back at once, and the system
+    clears every page of the next one: a tensor of 32 MiB, what a ResNet's first layers make of 128
+    images, then takes 15 ms to fill instead of 2, and a training step with ConvNorm a quarter to a
+    half longer. The peak of resident memory stays as it is; below the peak nothing is given back
+    before the process ends. Other C libraries, and an environment that sets `MALLOC_...` itself,
+    are left alone."""
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     if device.type == "cpu" and sys.platform == "linux" and not chosen:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -114,7 +134,9 @@ def determinism_explained() -> Iterator[None]:
         match = re.match(r"(\S+) does not have a deterministic implementation", str(error))
         if match is None:
             raise
-        raise ConfigError(f"system.deterministic: {match[1]} has no deterministic algorithm here; false allows it") from None
+        raise ConfigError(
+            f"system.deterministic: {match[1]} has no deterministic algorithm here; false allows it"
+        ) from None
 
 
 @contextmanager
@@ -134,4 +156,6 @@ def memory_explained(key: str, batch_size: int) -> Iterator[None]:
         if not isinstance(error, MemoryError) and NO_MEMORY.search(str(error)) is None:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{key}: batches of {batch_size} images do not fit into memory: {one_line(reason, 200)}") from None
+        raise ConfigError(
+            f"{key}: batches of {batch_size} images do not fit into memory: {one_line(reason, 200)}"
+        ) from None

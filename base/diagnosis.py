@@ -1,4 +1,5 @@
-"""Where infinite and NaN numbers began: what a stopped run says about the minibatch that stopped it."""
+"""Where infinite and NaN numbers began: what a stopped run says about the minibatch that stopped
+it."""
 
 import torch
 from torch import Tensor, nn
@@ -7,13 +8,15 @@ from torch import Tensor, nn
 def first_bad_layer(model: nn.Module, images: Tensor | None) -> str | None:
     """Where, on the way from the pixels to the logits and back, numbers first were infinite or NaN.
 
-    The images go through the network once more, which leaves no trace in it: the first layer to answer with bad numbers is
-    named. Where all layers answer well, or there are no images, the gradients that are there are asked, from the loss down.
+    The images go through the network once more, which leaves no trace in it: the first layer to
+    answer with bad numbers is named. Where all layers answer well, or there are no images, the
+    gradients that are there are asked, from the loss down.
 
     Args:
         model: after the backward pass.
-        images: `(B, C, H, W)` of the minibatch. In adversarial training, where bad numbers may begin at perturbed images only,
-            they are the clean ones; in training with mixup those before it.
+        images: `(B, C, H, W)` of the minibatch. In adversarial training, where bad numbers may
+            begin at perturbed images only, they are the clean ones; in training with mixup those
+            before it.
 
     Returns:
         Such as `the output of layer1.0.bn1 (BatchNorm2d)`; None where all is well.

@@ -12,11 +12,13 @@ from base.checkpoint import load_weights
 
 
 class ModelEma:
-    """A second model whose weights follow those of a first: `average <- d average + (1 - d) weights` after every update.
+    """A second model whose weights follow those of a first: `average <- d average + (1 - d)
+    weights` after every update.
 
-    `d = min(decay, (1 + t) / (10 + t))` after t updates, so that the random first weights are soon forgotten. What is no
-    parameter is treated by its nature: running statistics of batch normalization are averaged like the weights; buffers that
-    are functions of the weights (ConvNorm's spectrum, the singular vectors of spectral normalization) are recomputed from the
+    `d = min(decay, (1 + t) / (10 + t))` after t updates, so that the random first weights are soon
+    forgotten. What is no parameter is treated by its nature: running statistics of batch
+    normalization are averaged like the weights; buffers that are functions of the weights
+    (ConvNorm's spectrum, the singular vectors of spectral normalization) are recomputed from the
     averaged weights, by the layer's `buffers_from_weights()`; all others are copied.
 
     Args:
@@ -44,7 +46,8 @@ class ModelEma:
         with torch.no_grad():
             for ours, theirs in zip(self._model.buffers(), self.source.buffers(), strict=True):
                 if id(ours) not in averaged:
-                    ours.data = theirs.data.clone()  # of any size: ConvNorm's spectrum gets its own in the first step
+                    # of any size: ConvNorm's spectrum gets its own in the first step
+                    ours.data = theirs.data.clone()
             for module in self._model.modules():
                 if hasattr(module, "buffers_from_weights"):
                     module.buffers_from_weights()
@@ -63,7 +66,8 @@ class ModelEma:
 
 
 def _averaged(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors that are averaged, in a fixed order: parameters, and running statistics of batch normalization."""
+    """The tensors that are averaged, in a fixed order: parameters, and running statistics of batch
+    normalization."""
     yield from model.parameters()
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:

@@ -1,7 +1,7 @@
 """The errors a user can cause. Each carries the exit code that the scripts return for it.
 
-The message is one line: where (file or dotted config key), what was found, what was expected, and the nearest valid name.
-"""
+The message is one line: where (file or dotted config key), what was found, what was expected, and
+the nearest valid name."""
 
 from collections.abc import Sequence
 
@@ -43,7 +43,8 @@ class NonFiniteError(ProjectError):
 
 
 class Stopped(ProjectError):  # noqa: N818 - not an error: the run ended as it was asked to
-    """Training was stopped by a signal after saving; the exit code is 128 plus the signal's number."""
+    """Training was stopped by a signal after saving; the exit code is 128 plus the signal's
+    number."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -20,30 +20,39 @@ class BatchResult:
     """What one minibatch adds to an epoch.
 
     Attributes:
-        sums: 0-dim tensors: a value summed over the samples, such as the loss, or the number of correct predictions.
-        count: the number of samples summed over; with several updates per minibatch each counts its samples.
+        sums: 0-dim tensors: a value summed over the samples, such as the loss, or the number of
+            correct predictions.
+        count: the number of samples summed over; with several updates per minibatch each counts its
+            samples.
     """
 
     sums: Mapping[str, Tensor]
     count: int
 
 
-def batch_result(losses: Tensor, logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric]) -> BatchResult:
+def batch_result(
+    losses: Tensor, logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric]
+) -> BatchResult:
     """The sums of one batch: `loss` and every metric."""
     logits = logits.detach()
-    sums = {"loss": losses.detach().sum(), **{name: metric(logits, labels) for name, metric in metrics.items()}}
+    sums = {
+        "loss": losses.detach().sum(),
+        **{name: metric(logits, labels) for name, metric in metrics.items()},
+    }
     return BatchResult(sums, len(labels))
 
 
 class Meters:
-    """Running sums of `BatchResult`s. They stay on the device until they are read, so adding does not synchronize."""
+    """Running sums of `BatchResult`s. They stay on the device until they are read, so adding does
+    not synchronize."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
     def add(self, result: BatchResult) -> None:
-        """Add one batch. Sums are float64 where the device has it, so that their rounding does not grow with the epoch."""
+        """Add one batch. Sums are float64 where the device has it, so that their rounding does not
+        grow with the epoch."""
         for name, value in result.sums.items():
             value = value.detach()
             value = value if value.device.type == "mps" else value.double()
@@ -55,8 +64,18 @@ class Meters:
         if world_size() == 1:
             return self
         total = Meters()
-        for sums, count in all_gather_object(({name: float(value) for name, value in self.sums.items()}, self.count)):
-            total.add(BatchResult({name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}, count))
+        for sums, count in all_gather_object(
+            ({name: float(value) for name, value in self.sums.items()}, self.count)
+        ):
+            total.add(
+                BatchResult(
+                    {
+                        name: torch.tensor(value, dtype=torch.float64)
+                        for name, value in sums.items()
+                    },
+                    count,
+                )
+            )
         return total
 
     def means(self) -> dict[str, float]:

@@ -1,5 +1,5 @@
-"""No update on numbers that are infinite or NaN, no checkpoint of a model that answers with them, and no
-waiting for the GPU in every step to know."""
+"""No update on numbers that are infinite or NaN, no checkpoint of a model that answers with them,
+and no waiting for the GPU in every step to know."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +22,16 @@ OF_LAST_EPOCH = "is of the last good epoch"
 
 
 class NanGuard:
-    """Keeps an optimizer from ever updating on gradients that are infinite or NaN, and ends training where they are.
+    """Keeps an optimizer from ever updating on gradients that are infinite or NaN, and ends
+    training where they are.
 
-    On the CPU it looks before every update. On a GPU that would let the host wait for the device in every step, while it could
-    prepare the next one. There a fused optimizer is told on the device (`found_inf`): from the first bad update on it changes
-    nothing any more, neither weights nor its own state, and the host looks every `READ_EVERY` updates, at the end of an epoch
-    and before every checkpoint. What moves until then, running statistics and averaged weights, is never saved. Optimizers
-    without such kernels, and runs that began without them, are looked after before every update on a GPU, too.
+    On the CPU it looks before every update. On a GPU that would let the host wait for the device in
+    every step, while it could prepare the next one. There a fused optimizer is told on the device
+    (`found_inf`): from the first bad update on it changes nothing any more, neither weights nor its
+    own state, and the host looks every `READ_EVERY` updates, at the end of an epoch and before
+    every checkpoint. What moves until then, running statistics and averaged weights, is never
+    saved. Optimizers without such kernels, and runs that began without them, are looked after
+    before every update on a GPU, too.
 
     Several processes judge the same gradients, averaged over all, and so agree.
 
@@ -42,23 +45,32 @@ class NanGuard:
     def __init__(self, optimizer: Optimizer, folder: Path) -> None:
         self.optimizer = optimizer
         self.folder = folder
-        self._first_bad: Tensor | None = None  # int64 on the device: the batch from 1 on; 0 as long as all is well
-        self._last: tuple[nn.Module, Tensor, int, Tensor | None]  # model, loss, epoch and images of the last update
+        # int64 on the device: the batch from 1 on; 0 as long as all is well
+        self._first_bad: Tensor | None = None
+        # model, loss, epoch and images of the last update
+        self._last: tuple[nn.Module, Tensor, int, Tensor | None]
         self._unread = 0
         self._saved = OF_LAST_EPOCH
 
-    def look(self, model: nn.Module, loss: Tensor, state: TrainState, images: Tensor | None = None) -> None:
-        """Judge the gradients that the backward pass of `loss` (0-dim) has left, before the optimizer's step. They are NaN
-        where the loss is not finite (see `BaseTrainer.update`); `images` are the minibatch, for the message.
+    def look(
+        self, model: nn.Module, loss: Tensor, state: TrainState, images: Tensor | None = None
+    ) -> None:
+        """Judge the gradients that the backward pass of `loss` (0-dim) has left, before the
+        optimizer's step. They are NaN where the loss is not finite (see `BaseTrainer.update`);
+        `images` are the minibatch, for the message.
 
         Raises:
             NonFiniteError: see `read`.
         """
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in model.parameters() if parameter.grad is not None
+        ]
         finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         if self._first_bad is None:
             self._first_bad = torch.zeros((), dtype=torch.int64, device=finite.device)
-        self._first_bad = torch.where(finite | (self._first_bad > 0), self._first_bad, state.batches_done + 1)
+        self._first_bad = torch.where(
+            finite | (self._first_bad > 0), self._first_bad, state.batches_done + 1
+        )
         self._last = (model, loss.detach(), state.epochs_done + 1, images)
         self._unread += 1
         deferred = self.deferred(loss.device)
@@ -67,17 +79,25 @@ class NanGuard:
             self.read()
 
     def deferred(self, device: torch.device) -> bool:
-        """Whether the optimizer leaves out bad updates by itself. Its groups are asked, too: a resumed run brings its own."""
-        heeds = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # torch's own sign, for loss scaling
-        return device.type in self.deferred_on and heeds and all(group.get("fused") for group in self.optimizer.param_groups)
+        """Whether the optimizer leaves out bad updates by itself. Its groups are asked, too: a
+        resumed run brings its own."""
+        # torch's own sign, for loss scaling
+        heeds = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return (
+            device.type in self.deferred_on
+            and heeds
+            and all(group.get("fused") for group in self.optimizer.param_groups)
+        )
 
     def read(self) -> None:
-        """Wait for the device and ask whether all is well. An epoch's updates are read before the next begins.
+        """Wait for the device and ask whether all is well. An epoch's updates are read before the
+        next begins.
 
         Raises:
-            NonFiniteError: the loss or a gradient was infinite or NaN. The message names the first such batch, and the layer
-            where it began (see `base.diagnosis`). Where later passes with the same weights have replaced those gradients and
-            are well again, the images were to blame, and it names the batch only.
+            NonFiniteError: the loss or a gradient was infinite or NaN. The message names the first
+            such batch, and the layer where it began (see `base.diagnosis`). Where later passes with
+            the same weights have replaced those gradients and are well again, the images were to
+            blame, and it names the batch only.
         """
         if self._unread == 0:
             return
@@ -91,12 +111,14 @@ class NanGuard:
                 what = f"the {'gradient' if torch.isfinite(loss) else 'loss'} is not finite, first in {where}"
             exit_unless_primary(NonFiniteError.exit_code)
             kept = self._kept()
-            raise NonFiniteError(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}")
+            raise NonFiniteError(
+                f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}"
+            )
         self._unread = 0
 
     def check_weights(self, model: nn.Module, state: TrainState) -> None:
-        """Make sure that what a checkpoint would hold now is finite: an update on finite gradients may
-        still carry weights or running statistics beyond the range of their type.
+        """Make sure that what a checkpoint would hold now is finite: an update on finite gradients
+        may still carry weights or running statistics beyond the range of their type.
 
         Raises:
             NonFiniteError: naming the epoch, the last batch done in it, and the tensor.
@@ -106,9 +128,9 @@ class NanGuard:
             self._refuse(state, f"{where} is not finite after its update")
 
     def check_answers(self, model: nn.Module, state: TrainState, images: Tensor | None) -> None:
-        """Make sure that the model, in evaluation mode, answers the last minibatch with finite numbers:
-        weights that have exploded may be finite themselves. Where several processes train, all of them
-        call it, each with its share of the images.
+        """Make sure that the model, in evaluation mode, answers the last minibatch with finite
+        numbers: weights that have exploded may be finite themselves. Where several processes train,
+        all of them call it, each with its share of the images.
 
         Raises:
             NonFiniteError: naming the epoch, the last batch done in it, and the first bad layer.
@@ -116,7 +138,9 @@ class NanGuard:
         where = None if images is None else self._first_bad_answer(model, images)
         if all_reduce_max(int(where is not None)):
             where = where or "what another process computes"
-            self._refuse(state, f"the model's answers are not finite after its update, first in {where}")
+            self._refuse(
+                state, f"the model's answers are not finite after its update, first in {where}"
+            )
 
     def check_values(
         self,

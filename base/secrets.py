@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 
 GIVEN = re.compile(r"(--key|--comet_key|(--set=)?comet(\.api)?)(\W(?P<key>.*))?", re.DOTALL)
-"""A word of a command line that holds the key, or is followed by it. Everything in the section `comet` counts."""
+"""A word of a command line that holds the key, or is followed by it. Everything in the section
+`comet` counts."""
 SHORTEST = 4
 """Characters; shorter ones are no keys, and would be found in any text."""
 
@@ -25,7 +26,8 @@ def command_without_key(command: Sequence[str]) -> list[str]:
 
 
 def without_keys(message: str, command: Sequence[str]) -> str:
-    """A message with the keys of the command line replaced by `***`, also of one that is not well-formed."""
+    """A message with the keys of the command line replaced by `***`, also of one that is not
+    well-formed."""
     for word, after in zip(command, [*command[1:], ""], strict=True):
         given = GIVEN.fullmatch(word)
         key = (given["key"] or after) if given else ""

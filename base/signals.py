@@ -13,7 +13,13 @@ from types import FrameType
 
 from base.distributed import rank, world_size
 from base.distributed.collectives import LOOK_EVERY
-from base.distributed.session import ask_all_to_stop, asked_to_stop, end_process, moments_computed, tell_failure
+from base.distributed.session import (
+    ask_all_to_stop,
+    asked_to_stop,
+    end_process,
+    moments_computed,
+    tell_failure,
+)
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 OVER = 0
@@ -43,7 +49,8 @@ class StopSignals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Meanwhile both signals only set `asked` (in the main thread; elsewhere Python allows no handlers).
+        """Meanwhile both signals only set `asked` (in the main thread; elsewhere Python allows no
+        handlers).
 
         Where several processes work together, a signal to one of them reaches all, and one that has
         been asked to stop, but waits for another that does not answer, ends (see `_Watch`).
@@ -53,7 +60,8 @@ class StopSignals:
             return
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.asked = self.asked or number  # the first one counts, whatever comes while it is obeyed
+            # the first one counts, whatever comes while it is obeyed
+            self.asked = self.asked or number
             if self._may_interrupt and not _in_finaliser(frame):
                 self._may_interrupt = False
                 raise Interrupted
@@ -70,8 +78,8 @@ class StopSignals:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Meanwhile, inside `caught`, the first of them raises `Interrupted`, too, at once where it has come already: for work
-        that changes nothing."""
+        """Meanwhile, inside `caught`, the first of them raises `Interrupted`, too, at once where it
+        has come already: for work that changes nothing."""
         try:
             self._may_interrupt = True
             if self.asked:
@@ -87,10 +95,9 @@ class _Watch:
 
     It passes a signal on to the other processes, and hands theirs to the main thread. From a signal
     on all tell each other whether they still compute. Where this one only waits and none has
-    computed for `PATIENCE` seconds, one of them is gone or stuck: nothing can be agreed on any more,
-    and this one ends with the signal's exit code. It does so, too, after `LAST_PATIENCE` seconds of
-    waiting for others that compute.
-    """
+    computed for `PATIENCE` seconds, one of them is gone or stuck: nothing can be agreed on any
+    more, and this one ends with the signal's exit code. It does so, too, after `LAST_PATIENCE`
+    seconds of waiting for others that compute."""
 
     def __enter__(self) -> None:
         self._ears, self._mouth = socket.socketpair()
@@ -148,7 +155,8 @@ class _Watch:
 
 
 def _in_finaliser(frame: FrameType | None) -> bool:
-    """Whether an object is just being cleared away, where Python would print an exception and forget it."""
+    """Whether an object is just being cleared away, where Python would print an exception and
+    forget it."""
     while frame is not None:
         if frame.f_code.co_name == "__del__":
             return True

@@ -13,7 +13,8 @@ Readable: TypeAlias = bytes | bytearray | memoryview
 
 
 closed_at_start: set[int] = set()
-"""Descriptors 0 to 2 that were closed when `forgiving_streams` began: what is written there is lost."""
+"""Descriptors 0 to 2 that were closed when `forgiving_streams` began: what is written there is
+lost."""
 
 
 class _Forgiving(FileIO):

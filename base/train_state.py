@@ -21,9 +21,11 @@ class TrainState:
         batches_done: minibatches done of the epoch after them.
         learning_rate: the learning rate that epoch began with.
         history: the logged values of every finished epoch.
-        best_value: the monitored value at its best; None before the first epoch, or without monitoring.
+        best_value: the monitored value at its best; None before the first epoch, or without
+            monitoring.
         best_epoch: the epoch it was reached in; the last of several equally good ones.
-        best_since: the first epoch that could be the best: 1, unless the best model of those before it was lost.
+        best_since: the first epoch that could be the best: 1, unless the best model of those before
+            it was lost.
         epochs_without_improvement: epochs since the value last became better.
         train_seconds: time spent in training steps.
         images_seen: images trained on, counted once per minibatch.
@@ -43,11 +45,11 @@ class TrainState:
     def finish_epoch(self, log: dict[str, Any], monitor: str) -> bool:
         """Count an epoch and its logged values; returns whether it is the best so far.
 
-        `monitor` is `"max NAME"` or `"min NAME"` of a logged value, or `"off"`: the newest epoch is the best. Of equally good
-        epochs the newest is the best, as in ConvNorm; but only a better one counts as an improvement. An epoch in which the
-        value was not measured is neither better nor worse. One that logged an infinite number or a
-        NaN, whatever it is of, is never the best.
-        """
+        `monitor` is `"max NAME"` or `"min NAME"` of a logged value, or `"off"`: the newest epoch is
+        the best. Of equally good epochs the newest is the best, as in ConvNorm; but only a better
+        one counts as an improvement. An epoch in which the value was not measured is neither better
+        nor worse. One that logged an infinite number or a NaN, whatever it is of, is never the
+        best."""
         self.history.append(log)
         self.epochs_done += 1
         self.batches_done = 0

@@ -1,4 +1,5 @@
-"""Side-by-side timings against named peers: `python -m benchmarks`; see README.md of this folder for the method."""
+"""Side-by-side timings against named peers: `python -m benchmarks`; see README.md of this folder
+for the method."""
 
 import os
 

@@ -54,38 +54,74 @@ def main() -> None:
     hardware = machine.hardware(settings.device)
     results: dict[str, list[Row | Table]] = {}
     seconds: dict[str, float] = {}
-    for name in (bar := tqdm(dict.fromkeys(arguments.only or COMPARISONS), disable=None, leave=False)):
+    for name in (
+        bar := tqdm(dict.fromkeys(arguments.only or COMPARISONS), disable=None, leave=False)
+    ):
         bar.set_description(name)
         begin = perf_counter()
         results[name] = [_judged(item, settings) for item in COMPARISONS[name](settings)]
         seconds[name] = perf_counter() - begin
         if arguments.json:  # after every comparison, so that an interrupted run leaves what it has
             plain = {name: [item.plain() for item in found] for name, found in results.items()}
-            write_json(arguments.json, {"hardware": hardware, "smoke": settings.smoke, "seconds": seconds, "results": plain})
-    lines = [machine.describe(hardware), f"{summary(results)}, in {sum(seconds.values()) / 60:.1f} minutes"]
+            write_json(
+                arguments.json,
+                {
+                    "hardware": hardware,
+                    "smoke": settings.smoke,
+                    "seconds": seconds,
+                    "results": plain,
+                },
+            )
+    lines = [
+        machine.describe(hardware),
+        f"{summary(results)}, in {sum(seconds.values()) / 60:.1f} minutes",
+    ]
     if settings.smoke:
-        lines.append("--smoke: tiny networks and images, one repeat: these numbers say nothing about speed")
+        lines.append(
+            "--smoke: tiny networks and images, one repeat: these numbers say nothing about speed"
+        )
     if arguments.table:
         arguments.table.write_text("\n\n".join([*lines, as_markdown(results)]))
     print(as_text(results), *lines, sep="\n\n")
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks", description="Side-by-side timings against named peers.", allow_abbrev=False)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(COMPARISONS)}")
+    parser = Parser(
+        prog="python -m benchmarks",
+        description="Side-by-side timings against named peers.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"some of: {', '.join(COMPARISONS)}"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table here, in Markdown")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch; its own choice by default")
-    parser.add_argument("--checkpoint", metavar="RUN", help="run or checkpoint whose robust network is attacked, too")
-    parser.add_argument("--images", type=int, default=64, metavar="N", help="of its test images (64)")
-    parser.add_argument("--smoke", action="store_true", help="tiny and quick: shows that everything runs")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="write the table here, in Markdown"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of torch; its own choice by default"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="RUN",
+        help="run or checkpoint whose robust network is attacked, too",
+    )
+    parser.add_argument(
+        "--images", type=int, default=64, metavar="N", help="of its test images (64)"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny and quick: shows that everything runs"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    """The settings that the command line asks for; whatever is wrong with it is found here, before anything is measured.
+    """The settings that the command line asks for; whatever is wrong with it is found here, before
+    anything is measured.
 
     Raises:
         ConfigError, CheckpointError: one line that names the flag or the file.
@@ -104,7 +140,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
-    return Settings(device, torch.get_num_threads(), arguments.smoke, arguments.checkpoint, arguments.images)
+    return Settings(
+        device, torch.get_num_threads(), arguments.smoke, arguments.checkpoint, arguments.images
+    )
 
 
 def _judged(item: Row | Table, settings: Settings) -> Row | Table:

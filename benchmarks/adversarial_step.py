@@ -1,4 +1,5 @@
-"""PGD-10 adversarial training: this project's trainer against the loop of robust_overfitting (Rice et al.)."""
+"""PGD-10 adversarial training: this project's trainer against the loop of robust_overfitting (Rice
+et al.)."""
 
 from collections.abc import Callable
 
@@ -18,7 +19,10 @@ NOTE = "same network, precision and memory format on both sides; the attack in t
 
 def measure(settings: Settings) -> list[Row]:
     """A row for each precision."""
-    return [_row(settings, precision, [*LAYERS[BATCH_NORM], *system]) for precision, system in systems(settings).items()]
+    return [
+        _row(settings, precision, [*LAYERS[BATCH_NORM], *system])
+        for precision, system in systems(settings).items()
+    ]
 
 
 def _row(settings: Settings, precision: str, overrides: list[Override]) -> Row:
@@ -35,7 +39,11 @@ def _row(settings: Settings, precision: str, overrides: list[Override]) -> Row:
 def _their_step(trainer: BaseTrainer) -> Callable[[], object]:
     """Their loop on a network, an optimizer and a minibatch like those of our side."""
     images, labels = next(iter(trainer.train_loader))
-    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        trainer.model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4
+    )
     attack = trainer.attack
     epsilon, step_size, steps = attack.epsilon, attack.step_size, attack.steps
-    return lambda: adversarial_step(trainer.model, optimizer, images, labels, epsilon, step_size, steps, trainer.autocast)
+    return lambda: adversarial_step(
+        trainer.model, optimizer, images, labels, epsilon, step_size, steps, trainer.autocast
+    )

@@ -1,4 +1,5 @@
-"""Attacks on a robustly trained network: this project against torchattacks and foolbox, in time and in robust accuracy."""
+"""Attacks on a robustly trained network: this project against torchattacks and foolbox, in time and
+in robust accuracy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,9 +27,10 @@ class Network:
         overrides: of `configs/quickstart.json`.
         epochs: of its training.
         images: how many test images are attacked, the first of every class; None for all.
-        sizes: epsilon and step under l-inf in 1/255, and under l2, at which it is about half as accurate as without an attack.
-        passes: over the images to tell robust accuracies apart, of PGD. From one to the next random starts alone change the
-            verdicts of one to three images.
+        sizes: epsilon and step under l-inf in 1/255, and under l2, at which it is about half as
+            accurate as without an attack.
+        passes: over the images to tell robust accuracies apart, of PGD. From one to the next random
+            starts alone change the verdicts of one to three images.
         direct: whether the attack alone is timed, too.
     """
 
@@ -99,29 +101,44 @@ NOTE = (
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Two networks that are trained for this, and the network of `--checkpoint`, if one is given."""
+    """Two networks that are trained for this, and the network of `--checkpoint`, if one is
+    given."""
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         reason = f"{' and '.join(missing)} not installed: pip install -e '.[benchmarks]'"
         return [Row("attacks on a robust network", JUDGED, skipped=reason)]
     rows = []
-    for network in (SMALL, replace(LARGE, overrides=(*LARGE.overrides, ("arch.type", settings.network)))):
+    for network in (
+        SMALL,
+        replace(LARGE, overrides=(*LARGE.overrides, ("arch.type", settings.network))),
+    ):
         with TemporaryDirectory() as folder:
-            evaluation = _evaluation(_robust_run(settings, network, Path(folder)), settings, network.images)
+            evaluation = _evaluation(
+                _robust_run(settings, network, Path(folder)), settings, network.images
+            )
             rows += _rows(settings, evaluation, network)
     if settings.checkpoint is not None:
         evaluation = _evaluation(settings.checkpoint, settings, settings.images)
-        rows += _rows(settings, evaluation, Network(evaluation.config.arch.type, (), 0, settings.images, CIFAR_SIZES))
+        rows += _rows(
+            settings,
+            evaluation,
+            Network(evaluation.config.arch.type, (), 0, settings.images, CIFAR_SIZES),
+        )
     return rows
 
 
 def _robust_run(settings: Settings, network: Network, folder: Path) -> str:
-    machine = [("system.device", str(settings.device)), ("system.num_threads", str(settings.threads))]
+    machine = [
+        ("system.device", str(settings.device)),
+        ("system.num_threads", str(settings.threads)),
+    ]
     epochs = [
         ("trainer.epochs", str(settings.size(network.epochs, 1))),
         ("data_loader.args.num_batches", str(settings.size(0, 2))),
     ]
-    config = load_config(ROOT / "configs" / "quickstart.json", [*ROBUST, *network.overrides, *machine, *epochs])
+    config = load_config(
+        ROOT / "configs" / "quickstart.json", [*ROBUST, *network.overrides, *machine, *epochs]
+    )
     Experiment.from_config(config).run(str(folder / "run"))
     return str(folder / "run")
 
@@ -129,28 +146,55 @@ def _robust_run(settings: Settings, network: Network, folder: Path) -> str:
 def _evaluation(run: str, settings: Settings, images: int | None) -> Evaluation:
     """The run's model, and the first test images of every class."""
     arguments = evaluation_parser("").parse_args(["-s", run])
-    machine = [("system.device", str(settings.device)), ("system.num_threads", str(settings.threads))]
+    machine = [
+        ("system.device", str(settings.device)),
+        ("system.num_threads", str(settings.threads)),
+    ]
     machine.append(("system.precision", "fp32"))  # as the scripts do
-    return load_evaluation(arguments, machine, limit=settings.size(images or 0, 16) or None, batch_size=250)
+    return load_evaluation(
+        arguments, machine, limit=settings.size(images or 0, 16) or None, batch_size=250
+    )
 
 
 def _rows(settings: Settings, evaluation: Evaluation, network: Network) -> list[Row]:
     rows = []
     for attack, (steps, norm, goal) in ATTACKS.items():
         epsilon, step = network.sizes[norm]
-        sides = attackers(evaluation, min(steps, settings.size(steps, 2)), norm, epsilon, step if steps else epsilon)
+        sides = attackers(
+            evaluation,
+            min(steps, settings.size(steps, 2)),
+            norm,
+            epsilon,
+            step if steps else epsilon,
+        )
         if not network.direct:
             del sides["direct call"]
-        faster = compare({name: sides[name] for name in LIBRARIES}, 1, warmup=0, device=settings.device).smallest(LIBRARIES)
-        timed = {name: side for name, side in sides.items() if name not in LIBRARIES or name == faster}
+        faster = compare(
+            {name: sides[name] for name in LIBRARIES}, 1, warmup=0, device=settings.device
+        ).smallest(LIBRARIES)
+        timed = {
+            name: side for name, side in sides.items() if name not in LIBRARIES or name == faster
+        }
         times = compare(timed, settings.repeats, warmup=settings.warmup, device=settings.device)
         setting = f"{attack}, {network.name}, {evaluation.loader.n_samples} images"
         for name in _ours(sides):
             judged = goal if name.startswith(JUDGED) else None
-            rows.append(speed_row(setting, times, name, faster, judged, images=evaluation.loader.n_samples, note=NOTE))
+            rows.append(
+                speed_row(
+                    setting,
+                    times,
+                    name,
+                    faster,
+                    judged,
+                    images=evaluation.loader.n_samples,
+                    note=NOTE,
+                )
+            )
         lowest = min(LIBRARIES, key=lambda name: (median(sides[name].accuracies), name != faster))
         if steps:
-            for side in (sides[name] for name in sides if name.startswith(JUDGED) or name == lowest):
+            for side in (
+                sides[name] for name in sides if name.startswith(JUDGED) or name == lowest
+            ):
                 while len(side.accuracies) < settings.size(network.passes, 0):
                     side()
         rows += _accuracy_rows(setting, sides, lowest)
@@ -162,13 +206,30 @@ def _ours(sides: dict[str, Attacker]) -> list[str]:
 
 
 def _accuracy_rows(setting: str, sides: dict[str, Attacker], lowest: str) -> list[Row]:
-    """Robust accuracy of our sides in points, and how far it lies above that of the library with the lowest."""
+    """Robust accuracy of our sides in points, and how far it lies above that of the library with
+    the lowest."""
     rows = []
     for name in _ours(sides):
         passes = min(len(sides[name].accuracies), len(sides[lowest].accuracies))
-        points = Paired({side: [100 * share for share in sides[side].accuracies[:passes]] for side in (name, lowest)})
+        points = Paired(
+            {
+                side: [100 * share for share in sides[side].accuracies[:passes]]
+                for side in (name, lowest)
+            }
+        )
         values = {"ours_value": points.spread(name), "other_value": points.spread(lowest)}
         goal = Goal(POINTS, at_least=False)
         above = points.difference(name, lowest)
-        rows.append(Row(f"{setting}: robust accuracy", name, above, "points above", lowest, "%", **values, goal=goal))
+        rows.append(
+            Row(
+                f"{setting}: robust accuracy",
+                name,
+                above,
+                "points above",
+                lowest,
+                "%",
+                **values,
+                goal=goal,
+            )
+        )
     return rows

@@ -1,4 +1,5 @@
-"""ConvNorm against conv + BatchNorm, and against the original's algorithm: training step, evaluation, attack."""
+"""ConvNorm against conv + BatchNorm, and against the original's algorithm: training step,
+evaluation, attack."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,17 +9,32 @@ from attacks import PGD
 from base.base_trainer import BaseTrainer
 from base.config import Override
 from benchmarks.rows import Row, Settings, cost_row, speed_row
-from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, ORIGINAL, build_trainer, step_config, step_of, systems
+from benchmarks.steps import (
+    BATCH_NORM,
+    CONV_NORM,
+    LAYERS,
+    ORIGINAL,
+    build_trainer,
+    step_config,
+    step_of,
+    systems,
+)
 from benchmarks.timing import Paired, compare
 from experiment.build import evaluator
 
 BATCHES, EVALUATED, ATTACKED, ATTACK_STEPS = (128, 32), 64, 32, 2
-"""Training steps with the shipped configs' minibatch, and with a small one, where what does not grow with it weighs more."""
+"""Training steps with the shipped configs' minibatch, and with a small one, where what does not
+grow with it weighs more."""
 
 
 def measure(settings: Settings) -> list[Row]:
-    """For each precision, training steps, evaluation and attack, against BatchNorm and against the original's algorithm."""
-    return [row for precision, system in systems(settings).items() for row in _rows(settings, precision, system)]
+    """For each precision, training steps, evaluation and attack, against BatchNorm and against the
+    original's algorithm."""
+    return [
+        row
+        for precision, system in systems(settings).items()
+        for row in _rows(settings, precision, system)
+    ]
 
 
 def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Row]:
@@ -28,16 +44,29 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Ro
     rows = []
     for batch in [settings.size(batch, 4) for batch in BATCHES]:
         size = [("data_loader.args.batch_size", str(batch))]
-        names = LAYERS if precision == "fp32" else (CONV_NORM, BATCH_NORM)  # no goal asks for the original in another one
-        trainers = {name: build_trainer(step_config(settings, [*LAYERS[name], *size, *system]), name) for name in names}
-        rows += _compared(settings, f"training step, batch {batch}, {precision}", trainers, step_of, cost, speed)
+        # no goal asks for the original in another one
+        names = LAYERS if precision == "fp32" else (CONV_NORM, BATCH_NORM)
+        trainers = {
+            name: build_trainer(step_config(settings, [*LAYERS[name], *size, *system]), name)
+            for name in names
+        }
+        rows += _compared(
+            settings, f"training step, batch {batch}, {precision}", trainers, step_of, cost, speed
+        )
 
     def evaluation(trainer: BaseTrainer) -> Callable[[], object]:
         return _evaluation(trainer, evaluated)
 
     trainers.pop(ORIGINAL, None)  # no goal asks for it in evaluation
-    rows += _compared(settings, f"evaluation, {evaluated} images, {precision}", trainers, evaluation)
-    rows += _compared(settings, f"PGD-{ATTACK_STEPS} in evaluation mode, batch {attacked}, {precision}", trainers, _attack)
+    rows += _compared(
+        settings, f"evaluation, {evaluated} images, {precision}", trainers, evaluation
+    )
+    rows += _compared(
+        settings,
+        f"PGD-{ATTACK_STEPS} in evaluation mode, batch {attacked}, {precision}",
+        trainers,
+        _attack,
+    )
     return rows
 
 
@@ -49,8 +78,9 @@ def _compared(
     at_most: float | None = None,
     at_least: float | None = None,
 ) -> list[Row]:
-    """A row against BatchNorm with the goal `at_most`, and, where it is given, one against the original with `at_least`. Each
-    pair takes turns by itself: no slow third side stands between two turns."""
+    """A row against BatchNorm with the goal `at_most`, and, where it is given, one against the
+    original with `at_least`. Each pair takes turns by itself: no slow third side stands between two
+    turns."""
     sides = {layers: side(trainer) for layers, trainer in trainers.items()}
 
     def times(other: str) -> Paired:

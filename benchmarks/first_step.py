@@ -2,9 +2,9 @@
 
 python -m benchmarks.first_step PACKAGE,PACKAGE -c CONFIG --run_dir DIR ...
 
-The last line printed says when the step was finished, in seconds of the clock that all processes share, and which of the
-packages were imported. Nothing is imported here that train.py does not import itself.
-"""
+The last line printed says when the step was finished, in seconds of the clock that all processes
+share, and which of the packages were imported. Nothing is imported here that train.py does not
+import itself."""
 
 import json
 import os
@@ -21,7 +21,8 @@ def stop_after_first_step(packages: list[str]) -> None:
     train_batch = Trainer.train_batch
 
     def last(trainer: Trainer, *batch: Any) -> None:
-        float(train_batch(trainer, *batch).sums["loss"])  # reads the device, so the step is finished
+        # reads the device, so the step is finished
+        float(train_batch(trainer, *batch).sums["loss"])
         imported = [name for name in packages if name in sys.modules]
         print(json.dumps({"finished": monotonic(), "imported": imported}), flush=True)
         os._exit(0)

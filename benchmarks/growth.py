@@ -1,4 +1,5 @@
-"""How the cost of one training step grows with batch, image size, width and PGD steps, and the speed with processes."""
+"""How the cost of one training step grows with batch, image size, width and PGD steps, and the
+speed with processes."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,17 @@ from base.base_trainer import BaseTrainer
 from base.config import Override
 from benchmarks.processes import python
 from benchmarks.rows import Settings, Table
-from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, ROOT, build_trainer, step_config, step_of, step_overrides, systems
+from benchmarks.steps import (
+    BATCH_NORM,
+    CONV_NORM,
+    LAYERS,
+    ROOT,
+    build_trainer,
+    step_config,
+    step_of,
+    step_overrides,
+    systems,
+)
 from benchmarks.table import number
 from benchmarks.timing import seconds_of
 
@@ -47,7 +58,8 @@ class Axis:
 
 
 def measure(settings: Settings) -> list[Table]:
-    """Tables of growth, of what dominates at both ends, and of processes, in the precision that `auto` picks."""
+    """Tables of growth, of what dominates at both ends, and of processes, in the precision that
+    `auto` picks."""
     precision, system = list(systems(settings).items())[-1]
     tables, dominant = [], []
     for axis in _axes(settings, system, precision):
@@ -56,7 +68,9 @@ def measure(settings: Settings) -> list[Table]:
             steps = axis.steps(name)
             times[name] = [_seconds(settings, step) for step in steps.values()]
             ends = (axis.sizes[0], axis.sizes[-1])
-            dominant += [(f"{axis.name} {end}", name, *_dominant(settings, steps[end])) for end in ends]
+            dominant += [
+                (f"{axis.name} {end}", name, *_dominant(settings, steps[end])) for end in ends
+            ]
         tables.append(_table(axis, times))
     heads = ("at", "layers", "operator that takes longest itself", "share of the step")
     tables.append(Table(f"What dominates a training step, {precision}", heads, tuple(dominant)))
@@ -81,34 +95,66 @@ def _axes(settings: Settings, system: list[Override], precision: str) -> list[Ax
 
     def by_width(layers: str) -> dict[int, Step]:
         network = [("arch.type", "wide_resnet"), ("arch.args.depth", "10"), batch(wide_batch)]
-        return {width: step_of(trainer(layers, *network, ("arch.args.widen_factor", str(width)))) for width in widths}
+        return {
+            width: step_of(trainer(layers, *network, ("arch.args.widen_factor", str(width))))
+            for width in widths
+        }
 
     def by_attack(layers: str) -> dict[int, Step]:
         none = [("adversarial.method", "none"), ("adversarial.steps", "null")]
-        some = {steps: [("adversarial.steps", str(steps))] if steps else none for steps in attack_steps}
+        some = {
+            steps: [("adversarial.steps", str(steps))] if steps else none for steps in attack_steps
+        }
         small = [batch(attack_batch), ("trainer.ema_decay", "null")]
-        return {steps: step_of(trainer(layers, *small, *keys, file="cifar10_pgd.json")) for steps, keys in some.items()}
+        return {
+            steps: step_of(trainer(layers, *small, *keys, file="cifar10_pgd.json"))
+            for steps, keys in some.items()
+        }
 
     smoke = settings.smoke
     batches, sides = ((1, 4), (32, 48)) if smoke else ((1, 4, 16, 64, 256), (32, 64, 128, 224))
     widths, attack_steps = ((1, 2), (0, 1)) if smoke else ((1, 2, 4, 8), (0, 1, 5, 10))
-    side_batch, wide_batch, attack_batch = (settings.size(full, 2) for full in (SIDE_BATCH, WIDE_BATCH, ATTACK_BATCH))
+    side_batch, wide_batch, attack_batch = (
+        settings.size(full, 2) for full in (SIDE_BATCH, WIDE_BATCH, ATTACK_BATCH)
+    )
     network = settings.network
     return [
         Axis(f"Batch ({network}, 32 x 32, {precision})", "batch", batches, None, by_batch),
-        Axis(f"Side of the images ({network}, batch {side_batch}, {precision})", "side", sides, side_batch, by_side),
-        Axis(f"Width (wide_resnet, depth 10, batch {wide_batch}, {precision})", "widen_factor", widths, wide_batch, by_width),
-        Axis(f"PGD steps ({network}, batch {attack_batch}, {precision})", "PGD steps", attack_steps, attack_batch, by_attack),
+        Axis(
+            f"Side of the images ({network}, batch {side_batch}, {precision})",
+            "side",
+            sides,
+            side_batch,
+            by_side,
+        ),
+        Axis(
+            f"Width (wide_resnet, depth 10, batch {wide_batch}, {precision})",
+            "widen_factor",
+            widths,
+            wide_batch,
+            by_width,
+        ),
+        Axis(
+            f"PGD steps ({network}, batch {attack_batch}, {precision})",
+            "PGD steps",
+            attack_steps,
+            attack_batch,
+            by_attack,
+        ),
     ]
 
 
 def random_images(settings: Settings, batch: int, side: int) -> Tensor:
     """`(batch, 3, side, side)` in `[0, 1]`, always the same."""
-    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(settings.device)
+    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(
+        settings.device
+    )
 
 
 def _seconds(settings: Settings, step: Step) -> float:
-    return seconds_of(step, settings.size(REPEATS, 1), warmup=settings.warmup, device=settings.device).median
+    return seconds_of(
+        step, settings.size(REPEATS, 1), warmup=settings.warmup, device=settings.device
+    ).median
 
 
 def _table(axis: Axis, times: Mapping[str, list[float]]) -> Table:
@@ -119,7 +165,10 @@ def _table(axis: Axis, times: Mapping[str, list[float]]) -> Table:
     for position, size in enumerate(axis.sizes):
         cells = [str(size)]
         for seconds in times.values():
-            cells += [number(seconds[position]), number(1000 * seconds[position] / (axis.batch or size))]
+            cells += [
+                number(seconds[position]),
+                number(1000 * seconds[position] / (axis.batch or size)),
+            ]
         ratio = times[CONV_NORM][position] / times[BATCH_NORM][position]
         lines.append((*cells, number(ratio)))
     growth = "; ".join(f"{name}: {_fit(axis.sizes, seconds)}" for name, seconds in times.items())
@@ -127,7 +176,8 @@ def _table(axis: Axis, times: Mapping[str, list[float]]) -> Table:
 
 
 def _fit(sizes: Iterable[int], seconds: Iterable[float]) -> str:
-    """The exponents of power laws through the first two and the last two points; where sizes begin at 0, a straight line."""
+    """The exponents of power laws through the first two and the last two points; where sizes begin
+    at 0, a straight line."""
     x, y = np.array(list(sizes), dtype=float), np.array(list(seconds))
     if x[0] == 0:
         slope, start = np.polyfit(x, y, 1)
@@ -140,10 +190,14 @@ def _dominant(settings: Settings, step: Step) -> tuple[str, str]:
     """The operator that itself takes longest in a step, and its share of all operators' time."""
     on_cuda = settings.device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=kinds, acc_events=True) as profiled:  # without it some versions warn of more than one cycle
+    # without it some versions warn of more than one cycle
+    with profile(activities=kinds, acc_events=True) as profiled:
         step()
     events = profiled.key_averages()
-    times = {event.key: event.self_device_time_total if on_cuda else event.self_cpu_time_total for event in events}
+    times = {
+        event.key: event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        for event in events
+    }
     longest = max(times, key=times.get)
     return longest.removeprefix("aten::"), f"{times[longest] / sum(times.values()):.0%}"
 
@@ -153,21 +207,52 @@ def _by_processes(settings: Settings, system: list[Override], precision: str) ->
     batch, batches = settings.size(SHARED_BATCH, 8), settings.size(SHARED_BATCHES, 2)
     lines = []
     for processes in (1, 2):
-        rates = [_images_per_second(settings, [*LAYERS[name], *system], processes, batch, batches) for name in COMPARED]
-        lines.append((str(processes), str(max(1, settings.threads // processes)), *(number(rate) for rate in rates)))
+        rates = [
+            _images_per_second(settings, [*LAYERS[name], *system], processes, batch, batches)
+            for name in COMPARED
+        ]
+        lines.append(
+            (
+                str(processes),
+                str(max(1, settings.threads // processes)),
+                *(number(rate) for rate in rates),
+            )
+        )
     heads = ("processes", "threads of each", *(f"{name}: images/s" for name in COMPARED))
     title = f"Processes ({settings.network}, {batches} minibatches of {batch} shared out, gloo, CPU, {precision})"
-    return Table(title, heads, tuple(lines), "the first epoch of train.py under torchrun, with its first minibatch")
+    return Table(
+        title,
+        heads,
+        tuple(lines),
+        "the first epoch of train.py under torchrun, with its first minibatch",
+    )
 
 
-def _images_per_second(settings: Settings, overrides: list[Override], processes: int, batch: int, batches: int) -> float:
+def _images_per_second(
+    settings: Settings, overrides: list[Override], processes: int, batch: int, batches: int
+) -> float:
     threads = max(1, settings.threads // processes)
-    sizes = [("data_loader.args.batch_size", batch), ("data_loader.args.num_batches", batches), ("trainer.epochs", 1)]
+    sizes = [
+        ("data_loader.args.batch_size", batch),
+        ("data_loader.args.num_batches", batches),
+        ("trainer.epochs", 1),
+    ]
     machine = [("system.device", "cpu"), ("system.num_threads", threads), ("trainer.verbosity", 0)]
     settings_given = [*step_overrides(settings, overrides), *sizes, *machine]
     words = [word for key, value in settings_given for word in ("--set", f"{key}={value}")]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        python([*launcher, str(ROOT / "train.py"), "-c", "configs/cifar10.json", "--run_dir", str(run), *words], threads)
+        python(
+            [
+                *launcher,
+                str(ROOT / "train.py"),
+                "-c",
+                "configs/cifar10.json",
+                "--run_dir",
+                str(run),
+                *words,
+            ],
+            threads,
+        )
         return json.loads((run / "result.json").read_text())["images_per_second"]

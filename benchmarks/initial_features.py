@@ -1,11 +1,11 @@
-"""How far apart images lie in the last features of networks that have not been trained, and how far PGD moves them.
+"""How far apart images lie in the last features of networks that have not been trained, and how far
+PGD moves them.
 
 python -m benchmarks.initial_features configs/small_wide_resnet.json 0 1 2 3
 
-Prints, of the pooled features `(B, D)` of 60 training images, for each seed (of weights, data split and order): the share of
-their mean square that is variance between images, and the mean square distance that the config's training attack moves them,
-over that variance.
-"""
+Prints, of the pooled features `(B, D)` of 60 training images, for each seed (of weights, data split
+and order): the share of their mean square that is variance between images, and the mean square
+distance that the config's training attack moves them, over that variance."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,10 @@ NETWORKS = {
     "BatchNorm": [],
     "GroupNorm": [("arch.args.norm_layer_type", "gn")],
     "GroupNorm, He": [("arch.args.norm_layer_type", "gn"), ("arch.args.init", "he")],
-    "GroupNorm, branches at zero": [("arch.args.norm_layer_type", "gn"), ("arch.args.zero_init_residual", "true")],
+    "GroupNorm, branches at zero": [
+        ("arch.args.norm_layer_type", "gn"),
+        ("arch.args.zero_init_residual", "true"),
+    ],
 }
 
 
@@ -37,13 +40,21 @@ def share_and_movement(file: str, overrides: list[Override]) -> tuple[float, flo
     """Both numbers, for one config and one seed."""
     config = load_config(file, [*overrides, ("data_loader.args.batch_size", str(IMAGES))])
     experiment = Experiment.from_config(config)
-    trainer, loader, model = experiment.build_trainer(Path()), experiment.train_loader, experiment.model.train()
+    trainer, loader, model = (
+        experiment.build_trainer(Path()),
+        experiment.train_loader,
+        experiment.model.train(),
+    )
     loader.set_epoch(1)
     images, labels = next(iter(loader))
-    last = next(module for module in reversed(list(model.modules())) if isinstance(module, torch.nn.Linear))
+    last = next(
+        module for module in reversed(list(model.modules())) if isinstance(module, torch.nn.Linear)
+    )
     seen: list[torch.Tensor] = []
     last.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
-    attacked = trainer.attack.perturb(model, images, labels, torch.Generator().manual_seed(0)).detach()
+    attacked = trainer.attack.perturb(
+        model, images, labels, torch.Generator().manual_seed(0)
+    ).detach()
     seen.clear()
     with torch.no_grad():
         model(images)

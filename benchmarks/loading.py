@@ -1,4 +1,5 @@
-"""Loading and augmentation: batches on the device against torchvision's transforms image by image; share of a step."""
+"""Loading and augmentation: batches on the device against torchvision's transforms image by image;
+share of a step."""
 
 from collections.abc import Callable, Iterable
 
@@ -21,26 +22,43 @@ NOTE = "random uint8 images in memory, seed 0; crop with padding 4, flip, float,
 def measure(settings: Settings) -> list[Row]:
     """Against two workers and none, and the share of a training step."""
     count, batch = settings.size(IMAGES, 64), settings.size(BATCH, 16)
-    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     labels = torch.arange(count) % 10
     plain = {f"torchvision, {workers} workers": workers for workers in (2, 0)}
     sides = {"batches": _ours(_our_loader(pixels, labels, batch, settings.device))}
     for name, workers in plain.items():
-        sides[name] = _theirs(plain_loader(pixels, labels, MEAN, STD, batch, workers), settings.device)
+        sides[name] = _theirs(
+            plain_loader(pixels, labels, MEAN, STD, batch, workers), settings.device
+        )
     times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
     title = f"epoch of {count} images"
-    rows = [speed_row(title, times, "batches", name, FASTER, images=count, note=NOTE) for name in plain]
+    rows = [
+        speed_row(title, times, "batches", name, FASTER, images=count, note=NOTE) for name in plain
+    ]
     return [*rows, _share_of_step(settings, pixels, labels, batch)]
 
 
-def _our_loader(pixels: torch.Tensor, labels: torch.Tensor, batch: int, device: torch.device) -> ImageDataLoader:
+def _our_loader(
+    pixels: torch.Tensor, labels: torch.Tensor, batch: int, device: torch.device
+) -> ImageDataLoader:
     sizes = {"batch_size": batch, "mean": MEAN, "std": STD, "crop_padding": 4, "flip": True}
     names = [str(label) for label in range(10)]
-    return ImageDataLoader(MemoryImages(pixels), labels.numpy().astype(np.int64), names, shuffle=True, device=device, **sizes)
+    return ImageDataLoader(
+        MemoryImages(pixels),
+        labels.numpy().astype(np.int64),
+        names,
+        shuffle=True,
+        device=device,
+        **sizes,
+    )
 
 
 def _ours(loader: ImageDataLoader) -> Callable[[], object]:
-    mean, std = (torch.tensor(values, device=loader.device).reshape(1, 3, 1, 1) for values in (MEAN, STD))
+    mean, std = (
+        torch.tensor(values, device=loader.device).reshape(1, 3, 1, 1) for values in (MEAN, STD)
+    )
 
     def side() -> None:
         for images, _ in loader:
@@ -57,16 +75,31 @@ def _theirs(loader: Iterable, device: torch.device) -> Callable[[], object]:
     return side
 
 
-def _share_of_step(settings: Settings, pixels: torch.Tensor, labels: torch.Tensor, batch: int) -> Row:
+def _share_of_step(
+    settings: Settings, pixels: torch.Tensor, labels: torch.Tensor, batch: int
+) -> Row:
     """A batch's loading beside the training step on it, in the precision that `auto` picks."""
     precision, system = list(systems(settings).items())[-1]
     size = [("data_loader.args.batch_size", str(batch))]
     trainer = build_trainer(step_config(settings, [*LAYERS[BATCH_NORM], *size, *system]))
     loader = _our_loader(pixels, labels, batch, settings.device)
     sides = {"epoch": _ours(loader), "step": step_of(trainer)}
-    measured = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device).values
-    times = Paired({"loading": [epoch / len(loader) for epoch in measured["epoch"]], "step": measured["step"]})
+    measured = compare(
+        sides, settings.repeats, warmup=settings.warmup, device=settings.device
+    ).values
+    times = Paired(
+        {"loading": [epoch / len(loader) for epoch in measured["epoch"]], "step": measured["step"]}
+    )
     values = {"ours_value": times.spread("loading"), "other_value": times.spread("step")}
     share = times.ratio("loading", "step")
     title = f"batch of {batch}, BatchNorm, {precision}"
-    return Row(title, "loading", share, "of the step", "training step", **values, goal=Goal(SHARE, at_least=False), note=NOTE)
+    return Row(
+        title,
+        "loading",
+        share,
+        "of the step",
+        "training step",
+        **values,
+        goal=Goal(SHARE, at_least=False),
+        note=NOTE,
+    )

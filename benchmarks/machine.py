@@ -1,4 +1,5 @@
-"""What numbers were measured on: hardware and versions, without names of machines, users or folders."""
+"""What numbers were measured on: hardware and versions, without names of machines, users or
+folders."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -13,11 +14,14 @@ PEERS = ("torchvision", "torchattacks", "foolbox")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Plain values: processor, cores, threads in use, memory in GiB, GPU, what `auto` precision is, versions, commit."""
+    """Plain values: processor, cores, threads in use, memory in GiB, GPU, what `auto` precision is,
+    versions, commit."""
     found = environment()
     return {
         "cpu": found["cpu"],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory(),
         "device": device.type,
@@ -36,8 +40,12 @@ def describe(values: dict[str, Any]) -> str:
     processor = values["gpu"] or values["cpu"]
     threads = f"{values['threads']} threads on {values['cores']} cores, {values['memory_gib']} GiB"
     bf16 = "bf16" if values["native_bf16"] else "no bf16"
-    versions = ", ".join(f"{name} {values[name] or 'missing'}" for name in ("python", "torch", *PEERS))
-    commit = (values["commit"] or "unknown")[:10] + (" with changes" if values["uncommitted_files"] else "")
+    versions = ", ".join(
+        f"{name} {values[name] or 'missing'}" for name in ("python", "torch", *PEERS)
+    )
+    commit = (values["commit"] or "unknown")[:10] + (
+        " with changes" if values["uncommitted_files"] else ""
+    )
     return f"{processor}, {threads}, {bf16}; {versions}; commit {commit}"
 
 

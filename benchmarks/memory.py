@@ -1,4 +1,5 @@
-"""Peak memory of training steps, ConvNorm against BatchNorm, each measured in a process of its own."""
+"""Peak memory of training steps, ConvNorm against BatchNorm, each measured in a process of its
+own."""
 
 import json
 import sys
@@ -12,7 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 from base.base_trainer import BaseTrainer
 from benchmarks.processes import python
 from benchmarks.rows import Row, Settings, cost_row
-from benchmarks.steps import BATCH_NORM, CONV_NORM, LAYERS, build_trainer, step_config, step_of, systems
+from benchmarks.steps import (
+    BATCH_NORM,
+    CONV_NORM,
+    LAYERS,
+    build_trainer,
+    step_config,
+    step_of,
+    systems,
+)
 from benchmarks.timing import Paired
 
 BATCH, STEPS, ALLOWED = 32, 2, 1.5
@@ -31,7 +40,9 @@ def measure(settings: Settings) -> list[Row]:
     """For each precision a row of tensors and, on a CPU, one of resident memory."""
     rows = []
     for precision in systems(settings):
-        used: dict[str, dict[str, list[float]]] = {kind: {CONV_NORM: [], BATCH_NORM: []} for kind in MEANING}
+        used: dict[str, dict[str, list[float]]] = {
+            kind: {CONV_NORM: [], BATCH_NORM: []} for kind in MEANING
+        }
         for _ in range(min(REPEATS, settings.repeats)):
             for name in (CONV_NORM, BATCH_NORM):
                 for kind, value in _in_new_process(settings, name, precision).items():
@@ -39,22 +50,46 @@ def measure(settings: Settings) -> list[Row]:
         for kind, sides in used.items():
             title = f"training step, batch {settings.size(BATCH, 4)}, {precision}: {kind}"
             if sides[CONV_NORM]:
-                row = cost_row(title, Paired(sides), CONV_NORM, BATCH_NORM, ALLOWED, unit="MiB", note=MEANING[kind])
+                row = cost_row(
+                    title,
+                    Paired(sides),
+                    CONV_NORM,
+                    BATCH_NORM,
+                    ALLOWED,
+                    unit="MiB",
+                    note=MEANING[kind],
+                )
             else:
-                row = Row(title, CONV_NORM, other=BATCH_NORM, skipped="only Linux tells the peak of a CPU's resident memory")
+                row = Row(
+                    title,
+                    CONV_NORM,
+                    other=BATCH_NORM,
+                    skipped="only Linux tells the peak of a CPU's resident memory",
+                )
             rows.append(row)
     return rows
 
 
 def _in_new_process(settings: Settings, layers: str, precision: str) -> dict[str, float]:
-    words = [str(settings.device), str(settings.threads), str(int(settings.smoke)), layers, precision]
-    return json.loads(python(["-m", "benchmarks.memory", *words], settings.threads).splitlines()[-1])
+    words = [
+        str(settings.device),
+        str(settings.threads),
+        str(int(settings.smoke)),
+        layers,
+        precision,
+    ]
+    return json.loads(
+        python(["-m", "benchmarks.memory", *words], settings.threads).splitlines()[-1]
+    )
 
 
 def bytes_of_training(settings: Settings, layers: str, precision: str) -> dict[str, int]:
-    """Bytes that training steps of this process need at their peak, by the kinds of `MEANING` that can be known here."""
+    """Bytes that training steps of this process need at their peak, by the kinds of `MEANING` that
+    can be known here."""
     size = [("data_loader.args.batch_size", str(settings.size(BATCH, 4)))]
-    trainer = build_trainer(step_config(settings, [*LAYERS[layers], *size, *systems(settings)[precision]]), layers)
+    trainer = build_trainer(
+        step_config(settings, [*LAYERS[layers], *size, *systems(settings)[precision]]), layers
+    )
     step = step_of(trainer)
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(settings.device)
@@ -72,15 +107,22 @@ def bytes_of_training(settings: Settings, layers: str, precision: str) -> dict[s
 
 
 def _tensors_at_peak(trainer: BaseTrainer, step: Callable[[], object]) -> int:
-    """What was there before a step, and the peak of what the step allocates and frees, as torch's profiler counts it."""
+    """What was there before a step, and the peak of what the step allocates and frees, as torch's
+    profiler counts it."""
     trainer.optimizer.zero_grad(set_to_none=True)
     model, state = trainer.model, trainer.optimizer.state.values()
-    moments = [value for values in state for value in values.values() if isinstance(value, torch.Tensor)]
+    moments = [
+        value for values in state for value in values.values() if isinstance(value, torch.Tensor)
+    ]
     alive = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return alive + max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    events = [
+        event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    return alive + max(
+        accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    )
 
 
 def _resident(field: str) -> int:
@@ -90,10 +132,15 @@ def _resident(field: str) -> int:
 
 
 def _forget_peak() -> None:
-    """Let `VmHWM` begin anew at what is resident now: building the network may have needed more for a moment."""
+    """Let `VmHWM` begin anew at what is resident now: building the network may have needed more for
+    a moment."""
     CLEAR.write_text("5")
 
 
 if __name__ == "__main__":
     device, threads, smoke, *side = sys.argv[1:]
-    print(json.dumps(bytes_of_training(Settings(torch.device(device), int(threads), bool(int(smoke))), *side)))
+    print(
+        json.dumps(
+            bytes_of_training(Settings(torch.device(device), int(threads), bool(int(smoke))), *side)
+        )
+    )

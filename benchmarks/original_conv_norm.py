@@ -1,4 +1,5 @@
-"""ConvNorm computed in the way of its authors' code: a plain reference that timings and tests are made against."""
+"""ConvNorm computed in the way of its authors' code: a plain reference that timings and tests are
+made against."""
 
 from math import cos, pi
 
@@ -11,15 +12,19 @@ from models.layers.conv_norm.layer import MIN_FACTOR, RAMPDOWN_STEPS
 
 
 class OriginalConvNorm(nn.Module):
-    """The algorithm of the original on the parameters of a `ConvNorm2d`, for odd square kernels and zero padding.
+    """The algorithm of the original on the parameters of a `ConvNorm2d`, for odd square kernels and
+    zero padding.
 
-    Every forward pass in training transforms all `C_out x C_in` kernels, padded with zeros to the size of the full convolution,
-    and sums their squared magnitudes over the inputs: `V = 1 / sqrt(sum_c |w^_c|^2)`, a constant for the gradient. The output
-    of the full convolution, at stride 1 whatever the stride is, is transformed, multiplied by V, transformed back and cropped;
-    of it every `stride`-th row and column is kept. A depthwise affine convolution and a batch normalization follow.
+    Every forward pass in training transforms all `C_out x C_in` kernels, padded with zeros to the
+    size of the full convolution, and sums their squared magnitudes over the inputs: `V = 1 /
+    sqrt(sum_c |w^_c|^2)`, a constant for the gradient. The output of the full convolution, at
+    stride 1 whatever the stride is, is transformed, multiplied by V, transformed back and cropped;
+    of it every `stride`-th row and column is kept. A depthwise affine convolution and a batch
+    normalization follow.
 
-    A 1x1 kernel has the same energy at every frequency: there V is one number per channel, and nothing is transformed.
-    There is no floor under the energy, and the gradient of the transforms is torch's own.
+    A 1x1 kernel has the same energy at every frequency: there V is one number per channel, and
+    nothing is transformed. There is no floor under the energy, and the gradient of the transforms
+    is torch's own.
 
     Args:
         layer: whose weight, `bpconv` and `batch_norm` are taken; they stay the same objects.
@@ -31,7 +36,11 @@ class OriginalConvNorm(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.bpconv, self.batch_norm = layer.bpconv, layer.batch_norm if layer.bn else nn.Identity()
-        self.stride, self.padding, self.extent = layer.stride[0], layer.padding[0], layer.kernel_size[0] - 1
+        self.stride, self.padding, self.extent = (
+            layer.stride[0],
+            layer.padding[0],
+            layer.kernel_size[0] - 1,
+        )
         self.steps = 0
         self.register_buffer("running_V", torch.zeros(1))
 
@@ -39,7 +48,11 @@ class OriginalConvNorm(nn.Module):
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
         full = F.conv2d(images, self.weight, self.bias, padding=self.extent)
         height, width = full.shape[-2:]
-        filtered = full * self._inverse_root(1, 1) if self.extent == 0 else self._filtered(_at_least_float32(full))
+        filtered = (
+            full * self._inverse_root(1, 1)
+            if self.extent == 0
+            else self._filtered(_at_least_float32(full))
+        )
         first = self.extent - self.padding
         cropped = filtered[:, :, first : height - first, first : width - first]
         return self.batch_norm(self.bpconv(cropped[:, :, :: self.stride, :: self.stride]))
@@ -56,13 +69,16 @@ class OriginalConvNorm(nn.Module):
         inverse_root = torch.view_as_real(transformed).square().sum(dim=-1).sum(dim=1).rsqrt()
         if self.training:
             self.steps += 1
-            factor = max(0.5 * (cos(pi * min(self.steps, RAMPDOWN_STEPS) / RAMPDOWN_STEPS) + 1), MIN_FACTOR)
+            factor = max(
+                0.5 * (cos(pi * min(self.steps, RAMPDOWN_STEPS) / RAMPDOWN_STEPS) + 1), MIN_FACTOR
+            )
             self.running_V = factor * inverse_root + (1 - factor) * self.running_V
         return inverse_root
 
 
 def in_the_original_way(model: nn.Module) -> nn.Module:
-    """Swap every `ConvNorm2d` of a network for an `OriginalConvNorm` on the same parameters, in place."""
+    """Swap every `ConvNorm2d` of a network for an `OriginalConvNorm` on the same parameters, in
+    place."""
     for name, child in model.named_children():
         if isinstance(child, nn.Conv2d) and hasattr(child, "running_V"):
             setattr(model, name, OriginalConvNorm(child).train(child.training))

@@ -1,4 +1,5 @@
-"""The peers of training: loops as they are usually written, without anything that this project does to be fast."""
+"""The peers of training: loops as they are usually written, without anything that this project does
+to be fast."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +23,9 @@ class PlainImages(Dataset):
         transform: of a PIL image.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, transform: Callable[[Image.Image], Tensor]
+    ) -> None:
         self.pixels = pixels.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = labels.tolist()
         self.transform = transform
@@ -35,9 +38,15 @@ class PlainImages(Dataset):
 
 
 def plain_loader(
-    pixels: Tensor, labels: Tensor, mean: tuple[float, ...], std: tuple[float, ...], batch_size: int, workers: int
+    pixels: Tensor,
+    labels: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int,
+    workers: int,
 ) -> DataLoader:
-    """Random crops with 4 pixels of padding, flips, ToTensor and Normalize per image, in a shuffling DataLoader."""
+    """Random crops with 4 pixels of padding, flips, ToTensor and Normalize per image, in a
+    shuffling DataLoader."""
     from torchvision import transforms
 
     transform = transforms.Compose(
@@ -48,10 +57,14 @@ def plain_loader(
             transforms.Normalize(mean, std),
         ]
     )
-    return DataLoader(PlainImages(pixels, labels, transform), batch_size, shuffle=True, num_workers=workers)
+    return DataLoader(
+        PlainImages(pixels, labels, transform), batch_size, shuffle=True, num_workers=workers
+    )
 
 
-def train_epoch(model: nn.Module, loader: DataLoader, optimizer: Optimizer, device: torch.device) -> tuple[float, float]:
+def train_epoch(
+    model: nn.Module, loader: DataLoader, optimizer: Optimizer, device: torch.device
+) -> tuple[float, float]:
     """One epoch of standard training in fp32; returns mean loss and accuracy."""
     criterion = nn.CrossEntropyLoss()
     model.train()
@@ -71,14 +84,19 @@ def train_epoch(model: nn.Module, loader: DataLoader, optimizer: Optimizer, devi
 
 
 def attack_by_backward(
-    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: int, restarts: int = 1
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    restarts: int = 1,
 ) -> Tensor:
-    """The l-inf PGD of Rice et al. ("Overfitting in adversarially robust deep learning", arXiv:2002.11569): the perturbation
-    `(B, C, H, W)`, of all restarts that of the largest loss.
+    """The l-inf PGD of Rice et al. ("Overfitting in adversarially robust deep learning",
+    arXiv:2002.11569): the perturbation `(B, C, H, W)`, of all restarts that of the largest loss.
 
-    `loss.backward()` computes and accumulates the gradients of all weights in every step, and another forward pass ends every
-    restart.
-    """
+    `loss.backward()` computes and accumulates the gradients of all weights in every step, and
+    another forward pass ends every restart."""
     largest = torch.zeros(len(images), device=images.device)
     chosen = torch.zeros_like(images)
     for _ in range(restarts):
@@ -107,7 +125,8 @@ def adversarial_step(
     steps: int,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[float, float]:
-    """One step of PGD training by the loop of Rice et al.: attack, update, and a forward pass of the clean images for the log.
+    """One step of PGD training by the loop of Rice et al.: attack, update, and a forward pass of
+    the clean images for the log.
 
     Returns the losses on attacked and on clean images.
     """

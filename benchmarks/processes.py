@@ -21,5 +21,7 @@ def python(words: Sequence[str], threads: int) -> str:
     )
     if done.returncode != 0:
         reason = (done.stderr.strip() or "it said nothing").splitlines()[-1]
-        raise ConfigError(f"{' '.join(words[:2])}: ended with exit code {done.returncode}: {reason}")
+        raise ConfigError(
+            f"{' '.join(words[:2])}: ended with exit code {done.returncode}: {reason}"
+        )
     return done.stdout

@@ -18,7 +18,8 @@ class Settings:
     Attributes:
         device: where the networks are.
         threads: of torch in this process; other processes that are started share as many.
-        smoke: tiny networks, batches and images, one repeat: shows that everything runs, and nothing else.
+        smoke: tiny networks, batches and images, one repeat: shows that everything runs, and
+            nothing else.
         checkpoint: a run whose robust network is attacked, too; None for none.
         images: how many of its test images.
     """
@@ -70,7 +71,8 @@ class Row:
 
     Attributes:
         setting: what is measured, in a few words.
-        result: what the goal is about, in units of `measure`: a ratio round by round, a difference, or the value itself.
+        result: what the goal is about, in units of `measure`: a ratio round by round, a difference,
+            or the value itself.
         measure: `COST`, `SPEED`, or a unit.
         ours: our side's name.
         other: the other's; None where there is none.
@@ -97,7 +99,9 @@ class Row:
     @property
     def met(self) -> bool | None:
         """Whether the goal is met; None where there is none, or no measurement."""
-        return None if self.goal is None or self.result is None else self.goal.met(self.result.median)
+        return (
+            None if self.goal is None or self.result is None else self.goal.met(self.result.median)
+        )
 
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -119,22 +123,46 @@ class Table:
 
 
 def cost_row(
-    setting: str, pairs: Paired, ours: str, other: str, at_most: float | None, *, unit: str = "s", note: str = ""
+    setting: str,
+    pairs: Paired,
+    ours: str,
+    other: str,
+    at_most: float | None,
+    *,
+    unit: str = "s",
+    note: str = "",
 ) -> Row:
     """How many times the other side's cost ours is; `unit` `MiB` takes bytes."""
     scale = MIB if unit == "MiB" else 1
-    pairs = Paired({name: [value / scale for value in values] for name, values in pairs.values.items()})
+    pairs = Paired(
+        {name: [value / scale for value in values] for name, values in pairs.values.items()}
+    )
     goal = None if at_most is None else Goal(at_most, at_least=False)
     values = {"ours_value": pairs.spread(ours), "other_value": pairs.spread(other)}
-    return Row(setting, ours, pairs.ratio(ours, other), COST, other, unit, **values, goal=goal, note=note)
+    return Row(
+        setting, ours, pairs.ratio(ours, other), COST, other, unit, **values, goal=goal, note=note
+    )
 
 
 def speed_row(
-    setting: str, times: Paired, ours: str, other: str, at_least: float | None, *, images: int | None = None, note: str = ""
+    setting: str,
+    times: Paired,
+    ours: str,
+    other: str,
+    at_least: float | None,
+    *,
+    images: int | None = None,
+    note: str = "",
 ) -> Row:
-    """How many times as fast as the other side ours is; sides' values are images/s where `images` in a round are given."""
+    """How many times as fast as the other side ours is; sides' values are images/s where `images`
+    in a round are given."""
     unit, values = "s", {"ours_value": times.spread(ours), "other_value": times.spread(other)}
     if images is not None:
-        unit, values = "images/s", {"ours_value": times.rate(ours, images), "other_value": times.rate(other, images)}
+        unit, values = (
+            "images/s",
+            {"ours_value": times.rate(ours, images), "other_value": times.rate(other, images)},
+        )
     goal = None if at_least is None else Goal(at_least, at_least=True)
-    return Row(setting, ours, times.ratio(other, ours), SPEED, other, unit, **values, goal=goal, note=note)
+    return Row(
+        setting, ours, times.ratio(other, ours), SPEED, other, unit, **values, goal=goal, note=note
+    )

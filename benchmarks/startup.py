@@ -1,4 +1,5 @@
-"""How long after its command the quickstart has made its first training step, and what it has imported by then."""
+"""How long after its command the quickstart has made its first training step, and what it has
+imported by then."""
 
 import json
 from pathlib import Path
@@ -25,7 +26,14 @@ def measure(settings: Settings) -> list[Row]:
     found = ", ".join(imported) or "none of them"
     command = "python train.py -c configs/quickstart.json"
     return [
-        Row("from the command to the first step", command, seconds, "s", goal=Goal(GOAL, at_least=False), note=NOTE),
+        Row(
+            "from the command to the first step",
+            command,
+            seconds,
+            "s",
+            goal=Goal(GOAL, at_least=False),
+            note=NOTE,
+        ),
         Row(
             "packages imported without need",
             command,
@@ -39,9 +47,16 @@ def measure(settings: Settings) -> list[Row]:
 
 def _first_step(settings: Settings) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
-        machine = ["--set", f"system.num_threads={settings.threads}", "--set", f"system.device={settings.device}"]
+        machine = [
+            "--set",
+            f"system.num_threads={settings.threads}",
+            "--set",
+            f"system.device={settings.device}",
+        ]
         words = ["-c", "configs/quickstart.json", "--run_dir", str(Path(folder) / "run"), *machine]
         begin = monotonic()
-        printed = python(["-m", "benchmarks.first_step", ",".join(UNUSED), *words], settings.threads)
+        printed = python(
+            ["-m", "benchmarks.first_step", ",".join(UNUSED), *words], settings.threads
+        )
     told = json.loads(printed.splitlines()[-1])
     return {"seconds": told["finished"] - begin, "imported": told["imported"]}

@@ -1,4 +1,5 @@
-"""Training steps to be measured: a shipped config's own trainer, on images that need no download."""
+"""Training steps to be measured: a shipped config's own trainer, on images that need no
+download."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,30 +30,41 @@ NO_DOWNLOAD: list[Override] = [
     ("adversarial.validate_every", "0"),
     ("lr_scheduler.type", "none"),
     ("lr_scheduler.args", "null"),
-    ("optimizer.args.lr", "0.001"),  # the same few images again and again shall not make the weights diverge
+    # the same few images again and again shall not make the weights diverge
+    ("optimizer.args.lr", "0.001"),
 ]
-"""scikit-learn's digits, 32 x 32 RGB like CIFAR-10's images: how long a step takes does not depend on what is in them."""
+"""scikit-learn's digits, 32 x 32 RGB like CIFAR-10's images: how long a step takes does not depend
+on what is in them."""
 
 
 def systems(settings: Settings) -> dict[str, list[Override]]:
     """Precision -> config values: fp32, and what `auto` picks here, if that is another one."""
     automatic = choose_precision("auto", settings.device)
-    return {precision: [("system.precision", precision)] for precision in dict.fromkeys(("fp32", automatic))}
+    return {
+        precision: [("system.precision", precision)]
+        for precision in dict.fromkeys(("fp32", automatic))
+    }
 
 
 def step_overrides(settings: Settings, overrides: Iterable[Override] = ()) -> list[Override]:
     """The settings' device, threads and network, digits, and then `overrides`."""
-    machine = [("system.device", str(settings.device)), ("system.num_threads", str(settings.threads))]
+    machine = [
+        ("system.device", str(settings.device)),
+        ("system.num_threads", str(settings.threads)),
+    ]
     return [*NO_DOWNLOAD, *machine, ("arch.type", settings.network), *overrides]
 
 
-def step_config(settings: Settings, overrides: Iterable[Override] = (), file: str = "cifar10.json") -> Config:
+def step_config(
+    settings: Settings, overrides: Iterable[Override] = (), file: str = "cifar10.json"
+) -> Config:
     """A shipped config with `step_overrides`."""
     return load_config(ROOT / "configs" / file, step_overrides(settings, overrides))
 
 
 def build_trainer(config: Config, layers: str = "") -> BaseTrainer:
-    """The trainer that the config asks for, in training mode. It has no run folder: nothing that writes may be called."""
+    """The trainer that the config asks for, in training mode. It has no run folder: nothing that
+    writes may be called."""
     experiment = Experiment.from_config(config)
     if layers == ORIGINAL:
         in_the_original_way(experiment.model)  # on the same parameters, so the optimizer has them
@@ -62,7 +74,8 @@ def build_trainer(config: Config, layers: str = "") -> BaseTrainer:
 
 
 def step_of(trainer: BaseTrainer, images: Tensor | None = None) -> Callable[[], object]:
-    """One training step, on the first minibatch of the trainer's loader, or on `images` with labels 0."""
+    """One training step, on the first minibatch of the trainer's loader, or on `images` with labels
+    0."""
     if images is None:
         images, labels = next(iter(trainer.train_loader))
     else:

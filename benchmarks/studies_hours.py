@@ -1,4 +1,5 @@
-"""How many hours every shipped study and recipe would take on this hardware, computed from measured training steps."""
+"""How many hours every shipped study and recipe would take on this hardware, computed from measured
+training steps."""
 
 import json
 from pathlib import Path
@@ -37,15 +38,28 @@ WITHOUT_DATA: list[Override] = [
 
 
 def measure(settings: Settings) -> list[Table]:
-    """One line for each grid of `configs/ablations`, and one for each config that trains a network by itself."""
+    """One line for each grid of `configs/ablations`, and one for each config that trains a network
+    by itself."""
     configs = ROOT / "configs"
     grids = sorted((configs / "ablations").glob("*.json"))
-    recipes = sorted(file for file in configs.glob("*.json") if not file.name.endswith("schema.json"))
-    studies = {f"ablations/{file.name}": [run.config for run in plan(file)] for file in _few(settings, grids)}
+    recipes = sorted(
+        file for file in configs.glob("*.json") if not file.name.endswith("schema.json")
+    )
+    studies = {
+        f"ablations/{file.name}": [run.config for run in plan(file)]
+        for file in _few(settings, grids)
+    }
     studies |= {file.name: [load_config(file)] for file in _few(settings, recipes)}
     known: dict[str, float] = {}
     lines = [_line(settings, name, runs, known) for name, runs in studies.items()]
-    heads = ("study", "runs", "networks", "updates of all runs", "s per update", "hours on this hardware")
+    heads = (
+        "study",
+        "runs",
+        "networks",
+        "updates of all runs",
+        "s per update",
+        "hours on this hardware",
+    )
     return [Table("Hours of every shipped study", heads, tuple(lines), _note(settings, len(known)))]
 
 
@@ -63,14 +77,23 @@ def _note(settings: Settings, measured: int) -> str:
     )
 
 
-def _line(settings: Settings, name: str, runs: list[Config], known: dict[str, float]) -> tuple[str, ...]:
+def _line(
+    settings: Settings, name: str, runs: list[Config], known: dict[str, float]
+) -> tuple[str, ...]:
     updates, seconds = 0, 0.0
     for config in runs:
         minibatches = config.trainer.epochs * _minibatches(config)
         updates += minibatches
         seconds += minibatches * _seconds_per_step(settings, config, known)
     networks = ", ".join(dict.fromkeys(config.arch.type for config in runs))
-    return name, str(len(runs)), networks, f"{updates:,}", number(seconds / updates), number(seconds / 3600)
+    return (
+        name,
+        str(len(runs)),
+        networks,
+        f"{updates:,}",
+        number(seconds / updates),
+        number(seconds / 3600),
+    )
 
 
 def _minibatches(config: Config) -> int:
@@ -83,8 +106,14 @@ def _minibatches(config: Config) -> int:
 
 def _seconds_per_step(settings: Settings, config: Config, known: dict[str, float]) -> float:
     """Of a whole minibatch; a step that costs the same as a known one is not measured again."""
-    batch, side = config.data_loader.args.batch_size, config.data_loader.args.get("image_size") or 32
-    machine = [("system.device", str(settings.device)), ("system.num_threads", str(settings.threads))]
+    batch, side = (
+        config.data_loader.args.batch_size,
+        config.data_loader.args.get("image_size") or 32,
+    )
+    machine = [
+        ("system.device", str(settings.device)),
+        ("system.num_threads", str(settings.threads)),
+    ]
     smoke = [("arch", '{"type": "simpleCNN", "args": null}')] if settings.smoke else []
     measured = validate(override(config.dump(), [*WITHOUT_DATA, *machine, *smoke]), config.name)
     key = json.dumps([_costs(measured), batch, side], sort_keys=True)
@@ -96,9 +125,9 @@ def _seconds_per_step(settings: Settings, config: Config, known: dict[str, float
 def _measured(settings: Settings, config: Config, batch: int, side: int) -> float:
     """Of a whole minibatch where that takes no longer than `SECONDS`, or the device is a GPU.
 
-    Otherwise a line through the times of as many images as take so long and of half as many: what a step costs whatever its
-    minibatch, such as OCNN's penalty or the spectra of ConvNorm's kernels, is counted once.
-    """
+    Otherwise a line through the times of as many images as take so long and of half as many: what a
+    step costs whatever its minibatch, such as OCNN's penalty or the spectra of ConvNorm's kernels,
+    is counted once."""
     trainer = build_trainer(config)
 
     def seconds(images: int) -> float:
@@ -106,7 +135,8 @@ def _measured(settings: Settings, config: Config, batch: int, side: int) -> floa
         return seconds_of(step, 1, warmup=0, device=settings.device).median
 
     conv_norm = CONV_LAYERS[config.arch.args.conv_layer_type] is ConvNorm2d
-    few = min(2 * FOURIER_BATCH if conv_norm else FEW, batch)  # half as many take the way of a whole minibatch, too
+    # half as many take the way of a whole minibatch, too
+    few = min(2 * FOURIER_BATCH if conv_norm else FEW, batch)
     seconds(few)  # the warm-up
     if settings.device.type == "cuda":
         seconds(batch)
@@ -124,6 +154,11 @@ def _costs(config: Config) -> list[object]:
     """Everything in a config that the time of a training step depends on."""
     adversarial, trainer = config.adversarial, config.trainer
     attack = (config.adversarial_method, adversarial.norm, adversarial.given, config.attack_bn_mode)
-    extras = (trainer.OCNN, trainer.adv_repeats, trainer.ema_decay is not None, config.augmentation.mixup_alpha > 0)
+    extras = (
+        trainer.OCNN,
+        trainer.adv_repeats,
+        trainer.ema_decay is not None,
+        config.augmentation.mixup_alpha > 0,
+    )
     arch = config.arch.model_dump(mode="json", exclude={"args": {"init", "zero_init_residual"}})
     return [arch, config.system.model_dump(mode="json"), attack, extras, config.optimizer.type]

@@ -20,13 +20,19 @@ def as_text(results: Results) -> str:
         if rows:
             lines.append(text_table(HEADS, [_cells(row) for row in rows]))
         for table in (item for item in found if isinstance(item, Table)):
-            lines += ["", table.title, text_table(table.heads, table.lines), *([table.note] if table.note else [])]
+            lines += [
+                "",
+                table.title,
+                text_table(table.heads, table.lines),
+                *([table.note] if table.note else []),
+            ]
         parts.append("\n".join([*lines, *_notes(rows)]))
     return "\n\n".join(parts)
 
 
 def as_markdown(results: Results) -> str:
-    """The same for a README: one table of all rows with their comparison, then the tables of growth."""
+    """The same for a README: one table of all rows with their comparison, then the tables of
+    growth."""
     rows = [(name, row) for name, found in results.items() for row in found if isinstance(row, Row)]
     tables = [item for found in results.values() for item in found if isinstance(item, Table)]
     parts = []
@@ -35,14 +41,25 @@ def as_markdown(results: Results) -> str:
         parts.append("\n".join(f"- {line}" for line in _notes([row for _, row in rows])))
     for table in tables:
         parts.append(
-            "\n\n".join([f"**{table.title}**", _grid(table.heads, table.lines), *([table.note] if table.note else [])])
+            "\n\n".join(
+                [
+                    f"**{table.title}**",
+                    _grid(table.heads, table.lines),
+                    *([table.note] if table.note else []),
+                ]
+            )
         )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def summary(results: Results) -> str:
     """How many goals are met, on one line."""
-    verdicts = [row.met for found in results.values() for row in found if isinstance(row, Row) and row.met is not None]
+    verdicts = [
+        row.met
+        for found in results.values()
+        for row in found
+        if isinstance(row, Row) and row.met is not None
+    ]
     return f"{sum(verdicts)} of {len(verdicts)} goals met"
 
 

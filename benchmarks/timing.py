@@ -1,4 +1,5 @@
-"""How sides are measured against each other: alternately, in one process, with a median and its spread."""
+"""How sides are measured against each other: alternately, in one process, with a median and its
+spread."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Paired:
-    """What each side gave in each round: seconds, mebibytes, points. The i-th values of all sides are of the same round."""
+    """What each side gave in each round: seconds, mebibytes, points. The i-th values of all sides
+    are of the same round."""
 
     values: Mapping[str, Sequence[float]]
 
@@ -40,11 +42,15 @@ class Paired:
 
     def ratio(self, above: str, below: str) -> Spread:
         """Of the ratios round by round: what slows both sides of a round down cancels."""
-        return Spread.of([a / b for a, b in zip(self.values[above], self.values[below], strict=True)])
+        return Spread.of(
+            [a / b for a, b in zip(self.values[above], self.values[below], strict=True)]
+        )
 
     def difference(self, first: str, second: str) -> Spread:
         """Of `first - second`, round by round."""
-        return Spread.of([a - b for a, b in zip(self.values[first], self.values[second], strict=True)])
+        return Spread.of(
+            [a - b for a, b in zip(self.values[first], self.values[second], strict=True)]
+        )
 
     def smallest(self, sides: Iterable[str]) -> str:
         """The side with the smallest median: the fastest."""
@@ -61,8 +67,8 @@ def compare(
 ) -> Paired:
     """Seconds that every side takes, `repeats` times, after `warmup` rounds that do not count.
 
-    Sides take turns (a b c a b c ...), so that a machine that becomes slower or faster meanwhile does so for all of them. On a
-    CUDA device a time ends when the device has finished.
+    Sides take turns (a b c a b c ...), so that a machine that becomes slower or faster meanwhile
+    does so for all of them. On a CUDA device a time ends when the device has finished.
 
     Args:
         sides: name -> what is timed, without arguments.
@@ -84,12 +90,15 @@ def compare(
     return Paired(seconds)
 
 
-def seconds_of(side: Callable[[], object], repeats: int, *, warmup: int = 1, device: torch.device | str = "cpu") -> Spread:
+def seconds_of(
+    side: Callable[[], object], repeats: int, *, warmup: int = 1, device: torch.device | str = "cpu"
+) -> Spread:
     """Seconds that one thing takes; see `compare`."""
     return compare({"": side}, repeats, warmup=warmup, device=device).spread("")
 
 
 def convert_sync_batchnorm(device: torch.device | str) -> None:
-    """Wait until a CUDA device has finished what it was given; other devices are waited for already."""
+    """Wait until a CUDA device has finished what it was given; other devices are waited for
+    already."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

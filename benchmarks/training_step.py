@@ -1,4 +1,5 @@
-"""Standard training of a ResNet-18, loading included: this project's trainer against the loop that everyone writes."""
+"""Standard training of a ResNet-18, loading included: this project's trainer against the loop that
+everyone writes."""
 
 from collections.abc import Callable
 
@@ -18,11 +19,17 @@ NOTE = "the same images, uint8 in memory, on both sides; how long a step takes d
 
 
 def measure(settings: Settings) -> list[Row]:
-    """One row for each precision of ours; the plain loop is always fp32, NCHW. The goal is for what `auto` picks."""
+    """One row for each precision of ours; the plain loop is always fp32, NCHW. The goal is for what
+    `auto` picks."""
     batch, batches = settings.size(BATCH, 8), settings.size(BATCHES, 1)
-    size = [("data_loader.args.batch_size", str(batch)), ("data_loader.args.num_batches", str(batches))]
+    size = [
+        ("data_loader.args.batch_size", str(batch)),
+        ("data_loader.args.num_batches", str(batches)),
+    ]
     trainers = {
-        f"Trainer, {precision}": build_trainer(step_config(settings, [*LAYERS[BATCH_NORM], *size, *system]))
+        f"Trainer, {precision}": build_trainer(
+            step_config(settings, [*LAYERS[BATCH_NORM], *size, *system])
+        )
         for precision, system in systems(settings).items()
     }
     *_, picked = trainers
@@ -31,7 +38,10 @@ def measure(settings: Settings) -> list[Row]:
     times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
     title = f"BatchNorm, {batches} batches of {batch}"
     goals = {name: GOAL if name == picked else None for name in trainers}
-    return [speed_row(title, times, name, PLAIN, goal, images=batch * batches, note=NOTE) for name, goal in goals.items()]
+    return [
+        speed_row(title, times, name, PLAIN, goal, images=batch * batches, note=NOTE)
+        for name, goal in goals.items()
+    ]
 
 
 def _our_epoch(trainer: BaseTrainer) -> Callable[[], object]:
@@ -54,8 +64,12 @@ def _our_epoch(trainer: BaseTrainer) -> Callable[[], object]:
 def _plain_epoch(trainer: BaseTrainer, batch: int, batches: int) -> Callable[[], object]:
     """The same network, images and optimizer in the plain loop."""
     data, arch = trainer.train_loader, trainer.config.arch.model_dump(exclude_none=True)
-    pixels, labels = data.images.pixels[: batch * batches].cpu(), data.labels[: batch * batches].cpu()
+    pixels, labels = (
+        data.images.pixels[: batch * batches].cpu(),
+        data.labels[: batch * batches].cpu(),
+    )
     loader = plain_loader(pixels, labels, data.mean, data.std, batch, WORKERS)
-    model = build_model(arch).to(trainer.device)  # no mean and std of its own: the transform has them
+    # no mean and std of its own: the transform has them
+    model = build_model(arch).to(trainer.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
     return lambda: train_epoch(model, loader, optimizer, trainer.device)

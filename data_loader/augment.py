@@ -1,9 +1,9 @@
 """Random augmentation of whole batches on the device they live on.
 
-Every function is pure: it draws from the CPU generator it is given (so a batch is the same on every device), returns a new
-tensor and leaves its input alone. Images are `(B, C, H, W)`, uint8 in `[0, 255]` or float in `[0, 1]`. Where they are a `shard`
-of a minibatch, numbers are drawn for all of it: an image then looks the same whatever the number of processes.
-"""
+Every function is pure: it draws from the CPU generator it is given (so a batch is the same on every
+device), returns a new tensor and leaves its input alone. Images are `(B, C, H, W)`, uint8 in `[0,
+255]` or float in `[0, 1]`. Where they are a `shard` of a minibatch, numbers are drawn for all of
+it: an image then looks the same whatever the number of processes."""
 
 from collections.abc import Sequence
 
@@ -60,7 +60,9 @@ def _mirrored(length: int, padding: int) -> Tensor:
 def random_flip(images: Tensor, generator: torch.Generator, shard: Shard | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2."""
     shard = shard or Shard(len(images))
-    mirrored = to_device(torch.rand(shard.total, generator=generator)[shard.part] < 0.5, images.device)
+    mirrored = to_device(
+        torch.rand(shard.total, generator=generator)[shard.part] < 0.5, images.device
+    )
     return torch.where(mirrored.reshape(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -72,17 +74,20 @@ def cutout(
     shard: Shard | None = None,
     inside: bool = False,
 ) -> Tensor:
-    """Overwrite one square of `size` x `size` pixels per image (DeVries and Taylor, arXiv 1708.04552).
+    """Overwrite one square of `size` x `size` pixels per image (DeVries and Taylor, arXiv
+    1708.04552).
 
     Args:
         images: `(B, C, H, W)`.
-        size: the square's side in pixels. An odd side is kept; the paper's code rounds it down to an even one.
-        fill: one value per channel, in the unit of `images`. The paper writes 0 after normalization: here, the data mean.
+        size: the square's side in pixels. An odd side is kept; the paper's code rounds it down to
+            an even one.
+        fill: one value per channel, in the unit of `images`. The paper writes 0 after
+            normalization: here, the data mean.
         generator: a CPU generator.
         shard: of the minibatch that `images` are; None where they are all of it.
         inside: whether the square's place is uniform among those wholly inside the image; a square
-            larger than the image covers it. Otherwise the square's center is uniform over the image,
-            so that near a border only part of it falls inside, as in the paper.
+            larger than the image covers it. Otherwise the square's center is uniform over the
+            image, so that near a border only part of it falls inside, as in the paper.
     """
     batch, _, height, width = images.shape
     drawn_for = shard or Shard(batch)
@@ -96,5 +101,7 @@ def cutout(
 
     rows, columns = covered(height), covered(width)
     mask = (rows[:, :, None] & columns[:, None, :])[:, None]
-    value = to_device(torch.tensor(list(fill), dtype=torch.float32).to(images.dtype), images.device).reshape(1, -1, 1, 1)
+    value = to_device(
+        torch.tensor(list(fill), dtype=torch.float32).to(images.dtype), images.device
+    ).reshape(1, -1, 1, 1)
     return torch.where(mask, value, images)

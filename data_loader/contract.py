@@ -1,4 +1,5 @@
-"""What a data set must be to be trained on, checked before training; see `base.base_data_loader`."""
+"""What a data set must be to be trained on, checked before training; see
+`base.base_data_loader`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,5 @@
-"""The data loaders a config can name: CIFAR-10, CIFAR-100, a folder of images, and scikit-learn's digits."""
+"""The data loaders a config can name: CIFAR-10, CIFAR-100, a folder of images, and scikit-learn's
+digits."""
 
 from math import prod
 from pathlib import Path
@@ -10,11 +11,13 @@ from data_loader.datasets import LabeledImages, read_cifar, read_digits, read_im
 from data_loader.training_data_loader import TrainingDataLoader
 
 MEMORY_LIMIT = 2 * 1024**3
-"""Bytes of uint8 pixels up to which the images of a folder are kept in memory when `in_memory` is None."""
+"""Bytes of uint8 pixels up to which the images of a folder are kept in memory when `in_memory` is
+None."""
 
 
 class CIFAR10DataLoader(TrainingDataLoader):
-    """CIFAR-10: 10 classes, 50,000 + 10,000 images of 32 x 32; see `TrainingDataLoader` and `datasets.read_cifar`."""
+    """CIFAR-10: 10 classes, 50,000 + 10,000 images of 32 x 32; see `TrainingDataLoader` and
+    `datasets.read_cifar`."""
 
     default_mean = (0.4914, 0.4822, 0.4465)
     default_std = (0.2023, 0.1994, 0.2010)
@@ -29,7 +32,8 @@ class CIFAR10DataLoader(TrainingDataLoader):
 
 
 class CIFAR100DataLoader(CIFAR10DataLoader):
-    """CIFAR-100: 100 classes, 50,000 + 10,000 images of 32 x 32; see `TrainingDataLoader` and `datasets.read_cifar`."""
+    """CIFAR-100: 100 classes, 50,000 + 10,000 images of 32 x 32; see `TrainingDataLoader` and
+    `datasets.read_cifar`."""
 
     default_mean = (0.5071, 0.4867, 0.4408)
     default_std = (0.2675, 0.2565, 0.2761)
@@ -44,10 +48,11 @@ class ImageFolderDataLoader(TrainingDataLoader):
     decoded batch by batch, `prepare` decodes each of them once before training.
 
     Args:
-        image_size: side that every image is resized and cropped to; None if all images have one size.
-        in_memory: True decodes every image once and keeps the pixels; False decodes each batch when it is
-            needed; None keeps the training and validation images up to 2 GiB, and the test images, too, if
-            all of them fit. Batches are the same either way.
+        image_size: side that every image is resized and cropped to; None if all images have one
+            size.
+        in_memory: True decodes every image once and keeps the pixels; False decodes each batch when
+            it is needed; None keeps the training and validation images up to 2 GiB, and the test
+            images, too, if all of them fit. Batches are the same either way.
         test_split: part of every class that is the test set where the folder holds nothing but
             classes; None for 0.2.
         channels: 3 decodes every image as RGB, whatever is in the file; 1 as gray.
@@ -88,11 +93,10 @@ class ImageFolderDataLoader(TrainingDataLoader):
 
 
 class DigitsDataLoader(TrainingDataLoader):
-    """The digits of scikit-learn as 32 x 32 RGB, nothing to download; `data_dir` is ignored. See `datasets.read_digits`."""
+    """The digits of scikit-learn as 32 x 32 RGB, nothing to download; `data_dir` is ignored. See
+    `datasets.read_digits`."""
 
-    def __init__(
-        self, data_dir: str | Path | None = None, *arguments: Any, **options: Any
-    ) -> None:
+    def __init__(self, data_dir: str | Path | None = None, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
 
     def read(self, train: bool) -> LabeledImages:

@@ -1,4 +1,5 @@
-"""The data sets: where images, labels and class names come from, each with a training and a test part."""
+"""The data sets: where images, labels and class names come from, each with a training and a test
+part."""
 
 import socket
 import warnings
@@ -31,7 +32,8 @@ VALIDATION_FOLDERS = ("val", "valid", "validation")
 PART_NAMES = {
     "train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval",
 }  # fmt: skip
-"""Folders that are called so, in letters of any case, are parts of a data set and not its classes."""
+"""Folders that are called so, in letters of any case, are parts of a data set and not its
+classes."""
 
 NETWORK_TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""
@@ -63,8 +65,9 @@ class LabeledImages:
 def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabeledImages:
     """CIFAR-10 or CIFAR-100: 50,000 training and 10,000 test images of 32 x 32.
 
-    Reads the python version's files from `data_dir`; if they are missing or damaged, unpacks the archive that lies there, and
-    otherwise downloads it, one process at a time. Nothing is unpickled before its md5 is right.
+    Reads the python version's files from `data_dir`; if they are missing or damaged, unpacks the
+    archive that lies there, and otherwise downloads it, one process at a time. Nothing is unpickled
+    before its md5 is right.
 
     Args:
         num_classes: 10 or 100.
@@ -94,12 +97,15 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabeledIm
                 folder.rmdir()
         raise DataError(_cifar_error(source, num_classes, folder, error)) from None
     pixels = torch.from_numpy(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)))
-    return LabeledImages(MemoryImages(pixels), np.asarray(data.targets, dtype=np.int64), tuple(data.classes))
+    return LabeledImages(
+        MemoryImages(pixels), np.asarray(data.targets, dtype=np.int64), tuple(data.classes)
+    )
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep all other processes that ask for it out of `folder` meanwhile; where files cannot be locked, none."""
+    """Keep all other processes that ask for it out of `folder` meanwhile; where files cannot be
+    locked, none."""
     with ExitStack() as stack:
         with suppress(ImportError, OSError):
             import fcntl  # not on Windows
@@ -114,7 +120,9 @@ def _cifar_error(source: Any, num_classes: int, folder: Path, error: Exception) 
 
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     files = [*source.train_list, *source.test_list, [source.meta["filename"], source.meta["md5"]]]
-    wanted = [(folder / source.base_folder / name, md5) for name, md5 in files] + [(folder / source.filename, source.tgz_md5)]
+    wanted = [(folder / source.base_folder / name, md5) for name, md5 in files] + [
+        (folder / source.filename, source.tgz_md5)
+    ]
     where = f"data_loader.args.data_dir: CIFAR-{num_classes}"
     remedy = f"put {source.filename} (md5 {source.tgz_md5})"
     for path, md5 in wanted:
@@ -123,7 +131,9 @@ def _cifar_error(source: Any, num_classes: int, folder: Path, error: Exception) 
                 f"{where}: '{path}' is damaged (its md5 is not {md5}) and could not be replaced ({reason}): "
                 f"{remedy} into {str(folder)!r}"
             )
-    return f"{where} is not in {str(folder)!r} and could not be downloaded ({reason}): {remedy} there"
+    return (
+        f"{where} is not in {str(folder)!r} and could not be downloaded ({reason}): {remedy} there"
+    )
 
 
 @contextmanager
@@ -248,16 +258,23 @@ def _parts_of(folder: Path, expected: str) -> tuple[dict[str, Path], str | None]
 
 
 def read_digits(train: bool) -> LabeledImages:
-    """The 1,797 handwritten digits that come with scikit-learn, for trying things out without a download.
+    """The 1,797 handwritten digits that come with scikit-learn, for trying things out without a
+    download.
 
-    8 x 8 gray images with values 0 to 16, scaled to 0 to 255, enlarged bilinearly to 32 x 32 and repeated in three channels.
-    scikit-learn ships no official split; here 20 % of every class are the test set, always the same ones.
-    """
+    8 x 8 gray images with values 0 to 16, scaled to 0 to 255, enlarged bilinearly to 32 x 32 and
+    repeated in three channels. scikit-learn ships no official split; here 20 % of every class are
+    the test set, always the same ones."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     labels = data.target.astype(np.int64)
     index = stratified_split(labels, TEST_SPLIT, TEST_SPLIT_SEED)[0 if train else 1]
     gray = torch.from_numpy(data.images[index]).float()[:, None] * (255 / 16)
-    pixels = F.interpolate(gray, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
-    return LabeledImages(MemoryImages(pixels.repeat(1, 3, 1, 1)), labels[index], tuple(map(str, data.target_names)))
+    pixels = (
+        F.interpolate(gray, size=(32, 32), mode="bilinear", align_corners=False)
+        .round()
+        .to(torch.uint8)
+    )
+    return LabeledImages(
+        MemoryImages(pixels.repeat(1, 3, 1, 1)), labels[index], tuple(map(str, data.target_names))
+    )

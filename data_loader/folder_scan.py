@@ -13,7 +13,8 @@ from base.errors import DataError
 KEY = "data_loader.args.data_dir"
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""torchvision's. To import them from there takes seconds, as torchvision imports torch's compiler."""
+"""torchvision's. To import them from there takes seconds, as torchvision imports torch's
+compiler."""
 
 FOREIGN = ("__MACOSX", "@eaDir", "lost+found")
 """Folders that operating systems put beside files; they count as hidden."""

@@ -1,4 +1,5 @@
-"""The test images of a folder that no config describes: folders of classes, or CIFAR's own files."""
+"""The test images of a folder that no config describes: folders of classes, or CIFAR's own
+files."""
 
 from dataclasses import replace
 from math import prod

@@ -16,9 +16,10 @@ from data_loader.images import Images, MemoryImages
 class ImageDataLoader(BaseDataLoader):
     """One part of a data set, in batches; see `BaseDataLoader` for what iterating yields.
 
-    Images that fit in memory are moved to the device once, as they are, and every batch is gathered, augmented and turned into
-    floats there; others are decoded batch by batch, with the same result. The order of epoch e is a function of (seed, e), the
-    augmentation of its b-th batch of (seed, e, b). The last batch is never dropped.
+    Images that fit in memory are moved to the device once, as they are, and every batch is
+    gathered, augmented and turned into floats there; others are decoded batch by batch, with the
+    same result. The order of epoch e is a function of (seed, e), the augmentation of its b-th batch
+    of (seed, e, b). The last batch is never dropped.
 
     Args:
         images: `N` images.
@@ -66,7 +67,9 @@ class ImageDataLoader(BaseDataLoader):
         test: "Callable[[], ImageDataLoader] | None" = None,
     ) -> None:
         self.batch_size = batch_size
-        self.n_samples = min(len(labels), num_batches * batch_size) if num_batches > 0 else len(labels)
+        self.n_samples = (
+            min(len(labels), num_batches * batch_size) if num_batches > 0 else len(labels)
+        )
         self.num_classes = len(class_names)
         self.class_names = tuple(class_names)
         self.image_shape = images.shape
@@ -89,7 +92,8 @@ class ImageDataLoader(BaseDataLoader):
 
     @property
     def images(self) -> Images:
-        """The images, decoded and moved to the device at the first call if they are to stay in memory.
+        """The images, decoded and moved to the device at the first call if they are to stay in
+        memory.
 
         Raises:
             DataError: a file cannot be decoded.
@@ -103,7 +107,8 @@ class ImageDataLoader(BaseDataLoader):
         once.
 
         Where the pixels do not stay in memory, rank 0 does it for all processes. It does not tell
-        them here: one that has failed before would not hear it. See `base.distributed.agreement.agreed`.
+        them here: one that has failed before would not hear it. See
+        `base.distributed.agreement.agreed`.
 
         Raises:
             DataError: a file cannot be decoded, or images are not such.

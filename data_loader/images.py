@@ -31,7 +31,8 @@ CHECKED = 64
 """Images of a user's own loader that are looked at before training."""
 
 MIN_STD = 1e-3
-"""Standard deviations are never below this, so that a constant channel can be divided by its own."""
+"""Standard deviations are never below this, so that a constant channel can be divided by its
+own."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class MemoryImages:
         check_range(self.pixels, where)
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """One `(B, C, H, W)` for each int64 `(B,)` of positions, which are on the device of the images."""
+        """One `(B, C, H, W)` for each int64 `(B,)` of positions, which are on the device of the
+        images."""
         return (self.pixels[positions] for positions in batches)
 
     def digest(self) -> str:
@@ -177,9 +179,11 @@ class FileImages:
     Attributes:
         paths: one per image.
         shape: `(C, H, W)` that every image gets: RGB with 3 channels, gray with 1.
-        resize: True resizes the shorter side to H and cuts the center (H equals W); False expects H x W in every file.
+        resize: True resizes the shorter side to H and cuts the center (H equals W); False expects H
+            x W in every file.
         num_workers: processes that decode; 0 decodes in this one.
-        pin_memory: hand batches over in page-locked memory, which speeds up the way to a CUDA device.
+        pin_memory: hand batches over in page-locked memory, which speeds up the way to a CUDA
+            device.
         folder: the data set's; see `names`.
     """
 
@@ -223,17 +227,25 @@ class FileImages:
     def _in_order(self, description: str) -> Iterator[tuple[Tensor, Tensor]]:
         """All images, some at a time: their positions, and uint8 `(B, C, H, W)`."""
         chunks = torch.arange(len(self)).split(DECODE_BATCH)
-        bar = tqdm(total=len(self), desc=description, unit="image", disable=hide_progress_bar(), leave=False)
+        bar = tqdm(
+            total=len(self),
+            desc=description,
+            unit="image",
+            disable=hide_progress_bar(),
+            leave=False,
+        )
         with bar:
             for chunk, images in zip(chunks, self.batches(chunks), strict=True):
                 yield chunk, images
                 bar.update(len(chunk))
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """One uint8 CPU `(B, C, H, W)` for each int64 `(B,)` of positions, in their order whatever `num_workers` is.
+        """One uint8 CPU `(B, C, H, W)` for each int64 `(B,)` of positions, in their order whatever
+        `num_workers` is.
 
         Raises:
-            DataError: a file cannot be decoded or has another size, or a worker process died or hangs.
+            DataError: a file cannot be decoded or has another size, or a worker process died or
+                hangs.
         """
         positions = [batch.tolist() for batch in batches]
         workers = min(self.num_workers, len(positions))
@@ -243,13 +255,16 @@ class FileImages:
             decoded = decode_in_processes(self.paths, self.shape, self.resize, positions, workers)
         if self.pin_memory:
             return map(Tensor.pin_memory, decoded)
-        return map(Tensor.clone, decoded) if workers else decoded  # out of the memory that the workers write to
+        # out of the memory that the workers write to
+        return map(Tensor.clone, decoded) if workers else decoded
 
     def digest(self) -> str:
-        """SHA-256 of the sizes of all files and of what is in them, hexadecimal; their places and names do not matter.
+        """SHA-256 of the sizes of all files and of what is in them, hexadecimal; their places and
+        names do not matter.
 
-        Files are read as they are, not decoded. Of more than `FINGERPRINT_BYTES` only every n-th one is read: another image
-        in one of the rest is noticed where its file is larger or smaller.
+        Files are read as they are, not decoded. Of more than `FINGERPRINT_BYTES` only every n-th
+        one is read: another image in one of the rest is noticed where its file is larger or
+        smaller.
 
         Raises:
             DataError: a file cannot be read.
@@ -262,7 +277,13 @@ class FileImages:
                 sizes.append(Path(path).stat().st_size)
             digest.update(np.array(sizes, "<i8").tobytes())
             step = -(-sum(sizes) // FINGERPRINT_BYTES) or 1
-            for path in tqdm(self.paths[::step], desc="reading images", unit="image", disable=hide_progress_bar(), leave=False):
+            for path in tqdm(
+                self.paths[::step],
+                desc="reading images",
+                unit="image",
+                disable=hide_progress_bar(),
+                leave=False,
+            ):
                 digest.update(Path(path).read_bytes())
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
@@ -281,9 +302,8 @@ Images = MemoryImages | FileImages | LoadedImages
 def pixel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per-channel mean and (population) standard deviation of all pixels, in `[0, 1]`.
 
-    Counted exactly from histograms of the 256 pixel values, so the order and the batches do not matter; floats are summed in
-    double precision. The standard deviation is at least 0.001.
-    """
+    Counted exactly from histograms of the 256 pixel values, so the order and the batches do not
+    matter; floats are summed in double precision. The standard deviation is at least 0.001."""
     counts = torch.zeros(images.shape[0], 256, dtype=torch.int64)
     sums = torch.zeros(3, images.shape[0], dtype=torch.float64)
     device = images.pixels.device if isinstance(images, MemoryImages) else torch.device("cpu")

@@ -1,4 +1,5 @@
-"""Wrong training labels on purpose: symmetric, asymmetric, or read from a file, and what they really amount to.
+"""Wrong training labels on purpose: symmetric, asymmetric, or read from a file, and what they
+really amount to.
 
 Every law is computed from the clean labels, never from labels that are already noisy.
 """
@@ -19,9 +20,11 @@ class LabelNoise:
 
     Attributes:
         kind: `"none"`, `"sym"`, `"asym"` or `"file"`.
-        percent: share of the labels that the law picks, in `[0, 1]` despite its name; a file brings its own.
-        law: of symmetric noise. `"inclusive"` draws the new label from all classes, the true one too, as the published
-            numbers do: of K classes, (K - 1) / K of the picked labels change. `"exclusive"` draws from the other classes.
+        percent: share of the labels that the law picks, in `[0, 1]` despite its name; a file brings
+            its own.
+        law: of symmetric noise. `"inclusive"` draws the new label from all classes, the true one
+            too, as the published numbers do: of K classes, (K - 1) / K of the picked labels change.
+            `"exclusive"` draws from the other classes.
         file: path of a label file, for `kind` `"file"`.
         key: which of the file's entries to take, where it holds several.
         on_validation: whether validation labels get the same noise, from a draw of their own.
@@ -45,8 +48,25 @@ CLEAN = LabelNoise()
 LARGEST_DIFFERENCE = 0.1
 """By which share of the rate asked for the realised one may differ from it without a warning."""
 
-CIFAR10_FLIPS = {"truck": "automobile", "bird": "airplane", "cat": "dog", "dog": "cat", "deer": "horse"}
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_FLIPS = {
+    "truck": "automobile",
+    "bird": "airplane",
+    "cat": "dog",
+    "dog": "cat",
+    "deer": "horse",
+}
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 
 CIFAR100_SUPERCLASSES = (
     ("beaver", "dolphin", "otter", "seal", "whale"),
@@ -70,9 +90,14 @@ CIFAR100_SUPERCLASSES = (
     ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
     ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
 )
-"""The 20 superclasses of CIFAR-100, five classes each in the order of their numbers (which is alphabetical)."""
+"""The 20 superclasses of CIFAR-100, five classes each in the order of their numbers (which is
+alphabetical)."""
 
-CIFAR100_FLIPS = {name: group[(place + 1) % len(group)] for group in CIFAR100_SUPERCLASSES for place, name in enumerate(group)}
+CIFAR100_FLIPS = {
+    name: group[(place + 1) % len(group)]
+    for group in CIFAR100_SUPERCLASSES
+    for place, name in enumerate(group)
+}
 
 
 def symmetric_noise(
@@ -84,7 +109,8 @@ def symmetric_noise(
         labels: int64 `(n,)` clean labels in `[0, num_classes)`.
         num_classes: K, at least 2.
         percent: in `[0, 1]`.
-        law: `"inclusive"`: uniform over all K classes; `"exclusive"`: uniform over the K - 1 wrong ones.
+        law: `"inclusive"`: uniform over all K classes; `"exclusive"`: uniform over the K - 1 wrong
+            ones.
         generator: picks the labels and draws the new ones.
 
     Returns:
@@ -95,7 +121,9 @@ def symmetric_noise(
     if law == "inclusive":
         noisy[picked] = generator.integers(0, num_classes, len(picked))
     else:
-        noisy[picked] = (labels[picked] + generator.integers(1, num_classes, len(picked))) % num_classes
+        noisy[picked] = (
+            labels[picked] + generator.integers(1, num_classes, len(picked))
+        ) % num_classes
     return noisy
 
 
@@ -104,10 +132,11 @@ def asymmetric_noise(
 ) -> np.ndarray:
     """Turn ceil(percent * n_class) labels of every source class into the class it is mistaken for.
 
-    CIFAR-10: truck -> automobile, bird -> airplane, deer -> horse, cat -> dog and dog -> cat; other classes stay clean.
-    CIFAR-100: every class -> the next one of its superclass, cyclically. Both apply to any data set with exactly these class
-    names, in whatever order. ConvNorm rewrites labels in place, so that some cats become dogs and then cats again, and goes
-    round blocks of five class numbers, which are no superclasses; neither is copied here.
+    CIFAR-10: truck -> automobile, bird -> airplane, deer -> horse, cat -> dog and dog -> cat; other
+    classes stay clean. CIFAR-100: every class -> the next one of its superclass, cyclically. Both
+    apply to any data set with exactly these class names, in whatever order. ConvNorm rewrites
+    labels in place, so that some cats become dogs and then cats again, and goes round blocks of
+    five class numbers, which are no superclasses; neither is copied here.
 
     Args:
         labels: int64 `(n,)` clean labels.
@@ -127,9 +156,13 @@ def asymmetric_noise(
 
 
 def apply_noise(
-    labels: np.ndarray, class_names: Sequence[str], noise: LabelNoise, generator: np.random.Generator
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    noise: LabelNoise,
+    generator: np.random.Generator,
 ) -> np.ndarray:
-    """The noisy labels of one split for `kind` `"sym"` or `"asym"`; a copy of `labels` for `"none"`."""
+    """The noisy labels of one split for `kind` `"sym"` or `"asym"`; a copy of `labels` for
+    `"none"`."""
     if not noise.active:
         return labels.copy()
     if noise.kind == "sym":
@@ -148,10 +181,15 @@ def transition_matrix(clean: np.ndarray, noisy: np.ndarray, num_classes: int) ->
 
 
 def describe_transitions(matrix: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """A line per class that says what its labels became, most frequent first: `cat -> cat 60.0%, dog 40.0%`."""
+    """A line per class that says what its labels became, most frequent first: `cat -> cat 60.0%,
+    dog 40.0%`."""
     lines = []
     for name, row in zip(class_names, matrix, strict=True):
-        targets = [f"{class_names[target]} {row[target]:.1%}" for target in np.argsort(-row, kind="stable") if row[target] > 0]
+        targets = [
+            f"{class_names[target]} {row[target]:.1%}"
+            for target in np.argsort(-row, kind="stable")
+            if row[target] > 0
+        ]
         lines.append(f"{name} -> {', '.join(targets)}")
     return lines
 
@@ -203,5 +241,6 @@ def _flips(class_names: Sequence[str]) -> dict[str, str]:
 
 
 def _ceil(value: float) -> int:
-    # 0.55 * 100 is a little more than 55 in floating point; nobody who asks for 55 % of 100 labels means 56.
+    # 0.55 * 100 is a little more than 55 in floating point; nobody who asks for 55 % of 100 labels
+    # means 56.
     return math.ceil(round(value, 6))

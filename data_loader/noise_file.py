@@ -57,7 +57,8 @@ def read_noise_file(
     Args:
         file: the path.
         key: which of several label sets to take; a plain array and a `labels.npz` need none.
-        clean_labels: int64 `(N,)` the data set's own labels, to find a file in another order or of another data set.
+        clean_labels: int64 `(N,)` the data set's own labels, to find a file in another order or of
+            another data set.
         num_classes: number of classes.
 
     Returns:

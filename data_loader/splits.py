@@ -1,7 +1,8 @@
-"""Which training images are held out for validation, which of the rest are used, and which images stand for many.
+"""Which training images are held out for validation, which of the rest are used, and which images
+stand for many.
 
-All functions return sorted positions and choose class by class, so that every part has the class balance of the whole.
-"""
+All functions return sorted positions and choose class by class, so that every part has the class
+balance of the whole."""
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ def stratified_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a fraction of every class.
 
-    A class of n images gives up round(fraction * n) of them (halves round up), at least one if `fraction` is above 0.
+    A class of n images gives up round(fraction * n) of them (halves round up), at least one if
+    `fraction` is above 0.
 
     Args:
         labels: int64 `(N,)` clean labels.
@@ -44,12 +46,15 @@ def stratified_split(
     return np.setdiff1d(np.arange(len(labels)), held_out_index), held_out_index
 
 
-def stratified_subset(index: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def stratified_subset(
+    index: np.ndarray, labels: np.ndarray, fraction: float, seed: int
+) -> np.ndarray:
     """Keep a part of the training images, class by class.
 
-    `fraction` counts the whole training set, as in the ConvNorm paper: 0.1 of CIFAR-10 is 5,000 images. They are taken only
-    from `index`, what validation has left, so with 10 % held out 0.95 and 1.0 both mean the remaining 90 %. With one seed, a
-    smaller subset is part of every larger one.
+    `fraction` counts the whole training set, as in the ConvNorm paper: 0.1 of CIFAR-10 is 5,000
+    images. They are taken only from `index`, what validation has left, so with 10 % held out 0.95
+    and 1.0 both mean the remaining 90 %. With one seed, a smaller subset is part of every larger
+    one.
 
     Args:
         index: int64 positions that may be used.
@@ -66,7 +71,8 @@ def stratified_subset(index: np.ndarray, labels: np.ndarray, fraction: float, se
     kept, usable = [], np.zeros(len(labels), dtype=bool)
     usable[index] = True
     for label in np.unique(labels):
-        # All of the class is shuffled, then what is not in `index` dropped: the order depends on the seed and the class alone.
+        # All of the class is shuffled, then what is not in `index` dropped: the order depends on
+        # the seed and the class alone.
         members = _shuffled_members(labels, label, seed, "subset")
         count = _round(fraction * len(members))
         if count < 1:
@@ -79,9 +85,11 @@ def stratified_subset(index: np.ndarray, labels: np.ndarray, fraction: float, se
 
 
 def first_of_every_class(labels: np.ndarray, count: int) -> np.ndarray:
-    """`count` images as equally spread over the classes as can be: of every class the first ones, in the order of `labels`.
+    """`count` images as equally spread over the classes as can be: of every class the first ones,
+    in the order of `labels`.
 
-    Unlike the first `count` images, this is a fair sample of a data set that is sorted by class, too.
+    Unlike the first `count` images, this is a fair sample of a data set that is sorted by class,
+    too.
 
     Args:
         labels: int64 `(N,)`.
@@ -98,7 +106,8 @@ def first_of_every_class(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def some_of_every_class(loader: BaseDataLoader, count: int) -> BaseDataLoader:
-    """A loader of `first_of_every_class`, `count` images of an unshuffled loader (all, where it has no more)."""
+    """A loader of `first_of_every_class`, `count` images of an unshuffled loader (all, where it has
+    no more)."""
     return loader.subset(torch.from_numpy(first_of_every_class(loader.labels.cpu().numpy(), count)))
 
 

@@ -1,4 +1,5 @@
-"""TrainingDataLoader: the training part of a data set, its split, its label noise, and the way to validation and test parts."""
+"""TrainingDataLoader: the training part of a data set, its split, its label noise, and the way to
+validation and test parts."""
 
 import hashlib
 from abc import abstractmethod
@@ -59,14 +60,17 @@ class TrainingDataLoader(ImageDataLoader):
             itself.
         num_workers: processes that decode image files; data that is in memory needs none.
         pin_memory: page-locked batches for image files on the way to a CUDA device.
-        num_batches: above 0 ends the training epoch after that many batches; validation and test are never shortened.
-        mean: per-channel mean in `[0, 1]`; None for the data set's own: published constants for CIFAR, otherwise computed from
-            the training images that are used (in memory from all, else from a seeded sample of 5,000).
+        num_batches: above 0 ends the training epoch after that many batches; validation and test
+            are never shortened.
+        mean: per-channel mean in `[0, 1]`; None for the data set's own: published constants for
+            CIFAR, otherwise computed from the training images that are used (in memory from all,
+            else from a seeded sample of 5,000).
         std: per-channel standard deviation in `[0, 1]`; None likewise.
         seed: of split, subset, noise, order and augmentation, each drawn independently.
-        subset_percent: part of the whole training set to train on, in `(0, 1]`; see `splits.stratified_subset`.
-        noise: what happens to training and validation labels; test labels are always clean. The law is applied to the labels of
-            one split: the chosen subset, or the validation part.
+        subset_percent: part of the whole training set to train on, in `(0, 1]`; see
+            `splits.stratified_subset`.
+        noise: what happens to training and validation labels; test labels are always clean. The law
+            is applied to the labels of one split: the chosen subset, or the validation part.
         crop_padding: pixels of padding for random crops of training images; 0 for none.
         padding_mode: `zeros` or `reflect`; see `augment.random_crop`.
         flip: mirror half of the training images.
@@ -76,7 +80,8 @@ class TrainingDataLoader(ImageDataLoader):
         device: where batches shall be.
 
     Raises:
-        DataError: data is missing or broken, a class has too few images for the fractions, or the noise does not fit.
+        DataError: data is missing or broken, a class has too few images for the fractions, or the
+            noise does not fit.
     """
 
     def __init__(
@@ -211,7 +216,9 @@ class TrainingDataLoader(ImageDataLoader):
     ) -> dict[str, np.ndarray]:
         noise, from_file = self._noise, None
         if noise.kind == "file":
-            from_file = read_noise_file(str(noise.file), noise.key, train.labels, len(train.class_names))
+            from_file = read_noise_file(
+                str(noise.file), noise.key, train.labels, len(train.class_names)
+            )
         arrays = {}
         for part, index, clean in (
             ("train", self._train_index, train.labels[self._train_index]),
@@ -220,13 +227,17 @@ class TrainingDataLoader(ImageDataLoader):
             if part == "val" and not noise.on_validation:
                 noisy = clean
             elif from_file is None:
-                noisy = apply_noise(clean, train.class_names, noise, numpy_generator(seed, f"label noise {part}"))
+                noisy = apply_noise(
+                    clean, train.class_names, noise, numpy_generator(seed, f"label noise {part}")
+                )
             elif part == "val" and self.names_validation:
                 # the file speaks of the training set
                 noisy = clean
             else:
                 noisy = self._labels_of_file(from_file, index, part)
-            arrays.update({f"{part}_index": index, f"{part}_label": noisy, f"{part}_clean_label": clean})
+            arrays.update(
+                {f"{part}_index": index, f"{part}_label": noisy, f"{part}_clean_label": clean}
+            )
         return arrays
 
     def _labels_of_file(self, labels: np.ndarray, index: np.ndarray, part: str) -> np.ndarray:
@@ -285,11 +296,16 @@ class TrainingDataLoader(ImageDataLoader):
         if self._test_loader is None:
             test = self._checked(self.read(train=False), self.image_shape, self.class_names)
             n_images = len(self._train_index) + len(self._val_index) + len(test.labels)
-            # whether training images are kept must not depend on the test set: mean and std do depend on it
-            self._test_loader = self._evaluation_loader(test, in_memory=self._in_memory and self._fits_in_memory(n_images))
+            # whether training images are kept must not depend on the test set: mean and std do
+            # depend on it
+            self._test_loader = self._evaluation_loader(
+                test, in_memory=self._in_memory and self._fits_in_memory(n_images)
+            )
         return self._test_loader
 
-    def _evaluation_loader(self, part: LabeledImages, *, in_memory: bool, **options: Any) -> ImageDataLoader:
+    def _evaluation_loader(
+        self, part: LabeledImages, *, in_memory: bool, **options: Any
+    ) -> ImageDataLoader:
         return ImageDataLoader(
             part.images,
             part.labels,
@@ -314,9 +330,8 @@ class TrainingDataLoader(ImageDataLoader):
     def noise_report(self) -> dict[str, Any] | None:
         """What the label noise amounts to, in plain values for JSON; None without noise.
 
-        Rates are shares of changed labels in `[0, 1]`. `asked_rate` is the share of labels that the law picked (None for a
-        file), `val_rate` is None where nothing is held out.
-        """
+        Rates are shares of changed labels in `[0, 1]`. `asked_rate` is the share of labels that the
+        law picked (None for a file), `val_rate` is None where nothing is held out."""
         if not self._noise.active:
             return None
         arrays = self._label_arrays
@@ -328,7 +343,9 @@ class TrainingDataLoader(ImageDataLoader):
             "key": self._noise.key if self._noise.kind == "file" else None,
             "asked_rate": None if self._noise.kind == "file" else self._noise.percent,
             "train_rate": realised_rate(clean, noisy),
-            "val_rate": realised_rate(arrays["val_clean_label"], arrays["val_label"]) if len(self._val_index) else None,
+            "val_rate": realised_rate(arrays["val_clean_label"], arrays["val_label"])
+            if len(self._val_index)
+            else None,
         }
 
     def noise_warning(self) -> str | None:
@@ -338,15 +355,20 @@ class TrainingDataLoader(ImageDataLoader):
         return explain_rate(self._noise, self.class_names, rate) if self._noise.active else None
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of split and labels: two runs with the same one trained and validated on the same labels."""
+        """Hexadecimal digest of split and labels: two runs with the same one trained and validated
+        on the same labels."""
         return _digest(self._label_arrays)
 
     def image_fingerprints(self) -> dict[str, str]:
-        """Hexadecimal digests of the images that are trained and validated on, and of the test set with its labels."""
+        """Hexadecimal digests of the images that are trained and validated on, and of the test set
+        with its labels."""
         held_out, test = self.split_validation(), self.test_loader()
         training = [self.image_digest()] + ([held_out.image_digest()] if held_out else [])
         labels = _digest({"test_label": test.labels.cpu().numpy()})
-        return {"training images": " ".join(training), "test images": f"{test.image_digest()} {labels}"}
+        return {
+            "training images": " ".join(training),
+            "test images": f"{test.image_digest()} {labels}",
+        }
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

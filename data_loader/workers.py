@@ -1,8 +1,7 @@
 """Processes that decode image files ahead of training, and what becomes of one that dies or hangs.
 
-They write into memory that they share with the main process. Only the word that a batch is finished goes through a pipe, so the
-main process never waits for a worker in a way that it cannot leave.
-"""
+They write into memory that they share with the main process. Only the word that a batch is finished
+goes through a pipe, so the main process never waits for a worker in a way that it cannot leave."""
 
 import atexit
 import signal
@@ -22,13 +21,15 @@ from base.errors import DataError
 from data_loader.decoding import decode_image
 
 WORKER_TIMEOUT = 600.0
-"""Seconds without a batch in which no worker began or ended an image either, after which the run ends: one of them hangs."""
+"""Seconds without a batch in which no worker began or ended an image either, after which the run
+ends: one of them hangs."""
 
 CHECK_INTERVAL = 1.0
 """Seconds between two looks at the workers while a batch is waited for."""
 
 END_TIMEOUT = 5.0
-"""Seconds that a killed worker may take to end; one that waits for a dead disk ends only when that answers."""
+"""Seconds that a killed worker may take to end; one that waits for a dead disk ends only when that
+answers."""
 
 AHEAD = 2
 """Batches that every worker decodes ahead."""
@@ -38,24 +39,32 @@ NOWHERE = -1
 
 
 def decode_in_processes(
-    paths: Sequence[str], shape: tuple[int, int, int], resize: bool, batches: list[list[int]], num_workers: int
+    paths: Sequence[str],
+    shape: tuple[int, int, int],
+    resize: bool,
+    batches: list[list[int]],
+    num_workers: int,
 ) -> Iterator[Tensor]:
-    """One uint8 `(B, C, H, W)` for each list of positions in `paths`, in order; overwritten when the next one is asked for.
+    """One uint8 `(B, C, H, W)` for each list of positions in `paths`, in order; overwritten when
+    the next one is asked for.
 
     No process outlives the iterator, nor keeps the main one from ending.
 
     Raises:
-        DataError: a file cannot be decoded or has another size, or a worker died or hangs, which is named with its file.
+        DataError: a file cannot be decoded or has another size, or a worker died or hangs, which is
+            named with its file.
     """
     decoder = _Decoder(paths, resize, batches, *_shared(num_workers, batches, shape))
     workers: list[BaseProcess] = []
     end = partial(_kill, workers)
-    # Where a traceback keeps this frame, multiprocessing would wait for the workers for ever: they ignore its SIGTERM.
+    # Where a traceback keeps this frame, multiprocessing would wait for the workers for ever: they
+    # ignore its SIGTERM.
     atexit.register(end)
     iterator = None
     try:
         iterator = _start(decoder, num_workers)
-        workers += iterator._workers  # DataLoader has no public name for them; those that are dead by now are among them
+        # DataLoader has no public name for them; those that are dead by now are among them
+        workers += iterator._workers
         for number, batch in enumerate(batches):
             problem = _wait(iterator, decoder, workers)
             if problem is not None:
@@ -68,14 +77,21 @@ def decode_in_processes(
 
 
 class _Decoder(Dataset):
-    """Item b decodes the b-th batch into its slot. It is None, or says what is wrong: DataLoader would wrap an error in a
-    traceback.
+    """Item b decodes the b-th batch into its slot. It is None, or says what is wrong: DataLoader
+    would wrap an error in a traceback.
 
-    There is one slot more than batches are asked for ahead, so that the one that was handed out last is not overwritten.
-    `notes` int64 `(workers,)` has the position of the image that each worker is at.
-    """
+    There is one slot more than batches are asked for ahead, so that the one that was handed out
+    last is not overwritten. `notes` int64 `(workers,)` has the position of the image that each
+    worker is at."""
 
-    def __init__(self, paths: Sequence[str], resize: bool, batches: list[list[int]], slots: Tensor, notes: Tensor) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        resize: bool,
+        batches: list[list[int]],
+        slots: Tensor,
+        notes: Tensor,
+    ) -> None:
         self.paths, self.resize = paths, resize
         self.batches, self.slots, self.notes = batches, slots, notes
 
@@ -98,20 +114,28 @@ class _Decoder(Dataset):
         return None
 
 
-def _shared(num_workers: int, batches: list[list[int]], shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def _shared(
+    num_workers: int, batches: list[list[int]], shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
     """Slots and notes of a `_Decoder`, in memory that processes share."""
-    slots = torch.empty((min(AHEAD * num_workers + 1, len(batches)), max(map(len, batches)), *shape), dtype=torch.uint8)
+    slots = torch.empty(
+        (min(AHEAD * num_workers + 1, len(batches)), max(map(len, batches)), *shape),
+        dtype=torch.uint8,
+    )
     try:
         return slots.share_memory_(), torch.full((num_workers,), NOWHERE).share_memory_()
     except (OSError, RuntimeError) as error:
         size = f"{slots.numel() / 1e6:.1f} MB of shared memory for {num_workers} processes"
-        raise DataError(f"{KEY}: there are no {size} ({_first_line(error)}): try fewer, or a smaller batch_size") from None
+        raise DataError(
+            f"{KEY}: there are no {size} ({_first_line(error)}): try fewer, or a smaller batch_size"
+        ) from None
 
 
 def _start(decoder: _Decoder, num_workers: int) -> Any:
     """Start the workers; iterates over what they have to say about each batch."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores is allowed
+        # more workers than cores is allowed
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
             decoder,
             batch_size=None,  # an item is already a batch
@@ -120,16 +144,21 @@ def _start(decoder: _Decoder, num_workers: int) -> Any:
             collate_fn=_unchanged,
             worker_init_fn=_leave_signals_to_the_main_process,
             timeout=CHECK_INTERVAL,
-            generator=torch.Generator(),  # otherwise starting the workers would draw from the global one
+            # otherwise starting the workers would draw from the global one
+            generator=torch.Generator(),
         )
         try:
             with _signals_held_back(), _deaths_noticed_by_looking():
                 return iter(loader)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{KEY}: {num_workers} processes cannot be started ({_first_line(error)}): try fewer") from None
+            raise DataError(
+                f"{KEY}: {num_workers} processes cannot be started ({_first_line(error)}): try fewer"
+            ) from None
 
 
-def _wait(iterator: Iterator[str | None], decoder: _Decoder, workers: list[BaseProcess]) -> str | None:
+def _wait(
+    iterator: Iterator[str | None], decoder: _Decoder, workers: list[BaseProcess]
+) -> str | None:
     """What there is to say against the next batch; None once it has been decoded."""
     quiet, notes = 0.0, decoder.notes.clone()
     while True:
@@ -140,7 +169,9 @@ def _wait(iterator: Iterator[str | None], decoder: _Decoder, workers: list[BaseP
             if not (dead or "timed out" in str(error)):
                 raise
         if dead:
-            told = " and ".join(_told(number, workers[number], _end_of(workers[number]), decoder) for number in dead)
+            told = " and ".join(
+                _told(number, workers[number], _end_of(workers[number]), decoder) for number in dead
+            )
             return f"{KEY}: {told}: memory or shared memory may have run out (try fewer), or the file crashes the decoder"
         if not torch.equal(notes, decoder.notes):
             quiet, notes = 0.0, decoder.notes.clone()
@@ -150,7 +181,9 @@ def _wait(iterator: Iterator[str | None], decoder: _Decoder, workers: list[BaseP
             busy = torch.nonzero(notes != NOWHERE).flatten().tolist() or range(len(workers))
             told = " or ".join(_told(number, workers[number], "hangs", decoder) for number in busy)
             _kill(workers)
-            return f"{KEY}: {told}: nothing was decoded in {WORKER_TIMEOUT:g} s; does the disk answer?"
+            return (
+                f"{KEY}: {told}: nothing was decoded in {WORKER_TIMEOUT:g} s; does the disk answer?"
+            )
 
 
 def _told(number: int, worker: BaseProcess, what: str, decoder: _Decoder) -> str:
@@ -177,8 +210,8 @@ def _unchanged(item: str | None) -> str | None:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Worker processes begin with these signals blocked, so that none can end them before they ignore it; the main one gets it
-    afterwards."""
+    """Worker processes begin with these signals blocked, so that none can end them before they
+    ignore it; the main one gets it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
@@ -188,8 +221,9 @@ def _signals_held_back() -> Iterator[None]:
 
 @contextmanager
 def _deaths_noticed_by_looking() -> Iterator[None]:
-    """DataLoader sets a handler of SIGCHLD that raises wherever the main process is when a worker dies, in the middle of an
-    update for instance. It is taken away again: `_wait` looks after the workers."""
+    """DataLoader sets a handler of SIGCHLD that raises wherever the main process is when a worker
+    dies, in the middle of an update for instance. It is taken away again: `_wait` looks after the
+    workers."""
     before = signal.getsignal(signal.SIGCHLD)
     try:
         yield
@@ -199,8 +233,8 @@ def _deaths_noticed_by_looking() -> Iterator[None]:
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the main one finishes its batch and saves, for which it
-    # needs the workers. They end with it.
+    # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the main one finishes its
+    # batch and saves, for which it needs the workers. They end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -1,4 +1,5 @@
-"""What is measured of a model: accuracy, robust accuracy and whether it can be believed, spectra, scores of classes.
+"""What is measured of a model: accuracy, robust accuracy and whether it can be believed, spectra,
+scores of classes.
 
 The function `robust_accuracy` has the name of the module that it stands in: as an attribute of this
 package it is the function, and `from evaluation.robust_accuracy import ...` finds the module.

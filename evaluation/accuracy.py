@@ -22,20 +22,22 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     description: str = "evaluating",
 ) -> dict[str, float]:
-    """The mean loss and metrics over every sample of `loader`, as fractions; with several processes over every sample of every
-    process's `loader`, which is the part of the images that it evaluates.
+    """The mean loss and metrics over every sample of `loader`, as fractions; with several processes
+    over every sample of every process's `loader`, which is the part of the images that it
+    evaluates.
 
-    Where the loader's labels carry noise, `clean_` values against the labels before the noise stand beside those against the
-    noisy ones. The model is put in evaluation mode and restored; no generator is drawn from, so evaluating does not disturb
-    training.
-    """
+    Where the loader's labels carry noise, `clean_` values against the labels before the noise stand
+    beside those against the noisy ones. The model is put in evaluation mode and restored; no
+    generator is drawn from, so evaluating does not disturb training."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     totals, clean_totals = Meters(), Meters()
     seen = 0
     try:
-        for images, labels in tqdm(loader, desc=description, disable=hide_progress_bar(), leave=False):
+        for images, labels in tqdm(
+            loader, desc=description, disable=hide_progress_bar(), leave=False
+        ):
             images, labels = images.to(device), labels.to(device)
             with autocast():
                 logits = model(images)
@@ -47,4 +49,6 @@ def evaluate(
     finally:
         model.train(was_training)
     clean_means = clean_totals.all_reduce().means()
-    return totals.all_reduce().means() | {f"clean_{name}": value for name, value in clean_means.items()}
+    return totals.all_reduce().means() | {
+        f"clean_{name}": value for name, value in clean_means.items()
+    }

@@ -1,4 +1,5 @@
-"""Adversarial images of an evaluation, kept on the disk while it runs and put into an `.npz` file at its end."""
+"""Adversarial images of an evaluation, kept on the disk while it runs and put into an `.npz` file
+at its end."""
 
 import os
 from collections.abc import Iterator, Mapping

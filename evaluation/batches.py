@@ -78,7 +78,9 @@ class Batches:
         self._batch_size, self._limit = batch_size, limit
         self._waiting: Iterator[Batch] | None = None
 
-    def _part(self, loader: BaseDataLoader, batch_size: int | None, limit: int | None) -> BaseDataLoader:
+    def _part(
+        self, loader: BaseDataLoader, batch_size: int | None, limit: int | None
+    ) -> BaseDataLoader:
         last = loader.n_samples if limit is None else min(limit, loader.n_samples)
         if last == 0:
             raise ValueError("the loader holds no images to attack")

@@ -34,11 +34,13 @@ SATURATED = 2.0**-24
 float32 the probability of the label rounds to 1, and what is left of the gradient of cross entropy
 no longer pushes the label down."""
 PROBABILITY_ROUNDING = 0.01
-"""How far sums of probabilities may be from 1: bfloat16 rounds less, and no batch of logits comes so close by chance."""
+"""How far sums of probabilities may be from 1: bfloat16 rounds less, and no batch of logits comes
+so close by chance."""
 SAME_FORWARD, SAME_BATCH = 1e-4, 0.05
-"""Difference, relative to the spread of logits, up to which two forward passes count as the same: one repeated (GPUs add in
-varying order, about 1e-6), and one in batches of another size, for which libraries take other kernels (TF32 rounds by 5e-4 each
-time; batch statistics changed logits by 0.4 and more)."""
+"""Difference, relative to the spread of logits, up to which two forward passes count as the same:
+one repeated (GPUs add in varying order, about 1e-6), and one in batches of another size, for which
+libraries take other kernels (TF32 rounds by 5e-4 each time; batch statistics changed logits by 0.4
+and more)."""
 ENOUGH_STEPS = 20
 """Steps of the PGD that stands in for an attack of another kind, or of few steps."""
 PASSED, FAILED, UNDECIDED = "passed", "failed", "undecided"
@@ -135,7 +137,8 @@ def quick_checks(
         batch_size: images at a time; None for all.
 
     Raises:
-        TypeError, ValueError: the model does not return logits, or a label is not one of its classes.
+        TypeError, ValueError: the model does not return logits, or a label is not one of its
+            classes.
     """
     passes = []
     margin = replace(plain_pgd(attack), loss="margin")
@@ -229,7 +232,8 @@ def parts_of(chosen: Tensor, size: int) -> list[Tensor]:
 
 
 def relative_difference(logits: Tensor, others: Tensor) -> float:
-    """The largest difference of finite logits, relative to their spread: the median distance from the mean of their image."""
+    """The largest difference of finite logits, relative to their spread: the median distance from
+    the mean of their image."""
     finite = (logits.isfinite() & others.isfinite()).all(dim=1)
     if not finite.any():
         return 0.0

@@ -1,4 +1,5 @@
-"""What a model predicts for each image, how well each class is recognized, and what it is taken for."""
+"""What a model predicts for each image, how well each class is recognized, and what it is taken
+for."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -149,8 +150,8 @@ def class_scores(
 
     Args:
         labels: integers `(N,)`, N at least 1.
-        predictions: integers `(N,)`, the classes predicted; -1 where the model gave no answer, which
-            is wrong.
+        predictions: integers `(N,)`, the classes predicted; -1 where the model gave no answer,
+            which is wrong.
         class_names: in label order.
     """
     # here and not above: it takes a second to import

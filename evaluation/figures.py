@@ -1,4 +1,5 @@
-"""Pictures of an attack: examples, and accuracy against epsilon. Matplotlib is imported when the first one is drawn."""
+"""Pictures of an attack: examples, and accuracy against epsilon. Matplotlib is imported when the
+first one is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 8
 SIDE, GAP, CAPTION, CHARACTER = 1.2, 0.15, 0.325, 0.0875
-"""The side of an image, the gap between two, the room below one for its caption, and a generous width of
-a letter, all in inches.
-At `base.output.DPI` all are whole numbers of pixels, an image has 192, and the pixels of 32 x 32
-(and 8, 16, 24, 48, 64) are squares of one size."""
+"""The side of an image, the gap between two, the room below one for its caption, and a generous
+width of a letter, all in inches. At `base.output.DPI` all are whole numbers of pixels, an image has
+192, and the pixels of 32 x 32 (and 8, 16, 24, 48, 64) are squares of one size."""
 RIGHT, WRONG, GREY = "#1a6e3a", "#b2182b", "#555555"
-"""Dark enough to read as text on white. As many people do not tell the first two apart, a sign stands before the word."""
+"""Dark enough to read as text on white. As many people do not tell the first two apart, a sign
+stands before the word."""
 BLUE = "#0b4f8a"
 
 
@@ -37,14 +38,17 @@ def draw_examples(
     class_names: Sequence[str],
     title: str,
 ) -> None:
-    """Write a picture with a row for each of the first `MAX_ROWS` images: its label, the image, the adversarial image, and the
-    change, magnified around gray so that the largest change of all rows fills the range.
+    """Write a picture with a row for each of the first `MAX_ROWS` images: its label, the image, the
+    adversarial image, and the change, magnified around gray so that the largest change of all rows
+    fills the range.
 
-    Below an image stands its prediction: "✓" and green if it is the label, "✗" and red if not; below the change, its largest.
+    Below an image stands its prediction: "✓" and green if it is the label, "✗" and red if not;
+    below the change, its largest.
 
     Args:
         path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
-        images: `(B, C, H, W)` in `[0, 1]`, B at least 1; shown in color if C is 3, otherwise as the gray mean of the channels.
+        images: `(B, C, H, W)` in `[0, 1]`, B at least 1; shown in color if C is 3, otherwise as the
+            gray mean of the channels.
         adversarial: of the same shape.
         predictions: `(B,)`, the class predicted for every image; negative where the model answers
             NaN.
@@ -62,7 +66,9 @@ def draw_examples(
     # the last name is that of -1
     names = [*class_names, "NaN"]
     named = [[names[max(int(number), -1)] for number in part[:MAX_ROWS]] for part in numbers]
-    save_figure(examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path)
+    save_figure(
+        examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path
+    )
 
 
 def examples_figure(
@@ -74,10 +80,13 @@ def examples_figure(
     *,
     title: str,
 ) -> "Figure":
-    """The figure of `draw_examples`, one row per image, with the names of the classes in place of their numbers."""
+    """The figure of `draw_examples`, one row per image, with the names of the classes in place of
+    their numbers."""
     if len(images) == 0:
         raise ValueError("there are no images to draw")
-    images, adversarial = (batch.detach().float().cpu().nan_to_num() for batch in (images, adversarial))
+    images, adversarial = (
+        batch.detach().float().cpu().nan_to_num() for batch in (images, adversarial)
+    )
     change = adversarial - images
     factor = _magnification(float(change.abs().max()))
     magnified = (0.5 + factor * change).clamp(0, 1)
@@ -85,7 +94,9 @@ def examples_figure(
     left = GAP + room + GAP
     width = left + 3 * (SIDE + GAP)
     lines = _wrapped(title, width)
-    figure = _figure(width, 0.4 + 0.2 * len(lines.splitlines()) + len(images) * (SIDE + CAPTION), lines)
+    figure = _figure(
+        width, 0.4 + 0.2 * len(lines.splitlines()) + len(images) * (SIDE + CAPTION), lines
+    )
     below_title = figure.get_figheight() - 0.4 - 0.2 * len(lines.splitlines())
 
     for column, head in enumerate(("image", "adversarial", f"change × {factor:.3g}")):
@@ -100,7 +111,9 @@ def examples_figure(
             _verdict(adversarial_predictions[row], labels[row]),
             (f"up to {largest:.3g}/255" if largest else "no change", GREY),
         )
-        for column, (pixels, (text, color)) in enumerate(zip((images, adversarial, magnified), captions, strict=True)):
+        for column, (pixels, (text, color)) in enumerate(
+            zip((images, adversarial, magnified), captions, strict=True)
+        ):
             x = left + column * (SIDE + GAP)
             _show(figure, x, bottom, pixels[row])
             _write(figure, x + SIDE / 2, bottom - 0.12, text, room=SIDE + GAP / 2, color=color)
@@ -116,11 +129,13 @@ def draw_epsilon_curve(
     epsilon: float,
     title: str,
 ) -> None:
-    """Write a picture of accuracy under attack against epsilon, with the attack's epsilon, clean accuracy and chance marked.
+    """Write a picture of accuracy under attack against epsilon, with the attack's epsilon, clean
+    accuracy and chance marked.
 
     Args:
         path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
-        curve: (epsilon in units of the pixel range, accuracy as a fraction), as `DoctorReport.curve` holds it.
+        curve: (epsilon in units of the pixel range, accuracy as a fraction), as
+            `DoctorReport.curve` holds it.
         norm: `"linf"`, then the axis is in 1/255, or `"l2"`, then in units of the pixel range.
         clean: accuracy without an attack.
         chance: accuracy of guessing.
@@ -136,13 +151,20 @@ def draw_epsilon_curve(
 
 
 def epsilon_figure(
-    curve: Sequence[tuple[float, float]], norm: str, clean: float, chance: float, epsilon: float, title: str
+    curve: Sequence[tuple[float, float]],
+    norm: str,
+    clean: float,
+    chance: float,
+    epsilon: float,
+    title: str,
 ) -> "Figure":
     """The figure of `draw_epsilon_curve`."""
     if not curve:
         raise ValueError("there are no points to draw")
     unit = 255 if norm == "linf" else 1
-    sizes, accuracies = zip(*sorted((size * unit, 100 * accuracy) for size, accuracy in curve), strict=True)
+    sizes, accuracies = zip(
+        *sorted((size * unit, 100 * accuracy) for size, accuracy in curve), strict=True
+    )
     lines = _wrapped(title, 6.0)
     height = 3.6 + 0.2 * len(lines.splitlines())
     figure = _figure(6.0, height, lines)
@@ -152,28 +174,61 @@ def epsilon_figure(
     axes.set_ylabel("accuracy in %")
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.axhline(100 * clean, color=GREY, linestyle="-.", linewidth=1, label=f"clean: {100 * clean:.1f} %")
-    axes.plot(
-        sizes, accuracies, color=BLUE, marker="o", markersize=5, linewidth=2, label="under attack", clip_on=False, zorder=3
+    axes.axhline(
+        100 * clean, color=GREY, linestyle="-.", linewidth=1, label=f"clean: {100 * clean:.1f} %"
     )
-    own = [accuracy for size, accuracy in zip(sizes, accuracies, strict=True) if abs(size - epsilon * unit) < 1e-6 * unit]
-    reads = f"the attack's epsilon, {as_written(epsilon, norm)}" + (f": {own[0]:.1f} %" if own else "")
+    axes.plot(
+        sizes,
+        accuracies,
+        color=BLUE,
+        marker="o",
+        markersize=5,
+        linewidth=2,
+        label="under attack",
+        clip_on=False,
+        zorder=3,
+    )
+    own = [
+        accuracy
+        for size, accuracy in zip(sizes, accuracies, strict=True)
+        if abs(size - epsilon * unit) < 1e-6 * unit
+    ]
+    reads = f"the attack's epsilon, {as_written(epsilon, norm)}" + (
+        f": {own[0]:.1f} %" if own else ""
+    )
     axes.axvline(epsilon * unit, color="black", linestyle="--", linewidth=1, label=reads)
-    mark = {"color": "white", "markeredgecolor": "black", "marker": "D", "markersize": 8, "linestyle": ""}
+    mark = {
+        "color": "white",
+        "markeredgecolor": "black",
+        "marker": "D",
+        "markersize": 8,
+        "linestyle": "",
+    }
     axes.plot([epsilon * unit] * len(own), own, **mark, zorder=4, clip_on=False)
-    axes.axhline(100 * chance, color="black", linestyle=":", linewidth=1.5, label=f"chance: {100 * chance:.1f} %")
+    axes.axhline(
+        100 * chance,
+        color="black",
+        linestyle=":",
+        linewidth=1.5,
+        label=f"chance: {100 * chance:.1f} %",
+    )
     axes.legend(loc="best", fontsize=8, framealpha=0.95)
     return figure
 
 
 def _epsilon_axis(axes: "Axes", sizes: Sequence[float], norm: str) -> None:
-    """Sizes that double from point to point lie at equal distances, and so does 0 before the first of them."""
+    """Sizes that double from point to point lie at equal distances, and so does 0 before the first
+    of them."""
     smallest = min((size for size in sizes if size > 0), default=1.0)
     axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=0.5)
     axes.set_xticks(sizes, [f"{size:.4g}" for size in sizes])
     axes.set_xticks([], minor=True)
     axes.set_xlim(0, max(*sizes, smallest))
-    axes.set_xlabel("epsilon in 1/255 of the pixel range (l-inf)" if norm == "linf" else "epsilon in pixel-range units (l2)")
+    axes.set_xlabel(
+        "epsilon in 1/255 of the pixel range (l-inf)"
+        if norm == "linf"
+        else "epsilon in pixel-range units (l2)"
+    )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -196,30 +251,50 @@ def _figure(width: float, height: float, title: str) -> "Figure":
     return figure
 
 
-def _write(figure: "Figure", x: float, y: float, text: str, *, size: float = 8.5, room: float = 0, **style: str) -> None:
-    """Text at a place in inches, smaller if it is wider than `room`; a dollar sign in it does not begin a formula."""
+def _write(
+    figure: "Figure",
+    x: float,
+    y: float,
+    text: str,
+    *,
+    size: float = 8.5,
+    room: float = 0,
+    **style: str,
+) -> None:
+    """Text at a place in inches, smaller if it is wider than `room`; a dollar sign in it does not
+    begin a formula."""
     x, y = x / figure.get_figwidth(), y / figure.get_figheight()
-    written = figure.text(x, y, text, **{"ha": "center", "va": "center", **style}, size=size, parse_math=False)
+    written = figure.text(
+        x, y, text, **{"ha": "center", "va": "center", **style}, size=size, parse_math=False
+    )
     width = written.get_window_extent().width / figure.dpi
     written.set_size(size * min(1, room / width) if room and width else size)
 
 
 def _show(figure: "Figure", x: float, y: float, pixels: Tensor) -> None:
-    """One image `(C, H, W)` in `[0, 1]`, its lower left corner at a place in inches; every pixel stays a rectangle."""
+    """One image `(C, H, W)` in `[0, 1]`, its lower left corner at a place in inches; every pixel
+    stays a rectangle."""
     width, height = figure.get_figwidth(), figure.get_figheight()
     axes = figure.add_axes((x / width, y / height, SIDE / width, SIDE / height))
     shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels.mean(dim=0)
-    axes.imshow(torch.clamp(shown, 0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(
+        torch.clamp(shown, 0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+    )
     axes.set_axis_off()
 
 
 def _verdict(prediction: str, label: str) -> tuple[str, str]:
     """Caption and color of a prediction."""
-    return (f"✓ {_short(prediction)}", RIGHT) if prediction == label else (f"✗ {_short(prediction)}", WRONG)
+    return (
+        (f"✓ {_short(prediction)}", RIGHT)
+        if prediction == label
+        else (f"✗ {_short(prediction)}", WRONG)
+    )
 
 
 def _magnification(largest: float) -> float:
-    """By how much a change is magnified, so that nothing is cut off: a whole number, unless it is below 2."""
+    """By how much a change is magnified, so that nothing is cut off: a whole number, unless it is
+    below 2."""
     factor = 0.5 / largest if largest > 0 else 1.0
     return float(int(factor + 1e-3)) if factor >= 2 else factor
 

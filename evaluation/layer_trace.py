@@ -1,4 +1,5 @@
-"""Which convolutions and linear layers a network calls, in which order, at which input size, with which batch norm behind."""
+"""Which convolutions and linear layers a network calls, in which order, at which input size, with
+which batch norm behind."""
 
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ class LayerCall:
     Attributes:
         name: of the module.
         layer: a convolution or a linear layer of the network itself.
-        input_shape: of one input, without the batch: `(C, H, W)`, or `(features,)` for a linear layer.
-        batch_norm_scale: `max |gamma| / sqrt(var + eps)`, the spectral norm of the batch norm behind the layer in evaluation
-            mode (a diagonal map); None where no batch norm takes the layer's output.
+        input_shape: of one input, without the batch: `(C, H, W)`, or `(features,)` for a linear
+            layer.
+        batch_norm_scale: `max |gamma| / sqrt(var + eps)`, the spectral norm of the batch norm
+            behind the layer in evaluation mode (a diagonal map); None where no batch norm takes the
+            layer's output.
     """
 
     name: str
@@ -26,10 +29,12 @@ class LayerCall:
 
 
 def linear_calls(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCall]:
-    """Every call of a convolution or linear layer in one forward pass (evaluation mode, one black image), in its order.
+    """Every call of a convolution or linear layer in one forward pass (evaluation mode, one black
+    image), in its order.
 
-    A `ConvNorm2d` gives two: the convolution with its scaling in the frequency domain, and its `bpconv`, under that name. It is
-    known by its parts, as an installed `conv_norm` has a class of its own.
+    A `ConvNorm2d` gives two: the convolution with its scaling in the frequency domain, and its
+    `bpconv`, under that name. It is known by its parts, as an installed `conv_norm` has a class of
+    its own.
 
     Args:
         model: any network on images; left as it was.
@@ -59,18 +64,19 @@ def linear_calls(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCa
 
 
 class _Trace:
-    """Hooks that write down the linear layers of a forward pass, and which of them each batch norm follows.
+    """Hooks that write down the linear layers of a forward pass, and which of them each batch norm
+    follows.
 
-    A batch norm follows a layer if it takes the very tensor that the layer gave, unchanged, or that another one gave which
-    follows the layer. Inside a `ConvNorm2d` without `bpconv` no layer gives that tensor; there its batch norm, a part of the
-    layer, follows the layer itself.
-    """
+    A batch norm follows a layer if it takes the very tensor that the layer gave, unchanged, or that
+    another one gave which follows the layer. Inside a `ConvNorm2d` without `bpconv` no layer gives
+    that tensor; there its batch norm, a part of the layer, follows the layer itself."""
 
     def __init__(self) -> None:
         self.layers: list[nn.Module] = []
         self.input_shapes: list[tuple[int, ...]] = []
         self.scales: list[Tensor | None] = []
-        self._given: dict[int, tuple[Tensor, int, int]] = {}  # holds the tensors, as an id could come again
+        # holds the tensors, as an id could come again
+        self._given: dict[int, tuple[Tensor, int, int]] = {}
 
     def enter_linear(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.layers.append(layer)
@@ -81,7 +87,9 @@ class _Trace:
         if id(output) not in self._given:  # that of a ConvNorm2d is its bpconv's or batch norm's
             self._give(output, self._last_call(layer))
 
-    def leave_batch_norm(self, norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def leave_batch_norm(
+        self, norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
         tensor, version, call = self._given.get(id(inputs[0]), (None, 0, None))
         if tensor is None:
             owners = [layer for layer in self.layers if norm in layer.children()]

@@ -31,7 +31,9 @@ def partial_file(
     digest = hashlib.sha256()
     images, _ = next(iter(loader))
     for value in (*model.parameters(), *model.buffers(), loader.positions, loader.labels, images):
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     kind = f"{type(attack).__module__}.{type(attack).__qualname__}"
     values = (*settings, kind, describe_attack(attack), rank(), world_size())
     digest.update(json.dumps(values, sort_keys=True).encode())

@@ -1,8 +1,9 @@
-"""Can a robustness number be believed? Signs that an attack failed for reasons of its own, not because the model is robust.
+"""Can a robustness number be believed? Signs that an attack failed for reasons of its own, not
+because the model is robust.
 
-After Athalye et al., "Obfuscated gradients give a false sense of security" (arXiv:1802.00420), and Carlini et al., "On
-evaluating adversarial robustness" (arXiv:1902.06705). Passing is no proof: a defence of a new kind needs attacks made for it.
-"""
+After Athalye et al., "Obfuscated gradients give a false sense of security" (arXiv:1802.00420), and
+Carlini et al., "On evaluating adversarial robustness" (arXiv:1902.06705). Passing is no proof: a
+defence of a new kind needs attacks made for it."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -46,7 +47,8 @@ from evaluation.robust_accuracy import Autocast, attack_batch
 SQUARE_QUERIES = 500
 """Enough for a black-box search to break what hidden gradients protect."""
 FEW_STEPS = 10
-"""Fewer steps need not break everything at a large epsilon (FGSM does not), so PGD with `ENOUGH_STEPS` is added."""
+"""Fewer steps need not break everything at a large epsilon (FGSM does not), so PGD with
+`ENOUGH_STEPS` is added."""
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 NOISE_DRAWS, MORE_STEPS, MORE_RESTARTS = 10, 4, 3
 
@@ -154,7 +156,9 @@ def doctor(
         this.weaker_attacks,
         this.stronger_attacks,
     )
-    with tqdm((*parts, this.black_box), disable=hide_progress_bar() if progress else True, leave=False) as bar:
+    with tqdm(
+        (*parts, this.black_box), disable=hide_progress_bar() if progress else True, leave=False
+    ) as bar:
         for part in bar:
             bar.set_description_str(f"checking {part.__name__.replace('_', ' ')}")
             checks += part()
@@ -163,7 +167,8 @@ def doctor(
 
 
 class _Examination:
-    """A model, the images it is examined on, and what is known so far. Verdicts are bool `(N,)`: still classified correctly."""
+    """A model, the images it is examined on, and what is known so far. Verdicts are bool `(N,)`:
+    still classified correctly."""
 
     def __init__(
         self, model: Model, batches: Batches, attack: PGD, seed: int, autocast: Autocast
@@ -195,7 +200,8 @@ class _Examination:
     def verdicts(
         self, attack: Attack, size: int | None = None, among: Tensor | None = None
     ) -> Tensor:
-        """Attack all images, or those `among` them, in batches of `size`; the others count as broken."""
+        """Attack all images, or those `among` them, in batches of `size`; the others count as
+        broken."""
         standing = torch.zeros(self.n, dtype=torch.bool)
         among = torch.ones_like(standing) if among is None else among
         for part in parts_of(among, size or self.size):
@@ -237,7 +243,8 @@ class _Examination:
         return [judge_rate(name, changed, self.n, HIDDEN, f"{detail}, and verdicts")]
 
     def epsilons(self) -> list[Check]:
-        # within 0.5 of every pixel every image can become flat gray, the same for all; that is this far in the Euclidean norm
+        # within 0.5 of every pixel every image can become flat gray, the same for all; that is this
+        # far in the Euclidean norm
         largest = 0.5 if self.norm == "linf" else 0.5 * sqrt(prod(self.images.shape[1:]))
         sizes = {
             factor * self.epsilon
@@ -258,9 +265,7 @@ class _Examination:
         at_end = f"{points[-1]}, chance is {_percent(chance)}"
         return [
             judge_rate("accuracy falls as epsilon grows", missed, self.n, HIDDEN, falls),
-            judge_rate(
-                "a huge epsilon leaves chance", standing, self.n, chance + HIDDEN, at_end
-            ),
+            judge_rate("a huge epsilon leaves chance", standing, self.n, chance + HIDDEN, at_end),
         ]
 
     def weaker_attacks(self) -> list[Check]:
@@ -295,9 +300,7 @@ class _Examination:
             self._compared(more_starts, self.searched, restarted, FOUND),
         ]
 
-    def _compared(
-        self, name: str, standing: Tensor, other: Tensor, limit: float = HIDDEN
-    ) -> Check:
+    def _compared(self, name: str, standing: Tensor, other: Tensor, limit: float = HIDDEN) -> Check:
         """How many images that stand under one attack another breaks: at most a share of `limit` of
         all images."""
         before, after = _percent(_share(standing)), _percent(_share(other))

@@ -1,4 +1,5 @@
-"""What an evaluation says: accuracies with their uncertainty, what was run, and whether to believe it."""
+"""What an evaluation says: accuracies with their uncertainty, what was run, and whether to believe
+it."""
 
 import csv
 import hashlib
@@ -34,8 +35,8 @@ class RobustnessReport:
         n: images that were attacked.
         clean_top1: the share of them that the model classifies correctly.
         robust_top1: the share that stays so under attack.
-        robust_top5: the share whose label stays among the five largest logits; None where the attack
-            did not try to prevent that (see `Verdicts`).
+        robust_top5: the share whose label stays among the five largest logits; None where the
+            attack did not try to prevent that (see `Verdicts`).
         interval: of `robust_top1`, 95 %, after Wilson.
         seconds: that the attack took.
         images_per_second: that were attacked.
@@ -79,10 +80,10 @@ class RobustnessReport:
         return title(self.attack)
 
     def with_doctor(self, doctor: "DoctorReport") -> "RobustnessReport":
-        """This report with the doctor's findings: `reliable` is False where a check failed, and True
-        where every check passed, the attack reported is the one examined, and nothing else was held
-        against it. Where a check is undecided it stays None, and `images_needed` is the number of
-        images that would decide all of them."""
+        """This report with the doctor's findings: `reliable` is False where a check failed, and
+        True where every check passed, the attack reported is the one examined, and nothing else was
+        held against it. Where a check is undecided it stays None, and `images_needed` is the number
+        of images that would decide all of them."""
         reliable = self.reliable
         unsuspicious = reliable is None and not self.warnings
         if doctor.reliable and unsuspicious and title(doctor.examined) == self.title:
@@ -190,7 +191,10 @@ def describe_attack(attack: Attack) -> dict[str, Any]:
         "norm": attack.norm,
         "epsilon": attack.epsilon,
         "loss": None if attack.description else plain(attack.loss),
-        **{name: plain(getattr(attack, name, None)) for name in ("step_size", "steps", "restarts", "random_start")},
+        **{
+            name: plain(getattr(attack, name, None))
+            for name in ("step_size", "steps", "restarts", "random_start")
+        },
         **made_with,
     }
 
@@ -210,7 +214,11 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+    return (
+        f"{value.__module__}.{value.__qualname__}"
+        if hasattr(value, "__qualname__")
+        else repr(value)
+    )
 
 
 def title(attack: Attack) -> str:
@@ -219,7 +227,8 @@ def title(attack: Attack) -> str:
 
 
 def file_stem(attack: Attack) -> str:
-    """The name of a report's file, such as `pgd-20_linf_8_step_2_1_start`: different attacks have different names."""
+    """The name of a report's file, such as `pgd-20_linf_8_step_2_1_start`: different attacks have
+    different names."""
     words = ", ".join([_name(attack), *_numbers(attack)])
     words = words.lower().replace("/255", "").replace(",", "").replace(" ", "_")
     return "".join(letter if letter.isalnum() or letter in "._-+" else "-" for letter in words)

@@ -31,12 +31,14 @@ from evaluation.report import RobustnessReport
 from evaluation.verdicts import NONE, Verdicts, interval, known_verdicts, knows_top5
 
 ROWS, MORE_ROWS = 16, 8
-"""Batches are filled up to at least `ROWS` images, and to a multiple of `MORE_ROWS`. Libraries choose other kernels for odd
-batch sizes, which round otherwise; and where an attack follows the sign of a gradient, rounding can change a verdict."""
+"""Batches are filled up to at least `ROWS` images, and to a multiple of `MORE_ROWS`. Libraries
+choose other kernels for odd batch sizes, which round otherwise; and where an attack follows the
+sign of a gradient, rounding can change a verdict."""
 
 CONFIDENCE, CONFIDENCE_FOLDED = 0.02, 2 * TOLERANCE
-"""See `Attack.confident`: more than what logits are off by where a network is attacked in low precision (nearly always; what is
-believed too early has to be attacked once more), and with its batch norms folded."""
+"""See `Attack.confident`: more than what logits are off by where a network is attacked in low
+precision (nearly always; what is believed too early has to be attacked once more), and with its
+batch norms folded."""
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -66,10 +68,10 @@ def robust_accuracy(
         print(report)
         report.robust_top1, report.interval, report.verdicts.robust_top1
 
-    The model takes pixels in `[0, 1]` and normalizes them itself, as above. It is asked in evaluation mode and gets
-    its modes back. An image's random starts are a function of `seed` and its position alone, so
-    that batch size and number of processes change no verdict. Where there are several processes,
-    each attacks its part of the images, and all get the report.
+    The model takes pixels in `[0, 1]` and normalizes them itself, as above. It is asked in
+    evaluation mode and gets its modes back. An image's random starts are a function of `seed` and
+    its position alone, so that batch size and number of processes change no verdict. Where there
+    are several processes, each attacks its part of the images, and all get the report.
 
     `reliable` in the report is False where one of the quick checks fails; it is None, not known,
     until `doctor` has looked, too, and where the images examined cannot decide: `images_needed`
@@ -99,8 +101,8 @@ def robust_accuracy(
     Raises:
         ConfigError: a file cannot be written; `save_images` is tried before the work.
         TypeError: the model does not return a tensor of logits, or `attack` is not an attack.
-        ValueError: no images, or batches that are not as above (uint8, out of range, not a pair), a label
-            that is not one of the model's classes, or a targeted attack.
+        ValueError: no images, or batches that are not as above (uint8, out of range, not a pair), a
+            label that is not one of the model's classes, or a targeted attack.
     """
     check_attack(attack)
     if save_images is not None:
@@ -202,9 +204,10 @@ def attack_loader(
 ) -> Verdicts:
     """Attack every image of `loader` in this process, batch by batch, with a progress bar.
 
-    An image's random starts are a function of `seed` and its position alone; with full rows of images (see `ROWS`) verdicts do
-    not depend on the batch size, on the CPU. An attack of several steps searches with batch norms folded into convolutions, see
-    `folded`; verdicts are the model's own.
+    An image's random starts are a function of `seed` and its position alone; with full rows of
+    images (see `ROWS`) verdicts do not depend on the batch size, on the CPU. An attack of several
+    steps searches with batch norms folded into convolutions, see `folded`; verdicts are the model's
+    own.
 
     Args:
         model: a module or a function that maps images in `[0, 1]` to logits; a module is evaluated
@@ -212,10 +215,12 @@ def attack_loader(
         loader: batches `(images, labels)`, neither shuffled nor augmented; see `robust_accuracy`.
         attack: what to try.
         seed: of the random starts.
-        autocast: context of the attack's forward passes. Verdicts are always taken without it, in the model's own precision,
-            and so is the search of an attack of a `single_step`, whose pass gives the clean logits, too.
-        partial: a file that the verdicts so far are kept in; if it is there, its images are not attacked again. The caller
-            removes it, and gives it a name that stands for model, images, attack and seed.
+        autocast: context of the attack's forward passes. Verdicts are always taken without it, in
+            the model's own precision, and so is the search of an attack of a `single_step`, whose
+            pass gives the clean logits, too.
+        partial: a file that the verdicts so far are kept in; if it is there, its images are not
+            attacked again. The caller removes it, and gives it a name that stands for model,
+            images, attack and seed.
         description: of the progress bar.
 
     Raises:
@@ -273,7 +278,9 @@ def _attack_batches(
                 np.savez(file, **Verdicts.joined(parts).arrays())
         if not bar.disable:
             so_far = Verdicts.joined(parts)
-            bar.set_postfix_str(f"clean {so_far.accuracy('clean_top1'):.1%}, robust {so_far.accuracy('robust_top1'):.1%}")
+            bar.set_postfix_str(
+                f"clean {so_far.accuracy('clean_top1'):.1%}, robust {so_far.accuracy('robust_top1'):.1%}"
+            )
     return Verdicts.joined(parts)
 
 
@@ -290,12 +297,13 @@ def attack_batch(
 ) -> tuple[Verdicts, Tensor]:
     """Verdicts on one batch, and the worst images found, `(B, C, H, W)`; see `attack_loader`.
 
-    Only images that are not broken to begin with are attacked. Where an attack in low precision believed in a success that the
-    verdict does not confirm, it is repeated on the model in its own precision.
+    Only images that are not broken to begin with are attacked. Where an attack in low precision
+    believed in a success that the verdict does not confirm, it is repeated on the model in its own
+    precision.
 
     Args:
-        search: the network that is attacked, whose logits are `model`'s to within `fuse_conv_bn.TOLERANCE`; None for `model`.
-            Verdicts are `model`'s.
+        search: the network that is attacked, whose logits are `model`'s to within
+            `fuse_conv_bn.TOLERANCE`; None for `model`. Verdicts are `model`'s.
 
     Raises:
         TypeError: the model does not return a tensor of logits.
@@ -322,8 +330,11 @@ def attack_batch(
         worst, of_one_step = images.clone(), None
         if attack.single_step and search is model:
             of_one_step = attack(rows, images, labels)
-        # the gradient of a single step is that at the images themselves: its pass gives the clean logits, too
-        asked = of_one_step is not None and rows.asked is not None and torch.equal(rows.asked, images)
+        # the gradient of a single step is that at the images themselves: its pass gives the clean
+        # logits, too
+        asked = (
+            of_one_step is not None and rows.asked is not None and torch.equal(rows.asked, images)
+        )
         clean = rows.first if asked else rows(images)
         level = wrongness(clean, labels, attack.rank)
         final = clean.clone()
@@ -332,7 +343,10 @@ def attack_batch(
             if len(left) == 0:
                 break
             if of_one_step is None:
-                generators = [torch_generator(seed, "attack", int(positions[index])) for index in left.tolist()]
+                generators = [
+                    torch_generator(seed, "attack", int(positions[index]))
+                    for index in left.tolist()
+                ]
                 with precision():
                     found = searching(searched, images[left], labels[left], generators=generators)
             else:
@@ -346,9 +360,13 @@ def attack_batch(
                 doubtful = confirmed < DONE
                 left, found, confirmed = left[doubtful], found[doubtful], confirmed[doubtful]
                 with precision():
-                    believed = searching.reached(searched(found), labels[left]) if len(left) else confirmed
+                    believed = (
+                        searching.reached(searched(found), labels[left]) if len(left) else confirmed
+                    )
                 left = left[believed > confirmed]
-    return _verdicts(attack, positions, labels, clean, final, attack.threat_model.distance(worst, images)), worst
+    return _verdicts(
+        attack, positions, labels, clean, final, attack.threat_model.distance(worst, images)
+    ), worst
 
 
 def lowers(autocast: Autocast, attack: Attack) -> bool:
@@ -357,9 +375,15 @@ def lowers(autocast: Autocast, attack: Attack) -> bool:
 
 
 def _verdicts(
-    attack: Attack, positions: Tensor, labels: Tensor, clean: Tensor, final: Tensor, perturbation: Tensor
+    attack: Attack,
+    positions: Tensor,
+    labels: Tensor,
+    clean: Tensor,
+    final: Tensor,
+    perturbation: Tensor,
 ) -> Verdicts:
-    """From the logits of images, `clean`, and of the worst that was found for each, `final`, both `(B, C)`."""
+    """From the logits of images, `clean`, and of the worst that was found for each, `final`, both
+    `(B, C)`."""
     right, among_five = wrongness(clean, labels) == 0, wrongness(clean, labels, 5) < 2
     return Verdicts(
         position=positions.cpu(),
@@ -368,7 +392,9 @@ def _verdicts(
         prediction=_predicted(final).cpu(),
         clean_top1=right.cpu(),
         robust_top1=(right & (wrongness(final, labels) == 0)).cpu(),
-        robust_top5=(among_five & (wrongness(final, labels, 5) < 2) & knows_top5(attack, clean.shape[1])).cpu(),
+        robust_top5=(
+            among_five & (wrongness(final, labels, 5) < 2) & knows_top5(attack, clean.shape[1])
+        ).cpu(),
         perturbation=perturbation.cpu(),
     )
 

@@ -1,11 +1,11 @@
-"""The singular values of convolutions as the linear maps that they are in a network: at their input's size, with their zero
-padding and stride.
+"""The singular values of convolutions as the linear maps that they are in a network: at their
+input's size, with their zero padding and stride.
 
-Let `A` be the matrix of a layer's linear part, M outputs by N inputs (`M = C_out H' W'`, `N = C_in H W` for a convolution),
-with singular values `s_1 >= ... >= s_K`, `K = min(M, N)`. Inputs that reach no output do not count in N: a 1x1 kernel at stride
-2 skips three of four. `A` is never built: `A x` is the layer's forward pass without its bias, `A^T y` its vector-Jacobian
-product. (Sedghi, Gupta, Long, arXiv:1805.10408, have a closed form for circular padding and stride 1.)
-"""
+Let `A` be the matrix of a layer's linear part, M outputs by N inputs (`M = C_out H' W'`, `N = C_in
+H W` for a convolution), with singular values `s_1 >= ... >= s_K`, `K = min(M, N)`. Inputs that
+reach no output do not count in N: a 1x1 kernel at stride 2 skips three of four. `A` is never built:
+`A x` is the layer's forward pass without its bias, `A^T y` its vector-Jacobian product. (Sedghi,
+Gupta, Long, arXiv:1805.10408, have a closed form for circular padding and stride 1.)"""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -27,7 +27,8 @@ Operator = Callable[[Tensor], Tensor]
 """A linear map of batches `(B, ...) -> (B, ...)`, sample by sample."""
 
 PROBES = 16
-"""Random vectors for the orthogonality error; where K is at most four times that, it is computed exactly."""
+"""Random vectors for the orthogonality error; where K is at most four times that, it is computed
+exactly."""
 
 LEAST_ITERATIONS = 20
 EXACT = 1e-12
@@ -40,15 +41,18 @@ class Spectrum:
 
     Attributes:
         norm: `s_1`, the spectral norm. As a Rayleigh quotient it is never above the true one.
-        residual: `|A^T A v - s_1^2 v| / s_1^2` at the vector found; some singular value lies within that share of `norm`.
+        residual: `|A^T A v - s_1^2 v| / s_1^2` at the vector found; some singular value lies within
+            that share of `norm`.
         iterations: how many were made.
         converged: whether the residual is within the tolerance.
         mean_square: `sum s_i^2 / K`, 1 for an orthogonal operator.
-        orthogonality_error: `sqrt(sum (s_i^2 - 1)^2 / K) = |G - I|_F / sqrt(K)` with `G = A A^T` if `M <= N`, else `A^T A`:
-            how far the rows, or where there are more rows than columns the columns, are from orthonormal. The other, larger
-            Gram matrix has rank K and cannot be the identity, so this is well defined for every stride and number of channels.
-        spread: the same of `A / sqrt(mean_square)`, the relative standard deviation of `s_i^2`: 0 for every multiple of an
-            orthogonal operator, so a scale that a batch norm takes away does not count.
+        orthogonality_error: `sqrt(sum (s_i^2 - 1)^2 / K) = |G - I|_F / sqrt(K)` with `G = A A^T` if
+            `M <= N`, else `A^T A`: how far the rows, or where there are more rows than columns the
+            columns, are from orthonormal. The other, larger Gram matrix has rank K and cannot be
+            the identity, so this is well defined for every stride and number of channels.
+        spread: the same of `A / sqrt(mean_square)`, the relative standard deviation of `s_i^2`: 0
+            for every multiple of an orthogonal operator, so a scale that a batch norm takes away
+            does not count.
     """
 
     norm: float
@@ -158,7 +162,8 @@ def layer_spectra(
 
 
 def linear_part(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Operator:
-    """The linear map in a convolution or linear layer in evaluation mode: its weight without its bias.
+    """The linear map in a convolution or linear layer in evaluation mode: its weight without its
+    bias.
 
     A layer that does more than apply its weight offers a method `linear_part()`, which returns a
     module for the linear map, as `ConvNorm2d` does. A weight that the layer computes (spectral
@@ -177,7 +182,12 @@ def linear_part(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Operato
 
 
 def measure(
-    call: LayerCall, *, tolerance: float = 1e-4, max_iterations: int = 1000, seed: int = 0, dtype: torch.dtype = torch.float64
+    call: LayerCall,
+    *,
+    tolerance: float = 1e-4,
+    max_iterations: int = 1000,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> Spectrum:
     """`operator_spectrum` of the linear part of a layer at its input's size, on the layer's device.
 
@@ -196,7 +206,9 @@ def measure(
             device=device,
         )
     except NonFiniteError:
-        raise NonFiniteError(f"{call.name}: its weights or running statistics are infinite or NaN") from None
+        raise NonFiniteError(
+            f"{call.name}: its weights or running statistics are infinite or NaN"
+        ) from None
 
 
 def operator_spectrum(
@@ -211,19 +223,22 @@ def operator_spectrum(
 ) -> Spectrum:
     """The spectrum of a linear operator that can only be applied.
 
-    The norm comes from a power iteration on `A^T A`: each step takes the best vector in the span of the present one, its image
-    and the last step (locally optimal, Knyazev 2001, doi:10.1137/S1064827500366124), where the plain iteration takes the image.
-    The singular values of a convolution lie close together, and plain steps would be many more.
+    The norm comes from a power iteration on `A^T A`: each step takes the best vector in the span of
+    the present one, its image and the last step (locally optimal, Knyazev 2001,
+    doi:10.1137/S1064827500366124), where the plain iteration takes the image. The singular values
+    of a convolution lie close together, and plain steps would be many more.
 
-    The moments `sum s_i^2 = tr G` and `sum s_i^4 = |G|_F^2` come from Hutchinson's estimator, `z^T G z` and `|G z|^2` averaged
-    over `PROBES` vectors of random signs; exactly, from unit vectors, where K is at most `4 * PROBES`.
+    The moments `sum s_i^2 = tr G` and `sum s_i^4 = |G|_F^2` come from Hutchinson's estimator, `z^T
+    G z` and `|G z|^2` averaged over `PROBES` vectors of random signs; exactly, from unit vectors,
+    where K is at most `4 * PROBES`.
 
     Args:
         operator: linear; its vector-Jacobian product is its adjoint.
         input_shape: of one input, without the batch.
-        tolerance: of `Spectrum.residual`; that of `norm` is of second order, 1e-3 usually gives four digits. At least
-            `LEAST_ITERATIONS` are made: a random vector in many dimensions has a small residual before it has found the
-            largest of singular values that are nearly equal.
+        tolerance: of `Spectrum.residual`; that of `norm` is of second order, 1e-3 usually gives
+            four digits. At least `LEAST_ITERATIONS` are made: a random vector in many dimensions
+            has a small residual before it has found the largest of singular values that are nearly
+            equal.
         max_iterations: at least 1.
         seed: of the first vector and the probes.
         dtype: float64 or float32, which the operator must take.
@@ -247,7 +262,9 @@ def operator_spectrum(
         point = zeros.expand(len(vectors), *input_shape)
         return torch.func.vjp(operator, point)[1](vectors.unflatten(1, output_shape))[0].flatten(1)
 
-    norm, residual, iterations = _power_iteration(forward, adjoint, draw(1, inputs), tolerance, max_iterations)
+    norm, residual, iterations = _power_iteration(
+        forward, adjoint, draw(1, inputs), tolerance, max_iterations
+    )
     mean_square, mean_fourth, error = _moments(forward, adjoint, outputs, draw)
     return Spectrum(
         norm=norm,
@@ -263,10 +280,9 @@ def operator_spectrum(
 def product_of_norms(norms: Iterable[float]) -> float | None:
     """`log10` of the product; None where it is 0.
 
-    The product of all layers' spectral norms bounds the Lipschitz constant (in l2) of a plain chain of them with 1-Lipschitz
-    activations and poolings between. Of a residual network it is no bound: there branches add, and a shortcut's norm is among
-    the factors.
-    """
+    The product of all layers' spectral norms bounds the Lipschitz constant (in l2) of a plain chain
+    of them with 1-Lipschitz activations and poolings between. Of a residual network it is no bound:
+    there branches add, and a shortcut's norm is among the factors."""
     norms = list(norms)
     return sum(map(log10, norms)) if all(norms) else None
 
@@ -283,7 +299,10 @@ def _power_iteration(
             raise NonFiniteError("the operator gives infinite values or NaN")
         gradient = adjoint(image) - square * vector
         residual = float(torch.linalg.vector_norm(gradient)) / square if square > 0 else 0.0
-        if residual <= (tolerance if iteration >= LEAST_ITERATIONS else EXACT) or iteration == max_iterations:
+        if (
+            residual <= (tolerance if iteration >= LEAST_ITERATIONS else EXACT)
+            or iteration == max_iterations
+        ):
             break
         basis = vector
         for direction in (gradient, last_step):
@@ -298,7 +317,8 @@ def _power_iteration(
 
 
 def _extended(basis: Tensor, direction: Tensor) -> Tensor:
-    """Orthonormal rows with one more in the direction `(1, N)`; as they were, where it adds nothing to their span."""
+    """Orthonormal rows with one more in the direction `(1, N)`; as they were, where it adds nothing
+    to their span."""
     length = torch.linalg.vector_norm(direction)
     for _ in range(2):  # once is not orthogonal enough where little remains
         direction = direction - direction @ basis.mT @ basis
@@ -309,17 +329,23 @@ def _extended(basis: Tensor, direction: Tensor) -> Tensor:
 def _moments(
     forward: Operator, adjoint: Operator, outputs: int, draw: Callable[[int, int], Tensor]
 ) -> tuple[float, float, float]:
-    """`tr G / K`, `|G|_F^2 / K` and `|G - I|_F / sqrt(K)` of the smaller Gram matrix G, from probes z of the dimensions that
-    count, over which the mean of `z z^T` is the identity."""
+    """`tr G / K`, `|G|_F^2 / K` and `|G - I|_F / sqrt(K)` of the smaller Gram matrix G, from probes
+    z of the dimensions that count, over which the mean of `z z^T` is the identity."""
     reached = adjoint(draw(1, outputs))[0] != 0
     by_rows = outputs <= int(reached.sum()) or not reached.any()
     counted = torch.ones(outputs, dtype=torch.bool, device=reached.device) if by_rows else reached
     size = int(counted.sum())
     signs = draw(PROBES, len(counted)).sign()
-    probes = sqrt(size) * torch.diag(counted.to(signs.dtype))[counted] if size <= 4 * PROBES else signs * counted
+    probes = (
+        sqrt(size) * torch.diag(counted.to(signs.dtype))[counted]
+        if size <= 4 * PROBES
+        else signs * counted
+    )
     sums = torch.zeros(3, dtype=torch.float64)
     for some in probes.split(4):
         product = forward(adjoint(some)) if by_rows else adjoint(forward(some))
-        sums += torch.stack([(some * product).sum(), product.square().sum(), (product - some).square().sum()]).cpu()
+        sums += torch.stack(
+            [(some * product).sum(), product.square().sum(), (product - some).square().sum()]
+        ).cpu()
     first, second, error = (sums / (len(probes) * size)).tolist()
     return first, second, sqrt(error)

@@ -31,10 +31,12 @@ class Verdicts:
         prediction: the predicted class of the worst image found; `NONE` likewise.
         clean_top1: whether the image is classified correctly.
         robust_top1: whether it is, and stays so under attack.
-        robust_top5: whether its label is among the five largest logits, and stays so under attack. Where the attack's `rank` is
-            below 5 it did not try to prevent that, and nothing can be said: then it is False everywhere and not to be read
-            (unless there are no more than five classes, when it is always true).
-        perturbation: size of the change in the attack's norm, in units of the pixel range; 0 where none was needed.
+        robust_top5: whether its label is among the five largest logits, and stays so under attack.
+            Where the attack's `rank` is below 5 it did not try to prevent that, and nothing can be
+            said: then it is False everywhere and not to be read (unless there are no more than five
+            classes, when it is always true).
+        perturbation: size of the change in the attack's norm, in units of the pixel range; 0 where
+            none was needed.
     """
 
     position: Tensor
@@ -60,13 +62,17 @@ class Verdicts:
     @classmethod
     def joined(cls, parts: Sequence["Verdicts"]) -> "Verdicts":
         """All images of all parts, in the order of their positions."""
-        columns = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)}
+        columns = {
+            field.name: torch.cat([getattr(part, field.name) for part in parts])
+            for field in fields(cls)
+        }
         order = columns["position"].argsort()
         return cls(**{name: column[order] for name, column in columns.items()})
 
 
 def known_verdicts(partial: Path | None) -> Verdicts | None:
-    """What an interrupted evaluation has left; None where it has left nothing, or a file that is damaged."""
+    """What an interrupted evaluation has left; None where it has left nothing, or a file that is
+    damaged."""
     try:
         with np.load(partial or "") as file:
             return Verdicts(**{name: torch.from_numpy(file[name]) for name in file.files})

@@ -17,7 +17,8 @@ class Residual(nn.Sequential):
 
 
 class ConvMixer(BaseModel):
-    """Patches, then blocks that mix their places and their channels in turn, then an average and a linear layer.
+    """Patches, then blocks that mix their places and their channels in turn, then an average and a
+    linear layer.
 
     Args:
         num_classes: the number of logits.
@@ -42,10 +43,14 @@ class ConvMixer(BaseModel):
         def finished(conv: nn.Module) -> nn.Sequential:
             return nn.Sequential(conv, self.activation_layer(width), self.norm_layer(width))
 
-        self.patches = finished(self.conv_layer(self.in_channels, width, patch_size, stride=patch_size))
+        self.patches = finished(
+            self.conv_layer(self.in_channels, width, patch_size, stride=patch_size)
+        )
         self.blocks = nn.Sequential()
         for _ in range(depth):
-            places = self.conv_layer(width, width, kernel_size, padding=kernel_size // 2, groups=width)
+            places = self.conv_layer(
+                width, width, kernel_size, padding=kernel_size // 2, groups=width
+            )
             self.blocks.append(Residual(finished(places)))
             self.blocks.append(finished(self.conv_layer(width, width, 1)))
         self.classifier = self.linear_layer(width, num_classes)

@@ -1,4 +1,5 @@
-"""Filter response normalization and the activation that belongs to it (Singh and Krishnan 2020, arXiv:1911.09737)."""
+"""Filter response normalization and the activation that belongs to it (Singh and Krishnan 2020,
+arXiv:1911.09737)."""
 
 from typing import Annotated, ClassVar
 
@@ -10,7 +11,8 @@ from base.registry import ACTIVATION_LAYERS, NORM_LAYERS
 
 
 class FilterResponseNorm(nn.Module):
-    """`scale * x / sqrt(mean(x^2) + eps) + shift`, with the mean over the pixels of one channel of one image.
+    """`scale * x / sqrt(mean(x^2) + eps) + shift`, with the mean over the pixels of one channel of
+    one image.
 
     Args:
         channels: the number of channels.

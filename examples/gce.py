@@ -6,7 +6,8 @@ from torch import Tensor
 from base.registry import LOSSES
 
 Q = 0.7
-"""0 is cross entropy; 1 is the mean absolute error, which forgives a wrong label most and learns slowest."""
+"""0 is cross entropy; 1 is the mean absolute error, which forgives a wrong label most and learns
+slowest."""
 
 
 def generalized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

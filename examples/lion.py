@@ -1,4 +1,5 @@
-"""The optimizer Lion (Chen et al. 2023, arXiv:2302.06675), and a schedule. No table knows them: a config gives their names."""
+"""The optimizer Lion (Chen et al. 2023, arXiv:2302.06675), and a schedule. No table knows them: a
+config gives their names."""
 
 from collections.abc import Callable, Iterable
 from math import sqrt
@@ -11,7 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class Lion(Optimizer):
-    """Every weight moves by the learning rate, in the direction of the sign of an averaged gradient.
+    """Every weight moves by the learning rate, in the direction of the sign of an averaged
+    gradient.
 
     Args:
         params: the weights.

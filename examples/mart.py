@@ -1,5 +1,5 @@
-"""MART, adversarial training that minds misclassified images most (Wang et al. 2020, "Improving Adversarial Robustness
-Requires Revisiting Misclassified Examples", ICLR)."""
+"""MART, adversarial training that minds misclassified images most (Wang et al. 2020, "Improving
+Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR)."""
 
 from typing import Annotated, Any
 
@@ -15,7 +15,8 @@ from trainer.adversarial_trainer import AdversarialTrainer
 
 
 def mart_losses(logits: Tensor, attacked_logits: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """The boosted cross entropy of attacked images, and their weighted divergence from the clean ones; `(B,)`.
+    """The boosted cross entropy of attacked images, and their weighted divergence from the clean
+    ones; `(B,)`.
 
     Args:
         logits: of the clean images, `(B, C)`.

@@ -29,7 +29,9 @@ class MomentumFGSM(Attack):
     decay: float = 1.0
     loss: str = "ce"
 
-    def perturb(self, model: Model, images: Tensor, labels: Tensor, generators: Generators) -> Tensor:
+    def perturb(
+        self, model: Model, images: Tensor, labels: Tensor, generators: Generators
+    ) -> Tensor:
         """The last point."""
         points, momentum = images, torch.zeros_like(images)
         for _ in range(self.steps):

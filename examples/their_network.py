@@ -1,4 +1,5 @@
-"""An ordinary PyTorch network, which knows nothing of this project, and images in folders to measure it on."""
+"""An ordinary PyTorch network, which knows nothing of this project, and images in folders to
+measure it on."""
 
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def build() -> nn.Module:
 
 
 def main() -> None:
-    """Train on digits, save the weights, and write the test images as `digits/<class>/<number>.png`."""
+    """Train on digits, save the weights, and write the test images as
+    `digits/<class>/<number>.png`."""
     torch.manual_seed(0)
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16

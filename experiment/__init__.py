@@ -1,7 +1,7 @@
 """Config -> parts -> run, and checkpoint -> model: the room that knows every other one.
 
-Importing it imports the rooms that fill the tables of `base.registry`, which a config is checked against.
-"""
+Importing it imports the rooms that fill the tables of `base.registry`, which a config is checked
+against."""
 
 import attacks as attacks
 import data_loader as data_loader

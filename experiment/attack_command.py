@@ -1,4 +1,5 @@
-"""The path that validate_pgd.py and fgsm.py share: checkpoint and config -> test images, model, attack -> report."""
+"""The path that validate_pgd.py and fgsm.py share: checkpoint and config -> test images, model,
+attack -> report."""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
@@ -39,13 +40,22 @@ DOCTOR_IMAGES = 200
 EXAMPLES = 8
 SIZES = (
     ("--norm", "adversarial.norm", "linf or l2"),
-    ("--epsilon", "adversarial.epsilon", "radius: in 1/255 for linf, in pixel ranges for l2; or 8/255"),
+    (
+        "--epsilon",
+        "adversarial.epsilon",
+        "radius: in 1/255 for linf, in pixel ranges for l2; or 8/255",
+    ),
     ("--steps", "pgd_attack.K", "steps"),
     ("--step_size", "pgd_attack.step", "step size, in the units of epsilon"),
     ("--restarts", "pgd_attack.restarts", "random starts"),
     ("--loss", "pgd_attack.loss", "ce, margin or dlr"),
 )
-OF_ATTACKS = {"--steps": "steps", "--step_size": "step_size", "--restarts": "restarts", "--loss": "loss"}
+OF_ATTACKS = {
+    "--steps": "steps",
+    "--step_size": "step_size",
+    "--restarts": "restarts",
+    "--loss": "loss",
+}
 """Flags of `SIZES` that not every attack has a use for -> the argument of its constructor."""
 
 
@@ -69,9 +79,12 @@ class AttackOptions:
 
 
 def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
-    """The command line of an attack script; `sizes` are the flags of `SIZES` that its attack has."""
+    """The command line of an attack script; `sizes` are the flags of `SIZES` that its attack
+    has."""
     written = "write the report here, and a verdict per image beside it"
-    parser = evaluation_parser(description, json=written, figure="draw clean and adversarial images")
+    parser = evaluation_parser(
+        description, json=written, figure="draw clean and adversarial images"
+    )
     parser.add_argument(
         "--result_dir",
         type=Path,
@@ -81,15 +94,26 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     parser.add_argument(
         "--name", help="begins the name of the report's file, where --json names none"
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each image here; - is standard output")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write a line for each image here; - is standard output",
+    )
     images = "write the adversarial images here (npz), float32 as they were attacked, with labels and predictions"
     parser.add_argument("--save_images", type=Path, metavar="FILE", help=images)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random starts")
-    parser.add_argument("--limit", type=int, metavar="N", help="attack N test images only, the first of every class")
-    parser.add_argument("--batch_size", type=int, default=250, metavar="N", help="images attacked at a time")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="attack N test images only, the first of every class"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=250, metavar="N", help="images attacked at a time"
+    )
     for flag, key, text in SIZES:
         if flag in sizes:
-            parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{text} ({key})", action=KeyFlag)
+            parser.add_argument(
+                flag, dest=key, metavar="VALUE", help=f"{text} ({key})", action=KeyFlag
+            )
     parser.add_argument(
         "--doctor",
         type=int,
@@ -141,7 +165,9 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
         evaluation = agreed(load, lambda evaluation: _facts(evaluation, options))
         config, loader, model = evaluation.config, evaluation.loader, evaluation.model
         if loader.n_samples < world_size():
-            raise ConfigError(f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes")
+            raise ConfigError(
+                f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes"
+            )
         attack = _attack(config, loader.num_classes, options)
         context: dict[str, Any] = {"seed": options.seed, "autocast": evaluation.autocast}
         target = options.json or _default_target(evaluation.run_folder, attack, options)
@@ -219,7 +245,8 @@ def _save(report: RobustnessReport, target: Path) -> None:
 
 @contextmanager
 def _misfit_explained() -> Iterator[None]:
-    """An attack or a network of the user's own that breaks its contract is one line, not a traceback."""
+    """An attack or a network of the user's own that breaks its contract is one line, not a
+    traceback."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -296,7 +323,8 @@ def _conclusion(report: RobustnessReport, found: DoctorReport) -> str:
 
 
 def _attack(config: Config, num_classes: int, options: AttackOptions) -> Attack:
-    """The config's attack, which goes on until a label has left the top five where there are more classes than that."""
+    """The config's attack, which goes on until a label has left the top five where there are more
+    classes than that."""
     name = config.pgd_attack.type
     kind = lookup(ATTACKS, name, "pgd_attack.type")
     for flag in options.flags:
@@ -341,8 +369,8 @@ def _draw_examples(
     seed: int,
     autocast: Autocast,
 ) -> None:
-    """Draw images that the attack broke, or else any. PGD finds the same points again, as its starts depend on the image only;
-    AutoAttack draws for a batch as a whole and may find others."""
+    """Draw images that the attack broke, or else any. PGD finds the same points again, as its
+    starts depend on the image only; AutoAttack draws for a batch as a whole and may find others."""
     verdicts = report.verdicts
     broken = (verdicts.clean_top1 & ~verdicts.robust_top1).nonzero().squeeze(1)
     chosen = broken if len(broken) else torch.arange(len(verdicts))
@@ -350,6 +378,10 @@ def _draw_examples(
     few.batch_size = EXAMPLES
     device = device_of(model)
     images, labels = (tensor.to(device) for tensor in next(iter(few)))
-    found, worst = attack_batch(model, images, labels, attack, positions=few.positions, seed=seed, autocast=autocast)
+    found, worst = attack_batch(
+        model, images, labels, attack, positions=few.positions, seed=seed, autocast=autocast
+    )
     predictions = (found.clean_prediction, found.prediction)
-    draw_examples(path, images.cpu(), worst.cpu(), *predictions, found.label, loader.class_names, report.title)
+    draw_examples(
+        path, images.cpu(), worst.cpu(), *predictions, found.label, loader.class_names, report.title
+    )

@@ -42,14 +42,21 @@ HELD_OUT_BY_DEFAULT = 0.1
 def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
     """The training loader of a config.
 
-    It holds out a tenth of every class where the config needs validation images, for a `val_` monitor or
-    robust validation, and asks for no validation split.
-    """
+    It holds out a tenth of every class where the config needs validation images, for a `val_`
+    monitor or robust validation, and asks for no validation split."""
     settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
     monitors = settings.monitor + (config.lr_scheduler.monitor or "")
     if ("val_" in monitors or config.adversarial.validate_every) and args["validation_split"] == 0:
         args["validation_split"] = HELD_OUT_BY_DEFAULT
-    kind = "sym" if settings.sym else "asym" if settings.asym else "file" if settings.noise_file else "none"
+    kind = (
+        "sym"
+        if settings.sym
+        else "asym"
+        if settings.asym
+        else "file"
+        if settings.noise_file
+        else "none"
+    )
     noise = LabelNoise(
         kind=kind,
         percent=settings.percent,
@@ -104,8 +111,11 @@ def with_shape(config: Config, num_classes: int, channels: int) -> Config:
     return config.model_copy(update={"arch": config.arch.model_copy(update={"args": args})})
 
 
-def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch.device) -> BaseModel:
-    """The config's model for the loader's classes and channels, with the loader's mean and std, on the device."""
+def build_experiment_model(
+    config: Config, loader: BaseDataLoader, device: torch.device
+) -> BaseModel:
+    """The config's model for the loader's classes and channels, with the loader's mean and std, on
+    the device."""
     config = completed_config(config, loader)
     return build_network(config, mean=loader.mean, std=loader.std, device=device)
 
@@ -113,7 +123,8 @@ def build_experiment_model(config: Config, loader: BaseDataLoader, device: torch
 def build_network(
     config: Config, *, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> BaseModel:
-    """The model of a config that says its classes and channels, with weights of the config's seed."""
+    """The model of a config that says its classes and channels, with weights of the config's
+    seed."""
     arch = config.arch.model_dump(exclude_none=True)
     seed_global_generators(config.seed, "weights")
     model = build_model(arch, mean=mean, std=std).to(device)
@@ -125,8 +136,8 @@ def build_network(
 
 
 def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> None:
-    """Try one forward pass in training mode, on a copy, with the smallest batch that will occur in a process (two images are
-    enough).
+    """Try one forward pass in training mode, on a copy, with the smallest batch that will occur in
+    a process (two images are enough).
 
     Raises:
         ConfigError: the network cannot take images of that size, or so few.
@@ -139,14 +150,19 @@ def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> 
         with torch.no_grad(), determinism_explained():
             deepcopy(model).train()(images)
     except (RuntimeError, ValueError, TypeError) as error:
-        if is_of_connection(error):  # synchronized batch normalization asks the other processes, which may have ended
+        # synchronized batch normalization asks the other processes, which may have ended
+        if is_of_connection(error):
             raise
         size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}") from None
+        raise ConfigError(
+            f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}"
+        ) from None
 
 
-def refuse_too_few_images(config: Config, training: BaseDataLoader, *others: BaseDataLoader | None) -> None:
+def refuse_too_few_images(
+    config: Config, training: BaseDataLoader, *others: BaseDataLoader | None
+) -> None:
     """Refuse what cannot be shared out over all processes.
 
     Raises:
@@ -164,7 +180,9 @@ def refuse_too_few_images(config: Config, training: BaseDataLoader, *others: Bas
     }
     for name, number in numbers.items():
         if number is not None and number < world_size():
-            raise ConfigError(f"{name}: {number} images cannot be shared out over {world_size()} processes")
+            raise ConfigError(
+                f"{name}: {number} images cannot be shared out over {world_size()} processes"
+            )
 
 
 def build_trainer(
@@ -179,7 +197,8 @@ def build_trainer(
     folder: Path,
     metadata: Mapping[str, Any],
 ) -> BaseTrainer:
-    """The trainer of the config's training method, with its arguments; the others are those of `TrainerParts`.
+    """The trainer of the config's training method, with its arguments; the others are those of
+    `TrainerParts`.
 
     Raises:
         ConfigError: the method does not take them.
@@ -209,7 +228,8 @@ def build_trainer(
 
 
 def check_method(config: Config) -> type[BaseTrainer]:
-    """The class of the config's training method, which is one that can be called as the project calls it.
+    """The class of the config's training method, which is one that can be called as the project
+    calls it.
 
     Raises:
         ConfigError: naming the method and what does not fit.
@@ -220,9 +240,13 @@ def check_method(config: Config) -> type[BaseTrainer]:
     if not isinstance(method, type) or not issubclass(method, BaseTrainer):
         raise ConfigError(f"{key} is not a subclass of base.base_trainer.BaseTrainer")
     if isabstract(method):
-        raise ConfigError(f"{key}: {method.__name__} lacks {', '.join(sorted(method.__abstractmethods__))}")
+        raise ConfigError(
+            f"{key}: {method.__name__} lacks {', '.join(sorted(method.__abstractmethods__))}"
+        )
     if config.augmentation.mixup_alpha > 0 and not method.takes_mixup:
-        raise ConfigError(f"augmentation.mixup_alpha: {method.__name__} takes labels, not mixup's class probabilities")
+        raise ConfigError(
+            f"augmentation.mixup_alpha: {method.__name__} takes labels, not mixup's class probabilities"
+        )
     try:
         signature(method).bind("parts", **method_arguments(config))
     except TypeError as error:
@@ -232,7 +256,9 @@ def check_method(config: Config) -> type[BaseTrainer]:
 
 def method_arguments(config: Config) -> dict[str, Any]:
     """The arguments of the config's training method, sizes in units of the pixel range."""
-    return build_attacks.own_arguments(config.adversarial, config.adversarial_method, config.adversarial.norm)
+    return build_attacks.own_arguments(
+        config.adversarial, config.adversarial_method, config.adversarial.norm
+    )
 
 
 def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -240,9 +266,14 @@ def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return {name: METRICS[name] for name in dict.fromkeys([*ALWAYS, *config.metrics])}
 
 
-def evaluator(config: Config, autocast: Callable[[], AbstractContextManager]) -> Callable[..., dict[str, float]]:
-    """`(model, loader, description=...) -> mean loss and accuracies`, with the config's loss and metrics; see `evaluate`."""
-    return partial(evaluate, loss=LOSSES[config.val_loss], metrics=metrics(config), autocast=autocast)
+def evaluator(
+    config: Config, autocast: Callable[[], AbstractContextManager]
+) -> Callable[..., dict[str, float]]:
+    """`(model, loader, description=...) -> mean loss and accuracies`, with the config's loss and
+    metrics; see `evaluate`."""
+    return partial(
+        evaluate, loss=LOSSES[config.val_loss], metrics=metrics(config), autocast=autocast
+    )
 
 
 def ocnn_penalty(config: Config) -> Callable[[nn.Module], Tensor] | None:

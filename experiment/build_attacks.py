@@ -1,4 +1,5 @@
-"""The attacks that a config describes. Here, and nowhere else, its sizes become those of the pixel range `[0, 1]`."""
+"""The attacks that a config describes. Here, and nowhere else, its sizes become those of the pixel
+range `[0, 1]`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,17 +23,19 @@ def threat_model(config: Config) -> ThreatModel:
 
 
 def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Attack:
-    """The attack of `pgd_attack`, for robust validation and reports. Its constructor gets what the config offers, as far
-    as it takes it: epsilon, norm, steps, step_size, restarts, loss, early_stop and seed; and the section's keys of its own.
+    """The attack of `pgd_attack`, for robust validation and reports. Its constructor gets what the
+    config offers, as far as it takes it: epsilon, norm, steps, step_size, restarts, loss,
+    early_stop and seed; and the section's keys of its own.
 
     Args:
         config: the resolved config.
         num_classes: of the data set.
-        stop_at_rank: `early_stop` where the config leaves it open: an image is attacked until its label is not among that
-            many of the largest logits.
+        stop_at_rank: `early_stop` where the config leaves it open: an image is attacked until its
+            label is not among that many of the largest logits.
 
     Raises:
-        ConfigError: the attack refuses its arguments or needs more classes, or the package that it needs is missing.
+        ConfigError: the attack refuses its arguments or needs more classes, or the package that it
+            needs is missing.
     """
     threat, settings = threat_model(config), config.pgd_attack
     kind = lookup(ATTACKS, settings.type, "pgd_attack.type")
@@ -57,7 +60,9 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
         raise ConfigError(f"pgd_attack: {settings.type}: {one_line(error)}") from None
     if not isinstance(attack, Attack):
         what = type(attack).__name__
-        raise ConfigError(f"pgd_attack.type: {settings.type}: expected a subclass of attacks.Attack, not {what}")
+        raise ConfigError(
+            f"pgd_attack.type: {settings.type}: expected a subclass of attacks.Attack, not {what}"
+        )
     if num_classes < attack.min_classes:
         choice = f"loss: {attack.loss}" if "loss" in taken else f"type: {settings.type}"
         needs = f"needs at least {attack.min_classes} classes, this data set has {num_classes}"
@@ -66,7 +71,8 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
 
 
 def own_arguments(section: OpenSection, name: str, norm: str) -> dict[str, Any]:
-    """The arguments of the entry `name` that stand in a section of one table, sizes in units of the pixel range."""
+    """The arguments of the entry `name` that stand in a section of one table, sizes in units of the
+    pixel range."""
     (choice,) = section.choices
     given = section.arguments_for(choice.key, name)
     for argument in choice.arguments(name).values():
@@ -100,9 +106,12 @@ def _step_size(settings: PGDAttackConfig, threat: ThreatModel) -> float:
 
 
 def fgsm(config: Config) -> FGSM:
-    """FGSM with the config's norm, radius and loss, which watches fast FGSM training for overfitting.
+    """FGSM with the config's norm, radius and loss, which watches fast FGSM training for
+    overfitting.
 
     It climbs cross entropy where a user's own attack has a loss that FGSM does not know.
     """
     threat, loss = threat_model(config), config.pgd_attack.loss
-    return FGSM(threat.epsilon, threat.norm, early_stop=1, loss=loss if loss in ATTACK_LOSSES else "ce")
+    return FGSM(
+        threat.epsilon, threat.norm, early_stop=1, loss=loss if loss in ATTACK_LOSSES else "ce"
+    )

@@ -25,7 +25,10 @@ def class_report_parser() -> Parser:
     """The command line of class_report.py."""
     parser = evaluation_parser("Precision, recall and confusions of every class of the test set.")
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write a line for every image: file, label, prediction"
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write a line for every image: file, label, prediction",
     )
     return parser
 
@@ -68,8 +71,9 @@ def report_classes(arguments: argparse.Namespace) -> None:
 
 
 def predictions_csv(predictions: Predictions, loader: BaseDataLoader) -> str:
-    """A line for every image: its place in the test set, its file, the names of its class and of the
-    one predicted, and the probability of that. Where the model answers NaN the last two are empty."""
+    """A line for every image: its place in the test set, its file, the names of its class and of
+    the one predicted, and the probability of that. Where the model answers NaN the last two are
+    empty."""
     names: Sequence[str] = loader.class_names
     text = StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -83,6 +87,8 @@ def predictions_csv(predictions: Predictions, loader: BaseDataLoader) -> str:
         strict=True,
     )
     for position, file, label, prediction, confidence in rows:
-        answer = ["", ""] if isnan(confidence) else [csv_text(names[prediction]), f"{confidence:.6g}"]
+        answer = (
+            ["", ""] if isnan(confidence) else [csv_text(names[prediction]), f"{confidence:.6g}"]
+        )
         table.writerow([position, csv_text(file), csv_text(names[label]), *answer])
     return text.getvalue()

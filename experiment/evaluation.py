@@ -1,4 +1,5 @@
-"""Evaluation: a network and the images that it is measured on, for every command that measures one."""
+"""Evaluation: a network and the images that it is measured on, for every command that measures
+one."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

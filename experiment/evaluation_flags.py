@@ -20,8 +20,8 @@ LARGEST_SIDE = 8192
 def evaluation_parser(
     description: str, *, json: str = "write the report here", figure: str = "draw the picture here"
 ) -> Parser:
-    """The flags of every script that evaluates a checkpoint or a network of the user's own; `json` and
-    `figure` say what is written."""
+    """The flags of every script that evaluates a checkpoint or a network of the user's own; `json`
+    and `figure` say what is written."""
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument(
         "-s",
@@ -31,7 +31,12 @@ def evaluation_parser(
         type=_checkpoint_word,
         help="checkpoint, or run folder, which stands for its best model; with --model its weights",
     )
-    parser.add_argument("-c", "--config", type=path_word, help="config file; not needed where the checkpoint holds its own")
+    parser.add_argument(
+        "-c",
+        "--config",
+        type=path_word,
+        help="config file; not needed where the checkpoint holds its own",
+    )
     parser.add_argument(
         "-d",
         "--device",
@@ -41,7 +46,9 @@ def evaluation_parser(
     parser.add_argument("--ema", action="store_true", help="take the averaged weights")
     several = "which weights, where another code's file holds several sets"
     parser.add_argument("--weights", metavar="NAME", help=several)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value"
+    )
     add_imports_flag(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"{json}; - is standard output")
     parser.add_argument("--figure", type=Path, metavar="FILE", help=f"{figure} (png, pdf or svg)")
@@ -78,7 +85,9 @@ def _add_network_flags(parser: Parser) -> None:
         metavar="DIR",
         help="test images: test/<class>/, or <class>/, or a folder of CIFAR's own files",
     )
-    own.add_argument("--image_size", type=_side, metavar="N", help="side to resize and crop them to")
+    own.add_argument(
+        "--image_size", type=_side, metavar="N", help="side to resize and crop them to"
+    )
     own.add_argument(
         "--mean",
         type=_mean,
@@ -162,11 +171,9 @@ def check_network_flags(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--mean and --std: {len(mean)} and {len(std)} numbers; expected as many")
 
 
-def check_evaluation_outputs(
-    arguments: argparse.Namespace, **outputs: str | Path | None
-) -> None:
-    """Refuse flags that contradict each other, and a `--json` or `--figure` that cannot be written, or
-    is a file that is being read, before the work.
+def check_evaluation_outputs(arguments: argparse.Namespace, **outputs: str | Path | None) -> None:
+    """Refuse flags that contradict each other, and a `--json` or `--figure` that cannot be written,
+    or is a file that is being read, before the work.
 
     Args:
         arguments: of an `evaluation_parser`.

@@ -1,9 +1,10 @@
-"""Training from Python: `train`, `resume`, and `Experiment`, the parts that a config describes, ready to run.
+"""Training from Python: `train`, `resume`, and `Experiment`, the parts that a config describes,
+ready to run.
 
     import experiment
 
-    result = experiment.train("configs/quickstart.json", {"trainer.epochs": 3}, run_dir="runs/first")
-    result["test_top1"], result.folder
+    result = experiment.train("configs/quickstart.json", {"trainer.epochs": 3},
+    run_dir="runs/first") result["test_top1"], result.folder
 
 With `build` and `final_test`, this module knows every room.
 """
@@ -32,8 +33,22 @@ from base.checkpoint.resume import SavedRun, saved_run
 from base.config import Config, Override, load_config
 from base.config.files import origins_named, override_layers, run_imports, validate_layers
 from base.config.origins import Flag, Layer
-from base.device import autocast, choose_precision, determinism_explained, keep_freed_memory, memory_explained, set_determinism
-from base.distributed import distributed_session, from_primary, is_primary, rank, started_processes, world_size
+from base.device import (
+    autocast,
+    choose_precision,
+    determinism_explained,
+    keep_freed_memory,
+    memory_explained,
+    set_determinism,
+)
+from base.distributed import (
+    distributed_session,
+    from_primary,
+    is_primary,
+    rank,
+    started_processes,
+    world_size,
+)
 from base.distributed.agreement import agreed, config_facts, data_facts
 from base.distributed.launch import launch, own_device
 from base.errors import CheckpointError, ConfigError
@@ -57,12 +72,14 @@ logger = logging.getLogger(__name__)
 
 
 Overrides = Mapping[str, Any] | Iterable[Override]
-"""Config values to replace: dotted keys with Python values, or pairs of a key and its value's text as on a command line."""
+"""Config values to replace: dotted keys with Python values, or pairs of a key and its value's text
+as on a command line."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunResult(Mapping[str, Any]):
-    """What a run came to: a read-only mapping with the names and values of its `result.json`, such as `test_top1`.
+    """What a run came to: a read-only mapping with the names and values of its `result.json`, such
+    as `test_top1`.
 
     Attributes:
         folder: the run folder.
@@ -95,7 +112,8 @@ def train(
     check: Callable[[Config], None] | None = None,
     relaunch: bool = False,
 ) -> RunResult:
-    """Train what a config describes, test it, and write a run folder, as train.py and train_robust.py do.
+    """Train what a config describes, test it, and write a run folder, as train.py and
+    train_robust.py do.
 
     SIGINT, which Ctrl-C and a notebook's stop button send, and SIGTERM end it after the current minibatch with all saved; in
     a thread other than the main one there are no signals. Under torchrun all processes call this function alike. Where
@@ -103,14 +121,19 @@ def train(
     on there.
 
     Args:
-        config: the file of a config, a tree of JSON values like that of a file, or a resolved config.
-        overrides: values that replace the config's, such as `{"trainer.epochs": 3, "arch.type": "resnet34"}`; None gives a
-            key its default.
-        run_dir: the run folder, new or empty; None makes a new one, `<trainer.save_dir>/<name>/<time>`.
-        imports: files and modules of your own to import first, as `--imports` names them, beside those of the config.
-        check: called with the resolved config of a new run; raises a `ConfigError` for what is not to be trained.
-        relaunch: where `n_gpu` asks for several processes and torchrun has not started them, run this process's own command
-            in so many, and exit as they do. That is for scripts; otherwise such a config is refused.
+        config: the file of a config, a tree of JSON values like that of a file, or a resolved
+            config.
+        overrides: values that replace the config's, such as `{"trainer.epochs": 3, "arch.type":
+            "resnet34"}`; None gives a key its default.
+        run_dir: the run folder, new or empty; None makes a new one,
+            `<trainer.save_dir>/<name>/<time>`.
+        imports: files and modules of your own to import first, as `--imports` names them, beside
+            those of the config.
+        check: called with the resolved config of a new run; raises a `ConfigError` for what is not
+            to be trained.
+        relaunch: where `n_gpu` asks for several processes and torchrun has not started them, run
+            this process's own command in so many, and exit as they do. That is for scripts;
+            otherwise such a config is refused.
 
     Returns:
         The values of `result.json`, and the run folder.
@@ -141,23 +164,26 @@ def resume(
     imports: Iterable[str | Path] = (),
     relaunch: bool = False,
 ) -> RunResult:
-    """Continue a run in its folder, bit for bit as if it had not been interrupted; a finished one is tested again.
+    """Continue a run in its folder, bit for bit as if it had not been interrupted; a finished one
+    is tested again.
 
     Args:
         path: a run folder, of which the last good checkpoint is taken, or a checkpoint.
-        overrides: values that replace those of the run's config; see `train`. Only what does not make it another experiment
-            may be replaced, such as `trainer.epochs`.
+        overrides: values that replace those of the run's config; see `train`. Only what does not
+            make it another experiment may be replaced, such as `trainer.epochs`.
         config_file: a config with such values, under `overrides`.
-        imports: files and modules of your own that the run needs; what its folder names is not run by itself.
+        imports: files and modules of your own that the run needs; what its folder names is not run
+            by itself.
         relaunch: see `train`.
 
     Returns:
         The values of `result.json`, and the run folder.
 
     Raises:
-        CheckpointError: no undamaged checkpoint was found, or the checkpoint belongs to other data or another
-            model.
-        ConfigError: a replaced value would make it another experiment, or another process trains in its folder.
+        CheckpointError: no undamaged checkpoint was found, or the checkpoint belongs to other data
+            or another model.
+        ConfigError: a replaced value would make it another experiment, or another process trains in
+            its folder.
         DataError, NonFiniteError, Stopped: see `train`.
     """
     with distributed_session(training=True), ExitStack() as stack:
@@ -169,7 +195,9 @@ def resume(
 
 
 def _resolved(
-    config: str | Path | Mapping[str, Any] | Config, overrides: Overrides, imports: Iterable[str | Path]
+    config: str | Path | Mapping[str, Any] | Config,
+    overrides: Overrides,
+    imports: Iterable[str | Path],
 ) -> Config:
     settings = _as_text(overrides)
     if isinstance(config, str | Path):
@@ -224,7 +252,8 @@ def _check_processes(config: Config, relaunch: bool) -> None:
 
 
 def _left_by_last_attempt(run_dir: str | Path | None) -> bool:
-    """Whether an earlier attempt of the same job has made the run folder and saved a checkpoint in it."""
+    """Whether an earlier attempt of the same job has made the run folder and saved a checkpoint in
+    it."""
     if run_dir is None:
         return False
     folder = Path(run_dir).expanduser()
@@ -267,10 +296,13 @@ class Experiment:
             begun: it is that of a run that is continued; see `check_optimization`.
 
         Raises:
-            ConfigError, DataError: one line that names the key or file, or what differs between processes.
+            ConfigError, DataError: one line that names the key or file, or what differs between
+                processes.
         """
         if started_processes() != world_size():
-            raise ConfigError("torchrun: the processes have not met: train inside `with base.distributed.distributed_session(training=True):`")
+            raise ConfigError(
+                "torchrun: the processes have not met: train inside `with base.distributed.distributed_session(training=True):`"
+            )
         device, train_loader, validation_loader, test_loader = agreed(
             lambda: cls._read(config, begun),
             lambda read: {
@@ -283,12 +315,25 @@ class Experiment:
         build.refuse_unfit_images(model, train_loader, config.arch.type)
         optimizer = build_optimizer(config.optimizer, model)
         epochs, batches = config.trainer.epochs, len(train_loader)
-        schedule = Schedule(config.lr_scheduler, optimizer, epochs, batches, validation_loader is not None)
+        schedule = Schedule(
+            config.lr_scheduler, optimizer, epochs, batches, validation_loader is not None
+        )
         precision = choose_precision(config.system.precision, device)
-        return cls(config, train_loader, validation_loader, test_loader, model, optimizer, schedule, precision)
+        return cls(
+            config,
+            train_loader,
+            validation_loader,
+            test_loader,
+            model,
+            optimizer,
+            schedule,
+            precision,
+        )
 
     @staticmethod
-    def _read(config: Config, begun: bool) -> tuple[torch.device, BaseDataLoader, BaseDataLoader | None, BaseDataLoader]:
+    def _read(
+        config: Config, begun: bool
+    ) -> tuple[torch.device, BaseDataLoader, BaseDataLoader | None, BaseDataLoader]:
         """This process's device, and its training, validation and test images."""
         check_optimization(config.optimizer, config.lr_scheduler, begun)
         build.check_method(config)
@@ -296,7 +341,8 @@ class Experiment:
         device = own_device(config)
         keep_freed_memory(device)
         train_loader = build.build_data_loader(config, device)
-        train_loader.shard_batches = config.augmentation.mixup_alpha == 0  # mixup's partners are anywhere in the minibatch
+        # mixup's partners are anywhere in the minibatch
+        train_loader.shard_batches = config.augmentation.mixup_alpha == 0
         validation_loader, test_loader = train_loader.split_validation(), train_loader.test_loader()
         for loader in filter(None, (train_loader, validation_loader, test_loader)):
             loader.prepare()
@@ -309,11 +355,14 @@ class Experiment:
 
         Args:
             run_dir: the folder of a new run; see `train`.
-            saved: the run to continue instead, in its folder, of which no other may make use; see `resume`.
+            saved: the run to continue instead, in its folder, of which no other may make use; see
+                `resume`.
         """
         with ExitStack() as stack:
             if saved is None:
-                place = new_run_folder(self.config.trainer.save_dir, self.config.name, run_dir and str(run_dir))
+                place = new_run_folder(
+                    self.config.trainer.save_dir, self.config.name, run_dir and str(run_dir)
+                )
                 trainer = self.build_trainer(from_primary(lambda: stack.enter_context(place)))
                 warnings = []
             else:
@@ -329,7 +378,9 @@ class Experiment:
         return RunResult(trainer.folder, result)
 
     @classmethod
-    def resume(cls, path: str, config_file: str | None = None, overrides: Overrides = ()) -> RunResult:
+    def resume(
+        cls, path: str, config_file: str | None = None, overrides: Overrides = ()
+    ) -> RunResult:
         """Continue a run; see `experiment.resume`."""
         return resume(path, overrides, config_file=config_file)
 
@@ -337,8 +388,8 @@ class Experiment:
         """Refuse to continue a run on other images, labels or classes.
 
         Raises:
-            CheckpointError: the checkpoint's are others. Those from before there were digests of images are compared by mean
-                and standard deviation of the training images only.
+            CheckpointError: the checkpoint's are others. Those from before there were digests of
+                images are compared by mean and standard deviation of the training images only.
         """
         loader, checkpoint = self.train_loader, run.checkpoint
         different = []
@@ -354,7 +405,9 @@ class Experiment:
         names = checkpoint["class_names"]
         if list(loader.class_names) != list(names):
             pairs = enumerate(zip_longest(names, loader.class_names))
-            number, (there, here) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+            number, (there, here) = next(
+                (number, pair) for number, pair in pairs if pair[0] != pair[1]
+            )
             different.append(f"class {number} is {there!r} there, {here!r} here")
         if different:
             place = "data_loader.args.data_dir"
@@ -365,15 +418,24 @@ class Experiment:
             )
 
     @contextmanager
-    def _recorded(self, trainer: BaseTrainer, *, resumed: bool, warnings: list[str | None]) -> Iterator[None]:
-        """A run's log, trackers and signals, for as long as it lasts; `warnings` are those of a resume."""
+    def _recorded(
+        self, trainer: BaseTrainer, *, resumed: bool, warnings: list[str | None]
+    ) -> Iterator[None]:
+        """A run's log, trackers and signals, for as long as it lasts; `warnings` are those of a
+        resume."""
         config, folder, state = self.config, trainer.folder, trainer.state
-        with logging_to(folder / "info.log", config.trainer.verbosity) if is_primary() else _silence():
+        with (
+            logging_to(folder / "info.log", config.trainer.verbosity)
+            if is_primary()
+            else _silence()
+        ):
             self._describe(folder, resumed)
             for warning in filter(None, warnings):
                 logger.warning(warning)
             if resumed:
-                logger.info("resumed after %d epochs and %d batches", state.epochs_done, state.batches_done)
+                logger.info(
+                    "resumed after %d epochs and %d batches", state.epochs_done, state.batches_done
+                )
             else:
                 # copies of a model must not drop the same units
                 seed_global_generators(config.seed, f"training {rank()}" if rank() else "training")
@@ -383,7 +445,9 @@ class Experiment:
                     # training, validation, attacks and averaged weights each ask for their own code
                     torch._dynamo.config.recompile_limit = 64
                     self.model.compile()
-                fitting = memory_explained("data_loader.args.batch_size", config.data_loader.args.batch_size)
+                fitting = memory_explained(
+                    "data_loader.args.batch_size", config.data_loader.args.batch_size
+                )
                 with trainer.signals.caught(), determinism_explained(), fitting:
                     yield
             finally:
@@ -412,7 +476,8 @@ class Experiment:
         )
 
     def _validator(self) -> Validate:
-        """What is measured on the validation set after an epoch: loss and accuracies, in some epochs robust accuracy."""
+        """What is measured on the validation set after an epoch: loss and accuracies, in some
+        epochs robust accuracy."""
         loader, robust = self.validation_loader, self.robust_validation
         if loader is None:
             return lambda model, epoch: {}
@@ -430,12 +495,15 @@ class Experiment:
 
     @cached_property
     def robust_validation(self) -> RobustValidation | None:
-        """The attack on a part of the validation set that the config asks for; None where it asks for none."""
+        """The attack on a part of the validation set that the config asks for; None where it asks
+        for none."""
         config, loader = self.config, self.validation_loader
         if loader is None or config.robust_validation_period == 0:
             return None
         return RobustValidation(
-            some_of_every_class(loader, config.adversarial.validate_images).shard(rank(), world_size()),
+            some_of_every_class(loader, config.adversarial.validate_images).shard(
+                rank(), world_size()
+            ),
             build_attacks.build_attack(config, loader.num_classes),
             build_attacks.fgsm(config) if config.of_method("validated_by_fgsm", False) else None,
             period=config.robust_validation_period,
@@ -482,7 +550,9 @@ class Experiment:
                 "validation_split has no effect: the data set names its validation images itself"
             )
         elif counts["n_val"] and not loader.names_validation and validation_split == 0:
-            logger.warning("validation_split is 0, but validation is asked for: 10 % of every class is held out")
+            logger.warning(
+                "validation_split is 0, but validation is asked for: 10 % of every class is held out"
+            )
         if self.train_loader.n_samples < self.train_loader.batch_size:
             logger.warning(
                 "data_loader.args.batch_size: %d is more than the %d training images: every minibatch holds all of them",
@@ -492,7 +562,10 @@ class Experiment:
         self._describe_adversary()
         noise = loader.noise_report()
         if noise is not None:
-            logger.info("label noise: %s", ", ".join(f"{key} {value}" for key, value in noise.items() if value is not None))
+            logger.info(
+                "label noise: %s",
+                ", ".join(f"{key} {value}" for key, value in noise.items() if value is not None),
+            )
             warning = loader.noise_warning()
             if warning:
                 logger.warning("label noise: %s", warning)
@@ -502,7 +575,8 @@ class Experiment:
     def _counts(self) -> dict[str, int]:
         """How many images there are to train on, to validate and to test."""
         held_out = self.validation_loader.n_samples if self.validation_loader else 0
-        n_train = len(self.train_loader.label_arrays()["train_index"])  # of which num_batches may take fewer in an epoch
+        # of which num_batches may take fewer in an epoch
+        n_train = len(self.train_loader.label_arrays()["train_index"])
         return {"n_train": n_train, "n_val": held_out, "n_test": self.test_loader.n_samples}
 
     def _noise_rate(self) -> dict[str, float]:
@@ -517,7 +591,9 @@ class Experiment:
         if config.attacks_while_training:
             epochs = config.adversarial.get("warmup_epochs", 0)
             growing = f", growing over the first {epochs} epochs" if epochs else ""
-            logger.info("adversarial training: %s, %s%s", config.adversarial_method, radius, growing)
+            logger.info(
+                "adversarial training: %s, %s%s", config.adversarial_method, radius, growing
+            )
         if robust is not None:
             logger.info(
                 "robust validation: %s, on %d of %d validation images (the first of every class), every %d epochs",
@@ -525,7 +601,8 @@ class Experiment:
             )  # fmt: skip
         elif config.attacks_while_training:
             logger.info(
-                "no robust validation: %s", "nothing is held out" if config.robust_validation_period else "not asked for"
+                "no robust validation: %s",
+                "nothing is held out" if config.robust_validation_period else "not asked for",
             )
 
 

@@ -16,7 +16,15 @@ from base.checkpoint.checkpoint import the_run_in
 from base.checkpoint.resume import recorded_imports
 from base.command_line import set_overrides
 from base.config import Config, Override, validate
-from base.config.files import merge, merge_layers, override_layers, read_layers, read_tree, run_imports, validate_layers
+from base.config.files import (
+    merge,
+    merge_layers,
+    override_layers,
+    read_layers,
+    read_tree,
+    run_imports,
+    validate_layers,
+)
 from base.config.imports import changes, imported_for
 from base.config.origins import Layer
 from base.device import determinism_explained
@@ -36,8 +44,20 @@ ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """CIFAR-10's, which the original ConvNorm's attack scripts normalize by, whatever the data set; its
 checkpoints hold none."""
 
-EVALUATED = ("name", "seed", "n_gpu", "num_classes", "imports", "arch", "data_loader", "adversarial", "pgd_attack", "system")
-"""The sections of a config that evaluation needs; whatever else is in it (label noise, schedules) does not matter here."""
+EVALUATED = (
+    "name",
+    "seed",
+    "n_gpu",
+    "num_classes",
+    "imports",
+    "arch",
+    "data_loader",
+    "adversarial",
+    "pgd_attack",
+    "system",
+)
+"""The sections of a config that evaluation needs; whatever else is in it (label noise, schedules)
+does not matter here."""
 
 
 def load_evaluation(
@@ -47,7 +67,8 @@ def load_evaluation(
     limit: int | None = None,
     batch_size: int = 250,
 ) -> Evaluation:
-    """What the arguments of an `evaluation_parser` name: a checkpoint, or a network of the user's own.
+    """What the arguments of an `evaluation_parser` name: a checkpoint, or a network of the user's
+    own.
 
     What was assumed is printed. Determinism and number of threads are set as the config says.
 
@@ -169,8 +190,8 @@ def load_model(
         imports: files and modules of your own that the checkpoint asks for. It runs none itself.
 
     Raises:
-        CheckpointError: the checkpoint does not exist, does not name its network (files of other projects
-            do not), or asks for code that is not among `imports`.
+        CheckpointError: the checkpoint does not exist, does not name its network (files of other
+            projects do not), or asks for code that is not among `imports`.
         ConfigError: its config cannot be used, or `imports` cannot be imported.
     """
     file = find_checkpoint(the_run_in(run_or_checkpoint))
@@ -184,7 +205,9 @@ def load_model(
     else:
         channels = config.arch.args.in_channels or len(ORIGINAL_MEAN)
         if channels != len(ORIGINAL_MEAN):
-            raise CheckpointError(f"{file}: does not say by which mean and std its network normalizes")
+            raise CheckpointError(
+                f"{file}: does not say by which mean and std its network normalizes"
+            )
         make = lookup(DATA_LOADERS, config.data_loader.type, "data_loader.type")
         normalization, _ = _untold_normalization(make, channels, config, checkpoint)
     classes = config.arch.args.num_classes or config.num_classes
@@ -218,7 +241,9 @@ def _config_beside(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _weights_of(checkpoint: Mapping[str, Any], file: Path, ema: bool) -> dict[str, Tensor]:
     if ema and "ema_state_dict" not in checkpoint:
-        raise CheckpointError(f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)")
+        raise CheckpointError(
+            f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)"
+        )
     return checkpoint["ema_state_dict" if ema else "state_dict"]
 
 
@@ -294,7 +319,10 @@ def _test_images(
 ) -> tuple[BaseDataLoader, dict[str, str]]:
     """The test images, with the mean and std of the model, and a sentence about those where they
     are assumed."""
-    args = config.data_loader.args.model_dump(exclude_none=True) | {"validation_split": 0.0, "num_batches": 0}
+    args = config.data_loader.args.model_dump(exclude_none=True) | {
+        "validation_split": 0.0,
+        "num_batches": 0,
+    }
     name, assumed = config.data_loader.type, {}
     told = "mean" in checkpoint or ("mean" in args and "std" in args)
     if "mean" in checkpoint:
@@ -358,7 +386,13 @@ def _untold_normalization(
 
 
 def _model(
-    config: Config, loader: BaseDataLoader, checkpoint: Mapping[str, Any], file: Path, device: torch.device, *, ema: bool
+    config: Config,
+    loader: BaseDataLoader,
+    checkpoint: Mapping[str, Any],
+    file: Path,
+    device: torch.device,
+    *,
+    ema: bool,
 ) -> tuple[BaseModel, dict[str, str]]:
     """The model, and what was assumed to fit the weights to it."""
     model = build.build_experiment_model(config, loader, device)

@@ -24,7 +24,10 @@ from experiment.own_network import Normalized, build_network, count_logits
 OWN_SETTINGS = ("adversarial", "pgd_attack", "system", "seed")
 """Config keys and sections that say how a network is measured, wherever it comes from."""
 
-FLAGS_OF_KEYS = {"data_loader.args.data_dir": "--data", "data_loader.args.image_size": "--image_size"}
+FLAGS_OF_KEYS = {
+    "data_loader.args.data_dir": "--data",
+    "data_loader.args.image_size": "--image_size",
+}
 """Where the values of these config keys come from here."""
 
 HOW_TO_CHOOSE = "--model and --model_args"
@@ -53,8 +56,8 @@ def evaluation_of_network(
             `own_network.build_network`.
         data: the folder; see `data_loader.folder_test_set.read_test_images`.
         model_args: keyword arguments of the function.
-        checkpoint: a file with the network's weights, in any form that `base.checkpoint.foreign_weights`
-            knows; None where the function loads them itself.
+        checkpoint: a file with the network's weights, in any form that
+            `base.checkpoint.foreign_weights` knows; None where the function loads them itself.
         mean, std: what the pixels are normalized by before the network gets them, a number in
             `[0, 1]` for each channel; None where it normalizes itself.
         image_size: side that images are resized and cropped to; None if all have one size.
@@ -179,5 +182,3 @@ def _flags_named() -> Iterator[None]:
         for key, flag in FLAGS_OF_KEYS.items():
             message = message.replace(key, flag)
         raise DataError(message) from error
-
-

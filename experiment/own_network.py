@@ -105,7 +105,11 @@ def _names_in(module: ModuleType, name: str) -> str:
         for other, value in vars(module).items()
         if callable(value) and not other.startswith("_")
     ]
-    own = [other for other in offered if getattr(vars(module)[other], "__module__", None) == module.__name__]
+    own = [
+        other
+        for other in offered
+        if getattr(vars(module)[other], "__module__", None) == module.__name__
+    ]
     shown = (own or offered)[:MOST_NAMES]
     more = ", ..." if len(own or offered) > MOST_NAMES else ""
     there = f" (there are: {', '.join(shown)}{more})" if shown else ""
@@ -122,7 +126,9 @@ def _check_arguments(
         # of a function in C, which says itself what it lacks
         return
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = {parameter.name: parameter for parameter in parameters if parameter.kind not in variadic}
+    named = {
+        parameter.name: parameter for parameter in parameters if parameter.kind not in variadic
+    }
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     for given in arguments:
         if given not in named and not takes_any:

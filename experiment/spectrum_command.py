@@ -18,8 +18,16 @@ from reports.spectrum_table import spectrum_summary, spectrum_table
 
 def spectrum_parser() -> Parser:
     """The command line of spectrum.py."""
-    parser = evaluation_parser("Spectral norms and distances from orthogonality of a network's layers.")
-    parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="of the power iteration's residual")
+    parser = evaluation_parser(
+        "Spectral norms and distances from orthogonality of a network's layers."
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="of the power iteration's residual",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of first vectors and probes")
     return parser
 
@@ -32,7 +40,9 @@ def report_spectra(arguments: argparse.Namespace) -> None:
         NonFiniteError: a layer's weights are infinite or NaN.
     """
     if not 0 < arguments.tolerance < 1:
-        raise ConfigError(f"--tolerance: expected a number between 0 and 1, not {arguments.tolerance}")
+        raise ConfigError(
+            f"--tolerance: expected a number between 0 and 1, not {arguments.tolerance}"
+        )
     check_evaluation_outputs(arguments)
     evaluation = load_evaluation(arguments, limit=1)
     spectra = layer_spectra(

@@ -39,14 +39,18 @@ _NETWORKS: dict[str, Callable[..., BaseModel]] = {
 MODELS.update(_NETWORKS)
 
 INITIALIZATION = ("init", "zero_init_residual")
-"""The `arch.args` of every model that its constructor does not take: they say with which weights it begins."""
+"""The `arch.args` of every model that its constructor does not take: they say with which weights it
+begins."""
 
 
-def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> BaseModel:
+def build_model(
+    arch: Mapping[str, Any], mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> BaseModel:
     """The network that the config's `arch` describes, with fresh weights.
 
     Args:
-        arch: `{"type": a name in MODELS, "args": {...}}`; an argument that is None counts as not given.
+        arch: `{"type": a name in MODELS, "args": {...}}`; an argument that is None counts as not
+            given.
         mean: per-channel mean of the data set's pixels, in `[0, 1]`; None for 0.
         std: per-channel standard deviation of the data set's pixels, in `[0, 1]`; None for 1.
 
@@ -61,14 +65,24 @@ def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, st
     known, own = arguments_of(model), constructor_arguments(model)
     # every config names layer types; a network that has none to choose takes none
     defaults = {key: ArchArgs.model_fields[key].default for key in LAYER_TYPES if key not in known}
-    args = {key: value for key, value in args.items() if key not in defaults or value != defaults[key]}
-    of_layers = {key for choice in LAYER_CHOICES for key in choice.known_keys()} if hands_on(model) else set()
+    args = {
+        key: value for key, value in args.items() if key not in defaults or value != defaults[key]
+    }
+    of_layers = (
+        {key for choice in LAYER_CHOICES for key in choice.known_keys()}
+        if hands_on(model)
+        else set()
+    )
     for key in args:
         if key not in known and key not in of_layers:
             takes = ", ".join(known)
-            raise ConfigError(f"arch.args.{key}: {name} takes no such argument; it takes: {takes}{did_you_mean(key, known)}")
+            raise ConfigError(
+                f"arch.args.{key}: {name} takes no such argument; it takes: {takes}{did_you_mean(key, known)}"
+            )
     named = {own[key].name if key in own else key: value for key, value in args.items()}
-    pixels = {key: value for key, value in (("mean", mean), ("std", std)) if key in own or hands_on(model)}
+    pixels = {
+        key: value for key, value in (("mean", mean), ("std", std)) if key in own or hands_on(model)
+    }
     network = model(**named, **pixels)
     if init == "he":
         initialize_he(network)
@@ -80,5 +94,9 @@ def build_model(arch: Mapping[str, Any], mean: Sequence[float] | None = None, st
 
 
 def arguments_of(model: Callable[..., BaseModel]) -> list[str]:
-    """The `arch.args` that an entry of MODELS takes: its own, those it passes on to `BaseModel`, and INITIALIZATION."""
-    return [*(key for key in constructor_arguments(model) if key not in ("mean", "std")), *INITIALIZATION]
+    """The `arch.args` that an entry of MODELS takes: its own, those it passes on to `BaseModel`,
+    and INITIALIZATION."""
+    return [
+        *(key for key in constructor_arguments(model) if key not in ("mean", "std")),
+        *INITIALIZATION,
+    ]

@@ -1,4 +1,5 @@
-"""Metrics as counts of samples: whoever reports an accuracy divides the sum of counts by the number of samples, once.
+"""Metrics as counts of samples: whoever reports an accuracy divides the sum of counts by the number
+of samples, once.
 
 Logits that hold a NaN are no answer: such a sample counts as wrong in every metric.
 """
@@ -13,7 +14,8 @@ def top1(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: `(B, C)`.
-        labels: int64 `(B,)` in [0, C), or class probabilities `(B, C)` (mixup): a prediction counts its class's share.
+        labels: int64 `(B,)` in [0, C), or class probabilities `(B, C)` (mixup): a prediction counts
+            its class's share.
 
     Returns:
         int64 (float for probabilities), without dimensions, on the logits' device.
@@ -22,7 +24,8 @@ def top1(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def top5(logits: Tensor, labels: Tensor) -> Tensor:
-    """The number of samples whose label is among the five largest logits (all of them where there are fewer than five).
+    """The number of samples whose label is among the five largest logits (all of them where there
+    are fewer than five).
 
     Args:
         logits: `(B, C)`.
@@ -35,7 +38,8 @@ def top5(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _share(predictions: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """How many samples have their label among their predictions `(B, K)`, or how much of their label's probability."""
+    """How many samples have their label among their predictions `(B, K)`, or how much of their
+    label's probability."""
     no_answer = logits.isnan().any(dim=1, keepdim=True)
     if labels.ndim == 2:
         return labels.gather(1, predictions).masked_fill(no_answer, 0).sum()

@@ -1,8 +1,7 @@
 """ResNet and pre-activation ResNet.
 
-Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: "Deep Residual Learning for Image Recognition", arXiv:1512.03385, and
-"Identity Mappings in Deep Residual Networks", arXiv:1603.05027.
-"""
+Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: "Deep Residual Learning for Image Recognition",
+arXiv:1512.03385, and "Identity Mappings in Deep Residual Networks", arXiv:1603.05027."""
 
 from typing import Any, ClassVar, Literal
 
@@ -22,13 +21,20 @@ STEMS = {
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut. Both activations are one layer, as in the original."""
+    """Two 3x3 convolutions beside a shortcut. Both activations are one layer, as in the
+    original."""
 
     expansion = 1
     branch_end = "norm2"
 
     def __init__(
-        self, in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor, act: Constructor
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int,
+        conv: Constructor,
+        norm: Constructor,
+        act: Constructor,
     ) -> None:
         super().__init__()
         self.conv1 = conv(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
@@ -47,15 +53,20 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut.
 
-    `relu_out` follows the sum: it has four times the channels of `relu`, and the original, which uses one layer for both,
-    cannot be built with an activation that has parameters.
-    """
+    `relu_out` follows the sum: it has four times the channels of `relu`, and the original, which
+    uses one layer for both, cannot be built with an activation that has parameters."""
 
     expansion = 4
     branch_end = "norm3"
 
     def __init__(
-        self, in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor, act: Constructor
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int,
+        conv: Constructor,
+        norm: Constructor,
+        act: Constructor,
     ) -> None:
         super().__init__()
         out_planes = self.expansion * planes
@@ -79,14 +90,16 @@ class Bottleneck(nn.Module):
 class ResNet(BaseModel):
     """ResNet for images of 32x32 (`stem="cifar"`) or of about 224x224 (`stem="imagenet"`) pixels.
 
-    The state dict has the keys of the original ConvNorm models. Deviation: the features are averaged over the whole image,
-    whatever its size; the original averages 4x4 and takes 32x32 images only.
+    The state dict has the keys of the original ConvNorm models. Deviation: the features are
+    averaged over the whole image, whatever its size; the original averages 4x4 and takes 32x32
+    images only.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
         num_blocks: how many blocks each of the four stages has.
         num_classes: the number of logits.
-        stem: first layers: a 3x3 convolution (cifar), or one of 7x7 with stride and pooling (imagenet).
+        stem: first layers: a 3x3 convolution (cifar), or one of 7x7 with stride and pooling
+            (imagenet).
         layer_types: the arguments of `BaseModel`.
 
     Raises:
@@ -105,16 +118,29 @@ class ResNet(BaseModel):
         **layer_types: Any,
     ) -> None:
         super().__init__(**layer_types)
-        self.conv1 = self.conv_layer(self.in_channels, 64, bias=False, **lookup(STEMS, stem, "arch.args.stem"))
+        self.conv1 = self.conv_layer(
+            self.in_channels, 64, bias=False, **lookup(STEMS, stem, "arch.args.stem")
+        )
         self.norm1 = self.norm_layer(64)
         self.relu = self.activation_layer(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         in_planes = 64
-        for stage, (planes, blocks) in enumerate(zip((64, 128, 256, 512), num_blocks, strict=True), start=1):
+        for stage, (planes, blocks) in enumerate(
+            zip((64, 128, 256, 512), num_blocks, strict=True), start=1
+        ):
             layers = []
             for position in range(blocks):
                 stride = 2 if stage > 1 and position == 0 else 1
-                layers.append(block(in_planes, planes, stride, self.conv_layer, self.norm_layer, self.activation_layer))
+                layers.append(
+                    block(
+                        in_planes,
+                        planes,
+                        stride,
+                        self.conv_layer,
+                        self.norm_layer,
+                        self.activation_layer,
+                    )
+                )
                 in_planes = block.expansion * planes
             self.add_module(f"layer{stage}", nn.Sequential(*layers))
         self.linear = self.linear_layer(in_planes, num_classes)
@@ -148,14 +174,17 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.shortcut_input = shortcut_input
         self.bn1 = norm(in_planes)
-        self.relu1 = act(in_planes, inplace=False)  # the input is also the shortcut, even where the norm is the identity
+        # the input is also the shortcut, even where the norm is the identity
+        self.relu1 = act(in_planes, inplace=False)
         self.conv1 = conv(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn2 = norm(planes)
         self.relu2 = act(planes)
         self.conv2 = conv(planes, planes, kernel_size=3, stride=1, padding=1, bias=False)
         self.shortcut = None
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(conv(in_planes, planes, kernel_size=1, stride=stride, bias=False))
+            self.shortcut = nn.Sequential(
+                conv(in_planes, planes, kernel_size=1, stride=stride, bias=False)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
@@ -167,8 +196,9 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(BaseModel):
-    """Pre-activation ResNet-18 in the layout that the literature on adversarial training uses (Rice, Wong, Kolter,
-    arXiv:2002.11569): `conv1`, four stages, a last norm `bn` and activation, the average, `linear`.
+    """Pre-activation ResNet-18 in the layout that the literature on adversarial training uses
+    (Rice, Wong, Kolter, arXiv:2002.11569): `conv1`, four stages, a last norm `bn` and activation,
+    the average, `linear`.
 
     Networks of that literature have these shapes and differ in what the 1x1 convolution of a
     shortcut sees, which no key of a checkpoint tells. The weights of one mean nothing in the other:
@@ -211,9 +241,13 @@ class PreActResNet(BaseModel):
         if shortcut_input not in SHORTCUT_INPUTS:
             expected = " or ".join(SHORTCUT_INPUTS)
             raise ConfigError(f"arch.args.shortcut_input: {shortcut_input!r}, expected {expected}")
-        self.conv1 = self.conv_layer(self.in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        self.conv1 = self.conv_layer(
+            self.in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False
+        )
         in_planes = 64
-        for stage, (planes, blocks) in enumerate(zip((64, 128, 256, 512), num_blocks, strict=True), start=1):
+        for stage, (planes, blocks) in enumerate(
+            zip((64, 128, 256, 512), num_blocks, strict=True), start=1
+        ):
             layers = []
             for position in range(blocks):
                 stride = 2 if stage > 1 and position == 0 else 1
@@ -231,8 +265,12 @@ class PreActResNet(BaseModel):
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(self.relu(self.bn(out)), 1), 1))
 
 
-def _projection(in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor) -> nn.Sequential:
+def _projection(
+    in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor
+) -> nn.Sequential:
     """The shortcut: nothing where shapes agree, else a strided 1x1 convolution and its norm."""
     if stride == 1 and in_planes == planes:
         return nn.Sequential()
-    return nn.Sequential(conv(in_planes, planes, kernel_size=1, stride=stride, bias=False), norm(planes))
+    return nn.Sequential(
+        conv(in_planes, planes, kernel_size=1, stride=stride, bias=False), norm(planes)
+    )

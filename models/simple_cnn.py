@@ -10,11 +10,12 @@ from base.base_model import BaseModel
 
 
 class SimpleCNN(BaseModel):
-    """Six 3x3 convolutions of 8 to 32 channels with norm and activation, a 2x2 maximum after every second one, one linear
-    layer.
+    """Six 3x3 convolutions of 8 to 32 channels with norm and activation, a 2x2 maximum after every
+    second one, one linear layer.
 
-    The state dict has the keys of the original. Deviation: features of another size than 4x4 (images of another size than
-    32x32) are averaged to 4x4. Plain and ONI convolutions have a bias, as in the original, which does not ask for none.
+    The state dict has the keys of the original. Deviation: features of another size than 4x4
+    (images of another size than 32x32) are averaged to 4x4. Plain and ONI convolutions have a bias,
+    as in the original, which does not ask for none.
 
     Args:
         num_classes: the number of logits.
@@ -43,18 +44,20 @@ class SimpleCNN(BaseModel):
     def forward_normalized(self, inputs: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
         out = self.features(inputs)
-        # the pooling has no deterministic backward pass on CUDA, so it is left out where it does nothing
+        # the pooling has no deterministic backward pass on CUDA, so it is left out where it does
+        # nothing
         if out.shape[-2:] != (4, 4):
             out = F.adaptive_avg_pool2d(out, 4)
         return self.classifier(torch.flatten(out, 1))
 
 
 class SimpleCNN2(BaseModel):
-    """Four convolutions without padding, C -> 6 -> 16 -> 20 -> 32 channels, with norm and activation; a 2x2 maximum after the
-    first, second and fourth; one linear layer.
+    """Four convolutions without padding, C -> 6 -> 16 -> 20 -> 32 channels, with norm and
+    activation; a 2x2 maximum after the first, second and fourth; one linear layer.
 
-    The state dict has the keys of the original. Deviations: `activation_layer_type` is obeyed (the original always takes ReLU),
-    and the features are averaged to 1x1, so images larger than 32x32 work, too.
+    The state dict has the keys of the original. Deviations: `activation_layer_type` is obeyed (the
+    original always takes ReLU), and the features are averaged to 1x1, so images larger than 32x32
+    work, too.
 
     Args:
         num_classes: the number of logits.
@@ -68,7 +71,9 @@ class SimpleCNN2(BaseModel):
         super().__init__(**layer_types)
         sizes = ((self.in_channels, 6, 5), (6, 16, 3), (16, 20, 3), (20, 32, 3))
         for number, (in_channels, channels, kernel_size) in enumerate(sizes, start=1):
-            self.add_module(f"conv{number}", self.conv_layer(in_channels, channels, kernel_size, bias=False))
+            self.add_module(
+                f"conv{number}", self.conv_layer(in_channels, channels, kernel_size, bias=False)
+            )
             self.add_module(f"norm{number}", self.norm_layer(channels))
             self.add_module(f"relu{number}", self.activation_layer(channels))
         self.pool = nn.MaxPool2d(2)

@@ -1,7 +1,7 @@
 """VGG with norms and a single linear layer.
 
-Karen Simonyan, Andrew Zisserman: "Very Deep Convolutional Networks for Large-Scale Image Recognition", arXiv:1409.1556.
-"""
+Karen Simonyan, Andrew Zisserman: "Very Deep Convolutional Networks for Large-Scale Image
+Recognition", arXiv:1409.1556."""
 
 from typing import Any
 
@@ -15,7 +15,13 @@ STAGES = {
     "vgg11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
     "vgg13": ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
     "vgg16": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
-    "vgg19": ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512, 512, 512, 512)),
+    "vgg19": (
+        (64, 64),
+        (128, 128),
+        (256, 256, 256, 256),
+        (512, 512, 512, 512),
+        (512, 512, 512, 512),
+    ),
 }
 """Channels of the 3x3 convolutions in each stage; every stage ends with a 2x2 maximum."""
 
@@ -23,8 +29,9 @@ STAGES = {
 class VGG(BaseModel):
     """VGG for images of at least 32x32 pixels.
 
-    The state dict has the keys of the original ConvNorm models. Deviation: the features are averaged to 1x1, so images larger
-    than 32x32 work, too. Plain and ONI convolutions have a bias, as in the original, which does not ask for none.
+    The state dict has the keys of the original ConvNorm models. Deviation: the features are
+    averaged to 1x1, so images larger than 32x32 work, too. Plain and ONI convolutions have a bias,
+    as in the original, which does not ask for none.
 
     Args:
         name: a name in `STAGES`.

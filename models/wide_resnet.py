@@ -1,4 +1,5 @@
-"""Wide ResNet. Sergey Zagoruyko, Nikos Komodakis: "Wide Residual Networks", BMVC 2016, arXiv:1605.07146."""
+"""Wide ResNet. Sergey Zagoruyko, Nikos Komodakis: "Wide Residual Networks", BMVC 2016,
+arXiv:1605.07146."""
 
 from typing import Annotated, Any, ClassVar
 
@@ -13,17 +14,25 @@ from base.registry import Constructor
 
 
 class WideBlock(nn.Module):
-    """Norm, activation and 3x3 convolution, twice, with dropout between; where the width changes, the shortcut is a 1x1
-    convolution of the activated input, without a norm."""
+    """Norm, activation and 3x3 convolution, twice, with dropout between; where the width changes,
+    the shortcut is a 1x1 convolution of the activated input, without a norm."""
 
     branch_end = "conv2"
 
     def __init__(
-        self, in_planes: int, planes: int, stride: int, dropout: float, conv: Constructor, norm: Constructor, act: Constructor
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int,
+        dropout: float,
+        conv: Constructor,
+        norm: Constructor,
+        act: Constructor,
     ) -> None:
         super().__init__()
         self.bn1 = norm(in_planes)
-        self.relu1 = act(in_planes, inplace=False)  # the input is also the shortcut, even where the norm is the identity
+        # the input is also the shortcut, even where the norm is the identity
+        self.relu1 = act(in_planes, inplace=False)
         self.conv1 = conv(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn2 = norm(planes)
         self.relu2 = act(planes)
@@ -31,7 +40,9 @@ class WideBlock(nn.Module):
         self.conv2 = conv(planes, planes, kernel_size=3, stride=1, padding=1, bias=False)
         self.convShortcut = None
         if stride != 1 or in_planes != planes:
-            self.convShortcut = conv(in_planes, planes, kernel_size=1, stride=stride, padding=0, bias=False)
+            self.convShortcut = conv(
+                in_planes, planes, kernel_size=1, stride=stride, padding=0, bias=False
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
@@ -41,12 +52,17 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    """Blocks of one width; the first one has the stride. A module of its own for the sake of the keys, `block1.layer.0...`."""
+    """Blocks of one width; the first one has the stride. A module of its own for the sake of the
+    keys, `block1.layer.0...`."""
 
-    def __init__(self, blocks: int, in_planes: int, planes: int, stride: int, *block_args: Any) -> None:
+    def __init__(
+        self, blocks: int, in_planes: int, planes: int, stride: int, *block_args: Any
+    ) -> None:
         super().__init__()
         first = WideBlock(in_planes, planes, stride, *block_args)
-        self.layer = nn.Sequential(first, *(WideBlock(planes, planes, 1, *block_args) for _ in range(blocks - 1)))
+        self.layer = nn.Sequential(
+            first, *(WideBlock(planes, planes, 1, *block_args) for _ in range(blocks - 1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
@@ -54,16 +70,18 @@ class WideStage(nn.Module):
 
 
 class WideResNet(BaseModel):
-    """Pre-activation ResNet with three stages of `(depth - 4) / 6` blocks, `16, 32, 64` times `widen_factor` channels wide.
+    """Pre-activation ResNet with three stages of `(depth - 4) / 6` blocks, `16, 32, 64` times
+    `widen_factor` channels wide.
 
-    The state dict has the keys that TRADES and RobustBench use. Weights begin as PyTorch's layers do;
-    `models.initialization.initialize_he` gives those of TRADES.
+    The state dict has the keys that TRADES and RobustBench use. Weights begin as PyTorch's layers
+    do; `models.initialization.initialize_he` gives those of TRADES.
 
     Args:
         depth: the number of layers, `6 n + 4`.
         widen_factor: how much wider than a plain ResNet.
         num_classes: the number of logits.
-        dropout: probability in [0, 1) of dropping an activation between a block's two convolutions, in training.
+        dropout: probability in [0, 1) of dropping an activation between a block's two convolutions,
+            in training.
         layer_types: the arguments of `BaseModel`.
 
     Raises:
@@ -84,13 +102,17 @@ class WideResNet(BaseModel):
     ) -> None:
         super().__init__(**layer_types)
         if depth < 10 or depth % 6 != 4:
-            raise ConfigError(f"arch.args.depth: {depth} is not 6 n + 4 with n >= 1 (10, 16, 22, 28, 34, 40 ...)")
+            raise ConfigError(
+                f"arch.args.depth: {depth} is not 6 n + 4 with n >= 1 (10, 16, 22, 28, 34, 40 ...)"
+            )
         if not 0 <= dropout < 1:
             raise ConfigError(f"arch.args.dropout: {dropout} is not in [0, 1)")
         blocks = (depth - 4) // 6
         widths = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         block_args = (dropout, self.conv_layer, self.norm_layer, self.activation_layer)
-        self.conv1 = self.conv_layer(self.in_channels, 16, kernel_size=3, stride=1, padding=1, bias=False)
+        self.conv1 = self.conv_layer(
+            self.in_channels, 16, kernel_size=3, stride=1, padding=1, bias=False
+        )
         self.block1 = WideStage(blocks, 16, widths[0], 1, *block_args)
         self.block2 = WideStage(blocks, widths[0], widths[1], 2, *block_args)
         self.block3 = WideStage(blocks, widths[1], widths[2], 2, *block_args)

@@ -10,7 +10,8 @@ HEADS = ("class", "images", "predicted", "precision", "recall", "F1")
 
 
 def class_table(scores: Mapping[str, Any]) -> str:
-    """A line per class, and the most frequent mistakes; `scores` as `evaluation.ClassScores.as_dict()` has them."""
+    """A line per class, and the most frequent mistakes; `scores` as
+    `evaluation.ClassScores.as_dict()` has them."""
     rows = [
         [
             entry["name"],

@@ -20,13 +20,19 @@ NUMBERED = 20
 TICKS = (0, 1, 5, 10, 25, 50, 75, 100)
 
 
-def draw_confusion(path: str | Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> None:
-    """Write the picture of `confusion_figure`; the suffix decides the format, missing folders are made."""
+def draw_confusion(
+    path: str | Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str
+) -> None:
+    """Write the picture of `confusion_figure`; the suffix decides the format, missing folders are
+    made."""
     save_figure(confusion_figure(confusion, class_names, title), path)
 
 
-def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> "Figure":
-    """A square for every pair of true class (rows) and prediction (columns), the darker, the larger its share of the class.
+def confusion_figure(
+    confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str
+) -> "Figure":
+    """A square for every pair of true class (rows) and prediction (columns), the darker, the larger
+    its share of the class.
 
     Shares are in per cent of the class's images that have an answer; up to `NUMBERED` classes each
     square says its own. The darkness goes with the square root of the share, so that a confusion of
@@ -47,7 +53,9 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     side = max(LEAST_SIDE, classes * (0.5 if numbered else max(0.125, 11 / classes)))
     figure = Figure(figsize=(side + 2.6, side + 2.0), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    picture = axes.imshow(
+        shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest"
+    )
     size = 9 if numbered else min(9.0, 55 * side / classes)
     names = {
         "labels": [one_line(name) for name in class_names],
@@ -68,7 +76,15 @@ def confusion_figure(confusion: Sequence[Sequence[int]], class_names: Sequence[s
         for row, column in np.argwhere(counts > 0):
             share = shares[row, column]
             color = "white" if share > 40 else "black"
-            axes.text(column, row, f"{share:.0f}" if share >= 0.95 else "<1", ha="center", va="center", size=8, color=color)
+            axes.text(
+                column,
+                row,
+                f"{share:.0f}" if share >= 0.95 else "<1",
+                ha="center",
+                va="center",
+                size=8,
+                color=color,
+            )
     bar = figure.colorbar(picture, ax=axes, shrink=0.7, aspect=25, ticks=TICKS)
     bar.set_label("share of the true class in %")
     return figure

@@ -49,31 +49,42 @@ class Group:
     @property
     def line(self) -> str:
         """The name without the last key, whose values are the points of a line."""
-        return _name(self.keys[:-1], self.values[:-1], self.runs[0]) if self.keys[1:] else "all runs"
+        return (
+            _name(self.keys[:-1], self.values[:-1], self.runs[0]) if self.keys[1:] else "all runs"
+        )
 
 
 def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
-    """Runs in groups of equal values of some config keys, by the first key, then the next: numbers ascend, words as they come.
+    """Runs in groups of equal values of some config keys, by the first key, then the next: numbers
+    ascend, words as they come.
 
     Args:
         runs: at least one.
-        keys: dotted config keys, `variant`, or axes of a study; without any, all runs are one group.
+        keys: dotted config keys, `variant`, or axes of a study; without any, all runs are one
+            group.
 
     Raises:
-        ConfigError: an unknown key; runs of one group that differ in more than the seed and `MAY_DIFFER`, with the key and both
-            values; or two runs of one seed in a group.
+        ConfigError: an unknown key; runs of one group that differ in more than the seed and
+            `MAY_DIFFER`, with the key and both values; or two runs of one seed in a group.
     """
     keys = list(dict.fromkeys(keys))
     known = list(dict.fromkeys(key for run in runs for key in (*run.labels, *run.settings)))
     for key in keys:
         if key not in known:
-            raise ConfigError(f"--group-by {key}: no such key in the runs' configs{_like(key, known)}")
+            raise ConfigError(
+                f"--group-by {key}: no such key in the runs' configs{_like(key, known)}"
+            )
     together: dict[str, list[Run]] = {}
     for run in runs:
         together.setdefault(json.dumps([run.value(key) for key in keys]), []).append(run)
     groups = [_group(members, keys) for members in together.values()]
-    places = [list(dict.fromkeys(as_text(group.values[index]) for group in groups)) for index in range(len(keys))]
-    return sorted(groups, key=lambda group: [_place(*each) for each in zip(group.values, places, strict=True)])
+    places = [
+        list(dict.fromkeys(as_text(group.values[index]) for group in groups))
+        for index in range(len(keys))
+    ]
+    return sorted(
+        groups, key=lambda group: [_place(*each) for each in zip(group.values, places, strict=True)]
+    )
 
 
 def finished_groups(groups: Sequence[Group]) -> list[Group]:
@@ -99,7 +110,8 @@ def differing_keys(first: Run, second: Run) -> list[str]:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds; NaN of none, and for the second of fewer than two."""
+    """Mean and sample standard deviation over seeds; NaN of none, and for the second of fewer than
+    two."""
     with np.errstate(invalid="ignore"):  # a loss may be infinite
         mean = np.mean(values) if len(values) else np.nan
         return float(mean), float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
@@ -116,7 +128,11 @@ def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
     """One group of runs that have equal values of the keys."""
     first = runs[0]
     values = tuple(first.value(key) for key in keys)
-    name = _name(keys, values, first) if keys else " / ".join(dict.fromkeys(run.settings["name"] for run in runs))
+    name = (
+        _name(keys, values, first)
+        if keys
+        else " / ".join(dict.fromkeys(run.settings["name"] for run in runs))
+    )
     for run in runs[1:]:
         different = differing_keys(first, run)
         if different:
@@ -186,18 +202,22 @@ def _same_labels(first: Run, second: Run) -> bool:
 
 
 def _place(value: Any, words: Sequence[str]) -> tuple[bool, float]:
-    """Where a value of a key stands: numbers first, in ascending order, then words, in the order in which they came."""
+    """Where a value of a key stands: numbers first, in ascending order, then words, in the order in
+    which they came."""
     number = isinstance(value, int | float)
     return not number, value if number else words.index(as_text(value))
 
 
 def _name(keys: Sequence[str], values: Sequence[Any], run: Run) -> str:
-    """The value of a single key; of several, a study's labels as they are and `last part of the key=value` of config keys, with
-    more parts where the last are the same."""
+    """The value of a single key; of several, a study's labels as they are and `last part of the
+    key=value` of config keys, with more parts where the last are the same."""
     if len(keys) == 1:
         return as_text(values[0])
     pairs = zip(keys, values, strict=True)
-    return ", ".join(as_text(value) if key in run.labels else f"{_short(key, keys)}={as_text(value)}" for key, value in pairs)
+    return ", ".join(
+        as_text(value) if key in run.labels else f"{_short(key, keys)}={as_text(value)}"
+        for key, value in pairs
+    )
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

@@ -41,7 +41,8 @@ class Curve:
 
 
 def unit_of(metric: str) -> tuple[float, str]:
-    """By what values of a metric are multiplied to be shown, and the unit behind its name: accuracies are in per cent."""
+    """By what values of a metric are multiplied to be shown, and the unit behind its name:
+    accuracies are in per cent."""
     return (100.0, " in %") if "top" in metric else (1.0, "")
 
 
@@ -51,7 +52,8 @@ def panels_figure(
     spread: str | None,
     each: "Callable[[Axes, Curve, int], None]",
 ) -> "Figure":
-    """A panel for every metric, side by side, over one legend; no global state of pyplot knows of it.
+    """A panel for every metric, side by side, over one legend; no global state of pyplot knows of
+    it.
 
     Args:
         names: of the groups, at least one.
@@ -77,8 +79,14 @@ def panels_figure(
             if curve is not None:
                 each(axes, curve, index)
         _dress(axes, metric)
-    several = any(max(curve.n) > 1 for curves in lines.values() for curve in curves if curve is not None)
-    shown = "mean over seeds" if spread is None else f"mean over seeds, {spread}: one standard deviation to either side"
+    several = any(
+        max(curve.n) > 1 for curves in lines.values() for curve in curves if curve is not None
+    )
+    shown = (
+        "mean over seeds"
+        if spread is None
+        else f"mean over seeds, {spread}: one standard deviation to either side"
+    )
     caption = shown if several else None
     legend = figure.legend(
         [Line2D([], [], **_style(index)) for index in range(len(names))],
@@ -102,7 +110,8 @@ def _dress(axes: "Axes", metric: str) -> None:
 
 
 def line_with_markers(axes: "Axes", curve: Curve, index: int) -> None:
-    step = max(1, len(curve.x) // 8)  # markers at some of many epochs, at other ones than those of the next line
+    # markers at some of many epochs, at other ones than those of the next line
+    step = max(1, len(curve.x) // 8)
     axes.plot(curve.x, curve.mean, **_style(index), markevery=(index % step, step))
 
 
@@ -111,7 +120,8 @@ def line_and_band(axes: "Axes", curve: Curve, index: int) -> None:
     if max(curve.n) > 1:
         low, high = curve.mean - curve.std, curve.mean + curve.std
         color, line = COLORS[index % len(COLORS)], LINES[index % len(LINES)]
-        edge = {"edgecolor": (color, 0.45), "linewidth": 0.6, "linestyle": line}  # tells overlapping bands apart in gray
+        # tells overlapping bands apart in gray
+        edge = {"edgecolor": (color, 0.45), "linewidth": 0.6, "linestyle": line}
         axes.fill_between(curve.x, low, high, facecolor=(color, 0.15), **edge)
 
 
@@ -119,7 +129,15 @@ def points_and_bars(axes: "Axes", curve: Curve, index: int) -> None:
     axes.plot(curve.x, curve.mean, **_style(index))
     bars = ~np.isnan(curve.std)
     color = COLORS[index % len(COLORS)]
-    axes.errorbar(curve.x[bars], curve.mean[bars], curve.std[bars], fmt="none", ecolor=color, elinewidth=1.2, capsize=4)
+    axes.errorbar(
+        curve.x[bars],
+        curve.mean[bars],
+        curve.std[bars],
+        fmt="none",
+        ecolor=color,
+        elinewidth=1.2,
+        capsize=4,
+    )
 
 
 def _style(index: int) -> dict[str, object]:
@@ -128,7 +146,13 @@ def _style(index: int) -> dict[str, object]:
         "linestyle": LINES[index % len(LINES)],
         "marker": MARKERS[index % len(MARKERS)],
     }
-    return {**look, "linewidth": 1.7, "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+    return {
+        **look,
+        "linewidth": 1.7,
+        "markersize": 6,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.6,
+    }
 
 
 def _seeds(curves: Sequence[Curve | None]) -> str:

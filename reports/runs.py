@@ -34,9 +34,11 @@ class Run:
 
     Attributes:
         folder: as it was found.
-        labels: `variant` and the axes of its study, with their values for this run; empty where no study made it.
-        settings: dotted config key -> value, of every key there is; a null that stands for a value of another key is that value
-            (`adversarial.method` is `"free"` where only `trainer.do_adv` says so).
+        labels: `variant` and the axes of its study, with their values for this run; empty where no
+            study made it.
+        settings: dotted config key -> value, of every key there is; a null that stands for a value
+            of another key is that value (`adversarial.method` is `"free"` where only
+            `trainer.do_adv` says so).
         log: the lines of `metrics.jsonl`, one per epoch.
         result: what `result.json` holds; None while the run is not finished.
     """
@@ -59,7 +61,11 @@ class Run:
     def measured(self, metric: str) -> dict[int, float]:
         """Epoch -> value of a name in `metrics.jsonl`, of the epochs in which it was measured."""
         file = self.folder / "metrics.jsonl"
-        return {log["epoch"]: _number(log[metric], metric, file) for log in self.log if log.get(metric) is not None}
+        return {
+            log["epoch"]: _number(log[metric], metric, file)
+            for log in self.log
+            if log.get(metric) is not None
+        }
 
     def outcome(self, metric: str) -> float | None:
         """What a run came to; None where it is not finished or did not measure it.
@@ -164,17 +170,22 @@ class AttackReport:
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs at and below the given paths, finished or not, every folder once. Run folders below a path that have not logged
-    an epoch yet are left out with a warning. Runs of a study come in the order of its grid.
+    """The runs at and below the given paths, finished or not, every folder once. Run folders below
+    a path that have not logged an epoch yet are left out with a warning. Runs of a study come in
+    the order of its grid.
 
     Raises:
-        ConfigError: a path at and below which there is no run, a run folder without logs, or a file of it that is broken.
+        ConfigError: a path at and below which there is no run, a run folder without logs, or a file
+            of it that is broken.
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
         for folder in _run_folders(path):
             folders.setdefault(folder.resolve(), folder)
-    places = {parent: read_places(parent) for parent in dict.fromkeys(folder.resolve().parent for folder in folders.values())}
+    places = {
+        parent: read_places(parent)
+        for parent in dict.fromkeys(folder.resolve().parent for folder in folders.values())
+    }
     studies, runs = list(places), []
     for real, folder in folders.items():
         place = places[real.parent].get(real.name)
@@ -195,7 +206,9 @@ def read_run(folder: Path) -> Run:
     settings = resolved_settings(validate(read_tree(file), str(file), check_names=False))
     log = _read_log(folder / "metrics.jsonl")
     if not log:
-        raise ConfigError(f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet")
+        raise ConfigError(
+            f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet"
+        )
     file = folder / "result.json"
     result = _read_object(file) if file.exists() else None
     return Run(folder, settings, log, result)
@@ -234,10 +247,16 @@ def only_finished(runs: Sequence[Run]) -> list[Run]:
     """
     finished = [run for run in runs if run.result is not None]
     if not finished:
-        raise ConfigError(f"{runs[0].folder}: not finished: no result.json, nor in any other of the {len(runs)} runs")
+        raise ConfigError(
+            f"{runs[0].folder}: not finished: no result.json, nor in any other of the {len(runs)} runs"
+        )
     for run in runs:
         if run.result is None:
-            logger.warning("%s: not finished after epoch %d: its results are left out", run.folder, run.log[-1]["epoch"])
+            logger.warning(
+                "%s: not finished after epoch %d: its results are left out",
+                run.folder,
+                run.log[-1]["epoch"],
+            )
     return finished
 
 
@@ -250,21 +269,29 @@ def refuse_unknown(flag: str, names: Iterable[str], known: Iterable[str], what: 
     known = list(dict.fromkeys(known))
     for name in names:
         if name not in known:
-            raise ConfigError(f"{flag} {name}: {what}; there are: {', '.join(known) or 'none'}{did_you_mean(name, known)}")
+            raise ConfigError(
+                f"{flag} {name}: {what}; there are: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
+            )
 
 
 def _run_folders(path: Path) -> list[Path]:
     if not path.is_dir():
-        raise ConfigError(f"{path}: {'a file, not a run folder' if path.exists() else 'no such folder'}")
+        raise ConfigError(
+            f"{path}: {'a file, not a run folder' if path.exists() else 'no such folder'}"
+        )
     if _has_logs(path) and (path / "config.json").is_file():
         return [path]
     candidates = sorted(file.parent for file in path.rglob("config.json"))
     found = [folder for folder in candidates if _has_logs(folder)]
     empty = [folder for folder in candidates if folder not in found]
     if not candidates:
-        raise ConfigError(f"{path}: no run folder (one with config.json and metrics.jsonl) here or below")
+        raise ConfigError(
+            f"{path}: no run folder (one with config.json and metrics.jsonl) here or below"
+        )
     if not found:
-        raise ConfigError(f"{empty[0]}: a run folder without logs: it has a config.json, but no epoch in a metrics.jsonl")
+        raise ConfigError(
+            f"{empty[0]}: a run folder without logs: it has a config.json, but no epoch in a metrics.jsonl"
+        )
     for folder in empty:
         logger.warning("%s: has a config.json, but no epoch in a metrics.jsonl: left out", folder)
     return found
@@ -282,7 +309,9 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate([*lines, *([rest] if rest.endswith("}") else [])], start=1):
         entry = _json(line)
         if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int):
-            raise ConfigError(f"{file}: line {number}: {line[:60]!r} is no JSON object with an epoch")
+            raise ConfigError(
+                f"{file}: line {number}: {line[:60]!r} is no JSON object with an epoch"
+            )
         log.append(entry)
     return log
 
@@ -333,5 +362,7 @@ def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Dotted key -> value of every leaf of a tree."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+        leaves |= (
+            _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+        )
     return leaves

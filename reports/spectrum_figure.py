@@ -1,4 +1,5 @@
-"""A picture of a network's layers as operators, in depth order. Matplotlib is imported when one is drawn."""
+"""A picture of a network's layers as operators, in depth order. Matplotlib is imported when one is
+drawn."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,20 +18,23 @@ BLUE, ORANGE = "#0b4f8a", "#d55e00"
 
 
 def draw_spectrum(path: str | Path, layers: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Write the picture of `spectrum_figure`; the suffix decides the format, missing folders are made."""
+    """Write the picture of `spectrum_figure`; the suffix decides the format, missing folders are
+    made."""
     save_figure(spectrum_figure(layers, title), path)
 
 
 def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    """Two panels over one row of layers: spectral norms, alone and times the scale of the batch norm behind, on a logarithmic
-    axis; and distances from an orthogonal operator, as they are and up to a scale.
+    """Two panels over one row of layers: spectral norms, alone and times the scale of the batch
+    norm behind, on a logarithmic axis; and distances from an orthogonal operator, as they are and
+    up to a scale.
 
-    The depthwise convolutions of ConvNorm, `bpconv`, are open marks behind the layer that they belong to; all other layers are
-    filled marks.
+    The depthwise convolutions of ConvNorm, `bpconv`, are open marks behind the layer that they
+    belong to; all other layers are filled marks.
 
     Args:
-        layers: in depth order, at least one; of each `name`, `norm`, `batch_norm_scale` (None where there is none),
-            `orthogonality_error` and `spread`, as `evaluation.spectral_norm.Spectrum` explains them.
+        layers: in depth order, at least one; of each `name`, `norm`, `batch_norm_scale` (None where
+            there is none), `orthogonality_error` and `spread`, as
+            `evaluation.spectral_norm.Spectrum` explains them.
         title: printed above.
     """
     from matplotlib.figure import Figure
@@ -40,14 +44,33 @@ def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure"
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.suptitle(one_line(title), fontsize=10, parse_math=False)
     norms = [layer["norm"] for layer in layers]
-    scaled = [None if layer["batch_norm_scale"] is None else layer["norm"] * layer["batch_norm_scale"] for layer in layers]
+    scaled = [
+        None if layer["batch_norm_scale"] is None else layer["norm"] * layer["batch_norm_scale"]
+        for layer in layers
+    ]
     _series(upper, layers, norms, BLUE, "o", "-", "spectral norm")
     _series(upper, layers, scaled, ORANGE, "^", "", "times the scale of its batch norm")
     upper.axhline(1, color="black", linestyle=":", linewidth=1)
     upper.set_yscale("log", base=2)
     upper.set_ylabel("spectral norm")
-    _series(lower, layers, [layer["orthogonality_error"] for layer in layers], BLUE, "s", "-", "distance from orthogonal")
-    _series(lower, layers, [layer["spread"] for layer in layers], ORANGE, "D", "", "from a multiple of orthogonal")
+    _series(
+        lower,
+        layers,
+        [layer["orthogonality_error"] for layer in layers],
+        BLUE,
+        "s",
+        "-",
+        "distance from orthogonal",
+    )
+    _series(
+        lower,
+        layers,
+        [layer["spread"] for layer in layers],
+        ORANGE,
+        "D",
+        "",
+        "from a multiple of orthogonal",
+    )
     lower.set_yscale("symlog", base=2, linthresh=0.25, linscale=0.7)
     lower.set_ylim(bottom=0)
     lower.set_ylabel("orthogonality error")
@@ -72,11 +95,24 @@ def _series(
     """One mark for every layer that has a value: filled, but open for a `bpconv`."""
     known = [(place, value) for place, value in enumerate(values) if value is not None]
     for open_mark in (False, True):
-        points = [point for point in known if layers[point[0]]["name"].endswith("bpconv") == open_mark]
+        points = [
+            point for point in known if layers[point[0]]["name"].endswith("bpconv") == open_mark
+        ]
         if points:
-            look = {"linestyle": "" if open_mark else line, "markerfacecolor": "white" if open_mark else color}
+            look = {
+                "linestyle": "" if open_mark else line,
+                "markerfacecolor": "white" if open_mark else color,
+            }
             text = f"{label}, bpconv" if open_mark else label
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, linewidth=1, label=text, **look)
+            axes.plot(
+                *zip(*points, strict=True),
+                color=color,
+                marker=marker,
+                markersize=5,
+                linewidth=1,
+                label=text,
+                **look,
+            )
 
 
 def _short(name: str) -> str:
@@ -90,4 +126,11 @@ def _dress(axes: "Axes") -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    axes.legend(
+        fontsize=8,
+        frameon=False,
+        ncols=2,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+    )

@@ -21,7 +21,9 @@ def spectrum_summary(values: Mapping[str, Any]) -> str:
     """The report in one line."""
     layers = values["layers"]
     norms = [layer["norm"] for layer in layers]
-    errors, spreads = ([layer[key] for layer in layers] for key in ("orthogonality_error", "spread"))
+    errors, spreads = (
+        [layer[key] for layer in layers] for key in ("orthogonality_error", "spread")
+    )
     unfinished = sum(not layer["converged"] for layer in layers)
     return (
         f"{len(layers)} layers: spectral norm {min(norms):.4g} to {max(norms):.4g}, median {median(norms):.4g};"
@@ -38,7 +40,10 @@ def _row(layer: Mapping[str, Any]) -> list[str]:
         "x".join(map(str, layer["input_shape"])),
         _number(layer["norm"]),
         f"{layer['residual']:.0e}" + ("" if layer["converged"] else " !"),
-        *(_number(layer[key]) for key in ("mean_square", "orthogonality_error", "spread", "batch_norm_scale")),
+        *(
+            _number(layer[key])
+            for key in ("mean_square", "orthogonality_error", "spread", "batch_norm_scale")
+        ),
     ]
 
 

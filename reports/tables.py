@@ -1,4 +1,5 @@
-"""Tables of results: means and spreads over seeds, the best in bold, and tests against a baseline row."""
+"""Tables of results: means and spreads over seeds, the best in bold, and tests against a baseline
+row."""
 
 import csv
 import io
@@ -20,7 +21,8 @@ from reports.runs import LAST_EPOCH, REPORT, refuse_unknown
 
 FORMATS = ("md", "tex", "csv")
 RESULTS = ("test_top1", "last_test_top1", "test_robust_top1", "last_test_robust_top1")
-"""What a table shows unless it is told otherwise, of what the runs have: test accuracies of the best and of the last model."""
+"""What a table shows unless it is told otherwise, of what the runs have: test accuracies of the
+best and of the last model."""
 P_HEAD, P_COLUMN = "p (Holm)", "p_holm"
 NO_SPREAD = 1e-12
 """Numbers that lie closer together are equal: they say nothing of their spread."""
@@ -149,7 +151,9 @@ def compare(
     if metrics is None:
         metrics = [name for name in RESULTS if name in known]
         if not metrics:
-            raise ConfigError(f"--result: the runs have none of {', '.join(RESULTS)}; name others of: {', '.join(known)}")
+            raise ConfigError(
+                f"--result: the runs have none of {', '.join(RESULTS)}; name others of: {', '.join(known)}"
+            )
     for metric in metrics:
         if not metric.startswith((LAST_EPOCH, REPORT)):
             refuse_unknown("--result", [metric], known, "no result.json has it")
@@ -161,7 +165,11 @@ def compare(
         refuse_unknown("--baseline", [baseline], names, "no such row")
     metrics = last_beside_best(metrics)
     values = [[_values(group, metric) for metric in metrics] for group in groups]
-    baselines = {block: row for name, block, row in zip(names, blocks, values, strict=True) if name == baseline}
+    baselines = {
+        block: row
+        for name, block, row in zip(names, blocks, values, strict=True)
+        if name == baseline
+    }
     test = _paired_test if paired else _welch_test
     columns = []
     for column in range(len(metrics)):
@@ -202,7 +210,10 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
 def last_beside_best(metrics: Sequence[str]) -> list[str]:
     """Metrics in the order given, but that of the last model right behind that of the best."""
     bases = list(dict.fromkeys(metric.removeprefix("last_") for metric in metrics))
-    return sorted(dict.fromkeys(metrics), key=lambda name: (bases.index(name.removeprefix("last_")), name.startswith("last_")))
+    return sorted(
+        dict.fromkeys(metrics),
+        key=lambda name: (bases.index(name.removeprefix("last_")), name.startswith("last_")),
+    )
 
 
 def best_rows(table: Table, column: int) -> set[int]:
@@ -293,7 +304,9 @@ def _latex(table: Table) -> str:
     columns = "l" + "r" * (len(lines[0]) - 1)
     parts = [r"\toprule", first, r"\midrule", *others, r"\bottomrule"]
     comment = f"% {_note(table, one_line)}\n% needs \\usepackage{{booktabs}}\n"
-    return comment + "\n".join([rf"\begin{{tabular}}{{{columns}}}", *parts, r"\end{tabular}"]) + "\n"
+    return (
+        comment + "\n".join([rf"\begin{{tabular}}{{{columns}}}", *parts, r"\end{tabular}"]) + "\n"
+    )
 
 
 def _csv(table: Table) -> str:
@@ -311,7 +324,9 @@ def _csv(table: Table) -> str:
         line = [csv_text(row.name), str(row.n)]
         for cell in row.cells:
             numbers = (cell.mean if cell.values else None, cell.std)
-            line += ["" if number is None else repr(number) for number in numbers] + [str(len(cell.values))]
+            line += ["" if number is None else repr(number) for number in numbers] + [
+                str(len(cell.values))
+            ]
             line += ["" if cell.p is None else repr(cell.p)] if table.baseline else []
         writer.writerow(line)
     return text.getvalue()
@@ -327,13 +342,16 @@ def _header(table: Table) -> list[str]:
 
 
 def _body(table: Table, bold: Callable[[str], str], text: Callable[[str], str]) -> list[list[str]]:
-    """The rows of a table that is read; `bold` and `text` say how the format writes bold and plain text."""
+    """The rows of a table that is read; `bold` and `text` say how the format writes bold and plain
+    text."""
     best = [best_rows(table, column) for column in range(len(table.metrics))]
     lines = []
     for index, row in enumerate(table.rows):
         line = [text(row.name), str(row.n)]
         for column, (metric, cell) in enumerate(zip(table.metrics, row.cells, strict=True)):
-            shown = text(_shown(cell, metric) + _count(len(cell.values), row.n if cell.values else 0))
+            shown = text(
+                _shown(cell, metric) + _count(len(cell.values), row.n if cell.values else 0)
+            )
             line.append(bold(shown) if index in best[column] else shown)
             if table.baseline:
                 line.append(
@@ -347,11 +365,14 @@ def _shown(cell: Cell, metric: str) -> str:
     """Mean ± standard deviation, or the mean alone of one seed."""
     if not cell.values:
         return "–"
-    return _number(cell.mean, metric) + ("" if cell.std is None else f" ± {_number(cell.std, metric)}")
+    return _number(cell.mean, metric) + (
+        "" if cell.std is None else f" ± {_number(cell.std, metric)}"
+    )
 
 
 def _number(value: float, metric: str) -> str:
-    """Accuracies in per cent with two decimals, the rest in four significant digits, or more before the point."""
+    """Accuracies in per cent with two decimals, the rest in four significant digits, or more before
+    the point."""
     if "top" in metric:
         return f"{100 * value:.2f}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -369,7 +390,11 @@ def _count(count: int, usual: int) -> str:
 def _note(table: Table, text: Callable[[str], str]) -> str:
     """What the numbers are."""
     blocks = len({row.block for row in table.rows}) > 1
-    best = "the best of its column among rows of the same value" if blocks else "the best of its column"
+    best = (
+        "the best of its column among rows of the same value"
+        if blocks
+        else "the best of its column"
+    )
     parts = [
         "Mean ± sample standard deviation over n seeds, no spread for one;"
         f" bold: {best}, by more than one standard error of the difference."

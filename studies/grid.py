@@ -3,19 +3,19 @@
 {
     "base": "../small_robust.json",
     "axes": {
-        "norm": {"BatchNorm": {"arch.args.norm_layer_type": "bn"}, "GroupNorm": {"arch.args.norm_layer_type": "gn"}},
-        "training": {"standard": {"adversarial.method": "none"}, "PGD": {"adversarial.method": "pgd"}}
+        "norm": {"BatchNorm": {"arch.args.norm_layer_type": "bn"}, "GroupNorm":
+        {"arch.args.norm_layer_type": "gn"}}, "training": {"standard": {"adversarial.method":
+        "none"}, "PGD": {"adversarial.method": "pgd"}}
     },
     "variants": {"baseline": {}, "short": {"trainer.epochs": 5}, "other": "../another_config.json"},
     "seeds": [0, 1, 2],
     "_unused_ok": true
 }
 
-Paths are relative to the grid file. Every combination of one label from each axis is a variant, called by its labels
-(`BatchNorm_standard`); named variants are settings on top of the base, or another config file. What base and files name in
-`imports` is run, as if `-c` named them. `_unused_ok`, which may be left out, is passed on to every run: see
-`base.config.warnings`.
-"""
+Paths are relative to the grid file. Every combination of one label from each axis is a variant,
+called by its labels (`BatchNorm_standard`); named variants are settings on top of the base, or
+another config file. What base and files name in `imports` is run, as if `-c` named them.
+`_unused_ok`, which may be left out, is passed on to every run: see `base.config.warnings`."""
 
 import json
 import os
@@ -144,7 +144,9 @@ def read_grid(path: Path) -> Grid:
         raise ConfigError(f"{path}: {key}: {problem['msg']}, not {given}") from None
     if not grid.axes and not grid.variants:
         raise ConfigError(f"{path}: neither axes nor variants: there is nothing to run")
-    if grid.base is None and (grid.axes or not all(isinstance(value, str) for value in grid.variants.values())):
+    if grid.base is None and (
+        grid.axes or not all(isinstance(value, str) for value in grid.variants.values())
+    ):
         raise ConfigError(f"{path}: base: required, as axes and variants are settings on top of it")
     return grid
 
@@ -156,7 +158,8 @@ class Variant:
     Attributes:
         config_file: what its runs start from.
         settings: what is put on top of that.
-        places: dotted key of a setting -> where it stands in the grid file, such as `axes.norm.GroupNorm`.
+        places: dotted key of a setting -> where it stands in the grid file, such as
+            `axes.norm.GroupNorm`.
         labels: its label on each axis.
     """
 
@@ -168,7 +171,10 @@ class Variant:
     def overrides(self, path: Path) -> list[Override]:
         """Its settings as overrides whose errors name the grid file."""
         return [
-            Flag((key, as_word(value)), f"{path}: {self.places[key]}" if key in self.places else f"{path}")
+            Flag(
+                (key, as_word(value)),
+                f"{path}: {self.places[key]}" if key in self.places else f"{path}",
+            )
             for key, value in self.settings.items()
         ]
 
@@ -177,8 +183,8 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
     """The variants by name, those of the axes first.
 
     Raises:
-        ConfigError: two variants of one name, a name that cannot be a folder's, a seed, imports or a Comet key among the
-            settings, or two axes that set the same key.
+        ConfigError: two variants of one name, a name that cannot be a folder's, a seed, imports or
+            a Comet key among the settings, or two axes that set the same key.
     """
     base = path.parent / (grid.base or "")
     quiet = {} if grid._unused_ok is None else {UNUSED_OK: grid._unused_ok}
@@ -193,13 +199,19 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
         if name in found:
             raise ConfigError(f"{path}: {name}: two variants have this name")
         if not re.fullmatch(r"[\w .+=%-]+", name) or name.strip(". ") != name:
-            raise ConfigError(f"{path}: {name!r}: a variant's name is made of letters, digits, spaces and _ . + = % -")
+            raise ConfigError(
+                f"{path}: {name!r}: a variant's name is made of letters, digits, spaces and _ . + = % -"
+            )
         if "seed" in variant.settings:
             raise ConfigError(f"{path}: {name}: seed: belongs into the grid's seeds")
         if any(lies_in(key, ["imports"]) for key in variant.settings):
-            raise ConfigError(f"{path}: {name}: imports: belongs into the base config, or after {FLAG}")
+            raise ConfigError(
+                f"{path}: {name}: imports: belongs into the base config, or after {FLAG}"
+            )
         if _holds_key(variant.settings):
-            raise ConfigError(f"{path}: {name}: comet.api: would be shown and stored with the run's command; set COMET_API_KEY")
+            raise ConfigError(
+                f"{path}: {name}: comet.api: would be shown and stored with the run's command; set COMET_API_KEY"
+            )
         found[name] = replace(variant, settings=quiet | variant.settings)
     return found
 
@@ -212,20 +224,22 @@ def plan(
     overrides: Sequence[Override] = (),
     imports: Sequence[str] = (),
 ) -> list[Run]:
-    """The runs that a grid file stands for, seeds of one variant side by side. All configs are checked; nothing is written.
+    """The runs that a grid file stands for, seeds of one variant side by side. All configs are
+    checked; nothing is written.
 
     Args:
         path: the grid file.
         names: the variants to run; all by default.
         seeds: instead of the grid's.
-        save_dir: folder of the study's run folders; by default `trainer.save_dir` of each config, and in it the grid's name.
+        save_dir: folder of the study's run folders; by default `trainer.save_dir` of each config,
+            and in it the grid's name.
         overrides: dotted keys and the texts of their values, put on top of every variant.
         imports: the user's own files and modules to import, as `--imports` names them, beside those
             of the configs.
 
     Raises:
-        ConfigError: anything that is wrong with the grid, a name, an override (also one of a key that the grid itself
-            varies), or a config.
+        ConfigError: anything that is wrong with the grid, a name, an override (also one of a key
+            that the grid itself varies), or a config.
     """
     grid = read_grid(path)
     _check_overrides(overrides)
@@ -240,7 +254,9 @@ def plan(
     order = list(variants)
     for name in dict.fromkeys(names or order):
         for seed in dict.fromkeys(seeds or grid.seeds):
-            run = _run(path, name, order.index(name), seed, variants[name], save_dir, overrides, imports)
+            run = _run(
+                path, name, order.index(name), seed, variants[name], save_dir, overrides, imports
+            )
             for same in (run.folder.name.rpartition("_")[2], json.dumps(run.config.dump())):
                 twin = runs.setdefault(same, run)
                 if twin is not run:
@@ -254,15 +270,16 @@ def record(runs: Sequence[Run]) -> None:
     """Write beside the run folders which variant each of them is, for the reports."""
     for parent in dict.fromkeys(run.folder.parent for run in runs):
         own = [run for run in runs if run.folder.parent == parent]
-        write_places(parent, {run.folder.name: Place(run.variant, run.position, run.labels) for run in own})
+        write_places(
+            parent, {run.folder.name: Place(run.variant, run.position, run.labels) for run in own}
+        )
 
 
 def describe(runs: Sequence[Run]) -> list[str]:
     """One line per variant: its name, what it starts from, its settings and seeds.
 
-    The settings are those of the variant (where it has none, those of its config file itself), those
-    of the command line, and the value of every other key in which the variants differ.
-    """
+    The settings are those of the variant (where it has none, those of its config file itself),
+    those of the command line, and the value of every other key in which the variants differ."""
     firsts: dict[str, Run] = {}
     for run in runs:
         firsts.setdefault(run.variant, run)
@@ -307,7 +324,9 @@ def as_word(value: Any) -> str:
 def _holds_key(settings: Settings) -> bool:
     """Whether a Comet key is among the settings, which become words of command lines."""
     comet = settings.get("comet")
-    return "comet.api" in settings or (comet is not None and (not isinstance(comet, dict) or "api" in comet))
+    return "comet.api" in settings or (
+        comet is not None and (not isinstance(comet, dict) or "api" in comet)
+    )
 
 
 def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant]]:
@@ -371,7 +390,9 @@ def _varied(variants: Mapping[str, Variant], path: Path) -> dict[str, str]:
             value = as_word(tree[leaf]) if leaf in tree else "its default"
             first_with.setdefault(value, name)
         if len(first_with) > 1:
-            found[leaf] = ", ".join(f"{value} in {name}" for value, name in list(first_with.items())[:3])
+            found[leaf] = ", ".join(
+                f"{value} in {name}" for value, name in list(first_with.items())[:3]
+            )
     return found
 
 
@@ -421,7 +442,8 @@ def _run(
 
 
 def _of_variant(error: ConfigError, path: Path, variant: str) -> ConfigError:
-    """The error of a variant. What is wrong with the grid itself, or with a flag, says so already."""
+    """The error of a variant. What is wrong with the grid itself, or with a flag, says so
+    already."""
     text = str(error)
     if text.startswith(f"{path}: "):
         return error

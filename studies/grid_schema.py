@@ -1,8 +1,8 @@
 """The JSON Schema of a grid file, generated from the types of grids and configs.
 
-`python -m studies.grid_schema` writes `configs/grid_schema.json`, which every shipped grid names in `$schema` so that
-editors complete and check. What the values of config keys may be stands in `configs/schema.json`, which it refers to.
-"""
+`python -m studies.grid_schema` writes `configs/grid_schema.json`, which every shipped grid names in
+`$schema` so that editors complete and check. What the values of config keys may be stands in
+`configs/schema.json`, which it refers to."""
 
 import json
 import re
@@ -19,16 +19,20 @@ FILE = json_schema.FOLDER / "grid_schema.json"
 OF_CONFIGS = "schema.json"
 """The schema of configs, seen from this one."""
 NOT_IN_GRIDS = ("seed", "imports", "comet.api")
-"""Config keys that no variant may set: seeds have their own key, code is run before the variants are read, and a secret
-would stand in command lines."""
+"""Config keys that no variant may set: seeds have their own key, code is run before the variants
+are read, and a secret would stand in command lines."""
 FILE_KEYS = {
     "$schema": {"type": "string", "description": "This schema, for editors."},
-    "extends": {"type": "string", "description": "Parent grid, relative to this file; the keys of this file win."},
+    "extends": {
+        "type": "string",
+        "description": "Parent grid, relative to this file; the keys of this file win.",
+    },
 }
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of a grid file: its own keys, and every dotted config key wherever settings are given."""
+    """The JSON Schema of a grid file: its own keys, and every dotted config key wherever settings
+    are given."""
     free_form = json.dumps(TypeAdapter(Settings).json_schema(), sort_keys=True)
     settings = json.dumps({"$ref": "#/$defs/Settings"})
     grid = json.dumps(Grid.model_json_schema(), sort_keys=True)
@@ -60,7 +64,8 @@ def _settings() -> dict[str, Any]:
 def _keys(
     whole: dict[str, Any], section: dict[str, Any], path: str, place: str
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Dotted key, JSON pointer and schema of everything below a section. Where null is allowed, the schema is the other one."""
+    """Dotted key, JSON pointer and schema of everything below a section. Where null is allowed, the
+    schema is the other one."""
     for name, node in section.get("properties", {}).items():
         here = f"{place}/properties/{name}"
         value = next((kind for kind in node.get("anyOf", []) if kind.get("type") != "null"), node)

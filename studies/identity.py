@@ -1,4 +1,5 @@
-"""What makes a run of a study the one that it is: a hash of everything that can change its result."""
+"""What makes a run of a study the one that it is: a hash of everything that can change its
+result."""
 
 import hashlib
 import json
@@ -34,8 +35,8 @@ its default, so that the folders of earlier studies keep their names."""
 def identity(config: Config, settings: Collection[str] = ()) -> str:
     """Ten hexadecimal digits of a hash of everything in a config that can change a result.
 
-    Where and how a run computes (`WHERE_AND_HOW`) is left out, so that a study can go on elsewhere, unless
-    that is what the grid compares.
+    Where and how a run computes (`WHERE_AND_HOW`) is left out, so that a study can go on elsewhere,
+    unless that is what the grid compares.
 
     Args:
         config: the resolved config.
@@ -55,7 +56,8 @@ def is_place(key: str) -> bool:
 
 
 def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:
-    """Remove from the section at `path` what is newer than `HASHED_AT_DEFAULT` and at its default."""
+    """Remove from the section at `path` what is newer than `HASHED_AT_DEFAULT` and at its
+    default."""
     section = section_at(path)
     for name in list(tree):
         key = ".".join((*path, name))
@@ -65,9 +67,12 @@ def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:
             if not tree[name] and not known:
                 del tree[name]
         elif key not in HASHED_AT_DEFAULT and not is_place(key):
-            # an argument of a part is hashed wherever it is given, unless a resolved config holds it given or not
+            # an argument of a part is hashed wherever it is given, unless a resolved config holds
+            # it given or not
             if name not in section.model_fields and not section.fills_defaults:
                 continue
             field = section.known_fields()[name]
-            if not field.is_required() and tree[name] == field.get_default(call_default_factory=True):
+            if not field.is_required() and tree[name] == field.get_default(
+                call_default_factory=True
+            ):
                 del tree[name]

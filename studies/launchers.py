@@ -61,8 +61,8 @@ class BusyError(ConfigError):
 class Worker:
     """The process of a run, its output appended to `<run folder>/output.log`.
 
-    That file is locked meanwhile, so no second one can be started, from wherever. The lock is held by both this process and the
-    new one: on a network file system it may be this one's alone.
+    That file is locked meanwhile, so no second one can be started, from wherever. The lock is held
+    by both this process and the new one: on a network file system it may be this one's alone.
 
     Args:
         run: what to work on.
@@ -76,7 +76,9 @@ class Worker:
 
     def __init__(self, run: Run, slot: int = 0, before: Callable[[], None] | None = None) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        self.output = os.open(run.folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.output = os.open(
+            run.folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+        )
         try:
             self._lock(run)
             self.process = None if look(run).state == FINISHED else self._start(run, slot, before)
@@ -90,16 +92,20 @@ class Worker:
         except OSError:
             raise BusyError(f"{run.folder}: another process works on {run.name}") from None
 
-    def _start(self, run: Run, slot: int, before: Callable[[], None] | None) -> subprocess.Popen[bytes]:
+    def _start(
+        self, run: Run, slot: int, before: Callable[[], None] | None
+    ) -> subprocess.Popen[bytes]:
         if not has_checkpoint(run.folder):
-            (run.folder / "config.json").unlink(missing_ok=True)  # it was killed before its first checkpoint: begin again
+            # it was killed before its first checkpoint: begin again
+            (run.folder / "config.json").unlink(missing_ok=True)
         return subprocess.Popen(  # noqa: S603 - our own scripts
             command(run), stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, pass_fds=(self.output,),
             preexec_fn=before, env=_environment(run, slot),
         )  # fmt: skip
 
     def exit_code(self) -> int | None:
-        """Of the process, None while it lives; 0 of a run that another one had finished meanwhile."""
+        """Of the process, None while it lives; 0 of a run that another one had finished
+        meanwhile."""
         code = 0 if self.process is None else self.process.poll()
         if code is not None and self.output is not None:
             os.close(self.output)
@@ -145,10 +151,13 @@ class Job(ABC):
 
 
 class LocalJob(Job):
-    """A process of this machine. It is asked to save and leave when this process dies, however that happens."""
+    """A process of this machine. It is asked to save and leave when this process dies, however that
+    happens."""
 
     def __init__(self, run: Run, slot: int) -> None:
-        self.worker = Worker(run, slot, before=_leave_with_parent if sys.platform == "linux" else None)
+        self.worker = Worker(
+            run, slot, before=_leave_with_parent if sys.platform == "linux" else None
+        )
 
     def exit_code(self) -> int | None:
         return self.worker.exit_code()
@@ -182,7 +191,8 @@ class ClusterJob(Job):
         error = self.job.exception()
         if error is not None:
             return _reason(str(error), self.run.name)
-        # the folder is listed, because a network file system would remember that a single file was not there
+        # the folder is listed, because a network file system would remember that a single file was
+        # not there
         if "result.json" in {file.name for file in self.run.folder.glob("*")}:
             return None
         return "its job has worked on another config: the grid or a file under it has changed since"
@@ -227,17 +237,22 @@ Start = Callable[[Run, int], Job]
 
 
 def launcher(name: str, folder: Path, settings: Sequence[str]) -> Start:
-    """What starts a run: `process` on this machine, `slurm` on a cluster, `local` the cluster's path on this machine.
+    """What starts a run: `process` on this machine, `slurm` on a cluster, `local` the cluster's
+    path on this machine.
 
     Args:
         name: one of the three.
         folder: where submitit writes its own files.
-        settings: parameters of submitit's executor, such as `["slurm_partition=gpu", "timeout_min=600"]`.
+        settings: parameters of submitit's executor, such as `["slurm_partition=gpu",
+            "timeout_min=600"]`.
 
     Raises:
         ConfigError: submitit is not installed, does not know a parameter, or is not asked for one.
     """
-    parameters = {key: int(value) if value.isdecimal() else value for key, value in set_overrides(settings, "--parameter")}
+    parameters = {
+        key: int(value) if value.isdecimal() else value
+        for key, value in set_overrides(settings, "--parameter")
+    }
     if name == "process":
         if parameters:
             raise ConfigError(f"--parameter {settings[0]}: has no effect without --launcher slurm")
@@ -245,7 +260,9 @@ def launcher(name: str, folder: Path, settings: Sequence[str]) -> Start:
     try:
         import submitit
     except ModuleNotFoundError:
-        raise ConfigError('--launcher: needs the package submitit: pip install -e ".[slurm]"') from None
+        raise ConfigError(
+            '--launcher: needs the package submitit: pip install -e ".[slurm]"'
+        ) from None
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=name)
         executor.update_parameters(name="study", **parameters)
@@ -255,13 +272,23 @@ def launcher(name: str, folder: Path, settings: Sequence[str]) -> Start:
 
 
 def _environment(run: Run, slot: int) -> dict[str, str]:
-    """This process's, but with one GPU: runs at once take one each, in turn. A run on several GPUs sees all."""
+    """This process's, but with one GPU: runs at once take one each, in turn. A run on several GPUs
+    sees all."""
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = [str(index) for index in range(torch.cuda.device_count())] if asked is None else asked.split(",")
-    one = {"CUDA_VISIBLE_DEVICES": visible[slot % len(visible)]} if len(visible) > 1 and run.config.n_gpu <= 1 else {}
+    visible = (
+        [str(index) for index in range(torch.cuda.device_count())]
+        if asked is None
+        else asked.split(",")
+    )
+    one = (
+        {"CUDA_VISIBLE_DEVICES": visible[slot % len(visible)]}
+        if len(visible) > 1 and run.config.n_gpu <= 1
+        else {}
+    )
     return {**os.environ, **one}
 
 
 def _leave_with_parent() -> None:
-    """Called in the new process: Linux shall send it SIGTERM when its parent dies: a killed study leaves no run behind."""
+    """Called in the new process: Linux shall send it SIGTERM when its parent dies: a killed study
+    leaves no run behind."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)

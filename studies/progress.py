@@ -14,7 +14,14 @@ from base.errors import ConfigError, ProjectError
 from base.text import one_line
 from studies.grid import Run, as_word
 
-NEW, BROKEN, RUNNING, ELSEWHERE, FINISHED, FAILED = "new", "to resume", "running", "elsewhere", "finished", "failed"
+NEW, BROKEN, RUNNING, ELSEWHERE, FINISHED, FAILED = (
+    "new",
+    "to resume",
+    "running",
+    "elsewhere",
+    "finished",
+    "failed",
+)
 
 
 @dataclass(frozen=True)
@@ -22,8 +29,8 @@ class Progress:
     """What the folder of a run says.
 
     Attributes:
-        state: one of the six above; a folder alone does not know about `RUNNING`, `ELSEWHERE` (another process works on it) and
-            `FAILED`.
+        state: one of the six above; a folder alone does not know about `RUNNING`, `ELSEWHERE`
+            (another process works on it) and `FAILED`.
         epoch: finished epochs.
         best: the monitored value at its best, or None.
     """
@@ -52,7 +59,8 @@ def look(run: Run) -> Progress:
 
 
 def changed_places(run: Run) -> list[Override]:
-    """What a run that has been begun was given other values of, and may be: the keys of `WHERE_AND_HOW`.
+    """What a run that has been begun was given other values of, and may be: the keys of
+    `WHERE_AND_HOW`.
 
     Raises:
         ConfigError: its config.json is missing or damaged.
@@ -67,18 +75,34 @@ def changed_places(run: Run) -> list[Override]:
 
 
 def table(rows: Sequence[tuple[Run, Progress, float | None]]) -> str:
-    """One line per run: name, state, epoch, best value, time left (of `(run, progress, seconds left or None)`)."""
+    """One line per run: name, state, epoch, best value, time left (of `(run, progress, seconds left
+    or None)`)."""
     cells = [("run", "state", "epoch", "best", "left")]
     for run, progress, seconds_left in rows:
         epochs = f"{progress.epoch}/{run.config.trainer.epochs}"
         _, _, name = run.config.trainer.monitor.partition(" ")
         best = (
-            "" if progress.best is None else f"{name} {progress.best:.2%}" if "top" in name else f"{name} {progress.best:.4g}"
+            ""
+            if progress.best is None
+            else f"{name} {progress.best:.2%}"
+            if "top" in name
+            else f"{name} {progress.best:.4g}"
         )
-        cells.append((run.name, progress.state, epochs, best, "" if seconds_left is None else as_duration(seconds_left)))
+        cells.append(
+            (
+                run.name,
+                progress.state,
+                epochs,
+                best,
+                "" if seconds_left is None else as_duration(seconds_left),
+            )
+        )
     cells = [tuple(map(one_line, line)) for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
 
 
 def as_duration(seconds: float) -> str:
@@ -93,7 +117,9 @@ def _log(file: Path) -> list[dict[str, float]]:
     """The epochs logged so far; a line that is being written does not count yet."""
     if not file.exists():
         return []
-    return [_json(file, line) for line in _text(file).splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        _json(file, line) for line in _text(file).splitlines(keepends=True) if line.endswith("\n")
+    ]
 
 
 def _text(file: Path) -> str:
@@ -105,7 +131,9 @@ def _json(file: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{file}: damaged: {error}; move {file.parent} away to begin again") from None
+        raise ConfigError(
+            f"{file}: damaged: {error}; move {file.parent} away to begin again"
+        ) from None
 
 
 def _config_of_folder(run: Run) -> dict[str, Any]:

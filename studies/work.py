@@ -1,7 +1,8 @@
-"""Working through the runs of a study: some at once, finished ones skipped, broken ones continued, failures told at the end.
+"""Working through the runs of a study: some at once, finished ones skipped, broken ones continued,
+failures told at the end.
 
-Several processes may work through one study: a run that another one works on is looked at again when all else is done.
-"""
+Several processes may work through one study: a run that another one works on is looked at again
+when all else is done."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,17 @@ from base.errors import ConfigError, Stopped
 from base.signals import StopSignals
 from studies.grid import Run
 from studies.launchers import BusyError, Job, Start
-from studies.progress import BROKEN, ELSEWHERE, FAILED, FINISHED, NEW, RUNNING, Progress, look, table
+from studies.progress import (
+    BROKEN,
+    ELSEWHERE,
+    FAILED,
+    FINISHED,
+    NEW,
+    RUNNING,
+    Progress,
+    look,
+    table,
+)
 
 SECONDS_BETWEEN_LOOKS = 1.0
 STATES = (FINISHED, FAILED, RUNNING, ELSEWHERE, BROKEN, NEW)
@@ -41,7 +52,8 @@ class Study:
         self.signals = StopSignals()
 
     def work(self) -> dict[Run, str]:
-        """Work until every run is finished or has failed; returns what went wrong with those that failed.
+        """Work until every run is finished or has failed; returns what went wrong with those that
+        failed.
 
         Raises:
             Stopped: a signal came; the runs have saved and left, and the same call continues them.
@@ -51,7 +63,9 @@ class Study:
             while self.waiting or self.working:
                 self._begin()
                 self._look()
-                screen.show(table([(run, self.progress[run], self._seconds_left(run)) for run in self.runs]))
+                screen.show(
+                    table([(run, self.progress[run], self._seconds_left(run)) for run in self.runs])
+                )
                 if self.signals.asked:
                     self._leave()
                 if self.working or self.waiting:
@@ -59,13 +73,16 @@ class Study:
         return self.failures
 
     def _begin(self) -> None:
-        """Start runs while there is room; those that another process works on go on waiting, behind the others."""
+        """Start runs while there is room; those that another process works on go on waiting, behind
+        the others."""
         for run in sorted(self.waiting, key=lambda run: self.progress[run].state == ELSEWHERE):
             if len(self.working) >= self.jobs or self.signals.asked:
                 return
             slot = min(set(range(self.jobs)) - {work.slot for work in self.working.values()})
             try:
-                self.working[run] = _Work(self.start(run, slot), slot, monotonic(), self.progress[run].epoch)
+                self.working[run] = _Work(
+                    self.start(run, slot), slot, monotonic(), self.progress[run].epoch
+                )
             except BusyError:
                 self._read(run, ELSEWHERE)
                 continue
@@ -106,17 +123,21 @@ class Study:
             work.job.stop()
         for work in self.working.values():
             work.job.wait()
-        left = sum(progress.state not in (FINISHED, ELSEWHERE) for progress in self.progress.values())
+        left = sum(
+            progress.state not in (FINISHED, ELSEWHERE) for progress in self.progress.values()
+        )
         going_on = sum(work.job.outlives for work in self.working.values())
         jobs = f"; {going_on} jobs go on without this process" if going_on else ""
         raise Stopped(
-            f"stopped with {left} of {len(self.runs)} runs to do{jobs}; the same command continues them", self.signals.asked
+            f"stopped with {left} of {len(self.runs)} runs to do{jobs}; the same command continues them",
+            self.signals.asked,
         )
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A run at work: its job, its place among those at once, when it was begun (of `monotonic`), after how many epochs."""
+    """A run at work: its job, its place among those at once, when it was begun (of `monotonic`),
+    after how many epochs."""
 
     job: Job
     slot: int
@@ -125,7 +146,8 @@ class _Work:
 
 
 class _Screen:
-    """Shows a table over and over: in a terminal in place, elsewhere only the lines that have a new state."""
+    """Shows a table over and over: in a terminal in place, elsewhere only the lines that have a new
+    state."""
 
     def __init__(self) -> None:
         self.shown: set[str] = set()
@@ -143,11 +165,15 @@ class _Screen:
                 print(line, flush=True)
 
     def _draw(self, lines: list[str]) -> None:
-        """Over what was drawn before; of a table that is higher than the terminal only the runs at work, cut at its edges."""
+        """Over what was drawn before; of a table that is higher than the terminal only the runs at
+        work, cut at its edges."""
         size = get_terminal_size()
         if len(lines) >= size.lines:
             working = [line for line in lines[1:] if f"  {RUNNING}" in line]
-            counts = ", ".join(f"{sum(f'  {state}' in line for line in lines)} {state}" for state in (FINISHED, FAILED))
+            counts = ", ".join(
+                f"{sum(f'  {state}' in line for line in lines)} {state}"
+                for state in (FINISHED, FAILED)
+            )
             lines = [lines[0], *working[: size.lines - 4], f"{len(lines) - 1} runs, {counts}"]
         lines = [line[: size.columns - 1] for line in lines]
         up = f"\x1b[{self.drawn}A\x1b[J" if self.drawn else ""

@@ -1,4 +1,5 @@
-"""What every room needs: one thread per process, signals as in a terminal, tiny data sets on disk."""
+"""What every room needs: one thread per process, signals as in a terminal, tiny data sets on
+disk."""
 
 import hashlib
 import os
@@ -28,7 +29,18 @@ for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
     if hasattr(signal, name):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
-CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR10_NAMES = [
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +75,8 @@ def _cifar_entry(n: int, num_classes: int, label_key: str, seed: int) -> dict:
 
 @pytest.fixture
 def fake_cifar(tmp_path, monkeypatch):
-    """Archives with the layout of CIFAR-10 (100 + 10 images) and CIFAR-100 (200 + 100), whose md5 sums torchvision believes."""
+    """Archives with the layout of CIFAR-10 (100 + 10 images) and CIFAR-100 (200 + 100), whose md5
+    sums torchvision believes."""
 
     def publish(source: type, files: dict[str, dict], meta: dict) -> None:
         base = tmp_path / "build" / source.base_folder
@@ -77,8 +90,12 @@ def fake_cifar(tmp_path, monkeypatch):
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(base, source.base_folder)
         monkeypatch.setattr(source, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())  # noqa: S324
-        monkeypatch.setattr(source, "train_list", [[name, md5[name]] for name, _ in source.train_list])
-        monkeypatch.setattr(source, "test_list", [[name, md5[name]] for name, _ in source.test_list])
+        monkeypatch.setattr(
+            source, "train_list", [[name, md5[name]] for name, _ in source.train_list]
+        )
+        monkeypatch.setattr(
+            source, "test_list", [[name, md5[name]] for name, _ in source.test_list]
+        )
         monkeypatch.setattr(source, "meta", {**source.meta, "md5": md5[source.meta["filename"]]})
 
     batches = {f"data_batch_{i}": _cifar_entry(20, 10, "labels", i) for i in range(1, 6)}
@@ -86,7 +103,10 @@ def fake_cifar(tmp_path, monkeypatch):
     publish(torchvision.datasets.CIFAR10, batches, {"label_names": CIFAR10_NAMES})
     from data_loader.label_noise import CIFAR100_FLIPS
 
-    parts = {"train": _cifar_entry(200, 100, "fine_labels", 7), "test": _cifar_entry(100, 100, "fine_labels", 8)}
+    parts = {
+        "train": _cifar_entry(200, 100, "fine_labels", 7),
+        "test": _cifar_entry(100, 100, "fine_labels", 8),
+    }
     publish(torchvision.datasets.CIFAR100, parts, {"fine_label_names": sorted(CIFAR100_FLIPS)})
     return tmp_path / "data"
 

@@ -1,4 +1,5 @@
-"""Compares the golden runs of two checkouts: the same bytes before and after a refactor, or the commit says why.
+"""Compares the golden runs of two checkouts: the same bytes before and after a refactor, or the
+commit says why.
 
     python tests/golden_runs.py CLONE_A CLONE_B
 
@@ -40,7 +41,8 @@ TIMES = ("seconds", "images_per_second")
 
 
 def config(method: str, layers: str) -> dict[str, Any]:
-    """The config of one run: two epochs of three minibatches, the shares of two processes uneven."""
+    """The config of one run: two epochs of three minibatches, the shares of two processes
+    uneven."""
     own = METHODS[method]
     attack = {"steps": 2, "validate_images": 20, "report_images": 20}
     adversarial = {**attack, **own["adversarial"]} if "adversarial" in own else None
@@ -72,7 +74,8 @@ def folder_name(method: str, layers: str, processes: int) -> str:
 
 
 def train_all(folder: Path) -> None:
-    """Train every golden run with the checkout in the current folder; what goes wrong is printed."""
+    """Train every golden run with the checkout in the current folder; what goes wrong is
+    printed."""
     sys.path[0] = str(Path.cwd())
     import experiment  # noqa: F401  # each run below is a fork and finds the imports done
 
@@ -109,7 +112,11 @@ def _fork(words: list[str], rank: int, processes: int, port: int, folder: Path) 
         os.dup2(output, 2)
         if processes > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-            place |= {"LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place |= {
+                "LOCAL_WORLD_SIZE": processes,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             os.environ.update({key: str(value) for key, value in place.items()})
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
@@ -186,7 +193,9 @@ def main() -> None:
         for name in (folder_name(*run) for run in names()):
             found = differences(folders[0] / name, folders[1] / name)
             different += bool(found)
-            print(f"{name:<22}", "same" if not found else f"DIFFERS, {len(found)} values; {found[0]}")
+            print(
+                f"{name:<22}", "same" if not found else f"DIFFERS, {len(found)} values; {found[0]}"
+            )
         print(f"{len(names())} runs, {different} differ")
         sys.exit(1 if different else 0)
 

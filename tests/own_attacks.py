@@ -1,4 +1,5 @@
-"""An attack of a user's own. Importing it registers nothing, so that no test sees the tables of another one."""
+"""An attack of a user's own. Importing it registers nothing, so that no test sees the tables of
+another one."""
 
 from dataclasses import dataclass
 

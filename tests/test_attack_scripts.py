@@ -1,4 +1,5 @@
-"""train_robust.py, validate_pgd.py and fgsm.py as a user runs them: in their own processes, from another folder."""
+"""train_robust.py, validate_pgd.py and fgsm.py as a user runs them: in their own processes, from
+another folder."""
 
 import csv
 import json
@@ -32,7 +33,9 @@ SHORT = [
 def run(script, *words, cwd, launcher=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,17 @@ def robust_run(tmp_path_factory):
     options = ["--set", "adversarial.method=fgsm", "--set", "trainer.ema_decay=0.5"]
     config = ROOT / "configs" / "quickstart.json"
     monitor = ["--set", "trainer.monitor=max val_robust_top1"]
-    done = run("train_robust.py", "-c", config, "--run_dir", folder, *options, *monitor, *SHORT, cwd=folder.parent)
+    done = run(
+        "train_robust.py",
+        "-c",
+        config,
+        "--run_dir",
+        folder,
+        *options,
+        *monitor,
+        *SHORT,
+        cwd=folder.parent,
+    )
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -53,12 +66,18 @@ def test_robust_training_ends_with_attacks_on_last_and_best_and_their_averages(r
         assert (
             result[f"{kind}test_robust_top1"]
             == json.loads(
-                (folder / "eval" / f"pgd_{'last' if 'last' in kind else 'best'}{'_ema' * ('ema' in kind)}.json").read_text()
+                (
+                    folder
+                    / "eval"
+                    / f"pgd_{'last' if 'last' in kind else 'best'}{'_ema' * ('ema' in kind)}.json"
+                ).read_text()
             )["robust_top1"]
         )
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"val_robust_top1", "val_fgsm_top1", "val_ema_robust_top1"} <= log[0].keys()
-    assert log[result["best_epoch"] - 1]["val_robust_top1"] == max(epoch["val_robust_top1"] for epoch in log)
+    assert log[result["best_epoch"] - 1]["val_robust_top1"] == max(
+        epoch["val_robust_top1"] for epoch in log
+    )
     for name in ("best", "last", "best_ema", "last_ema"):
         assert json.loads((folder / "eval" / f"pgd_{name}.json").read_text())["n"] == 40
     assert "PGD-2, linf 8/255, step 2/255, 1 start on 40 images" in done.stdout
@@ -67,7 +86,10 @@ def test_robust_training_ends_with_attacks_on_last_and_best_and_their_averages(r
 
 def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
     folder, _ = robust_run
-    stale, other = (folder / "eval" / f".{name}.{'0f' * 8}.partial.npz" for name in ("fgsm_linf_8_ema_n30_seed0", "pgd"))
+    stale, other = (
+        folder / "eval" / f".{name}.{'0f' * 8}.partial.npz"
+        for name in ("fgsm_linf_8_ema_n30_seed0", "pgd")
+    )
     stale.touch()  # as an attempt with another number of processes leaves it
     other.touch()
     done = run("fgsm.py", "-s", folder, "--limit", 30, "--ema", cwd=folder.parent)
@@ -75,14 +97,18 @@ def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
     assert done.stdout.splitlines()[-1].startswith("FGSM, linf 8/255 on 30 images: clean ")
     report = json.loads((folder / "eval" / "fgsm_linf_8_ema_n30_seed0.json").read_text())
     assert report["n"] == 30
-    assert list((folder / "eval").glob(".*")) == [other], "only what belongs to this report is removed"
+    assert list((folder / "eval").glob(".*")) == [other], (
+        "only what belongs to this report is removed"
+    )
     other.unlink()
 
 
 def test_same_verdicts_for_two_processes_and_other_batches(robust_run, tmp_path):
     folder, _ = robust_run
     words = ["-s", folder, "--limit", 40, "--seed", 5, "--restarts", 2, "--json"]
-    first = script("validate_pgd.py", *words, tmp_path / "one.json", "--batch_size", 16, cwd=tmp_path)
+    first = script(
+        "validate_pgd.py", *words, tmp_path / "one.json", "--batch_size", 16, cwd=tmp_path
+    )
     assert first.returncode == 0, first.stderr
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     second = run("validate_pgd.py", *words, tmp_path / "two.json", cwd=tmp_path, launcher=launcher)
@@ -95,9 +121,27 @@ def test_same_verdicts_for_two_processes_and_other_batches(robust_run, tmp_path)
 
 def test_doctor_figure_and_l2(robust_run, tmp_path):
     folder, _ = robust_run
-    words = ["-s", folder, "--limit", 16, "--norm", "l2", "--steps", 3, "--set", "system.num_threads=1"]
+    words = [
+        "-s",
+        folder,
+        "--limit",
+        16,
+        "--norm",
+        "l2",
+        "--steps",
+        3,
+        "--set",
+        "system.num_threads=1",
+    ]
     done = script(
-        "validate_pgd.py", *words, "--doctor", "--figure", tmp_path / "a.png", "--json", tmp_path / "a.json", cwd=tmp_path
+        "validate_pgd.py",
+        *words,
+        "--doctor",
+        "--figure",
+        tmp_path / "a.png",
+        "--json",
+        tmp_path / "a.json",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "a.json").read_text())
@@ -128,7 +172,12 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     words = ["-c", tmp_path / "config.json", "-s", source / "model_best.pth", "--limit", 20]
-    digits = ["--set", "data_loader.type=DigitsDataLoader", "--set", "data_loader.args.data_dir=none"]
+    digits = [
+        "--set",
+        "data_loader.type=DigitsDataLoader",
+        "--set",
+        "data_loader.args.data_dir=none",
+    ]
     done = script("validate_pgd.py", *words, *digits, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "normalizing by those of CIFAR-10" in done.stdout
@@ -158,8 +207,19 @@ def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
 )
 def test_the_doctors_last_line(reliable, needed, line):
     attack = PGD(8 / 255, 2 / 255, 7, early_stop=5)
-    numbers = {"n": 300, "clean_top1": 1.0, "robust_top1": 0.5, "robust_top5": None, "interval": (0.4, 0.6)}
-    cost = {"seconds": 1.0, "images_per_second": 300.0, "max_perturbation": 8 / 255, "precision": "fp32"}
+    numbers = {
+        "n": 300,
+        "clean_top1": 1.0,
+        "robust_top1": 0.5,
+        "robust_top5": None,
+        "interval": (0.4, 0.6),
+    }
+    cost = {
+        "seconds": 1.0,
+        "images_per_second": 300.0,
+        "max_perturbation": 8 / 255,
+        "precision": "fp32",
+    }
     judged = {"reliable": reliable, "images_needed": needed, "warnings": (), "verdicts": None}
     report = RobustnessReport(attack, 0, **numbers, **cost, **judged)
     assert _conclusion(report, DoctorReport((), attack, (), 200, 10)) == line
@@ -173,9 +233,7 @@ def test_the_doctors_last_line(reliable, needed, line):
         (["--set", "adversarial.epsilon=2/255", "--step_size", "1 / 255"], 2 / 255, 1 / 255),
     ],
 )
-def test_sizes_may_be_fractions_of_the_pixel_range(
-    robust_run, tmp_path, flags, epsilon, step_size
-):
+def test_sizes_may_be_fractions_of_the_pixel_range(robust_run, tmp_path, flags, epsilon, step_size):
     words = ["-s", robust_run[0], "--limit", 5, "--json", tmp_path / "a.json"]
     done = script("validate_pgd.py", *words, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -225,12 +283,19 @@ def test_images_that_the_network_cannot_take_are_one_line(robust_run, tmp_path):
 def bad_inputs(folder, tmp_path):
     (tmp_path / "log.png").symlink_to(folder / "metrics.jsonl")
     checkpoint = torch.load(folder / "model_best.pth", weights_only=True)
-    save_checkpoint(tmp_path / "other.pth", {**checkpoint, "state_dict": {"other.weight": torch.zeros(1)}})
+    save_checkpoint(
+        tmp_path / "other.pth", {**checkpoint, "state_dict": {"other.weight": torch.zeros(1)}}
+    )
     torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "bare.pth")
     for part in ("train", "test"):
         for name in ("a", "b"):
             (tmp_path / "empty" / part / name).mkdir(parents=True)
-    empty = ["--set", "data_loader.type=ImageFolderDataLoader", "--set", f"data_loader.args.data_dir={tmp_path / 'empty'}"]
+    empty = [
+        "--set",
+        "data_loader.type=ImageFolderDataLoader",
+        "--set",
+        f"data_loader.args.data_dir={tmp_path / 'empty'}",
+    ]
     return {
         "pixel range epsilon": (
             ["-s", folder, "--epsilon", "0.031"],
@@ -351,7 +416,9 @@ def test_bad_input_is_one_line_and_an_exit_code(robust_run, tmp_path):
     before = sorted(path.name for path in folder.rglob("*"))
     for name, (words, code, message) in bad_inputs(folder, tmp_path).items():
         done = script("validate_pgd.py", *words, cwd=tmp_path)
-        assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{name}: {done.stderr}"
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), (
+            f"{name}: {done.stderr}"
+        )
         assert message in done.stderr, name
         assert sorted(path.name for path in folder.rglob("*")) == before, name
 
@@ -437,16 +504,40 @@ def own_attack(folder):
     """A file that registers an attack of a user's own."""
     source = (ROOT / "tests" / "own_attacks.py").read_text()
     file = folder / "mine.py"
-    file.write_text(f'{source}\n\nfrom base.registry import ATTACKS\n\nATTACKS["momentum"] = MomentumFGSM\n')
+    file.write_text(
+        f'{source}\n\nfrom base.registry import ATTACKS\n\nATTACKS["momentum"] = MomentumFGSM\n'
+    )
     return file
 
 
 def test_a_users_own_attack_with_its_arguments_images_and_table(robust_run, tmp_path):
-    words = ["-s", robust_run[0], "--limit", 12, "--json", "a.json", "--csv", "a.csv", "--save_images", "a.npz"]
-    own = ["--imports", own_attack(tmp_path), "--attack", "momentum", "--set", "pgd_attack.momentum=0.5", "--steps", 3]
+    words = [
+        "-s",
+        robust_run[0],
+        "--limit",
+        12,
+        "--json",
+        "a.json",
+        "--csv",
+        "a.csv",
+        "--save_images",
+        "a.npz",
+    ]
+    own = [
+        "--imports",
+        own_attack(tmp_path),
+        "--attack",
+        "momentum",
+        "--set",
+        "pgd_attack.momentum=0.5",
+        "--steps",
+        3,
+    ]
     done = script("validate_pgd.py", *words, *own, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1].startswith("MomentumFGSM-3, linf 8/255, momentum 0.5 on 12 images: clean ")
+    assert done.stdout.splitlines()[-1].startswith(
+        "MomentumFGSM-3, linf 8/255, momentum 0.5 on 12 images: clean "
+    )
     report = json.loads((tmp_path / "a.json").read_text())
     assert (report["momentum"], report["steps"], report["step_size"]) == (0.5, 3, None)
     images, verdicts = np.load(tmp_path / "a.npz"), np.load(tmp_path / "a.verdicts.npz")

@@ -39,7 +39,10 @@ def test_training_starts_a_process_for_each(monkeypatch, words, processes):
 
 
 def test_an_evaluation_has_a_process_for_each_only_under_torchrun(monkeypatch):
-    with pytest.raises(ConfigError, match="^-d 0,1: a process that evaluates uses one device; .* torchrun --nproc_per_node 2$"):
+    with pytest.raises(
+        ConfigError,
+        match="^-d 0,1: a process that evaluates uses one device; .* torchrun --nproc_per_node 2$",
+    ):
         select_device_to_evaluate("0,1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     select_device_to_evaluate("0,1")
@@ -47,5 +50,7 @@ def test_an_evaluation_has_a_process_for_each_only_under_torchrun(monkeypatch):
 
 
 def test_devices_that_are_not_there(monkeypatch):
-    with pytest.raises(ConfigError, match=r"^-d 0,1,2: there is no such CUDA device \(only 2 of them\)$"):
+    with pytest.raises(
+        ConfigError, match=r"^-d 0,1,2: there is no such CUDA device \(only 2 of them\)$"
+    ):
         select_device_to_evaluate("0,1,2")

@@ -39,11 +39,17 @@ TINY = {
     "seed": 3,
     "arch": {"type": "simpleCNN", "args": {"norm_layer_type": "gn"}},
     # minibatches of 37, 37 and 1: uneven shares, and one with fewer images than processes
-    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 37, "validation_split": 0.1}},
+    "data_loader": {
+        "type": "DigitsDataLoader",
+        "args": {"batch_size": 37, "validation_split": 0.1},
+    },
     "optimizer": {"type": "SGD", "args": {"lr": 0.02, "momentum": 0.9}},
     "trainer": {"epochs": 2, "verbosity": 0, "subset_percent": 0.052},
 }
-SYNCHRONISED = {"arch": {"args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}}, "system": {"sync_bn": True}}
+SYNCHRONISED = {
+    "arch": {"args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
+    "system": {"sync_bn": True},
+}
 ATTACKED = {"steps": 2, "validate_images": 21, "report_images": 21}
 METHODS = {
     "standard": {"augmentation": {"cutout": 4}},
@@ -56,7 +62,10 @@ METHODS = {
             "data_loader": {"args": {"batch_size": 36}},  # and 36 and 3
         },
     ),
-    "free": {"adversarial": {"method": "free", "noise": "carry", **ATTACKED}, "trainer": {"adv_repeats": 2}},
+    "free": {
+        "adversarial": {"method": "free", "noise": "carry", **ATTACKED},
+        "trainer": {"adv_repeats": 2},
+    },
     "trades": {"adversarial": {"method": "trades", "clean_passes": 2, **ATTACKED}},
     "own data": {"data_loader": {"type": "OwnDigits"}, "augmentation": {"cutout": 4}},
 }
@@ -79,8 +88,8 @@ class OwnDigits(BaseDataLoader):
 
 @contextmanager
 def double_precision():
-    """In single precision one rounding error may turn a maximum or the sign of a gradient to the other side, and two runs of
-    the same algorithm part."""
+    """In single precision one rounding error may turn a maximum or the sign of a gradient to the
+    other side, and two runs of the same algorithm part."""
     original = build.build_experiment_model
     build.build_experiment_model = lambda *arguments: original(*arguments).double()
     try:
@@ -90,7 +99,8 @@ def double_precision():
 
 
 def train_all(folder):
-    """Every method; where there are two processes, one more run is stopped in the middle of its second epoch."""
+    """Every method; where there are two processes, one more run is stopped in the middle of its
+    second epoch."""
     with double_precision(), patch.dict(DATA_LOADERS, OwnDigits=OwnDigits):
         for name, settings in METHODS.items():
             Experiment.from_config(validate(merge(TINY, settings))).run(str(folder / name))
@@ -128,7 +138,9 @@ def runs(tmp_path_factory):
     )
     (folder / "train_all.py").write_text(script)
     words = [*TORCHRUN, str(folder / "train_all.py"), str(folder / "two")]
-    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     train_all(folder / "one")
     return folder
@@ -151,7 +163,10 @@ def test_two_processes_equal_one(runs, method):
         assert theirs == pytest.approx(ours, abs=1e-5)
     assert largest_difference(one / "model_last.pth", two / "model_last.pth") < 1e-5
     if "ema_decay" in METHODS[method].get("trainer", {}):
-        assert largest_difference(one / "model_last.pth", two / "model_last.pth", "ema_state_dict") < 1e-5
+        assert (
+            largest_difference(one / "model_last.pth", two / "model_last.pth", "ema_state_dict")
+            < 1e-5
+        )
     results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
     for name in ("train_seconds", "images_per_second"):
         assert all(result.pop(name) > 0 for result in results)
@@ -167,7 +182,12 @@ def test_own_data_trains_as_data_that_is_known(runs, processes):
 
 
 def test_the_comparison_can_fail(runs):
-    assert largest_difference(runs / "one" / "standard" / "model_last.pth", runs / "two" / "trades" / "model_last.pth") > 1e-3
+    assert (
+        largest_difference(
+            runs / "one" / "standard" / "model_last.pth", runs / "two" / "trades" / "model_last.pth"
+        )
+        > 1e-3
+    )
 
 
 def test_what_a_checkpoint_holds_does_not_depend_on_the_number_of_processes(runs):
@@ -182,9 +202,16 @@ def test_a_run_stopped_in_two_processes_goes_on_in_one(runs):
     assert (progress["epochs_done"], progress["batches_done"]) == (1, 1)
     with double_precision():
         Experiment.resume(str(runs / "two" / "stopped"))
-    for ours, theirs in zip(logs(runs / "two" / "stopped"), logs(runs / "one" / "free"), strict=True):
+    for ours, theirs in zip(
+        logs(runs / "two" / "stopped"), logs(runs / "one" / "free"), strict=True
+    ):
         assert ours == pytest.approx(theirs, abs=1e-5)
-    assert largest_difference(runs / "two" / "stopped" / "model_last.pth", runs / "one" / "free" / "model_last.pth") < 1e-5
+    assert (
+        largest_difference(
+            runs / "two" / "stopped" / "model_last.pth", runs / "one" / "free" / "model_last.pth"
+        )
+        < 1e-5
+    )
 
 
 MANY = 100_000
@@ -200,7 +227,9 @@ def config_file(folder, epochs=6):
 def start(words, run, epochs):
     """Start a job and wait until `epochs` epochs are logged."""
     words = [*map(str, words), "--run_dir", str(run)]
-    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 500
     while not ((run / "metrics.jsonl").exists() and len(logs(run)) >= epochs):
         assert process.poll() is None, process.communicate()
@@ -220,7 +249,14 @@ def processes_of(launcher):
 
 
 def test_n_gpu_starts_processes_that_stop_together(tmp_path):
-    words = [sys.executable, ROOT / "train.py", "-c", config_file(tmp_path, MANY), "--set", "n_gpu=2"]
+    words = [
+        sys.executable,
+        ROOT / "train.py",
+        "-c",
+        config_file(tmp_path, MANY),
+        "--set",
+        "n_gpu=2",
+    ]
     process = start(words, tmp_path / "run", epochs=1)
     assert sorted(processes_of(process.pid)) == [0, 1]
     os.kill(processes_of(process.pid)[1], signal.SIGTERM)  # not to the one that writes
@@ -232,7 +268,11 @@ def test_n_gpu_starts_processes_that_stop_together(tmp_path):
 
 
 def test_a_dead_process_ends_all(tmp_path):
-    process = start([*TORCHRUN, ROOT / "train.py", "-c", config_file(tmp_path, MANY)], tmp_path / "run", epochs=1)
+    process = start(
+        [*TORCHRUN, ROOT / "train.py", "-c", config_file(tmp_path, MANY)],
+        tmp_path / "run",
+        epochs=1,
+    )
     os.kill(processes_of(process.pid)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=500)
     assert process.returncode != 0
@@ -244,7 +284,15 @@ def machine(folder, job, port):
     """The command of one of two machines, which are told apart by nothing."""
     where = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
     several = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 1, "--rdzv_id", job, *where]
-    return [*TORCHRUN[:3], *several, ROOT / "train.py", "-c", config_file(folder), "--run_dir", folder / "run"]
+    return [
+        *TORCHRUN[:3],
+        *several,
+        ROOT / "train.py",
+        "-c",
+        config_file(folder),
+        "--run_dir",
+        folder / "run",
+    ]
 
 
 def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_path):
@@ -266,10 +314,14 @@ def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_p
 
     before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
     words = list(map(str, machine(tmp_path, 2, port)))
-    machines = [subprocess.Popen(words, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    machines = [
+        subprocess.Popen(words, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True) for _ in range(2)
+    ]
     errors = "".join(process.communicate(timeout=500)[1] for process in machines)
     assert all(process.returncode for process in machines), "rank 0 fails alone, and all end"
-    assert errors.count("already holds a run; continue it with -r") == 2, "at both attempts, said once"
+    assert errors.count("already holds a run; continue it with -r") == 2, (
+        "at both attempts, said once"
+    )
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
 
 
@@ -291,14 +343,22 @@ def test_what_all_processes_refuse_is_said_once(tmp_path):
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr(build, "world_size", lambda: 40)
-    loader = BaseDataLoader.__new__(type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__)))
+    loader = BaseDataLoader.__new__(
+        type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__))
+    )
     loader.batch_size, loader.n_samples = 64, 64
     few = BaseDataLoader.__new__(type(loader))
     few.n_samples = 39
     attacked = validate(merge(TINY, {"adversarial": {"method": "pgd", **ATTACKED}}))
-    reported = validate(merge(TINY, {"adversarial": {"method": "none", **ATTACKED, "validate_every": 0}}))
+    reported = validate(
+        merge(TINY, {"adversarial": {"method": "none", **ATTACKED, "validate_every": 0}})
+    )
     for config, loaders, message in (
-        (validate(TINY), (loader, few, loader), "the validation set: 39 images cannot be shared out over 40 processes"),
+        (
+            validate(TINY),
+            (loader, few, loader),
+            "the validation set: 39 images cannot be shared out over 40 processes",
+        ),
         (validate(TINY), (loader, None, few), "the test set: 39 images"),
         (attacked, (loader, loader, loader), "adversarial.validate_images: 21 images"),
         (reported, (loader, None, loader), "adversarial.report_images: 21 images"),
@@ -313,15 +373,22 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch):
 def test_a_lost_process_does_not_make_a_network_unfit():
     class Synchronized(torch.nn.Linear):
         def forward(self, images):
-            raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+            raise RuntimeError(
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+            )
 
-    loader = BaseDataLoader.__new__(type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__)))
+    loader = BaseDataLoader.__new__(
+        type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__))
+    )
     loader.batch_size, loader.n_samples, loader.image_shape = 8, 8, (3, 4, 4)
     with pytest.raises(RuntimeError, match="closed by peer"):
         build.refuse_unfit_images(Synchronized(1, 1), loader, "resnet18")
 
 
-@pytest.mark.parametrize(("device", "message"), [("cuda:1", "system.device: cuda:1 is one"), ("auto", "torchrun: asks for 4")])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:1", "system.device: cuda:1 is one"), ("auto", "torchrun: asks for 4")],
+)
 def test_evaluation_refuses_to_share_a_device(tmp_path, monkeypatch, device, message):
     monkeypatch.setattr("base.distributed.launch.world_size", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -13,9 +13,14 @@ from tiny_runs import ROOT, TINY, script
 MOST_FRAMES, MOST_FILES = 9, 5
 
 
-@pytest.mark.parametrize(("name", "method"), [("train.py", "none"), ("train_robust.py", "trades"), ("train_robust.py", "free")])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("train.py", "none"), ("train_robust.py", "trades"), ("train_robust.py", "free")],
+)
 def test_the_path_from_a_script_to_an_optimizer_step_is_short(tmp_path, name, method):
-    (tmp_path / "config.json").write_text(json.dumps(merge(TINY, {"adversarial": {"method": method}})))
+    (tmp_path / "config.json").write_text(
+        json.dumps(merge(TINY, {"adversarial": {"method": method}}))
+    )
 
     def look():
         unwatched = torch.optim.SGD.step
@@ -32,7 +37,15 @@ def test_the_path_from_a_script_to_an_optimizer_step_is_short(tmp_path, name, me
 
         torch.optim.SGD.step = step
 
-    done = script(name, "-c", tmp_path / "config.json", "--run_dir", tmp_path / "run", cwd=tmp_path, before=look)
+    done = script(
+        name,
+        "-c",
+        tmp_path / "config.json",
+        "--run_dir",
+        tmp_path / "run",
+        cwd=tmp_path,
+        before=look,
+    )
     assert done.returncode != 0
     frames = json.loads((tmp_path / "frames.json").read_text())
     assert frames[0] == name

@@ -1,5 +1,5 @@
-"""spectrum.py and class_report.py as a user runs them: in their own processes, from another folder. What they share with the
-attack scripts is tested there."""
+"""spectrum.py and class_report.py as a user runs them: in their own processes, from another folder.
+What they share with the attack scripts is tested there."""
 
 import json
 import os
@@ -21,26 +21,54 @@ ORIGINAL = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv" / "model_
 def run(name, *words, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / name), *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "run"
-    short = ["--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=8", "--set", "system.num_threads=1"]
+    short = [
+        "--set",
+        "trainer.epochs=2",
+        "--set",
+        "data_loader.args.num_batches=8",
+        "--set",
+        "system.num_threads=1",
+    ]
     settings = [*short, "--set", "trainer.ema_decay=0.5", "--set", "system.precision=fp32"]
-    done = script("train.py", "-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *settings, cwd=folder.parent)
+    done = script(
+        "train.py",
+        "-c",
+        ROOT / "configs" / "quickstart.json",
+        "--run_dir",
+        folder,
+        *settings,
+        cwd=folder.parent,
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_spectrum_of_a_run(digits_run, tmp_path):
-    words = ["-s", digits_run, "--json", tmp_path / "new" / "a.json", "--figure", tmp_path / "a.png", "--tolerance", "1e-6"]
+    words = [
+        "-s",
+        digits_run,
+        "--json",
+        tmp_path / "new" / "a.json",
+        "--figure",
+        tmp_path / "a.png",
+        "--tolerance",
+        "1e-6",
+    ]
     done = run("spectrum.py", *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads((tmp_path / "new" / "a.json").read_text())
     layers = {layer["name"]: layer for layer in report["layers"]}
-    weight = torch.load(digits_run / "model_best.pth", weights_only=True)["state_dict"]["classifier.weight"]
+    weight = torch.load(digits_run / "model_best.pth", weights_only=True)["state_dict"][
+        "classifier.weight"
+    ]
     exact = np.linalg.svd(weight.double().numpy(), compute_uv=False)
     assert layers["classifier"]["norm"] == pytest.approx(exact[0], rel=1e-6)
     assert layers["classifier"]["mean_square"] == pytest.approx((exact**2).mean(), rel=1e-6)
@@ -56,7 +84,16 @@ def test_spectrum_of_a_run(digits_run, tmp_path):
 
 
 def test_classes_of_a_run(digits_run, tmp_path):
-    done = run("class_report.py", "-s", digits_run, "--json", tmp_path / "a.json", "--figure", tmp_path / "a.svg", cwd=tmp_path)
+    done = run(
+        "class_report.py",
+        "-s",
+        digits_run,
+        "--json",
+        tmp_path / "a.json",
+        "--figure",
+        tmp_path / "a.svg",
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads((tmp_path / "a.json").read_text())
     result = json.loads((digits_run / "result.json").read_text())
@@ -64,13 +101,23 @@ def test_classes_of_a_run(digits_run, tmp_path):
     confusion = np.array(report["confusion"])
     assert confusion.sum() == report["n"] == result["n_test"]
     assert confusion.trace() / report["n"] == pytest.approx(report["top1"])
-    assert done.stdout.splitlines()[-1].startswith(f"10 classes, {report['n']} images: top-1 {report['top1']:.2%}")
+    assert done.stdout.splitlines()[-1].startswith(
+        f"10 classes, {report['n']} images: top-1 {report['top1']:.2%}"
+    )
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
 
 
 def test_averaged_weights_are_others(digits_run, tmp_path):
     for name, words in (("last", []), ("ema", ["--ema"])):
-        done = script("spectrum.py", "-s", digits_run, *words, "--json", tmp_path / f"{name}.json", cwd=tmp_path)
+        done = script(
+            "spectrum.py",
+            "-s",
+            digits_run,
+            *words,
+            "--json",
+            tmp_path / f"{name}.json",
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
     last, ema = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("last", "ema"))
     assert (last["ema"], ema["ema"]) == (False, True)
@@ -88,7 +135,12 @@ def test_an_original_checkpoint_with_its_config(name, tmp_path):
         "trainer": {"monitor": "max val_my_metric", "do_adv": True, "adv_clip_eps": 8}, "pgd_attack": {"K": 2, "step": 2},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    digits = ["--set", "data_loader.type=DigitsDataLoader", "--set", "data_loader.args.data_dir=none"]
+    digits = [
+        "--set",
+        "data_loader.type=DigitsDataLoader",
+        "--set",
+        "data_loader.args.data_dir=none",
+    ]
     done = script(name, "-s", ORIGINAL, "-c", tmp_path / "config.json", *digits, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "normalizing by those of CIFAR-10" in done.stdout.splitlines()[0]
@@ -98,19 +150,36 @@ def test_an_original_checkpoint_with_its_config(name, tmp_path):
 def bad_inputs(folder, tmp_path):
     checkpoint = torch.load(folder / "model_best.pth", weights_only=True)
     broken = {
-        key: value * float("nan") if key == "classifier.weight" else value for key, value in checkpoint["state_dict"].items()
+        key: value * float("nan") if key == "classifier.weight" else value
+        for key, value in checkpoint["state_dict"].items()
     }
     save_checkpoint(tmp_path / "nan.pth", {**checkpoint, "state_dict": broken})
     save_checkpoint(tmp_path / "pets.pth", {**checkpoint, "class_names": ["cat", "dog"]})
     return {
         "spectrum.py": {
-            "tolerance": (["-s", folder, "--tolerance", "0"], 2, "--tolerance: expected a number between 0 and 1, not 0.0"),
-            "not finite": (["-s", tmp_path / "nan.pth"], 5, "classifier: its weights or running statistics are infinite"),
-            "figure format": (["-s", folder, "--figure", tmp_path / "a.bmp"], 2, "is not a format of pictures"),
+            "tolerance": (
+                ["-s", folder, "--tolerance", "0"],
+                2,
+                "--tolerance: expected a number between 0 and 1, not 0.0",
+            ),
+            "not finite": (
+                ["-s", tmp_path / "nan.pth"],
+                5,
+                "classifier: its weights or running statistics are infinite",
+            ),
+            "figure format": (
+                ["-s", folder, "--figure", tmp_path / "a.bmp"],
+                2,
+                "is not a format of pictures",
+            ),
         },
         "class_report.py": {
             "no config": (["-s", ORIGINAL], 2, "-c CONFIG: required"),
-            "other classes": (["-s", tmp_path / "pets.pth"], 4, "the model was trained on cat, dog"),
+            "other classes": (
+                ["-s", tmp_path / "pets.pth"],
+                4,
+                "the model was trained on cat, dog",
+            ),
             "nothing": ([], 2, "-s/--checkpoint"),
         },
     }
@@ -121,7 +190,9 @@ def test_bad_input_is_one_line_and_an_exit_code(digits_run, tmp_path):
     for report, cases in bad_inputs(digits_run, tmp_path).items():
         for name, (words, code, message) in cases.items():
             done = script(report, *words, cwd=tmp_path)
-            assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), f"{report}, {name}: {done.stderr}"
+            assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), (
+                f"{report}, {name}: {done.stderr}"
+            )
             assert message in done.stderr, f"{report}, {name}"
     assert sorted(path.name for path in digits_run.rglob("*")) == before
 
@@ -129,7 +200,14 @@ def test_bad_input_is_one_line_and_an_exit_code(digits_run, tmp_path):
 def test_classes_of_a_model_that_answers_with_nan(digits_run, tmp_path):
     """A report is written, every image is wrong, and the report says why it cannot be believed."""
     bad_inputs(digits_run, tmp_path)
-    words = ["-s", tmp_path / "nan.pth", "--json", tmp_path / "a.json", "--figure", tmp_path / "a.png"]
+    words = [
+        "-s",
+        tmp_path / "nan.pth",
+        "--json",
+        tmp_path / "a.json",
+        "--figure",
+        tmp_path / "a.png",
+    ]
     done = script("class_report.py", *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)

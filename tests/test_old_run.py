@@ -15,7 +15,8 @@ from tiny_runs import script
 GOLDEN = Path(__file__).parent / "golden"
 FINISHED = GOLDEN / "old_run_finished"
 ROUNDING = 0.11
-"""Another processor rounds otherwise, and training under attack amplifies it; one of 20 images is 0.05."""
+"""Another processor rounds otherwise, and training under attack amplifies it; one of 20 images is
+0.05."""
 
 
 @pytest.fixture

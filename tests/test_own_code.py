@@ -13,7 +13,7 @@ import pytest
 from base.checkpoint import load_checkpoint
 from tiny_runs import ROOT, script
 
-PARTS = '''
+PARTS = """
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
@@ -81,7 +81,7 @@ LOSSES["my_loss"] = my_loss
 METRICS["pairs"] = my_metric_of_pairs
 TRAINERS["my_method"] = MyMethod
 ATTACKS["my_attack"] = MyAttack
-'''
+"""
 CONFIG = {
     "imports": ["my_parts.py"],
     "arch": {
@@ -94,7 +94,10 @@ CONFIG = {
             "by": 0.5,
         },
     },
-    "data_loader": {"type": "MyDigits", "args": {"batch_size": 32, "num_batches": 2, "validation_split": 0.1}},
+    "data_loader": {
+        "type": "MyDigits",
+        "args": {"batch_size": 32, "num_batches": 2, "validation_split": 0.1},
+    },
     "optimizer": {"type": "my_parts.MyOptimizer", "args": {"lr": 0.05}},
     "lr_scheduler": {"type": "my_parts.MySchedule", "args": {"gamma": 0.9}},
     "train_loss": "my_loss",
@@ -129,7 +132,10 @@ def test_own_parts_of_every_kind_train_and_are_recorded(trained):
     (code,) = config["imports"]
     assert code["file"] == str(trained / "parts" / "my_parts.py")
     assert re.fullmatch("[0-9a-f]{64}", code["sha256"])
-    assert load_checkpoint(trained / "run" / "model_last.pth")["config"]["imports"] == config["imports"]
+    assert (
+        load_checkpoint(trained / "run" / "model_last.pth")["config"]["imports"]
+        == config["imports"]
+    )
     (line,) = (trained / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["val_pairs"] >= json.loads(line)["val_top1"]
     assert json.loads((trained / "run" / "result.json").read_text())["test_pairs"] > 0
@@ -175,8 +181,13 @@ def test_it_is_resumed_with_code_that_has_moved_and_changed(trained):
     words = ["-r", "run", "--set", "trainer.epochs=2", "--imports", "moved/my_parts.py"]
     done = script("train_robust.py", *words, cwd=trained)
     assert done.returncode == 0, done.stderr
-    assert f"imports: {moved / 'my_parts.py'}: has other content than when the run began" in done.stdout
-    assert json.loads((trained / "run" / "config.json").read_text())["imports"][0]["file"] == str(moved / "my_parts.py")
+    assert (
+        f"imports: {moved / 'my_parts.py'}: has other content than when the run began"
+        in done.stdout
+    )
+    assert json.loads((trained / "run" / "config.json").read_text())["imports"][0]["file"] == str(
+        moved / "my_parts.py"
+    )
 
 
 def test_two_processes_import_too(trained):
@@ -199,4 +210,6 @@ def test_a_folder_that_hides_a_room_is_one_line(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     last = done.stderr.splitlines()[-1]
-    assert last.endswith(f"{tmp_path}/models: hides this project's {Path(ROOT) / 'models'}: rename it, or start elsewhere")
+    assert last.endswith(
+        f"{tmp_path}/models: hides this project's {Path(ROOT) / 'models'}: rename it, or start elsewhere"
+    )

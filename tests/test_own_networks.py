@@ -1,5 +1,5 @@
-"""Networks that know nothing of this project, measured by one command each, from a folder outside the
-clone; and against foolbox."""
+"""Networks that know nothing of this project, measured by one command each, from a folder outside
+the clone; and against foolbox."""
 
 import csv
 import json
@@ -84,7 +84,8 @@ def train_on_digits(network, channels, epochs, normalize):
 
 
 def write_test_images(folder, channels):
-    """The first test images as PNG files in `test/<class>/`; their pixels in the order of the files."""
+    """The first test images as PNG files in `test/<class>/`; their pixels in the order of the
+    files."""
     pixels, images, labels = digits(False, channels)
     order = labels[:IMAGES].argsort(stable=True)
     for number in order.tolist():
@@ -121,7 +122,11 @@ def torchvisions(folder):
     state = {f"module.{key}": value for key, value in network.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 1}, folder / "weights.pth")
     numbers = ["--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD))]
-    return Behind(network, normalize).eval(), 3, ["--model", "my_resnet.py:build", "-s", "weights.pth", *numbers]
+    return (
+        Behind(network, normalize).eval(),
+        3,
+        ["--model", "my_resnet.py:build", "-s", "weights.pth", *numbers],
+    )
 
 
 def timms(folder):
@@ -141,7 +146,13 @@ def measured(request, tmp_path_factory):
     images, labels = write_test_images(folder / "digits", channels)
     with torch.no_grad():
         assert (network(images).argmax(1) == labels).float().mean() >= 0.7
-    return network, images, labels, [*words, "--data", "digits", "--set", "system.num_threads=1"], folder
+    return (
+        network,
+        images,
+        labels,
+        [*words, "--data", "digits", "--set", "system.num_threads=1"],
+        folder,
+    )
 
 
 def attack_words():
@@ -150,7 +161,8 @@ def attack_words():
 
 
 def foolboxs(network, images, labels, random_start):
-    """Which images foolbox's PGD breaks, and how near to each other the logits are that decide it."""
+    """Which images foolbox's PGD breaks, and how near to each other the logits are that decide
+    it."""
     peer = foolbox.PyTorchModel(network, bounds=(0, 1))
     torch.manual_seed(0)
     attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=STEPS, random_start=random_start)
@@ -166,7 +178,9 @@ def run(*words, cwd):
     """validate_pgd.py in a process of its own, as a user runs it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "validate_pgd.py"), *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
 
 
 def verdicts_of(folder):
@@ -204,7 +218,11 @@ def test_with_starts_at_least_as_many_images_are_broken_as_by_foolbox(measured):
     assert report["checkpoint"] == "weights.pth"
     assert report["data"] == "digits"
     if "--mean" in words:
-        wrapper = {"mean": list(MEAN), "std": list(STD), "by": "a module Normalized around the network"}
+        wrapper = {
+            "mean": list(MEAN),
+            "std": list(STD),
+            "by": "a module Normalized around the network",
+        }
         assert report["normalization"] == wrapper
         assert report["assumed"] == {"keys": "the prefix 'module.' is dropped"}
     else:
@@ -225,7 +243,13 @@ def tiny(tmp_path_factory):
     images, labels = write_test_images(folder / "digits", 1)
     (folder / "digits" / "test").rename(folder / "images")
     words = ["--model", "tiny_network.py:build", "--model_args", "width=4", "-s", "weights.pth"]
-    return network, images, labels, [*words, "--data", "images", "--set", "system.num_threads=1"], folder
+    return (
+        network,
+        images,
+        labels,
+        [*words, "--data", "images", "--set", "system.num_threads=1"],
+        folder,
+    )
 
 
 def test_doctor_and_pictures_as_for_our_own(tiny):
@@ -251,7 +275,9 @@ def test_class_report_writes_predictions_with_file_names(tiny):
     with torch.no_grad():
         probabilities = network(images).softmax(dim=1)
     predicted = probabilities.argmax(1)
-    assert json.loads((folder / "a.json").read_text())["top1"] == pytest.approx(float((predicted == labels).float().mean()))
+    assert json.loads((folder / "a.json").read_text())["top1"] == pytest.approx(
+        float((predicted == labels).float().mean())
+    )
     with (folder / "images.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["position"] for row in rows] == list(map(str, range(IMAGES)))
@@ -267,7 +293,9 @@ def test_spectra_of_an_own_network(tiny):
     network, _, _, words, folder = tiny
     done = script("spectrum.py", *words, "--json", "a.json", "--figure", "a.svg", cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
-    layers = {layer["name"]: layer for layer in json.loads((folder / "a.json").read_text())["layers"]}
+    layers = {
+        layer["name"]: layer for layer in json.loads((folder / "a.json").read_text())["layers"]
+    }
     assert list(layers) == ["0", "4"]
     exact = np.linalg.norm(network[4].weight.detach().numpy().astype(float), 2)
     assert layers["4"]["norm"] == pytest.approx(exact, rel=1e-5)
@@ -304,7 +332,9 @@ def test_bad_input_is_one_line(tiny, name):
     folder = tiny[-1]
     (folder / "broken_code.py").write_text("def build(:\n")
     state = torch.load(folder / "weights.pth")
-    torch.save({key: value for key, value in state.items() if key.startswith("0.")}, folder / "half.pth")
+    torch.save(
+        {key: value for key, value in state.items() if key.startswith("0.")}, folder / "half.pth"
+    )
     words = {"--model": "tiny_network.py:build", "--data": "images"}
     words |= dict(zip(more[::2], [*more[1::2], None], strict=False))
     words = [word for pair in words.items() for word in pair if word is not None]
@@ -315,6 +345,12 @@ def test_bad_input_is_one_line(tiny, name):
 
 def test_flags_of_own_networks_need_one(tmp_path):
     done = script("fgsm.py", "-s", "m.pth", "--data", "images", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "--data: belongs to a network of --model, which is not given\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "--data: belongs to a network of --model, which is not given\n",
+    )
     done = script("fgsm.py", "--model", "my.py:build", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "--data: required with --model: the folder of the test images\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "--data: required with --model: the folder of the test images\n",
+    )

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 def run(*words, cwd):
     command = [sys.executable, str(ROOT / "plot_training_logs.py"), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment
+    )
 
 
 def write_run(folder, seed, norm, shift, rate=0.0, finished=True):
@@ -30,10 +32,15 @@ def write_run(folder, seed, norm, shift, rate=0.0, finished=True):
         "trainer": {"sym": True, "percent": rate},
     }
     (folder / "config.json").write_text(json.dumps(validate(config).dump()))
-    lines = [{"epoch": epoch, "val_top1": shift + epoch / 100, "val_robust_top1": shift / 2} for epoch in (1, 2, 3)]
+    lines = [
+        {"epoch": epoch, "val_top1": shift + epoch / 100, "val_robust_top1": shift / 2}
+        for epoch in (1, 2, 3)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
-        (folder / "result.json").write_text(json.dumps({"test_top1": shift, "last_test_top1": shift - 0.01, "seed": seed}))
+        (folder / "result.json").write_text(
+            json.dumps({"test_top1": shift, "last_test_top1": shift - 0.01, "seed": seed})
+        )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,10 @@ def test_curves_and_table(saved, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["runs"], row["n"], row["test_top1_mean"][:6]) for row in rows] == [("bn", "3", "0.52"), ("gn", "3", "0.5633")]
+    assert [(row["runs"], row["n"], row["test_top1_mean"][:6]) for row in rows] == [
+        ("bn", "3", "0.52"),
+        ("gn", "3", "0.5633"),
+    ]
     # scipy's Welch test of (0.50, 0.52, 0.54) and (0.55, 0.54, 0.60)
     assert rows[1]["test_top1_p_holm"].startswith("0.13216")
     only = run(saved / "norms" / "bn_0", "--table", tmp_path / "new" / "a.tex", cwd=tmp_path)
@@ -69,8 +79,13 @@ def test_final_values_against_noise(saved, tmp_path):
     words = ["--against", "trainer.percent", "--out", "noise.svg", "--table", "noise.md"]
     done = run(saved / "noise", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == f"{saved / 'noise' / 'unfinished'}: not finished after epoch 3: its results are left out\n"
-    assert done.stdout == "wrote noise.svg: 2 runs in 2 groups\nwrote noise.md: 2 runs in 2 groups\n"
+    assert (
+        done.stderr
+        == f"{saved / 'noise' / 'unfinished'}: not finished after epoch 3: its results are left out\n"
+    )
+    assert (
+        done.stdout == "wrote noise.svg: 2 runs in 2 groups\nwrote noise.md: 2 runs in 2 groups\n"
+    )
     assert "rate of label noise" in (tmp_path / "noise.svg").read_text()
     lines = (tmp_path / "noise.md").read_text().splitlines()
     assert lines[2:4] == ["| 0 | 1 | 60.00 | 59.00 |", "| 0.4 | 1 | 20.00 | 19.00 |"]

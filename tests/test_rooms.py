@@ -22,7 +22,16 @@ MAY_IMPORT = {
     "trainer": {"base", "attacks", "evaluation"},
     "studies": {"base"},
     "reports": {"base"},
-    "experiment": {"base", "models", "data_loader", "attacks", "evaluation", "trainer", "studies", "reports"},
+    "experiment": {
+        "base",
+        "models",
+        "data_loader",
+        "attacks",
+        "evaluation",
+        "trainer",
+        "studies",
+        "reports",
+    },
     "benchmarks": {*CODE},
     "script": {"base", "evaluation", "studies", "reports", "experiment"},
 }
@@ -32,7 +41,8 @@ PACKAGES = {
 }
 """Of the rooms that may use only these."""
 INSTALLED = ROOT / "models" / "layers" / "conv_norm"
-"""The package that is installed by itself, under another name: the one place of relative imports."""
+"""The package that is installed by itself, under another name: the one place of relative
+imports."""
 
 
 def room_of(file):
@@ -45,12 +55,17 @@ def imports_of(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 or (node.level, file.parent) == (1, INSTALLED), f"{file}: relative import"
+            assert node.level == 0 or (node.level, file.parent) == (1, INSTALLED), (
+                f"{file}: relative import"
+            )
             if node.level == 0:
                 yield node.module
 
 
-FILES = [*sorted(ROOT.glob("*.py")), *(file for room in CODE for file in sorted((ROOT / room).rglob("*.py")))]
+FILES = [
+    *sorted(ROOT.glob("*.py")),
+    *(file for room in CODE for file in sorted((ROOT / room).rglob("*.py"))),
+]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -62,7 +77,9 @@ def test_rooms_import_only_what_they_may(file):
             allowed = any(f"{name}.".startswith(f"{part}.") for part in MAY_IMPORT[room])
             assert allowed, f"{file.name} of {room} imports {name}"
         if room in PACKAGES and top not in ROOMS:
-            assert top in PACKAGES[room] or top in sys.stdlib_module_names, f"{file.name} of {room} imports {name}"
+            assert top in PACKAGES[room] or top in sys.stdlib_module_names, (
+                f"{file.name} of {room} imports {name}"
+            )
 
 
 @pytest.mark.parametrize("file", sorted(INSTALLED.rglob("*.py")), ids=lambda file: file.name)
@@ -84,6 +101,8 @@ def test_a_command_that_only_looks_at_its_words_imports_nothing_slow():
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "script"], ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if room_of(file) == "script"], ids=lambda file: file.name
+)
 def test_scripts_are_short(file):
     assert len(file.read_text().splitlines()) < 80

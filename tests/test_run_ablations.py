@@ -1,4 +1,5 @@
-"""run_ablations.py as a user runs it: list, dry run, a study that is killed and started again, failures, submitit."""
+"""run_ablations.py as a user runs it: list, dry run, a study that is killed and started again,
+failures, submitit."""
 
 import json
 import os
@@ -32,7 +33,12 @@ def study(*words, cwd):
 def grid(tmp_path):
     tree = {
         "base": os.path.relpath(ROOT / "configs" / "quickstart.json", tmp_path),
-        "axes": {"norm": {"bn": {"arch.args.norm_layer_type": "bn"}, "gn": {"arch.args.norm_layer_type": "gn"}}},
+        "axes": {
+            "norm": {
+                "bn": {"arch.args.norm_layer_type": "bn"},
+                "gn": {"arch.args.norm_layer_type": "gn"},
+            }
+        },
         "variants": {},
         "seeds": [0, 1],
     }
@@ -48,9 +54,14 @@ def test_the_ablation_studys_own_commands(tmp_path):
     assert [line.partition(":")[0] for line in listed.stdout.splitlines()] == [
         "baseline", "resnet34", "resnet50", "no_batchnorm", "cosine_schedule", "no_schedule", "small_batch", "large_batch",
     ]  # fmt: skip
-    assert "data_loader.args.batch_size=1024, optimizer.args.lr=0.2, " in listed.stdout.splitlines()[-1]
+    assert (
+        "data_loader.args.batch_size=1024, optimizer.args.lr=0.2, "
+        in listed.stdout.splitlines()[-1]
+    )
     setting = ["--set", "data_loader.args.data_dir=my data"]
-    dry = study("--config", "baseline", "no_batchnorm", "--seed", 42, "--dry-run", *setting, cwd=tmp_path)
+    dry = study(
+        "--config", "baseline", "no_batchnorm", "--seed", 42, "--dry-run", *setting, cwd=tmp_path
+    )
     lines = dry.stdout.splitlines()
     assert len(lines) == 2
     assert lines[1].startswith("python train.py -c ")
@@ -59,7 +70,9 @@ def test_the_ablation_studys_own_commands(tmp_path):
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
     reader, writer = os.pipe()
     os.close(reader)
-    cut = subprocess.run(command("--list"), stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, timeout=300)
+    cut = subprocess.run(
+        command("--list"), stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, timeout=300
+    )
     os.close(writer)
     assert (cut.returncode, cut.stderr) == (1, b""), "as in: run_ablations.py --list | head -1"
 
@@ -83,7 +96,17 @@ KILLED_AT_ITS_FIRST_RUN = f"""if True:
 
 
 def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
-    words = ["--grid", grid, "--all", "--seed", 0, "--save_dir", tmp_path / "out", "--set", "augmentation.flip=false"]
+    words = [
+        "--grid",
+        grid,
+        "--all",
+        "--seed",
+        0,
+        "--save_dir",
+        tmp_path / "out",
+        "--set",
+        "augmentation.flip=false",
+    ]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_AT_ITS_FIRST_RUN, *map(str, words)], cwd=tmp_path, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
@@ -91,21 +114,28 @@ def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
     assert killed.returncode == -signal.SIGKILL
     before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*/result.json")}
     assert len(before) < 2
-    done = study(*words, cwd=tmp_path)  # which waits for runs of the killed study that are still saving
+    # which waits for runs of the killed study that are still saving
+    done = study(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 runs are finished" in done.stdout
     results = list((tmp_path / "out").glob("*/result.json"))
     assert len(results) == 2
     assert all(file.read_bytes() == content for file, content in before.items())
-    assert all(len((file.parent / "metrics.jsonl").read_text().splitlines()) == 3 for file in results)
+    assert all(
+        len((file.parent / "metrics.jsonl").read_text().splitlines()) == 3 for file in results
+    )
     configs = [json.loads((file.parent / "config.json").read_text()) for file in results]
-    assert [config["augmentation"]["flip"] for config in configs] == [False, False], "--set reaches the runs"
+    assert [config["augmentation"]["flip"] for config in configs] == [False, False], (
+        "--set reaches the runs"
+    )
     times = {file: file.stat().st_mtime_ns for file in results}
     again = study(*words, cwd=tmp_path)
     assert again.returncode == 0
     assert {file: file.stat().st_mtime_ns for file in results} == times, "finished runs are skipped"
     dry = study(*words, "--dry-run", cwd=tmp_path)
-    assert [line.startswith("# finished: python train.py -r ") for line in dry.stdout.splitlines()] == [True, True]
+    assert [
+        line.startswith("# finished: python train.py -r ") for line in dry.stdout.splitlines()
+    ] == [True, True]
 
 
 def test_ctrl_c_saves_and_the_exit_code_says_so(grid, tmp_path):
@@ -113,7 +143,9 @@ def test_ctrl_c_saves_and_the_exit_code_says_so(grid, tmp_path):
     tree["axes"]["norm"]["bn"]["trainer.epochs"] = 500
     grid.write_text(json.dumps(tree))
     words = ["--grid", grid, "--config", "bn", "--seed", 0, "--save_dir", tmp_path / "out"]
-    process = subprocess.Popen(command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while not list((tmp_path / "out").glob("*/model_last.pth")):
         assert process.poll() is None
         time.sleep(0.05)
@@ -127,7 +159,12 @@ def test_ctrl_c_saves_and_the_exit_code_says_so(grid, tmp_path):
 
 def test_two_studies_share_the_work(grid, tmp_path):
     words = command("--grid", grid, "--all", "--save_dir", tmp_path / "out")
-    both = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     for process in both:
         output, errors = process.communicate(timeout=300)
         assert (process.returncode, errors) == (0, "")
@@ -135,28 +172,45 @@ def test_two_studies_share_the_work(grid, tmp_path):
     logs = list((tmp_path / "out").glob("*/output.log"))
     assert len(logs) == 4
     assert all(log.read_text().count("run folder ") == 1 for log in logs), "no run is begun twice"
-    curves = [sys.executable, str(ROOT / "plot_training_logs.py"), str(tmp_path / "out"), "--table", str(tmp_path / "t.md")]
+    curves = [
+        sys.executable,
+        str(ROOT / "plot_training_logs.py"),
+        str(tmp_path / "out"),
+        "--table",
+        str(tmp_path / "t.md"),
+    ]
     subprocess.run(curves, check=True, cwd=tmp_path)
     rows = (tmp_path / "t.md").read_text().splitlines()[2:4]
-    assert [row.split(" | ")[:2] for row in rows] == [["| bn", "2"], ["| gn", "2"]], "the variants, in the grid's order"
+    assert [row.split(" | ")[:2] for row in rows] == [["| bn", "2"], ["| gn", "2"]], (
+        "the variants, in the grid's order"
+    )
 
 
 def test_a_narrow_and_low_terminal(monkeypatch, capsys):
     monkeypatch.setattr("studies.work.get_terminal_size", lambda: os.terminal_size((20, 6)))
     screen = _Screen()
-    lines = ["run  state  epoch  best  left", *(f"run {n}  {'failed' if n else 'running'}  " + 40 * "x" for n in range(9))]
+    lines = [
+        "run  state  epoch  best  left",
+        *(f"run {n}  {'failed' if n else 'running'}  " + 40 * "x" for n in range(9)),
+    ]
     screen._draw(lines)
     screen._draw(lines)
     drawn = capsys.readouterr().out.removesuffix("\n").split("\x1b[3A\x1b[J")
     assert len(drawn) == 2
-    assert drawn[1].splitlines() == ["run  state  epoch  ", "run 0  running  xxx", "9 runs, 0 finished,"]
+    assert drawn[1].splitlines() == [
+        "run  state  epoch  ",
+        "run 0  running  xxx",
+        "9 runs, 0 finished,",
+    ]
 
 
 def test_a_failure_is_reported_at_the_end_and_stops_nothing(grid, tmp_path):
     tree = json.loads(grid.read_text())
     tree["variants"] = {"bad": {**SETTINGS, "optimizer.args.lr": 1e30}}
     grid.write_text(json.dumps({**tree, "seeds": [0]}))
-    done = study("--grid", grid, "--config", "bad", "bn", "--save_dir", tmp_path / "out", cwd=tmp_path)
+    done = study(
+        "--grid", grid, "--config", "bad", "bn", "--save_dir", tmp_path / "out", cwd=tmp_path
+    )
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert done.stderr.startswith("failed: bad seed 0 (exit code 5: epoch ")
     assert "is not finite" in done.stderr
@@ -165,7 +219,18 @@ def test_a_failure_is_reported_at_the_end_and_stops_nothing(grid, tmp_path):
 
 def test_a_cluster_takes_the_same_path(grid, tmp_path):
     pytest.importorskip("submitit")
-    words = ["--grid", grid.name, "--config", "bn", "--seed", 1, "--save_dir", "out", "--launcher", "local"]
+    words = [
+        "--grid",
+        grid.name,
+        "--config",
+        "bn",
+        "--seed",
+        1,
+        "--save_dir",
+        "out",
+        "--launcher",
+        "local",
+    ]
     settings = ["--set", "trainer.epochs=1", "--parameter", "timeout_min=5"]
     done = study(*words, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -185,10 +250,22 @@ def test_bad_input_is_one_line(grid, tmp_path):
         "nothing chosen": (["--grid", grid], "one of --config NAME ... and --all is required"),
         "no such grid": (["--grid", "none.json", "--list"], "none.json: no such config file"),
         "no such variant": (["--grid", grid, "--config", "gm"], "no variant 'gm' (it has: bn, gn)"),
-        "both": (["--grid", grid, "--all", "--config", "bn"], "one of --config NAME ... and --all is required"),
-        "no cluster": (["--grid", grid, "--all", "--parameter", "a=1"], "--parameter a=1: has no effect without --launcher"),
-        "no setting": (["--grid", grid, "--all", "--set", "seed"], "--set seed: expected KEY=VALUE"),
-        "no value": (["--grid", grid, "--all", "--parameter", "a"], "--parameter a: expected KEY=VALUE"),
+        "both": (
+            ["--grid", grid, "--all", "--config", "bn"],
+            "one of --config NAME ... and --all is required",
+        ),
+        "no cluster": (
+            ["--grid", grid, "--all", "--parameter", "a=1"],
+            "--parameter a=1: has no effect without --launcher",
+        ),
+        "no setting": (
+            ["--grid", grid, "--all", "--set", "seed"],
+            "--set seed: expected KEY=VALUE",
+        ),
+        "no value": (
+            ["--grid", grid, "--all", "--parameter", "a"],
+            "--parameter a: expected KEY=VALUE",
+        ),
         "no jobs": (["--grid", grid, "--all", "--jobs", "0"], "--jobs: expected at least 1"),
     }
     for name, (words, message) in cases.items():

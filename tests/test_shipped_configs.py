@@ -34,7 +34,9 @@ class NoImages(BaseDataLoader):
 def step(config, folder):
     torch.manual_seed(0)
     arch = config.arch.model_dump(exclude_none=True)
-    model = build_model({**arch, "args": {**arch["args"], "num_classes": 10}}, (0.5,) * 3, (0.25,) * 3).train()
+    model = build_model(
+        {**arch, "args": {**arch["args"], "num_classes": 10}}, (0.5,) * 3, (0.25,) * 3
+    ).train()
     optimizer = build_optimizer(config.optimizer, model)
     trainer = build_trainer(
         config, model=model, optimizer=optimizer, schedule=Schedule(config.lr_scheduler, optimizer, 1, 1, True),
@@ -44,7 +46,9 @@ def step(config, folder):
     result = trainer.train_batch(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
     assert torch.isfinite(result.sums["loss"])
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert any(
+        not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))

@@ -17,11 +17,24 @@ from experiment.evaluation_flags import evaluation_parser
 from tiny_runs import script, write_images
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=4", "--set", "system.num_threads=1"]
+SHORT = [
+    "--set",
+    "trainer.epochs=2",
+    "--set",
+    "data_loader.args.num_batches=4",
+    "--set",
+    "system.num_threads=1",
+]
 
 
 def command(*words):
-    return [sys.executable, "-W", "error::DeprecationWarning", str(ROOT / "train.py"), *map(str, words)]
+    return [
+        sys.executable,
+        "-W",
+        "error::DeprecationWarning",
+        str(ROOT / "train.py"),
+        *map(str, words),
+    ]
 
 
 def train(*words, cwd):
@@ -31,7 +44,9 @@ def train(*words, cwd):
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs with spaces") / "прогон 🙂"
-    done = train("-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *SHORT, cwd=folder.parent)
+    done = train(
+        "-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *SHORT, cwd=folder.parent
+    )
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -49,7 +64,15 @@ def test_quickstart_in_small(finished_run):
 def test_a_finished_run_cannot_be_overwritten(finished_run, tmp_path):
     folder, _ = finished_run
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    again = script("train.py", "-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *SHORT, cwd=tmp_path)
+    again = script(
+        "train.py",
+        "-c",
+        ROOT / "configs" / "quickstart.json",
+        "--run_dir",
+        folder,
+        *SHORT,
+        cwd=tmp_path,
+    )
     assert again.returncode == 2
     assert "already holds a run; continue it with -r" in again.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -72,21 +95,59 @@ def bad_inputs(tmp_path):
     image_folder(tmp_path / "broken", broken="train")
     image_folder(tmp_path / "broken test", broken="test")
     broken_test = {"data_loader": {**images["data_loader"], "args": {"data_dir": "broken test"}}}
-    small = {"arch": {"type": "vgg11"}, "data_loader": {**images["data_loader"], "args": {"data_dir": "whole"}}}
+    small = {
+        "arch": {"type": "vgg11"},
+        "data_loader": {**images["data_loader"], "args": {"data_dir": "whole"}},
+    }
     image_folder(tmp_path / "whole")
     (tmp_path / "weights.pth").write_bytes(b"not weights")
     return {
-        "misspelt key": ({**digits, "trainer": {"epoch": 3}}, [], 2, "trainer.epoch: unknown key; did you mean 'epochs'?"),
-        "wrong type": ({**digits, "trainer": {"epochs": "3"}}, [], 2, "trainer.epochs: Input should be a valid integer, not"),
+        "misspelt key": (
+            {**digits, "trainer": {"epoch": 3}},
+            [],
+            2,
+            "trainer.epoch: unknown key; did you mean 'epochs'?",
+        ),
+        "wrong type": (
+            {**digits, "trainer": {"epochs": "3"}},
+            [],
+            2,
+            "trainer.epochs: Input should be a valid integer, not",
+        ),
         "unknown layer": (digits, ["--conv", "prec_cnov"], 2, "did you mean 'prec_conv'?"),
-        "unknown optimizer argument": (digits, ["--set", "optimizer.args.momentun=1"], 2, "did you mean 'momentum'?"),
-        "adversarial": ({**digits, "trainer": {"do_adv": True}}, [], 2, "trainer.do_adv: asks for adversarial training"),
+        "unknown optimizer argument": (
+            digits,
+            ["--set", "optimizer.args.momentun=1"],
+            2,
+            "did you mean 'momentum'?",
+        ),
+        "adversarial": (
+            {**digits, "trainer": {"do_adv": True}},
+            [],
+            2,
+            "trainer.do_adv: asks for adversarial training",
+        ),
         "no config": (None, [], 2, "-c CONFIG or -r CHECKPOINT is required"),
         "missing data folder": (images, [], 4, "images"),
-        "truncated image": (images, ["--set", f"data_loader.args.data_dir={tmp_path / 'broken'}"], 4, "dog/002.png"),
+        "truncated image": (
+            images,
+            ["--set", f"data_loader.args.data_dir={tmp_path / 'broken'}"],
+            4,
+            "dog/002.png",
+        ),
         "truncated test image": (broken_test, [], 4, "test/dog/002.png"),
-        "image too small": (small, [], 2, "arch.type: vgg11 cannot be trained on batches of 2 images of 8x8"),
-        "damaged checkpoint": (None, ["-r", tmp_path / "weights.pth"], 3, "weights.pth: is not a readable checkpoint"),
+        "image too small": (
+            small,
+            [],
+            2,
+            "arch.type: vgg11 cannot be trained on batches of 2 images of 8x8",
+        ),
+        "damaged checkpoint": (
+            None,
+            ["-r", tmp_path / "weights.pth"],
+            3,
+            "weights.pth: is not a readable checkpoint",
+        ),
     }
 
 
@@ -116,7 +177,9 @@ def test_an_empty_word_is_not_a_path():
     commands = [(training, [flag, ""]) for flag in ("-c", "-r", "--resume", "--run_dir")]
     commands += [(evaluation, ["-s", ""]), (evaluation, ["-s", "run", "-c", ""])]
     for parser, words in commands:
-        with pytest.raises(ConfigError, match=rf"argument .*{words[-2]}.*: expected a path, not an empty word"):
+        with pytest.raises(
+            ConfigError, match=rf"argument .*{words[-2]}.*: expected a path, not an empty word"
+        ):
             parser.parse_args(words)
     assert evaluation.parse_args(["-s", "~/run"]).checkpoint == str(Path.home() / "run")
 
@@ -128,12 +191,22 @@ def test_checkpoint_of_another_architecture_is_refused_and_kept(finished_run, tm
     (tmp_path / "other.json").write_text(json.dumps(other))
     done = script("train.py", "-c", "other.json", "-r", folder, cwd=tmp_path)
     assert done.returncode == 3
-    assert "model_last.pth: is of another architecture: arch.type is 'simpleCNN' there and 'resnet18' in" in done.stderr
+    assert (
+        "model_last.pth: is of another architecture: arch.type is 'simpleCNN' there and 'resnet18' in"
+        in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-THREE_EPOCHS = ["-c", ROOT / "configs" / "quickstart.json", "--set", "trainer.epochs=3", "--set", "system.num_threads=1"]
+THREE_EPOCHS = [
+    "-c",
+    ROOT / "configs" / "quickstart.json",
+    "--set",
+    "trainer.epochs=3",
+    "--set",
+    "system.num_threads=1",
+]
 
 
 HANG = 300
@@ -198,13 +271,23 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole_run, tmp_path, numb
     runs = (tmp_path / "killed", whole_run)
     weights = [torch.load(run / "model_last.pth", weights_only=True)["state_dict"] for run in runs]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
-    assert torch.load(tmp_path / "killed" / "model_last.pth", weights_only=True)["progress"]["batches_done"] == 0
+    assert (
+        torch.load(tmp_path / "killed" / "model_last.pth", weights_only=True)["progress"][
+            "batches_done"
+        ]
+        == 0
+    )
 
 
 def test_sigterm_to_the_whole_process_group_saves_although_workers_get_it_too(tmp_path):
     image_folder(tmp_path / "images")
     streamed = {"in_memory": False, "num_workers": 2}
-    args = {"data_dir": str(tmp_path / "images"), "batch_size": 2, "validation_split": 0.2, **streamed}
+    args = {
+        "data_dir": str(tmp_path / "images"),
+        "batch_size": 2,
+        "validation_split": 0.2,
+        **streamed,
+    }
     tree = {
         "arch": {"type": "simpleCNN"},
         "data_loader": {"type": "ImageFolderDataLoader", "args": args},

@@ -25,8 +25,14 @@ ROOT = Path(__file__).parents[1]
 TINY = {
     "name": "tiny",
     "seed": 3,
-    "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
-    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 8, "num_batches": 3, "validation_split": 0.1}},
+    "arch": {
+        "type": "simpleCNN",
+        "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"},
+    },
+    "data_loader": {
+        "type": "DigitsDataLoader",
+        "args": {"batch_size": 8, "num_batches": 3, "validation_split": 0.1},
+    },
     "optimizer": {"type": "SGD", "args": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}},
     "trainer": {"epochs": 3, "verbosity": 0},
 }
@@ -53,7 +59,9 @@ def interrupt(monkeypatch, folder, config, after):
 
     with monkeypatch.context() as patched:
         patched.setattr(BaseTrainer, "update", counted)
-        with pytest.raises(Stopped, match=rf"stopped by SIGTERM after .* continue with -r {folder}") as caught:
+        with pytest.raises(
+            Stopped, match=rf"stopped by SIGTERM after .* continue with -r {folder}"
+        ) as caught:
             run(folder, config)
     assert caught.value.exit_code == 143
     assert count == after
@@ -88,7 +96,8 @@ def difference(first, second):
 
 
 def forked(function):
-    """The number of a new process that calls `function` and exits as a script would: 0, or a `ProjectError`'s exit code."""
+    """The number of a new process that calls `function` and exits as a script would: 0, or a
+    `ProjectError`'s exit code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that forking is not for everyone
         process = os.fork()
@@ -108,14 +117,18 @@ def forked(function):
 
 
 def exit_code(process):
-    """Of a process from `forked`, when it has ended; minus the signal's number where one ended it."""
+    """Of a process from `forked`, when it has ended; minus the signal's number where one ended
+    it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def script(name, *words, cwd, before=None):
     """Run a script with these words in a process of its own, forked: as a user does, but for the
     imports, which are done. `before` is called in it first."""
-    streams = {1: Path(cwd).parent / f"{os.getpid()}.out", 2: Path(cwd).parent / f"{os.getpid()}.err"}
+    streams = {
+        1: Path(cwd).parent / f"{os.getpid()}.out",
+        2: Path(cwd).parent / f"{os.getpid()}.err",
+    }
 
     def become():
         os.chdir(cwd)
@@ -137,8 +150,8 @@ def script(name, *words, cwd, before=None):
 
 
 class Patience(float):
-    """Seconds, as a bound of `data_loader.workers`, that run out only while one worker is at the image at `position` (None:
-    while all are between two batches), however slow the machine is."""
+    """Seconds, as a bound of `data_loader.workers`, that run out only while one worker is at the
+    image at `position` (None: while all are between two batches), however slow the machine is."""
 
     def __new__(cls, seconds, position):
         patience = super().__new__(cls, seconds)
@@ -151,7 +164,8 @@ class Patience(float):
 
 
 def impatient_workers(monkeypatch, position):
-    """Let the patience with decoding processes end after half a second, and only while one is at the image at `position`."""
+    """Let the patience with decoding processes end after half a second, and only while one is at
+    the image at `position`."""
     patience, start = Patience(0.5, position), workers._start
 
     def noted(decoder, num_workers):
@@ -164,10 +178,15 @@ def impatient_workers(monkeypatch, position):
     return patience
 
 
-def write_images(folder: Path, classes: dict[str, int], size: tuple[int, int] = (8, 8), suffix: str = "png") -> None:
-    """Random images of `size` (width, height) in one folder per class, as many as `classes` says."""
+def write_images(
+    folder: Path, classes: dict[str, int], size: tuple[int, int] = (8, 8), suffix: str = "png"
+) -> None:
+    """Random images of `size` (width, height) in one folder per class, as many as `classes`
+    says."""
     for number, (name, count) in enumerate(classes.items()):
         (folder / name).mkdir(parents=True)
         for i in range(count):
-            pixels = np.random.default_rng([number, i]).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            pixels = np.random.default_rng([number, i]).integers(
+                0, 256, (size[1], size[0], 3), dtype=np.uint8
+            )
             Image.fromarray(pixels).save(folder / name / f"{i:03}.{suffix}")

@@ -1,4 +1,5 @@
-"""Adversarial training: free, PGD, fast FGSM, and TRADES. Each `train_batch` is the algorithm of its paper."""
+"""Adversarial training: free, PGD, fast FGSM, and TRADES. Each `train_batch` is the algorithm of
+its paper."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,15 +28,16 @@ class TrainerWithAdversary(BaseTrainer):
 
     Args:
         parts: see `TrainerParts`.
-        warmup_epochs: Epochs over which radius and step of training grow evenly from 0; validation and reports attack with
-            the whole radius. Pang et al. (arXiv:2010.00467) begin at 1/N of the radius, end one epoch earlier, and keep the
-            whole step.
+        warmup_epochs: Epochs over which radius and step of training grow evenly from 0; validation
+            and reports attack with the whole radius. Pang et al. (arXiv:2010.00467) begin at 1/N of
+            the radius, end one epoch earlier, and keep the whole step.
     """
 
     attacks_while_training = True
     takes_mixup = True
     default_bn_mode: ClassVar[Literal["train", "eval"]] = "train"
-    """Mode of the model while it is attacked, where the config names none: that of the authors' code."""
+    """Mode of the model while it is attacked, where the config names none: that of the authors'
+    code."""
 
     def __init__(self, parts: TrainerParts, *, warmup_epochs: Count = 0) -> None:
         super().__init__(parts)
@@ -44,17 +46,18 @@ class TrainerWithAdversary(BaseTrainer):
 
     @property
     def radius_share(self) -> float:
-        """Shard in [0, 1] of radius and step size for the minibatch at hand: it grows evenly over the first
-        `adversarial.warmup_epochs`, from 0 in the first minibatch to 1 in the first one after them.
+        """Shard in [0, 1] of radius and step size for the minibatch at hand: it grows evenly over
+        the first `adversarial.warmup_epochs`, from 0 in the first minibatch to 1 in the first one
+        after them.
 
         The idea is that of Pang et al. ("Bag of Tricks for Adversarial Training", arXiv:2010.00467,
         section 3.1), the schedule is not: in their code, of N epochs, the radius has the share
-        `min(1, (t + 1) / N)` after t epochs (t counts the minibatch at hand), so it begins at 1 / N and
-        is whole one epoch earlier, and the step size is whole from the beginning.
+        `min(1, (t + 1) / N)` after t epochs (t counts the minibatch at hand), so it begins at 1 / N
+        and is whole one epoch earlier, and the step size is whole from the beginning.
 
-        A network whose features hardly tell images apart in the beginning (a deep one with GroupNorm) meets an adversary that
-        can hide all of that difference, and learns to answer the same for every image; with the radius growing it does not.
-        """
+        A network whose features hardly tell images apart in the beginning (a deep one with
+        GroupNorm) meets an adversary that can hide all of that difference, and learns to answer the
+        same for every image; with the radius growing it does not."""
         epochs = self.warmup_epochs
         done = self.state.epochs_done + self.state.batches_done / len(self.train_loader)
         return min(1.0, done / epochs) if epochs else 1.0
@@ -63,23 +66,25 @@ class TrainerWithAdversary(BaseTrainer):
 class FreeTrainer(TrainerWithAdversary):
     """Free adversarial training (Shafahi et al., arXiv:1904.12843, algorithm 1).
 
-    Each minibatch is trained on `repeats` times; the backward pass of every update also gives the gradient for the images, by
-    which the perturbation takes one step. Cost: `repeats` updates per minibatch, no other pass.
+    Each minibatch is trained on `repeats` times; the backward pass of every update also gives the
+    gradient for the images, by which the perturbation takes one step. Cost: `repeats` updates per
+    minibatch, no other pass.
 
-    In the paper the perturbation is carried from minibatch to minibatch; ConvNorm begins at zero for each. Values logged are
-    sums over all updates, each counting its samples.
+    In the paper the perturbation is carried from minibatch to minibatch; ConvNorm begins at zero
+    for each. Values logged are sums over all updates, each counting its samples.
 
-    `trainer.adv_repeats` says how many updates there are for each minibatch, the paper's m. The sum of perturbation and image
-    is clamped to `[0, 1]`, the perturbation itself is not.
+    `trainer.adv_repeats` says how many updates there are for each minibatch, the paper's m. The sum
+    of perturbation and image is clamped to `[0, 1]`, the perturbation itself is not.
 
     Args:
         parts: see `TrainerParts`.
-        step_size: Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon (fgsm), 2.5 epsilon / steps
-            (others).
-        bn_mode: Mode of the model while it is attacked in training. train moves running statistics, too (free knows only
-            train); null: eval for trades, train for the others, as in the authors' codes.
-        noise: Perturbations begin at zero for each minibatch (reset, as in ConvNorm), or where the last ones ended (carry, as
-            in the paper).
+        step_size: Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon
+            (fgsm), 2.5 epsilon / steps (others).
+        bn_mode: Mode of the model while it is attacked in training. train moves running statistics,
+            too (free knows only train); null: eval for trades, train for the others, as in the
+            authors' codes.
+        noise: Perturbations begin at zero for each minibatch (reset, as in ConvNorm), or where the
+            last ones ended (carry, as in the paper).
     """
 
     reads = ("trainer.adv_repeats", "trainer.fgsm_step")
@@ -97,7 +102,11 @@ class FreeTrainer(TrainerWithAdversary):
         super().__init__(parts, warmup_epochs=warmup_epochs)
         settings = parts.config.trainer
         if step_size is None:
-            step_size = in_pixel_range(settings.fgsm_step, "linf") if parts.norm == "linf" else parts.epsilon
+            step_size = (
+                in_pixel_range(settings.fgsm_step, "linf")
+                if parts.norm == "linf"
+                else parts.epsilon
+            )
         self.step_size = step_size
         self.repeats = settings.adv_repeats
         self.carry = noise == "carry"
@@ -115,18 +124,24 @@ class FreeTrainer(TrainerWithAdversary):
             losses = self.loss(logits, labels)
             self.update(losses)
             results.append(self.result(losses, logits, labels))
-            moved = bound.step(perturbation.detach(), perturbation.grad, self.radius_share * self.step_size)
+            moved = bound.step(
+                perturbation.detach(), perturbation.grad, self.radius_share * self.step_size
+            )
             perturbation = bound.bound(moved)
         if self.carry:
             self._keep(perturbation[shard.own] if shard.copied else perturbation)
-        sums = {name: torch.stack([result.sums[name] for result in results]).sum() for name in results[0].sums}
+        sums = {
+            name: torch.stack([result.sums[name] for result in results]).sum()
+            for name in results[0].sums
+        }
         return BatchResult(sums, sum(result.count for result in results))
 
     def _first_perturbation(self, images: Tensor, shard: Shard) -> Tensor:
         kept = self._of_all_ranks() if shard.copied else self._perturbation
         if kept is None:
             return torch.zeros_like(images)
-        missing = len(images) - len(kept)  # where a resumed run's first minibatch was an epoch's short last one
+        # where a resumed run's first minibatch was an epoch's short last one
+        missing = len(images) - len(kept)
         return F.pad(kept[: len(images)], (0, 0, 0, 0, 0, 0, 0, max(0, missing)))
 
     def _keep(self, perturbation: Tensor) -> None:
@@ -136,13 +151,16 @@ class FreeTrainer(TrainerWithAdversary):
         self._perturbation = perturbation.detach()
 
     def _of_all_ranks(self) -> Tensor | None:
-        """The perturbations that are carried, in the order of the whole minibatch; None where nothing is."""
+        """The perturbations that are carried, in the order of the whole minibatch; None where
+        nothing is."""
         if world_size() == 1 or not self.carry:
             return self._perturbation
         parts = all_gather_object(None if self._perturbation is None else self._perturbation.cpu())
         if parts[0] is None:
             return None
-        whole = torch.empty((sum(0 if part is None else len(part) for part in parts), *parts[0].shape[1:]))
+        whole = torch.empty(
+            (sum(0 if part is None else len(part) for part in parts), *parts[0].shape[1:])
+        )
         for number, part in enumerate(parts):
             if part is not None:
                 whole[number :: len(parts)] = part
@@ -161,7 +179,12 @@ class FreeTrainer(TrainerWithAdversary):
             self._perturbation = None
             return
         shape = self.train_loader.image_shape
-        if not isinstance(kept, Tensor) or kept.dtype != torch.float32 or kept.shape[1:] != shape or len(kept) == 0:
+        if (
+            not isinstance(kept, Tensor)
+            or kept.dtype != torch.float32
+            or kept.shape[1:] != shape
+            or len(kept) == 0
+        ):
             raise ValueError(f"'perturbation' is not a float32 tensor of images of {tuple(shape)}")
         self._perturbation = kept[rank() :: world_size()].to(self.device)
 
@@ -169,8 +192,8 @@ class FreeTrainer(TrainerWithAdversary):
 class AdversarialTrainer(TrainerWithAdversary):
     """Training on images attacked by PGD (Madry et al., arXiv:1706.06083).
 
-    Cost: one forward and one backward pass per attack step, without gradients of the weights, and those of the update. The
-    values logged are those on the attacked images.
+    Cost: one forward and one backward pass per attack step, without gradients of the weights, and
+    those of the update. The values logged are those on the attacked images.
 
     A method of your own with another loss on attacked images derives from this class, takes its
     own arguments and hands the others on:
@@ -178,14 +201,15 @@ class AdversarialTrainer(TrainerWithAdversary):
 
     Args:
         parts: see `TrainerParts`.
-        step_size: Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon (fgsm), 2.5 epsilon / steps
-            (others).
+        step_size: Step of training; null: trainer.fgsm_step (free; under l2 epsilon), 1.25 epsilon
+            (fgsm), 2.5 epsilon / steps (others).
         steps: Attack steps in training.
         restarts: Random starts in training, of which every image keeps the worst point.
         random_start: Begin attacks in training at a random point.
-        bn_mode: Mode of the model while it is attacked in training. train normalizes by the statistics of the attacked
-            minibatch, and running statistics follow every step of the attack; eval uses and keeps the running statistics;
-            null: eval for trades, train for the others, as in the authors' codes.
+        bn_mode: Mode of the model while it is attacked in training. train normalizes by the
+            statistics of the attacked minibatch, and running statistics follow every step of the
+            attack; eval uses and keeps the running statistics; null: eval for trades, train for the
+            others, as in the authors' codes.
     """
 
     def __init__(
@@ -202,7 +226,14 @@ class AdversarialTrainer(TrainerWithAdversary):
         super().__init__(parts, warmup_epochs=warmup_epochs)
         if step_size is None:
             step_size = _within_range(2.5 * parts.epsilon / steps, parts.norm)
-        self.attack = PGD(parts.epsilon, step_size, steps, parts.norm, restarts=restarts, random_start=random_start)
+        self.attack = PGD(
+            parts.epsilon,
+            step_size,
+            steps,
+            parts.norm,
+            restarts=restarts,
+            random_start=random_start,
+        )
         self.bn_mode = bn_mode or self.default_bn_mode
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
@@ -214,26 +245,33 @@ class AdversarialTrainer(TrainerWithAdversary):
         return self.result(losses, logits, labels)
 
     def attacked(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The minibatch under the training attack, which maximizes cross entropy; `images` stay as they are."""
+        """The minibatch under the training attack, which maximizes cross entropy; `images` stay as
+        they are."""
         generator = self.generator("training attack", images)
         with self.attacking():
-            return self.attack.scaled(self.radius_share).perturb(self.model, images, labels, generator)
+            return self.attack.scaled(self.radius_share).perturb(
+                self.model, images, labels, generator
+            )
 
     def epoch_warnings(self, log: Mapping[str, Any]) -> list[str]:
-        """Whether the network has collapsed since an earlier epoch, where it is also validated by FGSM
-        (see `overfitting_warnings`)."""
+        """Whether the network has collapsed since an earlier epoch, where it is also validated by
+        FGSM (see `overfitting_warnings`)."""
         return overfitting_warnings(log, self.state.history, self.train_loader.num_classes)
 
     @contextmanager
     def attacking(self) -> Iterator[None]:
         """Within the context parameters ask for no gradients, the mode is `bn_mode`, and forward
         passes are in the run's precision."""
-        with frozen(self.model, training=None if self.bn_mode == "train" else False), self.autocast():
+        with (
+            frozen(self.model, training=None if self.bn_mode == "train" else False),
+            self.autocast(),
+        ):
             yield
 
 
 class FGSMTrainer(AdversarialTrainer):
-    """Fast FGSM training (Wong et al., arXiv:2001.03994): one step, of 1.25 epsilon from a random start.
+    """Fast FGSM training (Wong et al., arXiv:2001.03994): one step, of 1.25 epsilon from a random
+    start.
 
     Args:
         parts: see `TrainerParts`; the other arguments are those of `AdversarialTrainer`.
@@ -263,25 +301,26 @@ class FGSMTrainer(AdversarialTrainer):
 
 
 class TradesTrainer(AdversarialTrainer):
-    """TRADES (Zhang et al., arXiv:1901.08573, algorithm 1): `loss(f(x), y) + beta KL(f(x) || f(x'))`, with x' the point of the
-    ball where the divergence is found largest.
+    """TRADES (Zhang et al., arXiv:1901.08573, algorithm 1): `loss(f(x), y) + beta KL(f(x) ||
+    f(x'))`, with x' the point of the ball where the divergence is found largest.
 
-    The gradient of the divergence for x' is that of the cross entropy with the clean predictions as class probabilities, which
-    is what the attack climbs; it begins at `x + 0.001 N(0, 1)`, as in the paper. `loss` is logged as it is minimized, without
-    the penalty; `top1` counts clean images, `robust_top1` attacked ones.
+    The gradient of the divergence for x' is that of the cross entropy with the clean predictions as
+    class probabilities, which is what the attack climbs; it begins at `x + 0.001 N(0, 1)`, as in
+    the paper. `loss` is logged as it is minimized, without the penalty; `top1` counts clean images,
+    `robust_top1` attacked ones.
 
-    The authors' code passes clean images through the network twice in an update, for the loss before
-    the attacked ones and for the divergence after them. To an optimizer both passes are the same, but
-    each moves the running statistics of batch normalization: there attacked images make 33 % of them
-    (momentum 0.1), with one clean pass 53 %. One pass is the default here, as it saves a forward and a
-    backward pass; `clean_passes` 2 is the authors' way.
+    The authors' code passes clean images through the network twice in an update, for the loss
+    before the attacked ones and for the divergence after them. To an optimizer both passes are the
+    same, but each moves the running statistics of batch normalization: there attacked images make
+    33 % of them (momentum 0.1), with one clean pass 53 %. One pass is the default here, as it saves
+    a forward and a backward pass; `clean_passes` 2 is the authors' way.
 
     Args:
         parts: see `TrainerParts`.
         beta: Weight of the divergence between predictions; larger is more robust and less accurate.
-        clean_passes: Passes of the clean images through the network in an update. 2, as in the authors' code, costs a forward
-            and a backward pass more; attacked images then make 33 % of batch normalization's running statistics, with 1 they
-            make 53 %.
+        clean_passes: Passes of the clean images through the network in an update. 2, as in the
+            authors' code, costs a forward and a backward pass more; attacked images then make 33 %
+            of batch normalization's running statistics, with 1 they make 53 %.
     """
 
     START_STD = 0.001
@@ -298,12 +337,15 @@ class TradesTrainer(AdversarialTrainer):
         warmup_epochs: Count = 0,
         bn_mode: Literal["train", "eval"] | None = None,
     ) -> None:
-        super().__init__(parts, step_size=step_size, steps=steps, warmup_epochs=warmup_epochs, bn_mode=bn_mode)
+        super().__init__(
+            parts, step_size=step_size, steps=steps, warmup_epochs=warmup_epochs, bn_mode=bn_mode
+        )
         self.beta = beta
         self.clean_passes = clean_passes
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
-        """One forward pass for the clean predictions, the attack, then one update on both images."""
+        """One forward pass for the clean predictions, the attack, then one update on both
+        images."""
         attacked = self.attacked(images, labels)
         with self.autocast():
             logits, attacked_logits = self.network(images), self.network(attacked)
@@ -316,16 +358,24 @@ class TradesTrainer(AdversarialTrainer):
         losses = self.loss(logits, labels) + self.beta * divergence
         self.update(losses)
         clean = self.result(losses, logits, labels)
-        robust = {f"robust_{name}": metric(attacked_logits.detach(), labels) for name, metric in self.metrics.items()}
+        robust = {
+            f"robust_{name}": metric(attacked_logits.detach(), labels)
+            for name, metric in self.metrics.items()
+        }
         return BatchResult({**clean.sums, **robust}, clean.count)
 
     def attacked(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The minibatch at the points where the predictions for it diverge most from those for the clean images."""
-        noise = self.START_STD * draw(torch.randn, images, self.generator("training attack", images))
+        """The minibatch at the points where the predictions for it diverge most from those for the
+        clean images."""
+        noise = self.START_STD * draw(
+            torch.randn, images, self.generator("training attack", images)
+        )
         with self.attacking():
             with torch.no_grad():
                 predictions = self.model(images).float().softmax(dim=1)
-            return self.attack.scaled(self.radius_share).climb(self.model, images, predictions, images + noise)
+            return self.attack.scaled(self.radius_share).climb(
+                self.model, images, predictions, images + noise
+            )
 
 
 def _within_range(step_size: float, norm: str) -> float:

@@ -16,14 +16,16 @@ ABOVE_CHANCE = 0.1
 
 
 class RobustValidation:
-    """Attacks the same images from the same starting points every `period` epochs, and in the last that the config has.
+    """Attacks the same images from the same starting points every `period` epochs, and in the last
+    that the config has.
 
-    `robust_validation(model, epoch)` returns `robust_top1` in the epochs in which it attacks, nothing in the others. For fast
-    FGSM training it also returns `fgsm_top1`, by which `overfitting_warnings` tells catastrophic
-    overfitting.
+    `robust_validation(model, epoch)` returns `robust_top1` in the epochs in which it attacks,
+    nothing in the others. For fast FGSM training it also returns `fgsm_top1`, by which
+    `overfitting_warnings` tells catastrophic overfitting.
 
     Args:
-        loader: the images, neither shuffled nor augmented; with several processes this one's part of them.
+        loader: the images, neither shuffled nor augmented; with several processes this one's part
+            of them.
         attack: PGD; its accuracy is `robust_top1`.
         fgsm: FGSM, where the training method is fast FGSM training; None otherwise.
         period: epochs from one attack to the next.
@@ -64,8 +66,14 @@ class RobustValidation:
         return values
 
     def _accuracy(self, model: nn.Module, attack: Attack) -> float:
-        options = {"seed": self.seed, "autocast": self.autocast, "description": f"validating under {type(attack).__name__}"}
-        return Verdicts.joined(all_gather_object(attack_loader(model, self.loader, attack, **options))).accuracy("robust_top1")
+        options = {
+            "seed": self.seed,
+            "autocast": self.autocast,
+            "description": f"validating under {type(attack).__name__}",
+        }
+        return Verdicts.joined(
+            all_gather_object(attack_loader(model, self.loader, attack, **options))
+        ).accuracy("robust_top1")
 
 
 def overfitting_warnings(
@@ -101,18 +109,18 @@ def overfitting_warnings(
 
 
 def has_collapsed(fgsm: float, pgd: float, pgd_before: float, num_classes: int) -> bool:
-    """Whether PGD accuracy has fallen from what it was to less than half of it, and to less than half
-    of FGSM accuracy, both having been above chance.
+    """Whether PGD accuracy has fallen from what it was to less than half of it, and to less than
+    half of FGSM accuracy, both having been above chance.
 
-    A network that has learned little yet may resist FGSM better than PGD: that is not a collapse. In
-    healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy; after a collapse it is next to
-    zero.
+    A network that has learned little yet may resist FGSM better than PGD: that is not a collapse.
+    In healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy; after a collapse it is
+    next to zero.
 
     Args:
         fgsm, pgd: shares of the images that resist each attack now.
         pgd_before: the largest share that resisted PGD after an earlier epoch.
-        num_classes: in the data set. FGSM accuracy has to be twice chance (with few classes, halfway
-            to 1); a network that gives one answer to all is at chance under every attack.
+        num_classes: in the data set. FGSM accuracy has to be twice chance (with few classes,
+            halfway to 1); a network that gives one answer to all is at chance under every attack.
     """
     chance = 1 / num_classes
     well_above_chance = min(2 * chance, (1 + chance) / 2)

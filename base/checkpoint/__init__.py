@@ -8,4 +8,10 @@ from base.checkpoint.checkpoint import (
     save_checkpoint,
 )
 
-__all__ = ["find_checkpoint", "has_checkpoint", "load_checkpoint", "load_weights", "save_checkpoint"]
+__all__ = [
+    "find_checkpoint",
+    "has_checkpoint",
+    "load_checkpoint",
+    "load_weights",
+    "save_checkpoint",
+]

@@ -1,9 +1,9 @@
 """Save and load checkpoints: the only code that touches checkpoint files.
 
-A checkpoint holds tensors and plain Python values only and is always read with `weights_only=True`, so reading one runs no
-code of it. Files of other codes, the original ConvNorm's (`arch, epoch, state_dict, optimizer,
-monitor_best`) among them, are read the same way; they hold enough for evaluation, not for resuming.
-"""
+A checkpoint holds tensors and plain Python values only and is always read with `weights_only=True`,
+so reading one runs no code of it. Files of other codes, the original ConvNorm's (`arch, epoch,
+state_dict, optimizer, monitor_best`) among them, are read the same way; they hold enough for
+evaluation, not for resuming."""
 
 import re
 import warnings
@@ -39,10 +39,12 @@ LEVELS_TO_RUNS = 3
 
 
 def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
-    """Write `contents` to `path`, sealed (see `base.checkpoint.checksum`); at every moment the file is either the old one or the new one.
+    """Write `contents` to `path`, sealed (see `base.checkpoint.checksum`); at every moment the file
+    is either the old one or the new one.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; the old file is untouched.
+        CheckpointError: the disk is full or the folder cannot be written; the old file is
+            untouched.
     """
     try:
         with replacing(path) as file:
@@ -53,7 +55,8 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
 
 
 def publish_copy(source: Path, target: Path) -> None:
-    """Give a saved checkpoint a second name: a hard link where the file system has them, a copy elsewhere.
+    """Give a saved checkpoint a second name: a hard link where the file system has them, a copy
+    elsewhere.
 
     Raises:
         CheckpointError: the folder cannot be written; an older `target` is untouched.
@@ -69,7 +72,9 @@ def keep_newest(folder: Path, count: int, epoch: int) -> None:
 
     Later ones belong to a future that a resumed run has left; they stay until it writes them anew.
     """
-    old = [path for number, path in sorted(numbered(folder).items(), reverse=True) if number <= epoch]
+    old = [
+        path for number, path in sorted(numbered(folder).items(), reverse=True) if number <= epoch
+    ]
     for path in old[count:]:
         path.unlink(missing_ok=True)
 
@@ -77,11 +82,14 @@ def keep_newest(folder: Path, count: int, epoch: int) -> None:
 def numbered(folder: Path) -> dict[int, Path]:
     """Epoch -> file of a run folder's numbered checkpoints."""
     pattern = re.compile(NUMBERED.format(r"(\d+)").replace(".", r"\."))
-    return {int(match[1]): path for path in folder.glob("*") if (match := pattern.fullmatch(path.name))}
+    return {
+        int(match[1]): path for path in folder.glob("*") if (match := pattern.fullmatch(path.name))
+    }
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has saved anything in `folder`, be it good or not: then nothing may begin anew there."""
+    """Whether a run has saved anything in `folder`, be it good or not: then nothing may begin anew
+    there."""
     return any((folder / name).exists() for name in (LAST, BEST)) or bool(numbered(folder))
 
 
@@ -100,15 +108,20 @@ def the_run_in(path: str | Path) -> Path:
     runs = _runs_below(path, LEVELS_TO_RUNS)
     if len(runs) > 1:
         newest = ", ".join(one_line(run) for run in runs[-5:])
-        raise CheckpointError(f"{path}: holds {len(runs)} runs: name one, such as (newest last) {newest}")
+        raise CheckpointError(
+            f"{path}: holds {len(runs)} runs: name one, such as (newest last) {newest}"
+        )
     return runs[0] if runs else path
 
 
 def _runs_below(folder: Path, levels: int) -> list[Path]:
-    """The folders with checkpoints below `folder`, each once, by the time of their last checkpoint."""
+    """The folders with checkpoints below `folder`, each once, by the time of their last
+    checkpoint."""
     ages: dict[Path, tuple[float, Path]] = {}
     for run in _folders_with_checkpoints(folder, levels):
-        age = max((file.stat().st_mtime for file in run.glob("*.pth") if file.exists()), default=0.0)
+        age = max(
+            (file.stat().st_mtime for file in run.glob("*.pth") if file.exists()), default=0.0
+        )
         ages.setdefault(run.resolve(), (age, run))
     return [run for _, run in sorted(ages.values())]
 
@@ -130,7 +143,8 @@ def _folders_with_checkpoints(folder: Path, levels: int) -> Iterator[Path]:
 
 
 def set_aside(file: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing is written over what is left of it; returns the new name.
+    """Rename a damaged checkpoint, so that nothing is written over what is left of it; returns the
+    new name.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -146,8 +160,8 @@ def set_aside(file: Path) -> Path:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint file that `path` means: itself, or of a run folder the best model, before there is one the last.
-    A folder above a single run stands for that run.
+    """The checkpoint file that `path` means: itself, or of a run folder the best model, before
+    there is one the last. A folder above a single run stands for that run.
 
     Raises:
         CheckpointError: there is none, or `path` is a folder above several runs.
@@ -164,15 +178,16 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_to_resume(path: str | Path) -> tuple[Path, dict[str, Any], str | None]:
-    """The checkpoint to go on from: `path` itself, or in a run folder the last one. Where that one is missing or damaged, the
-    newest good one beside it. A folder above a single run stands for that run.
+    """The checkpoint to go on from: `path` itself, or in a run folder the last one. Where that one
+    is missing or damaged, the newest good one beside it. A folder above a single run stands for
+    that run.
 
     Returns:
         Its file, its contents, and, where it is not the last one, what is wrong with that.
 
     Raises:
-        CheckpointError: the folder holds no undamaged checkpoint, the named file is missing or damaged, or
-            `path` is a folder above several runs.
+        CheckpointError: the folder holds no undamaged checkpoint, the named file is missing or
+            damaged, or `path` is a folder above several runs.
     """
     folder = the_run_in(path)
     if not folder.is_dir():
@@ -192,18 +207,25 @@ def load_to_resume(path: str | Path) -> tuple[Path, dict[str, Any], str | None]:
             except CheckpointError:
                 continue
     if not good:
-        others = f", and nothing better lies beside it ({len(beside)} numbered, {BEST})" if has_checkpoint(folder) else ""
+        others = (
+            f", and nothing better lies beside it ({len(beside)} numbered, {BEST})"
+            if has_checkpoint(folder)
+            else ""
+        )
         raise CheckpointError(f"{problem}{others}")
-    file, contents = max(good, key=lambda found: (found[1].get("epoch", 0), found[1].get("batch", 0)))
+    file, contents = max(
+        good, key=lambda found: (found[1].get("epoch", 0), found[1].get("batch", 0))
+    )
     return file, contents, str(problem)
 
 
 def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, Any]:
-    """The contents of a checkpoint file, or of a run folder's best model, with all tensors on the CPU.
+    """The contents of a checkpoint file, or of a run folder's best model, with all tensors on the
+    CPU.
 
     A file that another code has written has its weights under "state_dict", too, wherever they lie
-    in it (see `base.checkpoint.foreign_weights`), and under "assumed" what was taken for what: what about -> a
-    sentence.
+    in it (see `base.checkpoint.foreign_weights`), and under "assumed" what was taken for what: what
+    about -> a sentence.
 
     Args:
         path: the file or folder.
@@ -237,7 +259,9 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, A
     check_readable(contents, file)
     version = contents["schema_version"]
     if version > SCHEMA_VERSION:
-        raise CheckpointError(f"{file}: has schema version {version}; this code reads versions up to {SCHEMA_VERSION}")
+        raise CheckpointError(
+            f"{file}: has schema version {version}; this code reads versions up to {SCHEMA_VERSION}"
+        )
     if version >= 2 and not sealed:
         raise CheckpointError(f"{file}: is damaged: the digest that it was written with is missing")
     return contents
@@ -350,11 +374,14 @@ def _difference(missing: Sequence[str], unexplained: Sequence[str]) -> str:
 def _advice(missing: Sequence[str], how_to_choose: str) -> str:
     if missing:
         return f"give the network that it was trained as ({how_to_choose}), or rename its keys"
-    return "save it without them if its network does not use them; if it does, it is another network"
+    return (
+        "save it without them if its network does not use them; if it does, it is another network"
+    )
 
 
 def plain(value: Any) -> Any:
-    """`value` with every mapping as a dict, every sequence as a list or tuple, and numbers of numpy as Python's.
+    """`value` with every mapping as a dict, every sequence as a list or tuple, and numbers of numpy
+    as Python's.
 
     Raises:
         TypeError: something else than tensors and plain values is in it.
@@ -362,7 +389,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value)) if type(value) in (list, tuple) else list(map(plain, value))
+        return (
+            type(value)(map(plain, value))
+            if type(value) in (list, tuple)
+            else list(map(plain, value))
+        )
     if isinstance(value, Tensor):
         return value.detach()
     if value is None or type(value) in (bool, int, float, str, bytes):

@@ -1,9 +1,9 @@
 """A checkpoint's seal: a SHA-256 digest of the file that travels inside it.
 
-torch does not notice when a byte of a tensor has changed on the disk. The seal stands in the comment of the zip archive that
-`torch.save` writes, at its very end, so that torch and every other reader of zip files reads a sealed checkpoint as before. The
-digest is of all bytes before the comment.
-"""
+torch does not notice when a byte of a tensor has changed on the disk. The seal stands in the
+comment of the zip archive that `torch.save` writes, at its very end, so that torch and every other
+reader of zip files reads a sealed checkpoint as before. The digest is of all bytes before the
+comment."""
 
 import hashlib
 import re
@@ -15,8 +15,8 @@ from base.errors import CheckpointError
 SEAL = re.compile(rb"convnorm-trainer sha256 ([0-9a-f]{64})")
 LENGTH = len(b"convnorm-trainer sha256 ") + 64
 END = b"PK\x05\x06"
-"""The end record of a zip archive begins with this. Without a comment it is the last 22 bytes of the file, of which the last
-two, the comment's length, are zero."""
+"""The end record of a zip archive begins with this. Without a comment it is the last 22 bytes of
+the file, of which the last two, the comment's length, are zero."""
 CHUNK = 1 << 20
 
 
@@ -29,10 +29,12 @@ def write_checksum(file: BinaryIO) -> None:
 
 
 def verify_checksum(file: BinaryIO, path: Path) -> bool:
-    """Whether the file has a seal; what it holds is then what was written. Other files (the original's) have none.
+    """Whether the file has a seal; what it holds is then what was written. Other files (the
+    original's) have none.
 
     Raises:
-        CheckpointError: the seal is broken, or only a part of it is there: the file has changed since it was written.
+        CheckpointError: the seal is broken, or only a part of it is there: the file has changed
+            since it was written.
     """
     size = file.seek(0, 2)
     tail = _read(file, max(0, size - LENGTH))
@@ -45,7 +47,9 @@ def verify_checksum(file: BinaryIO, path: Path) -> bool:
             )
         return False
     if _digest(file, size - LENGTH) != match[1]:
-        raise CheckpointError(f"{path}: is damaged: its digest is not the one that it was written with")
+        raise CheckpointError(
+            f"{path}: is damaged: its digest is not the one that it was written with"
+        )
     return True
 
 

@@ -22,7 +22,8 @@ from base.train_state import TrainState
 
 
 class CheckpointManager:
-    """`model_last.pth`, `model_best.pth` and the numbered ones in `folder`. Every process calls its methods, rank 0 writes."""
+    """`model_last.pth`, `model_best.pth` and the numbered ones in `folder`. Every process calls its
+    methods, rank 0 writes."""
 
     def __init__(self, folder: Path, settings: TrainerConfig) -> None:
         self.folder = folder
@@ -34,7 +35,8 @@ class CheckpointManager:
             save_checkpoint(self.folder / LAST, contents)
 
     def refuse_full_disk(self) -> None:
-        """Make sure, when `model_last.pth` has been written, that there is room for the next one beside it.
+        """Make sure, when `model_last.pth` has been written, that there is room for the next one
+        beside it.
 
         Raises:
             CheckpointError: the disk is too full.
@@ -50,8 +52,8 @@ class CheckpointManager:
             )
 
     def save_epoch(self, contents: Mapping[str, Any], epoch: int, improved: bool) -> None:
-        """Write what a finished epoch leaves: the last checkpoint, the best where it `improved`, every `save_period` epochs a
-        numbered one."""
+        """Write what a finished epoch leaves: the last checkpoint, the best where it `improved`,
+        every `save_period` epochs a numbered one."""
         if not is_primary():
             return
         last = self.folder / LAST
@@ -64,11 +66,13 @@ class CheckpointManager:
             keep_newest(self.folder, self.settings.keep_checkpoints, epoch)
 
     def restore_best(self, state: TrainState, source: Path, *, finished: bool) -> str | None:
-        """Make sure that `model_best.pth` is the best model of the run as far as it is resumed from `source`.
+        """Make sure that `model_best.pth` is the best model of the run as far as it is resumed from
+        `source`.
 
-        It may be of an epoch that the run, resumed from an earlier checkpoint, has yet to do again. Then `progress` knows no
-        best model until there is one anew, which on the same machine is the same one. Or it may be lost: then the best is one
-        of the epochs that follow, and `state.best_since` says so.
+        It may be of an epoch that the run, resumed from an earlier checkpoint, has yet to do again.
+        Then `progress` knows no best model until there is one anew, which on the same machine is
+        the same one. Or it may be lost: then the best is one of the epochs that follow, and
+        `state.best_since` says so.
 
         Args:
             state: of the checkpoint `source`; changed in these two cases.
@@ -114,10 +118,22 @@ class CheckpointManager:
         if _epoch_of(copy) == state.best_epoch:
             publish_copy(copy, best)
             return "there"
-        to_come = [last, *(file for epoch, file in numbered(self.folder).items() if epoch > state.epochs_done)]
-        if later is None and best.is_file() and any(file.is_file() and best.samefile(file) for file in to_come):
-            return "to come"  # that epoch was the best one, and all its names are of one damaged file
-        return "to come" if later is not None and state.epochs_done < later <= self.settings.epochs else "lost"
+        to_come = [
+            last,
+            *(file for epoch, file in numbered(self.folder).items() if epoch > state.epochs_done),
+        ]
+        if (
+            later is None
+            and best.is_file()
+            and any(file.is_file() and best.samefile(file) for file in to_come)
+        ):
+            # that epoch was the best one, and all its names are of one damaged file
+            return "to come"
+        return (
+            "to come"
+            if later is not None and state.epochs_done < later <= self.settings.epochs
+            else "lost"
+        )
 
 
 def _epoch_of(file: Path) -> int | None:

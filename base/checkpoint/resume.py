@@ -1,4 +1,5 @@
-"""A run to continue: its checkpoint, its config, and which values of that may change without making it another experiment."""
+"""A run to continue: its checkpoint, its config, and which values of that may change without making
+it another experiment."""
 
 import hashlib
 import json
@@ -11,7 +12,13 @@ from typing import Any
 from base.checkpoint.checkpoint import LAST, load_to_resume, set_aside
 from base.checkpoint.schema import check_training_state
 from base.config import Config, Override, validate
-from base.config.files import origins_named, override_layers, read_layers, run_imports, validate_layers
+from base.config.files import (
+    origins_named,
+    override_layers,
+    read_layers,
+    run_imports,
+    validate_layers,
+)
 from base.config.imports import OwnCode, changes, imported_for, requests_of
 from base.config.origins import Layer
 from base.config.section import lies_in
@@ -40,7 +47,8 @@ MAY_CHANGE_ON_RESUME = (
     *WHERE_AND_HOW, "trainer.epochs", "trainer.early_stop", "n_gpu",
     "adversarial.report", "adversarial.report_images",
 )  # fmt: skip
-"""Config keys that a resumed run may have other values for: none of them changes what is learned from what, but for rounding."""
+"""Config keys that a resumed run may have other values for: none of them changes what is learned
+from what, but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,10 @@ class SavedRun:
         file: the checkpoint.
         checkpoint: its contents.
         config: to go on with.
-        problem: what is wrong with the last checkpoint, where this is an earlier one instead of it; None otherwise.
-        changed_code: a warning for each file of the user's code that has changed since the run began.
+        problem: what is wrong with the last checkpoint, where this is an earlier one instead of it;
+            None otherwise.
+        changed_code: a warning for each file of the user's code that has changed since the run
+            began.
     """
 
     file: Path
@@ -62,7 +72,8 @@ class SavedRun:
     changed_code: tuple[str, ...] = ()
 
     def set_aside_damaged(self) -> str | None:
-        """Keep a damaged last checkpoint under another name, as training writes a new one; returns what there is to warn of.
+        """Keep a damaged last checkpoint under another name, as training writes a new one; returns
+        what there is to warn of.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -81,18 +92,20 @@ def saved_run(
     overrides: Iterable[Override] = (),
     imports: Iterable[str | os.PathLike[str]] = (),
 ) -> SavedRun:
-    """Read what `Experiment.resume` continues: the checkpoint, which rank 0 reads for all, and the config it will have.
+    """Read what `Experiment.resume` continues: the checkpoint, which rank 0 reads for all, and the
+    config it will have.
 
     Args:
-        path: a checkpoint file, or a run folder, whose last checkpoint is taken, or, if that is damaged, its newest good one.
+        path: a checkpoint file, or a run folder, whose last checkpoint is taken, or, if that is
+            damaged, its newest good one.
         config_file: values that replace those of the run.
         overrides: likewise, single values.
-        imports: the user's own code to import, as `--imports` names it. What the checkpoint names is not imported, only what
-            `config_file` does.
+        imports: the user's own code to import, as `--imports` names it. What the checkpoint names
+            is not imported, only what `config_file` does.
 
     Raises:
-        CheckpointError: no undamaged checkpoint was found, or the checkpoint has another architecture or needs
-            code that was not imported.
+        CheckpointError: no undamaged checkpoint was found, or the checkpoint has another
+            architecture or needs code that was not imported.
         ConfigError: a replaced value would make it another experiment.
     """
     files = read_layers(config_file) if config_file else []
@@ -110,10 +123,13 @@ def saved_run(
 
 
 def _read(path: str) -> tuple[Path, dict[str, Any], str | None, Config]:
-    """See `load_to_resume`; what it found holds all that a run goes on from, its config among it."""
+    """See `load_to_resume`; what it found holds all that a run goes on from, its config among
+    it."""
     file, checkpoint, problem = load_to_resume(path)
     if "config" not in checkpoint:
-        raise CheckpointError(f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed")
+        raise CheckpointError(
+            f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed"
+        )
     imported_for(recorded_imports(checkpoint["config"], file), str(file))
     try:
         config = validate(checkpoint["config"], str(file))
@@ -131,7 +147,10 @@ def recorded_imports(tree: Any, source: Path) -> list[OwnCode]:
     """
     named = tree.get(IMPORTS) if isinstance(tree, Mapping) else None
     try:
-        return [request.code for request in requests_of(named or [], f"{source}: {IMPORTS}", source.parent)]
+        return [
+            request.code
+            for request in requests_of(named or [], f"{source}: {IMPORTS}", source.parent)
+        ]
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 
@@ -144,11 +163,14 @@ def check_epochs(checkpoint: Mapping[str, Any], config: Config, source: Path) ->
     """
     done = checkpoint["epoch"]
     if config.trainer.epochs < done:
-        raise ConfigError(f"trainer.epochs: {config.trainer.epochs}, but {source} has done {done} epochs already")
+        raise ConfigError(
+            f"trainer.epochs: {config.trainer.epochs}, but {source} has done {done} epochs already"
+        )
 
 
 def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: Path) -> None:
-    """Refuse the first config value that differs from a checkpoint's and would make a resumed run another experiment.
+    """Refuse the first config value that differs from a checkpoint's and would make a resumed run
+    another experiment.
 
     Raises:
         CheckpointError: the architecture differs.
@@ -158,11 +180,15 @@ def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: P
         if key in FILLED_FROM_DATA and new is None:
             continue
         if key.startswith("arch."):
-            raise CheckpointError(f"{source}: is of another architecture: {key} is {old!r} there and {new!r} in this config")
+            raise CheckpointError(
+                f"{source}: is of another architecture: {key} is {old!r} there and {new!r} in this config"
+            )
         spans_run = key == "trainer.epochs" and spans_whole_run(config.lr_scheduler)
         if spans_run or not lies_in(key, MAY_CHANGE_ON_RESUME):
             why = f"; {config.lr_scheduler.type} spans the whole run" if spans_run else ""
-            raise ConfigError(f"{key}: the run was started with {old!r}; {new!r} would make it another experiment{why}")
+            raise ConfigError(
+                f"{key}: the run was started with {old!r}; {new!r} would make it another experiment{why}"
+            )
 
 
 def config_hash(config: Config) -> str:
@@ -211,7 +237,9 @@ def _without_empty_sections(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in below.items() if value != {}}
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], path: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
     """Dotted key, old and new value of every leaf in which two trees differ."""
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)

@@ -1,9 +1,9 @@
-"""What a checkpoint may hold, in one typed place: the keys that evaluation reads, and those that a run goes on from.
+"""What a checkpoint may hold, in one typed place: the keys that evaluation reads, and those that a
+run goes on from.
 
-A file may come from anywhere, and the checksum inside it only says that it is what somebody once wrote. So every key has its
-type, and what several keys say must agree, before anything is done with it. Whether weights, optimizer and schedule fit *this*
-run is asked where they are loaded.
-"""
+A file may come from anywhere, and the checksum inside it only says that it is what somebody once
+wrote. So every key has its type, and what several keys say must agree, before anything is done with
+it. Whether weights, optimizer and schedule fit *this* run is asked where they are loaded."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+)
 from torch import Tensor
 
 from base.config.section import Count, Number
@@ -34,12 +42,19 @@ OLDEST_PROGRESS = (
     "train_seconds",
     "images_seen",
 )
-"""Fields of `TrainState` that every checkpoint has. Fields that came later have their defaults where they are missing."""
+"""Fields of `TrainState` that every checkpoint has. Fields that came later have their defaults
+where they are missing."""
 
 
 def _plain_tensor(tensor: Tensor) -> Tensor:
-    """Refuse tensors that no run saves: sparse, quantized or complex ones, or such without any memory."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+    """Refuse tensors that no run saves: sparse, quantized or complex ones, or such without any
+    memory."""
+    if (
+        tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+        or tensor.is_quantized
+        or tensor.is_complex()
+    ):
         raise ValueError("expected a dense tensor of real numbers")
     return tensor
 
@@ -57,7 +72,8 @@ def _one_number(tensor: Tensor) -> Tensor:
 
 
 def _json_tree(value: Any, level: int = 0) -> Any:
-    """Refuse what a JSON file cannot say: another type, a number that is not finite, a tree that contains itself."""
+    """Refuse what a JSON file cannot say: another type, a number that is not finite, a tree that
+    contains itself."""
     if level > DEEPEST:
         raise ValueError(f"nested deeper than {DEEPEST} levels")
     if isinstance(value, dict):
@@ -132,9 +148,13 @@ def _progress_schema() -> type[BaseModel]:
     """The fields of `TrainState`, with their types and ranges."""
     described = {}
     for field in fields(TrainState):
-        default = ... if field.name in OLDEST_PROGRESS or field.default is MISSING else field.default
+        default = (
+            ... if field.name in OLDEST_PROGRESS or field.default is MISSING else field.default
+        )
         described[field.name] = (field.type, default)
-    return create_model("ProgressSchema", __config__=ConfigDict(strict=True, extra="forbid"), **described)
+    return create_model(
+        "ProgressSchema", __config__=ConfigDict(strict=True, extra="forbid"), **described
+    )
 
 
 if TYPE_CHECKING:
@@ -194,7 +214,8 @@ def check_training_state(contents: Mapping[str, Any], file: Path) -> None:
     """Check that a checkpoint holds everything that a run goes on from, and that its keys agree.
 
     Raises:
-        CheckpointError: a key is missing, of another type, out of its range, or contradicts another one.
+        CheckpointError: a key is missing, of another type, out of its range, or contradicts another
+            one.
     """
     for key, what in (("config", "config"), ("progress", "training state")):
         if key not in contents:

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic.fields import FieldInfo
 
-from base.config.arguments import Choice, NameIn, OpenSection, arguments_of, checks_names, parameters_of, takes
+from base.config.arguments import (
+    Choice,
+    NameIn,
+    OpenSection,
+    arguments_of,
+    checks_names,
+    parameters_of,
+    takes,
+)
 from base.config.section import Count, Needs, Positive
 from base.registry import ATTACKS, TRAINERS, Constructor, not_one_of
 
@@ -18,7 +26,7 @@ FRACTION_OF_RANGE = re.compile(r" *([0-9]+(?:\.[0-9]+)?) */ *([0-9]+(?:\.[0-9]+)
 @dataclass(frozen=True)
 class InUnitsOfNorm:
     """Metadata of a type: a config gives the number in 1/255 of the pixel range under l-inf; see
-`Size`."""
+    `Size`."""
 
 
 Size = Annotated[
@@ -34,17 +42,19 @@ Size = Annotated[
         }
     ),
 ]
-"""A radius or step size. A config gives it in 1/255 of the pixel range under l-inf and in units of the pixel range under
-l2, or as text (see `read_sizes`); a constructor that takes it always gets it in units of the pixel range."""
+"""A radius or step size. A config gives it in 1/255 of the pixel range under l-inf and in units of
+the pixel range under l2, or as text (see `read_sizes`); a constructor that takes it always gets it
+in units of the pixel range."""
 OF_LINF = (("trainer", "adv_clip_eps"), ("trainer", "fgsm_step"))
 """The places in a config's tree whose sizes are always of l-inf."""
 SMALLEST_EPSILON, SMALLEST_STEP = 0.5, 0.05
-"""In 1/255: a size below this, but not 0, was meant in the pixel range [0, 1]. No published attack is so weak."""
+"""In 1/255: a size below this, but not 0, was meant in the pixel range [0, 1]. No published attack
+is so weak."""
 DEFAULT_L2 = 0.5
 """Radius under l2 where the config gives none, about 128/255: the usual one on CIFAR."""
 LARGEST_L2 = 6.0
-"""In units of the pixel range: a size above this was meant in 1/255. A change of 5 is the largest published, on large images; a
-change of 8 turns an image of 32 x 32 into another."""
+"""In units of the pixel range: a size above this was meant in 1/255. A change of 5 is the largest
+published, on large images; a change of 8 turns an image of 32 x 32 into another."""
 LARGEST_STEP = 3.0
 """In radii: longer steps, where the usual ones are at most 2.5, were meant in 1/255."""
 
@@ -60,20 +70,21 @@ class AdversarialConfig(OpenSection):
     fills_defaults = True
 
     method: Annotated[str, NameIn(TRAINERS, ("parts",))] | None = None
-    """Training method. fgsm is the fast one, with a random start and one step; none trains on clean images. null: free
-    where trainer.do_adv is true, else none."""
+    """Training method. fgsm is the fast one, with a random start and one step; none trains on clean
+    images. null: free where trainer.do_adv is true, else none."""
     norm: Literal["linf", "l2"] = "linf"
-    """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in units
-    of the pixel range; "8/255" is that part of the pixel range in both."""
+    """Norm of training and of attacks. linf sizes are in 1/255 of the pixel range, l2 sizes in
+    units of the pixel range; "8/255" is that part of the pixel range in both."""
     epsilon: Size | None = None
     """Radius of training and of attacks; null: trainer.adv_clip_eps for linf, 0.5 for l2."""
     validate_every: Count | None = None
-    """Epochs from one robust validation (PGD as in pgd_attack) to the next; 0 for none; null: 1 with a method that attacks
-    images, else 0."""
+    """Epochs from one robust validation (PGD as in pgd_attack) to the next; 0 for none; null: 1
+    with a method that attacks images, else 0."""
     validate_images: Annotated[Positive, VALIDATION] = 1000
     """How many validation images it attacks, the same in every epoch: the first of every class."""
     report: bool | None = None
-    """Attack the test set after training; null: true where a method is named, also where that is none."""
+    """Attack the test set after training; null: true where a method is named, also where that is
+    none."""
     report_images: Annotated[Positive | None, REPORT] = None
     """How many test images the report attacks, the first of every class; null for all."""
 
@@ -83,28 +94,36 @@ class AdversarialConfig(OpenSection):
         return {"adversarial.method": config.adversarial_method}
 
 
-OFFERED = frozenset({"epsilon", "norm", "steps", "step_size", "restarts", "loss", "early_stop", "seed"})
+OFFERED = frozenset(
+    {"epsilon", "norm", "steps", "step_size", "restarts", "loss", "early_stop", "seed"}
+)
 """Arguments of attacks that the config's own keys give."""
 
 
 ATTACK_LOSSES = ("ce", "margin", "dlr")
-"""What every attack that takes a loss can maximize, unless its type hint is a `Literal` of others."""
+"""What every attack that takes a loss can maximize, unless its type hint is a `Literal` of
+others."""
 
 
 def losses_of(kind: Constructor | None) -> tuple[str, ...]:
-    """The losses that a config may give to an attack: those of its type hint, where that is a `Literal`, else
-    `ATTACK_LOSSES` and its own default."""
+    """The losses that a config may give to an attack: those of its type hint, where that is a
+    `Literal`, else `ATTACK_LOSSES` and its own default."""
     argument = None if kind is None else arguments_of(kind).get("loss")
     if argument is None:
         return ATTACK_LOSSES
     own, default = get_args(argument.field.annotation), argument.field.default
     if own:
         return tuple(one for one in own if isinstance(one, str))
-    return ATTACK_LOSSES if default in ATTACK_LOSSES or not isinstance(default, str) else (*ATTACK_LOSSES, default)
+    return (
+        ATTACK_LOSSES
+        if default in ATTACK_LOSSES or not isinstance(default, str)
+        else (*ATTACK_LOSSES, default)
+    )
 
 
 class LossOfAttack(NameIn):
-    """That a text is a loss of the attack chosen before it, as metadata of its type; see `losses_of`."""
+    """That a text is a loss of the attack chosen before it, as metadata of its type; see
+    `losses_of`."""
 
     def _known(self, name: str, info: ValidationInfo) -> str:
         known = losses_of(ATTACKS.get(info.data.get("type", "")))
@@ -131,16 +150,17 @@ class PGDAttackConfig(OpenSection):
     K: Annotated[Positive, _attack_with("steps")] = 10
     """Steps."""
     step: Annotated[Size | None, _attack_with("step_size")] = None
-    """Step size, in 1/255 for linf, in units of the pixel range for l2; null: the attack's own default, where it has one,
-    else 2 for linf, 2.5 epsilon / K for l2."""
+    """Step size, in 1/255 for linf, in units of the pixel range for l2; null: the attack's own
+    default, where it has one, else 2 for linf, 2.5 epsilon / K for l2."""
     restarts: Annotated[Positive, _attack_with("restarts")] = 1
     """Random starts."""
     loss: Annotated[str, LossOfAttack(dict.fromkeys(ATTACK_LOSSES)), _attack_with("loss")] = "ce"
-    """What it maximizes: cross entropy, margin, or difference of logits ratio; or a loss of an own attack."""
+    """What it maximizes: cross entropy, margin, or difference of logits ratio; or a loss of an own
+    attack."""
     early_stop: Annotated[Count | None, _attack_with("early_stop")] = None
-    """An image is left alone once its label is not among this many of the largest logits. 0: it never
-    is, and with one start PGD's last point counts. null: 1, or 5 in a report on more than five
-    classes."""
+    """An image is left alone once its label is not among this many of the largest logits. 0: it
+    never is, and with one start PGD's last point counts. null: 1, or 5 in a report on more than
+    five classes."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,7 +171,9 @@ class PGDAttackConfig(OpenSection):
         kind = ATTACKS.get(str(values.get("type")))
         own = {} if kind is None else {one.name: one.default for one in parameters_of(kind)}
         found = {key: own.get(name) for key, name in OF_ATTACKS.items()}
-        return {key: value for key, value in found.items() if isinstance(value, int | str)} | dict(values)
+        return {key: value for key, value in found.items() if isinstance(value, int | str)} | dict(
+            values
+        )
 
     @model_validator(mode="after")
     def _arguments_fit(self, info: ValidationInfo) -> Self:

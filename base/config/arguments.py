@@ -1,9 +1,8 @@
 """The arguments of a constructor as a config sees them, and the sections that are open to them.
 
-`arguments_of` reads them off a class or function: names and defaults from its signature, types and ranges from its
-type hints, descriptions from the `Args:` of its docstring. An `OpenSection` holds fixed keys, and whatever the chosen
-entries of its tables take.
-"""
+`arguments_of` reads them off a class or function: names and defaults from its signature, types and
+ranges from its type hints, descriptions from the `Args:` of its docstring. An `OpenSection` holds
+fixed keys, and whatever the chosen entries of its tables take."""
 
 import inspect
 import json
@@ -23,9 +22,19 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError
+from pydantic.errors import (
+    PydanticSchemaGenerationError,
+    PydanticUndefinedAnnotation,
+    PydanticUserError,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, PydanticUndefined, core_schema
+from pydantic_core import (
+    ErrorDetails,
+    InitErrorDetails,
+    PydanticCustomError,
+    PydanticUndefined,
+    core_schema,
+)
 
 from base.config.section import Section
 from base.registry import Constructor, not_one_of, property_of
@@ -57,11 +66,12 @@ class Argument:
 
 @lru_cache(maxsize=1024)
 def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
-    """Config key -> argument, of every argument of a constructor that JSON can hold, in the order of its signature.
+    """Config key -> argument, of every argument of a constructor that JSON can hold, in the order
+    of its signature.
 
-    A class that hands `**others` on has the arguments of the base classes, too; those that a `functools.partial` gives
-    by position are left out. The entry's attribute `config_names` tells arguments that configs know by another
-    name, or may not give; see `base.registry`.
+    A class that hands `**others` on has the arguments of the base classes, too; those that a
+    `functools.partial` gives by position are left out. The entry's attribute `config_names` tells
+    arguments that configs know by another name, or may not give; see `base.registry`.
 
     Args:
         entry: a class or function, or a partial of one.
@@ -105,8 +115,8 @@ def hands_on(entry: Constructor) -> bool:
 
 
 def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
-    """The functions that arguments of a constructor reach: its own first, and those of its base classes as long as the
-    one before hands `**others` on."""
+    """The functions that arguments of a constructor reach: its own first, and those of its base
+    classes as long as the one before hands `**others` on."""
     whole = entry
     while isinstance(entry, partial):
         entry = entry.func
@@ -121,16 +131,21 @@ def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
 
 
 def _where_initialized(cls: type) -> list[type]:
-    """The classes in a class's `__mro__` that define `__init__`, nearest first, without `object`."""
+    """The classes in a class's `__mro__` that define `__init__`, nearest first, without
+    `object`."""
     return [base for base in cls.__mro__[:-1] if "__init__" in vars(base)]
 
 
 def _hands_on(function: Callable[..., Any]) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values())
+    return any(
+        parameter.kind is parameter.VAR_KEYWORD
+        for parameter in inspect.signature(function).parameters.values()
+    )
 
 
 def _hints(entry: Constructor) -> dict[str, Any]:
-    """Parameter -> its type hint, with ranges; empty for a function whose hints cannot be resolved."""
+    """Parameter -> its type hint, with ranges; empty for a function whose hints cannot be
+    resolved."""
     hints: dict[str, Any] = {}
     for function in _functions(entry):
         while isinstance(function, partial):
@@ -145,7 +160,8 @@ def _hints(entry: Constructor) -> dict[str, Any]:
 
 
 def _descriptions(entry: Constructor) -> dict[str, str]:
-    """Parameter -> what the `Args:` of its docstring says; a base class's where it hands arguments on."""
+    """Parameter -> what the `Args:` of its docstring says; a base class's where it hands arguments
+    on."""
     while isinstance(entry, partial):
         entry = entry.func
     documented = reversed(entry.__mro__) if inspect.isclass(entry) else [entry]
@@ -188,7 +204,9 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
 
 
 @lru_cache(maxsize=1024)
-def _open_arguments(entry: Constructor, contract: frozenset[str], positional: int) -> Mapping[str, Argument]:
+def _open_arguments(
+    entry: Constructor, contract: frozenset[str], positional: int
+) -> Mapping[str, Argument]:
     """`arguments_of` an entry without those that the project itself gives; see `Choice`."""
     first = {parameter.name for parameter in parameters_of(entry)[:positional]}
     every = arguments_of(entry).items()
@@ -203,7 +221,8 @@ class Choice:
         key: the dotted key that names the entry.
         table: the entries.
         contract: arguments that are not the section's, because the project itself gives them.
-        positional: how many of the first arguments the project gives by position; they are not the section's either.
+        positional: how many of the first arguments the project gives by position; they are not the
+            section's either.
         others: what becomes of a key that only other entries take: `error` refuses it, `ignored`
             warns of it.
     """
@@ -233,25 +252,30 @@ class Choice:
 class OpenSection(Section):
     """A section with fixed keys, and those that the chosen entries of tables take.
 
-    Those others are values like its own: `section.steps`, and `section.get("steps")` where it may not be given. They are
-    dumped beside the fixed ones, where they are given.
-    """
+    Those others are values like its own: `section.steps`, and `section.get("steps")` where it may
+    not be given. They are dumped beside the fixed ones, where they are given."""
 
     model_config = ConfigDict(extra="allow")
     choices: ClassVar[tuple[Choice, ...]] = ()
-    """Whose arguments it is open to. A key that several of them know reaches all that are chosen."""
+    """Whose arguments it is open to. A key that several of them know reaches all that are
+    chosen."""
     fills_defaults: ClassVar[bool] = False
-    """Whether a resolved config holds every argument that has a default other than null, whichever entry takes it."""
+    """Whether a resolved config holds every argument that has a default other than null, whichever
+    entry takes it."""
 
     @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+    def _known_keys(
+        cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
         """Refuse keys that no entry knows, together with whatever is wrong with the others."""
         problems: list[InitErrorDetails] = []
         if isinstance(value, dict) and checks_names(info.context):
             unknown = value.keys() - cls.known_fields().keys()
             problems = [
-                InitErrorDetails(type="extra_forbidden", loc=(key,), input=value[key]) for key in value if key in unknown
+                InitErrorDetails(type="extra_forbidden", loc=(key,), input=value[key])
+                for key in value
+                if key in unknown
             ]
         try:
             section = handler(value)
@@ -268,7 +292,11 @@ class OpenSection(Section):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key; `default` where an entry's argument is not given."""
-        return getattr(self, key, default) if key in type(self).model_fields else self.given.get(key, default)
+        return (
+            getattr(self, key, default)
+            if key in type(self).model_fields
+            else self.given.get(key, default)
+        )
 
     def arguments_for(self, choice_key: str, name: str) -> dict[str, Any]:
         """What is given of an entry's arguments: the constructor's name for it -> value.
@@ -287,12 +315,14 @@ class OpenSection(Section):
     @classmethod
     def chosen(cls, config: Any) -> dict[str, str]:
         """The `key` of each choice -> the name of the entry that a config chooses."""
-        return {choice.key: reduce(getattr, choice.key.split("."), config) for choice in cls.choices}
+        return {
+            choice.key: reduce(getattr, choice.key.split("."), config) for choice in cls.choices
+        }
 
     @classmethod
     def defaults(cls, chosen: Mapping[str, str]) -> dict[str, Any]:
-        """Key -> default, other than null, of all arguments of all entries: that of the chosen entry, or, where it takes none
-        of this name, that of the first that does."""
+        """Key -> default, other than null, of all arguments of all entries: that of the chosen
+        entry, or, where it takes none of this name, that of the first that does."""
         found: dict[str, Any] = {}
         for choice in cls.choices:
             own = choice.arguments(chosen.get(choice.key, ""))
@@ -306,7 +336,9 @@ class OpenSection(Section):
         """Give what is not given its default; see `defaults`."""
         extra = self.model_extra
         if extra is not None:
-            extra |= {key: value for key, value in self.defaults(chosen).items() if key not in extra}
+            extra |= {
+                key: value for key, value in self.defaults(chosen).items() if key not in extra
+            }
 
     @classmethod
     def known_fields(cls) -> dict[str, FieldInfo]:
@@ -321,14 +353,19 @@ class OpenSection(Section):
     @classmethod
     def owners(cls, key: str) -> dict[str, Argument]:
         """Entry -> its argument of this key, for every entry of any table that takes it."""
-        return {name: argument for choice in cls.choices for name, argument in choice.owners(key).items()}
+        return {
+            name: argument
+            for choice in cls.choices
+            for name, argument in choice.owners(key).items()
+        }
 
     def check(self, chosen: Mapping[str, str], place: tuple[str, ...] = ()) -> None:
-        """Check what is given against the signatures of the chosen entries, and give it their types.
+        """Check what is given against the signatures of the chosen entries, and give it their
+        types.
 
         Args:
-            chosen: the `key` of each choice -> the name of its entry; a choice that is not yet known is left out, and
-                values are then what any of its entries takes.
+            chosen: the `key` of each choice -> the name of its entry; a choice that is not yet
+                known is left out, and values are then what any of its entries takes.
             place: where this section lies below the one whose validator calls this.
 
         Raises:
@@ -344,7 +381,8 @@ class OpenSection(Section):
             except PydanticCustomError as error:
                 problems.append(InitErrorDetails(type=error, loc=(*place, key), input=value))
         problems += [
-            InitErrorDetails(type="missing", loc=(*place, key), input=None) for key in self._missing(chosen)
+            InitErrorDetails(type="missing", loc=(*place, key), input=None)
+            for key in self._missing(chosen)
         ]
         if problems:
             raise ValidationError.from_exception_data(type(self).__name__, problems)
@@ -352,12 +390,23 @@ class OpenSection(Section):
     def _checked(self, key: str, value: Any, chosen: Mapping[str, str]) -> Any:
         """The value of a key as the chosen entries take it, or, where none does, as others do."""
         owners = {choice: choice.owners(key) for choice in self.choices}
-        takers = [owners[choice][chosen[choice.key]] for choice in self.choices if chosen.get(choice.key) in owners[choice]]
+        takers = [
+            owners[choice][chosen[choice.key]]
+            for choice in self.choices
+            if chosen.get(choice.key) in owners[choice]
+        ]
         if takers:
             values = [argument.adapter.validate_json(json.dumps(value)) for argument in takers]
             return values[0]
         knowing = [choice for choice in self.choices if owners[choice]]
-        choice = next((choice for choice in knowing if choice.others == "ignored" or choice.key not in chosen), knowing[0])
+        choice = next(
+            (
+                choice
+                for choice in knowing
+                if choice.others == "ignored" or choice.key not in chosen
+            ),
+            knowing[0],
+        )
         if choice.others == "error" and choice.key in chosen:
             others = " and ".join(owners[choice])
             verb = "take" if len(owners[choice]) > 1 else "takes"
@@ -374,8 +423,8 @@ class OpenSection(Section):
                         yield key
 
     def unused(self, chosen: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-        """Key, value and who takes it, such as `arch.args.norm_layer_type gn`, of all that
-        is given without effect: no chosen entry takes it, and no entry has its value as a default."""
+        """Key, value and who takes it, such as `arch.args.norm_layer_type gn`, of all that is given
+        without effect: no chosen entry takes it, and no entry has its value as a default."""
         for key, value in self.given.items():
             owners = {choice: choice.owners(key) for choice in self.choices}
             owners = {choice: takers for choice, takers in owners.items() if takers}
@@ -383,11 +432,20 @@ class OpenSection(Section):
                 continue
             arguments = [argument for takers in owners.values() for argument in takers.values()]
             if arguments and all(argument.field.default != value for argument in arguments):
-                yield key, value, " or ".join(f"{choice.key} {' or '.join(takers)}" for choice, takers in owners.items())
+                yield (
+                    key,
+                    value,
+                    " or ".join(
+                        f"{choice.key} {' or '.join(takers)}" for choice, takers in owners.items()
+                    ),
+                )
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Its fixed keys, and those of all entries; others are allowed, as a user's own part may have them."""
+    def __get_pydantic_json_schema__(
+        cls, schema: Any, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Its fixed keys, and those of all entries; others are allowed, as a user's own part may
+        have them."""
         reference = handler(schema)
         schema = handler.resolve_ref_schema(reference)
         for key in cls.known_fields():
@@ -439,7 +497,8 @@ def describe(owners: Mapping[str, Argument]) -> str:
 class NameIn:
     """Metadata of a type: the text is a name in a table. `Annotated[str, NameIn(MODELS)]`.
 
-    Where a config is read without the code of its parts (`UNCHECKED` is the context), any name is good.
+    Where a config is read without the code of its parts (`UNCHECKED` is the context), any name is
+    good.
 
     Attributes:
         table: the entries.
@@ -451,11 +510,15 @@ class NameIn:
     positional: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
         """The schema of text, followed by a look into the table."""
         return core_schema.with_info_after_validator_function(self._known, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        self, schema: Any, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         """Editors complete the names that are known, and accept others."""
         return {"anyOf": [{"enum": list(self.table), "type": "string"}, handler(schema)]}
 
@@ -463,7 +526,9 @@ class NameIn:
         if not checks_names(info.context):
             return name
         if not self.table:
-            raise RuntimeError("the tables are empty: import experiment, which fills them, before a config is checked")
+            raise RuntimeError(
+                "the tables are empty: import experiment, which fills them, before a config is checked"
+            )
         if name not in self.table:
             raise ValueError(not_one_of(name, self.table))
         try:

@@ -1,9 +1,9 @@
 """Config files: read JSON, inherit, override, validate.
 
-A file may name its parent in `extends`: its own keys win, and `null` deletes a key, which gives it its default. That path is
-relative to the file; where the file is a symbolic link, to what it leads to. A key that begins with `_`, and `$schema`,
-is a comment. `imports` names a user's own code (see `base.config.imports`); those of a file add to those of its parents.
-"""
+A file may name its parent in `extends`: its own keys win, and `null` deletes a key, which gives it
+its default. That path is relative to the file; where the file is a symbolic link, to what it leads
+to. A key that begins with `_`, and `$schema`, is a comment. `imports` names a user's own code (see
+`base.config.imports`); those of a file add to those of its parents."""
 
 import inspect
 import json
@@ -22,8 +22,24 @@ from base.config import arguments
 from base.config.adversarial import read_sizes, size_keys
 from base.config.config import Config
 from base.config.hints import hint as key_hint
-from base.config.imports import FLAG, OwnCode, Request, changes, import_own_code, requests_of, requests_of_flag
-from base.config.origins import Layer, Origins, Provenance, origin_of, origin_of_keys, origin_of_override, record
+from base.config.imports import (
+    FLAG,
+    OwnCode,
+    Request,
+    changes,
+    import_own_code,
+    requests_of,
+    requests_of_flag,
+)
+from base.config.origins import (
+    Layer,
+    Origins,
+    Provenance,
+    origin_of,
+    origin_of_keys,
+    origin_of_override,
+    record,
+)
 from base.config.section import Section, section_in
 from base.config.strict_json import HALF_A_PAIR, KINDS, JSONError, parse_json, read_json_object
 from base.config.training import OptimizerConfig, SchedulerConfig
@@ -34,7 +50,8 @@ from base.text import one_line
 
 Tree = dict[str, Any]
 MMENGINES_PARENT = "_base_"
-"""Where mmengine's configs name their parents. As a comment it would pass, and every inherited value would be missing."""
+"""Where mmengine's configs name their parents. As a comment it would pass, and every inherited
+value would be missing."""
 LONGEST_PATH = 20
 """Names in a dotted key. The tree itself has five levels, free-form arguments a few more."""
 IMPORTS = "imports"
@@ -44,18 +61,22 @@ Override = tuple[str, str]
 QUOTES = ("'", '"')
 DOTTED_WORD = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 PLACEHOLDER = re.compile(r"\*\*.*\*\*")
-"""ConvNorm's published configs write `**data dir**` and `**comet key**` where the user's own values belong."""
+"""ConvNorm's published configs write `**data dir**` and `**comet key**` where the user's own values
+belong."""
 
 
 def load_config(
-    path: str | Path, overrides: Iterable[Override] = (), imports: Iterable[str | os.PathLike[str]] = ()
+    path: str | Path,
+    overrides: Iterable[Override] = (),
+    imports: Iterable[str | os.PathLike[str]] = (),
 ) -> Config:
     """The typed config of a file, its parents and the command line's overrides.
 
     Args:
         path: the file.
         overrides: single values on top of it.
-        imports: files and modules of a user's own to import, as `--imports` names them, beside those that the config names.
+        imports: files and modules of a user's own to import, as `--imports` names them, beside
+            those that the config names.
 
     Raises:
         ConfigError: one line that names the file, or the flag, and what is wrong with it.
@@ -92,7 +113,8 @@ def run_imports(
 
 
 def validate_layers(layers: Sequence[Layer], own: Sequence[OwnCode], source: str) -> Config:
-    """The typed config of files and flags on top of each other. Errors and warnings name the one that a value came from.
+    """The typed config of files and flags on top of each other. Errors and warnings name the one
+    that a value came from.
 
     Args:
         layers: the lowest first.
@@ -133,7 +155,8 @@ def merge_layers(layers: Sequence[Layer], root: type[Section] = Config) -> tuple
 
 
 def read_tree(path: str | Path, root: type[Section] = Config) -> Tree:
-    """The JSON tree of a file merged over its parents'; `root` is what it holds. No code is imported.
+    """The JSON tree of a file merged over its parents'; `root` is what it holds. No code is
+    imported.
 
     Raises:
         ConfigError: one line that names the file and, where there is one, the place in it.
@@ -160,7 +183,9 @@ def read_layers(path: str | Path) -> list[Layer]:
         except ConfigError as error:
             raise ConfigError(f"{context}{error}") from None
         if MMENGINES_PARENT in tree:
-            raise ConfigError(f"{context}{one_line(file)}: {MMENGINES_PARENT}: a parent is named in extends here")
+            raise ConfigError(
+                f"{context}{one_line(file)}: {MMENGINES_PARENT}: a parent is named in extends here"
+            )
         parent = tree.pop("extends", None)
         folder = (place if file.is_symlink() else file).parent
         layers.append(Layer(f"{one_line(file)}{child}", tree, folder))
@@ -188,7 +213,9 @@ def config_chain(path: str | Path) -> list[Path]:
     return files
 
 
-def merge(parent: Tree, child: Tree, root: type[Section] = Config, path: tuple[str, ...] = ()) -> Tree:
+def merge(
+    parent: Tree, child: Tree, root: type[Section] = Config, path: tuple[str, ...] = ()
+) -> Tree:
     """`parent` with the keys of `child`, which win; where the child says null the key is gone.
 
     Args:
@@ -197,7 +224,8 @@ def merge(parent: Tree, child: Tree, root: type[Section] = Config, path: tuple[s
         path: the keys under which these two lie in them.
 
     Raises:
-        ConfigError: a null for a key that does not exist: a misspelt one would keep what it was to delete.
+        ConfigError: a null for a key that does not exist: a misspelt one would keep what it was to
+            delete.
     """
     merged = dict(parent)
     for key, value in child.items():
@@ -213,7 +241,8 @@ def merge(parent: Tree, child: Tree, root: type[Section] = Config, path: tuple[s
 
 
 def _refuse_unknown(key: str, parent: Tree, root: type[Section], path: tuple[str, ...]) -> None:
-    """Refuse a key that a section does not know, or, among free-form arguments, one that is like another that is there."""
+    """Refuse a key that a section does not know, or, among free-form arguments, one that is like
+    another that is there."""
     section = section_at(path, root)
     known = list(section.known_fields()) if section else [other for other in parent if path]
     if key in known or is_comment(key):
@@ -222,7 +251,9 @@ def _refuse_unknown(key: str, parent: Tree, root: type[Section], path: tuple[str
         raise ConfigError(_unknown_key((*path, key), root))
     hint = did_you_mean(key, known)
     if hint:
-        raise ConfigError(f"{one_line('.'.join((*path, key)), 200)}: unknown key{hint} (known here: {', '.join(known)})")
+        raise ConfigError(
+            f"{one_line('.'.join((*path, key)), 200)}: unknown key{hint} (known here: {', '.join(known)})"
+        )
 
 
 def _unknown_key(path: Sequence[str], root: type[Section] = Config) -> str:
@@ -235,7 +266,8 @@ def _unknown_key(path: Sequence[str], root: type[Section] = Config) -> str:
 
 
 def _torch_arguments(path: Sequence[str]) -> set[str]:
-    """The arguments that the optimizers, or the schedules, take between them, where the path is that of one."""
+    """The arguments that the optimizers, or the schedules, take between them, where the path is
+    that of one."""
     if len(path) != 2 or path[0] not in ("optimizer", "lr_scheduler"):
         return set()
     # here and not above: it brings torch, which a good config does not need
@@ -246,7 +278,8 @@ def _torch_arguments(path: Sequence[str]) -> set[str]:
 
 
 def override(tree: Tree, overrides: Iterable[Override]) -> Tree:
-    """`tree` with dotted keys replaced: a value is JSON, a bare word is a string, the field's own type decides between them.
+    """`tree` with dotted keys replaced: a value is JSON, a bare word is a string, the field's own
+    type decides between them.
 
     Raises:
         ConfigError: a key that does not exist, or a value that cannot be read; it names the flag.
@@ -293,12 +326,12 @@ def validate(
         source: what errors call it.
         layers: the files and flags that it was merged of, where it was.
         origins: which of them each value came from.
-        check_names: False takes any name and argument of a part, as the code that registers it may be missing; nothing is
-            warned of then.
+        check_names: False takes any name and argument of a part, as the code that registers it may
+            be missing; nothing is warned of then.
 
     Raises:
-        ConfigError: one line that names the file, the flag or `source`, the dotted key, the value, what was expected and the
-            nearest valid name.
+        ConfigError: one line that names the file, the flag or `source`, the dotted key, the value,
+            what was expected and the nearest valid name.
     """
     source, origins = one_line(source), origins or {}
     silenced = tree.get(UNUSED_OK)
@@ -316,14 +349,19 @@ def validate(
     files = [layer for layer in layers if not layer.is_flag]
     flags = [layer for layer in layers if layer.is_flag]
     config._warnings = warnings_of(
-        config, merge_layers(files)[0] if layers else tree, merge_layers([Layer("", {}), *flags])[0], silenced, origins
+        config,
+        merge_layers(files)[0] if layers else tree,
+        merge_layers([Layer("", {}), *flags])[0],
+        silenced,
+        origins,
     )
     return config
 
 
 @contextmanager
 def origins_named(config: Config) -> Iterator[None]:
-    """Let an error that begins with a key of the config name the file or flag that its value came from."""
+    """Let an error that begins with a key of the config name the file or flag that its value came
+    from."""
     try:
         yield
     except ConfigError as error:
@@ -348,9 +386,10 @@ def _all_blamed(problems: Sequence[tuple[str | None, str]], source: str) -> str:
 
 
 def _problems(error: ValidationError, origins: Origins) -> list[tuple[str | None, str]]:
-    """Everything that is wrong with a tree, each problem once, with what it came from. Misspelt keys come first: where one was
-    a required key, that is missed, too, and says less. What a section knows is listed once. A key that an unknown part may
-    take is not told: the part's name says more."""
+    """Everything that is wrong with a tree, each problem once, with what it came from. Misspelt
+    keys come first: where one was a required key, that is missed, too, and says less. What a
+    section knows is listed once. A key that an unknown part may take is not told: the part's name
+    says more."""
     listed: set[tuple[Any, ...]] = set()
     problems = []
     bad = {".".join(map(str, problem["loc"])) for problem in error.errors()}
@@ -368,7 +407,8 @@ def _problems(error: ValidationError, origins: Origins) -> list[tuple[str | None
 
 
 def _may_be_of_unknown_part(path: Sequence[int | str], bad: Collection[str]) -> bool:
-    """Whether an unknown key may be an argument of a part whose own name is among the keys that are wrong."""
+    """Whether an unknown key may be an argument of a part whose own name is among the keys that are
+    wrong."""
     section = section_at([str(part) for part in path[:-1]])
     if section is None or not issubclass(section, arguments.OpenSection):
         return False
@@ -384,17 +424,28 @@ def _to_blame(problem: Any, text: str, origins: Origins) -> str | None:
         return origin_of(origins, path)
     # several values contradict each other: to blame is the one that came last
     words = [tuple(word.split(".")) for word in DOTTED_WORD.findall(text)]
-    named = [word for word in words if len(word) > 1] + words[:1] + [(*path, *word) for word in words if path]
+    named = (
+        [word for word in words if len(word) > 1]
+        + words[:1]
+        + [(*path, *word) for word in words if path]
+    )
     known = [word for word in named if word in origins]
     return origin_of_keys(origins, known) if known else origin_of(origins, path)
 
 
-def _problems_of_arguments(tree: Tree, error: ValidationError, origins: Origins) -> list[tuple[str | None, str]]:
-    """What is wrong with the arguments of optimizer and schedule, which are otherwise looked at once the tree is good."""
+def _problems_of_arguments(
+    tree: Tree, error: ValidationError, origins: Origins
+) -> list[tuple[str | None, str]]:
+    """What is wrong with the arguments of optimizer and schedule, which are otherwise looked at
+    once the tree is good."""
     bad = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
     sections = [key for key in ("optimizer", "lr_scheduler") if key in tree and key not in bad]
     found = [_problem_of_arguments(key, json.dumps(tree[key])) for key in sections]
-    return [(_origin_of_first_key(problem, origins), problem) for problem in found if problem is not None]
+    return [
+        (_origin_of_first_key(problem, origins), problem)
+        for problem in found
+        if problem is not None
+    ]
 
 
 def _origin_of_first_key(text: str, origins: Origins) -> str | None:
@@ -404,7 +455,8 @@ def _origin_of_first_key(text: str, origins: Origins) -> str | None:
 
 
 def check_optimization_of(config: Config) -> None:
-    """Refuse arguments that optimizer and schedule do not take, also those that they take alone but not together.
+    """Refuse arguments that optimizer and schedule do not take, also those that they take alone but
+    not together.
 
     Raises:
         ConfigError: naming the file or flag that the value came from.
@@ -418,7 +470,8 @@ def check_optimization_of(config: Config) -> None:
 
 @lru_cache(maxsize=64)
 def _problem_of_arguments(key: str, section: str) -> str | None:
-    """What is wrong with the section of this key, given as JSON, beside the defaults of the other one."""
+    """What is wrong with the section of this key, given as JSON, beside the defaults of the other
+    one."""
     # here and not above: it brings torch, which a good config does not need
     from base.optim import check_optimization
 
@@ -435,7 +488,8 @@ def _problem_of_arguments(key: str, section: str) -> str | None:
 
 
 def _without_nulls(tree: Tree, path: tuple[str, ...] = ()) -> Tree:
-    """Null means the default. A null for a key that does not exist stays, to be refused with the others."""
+    """Null means the default. A null for a key that does not exist stays, to be refused with the
+    others."""
     section = section_at(path)
     kept = {}
     for key, value in tree.items():
@@ -455,18 +509,23 @@ def _resolved(file: Path) -> Path:
 
 def _without_comments(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_comments(below) for key, below in value.items() if not is_comment(key)}
+        return {
+            key: _without_comments(below) for key, below in value.items() if not is_comment(key)
+        }
     return value
 
 
 def is_comment(key: str) -> bool:
-    """Whether a key of a file is a comment. Most are there for people and editors only; see `UNUSED_OK`."""
+    """Whether a key of a file is a comment. Most are there for people and editors only; see
+    `UNUSED_OK`."""
     return key.startswith("_") or key == "$schema"
 
 
-def _refuse_broken_text(value: Any, source: str, origins: Origins, path: tuple[str, ...] = ()) -> None:
-    """Refuse zero bytes, which neither paths nor command lines can hold, and half surrogate pairs, which is how Python hands
-    over bytes of a command line that are no UTF-8."""
+def _refuse_broken_text(
+    value: Any, source: str, origins: Origins, path: tuple[str, ...] = ()
+) -> None:
+    """Refuse zero bytes, which neither paths nor command lines can hold, and half surrogate pairs,
+    which is how Python hands over bytes of a command line that are no UTF-8."""
     if isinstance(value, str) and ("\0" in value or HALF_A_PAIR.search(value)):
         reason = "holds a zero byte" if "\0" in value else "not UTF-8 text"
         content = "" if _is_secret(path) else f": {_shown(value)}"
@@ -509,13 +568,19 @@ def _explain_placeholders(tree: Tree, source: str) -> Tree:
             " folder of the data set there, or add --set data_loader.args.data_dir=FOLDER"
         )
     comet = tree.get("comet")
-    if isinstance(comet, dict) and isinstance(comet.get("api"), str) and PLACEHOLDER.fullmatch(comet["api"]):
-        return merge(tree, {"comet": {"api": None}})  # no key: the run is logged offline, or with COMET_API_KEY
+    if (
+        isinstance(comet, dict)
+        and isinstance(comet.get("api"), str)
+        and PLACEHOLDER.fullmatch(comet["api"])
+    ):
+        # no key: the run is logged offline, or with COMET_API_KEY
+        return merge(tree, {"comet": {"api": None}})
     return tree
 
 
 def annotation_at(path: Sequence[str]) -> Any:
-    """The type annotation of the field at a dotted path, or None where the tree has no such field."""
+    """The type annotation of the field at a dotted path, or None where the tree has no such
+    field."""
     section = section_at(path[:-1])
     field = section.known_fields().get(path[-1]) if section and path else None
     return field.annotation if field else None
@@ -545,7 +610,11 @@ def _told(problem: dict[str, Any]) -> str:
             return f"{key}: {problem['msg']}"
         case "value_error":
             message = str(problem["ctx"]["error"])
-            return f"{key}.{message}" if key and message[0] not in QUOTES else f"{key}{': ' if key else ''}{message}"
+            return (
+                f"{key}.{message}"
+                if key and message[0] not in QUOTES
+                else f"{key}{': ' if key else ''}{message}"
+            )
     if _is_secret(path):
         return f"{key}: {problem['msg']} (what was given is not shown)"
     value = problem["input"]
@@ -553,18 +622,25 @@ def _told(problem: dict[str, Any]) -> str:
         expected = 'expected a number, or a fraction of the pixel range such as "8/255"'
         return f"{key}: {expected}, not {_shown(value)}"
     if problem["type"] == "literal_error":
-        names = [name.strip("'") for name in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        names = [
+            name.strip("'") for name in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        ]
         return f"{key}: {_shown(value, repr)} is not one of: {', '.join(names)}{did_you_mean(str(value)[:80], names)}"
     return f"{key}: {problem['msg']}, not {_shown(value)}"
 
 
 def _is_secret(path: Sequence[str]) -> bool:
-    """Whether what a config holds at `path` may be, or hold, the Comet key: wherever in that section someone has put it."""
+    """Whether what a config holds at `path` may be, or hold, the Comet key: wherever in that
+    section someone has put it."""
     return list(path[:1]) == ["comet"]
 
 
 def _shown(value: Any, text: Callable[[Any], str] = json.dumps) -> str:
-    """A config value in a message: as JSON, no longer than a line bears. Objects are not shown: a whole section that is in the
-    wrong place may be the one that holds the Comet key."""
+    """A config value in a message: as JSON, no longer than a line bears. Objects are not shown: a
+    whole section that is in the wrong place may be the one that holds the Comet key."""
     content = text(value)
-    return KINDS[type(value)] if isinstance(value, dict | list) and "{" in content else one_line(content, 80)
+    return (
+        KINDS[type(value)]
+        if isinstance(value, dict | list) and "{" in content
+        else one_line(content, 80)
+    )

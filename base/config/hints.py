@@ -1,4 +1,5 @@
-"""What a config key that does not exist was meant to be: a misspelt one, one in the wrong place, or another project's."""
+"""What a config key that does not exist was meant to be: a misspelt one, one in the wrong place, or
+another project's."""
 
 from collections.abc import Collection, Iterator, Sequence
 
@@ -72,16 +73,19 @@ OTHER_PROJECTS: dict[str, str | None] = {
     "resume": None,
     "pretrained": None,
 }
-"""Names of other projects (pytorch-template, timm, Lightning, mmengine, codes of papers) -> our dotted key for the same thing,
-or None where there is none and a name that looks alike is another thing."""
+"""Names of other projects (pytorch-template, timm, Lightning, mmengine, codes of papers) -> our
+dotted key for the same thing, or None where there is none and a name that looks alike is another
+thing."""
 OF_ITS_OWN = ("adversarial", "pgd_attack", "comet", "optimizer", "lr_scheduler")
-"""Sections whose keys mean something only there: `steps` at another place says nothing about attacks."""
+"""Sections whose keys mean something only there: `steps` at another place says nothing about
+attacks."""
 ATTACKS = ("adversarial", "pgd_attack")
 """Sections that are easily taken for each other."""
 
 
 def hint(path: Sequence[str], known: Sequence[str], arguments: Collection[str] = ()) -> str:
-    """`"; did you mean 'x'?"` for the unknown key at a dotted path; empty where that would be a guess.
+    """`"; did you mean 'x'?"` for the unknown key at a dotted path; empty where that would be a
+    guess.
 
     Args:
         path: the parts of the dotted path.
@@ -106,7 +110,11 @@ def hint(path: Sequence[str], known: Sequence[str], arguments: Collection[str] =
 def _elsewhere(place: str, name: str) -> str | None:
     """The only key of this name in other sections, or the only one below this section."""
     others = ("arch",) if place in ATTACKS else OF_ITS_OWN
-    keys = [key for key in _keys(Config) if key.rpartition(".")[2] == name and key.partition(".")[0] not in others]
+    keys = [
+        key
+        for key in _keys(Config)
+        if key.rpartition(".")[2] == name and key.partition(".")[0] not in others
+    ]
     below = [key for key in keys if key.startswith(f"{place}.")]
     found = below or keys
     return found[0] if len(found) == 1 else None

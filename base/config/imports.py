@@ -66,9 +66,7 @@ def _from_word(value: object) -> object:
     return {"file" if is_file else "module": value}
 
 
-Import = Annotated[
-    OwnCode, BeforeValidator(_from_word, json_schema_input_type=str | OwnCode)
-]
+Import = Annotated[OwnCode, BeforeValidator(_from_word, json_schema_input_type=str | OwnCode)]
 """An entry of `imports`: a word, as people write it, or an object, as a resolved config has it."""
 LIST_OF_IMPORTS: TypeAdapter[list[OwnCode]] = TypeAdapter(list[Import])
 
@@ -141,8 +139,8 @@ def import_own_code(requests: Iterable[Request]) -> list[OwnCode]:
 
 
 def imported_for(recorded: Iterable[OwnCode], source: str) -> list[OwnCode]:
-    """What this process has imported of the code that a checkpoint or a run folder asks for. Nothing
-    is imported.
+    """What this process has imported of the code that a checkpoint or a run folder asks for.
+    Nothing is imported.
 
     Args:
         recorded: what the config of the checkpoint names.
@@ -194,7 +192,9 @@ def own_class(name: str, kind: type, key: str) -> type:
     module, _, short = name.rpartition(".")
     shown = repr(one_line(name, 80))
     if module not in sys.modules or not is_imported(module):
-        raise ConfigError(f"{key}: {shown}: the module {one_line(module, 80)} is not among the imports")
+        raise ConfigError(
+            f"{key}: {shown}: the module {one_line(module, 80)} is not among the imports"
+        )
     found = vars(sys.modules[module])
     cls = found.get(short)
     if not inspect.isclass(cls) or not issubclass(cls, kind):
@@ -297,7 +297,8 @@ def _hidden_by(name: str, file: Path) -> str | None:
 
 
 class _Source(SourceLoader):
-    """Runs the bytes that the digest was made of, not what the file or a cache holds a moment later."""
+    """Runs the bytes that the digest was made of, not what the file or a cache holds a moment
+    later."""
 
     def __init__(self, file: Path, source: bytes) -> None:
         self.file, self.source = file, source
@@ -370,7 +371,9 @@ def _home(entry: Any) -> str:
 
 
 def _error(request: Request, problem: str) -> ConfigError:
-    return ConfigError(f"{request.source}: {one_line(request.code.word, 200)}: {one_line(problem, 400)}")
+    return ConfigError(
+        f"{request.source}: {one_line(request.code.word, 200)}: {one_line(problem, 400)}"
+    )
 
 
 def _reason(error: BaseException, code: OwnCode, file: Path | None) -> str:

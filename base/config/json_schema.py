@@ -1,8 +1,8 @@
 """The JSON Schema of a config file and the table of its keys, both generated from the typed tree.
 
-`python -m base.config.json_schema` writes `configs/schema.json`, which every shipped config names in `$schema` so that editors
-complete and check, `configs/README.md`, the config reference, and the table of choices in `README.md`.
-"""
+`python -m base.config.json_schema` writes `configs/schema.json`, which every shipped config names
+in `$schema` so that editors complete and check, `configs/README.md`, the config reference, and the
+table of choices in `README.md`."""
 
 import importlib
 import inspect
@@ -59,10 +59,21 @@ def reference() -> str:
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in section.known_fields().items():
             if section_at([*path, name]) is None:
-                default = "required" if field.is_required() else f"`{json.dumps(_plain(field.default))}`"
-                kind, meaning = _describe(field.annotation, field.metadata), _meaning(section, name, field)
+                default = (
+                    "required" if field.is_required() else f"`{json.dumps(_plain(field.default))}`"
+                )
+                kind, meaning = (
+                    _describe(field.annotation, field.metadata),
+                    _meaning(section, name, field),
+                )
                 lines.append(f"| `{name}` | {kind} | {default} | {meaning} |")
-    lines += ["", "## Choices", "", "What the names in these tables stand for; you may add parts of your own to them.", ""]
+    lines += [
+        "",
+        "## Choices",
+        "",
+        "What the names in these tables stand for; you may add parts of your own to them.",
+        "",
+    ]
     lines += ["| key | name | meaning |", "|---|---|---|"]
     for keys, table in choices():
         for names, meaning in _summaries(table):
@@ -71,7 +82,8 @@ def reference() -> str:
 
 
 def readme_with_choices(text: str) -> str:
-    """The text of `README.md` with the table of choices as it is now, between `CHOICES_BEGIN` and `CHOICES_END`."""
+    """The text of `README.md` with the table of choices as it is now, between `CHOICES_BEGIN` and
+    `CHOICES_END`."""
     before, _, rest = text.partition(f"{CHOICES_BEGIN}\n")
     _, _, after = rest.partition(CHOICES_END)
     rows = [f"| {_code(keys)} | {_code(table)} |" for keys, table in choices()]
@@ -145,7 +157,12 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     if origin is Annotated:
         return _describe(arguments[0], list(arguments[1:]))
     if origin in (Union, types.UnionType):
-        return _describe(next(argument for argument in arguments if argument is not type(None)), metadata) + " or null"
+        return (
+            _describe(
+                next(argument for argument in arguments if argument is not type(None)), metadata
+            )
+            + " or null"
+        )
     names = next((item.table for item in metadata if isinstance(item, NameIn)), None)
     if names is not None:
         return ", ".join(names)
@@ -157,8 +174,15 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     names = {int: "integer", float: "number", str: "text", bool: "true, false", OwnCode: "text"}
     words = names.get(annotation, "object")
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    constraints = [constraint for item in metadata for constraint in getattr(item, "metadata", [item])]
-    limits = [(sign, getattr(item, name)) for item in constraints for name, sign in signs.items() if hasattr(item, name)]
+    constraints = [
+        constraint for item in metadata for constraint in getattr(item, "metadata", [item])
+    ]
+    limits = [
+        (sign, getattr(item, name))
+        for item in constraints
+        for name, sign in signs.items()
+        if hasattr(item, name)
+    ]
     bounds = [f"{sign} {limit}" for sign, limit in limits if limit != LARGEST]
     return f"{words} {', '.join(bounds)}".strip()
 
@@ -168,7 +192,8 @@ def _plain(value: Any) -> Any:
 
 
 def _allow_comments_and_nulls(node: Any) -> None:
-    """Let every object of the schema hold `_comment` keys, need no key, and take null (the default) for each."""
+    """Let every object of the schema hold `_comment` keys, need no key, and take null (the default)
+    for each."""
     if isinstance(node, dict):
         closed = node.get("additionalProperties") is False
         if closed or (node.get("additionalProperties") is True and "properties" in node):
@@ -177,9 +202,13 @@ def _allow_comments_and_nulls(node: Any) -> None:
             node.pop("required", None)  # a parent may give what a child leaves out
             for name, value in node["properties"].items():
                 if "anyOf" in value:
-                    value["anyOf"] += [{"type": "null"}] if {"type": "null"} not in value["anyOf"] else []
+                    value["anyOf"] += (
+                        [{"type": "null"}] if {"type": "null"} not in value["anyOf"] else []
+                    )
                 elif "type" in value or "$ref" in value or "enum" in value:
-                    described = {key: value.pop(key) for key in ("description", "default") if key in value}
+                    described = {
+                        key: value.pop(key) for key in ("description", "default") if key in value
+                    }
                     node["properties"][name] = {"anyOf": [value, {"type": "null"}], **described}
         for value in node.values():
             _allow_comments_and_nulls(value)

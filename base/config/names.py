@@ -8,13 +8,15 @@ ALWAYS = ("top1", "top5")
 
 
 def metric_name(name: str) -> str:
-    """The name under which a metric is logged: the first of those that its function has in `METRICS`."""
+    """The name under which a metric is logged: the first of those that its function has in
+    `METRICS`."""
     function = METRICS.get(name)
     return next((other for other in METRICS if METRICS[other] is function), name)
 
 
 def logged_value(name: str) -> str | None:
-    """The canonical name of a value that epochs can log, such as `val_top1` for ConvNorm's `val_my_metric`; None if unknown."""
+    """The canonical name of a value that epochs can log, such as `val_top1` for ConvNorm's
+    `val_my_metric`; None if unknown."""
     prefix, rest = _parts(name)
     if rest == "loss" or (rest == "robust_top1" and prefix in ("val_", "val_ema_")):
         return name

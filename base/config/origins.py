@@ -139,4 +139,7 @@ def _lines(
             yield f"{indent}}}{comma}", None
         else:
             origin = json.dumps(origin_of(origins, below) or DEFAULT)
-            yield f"{indent}{json.dumps(key)}: {json.dumps(value)},", f'{json.dumps(f"_{key}")}: {origin}{comma}'
+            yield (
+                f"{indent}{json.dumps(key)}: {json.dumps(value)},",
+                f"{json.dumps(f'_{key}')}: {origin}{comma}",
+            )

@@ -17,8 +17,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def _number(value: object) -> object:
-    """Refuse what is not a number but can be made one, such as a tensor, which pydantic takes for a float even if it is
-    strict; and integers that are too large for a float."""
+    """Refuse what is not a number but can be made one, such as a tensor, which pydantic takes for a
+    float even if it is strict; and integers that are too large for a float."""
     if type(value) not in (int, float) or (type(value) is int and abs(value) > LARGEST):
         raise ValueError("expected a number")
     return value
@@ -45,7 +45,9 @@ InputPath = Annotated[FilePath, AfterValidator(_has_home)]
 class Section(BaseModel):
     """One object of the tree: strict types, no unknown keys, immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
 
     @classmethod
     def known_fields(cls) -> dict[str, FieldInfo]:
@@ -76,4 +78,6 @@ def lies_in(key: str, places: Iterable[str]) -> bool:
 def section_in(annotation: Any) -> type[Section] | None:
     """The section class that a field's type is, or may be; None for a leaf."""
     candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section)), None)
+    return next(
+        (kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section)), None
+    )

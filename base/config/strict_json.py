@@ -1,9 +1,10 @@
-"""JSON as Python reads it, without what JSON files have no business to hold; every refusal names line and column.
+"""JSON as Python reads it, without what JSON files have no business to hold; every refusal names
+line and column.
 
-Refused beside bad syntax: a key given twice in one object (a comment, whose key begins with `_`, may stand there any number of
-times), NaN and Infinity, numbers beyond the range of a float, strings that are no Unicode text (half a surrogate pair), more
-than `DEEPEST` levels, bytes that are no UTF-8. A UTF-8 byte order mark is passed over.
-"""
+Refused beside bad syntax: a key given twice in one object (a comment, whose key begins with `_`,
+may stand there any number of times), NaN and Infinity, numbers beyond the range of a float, strings
+that are no Unicode text (half a surrogate pair), more than `DEEPEST` levels, bytes that are no
+UTF-8. A UTF-8 byte order mark is passed over."""
 
 import codecs
 import json
@@ -17,10 +18,14 @@ from base.errors import ConfigError
 from base.text import one_line
 
 DEEPEST = 100
-"""Levels of objects and lists in one another. Configs have less than ten; Python's own limit depends on its version."""
-TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|-?[0-9][0-9.eE+-]*|-?Infinity|NaN|[][{}:]', re.DOTALL)
-"""All tokens of JSON but those that can always stay as they are (commas, true, false, null). A string without an end reaches to
-the end of the text, so brackets in strings are never taken for structure."""
+"""Levels of objects and lists in one another. Configs have less than ten; Python's own limit
+depends on its version."""
+TOKEN = re.compile(
+    r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|-?[0-9][0-9.eE+-]*|-?Infinity|NaN|[][{}:]', re.DOTALL
+)
+"""All tokens of JSON but those that can always stay as they are (commas, true, false, null). A
+string without an end reaches to the end of the text, so brackets in strings are never taken for
+structure."""
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 """A surrogate that stands alone, for those of a pair are one character in Python."""
 KINDS = {
@@ -51,14 +56,17 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Raises:
-        ConfigError: one line, `file: line L, column C: what is wrong`; without a place where the file cannot be read at all.
+        ConfigError: one line, `file: line L, column C: what is wrong`; without a place where the
+            file cannot be read at all.
     """
     try:
         data = file.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{one_line(file)}: no such config file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ConfigError(f"{one_line(file)}: cannot be read: {one_line(getattr(error, 'strerror', None) or error)}") from None
+        raise ConfigError(
+            f"{one_line(file)}: cannot be read: {one_line(getattr(error, 'strerror', None) or error)}"
+        ) from None
     try:
         text = _decode(data)
         value = parse_json(text)
@@ -66,7 +74,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
             start = len(text) - len(text.lstrip())
             raise JSONError(f"expected a JSON object, not {KINDS[type(value)]}", text, start)
     except JSONError as error:
-        raise ConfigError(f"{one_line(file)}: line {error.line}, column {error.column}: {error.reason}") from None
+        raise ConfigError(
+            f"{one_line(file)}: line {error.line}, column {error.column}: {error.reason}"
+        ) from None
     return value
 
 
@@ -80,7 +90,11 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        reason = f"not valid JSON: {error.msg}" if text.strip() else "nothing here: expected a JSON object"
+        reason = (
+            f"not valid JSON: {error.msg}"
+            if text.strip()
+            else "nothing here: expected a JSON object"
+        )
         raise JSONError(reason, text, error.pos, syntax=True) from None
     except ValueError:  # an integer of thousands of digits, which is now found again
         value = None
@@ -114,7 +128,9 @@ def _decode(data: bytes) -> str:
         text = data.decode()
     except UnicodeDecodeError as error:
         before = _with_plain_line_ends(data[: error.start].decode())
-        raise JSONError(f"byte 0x{data[error.start]:02x} is not UTF-8 text", before, len(before)) from None
+        raise JSONError(
+            f"byte 0x{data[error.start]:02x} is not UTF-8 text", before, len(before)
+        ) from None
     return _with_plain_line_ends(text)
 
 
@@ -138,7 +154,8 @@ def _refuse_depth(text: str) -> None:
 
 
 def _refuse_values(text: str) -> None:
-    """Refuse what `json.loads` has let pass in a text, which is therefore known to be of JSON's grammar."""
+    """Refuse what `json.loads` has let pass in a text, which is therefore known to be of JSON's
+    grammar."""
     keys: list[set[str]] = []  # of the objects and lists that are open
     string, begin = "", 0  # the latest string and its place: a key, where a colon follows
     for word, position in _words(text):
@@ -153,10 +170,16 @@ def _refuse_values(text: str) -> None:
                     raise JSONError("half a surrogate pair is no text", text, position)
             case ":":
                 if string in keys[-1] and not string.startswith("_"):
-                    raise JSONError(f"key {string[:80]!r} is given twice in one object", text, begin)
+                    raise JSONError(
+                        f"key {string[:80]!r} is given twice in one object", text, begin
+                    )
                 keys[-1].add(string)
             case _:
                 if word.endswith(("NaN", "Infinity")):
                     raise JSONError(f"{word} is not a finite number", text, position)
                 if isinf(float(word)):
-                    raise JSONError(f"{one_line(word, 20)} is too large a number: expected at most 1.8e308", text, position)
+                    raise JSONError(
+                        f"{one_line(word, 20)} is too large a number: expected at most 1.8e308",
+                        text,
+                        position,
+                    )

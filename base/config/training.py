@@ -10,16 +10,32 @@ from base.config.names import logged_value, logged_values
 from base.config.section import Count, FilePath, Fraction, InputPath, Needs, Positive, Section
 
 A_SCHEDULE = Needs("an lr_scheduler.type", lambda config: config.lr_scheduler.type != "none")
-A_PLATEAU = Needs("ReduceLROnPlateau", lambda config: config.lr_scheduler.type == "ReduceLROnPlateau")
-A_MONITOR = Needs("a trainer.monitor other than off", lambda config: config.trainer.monitor != "off")
+A_PLATEAU = Needs(
+    "ReduceLROnPlateau", lambda config: config.lr_scheduler.type == "ReduceLROnPlateau"
+)
+A_MONITOR = Needs(
+    "a trainer.monitor other than off", lambda config: config.trainer.monitor != "off"
+)
 A_RATE = Needs("trainer.percent above 0", lambda config: config.trainer.percent > 0)
-SYMMETRIC_NOISE = Needs("trainer.sym and trainer.percent above 0", lambda config: config.trainer.sym and A_RATE.met(config))
-NOISE = Needs("label noise", lambda config: A_RATE.met(config) or config.trainer.noise_file is not None)
+SYMMETRIC_NOISE = Needs(
+    "trainer.sym and trainer.percent above 0",
+    lambda config: config.trainer.sym and A_RATE.met(config),
+)
+NOISE = Needs(
+    "label noise", lambda config: A_RATE.met(config) or config.trainer.noise_file is not None
+)
 A_PENALTY = Needs("trainer.OCNN", lambda config: config.trainer.OCNN)
-FREE = Needs("free adversarial training", lambda config: "trainer.adv_repeats" in config.of_method("reads", ()))
+FREE = Needs(
+    "free adversarial training",
+    lambda config: "trainer.adv_repeats" in config.of_method("reads", ()),
+)
 FREE_STEP = Needs(
     "free adversarial training under linf and without adversarial.step_size",
-    lambda config: FREE.met(config) and config.adversarial.norm == "linf" and config.adversarial.get("step_size") is None,
+    lambda config: (
+        FREE.met(config)
+        and config.adversarial.norm == "linf"
+        and config.adversarial.get("step_size") is None
+    ),
 )
 NO_EPSILON = Needs(
     "adversarial.norm linf and without adversarial.epsilon",
@@ -40,12 +56,15 @@ class SchedulerConfig(Section):
     """The learning-rate schedule."""
 
     type: str = "none"
-    """Name of a class of torch.optim.lr_scheduler, module.Class of your own code that is imported, or none."""
+    """Name of a class of torch.optim.lr_scheduler, module.Class of your own code that is imported,
+    or none."""
     args: Annotated[dict[str, Any], A_SCHEDULE] = Field(default={})
-    """Its arguments. T_max of CosineAnnealingLR, total_steps of OneCycleLR and total_iters of PolynomialLR default to the whole
-    run, in a SequentialLR to what its milestones leave; mode of ReduceLROnPlateau to what is better of the monitor."""
+    """Its arguments. T_max of CosineAnnealingLR, total_steps of OneCycleLR and total_iters of
+    PolynomialLR default to the whole run, in a SequentialLR to what its milestones leave; mode of
+    ReduceLROnPlateau to what is better of the monitor."""
     interval: Annotated[Literal["epoch", "batch"] | None, A_SCHEDULE] = None
-    """When it steps; null: after every batch for OneCycleLR and CyclicLR, after every epoch for the others."""
+    """When it steps; null: after every batch for OneCycleLR and CyclicLR, after every epoch for the
+    others."""
     monitor: Annotated[str | None, A_PLATEAU] = None
     """ReduceLROnPlateau: the value it watches; null: val_loss, or loss without a validation set."""
 
@@ -61,7 +80,9 @@ class SchedulerConfig(Section):
     def _has_type(self) -> Self:
         given = [name for name in ("args", "interval", "monitor") if getattr(self, name)]
         if given and "type" not in self.model_fields_set:
-            raise ValueError(f"type: required where lr_scheduler.{given[0]} is given: without it there is no schedule")
+            raise ValueError(
+                f"type: required where lr_scheduler.{given[0]} is given: without it there is no schedule"
+            )
         return self
 
 
@@ -75,7 +96,8 @@ class TrainerConfig(Section):
     save_period: Positive = 1
     """Every so many epochs model_epoch_N.pth is written."""
     keep_checkpoints: Count = 2
-    """How many of the newest model_epoch_N.pth are kept; 0 keeps all. model_best.pth and model_last.pth are always kept."""
+    """How many of the newest model_epoch_N.pth are kept; 0 keeps all. model_best.pth and
+    model_last.pth are always kept."""
     verbosity: Annotated[int, Field(ge=0, le=2)] = 2
     """0 warnings only, 1 and 2 a line per epoch."""
     label_dir: str | None = None
@@ -93,28 +115,33 @@ class TrainerConfig(Section):
     asym: Annotated[bool, A_RATE] = False
     """Asymmetric label noise: similar classes of CIFAR-10 and CIFAR-100."""
     noise_law: Annotated[Literal["inclusive", "exclusive"], SYMMETRIC_NOISE] = "inclusive"
-    """Symmetric noise draws from all classes (inclusive, as published) or from the wrong ones only (exclusive)."""
+    """Symmetric noise draws from all classes (inclusive, as published) or from the wrong ones only
+    (exclusive)."""
     noise_file: InputPath | None = None
     """Labels for the whole training set, such as CIFAR-N's: .npy, .npz, .pt, .json or .csv; see
     docs/data.md."""
     noise_key: str | None = None
     """Which entry, or column, of a noise_file that holds several label sets."""
     noisy_validation: Annotated[bool, NOISE] = True
-    """Validation labels carry the same noise; accuracy on the clean ones is always reported beside."""
+    """Validation labels carry the same noise; accuracy on the clean ones is always reported
+    beside."""
     subset_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the whole training set that is trained on, the same for every class; at most what validation leaves."""
+    """Fraction of the whole training set that is trained on, the same for every class; at most what
+    validation leaves."""
     OCNN: bool = False
     """Add OCNN's orthogonality penalty to the loss."""
     lamb_ocnn: Annotated[float, Field(ge=0), A_PENALTY] = 0.001
     """Weight of OCNN's penalty."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per update of a moving average of the weights, which is evaluated and saved beside them; null: no average."""
+    """Decay per update of a moving average of the weights, which is evaluated and saved beside
+    them; null: no average."""
     do_adv: bool = False
     """Adversarial training by train_robust.py: free, unless adversarial.method says otherwise."""
     fgsm_step: Annotated[Size, FREE_STEP] = 8
     """Free adversarial training under linf: step in 1/255 of the pixel range."""
     adv_clip_eps: Annotated[Size, NO_EPSILON] = 8
-    """The l-inf bound of training and of attacks, in 1/255 of the pixel range, where adversarial.epsilon gives none."""
+    """The l-inf bound of training and of attacks, in 1/255 of the pixel range, where
+    adversarial.epsilon gives none."""
     adv_repeats: Annotated[Positive, FREE] = 4
     """Free adversarial training: updates per minibatch."""
 
@@ -126,7 +153,9 @@ class TrainerConfig(Section):
         mode, _, value = text.partition(" ")
         name = logged_value(value)
         if mode not in ("min", "max") or name is None:
-            raise ValueError(f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value: {logged_values()}")
+            raise ValueError(
+                f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value: {logged_values()}"
+            )
         return f"{mode} {name}"
 
     @model_validator(mode="after")

@@ -1,4 +1,5 @@
-"""What a good config may still do against its author's will: train without any normalization, or name keys without effect."""
+"""What a good config may still do against its author's will: train without any normalization, or
+name keys without effect."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,8 @@ from base.config.section import Needs, Section, lies_in
 from base.text import one_line
 
 UNUSED_OK = "_unused_ok"
-"""The comment key that silences the warning of keys without effect: true, a dotted key or section, or a list of them."""
+"""The comment key that silences the warning of keys without effect: true, a dotted key or section,
+or a list of them."""
 PAIR = ("conv_layer_type", "norm_layer_type")
 
 
@@ -31,14 +33,20 @@ def warnings_of(
         silenced: the value of `UNUSED_OK`.
         origins: which file or flag each value came from.
     """
-    found = [_of_normalization(config, files, flags), _of_unused_keys(config, silenced, origins or {})]
+    found = [
+        _of_normalization(config, files, flags),
+        _of_unused_keys(config, silenced, origins or {}),
+    ]
     return tuple(filter(None, found))
 
 
-def _of_normalization(config: Config, files: Mapping[str, Any], flags: Mapping[str, Any]) -> str | None:
+def _of_normalization(
+    config: Config, files: Mapping[str, Any], flags: Mapping[str, Any]
+) -> str | None:
     args = config.arch.args
     pair = (args.conv_layer_type, args.norm_layer_type)
-    # files that name both mean it, and so do flags that name both; a flag for one of them may have forgotten the other
+    # files that name both mean it, and so do flags that name both; a flag for one of them may have
+    # forgotten the other
     if _pair(files) == pair or None not in _pair(flags):
         return None
     names = f"arch.args.conv_layer_type {args.conv_layer_type} with arch.args.norm_layer_type {args.norm_layer_type}"
@@ -73,7 +81,8 @@ def _given_by(key: str, origins: Origins) -> str:
 
 
 def _unmet(config: Config, section: Section, path: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Key, value and what is missed of every key that was set to something else than its default, in vain."""
+    """Key, value and what is missed of every key that was set to something else than its default,
+    in vain."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):

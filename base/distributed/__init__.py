@@ -1,4 +1,5 @@
-"""Several processes: joining them, exchanging values, sharding minibatches, launching, averaging gradients."""
+"""Several processes: joining them, exchanging values, sharding minibatches, launching, averaging
+gradients."""
 
 from base.distributed.collectives import (
     all_gather_object,
@@ -8,7 +9,13 @@ from base.distributed.collectives import (
     exit_unless_primary,
     from_primary,
 )
-from base.distributed.process_group import hide_progress_bar, is_primary, rank, started_processes, world_size
+from base.distributed.process_group import (
+    hide_progress_bar,
+    is_primary,
+    rank,
+    started_processes,
+    world_size,
+)
 from base.distributed.session import distributed_session
 from base.distributed.shard import Shard, ShardedGenerator, shard_of
 

@@ -88,7 +88,8 @@ def config_facts(config: Config) -> Facts:
 
 
 def data_facts(**parts: BaseDataLoader | None) -> Facts:
-    """Classes, number, labels, pixels and normalization of each part of a data set that is there."""
+    """Classes, number, labels, pixels and normalization of each part of a data set that is
+    there."""
     facts: dict[str, tuple[type[ProjectError], Any]] = {}
     for part, loader in parts.items():
         if loader is None:

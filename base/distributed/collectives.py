@@ -65,8 +65,8 @@ def all_reduce_max(number: int) -> int:
 
 
 def from_primary(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, where alone it is called, on every rank; where it raises a `ProjectError` there, the
-    other ranks leave without a word."""
+    """What `function` returns on rank 0, where alone it is called, on every rank; where it raises a
+    `ProjectError` there, the other ranks leave without a word."""
     if world_size() == 1:
         return function()
     failure, value = None, None
@@ -90,15 +90,16 @@ def from_primary(function: Callable[[], T]) -> T:
 
 
 def exit_unless_primary(exit_code: int) -> None:
-    """On every rank but 0: end this process quietly, because rank 0 says why all end, with this exit code (see
-    `_wait_for_the_word_of`)."""
+    """On every rank but 0: end this process quietly, because rank 0 says why all end, with this
+    exit code (see `_wait_for_the_word_of`)."""
     if not is_primary():
         raise SystemExit(exit_code)
 
 
 @torch.no_grad()
 def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Overwrite these tensors, which are of the same shapes on every rank, by those of rank 0, in one message per type."""
+    """Overwrite these tensors, which are of the same shapes on every rank, by those of rank 0, in
+    one message per type."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         of_type = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in of_type])
@@ -106,5 +107,7 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
             _finish(dist.broadcast(flat, 0, async_op=True))
         else:
             dist.broadcast(flat, 0)
-        for tensor, values in zip(of_type, flat.split([tensor.numel() for tensor in of_type]), strict=True):
+        for tensor, values in zip(
+            of_type, flat.split([tensor.numel() for tensor in of_type]), strict=True
+        ):
             tensor.copy_(values.view_as(tensor))

@@ -11,19 +11,20 @@ from base.distributed.process_group import world_size
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """`model` behind DistributedDataParallel, which averages gradients over all processes in every backward pass; with one
-    process `model` itself. All copies begin with the weights of rank 0.
+    """`model` behind DistributedDataParallel, which averages gradients over all processes in every
+    backward pass; with one process `model` itself. All copies begin with the weights of rank 0.
 
-    Buffers are not its business (see `distribute_bn`): it would send them before every forward pass, also between the two of TRADES,
-    whose first then has no backward pass any more.
-    """
+    Buffers are not its business (see `distribute_bn`): it would send them before every forward
+    pass, also between the two of TRADES, whose first then has no backward pass any more."""
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
     index = [device] if device.type == "cuda" else None
     names = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # its name until torch 2.14
-    # in a kernel of one input channel two orders in memory are the same one, of which torch takes notice
+    # its name until torch 2.14
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    # in a kernel of one input channel two orders in memory are the same one, of which torch takes
+    # notice
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(model, device_ids=index, **{buffers: False})
 
@@ -56,5 +57,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
         for module in model.modules()
         if not getattr(module, "buffers_follow_weights", False)
         for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set and buffer.is_floating_point() and buffer.numel()
+        if name not in module._non_persistent_buffers_set
+        and buffer.is_floating_point()
+        and buffer.numel()
     ]

@@ -1,4 +1,5 @@
-"""Several processes for one command: torchrun's launcher, started from within, and the device of each process."""
+"""Several processes for one command: torchrun's launcher, started from within, and the device of
+each process."""
 
 import os
 import sys
@@ -13,8 +14,8 @@ from base.errors import ConfigError
 
 
 def launch(config: Config) -> NoReturn:
-    """Run this process's own command in `n_gpu` processes, as `torchrun --standalone --nproc_per_node N` does, and exit as the
-    first of them that failed.
+    """Run this process's own command in `n_gpu` processes, as `torchrun --standalone
+    --nproc_per_node N` does, and exit as the first of them that failed.
 
     Raises:
         ConfigError: there are fewer devices.
@@ -31,7 +32,10 @@ def launch(config: Config) -> NoReturn:
     except ChildFailedError as error:  # the process has said why, or torchrun's log has
         number, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            print(f"rank {number} was ended by signal {-failure.exitcode}: all have been stopped", file=sys.stderr)
+            print(
+                f"rank {number} was ended by signal {-failure.exitcode}: all have been stopped",
+                file=sys.stderr,
+            )
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval.value)
@@ -39,13 +43,14 @@ def launch(config: Config) -> NoReturn:
 
 
 def available_cpus() -> int:
-    """How many CPUs this process may use, which are fewer than the machine has where SLURM or taskset say so."""
+    """How many CPUs this process may use, which are fewer than the machine has where SLURM or
+    taskset say so."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def refuse_missing_devices(config: Config, processes: int, key: str) -> None:
-    """Refuse more processes on this machine than it has CUDA devices, for training and evaluation. On the CPU any number goes;
-    `n_gpu` has to be told so by `system.device`.
+    """Refuse more processes on this machine than it has CUDA devices, for training and evaluation.
+    On the CPU any number goes; `n_gpu` has to be told so by `system.device`.
 
     Raises:
         ConfigError: naming `key`, which asks for them, or `system.device`.

@@ -16,7 +16,8 @@ def world_size() -> int:
 
 
 def started_processes() -> int:
-    """How many processes torchrun has started, whether they have met yet or not; 1 without torchrun."""
+    """How many processes torchrun has started, whether they have met yet or not; 1 without
+    torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -1,4 +1,5 @@
-"""Joining and leaving the processes that torchrun has started, and ending together when one fails."""
+"""Joining and leaving the processes that torchrun has started, and ending together when one
+fails."""
 
 import gc
 import os
@@ -26,16 +27,17 @@ _store: dist.Store | None = None
 
 @contextmanager
 def distributed_session(training: bool = False) -> Iterator[None]:
-    """Join the other processes that torchrun has started, for as long as the context lasts; inside another such context
-    nothing is left to do.
+    """Join the other processes that torchrun has started, for as long as the context lasts; inside
+    another such context nothing is left to do.
 
-    Plain values and tensors on the CPU are exchanged by gloo, which serves every device; `training` adds NCCL for gradients on
-    CUDA devices.
+    Plain values and tensors on the CPU are exchanged by gloo, which serves every device; `training`
+    adds NCCL for gradients on CUDA devices.
 
     Where one of them fails, all end with its exit code.
 
     Raises:
-        ProjectError: another process has ended in the middle of the work, or the connection has failed.
+        ProjectError: another process has ended in the middle of the work, or the connection has
+            failed.
     """
     if started_processes() == world_size():
         yield
@@ -44,8 +46,9 @@ def distributed_session(training: bool = False) -> Iterator[None]:
     global _store
     rendezvous, number, size = next(dist.rendezvous("env://"))
     _store = _meet(rendezvous, number, size)
-    # the first to finish its shard waits for the last, however long that takes; torchrun ends all when a process dies, but for
-    # a machine that vanishes without closing its connections they wait until this timeout
+    # the first to finish its shard waits for the last, however long that takes; torchrun ends all
+    # when a process dies, but for a machine that vanishes without closing its connections they wait
+    # until this timeout
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if with_cuda else "gloo",
         store=_store,
@@ -81,8 +84,8 @@ def distributed_session(training: bool = False) -> Iterator[None]:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit at once: a group whose work was broken off has threads that wait for the others, and Python
-    would wait for them."""
+    """Exit at once: a group whose work was broken off has threads that wait for the others, and
+    Python would wait for them."""
     for stream in (sys.stdout, sys.stderr):
         # None where it was closed before Python began
         if stream is not None:
@@ -113,8 +116,8 @@ def _meet(store: dist.Store, number: int, size: int) -> dist.Store:
 
 
 def _wait_for_the_word_of(speaker: int) -> None:
-    """Wait until this rank has said why all end: torchrun ends it in the middle of its sentence when another process fails, and
-    ends this one when the speaker has failed."""
+    """Wait until this rank has said why all end: torchrun ends it in the middle of its sentence
+    when another process fails, and ends this one when the speaker has failed."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
@@ -138,7 +141,8 @@ def ask_all_to_stop(number: int) -> None:
 
 
 def asked_to_stop() -> int:
-    """The number of the signal that has reached any process; 0 as long as none has. Waits for nobody."""
+    """The number of the signal that has reached any process; 0 as long as none has. Waits for
+    nobody."""
     return _told("stop")
 
 
@@ -164,22 +168,28 @@ def _told(what: str) -> int:
 
 
 def moments_computed(more: int) -> int:
-    """How often any process has said that it still computes; `more` is 1 to say so, 0 to ask. Waits for nobody."""
+    """How often any process has said that it still computes; `more` is 1 to say so, 0 to ask. Waits
+    for nobody."""
     with suppress(RuntimeError):
         return 0 if _store is None else _store.add("computed", more)
     return 0
 
 
 def is_of_connection(error: Exception) -> bool:
-    """Whether gloo, NCCL or torch's store raised it; gloo's are plain `RuntimeError`s that name their place."""
+    """Whether gloo, NCCL or torch's store raised it; gloo's are plain `RuntimeError`s that name
+    their place."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _explained(error: Exception) -> str:
-    """What gloo or NCCL say, in one line: in short where another process is the cause, all that they know otherwise."""
-    text = str(error).partition("Exception raised from")[0]  # and then come places in their own code
+    """What gloo or NCCL say, in one line: in short where another process is the cause, all that
+    they know otherwise."""
+    # and then come places in their own code
+    text = str(error).partition("Exception raised from")[0]
     lines = [re.sub(r"^\[[^]]*\] ", "", line).strip() for line in text.splitlines() if line.strip()]
     lines = lines or [type(error).__name__]
-    if re.search("closed by peer|reset by peer|broken pipe|remote process|remote error", text, re.IGNORECASE):
+    if re.search(
+        "closed by peer|reset by peer|broken pipe|remote process|remote error", text, re.IGNORECASE
+    ):
         return f"another process has ended ({lines[0].split('. This')[0].rstrip('.')}): this one ends, too"
     return f"the processes cannot work together: {' '.join(lines)}"

@@ -11,11 +11,13 @@ from base.distributed.process_group import rank, world_size
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a minibatch that this process computes on: every `processes`-th image from number `rank` on.
+    """The part of a minibatch that this process computes on: every `processes`-th image from number
+    `rank` on.
 
-    A minibatch with fewer images than processes is computed as a whole by each of them, so that none has nothing to do (and
-    nothing to bring to the statistics of batch normalization), and counted by rank 0 only. (Synchronized batch normalization
-    then sees each image several times, which changes nothing but the n / (n - 1) of its running variance.)
+    A minibatch with fewer images than processes is computed as a whole by each of them, so that
+    none has nothing to do (and nothing to bring to the statistics of batch normalization), and
+    counted by rank 0 only. (Synchronized batch normalization then sees each image several times,
+    which changes nothing but the n / (n - 1) of its running variance.)
 
     Attributes:
         total: images in the whole minibatch.
@@ -39,7 +41,8 @@ class Shard:
 
     @property
     def own(self) -> slice:
-        """The images that only this process has; none where there are fewer images than processes before it."""
+        """The images that only this process has; none where there are fewer images than processes
+        before it."""
         return slice(self.rank, self.total, self.processes)
 
     @property
@@ -48,8 +51,9 @@ class Shard:
         return self.rank == 0 or not self.copied
 
     def mean(self, losses: Tensor) -> Tensor:
-        """What this process contributes to the minibatch's mean of `losses` `(B,)`: the average over all processes, which
-        DistributedDataParallel takes of its gradients, is the mean over the whole minibatch, however uneven the shards are."""
+        """What this process contributes to the minibatch's mean of `losses` `(B,)`: the average
+        over all processes, which DistributedDataParallel takes of its gradients, is the mean over
+        the whole minibatch, however uneven the shards are."""
         if self.processes == 1 or self.copied:
             return losses.mean()
         return losses.sum() * (self.processes / self.total)
@@ -62,8 +66,8 @@ def shard_of(total: int) -> Shard:
 
 @dataclass(frozen=True)
 class ShardedGenerator:
-    """Draws for a whole minibatch, from the same state in every process, of which each takes its shard's part: the number of
-    processes then changes no draw."""
+    """Draws for a whole minibatch, from the same state in every process, of which each takes its
+    shard's part: the number of processes then changes no draw."""
 
     generator: torch.Generator
     shard: Shard

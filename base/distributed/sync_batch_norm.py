@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """`model` with batch normalization by the statistics of the whole minibatch, all processes' shards together, ConvNorm's
-    inner ones included. Weights, statistics and their names stay.
+    """`model` with batch normalization by the statistics of the whole minibatch, all processes'
+    shards together, ConvNorm's inner ones included. Weights, statistics and their names stay.
 
-    On CUDA it is torch's own `SyncBatchNorm`, which exists for no other device; elsewhere `SynchronizedBatchNorm2d`.
-    """
+    On CUDA it is torch's own `SyncBatchNorm`, which exists for no other device; elsewhere
+    `SynchronizedBatchNorm2d`."""
     if any(parameter.is_cuda for parameter in model.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -20,12 +20,13 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
 
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose mean and variance, in training, are those of the `(B, H, W)` of every process.
+    """`nn.BatchNorm2d` whose mean and variance, in training, are those of the `(B, H, W)` of every
+    process.
 
-    `y = (x - mean) / sqrt(var + eps) * weight + bias` with the biased variance; the running variance follows the unbiased one.
-    The gradient flows through mean and variance, into the inputs of every process. Every process has to call it equally often.
-    Computed in float32 at least; no faster than its two sums over all processes.
-    """
+    `y = (x - mean) / sqrt(var + eps) * weight + bias` with the biased variance; the running
+    variance follows the unbiased one. The gradient flows through mean and variance, into the inputs
+    of every process. Every process has to call it equally often. Computed in float32 at least; no
+    faster than its two sums over all processes."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`(B, C, H, W)` -> the same shape."""
@@ -55,7 +56,8 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of all processes' tensors. What each does with it matters to all: the gradient is the sum of theirs."""
+    """The sum of all processes' tensors. What each does with it matters to all: the gradient is the
+    sum of theirs."""
 
     @staticmethod
     def forward(ctx: object, tensor: Tensor) -> Tensor:

@@ -12,12 +12,16 @@ from base.optim.optimizers import _culprit, _first_line, build_optimizer
 from base.optim.schedules import Schedule, check_plateau
 
 
-def check_optimization(optimizer: OptimizerConfig, scheduler: SchedulerConfig, begun: bool = False) -> None:
-    """Build both for a dummy layer and take a few steps, so that wrong arguments are found before any data is read.
+def check_optimization(
+    optimizer: OptimizerConfig, scheduler: SchedulerConfig, begun: bool = False
+) -> None:
+    """Build both for a dummy layer and take a few steps, so that wrong arguments are found before
+    any data is read.
 
     Args:
         optimizer, scheduler: what to build.
-        begun: a run with them has begun already. It may go on with a plateau's mode that a new run may not have.
+        begun: a run with them has begun already. It may go on with a plateau's mode that a new run
+            may not have.
 
     Raises:
         ConfigError: naming `optimizer.args.x` or `lr_scheduler.args.x`.
@@ -41,17 +45,22 @@ def _try(key: str, args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], 
         raise
     except Exception as error:
         name = _culprit(args, attempt, error)
-        raise ConfigError(f"{key}{name}: a step with these arguments fails: {_first_line(error)}") from None
+        raise ConfigError(
+            f"{key}{name}: a step with these arguments fails: {_first_line(error)}"
+        ) from None
 
 
 def _take_steps(optimizer: OptimizerConfig, scheduler: SchedulerConfig) -> None:
     dummy = nn.Conv2d(2, 2, 1)
     built = build_optimizer(optimizer, dummy)
-    schedule = Schedule(scheduler, built, epochs=1000, batches_per_epoch=1, has_validation=True, trial=True)
+    schedule = Schedule(
+        scheduler, built, epochs=1000, batches_per_epoch=1, has_validation=True, trial=True
+    )
     for step in range(min(3, getattr(schedule.scheduler, "total_steps", 3))):
         dummy(torch.ones(1, 2, 1, 1)).sum().backward()
         built.step()
         if step == 0 and not all(parameter.isfinite().all() for parameter in dummy.parameters()):
-            raise ValueError("the weights are not finite after the first one")  # what grows later, training itself notices
+            # what grows later, training itself notices
+            raise ValueError("the weights are not finite after the first one")
         schedule.step_batch()
         schedule.step_epoch({schedule.monitor: 1.0})

@@ -34,8 +34,11 @@ UNUSABLE = {
 FUSED_ON = ("cpu", "cuda")
 
 
-def _culprit(args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any], error: Exception) -> str:
-    """`.name` of the first argument without which `attempt` succeeds, or that the error names; nothing where there is none."""
+def _culprit(
+    args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any], error: Exception
+) -> str:
+    """`.name` of the first argument without which `attempt` succeeds, or that the error names;
+    nothing where there is none."""
     for name in args:
         try:
             attempt({other: value for other, value in args.items() if other != name})
@@ -47,15 +50,22 @@ def _culprit(args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any], 
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """The optimizer of `model`. Parameters that a layer's class names in `no_weight_decay` are exempt from it: the
-    thresholds of shifted ReLUs, as in ConvNorm. The update is one fused kernel where torch has it, unless the config says
-    anything about `fused` or `foreach`."""
+    """The optimizer of `model`. Parameters that a layer's class names in `no_weight_decay` are
+    exempt from it: the thresholds of shifted ReLUs, as in ConvNorm. The update is one fused kernel
+    where torch has it, unless the config says anything about `fused` or `foreach`."""
     cls = _usable(OPTIMIZERS, config.type, "optimizer.type", Optimizer)
     check_arguments(cls, config.args, "optimizer.args", given=1, others=OPTIMIZERS.values())
     exempt = _without_weight_decay(model)
-    groups: list[dict[str, Any]] = [{"params": [value for value in model.parameters() if value not in exempt]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [value for value in model.parameters() if value not in exempt]}
+    ]
     if exempt:
-        groups.append({"params": [value for value in model.parameters() if value in exempt], "weight_decay": 0.0})
+        groups.append(
+            {
+                "params": [value for value in model.parameters() if value in exempt],
+                "weight_decay": 0.0,
+            }
+        )
     fused = {"fused": True} if _can_fuse(cls, config.args, next(model.parameters()).device) else {}
     return _build(cls, "optimizer.args", groups, {**config.args, **fused})
 
@@ -72,11 +82,12 @@ def _without_weight_decay(model: nn.Module) -> set[nn.Parameter]:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Continue from a saved state, with the settings saved in it: a run that began without fused kernels goes on without.
+    """Continue from a saved state, with the settings saved in it: a run that began without fused
+    kernels goes on without.
 
-    Fused kernels read the tensors of a parameter as they lie in memory, and take no notice where one is laid out in another
-    order (channels last) than the others. So what was saved is brought into the order of its parameter.
-    """
+    Fused kernels read the tensors of a parameter as they lie in memory, and take no notice where
+    one is laid out in another order (channels last) than the others. So what was saved is brought
+    into the order of its parameter."""
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
@@ -85,9 +96,13 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def _can_fuse(cls: Callable[..., Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether fused updates are left to us, and torch has a kernel for them: tried on one number, as it depends on optimizer,
-    arguments, device and version."""
-    if "fused" not in inspect.signature(cls).parameters or {"fused", "foreach"} & set(args) or device.type not in FUSED_ON:
+    """Whether fused updates are left to us, and torch has a kernel for them: tried on one number,
+    as it depends on optimizer, arguments, device and version."""
+    if (
+        "fused" not in inspect.signature(cls).parameters
+        or {"fused", "foreach"} & set(args)
+        or device.type not in FUSED_ON
+    ):
         return False
     number = nn.Parameter(torch.zeros(1, device=device))
     number.grad = torch.zeros_like(number)
@@ -113,9 +128,12 @@ def _build(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
         return cls(first, **args)
     except Exception as error:  # whatever torch's classes raise on values they did not expect
         name = _culprit(args, lambda rest: cls(first, **rest), error)
-        values = {key: value for key, value in args.items() if key != "schedulers"}  # which are built already
+        # which are built already
+        values = {key: value for key, value in args.items() if key != "schedulers"}
         value = values.get(name[1:], values)
-        raise ConfigError(f"{key}{name}: {cls.__name__} does not accept {shown(value)}: {_first_line(error)}") from None
+        raise ConfigError(
+            f"{key}{name}: {cls.__name__} does not accept {shown(value)}: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,10 @@
-"""Optimizer and schedule in a checkpoint: nothing changes places unnoticed, and all is checked before it is used.
+"""Optimizer and schedule in a checkpoint: nothing changes places unnoticed, and all is checked
+before it is used.
 
-Torch numbers the parameters of an optimizer and believes what a file says of each number; its fused kernels then read as
-many values as the parameter has, whatever is there. Here the state of a parameter stands under its name, beside a checksum
-of name and values. Checkpoints from before that (numbers, no checksums) are checked by shape.
-"""
+Torch numbers the parameters of an optimizer and believes what a file says of each number; its fused
+kernels then read as many values as the parameter has, whatever is there. Here the state of a
+parameter stands under its name, beside a checksum of name and values. Checkpoints from before that
+(numbers, no checksums) are checked by shape."""
 
 import hashlib
 from collections import Counter
@@ -24,10 +25,12 @@ CHECKSUM = "checksum"
 """The key of a parameter's entry under which its checksum stands."""
 
 KERNELS = ("fused", "foreach")
-"""Settings of an optimizer that choose how it computes; a run goes on as it began, where that is possible here."""
+"""Settings of an optimizer that choose how it computes; a run goes on as it began, where that is
+possible here."""
 
-# Training moves these keys of an optimizer's groups and of a schedule's state. All others are settings, of which a run keeps
-# those that it began with; a resumed run has the same, but for some whose default depends on the version of this code.
+# Training moves these keys of an optimizer's groups and of a schedule's state. All others are
+# settings, of which a run keeps those that it began with; a resumed run has the same, but for some
+# whose default depends on the version of this code.
 RATES = ("lr", "_last_lr")
 """Numbers from 0 on."""
 SHARES = ("momentum", "betas")
@@ -43,10 +46,11 @@ DIRECTIONS = ("mode",)
 
 
 def named_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """The optimizer's state for a checkpoint: `state` by parameter name, and `param_groups` with lists of names.
+    """The optimizer's state for a checkpoint: `state` by parameter name, and `param_groups` with
+    lists of names.
 
-    Every parameter has an entry, also one that holds no more than its checksum, so that a missing one is noticed.
-    """
+    Every parameter has an entry, also one that holds no more than its checksum, so that a missing
+    one is noticed."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state, groups = {}, []
     for group in optimizer.param_groups:
@@ -66,11 +70,13 @@ def checked_optimizer_state(
     Args:
         optimizer: new, of the run's config.
         model: whose parameters it has.
-        saved: what `named_optimizer_state` returned, or, in older checkpoints, the optimizer's own `state_dict()`.
+        saved: what `named_optimizer_state` returned, or, in older checkpoints, the optimizer's own
+            `state_dict()`.
         source: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: a parameter has no state, one of another shape, or one that is not its own; a setting is another.
+        CheckpointError: a parameter has no state, one of another shape, or one that is not its own;
+            a setting is another.
     """
     where = f"{source}: optimizer"
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -85,8 +91,12 @@ def checked_optimizer_state(
         numbers = list(range(number, number + len(listed)))
         by_name = theirs.get("params") == listed
         if not by_name and theirs.get("params") != numbers:
-            raise CheckpointError(f"{where}.param_groups.{place}.params: is not the list of this model's parameters")
-        settings.append({**_settings(theirs, group, f"{where}.param_groups.{place}"), "params": numbers})
+            raise CheckpointError(
+                f"{where}.param_groups.{place}.params: is not the list of this model's parameters"
+            )
+        settings.append(
+            {**_settings(theirs, group, f"{where}.param_groups.{place}"), "params": numbers}
+        )
         expected: dict[torch.Size, dict[str, Any]] = {}
         for name, parameter in zip(listed, group["params"], strict=True):
             if parameter.shape not in expected:
@@ -119,17 +129,21 @@ def checked_schedule_state(
     Args:
         saved: the checkpoint's.
         new: the state of a new schedule of the run's config.
-        steps_done: how often the schedule has been stepped; ReduceLROnPlateau may have been stepped less often.
+        steps_done: how often the schedule has been stepped; ReduceLROnPlateau may have been stepped
+            less often.
         source: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: a value is missing, or is not one that this schedule can have after so many steps.
+        CheckpointError: a value is missing, or is not one that this schedule can have after so many
+            steps.
     """
     where = f"{source}: scheduler"
     state = _like(saved, new, where, "")
     _check_place(state, steps_done, where)
     if "num_bad_epochs" not in new and state.get("last_epoch", steps_done) != steps_done:
-        raise CheckpointError(f"{where}.last_epoch: is {state['last_epoch']} after {steps_done} steps of the run")
+        raise CheckpointError(
+            f"{where}.last_epoch: is {state['last_epoch']} after {steps_done} steps of the run"
+        )
     return state
 
 
@@ -165,25 +179,38 @@ def _values(entry: Mapping[str, Any], expected: Mapping[str, Any], where: str) -
     values = {key: value for key, value in entry.items() if key != CHECKSUM}
     for key, value in values.items():
         if key not in expected:
-            raise CheckpointError(f"{where}: {one_line(repr(key), 80)} is unknown; expected {', '.join(expected)}")
+            raise CheckpointError(
+                f"{where}: {one_line(repr(key), 80)} is unknown; expected {', '.join(expected)}"
+            )
         own = expected[key]
         if type(value) is not type(own):
-            raise CheckpointError(f"{where}.{key}: is of type {type(value).__name__}; expected {type(own).__name__}")
+            raise CheckpointError(
+                f"{where}.{key}: is of type {type(value).__name__}; expected {type(own).__name__}"
+            )
         if not isinstance(value, Tensor):
             continue
         if value.shape != own.shape:
             raise CheckpointError(
                 f"{where}.{key}: is of shape {tuple(value.shape)}, but {tuple(own.shape)} was expected for this parameter"
             )
-        if value.layout != torch.strided or value.is_meta or value.is_floating_point() != own.is_floating_point():
-            raise CheckpointError(f"{where}.{key}: is a tensor of {value.dtype}, but {own.dtype} was expected")
+        if (
+            value.layout != torch.strided
+            or value.is_meta
+            or value.is_floating_point() != own.is_floating_point()
+        ):
+            raise CheckpointError(
+                f"{where}.{key}: is a tensor of {value.dtype}, but {own.dtype} was expected"
+            )
     if values and values.keys() != expected.keys():
-        raise CheckpointError(f"{where}: {next(key for key in expected if key not in values)!r} is missing")
+        raise CheckpointError(
+            f"{where}: {next(key for key in expected if key not in values)!r} is missing"
+        )
     return values
 
 
 def _settings(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings that a group goes on with. A setting that is newer than the file is the config's."""
+    """The settings that a group goes on with. A setting that is newer than the file is the
+    config's."""
     settings = {}
     for key, own in group.items():
         if key == "params":
@@ -197,15 +224,22 @@ def _settings(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) ->
             # kernels that the run began with may be missing on this device
             settings[key] = own if value else value
         else:
-            raise CheckpointError(f"{where}.{key}: is {_shown(value)}; expected true, false or null")
+            raise CheckpointError(
+                f"{where}.{key}: is {_shown(value)}; expected true, false or null"
+            )
     return settings
 
 
 def _like(value: Any, own: Any, where: str, key: str) -> Any:
-    """`value`, where it can be what has become of `own` in training; `key` is the name that both have."""
+    """`value`, where it can be what has become of `own` in training; `key` is the name that both
+    have."""
     if isinstance(own, Counter):
-        if not (isinstance(value, dict) and all(type(each) is int for each in (*value, *value.values()))):
-            raise CheckpointError(f"{where}: is {_shown(value)}; expected whole numbers with their counts")
+        if not (
+            isinstance(value, dict) and all(type(each) is int for each in (*value, *value.values()))
+        ):
+            raise CheckpointError(
+                f"{where}: is {_shown(value)}; expected whole numbers with their counts"
+            )
         value = Counter(value)
     elif isinstance(own, dict):
         return _like_mapping(value, own, where)
@@ -213,9 +247,13 @@ def _like(value: Any, own: Any, where: str, key: str) -> Any:
         if not isinstance(value, list | tuple) or len(value) != len(own):
             raise CheckpointError(f"{where}: is {_shown(value)}; expected a list of {len(own)}")
         pairs = enumerate(zip(value, own, strict=True))
-        return type(own)(_like(each, ours, f"{where}.{place}", key) for place, (each, ours) in pairs)
+        return type(own)(
+            _like(each, ours, f"{where}.{place}", key) for place, (each, ours) in pairs
+        )
     if not _possible(value, own, key):
-        raise CheckpointError(f"{where}: is {_shown(value)}; in a run of this config it begins as {_shown(own)}")
+        raise CheckpointError(
+            f"{where}: is {_shown(value)}; in a run of this config it begins as {_shown(own)}"
+        )
     return value
 
 
@@ -253,7 +291,9 @@ def _possible(value: Any, own: Any, key: str) -> bool:
 def _check_place(state: Mapping[str, Any], steps_done: int, where: str) -> None:
     """Refuse a schedule, or a part of one, that has taken more steps than the run."""
     if state.get("last_epoch", 0) > steps_done:
-        raise CheckpointError(f"{where}.last_epoch: is {state['last_epoch']} after {steps_done} steps of the run")
+        raise CheckpointError(
+            f"{where}.last_epoch: is {state['last_epoch']} after {steps_done} steps of the run"
+        )
     parts: Sequence[Mapping[str, Any]] = state.get("_schedulers", ())
     for number, part in enumerate(parts):
         _check_place(part, steps_done, f"{where}._schedulers.{number}")

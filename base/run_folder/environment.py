@@ -25,10 +25,12 @@ PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
 
 
 def record_environment(folder: Path, resumed: bool) -> list[str]:
-    """Write `environment.json`; a resumed run keeps what it began with and adds what it goes on with under `resumed`.
+    """Write `environment.json`; a resumed run keeps what it began with and adds what it goes on
+    with under `resumed`.
 
     Returns:
-        What there is to warn of: the run had another number of threads or processes before, which round otherwise.
+        What there is to warn of: the run had another number of threads or processes before, which
+            round otherwise.
     """
     file = folder / "environment.json"
     now = environment()
@@ -48,7 +50,8 @@ def record_environment(folder: Path, resumed: bool) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, command, commit and hardware of this process, for `environment.json`; secrets of the command are left out."""
+    """Versions, command, commit and hardware of this process, for `environment.json`; secrets of
+    the command are left out."""
     return {
         "version": project_version(),
         "python": platform.python_version(),
@@ -83,9 +86,7 @@ def project_version() -> str | None:
     """The version of this project: that of its clone, or else the installed one; None where neither
     is known."""
     try:
-        project = tomllib.loads(
-            (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-        )["project"]
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         if project["name"] == PROJECT:
             return project["version"]
     except (OSError, ValueError, KeyError):
@@ -110,7 +111,8 @@ def package_versions() -> dict[str, str]:
 
 @cache
 def _git(*arguments: str) -> str | None:
-    """The output of a git command in this project's folder; None without git or outside a repository.
+    """The output of a git command in this project's folder; None without git or outside a
+    repository.
 
     Each command is run once: what is committed while a run lasts is not what it has computed with.
     """
@@ -130,6 +132,8 @@ def _git(*arguments: str) -> str | None:
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -26,8 +26,9 @@ LOCK = ".lock"
 
 @contextmanager
 def new_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Iterator[Path]:
-    """Make an empty folder for a new run, yield it, and keep all other runs out of it meanwhile. What an earlier attempt of the
-    same job has left in `run_dir` before its first checkpoint is written over.
+    """Make an empty folder for a new run, yield it, and keep all other runs out of it meanwhile.
+    What an earlier attempt of the same job has left in `run_dir` before its first checkpoint is
+    written over.
 
     Raises:
         ConfigError: `run_dir` already holds a run, or the folder cannot be made.
@@ -44,18 +45,23 @@ def new_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Iter
         raise ConfigError(f"{folder}: the run folder cannot be made or written: {error}") from None
     with only_run_in(folder):
         if has_checkpoint(folder):
-            raise ConfigError(f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder")
+            raise ConfigError(
+                f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder"
+            )
         if (folder / "config.json").exists() and not begun_by_this_job(folder):
-            raise ConfigError(f"--run_dir {folder}: holds a run without a checkpoint; remove it, or name another folder")
+            raise ConfigError(
+                f"--run_dir {folder}: holds a run without a checkpoint; remove it, or name another folder"
+            )
         if job():
-            write_json(folder / "environment.json", {"job": job()})  # before anything else, as the next attempt asks for it
+            # before anything else, as the next attempt asks for it
+            write_json(folder / "environment.json", {"job": job()})
         yield folder
 
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Keep all other runs out of `folder` meanwhile, as far as its file system knows locks, and clear away what dead ones have
-    left half written in it.
+    """Keep all other runs out of `folder` meanwhile, as far as its file system knows locks, and
+    clear away what dead ones have left half written in it.
 
     Raises:
         ConfigError: another run is there.
@@ -74,7 +80,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turn what the system says about a full disk or a folder that is gone or may not be written into one line.
+    """Turn what the system says about a full disk or a folder that is gone or may not be written
+    into one line.
 
     Raises:
         CheckpointError: naming the folder.
@@ -85,15 +92,17 @@ def explained(folder: Path) -> Iterator[None]:
         inside = isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder)
         if not inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        raise CheckpointError(f"{error.filename if inside else folder}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(
+            f"{error.filename if inside else folder}: cannot be written: {error.strerror}"
+        ) from error
 
 
 def job() -> str | None:
-    """What all attempts of one torchrun job have in common (`--max-restarts`), and no other job: its `--rdzv_id`, or where it
-    was not given the launcher's process. None without torchrun.
+    """What all attempts of one torchrun job have in common (`--max-restarts`), and no other job:
+    its `--rdzv_id`, or where it was not given the launcher's process. None without torchrun.
 
-    The number of the attempt would not do: each machine's launcher counts only failures that it has seen itself.
-    """
+    The number of the attempt would not do: each machine's launcher counts only failures that it has
+    seen itself."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"process {os.getppid()} of {platform.node()}" if name == "none" else name
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 @contextmanager
 def locked(file: Path) -> Iterator[bool]:
-    """Hold the lock on `file`, which is made if it is missing and stays; yields whether this process has it.
+    """Hold the lock on `file`, which is made if it is missing and stays; yields whether this
+    process has it.
 
-    It ends with the block, and with the process however that dies; children do not inherit it. It holds between the machines of
-    a shared file system, too. Where there are no locks (some file systems, Windows) everyone has it.
+    It ends with the block, and with the process however that dies; children do not inherit it. It
+    holds between the machines of a shared file system, too. Where there are no locks (some file
+    systems, Windows) everyone has it.
 
     Args:
         file: nobody else may read or write it.

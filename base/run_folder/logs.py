@@ -20,7 +20,8 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(file: Path, verbosity: int) -> Iterator[None]:
-    """Send log messages to the terminal and to `file` (appended): warnings at verbosity 0, a line per epoch above it."""
+    """Send log messages to the terminal and to `file` (appended): warnings at verbosity 0, a line
+    per epoch above it."""
     root = logging.getLogger()
     level = root.level
     log_file = _LogFile(file, encoding="utf-8")
@@ -33,7 +34,11 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
     try:
         yield
     except ProjectError as error:  # the terminal gets it from the script, as its last line
-        handlers[1].handle(logging.makeLogRecord({"levelname": "ERROR", "levelno": logging.ERROR, "msg": str(error)}))
+        handlers[1].handle(
+            logging.makeLogRecord(
+                {"levelname": "ERROR", "levelno": logging.ERROR, "msg": str(error)}
+            )
+        )
         raise
     finally:
         root.setLevel(level)
@@ -43,7 +48,8 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """One readable line of logged values: accuracies in per cent, the rest in four significant digits."""
+    """One readable line of logged values: accuracies in per cent, the rest in four significant
+    digits."""
     return "  ".join(f"{key} {_number(key, value)}" for key, value in values.items())
 
 

@@ -1,4 +1,5 @@
-"""`study.json`, beside the run folders of a study: which variant each of them is. Studies write it, reports read it."""
+"""`study.json`, beside the run folders of a study: which variant each of them is. Studies write it,
+reports read it."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +28,8 @@ class Place:
 
 
 def write_places(folder: Path, places: Mapping[str, Place]) -> None:
-    """Add `name of a run folder -> place` to the study file of `folder`, which is replaced in one go."""
+    """Add `name of a run folder -> place` to the study file of `folder`, which is replaced in one
+    go."""
     entries = {name: asdict(place) for name, place in {**read_places(folder), **places}.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / NAME) as file:
@@ -35,7 +37,8 @@ def write_places(folder: Path, places: Mapping[str, Place]) -> None:
 
 
 def read_places(folder: Path) -> dict[str, Place]:
-    """Name of a run folder -> its place; nothing where there is no study file, or one that cannot be read."""
+    """Name of a run folder -> its place; nothing where there is no study file, or one that cannot
+    be read."""
     try:
         entries = json.loads((folder / NAME).read_text())
         return {name: Place(**entry) for name, entry in entries.items()}

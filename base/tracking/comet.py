@@ -1,4 +1,5 @@
-"""Comet as a tracker: a thread of its own speaks to the server, so that training never waits for it."""
+"""Comet as a tracker: a thread of its own speaks to the server, so that training never waits for
+it."""
 
 import logging
 import os
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 PATIENCE = 25.0
-"""Seconds that the end of a run waits for Comet's server to take what is left; torchrun and SLURM kill after 30."""
+"""Seconds that the end of a run waits for Comet's server to take what is left; torchrun and SLURM
+kill after 30."""
 
 COMET_DEFAULTS = {
     "COMET_TIMEOUT_HTTP": "3", "COMET_TIMEOUT_API": "3",
@@ -26,18 +28,22 @@ COMET_DEFAULTS = {
     "COMET_TIMEOUT_CLEANING": "10", "COMET_TIMEOUT_UPLOAD": "10",
     "COMET_DISABLE_AUTO_LOGGING": "1", "COMET_ERROR_TRACKING_ENABLE": "0",
 }  # fmt: skip
-"""Settings of the package comet_ml, where the environment has no others. Its own defaults try a silent server for minutes
-before they give up, replace functions of torch, and report errors to a third party."""
+"""Settings of the package comet_ml, where the environment has no others. Its own defaults try a
+silent server for minutes before they give up, replace functions of torch, and report errors to a
+third party."""
 
 
 class Comet(Tracker):
-    """A Comet experiment: online with a key and `offline: false`, otherwise a zip in `folder` that `comet upload` sends later.
+    """A Comet experiment: online with a key and `offline: false`, otherwise a zip in `folder` that
+    `comet upload` sends later.
 
-    Online, a thread of its own talks to the server: training never waits for the network, only `close` does, for at most
-    `PATIENCE` seconds. A run that the server does not take is logged offline after a warning; what a server that dies has not
-    got, comet_ml writes into `folder`, too.
+    Online, a thread of its own talks to the server: training never waits for the network, only
+    `close` does, for at most `PATIENCE` seconds. A run that the server does not take is logged
+    offline after a warning; what a server that dies has not got, comet_ml writes into `folder`,
+    too.
 
-    The key comes from the environment (COMET_API_KEY) or from `comet.api`; it is handed to Comet and written nowhere.
+    The key comes from the environment (COMET_API_KEY) or from `comet.api`; it is handed to Comet
+    and written nowhere.
 
     Raises:
         ImportError: the `comet-ml` package is not installed.
@@ -57,12 +63,20 @@ class Comet(Tracker):
             self.thread.start()
             return
         if not settings.offline:
-            logger.warning("comet.offline is false, but no key is set in COMET_API_KEY: logging offline to %s", folder)
+            logger.warning(
+                "comet.offline is false, but no key is set in COMET_API_KEY: logging offline to %s",
+                folder,
+            )
         self.experiment = self._begin_offline()
 
     def log_epoch(self, log: EpochLog) -> None:
         epoch = int(log["epoch"])
-        self._call("log_metrics", {key: value for key, value in log.items() if key != "epoch"}, epoch=epoch, step=epoch)
+        self._call(
+            "log_metrics",
+            {key: value for key, value in log.items() if key != "epoch"},
+            epoch=epoch,
+            step=epoch,
+        )
 
     def log_result(self, result: Mapping[str, Any]) -> None:
         self._call("log_others", {f"result_{key}": value for key, value in result.items()})
@@ -75,7 +89,10 @@ class Comet(Tracker):
         self.thread.join(PATIENCE)
         if self.thread.is_alive():
             self.complaints.heard = True  # whatever it says from now on
-            logger.warning("Comet has not taken the run %g s after its end: what is left is not logged there", PATIENCE)
+            logger.warning(
+                "Comet has not taken the run %g s after its end: what is left is not logged there",
+                PATIENCE,
+            )
 
     def _call(self, method: str, *values: Any, **named: Any) -> None:
         """Call a method of the experiment, or have it called by the thread."""
@@ -85,24 +102,33 @@ class Comet(Tracker):
             getattr(self.experiment, method)(*values, **named)
 
     def _work(self) -> None:
-        """What the thread does: begin the experiment, online if that goes, and whatever it is told, until its end."""
+        """What the thread does: begin the experiment, online if that goes, and whatever it is told,
+        until its end."""
         try:
             experiment = self._begin_online()
             method = ""
             while method != "end":
                 method, values, named = self.calls.get()
-                if method == "end":  # a server that does not take this is noticed; one that is silent only now would not be
+                # a server that does not take this is noticed; one that is silent only now would not
+                # be
+                if method == "end":
                     experiment.flush(round(PATIENCE / 8))
                 getattr(experiment, method)(*values, **named)
             self.complaints.tell("Comet may not have got the whole run (%s)")
-        except Exception as error:  # whatever it is: a logging service must never end a training run
+        except (
+            Exception
+        ) as error:  # whatever it is: a logging service must never end a training run
             self.complaints.add(str(error))
-            with suppress(OSError):  # where the log cannot be written either, the run itself says so
+            # where the log cannot be written either, the run itself says so
+            with suppress(OSError):
                 self.complaints.tell("Comet failed (%s): training goes on without it")
 
     def _begin_online(self) -> Any:
-        """An experiment on the server; where it cannot be begun, an offline one, after a warning that says why."""
-        experiment = self.comet_ml.Experiment(api_key=self.key, offline_directory=str(self.folder), **self._arguments())
+        """An experiment on the server; where it cannot be begun, an offline one, after a warning
+        that says why."""
+        experiment = self.comet_ml.Experiment(
+            api_key=self.key, offline_directory=str(self.folder), **self._arguments()
+        )
         if experiment.alive:
             logger.info("Comet: %s", experiment.url)
             return self._describe(experiment)
@@ -111,7 +137,9 @@ class Comet(Tracker):
 
     def _begin_offline(self) -> Any:
         self.folder.mkdir(parents=True, exist_ok=True)
-        return self._describe(self.comet_ml.OfflineExperiment(offline_directory=str(self.folder), **self._arguments()))
+        return self._describe(
+            self.comet_ml.OfflineExperiment(offline_directory=str(self.folder), **self._arguments())
+        )
 
     def _describe(self, experiment: Any) -> Any:
         if not experiment.alive:
@@ -121,7 +149,8 @@ class Comet(Tracker):
         return experiment
 
     def _arguments(self) -> dict[str, Any]:
-        # The run folder records code, environment and output itself; a study's log should hold what the study logs.
+        # The run folder records code, environment and output itself; a study's log should hold what
+        # the study logs.
         return {
             "project_name": self.settings.project, "workspace": self.settings.workspace,
             "auto_param_logging": False, "auto_metric_logging": False, "auto_output_logging": False,
@@ -131,9 +160,11 @@ class Comet(Tracker):
 
 
 class _Complaints(logging.Handler):
-    """Collects what comet_ml warns of, in place of its own output, and says it in one warning of ours.
+    """Collects what comet_ml warns of, in place of its own output, and says it in one warning of
+    ours.
 
-    comet_ml names a key that the server does not know in full, and its HTTP library warns of every attempt.
+    comet_ml names a key that the server does not know in full, and its HTTP library warns of every
+    attempt.
 
     Attributes:
         heard: whether the user knows enough.
@@ -153,7 +184,8 @@ class _Complaints(logging.Handler):
         self.last = message.replace(self.key, "***") if self.key else message
 
     def tell(self, text: str) -> None:
-        """Warn, with the last complaint in place of `%s`; nothing where there is none, or the user has been told."""
+        """Warn, with the last complaint in place of `%s`; nothing where there is none, or the user
+        has been told."""
         if self.last and not self.heard:
             self.heard = True
             logger.warning(text, self.last)

@@ -11,7 +11,6 @@ from base.tracking.tracker import EpochLog, RunLog, TensorBoard, Tracker
 logger = logging.getLogger(__name__)
 
 
-
 def start_trackers(config: Config, folder: Path, history: Sequence[EpochLog] = ()) -> list[Tracker]:
     """The trackers that the config asks for, writing into the run folder."""
     trackers: list[Tracker] = [RunLog(folder / "metrics.jsonl", history)]
@@ -25,7 +24,11 @@ def start_trackers(config: Config, folder: Path, history: Sequence[EpochLog] = (
         try:
             trackers.append(start())
         except ImportError as error:
-            logger.warning("%s is asked for but not installed (%s): training goes on without it", name, error)
-        except Exception as error:  # whatever it is: a logging service must never end a training run
+            logger.warning(
+                "%s is asked for but not installed (%s): training goes on without it", name, error
+            )
+        except (
+            Exception
+        ) as error:  # whatever it is: a logging service must never end a training run
             logger.warning("%s could not start (%s): training goes on without it", name, error)
     return trackers

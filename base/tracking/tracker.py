@@ -28,11 +28,13 @@ class Tracker(ABC):
 
 
 class RunLog(Tracker):
-    """`metrics.jsonl`: one JSON object per epoch, nothing in it that two equal runs would not share (no times).
+    """`metrics.jsonl`: one JSON object per epoch, nothing in it that two equal runs would not share
+    (no times).
 
     Args:
         path: the file.
-        history: the epochs of the run that is resumed; lines of later epochs, which will be run again, are dropped.
+        history: the epochs of the run that is resumed; lines of later epochs, which will be run
+            again, are dropped.
     """
 
     def __init__(self, path: Path, history: Sequence[EpochLog] = ()) -> None:
@@ -55,7 +57,9 @@ class TensorBoard(Tracker):
     def __init__(self, folder: Path, epochs_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=epochs_done + 1 if epochs_done else None)
+        self.writer = SummaryWriter(
+            str(folder), purge_step=epochs_done + 1 if epochs_done else None
+        )
 
     def log_epoch(self, log: EpochLog) -> None:
         for key, value in log.items():
@@ -68,7 +72,8 @@ class TensorBoard(Tracker):
 
 
 def tell(trackers: list[Tracker], what: Callable[[Tracker], None]) -> None:
-    """Call `what` for every tracker. One that fails is dropped after a warning; only the run log may end a run."""
+    """Call `what` for every tracker. One that fails is dropped after a warning; only the run log
+    may end a run."""
     for tracker in list(trackers):
         try:
             what(tracker)
@@ -76,4 +81,6 @@ def tell(trackers: list[Tracker], what: Callable[[Tracker], None]) -> None:
             if isinstance(tracker, RunLog):
                 raise
             trackers.remove(tracker)
-            logger.warning("%s failed (%s): training goes on without it", type(tracker).__name__, error)
+            logger.warning(
+                "%s failed (%s): training goes on without it", type(tracker).__name__, error
+            )

@@ -11,7 +11,14 @@ from models.layers.oni import ONIConv2d
 from models.layers.own import OWNConv2d
 from models.layers.spectral import SpectralNormConv2d
 
-__all__ = ["ConvNorm2d", "ONIConv2d", "OWNConv2d", "SReLU", "SpectralNormConv2d", "replace_with_conv_norm"]
+__all__ = [
+    "ConvNorm2d",
+    "ONIConv2d",
+    "OWNConv2d",
+    "SReLU",
+    "SpectralNormConv2d",
+    "replace_with_conv_norm",
+]
 
 CONV_LAYERS.update(
     conv=nn.Conv2d,

@@ -15,8 +15,8 @@ def relu(channels: int, inplace: bool = True) -> nn.ReLU:
 class SReLU(nn.Module):
     """`max(x, b) = relu(x - b) + b` with one learned threshold b per channel.
 
-    State: `srelu_bias` `(1, channels, 1, 1)`, -1 at first. A threshold should not be pulled to zero, so weight decay leaves
-    it out.
+    State: `srelu_bias` `(1, channels, 1, 1)`, -1 at first. A threshold should not be pulled to
+    zero, so weight decay leaves it out.
 
     Args:
         channels: the number of channels.

@@ -1,8 +1,7 @@
 """ONI: convolutions with a weight matrix made orthogonal by Newton's iteration.
 
-Lei Huang, Li Liu, Fan Zhu, Diwen Wan, Zehuan Yuan, Bo Li, Ling Shao: "Controllable Orthogonalization in Training DNNs",
-CVPR 2020, arXiv:2004.00887.
-"""
+Lei Huang, Li Liu, Fan Zhu, Diwen Wan, Zehuan Yuan, Bo Li, Ling Shao: "Controllable
+Orthogonalization in Training DNNs", CVPR 2020, arXiv:2004.00887."""
 
 from math import sqrt
 from typing import Annotated, ClassVar, Literal, get_args
@@ -21,9 +20,10 @@ Rule = Literal["paper", "original"]
 def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper") -> Tensor:
     """Approximately orthonormal rows, or columns where the rows are more, by Newton's iteration.
 
-    With `Z` centered along its rows, `S = Z Z^T + 1e-5 I`, `s = |S|_F`, `B_0 = I` and `B <- 1.5 B - 0.5 B^3 S / s`, the result
-    is `B Z / sqrt(s)`, which tends to the polar factor `(Z Z^T)^(-1/2) Z`. A matrix with more rows than columns is treated by
-    its columns, `Z B / sqrt(s)` with `S = Z^T Z + 1e-5 I`. The number of iterations bounds how far small singular values rise.
+    With `Z` centered along its rows, `S = Z Z^T + 1e-5 I`, `s = |S|_F`, `B_0 = I` and `B <- 1.5 B -
+    0.5 B^3 S / s`, the result is `B Z / sqrt(s)`, which tends to the polar factor `(Z Z^T)^(-1/2)
+    Z`. A matrix with more rows than columns is treated by its columns, `Z B / sqrt(s)` with `S =
+    Z^T Z + 1e-5 I`. The number of iterations bounds how far small singular values rise.
 
     The original ConvNorm's code iterates such a matrix with S itself, `B <- 1.5 B - 0.5 B^3 S`, and
     divides the result alone, by `sqrt(s)`. That is another matrix, far from orthonormal columns,
@@ -47,7 +47,8 @@ def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper"
     norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True)
     if rule == "paper" or rows <= columns:
         gram = gram / norm
-    # root * gram is carried along: the same numbers as B^3 S, but there rounding errors grow and end in NaN after some 10 steps
+    # root * gram is carried along: the same numbers as B^3 S, but there rounding errors grow and
+    # end in NaN after some 10 steps
     root, root_gram = identity.expand_as(gram), gram
     for _ in range(iterations):
         step = 1.5 * identity - 0.5 * torch.bmm(root, root_gram)
@@ -59,8 +60,8 @@ def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper"
 class ONIConv2d(nn.Conv2d):
     """Convolution with the weight `WNScale * newton_orthogonalize(weight)`.
 
-    The weight is a `(C_out, C_in / groups * k_h * k_w)` matrix, one per group of the convolution. Training and eval do
-    the same.
+    The weight is a `(C_out, C_in / groups * k_h * k_w)` matrix, one per group of the convolution.
+    Training and eval do the same.
 
     State: `weight`, `bias`, `WNScale` `(C_out, 1, 1, 1)`, a trainable factor per output channel.
 
@@ -70,11 +71,12 @@ class ONIConv2d(nn.Conv2d):
     original's.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in `nn.Conv2d`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: as in `nn.Conv2d`.
         iterations: the number of Newton iterations, the paper's T.
         scale: initial `WNScale`; sqrt(2) keeps the variance through a ReLU (the original's 1.414).
-        rule: what is done to a weight with more outputs than inputs: "paper", or "original", as ConvNorm's code does; see
-            `newton_orthogonalize`.
+        rule: what is done to a weight with more outputs than inputs: "paper", or "original", as
+            ConvNorm's code does; see `newton_orthogonalize`.
 
     Raises:
         ValueError: the rule is unknown.
@@ -104,7 +106,17 @@ class ONIConv2d(nn.Conv2d):
         scale: Annotated[float, Field(gt=0)] = sqrt(2),
         rule: Rule = "paper",
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+        )
         if rule not in get_args(Rule):
             raise ValueError(f"rule={rule!r}: expected {' or '.join(map(repr, get_args(Rule)))}")
         self.iterations = iterations
@@ -112,7 +124,8 @@ class ONIConv2d(nn.Conv2d):
         self.WNScale = nn.Parameter(torch.full((out_channels, 1, 1, 1), scale))
 
     def forward(self, input: Tensor) -> Tensor:
-        """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, as `nn.Conv2d` with the orthogonalised weight."""
+        """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, as `nn.Conv2d` with the orthogonalised
+        weight."""
         return self._conv_forward(input, self.normalized_weight(), self.bias)
 
     def normalized_weight(self) -> Tensor:

@@ -1,8 +1,8 @@
-"""Spectral normalization: convolutions divided by the largest singular value of their weight matrix.
+"""Spectral normalization: convolutions divided by the largest singular value of their weight
+matrix.
 
-Takeru Miyato, Toshiki Kataoka, Masanori Koyama, Yuichi Yoshida: "Spectral Normalization for Generative Adversarial Networks",
-ICLR 2018, arXiv:1802.05957, algorithm 1.
-"""
+Takeru Miyato, Toshiki Kataoka, Masanori Koyama, Yuichi Yoshida: "Spectral Normalization for
+Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957, algorithm 1."""
 
 from typing import Any, ClassVar
 
@@ -21,23 +21,27 @@ _OLD_NAMES = {
 
 
 class SpectralNormConv2d(nn.Conv2d):
-    """Convolution with `W / sigma(W)`, where sigma is the largest singular value of W as a `(C_out, C_in / groups * k_h * k_w)`
-    matrix, so that matrix has spectral norm 1. (The convolution's own operator norm lies between that and the kernel's area.)
+    """Convolution with `W / sigma(W)`, where sigma is the largest singular value of W as a `(C_out,
+    C_in / groups * k_h * k_w)` matrix, so that matrix has spectral norm 1. (The convolution's own
+    operator norm lies between that and the kernel's area.)
 
-    sigma is estimated by the power iteration `v <- W^T u / |W^T u|`, `u <- W v / |W v|`, `sigma = u^T W v`, carried on from
-    step to step; u and v are constants for the gradient. In training each forward pass makes one iteration; in eval none is
-    made and the stored u and v are used. A new layer starts with 15 iterations (PyTorch's own: from a random u).
+    sigma is estimated by the power iteration `v <- W^T u / |W^T u|`, `u <- W v / |W v|`, `sigma =
+    u^T W v`, carried on from step to step; u and v are constants for the gradient. In training each
+    forward pass makes one iteration; in eval none is made and the stored u and v are used. A new
+    layer starts with 15 iterations (PyTorch's own: from a random u).
 
-    State: `weight`, `weight_u` `(C_out,)`, `weight_v` `(C_in / groups * k_h * k_w,)`, `bias`. Checkpoints of
-    `torch.nn.utils.spectral_norm` and of `torch.nn.utils.parametrizations.spectral_norm` load as well, with or without the
-    `conv.` that the original's wrapper puts before their keys.
+    State: `weight`, `weight_u` `(C_out,)`, `weight_v` `(C_in / groups * k_h * k_w,)`, `bias`.
+    Checkpoints of `torch.nn.utils.spectral_norm` and of
+    `torch.nn.utils.parametrizations.spectral_norm` load as well, with or without the `conv.` that
+    the original's wrapper puts before their keys.
 
-    Deviation: where a product vanishes (an all-zero weight) u and v are kept and the weight is not divided; the original
-    returns NaN from then on.
+    Deviation: where a product vanishes (an all-zero weight) u and v are kept and the weight is not
+    divided; the original returns NaN from then on.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in `nn.Conv2d`, but
-            `bias` is False unless asked for, as in the original.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode: as in `nn.Conv2d`, but `bias` is False unless asked for, as in the
+            original.
     """
 
     normalizes_weights: ClassVar = True
@@ -58,7 +62,17 @@ class SpectralNormConv2d(nn.Conv2d):
         bias: bool = False,
         padding_mode: str = "zeros",
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+        )
         self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(self.weight[0].numel()), dim=0))
         for _ in range(15):
@@ -74,14 +88,16 @@ class SpectralNormConv2d(nn.Conv2d):
             matrix = self.weight.flatten(1)
             if self.training:
                 self._iterate(matrix.detach())
-            # copies, so that a second forward pass before the backward pass does not change what this one saved
+            # copies, so that a second forward pass before the backward pass does not change what
+            # this one saved
             u, v = self.weight_u.clone(), self.weight_v.clone()
             sigma = torch.dot(u, torch.mv(matrix, v))
             return self.weight / torch.where(sigma.abs() > self.eps, sigma, 1.0)
 
     @torch.no_grad()
     def buffers_from_weights(self) -> None:
-        """Adapt u and v to weights that no training step has made (averages), by 15 power iterations from where they are."""
+        """Adapt u and v to weights that no training step has made (averages), by 15 power
+        iterations from where they are."""
         for _ in range(15):
             self._iterate(self.weight.flatten(1))
 
@@ -93,7 +109,9 @@ class SpectralNormConv2d(nn.Conv2d):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Translates the key names of PyTorch's two spectral norms; see the class."""
         for name, old_names in _OLD_NAMES.items():
-            for old_name in (prefix + wrapper + old for wrapper in ("", "conv.") for old in (*old_names, name)):
+            for old_name in (
+                prefix + wrapper + old for wrapper in ("", "conv.") for old in (*old_names, name)
+            ):
                 if prefix + name not in state_dict and old_name in state_dict:
                     state_dict[prefix + name] = state_dict.pop(old_name)
         super()._load_from_state_dict(state_dict, prefix, *args)

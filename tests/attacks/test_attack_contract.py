@@ -1,4 +1,5 @@
-"""The contract of Attack: its entries are frozen dataclasses, and it keeps its promises whatever a subclass does."""
+"""The contract of Attack: its entries are frozen dataclasses, and it keeps its promises whatever a
+subclass does."""
 
 import dataclasses
 import json
@@ -45,7 +46,10 @@ def test_numbers_of_other_kinds_become_plain():
         "PGD(epsilon=0.5, step_size=0.25, steps=3, norm='linf', restarts=1, random_start=True,"
         " early_stop=1, targeted=False, loss='ce', seed=0, confidence=0.0)"
     )
-    assert repr(FGSM(1)) == "FGSM(epsilon=1.0, norm='linf', early_stop=0, targeted=False, loss='ce', confidence=0.0)"
+    assert (
+        repr(FGSM(1))
+        == "FGSM(epsilon=1.0, norm='linf', early_stop=0, targeted=False, loss='ce', confidence=0.0)"
+    )
 
 
 def test_variants_keep_the_class_and_everything_else():
@@ -67,7 +71,11 @@ def test_fgsm_is_a_pgd_of_which_every_number_can_be_replaced():
     attack = FGSM(0.1, "l2", early_stop=5, loss="margin")
     plain = PGD(0.1, 0.1, 1, "l2", random_start=False, early_stop=5, loss="margin")
     assert attack.as_pgd() == plain
-    assert (attack.single_step, plain.single_step, plain.scaled(0.5).single_step) == (True, True, True)
+    assert (attack.single_step, plain.single_step, plain.scaled(0.5).single_step) == (
+        True,
+        True,
+        True,
+    )
     assert not dataclasses.replace(plain, steps=2).single_step
 
 
@@ -159,7 +167,11 @@ def test_promises_are_kept_whatever_a_subclass_does(problem, attack):
 @pytest.mark.parametrize(
     ("result", "error", "message"),
     [
-        (lambda images: None, TypeError, r"^Returns.perturb: must return a tensor of images, not NoneType$"),
+        (
+            lambda images: None,
+            TypeError,
+            r"^Returns.perturb: must return a tensor of images, not NoneType$",
+        ),
         (
             lambda images: images[:2],
             ValueError,

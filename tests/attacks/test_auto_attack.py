@@ -31,7 +31,9 @@ class Short(AutoAttack):
 def make_model(n_classes=10):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, n_classes))
+        model = nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, n_classes)
+        )
     with torch.no_grad():
         model[-1].weight.mul_(5)
     return model
@@ -62,9 +64,13 @@ def test_verdict_is_the_packages(norm, n_classes):
     seed = int(torch.randint(2**31, (), generator=torch_generator(3, "attack")))
     with torch.random.fork_rng():
         package = shortened(
-            pyautoattack.AutoAttack(model, norm=PACKAGE_NORM[norm], eps=EPSILON[norm], seed=seed, version="standard")
+            pyautoattack.AutoAttack(
+                model, norm=PACKAGE_NORM[norm], eps=EPSILON[norm], seed=seed, version="standard"
+            )
         )
-        package.apgd_targeted.n_target_classes = package.fab.n_target_classes = min(9, n_classes - 1)
+        package.apgd_targeted.n_target_classes = package.fab.n_target_classes = min(
+            9, n_classes - 1
+        )
         expected, _ = package.run_standard_evaluation(images, labels)
     torch.testing.assert_close(points, expected, rtol=0, atol=1e-6)
     found = broken(model, points, labels)
@@ -78,7 +84,12 @@ def test_verdict_is_the_packages(norm, n_classes):
 def test_numbers_are_the_standard_ones():
     attack = AutoAttack(0.1)._build(make_model(), 10, 0, torch.device("cpu"))
     assert attack.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    assert (attack.apgd.n_iter, attack.apgd_targeted.n_iter, attack.fab.n_iter, attack.square.n_queries) == (
+    assert (
+        attack.apgd.n_iter,
+        attack.apgd_targeted.n_iter,
+        attack.fab.n_iter,
+        attack.square.n_queries,
+    ) == (
         100,
         100,
         100,
@@ -99,7 +110,14 @@ def test_leaves_nothing_behind(capsys, caplog):
         calls.append(event)
 
     def traces():
-        return (list(logger.handlers), logger.level, logger.propagate, logger.disabled, list(root.handlers), root.level)
+        return (
+            list(logger.handlers),
+            logger.level,
+            logger.propagate,
+            logger.disabled,
+            list(root.handlers),
+            root.level,
+        )
 
     torch.manual_seed(11)
     before, state, tracer_before = traces(), torch.get_rng_state(), sys.gettrace()
@@ -155,7 +173,10 @@ def test_collects_warnings_once_and_quietly(capsys, caplog):
     attack = Short(0.02)
     attack(Random(), images, labels)
     attack(Random(), images[:4], labels[:4])
-    assert [("5 classes: 4 targets" in warning, "randomized" in warning) for warning in attack.warnings[:2]] == [
+    assert [
+        ("5 classes: 4 targets" in warning, "randomized" in warning)
+        for warning in attack.warnings[:2]
+    ] == [
         (True, False),
         (False, True),
     ]
@@ -200,7 +221,8 @@ def test_all_misclassified_come_back_unchanged():
 def test_a_model_that_says_nothing():
     class Constant(nn.Module):
         def forward(self, images):
-            return 0 * images.reshape(len(images), -1)[:, :5]  # reshape refuses a batch without images
+            # reshape refuses a batch without images
+            return 0 * images.reshape(len(images), -1)[:, :5]
 
     images = torch.rand(3, 3, 8, 8)
     points = Short(0.1)(Constant(), images, torch.tensor([0, 1, 0]))
@@ -228,7 +250,10 @@ def test_too_few_classes_are_refused():
 def test_names_its_version():
     attack = AutoAttack(0.1)
     assert attack.version == pyautoattack.__version__
-    assert attack.description == f"standard AutoAttack (pyautoattack {attack.version}: apgd-ce, apgd-t, fab-t, square)"
+    assert (
+        attack.description
+        == f"standard AutoAttack (pyautoattack {attack.version}: apgd-ce, apgd-t, fab-t, square)"
+    )
 
 
 def test_missing_package_is_one_line(monkeypatch):
@@ -237,4 +262,7 @@ def test_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ConfigError) as caught:
         AutoAttack(0.1)
-    assert str(caught.value) == 'AutoAttack needs the package pyautoattack: pip install -e ".[autoattack]"'
+    assert (
+        str(caught.value)
+        == 'AutoAttack needs the package pyautoattack: pip install -e ".[autoattack]"'
+    )

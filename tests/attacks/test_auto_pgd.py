@@ -1,4 +1,5 @@
-"""Auto-PGD: its authors' code is the reference; strength, bookkeeping, and independence of the batch."""
+"""Auto-PGD: its authors' code is the reference; strength, bookkeeping, and independence of the
+batch."""
 
 from copy import deepcopy
 
@@ -38,16 +39,23 @@ def make_images(n, seed):
 
 @pytest.fixture(scope="module")
 def model():
-    """A small network that has learned the classes, against weak attacks, so that epsilon matters."""
+    """A small network that has learned the classes, against weak attacks, so that epsilon
+    matters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, N_CLASSES)
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.SiLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(128, N_CLASSES),
         )
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for step in range(80):
         images, labels = make_images(64, 100 + step)
-        images = PGD(0.04, 0.04, 1)(model, images, labels, generators=torch_generator(step, "start"))
+        images = PGD(0.04, 0.04, 1)(
+            model, images, labels, generators=torch_generator(step, "start")
+        )
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
@@ -94,13 +102,16 @@ def test_trajectory_of_the_authors_code(model, norm, loss, monkeypatch):
     assert len(ours.seen) == 1 + len(theirs.seen) == 1 + 51  # ours looks at the images first
     apart = (torch.stack(ours.seen[1:]) - torch.stack(theirs.seen)).abs().amax(dim=(2, 3, 4))
     assert apart[:10].max() < 1e-5
-    # later a difference in the last digit may decide whether a loss has grown, and so whether a step size is halved
+    # later a difference in the last digit may decide whether a loss has grown, and so whether a
+    # step size is halved
     same = apart.amax(dim=0) < 1e-5
     assert same.float().mean() > 0.8
     robust &= ~verdicts(model, images, labels)
     assert 0 < robust.sum() < len(robust)
     assert torch.equal(~verdicts(model, points, labels), robust)
-    torch.testing.assert_close(losses_of(attack, model, points, labels)[robust], best_loss[robust], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        losses_of(attack, model, points, labels)[robust], best_loss[robust], rtol=1e-3, atol=1e-4
+    )
     torch.testing.assert_close(points[robust & same], best[robust & same], rtol=0, atol=1e-5)
 
 
@@ -111,7 +122,9 @@ def test_verdicts_of_the_authors_code_unchanged(model, norm, loss, monkeypatch):
     attack = APGD(EPSILON[norm], 50, norm, loss=loss)
     start = attack.start(images, torch_generator(1, "start"))
     # one restart, for those that are not misclassified already
-    monkeypatch.setattr(APGD, "start", lambda attack, left, generators: start[~verdicts(model, images, labels)])
+    monkeypatch.setattr(
+        APGD, "start", lambda attack, left, generators: start[~verdicts(model, images, labels)]
+    )
     points = attack(model, images, labels)
     authors = reference_attack(model, norm, loss)
     authors.init_hyperparam(images)
@@ -145,7 +158,8 @@ def test_checkpoints_of_the_paper():
 def test_both_conditions_halve_the_step_size():
     start = torch.zeros(3, 1, 1, 1)
     climb = _Climb(torch.arange(3), start, torch.zeros(3), start, 1.0)
-    # rises: 2 of 2; 1 of 2; none. Then all rise 2 of 2 times, but only the first image goes beyond its largest loss
+    # rises: 2 of 2; 1 of 2; none. Then all rise 2 of 2 times, but only the first image goes beyond
+    # its largest loss
     for losses in ([0, 0, 0], [1, 9, -1], [2, 8, -2]):
         climb.points = torch.tensor(losses).float().reshape(3, 1, 1, 1)
         climb.arrive(torch.tensor(losses).float(), climb.points)
@@ -165,10 +179,15 @@ def test_not_weaker_than_pgd_with_as_many_gradients(model, norm, loss):
     images, labels = make_images(64, 3)
     epsilon = EPSILON[norm]
     found = []
-    for attack in (APGD(epsilon, 30, norm, loss=loss, early_stop=False), PGD(epsilon, epsilon / 4, 30, norm, loss=loss)):
+    for attack in (
+        APGD(epsilon, 30, norm, loss=loss, early_stop=False),
+        PGD(epsilon, epsilon / 4, 30, norm, loss=loss),
+    ):
         generators = [torch_generator(0, "start", index) for index in range(64)]
         points = attack(model, images, labels, generators=generators)
-        found.append((losses_of(attack, model, points, labels).mean(), verdicts(model, points, labels).sum()))
+        found.append(
+            (losses_of(attack, model, points, labels).mean(), verdicts(model, points, labels).sum())
+        )
     assert found[0][0] > 0.95 * found[1][0]  # one of 64 images may find more on the other way
     assert found[0][1] >= found[1][1] - 1  # of 64: a first misclassified point is luck
 
@@ -194,10 +213,14 @@ def test_images_do_not_depend_on_the_batch(model):
 
     def attacked(which):
         generators = [torch_generator(3, "start", index) for index in which]
-        return APGD(0.05, 12, restarts=3)(exact, images[which], labels[which], generators=generators)
+        return APGD(0.05, 12, restarts=3)(
+            exact, images[which], labels[which], generators=generators
+        )
 
     together = attacked(range(12))
-    torch.testing.assert_close(together, torch.cat([attacked([index]) for index in range(12)]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        together, torch.cat([attacked([index]) for index in range(12)]), rtol=0, atol=1e-6
+    )
     assert 0 < verdicts(exact, together, labels).sum() < 12
 
 
@@ -208,7 +231,9 @@ def test_early_stop_saves_passes_and_changes_no_verdict(model, loss):
     generators = [[torch_generator(1, "start", index) for index in range(32)] for _ in range(2)]
     hasty, thorough = Recorded(model), Recorded(model)
     early = APGD(0.06, 20, restarts=2, loss=loss)(hasty, images, labels, generators=generators[0])
-    late = APGD(0.06, 20, restarts=2, loss=loss, early_stop=False)(thorough, images, labels, generators=generators[1])
+    late = APGD(0.06, 20, restarts=2, loss=loss, early_stop=False)(
+        thorough, images, labels, generators=generators[1]
+    )
     assert torch.equal(verdicts(model, early, labels), verdicts(model, late, labels))
     assert sum(map(len, hasty.seen)) < 0.7 * sum(map(len, thorough.seen))
     clean_errors = verdicts(model, images, labels)
@@ -249,7 +274,9 @@ def test_a_model_that_gives_nan_is_broken_and_does_not_stop_the_others():
     assert not torch.equal(points[0], images[0])
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"restarts": 0}, {"rho": 1.5}, {"loss": "mse"}, {"norm": "l1"}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"restarts": 0}, {"rho": 1.5}, {"loss": "mse"}, {"norm": "l1"}]
+)
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         APGD(0.1, **wrong)

@@ -33,7 +33,12 @@ def trained():
     labels = torch.randint(4, (200,), generator=generator)
     images = torch.rand(200, 3, 32, 32, generator=generator) * 0.6 + 0.2
     for index, label in enumerate(labels.tolist()):
-        images[index, :, 16 * (label // 2) : 16 * (label // 2) + 16, 16 * (label % 2) : 16 * (label % 2) + 16] += 0.03
+        images[
+            index,
+            :,
+            16 * (label // 2) : 16 * (label // 2) + 16,
+            16 * (label % 2) : 16 * (label % 2) + 16,
+        ] += 0.03
     torch.manual_seed(0)
     model = build_model({"type": "simpleCNN", "args": {"num_classes": 4}}, (0.5,) * 3, (0.25,) * 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
@@ -56,7 +61,8 @@ def images_and_labels(n=5, classes=3, size=2):
 @pytest.mark.parametrize("targeted", [False, True])
 def test_on_a_linear_model_of_two_classes_both_reach_the_exact_worst_point(targeted):
     model, (images, labels) = Linear(2).eval(), images_and_labels(classes=2)
-    towards = (model.weight[1] - model.weight[0]).detach().reshape(3, 2, 2)  # raises class 1 against class 0
+    # raises class 1 against class 0
+    towards = (model.weight[1] - model.weight[0]).detach().reshape(3, 2, 2)
     sign = torch.where((labels == 0) != targeted, 1.0, -1.0).reshape(-1, 1, 1, 1)
     direction = sign * towards
     linf = (images + 0.05 * direction.sign()).clamp(0, 1)
@@ -64,7 +70,9 @@ def test_on_a_linear_model_of_two_classes_both_reach_the_exact_worst_point(targe
         assert torch.equal(attack(model, images, labels), linf)
     l2 = images + 0.1 * direction / direction.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
     torch.testing.assert_close(FGSM(0.1, "l2", targeted=targeted)(model, images, labels), l2)
-    torch.testing.assert_close(PGD(0.1, 0.05, 60, "l2", targeted=targeted)(model, images, labels), l2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        PGD(0.1, 0.05, 60, "l2", targeted=targeted)(model, images, labels), l2, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_fgsm_is_pgd_with_one_full_step_and_no_random_start(trained):
@@ -87,12 +95,15 @@ def test_robust_accuracy_equals_foolboxs(trained, norm, epsilon):
     ]
     ours = []
     for attack in (FGSM(epsilon, norm), PGD(epsilon, epsilon / 4, 10, norm)):
-        verdicts, _ = attack_batch(model, images, labels, attack, positions=torch.arange(200), seed=0)
+        verdicts, _ = attack_batch(
+            model, images, labels, attack, positions=torch.arange(200), seed=0
+        )
         ours.append(200 - int(verdicts.robust_top1.sum()))
     theirs = [int(broken.sum()) for broken in theirs]
     assert 20 < theirs[0] < 190, "an attack worth comparing"
     assert abs(ours[0] - theirs[0]) <= 1
-    assert -2 <= ours[1] - theirs[1] <= (2 if norm == "linf" else 6)  # its l2 starts lie at the ball's surface: it finds less
+    # its l2 starts lie at the ball's surface: it finds less
+    assert -2 <= ours[1] - theirs[1] <= (2 if norm == "linf" else 6)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -155,7 +166,9 @@ def test_restarts_keep_the_worst_point_of_every_image(trained):
     generators = [torch_generator(0, "test", index) for index in range(32)]
     one = PGD(1 / 255, 0.25 / 255, 3)
     many = PGD(1 / 255, 0.25 / 255, 3, restarts=4)
-    worst = F.cross_entropy(model(many(model, images, labels, generators=generators)), labels, reduction="none").detach()
+    worst = F.cross_entropy(
+        model(many(model, images, labels, generators=generators)), labels, reduction="none"
+    ).detach()
     broken = wrongness(model(many(model, images, labels, generators=generators)), labels) > 0
     generators = [torch_generator(0, "test", index) for index in range(32)]
     for _ in range(4):  # a generator goes on where the last restart left it
@@ -174,8 +187,12 @@ def test_early_stop_leaves_broken_images_alone(trained):
     assert sizes[-1] < sizes[0] == 200
     plain = wrongness(model(PGD(2 / 255, 0.5 / 255, 10)(model, images, labels)), labels) > 0
     early = wrongness(model(found), labels) > 0
-    assert (early >= plain).all(), "what the last point breaks, some point on the way or the last one breaks"
-    rank_two = wrongness(model(PGD(8 / 255, 2 / 255, 10, early_stop=2)(model, images, labels)), labels, 2)
+    assert (early >= plain).all(), (
+        "what the last point breaks, some point on the way or the last one breaks"
+    )
+    rank_two = wrongness(
+        model(PGD(8 / 255, 2 / 255, 10, early_stop=2)(model, images, labels)), labels, 2
+    )
     assert (rank_two == 2).sum() > (wrongness(model(found), labels, 2) == 2).sum()
 
 
@@ -206,7 +223,9 @@ def test_losses_against_their_definitions():
     assert wrongness(logits, labels).tolist() == [0, 2]
     assert wrongness(logits, labels, 2).tolist() == [0, 1]
     ties = torch.zeros(4, 4)
-    assert wrongness(ties, torch.arange(4)).tolist() == [0, 2, 2, 2], "of equal logits the first is the larger"
+    assert wrongness(ties, torch.arange(4)).tolist() == [0, 2, 2, 2], (
+        "of equal logits the first is the larger"
+    )
     assert wrongness(ties, torch.arange(4), 2).tolist() == [0, 1, 2, 2]
     with pytest.raises(ValueError, match="needs at least 3 classes, the model has 2"):
         ATTACK_LOSSES["dlr"](logits[:, :2], labels[:1])
@@ -235,9 +254,17 @@ def test_losses_against_their_definitions():
         (lambda: PGD(1, 1, 1, seed=0.5), "seed: expected an integer of at least 0, not 0.5"),
         (lambda: FGSM(1, loss="cw"), "loss 'cw' is not one of: ce, margin, dlr"),
         (lambda: PGD(1, 1, 1, targeted=True, early_stop=5), "a targeted attack has no rank"),
-        (lambda: PGD(1, 1, 1, restarts=2, random_start=False), "restarts 2: without random_start all of them are the same"),
         (
-            lambda: FGSM(1)(Linear(), torch.zeros(2, 3, 2, 2), torch.tensor([0, 1]), generators=[torch.Generator()]),
+            lambda: PGD(1, 1, 1, restarts=2, random_start=False),
+            "restarts 2: without random_start all of them are the same",
+        ),
+        (
+            lambda: FGSM(1)(
+                Linear(),
+                torch.zeros(2, 3, 2, 2),
+                torch.tensor([0, 1]),
+                generators=[torch.Generator()],
+            ),
             "generators: expected one, or 2, one per image, not 1",
         ),
     ],
@@ -248,4 +275,6 @@ def test_wrong_arguments_are_named(make, message):
 
 
 def test_no_images_give_no_images():
-    assert PGD(1, 1, 1)(Linear(), torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 2, 2)
+    assert PGD(1, 1, 1)(
+        Linear(), torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.int64)
+    ).shape == (0, 3, 2, 2)

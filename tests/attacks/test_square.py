@@ -13,7 +13,8 @@ EPSILON = {"linf": 0.1, "l2": 1.0}
 
 
 class Linear(nn.Module):
-    """A linear model of images 3 x 8 x 8, with integer weights and a little float64, so that no sum depends on its order."""
+    """A linear model of images 3 x 8 x 8, with integer weights and a little float64, so that no sum
+    depends on its order."""
 
     def __init__(self, n_classes=4, seed=0):
         super().__init__()
@@ -89,7 +90,9 @@ def test_every_point_tried_is_in_the_ball(norm, shape):
         assert seen.min() >= 0
         assert seen.max() <= 1
         assert attack.threat_model.distance(seen, images).max() <= EPSILON[norm] + 1e-6
-    distances = torch.stack([attack.threat_model.distance(seen, images)[1::2] for seen in tried[1:]])
+    distances = torch.stack(
+        [attack.threat_model.distance(seen, images)[1::2] for seen in tried[1:]]
+    )
     assert distances.mean() > 0.8 * EPSILON[norm]  # the budget is used
 
 
@@ -120,7 +123,8 @@ def test_loss_of_the_kept_points_only_grows(norm, loss):
     images, labels = make_images(model, 64)
     attack = Observed(EPSILON[norm] / 20, 60, norm, loss=loss)
     with torch.no_grad():
-        surest = attack.losses(model(images), labels).argsort()[:8]  # too sure to be broken, so that none leaves
+        # too sure to be broken, so that none leaves
+        surest = attack.losses(model(images), labels).argsort()[:8]
     images, labels = images[surest], labels[surest]
     points = attack(model, images, labels)
     with torch.no_grad():
@@ -150,10 +154,14 @@ def test_images_do_not_depend_on_the_batch(norm):
 
     def attacked(which):
         generators = [torch_generator(5, "attack", index) for index in which]
-        return Square(EPSILON[norm] / 3, 40, norm)(model, images[which], labels[which], generators=generators)
+        return Square(EPSILON[norm] / 3, 40, norm)(
+            model, images[which], labels[which], generators=generators
+        )
 
     together = attacked(range(8))
-    torch.testing.assert_close(together, torch.cat([attacked([index]) for index in range(8)]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        together, torch.cat([attacked([index]) for index in range(8)]), rtol=0, atol=1e-6
+    )
     assert 0 < broken(model, together, labels).sum() < 8
 
 
@@ -214,7 +222,9 @@ def test_as_strong_as_the_authors_code(norm):
     model = Linear()
     images, labels = make_images(model, 64)
     epsilon = EPSILON[norm] / 4
-    authors = module.SquareAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], n_queries=100, eps=epsilon, device="cpu")
+    authors = module.SquareAttack(
+        model, norm={"linf": "Linf", "l2": "L2"}[norm], n_queries=100, eps=epsilon, device="cpu"
+    )
     with torch.random.fork_rng(), torch.no_grad():
         theirs = authors.perturb(images.clone(), labels)
     ours = Square(epsilon, 100, norm)(model, images, labels)
@@ -223,7 +233,9 @@ def test_as_strong_as_the_authors_code(norm):
     assert abs(counts[0] - counts[1]) <= 4, counts
 
 
-@pytest.mark.parametrize("wrong", [{"queries": 0}, {"p_init": 0.0}, {"p_init": 1.5}, {"loss": "mse"}])
+@pytest.mark.parametrize(
+    "wrong", [{"queries": 0}, {"p_init": 0.0}, {"p_init": 1.5}, {"loss": "mse"}]
+)
 def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         Square(0.1, **wrong)

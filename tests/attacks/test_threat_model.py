@@ -14,7 +14,9 @@ def situations(draw):
     """A threat model, images in [0, 1] and points anywhere, float64 `(B, C, H, W)`."""
     shape = tuple(draw(st.integers(1, most)) for most in (3, 3, 4, 4))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    images = torch.from_numpy(generator.choice([0.0, 1.0, 0.5], shape) if draw(st.booleans()) else generator.random(shape))
+    images = torch.from_numpy(
+        generator.choice([0.0, 1.0, 0.5], shape) if draw(st.booleans()) else generator.random(shape)
+    )
     reach = draw(st.sampled_from([0.0, 1e-6, 0.03, 1.0, 50.0, 1e6]))
     points = images + reach * torch.from_numpy(generator.standard_normal(shape))
     norm = draw(st.sampled_from(NORMS))
@@ -31,20 +33,25 @@ def test_projection_is_into_the_allowed_set_once_and_for_all(situation):
     assert projected.min() >= 0
     assert projected.max() <= 1
     assert (threat.distance(projected, images) <= threat.epsilon * (1 + 1e-12) + 1e-15).all()
-    torch.testing.assert_close(threat.project(projected, images), projected, rtol=0, atol=1e-6 * max(threat.epsilon, 1e-9))
+    torch.testing.assert_close(
+        threat.project(projected, images), projected, rtol=0, atol=1e-6 * max(threat.epsilon, 1e-9)
+    )
     torch.testing.assert_close(threat.project(images, images), images, rtol=0, atol=0)
 
 
 @settings(max_examples=120, deadline=None)
 @given(situations(), st.integers(0, 2**32 - 1))
 def test_no_change_in_the_ball_is_nearer_than_the_projected_one(situation, seed):
-    """The angle between the way back and the way to any other point of a convex set is never acute."""
+    """The angle between the way back and the way to any other point of a convex set is never
+    acute."""
     threat, images, points = situation
     change = points - images
     nearest = threat.bound(change)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(5):
-        other = threat.bound(torch.randn(change.shape, generator=generator, dtype=change.dtype) * 2 * threat.epsilon)
+        other = threat.bound(
+            torch.randn(change.shape, generator=generator, dtype=change.dtype) * 2 * threat.epsilon
+        )
         product = ((change - nearest) * (other - nearest)).flatten(1).sum(1)
         scale = change.flatten(1).norm(dim=1) * threat.epsilon + 1e-12
         assert (product <= 4e-6 * scale).all()
@@ -58,7 +65,9 @@ def test_a_step_moves_by_its_size_or_not_at_all(situation, size):
     moved = threat.distance(threat.step(images, gradient, size), images)
     still = (gradient == 0).flatten(1).all(1)
     assert (moved[still] == 0).all()
-    torch.testing.assert_close(moved[~still], torch.full_like(moved[~still], size), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        moved[~still], torch.full_like(moved[~still], size), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 256, 256), (1, 1, 1, 300_000), (2, 4, 5, 7)])

@@ -37,9 +37,12 @@ def test_devices_and_precision():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
-@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)])
+@pytest.mark.parametrize(
+    ("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)]
+)
 def test_memory_that_tensors_free_is_kept_for_the_next_ones(environment, kept):
-    """64 MiB, that is 16,384 pages which the system would clear again, unless the user has chosen otherwise."""
+    """64 MiB, that is 16,384 pages which the system would clear again, unless the user has chosen
+    otherwise."""
     program = """
 import resource, torch
 from base.runtime import keep_freed_memory
@@ -50,16 +53,22 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+    }
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env={**inherited, **environment}, capture_output=True, text=True, check=True
+    )
     assert (int(done.stdout) < 100) == kept
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore"),
         RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
         MemoryError(),
@@ -67,13 +76,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 )
 def test_a_batch_that_does_not_fit_into_memory_names_its_key(error):
     message = "data_loader.args.batch_size: batches of 7 images do not fit into memory: "
-    with pytest.raises(ConfigError, match=message) as caught, memory_explained("data_loader.args.batch_size", 7):
+    with (
+        pytest.raises(ConfigError, match=message) as caught,
+        memory_explained("data_loader.args.batch_size", 7),
+    ):
         raise error
     assert "\n" not in str(caught.value)
 
 
 def test_memory_that_there_is_not_is_noticed_and_other_errors_are_left_alone():
-    with pytest.raises(ConfigError, match="--batch_size: batches of 3"), memory_explained("--batch_size", 3):
+    with (
+        pytest.raises(ConfigError, match="--batch_size: batches of 3"),
+        memory_explained("--batch_size", 3),
+    ):
         torch.empty(2**58, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_explained("--batch_size", 3):
+    with (
+        pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
+        memory_explained("--batch_size", 3),
+    ):
         torch.ones(2, 3) @ torch.ones(2, 3)

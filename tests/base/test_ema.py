@@ -1,4 +1,5 @@
-"""The averaged model against the recursion written out, for every kind of tensor a network holds."""
+"""The averaged model against the recursion written out, for every kind of tensor a network
+holds."""
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from models.layers.conv_norm.kernel_energy import inverse_root_energy
 
 def build(conv, norm):
     torch.manual_seed(0)
-    return build_model({"type": "simpleCNN", "args": {"conv_layer_type": conv, "norm_layer_type": norm}})
+    return build_model(
+        {"type": "simpleCNN", "args": {"conv_layer_type": conv, "norm_layer_type": norm}}
+    )
 
 
 def train(model, average, steps):
@@ -26,7 +29,12 @@ def train(model, average, steps):
 def test_weights_and_running_statistics_follow_the_recursion():
     model = build("conv", "bn")
     average = ModelEma(model, 0.6)
-    names = ("features.0.weight", "features.1.running_mean", "features.1.running_var", "classifier.bias")
+    names = (
+        "features.0.weight",
+        "features.1.running_mean",
+        "features.1.running_var",
+        "classifier.bias",
+    )
     expected = {name: model.state_dict()[name].clone() for name in names}
     for step in range(1, 9):
         train(model, average, 1)
@@ -53,7 +61,9 @@ def test_conv_norms_spectrum_is_that_of_the_averaged_kernels():
     averaged(images)
     spectrum = inverse_root_energy(layer.weight, (34, 34), layer.dilation).float()
     full = torch.nn.functional.conv2d(averaged.normalize(images), layer.weight, padding=2)
-    expected = layer.bpconv(torch.fft.irfft2(torch.fft.rfft2(full) * spectrum, s=(34, 34))[..., 1:-1, 1:-1])
+    expected = layer.bpconv(
+        torch.fft.irfft2(torch.fft.rfft2(full) * spectrum, s=(34, 34))[..., 1:-1, 1:-1]
+    )
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
     assert model.features[0].running_V.ndim == 3, "the source keeps its own"
 
@@ -70,7 +80,10 @@ def test_a_saved_average_goes_on_as_if_it_had_not_stopped():
     model = build("prec_conv", "no")
     average = ModelEma(model, 0.9)
     train(model, average, 2)
-    saved, updates = {name: value.clone() for name, value in average.model.state_dict().items()}, average.updates
+    saved, updates = (
+        {name: value.clone() for name, value in average.model.state_dict().items()},
+        average.updates,
+    )
     other = ModelEma(model, 0.9)
     other.load_state_dict(saved, updates)
     train(model, average, 1)

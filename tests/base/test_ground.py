@@ -14,7 +14,13 @@ import torch
 
 import models.layers  # noqa: F401 - fills the layer tables
 from base.base_model import BaseModel
-from base.command_line import SHORT_FLAGS, config_overrides, config_parser, run_script, select_device
+from base.command_line import (
+    SHORT_FLAGS,
+    config_overrides,
+    config_parser,
+    run_script,
+    select_device,
+)
 from base.config import validate
 from base.config.config import CometConfig
 from base.config.files import annotation_at, override
@@ -40,7 +46,9 @@ def test_totals_are_sums_over_samples_not_means_of_means():
         totals.add(BatchResult({"loss": part.sum()}, len(part)))
     assert totals.means()["loss"] == pytest.approx(float(values.double().mean()), rel=1e-7)
     mean_of_means = sum(float(part.mean()) for part in values.split([4, 2, 1])) / 3
-    assert totals.means()["loss"] != pytest.approx(mean_of_means, rel=1e-3), "the test can tell the two apart"
+    assert totals.means()["loss"] != pytest.approx(mean_of_means, rel=1e-3), (
+        "the test can tell the two apart"
+    )
     resumed = Meters()
     resumed.load_state_dict(totals.state_dict(), torch.device("cpu"))
     assert resumed.means() == totals.means()
@@ -61,7 +69,11 @@ def test_progress_knows_its_best_epoch(monitor, values, best_epoch, without):
     for value in values:
         progress.finish_epoch({"val_top1": value, "val_loss": value}, monitor)
     assert (progress.best_epoch, progress.epochs_without_improvement) == (best_epoch, without)
-    assert (progress.epochs_done, progress.batches_done, len(progress.history)) == (len(values), 0, len(values))
+    assert (progress.epochs_done, progress.batches_done, len(progress.history)) == (
+        len(values),
+        0,
+        len(values),
+    )
 
 
 @pytest.mark.parametrize("monitor", ["off", "max val_top1", "min val_loss"])
@@ -77,7 +89,11 @@ def test_an_epoch_that_has_diverged_is_never_the_best(monitor, bad):
 
 def test_json_holds_null_where_a_number_is_not_finite(tmp_path):
     write_json(tmp_path / "a.json", {"a": nan, "b": [1.5, (inf, {"c": -inf})], "d": "NaN"})
-    assert parse_json((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.5, [None, {"c": None}]], "d": "NaN"}
+    assert parse_json((tmp_path / "a.json").read_text()) == {
+        "a": None,
+        "b": [1.5, [None, {"c": None}]],
+        "d": "NaN",
+    }
     log = RunLog(tmp_path / "metrics.jsonl", [{"epoch": 1, "loss": nan}])
     log.log_epoch({"epoch": 2, "loss": inf})
     lines = [parse_json(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -86,7 +102,10 @@ def test_json_holds_null_where_a_number_is_not_finite(tmp_path):
 
 def test_lookup_lists_what_is_known():
     assert lookup({"a": 1}, "a", "key") == 1
-    with pytest.raises(ConfigError, match=r"arch.type: 'resnet81' is not one of: resnet18, vgg11; did you mean 'resnet18'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"arch.type: 'resnet81' is not one of: resnet18, vgg11; did you mean 'resnet18'\?",
+    ):
         lookup({"resnet18": 1, "vgg11": 2}, "resnet81", "arch.type")
     with pytest.raises(ConfigError, match="is not one of"):
         lookup({"a": 1}, ["a"], "key")
@@ -103,7 +122,9 @@ def test_model_normalizes_pixels_with_buffers_outside_its_state():
     assert model.state_dict() == {}
     with pytest.raises(TypeError, match="abstract"):
         BaseModel()
-    with pytest.raises(ConfigError, match=r"arch.args.norm_layer_type: 'bnn' .*did you mean 'bn'\?"):
+    with pytest.raises(
+        ConfigError, match=r"arch.args.norm_layer_type: 'bnn' .*did you mean 'bn'\?"
+    ):
         Identity(norm_layer_type="bnn")
 
 
@@ -134,7 +155,8 @@ def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
     folder = create_run_folder("unused", "name", str(tmp_path / "given"))
     (folder / "config.json").touch()
     assert begun_by_this_job(folder)
-    assert create_run_folder("unused", "name", str(folder)) == folder  # died before its first checkpoint
+    # died before its first checkpoint
+    assert create_run_folder("unused", "name", str(folder)) == folder
     record_environment(folder, resumed=False)
     record_environment(folder, resumed=True)
     assert begun_by_this_job(folder)
@@ -150,10 +172,30 @@ def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
 
 
 def test_secrets_are_cut_from_the_command():
-    command = ["train.py", "--key", "s1", "--comet_key=s2", "--set", "comet.api=s3", "--set=comet.api=s4"]
-    command += ["--set", 'comet={"api":"s5"}', "--set", "comet.apii=s6", "--set", "comet.api", "s7", "--seed", "1"]
+    command = [
+        "train.py",
+        "--key",
+        "s1",
+        "--comet_key=s2",
+        "--set",
+        "comet.api=s3",
+        "--set=comet.api=s4",
+    ]
+    command += [
+        "--set",
+        'comet={"api":"s5"}',
+        "--set",
+        "comet.apii=s6",
+        "--set",
+        "comet.api",
+        "s7",
+        "--seed",
+        "1",
+    ]
     cleaned = command_without_key(command)
-    expected = "train.py --key *** --comet_key=*** --set comet.api=*** --set=comet.api=*** --set comet=***"
+    expected = (
+        "train.py --key *** --comet_key=*** --set comet.api=*** --set=comet.api=*** --set comet=***"
+    )
     expected += " --set comet.*** --set comet.api *** --seed 1"
     assert cleaned == shlex.split(expected)
 
@@ -165,7 +207,10 @@ def test_run_log_is_cut_back_to_the_resumed_history(tmp_path):
     resumed = RunLog(tmp_path / "metrics.jsonl", [{"epoch": 1, "loss": 0.1}])
     resumed.log_epoch({"epoch": 2, "loss": 0.2})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 0.2}]
+    assert [json.loads(line) for line in lines] == [
+        {"epoch": 1, "loss": 0.1},
+        {"epoch": 2, "loss": 0.2},
+    ]
 
 
 def test_tensorboard_holds_what_was_logged(tmp_path):
@@ -201,7 +246,8 @@ def test_comet_offline_writes_a_real_archive(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "tree"), [("comet_ml", {"comet": {}}), ("torch.utils.tensorboard", {"trainer": {"tensorboard": True}})]
+    ("module", "tree"),
+    [("comet_ml", {"comet": {}}), ("torch.utils.tensorboard", {"trainer": {"tensorboard": True}})],
 )
 def test_absent_tracker_is_one_warning(tmp_path, monkeypatch, caplog, module, tree):
     monkeypatch.setitem(sys.modules, module, None)
@@ -233,7 +279,9 @@ def test_comet_key_is_no_part_of_a_dump():
 
 def test_short_flags_and_settings_become_overrides():
     arguments = config_parser("").parse_args(
-        shlex.split("-c x.json --sym --asym False --lr 0.5 --conv_layer conv --set trainer.epochs=3 --set name=a=b")
+        shlex.split(
+            "-c x.json --sym --asym False --lr 0.5 --conv_layer conv --set trainer.epochs=3 --set name=a=b"
+        )
     )
     overrides = config_overrides(arguments)
     assert overrides == [

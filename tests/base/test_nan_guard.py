@@ -39,7 +39,8 @@ class Reads(TorchDispatchMode):
 
 
 class Run:
-    """A layer, its optimizer and a check, trained on one input at a time; `added` goes to the loss, not to its gradient."""
+    """A layer, its optimizer and a check, trained on one input at a time; `added` goes to the loss,
+    not to its gradient."""
 
     def __init__(self, folder, cls=torch.optim.SGD, deferred=True, **args):
         torch.manual_seed(0)
@@ -65,7 +66,9 @@ def equal(state, other):
     (weights, values), (other_weights, other_values) = state, other
     assert len(values) == len(other_values)
     pairs = [(weights, other_weights)]
-    pairs += [(list(a.values()), list(b.values())) for a, b in zip(values, other_values, strict=True)]
+    pairs += [
+        (list(a.values()), list(b.values())) for a, b in zip(values, other_values, strict=True)
+    ]
     return all(x is y or torch.equal(x, y) for a, b in pairs for x, y in zip(a, b, strict=True))
 
 
@@ -92,7 +95,10 @@ def test_nothing_changes_from_the_first_bad_update_on(tmp_path, cls, args, bad):
     for value in (3.0, nan, 4.0):
         run.update(value)
     assert equal(run.state(), good)
-    with pytest.raises(NonFiniteError, match="^epoch 4, batch 3: the loss or the gradient is not finite: training stopped"):
+    with pytest.raises(
+        NonFiniteError,
+        match="^epoch 4, batch 3: the loss or the gradient is not finite: training stopped",
+    ):
         run.check.read()
 
 
@@ -115,20 +121,28 @@ def test_the_host_looks_every_so_many_updates(tmp_path, monkeypatch, read_every)
             run.update(1.0)
     assert reads.count == 1
     with pytest.raises(
-        NonFiniteError, match=f"batch {2 * read_every}: the loss is not finite, first in the gradient of 2.bias"
+        NonFiniteError,
+        match=f"batch {2 * read_every}: the loss is not finite, first in the gradient of 2.bias",
     ):
         run.update(nan)
 
 
 def test_without_kernels_that_are_told_the_host_looks_before_every_update(tmp_path):
-    for options in ({"deferred": False}, {"fused": False}, {"fused": None}, {"cls": torch.optim.Adam, "fused": False}):
+    for options in (
+        {"deferred": False},
+        {"fused": False},
+        {"fused": None},
+        {"cls": torch.optim.Adam, "fused": False},
+    ):
         run = Run(tmp_path, **options)
         with Reads() as reads:
             for value in (1.0, 2.0):
                 run.update(value)
         assert reads.count >= 2
         good = run.state()
-        with pytest.raises(NonFiniteError, match="batch 3: the loss is not finite, first in the gradient of 2.bias"):
+        with pytest.raises(
+            NonFiniteError, match="batch 3: the loss is not finite, first in the gradient of 2.bias"
+        ):
             run.update(nan)
         assert equal(run.state(), good)
 
@@ -138,7 +152,9 @@ def test_a_run_that_began_without_such_kernels_goes_on_without(tmp_path):
     old.update(1.0)
     run.update(1.0)
     run.optimizer.load_state_dict(old.optimizer.state_dict())
-    with pytest.raises(NonFiniteError, match="batch 2: the loss is not finite, first in the gradient of 2.bias"):
+    with pytest.raises(
+        NonFiniteError, match="batch 2: the loss is not finite, first in the gradient of 2.bias"
+    ):
         run.update(nan)
 
 
@@ -175,13 +191,18 @@ def test_all_processes_agree_on_what_only_one_has_met(tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*words, str(tmp_path / "script.py"), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
+        [*words, str(tmp_path / "script.py"), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     told = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "script.py"}
     assert "True rank 0: epoch 4, batch 2: the loss or the gradient is not finite" in told["True 0"]
     assert (
-        "False rank 0: epoch 4, batch 2: the gradient is not finite, first in the gradient of module.2.bias" in told["False 0"]
+        "False rank 0: epoch 4, batch 2: the gradient is not finite, first in the gradient of module.2.bias"
+        in told["False 0"]
     )
     assert all("kept True" in line for line in told.values())
     assert told["True 1"].startswith("True rank 1: exit 5;")

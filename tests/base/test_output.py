@@ -140,7 +140,8 @@ def test_formats_of_streams_are_the_first(tmp_path):
         assert format_of(path, TABLES) == "md"
     assert format_of("a.SVG", PICTURES) == "svg"
     with pytest.raises(
-        ConfigError, match=r"^a.tsv: '.tsv' is not a format of tables; expected one of: md, tex, csv$"
+        ConfigError,
+        match=r"^a.tsv: '.tsv' is not a format of tables; expected one of: md, tex, csv$",
     ):
         format_of("a.tsv", TABLES)
 

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 def benchmarks(*words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,12 @@ def smoke(tmp_path_factory):
     files = ["--json", folder / "new" / "numbers.json", "--table", folder / "table.md"]
     done = benchmarks("--smoke", "--device", "cpu", "--only", *names, *files, "--threads", 1)
     assert done.returncode == 0, done.stderr
-    return names, done, json.loads((folder / "new" / "numbers.json").read_text()), (folder / "table.md").read_text()
+    return (
+        names,
+        done,
+        json.loads((folder / "new" / "numbers.json").read_text()),
+        (folder / "table.md").read_text(),
+    )
 
 
 def test_a_run_prints_a_table_and_writes_its_numbers(smoke):
@@ -59,9 +66,18 @@ def test_hardware_is_described_without_names_of_machines_and_folders(smoke):
     _, done, numbers, table = smoke
     hardware = numbers["hardware"]
     assert hardware["threads"] == 1
-    assert {"cpu", "cores", "memory_gib", "gpu", "python", "torch", "torchvision", "torchattacks", "foolbox", "commit"} <= set(
-        hardware
-    )
+    assert {
+        "cpu",
+        "cores",
+        "memory_gib",
+        "gpu",
+        "python",
+        "torch",
+        "torchvision",
+        "torchattacks",
+        "foolbox",
+        "commit",
+    } <= set(hardware)
     for text in (done.stdout, json.dumps(numbers), table):
         assert os.uname().nodename not in text
         assert str(ROOT) not in text

@@ -24,12 +24,21 @@ from models.layers.conv_norm.layer import FOURIER_BATCH
 ROOT = Path(__file__).parents[2]
 SMOKE = Settings(torch.device("cpu"), 1, smoke=True)
 FULL = Settings(torch.device("cpu"), 1)
-needs_torchattacks = pytest.mark.skipif(find_spec("torchattacks") is None, reason="pip install -e '.[benchmarks]'")
+needs_torchattacks = pytest.mark.skipif(
+    find_spec("torchattacks") is None, reason="pip install -e '.[benchmarks]'"
+)
 
 
 def run(*words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
 
 
 def test_fits_recover_a_power_law_and_a_line():
@@ -43,11 +52,18 @@ def test_growth_has_a_line_for_every_size_and_names_what_dominates(monkeypatch):
     monkeypatch.setattr(growth, "_by_processes", lambda *_: processes)
     *axes, dominant, last = growth.measure(SMOKE)
     assert last is processes
-    assert [[line[0] for line in table.lines] for table in axes] == [["1", "4"], ["32", "48"], ["1", "2"], ["0", "1"]]
+    assert [[line[0] for line in table.lines] for table in axes] == [
+        ["1", "4"],
+        ["32", "48"],
+        ["1", "2"],
+        ["0", "1"],
+    ]
     for table in axes:
         assert all(len(line) == len(table.heads) == 6 for line in table.lines)
     assert len(dominant.lines) == 4 * 2 * 2
-    assert all(operator and not operator.startswith("aten::") for _, _, operator, _ in dominant.lines)
+    assert all(
+        operator and not operator.startswith("aten::") for _, _, operator, _ in dominant.lines
+    )
     assert all(0 < int(share.removesuffix("%")) <= 100 for *_, share in dominant.lines)
 
 
@@ -68,7 +84,9 @@ def test_hours_of_a_study_are_runs_times_steps_times_seconds(monkeypatch):
     # 1,437 digits, a tenth of them held out, in minibatches of 64: 21 steps in each of 18 epochs
     assert lines["quickstart.json"] == ("1", "simpleCNN", "378", "2", "0.21")
     assert ("wide_resnet", "pgd", 128, 16) in asked, "image files are resized"
-    assert len(asked) < sum(int(line[0]) for line in lines.values()) / 5, "steps that cost the same are measured once"
+    assert len(asked) < sum(int(line[0]) for line in lines.values()) / 5, (
+        "steps that cost the same are measured once"
+    )
 
 
 def test_a_step_too_large_to_measure_is_a_line_through_two_smaller_ones(monkeypatch):
@@ -92,7 +110,9 @@ def test_a_step_too_large_to_measure_is_a_line_through_two_smaller_ones(monkeypa
     seconds, asked = measured(0.01, 1.0, batch=3)
     assert (seconds, max(asked)) == (pytest.approx(3.01), 3)
     config = load_config(ROOT / "configs" / "cifar10_conv_norm.json")
-    assert sorted(set(measured(9.0, 1.0)[1])) == [FOURIER_BATCH, 2 * FOURIER_BATCH], "on the way that a minibatch takes"
+    assert sorted(set(measured(9.0, 1.0)[1])) == [FOURIER_BATCH, 2 * FOURIER_BATCH], (
+        "on the way that a minibatch takes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +129,10 @@ def test_a_step_too_large_to_measure_is_a_line_through_two_smaller_ones(monkeypa
     ],
 )
 def test_a_step_is_known_again_by_everything_that_its_time_depends_on(change, same):
-    configs = [load_config(ROOT / "configs" / "cifar10_pgd.json", overrides) for overrides in ([], [change])]
+    configs = [
+        load_config(ROOT / "configs" / "cifar10_pgd.json", overrides)
+        for overrides in ([], [change])
+    ]
     first, second = map(studies_hours._costs, configs)
     assert (first == second) == same
 
@@ -144,14 +167,21 @@ def test_tensors_at_the_peak_are_what_is_there_and_what_a_step_needs():
 
 
 def test_without_linux_resident_memory_is_not_measured(monkeypatch):
-    monkeypatch.setattr(memory, "_in_new_process", lambda _, name, precision: {"tensors": 3.0 if name == "ConvNorm" else 2.0})
+    monkeypatch.setattr(
+        memory,
+        "_in_new_process",
+        lambda _, name, precision: {"tensors": 3.0 if name == "ConvNorm" else 2.0},
+    )
     tensors, resident = memory.measure(SMOKE)[:2]
     assert tensors.result.median == 1.5
     assert resident.skipped == "only Linux tells the peak of a CPU's resident memory"
 
 
 def test_a_process_that_fails_says_why_on_one_line():
-    with pytest.raises(ConfigError, match=r"^-c import sys; sys.exit\('no\\nreason'\): ended with exit code 1: reason$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^-c import sys; sys.exit\('no\\nreason'\): ended with exit code 1: reason$",
+    ):
         python(["-c", "import sys; sys.exit('no\\nreason')"], 1)
     with pytest.raises(ConfigError, match="ended with exit code 3: it said nothing$"):
         python(["-c", "raise SystemExit(3)"], 1)
@@ -186,7 +216,9 @@ def test_precisions_are_fp32_and_what_auto_picks(monkeypatch):
 
 
 def test_a_missing_library_is_the_reason_for_a_row_without_numbers(monkeypatch):
-    monkeypatch.setattr(attack_libraries, "find_spec", lambda name: None if name == "torchattacks" else object())
+    monkeypatch.setattr(
+        attack_libraries, "find_spec", lambda name: None if name == "torchattacks" else object()
+    )
     (row,) = attack_libraries.measure(SMOKE)
     assert row.skipped == "torchattacks not installed: pip install -e '.[benchmarks]'"
     assert row.met is None
@@ -195,15 +227,31 @@ def test_a_missing_library_is_the_reason_for_a_row_without_numbers(monkeypatch):
 @needs_torchattacks
 def test_attacks_are_compared_with_both_libraries(tmp_path):
     done = run(
-        "-m", "benchmarks", "--smoke", "--device", "cpu", "--only", "attack_libraries", "--json", str(tmp_path / "a.json")
+        "-m",
+        "benchmarks",
+        "--smoke",
+        "--device",
+        "cpu",
+        "--only",
+        "attack_libraries",
+        "--json",
+        str(tmp_path / "a.json"),
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "a.json").read_text())["results"]["attack_libraries"]
-    lower = {"attack_loader, bf16"} if choose_precision("auto", torch.device("cpu")) == "bf16" else set()
+    lower = (
+        {"attack_loader, bf16"}
+        if choose_precision("auto", torch.device("cpu")) == "bf16"
+        else set()
+    )
     for attack in ("PGD-10, l-inf", "PGD-10, l2", "FGSM, l-inf", "FGSM, l2"):
         judged = {"attack_loader", *(lower if attack.startswith("PGD") else ())}
         for network, ours in {"simpleCNN": {*judged, "direct call"}, "ResNet-18": judged}.items():
-            own = [row for row in rows if row["setting"].startswith(f"{attack}, {network} on digits, 16 images")]
+            own = [
+                row
+                for row in rows
+                if row["setting"].startswith(f"{attack}, {network} on digits, 16 images")
+            ]
             assert {row["ours"] for row in own} == ours
             assert {row["measure"] for row in own} == {"x as fast", "points above"}
             rows = [row for row in rows if row not in own]
@@ -232,10 +280,13 @@ def test_every_pass_of_our_sides_has_its_own_random_starts(tmp_path):
     evaluation = attack_libraries._evaluation(
         attack_libraries._robust_run(SMOKE, attack_libraries.SMALL, tmp_path), SMOKE, None
     )
-    sides = attackers(evaluation, 2, "linf", 255, 1)  # starts all over the range of pixels, and hardly goes away from them
+    # starts all over the range of pixels, and hardly goes away from them
+    sides = attackers(evaluation, 2, "linf", 255, 1)
     for name in ("attack_loader", "direct call"):
         seen = []
-        evaluation.model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].detach().clone()))
+        evaluation.model.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0].detach().clone())
+        )
         sides[name]()
         first, seen[:] = list(seen), []
         sides[name]()

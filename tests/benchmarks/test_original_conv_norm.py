@@ -1,4 +1,5 @@
-"""The plain reference is the original's algorithm: it gives the original's recorded numbers and those of the fast layer."""
+"""The plain reference is the original's algorithm: it gives the original's recorded numbers and
+those of the fast layer."""
 
 import json
 from copy import deepcopy
@@ -25,9 +26,17 @@ LAYERS = [
 @pytest.mark.parametrize("case", range(len(GOLDEN_CASES)))
 def test_gives_the_numbers_of_the_original(case):
     golden = np.load(GOLDEN / "conv_norm_layer.npz")
-    layer = ConvNorm2d(**{key: value for key, value in GOLDEN_CASES[case].items() if key not in ("size", "batch")})
+    layer = ConvNorm2d(
+        **{key: value for key, value in GOLDEN_CASES[case].items() if key not in ("size", "batch")}
+    )
     init = f"case{case}/init/"
-    layer.load_state_dict({k.removeprefix(init): torch.from_numpy(golden[k]) for k in golden.files if k.startswith(init)})
+    layer.load_state_dict(
+        {
+            k.removeprefix(init): torch.from_numpy(golden[k])
+            for k in golden.files
+            if k.startswith(init)
+        }
+    )
     plain = OriginalConvNorm(layer)
 
     def assert_close(actual, name):
@@ -49,7 +58,9 @@ def test_gives_the_numbers_of_the_original(case):
     assert_close(plain.eval()(torch.from_numpy(golden[f"case{case}/eval/input"])), "eval/output")
 
 
-@pytest.mark.parametrize(("layer", "size"), LAYERS, ids=lambda value: str(getattr(value, "kernel_size", value)))
+@pytest.mark.parametrize(
+    ("layer", "size"), LAYERS, ids=lambda value: str(getattr(value, "kernel_size", value))
+)
 def test_agrees_with_the_fast_layer_to_rounding(layer, size):
     torch.manual_seed(0)
     fast = deepcopy(layer).double()
@@ -62,7 +73,9 @@ def test_agrees_with_the_fast_layer_to_rounding(layer, size):
         with torch.no_grad():
             fast.weight.mul_(1.1)
             plain.weight.mul_(1.1)
-    torch.testing.assert_close(fast.running_V, plain.running_V, rtol=1e-5, atol=0, check_dtype=False)
+    torch.testing.assert_close(
+        fast.running_V, plain.running_V, rtol=1e-5, atol=0, check_dtype=False
+    )
     torch.testing.assert_close(fast.eval()(images), plain.eval()(images), rtol=1e-5, atol=1e-5)
 
 
@@ -71,13 +84,17 @@ def _outputs_and_gradients(layer, images):
     output = layer(inputs)
     parameters = dict(layer.named_parameters())
     upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
-    gradients = torch.autograd.grad(output, [inputs, *(parameters[name] for name in sorted(parameters))], upstream)
+    gradients = torch.autograd.grad(
+        output, [inputs, *(parameters[name] for name in sorted(parameters))], upstream
+    )
     return [output, *gradients]
 
 
 def test_a_network_is_swapped_on_the_same_parameters():
     torch.manual_seed(0)
-    fast = build_model({"type": "resnet18", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}}).double()
+    fast = build_model(
+        {"type": "resnet18", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}}
+    ).double()
     plain = in_the_original_way(deepcopy(fast))
     layers = [module for module in plain.modules() if isinstance(module, OriginalConvNorm)]
     assert len(layers) == sum(isinstance(module, ConvNorm2d) for module in fast.modules()) == 20

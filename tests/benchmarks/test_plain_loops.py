@@ -1,4 +1,5 @@
-"""The peers do what they stand for: they learn, attack within the ball, and compute the same as our side."""
+"""The peers do what they stand for: they learn, attack within the ball, and compute the same as our
+side."""
 
 from copy import deepcopy
 
@@ -6,7 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.plain_loops import PlainImages, adversarial_step, attack_by_backward, plain_loader, train_epoch
+from benchmarks.plain_loops import (
+    PlainImages,
+    adversarial_step,
+    attack_by_backward,
+    plain_loader,
+    train_epoch,
+)
 from benchmarks.rows import Settings
 from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config
 from models import build_model
@@ -18,7 +25,9 @@ PLAIN = {"type": "simpleCNN", "args": {"conv_layer_type": "conv", "norm_layer_ty
 
 @pytest.fixture
 def digits():
-    trainer = build_trainer(step_config(SMOKE, [*LAYERS[BATCH_NORM], ("data_loader.args.batch_size", "64")]))
+    trainer = build_trainer(
+        step_config(SMOKE, [*LAYERS[BATCH_NORM], ("data_loader.args.batch_size", "64")])
+    )
     loader = trainer.train_loader
     return loader.images.pixels[:320], loader.labels[:320]
 
@@ -51,16 +60,23 @@ def test_the_plain_transforms_are_those_of_our_loader(digits):
     assert images.shape == (320, 3, 32, 32)
     black = -torch.tensor(mean) / torch.tensor(std)
     torch.testing.assert_close(images.amin(dim=(0, 2, 3)), black, rtol=0, atol=1e-5)
-    assert (images[:, :, 0] == black.reshape(1, 3, 1)).flatten(1).all(dim=1).float().mean() > 0.3, "crops show the padding"
+    assert (images[:, :, 0] == black.reshape(1, 3, 1)).flatten(1).all(dim=1).float().mean() > 0.3, (
+        "crops show the padding"
+    )
 
 
 def test_one_plain_update_is_that_of_our_trainer():
     trainer = build_trainer(
-        step_config(SMOKE, [*LAYERS[BATCH_NORM], ("optimizer.args.lr", "0.01"), ("system.precision", "fp32")])
+        step_config(
+            SMOKE,
+            [*LAYERS[BATCH_NORM], ("optimizer.args.lr", "0.01"), ("system.precision", "fp32")],
+        )
     )
     images, labels = (part[:16] for part in next(iter(trainer.train_loader)))
     plain = deepcopy(trainer.model)
-    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0001)
+    plain_optimizer = torch.optim.SGD(
+        plain.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0001
+    )
     for _ in range(3):
         ours = trainer.train_batch(images, labels)
         theirs, _ = train_epoch(plain, [(images, labels)], plain_optimizer, CPU)
@@ -77,9 +93,14 @@ def test_the_attack_stays_in_the_ball_and_raises_the_loss():
     assert delta.abs().max() <= 8 / 255 + 1e-7
     assert (images + delta).min() >= 0
     assert (images + delta).max() <= 1
-    clean, attacked = F.cross_entropy(model(images), labels), F.cross_entropy(model(images + delta), labels)
+    clean, attacked = (
+        F.cross_entropy(model(images), labels),
+        F.cross_entropy(model(images + delta), labels),
+    )
     assert attacked > clean + 0.01
-    assert all(parameter.grad is not None for parameter in model.parameters()), "as in their code, weights get gradients"
+    assert all(parameter.grad is not None for parameter in model.parameters()), (
+        "as in their code, weights get gradients"
+    )
 
 
 def test_without_a_step_the_attack_is_the_better_random_start():
@@ -90,7 +111,9 @@ def test_without_a_step_the_attack_is_the_better_random_start():
     torch.manual_seed(1)
     starts = [torch.empty_like(images).uniform_(-0.1, 0.1) for _ in range(2)]
     starts = [torch.clamp(start, -images, 1 - images) for start in starts]
-    losses = torch.stack([F.cross_entropy(model(images + start), labels, reduction="none") for start in starts])
+    losses = torch.stack(
+        [F.cross_entropy(model(images + start), labels, reduction="none") for start in starts]
+    )
     expected = torch.stack(starts)[losses.argmax(dim=0), torch.arange(6)]
     torch.testing.assert_close(both, expected)
 
@@ -100,6 +123,10 @@ def test_adversarial_steps_learn():
     model = build_model(PLAIN)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     images, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
-    losses = [adversarial_step(model, optimizer, images, labels, 8 / 255, 2 / 255, 2) for _ in range(20)]
+    losses = [
+        adversarial_step(model, optimizer, images, labels, 8 / 255, 2 / 255, 2) for _ in range(20)
+    ]
     assert losses[-1][0] < losses[0][0] / 2
-    assert losses[-1][1] < losses[-1][0], "clean images after the update are easier than attacked ones before it"
+    assert losses[-1][1] < losses[-1][0], (
+        "clean images after the update are easier than attacked ones before it"
+    )

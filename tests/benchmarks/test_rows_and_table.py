@@ -10,7 +10,10 @@ TIMES = Paired({"ours": [1.0, 2.0, 3.0], "theirs": [2.0, 6.0, 6.0]})
 
 
 def test_cost_and_speed_are_ratios_in_opposite_directions():
-    cost, speed = cost_row("step", TIMES, "ours", "theirs", 0.4), speed_row("step", TIMES, "ours", "theirs", 2.0)
+    cost, speed = (
+        cost_row("step", TIMES, "ours", "theirs", 0.4),
+        speed_row("step", TIMES, "ours", "theirs", 2.0),
+    )
     assert cost.result.median == 0.5
     assert cost.met is False
     assert speed.result.median == 2.0
@@ -24,11 +27,20 @@ def test_images_per_second_stand_beside_a_speed():
 
 
 def test_bytes_are_shown_as_mebibytes():
-    row = cost_row("memory", Paired({"a": [3.0 * 2**20], "b": [2.0 * 2**20]}), "a", "b", 1.5, unit="MiB")
-    assert (row.ours_value.median, row.other_value.median, row.result.median, row.met) == (3.0, 2.0, 1.5, True)
+    row = cost_row(
+        "memory", Paired({"a": [3.0 * 2**20], "b": [2.0 * 2**20]}), "a", "b", 1.5, unit="MiB"
+    )
+    assert (row.ours_value.median, row.other_value.median, row.result.median, row.met) == (
+        3.0,
+        2.0,
+        1.5,
+        True,
+    )
 
 
-@pytest.mark.parametrize(("at_least", "below", "equal", "above"), [(True, False, True, True), (False, True, True, False)])
+@pytest.mark.parametrize(
+    ("at_least", "below", "equal", "above"), [(True, False, True, True), (False, True, True, False)]
+)
 def test_a_goal_holds_at_its_own_value(at_least, below, equal, above):
     goal = Goal(2, at_least)
     assert (goal.met(1.9), goal.met(2.0), goal.met(2.1)) == (below, equal, above)
@@ -49,13 +61,24 @@ def test_the_table_names_goals_misses_and_reasons():
     assert text.count("on a rainy day") == 1
     assert summary(results) == "1 of 2 goals met"
     markdown = as_markdown(results)
-    assert "| first | training step | ours | 2 s | theirs | 6 s | 0.5 x the cost (0.417 to 0.5) | <= 0.4 | NO | 3 |" in markdown
+    assert (
+        "| first | training step | ours | 2 s | theirs | 6 s | 0.5 x the cost (0.417 to 0.5) | <= 0.4 | NO | 3 |"
+        in markdown
+    )
     assert "| 256 | 3.2 |" in markdown
-    assert all(line.count("|") == 11 for line in markdown.splitlines() if line.startswith("| first"))
+    assert all(
+        line.count("|") == 11 for line in markdown.splitlines() if line.startswith("| first")
+    )
 
 
 def test_numbers_have_three_digits():
-    assert [number(value) for value in (0.01234, 1.5, 99.94, 99.96, 12345.6)] == ["0.0123", "1.5", "99.9", "100", "12346"]
+    assert [number(value) for value in (0.01234, 1.5, 99.94, 99.96, 12345.6)] == [
+        "0.0123",
+        "1.5",
+        "99.9",
+        "100",
+        "12346",
+    ]
 
 
 def test_plain_values_say_whether_the_goal_is_met():

@@ -27,13 +27,17 @@ def test_sides_take_turns_and_only_rounds_after_the_warmup_count():
 
 def test_what_happens_between_two_sides_is_not_timed():
     clock = itertools.count(0, 10)  # ten seconds pass from one look at the clock to the next
-    times = compare({"a": lambda: None, "b": lambda: None}, repeats=2, warmup=0, clock=lambda: next(clock))
+    times = compare(
+        {"a": lambda: None, "b": lambda: None}, repeats=2, warmup=0, clock=lambda: next(clock)
+    )
     assert times.values == {"a": [10, 10], "b": [10, 10]}
 
 
 def test_ratios_are_taken_round_by_round():
     times = Paired({"a": [1.0, 10.0, 3.0], "b": [2.0, 5.0, 6.0]})
-    assert times.ratio("a", "b") == Spread(0.5, 0.5, 1.25, 3), "the ratio of the medians would be 0.6"
+    assert times.ratio("a", "b") == Spread(0.5, 0.5, 1.25, 3), (
+        "the ratio of the medians would be 0.6"
+    )
     assert times.spread("a") == Spread(3.0, 2.0, 6.5, 3)
     assert times.difference("a", "b") == Spread(-1.0, -2.0, 2.0, 3)
     assert times.rate("b", 30) == Spread(6.0, 5.5, 10.5, 3)

@@ -26,13 +26,19 @@ def test_crop_is_a_window_of_the_padded_image(images):
 
 def test_crop_of_floats_and_without_padding(images):
     whole = augment.random_crop(images, 2, generator())
-    assert torch.equal(augment.random_crop(augment.to_float(images), 2, generator()), augment.to_float(whole))
+    assert torch.equal(
+        augment.random_crop(augment.to_float(images), 2, generator()), augment.to_float(whole)
+    )
     assert torch.equal(augment.random_crop(images, 0, generator()), images)
 
 
-@pytest.mark.parametrize(("padding", "height", "width"), [(2, 9, 7), (4, 5, 5), (3, 2, 1), (11, 3, 6)])
+@pytest.mark.parametrize(
+    ("padding", "height", "width"), [(2, 9, 7), (4, 5, 5), (3, 2, 1), (11, 3, 6)]
+)
 def test_crop_of_mirrored_images_is_a_window_of_numpys_padding(padding, height, width):
-    images = torch.randint(0, 256, (40, 2, height, width), generator=generator(3), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (40, 2, height, width), generator=generator(3), dtype=torch.uint8
+    )
     cropped = augment.random_crop(images, padding, generator(5), mode="reflect")
     tops, lefts = torch.randint(0, 2 * padding + 1, (2, 40), generator=generator(5)).tolist()
     around = [(0, 0), (0, 0), (padding, padding), (padding, padding)]
@@ -40,7 +46,10 @@ def test_crop_of_mirrored_images_is_a_window_of_numpys_padding(padding, height, 
     for image, result, top, left in zip(padded, cropped, tops, lefts, strict=True):
         assert torch.equal(result, image[:, top : top + height, left : left + width])
     floats = augment.to_float(images)
-    assert torch.equal(augment.random_crop(floats, padding, generator(5), mode="reflect"), augment.to_float(cropped))
+    assert torch.equal(
+        augment.random_crop(floats, padding, generator(5), mode="reflect"),
+        augment.to_float(cropped),
+    )
 
 
 def test_flip_mirrors_about_half(images):
@@ -62,7 +71,11 @@ def test_cutout_overwrites_one_clipped_square(images, size):
     for image, result, row, column in zip(pixels, cut, rows, columns, strict=True):
         expected = image.clone()
         top, left = row - size // 2, column - size // 2
-        area = (slice(None), slice(max(top, 0), max(top + size, 0)), slice(max(left, 0), max(left + size, 0)))
+        area = (
+            slice(None),
+            slice(max(top, 0), max(top + size, 0)),
+            slice(max(left, 0), max(left + size, 0)),
+        )
         expected[area] = torch.tensor(fill)[:, None, None]
         assert torch.equal(result, expected)
 
@@ -85,7 +98,9 @@ def test_cutout_inside_overwrites_a_whole_square_at_every_place(size):
 
 
 def test_cutout_inside_covers_an_image_that_is_smaller_than_the_square(images):
-    assert not augment.cutout(augment.to_float(images), 9, (0, 0, 0), generator(), inside=True).any()
+    assert not augment.cutout(
+        augment.to_float(images), 9, (0, 0, 0), generator(), inside=True
+    ).any()
 
 
 def test_to_float_is_exact(images):
@@ -115,8 +130,12 @@ def test_shares_of_a_minibatch_look_as_in_the_whole():
         lambda pixels, share: augment.random_crop(pixels, 2, generator(), share),
         lambda pixels, share: augment.random_crop(pixels, 2, generator(), share, "reflect"),
         lambda pixels, share: augment.random_flip(pixels, generator(), share),
-        lambda pixels, share: augment.cutout(augment.to_float(pixels), 3, (0.1, 0.2, 0.3), generator(), share),
-        lambda pixels, share: augment.cutout(augment.to_float(pixels), 3, (0, 0, 0), generator(), share, True),
+        lambda pixels, share: augment.cutout(
+            augment.to_float(pixels), 3, (0.1, 0.2, 0.3), generator(), share
+        ),
+        lambda pixels, share: augment.cutout(
+            augment.to_float(pixels), 3, (0, 0, 0), generator(), share, True
+        ),
     ):
         whole = augmented(images, None)
         assert not torch.equal(whole, images)

@@ -22,10 +22,14 @@ def everything(images):
 
 
 @pytest.mark.parametrize(("num_classes", "n_train", "n_test"), [(10, 100, 10), (100, 200, 100)])
-def test_cifar_is_unpacked_from_the_archive_and_read(fake_cifar, no_network, num_classes, n_train, n_test):
+def test_cifar_is_unpacked_from_the_archive_and_read(
+    fake_cifar, no_network, num_classes, n_train, n_test
+):
     for train, n in ((True, n_train), (False, n_test)):
         part = read_cifar(num_classes, fake_cifar, train)
-        source = {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}[num_classes](fake_cifar, train)
+        source = {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}[
+            num_classes
+        ](fake_cifar, train)
         assert part.images.shape == (3, 32, 32)
         assert len(part.images) == len(part.labels) == n
         assert part.images.pixels.is_contiguous()
@@ -42,23 +46,34 @@ def test_cifar_that_is_nowhere(tmp_path, no_network):
     message = str(caught.value)
     assert message.startswith("data_loader.args.data_dir: CIFAR-10 is not in '")
     assert "network is unreachable" in message
-    assert message.endswith("put cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a) there")
+    assert message.endswith(
+        "put cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a) there"
+    )
     assert "\n" not in message
-    with pytest.raises(DataError, match=r"CIFAR-100.*cifar-100-python\.tar\.gz \(md5 eb9058c3a382ffc7106e4002c42a8d85\)"):
+    with pytest.raises(
+        DataError,
+        match=r"CIFAR-100.*cifar-100-python\.tar\.gz \(md5 eb9058c3a382ffc7106e4002c42a8d85\)",
+    ):
         read_cifar(100, tmp_path / "nothing", train=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_cifar_files_are_named(fake_cifar, no_network):
     read_cifar(10, fake_cifar, train=True)
-    archive, batch = fake_cifar / "cifar-10-python.tar.gz", fake_cifar / "cifar-10-batches-py" / "data_batch_2"
+    archive, batch = (
+        fake_cifar / "cifar-10-python.tar.gz",
+        fake_cifar / "cifar-10-batches-py" / "data_batch_2",
+    )
     whole = batch.read_bytes()
     batch.write_bytes(whole[:-10])
     read_cifar(10, fake_cifar, train=True)  # repaired from the archive
     assert batch.read_bytes() == whole
     batch.write_bytes(whole[:-10])
     archive.unlink()
-    with pytest.raises(DataError, match=r"data_dir: CIFAR-10: '.*data_batch_2' is damaged \(its md5 is not .*put cifar-10"):
+    with pytest.raises(
+        DataError,
+        match=r"data_dir: CIFAR-10: '.*data_batch_2' is damaged \(its md5 is not .*put cifar-10",
+    ):
         read_cifar(10, fake_cifar, train=True)
     batch.write_bytes(whole)
     (batch.parent / "batches.meta").write_bytes(b"")
@@ -67,7 +82,9 @@ def test_damaged_cifar_files_are_named(fake_cifar, no_network):
 
 
 @pytest.mark.parametrize("can_lock", [True, False])
-def test_processes_that_begin_together_unpack_one_after_the_other(fake_cifar, no_network, monkeypatch, can_lock):
+def test_processes_that_begin_together_unpack_one_after_the_other(
+    fake_cifar, no_network, monkeypatch, can_lock
+):
     unpack, begun = torchvision.datasets.cifar.download_and_extract_archive, []
 
     def slowly(*arguments, **named):
@@ -122,16 +139,22 @@ def test_missing_folders(tmp_path, missing):
     with pytest.raises(DataError) as caught:
         read_image_folder(target, None)
     message = str(caught.value)
-    assert message.startswith(f"data_loader.args.data_dir: '{expected}' is not a folder; expected {target}/train/<class>/")
+    assert message.startswith(
+        f"data_loader.args.data_dir: '{expected}' is not a folder; expected {target}/train/<class>/"
+    )
 
 
 def test_folders_without_classes_or_images_or_with_other_classes(folder):
     (folder / "train" / "empty").mkdir()
-    with pytest.raises(DataError, match=r"train/empty' has no images; expected files of type \.jpg"):
+    with pytest.raises(
+        DataError, match=r"train/empty' has no images; expected files of type \.jpg"
+    ):
         read_image_folder(folder, None)
     (folder / "train" / "empty").rmdir()
     write_images(folder / "test", {"wasp": 1})
-    with pytest.raises(DataError, match=r"test' must have the classes of train: only one of them has wasp"):
+    with pytest.raises(
+        DataError, match=r"test' must have the classes of train: only one of them has wasp"
+    ):
         read_image_folder(folder, None)
     (folder / "none" / "train").mkdir(parents=True)
     (folder / "none" / "test").mkdir()
@@ -149,7 +172,9 @@ def test_broken_images_are_named(folder, workers):
     assert str(caught.value).startswith(f"{path}: cannot be decoded as an image (")
     assert "\n" not in str(caught.value)
     path.write_bytes(b"text")
-    with pytest.raises(DataError, match=r"001\.jpg: cannot be decoded as an image \(cannot identify image file\)"):
+    with pytest.raises(
+        DataError, match=r"001\.jpg: cannot be decoded as an image \(cannot identify image file\)"
+    ):
         list(train.images.batches([torch.tensor([5])]))
 
 
@@ -188,7 +213,9 @@ def test_decoding_leaves_the_global_generators_alone(session_folder):
 
 
 def test_statistics_equal_numpy():
-    pixels = torch.randint(0, 256, (600, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (600, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     pixels[:, 2] = 255
     mean, std = pixel_statistics(MemoryImages(pixels))
     values = pixels.numpy() / 255

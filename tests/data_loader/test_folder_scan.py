@@ -274,7 +274,9 @@ def test_a_class_may_be_called_train(trees):
 def test_parts_under_other_names_are_not_taken_for_classes(trees, parts):
     for name in parts:
         write_images(trees / "named_otherwise" / name, CLASSES)
-    with pytest.raises(DataError, match=r"which are no classes: call them train and test; expected"):
+    with pytest.raises(
+        DataError, match=r"which are no classes: call them train and test; expected"
+    ):
         read_image_folder(trees / "named_otherwise", None)
 
 

@@ -72,5 +72,7 @@ def test_what_is_no_data_set_is_refused(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         read_test_images(tmp_path / "nowhere")
     write_images(tmp_path / "train", CLASSES)
-    with pytest.raises(DataError, match=r"holds train, which are not classes: expected .*/test/<class>/"):
+    with pytest.raises(
+        DataError, match=r"holds train, which are not classes: expected .*/test/<class>/"
+    ):
         read_test_images(tmp_path)

@@ -29,7 +29,12 @@ def rng(seed=0):
 
 
 @settings(max_examples=50, deadline=None)
-@given(n=st.integers(1, 200), classes=st.integers(2, 12), percent=st.floats(0, 1), seed=st.integers(0, 1000))
+@given(
+    n=st.integers(1, 200),
+    classes=st.integers(2, 12),
+    percent=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
 def test_exclusive_noise_changes_exactly_what_is_asked(n, classes, percent, seed):
     labels = rng(seed).integers(0, classes, n)
     before = labels.copy()
@@ -74,7 +79,8 @@ def test_asymmetric_cifar10_starts_from_clean_labels_whatever_the_class_order(or
         expected[i] = 1
         if source in CIFAR10_FLIPS:
             expected[i] = 1 - share
-            expected[order.index(CIFAR10_FLIPS[source])] = share  # cat and dog change places, none goes back
+            # cat and dog change places, none goes back
+            expected[order.index(CIFAR10_FLIPS[source])] = share
         assert matrix[i] == pytest.approx(expected)
 
 
@@ -96,7 +102,10 @@ def test_asymmetric_cifar100_flips_within_the_superclass():
     noisy = asymmetric_noise(labels, names, 0.4, rng())
     changed = noisy != labels
     assert changed.sum() == 400
-    assert all(CIFAR100_FLIPS[names[a]] == names[b] for a, b in zip(labels[changed], noisy[changed], strict=True))
+    assert all(
+        CIFAR100_FLIPS[names[a]] == names[b]
+        for a, b in zip(labels[changed], noisy[changed], strict=True)
+    )
 
 
 def test_no_asymmetric_law_for_other_classes():
@@ -114,16 +123,24 @@ def test_apply_noise_dispatches_and_is_idle_at_zero():
     assert np.array_equal(apply_noise(labels, ["x"], LabelNoise("asym", 0.0), rng()), labels)
     flipped = apply_noise(labels, CIFAR10_CLASSES, LabelNoise("asym", 1.0), rng())
     assert flipped.tolist() == [0, 1, 0, 5, 7, 3, 6, 7, 8, 1]
-    assert (apply_noise(labels, CIFAR10_CLASSES, LabelNoise("sym", 1.0, "exclusive"), rng()) != labels).all()
+    assert (
+        apply_noise(labels, CIFAR10_CLASSES, LabelNoise("sym", 1.0, "exclusive"), rng()) != labels
+    ).all()
 
 
 def test_transitions_in_words_the_most_frequent_first():
-    lines = describe_transitions(np.array([[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]]), ("cat", "dog", "frog"))
+    lines = describe_transitions(
+        np.array([[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]]), ("cat", "dog", "frog")
+    )
     assert lines == ["cat -> dog 75.0%, cat 25.0%", "dog -> ", "frog -> frog 100.0%"]
 
 
 def test_transition_matrix_of_an_absent_class_is_zero():
-    assert transition_matrix(np.array([0, 0]), np.array([0, 1]), 3).tolist() == [[0.5, 0.5, 0], [0, 0, 0], [0, 0, 0]]
+    assert transition_matrix(np.array([0, 0]), np.array([0, 1]), 3).tolist() == [
+        [0.5, 0.5, 0],
+        [0, 0, 0],
+        [0, 0, 0],
+    ]
 
 
 CLEAN = np.arange(200) % 10
@@ -147,7 +164,9 @@ def test_a_plain_array_is_read(tmp_path, suffix, dtype):
 def cifar_n(tmp_path):
     """A dict of numpy arrays, as the CIFAR-N files are."""
     path = tmp_path / "CIFAR-10_human.pt"
-    torch.save({"clean_label": CLEAN, "worse_label": NOISY, "random_label1": CLEAN.astype(np.uint8)}, path)
+    torch.save(
+        {"clean_label": CLEAN, "worse_label": NOISY, "random_label1": CLEAN.astype(np.uint8)}, path
+    )
     return str(path)
 
 
@@ -157,7 +176,8 @@ def test_a_dict_of_numpy_arrays_is_read_by_key(cifar_n):
 
 
 def test_a_file_written_under_numpy_1_is_read(tmp_path, cifar_n):
-    # numpy 1 called the module numpy.core; same length of a pickled name is not needed in the legacy format's plain pickle.
+    # numpy 1 called the module numpy.core; same length of a pickled name is not needed in the
+    # legacy format's plain pickle.
     path = tmp_path / "legacy.pt"
     torch.save({"noisy_label": NOISY}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
@@ -168,12 +188,16 @@ def test_a_file_written_under_numpy_1_is_read(tmp_path, cifar_n):
 def test_missing_and_unknown_keys_list_the_entries(cifar_n):
     with pytest.raises(DataError, match=r"several arrays.*clean_label, worse_label, random_label1"):
         read_noise_file(cifar_n, None, CLEAN, 10)
-    with pytest.raises(DataError, match=r"no entry 'worst_label'; its entries are: .*did you mean 'worse_label'"):
+    with pytest.raises(
+        DataError, match=r"no entry 'worst_label'; its entries are: .*did you mean 'worse_label'"
+    ):
         read_noise_file(cifar_n, "worst_label", CLEAN, 10)
 
 
 def test_another_order_is_noticed(tmp_path, cifar_n):
-    with pytest.raises(DataError, match=r"'clean_label' differs from the data set's labels in \d+ of 200 images"):
+    with pytest.raises(
+        DataError, match=r"'clean_label' differs from the data set's labels in \d+ of 200 images"
+    ):
         read_noise_file(cifar_n, "worse_label", np.sort(CLEAN), 10)
     np.save(tmp_path / "plain.npy", np.sort(CLEAN))
     with pytest.raises(DataError, match="no more than by chance"):
@@ -208,7 +232,11 @@ class Malicious:
 def test_a_malicious_file_runs_nothing(tmp_path):
     canary = tmp_path / "canary"
     torch.save({"noisy_label": Malicious(f"touch {canary}")}, tmp_path / "evil.pt")
-    np.save(tmp_path / "evil.npy", np.array([Malicious(f"touch {canary}")], dtype=object), allow_pickle=True)
+    np.save(
+        tmp_path / "evil.npy",
+        np.array([Malicious(f"touch {canary}")], dtype=object),
+        allow_pickle=True,
+    )
     for name in ("evil.pt", "evil.npy"):
         with pytest.raises(DataError) as caught:
             read_noise_file(str(tmp_path / name), "noisy_label", CLEAN, 10)

@@ -39,15 +39,22 @@ def same(ours, theirs):
 
 
 def folder_loader(folder, **options):
-    return ImageFolderDataLoader(folder, **{"batch_size": 16, "validation_split": 0.2, **AUGMENTED, **options})
+    return ImageFolderDataLoader(
+        folder, **{"batch_size": 16, "validation_split": 0.2, **AUGMENTED, **options}
+    )
 
 
 def opened(name, folders):
-    """The loader of this name, of the first folder that has its layout; of none where it needs no folder."""
+    """The loader of this name, of the first folder that has its layout; of none where it needs no
+    folder."""
     argument = arguments_of(DATA_LOADERS[name]).get("data_dir")
     for folder in folders if argument and argument.field.is_required() else [None]:
         with suppress(DataError):
-            return DATA_LOADERS[name](**({} if folder is None else {"data_dir": folder}), batch_size=8, validation_split=0.2)
+            return DATA_LOADERS[name](
+                **({} if folder is None else {"data_dir": folder}),
+                batch_size=8,
+                validation_split=0.2,
+            )
     return pytest.skip(f"{name}: no folder of the tests has its layout")
 
 
@@ -66,12 +73,19 @@ def test_every_loader_of_the_table_keeps_the_contract(name, fake_cifar, session_
             assert 0 <= images.min() <= images.max() <= 1
             assert 0 <= labels.min() <= labels.max() < len(part.class_names)
         assert same(batches, collect(part))
-    assert same(collect(loader)[1:], collect(loader, first_batch=1)), "an epoch goes on where it was left"
+    assert same(collect(loader)[1:], collect(loader, first_batch=1)), (
+        "an epoch goes on where it was left"
+    )
 
 
 def test_batches_keep_the_contract(session_folder):
     loader = folder_loader(session_folder)
-    assert (loader.n_samples, len(loader), loader.num_classes, loader.image_shape) == (48, 3, 3, (3, 8, 8))
+    assert (loader.n_samples, len(loader), loader.num_classes, loader.image_shape) == (
+        48,
+        3,
+        3,
+        (3, 8, 8),
+    )
     assert loader.class_names == ("ant", "bee", "cow")
     for images, labels in collect(loader):
         assert images.dtype == torch.float32
@@ -99,12 +113,16 @@ def test_a_subset_holds_the_images_asked_for_in_that_order(session_folder):
     assert torch.equal(found_labels, labels[index])
     assert torch.equal(part.clean_labels, whole.clean_labels[index])
     assert part.positions.tolist() == [7, 2, 9, 0]
-    assert part.subset(torch.tensor([2])).positions.tolist() == [9], "places in the whole part, however often it is cut"
+    assert part.subset(torch.tensor([2])).positions.tolist() == [9], (
+        "places in the whole part, however often it is cut"
+    )
     assert (part.mean, part.class_names, part.n_samples) == (whole.mean, whole.class_names, 4)
 
 
 def test_a_folder_of_gray_images_has_one_channel_where_asked(session_folder):
-    gray, color = (folder_loader(session_folder, channels=channels, crop_padding=0) for channels in (1, 3))
+    gray, color = (
+        folder_loader(session_folder, channels=channels, crop_padding=0) for channels in (1, 3)
+    )
     assert gray.image_shape == (1, 8, 8)
     assert len(gray.mean) == len(gray.test_loader().std) == 1
     luma = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
@@ -123,7 +141,10 @@ def test_files_are_named_by_their_paths_in_the_folder(session_folder, in_memory)
     assert names[0] == f"train/ant/{index[0]:03}.png"
     assert len(names) == loader.n_samples
     test = loader.test_loader()
-    assert test.subset(torch.tensor([6, 0])).sample_names() == ("test/bee/001.png", "test/ant/000.png")
+    assert test.subset(torch.tensor([6, 0])).sample_names() == (
+        "test/bee/001.png",
+        "test/ant/000.png",
+    )
     assert DigitsDataLoader().sample_names() is None
 
 
@@ -140,14 +161,20 @@ def test_evaluation_is_neither_shuffled_nor_augmented(session_folder):
     plain = ImageFolderDataLoader(session_folder, shuffle=False)
     everything, _ = next(iter(plain))
     index = loader.label_arrays()["val_index"]
-    assert torch.equal(next(iter(loader.split_validation()))[0], everything[torch.from_numpy(index)])
+    assert torch.equal(
+        next(iter(loader.split_validation()))[0], everything[torch.from_numpy(index)]
+    )
     assert torch.equal(next(iter(plain.test_loader()))[0], images)
     assert plain.split_validation() is None
 
 
 def test_workers_and_memory_do_not_change_batches(session_folder):
     reference = folder_loader(session_folder, in_memory=True)
-    for options in ({"in_memory": False}, {"in_memory": False, "num_workers": 2}, {"in_memory": True, "num_workers": 2}):
+    for options in (
+        {"in_memory": False},
+        {"in_memory": False, "num_workers": 2},
+        {"in_memory": True, "num_workers": 2},
+    ):
         loader = folder_loader(session_folder, **options)
         assert (loader.mean, loader.std) == (reference.mean, reference.std)
         for epoch in (1, 2):
@@ -185,7 +212,9 @@ def test_augmentation_does_what_its_arguments_say():
 
     bright = 200 / 255
     assert values(crop_padding=3).min() == 0
-    assert values(crop_padding=3, padding_mode="reflect").min() == pytest.approx(bright), "there are no other pixels"
+    assert values(crop_padding=3, padding_mode="reflect").min() == pytest.approx(bright), (
+        "there are no other pixels"
+    )
     assert values(cutout=3)[:, 0].min() == pytest.approx(0.1), "the mean"
     black = values(cutout=3, cutout_fill="black", cutout_inside=True)
     assert (black == 0).sum(dim=(1, 2, 3)).tolist() == [27] * 40, "all squares are whole"
@@ -211,7 +240,12 @@ def test_an_epoch_covers_every_training_image_once(session_folder):
     loader = folder_loader(session_folder, crop_padding=0, flip=False, cutout=0)
     shuffled = torch.cat([images for images, _ in collect(loader)])
     ordered = torch.cat(
-        [images for images, _ in folder_loader(session_folder, shuffle=False, crop_padding=0, flip=False, cutout=0)]
+        [
+            images
+            for images, _ in folder_loader(
+                session_folder, shuffle=False, crop_padding=0, flip=False, cutout=0
+            )
+        ]
     )
     sums = shuffled.double().sum(dim=(1, 2, 3)), ordered.double().sum(dim=(1, 2, 3))
     assert not torch.equal(*sums)
@@ -224,7 +258,10 @@ def test_num_batches_shortens_training_only(session_folder):
     assert same(collect(short), collect(whole)[:2])
     assert short.split_validation().n_samples == 12
     assert short.test_loader().n_samples == 15
-    assert (len(folder_loader(session_folder, num_batches=9)), folder_loader(session_folder, num_batches=9).n_samples) == (
+    assert (
+        len(folder_loader(session_folder, num_batches=9)),
+        folder_loader(session_folder, num_batches=9).n_samples,
+    ) == (
         3,
         48,
     )
@@ -243,15 +280,23 @@ def test_mean_and_std_come_from_the_images_used(session_folder):
 
 def test_streamed_statistics_come_from_a_seeded_sample(session_folder, monkeypatch):
     monkeypatch.setattr(training_data_loader, "STATISTICS_SAMPLE", 10)
-    ours, again, other = (folder_loader(session_folder, in_memory=False, seed=seed) for seed in (1, 1, 2))
+    ours, again, other = (
+        folder_loader(session_folder, in_memory=False, seed=seed) for seed in (1, 1, 2)
+    )
     assert ours.mean == again.mean != other.mean
     assert ours.mean == pytest.approx(folder_loader(session_folder, seed=1).mean, abs=0.05)
 
 
 def test_large_folders_are_streamed(session_folder, monkeypatch):
-    """Training and validation images decide for themselves, the test images stay in memory where all of them fit."""
+    """Training and validation images decide for themselves, the test images stay in memory where
+    all of them fit."""
     own, image = 48 + 12, 3 * 8 * 8
-    for limit, kept, test_kept in ((75, True, True), (74, True, False), (own, True, False), (own - 1, False, False)):
+    for limit, kept, test_kept in (
+        (75, True, True),
+        (74, True, False),
+        (own, True, False),
+        (own - 1, False, False),
+    ):
         monkeypatch.setattr(data_loaders, "MEMORY_LIMIT", limit * image)
         loader = folder_loader(session_folder)
         parts = (loader, loader.split_validation(), loader.test_loader())
@@ -260,7 +305,9 @@ def test_large_folders_are_streamed(session_folder, monkeypatch):
 
 
 def test_only_used_images_are_decoded(folder):
-    used = folder_loader(folder, subset_percent=0.5, validation_split=0.0).label_arrays()["train_index"]
+    used = folder_loader(folder, subset_percent=0.5, validation_split=0.0).label_arrays()[
+        "train_index"
+    ]
     files = sorted((folder / "train").rglob("*.jpg"))
     for position in set(range(1, 8)) - set(used.tolist()):  # the first one gives the size
         files[position].write_bytes(b"broken")
@@ -339,9 +386,15 @@ def test_noise_reaches_training_and_validation_but_not_test(session_folder):
 @pytest.mark.parametrize(
     ("noise", "words"),
     [
-        (LabelNoise("sym", 0.6), "(trainer.noise_law: inclusive); with trainer.noise_law: exclusive it"),
+        (
+            LabelNoise("sym", 0.6),
+            "(trainer.noise_law: inclusive); with trainer.noise_law: exclusive it",
+        ),
         (LabelNoise("sym", 0.6, "exclusive"), None),
-        (LabelNoise("sym", 0.001, "exclusive"), "0.001, 0.02083 of the training labels have changed: there"),
+        (
+            LabelNoise("sym", 0.001, "exclusive"),
+            "0.001, 0.02083 of the training labels have changed: there",
+        ),
     ],
 )
 def test_a_rate_that_is_not_the_one_asked_for_is_explained(session_folder, noise, words):
@@ -372,7 +425,9 @@ def test_noise_can_leave_validation_clean(session_folder):
 
 
 def test_unshuffled_training_knows_its_clean_labels(session_folder):
-    loader = folder_loader(session_folder, noise=LabelNoise("sym", 0.5), shuffle=False, num_batches=2)
+    loader = folder_loader(
+        session_folder, noise=LabelNoise("sym", 0.5), shuffle=False, num_batches=2
+    )
     assert loader.clean_labels.tolist() == loader.label_arrays()["train_clean_label"][:32].tolist()
 
 
@@ -381,7 +436,11 @@ def test_a_noise_file_speaks_of_original_positions(session_folder, tmp_path):
     labels = clean.copy()
     labels[::4] = (labels[::4] + 1) % 3
     np.save(tmp_path / "noise.npy", labels)
-    loader = folder_loader(session_folder, subset_percent=0.5, noise=LabelNoise("file", file=str(tmp_path / "noise.npy")))
+    loader = folder_loader(
+        session_folder,
+        subset_percent=0.5,
+        noise=LabelNoise("file", file=str(tmp_path / "noise.npy")),
+    )
     arrays = loader.label_arrays()
     assert np.array_equal(arrays["train_label"], labels[arrays["train_index"]])
     assert np.array_equal(arrays["val_label"], labels[arrays["val_index"]])
@@ -389,15 +448,27 @@ def test_a_noise_file_speaks_of_original_positions(session_folder, tmp_path):
 
 
 def test_validation_does_not_depend_on_the_subset(session_folder):
-    index = [folder_loader(session_folder, subset_percent=p).label_arrays()["val_index"] for p in (0.1, 0.5, 1.0)]
+    index = [
+        folder_loader(session_folder, subset_percent=p).label_arrays()["val_index"]
+        for p in (0.1, 0.5, 1.0)
+    ]
     assert np.array_equal(index[0], index[1])
     assert np.array_equal(index[0], index[2])
 
 
-@pytest.mark.parametrize(("name", "n_train", "classes"), [("CIFAR10DataLoader", 90, 10), ("CIFAR100DataLoader", 100, 100)])
+@pytest.mark.parametrize(
+    ("name", "n_train", "classes"),
+    [("CIFAR10DataLoader", 90, 10), ("CIFAR100DataLoader", 100, 100)],
+)
 def test_cifar_loaders(fake_cifar, name, n_train, classes):
-    loader = DATA_LOADERS[name](fake_cifar, 32, validation_split=0.1, noise=LabelNoise("asym", 0.4), **AUGMENTED)
-    assert (loader.n_samples, loader.num_classes, loader.image_shape) == (n_train, classes, (3, 32, 32))
+    loader = DATA_LOADERS[name](
+        fake_cifar, 32, validation_split=0.1, noise=LabelNoise("asym", 0.4), **AUGMENTED
+    )
+    assert (loader.n_samples, loader.num_classes, loader.image_shape) == (
+        n_train,
+        classes,
+        (3, 32, 32),
+    )
     assert loader.mean == loader.default_mean
     assert loader.std == loader.default_std
     assert sum(len(labels) for _, labels in loader) == n_train
@@ -406,7 +477,10 @@ def test_cifar_loaders(fake_cifar, name, n_train, classes):
 
 
 def test_digits_need_no_folder_and_keep_their_test_set():
-    ours, other = DigitsDataLoader(seed=1, validation_split=0.1), DigitsDataLoader("anywhere", seed=2, subset_percent=0.1)
+    ours, other = (
+        DigitsDataLoader(seed=1, validation_split=0.1),
+        DigitsDataLoader("anywhere", seed=2, subset_percent=0.1),
+    )
     assert ours.image_shape == (3, 32, 32)
     assert same(collect(ours.test_loader()), collect(other.test_loader()))
     assert ours.n_samples + ours.split_validation().n_samples + ours.test_loader().n_samples == 1797
@@ -415,7 +489,9 @@ def test_digits_need_no_folder_and_keep_their_test_set():
 def test_labels_follow_their_images():
     pixels = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1).repeat(1, 3, 2, 2)
     options = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "batch_size": 7, "shuffle": True}
-    loader = ImageDataLoader(MemoryImages(pixels), np.arange(100), list(map(str, range(100))), **options)
+    loader = ImageDataLoader(
+        MemoryImages(pixels), np.arange(100), list(map(str, range(100))), **options
+    )
     seen = []
     for images, labels in loader:
         assert (images[:, 0, 0, 0] * 255).round().long().tolist() == labels.tolist()
@@ -425,7 +501,8 @@ def test_labels_follow_their_images():
 
 
 def repaint(file):
-    """Another color in one corner, in a file that is as long as before where nothing is compressed."""
+    """Another color in one corner, in a file that is as long as before where nothing is
+    compressed."""
     image = Image.open(file)
     image.putpixel((0, 0), tuple(255 - value for value in image.getpixel((0, 0))))
     image.save(file)
@@ -438,7 +515,9 @@ def test_digests_tell_other_images_but_not_where_they_lie(tmp_path, in_memory, s
         write_images(tmp_path / "data" / part, dict.fromkeys("wxyz", count), (10, 7), suffix)
 
     def digests(folder):
-        return ImageFolderDataLoader(folder, 4, validation_split=0.3, in_memory=in_memory).image_fingerprints()
+        return ImageFolderDataLoader(
+            folder, 4, validation_split=0.3, in_memory=in_memory
+        ).image_fingerprints()
 
     first = digests(tmp_path / "data")
     assert set(first) == {"training images", "test images"}
@@ -457,7 +536,9 @@ def test_digests_tell_other_images_but_not_where_they_lie(tmp_path, in_memory, s
 
 def test_of_very_many_files_sizes_are_told_and_every_nth_is_read(tmp_path, monkeypatch):
     write_images(tmp_path / "data", {"x": 9}, (5, 5), "bmp")
-    files = FileImages(tuple(map(str, sorted((tmp_path / "data" / "x").iterdir()))), (3, 5, 5), resize=False)
+    files = FileImages(
+        tuple(map(str, sorted((tmp_path / "data" / "x").iterdir()))), (3, 5, 5), resize=False
+    )
     size = Path(files.paths[0]).stat().st_size
     monkeypatch.setattr(images_module, "FINGERPRINT_BYTES", 3 * size)
     first, changes = files.digest(), []
@@ -479,5 +560,7 @@ def test_a_loader_that_knows_no_more_is_told_by_its_labels(session_folder):
     loader = folder_loader(session_folder)
     assert BaseDataLoader.image_fingerprints(loader) == {}
     other = folder_loader(session_folder, noise=LabelNoise("sym", 0.5))
-    assert BaseDataLoader.fingerprint(loader) == BaseDataLoader.fingerprint(folder_loader(session_folder))
+    assert BaseDataLoader.fingerprint(loader) == BaseDataLoader.fingerprint(
+        folder_loader(session_folder)
+    )
     assert BaseDataLoader.fingerprint(loader) != BaseDataLoader.fingerprint(other)

@@ -1,4 +1,5 @@
-"""A user's own loaders: what is done around them, what reaches them, and what is refused in one line."""
+"""A user's own loaders: what is done around them, what reaches them, and what is refused in one
+line."""
 
 from typing import Any
 
@@ -8,7 +9,13 @@ import torch
 
 from base.base_data_loader import BaseDataLoader, Subset
 from base.errors import ConfigError, DataError
-from data_loader import DigitsDataLoader, LabeledImages, LabelNoise, MemoryImages, TrainingDataLoader
+from data_loader import (
+    DigitsDataLoader,
+    LabeledImages,
+    LabelNoise,
+    MemoryImages,
+    TrainingDataLoader,
+)
 from data_loader.contract import check_labels
 from data_loader.own_images import build_loader, check_first_batch
 
@@ -72,13 +79,21 @@ def same(ours, theirs):
 
 def test_images_by_position_are_trained_on_as_those_that_are_read():
     own, known = build_loader("Digits", Digits, OPTIONS), DigitsDataLoader(**OPTIONS)
-    pairs = [(own, known), (own.split_validation(), known.split_validation()), (own.test_loader(), known.test_loader())]
+    pairs = [
+        (own, known),
+        (own.split_validation(), known.split_validation()),
+        (own.test_loader(), known.test_loader()),
+    ]
     for ours, theirs in pairs:
         for epoch in (1, 2):
             ours.set_epoch(epoch, first_batch=1)
             theirs.set_epoch(epoch, first_batch=1)
             assert same(ours, theirs)
-        assert (ours.mean, ours.std, ours.fingerprint()) == (theirs.mean, theirs.std, theirs.fingerprint())
+        assert (ours.mean, ours.std, ours.fingerprint()) == (
+            theirs.mean,
+            theirs.std,
+            theirs.fingerprint(),
+        )
     assert own.noise_report() == known.noise_report()
     assert own.noise_report()["train_rate"] > 0.2
     assert own.image_fingerprints().keys() == known.image_fingerprints().keys()
@@ -94,7 +109,12 @@ def test_floats_and_bytes_are_the_same_images():
 
 def test_a_loader_of_its_own_is_iterated_over_as_it_is():
     loader = Named()
-    assert (loader.n_samples, loader.num_classes, loader.image_shape, len(loader)) == (1438, 10, (3, 32, 32), 12)
+    assert (loader.n_samples, loader.num_classes, loader.image_shape, len(loader)) == (
+        1438,
+        10,
+        (3, 32, 32),
+        12,
+    )
     images, labels = next(iter(loader))
     assert (images.dtype, float(images.max()), len(labels)) == (torch.float32, 1.0, 128)
     loader.set_epoch(1, first_batch=11)
@@ -107,7 +127,11 @@ def test_a_loader_of_its_own_is_iterated_over_as_it_is():
     assert part.sample_names() == ["16.png", "1.png"]
     assert torch.equal(next(iter(part))[0], images[[16, 1]])
     assert loader.label_arrays()["val_index"].tolist() == []
-    assert (loader.noise_report(), loader.split_validation(), loader.image_digest()) == (None, None, "")
+    assert (loader.noise_report(), loader.split_validation(), loader.image_digest()) == (
+        None,
+        None,
+        "",
+    )
 
 
 def test_names_follow_images_into_every_part():
@@ -124,7 +148,9 @@ def test_augmentation_of_the_loaders_own_comes_first():
         def augmented(self, images, epoch, number, share):
             return 1 - super().augmented(images, epoch, number, share)
 
-    plain, inverted = (build_loader("own", make, {**PLAIN, "flip": True}) for make in (Digits, Inverted))
+    plain, inverted = (
+        build_loader("own", make, {**PLAIN, "flip": True}) for make in (Digits, Inverted)
+    )
     for (ours, _), (theirs, _) in zip(inverted, plain, strict=True):
         assert torch.equal(ours, 1 - theirs)
     assert same(inverted.test_loader(), plain.test_loader()), "only training images are augmented"
@@ -141,10 +167,18 @@ def test_validation_images_of_its_own_are_not_split_off():
 
 
 def test_what_a_loader_that_makes_its_batches_leaves_is_warned_of_or_refused():
-    asked = {"batch_size": 128, "device": torch.device("cpu"), "flip": True, "cutout": 0, "shuffle": False}
+    asked = {
+        "batch_size": 128,
+        "device": torch.device("cpu"),
+        "flip": True,
+        "cutout": 0,
+        "shuffle": False,
+    }
     loader = build_loader("Batched", Batched, asked)
     assert type(loader) is Batched
-    assert loader.warnings == ("augmentation.flip, data_loader.args.shuffle: without effect: Batched does not take them",)
+    assert loader.warnings == (
+        "augmentation.flip, data_loader.args.shuffle: without effect: Batched does not take them",
+    )
     assert torch.equal(next(iter(loader))[1], Digits().labels[-128:].flip(0))
     for name, value, key in [
         ("noise", LabelNoise("sym", 0.4), "trainer.percent"),
@@ -154,7 +188,9 @@ def test_what_a_loader_that_makes_its_batches_leaves_is_warned_of_or_refused():
         ("batch_size", 64, "data_loader.args.batch_size"),
         ("mean", [0.5] * 3, "data_loader.args.mean"),
     ]:
-        with pytest.raises(ConfigError, match=rf"^{key}: Batched does not take {name}, so it would not be done"):
+        with pytest.raises(
+            ConfigError, match=rf"^{key}: Batched does not take {name}, so it would not be done"
+        ):
             build_loader("Batched", Batched, {"batch_size": 128, name: value})
         assert build_loader("Digits", Digits, {**PLAIN, name: value})
 
@@ -176,12 +212,18 @@ def test_an_own_training_loader_gets_everything_that_its_constructor_hands_on():
         def read(self, train):
             return DIGITS[train]
 
-    assert same(build_loader("Open", Open, {"part": "some", **OPTIONS}), DigitsDataLoader(**OPTIONS))
+    assert same(
+        build_loader("Open", Open, {"part": "some", **OPTIONS}), DigitsDataLoader(**OPTIONS)
+    )
     with pytest.raises(ConfigError, match=r"^trainer\.percent: Closed does not take noise"):
         build_loader("Closed", Closed, {"part": "some", "noise": LabelNoise("sym", 0.4)})
-    with pytest.raises(ConfigError, match=r"^data_loader\.args\.data_dir: Closed takes no such argument"):
+    with pytest.raises(
+        ConfigError, match=r"^data_loader\.args\.data_dir: Closed takes no such argument"
+    ):
         build_loader("Closed", Closed, {"part": "some", "data_dir": "here"})
-    with pytest.raises(ConfigError, match=r"^data_loader\.args: Closed: missing a required argument: 'part'$"):
+    with pytest.raises(
+        ConfigError, match=r"^data_loader\.args: Closed: missing a required argument: 'part'$"
+    ):
         build_loader("Closed", Closed, {})
 
 
@@ -192,19 +234,71 @@ def broken(name, method):
 @pytest.mark.parametrize(
     ("name", "method", "message"),
     [
-        ("images_at", lambda self, p: self.pixels[p].double(), r"Broken\.images_at gives float64; expected float32"),
-        ("images_at", lambda self, p: self.pixels[p].float(), r"gives pixels from 0 to 255; expected \[0, 1\]"),
-        ("images_at", lambda self, p: self.pixels[p] / torch.tensor(0.0), r"gives pixels from nan to nan"),
-        ("images_at", lambda self, p: self.pixels[p][:, 0], r"the shape \(2, 32, 32\); expected \(2, C, H, W\)"),
-        ("images_at", lambda self, p: self.pixels[:5], r"the shape \(5, 3, 32, 32\); expected \(2, C, H, W\)"),
-        ("images_at", lambda self, p: self.pixels[p].numpy(), r"gives a ndarray; expected a tensor"),
-        ("images_at", lambda self, p: torch.rand(len(p), 3, 8, 8), r"other images for the same positions"),
-        ("images_at", lambda self, p: self.pixels[:9][p], r"images_at, asked for positions 0 and 1437: IndexError"),
-        ("images_at", lambda self, p: torch.ones(len(p), 3, 8, 8, requires_grad=True), r"images that require a gradient"),
-        ("augmented", lambda self, images, *_: 3.0 * images, r"Broken gives pixels from 0 to 765; expected \[0, 1\]"),
-        ("images_at", lambda self, p: {}["x"], r"Broken\.images_at, asked for positions 0 and 1437: KeyError: 'x'$"),
-        ("images_at", lambda self, p: self.gone if 9 in p else self.pixels[p], r"images_at: AttributeError: .*'gone'$"),
-        ("sample_names", lambda self: ["a.png"], r"Broken\.sample_names gives 1 names for 1438 labels"),
+        (
+            "images_at",
+            lambda self, p: self.pixels[p].double(),
+            r"Broken\.images_at gives float64; expected float32",
+        ),
+        (
+            "images_at",
+            lambda self, p: self.pixels[p].float(),
+            r"gives pixels from 0 to 255; expected \[0, 1\]",
+        ),
+        (
+            "images_at",
+            lambda self, p: self.pixels[p] / torch.tensor(0.0),
+            r"gives pixels from nan to nan",
+        ),
+        (
+            "images_at",
+            lambda self, p: self.pixels[p][:, 0],
+            r"the shape \(2, 32, 32\); expected \(2, C, H, W\)",
+        ),
+        (
+            "images_at",
+            lambda self, p: self.pixels[:5],
+            r"the shape \(5, 3, 32, 32\); expected \(2, C, H, W\)",
+        ),
+        (
+            "images_at",
+            lambda self, p: self.pixels[p].numpy(),
+            r"gives a ndarray; expected a tensor",
+        ),
+        (
+            "images_at",
+            lambda self, p: torch.rand(len(p), 3, 8, 8),
+            r"other images for the same positions",
+        ),
+        (
+            "images_at",
+            lambda self, p: self.pixels[:9][p],
+            r"images_at, asked for positions 0 and 1437: IndexError",
+        ),
+        (
+            "images_at",
+            lambda self, p: torch.ones(len(p), 3, 8, 8, requires_grad=True),
+            r"images that require a gradient",
+        ),
+        (
+            "augmented",
+            lambda self, images, *_: 3.0 * images,
+            r"Broken gives pixels from 0 to 765; expected \[0, 1\]",
+        ),
+        (
+            "images_at",
+            lambda self, p: {}["x"],
+            r"Broken\.images_at, asked for positions 0 and 1437: KeyError: 'x'$",
+        ),
+        (
+            "images_at",
+            lambda self, p: self.gone if 9 in p else self.pixels[p],
+            r"images_at: AttributeError: .*'gone'$",
+        ),
+        (
+            "sample_names",
+            lambda self: ["a.png"],
+            r"Broken\.sample_names gives 1 names for 1438 labels",
+        ),
         ("labels", torch.arange(1438), r"labels: 10 is not in \[0, 10\)"),
         ("labels", torch.rand(1438), r"labels: float32 of the shape \(1438,\); expected integers"),
         ("labels", torch.zeros(0), r"labels: there are none"),
@@ -213,8 +307,16 @@ def broken(name, method):
         ("class_names", 10, r"class_names: 10; expected a list of names"),
         ("labels", None, r"Broken: TypeError: object of type 'NoneType' has no len\(\)$"),
         ("test_loader", lambda self: None, r"NoneType: expected a BaseDataLoader from test_loader"),
-        ("test_loader", lambda self: self.gone(), r"Broken\.test_loader: AttributeError: .*'gone'$"),
-        ("test_loader", lambda self: Turned(train=False), r"Broken: class_names \('9', .* but those that are trained on"),
+        (
+            "test_loader",
+            lambda self: self.gone(),
+            r"Broken\.test_loader: AttributeError: .*'gone'$",
+        ),
+        (
+            "test_loader",
+            lambda self: Turned(train=False),
+            r"Broken: class_names \('9', .* but those that are trained on",
+        ),
     ],
 )
 def test_a_broken_promise_is_one_line(name, method, message):
@@ -242,9 +344,21 @@ def test_a_broken_promise_is_one_line(name, method, message):
     [
         ("__len__", lambda self: 3, r"__len__ is 3; expected 12 batches of 128 for n_samples 1438"),
         ("__iter__", lambda self: iter([]), r"yields a NoneType; expected \(images, labels\)"),
-        ("__iter__", lambda self: iter([(self.pixels[:128], self.labels[:128])]), r"yields torch.uint8 images"),
-        ("__iter__", lambda self: iter([(self.pixels[:9] / 255, self.labels[:9])]), r"shape \(9, 3, 32, 32\)"),
-        ("__iter__", lambda self: iter([(self.pixels[:128] / 255, [0] * 128)]), r"labels that are not an int64"),
+        (
+            "__iter__",
+            lambda self: iter([(self.pixels[:128], self.labels[:128])]),
+            r"yields torch.uint8 images",
+        ),
+        (
+            "__iter__",
+            lambda self: iter([(self.pixels[:9] / 255, self.labels[:9])]),
+            r"shape \(9, 3, 32, 32\)",
+        ),
+        (
+            "__iter__",
+            lambda self: iter([(self.pixels[:128] / 255, [0] * 128)]),
+            r"labels that are not an int64",
+        ),
     ],
 )
 def test_batches_of_ones_own_are_looked_at(name, method, message):
@@ -272,9 +386,13 @@ def test_what_is_read_is_looked_at():
     pieces = digits
     loader = build_loader("Own", Own, PLAIN)
     pieces = LabeledImages(MemoryImages(pixels[:, :1]), labels, names)
-    with pytest.raises(DataError, match=r"of \(1, 32, 32\), but those that are trained on have \(3, 32, 32\)"):
+    with pytest.raises(
+        DataError, match=r"of \(1, 32, 32\), but those that are trained on have \(3, 32, 32\)"
+    ):
         loader.test_loader()
-    with pytest.raises(ConfigError, match=r"^data_loader\.args\.std: 3 values, but the images have 1 channels$"):
+    with pytest.raises(
+        ConfigError, match=r"^data_loader\.args\.std: 3 values, but the images have 1 channels$"
+    ):
         build_loader("Own", Own, {**PLAIN, "std": [0.5] * 3})
 
 
@@ -282,14 +400,20 @@ def test_other_makers_are_refused():
     with pytest.raises(ConfigError, match="makes a list; expected a BaseDataLoader"):
         build_loader("list", lambda batch_size: [batch_size], PLAIN)
     with pytest.raises(ConfigError, match="own takes noise, which is done around a loader"):
-        build_loader("own", type("Own", (Digits,), {"__init__": lambda self, noise=None: None}), PLAIN)
-    with pytest.raises(ConfigError, match=r"^data_loader\.args\.data_dir: Digits takes no such argument$"):
+        build_loader(
+            "own", type("Own", (Digits,), {"__init__": lambda self, noise=None: None}), PLAIN
+        )
+    with pytest.raises(
+        ConfigError, match=r"^data_loader\.args\.data_dir: Digits takes no such argument$"
+    ):
         build_loader("Digits", Digits, {**PLAIN, "data_dir": "somewhere"})
 
     def missing(batch_size):
         raise FileNotFoundError("moons.npz")
 
-    with pytest.raises(DataError, match=r"^data_loader\.type: missing: FileNotFoundError: moons\.npz$"):
+    with pytest.raises(
+        DataError, match=r"^data_loader\.type: missing: FileNotFoundError: moons\.npz$"
+    ):
         build_loader("missing", missing, PLAIN)
     assert check_labels([0, 1, 1], 3, ["a", "b"], "here").tolist() == [0, 1, 1]
 
@@ -299,5 +423,7 @@ def test_read_that_returns_a_tensor_for_images_is_one_line():
         def read(self, train):
             return LabeledImages(torch.zeros(4, 1, 2, 2), np.array([0, 1, 0, 1]), ("a", "b"))
 
-    with pytest.raises(DataError, match="read: images: Tensor; expected MemoryImages or FileImages"):
+    with pytest.raises(
+        DataError, match="read: images: Tensor; expected MemoryImages or FileImages"
+    ):
         Bare(batch_size=2)

@@ -22,7 +22,9 @@ def test_split_is_disjoint_complete_sorted_and_stratified():
 
 def test_split_depends_on_the_seed_only():
     assert np.array_equal(stratified_split(LABELS, 0.1, 3)[1], stratified_split(LABELS, 0.1, 3)[1])
-    assert not np.array_equal(stratified_split(LABELS, 0.1, 3)[1], stratified_split(LABELS, 0.1, 4)[1])
+    assert not np.array_equal(
+        stratified_split(LABELS, 0.1, 3)[1], stratified_split(LABELS, 0.1, 4)[1]
+    )
 
 
 def test_no_fraction_holds_nothing_out_and_a_tiny_one_holds_out_one_per_class():
@@ -57,7 +59,9 @@ def test_ninety_five_percent_and_all_mean_what_validation_leaves():
 
 
 def test_a_class_without_images_is_an_error():
-    with pytest.raises(DataError, match=r"trainer\.subset_percent: 0\.01 of the 40 images of class 0 is none"):
+    with pytest.raises(
+        DataError, match=r"trainer\.subset_percent: 0\.01 of the 40 images of class 0 is none"
+    ):
         stratified_subset(np.arange(len(LABELS)), LABELS, 0.01, 0)
 
 
@@ -69,7 +73,9 @@ def test_the_first_of_every_class_are_spread_as_equally_as_can_be():
         assert (np.diff(index) > 0).all()
         for label in range(4):
             members = np.flatnonzero(label == LABELS)
-            assert np.isin(members, index).tolist() == sorted(np.isin(members, index), reverse=True), "the first ones"
+            assert np.isin(members, index).tolist() == sorted(
+                np.isin(members, index), reverse=True
+            ), "the first ones"
     assert first_of_every_class(LABELS, 1000).tolist() == list(range(len(LABELS)))
     assert first_of_every_class(LABELS, 0).size == 0
 

@@ -29,7 +29,9 @@ BAD = 13
 
 @pytest.fixture(scope="module")
 def pixels():
-    return torch.randint(0, 256, (N, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (N, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +99,11 @@ def die_of(number):
 
 
 def wait_until_idle(patience, log, decoded):
-    """Until the workers have decoded as many images as they have been asked for, and put their notes away."""
-    while len(log.read_bytes()) < decoded or set(patience.decoders[-1].notes.tolist()) != {workers.NOWHERE}:
+    """Until the workers have decoded as many images as they have been asked for, and put their
+    notes away."""
+    while len(log.read_bytes()) < decoded or set(patience.decoders[-1].notes.tolist()) != {
+        workers.NOWHERE
+    }:
         time.sleep(0.01)
 
 
@@ -145,22 +150,31 @@ def loop_for_ever():
 SLEEP = partial(time.sleep, 1000)
 
 
-@pytest.mark.parametrize("action", [loop_for_ever, SLEEP, die_of(signal.SIGSTOP)], ids=["loop", "sleep", "stop"])
+@pytest.mark.parametrize(
+    "action", [loop_for_ever, SLEEP, die_of(signal.SIGSTOP)], ids=["loop", "sleep", "stop"]
+)
 def test_a_hanging_worker_is_named_with_its_image_and_killed(images, at_bad, action, monkeypatch):
     impatient_workers(monkeypatch, BAD)
     at_bad(action)
     message = message_of(images)
-    told = rf"data_loader\.args\.num_workers: worker [01] \(pid \d+\) hangs at '{images.paths[BAD]}'"
+    told = (
+        rf"data_loader\.args\.num_workers: worker [01] \(pid \d+\) hangs at '{images.paths[BAD]}'"
+    )
     assert re.fullmatch(rf"{told}: nothing was decoded in 0\.5 s; does the disk answer\?", message)
 
 
 @pytest.mark.parametrize(("looks", "hangs"), [(5, False), (8, True)])
 def test_slow_is_not_hanging(monkeypatch, looks, hangs):
-    """A batch takes longer than the patience of five looks; what counts is how many looks find a worker at the same image."""
+    """A batch takes longer than the patience of five looks; what counts is how many looks find a
+    worker at the same image."""
     monkeypatch.setattr(workers, "CHECK_INTERVAL", 0.25)
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.25)
-    decoder = workers._Decoder(["image"] * 7, False, [list(range(7))], torch.zeros(1), torch.tensor([workers.NOWHERE]))
-    alive = SimpleNamespace(is_alive=lambda: True, pid=1, kill=lambda: None, join=lambda seconds: None)
+    decoder = workers._Decoder(
+        ["image"] * 7, False, [list(range(7))], torch.zeros(1), torch.tensor([workers.NOWHERE])
+    )
+    alive = SimpleNamespace(
+        is_alive=lambda: True, pid=1, kill=lambda: None, join=lambda seconds: None
+    )
 
     def looked():
         for position in range(7):
@@ -188,7 +202,9 @@ def test_idle_workers_that_are_suspended_are_named_together(images, log, monkeyp
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGSTOP)
     idle = r"worker {} \(pid \d+\) hangs between two batches"
-    with pytest.raises(DataError, match=f"{idle.format(0)} or {idle.format(1)}: nothing was decoded"):
+    with pytest.raises(
+        DataError, match=f"{idle.format(0)} or {idle.format(1)}: nothing was decoded"
+    ):
         list(batches)
 
 
@@ -202,8 +218,11 @@ def test_a_death_waits_until_a_batch_is_asked_for(images, log, monkeypatch):
     wait_until_idle(patience, log, 1 + 2 * workers.AHEAD)
     victim = min(worker.pid for worker in multiprocessing.active_children())
     os.kill(victim, signal.SIGKILL)
-    os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)  # here the main process would do its update
-    with pytest.raises(DataError, match=rf"worker 0 \(pid {victim}\) died of SIGKILL between two batches"):
+    # here the main process would do its update
+    os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(
+        DataError, match=rf"worker 0 \(pid {victim}\) died of SIGKILL between two batches"
+    ):
         list(batches)
 
 
@@ -244,14 +263,18 @@ def test_a_program_that_crashes_ends_although_its_workers_ignore_sigterm(paths):
     """
     environment = {**os.environ, "PYTHONPATH": "."}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 1
     assert done.stderr.endswith("RuntimeError: a mistake in the program\n")
 
 
 def test_no_shared_memory_is_one_line(monkeypatch):
     def refuse(self):
-        raise RuntimeError("unable to resize file </torch_1_2> to the right size: No space left on device (28)")
+        raise RuntimeError(
+            "unable to resize file </torch_1_2> to the right size: No space left on device (28)"
+        )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
     message = r"num_workers: there are no 0.0 MB of shared memory for 2 processes \(unable to resize .*\): try fewer"

@@ -1,4 +1,5 @@
-"""Robust accuracy and the doctor from Python: any model, any iterable of batches; what they save."""
+"""Robust accuracy and the doctor from Python: any model, any iterable of batches; what they
+save."""
 
 import csv
 import json
@@ -27,7 +28,8 @@ ATTACK = PGD(0.03, 0.01, 3, early_stop=True)
 
 @pytest.fixture(scope="module")
 def problem():
-    """A small network with batch norm and dropout, images that it gets right but for the first two, and labels."""
+    """A small network with batch norm and dropout, images that it gets right but for the first two,
+    and labels."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -44,12 +46,16 @@ def problem():
 def project_loader(images, labels):
     pixels = MemoryImages((255 * images).round().byte())
     names = [f"class {number}" for number in range(7)]
-    return ImageDataLoader(pixels, labels.numpy(), names, mean=[0.0] * 3, std=[1.0] * 3, batch_size=9)
+    return ImageDataLoader(
+        pixels, labels.numpy(), names, mean=[0.0] * 3, std=[1.0] * 3, batch_size=9
+    )
 
 
 def same(first, second):
     columns = second.verdicts.arrays()
-    return all(np.array_equal(values, columns[name]) for name, values in first.verdicts.arrays().items())
+    return all(
+        np.array_equal(values, columns[name]) for name, values in first.verdicts.arrays().items()
+    )
 
 
 def test_every_kind_of_data_and_model_gives_the_same_verdicts(problem):
@@ -69,7 +75,9 @@ def test_every_kind_of_data_and_model_gives_the_same_verdicts(problem):
         assert same(report, expected), kind
         assert report.as_dict().keys() == expected.as_dict().keys()
     model.eval()
-    asked = robust_accuracy(lambda pixels: model(pixels), [(images, labels)], ATTACK, seed=3, device="cpu")
+    asked = robust_accuracy(
+        lambda pixels: model(pixels), [(images, labels)], ATTACK, seed=3, device="cpu"
+    )
     model.train()
     assert same(asked, expected), "a function"
     assert all(module.training for module in model.modules())
@@ -81,7 +89,10 @@ def test_limit_and_batch_size_choose_images_and_nothing_else(problem):
     whole = robust_accuracy(model, [(images, labels)], ATTACK, seed=3)
     seen = []
     hook = model[0].register_forward_hook(lambda *call: seen.append(len(call[1][0])))
-    for data in ([(images[:8], labels[:8]), (images[8:], labels[8:])], project_loader(images, labels)):
+    for data in (
+        [(images[:8], labels[:8]), (images[8:], labels[8:])],
+        project_loader(images, labels),
+    ):
         seen.clear()
         part = robust_accuracy(model, data, ATTACK, seed=3, limit=11, batch_size=4)
         assert part.n == 11
@@ -131,20 +142,37 @@ def test_plain_pgd_is_examined_beside_an_attack_of_another_kind(problem, hasty):
     found = doctor(model, [(images, labels)], attack, seed=3, limit=3)
     assert found.as_dict()["checked_attack"].startswith("PGD-20, linf 7.65/255,")
     report = robust_accuracy(model, [(images, labels)], attack, seed=3)
-    assert report.with_doctor(replace(found, checks=())).reliable is None, "it was not the one that was examined"
+    assert report.with_doctor(replace(found, checks=())).reliable is None, (
+        "it was not the one that was examined"
+    )
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (lambda images, labels: [], "^data: holds no images to attack$"),
-        (lambda images, labels: [((255 * images).byte(), labels)], "torch.uint8; divide the pixels by 255$"),
+        (
+            lambda images, labels: [((255 * images).byte(), labels)],
+            "torch.uint8; divide the pixels by 255$",
+        ),
         (lambda images, labels: [(255 * images, labels)], r"pixels in \[0, 1\], found 0 to 255"),
-        (lambda images, labels: (images, labels), r"not a tensor; a single batch is \[\(images, labels\)\]$"),
-        (lambda images, labels: [{"image": images}], r"^data: expected batches \(images, labels\), not dict$"),
+        (
+            lambda images, labels: (images, labels),
+            r"not a tensor; a single batch is \[\(images, labels\)\]$",
+        ),
+        (
+            lambda images, labels: [{"image": images}],
+            r"^data: expected batches \(images, labels\), not dict$",
+        ),
         (lambda images, labels: [(images, labels, labels)], "not a tuple of 3$"),
-        (lambda images, labels: [(images, labels.clamp_min(7))], "^labels: 7 is not one of the model's 7 classes, 0 to 6$"),
-        (lambda images, labels: project_loader(images[:0], labels[:0]), "^the loader holds no images to attack$"),
+        (
+            lambda images, labels: [(images, labels.clamp_min(7))],
+            "^labels: 7 is not one of the model's 7 classes, 0 to 6$",
+        ),
+        (
+            lambda images, labels: project_loader(images[:0], labels[:0]),
+            "^the loader holds no images to attack$",
+        ),
     ],
 )
 def test_data_that_cannot_be_used_is_one_line(problem, data, message):
@@ -156,9 +184,13 @@ def test_data_that_cannot_be_used_is_one_line(problem, data, message):
 def test_classes_for_objects_are_named(problem):
     model, images, labels = problem
     for measure in (robust_accuracy, doctor):
-        with pytest.raises(TypeError, match="^attack: expected one, such as .*, not the class PGD$"):
+        with pytest.raises(
+            TypeError, match="^attack: expected one, such as .*, not the class PGD$"
+        ):
             measure(model, [(images, labels)], PGD)
-    with pytest.raises(TypeError, match="^model: expected a module or a function .*, not the class Linear$"):
+    with pytest.raises(
+        TypeError, match="^model: expected a module or a function .*, not the class Linear$"
+    ):
         robust_accuracy(torch.nn.Linear, [(images, labels)], ATTACK)
 
 
@@ -172,7 +204,9 @@ def test_numbers_out_of_range_are_named(problem):
 def test_adversarial_images_are_saved_as_they_were_attacked(problem, tmp_path):
     model, images, labels = problem
     file = tmp_path / "deep" / "a.npz"
-    report = robust_accuracy(model, project_loader(images, labels), ATTACK, seed=3, save_images=file)
+    report = robust_accuracy(
+        model, project_loader(images, labels), ATTACK, seed=3, save_images=file
+    )
     saved = np.load(file)
     assert saved["images"].dtype == np.float32
     with torch.no_grad():
@@ -181,7 +215,9 @@ def test_adversarial_images_are_saved_as_they_were_attacked(problem, tmp_path):
     assert np.array_equal(saved["prediction"], predictions)
     changed = np.abs(saved["images"] - images.numpy()).max((1, 2, 3))
     np.testing.assert_allclose(changed, saved["perturbation"], atol=1e-7)
-    assert all(np.array_equal(saved[name], values) for name, values in report.verdicts.arrays().items())
+    assert all(
+        np.array_equal(saved[name], values) for name, values in report.verdicts.arrays().items()
+    )
     assert saved["class_names"][6] == "class 6"
     assert [path.name for path in file.parent.iterdir()] == ["a.npz"]
 
@@ -244,20 +280,37 @@ def test_a_table_holds_a_line_for_each_image(problem, tmp_path):
     assert (rows[4]["prediction"], rows[4]["prediction_name"]) == ("-1", "NaN")
     shown = {"=cmd": "'=cmd", "two\nlines": "two\\nlines"}
     for row, label in zip(rows, labels.tolist(), strict=True):
-        assert (row["label"], row["label_name"]) == (str(label), shown.get(names[label], names[label]))
-    assert [row["robust_top1"] for row in rows] == [str(int(one)) for one in report.verdicts.robust_top1]
-    assert [float(row["perturbation"]) for row in rows] == pytest.approx(report.verdicts.perturbation.tolist())
+        assert (row["label"], row["label_name"]) == (
+            str(label),
+            shown.get(names[label], names[label]),
+        )
+    assert [row["robust_top1"] for row in rows] == [
+        str(int(one)) for one in report.verdicts.robust_top1
+    ]
+    assert [float(row["perturbation"]) for row in rows] == pytest.approx(
+        report.verdicts.perturbation.tolist()
+    )
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_field_stands_in_the_report_and_in_the_key_of_verdicts(problem, tmp_path, name):
     model, images, labels = problem
     given = {"epsilon": 0.03, "steps": 2, "step_size": 0.01}
-    attack = ATTACKS[name](**{key: value for key, value in given.items() if key in arguments(ATTACKS[name])})
-    other = {"norm": "l2", "loss": "margin" if name != "square" else "ce", "targeted": True, "p_init": 0.5, "rho": 0.5}
+    attack = ATTACKS[name](
+        **{key: value for key, value in given.items() if key in arguments(ATTACKS[name])}
+    )
+    other = {
+        "norm": "l2",
+        "loss": "margin" if name != "square" else "ce",
+        "targeted": True,
+        "p_init": 0.5,
+        "rho": 0.5,
+    }
     files = {partial_file(tmp_path / "a", model, project_loader(images, labels), attack, ())}
     for key, parameter in arguments(ATTACKS[name]).items():
-        value = other.get(key, not parameter.default if parameter.default in (True, False) else 0.02)
+        value = other.get(
+            key, not parameter.default if parameter.default in (True, False) else 0.02
+        )
         value = 7 if key in ("steps", "queries", "restarts", "seed") else value
         if key == "random_start":
             value = False
@@ -271,6 +324,11 @@ def test_a_users_own_fields_stand_in_the_report(problem):
     attack = MomentumFGSM(0.03, steps=3, momentum=0.5)
     report = robust_accuracy(model, [(images, labels)], attack, seed=3)
     values = report.as_dict()
-    assert (values["attack"], values["momentum"], values["steps"], values["seed"]) == ("MomentumFGSM", 0.5, 3, 3)
+    assert (values["attack"], values["momentum"], values["steps"], values["seed"]) == (
+        "MomentumFGSM",
+        0.5,
+        3,
+        3,
+    )
     assert report.title == "MomentumFGSM-3, linf 7.65/255, momentum 0.5"
     assert report.robust_top5 is None, "nobody knows"

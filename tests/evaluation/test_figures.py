@@ -13,7 +13,9 @@ CURVE = [(0.0, 0.9), (4 / 255, 0.6), (8 / 255, 0.4), (0.5, 0.0)]
 def draw(path):
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 0])
-    draw_examples(path, images, (images + 0.03).clamp(0, 1), labels, 1 - labels, labels, ("cat", "dog"), "PGD")
+    draw_examples(
+        path, images, (images + 0.03).clamp(0, 1), labels, 1 - labels, labels, ("cat", "dog"), "PGD"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
@@ -39,5 +41,7 @@ def test_the_curve_says_what_it_shows():
 
 
 def test_other_formats_are_refused_before_anything_is_drawn(tmp_path):
-    with pytest.raises(ConfigError, match="not a format of pictures; expected one of: png, pdf, svg"):
+    with pytest.raises(
+        ConfigError, match="not a format of pictures; expected one of: png, pdf, svg"
+    ):
         draw(tmp_path / "a.bmp")

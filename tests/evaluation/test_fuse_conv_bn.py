@@ -1,4 +1,5 @@
-"""Batch norms folded away: the same logits and gradients, and everything that cannot be folded left alone."""
+"""Batch norms folded away: the same logits and gradients, and everything that cannot be folded left
+alone."""
 
 from threading import Lock
 
@@ -36,7 +37,8 @@ def norms(model):
         ("simpleCNN", {}, 0),
         ("resnet18", {}, 0),
         ("resnet18", {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}, 0),
-        ("preact_resnet18", {}, 9),  # those behind a sum of branches, whose output the shortcut may take, too
+        # those behind a sum of branches, whose output the shortcut may take, too
+        ("preact_resnet18", {}, 9),
         ("simpleCNN", {"conv_layer_type": "sn_conv"}, 6),  # weights that every pass makes anew
         ("resnet18", {"norm_layer_type": "gn"}, 0),
     ],
@@ -50,13 +52,21 @@ def test_logits_and_gradients_are_the_models(arch, layers, left):
     assert norms(model) == before
     assert (copy is model) == (before == left)
     expected, found = model(images), copy(images)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
-    gradients = [torch.autograd.grad(logits.square().sum(), images)[0] for logits in (expected, found)]
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
+    torch.testing.assert_close(
+        found, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max())
+    )
+    gradients = [
+        torch.autograd.grad(logits.square().sum(), images)[0] for logits in (expected, found)
+    ]
+    torch.testing.assert_close(
+        gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max())
+    )
 
 
 def test_biases_and_norms_without_scale_are_folded_too():
-    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3, bias=True), nn.BatchNorm2d(4, affine=False), nn.Flatten()))
+    model = trained(
+        nn.Sequential(nn.Conv2d(3, 4, 3, bias=True), nn.BatchNorm2d(4, affine=False), nn.Flatten())
+    )
     images = torch.rand(SHAPE)
     copy = folded(model, images)
     assert norms(copy) == 0
@@ -77,7 +87,9 @@ class Twice(nn.Module):
 
 class Shared(Twice):
     def forward(self, images):
-        return self.norm(self.conv(images)).flatten(1) + self.norm(self.conv(images.flip(3))).flatten(1)
+        return self.norm(self.conv(images)).flatten(1) + self.norm(
+            self.conv(images.flip(3))
+        ).flatten(1)
 
 
 class Hidden(Twice):
@@ -100,7 +112,9 @@ def parametrised():
 
 
 def not_tracking():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()
+    )
 
 
 def uncopyable():
@@ -116,7 +130,10 @@ def compiled():
 
 
 def compiled_in_part():
-    return nn.Sequential(torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), backend="eager"), nn.Flatten())
+    return nn.Sequential(
+        torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), backend="eager"),
+        nn.Flatten(),
+    )
 
 
 def without_gradient():
@@ -129,7 +146,18 @@ def without_gradient():
 
 @pytest.mark.parametrize(
     "build",
-    [Twice, Shared, Hidden, hooked, parametrised, not_tracking, uncopyable, compiled, compiled_in_part, without_gradient],
+    [
+        Twice,
+        Shared,
+        Hidden,
+        hooked,
+        parametrised,
+        not_tracking,
+        uncopyable,
+        compiled,
+        compiled_in_part,
+        without_gradient,
+    ],
     ids=lambda build: build.__name__,
 )
 def test_what_cannot_be_folded_stays(build):

@@ -10,14 +10,17 @@ from models.layers import ConvNorm2d
 
 
 def uneven(norm):
-    """A batch norm with statistics and weights that no other has; and its largest factor, entry by entry."""
+    """A batch norm with statistics and weights that no other has; and its largest factor, entry by
+    entry."""
     torch.manual_seed(norm.num_features)
     with torch.no_grad():
         norm.running_var.uniform_(0.1, 3)
         if norm.weight is not None:
             norm.weight.uniform_(-2, 1)
     weight = [1.0] * norm.num_features if norm.weight is None else norm.weight.tolist()
-    return [w / (v + norm.eps) ** 0.5 for w, v in zip(weight, norm.running_var.tolist(), strict=True)]
+    return [
+        w / (v + norm.eps) ** 0.5 for w, v in zip(weight, norm.running_var.tolist(), strict=True)
+    ]
 
 
 def largest(factors):
@@ -30,18 +33,33 @@ def scales(model, shape=(3, 8, 8)):
 
 def test_a_resnet_in_its_order_at_its_sizes():
     model = build_model({"type": "resnet18", "args": {"num_classes": 7}}).train()
-    expected = {name: uneven(module) for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    expected = {
+        name: uneven(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
     calls = linear_calls(model, (3, 16, 16))
-    assert [call.name for call in calls[:4]] == ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"]
+    assert [call.name for call in calls[:4]] == [
+        "conv1",
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+        "layer1.1.conv1",
+    ]
     assert len(calls) == 21
     by_name = {call.name: call for call in calls}
     assert by_name["conv1"].input_shape == (3, 16, 16)
-    assert by_name["layer2.0.conv1"].input_shape == by_name["layer2.0.shortcut.0"].input_shape == (64, 16, 16)
+    assert (
+        by_name["layer2.0.conv1"].input_shape
+        == by_name["layer2.0.shortcut.0"].input_shape
+        == (64, 16, 16)
+    )
     assert by_name["layer4.1.conv2"].input_shape == (512, 2, 2)
     assert (by_name["linear"].input_shape, by_name["linear"].batch_norm_scale) == ((512,), None)
     assert by_name["conv1"].batch_norm_scale == largest(expected["norm1"])
     assert by_name["layer3.0.conv2"].batch_norm_scale == largest(expected["layer3.0.norm2"])
-    assert by_name["layer3.0.shortcut.0"].batch_norm_scale == largest(expected["layer3.0.shortcut.1"])
+    assert by_name["layer3.0.shortcut.0"].batch_norm_scale == largest(
+        expected["layer3.0.shortcut.1"]
+    )
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -1,4 +1,5 @@
-"""The doctor passes a healthy network, and finds what was broken on purpose by the check that is there for it."""
+"""The doctor passes a healthy network, and finds what was broken on purpose by the check that is
+there for it."""
 
 import copy
 import json
@@ -20,7 +21,11 @@ from evaluation.verdicts import interval
 
 EPSILON = 0.1
 ATTACK = PGD(EPSILON, EPSILON / 4, 10)
-ZERO, FINITE, LOGITS = "gradients are not zero", "gradients and logits are finite", "outputs are logits"
+ZERO, FINITE, LOGITS = (
+    "gradients are not zero",
+    "gradients and logits are finite",
+    "outputs are logits",
+)
 RANDOM, BATCH = "the forward pass is not random", "batch size changes nothing"
 HUGE, BLACK_BOX = "a huge epsilon leaves chance", "no black-box search finds more"
 N = 60
@@ -59,7 +64,10 @@ class StuckInTraining(nn.Module):
 
 def digits():
     data = load_digits()
-    images, labels = torch.from_numpy(data.images).float().unsqueeze(1) / 16, torch.from_numpy(data.target)
+    images, labels = (
+        torch.from_numpy(data.images).float().unsqueeze(1) / 16,
+        torch.from_numpy(data.target),
+    )
     test = torch.arange(len(labels)) % 5 == 0
     return images[~test], labels[~test], images[test], labels[test]
 
@@ -68,7 +76,9 @@ def loader(n=N, batch_size=30):
     _, _, images, labels = digits()
     pixels = MemoryImages((255 * images[:n]).round().byte())
     names = [str(digit) for digit in range(10)]
-    return ImageDataLoader(pixels, labels[:n].numpy(), names, mean=[0.0], std=[1.0], batch_size=batch_size)
+    return ImageDataLoader(
+        pixels, labels[:n].numpy(), names, mean=[0.0], std=[1.0], batch_size=batch_size
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +113,13 @@ def failed(checks):
 
 
 def test_a_check_is_one_line():
-    assert str(Check("epsilon 0 equals clean", True, "61.0 % and 61.0 %")) == "pass  epsilon 0 equals clean: 61.0 % and 61.0 %"
-    assert str(Check("outputs are logits", False, "between 0 and 1")).startswith("FAIL  outputs are logits: ")
+    assert (
+        str(Check("epsilon 0 equals clean", True, "61.0 % and 61.0 %"))
+        == "pass  epsilon 0 equals clean: 61.0 % and 61.0 %"
+    )
+    assert str(Check("outputs are logits", False, "between 0 and 1")).startswith(
+        "FAIL  outputs are logits: "
+    )
     assert str(judge_rate("Square finds nothing", 0, 9, 0.05, "it breaks")).startswith(
         "undecided  Square finds nothing: it"
     )
@@ -136,7 +151,10 @@ def test_a_healthy_network_passes_everything(healthy, attack, largest, capsys):
     assert accuracies[0] > 0.9
     assert accuracies[-1] <= 0.1
     assert not healthy.training
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in copy.deepcopy(healthy).parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None
+        for parameter in copy.deepcopy(healthy).parameters()
+    )
     for before, after in zip(parameters, healthy.state_dict().values(), strict=True):
         assert torch.equal(before, after)
 
@@ -153,32 +171,51 @@ def test_the_curve_holds_the_attack_itself(healthy):
 
 
 BROKEN = {
-    "huge logits": (lambda network: Wrapped(network, behind=lambda logits: 1e6 * logits), {ZERO, HUGE, BLACK_BOX}, set()),
+    "huge logits": (
+        lambda network: Wrapped(network, behind=lambda logits: 1e6 * logits),
+        {ZERO, HUGE, BLACK_BOX},
+        set(),
+    ),
     "quantised input": (
         lambda network: Wrapped(network, before=lambda images: (8 * images).round() / 8),
         {ZERO, HUGE, BLACK_BOX},
         set(),
     ),
     "input outside of torch": (
-        lambda network: Wrapped(network, before=lambda images: torch.from_numpy(images.detach().numpy().copy())),
+        lambda network: Wrapped(
+            network, before=lambda images: torch.from_numpy(images.detach().numpy().copy())
+        ),
         {ZERO, HUGE, BLACK_BOX},
         set(),
     ),
-    "softmax": (lambda network: Wrapped(network, behind=lambda logits: logits.softmax(1)), {LOGITS}, set()),
+    "softmax": (
+        lambda network: Wrapped(network, behind=lambda logits: logits.softmax(1)),
+        {LOGITS},
+        set(),
+    ),
     "NaN gradients": (
-        lambda network: Wrapped(network, behind=lambda logits: logits + 0 * (logits - logits.detach()).abs().sqrt()),
+        lambda network: Wrapped(
+            network, behind=lambda logits: logits + 0 * (logits - logits.detach()).abs().sqrt()
+        ),
         {FINITE, HUGE, BLACK_BOX},
         set(),
     ),
-    "NaN logits": (lambda network: Wrapped(network, behind=lambda logits: logits * float("nan")), {FINITE}, set()),
+    "NaN logits": (
+        lambda network: Wrapped(network, behind=lambda logits: logits * float("nan")),
+        {FINITE},
+        set(),
+    ),
     "random input": (
-        lambda network: Wrapped(network, before=lambda images: images + 0.3 * torch.randn_like(images)),
+        lambda network: Wrapped(
+            network, before=lambda images: images + 0.3 * torch.randn_like(images)
+        ),
         {RANDOM, BATCH},
         None,
     ),
     "batch statistics": (lambda network: StuckInTraining(copy.deepcopy(network)), {BATCH}, None),
 }
-"""What is broken: how, the checks that must fail, and those that may beside them (None: any, as all verdicts are in doubt)."""
+"""What is broken: how, the checks that must fail, and those that may beside them (None: any, as all
+verdicts are in doubt)."""
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -189,16 +226,20 @@ def test_broken_networks_are_found(healthy, name):
         found = failed(doctor(breaking(healthy), loader(), ATTACK, seed=0).checks)
     assert expected <= found
     if others is not None:
-        assert found <= expected | others | {"not weaker than random noise"}  # blind attacks are noise of one draw
+        # blind attacks are noise of one draw
+        assert found <= expected | others | {"not weaker than random noise"}
 
 
 def test_an_attack_that_hardly_moves_is_found(healthy):
-    found = failed(doctor(healthy, loader(), PGD(EPSILON, EPSILON / 40, 10, random_start=False), seed=0).checks)
+    found = failed(
+        doctor(healthy, loader(), PGD(EPSILON, EPSILON / 40, 10, random_start=False), seed=0).checks
+    )
     assert {"not weaker than FGSM", "40 steps, not 10, find little more", BLACK_BOX} <= found
 
 
 def test_fgsm_that_points_the_wrong_way_is_found(healthy):
-    """Zero gradients at the images, true ones elsewhere, as after training against one step only."""
+    """Zero gradients at the images, true ones elsewhere, as after training against one step
+    only."""
 
     class Flat(nn.Module):
         def __init__(self):
@@ -208,7 +249,11 @@ def test_fgsm_that_points_the_wrong_way_is_found(healthy):
         def forward(self, images):
             at_image = (255 * images - (255 * images).round()).abs().amax(dim=(1, 2, 3)) < 1e-3
             logits = self.network(images)
-            return torch.where(at_image[:, None], logits.detach() + 1e-9 * images.flatten(1).sum(1, keepdim=True), logits)
+            return torch.where(
+                at_image[:, None],
+                logits.detach() + 1e-9 * images.flatten(1).sum(1, keepdim=True),
+                logits,
+            )
 
     found = failed(doctor(Flat(), loader(), FGSM(0.2), seed=0).checks)
     assert "20 steps, not 1, find little more" in found
@@ -221,7 +266,9 @@ def test_low_precision_passes(healthy):
     assert all(check.passed for check in checks)
 
 
-@pytest.mark.parametrize("attack", [PGD(0.1, 0.1, 1, targeted=True), PGD(0, 0, 1)], ids=["targeted", "epsilon 0"])
+@pytest.mark.parametrize(
+    "attack", [PGD(0.1, 0.1, 1, targeted=True), PGD(0, 0, 1)], ids=["targeted", "epsilon 0"]
+)
 def test_the_doctor_refuses_what_it_cannot_examine(healthy, attack):
     with pytest.raises(ValueError, match="untargeted attack with an epsilon above 0"):
         doctor(healthy, loader(), attack, seed=0)
@@ -256,12 +303,14 @@ def test_zero_gradients_are_judged_by_the_images_they_hide(marked, verdict, atta
     assert not failed(checks[1:])
     assert f"for {marked} of 100 images" in checks[0].detail
     assert model.training
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
 
 
 def test_gradients_that_vanish_and_hide_nothing_pass(healthy):
-    """In float32 little is left of the gradient of cross entropy, with which the attack may still get
-    through; the DLR loss has all of it."""
+    """In float32 little is left of the gradient of cross entropy, with which the attack may still
+    get through; the DLR loss has all of it."""
     _, _, images, labels = digits()
     confident = Wrapped(healthy, behind=lambda logits: 20 * logits)
     dlr, entropy = (PGD(EPSILON, EPSILON / 4, 10, loss=loss) for loss in ("dlr", "ce"))
@@ -334,7 +383,15 @@ def test_few_images_decide_nothing_good_and_anything_bad(healthy):
         (lambda logits: logits.where(torch.arange(3) < 2, -1e9), set()),
         (lambda logits: logits.where(torch.arange(3) < 2, float("-inf")), {FINITE}),
     ],
-    ids=["softmax", "bfloat16 softmax", "log softmax", "sigmoid", "noise", "masked class", "infinite"],
+    ids=[
+        "softmax",
+        "bfloat16 softmax",
+        "log softmax",
+        "sigmoid",
+        "noise",
+        "masked class",
+        "infinite",
+    ],
 )
 def test_quick_checks_look_at_the_outputs(behind, expected):
     images = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))

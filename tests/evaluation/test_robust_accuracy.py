@@ -1,4 +1,5 @@
-"""Verdicts: the same for every batch size and any number of parts, confirmed in full precision, kept when interrupted."""
+"""Verdicts: the same for every batch size and any number of parts, confirmed in full precision,
+kept when interrupted."""
 
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,9 @@ from models import build_model
 def digits():
     torch.manual_seed(0)
     loader = DATA_LOADERS["DigitsDataLoader"](batch_size=50)
-    model = build_model({"type": "simpleCNN", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}})
+    model = build_model(
+        {"type": "simpleCNN", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}}
+    )
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
     for images, labels in loader:
         optimizer.zero_grad()
@@ -68,17 +71,23 @@ def test_the_seed_alone_decides_where_an_attack_ends(digits):
 def test_verdicts_are_what_the_model_says(digits):
     model, loader = digits
     images, labels = next(iter(loader))
-    verdicts, worst = attack_batch(model, images, labels, ATTACK, positions=loader.positions, seed=3)
+    verdicts, worst = attack_batch(
+        model, images, labels, ATTACK, positions=loader.positions, seed=3
+    )
     clean, final = model(images), model(worst)
     robust = (clean.argmax(1) == labels) & (final.argmax(1) == labels)
     assert torch.equal(verdicts.robust_top1, robust)
     assert torch.equal(verdicts.prediction, final.argmax(1))
-    among_five = (final.topk(5).indices == labels[:, None]).any(1) & (clean.topk(5).indices == labels[:, None]).any(1)
+    among_five = (final.topk(5).indices == labels[:, None]).any(1) & (
+        clean.topk(5).indices == labels[:, None]
+    ).any(1)
     assert torch.equal(verdicts.robust_top5, among_five)
     torch.testing.assert_close(verdicts.perturbation, (worst - images).flatten(1).abs().amax(1))
 
 
-def test_attacks_of_several_steps_search_the_folded_copy_and_the_model_itself_gives_verdicts(digits, monkeypatch):
+def test_attacks_of_several_steps_search_the_folded_copy_and_the_model_itself_gives_verdicts(
+    digits, monkeypatch
+):
     model, loader = digits
     asked = []
 
@@ -98,7 +107,9 @@ def test_attacks_of_several_steps_search_the_folded_copy_and_the_model_itself_gi
     attack_loader(model, loader, FGSM(4 / 255), seed=0)
     hook.remove()
     assert verdicts.robust_top1.any()
-    assert searched == ["model", *["copy"] * 4, "model"], "clean; three steps and the last point; the verdict"
+    assert searched == ["model", *["copy"] * 4, "model"], (
+        "clean; three steps and the last point; the verdict"
+    )
     assert asked == ["model", "model"]
 
 
@@ -116,7 +127,9 @@ def test_fgsm_costs_one_pass_and_its_verdict_one_more(digits):
     images, labels = next(iter(loader))
     asked = []
     hook = model.register_forward_hook(lambda *call: asked.append(len(call[1][0])))
-    verdicts, worst = attack_batch(model, images, labels, FGSM(4 / 255), positions=loader.positions, seed=0)
+    verdicts, worst = attack_batch(
+        model, images, labels, FGSM(4 / 255), positions=loader.positions, seed=0
+    )
     hook.remove()
     assert len(asked) == 2
     assert torch.equal(verdicts.clean_prediction, model(images).argmax(1))
@@ -148,13 +161,23 @@ def test_a_success_in_low_precision_only_counts_if_full_precision_confirms_it(di
             return -logits if torch.is_autocast_enabled("cpu") else logits
 
     attack = PGD(4 / 255, 1 / 255, 5, early_stop=True)
-    run = partial(attack_batch, images=images, labels=labels, attack=attack, positions=loader.positions, seed=0)
+    run = partial(
+        attack_batch,
+        images=images,
+        labels=labels,
+        attack=attack,
+        positions=loader.positions,
+        seed=0,
+    )
     low = run(Coarse(), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))[0]
-    assert torch.equal(low.robust_top1, run(model)[0].robust_top1), "what it believed in was attacked again"
+    assert torch.equal(low.robust_top1, run(model)[0].robust_top1), (
+        "what it believed in was attacked again"
+    )
 
 
 def test_a_success_that_full_precision_confirms_in_part_is_kept():
-    """bf16 believes that the label has left the top five; float32 says that it is merely not the first."""
+    """bf16 believes that the label has left the top five; float32 says that it is merely not the
+    first."""
 
     class Coarse(nn.Module):
         """Gray is class 0; of lighter images, float32 puts it second and bf16 last."""
@@ -173,7 +196,11 @@ def test_a_success_that_full_precision_confirms_in_part_is_kept():
         def perturb(self, model, images, labels, generators):
             return images + 0.01 if torch.is_autocast_enabled("cpu") else images
 
-    given = {"positions": torch.arange(4), "seed": 0, "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16)}
+    given = {
+        "positions": torch.arange(4),
+        "seed": 0,
+        "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    }
     gray, labels = torch.full((4, 1, 2, 2), 0.5), torch.zeros(4, dtype=torch.int64)
     verdicts, _ = attack_batch(Coarse(), gray, labels, Once(0.1), **given)
     assert verdicts.clean_top1.all()
@@ -186,11 +213,21 @@ def test_batches_are_filled_up_and_only_images_that_stand_are_in_them(digits):
     images, _ = next(iter(loader))
     seen = []
     hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    wrong = (model(images).argmax(1) + torch.arange(len(images)).lt(15)) % 10  # 15 are misclassified, 5 stand
+    # 15 are misclassified, 5 stand
+    wrong = (model(images).argmax(1) + torch.arange(len(images)).lt(15)) % 10
     seen.clear()
-    attack_batch(model, images, wrong, PGD(4 / 255, 0.0, 3, early_stop=True), positions=loader.positions, seed=0)
+    attack_batch(
+        model,
+        images,
+        wrong,
+        PGD(4 / 255, 0.0, 3, early_stop=True),
+        positions=loader.positions,
+        seed=0,
+    )
     hook.remove()
-    assert seen == [24, 16, 16, 16, 16, 16], "clean; three steps, the last point and the verdict on five images"
+    assert seen == [24, 16, 16, 16, 16, 16], (
+        "clean; three steps, the last point and the verdict on five images"
+    )
 
 
 def test_a_targeted_attack_and_an_empty_loader_get_no_verdict(digits):

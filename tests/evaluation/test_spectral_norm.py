@@ -1,4 +1,5 @@
-"""Spectra of operators against the singular values of the explicit matrix, which is made column by column from unit vectors."""
+"""Spectra of operators against the singular values of the explicit matrix, which is made column by
+column from unit vectors."""
 
 from math import sqrt
 
@@ -65,8 +66,12 @@ def test_agrees_with_svd(conv, geometry):
         # at most 64 singular values here, so nothing is estimated
         assert len(exact) <= 64
         assert found.mean_square == pytest.approx((exact**2).mean(), rel=1e-5)
-        assert found.orthogonality_error == pytest.approx(sqrt(((exact**2 - 1) ** 2).mean()), rel=1e-5)
-        assert found.spread == pytest.approx((exact**2).std() / (exact**2).mean(), rel=1e-5, abs=1e-6)
+        assert found.orthogonality_error == pytest.approx(
+            sqrt(((exact**2 - 1) ** 2).mean()), rel=1e-5
+        )
+        assert found.spread == pytest.approx(
+            (exact**2).std() / (exact**2).mean(), rel=1e-5, abs=1e-6
+        )
 
 
 def test_a_matrix_by_hand():
@@ -75,7 +80,9 @@ def test_a_matrix_by_hand():
         layer.weight.fill_(1.0)
     found = spectrum(layer, (1, 1, 3))  # [[1, 1, 0], [0, 1, 1]], squared singular values 3 and 1
     assert found.norm == pytest.approx(sqrt(3))
-    assert (found.mean_square, found.orthogonality_error, found.spread) == pytest.approx((2, sqrt(2), 0.5))
+    assert (found.mean_square, found.orthogonality_error, found.spread) == pytest.approx(
+        (2, sqrt(2), 0.5)
+    )
 
 
 def test_linear_layers():
@@ -100,11 +107,17 @@ def test_many_singular_values_are_estimated():
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [(16, 16), (8, 16), (16, 8)])
-def test_an_orthogonal_kernel_has_norm_1_and_no_error_and_a_perturbed_one_does_not(channels, stride):
+def test_an_orthogonal_kernel_has_norm_1_and_no_error_and_a_perturbed_one_does_not(
+    channels, stride
+):
     torch.manual_seed(0)
     layer = nn.Conv2d(*channels, 1, stride).double()
     with torch.no_grad():
-        layer.weight.copy_(nn.init.orthogonal_(torch.empty(channels[1], channels[0], dtype=torch.float64))[..., None, None])
+        layer.weight.copy_(
+            nn.init.orthogonal_(torch.empty(channels[1], channels[0], dtype=torch.float64))[
+                ..., None, None
+            ]
+        )
     shape = (channels[0], 9, 9)
     found = spectrum(layer, shape)
     assert found.norm == pytest.approx(1, abs=1e-12)
@@ -116,7 +129,9 @@ def test_an_orthogonal_kernel_has_norm_1_and_no_error_and_a_perturbed_one_does_n
     assert perturbed.norm > 1.001
     assert perturbed.orthogonality_error > 1e-3
     with torch.no_grad():
-        layer.weight.copy_(2 * nn.init.orthogonal_(layer.weight.flatten(1)).reshape(layer.weight.shape))
+        layer.weight.copy_(
+            2 * nn.init.orthogonal_(layer.weight.flatten(1)).reshape(layer.weight.shape)
+        )
     scaled = spectrum(layer, shape)
     assert scaled.norm == pytest.approx(2)
     assert scaled.orthogonality_error == pytest.approx(3)
@@ -129,7 +144,9 @@ def test_the_layer_stays_as_it_was():
         before = {name: value.clone() for name, value in layer.state_dict().items()}
         spectrum(layer, (2, 5, 5))
         assert layer.training
-        assert all(parameter.requires_grad and parameter.grad is None for parameter in layer.parameters())
+        assert all(
+            parameter.requires_grad and parameter.grad is None for parameter in layer.parameters()
+        )
         assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
 
 
@@ -160,7 +177,9 @@ def test_a_zero_operator_and_one_that_is_not_finite():
     assert found.converged
     with torch.no_grad():
         layer.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"^layer: its weights or running statistics are infinite or NaN$"):
+    with pytest.raises(
+        NonFiniteError, match=r"^layer: its weights or running statistics are infinite or NaN$"
+    ):
         spectrum(layer, (2, 4, 4))
 
 
@@ -173,7 +192,9 @@ def test_one_singular_value_above_a_great_many_equal_ones_is_found():
     """A random vector hardly sees it: its residual is below the tolerance from the start."""
     scales = torch.ones(40000, dtype=torch.float64)
     scales[123] = 1.05
-    assert operator_spectrum(lambda vectors: vectors * scales, (40000,)).norm == pytest.approx(1.05, rel=1e-4)
+    assert operator_spectrum(lambda vectors: vectors * scales, (40000,)).norm == pytest.approx(
+        1.05, rel=1e-4
+    )
 
 
 def test_product_of_norms():

@@ -1,4 +1,5 @@
-"""The examples of docs/extending.md, run as a user would: copied out of the clone, by the commands that the page gives."""
+"""The examples of docs/extending.md, run as a user would: copied out of the clone, by the commands
+that the page gives."""
 
 import os
 import re
@@ -21,7 +22,9 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
 def blocks(section, language):
-    return [block.strip("\n") for block in re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)]
+    return [
+        block.strip("\n") for block in re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    ]
 
 
 def files_of_the_clone():
@@ -35,8 +38,8 @@ def files_of_the_clone():
 
 
 def run(command, folder):
-    """What a command of the page prints. Python with PYTHONPATH is a process of its own, everything else a fork, which has
-    the imports done."""
+    """What a command of the page prints. Python with PYTHONPATH is a process of its own, everything
+    else a fork, which has the imports done."""
     words = shlex.split(command.replace("$CLONE", str(ROOT)))
     if words[0].startswith("PYTHONPATH="):
         key, _, value = words.pop(0).partition("=")
@@ -53,7 +56,8 @@ def run(command, folder):
 
 
 def is_shown_as(line, shown):
-    """Whether a line is what the page shows, but for its numbers and for what three dots stand for."""
+    """Whether a line is what the page shows, but for its numbers and for what three dots stand
+    for."""
     parts = [NUMBER.sub("\0", part) for part in shown.split("...")]
     pattern = ".*".join(re.escape(part).replace("\0", NUMBER.pattern) for part in parts)
     return re.fullmatch(pattern, line) is not None
@@ -65,7 +69,9 @@ def test_an_example_does_what_the_page_shows(title, tmp_path):
     shutil.copytree(ROOT / "examples", folder)
     before = files_of_the_clone()
     section = SECTIONS[title]
-    printed = [run(line, folder) for block in blocks(section, "bash") for line in block.splitlines()]
+    printed = [
+        run(line, folder) for block in blocks(section, "bash") for line in block.splitlines()
+    ]
     lines = "".join(printed).splitlines()
     for block in blocks(section, "text"):
         for shown in block.splitlines():

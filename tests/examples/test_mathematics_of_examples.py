@@ -67,7 +67,9 @@ def test_the_loss_of_mart(example):
     clean, attacked = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[0.2, 0.5, 0.3]])
     losses = example("mart").mart_losses(clean.log(), attacked.log(), torch.tensor([0]), 5.0)
     divergence = sum(p * log(p / q) for p, q in zip((0.6, 0.3, 0.1), (0.2, 0.5, 0.3), strict=True))
-    assert losses.tolist() == pytest.approx([-log(0.2) - log(1.0001 - 0.5) + 5 * divergence * (1 - 0.6)])
+    assert losses.tolist() == pytest.approx(
+        [-log(0.2) - log(1.0001 - 0.5) + 5 * divergence * (1 - 0.6)]
+    )
 
 
 def test_momentum_fgsm_remembers_gradients_by_their_l1_norm(example):

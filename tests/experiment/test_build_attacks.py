@@ -1,4 +1,5 @@
-"""From a config to its attack: any entry of the table, with what it takes of what the config offers."""
+"""From a config to its attack: any entry of the table, with what it takes of what the config
+offers."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -41,7 +42,10 @@ PLAIN = PGD(8 / 255, 2 / 255, 10, early_stop=5, seed=3)
         ({}, PLAIN),
         ({"K": 20, "step": 1}, replace(PLAIN, steps=20, step_size=1 / 255)),
         ({"restarts": 2, "loss": "dlr"}, replace(PLAIN, restarts=2, loss="dlr")),
-        ({"random_start": False, "early_stop": 0}, replace(PLAIN, random_start=False, early_stop=0)),
+        (
+            {"random_start": False, "early_stop": 0},
+            replace(PLAIN, random_start=False, early_stop=0),
+        ),
         ({"norm": "l2", "K": 5}, PGD(0.5, 0.25, 5, "l2", early_stop=5, seed=3)),
         ({"type": "fgsm", "loss": "margin"}, FGSM(8 / 255, early_stop=5, loss="margin")),
         ({"type": "apgd", "rho": 0.5}, APGD(8 / 255, 100, rho=0.5, seed=3)),
@@ -50,7 +54,10 @@ PLAIN = PGD(8 / 255, 2 / 255, 10, early_stop=5, seed=3)
         ({"type": "square", "loss": "ce"}, Square(8 / 255, loss="ce", seed=3)),
         ({"type": "autoattack", "norm": "l2"}, AutoAttack(0.5, "l2", seed=3)),
         ({"type": "momentum"}, MomentumFGSM(8 / 255)),
-        ({"type": "momentum", "momentum": 0.9, "step": 2}, MomentumFGSM(8 / 255, step_size=2 / 255, momentum=0.9)),
+        (
+            {"type": "momentum", "momentum": 0.9, "step": 2},
+            MomentumFGSM(8 / 255, step_size=2 / 255, momentum=0.9),
+        ),
         ({"type": "windowed", "window": 4}, Windowed(8 / 255, window=4 / 255)),
         ({"type": "windowed", "window": "16/255"}, Windowed(8 / 255, window=16 / 255)),
     ],
@@ -74,7 +81,10 @@ def test_a_config_builds_every_attack_and_is_stable(name):
         ({"querys": 3}, "pgd_attack.querys: .*queries"),
         ({"type": "square", "queries": "many"}, "pgd_attack.queries: "),
         ({"targeted": True}, "pgd_attack.targeted"),
-        ({"restarts": 2, "random_start": False}, "^pgd_attack: pgd: restarts 2: without random_start all"),
+        (
+            {"restarts": 2, "random_start": False},
+            "^pgd_attack: pgd: restarts 2: without random_start all",
+        ),
     ],
 )
 def test_what_an_attack_does_not_take_is_one_line(section, message):
@@ -86,8 +96,16 @@ def test_what_an_attack_does_not_take_is_one_line(section, message):
 @pytest.mark.parametrize(
     ("section", "classes", "message"),
     [
-        ({"loss": "dlr"}, 2, "^pgd_attack.loss: dlr needs at least 3 classes, this data set has 2$"),
-        ({"type": "autoattack"}, 3, "^pgd_attack.type: autoattack needs at least 4 classes, this data set has 3$"),
+        (
+            {"loss": "dlr"},
+            2,
+            "^pgd_attack.loss: dlr needs at least 3 classes, this data set has 2$",
+        ),
+        (
+            {"type": "autoattack"},
+            3,
+            "^pgd_attack.type: autoattack needs at least 4 classes, this data set has 3$",
+        ),
     ],
 )
 def test_too_few_classes_are_one_line(section, classes, message):
@@ -97,13 +115,20 @@ def test_too_few_classes_are_one_line(section, classes, message):
 
 def test_an_entry_that_builds_something_else_is_one_line(monkeypatch):
     monkeypatch.setitem(ATTACKS, "none", lambda epsilon: None)
-    with pytest.raises(ConfigError, match="^pgd_attack.type: none: expected a subclass of attacks.Attack, not NoneType$"):
+    with pytest.raises(
+        ConfigError,
+        match="^pgd_attack.type: none: expected a subclass of attacks.Attack, not NoneType$",
+    ):
         attack_of(type="none")
 
 
 def test_another_attack_takes_over_what_was_chosen_and_no_defaults():
     written = config_of(pgd_attack={"K": 20, "random_start": False}).dump()["pgd_attack"]
-    assert written.keys() > other_attack(written, "square").keys() == {"K", "restarts", "loss", "random_start"}
+    assert (
+        written.keys()
+        > other_attack(written, "square").keys()
+        == {"K", "restarts", "loss", "random_start"}
+    )
     chosen = {"type": "square", "loss": "dlr", "queries": 7, "restarts": 3}
     left = merge({"pgd_attack": chosen}, {"pgd_attack": other_attack(chosen, "apgd")})
     assert {key: value for key, value in left["pgd_attack"].items() if value is not None} == {
@@ -133,7 +158,10 @@ def test_an_own_attack_may_have_losses_of_its_own(monkeypatch):
     assert attack_of(type="own_losses").loss == attack_of(type="one_loss").loss == "last"
     assert attack_of(type="own_losses", loss="first").loss == "first"
     assert fgsm(config_of(pgd_attack={"type": "own_losses"})).loss == "ce"
-    with pytest.raises(ConfigError, match=r"pgd_attack.loss: 'fist' is not one of: first, last; did you mean 'first'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"pgd_attack.loss: 'fist' is not one of: first, last; did you mean 'first'\?",
+    ):
         attack_of(type="own_losses", loss="fist")
 
 

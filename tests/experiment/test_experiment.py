@@ -30,7 +30,10 @@ def test_a_crash_in_the_first_epoch_can_be_resumed(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             run(tmp_path / "crashed", config_of())
     Experiment.resume(str(tmp_path / "crashed"))
-    assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / "crashed" / "model_last.pth") == []
+    assert (
+        difference(tmp_path / "whole" / "model_last.pth", tmp_path / "crashed" / "model_last.pth")
+        == []
+    )
 
 
 def test_fewer_epochs_in_the_middle_of_one_report_the_best_finished_one(tmp_path, monkeypatch):
@@ -43,12 +46,20 @@ def test_fewer_epochs_in_the_middle_of_one_report_the_best_finished_one(tmp_path
 
 
 def test_dropout_does_not_depend_on_what_else_the_process_did(tmp_path):
-    args = {"conv_layer_type": "conv", "norm_layer_type": "bn", "depth": 10, "widen_factor": 1, "dropout": 0.3}
+    args = {
+        "conv_layer_type": "conv",
+        "norm_layer_type": "bn",
+        "depth": 10,
+        "widen_factor": 1,
+        "dropout": 0.3,
+    }
     config = config_of(arch={"type": "wide_resnet", "args": args})
     first, second = Experiment.from_config(config), Experiment.from_config(config)
     first.run(str(tmp_path / "a"))
     second.run(str(tmp_path / "b"))
-    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (tmp_path / "b" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "b" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_the_log_names_the_layer_types_and_warns_once(tmp_path):
@@ -72,7 +83,9 @@ def test_the_comparison_can_fail(tmp_path):
 
 
 def test_run_folder_holds_everything(tmp_path):
-    config = config_of(trainer={"sym": True, "percent": 0.5, "tensorboard": True, "save_period": 2, "verbosity": 1})
+    config = config_of(
+        trainer={"sym": True, "percent": 0.5, "tensorboard": True, "save_period": 2, "verbosity": 1}
+    )
     result = run(tmp_path / "run", config)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
@@ -85,7 +98,15 @@ def test_run_folder_holds_everything(tmp_path):
     assert read["config.json"] == merge(config.dump(), filled)
     assert load_checkpoint(tmp_path / "run" / "model_best.pth")["config"] == read["config.json"]
     assert read["result.json"] == result
-    assert {"test_top1", "test_top5", "val_top1", "best_epoch", "epochs", "train_seconds", "images_per_second"} <= result.keys()
+    assert {
+        "test_top1",
+        "test_top5",
+        "val_top1",
+        "best_epoch",
+        "epochs",
+        "train_seconds",
+        "images_per_second",
+    } <= result.keys()
     assert {"val_clean_top1", "last_test_top1", "n_train", "n_val", "n_test"} <= result.keys()
     environment = read["environment.json"]
     assert {"packages", "command", "commit", "cpu", "gpus"} <= environment.keys()
@@ -96,9 +117,14 @@ def test_run_folder_holds_everything(tmp_path):
     assert "config_hash" not in (tmp_path / "run" / "info.log").read_text()
     assert result["n_train"] == len(np.load(tmp_path / "run" / "labels.npz")["train_index"]) > 3 * 8
     labels = np.load(tmp_path / "run" / "labels.npz")
-    names = {f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")}
+    names = {
+        f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")
+    }
     assert set(labels) == names | {"transition_matrix"}
-    kept = [(labels["train_label"] == digit)[labels["train_clean_label"] == digit].mean() for digit in range(10)]
+    kept = [
+        (labels["train_label"] == digit)[labels["train_clean_label"] == digit].mean()
+        for digit in range(10)
+    ]
     assert labels["transition_matrix"].diagonal() == pytest.approx(kept)
     assert not set(labels["train_index"]) & set(labels["val_index"])
     realised = float((labels["train_label"] != labels["train_clean_label"]).mean())
@@ -107,7 +133,15 @@ def test_run_folder_holds_everything(tmp_path):
     assert f"train_rate {realised}" in log
     assert f"label noise: 7 -> 7 {kept[7]:.1%}, " in log
     checkpoint = load_checkpoint(tmp_path / "run" / "model_best.pth")
-    assert {"config", "mean", "std", "class_names", "fingerprint", "versions", "schema_version"} <= checkpoint.keys()
+    assert {
+        "config",
+        "mean",
+        "std",
+        "class_names",
+        "fingerprint",
+        "versions",
+        "schema_version",
+    } <= checkpoint.keys()
 
 
 def test_result_is_the_best_model_measured_on_the_test_set(tmp_path):
@@ -118,13 +152,17 @@ def test_result_is_the_best_model_measured_on_the_test_set(tmp_path):
         experiment.model.load_state_dict(load_checkpoint(tmp_path / "run" / name)["state_dict"])
         images, labels = (torch.cat(part) for part in zip(*experiment.test_loader, strict=True))
         logits = experiment.model.eval()(images)
-        assert result[f"{prefix}test_top1"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+        assert result[f"{prefix}test_top1"] == pytest.approx(
+            float((logits.argmax(1) == labels).double().mean())
+        )
     assert result["n_test"] == len(labels)
 
 
 def test_averaged_weights_are_validated_and_tested_as_saved(tmp_path):
     attacked = {"method": "fgsm", "validate_every": 0, "report_images": 40}
-    config = config_of(trainer={"ema_decay": 0.6, "monitor": "min val_top1", "epochs": 2}, adversarial=attacked)
+    config = config_of(
+        trainer={"ema_decay": 0.6, "monitor": "min val_top1", "epochs": 2}, adversarial=attacked
+    )
     result = run(tmp_path / "run", config)
     assert result["best_epoch"] == 1
     experiment = Experiment.from_config(config)
@@ -134,14 +172,18 @@ def test_averaged_weights_are_validated_and_tested_as_saved(tmp_path):
         images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
         return pytest.approx(float((model(images).argmax(1) == labels).double().mean()))
 
-    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     for name, prefix, epoch in (("model_best.pth", "", 0), ("model_last.pth", "last_", 1)):
         saved = load_checkpoint(tmp_path / "run" / name)
         for key, part in (("state_dict", ""), ("ema_state_dict", "ema_")):
             model.load_state_dict(saved[key])
             assert result[f"{prefix}{part}test_top1"] == top1(experiment.test_loader)
             assert log[epoch][f"val_{part}top1"] == top1(experiment.validation_loader)
-            kind = name.removeprefix("model_").removesuffix(".pth") + part.rstrip("_").replace("ema", "_ema")
+            kind = name.removeprefix("model_").removesuffix(".pth") + part.rstrip("_").replace(
+                "ema", "_ema"
+            )
             report = json.loads((tmp_path / "run" / "eval" / f"pgd_{kind}.json").read_text())
             assert report["robust_top1"] == result[f"{prefix}{part}test_robust_top1"]
             assert name in report["checkpoint"]
@@ -165,24 +207,41 @@ def test_a_signal_ends_validation_at_once_and_loses_nothing(tmp_path, monkeypatc
         with pytest.raises(Stopped, match="stopped by SIGTERM after 1 epochs and 3 batches"):
             run(tmp_path / "stopped", config)
     Experiment.resume(str(tmp_path / "stopped"))
-    assert not difference(tmp_path / "stopped" / "model_last.pth", tmp_path / "whole" / "model_last.pth")
-    assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert not difference(
+        tmp_path / "stopped" / "model_last.pth", tmp_path / "whole" / "model_last.pth"
+    )
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_what_asks_for_validation_gets_images_for_it(tmp_path, caplog):
-    nothing = {"data_loader": {"args": {"validation_split": 0.0}}, "trainer": {"monitor": "off", "epochs": 1, "verbosity": 1}}
+    nothing = {
+        "data_loader": {"args": {"validation_split": 0.0}},
+        "trainer": {"monitor": "off", "epochs": 1, "verbosity": 1},
+    }
     attacked = {"method": "fgsm", "validate_images": 20, "report": False}
-    asked = run(tmp_path / "asked", config_of(**merge(nothing, {"adversarial": {**attacked, "validate_every": 1}})))
+    asked = run(
+        tmp_path / "asked",
+        config_of(**merge(nothing, {"adversarial": {**attacked, "validate_every": 1}})),
+    )
     assert asked["n_val"] > 0
     assert "val_robust_top1" in asked
     assert "test_robust_top1" not in asked, "adversarial.report is false"
-    assert run(tmp_path / "not", config_of(**merge(nothing, {"adversarial": attacked})))["n_val"] == 0
-    assert "no robust validation: nothing is held out" in (tmp_path / "not" / "info.log").read_text()
+    assert (
+        run(tmp_path / "not", config_of(**merge(nothing, {"adversarial": attacked})))["n_val"] == 0
+    )
+    assert (
+        "no robust validation: nothing is held out" in (tmp_path / "not" / "info.log").read_text()
+    )
 
 
 def test_processes_of_torchrun_must_have_met(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"torchrun: the processes have not met: train inside `with base.distributed.distributed_session"):
+    with pytest.raises(
+        ConfigError,
+        match=r"torchrun: the processes have not met: train inside `with base.distributed.distributed_session",
+    ):
         Experiment.from_config(config_of())
 
 
@@ -190,9 +249,14 @@ def test_noise_changes_training_and_only_through_labels(tmp_path):
     clean = run(tmp_path / "clean", config_of())
     noisy = run(tmp_path / "noisy", config_of(trainer={"sym": True, "percent": 0.4}))
     assert clean["n_train"] == noisy["n_train"]
-    first = {name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("clean", "noisy")}
+    first = {
+        name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("clean", "noisy")
+    }
     assert first["clean"]["loss"] != first["noisy"]["loss"]
-    indices = [np.load(tmp_path / name / "labels.npz")["train_index"] for name in ("clean", "noisy")]
+    indices = [
+        np.load(tmp_path / name / "labels.npz")["train_index"] for name in ("clean", "noisy")
+    ]
     assert np.array_equal(*indices)
 
 
@@ -220,12 +284,20 @@ def test_a_val_monitor_without_a_split_holds_out_a_tenth_with_a_warning(tmp_path
 
 def test_resume_refuses_another_experiment_and_takes_more_epochs(tmp_path):
     run(tmp_path / "run", config_of())
-    with pytest.raises(ConfigError, match=r"optimizer.args.lr: the run was started with 0.05; 0.1 would make it"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer.args.lr: the run was started with 0.05; 0.1 would make it"
+    ):
         Experiment.resume(str(tmp_path / "run"), overrides=[("optimizer.args.lr", "0.1")])
-    with pytest.raises(CheckpointError, match="another architecture: arch.type is 'simpleCNN' there and 'simpleCNN2' in this"):
+    with pytest.raises(
+        CheckpointError,
+        match="another architecture: arch.type is 'simpleCNN' there and 'simpleCNN2' in this",
+    ):
         Experiment.resume(str(tmp_path / "run"), overrides=[("arch.type", "simpleCNN2")])
     run(tmp_path / "cosine", config_of(lr_scheduler={"type": "CosineAnnealingLR"}))
-    with pytest.raises(ConfigError, match=r"trainer.epochs: .* another experiment; CosineAnnealingLR spans the whole run"):
+    with pytest.raises(
+        ConfigError,
+        match=r"trainer.epochs: .* another experiment; CosineAnnealingLR spans the whole run",
+    ):
         Experiment.resume(str(tmp_path / "cosine"), overrides=[("trainer.epochs", "4")])
     with pytest.raises(ConfigError, match=r"system.precision: the run was started with 'fp32'"):
         Experiment.resume(str(tmp_path / "run"), overrides=[("system.precision", "bf16")])
@@ -239,10 +311,16 @@ def test_resume_refuses_another_experiment_and_takes_more_epochs(tmp_path):
 
 def test_a_run_cannot_have_done_fewer_epochs_than_it_has(tmp_path):
     run(tmp_path / "run", config_of(trainer={"epochs": 2}))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    with pytest.raises(ConfigError, match="trainer.epochs: 1, but .*model_last.pth has done 2 epochs already"):
+    before = {
+        path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()
+    }
+    with pytest.raises(
+        ConfigError, match="trainer.epochs: 1, but .*model_last.pth has done 2 epochs already"
+    ):
         Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "1")])
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    assert {
+        path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()
+    } == before
 
 
 def test_a_noise_file_may_move_but_not_change(tmp_path, caplog):
@@ -261,7 +339,10 @@ def test_a_noise_file_may_move_but_not_change(tmp_path, caplog):
     noisy[::7] = clean[::7]
     noisy[1::7] = (clean[1::7] + 1) % 10
     np.save(tmp_path / "moved.npy", noisy)
-    with pytest.raises(CheckpointError, match=r"data_loader.args.data_dir \(or trainer.noise_file\) now holds: labels$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"data_loader.args.data_dir \(or trainer.noise_file\) now holds: labels$",
+    ):
         Experiment.resume(str(tmp_path / "run"), overrides=[overrides[0]])
 
 
@@ -290,21 +371,33 @@ def test_resume_refuses_other_data_and_the_originals_checkpoints(tmp_path, monke
     save_checkpoint(path, {**contents, "mean": [0.5, 0.5, 0.5]})
     with pytest.raises(CheckpointError, match="was trained on other images or labels"):
         Experiment.resume(str(path))
-    torch.save({"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3}, path)
+    torch.save(
+        {"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3}, path
+    )
     with pytest.raises(CheckpointError, match="holds no config"):
         Experiment.resume(str(path))
 
 
 def test_class_counts_must_agree():
-    with pytest.raises(ConfigError, match=r"arch.args.num_classes: 7, but DigitsDataLoader has 10 classes"):
+    with pytest.raises(
+        ConfigError, match=r"arch.args.num_classes: 7, but DigitsDataLoader has 10 classes"
+    ):
         Experiment.from_config(config_of(arch={"args": {"num_classes": 7}}))
 
 
 def test_compiled_model_saves_the_same_keys(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: torch._dynamo.optimize("eager")(function))
-    plain, compiled = Experiment.from_config(config_of()), Experiment.from_config(config_of(system={"compile": True}))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: torch._dynamo.optimize("eager")(function)
+    )
+    plain, compiled = (
+        Experiment.from_config(config_of()),
+        Experiment.from_config(config_of(system={"compile": True})),
+    )
     compiled.run(str(tmp_path / "run"))
-    assert load_checkpoint(tmp_path / "run" / "model_last.pth")["state_dict"].keys() == plain.model.state_dict().keys()
+    assert (
+        load_checkpoint(tmp_path / "run" / "model_last.pth")["state_dict"].keys()
+        == plain.model.state_dict().keys()
+    )
 
 
 def folder_config(folder, split=0.0, **sections):
@@ -339,7 +432,10 @@ def test_a_run_says_what_it_took_of_a_folder(tmp_path, caplog):
     assert "data set: skipped files and folders: 1 of other types (1 '.db')\n" in log
     assert "WARNING" not in log
     run(tmp_path / "split", folder_config(tmp_path / "set", 0.25))
-    assert "validation_split has no effect: the data set names its validation images itself" in caplog.text
+    assert (
+        "validation_split has no effect: the data set names its validation images itself"
+        in caplog.text
+    )
 
 
 def test_a_broken_test_image_that_is_streamed_is_found_before_training(tmp_path):

@@ -16,7 +16,12 @@ from base.base_trainer import BaseTrainer
 from base.errors import CheckpointError, ConfigError, Stopped
 from tiny_runs import ROOT, TINY, config_of, difference
 
-SMALL = {"trainer.epochs": 1, "data_loader.args.num_batches": 2, "data_loader.args.batch_size": 8, "trainer.verbosity": 0}
+SMALL = {
+    "trainer.epochs": 1,
+    "data_loader.args.num_batches": 2,
+    "data_loader.args.batch_size": 8,
+    "trainer.verbosity": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,9 @@ def test_a_config_file_overrides_and_a_result(quick):
 def test_a_finished_run_goes_on_with_more_epochs(quick):
     more = experiment.resume(quick.folder, {"trainer.epochs": 2})
     assert (more["epochs"], more.folder) == (2, quick.folder)
-    with pytest.raises(ConfigError, match=r"^overrides seed=6: seed: the run was started with 5; 6 would"):
+    with pytest.raises(
+        ConfigError, match=r"^overrides seed=6: seed: the run was started with 5; 6 would"
+    ):
         experiment.resume(str(quick.folder), {"seed": 6})
     with pytest.raises(CheckpointError):
         experiment.resume(quick.folder / "nothing")
@@ -50,15 +57,22 @@ def test_a_tree_and_a_resolved_config_train_alike_and_in_a_thread_without_signal
     settings = {"trainer.epochs": 1, "optimizer.args": {"lr": 0.02}, "trainer.early_stop": None}
     experiment.train(TINY, settings, run_dir=tmp_path / "tree")
     config = config_of(trainer={"epochs": 1}, optimizer={"args": {"lr": 0.02}})
-    thread = threading.Thread(target=experiment.train, args=(config,), kwargs={"run_dir": tmp_path / "thread"})
+    thread = threading.Thread(
+        target=experiment.train, args=(config,), kwargs={"run_dir": tmp_path / "thread"}
+    )
     thread.start()
     thread.join()
-    assert difference(tmp_path / "tree" / "model_last.pth", tmp_path / "thread" / "model_last.pth") == []
+    assert (
+        difference(tmp_path / "tree" / "model_last.pth", tmp_path / "thread" / "model_last.pth")
+        == []
+    )
     assert logging.getLogger().handlers == handlers
 
 
 def test_a_new_folder_is_made_where_none_is_named(tmp_path):
-    result = experiment.train(TINY, {"trainer.epochs": 1, "trainer.save_dir": tmp_path, "name": "mine"})
+    result = experiment.train(
+        TINY, {"trainer.epochs": 1, "trainer.save_dir": tmp_path, "name": "mine"}
+    )
     assert result.folder.parent == tmp_path / "mine"
     assert (result.folder / "result.json").exists()
 
@@ -68,8 +82,14 @@ def test_a_new_folder_is_made_where_none_is_named(tmp_path):
     [
         ({"trainer.epoch": 3}, r"trainer\.epoch: unknown key; did you mean 'epochs'\?"),
         ({"trainer.epochs": 0}, r"trainer\.epochs: .*not 0$"),
-        ({"trainer.epochs": torch.tensor(3)}, r"^trainer\.epochs: tensor\(3\) is not a value that JSON can hold$"),
-        ({"n_gpu": 2}, r"n_gpu: 2 processes are asked for, and this is one: train with train\.py, or under torchrun"),
+        (
+            {"trainer.epochs": torch.tensor(3)},
+            r"^trainer\.epochs: tensor\(3\) is not a value that JSON can hold$",
+        ),
+        (
+            {"n_gpu": 2},
+            r"n_gpu: 2 processes are asked for, and this is one: train with train\.py, or under torchrun",
+        ),
     ],
 )
 def test_errors_are_exceptions_of_one_line(tmp_path, overrides, message):
@@ -88,11 +108,15 @@ def test_ctrl_c_saves_and_is_an_exception(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(BaseTrainer, "update", interrupted)
-        with pytest.raises(Stopped, match=r"^stopped by SIGINT after 0 epochs and 1 batches; continue with -r "):
+        with pytest.raises(
+            Stopped, match=r"^stopped by SIGINT after 0 epochs and 1 batches; continue with -r "
+        ):
             experiment.train(TINY, {"trainer.epochs": 1}, run_dir=tmp_path / "run")
     experiment.train(TINY, {"trainer.epochs": 1}, run_dir=tmp_path / "whole")
     experiment.resume(tmp_path / "run")
-    assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / "run" / "model_last.pth") == []
+    assert (
+        difference(tmp_path / "whole" / "model_last.pth", tmp_path / "run" / "model_last.pth") == []
+    )
 
 
 def test_a_script_of_a_users_own_reads_no_command_line(tmp_path, monkeypatch):

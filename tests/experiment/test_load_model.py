@@ -50,7 +50,10 @@ def test_the_logits_are_those_of_the_trainers_model_bit_for_bit(trained):
 def test_averaged_weights(trained):
     run, _, _ = trained
     saved = load_checkpoint(run)["ema_state_dict"]
-    assert all(torch.equal(value, saved[key]) for key, value in load_model(run, ema=True).state_dict().items())
+    assert all(
+        torch.equal(value, saved[key])
+        for key, value in load_model(run, ema=True).state_dict().items()
+    )
     with pytest.raises(CheckpointError, match="holds no averaged weights"):
         load_model(GOLDEN / "original_checkpoint_prec_conv", ema=True)
 
@@ -68,7 +71,9 @@ def test_the_original_conv_norms_checkpoint_with_its_config_beside_it(tmp_path):
     model = load_model(source)
     assert model.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
     shutil.copy(source / "model_best.pth", tmp_path)
-    with pytest.raises(CheckpointError, match=r"model_best.pth: holds no config .* models.build_model"):
+    with pytest.raises(
+        CheckpointError, match=r"model_best.pth: holds no config .* models.build_model"
+    ):
         load_model(tmp_path / "model_best.pth")
 
 
@@ -91,7 +96,10 @@ def test_code_that_a_checkpoint_asks_for_runs_only_if_it_is_named(tmp_path):
         "NORM_LAYERS['own_norm_of_load_model'] = own\n"
     )
     code = [{"file": str(own), "sha256": "0" * 64}]
-    arch = {"type": "simpleCNN2", "args": {"num_classes": 4, "norm_layer_type": "own_norm_of_load_model"}}
+    arch = {
+        "type": "simpleCNN2",
+        "args": {"num_classes": 4, "norm_layer_type": "own_norm_of_load_model"},
+    }
     config = {"arch": arch, "data_loader": {"type": "DigitsDataLoader"}, "imports": code}
     contents = {"state_dict": {}, "mean": [0.5] * 3, "std": [0.5] * 3, "config": config}
     save_checkpoint(tmp_path / "m.pth", contents)

@@ -1,4 +1,5 @@
-"""Data sets of a user's own, of any number of channels, from training to the pictures of an attack."""
+"""Data sets of a user's own, of any number of channels, from training to the pictures of an
+attack."""
 
 import json
 import re
@@ -24,7 +25,10 @@ def stripes(train, channels, size=28):
     """Gray images with a bright third, float32 in `[0, 1]`, and their labels."""
     count = 60 if train else 30
     labels = torch.arange(count) % 3
-    pixels = torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(int(train))) / 2
+    pixels = (
+        torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(int(train)))
+        / 2
+    )
     for pixel, label in zip(pixels, labels, strict=True):
         pixel[:, :, size * label // 3 : size * (label + 1) // 3] += 0.5
     return pixels, labels
@@ -69,7 +73,10 @@ def config_of(loader="Given", channels=1, **sections):
         "name": "own",
         "seed": 1,
         "arch": {"type": "simpleCNN"},
-        "data_loader": {"type": loader, "args": {"batch_size": 16, "validation_split": 0.2, "channels": channels}},
+        "data_loader": {
+            "type": loader,
+            "args": {"batch_size": 16, "validation_split": 0.2, "channels": channels},
+        },
         "optimizer": {"type": "SGD", "args": {"lr": 0.05, "momentum": 0.9}},
         "trainer": {"epochs": 2, "verbosity": 0},
     }
@@ -97,23 +104,36 @@ def test_own_data_trains_and_goes_on_bit_for_bit(tmp_path, monkeypatch, loader, 
     result = tiny_runs.run(tmp_path / "whole", config)
     assert (result["n_val"], result["n_test"]) == (12, 30)
     checkpoint = load_checkpoint(tmp_path / "whole" / "model_last.pth")
-    assert checkpoint["config"]["arch"]["args"]["in_channels"] == len(checkpoint["mean"]) == channels
+    assert (
+        checkpoint["config"]["arch"]["args"]["in_channels"] == len(checkpoint["mean"]) == channels
+    )
     if "adversarial" in sections:
         assert 0 <= result["test_robust_top1"] <= result["test_top1"]
     else:
-        assert result["n_train"] == 36, "the subset counts the whole training set, and 12 of 60 are held out"
+        assert result["n_train"] == 36, (
+            "the subset counts the whole training set, and 12 of 60 are held out"
+        )
         labels = np.load(tmp_path / "whole" / "labels.npz")
-        assert result["noise_rate"] == np.mean(labels["train_label"] != labels["train_clean_label"]) > 0.2
+        assert (
+            result["noise_rate"]
+            == np.mean(labels["train_label"] != labels["train_clean_label"])
+            > 0.2
+        )
     tiny_runs.interrupt(monkeypatch, tmp_path / "parts", config, after=2)
     Experiment.resume(str(tmp_path / "parts"))
-    assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / "parts" / "model_last.pth") == []
+    assert (
+        difference(tmp_path / "whole" / "model_last.pth", tmp_path / "parts" / "model_last.pth")
+        == []
+    )
 
 
 def test_own_data_is_learned_attacked_drawn_and_measured(tmp_path):
     sections = {"trainer": {"epochs": 6}, "augmentation": {"crop_padding": 1, "flip": False}}
     assert tiny_runs.run(tmp_path / "run", config_of(**sections))["test_top1"] > 0.9
     flags = ("-s", tmp_path / "run" / "model_last.pth", "--limit", 9)
-    done = script("validate_pgd.py", *flags, "--figure", tmp_path / "pgd.png", "--steps", 2, cwd=tmp_path)
+    done = script(
+        "validate_pgd.py", *flags, "--figure", tmp_path / "pgd.png", "--steps", 2, cwd=tmp_path
+    )
     assert (done.returncode, (tmp_path / "pgd.png").exists()) == (0, True), done.stderr
     for name in ("fgsm.py", "class_report.py", "spectrum.py"):
         measured = script(name, *flags[:2], cwd=tmp_path)
@@ -136,4 +156,7 @@ def test_foreign_weights_of_one_channel_are_examined(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(color))
     done = script("class_report.py", *words, cwd=tmp_path)
     assert done.returncode == 3
-    assert re.fullmatch(r".*weights\.pth: does not fit SimpleCNN: size mismatch for features\.0\.weight.*\n", done.stderr)
+    assert re.fullmatch(
+        r".*weights\.pth: does not fit SimpleCNN: size mismatch for features\.0\.weight.*\n",
+        done.stderr,
+    )

@@ -1,4 +1,5 @@
-"""A norm, a network, a loss and a metric of the user's own: registered by an assignment, and nothing else is edited."""
+"""A norm, a network, a loss and a metric of the user's own: registered by an assignment, and
+nothing else is edited."""
 
 import json
 from pathlib import Path
@@ -33,7 +34,9 @@ class ResponseNorm(nn.Module):
         self.eps = eps
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.weight * images * (images.square().mean((2, 3), keepdim=True) + self.eps).rsqrt()
+        return (
+            self.weight * images * (images.square().mean((2, 3), keepdim=True) + self.eps).rsqrt()
+        )
 
 
 class Thin(BaseModel):
@@ -43,9 +46,13 @@ class Thin(BaseModel):
         width: its channels.
     """
 
-    def __init__(self, width: Annotated[int, Field(ge=1)], num_classes: int = 10, **layer_types: Any) -> None:
+    def __init__(
+        self, width: Annotated[int, Field(ge=1)], num_classes: int = 10, **layer_types: Any
+    ) -> None:
         super().__init__(**layer_types)
-        self.conv = self.conv_layer(self.in_channels, width, kernel_size=3, stride=2, padding=1, bias=False)
+        self.conv = self.conv_layer(
+            self.in_channels, width, kernel_size=3, stride=2, padding=1, bias=False
+        )
         self.norm, self.act = self.norm_layer(width), self.activation_layer(width)
         self.fc = self.linear_layer(width, num_classes)
 
@@ -63,7 +70,10 @@ def top2(logits, labels):
 
 
 OWN = {
-    "arch": {"type": "thin", "args": {"width": 6, "conv_layer_type": "conv", "norm_layer_type": "response", "eps": 0.25}},
+    "arch": {
+        "type": "thin",
+        "args": {"width": 6, "conv_layer_type": "conv", "norm_layer_type": "response", "eps": 0.25},
+    },
     "train_loss": "brier",
     "metrics": ["top2"],
     "trainer": {"epochs": 1, "monitor": "max val_top2"},
@@ -95,7 +105,9 @@ def test_a_run_of_own_parts_trains_and_is_reported_without_their_code(own, monke
     model = build_model(config.arch.model_dump(exclude_none=True))
     assert (model.norm.eps, model.conv.out_channels) == (0.25, 6)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"config.json: arch.type: 'thin' is not one of: resnet18"):
+    with pytest.raises(
+        ConfigError, match=r"config.json: arch.type: 'thin' is not one of: resnet18"
+    ):
         load_config(folder / "config.json")
     read = read_run(folder)
     assert read.settings["arch.type"] == "thin"
@@ -109,12 +121,30 @@ def test_a_run_of_own_parts_trains_and_is_reported_without_their_code(own, monke
         ({"arch": {"args": {"eps": 0}}}, r"arch.args.eps: Input should be greater than 0, not 0"),
         ({"arch": {"args": {"esp": 0.1}}}, r"arch.args.esp: unknown key; did you mean 'eps'\?"),
         ({"arch": {"args": {"width": None}}}, r"arch.args.width: required, but not given"),
-        ({"arch": {"args": {"depth": 16}}}, r"arch.args.depth: only wide_resnet takes it, not thin$"),
-        ({"arch": {"args": {"norm_layer_type": "respones"}}}, r"'respones' is not one of: bn, gn, in, no, response; did you"),
-        ({"train_loss": "breir"}, r"train_loss: 'breir' is not one of: cross_entropy, brier; did you mean 'brier'\?"),
-        ({"metrics": ["top3"]}, r"metrics.0: 'top3' is not one of: top1, top5, my_metric, my_metric2, top2"),
-        ({"metrics": []}, r"trainer.monitor: 'max val_top2' is only logged where metrics names 'top2'"),
-        ({"trainer": {"monitor": "max val_top3"}}, r"a logged value: loss, top1, top5, top2, alone or after"),
+        (
+            {"arch": {"args": {"depth": 16}}},
+            r"arch.args.depth: only wide_resnet takes it, not thin$",
+        ),
+        (
+            {"arch": {"args": {"norm_layer_type": "respones"}}},
+            r"'respones' is not one of: bn, gn, in, no, response; did you",
+        ),
+        (
+            {"train_loss": "breir"},
+            r"train_loss: 'breir' is not one of: cross_entropy, brier; did you mean 'brier'\?",
+        ),
+        (
+            {"metrics": ["top3"]},
+            r"metrics.0: 'top3' is not one of: top1, top5, my_metric, my_metric2, top2",
+        ),
+        (
+            {"metrics": []},
+            r"trainer.monitor: 'max val_top2' is only logged where metrics names 'top2'",
+        ),
+        (
+            {"trainer": {"monitor": "max val_top3"}},
+            r"a logged value: loss, top1, top5, top2, alone or after",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_own_part_is_one_line_that_knows_it(own, change, message):
@@ -130,7 +160,10 @@ def test_what_is_wrong_with_an_own_part_is_one_line_that_knows_it(own, change, m
 
 def test_an_argument_of_an_own_layer_is_without_effect_beside_another_layer(own):
     (warning,) = config_of(arch={"args": {"eps": 0.5, "norm_layer_type": "no"}}).warnings
-    assert warning == "without effect in this run: arch.args.eps 0.5 (only with arch.args.norm_layer_type response)"
+    assert (
+        warning
+        == "without effect in this run: arch.args.eps 0.5 (only with arch.args.norm_layer_type response)"
+    )
 
 
 def test_schema_reference_and_readme_know_own_parts(own):
@@ -155,9 +188,14 @@ def no_arguments():
 def test_an_entry_that_cannot_be_called_as_its_table_says_is_one_line(monkeypatch):
     monkeypatch.setitem(NORM_LAYERS, "broken", no_arguments)
     monkeypatch.setitem(LOSSES, "broken", lambda logits: logits)
-    with pytest.raises(ConfigError, match=r"norm_layer_type: 'broken' cannot be called as \(channels\): too many positional"):
+    with pytest.raises(
+        ConfigError,
+        match=r"norm_layer_type: 'broken' cannot be called as \(channels\): too many positional",
+    ):
         config_of(arch={"args": {"norm_layer_type": "broken"}})
-    with pytest.raises(ConfigError, match=r"val_loss: 'broken' cannot be called as \(logits, labels\): too many"):
+    with pytest.raises(
+        ConfigError, match=r"val_loss: 'broken' cannot be called as \(logits, labels\): too many"
+    ):
         config_of(val_loss="broken")
 
 
@@ -171,7 +209,9 @@ def test_a_data_loader_with_a_default_for_its_folder_needs_none(monkeypatch):
     monkeypatch.setitem(DATA_LOADERS, "Folderless", Folderless)
     config = validate({"data_loader": {"type": "Folderless", "args": {"hand": "right"}}})
     assert config.data_loader.args.get("hand") == "right"
-    with pytest.raises(ConfigError, match=r"data_loader.args.hand: only Folderless takes it, not DigitsDataLoader$"):
+    with pytest.raises(
+        ConfigError, match=r"data_loader.args.hand: only Folderless takes it, not DigitsDataLoader$"
+    ):
         validate({"data_loader": {"type": "DigitsDataLoader", "args": {"hand": "right"}}})
     with pytest.raises(ConfigError, match=r"data_loader.args.data_dir: required, but not given"):
         validate({"data_loader": {"type": "CIFAR10DataLoader"}})
@@ -194,11 +234,18 @@ def test_a_network_without_layers_to_choose_trains_and_refuses_layer_types(tmp_p
     config = config_of(arch={"type": "average", "args": usual}, trainer={"epochs": 1})
     assert isinstance(build_model(config.arch.model_dump(exclude_none=True)), Average)
     run(tmp_path / "run", config)
-    with pytest.raises(ConfigError, match="arch.args.norm_layer_type: average takes no such argument"):
-        build_model(config_of(arch={"type": "average", "args": {"norm_layer_type": "gn"}}).arch.model_dump())
+    with pytest.raises(
+        ConfigError, match="arch.args.norm_layer_type: average takes no such argument"
+    ):
+        build_model(
+            config_of(arch={"type": "average", "args": {"norm_layer_type": "gn"}}).arch.model_dump()
+        )
 
 
 def test_a_norm_that_makes_no_layer_is_one_line(monkeypatch):
     monkeypatch.setitem(NORM_LAYERS, "nothing", lambda channels: None)
-    with pytest.raises(ConfigError, match=r"arch.type: \w+ cannot be trained on .* 'NoneType' object is not callable"):
+    with pytest.raises(
+        ConfigError,
+        match=r"arch.type: \w+ cannot be trained on .* 'NoneType' object is not callable",
+    ):
         run(None, config_of(arch={"args": {"norm_layer_type": "nothing"}}))

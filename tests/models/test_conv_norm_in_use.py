@@ -1,4 +1,5 @@
-"""ConvNorm2d in the surroundings it meets: checkpoints, compilers, several processes, bf16, other people's networks."""
+"""ConvNorm2d in the surroundings it meets: checkpoints, compilers, several processes, bf16, other
+people's networks."""
 
 import copy
 import warnings
@@ -29,12 +30,17 @@ def test_state_returns_whole_whatever_its_size():
         buffer = other.running_V
         other.load_state_dict(layer.state_dict())
         assert other.running_V is buffer
-        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), layer.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(other.state_dict().values(), layer.state_dict().values(), strict=True)
+        )
 
 
 def test_an_original_checkpoint_has_no_counter():
     layer = trained_layer()
-    state = {key: value for key, value in layer.state_dict().items() if key != "num_batches_tracked"}
+    state = {
+        key: value for key, value in layer.state_dict().items() if key != "num_batches_tracked"
+    }
     given = dict(state)
     layer.load_state_dict(state)  # strict
     assert layer.num_batches_tracked == 0
@@ -56,7 +62,10 @@ def test_channels_last():
     layer = trained_layer().eval()
     x = torch.rand(2, 2, 6, 6)
     torch.testing.assert_close(
-        copy.deepcopy(layer).to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)), layer(x)
+        copy.deepcopy(layer).to(memory_format=torch.channels_last)(
+            x.to(memory_format=torch.channels_last)
+        ),
+        layer(x),
     )
 
 
@@ -75,7 +84,11 @@ def test_bf16_autocast_keeps_the_transform_in_float32():
 
 def test_compiles_as_one_graph_from_the_first_step_on():
     torch.manual_seed(0)
-    network = nn.Sequential(ConvNorm2d(3, 4, 3, stride=2, padding=1), nn.ReLU(inplace=True), ConvNorm2d(4, 2, 1, bn=False))
+    network = nn.Sequential(
+        ConvNorm2d(3, 4, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        ConvNorm2d(4, 2, 1, bn=False),
+    )
     twin = copy.deepcopy(network)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     for step in range(3):
@@ -86,7 +99,9 @@ def test_compiles_as_one_graph_from_the_first_step_on():
         torch.testing.assert_close(output, expected)
         output.sum().backward()
         expected.sum().backward()
-    for (name, actual), wanted in zip(network.state_dict().items(), twin.state_dict().values(), strict=True):
+    for (name, actual), wanted in zip(
+        network.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(actual, wanted, msg=name)
     for actual, wanted in zip(network.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, wanted.grad)
@@ -94,18 +109,28 @@ def test_compiles_as_one_graph_from_the_first_step_on():
 
 def _ddp_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(nn.Sequential(ConvNorm2d(2, 3, 3), SpectralNormConv2d(3, 2, 3)))
+    model = nn.parallel.DistributedDataParallel(
+        nn.Sequential(ConvNorm2d(2, 3, 3), SpectralNormConv2d(3, 2, 3))
+    )
     torch.manual_seed(rank)
     for step in range(2):
-        if step == 1 and rank == 1:  # every forward pass begins with rank 0's buffers: this must not last
+        # every forward pass begins with rank 0's buffers: this must not last
+        if step == 1 and rank == 1:
             for buffer in model.buffers():
                 buffer.add_(1)
         model(torch.rand(2, 2, 8, 8)).sum().backward()
     layer = model.module[0]
     torch.save(
-        {"running_V": layer.running_V, "counter": layer.num_batches_tracked, "grad": layer.weight.grad}, f"{folder}/{rank}.pt"
+        {
+            "running_V": layer.running_V,
+            "counter": layer.num_batches_tracked,
+            "grad": layer.weight.grad,
+        },
+        f"{folder}/{rank}.pt",
     )
     torch.distributed.destroy_process_group()
 
@@ -144,13 +169,19 @@ def test_replace_in_a_torchvision_resnet():
 
 
 def test_replace_keeps_the_function_of_an_orthogonal_convolution():
-    """A kernel whose spectrum is flat has V = 1; with an identity in bpconv nothing changes, so everything else is copied."""
+    """A kernel whose spectrum is flat has V = 1; with an identity in bpconv nothing changes, so
+    everything else is copied."""
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 4, 3, stride=2, padding=2, dilation=2, padding_mode="reflect")
     with torch.no_grad():
-        conv.weight.copy_(torch.eye(4)[:, :, None, None] * torch.eye(3)[0, :, None] * torch.eye(3)[2])  # shifts by (2, -2)
+        # shifts by (2, -2)
+        conv.weight.copy_(
+            torch.eye(4)[:, :, None, None] * torch.eye(3)[0, :, None] * torch.eye(3)[2]
+        )
     norm = nn.BatchNorm2d(4, eps=0.1, momentum=0.3, affine=False)
-    network = nn.Sequential(conv, norm, nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False), nn.BatchNorm2d(3)).double()
+    network = nn.Sequential(
+        conv, norm, nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False), nn.BatchNorm2d(3)
+    ).double()
     del network[4]  # a norm of another width is no norm of the convolution before it
     nn.init.dirac_(network[3].weight)
     network(torch.rand(8, 4, 9, 9, dtype=torch.float64))
@@ -171,7 +202,10 @@ def test_replace_touches_plain_convolutions_only():
         warnings.simplefilter("ignore")  # the hook is deprecated, but alive
         hooked = nn.utils.spectral_norm(nn.Conv2d(3, 3, 1))
     others = nn.Sequential(
-        hooked, ONIConv2d(3, 3, 1), SpectralNormConv2d(3, 3, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+        hooked,
+        ONIConv2d(3, 3, 1),
+        SpectralNormConv2d(3, 3, 1),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)),
     )
     modules = list(others.modules())
     replace_with_conv_norm(others)
@@ -193,7 +227,9 @@ def test_what_lies_before_batch_norm_is_computed_again_instead_of_kept(low):
     twin = copy.deepcopy(layer)
     twin._normalized_again = lambda input: twin.batch_norm(twin.bpconv(input))  # what it stands for
     alive = []
-    layer.bpconv.register_forward_hook(lambda module, inputs, output: alive.append(weakref.ref(output)))
+    layer.bpconv.register_forward_hook(
+        lambda module, inputs, output: alive.append(weakref.ref(output))
+    )
     images = torch.randn(4, 3, 8, 8)
 
     def one_step(layer):

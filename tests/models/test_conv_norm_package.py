@@ -1,4 +1,5 @@
-"""The package of ConvNorm as others use it: installed by itself, beside the clone's copy, exported."""
+"""The package of ConvNorm as others use it: installed by itself, beside the clone's copy,
+exported."""
 
 import importlib.util
 import json
@@ -50,7 +51,8 @@ def test_an_installation_brings_one_name_and_shadows_nothing(tmp_path, editable)
     (own / "models").mkdir(parents=True)
     for name in ("models/__init__.py", "base.py", "attacks.py"):
         (own / name).write_text("mine = True\n")
-    # without the environment's own site packages, where this project may be installed, too; torch is found there later
+    # without the environment's own site packages, where this project may be installed, too; torch
+    # is found there later
     others = [folder for folder in sys.path if folder.endswith("site-packages")]
     code = (
         f"import importlib.util, json, site, sys; site.addsitedir({str(site)!r}); sys.path += {others}\n"
@@ -118,7 +120,8 @@ def test_layers_of_an_installed_package_are_known_by_what_they_offer(installed):
         assert replace_with_conv_norm(network)[0].__class__ is layer
     ours, theirs = results
     assert theirs == ours
-    # the second convolution has its own batch norm behind it, the others have a depthwise convolution
+    # the second convolution has its own batch norm behind it, the others have a depthwise
+    # convolution
     assert [name for name, *_ in ours[0]] == ["0", "0.bpconv", "2", "4", "4.bpconv", "7"]
     assert [name for name, _, scale, _ in ours[0] if scale is not None] == ["0.bpconv", "2"]
 

@@ -1,5 +1,5 @@
-"""Every entry of the tables of models, layers, losses and metrics keeps its table's contract: a new one is tried without
-being listed here."""
+"""Every entry of the tables of models, layers, losses and metrics keeps its table's contract: a new
+one is tried without being listed here."""
 
 from collections import Counter
 
@@ -9,11 +9,20 @@ from torch import nn
 
 from base.base_model import BaseModel
 from base.config.arguments import takes
-from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, LINEAR_LAYERS, LOSSES, METRICS, MODELS, NORM_LAYERS
+from base.registry import (
+    ACTIVATION_LAYERS,
+    CONV_LAYERS,
+    LINEAR_LAYERS,
+    LOSSES,
+    METRICS,
+    MODELS,
+    NORM_LAYERS,
+)
 from models import build_model
 
 SMALL = 10**6
-"""Parameters of a network that takes a real step here; larger ones are run forward and back on the meta device."""
+"""Parameters of a network that takes a real step here; larger ones are run forward and back on the
+meta device."""
 LAYERS = {
     "norm": (NORM_LAYERS, lambda make: make(6)),
     "conv": (CONV_LAYERS, lambda make: make(6, 8, kernel_size=3, stride=2, padding=1, bias=False)),
@@ -43,7 +52,9 @@ def test_a_layer_trains_and_judges_each_image_by_itself(kind, name):
     layer.eval()
     with torch.no_grad():
         whole = layer(images)
-        torch.testing.assert_close(torch.cat([layer(image[None]) for image in images]), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.cat([layer(image[None]) for image in images]), whole, rtol=1e-4, atol=1e-5
+        )
         copy = make(table[name]).eval()
         copy(images)
         copy.load_state_dict(layer.state_dict())
@@ -76,7 +87,9 @@ def step(name, device):
 def test_a_network_takes_a_step_on_small_images(name):
     model = step(name, "meta")
     assert isinstance(model, BaseModel)
-    assert all(takes(MODELS[name], argument) for argument in ("num_classes", "in_channels", "mean", "std"))
+    assert all(
+        takes(MODELS[name], argument) for argument in ("num_classes", "in_channels", "mean", "std")
+    )
     if model.num_parameters() <= SMALL:
         model = step(name, "cpu")
         torch.optim.SGD(model.parameters(), lr=0.01).step()
@@ -119,8 +132,13 @@ def test_a_loss_is_one_number_per_sample(name):
     losses = LOSSES[name](logits, labels)
     assert losses.shape == (6,)
     assert losses.isfinite().all()
-    torch.testing.assert_close(torch.cat([LOSSES[name](logits[:2], labels[:2]), LOSSES[name](logits[2:], labels[2:])]), losses)
-    torch.testing.assert_close(LOSSES[name](logits, nn.functional.one_hot(labels, 4).float()), losses)
+    torch.testing.assert_close(
+        torch.cat([LOSSES[name](logits[:2], labels[:2]), LOSSES[name](logits[2:], labels[2:])]),
+        losses,
+    )
+    torch.testing.assert_close(
+        LOSSES[name](logits, nn.functional.one_hot(labels, 4).float()), losses
+    )
     losses.sum().backward()
     assert (logits.grad.abs().sum(1) > 0).all()
 
@@ -132,7 +150,13 @@ def test_a_metric_counts_samples(name):
     count = METRICS[name](logits, labels)
     assert count.shape == ()
     assert 0 <= count <= 40
-    assert METRICS[name](logits[:13], labels[:13]) + METRICS[name](logits[13:], labels[13:]) == count
+    assert (
+        METRICS[name](logits[:13], labels[:13]) + METRICS[name](logits[13:], labels[13:]) == count
+    )
     right = 9.0 * nn.functional.one_hot(labels, 9)
-    assert METRICS[name](right, labels) == METRICS[name](right, nn.functional.one_hot(labels, 9).double()) == 40
+    assert (
+        METRICS[name](right, labels)
+        == METRICS[name](right, nn.functional.one_hot(labels, 9).double())
+        == 40
+    )
     assert METRICS[name](torch.full((40, 9), torch.nan), labels) == 0

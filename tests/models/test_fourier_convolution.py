@@ -1,4 +1,5 @@
-"""The fast path of ConvNorm2d against its plain one, which float64 takes always and float32 in small batches."""
+"""The fast path of ConvNorm2d against its plain one, which float64 takes always and float32 in
+small batches."""
 
 import copy
 
@@ -15,11 +16,22 @@ from models.layers.conv_norm.layer import FOURIER_BATCH, ConvNorm2d
 GEOMETRIES = {
     "plain": {"size": (9, 9), "kernel_size": (3, 3), "padding": (1, 1)},
     "stride": {"size": (8, 10), "kernel_size": (3, 3), "padding": (1, 1), "stride": (2, 2)},
-    "one axis strides": {"size": (8, 7), "kernel_size": (3, 3), "padding": (1, 1), "stride": (2, 1)},
+    "one axis strides": {
+        "size": (8, 7),
+        "kernel_size": (3, 3),
+        "padding": (1, 1),
+        "stride": (2, 1),
+    },
     "stride 3, no padding": {"size": (10, 13), "kernel_size": (3, 3), "stride": (3, 3)},
     "5 taps and 1": {"size": (7, 6), "kernel_size": (5, 1), "padding": (2, 0)},
     "even kernel": {"size": (7, 8), "kernel_size": (2, 4), "padding": (0, 3)},
-    "dilation": {"size": (8, 8), "kernel_size": (3, 3), "padding": (2, 2), "dilation": (2, 2), "stride": (2, 2)},
+    "dilation": {
+        "size": (8, 8),
+        "kernel_size": (3, 3),
+        "padding": (2, 2),
+        "dilation": (2, 2),
+        "stride": (2, 2),
+    },
     "all the padding there is": {"size": (4, 4), "kernel_size": (3, 3), "padding": (2, 2)},
 }
 
@@ -38,22 +50,29 @@ def test_agrees_with_convolution_and_filter(name):
     expected = layer(images)
     seen = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, (images, layer.weight), seen)
-    inverse_root = inverse_root_energy(layer.weight, (plan.rows.size, plan.columns.size), layer.dilation)
+    inverse_root = inverse_root_energy(
+        layer.weight, (plan.rows.size, plan.columns.size), layer.dilation
+    )
     output = fourier_convolution(images, layer.weight, inverse_root, plan, None)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    for actual, right in zip(torch.autograd.grad(output, (images, layer.weight), seen), gradients, strict=True):
+    for actual, right in zip(
+        torch.autograd.grad(output, (images, layer.weight), seen), gradients, strict=True
+    ):
         torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-12)
 
 
 def test_what_it_cannot_compute_has_no_plan():
-    assert layer_and_plan((8, 8), kernel_size=3, padding=3)[1] is None  # more padding than the kernel reaches
-    assert layer_and_plan((7, 8), kernel_size=3, padding=1, stride=2)[1] is None  # 9 is no multiple of 2
+    # more padding than the kernel reaches
+    assert layer_and_plan((8, 8), kernel_size=3, padding=3)[1] is None
+    # 9 is no multiple of 2
+    assert layer_and_plan((7, 8), kernel_size=3, padding=1, stride=2)[1] is None
     assert layer_and_plan((2, 8), kernel_size=3)[1] is None  # no output
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
-    """In blocks of four frequencies, the last of them of two or one, with bias and depthwise convolution."""
+    """In blocks of four frequencies, the last of them of two or one, with bias and depthwise
+    convolution."""
     monkeypatch.setattr(fourier_plan, "BLOCK_BYTES", 1)
     monkeypatch.setattr(fourier_plan, "BLOCK_FREQUENCIES", 4)
     torch.manual_seed(0)
@@ -64,16 +83,29 @@ def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
     def one_step(layer):
         mine = images.clone().requires_grad_()
         output = layer(mine)
-        (output.sin() * torch.linspace(-1, 1, output[0].numel()).reshape(output.shape[1:])).sum().backward()
-        buffers = {name: buffer for name, buffer in layer.named_buffers() if buffer.is_floating_point()}
-        return {"output": output, "images": mine.grad, **{n: p.grad for n, p in layer.named_parameters()}, **buffers}
+        (
+            output.sin() * torch.linspace(-1, 1, output[0].numel()).reshape(output.shape[1:])
+        ).sum().backward()
+        buffers = {
+            name: buffer for name, buffer in layer.named_buffers() if buffer.is_floating_point()
+        }
+        return {
+            "output": output,
+            "images": mine.grad,
+            **{n: p.grad for n, p in layer.named_parameters()},
+            **buffers,
+        }
 
     fast = one_step(layer)
     monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
     plain = one_step(twin)
     for name, value in plain.items():
         torch.testing.assert_close(
-            fast[name], value, rtol=2e-4, atol=2e-5 * float(value.detach().abs().max()), msg=lambda m, n=name: n + m
+            fast[name],
+            value,
+            rtol=2e-4,
+            atol=2e-5 * float(value.detach().abs().max()),
+            msg=lambda m, n=name: n + m,
         )
     assert not torch.equal(fast["output"], plain["output"])  # they went different ways
 
@@ -112,14 +144,17 @@ def test_second_derivatives(monkeypatch):
     fast = of_penalty()
     monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
     for actual, expected in zip(fast, of_penalty(), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max()))
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max())
+        )
 
 
 @pytest.mark.parametrize("smooth", [False, True])
 def test_bfloat16_is_off_by_less_than_a_hundredth(smooth, monkeypatch):
     torch.manual_seed(0)
     layer = ConvNorm2d(32, 32, 3, padding=1, affine=False, bn=False)
-    if smooth:  # nearly equal taps, as trained kernels have them: small energies at high frequencies
+    # nearly equal taps, as trained kernels have them: small energies at high frequencies
+    if smooth:
         layer.weight.data = 0.2 * layer.weight.data + 0.05 * torch.randn(32, 32, 1, 1)
     images = torch.rand(FOURIER_BATCH, 32, 8, 8)
     exact = copy.deepcopy(layer).double()(images.double())
@@ -138,7 +173,8 @@ def test_bfloat16_is_off_by_less_than_a_hundredth(smooth, monkeypatch):
 
 
 def test_gradients_of_kernels_add_up_in_float32_under_bfloat16(monkeypatch):
-    """Over many blocks as exactly as in one: what bfloat16 adds up to is coarser with every block."""
+    """Over many blocks as exactly as in one: what bfloat16 adds up to is coarser with every
+    block."""
     torch.manual_seed(0)
     layer = ConvNorm2d(8, 8, 3, padding=1, affine=False, bn=False)
     images = torch.rand(FOURIER_BATCH, 8, 20, 20)

@@ -12,7 +12,11 @@ def test_cross_entropy_is_per_sample_and_in_float32():
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     losses = LOSSES["cross_entropy"](logits, labels)
     exact = logits.double().numpy()
-    expected = np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1)) + exact.max(1) - exact[range(6), labels]
+    expected = (
+        np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1))
+        + exact.max(1)
+        - exact[range(6), labels]
+    )
     assert losses.dtype == torch.float32
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,5 @@
-"""The networks: sizes, keys, gradients in every combination of layers, the original's training, messages of errors."""
+"""The networks: sizes, keys, gradients in every combination of layers, the original's training,
+messages of errors."""
 
 import itertools
 from pathlib import Path
@@ -21,7 +22,12 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def layers(conv="conv", norm="bn", act="relu", **others):
-    return {"conv_layer_type": conv, "norm_layer_type": norm, "activation_layer_type": act, **others}
+    return {
+        "conv_layer_type": conv,
+        "norm_layer_type": norm,
+        "activation_layer_type": act,
+        **others,
+    }
 
 
 @pytest.mark.parametrize(
@@ -43,25 +49,37 @@ def test_parameter_counts(name, count):
         assert build_model({"type": name}).num_parameters() == count
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"resnet101", "resnet152", "wide_resnet28_10"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(MODELS) - {"resnet101", "resnet152", "wide_resnet28_10"})
+)
 def test_shapes_on_the_meta_device(name):
     with torch.device("meta"):
         for conv in ("conv_norm", "oni_conv"):
-            model = build_model({"type": name, "args": {"num_classes": 7, "conv_layer_type": conv}}, MEAN, STD)
+            model = build_model(
+                {"type": name, "args": {"num_classes": 7, "conv_layer_type": conv}}, MEAN, STD
+            )
             assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
         args = {"stem": "imagenet"} if name.startswith("resnet") else {}
         assert build_model({"type": name, "args": args})(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("channels", [1, 5])
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"resnet101", "resnet152", "wide_resnet28_10"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(MODELS) - {"resnet101", "resnet152", "wide_resnet28_10"})
+)
 def test_any_number_of_channels(name, channels):
     args = {"in_channels": channels, "conv_layer_type": "prec_conv"}
     with torch.device("meta"):
         model = build_model({"type": name, "args": args}, [0.5] * channels, [0.2] * channels)
         assert model(torch.zeros(2, channels, 32, 32)).shape == (2, 10)
-        assert model.mean.shape == build_model({"type": name, "args": args}).std.shape == (1, channels, 1, 1)
-        with pytest.raises(ConfigError, match=rf"args\.mean: 2 values for images of {channels} channels$"):
+        assert (
+            model.mean.shape
+            == build_model({"type": name, "args": args}).std.shape
+            == (1, channels, 1, 1)
+        )
+        with pytest.raises(
+            ConfigError, match=rf"args\.mean: 2 values for images of {channels} channels$"
+        ):
             build_model({"type": name, "args": args}, [0.5, 0.5], [0.2] * channels)
 
 
@@ -92,7 +110,11 @@ def test_gradients_of_small_networks_in_every_combination(name, conv):
         ("resnet50", 16, layers("conv_norm", "no", "srelu")),
         ("preact_resnet18", 16, layers("conv_norm", "no", "relu")),
         ("preact_resnet18", 16, layers("oni_conv", "gn", "srelu", norm_groups=7)),
-        ("wide_resnet", 8, layers("conv_norm", "no", "relu", depth=10, widen_factor=1, dropout=0.3)),
+        (
+            "wide_resnet",
+            8,
+            layers("conv_norm", "no", "relu", depth=10, widen_factor=1, dropout=0.3),
+        ),
         ("wide_resnet", 8, layers("own_conv", "in", "srelu", depth=16, widen_factor=2)),
         ("vgg11", 32, layers("conv_norm", "no", "srelu")),
         ("vgg11", 32, layers("sn_conv", "bn", "relu")),
@@ -119,17 +141,25 @@ def test_the_shortcuts_convolution_sees_what_it_is_told(shortcut_input):
     out = model.conv1(inputs)
     for block in (block for stage in range(1, 5) for block in getattr(model, f"layer{stage}")):
         activated = F.relu(block.bn1(out))
-        shortcut = out if block.shortcut is None else block.shortcut(activated if shortcut_input == "activated" else out)
+        shortcut = (
+            out
+            if block.shortcut is None
+            else block.shortcut(activated if shortcut_input == "activated" else out)
+        )
         out = block.conv2(F.relu(block.bn2(block.conv1(activated)))) + shortcut
     torch.testing.assert_close(model(inputs), model.linear(F.relu(model.bn(out)).mean(dim=(2, 3))))
-    default = build_model({"type": "preact_resnet18", "args": {"num_classes": 7, "norm_layer_type": "gn"}})
+    default = build_model(
+        {"type": "preact_resnet18", "args": {"num_classes": 7, "norm_layer_type": "gn"}}
+    )
     assert default.state_dict().keys() == model.state_dict().keys()
     assert default.layer3[0].shortcut_input == "activated"
 
 
 def test_a_preactivation_network_may_end_without_a_norm():
     torch.manual_seed(0)
-    model = build_model({"type": "preact_resnet18", "args": {"num_classes": 4, "final_norm": False}}).eval()
+    model = build_model(
+        {"type": "preact_resnet18", "args": {"num_classes": 4, "final_norm": False}}
+    ).eval()
     inputs = torch.randn(2, 3, 16, 16)
     features = model.layer4(model.layer3(model.layer2(model.layer1(model.conv1(inputs)))))
     torch.testing.assert_close(model(inputs), model.linear(features.mean(dim=(2, 3))))
@@ -138,8 +168,13 @@ def test_a_preactivation_network_may_end_without_a_norm():
 
 def test_onis_rule_reaches_the_layers():
     with torch.device("meta"):
-        model = build_model({"type": "resnet18", "args": {"conv_layer_type": "oni_conv", "oni_rule": "original"}})
-        assert build_model({"type": "vgg11", "args": {"conv_layer_type": "oni_conv"}}).features[0].rule == "paper"
+        model = build_model(
+            {"type": "resnet18", "args": {"conv_layer_type": "oni_conv", "oni_rule": "original"}}
+        )
+        assert (
+            build_model({"type": "vgg11", "args": {"conv_layer_type": "oni_conv"}}).features[0].rule
+            == "paper"
+        )
     convolutions = [module for module in model.modules() if isinstance(module, ONIConv2d)]
     assert {layer.rule for layer in convolutions} == {"original"}
     assert sum(layer.out_channels > layer.weight[0].numel() for layer in convolutions) == 4
@@ -164,7 +199,8 @@ def test_norm_layers():
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(NORM_LAYERS["no"](3, affine=True)(x), x)
     torch.testing.assert_close(
-        NORM_LAYERS["in"](3)(x), (x - x.mean((2, 3), True)) / (x.var((2, 3), False, keepdim=True) + 1e-5).sqrt()
+        NORM_LAYERS["in"](3)(x),
+        (x - x.mean((2, 3), True)) / (x.var((2, 3), False, keepdim=True) + 1e-5).sqrt(),
     )
 
 
@@ -176,20 +212,26 @@ def test_srelu_is_a_maximum_with_a_learned_threshold():
     torch.testing.assert_close(layer(x), torch.maximum(x, layer.srelu_bias))
     layer = layer.double()
     assert torch.autograd.gradcheck(
-        lambda x, b: torch.func.functional_call(layer, {"srelu_bias": b}, (x,)), (x.double().requires_grad_(), layer.srelu_bias)
+        lambda x, b: torch.func.functional_call(layer, {"srelu_bias": b}, (x,)),
+        (x.double().requires_grad_(), layer.srelu_bias),
     )
 
 
 def conv_norm_keys(name):
     tail = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    return {f"{name}.{key}" for key in ("weight", "running_V", "num_batches_tracked", "bpconv.weight", "bpconv.bias")} | {
-        f"{name}.batch_norm.{key}" for key in tail
-    }
+    return {
+        f"{name}.{key}"
+        for key in ("weight", "running_V", "num_batches_tracked", "bpconv.weight", "bpconv.bias")
+    } | {f"{name}.batch_norm.{key}" for key in tail}
 
 
 def test_resnet_has_the_originals_keys():
     with torch.device("meta"):
-        keys = set(build_model({"type": "resnet18", "args": layers("prec_conv", "no", "srelu")}).state_dict())
+        keys = set(
+            build_model(
+                {"type": "resnet18", "args": layers("prec_conv", "no", "srelu")}
+            ).state_dict()
+        )
         basic = set(build_model({"type": "resnet18"}).state_dict())
         bottleneck = set(build_model({"type": "resnet50"}).state_dict())
     blocks = [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)]
@@ -198,11 +240,25 @@ def test_resnet_has_the_originals_keys():
         *(f"{block}.conv{i}" for block in blocks for i in (1, 2)),
         *(f"layer{stage}.0.shortcut.0" for stage in (2, 3, 4)),
     ]
-    expected = {key for conv in convs for key in conv_norm_keys(conv)} | {"linear.weight", "linear.bias"}
-    expected |= {f"{block}.srelu_bias" for block in ("relu", *(f"{block}.relu" for block in blocks))}
+    expected = {key for conv in convs for key in conv_norm_keys(conv)} | {
+        "linear.weight",
+        "linear.bias",
+    }
+    expected |= {
+        f"{block}.srelu_bias" for block in ("relu", *(f"{block}.relu" for block in blocks))
+    }
     assert keys == expected
-    assert {"norm1.running_mean", "layer1.0.norm2.weight", "layer2.0.shortcut.1.bias", "layer4.1.conv2.weight"} <= basic
-    assert {"layer1.0.shortcut.0.weight", "layer3.5.norm3.running_var", "layer4.2.conv3.weight"} <= bottleneck
+    assert {
+        "norm1.running_mean",
+        "layer1.0.norm2.weight",
+        "layer2.0.shortcut.1.bias",
+        "layer4.1.conv2.weight",
+    } <= basic
+    assert {
+        "layer1.0.shortcut.0.weight",
+        "layer3.5.norm3.running_var",
+        "layer4.2.conv3.weight",
+    } <= bottleneck
 
 
 def test_other_models_have_the_originals_keys():
@@ -214,20 +270,33 @@ def test_other_models_have_the_originals_keys():
     convs = [key.split(".")[1] for key, value in vgg.items() if value.dim() == 4]
     assert convs == ["0", "6", "12", "16", "22", "26", "32", "36"]
     assert {"features.0.bias", "features.1.running_mean", "classifier.weight"} <= set(vgg)
-    assert {key.split(".")[0] for key in small} == {f"{kind}{i}" for kind in ("conv", "norm") for i in range(1, 5)} | {"fc"}
+    assert {key.split(".")[0] for key in small} == {
+        f"{kind}{i}" for kind in ("conv", "norm") for i in range(1, 5)
+    } | {"fc"}
     assert small["conv1.weight"].shape == (6, 3, 5, 5)
     assert "conv1.bias" not in small
-    assert {"block1.layer.0.convShortcut.weight", "block3.layer.4.bn2.running_var", "bn1.weight", "fc.bias"} <= set(wide)
-    assert {"conv1.weight", "layer1.0.bn1.weight", "layer2.0.shortcut.0.weight", "bn.running_mean", "linear.bias"} <= set(
-        preact
-    )
+    assert {
+        "block1.layer.0.convShortcut.weight",
+        "block3.layer.4.bn2.running_var",
+        "bn1.weight",
+        "fc.bias",
+    } <= set(wide)
+    assert {
+        "conv1.weight",
+        "layer1.0.bn1.weight",
+        "layer2.0.shortcut.0.weight",
+        "bn.running_mean",
+        "linear.bias",
+    } <= set(preact)
 
 
 @pytest.mark.parametrize(("conv", "norm"), [("conv", "bn"), ("prec_conv", "no"), ("sn_conv", "bn")])
 def test_training_follows_the_original(conv, norm):
     golden = np.load(GOLDEN / f"trajectory_standard_{conv}_{norm}.npz")
     model = build_model({"type": "simpleCNN", "args": layers(conv, norm)}, MEAN, STD)
-    model.load_state_dict({k[5:]: torch.from_numpy(golden[k]) for k in golden.files if k.startswith("init/")})
+    model.load_state_dict(
+        {k[5:]: torch.from_numpy(golden[k]) for k in golden.files if k.startswith("init/")}
+    )
     images = torch.from_numpy(golden["images_uint8"]).permute(0, 3, 1, 2) / 255
     labels = torch.from_numpy(golden["labels"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -243,7 +312,9 @@ def test_training_follows_the_original(conv, norm):
 
 
 def test_loads_an_original_checkpoint():
-    checkpoint = torch.load(GOLDEN / "original_checkpoint_prec_conv" / "model_best.pth", weights_only=True)
+    checkpoint = torch.load(
+        GOLDEN / "original_checkpoint_prec_conv" / "model_best.pth", weights_only=True
+    )
     model = build_model({"type": "simpleCNN", "args": layers("prec_conv", "no")})
     model.load_state_dict(checkpoint["state_dict"])  # strict
     for key, value in checkpoint["state_dict"].items():
@@ -254,25 +325,40 @@ def test_loads_an_original_checkpoint():
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ({"type": "resnet19"}, r"arch\.type: 'resnet19' is not one of: resnet18, .*did you mean 'resnet18'"),
+        (
+            {"type": "resnet19"},
+            r"arch\.type: 'resnet19' is not one of: resnet18, .*did you mean 'resnet18'",
+        ),
         ({"args": {}}, r"arch\.type: None is not one of"),
         (
             {"type": "resnet18", "args": {"depth": 3}},
             r"arch\.args\.depth: resnet18 takes no such argument; it takes: num_classes, stem, ",
         ),
-        ({"type": "wide_resnet34_10", "args": {"depth": 34}}, r"arch\.args\.depth: wide_resnet34_10 takes no such argument"),
+        (
+            {"type": "wide_resnet34_10", "args": {"depth": 34}},
+            r"arch\.args\.depth: wide_resnet34_10 takes no such argument",
+        ),
         (
             {"type": "vgg16", "args": {"norm_layer": "bn"}},
             r"arch\.args\.norm_layer: vgg16 .*linear_layer_type, .*in_channels, .*; did you mean 'norm_layer_type'\?$",
         ),
-        ({"type": "vgg16", "args": {"mean": [0]}}, r"arch\.args\.mean: vgg16 takes no such argument"),
+        (
+            {"type": "vgg16", "args": {"mean": [0]}},
+            r"arch\.args\.mean: vgg16 takes no such argument",
+        ),
         (
             {"type": "resnet18", "args": {"conv_layer_type": "convnorm"}},
             r"arch\.args\.conv_layer_type: 'convnorm' .*mean 'conv_norm'",
         ),
-        ({"type": "resnet18", "args": {"stem": "image-net"}}, r"arch\.args\.stem: 'image-net' is not one of: cifar, imagenet"),
+        (
+            {"type": "resnet18", "args": {"stem": "image-net"}},
+            r"arch\.args\.stem: 'image-net' is not one of: cifar, imagenet",
+        ),
         ({"type": "wide_resnet", "args": {"depth": 30}}, r"arch\.args\.depth: 30 is not 6 n \+ 4"),
-        ({"type": "wide_resnet", "args": {"dropout": 1}}, r"arch\.args\.dropout: 1 is not in \[0, 1\)"),
+        (
+            {"type": "wide_resnet", "args": {"dropout": 1}},
+            r"arch\.args\.dropout: 1 is not in \[0, 1\)",
+        ),
     ],
 )
 def test_errors_name_the_key_and_the_choices(arch, message):
@@ -281,5 +367,7 @@ def test_errors_name_the_key_and_the_choices(arch, message):
 
 
 def test_none_means_not_given():
-    model = build_model({"type": "simpleCNN", "args": {"num_classes": 3, "stem": None, "norm_layer_type": None}})
+    model = build_model(
+        {"type": "simpleCNN", "args": {"num_classes": 3, "stem": None, "norm_layer_type": None}}
+    )
     assert model(torch.rand(2, 3, 48, 40)).shape == (2, 3)

@@ -158,7 +158,9 @@ def test_a_convolution_of_which_only_the_weight_is_taken_stays():
             return self.norm(self.second(x + self.second.weight.mean()))
 
     network = Taken()
-    with pytest.warns(UserWarning, match=r"leaves first as it is: Taken takes its weight") as caught:
+    with pytest.warns(
+        UserWarning, match=r"leaves first as it is: Taken takes its weight"
+    ) as caught:
         assert pairs(network) == {"second": "norm"}
     assert (len(caught), caught[0].filename) == (1, __file__)
     assert type(network.first) is nn.Conv2d

@@ -12,5 +12,8 @@ def small(tmp_path_factory):
     """Makes configs: three epochs of three minibatches, with the given sections."""
     images = tmp_path_factory.mktemp("images")
     write_images(images)
-    short = {"data_loader": {"args": {"data_dir": str(images), "num_batches": 3}}, "trainer": {"epochs": 3, "verbosity": 0}}
+    short = {
+        "data_loader": {"args": {"data_dir": str(images), "num_batches": 3}},
+        "trainer": {"epochs": 3, "verbosity": 0},
+    }
     return lambda **sections: validate(merge(merge(SMALL, short), sections))

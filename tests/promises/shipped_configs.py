@@ -1,4 +1,5 @@
-"""What ships under `configs/`, what `configs/README.md` documents about it, and a loader that counts what it refuses."""
+"""What ships under `configs/`, what `configs/README.md` documents about it, and a loader that
+counts what it refuses."""
 
 import json
 import re
@@ -22,10 +23,20 @@ ARGUMENTS = {
     "lr": "number ≥ 0", "momentum": "number ≥ 0, < 1", "dampening": "number ≥ 0, ≤ 1", "weight_decay": "number ≥ 0",
     "nesterov": "true, false", "milestones": "list of integer ≥ 1", "gamma": "number ≥ 0",
 }  # fmt: skip
-"""Arguments of SGD and MultiStepLR, the only ones that shipped configs give, as torch documents them."""
+"""Arguments of SGD and MultiStepLR, the only ones that shipped configs give, as torch documents
+them."""
 NO_SUCH_TEXT = {
     "name": ["", ".", "..", "a/b", "a\\b", "a\nb", "a\0b", "\x7f", "n" * 256, "é" * 128],
-    "trainer.monitor": ["", "max", "max test_top1", "maximal val_top1", "val_top1", "max val_top2", "Off", "max val_top1 "],
+    "trainer.monitor": [
+        "",
+        "max",
+        "max test_top1",
+        "maximal val_top1",
+        "val_top1",
+        "max val_top2",
+        "Off",
+        "max val_top1 ",
+    ],
     "trainer.save_dir": ["", "a\0b"],
     "trainer.noise_file": ["", "a\0b"],
     "data_loader.args.data_dir": ["", "a\0b", "**data dir**"],
@@ -80,9 +91,12 @@ def resolved(file):
 
 
 OPEN = {"arch.args": ArchArgs, "data_loader.args": DataLoaderArgs, "pgd_attack": PGDAttackConfig}
-"""Sections that hold arguments of parts only where they are given: a constructor has their defaults."""
+"""Sections that hold arguments of parts only where they are given: a constructor has their
+defaults."""
 LEFT_TO_CONSTRUCTORS = {
-    f"{section}.{key}" for section, cls in OPEN.items() for key in cls.known_fields().keys() - cls.model_fields.keys()
+    f"{section}.{key}"
+    for section, cls in OPEN.items()
+    for key in cls.known_fields().keys() - cls.model_fields.keys()
 }
 
 
@@ -97,7 +111,8 @@ OF_OTHERS = {section: of_others(OPEN[section], name) for section, name in CHOSEN
 
 
 def with_every_key():
-    """A config that has a value at every key of the reference, but for arguments of other parts than its own."""
+    """A config that has a value at every key of the reference, but for arguments of other parts
+    than its own."""
     tree = {}
     special = {
         "data_loader.type": "ImageFolderDataLoader", "trainer.monitor": "max val_top1", "lr_scheduler.monitor": "val_loss",
@@ -116,13 +131,19 @@ def with_every_key():
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
-        place[name] = special.get(key, words.split(", ")[0] if kind == "choice" else by_kind.get(kind))
+        place[name] = special.get(
+            key, words.split(", ")[0] if kind == "choice" else by_kind.get(kind)
+        )
     return tree
 
 
 def trees():
-    """Name -> tree of every shipped config, and of one more that has a value at every documented key."""
-    return {"every key": with_every_key(), **{str(file.relative_to(CONFIGS)): resolved(file) for file in FILES}}
+    """Name -> tree of every shipped config, and of one more that has a value at every documented
+    key."""
+    return {
+        "every key": with_every_key(),
+        **{str(file.relative_to(CONFIGS)): resolved(file) for file in FILES},
+    }
 
 
 def kind_of(words):
@@ -131,13 +152,25 @@ def kind_of(words):
     if words.replace(", ", "").isdigit():
         return "choice of numbers"
     first = words.split()[0]
-    return words if words == "true, false" else first if first in ("integer", "number", "text", "object") else "choice"
+    return (
+        words
+        if words == "true, false"
+        else first
+        if first in ("integer", "number", "text", "object")
+        else "choice"
+    )
 
 
 def words_of(key):
     """The documented type of a key, or None for a section."""
     section, _, name = key.rpartition(".")
-    return ARGUMENTS[name] if section in ("optimizer.args", "lr_scheduler.args") else ROWS[key][0] if key in ROWS else None
+    return (
+        ARGUMENTS[name]
+        if section in ("optimizer.args", "lr_scheduler.args")
+        else ROWS[key][0]
+        if key in ROWS
+        else None
+    )
 
 
 def keys_of(tree, path=""):
@@ -185,7 +218,8 @@ def beyond(key, words):
 
 
 class Loading:
-    """Loads configs, counts them, and asserts that wrong ones are refused in one line that names what is wrong."""
+    """Loads configs, counts them, and asserts that wrong ones are refused in one line that names
+    what is wrong."""
 
     def __init__(self, file=None):
         self.file, self.count = file, 0
@@ -206,7 +240,9 @@ class Loading:
 
     def refuses(self, tree, key, *also):
         message = self.message(lambda: self(tree), key)
-        assert re.search(rf"(^|: ){re.escape(key)}(\.\d+)?: ", message), f"does not name {key}: {message}"
+        assert re.search(rf"(^|: ){re.escape(key)}(\.\d+)?: ", message), (
+            f"does not name {key}: {message}"
+        )
         assert all(text in message for text in also), message
 
     def refuses_deletion(self, tree, key):

@@ -9,7 +9,9 @@ TABLE = (ROOT / "docs" / "PROMISES.md").read_text().partition("## Does anybody e
 
 def test_the_table_names_the_tests_that_there_are():
     named = set(re.findall(r"`(test_\d\d_\w+\.py)`", TABLE))
-    assert named == {file.name for file in Path(__file__).parent.glob("test_[0-9][0-9]_*.py")} - {Path(__file__).name}
+    assert named == {file.name for file in Path(__file__).parent.glob("test_[0-9][0-9]_*.py")} - {
+        Path(__file__).name
+    }
     others = re.findall(r"`(tests/(?:\w+/)*\w+\.py)`", TABLE)
     assert others
     assert all((ROOT / name).is_file() for name in others)
@@ -18,5 +20,9 @@ def test_the_table_names_the_tests_that_there_are():
 def test_every_promise_has_its_break():
     for file in Path(__file__).parent.glob("test_[0-9][0-9]_*.py"):
         if file.name not in (Path(__file__).name,):
-            assert re.search(r"def test_the_checks?_\w*can_fail|def test_the_check_can_fail", file.read_text()), file.name
-    assert re.findall(r"^\| (\d+) \|", TABLE, re.MULTILINE) == [str(number) for number in range(1, 16)]
+            assert re.search(
+                r"def test_the_checks?_\w*can_fail|def test_the_check_can_fail", file.read_text()
+            ), file.name
+    assert re.findall(r"^\| (\d+) \|", TABLE, re.MULTILINE) == [
+        str(number) for number in range(1, 16)
+    ]

@@ -1,5 +1,6 @@
-"""Promise 1: resume is bit-exact from any step, for every training method, with label noise, early stop and averaged weights,
-with 0 and 2 loader workers; and evaluation never disturbs training. (Every scheduler: `tests/base/optim/test_optim.py`.)"""
+"""Promise 1: resume is bit-exact from any step, for every training method, with label noise, early
+stop and averaged weights, with 0 and 2 loader workers; and evaluation never disturbs training.
+(Every scheduler: `tests/base/optim/test_optim.py`.)"""
 
 import json
 
@@ -16,7 +17,13 @@ from tiny_runs import difference, run
 
 ALL_STEPS, SOME = range(1, 9), (2, 3, 4)
 """Of nine, in three epochs of three."""
-WIDE = {"conv_layer_type": "conv", "norm_layer_type": "bn", "depth": 10, "widen_factor": 1, "dropout": 0.3}
+WIDE = {
+    "conv_layer_type": "conv",
+    "norm_layer_type": "bn",
+    "depth": 10,
+    "widen_factor": 1,
+    "dropout": 0.3,
+}
 SPECTRAL = {"args": {"conv_layer_type": "sn_conv", "norm_layer_type": "bn"}}
 METHODS = {
     "standard, label noise, early stop, plateau": {
@@ -56,11 +63,17 @@ METHODS = {
 
 
 def of_method(small, name):
-    return validate(merge(small(**METHODS[name]).dump(), {"trainer": {"keep_checkpoints": 0}, "pgd_attack": {"K": 2}}))
+    return validate(
+        merge(
+            small(**METHODS[name]).dump(),
+            {"trainer": {"keep_checkpoints": 0}, "pgd_attack": {"K": 2}},
+        )
+    )
 
 
 def check_steps(folder, monkeypatch, config, steps):
-    """A run that writes down what it would save after each of its steps, which disturbs nothing, and goes on from each."""
+    """A run that writes down what it would save after each of its steps, which disturbs nothing,
+    and goes on from each."""
     run(folder / "peace", config)
     whole, asked = folder / "whole", BaseTrainer._asked_to_stop
 
@@ -74,7 +87,9 @@ def check_steps(folder, monkeypatch, config, steps):
         patched.setattr(BaseTrainer, "_asked_to_stop", write_down)
         run(whole, config)
     for name in ("model_last.pth", "model_best.pth"):
-        assert difference(folder / "peace" / name, whole / name) == [], "looking on has changed something"
+        assert difference(folder / "peace" / name, whole / name) == [], (
+            "looking on has changed something"
+        )
     for step in steps:
         place = folder / f"from {step}"
         place.mkdir()
@@ -85,14 +100,19 @@ def check_steps(folder, monkeypatch, config, steps):
         Experiment.resume(str(place))
         for name in ("model_last.pth", "model_best.pth"):
             assert difference(whole / name, place / name) == [], f"step {step}: {name}"
-        assert (whole / "metrics.jsonl").read_bytes() == (place / "metrics.jsonl").read_bytes(), f"step {step}"
+        assert (whole / "metrics.jsonl").read_bytes() == (place / "metrics.jsonl").read_bytes(), (
+            f"step {step}"
+        )
         results = [json.loads((run / "result.json").read_text()) for run in (whole, place)]
         for result in results:
             del result["train_seconds"], result["images_per_second"]
         assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(("method", "steps"), [(name, SOME if number else ALL_STEPS) for number, name in enumerate(METHODS)])
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [(name, SOME if number else ALL_STEPS) for number, name in enumerate(METHODS)],
+)
 def test_resume_is_bit_exact(tmp_path, monkeypatch, small, method, steps):
     check_steps(tmp_path, monkeypatch, of_method(small, method), steps)
 
@@ -101,20 +121,30 @@ def stand_still(contents):
     """Momentum of zeros, as if it had been saved."""
     for name, entry in contents["optimizer"]["state"].items():
         values = {key: torch.zeros_like(value) for key, value in entry.items() if key != "checksum"}
-        contents["optimizer"]["state"][name] = {**values, "checksum": optimization_state._checksum(name, values)}
+        contents["optimizer"]["state"][name] = {
+            **values,
+            "checksum": optimization_state._checksum(name, values),
+        }
 
 
 FORGOTTEN = {
     "momentum": ("free", stand_still),
-    "generators": ("dropout", lambda contents: contents["rng"].update(cpu=torch.Generator().get_state())),
+    "generators": (
+        "dropout",
+        lambda contents: contents["rng"].update(cpu=torch.Generator().get_state()),
+    ),
     "averaged updates": ("free", lambda contents: contents.update(ema_updates=0)),
     "carried noise": (
         "free",
-        lambda contents: contents.update(method={key: 0 * value for key, value in contents["method"].items()}),
+        lambda contents: contents.update(
+            method={key: 0 * value for key, value in contents["method"].items()}
+        ),
     ),
     "sums of the epoch": (
         "free",
-        lambda contents: contents["totals"].update(sums={key: 0 * value for key, value in contents["totals"]["sums"].items()}),
+        lambda contents: contents["totals"].update(
+            sums={key: 0 * value for key, value in contents["totals"]["sums"].items()}
+        ),
     ),
 }
 
@@ -126,7 +156,10 @@ def test_the_check_can_fail(tmp_path, monkeypatch, small, forgotten):
 
     def without(self):
         contents = checkpoint(self)
-        contents["optimizer"] = {**contents["optimizer"], "state": dict(contents["optimizer"]["state"])}
+        contents["optimizer"] = {
+            **contents["optimizer"],
+            "state": dict(contents["optimizer"]["state"]),
+        }
         contents["totals"] = dict(contents["totals"])
         forget(contents)
         return contents
@@ -142,14 +175,24 @@ def check_evaluation_leaves_no_trace(folder, monkeypatch, config):
     run(folder / "once", config)
     validate = BaseTrainer.validate
     with monkeypatch.context() as patched:
-        patched.setattr(BaseTrainer, "validate", lambda self: [validate(self) for _ in range(3)][-1])
+        patched.setattr(
+            BaseTrainer, "validate", lambda self: [validate(self) for _ in range(3)][-1]
+        )
         run(folder / "thrice", config)
-    assert difference(folder / "once" / "model_last.pth", folder / "thrice" / "model_last.pth") == []
-    lines = [(folder / name / "metrics.jsonl").read_text().splitlines() for name in ("once", "thrice")]
+    assert (
+        difference(folder / "once" / "model_last.pth", folder / "thrice" / "model_last.pth") == []
+    )
+    lines = [
+        (folder / name / "metrics.jsonl").read_text().splitlines() for name in ("once", "thrice")
+    ]
     assert [json.loads(line) for line in lines[0]] == [json.loads(line) for line in lines[1]]
 
 
-DROPOUT = {"arch": {"type": "wide_resnet", "args": WIDE}, "adversarial": {"method": "fgsm"}, "pgd_attack": {"K": 1}}
+DROPOUT = {
+    "arch": {"type": "wide_resnet", "args": WIDE},
+    "adversarial": {"method": "fgsm"},
+    "pgd_attack": {"K": 1},
+}
 
 
 def test_evaluation_never_disturbs_training(tmp_path, monkeypatch, small):

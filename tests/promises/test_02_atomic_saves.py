@@ -1,5 +1,5 @@
-"""Promise 2: a save is atomic. `kill -9` at any moment leaves a loadable newest checkpoint; what dead processes have left half
-written is swept; files that are not ours are never touched."""
+"""Promise 2: a save is atomic. `kill -9` at any moment leaves a loadable newest checkpoint; what
+dead processes have left half written is swept; files that are not ours are never touched."""
 
 import itertools
 import os
@@ -29,7 +29,8 @@ def contents(number):
 
 
 def killed_at_line(count, path):
-    """Save in another process, which kills itself when `count` lines of our code and of torch's writer have been run."""
+    """Save in another process, which kills itself when `count` lines of our code and of torch's
+    writer have been run."""
 
     def look(frame, event, argument):
         nonlocal count
@@ -69,15 +70,17 @@ def check_every_line(folder):
     save_checkpoint(path, contents(1))
     lines = lines_of_a_save(path)
     random_lines = random.Random(0).sample(range(lines), LINES - 20)
-    for line in sorted([*random_lines, *range(lines - 20, lines)]):  # the last ones flush and rename
+    # the last ones flush and rename
+    for line in sorted([*random_lines, *range(lines - 20, lines)]):
         save_checkpoint(path, contents(1))
         killed_at_line(line, path)
         assert whole(path), f"line {line} of {lines}"
 
 
 def check_every_moment(folder):
-    """SIGKILL from outside, while another process saves without a pause: also within torch's own code and the system's. The
-    process says when it begins with a save, so that none is killed before."""
+    """SIGKILL from outside, while another process saves without a pause: also within torch's own
+    code and the system's. The process says when it begins with a save, so that none is killed
+    before."""
     path, draw = folder / "model_last.pth", random.Random(0)
     save_checkpoint(path, contents(0))
     newest = 0
@@ -123,7 +126,9 @@ def test_the_check_can_fail(tmp_path, monkeypatch):
 
 
 def check_sweeping(folder):
-    killed = killed_at_line(lines_of_a_save(folder / "model_last.pth") - 20, folder / "model_last.pth")
+    killed = killed_at_line(
+        lines_of_a_save(folder / "model_last.pth") - 20, folder / "model_last.pth"
+    )
     assert killed
     half = [path for path in folder.iterdir() if path.name.endswith(".incomplete")]
     assert half, "a killed save leaves its half"
@@ -141,7 +146,9 @@ def check_sweeping(folder):
     assert not [path for path in half if path.exists()]
     assert set(mine) <= left
     sweep(folder)
-    assert f".model_best.pth.{sleeper}.incomplete" not in {path.name for path in folder.iterdir()}, "its process is dead now"
+    assert f".model_best.pth.{sleeper}.incomplete" not in {
+        path.name for path in folder.iterdir()
+    }, "its process is dead now"
 
 
 def test_halves_of_dead_processes_are_swept_and_nothing_else(tmp_path):

@@ -1,5 +1,6 @@
-"""Promise 3: bit rot and truncation are noticed before anything is unpickled. A run folder goes on from its newest good
-checkpoint and says so; a bad file that is named stops; nothing ever begins anew."""
+"""Promise 3: bit rot and truncation are noticed before anything is unpickled. A run folder goes on
+from its newest good checkpoint and says so; a bad file that is named stops; nothing ever begins
+anew."""
 
 import random
 import shutil
@@ -18,17 +19,25 @@ CONTENTS = {"state_dict": {"weight": torch.arange(40.0)}, "epoch": 2, "config": 
 
 
 def check_every_byte(folder, monkeypatch):
-    """Change each byte of a checkpoint, and cut it at each length; returns the number of damaged files."""
+    """Change each byte of a checkpoint, and cut it at each length; returns the number of damaged
+    files."""
     path, draw = folder / "model.pth", random.Random(0)
     save_checkpoint(path, CONTENTS)
     data = path.read_bytes()
     load = torch.load
     with monkeypatch.context() as patched:
         unpickled = []
-        patched.setattr(torch, "load", lambda *args, **options: unpickled.append(1) or load(*args, **options))
-        damaged = [data[:length] for length in (*range(2, len(data), 10), *range(len(data) - 120, len(data)))]
+        patched.setattr(
+            torch, "load", lambda *args, **options: unpickled.append(1) or load(*args, **options)
+        )
+        damaged = [
+            data[:length]
+            for length in (*range(2, len(data), 10), *range(len(data) - 120, len(data)))
+        ]
         for place, byte in enumerate(data):
-            damaged.append(data[:place] + bytes([byte ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+            damaged.append(
+                data[:place] + bytes([byte ^ 1 << draw.randrange(8)]) + data[place + 1 :]
+            )
         for number, changed in enumerate(damaged):
             path.write_bytes(changed)
             with pytest.raises(CheckpointError, match="is damaged"):
@@ -42,7 +51,8 @@ def test_every_byte_counts(tmp_path, monkeypatch):
 
 
 def test_the_check_can_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_module, "verify_checksum", lambda file, path: True)  # torch alone notices nothing
+    # torch alone notices nothing
+    monkeypatch.setattr(checkpoint_module, "verify_checksum", lambda file, path: True)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_every_byte(tmp_path, monkeypatch)
 
@@ -51,9 +61,12 @@ def test_a_seal_cannot_be_left_out_and_files_without_one_are_read(tmp_path):
     path = tmp_path / "model.pth"
     save_checkpoint(path, CONTENTS)
     torch.save(load_checkpoint(path), path)
-    with pytest.raises(CheckpointError, match="is damaged: the digest that it was written with is missing"):
+    with pytest.raises(
+        CheckpointError, match="is damaged: the digest that it was written with is missing"
+    ):
         load_checkpoint(path)
-    torch.save({"arch": "CNN", "epoch": 3, "state_dict": {}, "optimizer": {}}, path)  # ConvNorm's own
+    # ConvNorm's own
+    torch.save({"arch": "CNN", "epoch": 3, "state_dict": {}, "optimizer": {}}, path)
     assert load_checkpoint(path)["epoch"] == 3
 
 
@@ -71,7 +84,10 @@ ROT = {
     "a flipped bit in a file with three names": (6, lambda folder: flip(folder / "model_last.pth")),
     "a truncated file": (7, lambda folder: (folder / "model_last.pth").write_bytes(b"PK")),
     "a deleted file": (7, lambda folder: (folder / "model_last.pth").unlink()),
-    "last and newest": (7, lambda folder: [flip(folder / name) for name in ("model_last.pth", "model_epoch_2.pth")]),
+    "last and newest": (
+        7,
+        lambda folder: [flip(folder / name) for name in ("model_last.pth", "model_epoch_2.pth")],
+    ),
 }
 
 
@@ -86,11 +102,15 @@ def check_goes_on(folder, monkeypatch, config):
         assert "going on from model_epoch_" in (broken / "info.log").read_text(), name
         for file in ("model_last.pth", "model_best.pth"):
             assert difference(folder / "whole" / file, broken / file) == [], name
-        assert (folder / "whole" / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes(), name
+        assert (folder / "whole" / "metrics.jsonl").read_bytes() == (
+            broken / "metrics.jsonl"
+        ).read_bytes(), name
 
 
 def test_a_run_goes_on_from_its_newest_good_checkpoint_and_says_so(tmp_path, monkeypatch, small):
-    check_goes_on(tmp_path, monkeypatch, small(trainer={"monitor": "min val_loss", "early_stop": 3}))
+    check_goes_on(
+        tmp_path, monkeypatch, small(trainer={"monitor": "min val_loss", "early_stop": 3})
+    )
 
 
 def test_a_damaged_last_checkpoint_is_kept_aside(tmp_path, monkeypatch, small):
@@ -124,11 +144,16 @@ def test_a_run_goes_on_without_its_best_model_and_says_so(tmp_path, monkeypatch,
     flip(folder / "model_best.pth")
     (folder / "model_epoch_1.pth").unlink()
     assert Experiment.resume(str(folder))["best_since_epoch"] == 3
-    assert "it is lost, and the best model is chosen among the epochs from 3 on" in (folder / "info.log").read_text()
+    assert (
+        "it is lost, and the best model is chosen among the epochs from 3 on"
+        in (folder / "info.log").read_text()
+    )
     assert load_checkpoint(folder / "model_best.pth")["epoch"] == 3
     (folder / "model_best.pth").unlink()
     (folder / "model_epoch_3.pth").unlink()
-    assert Experiment.resume(str(folder))["best_since_epoch"] == 3, "its last epoch is its best, and the run is concluded again"
+    assert Experiment.resume(str(folder))["best_since_epoch"] == 3, (
+        "its last epoch is its best, and the run is concluded again"
+    )
 
 
 def test_a_bad_file_that_is_named_stops_and_nothing_begins_anew(tmp_path, monkeypatch, small):
@@ -143,16 +168,24 @@ def test_a_bad_file_that_is_named_stops_and_nothing_begins_anew(tmp_path, monkey
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     for name in ("model_best.pth", "model_epoch_1.pth", "model_epoch_2.pth"):
         (folder / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"model_last.pth: is damaged.*nothing better lies beside it \(2 numbered"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model_last.pth: is damaged.*nothing better lies beside it \(2 numbered",
+    ):
         Experiment.resume(str(folder))
     for name in ("model_last.pth", "model_best.pth", "model_epoch_1.pth"):
         (folder / name).unlink()
-    with pytest.raises(ConfigError, match="already holds a run"):  # one bad file is left: it is still not ours to begin anew
+    # one bad file is left: it is still not ours to begin anew
+    with pytest.raises(ConfigError, match="already holds a run"):
         run(folder, small())
 
 
 def test_of_the_good_ones_the_newest_is_taken(tmp_path):
-    for name, epoch in (("model_epoch_2.pth", 2), ("model_epoch_10.pth", 10), ("model_best.pth", 11)):
+    for name, epoch in (
+        ("model_epoch_2.pth", 2),
+        ("model_epoch_10.pth", 10),
+        ("model_best.pth", 11),
+    ):
         save_checkpoint(tmp_path / name, {**CONTENTS, "epoch": epoch, "batch": 0})
     taken = []
     for _ in range(3):

@@ -1,5 +1,5 @@
-"""Promise 4: a full disk, or a folder that cannot be written or is gone, is one line; the previous checkpoint is intact; it is
-found out before training starts where that can be known."""
+"""Promise 4: a full disk, or a folder that cannot be written or is gone, is one line; the previous
+checkpoint is intact; it is found out before training starts where that can be known."""
 
 import json
 import resource
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def disk_of(size):
-    """From now on no file of this process may be larger, which torch and the system report as they report a full disk."""
+    """From now on no file of this process may be larger, which torch and the system report as they
+    report a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -45,8 +46,12 @@ def check_fills_up(folder, monkeypatch, config):
         assert load_checkpoint(folder / name / "model_last.pth")["epoch"] == 1, name
         assert not list((folder / name).rglob("*.incomplete")), name
         Experiment.resume(str(folder / name))
-        assert difference(folder / "whole" / "model_last.pth", folder / name / "model_last.pth") == [], name
-        assert (folder / "whole" / "metrics.jsonl").read_bytes() == (folder / name / "metrics.jsonl").read_bytes(), name
+        assert (
+            difference(folder / "whole" / "model_last.pth", folder / name / "model_last.pth") == []
+        ), name
+        assert (folder / "whole" / "metrics.jsonl").read_bytes() == (
+            folder / name / "metrics.jsonl"
+        ).read_bytes(), name
 
 
 def test_a_disk_that_fills_up_costs_nothing(tmp_path, monkeypatch, small):
@@ -65,7 +70,9 @@ def test_the_check_can_fail(tmp_path, monkeypatch, small):
 
 
 def train(folder, *before):
-    (folder / "config.json").write_text(json.dumps({**TINY, "trainer": {"epochs": 1}, "system": {"num_threads": 1}}))
+    (folder / "config.json").write_text(
+        json.dumps({**TINY, "trainer": {"epochs": 1}, "system": {"num_threads": 1}})
+    )
     words = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -78,11 +85,15 @@ def train(folder, *before):
 
 
 def test_a_file_system_without_room_is_found_out_before_training(tmp_path):
-    """On a real file system of 64 kB, where the first checkpoint finds no room; in a name space of its own."""
+    """On a real file system of 64 kB, where the first checkpoint finds no room; in a name space of
+    its own."""
     (tmp_path / "disk").mkdir()
     mount = f'mount -t tmpfs -o size=64k none "{tmp_path}/disk" && exec "$@"'
     new = ["unshare", "-rm", "sh", "-c"]
-    if not shutil.which("unshare") or subprocess.run([*new, mount, "sh", "true"], capture_output=True).returncode != 0:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*new, mount, "sh", "true"], capture_output=True).returncode != 0
+    ):
         pytest.skip("no file system can be mounted here")
     done = train(tmp_path, *new, mount, "sh")
     assert done.returncode == 3, done.stderr
@@ -93,7 +104,9 @@ def test_a_file_system_without_room_is_found_out_before_training(tmp_path):
 
 def test_room_for_one_checkpoint_only_is_found_out_before_training(tmp_path, monkeypatch, small):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(run_checkpoints_module.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    monkeypatch.setattr(
+        run_checkpoints_module.shutil, "disk_usage", lambda folder: usage._replace(free=1000)
+    )
     message = r"its disk is full: a checkpoint takes 0\.\d MB beside the last one, 0.0 MB are free"
     with pytest.raises(CheckpointError, match=message):
         run(tmp_path / "run", small())
@@ -108,5 +121,7 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, small):
         finish(self, log)
 
     monkeypatch.setattr(BaseTrainer, "_finish_epoch", without_folder)
-    with pytest.raises(CheckpointError, match="model_last.pth: cannot be written: .*No such file or directory"):
+    with pytest.raises(
+        CheckpointError, match="model_last.pth: cannot be written: .*No such file or directory"
+    ):
         run(tmp_path / "run", small())

@@ -1,5 +1,5 @@
-"""Promise 5: SIGTERM and SIGINT save at the current step and exit 143 and 130; a second signal during the save does no harm;
-resume is exact."""
+"""Promise 5: SIGTERM and SIGINT save at the current step and exit 143 and 130; a second signal
+during the save does no harm; resume is exact."""
 
 import json
 import os
@@ -58,8 +58,13 @@ def check_signals(folder, monkeypatch, config):
         progress = load_checkpoint(folder / str(after) / "model_last.pth")["progress"]
         assert progress["epochs_done"] * 3 + progress["batches_done"] == after
         Experiment.resume(str(folder / str(after)))
-        assert difference(folder / "whole" / "model_last.pth", folder / str(after) / "model_last.pth") == []
-        assert (folder / "whole" / "metrics.jsonl").read_bytes() == (folder / str(after) / "metrics.jsonl").read_bytes()
+        assert (
+            difference(folder / "whole" / "model_last.pth", folder / str(after) / "model_last.pth")
+            == []
+        )
+        assert (folder / "whole" / "metrics.jsonl").read_bytes() == (
+            folder / str(after) / "metrics.jsonl"
+        ).read_bytes()
 
 
 def test_every_step_can_be_the_last(tmp_path, monkeypatch, small):
@@ -107,7 +112,8 @@ def reported(small):
 
 
 def check_final_attack(folder, monkeypatch, config, number, code):
-    """A signal in the second batch: the verdicts on the first are kept, and a resume begins with the second."""
+    """A signal in the second batch: the verdicts on the first are kept, and a resume begins with
+    the second."""
     monkeypatch.setattr("data_loader.training_data_loader.EVALUATION_BATCH", 4)
     run(folder / "whole", config)
     attack, attacked = robustness_module.attack_batch, []
@@ -120,7 +126,9 @@ def check_final_attack(folder, monkeypatch, config, number, code):
 
     with monkeypatch.context() as patched:
         patched.setattr(robustness_module, "attack_batch", interrupted)
-        with pytest.raises(Stopped, match=rf"in the final attack, .* are kept; continue with -r {folder / 'run'}") as caught:
+        with pytest.raises(
+            Stopped, match=rf"in the final attack, .* are kept; continue with -r {folder / 'run'}"
+        ) as caught:
             run(folder / "run", config)
         assert caught.value.exit_code == code
         assert attacked == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -129,9 +137,18 @@ def check_final_attack(folder, monkeypatch, config, number, code):
         assert not (folder / "run" / "result.json").exists()
         Experiment.resume(str(folder / "run"))
     assert attacked[2:] == [[4, 5, 6, 7], [8]]
-    names = [sorted(path.name for path in (folder / name / "eval").iterdir()) for name in ("whole", "run")]
-    assert names[0] == names[1] == ["pgd_best.json", "pgd_best.verdicts.npz", "pgd_last.json", "pgd_last.verdicts.npz"]
-    verdicts = [np.load(folder / name / "eval" / "pgd_last.verdicts.npz") for name in ("whole", "run")]
+    names = [
+        sorted(path.name for path in (folder / name / "eval").iterdir())
+        for name in ("whole", "run")
+    ]
+    assert (
+        names[0]
+        == names[1]
+        == ["pgd_best.json", "pgd_best.verdicts.npz", "pgd_last.json", "pgd_last.verdicts.npz"]
+    )
+    verdicts = [
+        np.load(folder / name / "eval" / "pgd_last.verdicts.npz") for name in ("whole", "run")
+    ]
     assert all(np.array_equal(verdicts[0][key], verdicts[1][key]) for key in verdicts[0].files)
     results = [json.loads((folder / name / "result.json").read_text()) for name in ("whole", "run")]
     assert results[0]["test_robust_top1"] == results[1]["test_robust_top1"]

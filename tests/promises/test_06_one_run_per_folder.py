@@ -16,7 +16,8 @@ PROCESSES, ROUNDS = 6, 8
 
 
 def check_race(folder):
-    """Several processes that ask for the same new folder at the same time: one gets it, the others leave with exit code 2."""
+    """Several processes that ask for the same new folder at the same time: one gets it, the others
+    leave with exit code 2."""
     for number in range(ROUNDS):
         start, go = os.pipe()
         others, asking = os.pipe()
@@ -26,7 +27,8 @@ def check_race(folder):
             os.read(start, 1)  # the pipe ends when all processes are there
             with new_run_folder("unused", "name", str(folder / str(number))) as mine:
                 os.close(asking)
-                os.read(others, 1)  # it ends when everybody else has asked, and got the folder or left
+                # it ends when everybody else has asked, and got the folder or left
+                os.read(others, 1)
                 (mine / "config.json").touch()
 
         processes = [forked(race) for _ in range(PROCESSES)]
@@ -37,8 +39,8 @@ def check_race(folder):
 
 
 def check_running(folder):
-    """A run that is at work cannot be continued by another process; when it has been killed, it can, although its loader's
-    workers outlive it for a while."""
+    """A run that is at work cannot be continued by another process; when it has been killed, it
+    can, although its loader's workers outlive it for a while."""
     folder.mkdir()
     sleepers, told = os.pipe()
 
@@ -50,7 +52,10 @@ def check_running(folder):
     process = forked(train)
     worker = int(os.read(sleepers, 20))
     try:
-        with pytest.raises(ConfigError, match="another process trains in this folder"), only_run_in(folder):
+        with (
+            pytest.raises(ConfigError, match="another process trains in this folder"),
+            only_run_in(folder),
+        ):
             pass
         os.kill(process, signal.SIGKILL)
         exit_code(process)
@@ -76,7 +81,9 @@ def test_a_folder_is_free_again_after_a_run_in_the_same_process(tmp_path, small)
     assert (tmp_path / "run" / ".lock").exists()
 
 
-@pytest.mark.parametrize("check", [check_race, lambda folder: check_running(folder / "run")], ids=["race", "running"])
+@pytest.mark.parametrize(
+    "check", [check_race, lambda folder: check_running(folder / "run")], ids=["race", "running"]
+)
 def test_the_checks_can_fail(tmp_path, monkeypatch, check):
     @contextmanager
     def everyone(file):

@@ -1,8 +1,8 @@
-"""Promise 7: reading runs no code. Every checkpoint, label file and array is read without unpickling anything but tensors and
-plain values; code of a user's own runs only if a config that `-c` gives, or `--imports`, names it, never because a checkpoint
-or a run folder asks for it; names in configs resolve only through the tables and what was imported so; paths in configs cannot
-leave `save_dir` for what is written.
-(Secrets: `test_07_secrets.py`; archives: `test_09_data.py`.)"""
+"""Promise 7: reading runs no code. Every checkpoint, label file and array is read without
+unpickling anything but tensors and plain values; code of a user's own runs only if a config that
+`-c` gives, or `--imports`, names it, never because a checkpoint or a run folder asks for it; names
+in configs resolve only through the tables and what was imported so; paths in configs cannot leave
+`save_dir` for what is written. (Secrets: `test_07_secrets.py`; archives: `test_09_data.py`.)"""
 
 import ast
 import json
@@ -87,10 +87,18 @@ def test_no_entry_point_runs_what_it_reads(tmp_path, monkeypatch, small):
 def test_the_check_can_fail(tmp_path, monkeypatch, small, reader):
     if reader == "torch":
         load = torch.load
-        monkeypatch.setattr(torch, "load", lambda *args, **options: load(*args, **{**options, "weights_only": False}))
+        monkeypatch.setattr(
+            torch,
+            "load",
+            lambda *args, **options: load(*args, **{**options, "weights_only": False}),
+        )
     else:
         load_array = np.load
-        monkeypatch.setattr(np, "load", lambda *args, **options: load_array(*args, **{**options, "allow_pickle": True}))
+        monkeypatch.setattr(
+            np,
+            "load",
+            lambda *args, **options: load_array(*args, **{**options, "allow_pickle": True}),
+        )
     with pytest.raises(AssertionError, match="has run what it read"):
         check_every_entry_point(tmp_path / "x", monkeypatch, small())
 
@@ -113,12 +121,18 @@ def check_code_that_is_asked_for(folder, monkeypatch, config):
     run_folder, code = folder_that_asks_for_code(folder, config)
     evaluating = ("validate_pgd.py", "fgsm.py", "spectrum.py", "class_report.py")
     for place in (run_folder, run_folder / "model_last.pth"):
-        commands = [["train.py", "-r", place], ["train_robust.py", "-r", place], ["train.py", "--print-config", "-r", place]]
+        commands = [
+            ["train.py", "-r", place],
+            ["train_robust.py", "-r", place],
+            ["train.py", "--print-config", "-r", place],
+        ]
         for script, *words in [*commands, *([script, "-s", place] for script in evaluating)]:
             monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, words)])
             with pytest.raises(SystemExit) as ended:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
-            assert not Malicious.place.exists(), f"{script} {words} has run what the checkpoint asks for"
+            assert not Malicious.place.exists(), (
+                f"{script} {words} has run what the checkpoint asks for"
+            )
             assert ended.value.code == 3, f"{script} {words}: exit {ended.value.code}"
     read_run(run_folder)
     assert not Malicious.place.exists()
@@ -148,7 +162,15 @@ def unsafe_calls(text):
             continue
         name = ast.unparse(node.func)
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        unsafe = name in ("eval", "exec", "pickle.load", "pickle.loads", "joblib.load", "yaml.load", "os.system")
+        unsafe = name in (
+            "eval",
+            "exec",
+            "pickle.load",
+            "pickle.loads",
+            "joblib.load",
+            "yaml.load",
+            "os.system",
+        )
         unsafe |= name == "torch.load" and options.get("weights_only") != "True"
         unsafe |= name == "np.load" and options.get("allow_pickle", "False") != "False"
         unsafe |= options.get("shell") == "True"
@@ -168,7 +190,13 @@ def test_no_source_unpickles_or_evaluates():
 
 
 @pytest.mark.parametrize(
-    "text", ["torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)", "eval(x)"]
+    "text",
+    [
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "np.load(f, allow_pickle=True)",
+        "eval(x)",
+    ],
 )
 def test_the_check_of_sources_can_fail(text):
     assert unsafe_calls(text)
@@ -178,7 +206,8 @@ NAMES = ("..", ".", "", "a/b", "/etc", "../up", "a\\b", "a\0b")
 
 
 def check_names(folder, config):
-    """Names that would lead out of `save_dir` are refused; odd ones that do not are folders in it."""
+    """Names that would lead out of `save_dir` are refused; odd ones that do not are folders in
+    it."""
     refused = 0
     for name in NAMES:
         with pytest.raises(ConfigError, match="name"):
@@ -215,8 +244,13 @@ def check_tables(config, key, name):
     check_optimization(resolved.optimizer, resolved.lr_scheduler)
 
 
-@pytest.mark.parametrize("key", ["arch.type", "data_loader.type", "optimizer.type", "lr_scheduler.type", "train_loss"])
-@pytest.mark.parametrize("name", ["os.system", "__import__", "torch.hub.load", "builtins", "Optimizer.__class__", "__class__"])
+@pytest.mark.parametrize(
+    "key", ["arch.type", "data_loader.type", "optimizer.type", "lr_scheduler.type", "train_loss"]
+)
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "__import__", "torch.hub.load", "builtins", "Optimizer.__class__", "__class__"],
+)
 def test_names_resolve_only_through_tables(tmp_path, small, key, name):
     (tmp_path / "config.json").write_text(json.dumps(small().dump()))
     with pytest.raises(ConfigError, match=key):
@@ -224,6 +258,9 @@ def test_names_resolve_only_through_tables(tmp_path, small, key, name):
 
 
 def test_a_checkpoints_config_is_as_little_trusted(tmp_path, small):
-    save_checkpoint(tmp_path / "model_last.pth", {"state_dict": {}, "config": {**small().dump(), "name": "../up"}})
+    save_checkpoint(
+        tmp_path / "model_last.pth",
+        {"state_dict": {}, "config": {**small().dump(), "name": "../up"}},
+    )
     with pytest.raises(CheckpointError, match="name: .*the checkpoint's own config cannot be used"):
         Experiment.resume(str(tmp_path))

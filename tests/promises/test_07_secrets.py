@@ -1,7 +1,8 @@
-"""Comet's key reaches no file and no log, however it is given, and whether the run ends well or badly.
+"""Comet's key reaches no file and no log, however it is given, and whether the run ends well or
+badly.
 
-The working directory is searched, with zips unpacked, and all that was printed. The rest of promise 7 is elsewhere.
-"""
+The working directory is searched, with zips unpacked, and all that was printed. The rest of promise
+7 is elsewhere."""
 
 import io
 import json
@@ -30,7 +31,10 @@ ROOT = Path(__file__).parents[2]
 KEY = "SeCrEt-0123456789-kEy"
 TINY = {
     "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
-    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 8, "num_batches": 2, "validation_split": 0.1}},
+    "data_loader": {
+        "type": "DigitsDataLoader",
+        "args": {"batch_size": 8, "num_batches": 2, "validation_split": 0.1},
+    },
     "trainer": {"epochs": 1, "tensorboard": True},
     "system": {"num_threads": 1, "device": "cpu"},
 }
@@ -47,12 +51,16 @@ WAYS = {
 }
 ENDS = {
     "offline": ([], 0),
-    "online": (["--offline", "False"], 0),  # to a server that does not know the key, and comet_ml names such a one in full
+    # to a server that does not know the key, and comet_ml names such a one in full
+    "online": (["--offline", "False"], 0),
     "wrong value": (["--set", "trainer.epochs=many"], 2),
     "wrong value of comet": (["--set", "comet.offline=perhaps"], 2),
     "no Unicode": (["--set", "name=\udcff"], 2),
     "wrong flag": (["--epoch", "3"], 2),
-    "wrong data": (["--set", 'data_loader={"type":"ImageFolderDataLoader","args":{"data_dir":"nowhere"}}'], 4),
+    "wrong data": (
+        ["--set", 'data_loader={"type":"ImageFolderDataLoader","args":{"data_dir":"nowhere"}}'],
+        4,
+    ),
     "diverges": (["--lr", "1e30"], 5),
 }
 SOURCES = {"environment", "config file", "--key"}
@@ -80,12 +88,18 @@ def server(monkeypatch):
             version = self.path.endswith("isAlive/ver")
             self.send_response(200 if version else 400)
             self.end_headers()
-            self.wfile.write(json.dumps({"version": "5.0.0", "msg": f"no {KEY}", "sdk_error_code": 90212}).encode())
+            self.wfile.write(
+                json.dumps(
+                    {"version": "5.0.0", "msg": f"no {KEY}", "sdk_error_code": 90212}
+                ).encode()
+            )
 
         do_GET = do_POST = answer  # noqa: N815 - the names that http.server looks for
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    ).start()
     for name, value in base.tracking.comet.COMET_DEFAULTS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("COMET_URL_OVERRIDE", f"http://127.0.0.1:{server.server_port}/clientlib")
@@ -96,14 +110,17 @@ def server(monkeypatch):
 
 
 def holders(folder):
-    """What below `folder` holds the key, in name or contents, also inside of zips, and how many things were searched."""
+    """What below `folder` holds the key, in name or contents, also inside of zips, and how many
+    things were searched."""
     found, searched = [], 0
     for path in folder.rglob("*"):
         contents = {str(path): b""}
         if path.is_file():
             contents |= unpacked(str(path), path.read_bytes())
         searched += len(contents)
-        found += [name for name, content in contents.items() if KEY.encode() in content or KEY in name]
+        found += [
+            name for name, content in contents.items() if KEY.encode() in content or KEY in name
+        ]
     return found, searched
 
 
@@ -121,7 +138,8 @@ def train_here(tmp_path, monkeypatch, capfd, way, words):
     folder = tmp_path / f"{way} {len(list(tmp_path.iterdir()))}"
     folder.mkdir()
     comet = {"project": "test"} | ({"api": KEY} if way == "config file" else {})
-    config = tmp_path.parent / f"{tmp_path.name} config.json"  # the one file that may hold it, outside of what is searched
+    # the one file that may hold it, outside of what is searched
+    config = tmp_path.parent / f"{tmp_path.name} config.json"
     config.write_text(json.dumps({**TINY, "comet": comet}))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -152,7 +170,9 @@ def check_training(tmp_path, monkeypatch, capfd, ways, ends):
     if "online" in ends:
         assert searched > 10 * count
         logs = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("info.log")]
-        assert sum("The given API key '***' is invalid" in log for log in logs) == len(SOURCES & ways.keys())
+        assert sum("The given API key '***' is invalid" in log for log in logs) == len(
+            SOURCES & ways.keys()
+        )
         assert len(list(tmp_path.rglob("comet/*.zip"))) >= len(ways) + len(SOURCES & ways.keys())
     return count
 
@@ -194,7 +214,9 @@ def _quotes_the_command(monkeypatch):
     return "--set", "wrong flag", "printed"
 
 
-@pytest.mark.parametrize("break_it", [_writes_the_command, _dumps_the_key, _passes_complaints_on, _quotes_the_command])
+@pytest.mark.parametrize(
+    "break_it", [_writes_the_command, _dumps_the_key, _passes_complaints_on, _quotes_the_command]
+)
 def test_the_check_can_fail_for_training(tmp_path, monkeypatch, capfd, server, break_it):
     way, end, place = break_it(monkeypatch)
     words, code = ENDS[end]
@@ -205,7 +227,8 @@ def test_the_check_can_fail_for_training(tmp_path, monkeypatch, capfd, server, b
 
 
 def check_study(tmp_path, monkeypatch, capfd):
-    """A study whose base config holds the key, until it would start processes; returns how many outputs were searched."""
+    """A study whose base config holds the key, until it would start processes; returns how many
+    outputs were searched."""
     (tmp_path / "base.json").write_text(json.dumps({**TINY, "comet": {"api": KEY}}))
     (tmp_path / "grid.json").write_text(
         json.dumps({"base": "base.json", "variants": {"one": {}, "two": {"trainer.epochs": 2}}})
@@ -213,7 +236,14 @@ def check_study(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for word in ("--list", "--dry-run"):
         monkeypatch.setattr(
-            sys, "argv", ["run_ablations.py", "--grid", "grid.json", *([word] if word == "--list" else [word, "--all"])]
+            sys,
+            "argv",
+            [
+                "run_ablations.py",
+                "--grid",
+                "grid.json",
+                *([word] if word == "--list" else [word, "--all"]),
+            ],
         )
         with pytest.raises(SystemExit) as end:
             run_script(run_ablations.main)
@@ -224,8 +254,12 @@ def check_study(tmp_path, monkeypatch, capfd):
         assert KEY.encode() not in pickle.dumps([run, command_of_job(run)]), "what a job is told"
         assert KEY not in repr(run) + " ".join(run.words())
     for settings in ({"comet.api": KEY}, {"comet": {"api": KEY}}):
-        (tmp_path / "grid.json").write_text(json.dumps({"base": "base.json", "variants": {"one": settings}}))
-        monkeypatch.setattr(sys, "argv", ["run_ablations.py", "--grid", "grid.json", "--all", "--dry-run"])
+        (tmp_path / "grid.json").write_text(
+            json.dumps({"base": "base.json", "variants": {"one": settings}})
+        )
+        monkeypatch.setattr(
+            sys, "argv", ["run_ablations.py", "--grid", "grid.json", "--all", "--dry-run"]
+        )
         with pytest.raises(SystemExit) as end:
             run_script(run_ablations.main)
         printed = "".join(capfd.readouterr())
@@ -257,7 +291,11 @@ def test_the_check_can_fail_for_studies(tmp_path, monkeypatch, capfd, break_it):
 
 def processes(tmp_path, script, *words):
     """Run a script in other processes; returns its exit code and what it printed."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("COMET", "TORCHELASTIC"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("COMET", "TORCHELASTIC"))
+    }
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, words)],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
@@ -266,7 +304,9 @@ def processes(tmp_path, script, *words):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.skipif("SLOW_PROMISES" not in os.environ, reason="a minute of processes: set SLOW_PROMISES=1")
+@pytest.mark.skipif(
+    "SLOW_PROMISES" not in os.environ, reason="a minute of processes: set SLOW_PROMISES=1"
+)
 def test_in_several_processes(tmp_path):
     config, work = tmp_path / "config.json", tmp_path / "work"
     work.mkdir()

@@ -1,5 +1,5 @@
-"""Promise 8: a checkpoint of another architecture, other classes, optimizer, scheduler, data, schema version or device, or with
-a wrapper's prefix, is handled or refused, naming both sides."""
+"""Promise 8: a checkpoint of another architecture, other classes, optimizer, scheduler, data,
+schema version or device, or with a wrapper's prefix, is handled or refused, naming both sides."""
 
 import shutil
 
@@ -13,7 +13,12 @@ from base.errors import CheckpointError, ConfigError
 from experiment.experiment import Experiment
 from tiny_runs import difference, interrupt, run
 
-RESNET = {"arch": {"type": "preact_resnet18", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}}}
+RESNET = {
+    "arch": {
+        "type": "preact_resnet18",
+        "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"},
+    }
+}
 
 
 def change(key, value):
@@ -131,7 +136,9 @@ def test_the_check_can_fail(stopped, tmp_path, monkeypatch):
 
 
 def prefixed(contents):
-    contents["state_dict"] = {f"module._orig_mod.{key}": value for key, value in contents["state_dict"].items()}
+    contents["state_dict"] = {
+        f"module._orig_mod.{key}": value for key, value in contents["state_dict"].items()
+    }
 
 
 def check_handled(folder, copy, apply, tag=None):
@@ -141,7 +148,8 @@ def check_handled(folder, copy, apply, tag=None):
     apply(contents)
     with pytest.MonkeyPatch.context() as patch:
         if tag:
-            patch.setattr(torch.serialization, "location_tag", lambda storage: tag)  # as if it had been there
+            # as if it had been there
+            patch.setattr(torch.serialization, "location_tag", lambda storage: tag)
         save_checkpoint(copy / "model_last.pth", contents)
     Experiment.resume(str(copy / "model_last.pth"))
     assert difference(folder / "whole" / "model_last.pth", copy / "model_last.pth") == []
@@ -176,6 +184,8 @@ def test_what_only_looks_different_is_handled(stopped, tmp_path, what):
 
 def test_the_check_of_devices_can_fail(stopped, tmp_path, monkeypatch):
     load = torch.load
-    monkeypatch.setattr(torch, "load", lambda *args, **options: load(*args, **{**options, "map_location": None}))
+    monkeypatch.setattr(
+        torch, "load", lambda *args, **options: load(*args, **{**options, "map_location": None})
+    )
     with pytest.raises(CheckpointError, match="CUDA"):
         check_handled(stopped, tmp_path / "copy", *HANDLED["a CUDA device that is not here"])

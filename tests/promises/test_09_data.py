@@ -1,5 +1,5 @@
-"""Promise 9: nothing of a data set is unpickled or unpacked before its md5 is right; truncated, mis-shaped and mis-labeled
-data is refused in one line that names the file."""
+"""Promise 9: nothing of a data set is unpickled or unpacked before its md5 is right; truncated,
+mis-shaped and mis-labeled data is refused in one line that names the file."""
 
 import io
 import os
@@ -46,7 +46,9 @@ def is_file(path, md5=None):
 
 def files_of(num_classes, folder):
     source = CIFAR[num_classes]
-    names = [name for name, _ in (*source.train_list, *source.test_list)] + [source.meta["filename"]]
+    names = [name for name, _ in (*source.train_list, *source.test_list)] + [
+        source.meta["filename"]
+    ]
     return [folder / source.base_folder / name for name in names]
 
 
@@ -99,9 +101,18 @@ def check_no_archive_is_unpacked_before_its_md5(folder):
     whole, generator = archive.read_bytes(), np.random.default_rng(0)
     evil = io.BytesIO()
     with tarfile.open(fileobj=evil, mode="w:gz") as tar:
-        for name in ("cifar-10-batches-py/data_batch_1", "../evil", f"{folder.parent}/evil_absolute"):
+        for name in (
+            "cifar-10-batches-py/data_batch_1",
+            "../evil",
+            f"{folder.parent}/evil_absolute",
+        ):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    damaged = [evil.getvalue(), b"", b"text", *(whole[:length] for length in generator.integers(0, len(whole), 20))]
+    damaged = [
+        evil.getvalue(),
+        b"",
+        b"text",
+        *(whole[:length] for length in generator.integers(0, len(whole), 20)),
+    ]
     for position in generator.integers(0, len(whole), 20):
         flipped = bytearray(whole)
         flipped[position] ^= 1 << generator.integers(8)
@@ -162,8 +173,9 @@ def test_the_check_can_fail_for_bit_rot(fake_cifar, no_network, monkeypatch):
 
 
 def check_damaged_image_files_are_named(folder):
-    """Every length that a file can be cut to, in three formats, and a flipped bit in every byte of a PNG: refused, or the
-    pixels are the right ones. (JPEG and BMP have no sum that would tell a flipped bit.)"""
+    """Every length that a file can be cut to, in three formats, and a flipped bit in every byte of
+    a PNG: refused, or the pixels are the right ones. (JPEG and BMP have no sum that would tell a
+    flipped bit.)"""
     pixels, cases = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8), 0
     for suffix in ("png", "jpg", "bmp"):
         path = folder / f"image.{suffix}"
@@ -172,7 +184,11 @@ def check_damaged_image_files_are_named(folder):
         damaged = [whole[:length] for length in range(len(whole))]
         if suffix == "png":
             for position in range(len(whole)):
-                damaged.append(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+                damaged.append(
+                    whole[:position]
+                    + bytes([whole[position] ^ 1 << position % 8])
+                    + whole[position + 1 :]
+                )
         for content in damaged:
             path.write_bytes(content)
             reasons = []
@@ -216,7 +232,11 @@ def check_damaged_folders_are_named(folder):
 
     cases = 0
     for damage in DAMAGE.values():
-        for part, name in ((0, "train/bee/001.png"), (0, "train/bee/002.png"), (1, "test/ant/000.png")):
+        for part, name in (
+            (0, "train/bee/001.png"),
+            (0, "train/bee/002.png"),
+            (1, "test/ant/000.png"),
+        ):
             for num_workers in (0, 2):
                 fresh()
                 damage(folder / name)
@@ -227,11 +247,20 @@ def check_damaged_folders_are_named(folder):
     structures = {
         "a class more": (lambda: write_images(folder / "test", {"cow": 1}), "cow"),
         "a class less": (lambda: shutil.rmtree(folder / "test" / "bee"), "bee"),
-        "another name": (lambda: (folder / "test" / "bee").rename(folder / "test" / "Bee"), "Bee, bee"),
+        "another name": (
+            lambda: (folder / "test" / "bee").rename(folder / "test" / "Bee"),
+            "Bee, bee",
+        ),
         "an empty class": (lambda: (folder / "train" / "cow").mkdir(), "train/cow"),
-        "no classes": (lambda: (shutil.rmtree(folder / "train"), (folder / "train").mkdir()), folder / "train"),
+        "no classes": (
+            lambda: (shutil.rmtree(folder / "train"), (folder / "train").mkdir()),
+            folder / "train",
+        ),
         "no test": (lambda: shutil.rmtree(folder / "test"), folder / "test"),
-        "a file for a folder": (lambda: (shutil.rmtree(folder / "test"), (folder / "test").touch()), folder / "test"),
+        "a file for a folder": (
+            lambda: (shutil.rmtree(folder / "test"), (folder / "test").touch()),
+            folder / "test",
+        ),
     }
     for change, named in structures.values():
         fresh()
@@ -246,7 +275,10 @@ def test_damaged_folders_are_named(tmp_path):
 
 
 def test_the_check_can_fail_for_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_loader.images.decode_image", lambda path, shape, resize: torch.zeros(shape, dtype=torch.uint8))
+    monkeypatch.setattr(
+        "data_loader.images.decode_image",
+        lambda path, shape, resize: torch.zeros(shape, dtype=torch.uint8),
+    )
     with pytest.raises(AssertionError):
         check_damaged_folders_are_named(tmp_path / "set")
 
@@ -295,6 +327,8 @@ def test_mislabeled_noise_files_are_named(tmp_path):
 
 
 def test_the_check_can_fail_for_noise_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_loader.noise_file._as_labels", lambda values, *_: np.asarray(values).astype(np.int64))
+    monkeypatch.setattr(
+        "data_loader.noise_file._as_labels", lambda values, *_: np.asarray(values).astype(np.int64)
+    )
     with pytest.raises(AssertionError):
         check_mislabeled_noise_files_are_named(tmp_path)

@@ -1,4 +1,5 @@
-"""Promise 9: a loader worker that dies or hangs ends the run, in one line that names the worker and its image."""
+"""Promise 9: a loader worker that dies or hangs ends the run, in one line that names the worker and
+its image."""
 
 import multiprocessing
 import os
@@ -20,7 +21,9 @@ from data_loader.images import FileImages
 from tiny_runs import impatient_workers, write_images
 
 ROOT = Path(__file__).parents[2]
-PROC = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the workers of a process are read from /proc")
+PROC = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="the workers of a process are read from /proc"
+)
 
 
 def refused(images):
@@ -78,11 +81,16 @@ def check_dead_and_hanging_workers_are_named(folder, monkeypatch):
             if end == "hangs":
                 give_up(patched, position)
             text = refused(images)
-        assert re.fullmatch(rf"data_loader\.args\.num_workers: worker [0-2] \(pid \d+\) {end} at '{paths[position]}': .*", text)
+        assert re.fullmatch(
+            rf"data_loader\.args\.num_workers: worker [0-2] \(pid \d+\) {end} at '{paths[position]}': .*",
+            text,
+        )
         assert multiprocessing.active_children() == []
 
     for position, num_workers in ((0, 1), (5, 2), (11, 3)):
-        refused_at(position, lambda: os.kill(os.getpid(), signal.SIGKILL), num_workers, "died of SIGKILL")
+        refused_at(
+            position, lambda: os.kill(os.getpid(), signal.SIGKILL), num_workers, "died of SIGKILL"
+        )
         refused_at(position, lambda: os._exit(7), num_workers, "ended with exit code 7")
         refused_at(position, lambda: os.kill(os.getpid(), signal.SIGSTOP), num_workers, "hangs")
         cases += 3
@@ -106,7 +114,10 @@ def test_dead_and_hanging_workers_are_named_with_their_image(tmp_path, monkeypat
     [
         lambda patch: patch.setattr(workers, "_told", lambda *_: "some worker hangs"),
         lambda patch: patch.setattr(workers, "_wait", lambda iterator, *_: next(iterator)),
-        lambda patch: (patch.setitem(globals(), "give_up", lambda *_: None), patch.setitem(globals(), "at_most", briefly)),
+        lambda patch: (
+            patch.setitem(globals(), "give_up", lambda *_: None),
+            patch.setitem(globals(), "at_most", briefly),
+        ),
     ],
     ids=["image unknown", "nobody looks", "patience without end"],
 )
@@ -127,9 +138,21 @@ def check_a_run_ends_with_its_worker(folder, preparation):
     write_images(folder / "train", {"ant": 100, "bee": 100})
     write_images(folder / "test", {"ant": 2, "bee": 2})
     program = f"import runpy, data_loader.workers as workers\n{preparation}\nrunpy.run_path('train.py', run_name='__main__')"
-    loader = {"type": "ImageFolderDataLoader", "args.data_dir": folder, "args.in_memory": "false", "args.num_workers": 2}
-    settings = {f"data_loader.{key}": value for key, value in {**loader, "args.batch_size": 1}.items()}
-    settings |= {"arch.type": "simpleCNN", "trainer.epochs": 10_000, "trainer.verbosity": 0, "augmentation": "null"}
+    loader = {
+        "type": "ImageFolderDataLoader",
+        "args.data_dir": folder,
+        "args.in_memory": "false",
+        "args.num_workers": 2,
+    }
+    settings = {
+        f"data_loader.{key}": value for key, value in {**loader, "args.batch_size": 1}.items()
+    }
+    settings |= {
+        "arch.type": "simpleCNN",
+        "trainer.epochs": 10_000,
+        "trainer.verbosity": 0,
+        "augmentation": "null",
+    }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     words += ["-c", "configs/quickstart.json", "--run_dir", str(folder / "run")]
     process = subprocess.Popen(
@@ -140,7 +163,11 @@ def check_a_run_ends_with_its_worker(folder, preparation):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         killed = []
         deadline = time.monotonic() + HANG
-        while not (folder / "run" / "model_last.pth").exists() and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not (folder / "run" / "model_last.pth").exists()
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         while process.poll() is None and time.monotonic() < deadline:
             pids = children.read_text().split()[:1]
@@ -153,7 +180,9 @@ def check_a_run_ends_with_its_worker(folder, preparation):
         _, errors = process.communicate(timeout=HANG)
         assert process.returncode == 4, errors
         assert errors.count("\n") == 1
-        assert re.match(r"data_loader\.args\.num_workers: worker [01] \(pid \d+\) died of SIGKILL ", errors)
+        assert re.match(
+            r"data_loader\.args\.num_workers: worker [01] \(pid \d+\) died of SIGKILL ", errors
+        )
         assert any(f"(pid {pid})" in errors for pid in killed)
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)

@@ -1,5 +1,5 @@
-"""Promise 10: a loss or gradient that is infinite or NaN stops training before the update, names epoch, step and the first
-layer that answered with it, and leaves the last good checkpoint."""
+"""Promise 10: a loss or gradient that is infinite or NaN stops training before the update, names
+epoch, step and the first layer that answered with it, and leaves the last good checkpoint."""
 
 import json
 import os
@@ -20,7 +20,12 @@ from tiny_runs import difference, run
 WIDE = {
     "arch": {
         "type": "wide_resnet",
-        "args": {"conv_layer_type": "conv", "norm_layer_type": "bn", "depth": 10, "widen_factor": 1},
+        "args": {
+            "conv_layer_type": "conv",
+            "norm_layer_type": "bn",
+            "depth": 10,
+            "widen_factor": 1,
+        },
     }
 }
 NETWORKS = {"ConvNorm": {}, "wide ResNet": WIDE}
@@ -64,7 +69,16 @@ def layers_of(config):
 def check_stops(folder, config, layer):
     """In the second minibatch of the second epoch, of three."""
     with pytest.MonkeyPatch.context() as patch:
-        poison(patch, layer, 4 * (config.trainer.adv_repeats if "trainer.adv_repeats" in config.of_method("reads", ()) else 1))
+        poison(
+            patch,
+            layer,
+            4
+            * (
+                config.trainer.adv_repeats
+                if "trainer.adv_repeats" in config.of_method("reads", ())
+                else 1
+            ),
+        )
         with pytest.raises(NonFiniteError) as stopped:
             run(folder, config)
     said = str(stopped.value)
@@ -73,7 +87,11 @@ def check_stops(folder, config, layer):
     assert f"{folder / 'model_last.pth'} is of the last good epoch" in said
     saved = load_checkpoint(folder / "model_last.pth")
     assert saved["epoch"] == 1
-    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values() if value.is_floating_point())
+    assert all(
+        torch.isfinite(value).all()
+        for value in saved["state_dict"].values()
+        if value.is_floating_point()
+    )
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -82,13 +100,21 @@ def test_the_first_bad_layer_is_named_and_the_last_good_epoch_kept(tmp_path, sma
     run(tmp_path / "whole", config)
     for layer in layers_of(config):
         check_stops(tmp_path / layer, config, layer)
-        Experiment.resume(str(tmp_path / layer))  # the fault was not its own: it goes on to the same end
-        assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / layer / "model_last.pth") == []
+        # the fault was not its own: it goes on to the same end
+        Experiment.resume(str(tmp_path / layer))
+        assert (
+            difference(tmp_path / "whole" / "model_last.pth", tmp_path / layer / "model_last.pth")
+            == []
+        )
 
 
-@pytest.mark.parametrize("method", [name for name in TRAINERS if TRAINERS[name].attacks_while_training])
+@pytest.mark.parametrize(
+    "method", [name for name in TRAINERS if TRAINERS[name].attacks_while_training]
+)
 def test_so_it_does_in_every_method(tmp_path, small, method):
-    config = small(adversarial={"method": method, "validate_every": 0, "steps": 1}, trainer={"adv_repeats": 2})
+    config = small(
+        adversarial={"method": method, "validate_every": 0, "steps": 1}, trainer={"adv_repeats": 2}
+    )
     check_stops(tmp_path / "run", config, layers_of(config)[1])
 
 
@@ -97,7 +123,9 @@ def test_the_check_can_fail(tmp_path, small, monkeypatch, broken):
     if broken == "first_bad_layer":
         monkeypatch.setattr(finite_module, broken, lambda model, images: None)
     else:
-        monkeypatch.setattr(finite_module.NanGuard, "look", lambda self, model, loss, progress, images: None)
+        monkeypatch.setattr(
+            finite_module.NanGuard, "look", lambda self, model, loss, progress, images: None
+        )
     config = small()
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_stops(tmp_path / "run", config, layers_of(config)[1])
@@ -126,18 +154,33 @@ def test_without_a_good_epoch_none_is_promised(tmp_path, small):
 
 EXPLODES = {
     "optimizer": {"args": {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0}},
-    "lr_scheduler": {"type": "MultiStepLR", "args": {"milestones": [5], "gamma": 1e36}, "interval": "batch"},
+    "lr_scheduler": {
+        "type": "MultiStepLR",
+        "args": {"milestones": [5], "gamma": 1e36},
+        "interval": "batch",
+    },
 }
 """The second epoch's last update, of three, is 1e36 times too long: its gradient is finite."""
 
 
 @pytest.mark.parametrize("method", ["none", "pgd"])
 @pytest.mark.parametrize("validated", [True, False])
-def test_weights_that_explode_in_an_epochs_last_update_are_never_saved(tmp_path, small, method, validated):
+def test_weights_that_explode_in_an_epochs_last_update_are_never_saved(
+    tmp_path, small, method, validated
+):
     unwatched = {"trainer": {"monitor": "off"}, "data_loader": {"args": {"validation_split": 0.0}}}
-    attacked = {"adversarial": {"method": method, "steps": 1, "validate_every": int(validated), "report": True}}
+    attacked = {
+        "adversarial": {
+            "method": method,
+            "steps": 1,
+            "validate_every": int(validated),
+            "report": True,
+        }
+    }
     config = small(**merge(merge(EXPLODES, attacked), {} if validated else unwatched))
-    with pytest.raises(NonFiniteError, match=r"epoch 2, batch 3: .* not finite after its update.*training stopped") as stopped:
+    with pytest.raises(
+        NonFiniteError, match=r"epoch 2, batch 3: .* not finite after its update.*training stopped"
+    ) as stopped:
         run(tmp_path, config)
     assert stopped.value.exit_code == 5
     assert f"{tmp_path / 'model_last.pth'} is of the last good epoch" in str(stopped.value)
@@ -158,7 +201,10 @@ def test_a_signal_after_an_update_that_explodes_saves_nothing(tmp_path, small, m
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(BaseTrainer, "update", counted)
-    with pytest.raises(NonFiniteError, match="epoch 2, batch 3: the model's answers are not finite after its update, first in"):
+    with pytest.raises(
+        NonFiniteError,
+        match="epoch 2, batch 3: the model's answers are not finite after its update, first in",
+    ):
         run(tmp_path, small(**EXPLODES))
     assert load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 1
 
@@ -203,13 +249,17 @@ def test_a_run_that_has_diverged_is_not_continued(tmp_path, small):
     name = next(key for key, value in contents["state_dict"].items() if value.ndim == 2)
     contents["state_dict"][name][0, 0] = torch.inf
     save_checkpoint(tmp_path / "model_last.pth", contents)
-    with pytest.raises(NonFiniteError, match=f"model_last.pth: {name} is not finite: the run has diverged"):
+    with pytest.raises(
+        NonFiniteError, match=f"model_last.pth: {name} is not finite: the run has diverged"
+    ):
         Experiment.resume(str(tmp_path))
 
 
 def test_a_result_that_is_not_finite_is_null_and_exit_code_5(tmp_path, small, monkeypatch):
     """The validation set was answered well, the test set is not."""
-    monkeypatch.setattr("experiment.final_test._Test.of", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0})
+    monkeypatch.setattr(
+        "experiment.final_test._Test.of", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0}
+    )
     with pytest.raises(NonFiniteError, match=r"result.json: test_loss is not finite, null there"):
         run(tmp_path, small())
     text = (tmp_path / "result.json").read_text()

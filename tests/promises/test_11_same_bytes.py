@@ -1,4 +1,5 @@
-"""Promise 11: one seed gives the same bytes in `metrics.jsonl`, in two processes; `deterministic: true` is enforced."""
+"""Promise 11: one seed gives the same bytes in `metrics.jsonl`, in two processes; `deterministic:
+true` is enforced."""
 
 import hashlib
 
@@ -13,8 +14,14 @@ from models.simple_cnn import SimpleCNN
 from tiny_runs import exit_code, forked, run
 
 KINDS = {
-    "standard": {"trainer": {"sym": True, "percent": 0.3}, "augmentation": {"mixup_alpha": 0.4, "cutout": 4}},
-    "pgd": {"adversarial": {"method": "pgd", "steps": 2, "validate_every": 1}, "pgd_attack": {"K": 2}},
+    "standard": {
+        "trainer": {"sym": True, "percent": 0.3},
+        "augmentation": {"mixup_alpha": 0.4, "cutout": 4},
+    },
+    "pgd": {
+        "adversarial": {"method": "pgd", "steps": 2, "validate_every": 1},
+        "pgd_attack": {"K": 2},
+    },
 }
 
 
@@ -25,7 +32,9 @@ def digest(folder):
 def check_two_processes(folder, config):
     digests = set()
     for number in range(2):
-        process = forked(lambda number=number: [torch.rand(number * 7), run(folder / str(number), config)])
+        process = forked(
+            lambda number=number: [torch.rand(number * 7), run(folder / str(number), config)]
+        )
         assert exit_code(process) == 0
         digests.add(digest(folder / str(number)))
     assert len(digests) == 1
@@ -64,7 +73,9 @@ def check_deterministic(folder, small, monkeypatch, deterministic):
         return forward(self, F.max_unpool2d(pooled, places, 2))
 
     monkeypatch.setattr(SimpleCNN, "forward_normalized", with_unpooling)
-    with pytest.raises(ConfigError, match="system.deterministic: .*max_unpool.*has no deterministic algorithm") as stopped:
+    with pytest.raises(
+        ConfigError, match="system.deterministic: .*max_unpool.*has no deterministic algorithm"
+    ) as stopped:
         Experiment.from_config(small(system={"deterministic": deterministic})).run(str(folder))
     assert "\n" not in str(stopped.value)
 

@@ -1,8 +1,8 @@
-"""Training completes, with the same `metrics.jsonl`, after one warning and within a bounded time, where there is no network, or
-where Comet's server refuses, keeps silent, asks for patience or dies.
+"""Training completes, with the same `metrics.jsonl`, after one warning and within a bounded time,
+where there is no network, or where Comet's server refuses, keeps silent, asks for patience or dies.
 
-The servers are on this machine: they answer as comet_ml 3.58 expects. A real one has not been asked.
-"""
+The servers are on this machine: they answer as comet_ml 3.58 expects. A real one has not been
+asked."""
 
 import json
 import logging
@@ -25,25 +25,31 @@ ROOT = Path(__file__).parents[2]
 KEY = "a-key-of-comet-0123456789"
 TINY = {
     "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
-    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 8, "num_batches": 2, "validation_split": 0.1}},
+    "data_loader": {
+        "type": "DigitsDataLoader",
+        "args": {"batch_size": 8, "num_batches": 2, "validation_split": 0.1},
+    },
     "trainer": {"epochs": 2},
     "system": {"num_threads": 1, "device": "cpu"},
 }
 ONLINE = {**TINY, "comet": {"offline": False, "api": KEY}}
 ENDLESS = ("later", "stalls")
-"""Ways to fail that only patience ends. The others come to an end by themselves, on a busy machine later than on others."""
+"""Ways to fail that only patience ends. The others come to an end by themselves, on a busy machine
+later than on others."""
 SHORT, LONG = 6.0, 60.0
 """The patience in seconds where it has to run out, and where it must not."""
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # comet_ml's imports and its threads, which a dead server leaves hanging
+# comet_ml's imports and its threads, which a dead server leaves hanging
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class CometServer:
-    """Answers on this machine as comet_ml 3.58 expects of a Comet server, or fails in one of several ways.
+    """Answers on this machine as comet_ml 3.58 expects of a Comet server, or fails in one of
+    several ways.
 
     Args:
-        ways: `well`, `401`, `403`, `unknown key`, `silent`, `later` (asks for patience of an hour), `dies` (with the first
-            metrics that it is sent), `stalls` (keeps silent from then on).
+        ways: `well`, `401`, `403`, `unknown key`, `silent`, `later` (asks for patience of an hour),
+            `dies` (with the first metrics that it is sent), `stalls` (keeps silent from then on).
     """
 
     def __init__(self, way):
@@ -81,7 +87,9 @@ class CometServer:
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.leave = threading.Event()
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     @property
     def url(self):
@@ -104,9 +112,22 @@ class CometServer:
         if path.endswith("add/run"):
             refused = {"401": 401, "403": 403, "unknown key": 400, "later": 503}.get(self.way)
             if refused:
-                return refused, {"msg": "no", "sdk_error_code": 90212 if self.way == "unknown key" else 0}
-            return 200, {"runId": "run", "project_id": "project", "focusUrl": "http://127.0.0.1/", "lastOffset": 0}
-        beats = ("is_alive_beat", "gpu_monitor_interval", "cpu_monitor_interval", "parameter_update_interval")
+                return refused, {
+                    "msg": "no",
+                    "sdk_error_code": 90212 if self.way == "unknown key" else 0,
+                }
+            return 200, {
+                "runId": "run",
+                "project_id": "project",
+                "focusUrl": "http://127.0.0.1/",
+                "lastOffset": 0,
+            }
+        beats = (
+            "is_alive_beat",
+            "gpu_monitor_interval",
+            "cpu_monitor_interval",
+            "parameter_update_interval",
+        )
         return 200, {f"{name}_millis": 10000 for name in beats} | {
             "is_alive_beat_duration_millis": 10000,
             "pending_rpcs": False,
@@ -120,11 +141,15 @@ class CometServer:
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Comet with a second where the product gives it five, so that the test is over soon. Returns what the ends of runs have
-    waited for Comet's thread at most, run by run."""
+    """Comet with a second where the product gives it five, so that the test is over soon. Returns
+    what the ends of runs have waited for Comet's thread at most, run by run."""
     for name, value in base.tracking.comet.COMET_DEFAULTS.items():
         monkeypatch.setenv(name, value)
-    for name in ("COMET_TIMEOUT_HTTP", "COMET_TIMEOUT_API", "COMET_GET_OR_ADD_EXPERIMENT_RETRY_BACKOFF_MAX"):
+    for name in (
+        "COMET_TIMEOUT_HTTP",
+        "COMET_TIMEOUT_API",
+        "COMET_GET_OR_ADD_EXPERIMENT_RETRY_BACKOFF_MAX",
+    ):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("COMET_TIMEOUT_CLEANING", "2")
     monkeypatch.delenv("COMET_API_KEY", raising=False)
@@ -150,7 +175,11 @@ def run(tree, folder):
 
 
 def warnings_in(folder):
-    return [line for line in (folder / "info.log").read_text(encoding="utf-8").splitlines() if " INFO " not in line and line]
+    return [
+        line
+        for line in (folder / "info.log").read_text(encoding="utf-8").splitlines()
+        if " INFO " not in line and line
+    ]
 
 
 def check_comet(tmp_path, monkeypatch, ways, waited):
@@ -176,11 +205,15 @@ def check_comet(tmp_path, monkeypatch, ways, waited):
         assert len(said) == (0 if way == "well" else 1), f"{way}: {said}"
         assert all("Comet" in line for line in said)
         archives = list((folder / "comet").glob("*.zip")) if (folder / "comet").exists() else []
-        assert len(archives) == (0 if way in ("well", "later") else 1) or way == "stalls", f"{way}: {archives}"
+        assert len(archives) == (0 if way in ("well", "later") else 1) or way == "stalls", (
+            f"{way}: {archives}"
+        )
         for archive in archives:
             with zipfile.ZipFile(archive) as file:
                 assert any(b"val_top1" in file.read(name) for name in file.namelist()), way
-        assert way in ("no server", "silent", "later") or server.asked, f"{way}: the server was never asked"
+        assert way in ("no server", "silent", "later") or server.asked, (
+            f"{way}: the server was never asked"
+        )
     return len(ways)
 
 
@@ -208,7 +241,9 @@ def _repeats_every_complaint(monkeypatch):
     return "no server"
 
 
-@pytest.mark.parametrize("break_it", [_waits_too_long, _does_not_look_whether_it_began, _repeats_every_complaint])
+@pytest.mark.parametrize(
+    "break_it", [_waits_too_long, _does_not_look_whether_it_began, _repeats_every_complaint]
+)
 def test_the_check_can_fail_for_comet(tmp_path, monkeypatch, impatient, break_it):
     way = break_it(monkeypatch)
     with pytest.raises(AssertionError, match=way):
@@ -217,13 +252,28 @@ def test_the_check_can_fail_for_comet(tmp_path, monkeypatch, impatient, break_it
 
 def test_without_any_network(tmp_path):
     apart = ["unshare", "-rn"]
-    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True).returncode != 0:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*apart, "true"], capture_output=True).returncode != 0
+    ):
         pytest.skip("network namespaces cannot be made here")
     (tmp_path / "config.json").write_text(json.dumps(ONLINE))
     expected = run(TINY, tmp_path / "without")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("COMET", "PYTHON"))}
-    command = [*apart, sys.executable, str(ROOT / "train.py"), "-c", "config.json", "--run_dir", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=kept)
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("COMET", "PYTHON"))
+    }
+    command = [
+        *apart,
+        sys.executable,
+        str(ROOT / "train.py"),
+        "-c",
+        "config.json",
+        "--run_dir",
+        "run",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=kept
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == expected
     assert len(warnings_in(tmp_path / "run")) == 1

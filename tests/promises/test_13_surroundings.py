@@ -1,6 +1,5 @@
-"""Training completes, with the same `metrics.jsonl`, without a GPU or any optional package, in folders of any name, and
-with a terminal that knows ASCII only.
-"""
+"""Training completes, with the same `metrics.jsonl`, without a GPU or any optional package, in
+folders of any name, and with a terminal that knows ASCII only."""
 
 import io
 import json
@@ -27,7 +26,10 @@ from tiny_runs import write_images
 ROOT = Path(__file__).parents[2]
 TINY = {
     "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
-    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 8, "num_batches": 2, "validation_split": 0.1}},
+    "data_loader": {
+        "type": "DigitsDataLoader",
+        "args": {"batch_size": 8, "num_batches": 2, "validation_split": 0.1},
+    },
     "trainer": {"epochs": 2},
     "system": {"num_threads": 1, "device": "cpu"},
 }
@@ -36,18 +38,28 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # tensorboard's and comet_ml'
 
 
 def warnings_in(folder):
-    return [line for line in (folder / "info.log").read_text(encoding="utf-8").splitlines() if " INFO " not in line and line]
+    return [
+        line
+        for line in (folder / "info.log").read_text(encoding="utf-8").splitlines()
+        if " INFO " not in line and line
+    ]
 
 
 def in_other_process(words, cwd):
     """Run Python with `words`; returns exit code, stdout and stderr."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("COMET", "PYTHON"))}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("COMET", "PYTHON"))
+    }
     kept |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *words],
         cwd=cwd, capture_output=True, timeout=200, env=kept,
     )  # fmt: skip
-    return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+    return (
+        done.returncode,
+        done.stdout.decode(errors="replace"),
+        done.stderr.decode(errors="replace"),
+    )
 
 
 OPTIONAL = ("comet_ml", "tensorboard", "pyautoattack", "submitit", "foolbox", "torchattacks")
@@ -74,8 +86,9 @@ print("\\n" + json.dumps(codes))
 
 
 def check_bare(tmp_path, start):
-    """Train, attack and start a study where no optional package is; `start` runs scripts and returns their exit codes and what
-    they wrote to stderr. Returns how many packages were absent."""
+    """Train, attack and start a study where no optional package is; `start` runs scripts and
+    returns their exit codes and what they wrote to stderr. Returns how many packages were
+    absent."""
     tree = {**TINY, "comet": {}, "trainer": {"epochs": 2, "tensorboard": True}}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     (tmp_path / "grid.json").write_text(json.dumps({"variants": {"only": "config.json"}}))
@@ -93,14 +106,18 @@ def check_bare(tmp_path, start):
     assert len(said) == 2
     assert all("is asked for but not installed" in line for line in said)
     experiment.Experiment.from_config(validate(TINY)).run(str(tmp_path / "with all packages"))
-    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("run", "with all packages")]
+    metrics = [
+        (tmp_path / name / "metrics.jsonl").read_bytes() for name in ("run", "with all packages")
+    ]
     assert metrics[0] == metrics[1]
     return len(OPTIONAL)
 
 
 def test_without_optional_packages_and_gpu(tmp_path):
     def in_bare_process(calls):
-        code, output, errors = in_other_process(["-c", BARE.format(optional=OPTIONAL, calls=calls)], tmp_path)
+        code, output, errors = in_other_process(
+            ["-c", BARE.format(optional=OPTIONAL, calls=calls)], tmp_path
+        )
         assert code == 0, errors
         return json.loads(output.splitlines()[-1]), errors
 
@@ -112,16 +129,22 @@ def test_the_check_can_fail_for_packages(tmp_path, monkeypatch, capfd, careless)
     def here(calls):
         monkeypatch.chdir(tmp_path)
         scripts = {"train": train, "validate_pgd": validate_pgd, "run_ablations": run_ablations}
-        return [call(monkeypatch, scripts[name], *words.split()) for name, words in calls], capfd.readouterr().err
+        return [
+            call(monkeypatch, scripts[name], *words.split()) for name, words in calls
+        ], capfd.readouterr().err
 
-    for module in [name for name in sys.modules if name.partition(".")[0] in OPTIONAL] + list(OPTIONAL):
+    for module in [name for name in sys.modules if name.partition(".")[0] in OPTIONAL] + list(
+        OPTIONAL
+    ):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     if not careless:  # in this process as in a bare one, then
         assert check_bare(tmp_path, here) == 6
         return
     tensorboard = base.tracking.tracker.TensorBoard
-    monkeypatch.setattr(experiment, "start_trackers", lambda config, folder, history: [tensorboard(folder, 0)])
+    monkeypatch.setattr(
+        experiment, "start_trackers", lambda config, folder, history: [tensorboard(folder, 0)]
+    )
     with pytest.raises(ImportError, match="tensorboard"):
         check_bare(tmp_path, here)
 
@@ -133,8 +156,15 @@ def image_folder(root):
 
 
 def tree_of_images(data_dir, **rest):
-    loader = {"type": "ImageFolderDataLoader", "args": {"data_dir": data_dir, "batch_size": 4, "validation_split": 0.3}}
-    return {**TINY, "data_loader": loader, "trainer": {"epochs": 1, "sym": True, "percent": 0.3, **rest}}
+    loader = {
+        "type": "ImageFolderDataLoader",
+        "args": {"data_dir": data_dir, "batch_size": 4, "validation_split": 0.3},
+    }
+    return {
+        **TINY,
+        "data_loader": loader,
+        "trainer": {"epochs": 1, "sym": True, "percent": 0.3, **rest},
+    }
 
 
 def call(monkeypatch, script, *words):
@@ -146,20 +176,30 @@ def call(monkeypatch, script, *words):
 
 
 def check_paths(tmp_path, monkeypatch, names):
-    """Train, resume and evaluate where every path has an odd name; returns how many commands did."""
+    """Train, resume and evaluate where every path has an odd name; returns how many commands
+    did."""
     count = 0
     for name in names:
         home = tmp_path / name
-        images, configs, elsewhere = home / f"{name} data", home / f"{name} configs", home / "elsewhere"
+        images, configs, elsewhere = (
+            home / f"{name} data",
+            home / f"{name} configs",
+            home / "elsewhere",
+        )
         for folder in (configs, elsewhere):
             folder.mkdir(parents=True)
         image_folder(images)
         monkeypatch.chdir(elsewhere)
         monkeypatch.setenv("HOME", str(home))
         (configs / f"{name}.json").write_text(
-            json.dumps({**tree_of_images(f"~/{name} data", save_dir=f"../{name} saved"), "name": name}), encoding="utf-8"
+            json.dumps(
+                {**tree_of_images(f"~/{name} data", save_dir=f"../{name} saved"), "name": name}
+            ),
+            encoding="utf-8",
         )
-        (configs / "child.json").write_text(json.dumps({"extends": f"{name}.json", "seed": 1}), encoding="utf-8")
+        (configs / "child.json").write_text(
+            json.dumps({"extends": f"{name}.json", "seed": 1}), encoding="utf-8"
+        )
         (elsewhere / "link.json").symlink_to(configs / "child.json")
         (home / "real").mkdir()
         (elsewhere / "to runs").symlink_to(home / "real")
@@ -174,10 +214,16 @@ def check_paths(tmp_path, monkeypatch, names):
             count += 1
         (saved,) = (home / f"{name} saved" / name).iterdir()
         (elsewhere / "to run").symlink_to(saved)
-        metrics = {(home / path / "metrics.jsonl").read_bytes() for path in (f"{name} run", f"{name} tilde", f"real/{name}")}
+        metrics = {
+            (home / path / "metrics.jsonl").read_bytes()
+            for path in (f"{name} run", f"{name} tilde", f"real/{name}")
+        }
         assert len(metrics) == 1, name
         for run_folder in ("to run", f"../{name} run", f"~/{name} tilde", f"to runs/{name}"):
-            assert call(monkeypatch, train, "-r", run_folder, "--set", "trainer.epochs=2") == 0, (name, run_folder)
+            assert call(monkeypatch, train, "-r", run_folder, "--set", "trainer.epochs=2") == 0, (
+                name,
+                run_folder,
+            )
             found = Path(run_folder).expanduser()
             assert len((found / "metrics.jsonl").read_text().splitlines()) == 2
             words = ["-s", found, "--steps", "1", "--json", elsewhere / f"{name} {count}.json"]
@@ -188,7 +234,13 @@ def check_paths(tmp_path, monkeypatch, names):
 
 
 def test_odd_paths(tmp_path, monkeypatch):
-    names = ["with two spaces", "прогон", "🙂", "%s {0} 'quoted' \"twice\" [a-z]*", "a=b,c;d&e#f$HOME"]
+    names = [
+        "with two spaces",
+        "прогон",
+        "🙂",
+        "%s {0} 'quoted' \"twice\" [a-z]*",
+        "a=b,c;d&e#f$HOME",
+    ]
     assert check_paths(tmp_path, monkeypatch, names) == 60
 
 
@@ -199,7 +251,8 @@ def test_the_check_can_fail_for_paths(tmp_path, monkeypatch):
 
 
 def check_terminal(tmp_path, monkeypatch):
-    """Train where neither the terminal nor the locale has the letters of the data set's classes; the log has them."""
+    """Train where neither the terminal nor the locale has the letters of the data set's classes;
+    the log has them."""
     image_folder(tmp_path / "images")
     (tmp_path / "config.json").write_text(json.dumps(tree_of_images("images")))
     monkeypatch.chdir(tmp_path)
@@ -208,7 +261,8 @@ def check_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", errors)
     before = locale.setlocale(locale.LC_CTYPE)
-    locale.setlocale(locale.LC_CTYPE, "C")  # from now on open() means ASCII where it is not told otherwise
+    # from now on open() means ASCII where it is not told otherwise
+    locale.setlocale(locale.LC_CTYPE, "C")
     try:
         with pytest.raises(SystemExit) as end:
             run_script(train.main)

@@ -1,9 +1,9 @@
-"""Promise 14: every leaf of every shipped config, deleted, misspelt, of the wrong type or out of range, is a documented default
-or one line that names its dotted path.
+"""Promise 14: every leaf of every shipped config, deleted, misspelt, of the wrong type or out of
+range, is a documented default or one line that names its dotted path.
 
-What is expected comes from `configs/README.md`, the table that users read, not from the code. "Loading" is all that happens
-before data is read: file, types, ranges, and a few steps of optimizer and schedule.
-"""
+What is expected comes from `configs/README.md`, the table that users read, not from the code.
+"Loading" is all that happens before data is read: file, types, ranges, and a few steps of optimizer
+and schedule."""
 
 import json
 from inspect import signature
@@ -47,9 +47,13 @@ NAMED_INSTEAD = {
     "trainer.asym": ("trainer.percent", "no effect: set sym or asym"),
     "trainer.do_adv": ("trainer.monitor", "only logged with adversarial.validate_every above 0"),
     "adversarial": ("trainer.monitor", "only logged with adversarial.validate_every above 0"),
-    "adversarial.method": ("trainer.monitor", "only logged with adversarial.validate_every above 0"),
+    "adversarial.method": (
+        "trainer.monitor",
+        "only logged with adversarial.validate_every above 0",
+    ),
 }
-"""Without these keys some configs contradict themselves or cannot do: the key that is named then, and what is said."""
+"""Without these keys some configs contradict themselves or cannot do: the key that is named then,
+and what is said."""
 
 
 def check_deleted(load):
@@ -67,7 +71,8 @@ def check_deleted(load):
             if section in ("optimizer.args", "lr_scheduler.args"):
                 check_default_of_torch(config, section, name)
             for row in ROWS:
-                if row == key or (row.startswith(f"{key}.") and key != "comet"):  # without that section there is none
+                # without that section there is none
+                if row == key or (row.startswith(f"{key}.") and key != "comet"):
                     check_default(row, value_at(config.model_dump(), row))
 
 
@@ -89,7 +94,8 @@ def check_default_of_torch(config, section, name):
 
 
 def check_misspelt(load):
-    """A letter lost, doubled, swapped, in another case: the line names the wrong key and, where it is near, the right one."""
+    """A letter lost, doubled, swapped, in another case: the line names the wrong key and, where it
+    is near, the right one."""
     for tree_name, tree in trees().items():
         for key in keys_of(tree):
             section, _, name = key.rpartition(".")
@@ -99,20 +105,33 @@ def check_misspelt(load):
             if tree_name == "every key":
                 near |= {name[0] + name, name.replace("_", "") + "_"}
                 far |= {name[1::-1] + name[2:], "ключ", "a b", "\n", f"{name}."}
-            known = {row.removeprefix(f"{section}{dot}").partition(".")[0] for row in ROWS if row.startswith(section)}
+            known = {
+                row.removeprefix(f"{section}{dot}").partition(".")[0]
+                for row in ROWS
+                if row.startswith(section)
+            }
             for wrong in sorted((near | far) - known - set(siblings) - {""}):
                 if wrong.startswith("_"):  # a comment
                     continue
-                moved = changed(tree, key, lambda place, old, new=wrong: place.__setitem__(new, place.pop(old)))
+                moved = changed(
+                    tree, key, lambda place, old, new=wrong: place.__setitem__(new, place.pop(old))
+                )
                 shown = wrong.replace("\n", "\\n")
-                hint = f"did you mean {name!r}?" if wrong in near and len(wrong) > 1 else "known here: " if dot == "" else ""
+                hint = (
+                    f"did you mean {name!r}?"
+                    if wrong in near and len(wrong) > 1
+                    else "known here: "
+                    if dot == ""
+                    else ""
+                )
                 load.refuses(moved, f"{section}{dot}{shown}", hint)
                 if wrong in near:
                     load.refuses_deletion(tree, f"{section}{dot}{wrong}")
 
 
 def check_wrong_type(load):
-    """Values of every other type, at every leaf, at every element of a list, and in place of every section."""
+    """Values of every other type, at every leaf, at every element of a list, and in place of every
+    section."""
     for tree in trees().values():
         for key in keys_of(tree):
             words = words_of(key)
@@ -122,11 +141,14 @@ def check_wrong_type(load):
                 items = value_at(tree, key)
                 for index in range(len(items)):
                     for value in OTHERS[kind_of(words.removeprefix("list of "))]:
-                        load.refuses(put(tree, key, [*items[:index], value, *items[index + 1 :]]), key)
+                        load.refuses(
+                            put(tree, key, [*items[:index], value, *items[index + 1 :]]), key
+                        )
 
 
 def check_out_of_range(load):
-    """Below, above and far beyond every documented range; unknown names; lists too short and too long; broken text."""
+    """Below, above and far beyond every documented range; unknown names; lists too short and too
+    long; broken text."""
     for tree in trees().values():
         for key in keys_of(tree):
             words = words_of(key)
@@ -135,23 +157,38 @@ def check_out_of_range(load):
             kind, value = kind_of(words), value_at(tree, key)
             if kind == "list":
                 items = beyond(key, words)
-                wrong = [[*value[:index], item, *value[index + 1 :]] for item in items for index in range(len(value))]
-                wrong += {"milestones": [[3, 2], [2, 2]], "metrics": [["top3"], ["top1", ""]]}.get(key.split(".")[-1], [])
+                wrong = [
+                    [*value[:index], item, *value[index + 1 :]]
+                    for item in items
+                    for index in range(len(value))
+                ]
+                wrong += {"milestones": [[3, 2], [2, 2]], "metrics": [["top3"], ["top1", ""]]}.get(
+                    key.split(".")[-1], []
+                )
                 wrong += [[]] if key.endswith((".mean", ".std")) else []
             elif kind == "choice of numbers":
-                wrong = [number for number in (-1, 0, 2, 10**30) if str(number) not in words.split(", ")]
+                wrong = [
+                    number for number in (-1, 0, 2, 10**30) if str(number) not in words.split(", ")
+                ]
             elif kind == "choice":
                 wrong = ["", value + value[-1], value.upper(), f" {value}", "other", "a\nb"]
                 wrong = [text for text in wrong if text not in words.split(", ")]
             elif kind == "text":
                 wrong = NO_SUCH_TEXT.get(key, [])
             else:
-                wrong = [number for number in beyond(key, words) if not (key == "seed" and number > 0)]
+                wrong = [
+                    number for number in beyond(key, words) if not (key == "seed" and number > 0)
+                ]
             for item in wrong:
                 load.refuses(put(tree, key, item), key)
 
 
-CHECKS = {check_deleted: 1062, check_misspelt: 7317, check_wrong_type: 5283, check_out_of_range: 3532}
+CHECKS = {
+    check_deleted: 1062,
+    check_misspelt: 7317,
+    check_wrong_type: 5283,
+    check_out_of_range: 3532,
+}
 """How many loads each of them tries: more where a config is added, never fewer."""
 
 

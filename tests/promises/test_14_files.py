@@ -1,6 +1,6 @@
-"""Promise 14, the files: a mistake in any object of any shipped JSON file is one line with line and column; one in any setting
-of any grid names it; and `train.py` ends on mistakes with exit code 2 and one line, before it has written anything.
-"""
+"""Promise 14, the files: a mistake in any object of any shipped JSON file is one line with line and
+column; one in any setting of any grid names it; and `train.py` ends on mistakes with exit code 2
+and one line, before it has written anything."""
 
 import json
 import re
@@ -15,29 +15,44 @@ from studies import grid
 
 
 def check_grids(load):
-    """Every setting of every grid, misspelt and of wrong types, and the grid's own keys: the line names them."""
+    """Every setting of every grid, misspelt and of wrong types, and the grid's own keys: the line
+    names them."""
     for path in GRIDS:
-        tree = {key: value for key, value in json.loads(path.read_text()).items() if key[0] not in "_$"}
+        tree = {
+            key: value for key, value in json.loads(path.read_text()).items() if key[0] not in "_$"
+        }
         if "base" in tree:
             tree["base"] = str((path.parent / tree["base"]).resolve())
         for name, value in tree.get("variants", {}).items():
-            tree["variants"][name] = str((path.parent / value).resolve()) if isinstance(value, str) else value
+            tree["variants"][name] = (
+                str((path.parent / value).resolve()) if isinstance(value, str) else value
+            )
         for key in tree:
-            load.refuses_grid({**tree, key + key[-1]: tree[key]}, f"{key}{key[-1]}: ", f"did you mean {key!r}?")
+            load.refuses_grid(
+                {**tree, key + key[-1]: tree[key]}, f"{key}{key[-1]}: ", f"did you mean {key!r}?"
+            )
             load.refuses_grid({**tree, key: 3}, f"{key}: ")
             load.refuses_grid({**tree, key: [["a"]]}, f"{key}")
         for label, settings in labeled_settings(tree):
             for key in settings:
                 others = {other: settings[other] for other in settings if other != key}
-                for wrong in ({key + key[-1]: settings[key]}, {key: {"a": 1}}, {key: [["a"]]}, {"comet.api": "secret"}):
+                for wrong in (
+                    {key + key[-1]: settings[key]},
+                    {key: {"a": 1}},
+                    {key: [["a"]]},
+                    {"comet.api": "secret"},
+                ):
                     alone = {"base": tree["base"], "variants": {label: {**others, **wrong}}}
                     load.refuses_grid(alone, f"{next(iter(wrong))}: ")
 
 
 def labeled_settings(tree):
-    """Label and settings of every axis and variant of a grid; those variants that are config files have none of their own."""
+    """Label and settings of every axis and variant of a grid; those variants that are config files
+    have none of their own."""
     for labels in (*tree.get("axes", {}).values(), tree.get("variants", {})):
-        yield from ((label, settings) for label, settings in labels.items() if isinstance(settings, dict))
+        yield from (
+            (label, settings) for label, settings in labels.items() if isinstance(settings, dict)
+        )
 
 
 INSERTED = {
@@ -49,11 +64,13 @@ INSERTED = {
     '"z\udcff": 1, ': (2, "byte 0xff is not UTF-8 text"),
     f'"zz": {"[" * 10_000}': (6, "nested deeper than 100 levels"),
 }
-"""What is put after the opening brace of an object -> where in it the mistake is (of levels: the first), and which."""
+"""What is put after the opening brace of an object -> where in it the mistake is (of levels: the
+first), and which."""
 
 
 def check_json(load):
-    """Mistakes in every object of every shipped file, with line ends of Unix and of Windows: a line with line and column."""
+    """Mistakes in every object of every shipped file, with line ends of Unix and of Windows: a line
+    with line and column."""
     for file in [*FILES, *GRIDS]:
         text = file.read_text()
         assert load.text(b"\xef\xbb\xbf" + text.encode()) == json.loads(text)
@@ -63,7 +80,12 @@ def check_json(load):
             depth = before.count("{") + before.count("[") - before.count("}") - before.count("]")
             for inserted, (offset, reason) in INSERTED.items():
                 line = before.count("\n") + 1
-                column = len(before) - before.rfind("\n") + offset + (100 - depth if "deeper" in reason else 0)
+                column = (
+                    len(before)
+                    - before.rfind("\n")
+                    + offset
+                    + (100 - depth if "deeper" in reason else 0)
+                )
                 broken = (before + inserted + text[brace.end() :]).encode(errors="surrogateescape")
                 load.refuses_text(broken, line, column, reason)
                 load.refuses_text(broken.replace(b"\n", b"\r\n"), line, column, reason)
@@ -119,7 +141,11 @@ def test_the_check_can_fail_where_a_safeguard_is_gone(check, break_it, monkeypat
 
 CASES = {
     "deleted": ("{}", [], "config.json: data_loader: required, but not given"),
-    "misspelt": ('{"trainer": {"epocs": 3}}', [], "trainer.epocs: unknown key; did you mean 'epochs'?"),
+    "misspelt": (
+        '{"trainer": {"epocs": 3}}',
+        [],
+        "trainer.epocs: unknown key; did you mean 'epochs'?",
+    ),
     "wrong type": (
         '{"extends": "DIGITS"}',
         ["--set", "system.compile=1"],
@@ -130,7 +156,11 @@ CASES = {
         ["--set", "optimizer.args.lr=-1"],
         "optimizer.args.lr: expected at least 0, not -1",
     ),
-    "no JSON": ('{"seed": 1,\n "seed": 2}', [], "config.json: line 2, column 2: key 'seed' is given twice in one object"),
+    "no JSON": (
+        '{"seed": 1,\n "seed": 2}',
+        [],
+        "config.json: line 2, column 2: key 'seed' is given twice in one object",
+    ),
 }
 """Text of a config, more words of the command line, and what the line on stderr says."""
 
@@ -141,7 +171,11 @@ def check_script(folder, text, words, message, before="pass"):
     code = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); {before}; runpy.run_path(sys.argv[0], run_name='__main__')"
     code = code.replace("sys, runpy;", f"sys, runpy; sys.argv[0] = {str(ROOT / 'train.py')!r};")
     done = subprocess.run(
-        [sys.executable, "-c", code, "-c", "config.json", *words], cwd=folder, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, "-c", "config.json", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2
     assert message in done.stderr
@@ -157,4 +191,8 @@ def test_train_ends_with_one_line_and_writes_nothing(case, tmp_path):
 
 def test_the_check_can_fail_where_the_exit_code_is_another(tmp_path):
     with pytest.raises(AssertionError):
-        check_script(tmp_path, *CASES["misspelt"], before="import base.errors; base.errors.ConfigError.exit_code = 1")
+        check_script(
+            tmp_path,
+            *CASES["misspelt"],
+            before="import base.errors; base.errors.ConfigError.exit_code = 1",
+        )

@@ -1,5 +1,5 @@
-"""Promise 15: the test split never influences training, selection or schedule, and no test image is looked at before
-training ends."""
+"""Promise 15: the test split never influences training, selection or schedule, and no test image is
+looked at before training ends."""
 
 import json
 import shutil
@@ -23,13 +23,23 @@ RUN = {
     "name": "blind",
     "seed": 3,
     "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
-    "data_loader": {"type": "ImageFolderDataLoader", "args": {"batch_size": 8, "validation_split": 0.25}},
+    "data_loader": {
+        "type": "ImageFolderDataLoader",
+        "args": {"batch_size": 8, "validation_split": 0.25},
+    },
     "optimizer": {"type": "SGD", "args": {"lr": 0.05, "momentum": 0.9}},
     "trainer": {"epochs": 6, "verbosity": 0},
 }
 STANDARD = {
     "lr_scheduler": {"type": "ReduceLROnPlateau", "args": {"patience": 0, "factor": 0.3}},
-    "trainer": {"sym": True, "percent": 0.3, "early_stop": 3, "ema_decay": 0.9, "monitor": "max val_top1", "save_period": 1},
+    "trainer": {
+        "sym": True,
+        "percent": 0.3,
+        "early_stop": 3,
+        "ema_decay": 0.9,
+        "monitor": "max val_top1",
+        "save_period": 1,
+    },
     "augmentation": {"crop_padding": 1, "flip": True},
 }
 FGSM = {
@@ -40,7 +50,12 @@ FGSM = {
     },
     "optimizer": {"args": {"lr": 0.01}},
     "trainer": {"epochs": 4, "ema_decay": 0.9, "monitor": "max val_robust_top1"},
-    "adversarial": {"method": "fgsm", "validate_every": 1, "validate_images": 9, "report_images": 9},
+    "adversarial": {
+        "method": "fgsm",
+        "validate_every": 1,
+        "validate_images": 9,
+        "report_images": 9,
+    },
     "pgd_attack": {"K": 2},
 }
 
@@ -88,31 +103,43 @@ def difference(first, second, where=""):
         if first.keys() != second.keys():
             return [where]
         keys = [key for key in first if key != "train_seconds"]
-        return [name for key in keys for name in difference(first[key], second[key], f"{where}.{key}")]
+        return [
+            name for key in keys for name in difference(first[key], second[key], f"{where}.{key}")
+        ]
     if isinstance(first, (list, tuple)):
         if len(first) != len(second):
             return [where]
-        return [name for i, pair in enumerate(zip(first, second, strict=True)) for name in difference(*pair, f"{where}.{i}")]
+        return [
+            name
+            for i, pair in enumerate(zip(first, second, strict=True))
+            for name in difference(*pair, f"{where}.{i}")
+        ]
     same = torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
     return [] if same else [where]
 
 
 def check_training_is_blind_to_the_test_split(folder, sections, looking=True):
-    """Two runs from one folder, whose test images are replaced in between: other pixels, and another number of them."""
+    """Two runs from one folder, whose test images are replaced in between: other pixels, and
+    another number of them."""
     data = folder / "data"
     write_part(data / "train", 16, seed=0)
     tree = merge(merge(RUN, sections), {"data_loader": {"args": {"data_dir": str(data)}}})
     results, runs = [], [folder / "first", folder / "second"]
     for number, run in enumerate(runs):
         write_part(data / "test", (5, 9)[number], seed=10 + number)
-        test_images = {np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes() for path in (data / "test").rglob("*.png")}
+        test_images = {
+            np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes()
+            for path in (data / "test").rglob("*.png")
+        }
         with looking_on(test_images) as handed_out:
             results.append(experiment.Experiment.from_config(validate(tree)).run(str(run)))
         assert not looking or handed_out[0] == 0, "test images were looked at before training ended"
         assert handed_out[1] >= len(test_images), "and after it, they were not"
     first, second = runs
     metrics = (first / "metrics.jsonl").read_bytes()
-    assert metrics == (second / "metrics.jsonl").read_bytes(), "other values in training or validation"
+    assert metrics == (second / "metrics.jsonl").read_bytes(), (
+        "other values in training or validation"
+    )
     assert files_of(first).keys() == files_of(second).keys() >= {"model_last.pth", "model_best.pth"}
     for name, path in files_of(first).items():
         # which test set a run belongs to is written down, and read again by nobody but a resume
@@ -131,11 +158,15 @@ def check_training_is_blind_to_the_test_split(folder, sections, looking=True):
     assert len(losses) == 4
     assert all(ours[key] != theirs[key] for key in losses)
     rates = [json.loads(line)["lr"] for line in metrics.decode().splitlines()]
-    assert len(set(rates)) > 1, "the schedule has never reacted to validation, so this shows nothing"
+    assert len(set(rates)) > 1, (
+        "the schedule has never reacted to validation, so this shows nothing"
+    )
     return len(files_of(first))
 
 
-@pytest.mark.parametrize(("sections", "checkpoints"), [(STANDARD, 2), (FGSM, 2)], ids=["standard", "fgsm"])
+@pytest.mark.parametrize(
+    ("sections", "checkpoints"), [(STANDARD, 2), (FGSM, 2)], ids=["standard", "fgsm"]
+)
 def test_training_is_blind_to_the_test_split(tmp_path, sections, checkpoints):
     assert check_training_is_blind_to_the_test_split(tmp_path, sections) >= checkpoints
 
@@ -177,8 +208,8 @@ def test_the_check_can_fail_by_a_look(tmp_path, monkeypatch, broken):
 
 
 def check_statistics_are_blind_to_the_size_of_the_test_split(folder, monkeypatch):
-    """Mean and standard deviation are of all images where they are in memory, else of a sample: test images must not
-    decide that."""
+    """Mean and standard deviation are of all images where they are in memory, else of a sample:
+    test images must not decide that."""
     monkeypatch.setattr(training_data_loader, "STATISTICS_SAMPLE", 10)
     write_part(folder / "train", 16, seed=0)
     cases = 0
@@ -188,7 +219,14 @@ def check_statistics_are_blind_to_the_size_of_the_test_split(folder, monkeypatch
         for per_class in (1, 4, 30):
             write_part(folder / "test", per_class, seed=1)
             loader = ImageFolderDataLoader(folder, 8, validation_split=0.25, seed=3)
-            seen.add((loader.mean, loader.std, loader.fingerprint(), isinstance(loader.images, MemoryImages)))
+            seen.add(
+                (
+                    loader.mean,
+                    loader.std,
+                    loader.fingerprint(),
+                    isinstance(loader.images, MemoryImages),
+                )
+            )
             cases += 1
         assert len(seen) == 1
     return cases

@@ -17,17 +17,23 @@ CONFIG = {
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write a run folder and return it: `values` are the metrics of every epoch (None: not measured in it), `result` what
-    result.json holds (None: not finished)."""
+    """Write a run folder and return it: `values` are the metrics of every epoch (None: not measured
+    in it), `result` what result.json holds (None: not finished)."""
 
     def make(name, values, result=None, /, **sections):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(validate(merge(CONFIG, sections)).dump()))
         epochs = range(len(next(iter(values.values()))))
-        lines = [{key: series[epoch] for key, series in values.items() if series[epoch] is not None} for epoch in epochs]
+        lines = [
+            {key: series[epoch] for key, series in values.items() if series[epoch] is not None}
+            for epoch in epochs
+        ]
         (folder / "metrics.jsonl").write_text(
-            "".join(json.dumps({"epoch": epoch, **line}) + "\n" for epoch, line in enumerate(lines, start=1))
+            "".join(
+                json.dumps({"epoch": epoch, **line}) + "\n"
+                for epoch, line in enumerate(lines, start=1)
+            )
         )
         if result is not None:
             (folder / "result.json").write_text(json.dumps(result))

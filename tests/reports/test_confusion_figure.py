@@ -13,11 +13,15 @@ from reports.confusion_figure import confusion_figure, draw_confusion
 def test_every_format(tmp_path, suffix):
     path = tmp_path / "new" / f"confusion.{suffix}"
     draw_confusion(path, [[3, 1], [0, 4]], ("cat", "a $dog$"), "a model")
-    assert path.read_bytes().startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix])
+    assert path.read_bytes().startswith(
+        {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
+    )
 
 
 def test_squares_hold_the_shares_of_the_true_class_in_per_cent():
-    axes = confusion_figure([[1, 199, 0], [0, 3, 1], [0, 0, 0]], ("cat", "dog", "frog"), "a model").axes[0]
+    axes = confusion_figure(
+        [[1, 199, 0], [0, 3, 1], [0, 0, 0]], ("cat", "dog", "frog"), "a model"
+    ).axes[0]
     written = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
     assert written == {(0, 0): "<1", (0, 1): "100", (1, 1): "75", (1, 2): "25"}
     assert np.allclose(axes.images[0].get_array(), [[0.5, 99.5, 0], [0, 75, 25], [0, 0, 0]])

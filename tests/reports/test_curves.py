@@ -16,9 +16,23 @@ from reports.runs import find_runs
 def norms(make_run, tmp_path):
     """Two seeds of bn, one of gn, robust accuracy every other epoch."""
     robust = {"val_robust_top1": [None, 0.2, None, 0.4]}
-    make_run("a", {"val_top1": [0.5, 0.6, 0.7, 0.8], "loss": [4.0, 3.0, 2.0, 1.0], **robust}, {"test_top1": 0.7}, seed=0)
-    make_run("b", {"val_top1": [0.7, 0.6, 0.9, 0.8], "loss": [4.0, 1.0, 2.0, 3.0], **robust}, {"test_top1": 0.8}, seed=1)
-    make_run("c", {"val_top1": [0.1, 0.2, 0.3, 0.4], "loss": [4.0, 3.0, 2.0, 1.0]}, arch={"args": {"norm_layer_type": "gn"}})
+    make_run(
+        "a",
+        {"val_top1": [0.5, 0.6, 0.7, 0.8], "loss": [4.0, 3.0, 2.0, 1.0], **robust},
+        {"test_top1": 0.7},
+        seed=0,
+    )
+    make_run(
+        "b",
+        {"val_top1": [0.7, 0.6, 0.9, 0.8], "loss": [4.0, 1.0, 2.0, 3.0], **robust},
+        {"test_top1": 0.8},
+        seed=1,
+    )
+    make_run(
+        "c",
+        {"val_top1": [0.1, 0.2, 0.3, 0.4], "loss": [4.0, 3.0, 2.0, 1.0]},
+        arch={"args": {"norm_layer_type": "gn"}},
+    )
     return group_runs(find_runs([tmp_path]), ["arch.args.norm_layer_type"])
 
 
@@ -35,7 +49,14 @@ def test_lines_are_means_and_bands_one_sample_deviation_in_per_cent(norms):
     (band,) = axes.collections  # a single seed has none
     vertices = band.get_paths()[0].vertices
     spread = 100 * 0.1 * 2**0.5  # of two values 0.2 apart
-    for edge in ((1, 60 - spread), (1, 60 + spread), (2, 60), (3, 80 - spread), (3, 80 + spread), (4, 80)):
+    for edge in (
+        (1, 60 - spread),
+        (1, 60 + spread),
+        (2, 60),
+        (3, 80 - spread),
+        (3, 80 + spread),
+        (4, 80),
+    ):
         assert np.isclose(vertices, edge).all(axis=1).any(), edge
     assert np.isclose(vertices[:, 1].max(), 80 + spread)
     assert axes.get_ylabel() == "val_top1 in %"
@@ -54,7 +75,10 @@ def test_clean_left_robust_right_and_epochs_without_a_measurement_skipped(norms)
     assert (left.get_ylabel(), right.get_ylabel()) == ("val_top1 in %", "val_robust_top1 in %")
     (line,) = right.lines  # the other group has not measured it
     assert np.allclose(line.get_xydata(), [(2, 20), (4, 40)])
-    assert [axes.get_ylabel() for axes in curves_figure(norms).axes] == ["val_top1 in %", "val_robust_top1 in %"]
+    assert [axes.get_ylabel() for axes in curves_figure(norms).axes] == [
+        "val_top1 in %",
+        "val_robust_top1 in %",
+    ]
     loss = curves_figure(norms, ["loss"]).axes[0]
     assert (loss.get_ylabel(), loss.lines[0].get_ydata().tolist()) == ("loss", [4, 2, 2, 2])
 
@@ -64,30 +88,46 @@ def test_a_line_ends_where_not_all_seeds_go_on(make_run, tmp_path, caplog):
     make_run("b", {"val_top1": [0.5, 0.8]}, seed=1)
     axes = curves_figure(group_runs(find_runs([tmp_path]), []), ["val_top1"]).axes[0]
     assert np.allclose(axes.lines[0].get_xydata(), [(1, 50), (2, 70)])
-    assert f"made: val_top1 is drawn for 2 of 3 epochs, those that {tmp_path / 'b'} measured, too" in caplog.text
+    assert (
+        f"made: val_top1 is drawn for 2 of 3 epochs, those that {tmp_path / 'b'} measured, too"
+        in caplog.text
+    )
 
 
 def noisy(make_run, seed, rate, values, result=None, **sections):
     trainer = {"percent": rate, "sym": True, **sections.pop("trainer", {})}
-    return make_run(f"{seed}_{rate}_{len(sections)}", {"val_top1": values}, result, seed=seed, trainer=trainer, **sections)
+    return make_run(
+        f"{seed}_{rate}_{len(sections)}",
+        {"val_top1": values},
+        result,
+        seed=seed,
+        trainer=trainer,
+        **sections,
+    )
 
 
 def test_final_values_against_a_key(make_run, tmp_path):
     for seed, shift in ((0, 0.0), (1, 0.1)):
         noisy(make_run, seed, 0.4, [0.9, 0.5 + shift], {"test_top1": 0.3 + shift})
         noisy(make_run, seed, 0.2, [0.1, 0.7 + shift], {"test_top1": 0.6 + shift})
-    noisy(make_run, 0, 0.2, [0.1, 0.2], {"test_top1": 0.2}, arch={"args": {"norm_layer_type": "gn"}})
+    noisy(
+        make_run, 0, 0.2, [0.1, 0.2], {"test_top1": 0.2}, arch={"args": {"norm_layer_type": "gn"}}
+    )
     cells = group_runs(find_runs([tmp_path]), ["arch.args.norm_layer_type", "trainer.percent"])
     figure = against_figure(cells, "trainer.percent")
     axes = figure.axes[0]
     points = {
-        line.get_marker(): line.get_xydata() for line in axes.lines if len(line.get_xydata()) and line.get_linestyle() != "None"
+        line.get_marker(): line.get_xydata()
+        for line in axes.lines
+        if len(line.get_xydata()) and line.get_linestyle() != "None"
     }
     assert np.allclose(points[MARKERS[0]], [(0.2, 65), (0.4, 35)])
     assert np.allclose(points[MARKERS[1]], [(0.2, 20)])
     bars = np.array([bar for collection in axes.collections for bar in collection.get_segments()])
     spread = 100 * 0.05 * 2**0.5
-    assert np.allclose(bars, [[(0.2, 65 - spread), (0.2, 65 + spread)], [(0.4, 35 - spread), (0.4, 35 + spread)]])
+    assert np.allclose(
+        bars, [[(0.2, 65 - spread), (0.2, 65 + spread)], [(0.4, 35 - spread), (0.4, 35 + spread)]]
+    )
     assert words(figure) == (
         ["bn  (n = 2)", "gn  (n = 1)"],
         "mean over seeds, error bars: one standard deviation to either side",
@@ -120,23 +160,40 @@ def test_noise_is_drawn_at_the_rate_that_was_realised(make_run, tmp_path):
 
 def test_axis_of_epsilon_has_its_unit_and_other_differences_are_named(make_run, tmp_path, caplog):
     for epsilon, epochs in ((4, 10), (8, 20)):
-        make_run(f"{epsilon}", {"val_top1": [0.5]}, {"x": 1}, trainer={"epochs": epochs}, adversarial={"epsilon": epsilon})
+        make_run(
+            f"{epsilon}",
+            {"val_top1": [0.5]},
+            {"x": 1},
+            trainer={"epochs": epochs},
+            adversarial={"epsilon": epsilon},
+        )
     cells = group_runs(find_runs([tmp_path]), ["adversarial.epsilon"])
     figure = against_figure(cells, "adversarial.epsilon", ["val_top1"])
-    assert figure.axes[0].get_xlabel() == "epsilon of training and of the attack (1/255 of the pixel range, l-inf)"
+    assert (
+        figure.axes[0].get_xlabel()
+        == "epsilon of training and of the attack (1/255 of the pixel range, l-inf)"
+    )
     assert words(figure)[0] == ["all runs  (n = 1)"]
     assert [record.getMessage() for record in caplog.records] == [
         "all runs: trainer.epochs differs along the line, too: 10 and 20"
     ]
     make_run("l2", {"val_top1": [0.5]}, {"x": 1}, adversarial={"epsilon": 0.5, "norm": "l2"})
-    with pytest.raises(ConfigError, match="l-inf and l2 runs have different units; plot them separately"):
-        against_figure(group_runs(find_runs([tmp_path]), ["adversarial.epsilon"]), "adversarial.epsilon", ["val_top1"])
+    with pytest.raises(
+        ConfigError, match="l-inf and l2 runs have different units; plot them separately"
+    ):
+        against_figure(
+            group_runs(find_runs([tmp_path]), ["adversarial.epsilon"]),
+            "adversarial.epsilon",
+            ["val_top1"],
+        )
 
 
 def test_accuracies_beyond_0_and_100_are_not_on_the_axis(make_run, tmp_path):
     make_run("a", {"val_top1": [1.0, 0.0]}, seed=0)
     make_run("b", {"val_top1": [0.9, 0.1]}, seed=1)
-    bottom, top = curves_figure(group_runs(find_runs([tmp_path]), []), ["val_top1"]).axes[0].get_ylim()
+    bottom, top = (
+        curves_figure(group_runs(find_runs([tmp_path]), []), ["val_top1"]).axes[0].get_ylim()
+    )
     assert -1 <= bottom < 0
     assert 100 < top <= 101
 
@@ -147,7 +204,9 @@ def test_lines_differ_in_gray_and_without_color():
     assert max(gray) < 0.75, "seen on white"
     looks = {(COLORS[index % len(COLORS)], LINES[index % len(LINES)]) for index in range(28)}
     assert len(looks) == 28
-    assert len({(LINES[index % len(LINES)], MARKERS[index % len(MARKERS)]) for index in range(8)}) == 8
+    assert (
+        len({(LINES[index % len(LINES)], MARKERS[index % len(MARKERS)]) for index in range(8)}) == 8
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg", "PNG"])
@@ -157,7 +216,9 @@ def test_every_format_and_names_of_all_kinds(make_run, tmp_path, suffix):
     path = tmp_path / "new" / f"curves.{suffix}"
     check_outputs({"--out": path}, {"--out": PICTURES})
     save_figure(curves_figure(groups, ["val_top1"]), path)
-    assert path.read_bytes().startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix.lower()])
+    assert path.read_bytes().startswith(
+        {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix.lower()]
+    )
     assert words(curves_figure(groups, ["val_top1"]))[0] == ["_$x_{1}$  (n = 1)"]
 
 
@@ -169,13 +230,19 @@ def test_errors(norms, tmp_path):
     for metric, message in messages.items():
         with pytest.raises(ConfigError, match=message):
             curves_figure(norms, ["val_top1", metric])
-    with pytest.raises(ConfigError, match=r"^--against arch.args.norm_layer_type: bn in .*a is not a number$"):
+    with pytest.raises(
+        ConfigError, match=r"^--against arch.args.norm_layer_type: bn in .*a is not a number$"
+    ):
         against_figure(norms, "arch.args.norm_layer_type", ["val_top1"])
     with pytest.raises(
-        ConfigError, match=r"^--metric test_top5: no run measured it; there are: val_top1, loss, val_robust_top1, test_top1"
+        ConfigError,
+        match=r"^--metric test_top5: no run measured it; there are: val_top1, loss, val_robust_top1, test_top1",
     ):
         against_figure(norms, "arch.args.norm_layer_type", ["test_top5"])
-    with pytest.raises(ConfigError, match=r"a.bmp: '.bmp' is not a format of pictures; expected one of: png, pdf, svg$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a.bmp: '.bmp' is not a format of pictures; expected one of: png, pdf, svg$",
+    ):
         check_outputs({"--out": tmp_path / "a.bmp"}, {"--out": PICTURES})
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/curves.png: cannot be written: "):
@@ -192,5 +259,7 @@ def test_nothing_to_show_by_default_names_what_there_is(make_run, tmp_path):
     groups = group_runs(find_runs([tmp_path]), ["seed"])
     with pytest.raises(ConfigError, match=r"^--metric val_top1: no run logs it; there are: loss$"):
         curves_figure(groups)
-    with pytest.raises(ConfigError, match=r"^--metric test_top1: no run measured it; there are: loss, parameters$"):
+    with pytest.raises(
+        ConfigError, match=r"^--metric test_top1: no run measured it; there are: loss, parameters$"
+    ):
         against_figure(groups, "seed")

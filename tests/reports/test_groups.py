@@ -40,11 +40,16 @@ def sections(key, value):
 
 
 @pytest.mark.parametrize("key", [key for key in MAY_DIFFER if key != "trainer.noise_file"])
-def test_runs_that_differ_in_what_cannot_matter_are_seeds_of_one_experiment(make_run, tmp_path, key):
+def test_runs_that_differ_in_what_cannot_matter_are_seeds_of_one_experiment(
+    make_run, tmp_path, key
+):
     make_run("a", VALUES, seed=3)
     make_run("b", VALUES, **merge({"seed": 1}, sections(key, OTHER_VALUES[key])))
     (group,) = group_runs(find_runs([tmp_path]), [])
-    assert [run.seed for run in group.runs] == [1 if key != "seed" else 3, 3 if key != "seed" else 7]
+    assert [run.seed for run in group.runs] == [
+        1 if key != "seed" else 3,
+        3 if key != "seed" else 7,
+    ]
 
 
 @pytest.mark.parametrize("key", MATTERS)
@@ -55,7 +60,9 @@ def test_runs_that_differ_in_what_matters_are_not_averaged(make_run, tmp_path, k
     with pytest.raises(ConfigError) as caught:
         group_runs(find_runs([tmp_path]), [])
     shown = str(value) if not isinstance(value, bool) else "true"
-    assert str(caught.value).startswith(f"{key}: {default} in {tmp_path / 'a'}, but {shown} in {tmp_path / 'b'}")
+    assert str(caught.value).startswith(
+        f"{key}: {default} in {tmp_path / 'a'}, but {shown} in {tmp_path / 'b'}"
+    )
     assert str(caught.value).endswith(f"add {key} to --group-by, or leave one out")
     assert len(group_runs(find_runs([tmp_path]), [key])) == 2
 
@@ -67,7 +74,11 @@ def test_names_are_the_values_of_the_keys(make_run, tmp_path):
     names = {
         ("arch.args.norm_layer_type",): "gn",
         ("arch.type", "arch.args.norm_layer_type"): "type=simpleCNN, norm_layer_type=gn",
-        ("arch.type", "optimizer.type", "trainer.percent"): "arch.type=simpleCNN, optimizer.type=SGD, percent=0",
+        (
+            "arch.type",
+            "optimizer.type",
+            "trainer.percent",
+        ): "arch.type=simpleCNN, optimizer.type=SGD, percent=0",
         ("trainer.OCNN", "trainer.early_stop"): "OCNN=false, early_stop=null",
         ("seed", "seed"): "0",
     }
@@ -80,7 +91,11 @@ def test_names_are_the_values_of_the_keys(make_run, tmp_path):
 def test_numbers_ascend_and_words_keep_their_order(make_run, tmp_path):
     for index, rate in enumerate((0.6, 0.0, 0.2)):
         make_run(f"{index}", VALUES, trainer={"percent": rate, "sym": True})
-    assert [group.name for group in group_runs(find_runs([tmp_path]), ["trainer.percent"])] == ["0", "0.2", "0.6"]
+    assert [group.name for group in group_runs(find_runs([tmp_path]), ["trainer.percent"])] == [
+        "0",
+        "0.2",
+        "0.6",
+    ]
     make_run("x", VALUES, arch={"type": "vgg11"}, trainer={"percent": 0.1, "sym": True})
     make_run("y", VALUES, arch={"type": "vgg11"}, trainer={"percent": 0.0, "sym": True})
     groups = group_runs(find_runs([tmp_path / "x", tmp_path]), ["arch.type", "trainer.percent"])
@@ -96,7 +111,9 @@ def test_errors(make_run, tmp_path):
     runs = find_runs([tmp_path])
     messages = {
         (): r"^seed: 0 in both .*a and .*b of made; leave one out$",
-        ("norm_layer_type",): r"no such key in the runs' configs; did you mean 'arch.args.norm_layer_type'\?$",
+        (
+            "norm_layer_type",
+        ): r"no such key in the runs' configs; did you mean 'arch.args.norm_layer_type'\?$",
         ("arch.args.type",): (
             "did you mean 'arch.type' or 'data_loader.type' or 'optimizer.type' or 'lr_scheduler.type' or"
             " 'pgd_attack.type'"
@@ -107,20 +124,32 @@ def test_errors(make_run, tmp_path):
         with pytest.raises(ConfigError, match=message):
             group_runs(runs, keys)
     make_run("c", VALUES, seed=1, trainer={"epochs": 3, "OCNN": True})
-    with pytest.raises(ConfigError, match=r"^trainer.epochs: 200 in .*a, but 3 in .*c \(and 1 more\): runs that are averaged"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^trainer.epochs: 200 in .*a, but 3 in .*c \(and 1 more\): runs that are averaged",
+    ):
         group_runs([runs[0], *find_runs([tmp_path / "c"])], [])
 
 
 def test_runs_of_a_study_are_grouped_by_its_labels_in_its_order(make_run, tmp_path):
     for name, norm in (("a", "gn"), ("b", "bn")):
         make_run(name, {"loss": [1.0]}, arch={"args": {"norm_layer_type": norm}})
-    places = {"a": Place("second", 1, {"norm": "GroupNorm"}), "b": Place("first", 0, {"norm": "BatchNorm"})}
+    places = {
+        "a": Place("second", 1, {"norm": "GroupNorm"}),
+        "b": Place("first", 0, {"norm": "BatchNorm"}),
+    }
     write_places(tmp_path, {"a": places["a"]})
     write_places(tmp_path, {"b": places["b"]})
     runs = find_runs([tmp_path / "a", tmp_path])
     assert [group.name for group in group_runs(runs, ["variant"])] == ["first", "second"]
-    assert [group.name for group in group_runs(runs, ["norm", "seed"])] == ["BatchNorm, seed=0", "GroupNorm, seed=0"]
-    with pytest.raises(ConfigError, match=r"^arch.args.norm_layer_type: bn in .*b, but gn in .*a: runs that are averaged"):
+    assert [group.name for group in group_runs(runs, ["norm", "seed"])] == [
+        "BatchNorm, seed=0",
+        "GroupNorm, seed=0",
+    ]
+    with pytest.raises(
+        ConfigError,
+        match=r"^arch.args.norm_layer_type: bn in .*b, but gn in .*a: runs that are averaged",
+    ):
         group_runs(runs, ["trainer.epochs"])
     (tmp_path / "study.json").write_text("{")
     assert [run.labels for run in find_runs([tmp_path])] == [{}, {}], "pictures do not need it"

@@ -10,13 +10,18 @@ from reports.runs import find_runs, only_finished, read_run, refuse_unknown
 VALUES = {"val_top1": [0.5, 0.6]}
 
 
-def test_finished_and_unfinished_runs_are_found_once_at_and_below_the_paths(make_run, tmp_path, caplog):
+def test_finished_and_unfinished_runs_are_found_once_at_and_below_the_paths(
+    make_run, tmp_path, caplog
+):
     make_run("grid/a", VALUES, {"test_top1": 0.4}, seed=1)
     make_run("grid/deep/b", VALUES, seed=2)
     (tmp_path / "grid" / "c").mkdir()
     (tmp_path / "grid" / "c" / "config.json").write_text("{}")
     runs = find_runs([tmp_path / "grid", tmp_path / "grid" / "a"])
-    assert [(run.folder.name, run.seed, run.result is None) for run in runs] == [("a", 1, False), ("b", 2, True)]
+    assert [(run.folder.name, run.seed, run.result is None) for run in runs] == [
+        ("a", 1, False),
+        ("b", 2, True),
+    ]
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'grid' / 'c'}: has a config.json, but no epoch in a metrics.jsonl: left out"
     ]
@@ -26,7 +31,13 @@ def test_finished_and_unfinished_runs_are_found_once_at_and_below_the_paths(make
 
 
 def test_values_are_those_of_the_files(make_run):
-    run = read_run(make_run("a", {"val_top1": [0.5, 0.6, 0.7], "val_robust_top1": [None, 0.2, None]}, {"test_top1": 0.4}))
+    run = read_run(
+        make_run(
+            "a",
+            {"val_top1": [0.5, 0.6, 0.7], "val_robust_top1": [None, 0.2, None]},
+            {"test_top1": 0.4},
+        )
+    )
     assert run.measured("val_top1") == {1: 0.5, 2: 0.6, 3: 0.7}
     assert run.measured("val_robust_top1") == {2: 0.2}
     assert run.measured("loss") == {}
@@ -90,15 +101,20 @@ def test_every_broken_folder_is_one_line(make_run, tmp_path):
 
 
 def test_results_of_no_finished_run_are_refused(make_run):
-    with pytest.raises(ConfigError, match=r"a: not finished: no result.json, nor in any other of the 1 runs"):
+    with pytest.raises(
+        ConfigError, match=r"a: not finished: no result.json, nor in any other of the 1 runs"
+    ):
         only_finished([read_run(make_run("a", VALUES))])
 
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
-        ConfigError, match=r"^--metric val_top: no run logs it; there are: loss, val_top1; did you mean 'val_top1'\?"
+        ConfigError,
+        match=r"^--metric val_top: no run logs it; there are: loss, val_top1; did you mean 'val_top1'\?",
     ):
-        refuse_unknown("--metric", ["loss", "val_top"], ["loss", "val_top1", "loss"], "no run logs it")
+        refuse_unknown(
+            "--metric", ["loss", "val_top"], ["loss", "val_top1", "loss"], "no run logs it"
+        )
 
 
 def test_a_real_run_is_read(tmp_path):
@@ -108,7 +124,12 @@ def test_a_real_run_is_read(tmp_path):
     config = {
         "arch": {"type": "simpleCNN", "args": {"norm_layer_type": "gn"}},
         "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 8, "num_batches": 2}},
-        "adversarial": {"method": "fgsm", "validate_every": 2, "validate_images": 10, "report_images": 10},
+        "adversarial": {
+            "method": "fgsm",
+            "validate_every": 2,
+            "validate_images": 10,
+            "report_images": 10,
+        },
         "pgd_attack": {"K": 2},
         "trainer": {"epochs": 2, "verbosity": 0},
     }
@@ -118,5 +139,11 @@ def test_a_real_run_is_read(tmp_path):
     assert run.outcome("last_test_top1") == result["last_test_top1"]
     assert list(run.measured("val_top1")) == [1, 2]
     assert list(run.measured("val_robust_top1")) == [2]
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["loss"] == run.measured("loss")[2]
-    assert (run.settings["arch.args.norm_layer_type"], run.settings["adversarial.epsilon"]) == ("gn", 8)
+    assert (
+        json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["loss"]
+        == run.measured("loss")[2]
+    )
+    assert (run.settings["arch.args.norm_layer_type"], run.settings["adversarial.epsilon"]) == (
+        "gn",
+        8,
+    )

@@ -7,18 +7,37 @@ from reports.spectrum_table import spectrum_summary, spectrum_table
 
 
 def layer(name, norm, scale=None, **others):
-    found = {"residual": 5e-4, "converged": True, "mean_square": 0.5, "orthogonality_error": 0.25, "spread": 0.0}
-    return {"name": name, "input_shape": [3, 8, 8], "norm": norm, "batch_norm_scale": scale, **found, **others}
+    found = {
+        "residual": 5e-4,
+        "converged": True,
+        "mean_square": 0.5,
+        "orthogonality_error": 0.25,
+        "spread": 0.0,
+    }
+    return {
+        "name": name,
+        "input_shape": [3, 8, 8],
+        "norm": norm,
+        "batch_norm_scale": scale,
+        **found,
+        **others,
+    }
 
 
-LAYERS = [layer("conv1", 2.0), layer("conv1.bpconv", 4.0, 3.0), layer("$fc$", 0.5, residual=0.02, converged=False)]
+LAYERS = [
+    layer("conv1", 2.0),
+    layer("conv1.bpconv", 4.0, 3.0),
+    layer("$fc$", 0.5, residual=0.02, converged=False),
+]
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_every_format(tmp_path, suffix):
     path = tmp_path / "new" / f"spectrum.{suffix}"
     draw_spectrum(path, LAYERS, "a model")
-    assert path.read_bytes().startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix])
+    assert path.read_bytes().startswith(
+        {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
+    )
 
 
 def test_the_picture_shows_norms_with_and_without_batch_norm_in_depth_order():
@@ -28,23 +47,61 @@ def test_the_picture_shows_norms_with_and_without_batch_norm_in_depth_order():
     assert drawn["spectral norm, bpconv"] == [[1, 4]]
     assert drawn["times the scale of its batch norm, bpconv"] == [[1, 12]]
     assert {line.get_label() for line in lower.lines} == {
-        f"{kind}{part}" for kind in ("distance from orthogonal", "from a multiple of orthogonal") for part in ("", ", bpconv")
+        f"{kind}{part}"
+        for kind in ("distance from orthogonal", "from a multiple of orthogonal")
+        for part in ("", ", bpconv")
     }
     assert [label.get_text() for label in lower.get_xticklabels()] == ["conv1", "bpconv", "$fc$"]
 
 
 def test_more_layers_than_names_fit():
-    lower = spectrum_figure([layer(f"conv{number}", 1.0) for number in range(400)], "a model").axes[1]
+    lower = spectrum_figure([layer(f"conv{number}", 1.0) for number in range(400)], "a model").axes[
+        1
+    ]
     assert [label.get_text() for label in lower.get_xticklabels()][:2] == ["conv0", "conv3"]
 
 
 def test_the_table_and_its_last_line():
     lines = spectrum_table(LAYERS).splitlines()
-    assert lines[0].split() == ["layer", "input", "norm", "residual", "mean", "s^2", "error", "spread", "batch", "norm"]
-    assert lines[2].split() == ["conv1.bpconv", "3x8x8", "4.000", "5e-04", "0.500", "0.250", "0.000", "3.000"]
-    assert lines[3].split() == ["$fc$", "3x8x8", "0.500", "2e-02", "!", "0.500", "0.250", "0.000", "-"]
+    assert lines[0].split() == [
+        "layer",
+        "input",
+        "norm",
+        "residual",
+        "mean",
+        "s^2",
+        "error",
+        "spread",
+        "batch",
+        "norm",
+    ]
+    assert lines[2].split() == [
+        "conv1.bpconv",
+        "3x8x8",
+        "4.000",
+        "5e-04",
+        "0.500",
+        "0.250",
+        "0.000",
+        "3.000",
+    ]
+    assert lines[3].split() == [
+        "$fc$",
+        "3x8x8",
+        "0.500",
+        "2e-02",
+        "!",
+        "0.500",
+        "0.250",
+        "0.000",
+        "-",
+    ]
     assert len({len(line) for line in lines}) == 1
-    values = {"layers": LAYERS, "log10_product_of_norms": 0.602, "log10_product_with_batch_norms": None}
+    values = {
+        "layers": LAYERS,
+        "log10_product_of_norms": 0.602,
+        "log10_product_with_batch_norms": None,
+    }
     assert spectrum_summary(values) == (
         "3 layers: spectral norm 0.5 to 4, median 2; orthogonality error, median 0.25, up to a scale 0;"
         " product of spectral norms 10^0.60, with batch norms 0; 1 norms not to the tolerance"

@@ -1,4 +1,5 @@
-"""Tables hold the numbers of the runs, and p values that the closed formulas of small samples give."""
+"""Tables hold the numbers of the runs, and p values that the closed formulas of small samples
+give."""
 
 import csv
 from math import sqrt
@@ -23,11 +24,22 @@ def make(make_run, name, seeds, /, **sections):
 @pytest.fixture
 def norms(make_run, tmp_path):
     """Three seeds of bn, two of gn, one without a norm."""
-    bn = {seed: {"test_top1": value, "last_test_top1": 0.5, "test_loss": 2.0} for seed, value in enumerate((0.50, 0.52, 0.54))}
-    gn = {seed: {"test_top1": value, "last_test_top1": 0.5, "test_loss": 1.0} for seed, value in ((1, 0.58), (2, 0.59))}
+    bn = {
+        seed: {"test_top1": value, "last_test_top1": 0.5, "test_loss": 2.0}
+        for seed, value in enumerate((0.50, 0.52, 0.54))
+    }
+    gn = {
+        seed: {"test_top1": value, "last_test_top1": 0.5, "test_loss": 1.0}
+        for seed, value in ((1, 0.58), (2, 0.59))
+    }
     make(make_run, "a", bn)
     make(make_run, "b", gn, arch={"args": {"norm_layer_type": "gn"}})
-    make(make_run, "c", {0: {"test_top1": 0.1, "test_loss": 3.0}}, arch={"args": {"norm_layer_type": "no"}})
+    make(
+        make_run,
+        "c",
+        {0: {"test_top1": 0.1, "test_loss": 3.0}},
+        arch={"args": {"norm_layer_type": "no"}},
+    )
     return group_runs(find_runs([tmp_path]), [KEY])
 
 
@@ -36,7 +48,9 @@ def test_mean_sample_deviation_and_number_of_seeds(norms):
     assert table.metrics == ("test_top1", "last_test_top1")
     assert [(row.name, row.n) for row in table.rows] == [("bn", 3), ("gn", 2), ("no", 1)]
     bn, gn, no = (row.cells[0] for row in table.rows)
-    assert np.allclose([bn.mean, bn.std, gn.mean, gn.std, no.mean], [0.52, 0.02, 0.585, 0.01 / sqrt(2), 0.1])
+    assert np.allclose(
+        [bn.mean, bn.std, gn.mean, gn.std, no.mean], [0.52, 0.02, 0.585, 0.01 / sqrt(2), 0.1]
+    )
     assert no.std is None
     assert table.rows[2].cells[1].values == {}
 
@@ -127,7 +141,8 @@ def test_a_lead_within_one_standard_error_is_not_bold(make_run, tmp_path):
             for index in best_rows(compare(group_runs(find_runs([tmp_path / folder]), [KEY])), 0)
         ]
 
-    # means 0.52 and x + 0.02, both with a standard error of 0.02 / sqrt(3), of the difference 0.0163
+    # means 0.52 and x + 0.02, both with a standard error of 0.02 / sqrt(3), of the difference
+    # 0.0163
     low = (0.50, 0.52, 0.54)
     assert best("near", bn=low, gn=(0.516, 0.536, 0.556)) == []
     assert best("far", bn=low, gn=(0.517, 0.537, 0.557)) == ["gn"]
@@ -139,7 +154,12 @@ def test_a_lead_within_one_standard_error_is_not_bold(make_run, tmp_path):
 
 def test_numbers_that_are_not_finite_are_not_tested(make_run, tmp_path):
     make(make_run, "a", {seed: {"test_loss": float("inf")} for seed in range(2)})
-    make(make_run, "b", {seed: {"test_loss": 0.1 * seed} for seed in range(2)}, arch={"args": {"norm_layer_type": "gn"}})
+    make(
+        make_run,
+        "b",
+        {seed: {"test_loss": 0.1 * seed} for seed in range(2)},
+        arch={"args": {"norm_layer_type": "gn"}},
+    )
     table = compare(group_runs(find_runs([tmp_path]), [KEY]), ["test_loss"], baseline="bn")
     assert table.rows[1].cells[0].p is None
     assert np.isnan(table.rows[0].cells[0].std)
@@ -155,7 +175,12 @@ def test_the_best_is_the_highest_accuracy_and_the_lowest_loss(norms, make_run, t
     table = compare(norms, ["test_top1", "last_test_top1", "test_loss"])
     assert [best_rows(table, column) for column in range(3)] == [{1}, set(), {1}]
     assert best_rows(compare(norms[:1]), 0) == set(), "nothing to compare with"
-    make_run("x", {"val_top1": [0.5]}, {"test_loss": float("nan"), "parameters": 23538}, arch={"type": "vgg11"})
+    make_run(
+        "x",
+        {"val_top1": [0.5]},
+        {"test_loss": float("nan"), "parameters": 23538},
+        arch={"type": "vgg11"},
+    )
     groups = group_runs(find_runs([tmp_path]), ["arch.type", KEY])
     table = compare(groups, ["test_loss", "parameters"])
     assert [best_rows(table, column) for column in range(2)] == [{1}, set()], (
@@ -164,12 +189,26 @@ def test_the_best_is_the_highest_accuracy_and_the_lowest_loss(norms, make_run, t
 
 
 def test_last_stands_beside_best():
-    names = ["last_test_robust_top1", "test_top1", "test_robust_top1", "last_test_top1", "test_top1"]
-    assert last_beside_best(names) == ["test_robust_top1", "last_test_robust_top1", "test_top1", "last_test_top1"]
+    names = [
+        "last_test_robust_top1",
+        "test_top1",
+        "test_robust_top1",
+        "last_test_top1",
+        "test_top1",
+    ]
+    assert last_beside_best(names) == [
+        "test_robust_top1",
+        "last_test_robust_top1",
+        "test_top1",
+        "last_test_top1",
+    ]
 
 
 def test_markdown(norms, tmp_path):
-    write_table(tmp_path / "new" / "table.md", compare(norms, ["last_test_top1", "test_top1"], baseline="bn"))
+    write_table(
+        tmp_path / "new" / "table.md",
+        compare(norms, ["last_test_top1", "test_top1"], baseline="bn"),
+    )
     text = (tmp_path / "new" / "table.md").read_text()
     p = compare(norms, baseline="bn").rows[1].cells[0].p
     assert text.splitlines()[:5] == [
@@ -189,9 +228,22 @@ def test_markdown(norms, tmp_path):
 
 
 def test_latex_escapes_what_latex_would_not_print(make_run, tmp_path):
-    make_run("a", {"val_top1": [0.5]}, {"test_top1": 0.5}, trainer={"label_dir": "50%_of $x^2$ #1 & {b} ~ \\"})
-    make_run("b", {"val_top1": [0.5]}, {"test_top1": 0.25, "test_loss": 3.0}, trainer={"label_dir": "[c]"})
-    write_table(tmp_path / "table.tex", compare(group_runs(find_runs([tmp_path]), ["trainer.label_dir"]), ["test_top1"]))
+    make_run(
+        "a",
+        {"val_top1": [0.5]},
+        {"test_top1": 0.5},
+        trainer={"label_dir": "50%_of $x^2$ #1 & {b} ~ \\"},
+    )
+    make_run(
+        "b",
+        {"val_top1": [0.5]},
+        {"test_top1": 0.25, "test_loss": 3.0},
+        trainer={"label_dir": "[c]"},
+    )
+    write_table(
+        tmp_path / "table.tex",
+        compare(group_runs(find_runs([tmp_path]), ["trainer.label_dir"]), ["test_top1"]),
+    )
     lines = (tmp_path / "table.tex").read_text().splitlines()
     body = [line for line in lines if not line.startswith("%")]
     assert body == [
@@ -217,18 +269,33 @@ def test_csv_has_a_column_for_every_number(norms, tmp_path):
     with (tmp_path / "table.csv").open(newline="") as file:
         bn, gn, no = csv.DictReader(file)
     names = ["test_top1_mean", "test_top1_std", "test_loss_mean", "test_loss_std"]
-    assert [float(gn[name]) for name in names] == pytest.approx([0.585, 0.01 / sqrt(2), 1, 0], rel=1e-12)
+    assert [float(gn[name]) for name in names] == pytest.approx(
+        [0.585, 0.01 / sqrt(2), 1, 0], rel=1e-12
+    )
     assert (bn["runs"], bn["n"], bn["test_top1_n"], bn["test_top1_p_holm"]) == ("bn", "3", "3", "")
     assert float(gn["test_top1_p_holm"]) == compare(norms, baseline="bn").rows[1].cells[0].p
     assert (no["test_top1_mean"], no["test_top1_std"]) == ("0.1", "")
 
 
 def test_rows_of_other_rates_are_neither_tested_nor_beaten(make_run, tmp_path):
-    accuracies = {("bn", 0.2): (0.7, 0.8), ("gn", 0.2): (0.75, 0.9), ("bn", 0.4): (0.5, 0.6), ("gn", 0.4): (0.4, 0.3)}
+    accuracies = {
+        ("bn", 0.2): (0.7, 0.8),
+        ("gn", 0.2): (0.75, 0.9),
+        ("bn", 0.4): (0.5, 0.6),
+        ("gn", 0.4): (0.4, 0.3),
+    }
     for (norm, rate), values in accuracies.items():
         runs = {seed: {"test_top1": value} for seed, value in enumerate(values)}
-        make(make_run, f"{norm}{rate}", runs, arch={"args": {"norm_layer_type": norm}}, trainer={"percent": rate, "sym": True})
-    table = compare(group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]), baseline="bn", by_last_key=True)
+        make(
+            make_run,
+            f"{norm}{rate}",
+            runs,
+            arch={"args": {"norm_layer_type": norm}},
+            trainer={"percent": rate, "sym": True},
+        )
+    table = compare(
+        group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]), baseline="bn", by_last_key=True
+    )
     assert [(row.name.partition("=")[2], row.cells[0].p is None) for row in table.rows] == [
         ("bn, percent=0.2", True), ("bn, percent=0.4", True), ("gn, percent=0.2", False), ("gn, percent=0.4", False),
     ]  # fmt: skip
@@ -247,25 +314,45 @@ def test_rows_of_other_rates_are_neither_tested_nor_beaten(make_run, tmp_path):
 
 
 def test_markdown_keeps_names_and_says_where_seeds_are_missing(make_run, tmp_path):
-    make(make_run, "a", {0: {"test_top1": 0.5, "val_top1": 0.3}, 1: {"test_top1": 0.5, "val_top1": None}}, name="a|b*_c_")
-    write_table(tmp_path / "table.md", compare(group_runs(find_runs([tmp_path]), ["name"]), ["test_top1", "val_top1"]))
-    assert (tmp_path / "table.md").read_text().splitlines()[2] == r"| a\|b\*\_c\_ | 2 | 50.00 ± 0.00 | 30.00 (n = 1) |"
+    make(
+        make_run,
+        "a",
+        {0: {"test_top1": 0.5, "val_top1": 0.3}, 1: {"test_top1": 0.5, "val_top1": None}},
+        name="a|b*_c_",
+    )
+    write_table(
+        tmp_path / "table.md",
+        compare(group_runs(find_runs([tmp_path]), ["name"]), ["test_top1", "val_top1"]),
+    )
+    assert (tmp_path / "table.md").read_text().splitlines()[
+        2
+    ] == r"| a\|b\*\_c\_ | 2 | 50.00 ± 0.00 | 30.00 (n = 1) |"
 
 
 def test_errors(norms, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"^--result test_top5: no result.json has it; there are: test_top1, last_test_top1, test_loss"
+        ConfigError,
+        match=r"^--result test_top5: no result.json has it; there are: test_top1, last_test_top1, test_loss",
     ):
         compare(norms, ["test_top5"])
-    with pytest.raises(ConfigError, match=r"^--baseline bnn: no such row; there are: bn, gn, no; did you mean 'bn'\?$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^--baseline bnn: no such row; there are: bn, gn, no; did you mean 'bn'\?$",
+    ):
         compare(norms, baseline="bnn")
-    with pytest.raises(ConfigError, match=r"table.txt: '.txt' is not a format of tables; expected one of: md, tex, csv$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"table.txt: '.txt' is not a format of tables; expected one of: md, tex, csv$",
+    ):
         write_table(tmp_path / "table.txt", compare(norms))
 
 
 def test_results_without_accuracies_are_named(make_run, tmp_path):
     make_run("a", {"val_top1": [0.5]}, {"parameters": 5})
-    with pytest.raises(ConfigError, match=r"^--result: the runs have none of test_top1, .*; name others of: parameters$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^--result: the runs have none of test_top1, .*; name others of: parameters$",
+    ):
         compare(group_runs(find_runs([tmp_path]), []))
 
 

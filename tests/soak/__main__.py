@@ -20,10 +20,14 @@ from tests.soak.scenarios import SCENARIOS, write_images
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill and resume small runs at random moments, and count.")
+    parser = argparse.ArgumentParser(
+        description="Kill and resume small runs at random moments, and count."
+    )
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0, help="of moments and means")
-    parser.add_argument("--only", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS), metavar="SCENARIO")
+    parser.add_argument(
+        "--only", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS), metavar="SCENARIO"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here")
     arguments = parser.parse_args()
     tally = Tally()
@@ -32,7 +36,10 @@ def main() -> None:
         images = Path(place, "images")
         write_images(images)
         random = Random(arguments.seed)
-        runs = [Endurance(name, Path(place, str(n)), images, random, tally) for n, name in enumerate(arguments.only)]
+        runs = [
+            Endurance(name, Path(place, str(n)), images, random, tally)
+            for n, name in enumerate(arguments.only)
+        ]
         with tqdm(total=round(arguments.minutes * 60), unit="s", disable=None) as bar:
             for endurance in cycle(runs):
                 if monotonic() - begin > arguments.minutes * 60 or tally.failures:
@@ -45,8 +52,17 @@ def main() -> None:
     for failure in tally.failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if arguments.json:
-        machine = {key: value for key, value in environment().items() if key in ("python", "packages", "commit", "cpu")}
-        counts = {"minutes": round(minutes, 1), "seed": arguments.seed, "counts": tally.counts, "failures": tally.failures}
+        machine = {
+            key: value
+            for key, value in environment().items()
+            if key in ("python", "packages", "commit", "cpu")
+        }
+        counts = {
+            "minutes": round(minutes, 1),
+            "seed": arguments.seed,
+            "counts": tally.counts,
+            "failures": tally.failures,
+        }
         save_json(arguments.json, {**counts, **machine})
     sys.exit(1 if tally.failures else 0)
 

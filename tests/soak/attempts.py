@@ -1,4 +1,5 @@
-"""One attempt at a run: a process that trains, as the script would, and what ends it before its time."""
+"""One attempt at a run: a process that trains, as the script would, and what ends it before its
+time."""
 
 import os
 import resource
@@ -46,8 +47,16 @@ class Attempt:
     ending: str | None
 
 
-def attempt(words: list[str], log: Path, ending: str | None, seconds: float, random: Random, limit: int | None) -> Attempt:
-    """Run `train_robust.py WORDS` in a process of its own, forked, and send `ending` after that many seconds.
+def attempt(
+    words: list[str],
+    log: Path,
+    ending: str | None,
+    seconds: float,
+    random: Random,
+    limit: int | None,
+) -> Attempt:
+    """Run `train_robust.py WORDS` in a process of its own, forked, and send `ending` after that
+    many seconds.
 
     Args:
         words: of the command line.
@@ -55,9 +64,11 @@ def attempt(words: list[str], log: Path, ending: str | None, seconds: float, ran
         ending: of `ENDINGS`; None lets it run.
         seconds: to wait.
         random: for the moment between two signals.
-        limit: bytes that a file of it may have at most, which stands for a full disk; None for no limit.
+        limit: bytes that a file of it may have at most, which stands for a full disk; None for no
+            limit.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))  # until the new process is the script
+    # until the new process is the script
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     process = os.fork()
     if process == 0:
         _become_script(words, log, limit)
@@ -80,7 +91,8 @@ def attempt(words: list[str], log: Path, ending: str | None, seconds: float, ran
 
 
 def _become_script(words: list[str], log: Path, limit: int | None) -> None:
-    """Whatever happens, this process ends here: it is a copy of another one, and has no business beyond this."""
+    """Whatever happens, this process ends here: it is a copy of another one, and has no business
+    beyond this."""
     code = 1
     try:
         code = _run_script(words, log, limit)
@@ -118,7 +130,8 @@ def _run_script(words: list[str], log: Path, limit: int | None) -> int:
 
 
 def position(folder: Path) -> tuple[int, int] | None:
-    """Epochs and batches done by the checkpoint that a resume would take; None where there is no good one."""
+    """Epochs and batches done by the checkpoint that a resume would take; None where there is no
+    good one."""
     try:
         _, checkpoint, _ = load_to_resume(folder)
     except CheckpointError:
@@ -146,4 +159,6 @@ def damage(folder: Path, random: Random) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoint files of a run folder."""
-    return [file for file in (folder / LAST, folder / BEST, *numbered(folder).values()) if file.exists()]
+    return [
+        file for file in (folder / LAST, folder / BEST, *numbered(folder).values()) if file.exists()
+    ]

@@ -1,4 +1,5 @@
-"""Runs that are ended at random moments and resumed until they finish, and whether anything of them was lost."""
+"""Runs that are ended at random moments and resumed until they finish, and whether anything of them
+was lost."""
 
 import json
 import re
@@ -20,7 +21,8 @@ from tests.soak.scenarios import tree_of
 ATTEMPTS = 14
 """After so many, a run is left alone until it finishes."""
 DAMAGED, DISK_FULL = 0.2, 0.05
-"""How often the last checkpoint is damaged after an attempt, and how often the disk is full during one."""
+"""How often the last checkpoint is damaged after an attempt, and how often the disk is full during
+one."""
 STOPPED = re.compile(r"stopped by SIG\w+ after (\d+) epochs and (\d+) batches; continue with -r ")
 FULL = ("cannot be written", "disk is full", "shared memory")
 """What a run says when there is no room for its files."""
@@ -100,7 +102,11 @@ class Endurance:
         shutil.rmtree(run)
 
     def _attempt(self, run: Path, ending: str | None, limit: int | None) -> Attempt:
-        words = ["-r", str(run)] if checkpoints(run) else ["-c", str(self.config), "--run_dir", str(run)]
+        words = (
+            ["-r", str(run)]
+            if checkpoints(run)
+            else ["-c", str(self.config), "--run_dir", str(run)]
+        )
         seconds = self.random.uniform(0, 0.8 * self.seconds) if ending else 0.0
         return attempt(words, self.folder / "output.log", ending, seconds, self.random, limit)
 
@@ -130,12 +136,17 @@ class Endurance:
             self._fail(run, f"{done.ending}: exit {done.code}: {done.said[-1000:]}")
         if limit and done.code in (3, 4) and not any(word in done.said for word in FULL):
             self._fail(run, f"full disk: {done.said[-500:]}")
-        if "Traceback" in done.said and "KeyboardInterrupt" not in done.said:  # which comes before any work, within imports
+        # which comes before any work, within imports
+        if "Traceback" in done.said and "KeyboardInterrupt" not in done.said:
             place = done.said.index("Traceback")
-            self._fail(run, f"{done.ending}: exit {done.code}: {done.said[max(0, place - 300) : place + 2000]}")
+            self._fail(
+                run,
+                f"{done.ending}: exit {done.code}: {done.said[max(0, place - 300) : place + 2000]}",
+            )
         if after < before:
             self._fail(run, f"{done.ending}: went back from {before} to {after}")
-        if after[0] < logged and not self.damaged:  # a run that went back cuts its log when it goes on
+        # a run that went back cuts its log when it goes on
+        if after[0] < logged and not self.damaged:
             self._fail(run, f"{done.ending}: {logged} epochs are logged, {after[0]} saved")
         if "instead" in done.said:
             self.tally.counts["went on from an older checkpoint"] += 1
@@ -156,7 +167,8 @@ def outcome(run: Path) -> dict[str, Any]:
         "the best model": load_checkpoint(run / "model_best.pth")["state_dict"],
         "result.json": {key: value for key, value in result.items() if key not in TIMES},
         "epochs": last["epoch"],
-        "minibatches": last["epoch"] * -(-last["progress"]["images_seen"] // last["epoch"] // batch_size),
+        "minibatches": last["epoch"]
+        * -(-last["progress"]["images_seen"] // last["epoch"] // batch_size),
     }
 
 
@@ -172,7 +184,9 @@ def same(first: Any, second: Any) -> bool:
         return isinstance(second, torch.Tensor) and torch.equal(first, second)
     if isinstance(first, dict):
         return (
-            isinstance(second, dict) and first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+            isinstance(second, dict)
+            and first.keys() == second.keys()
+            and all(same(first[key], second[key]) for key in first)
         )
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(same, first, second))

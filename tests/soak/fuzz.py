@@ -1,13 +1,14 @@
-"""A fuzzer for what is read: spoils configs and checkpoints, and stops at all but a result or an error of one line.
+"""A fuzzer for what is read: spoils configs and checkpoints, and stops at all but a result or an
+error of one line.
 
 pip install -e ".[fuzz]"
 python -m tests.soak.fuzz config --seconds 600
 python -m tests.soak.fuzz checkpoint --seconds 600
 python -m tests.soak.fuzz values --seconds 600
 
-`config` and `checkpoint` are changed byte by byte, as the coverage of this project's code suggests (atheris, on Linux).
-`values` are whole checkpoints in which one value is odd, drawn at random. What can be resumed goes on for a step.
-"""
+`config` and `checkpoint` are changed byte by byte, as the coverage of this project's code suggests
+(atheris, on Linux). `values` are whole checkpoints in which one value is odd, drawn at random. What
+can be resumed goes on for a step."""
 
 import argparse
 import sys
@@ -24,7 +25,9 @@ def main() -> None:
     parser.add_argument("target", choices=["config", "checkpoint", "values"])
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--findings", type=Path, default=Path(), help="folder for inputs that break something")
+    parser.add_argument(
+        "--findings", type=Path, default=Path(), help="folder for inputs that break something"
+    )
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     if arguments.target == "values":
@@ -36,7 +39,9 @@ def fuzz_bytes(folder: Path, arguments: argparse.Namespace) -> None:
     """Let atheris change the seeds of a target; it ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["base", "soak.targets", "torch._weights_only_unpickler"]):
+    with atheris.instrument_imports(
+        include=["base", "soak.targets", "torch._weights_only_unpickler"]
+    ):
         from tests.soak.targets import TARGETS, examine
     file, corpus = folder / "input", folder / "corpus"
     corpus.mkdir()
@@ -48,14 +53,24 @@ def fuzz_bytes(folder: Path, arguments: argparse.Namespace) -> None:
         file.write_bytes(data)
         examine(arguments.target, file)
 
-    options = [f"-max_total_time={arguments.seconds}", f"-seed={arguments.seed}", "-print_final_stats=1", "-rss_limit_mb=8000"]
-    options += [f"-max_len={max(map(len, seeds))}", "-timeout=20", f"-artifact_prefix={arguments.findings}/"]
+    options = [
+        f"-max_total_time={arguments.seconds}",
+        f"-seed={arguments.seed}",
+        "-print_final_stats=1",
+        "-rss_limit_mb=8000",
+    ]
+    options += [
+        f"-max_len={max(map(len, seeds))}",
+        "-timeout=20",
+        f"-artifact_prefix={arguments.findings}/",
+    ]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
 
 
 def fuzz_values(folder: Path, arguments: argparse.Namespace) -> int:
-    """Resume checkpoints with one odd value until the time is over; the exit code, 1 where one breaks something."""
+    """Resume checkpoints with one odd value until the time is over; the exit code, 1 where one
+    breaks something."""
     from tests.soak.targets import examine, spoiled_checkpoint
 
     file, random, counts = folder / "input", Random(arguments.seed), [0, 0]
@@ -70,7 +85,9 @@ def fuzz_values(folder: Path, arguments: argparse.Namespace) -> int:
             traceback.print_exc()
             print(f"FAILED: {finding}", file=sys.stderr)
             return 1
-    print(f"{sum(counts)} checkpoints: {counts[True]} went on, {counts[False]} were refused in one line")
+    print(
+        f"{sum(counts)} checkpoints: {counts[True]} went on, {counts[False]} were refused in one line"
+    )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""How files are spoiled: byte by byte, as disks and transfers do it, or value by value, as people and other programs do it."""
+"""How files are spoiled: byte by byte, as disks and transfers do it, or value by value, as people
+and other programs do it."""
 
 from collections.abc import Iterator, MutableMapping, MutableSequence
 from copy import deepcopy
@@ -18,7 +19,8 @@ ODD_VALUES = (
 
 
 def mutated(data: bytes, random: Random) -> bytes:
-    """A few bytes changed, cut out or doubled; half of the time near the beginning, where a checkpoint's structure is."""
+    """A few bytes changed, cut out or doubled; half of the time near the beginning, where a
+    checkpoint's structure is."""
     changed = bytearray(data)
     for _ in range(random.randrange(1, 4)):
         near = min(len(changed), 20_000) if random.random() < 0.5 else len(changed)
@@ -35,7 +37,8 @@ def mutated(data: bytes, random: Random) -> bytes:
 
 
 def spoiled(contents: dict[str, Any], random: Random) -> dict[str, Any]:
-    """A copy of a checkpoint's contents in which one value is lost, replaced, or has changed places with another one."""
+    """A copy of a checkpoint's contents in which one value is lost, replaced, or has changed places
+    with another one."""
     contents = deepcopy(contents)
     container, key = random.choice(list(_places(contents, random)))
     match random.randrange(4):
@@ -52,7 +55,8 @@ def spoiled(contents: dict[str, Any], random: Random) -> dict[str, Any]:
 
 
 def _places(contents: dict[str, Any], random: Random) -> Iterator[tuple[Container, Any]]:
-    """A way down into the contents, chosen at random: every container on it, with the key at which it goes on."""
+    """A way down into the contents, chosen at random: every container on it, with the key at which
+    it goes on."""
     container: Any = contents
     while isinstance(container, MutableMapping | MutableSequence) and len(container):
         key = random.choice(list(_keys(container)))
@@ -75,7 +79,9 @@ def _odd_tensor(value: Any, random: Random) -> Any:
             value.double(),
             value.to(torch.int64),
             value.to(torch.bool),
-            torch.full_like(value, 0) if value.dtype == torch.uint8 else torch.full_like(value, nan, dtype=torch.float32),
+            torch.full_like(value, 0)
+            if value.dtype == torch.uint8
+            else torch.full_like(value, nan, dtype=torch.float32),
             torch.empty(0),
             value.flatten().to_sparse(),
             torch.complex(value.float(), value.float()),

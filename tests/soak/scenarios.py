@@ -19,7 +19,13 @@ SMALL = {
     "system": {"num_threads": 1},
 }  # fmt: skip
 NOISY = {"sym": True, "percent": 0.4, "early_stop": 8}
-WIDE = {"conv_layer_type": "conv", "norm_layer_type": "bn", "depth": 10, "widen_factor": 1, "dropout": 0.3}
+WIDE = {
+    "conv_layer_type": "conv",
+    "norm_layer_type": "bn",
+    "depth": 10,
+    "widen_factor": 1,
+    "dropout": 0.3,
+}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "standard, label noise, early stop, plateau": {
         "trainer": NOISY, "lr_scheduler": {"type": "ReduceLROnPlateau", "args": {"patience": 1}},
@@ -52,7 +58,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 def tree_of(name: str, folder: Path) -> dict[str, Any]:
     """The config of a scenario, whose image files lie in `folder`."""
-    return merge(merge(SMALL, SCENARIOS[name]), {"data_loader": {"args": {"data_dir": str(folder)}}})
+    return merge(
+        merge(SMALL, SCENARIOS[name]), {"data_loader": {"args": {"data_dir": str(folder)}}}
+    )
 
 
 def write_images(folder: Path, training: int = 24, test: int = 3, side: int = 16) -> None:

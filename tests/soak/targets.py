@@ -34,7 +34,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {
     "name": "fuzz",
     "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
-    "data_loader": {"type": "ImageFolderDataLoader", "args": {"batch_size": 4, "validation_split": 0.25}},
+    "data_loader": {
+        "type": "ImageFolderDataLoader",
+        "args": {"batch_size": 4, "validation_split": 0.25},
+    },
     "optimizer": {"type": "SGD", "args": {"lr": 0.01, "momentum": 0.9}},
     "lr_scheduler": {"type": "ReduceLROnPlateau", "monitor": "val_loss"},
     "trainer": {"epochs": 3, "ema_decay": 0.5, "verbosity": 0},
@@ -58,7 +61,8 @@ def read_config(file: Path) -> None:
 
 
 def read_checkpoint(file: Path) -> None:
-    """As evaluation and resume do; what can be resumed goes on for one step, in the folder of the file."""
+    """As evaluation and resume do; what can be resumed goes on for one step, in the folder of the
+    file."""
     load_checkpoint(file)
     update = BaseTrainer.update
 
@@ -67,7 +71,11 @@ def read_checkpoint(file: Path) -> None:
         raise _Enough
 
     # an odd n_gpu starts processes, which is too much here
-    with patch.object(BaseTrainer, "update", update_once), patch("experiment.experiment.launch"), suppress(_Enough):
+    with (
+        patch.object(BaseTrainer, "update", update_once),
+        patch("experiment.experiment.launch"),
+        suppress(_Enough),
+    ):
         _train("-r", file)
 
 
@@ -79,11 +87,16 @@ def _train(*words: str | Path) -> None:
 
 def config_seeds() -> list[bytes]:
     """All shipped configs."""
-    return [file.read_bytes() for file in sorted(CONFIGS.rglob("*.json")) if not file.name.endswith("schema.json")]
+    return [
+        file.read_bytes()
+        for file in sorted(CONFIGS.rglob("*.json"))
+        if not file.name.endswith("schema.json")
+    ]
 
 
 def checkpoint_seeds() -> list[bytes]:
-    """A sealed checkpoint of a run in the middle of its second epoch, and without a seal in both of torch's formats."""
+    """A sealed checkpoint of a run in the middle of its second epoch, and without a seal in both of
+    torch's formats."""
     contents = resumable()
     seeds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +111,8 @@ def checkpoint_seeds() -> list[bytes]:
 
 @cache
 def resumable() -> dict[str, Any]:
-    """The contents of a checkpoint from which a run goes on. Its images stay as long as this process."""
+    """The contents of a checkpoint from which a run goes on. Its images stay as long as this
+    process."""
     place = Path(tempfile.mkdtemp())
     atexit.register(rmtree, place, ignore_errors=True)
     write_images(place / "images", training=4, test=1, side=8)

@@ -1,4 +1,5 @@
-"""The soak and the fuzzer in small: a run that is ended again and again, and mutated files; both find what is broken."""
+"""The soak and the fuzzer in small: a run that is ended again and again, and mutated files; both
+find what is broken."""
 
 import json
 from random import Random
@@ -43,14 +44,20 @@ def test_a_run_survives(endure):
 
 
 def test_what_is_lost_is_found(endure, monkeypatch):
-    monkeypatch.setattr(Optimizer, "load_state_dict", lambda self, state: None)  # its momentum begins anew at every resume
+    # its momentum begins anew at every resume
+    monkeypatch.setattr(Optimizer, "load_state_dict", lambda self, state: None)
     tally = endure(lambda tally: tally.failures or tally.counts["runs"] > 8)
-    assert any("differs from the run that was left in peace" in failure for failure in tally.failures)
+    assert any(
+        "differs from the run that was left in peace" in failure for failure in tally.failures
+    )
 
 
 def test_scenarios_are_complete_configs():
     for name in SCENARIOS:
-        assert json.loads(json.dumps(tree_of(name, "x")))["arch"]["type"] in ("simpleCNN", "wide_resnet")
+        assert json.loads(json.dumps(tree_of(name, "x")))["arch"]["type"] in (
+            "simpleCNN",
+            "wide_resnet",
+        )
     assert "data_dir" not in SMALL["data_loader"]["args"]
 
 
@@ -74,7 +81,8 @@ def test_mutated_files_are_results_or_one_line(tmp_path, target):
 
 
 def resume_what_is_spoiled(folder):
-    """Counts of checkpoints that go on for a step and of refused ones, among those with one odd value."""
+    """Counts of checkpoints that go on for a step and of refused ones, among those with one odd
+    value."""
     random, file, counts = Random(7), folder / "input", [0, 0]
     for _ in range(SPOILED):
         spoiled_checkpoint(file, random)
@@ -90,7 +98,9 @@ def test_odd_values_in_a_checkpoint_are_refused_or_change_nothing(tmp_path):
 
 def test_an_odd_value_that_nobody_checks_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(base.checkpoint.resume, "check_training_state", lambda contents, file: None)
-    monkeypatch.setattr(base.base_trainer, "checked_optimizer_state", lambda optimizer, model, saved, source: saved)
+    monkeypatch.setattr(
+        base.base_trainer, "checked_optimizer_state", lambda optimizer, model, saved, source: saved
+    )
     with pytest.raises((AttributeError, KeyError, TypeError, ValueError, RuntimeError)):
         resume_what_is_spoiled(tmp_path)
 

@@ -28,19 +28,31 @@ def grid_file(tmp_path):
 
 
 def test_axes_are_multiplied_and_named_variants_stand_beside_them(grid_file, tmp_path):
-    path = grid_file(axes={"norm": NORMS, "size": {"8": {"trainer.epochs": 8}, "9": {"trainer.epochs": 9}}}, seeds=[3, 4])
+    path = grid_file(
+        axes={"norm": NORMS, "size": {"8": {"trainer.epochs": 8}, "9": {"trainer.epochs": 9}}},
+        seeds=[3, 4],
+    )
     names = ["bn_8", "bn_9", "gn_8", "gn_9"]
     runs = plan(path)
-    assert [(run.variant, run.seed) for run in runs] == [(name, seed) for name in names for seed in (3, 4)]
+    assert [(run.variant, run.seed) for run in runs] == [
+        (name, seed) for name in names for seed in (3, 4)
+    ]
     assert [run.config.seed for run in runs[:2]] == [3, 4]
     last = runs[-1]
     assert (last.config.arch.args.norm_layer_type, last.config.trainer.epochs) == ("gn", 9)
     assert last.folder == Path("saved/study") / f"gn_9_seed4_{identity(last.config, last.settings)}"
-    (tmp_path / "other.json").write_text(json.dumps({"extends": "base.json", "trainer": {"epochs": 7}}))
+    (tmp_path / "other.json").write_text(
+        json.dumps({"extends": "base.json", "trainer": {"epochs": 7}})
+    )
     path = grid_file(variants={"plain": {}, "file": "other.json", "one": {"trainer.epochs": 1}})
     assert [run.config.trainer.epochs for run in plan(path)][1:] == [7, 1]
     assert [run.variant for run in plan(path, ["one", "plain"], seeds=[5])] == ["one", "plain"]
-    assert plan(path, ["one"], seeds=[5, 5])[0].words()[-4:] == ["--set", "trainer.epochs=1", "--seed", "5"]
+    assert plan(path, ["one"], seeds=[5, 5])[0].words()[-4:] == [
+        "--set",
+        "trainer.epochs=1",
+        "--seed",
+        "5",
+    ]
     assert len(plan(path, ["one"], seeds=[5, 5])) == 1
     assert describe(plan(path, seeds=[1]))[2] == "one: base.json, trainer.epochs=1 (seeds 1)"
 
@@ -57,7 +69,9 @@ def test_a_grid_says_for_all_its_runs_that_keys_may_be_without_effect(grid_file)
     assert '_unused_ok=["adversarial.beta"]' in quiet[2].words()
 
 
-def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_compares(grid_file, tmp_path):
+def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_compares(
+    grid_file, tmp_path
+):
     base = json.loads((tmp_path / "base.json").read_text())
 
     def folder(settings, **changes):
@@ -66,21 +80,35 @@ def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_c
 
     plain = folder({})
     elsewhere = {**base["data_loader"], "args": {"data_dir": "/elsewhere", "num_workers": 2}}
-    assert folder({}, name="x", system={"num_threads": 2, "compile": True}, data_loader=elsewhere) == plain
-    noisy = [folder({}, trainer={**base.get("trainer", {}), "noise_file": file}) for file in ("a.npy", "b/c.npy")]
-    assert noisy[0] == noisy[1] != plain, "where a noise file lies does not matter, but that there is one"
+    assert (
+        folder({}, name="x", system={"num_threads": 2, "compile": True}, data_loader=elsewhere)
+        == plain
+    )
+    noisy = [
+        folder({}, trainer={**base.get("trainer", {}), "noise_file": file})
+        for file in ("a.npy", "b/c.npy")
+    ]
+    assert noisy[0] == noisy[1] != plain, (
+        "where a noise file lies does not matter, but that there is one"
+    )
     changes = {
         "trainer.epochs": 2, "optimizer.args.lr": 0.2, "adversarial.epsilon": 4, "system.precision": "bf16", "n_gpu": 2,
         "trainer.early_stop": 3, "adversarial.report": False, "adversarial.report_images": 20,
         "system.compile": True, "data_loader.args.data_dir": "/elsewhere", "system.num_threads": 2,
     }  # fmt: skip
-    assert len({folder({key: value}) for key, value in changes.items()} | {plain}) == len(changes) + 1
+    assert (
+        len({folder({key: value}) for key, value in changes.items()} | {plain}) == len(changes) + 1
+    )
 
 
 def test_settings_of_the_command_line_lie_on_top_of_every_variant(grid_file, tmp_path):
     always = {"trainer.epochs": 4, "augmentation.flip": False}
     path = grid_file(variants={"a": {**always, "optimizer.args.lr": 0.1}, "b": always})
-    overrides = [("optimizer.args.weight_decay", "0.3"), ("augmentation.flip", "true"), ("trainer.epochs", "7")]
+    overrides = [
+        ("optimizer.args.weight_decay", "0.3"),
+        ("augmentation.flip", "true"),
+        ("trainer.epochs", "7"),
+    ]
     first = plan(path, ["a"], overrides=overrides)[0]
     assert first.config.optimizer.args["weight_decay"] == 0.3
     assert (first.config.augmentation.flip, first.config.trainer.epochs) == (True, 7)
@@ -95,9 +123,16 @@ def test_settings_of_the_command_line_lie_on_top_of_every_variant(grid_file, tmp
     ]
 
 
-def test_a_setting_of_the_command_line_names_a_run_as_if_it_stood_in_the_base_config(grid_file, tmp_path):
+def test_a_setting_of_the_command_line_names_a_run_as_if_it_stood_in_the_base_config(
+    grid_file, tmp_path
+):
     path = grid_file(variants={"v": {"augmentation.flip": False}})
-    given = [run.folder.name for run in plan(path, overrides=[("trainer.epochs", "7"), ("data_loader.args.data_dir", "/x")])]
+    given = [
+        run.folder.name
+        for run in plan(
+            path, overrides=[("trainer.epochs", "7"), ("data_loader.args.data_dir", "/x")]
+        )
+    ]
     base = json.loads((tmp_path / "base.json").read_text())
     (tmp_path / "base.json").write_text(json.dumps({**base, "trainer": {"epochs": 7}}))
     assert [run.folder.name for run in plan(path)] == given
@@ -114,8 +149,13 @@ def test_a_setting_of_the_command_line_names_a_run_as_if_it_stood_in_the_base_co
     ],
 )
 def test_what_the_grid_varies_cannot_be_set(grid_file, tmp_path, key, text, shown):
-    a, b = {"trainer.epochs": 4, "optimizer.args.lr": 0.3}, {"trainer.epochs": 5, "system.num_threads": 2}
-    (tmp_path / "file.json").write_text('{"data_loader": {"type": "DigitsDataLoader", "args": {"data_dir": "d"}}}')
+    a, b = (
+        {"trainer.epochs": 4, "optimizer.args.lr": 0.3},
+        {"trainer.epochs": 5, "system.num_threads": 2},
+    )
+    (tmp_path / "file.json").write_text(
+        '{"data_loader": {"type": "DigitsDataLoader", "args": {"data_dir": "d"}}}'
+    )
     path = grid_file(variants={"a": a, "b": b, "elsewhere": "file.json"})
     with pytest.raises(ConfigError) as caught:
         plan(path, ["a"], overrides=[("data_loader.args.data_dir", "/x"), (key, text)])
@@ -129,22 +169,51 @@ def test_settings_of_the_command_line_name_the_run_but_for_places_and_defaults(g
         return plan(path, overrides=overrides)[0].folder.name
 
     plain = folder()
-    places = {"data_loader.args.data_dir": "/x", "system.num_threads": "3", "name": "y", "trainer.tensorboard": "true"}
+    places = {
+        "data_loader.args.data_dir": "/x",
+        "system.num_threads": "3",
+        "name": "y",
+        "trainer.tensorboard": "true",
+    }
     for place in places.items():
         assert folder(place) == plain, place
-    for default in (("augmentation.padding_mode", "zeros"), ("trainer.epochs", "200"), ("arch.args.init", "null")):
+    for default in (
+        ("augmentation.padding_mode", "zeros"),
+        ("trainer.epochs", "200"),
+        ("arch.args.init", "null"),
+    ):
         assert folder(default) == plain, default
-    changes = [("trainer.epochs", "3"), ("augmentation.padding_mode", "reflect"), ("augmentation.cutout_inside", "true")]
+    changes = [
+        ("trainer.epochs", "3"),
+        ("augmentation.padding_mode", "reflect"),
+        ("augmentation.cutout_inside", "true"),
+    ]
     assert len({folder(change) for change in changes} | {plain}) == 4
 
 
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [
-        ("trainer.epoch", "3", r"^--set trainer.epoch=3: trainer.epoch: unknown key.*'epochs'.* \(.*study.json: v\)$"),
-        ("trainer.epochs", "few", '^--set trainer.epochs=few: trainer.epochs: .*integer, not "few"'),
-        ("optimizer.args.betas", "0.9", "^--set optimizer.args.betas=0.9: optimizer.args.betas: SGD takes no such"),
-        ("augmentaton", "null", "^--set augmentaton=null: augmentaton: unknown key; did you mean 'augmentation'"),
+        (
+            "trainer.epoch",
+            "3",
+            r"^--set trainer.epoch=3: trainer.epoch: unknown key.*'epochs'.* \(.*study.json: v\)$",
+        ),
+        (
+            "trainer.epochs",
+            "few",
+            '^--set trainer.epochs=few: trainer.epochs: .*integer, not "few"',
+        ),
+        (
+            "optimizer.args.betas",
+            "0.9",
+            "^--set optimizer.args.betas=0.9: optimizer.args.betas: SGD takes no such",
+        ),
+        (
+            "augmentaton",
+            "null",
+            "^--set augmentaton=null: augmentaton: unknown key; did you mean 'augmentation'",
+        ),
         ("", "3", "^--set =3: expected a dotted key"),
         ("seed", "3", "^--set seed=3: the seeds of a study are given by --seed$"),
     ],
@@ -155,7 +224,9 @@ def test_a_bad_setting_of_the_command_line_is_one_line(grid_file, key, text, mes
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("key", "text"), [("comet.api", "s3cr3t"), ("comet", '{"api": "s3cr3t"}'), ("comet", "s3cr3t")])
+@pytest.mark.parametrize(
+    ("key", "text"), [("comet.api", "s3cr3t"), ("comet", '{"api": "s3cr3t"}'), ("comet", "s3cr3t")]
+)
 def test_no_comet_key_is_taken_from_the_command_line(grid_file, key, text):
     with pytest.raises(ConfigError, match=f"^--set {key}: would be shown and stored") as caught:
         plan(grid_file(variants={"v": {}}), overrides=[(key, text)])
@@ -163,8 +234,12 @@ def test_no_comet_key_is_taken_from_the_command_line(grid_file, key, text):
 
 
 def test_the_list_shows_what_files_set_and_what_differs(grid_file, tmp_path):
-    (tmp_path / "first.json").write_text(json.dumps({"_about": "x", "extends": "base.json", "trainer": {"epochs": 7}}))
-    (tmp_path / "second.json").write_text(json.dumps({"extends": "first.json", "augmentation": {"flip": False}}))
+    (tmp_path / "first.json").write_text(
+        json.dumps({"_about": "x", "extends": "base.json", "trainer": {"epochs": 7}})
+    )
+    (tmp_path / "second.json").write_text(
+        json.dumps({"extends": "first.json", "augmentation": {"flip": False}})
+    )
     path = grid_file(base=None, variants={"one": "first.json", "two": "second.json"})
     assert describe(plan(path)) == [
         "one: first.json, trainer.epochs=7, augmentation.flip=true (seeds 0)",
@@ -174,7 +249,8 @@ def test_the_list_shows_what_files_set_and_what_differs(grid_file, tmp_path):
 
 @pytest.fixture
 def own_code(tmp_path, request):
-    """A file, of a name of its own, that registers a norm layer, and has no place in the tables afterwards."""
+    """A file, of a name of its own, that registers a norm layer, and has no place in the tables
+    afterwards."""
     file = tmp_path / f"norm_of_a_grid_{request.node.callspec.id}.py"
     file.write_text(
         "from models.layers.norms import batch_norm\n"
@@ -189,7 +265,9 @@ def own_code(tmp_path, request):
 
 
 @pytest.mark.parametrize("by_flag", [True, False], ids=["flag", "base"])
-def test_own_code_of_the_base_and_of_the_command_line_reaches_the_runs(grid_file, own_code, tmp_path, by_flag):
+def test_own_code_of_the_base_and_of_the_command_line_reaches_the_runs(
+    grid_file, own_code, tmp_path, by_flag
+):
     base = json.loads((tmp_path / "base.json").read_text())
     if not by_flag:
         (tmp_path / "base.json").write_text(json.dumps({**base, "imports": [own_code.name]}))
@@ -199,15 +277,21 @@ def test_own_code_of_the_base_and_of_the_command_line_reaches_the_runs(grid_file
     assert "of_a_grid" in NORM_LAYERS
     given = ["--imports", str(own_code)]
     assert (given == run.words()[5:7]) == by_flag
-    assert run.words_to_resume() == ["train.py", "-r", str(run.folder), *given], "a run folder by itself runs no code"
+    assert run.words_to_resume() == ["train.py", "-r", str(run.folder), *given], (
+        "a run folder by itself runs no code"
+    )
 
 
 def test_adversarial_runs_get_their_script(grid_file):
-    path = grid_file(variants={"a": {}, "b": {"adversarial.method": "none"}, "c": {"trainer.do_adv": True}})
+    path = grid_file(
+        variants={"a": {}, "b": {"adversarial.method": "none"}, "c": {"trainer.do_adv": True}}
+    )
     assert [run.script for run in plan(path)] == ["train.py", "train.py", "train_robust.py"]
 
 
-@pytest.mark.parametrize("value", ["bn", "12", "true", "max val_top1", 0.1, True, None, [1, 2], {"a": 1}])
+@pytest.mark.parametrize(
+    "value", ["bn", "12", "true", "max val_top1", 0.1, True, None, [1, 2], {"a": 1}]
+)
 def test_words_mean_the_value(value):
     try:
         assert json.loads(as_word(value)) == value
@@ -228,9 +312,18 @@ def test_words_mean_the_value(value):
             {"axes": {"norm": {"x": {"arch.args.norm": "bn"}}}},
             r"study.json: axes\.norm\.x: arch\.args\.norm: unknown key",
         ),
-        ({"axes": {"a": NORMS, "b": {"x": NORMS["bn"]}}}, "axes: two of them set arch.args.norm_layer_type"),
-        ({"axes": {"norm": NORMS}, "variants": {"bn": {}}}, "study.json: bn: two variants have this name"),
-        ({"variants": {"a": {}, "b": {"seed": 0}}}, "study.json: b: seed: belongs into the grid's seeds"),
+        (
+            {"axes": {"a": NORMS, "b": {"x": NORMS["bn"]}}},
+            "axes: two of them set arch.args.norm_layer_type",
+        ),
+        (
+            {"axes": {"norm": NORMS}, "variants": {"bn": {}}},
+            "study.json: bn: two variants have this name",
+        ),
+        (
+            {"variants": {"a": {}, "b": {"seed": 0}}},
+            "study.json: b: seed: belongs into the grid's seeds",
+        ),
         ({"variants": {"a": {}, "b": {"trainer.percent": 0}}}, "a and b are the same config"),
         (
             {"variants": {"a": {"optimizer.type": "Adam", "optimizer.args.momentum": 0.9}}},
@@ -238,8 +331,14 @@ def test_words_mean_the_value(value):
         ),
         ({"variants": {"../a": {}}}, r"'../a': a variant's name is made of"),
         ({"variants": {"a": "none.json"}}, "study.json: a: .*none.json: no such config file"),
-        ({"variants": {"a": {"trainer.epochs": "many"}}}, r'json: variants\.a: trainer.epochs: .*integer, not "many"'),
-        ({"variants": {"a": {"imports": ["x.py"]}}}, "json: a: imports: belongs into the base config, or after --imports"),
+        (
+            {"variants": {"a": {"trainer.epochs": "many"}}},
+            r'json: variants\.a: trainer.epochs: .*integer, not "many"',
+        ),
+        (
+            {"variants": {"a": {"imports": ["x.py"]}}},
+            "json: a: imports: belongs into the base config, or after --imports",
+        ),
         ({"variants": {"a": 5}}, r"json: variants\.a: .*object, not 5"),
     ],
 )
@@ -250,11 +349,15 @@ def test_a_bad_grid_is_one_line(grid_file, tree, message):
 
 
 def test_an_unknown_variant_is_named_with_the_known_ones(grid_file):
-    with pytest.raises(ConfigError, match=r"no variant 'group'; did you mean 'groups'\? \(it has: groups, batch\)"):
+    with pytest.raises(
+        ConfigError, match=r"no variant 'group'; did you mean 'groups'\? \(it has: groups, batch\)"
+    ):
         plan(grid_file(variants={"groups": NORMS["gn"], "batch": NORMS["bn"]}), ["group"])
 
 
-@pytest.mark.parametrize("file", sorted((CONFIGS / "ablations").glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted((CONFIGS / "ablations").glob("*.json")), ids=lambda file: file.stem
+)
 def test_every_shipped_grid_has_runs_of_distinct_configs(file):
     runs = plan(file)
     assert len({run.folder for run in runs}) == len(runs) >= 6

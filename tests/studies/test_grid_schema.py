@@ -16,8 +16,13 @@ GRIDS = sorted((CONFIGS / "ablations").glob("*.json"))
 
 @pytest.fixture(scope="module")
 def validator():
-    files = {name: json.loads((CONFIGS / name).read_text()) for name in ("schema.json", "grid_schema.json")}
-    registry = Registry().with_resources((name, DRAFT202012.create_resource(tree)) for name, tree in files.items())
+    files = {
+        name: json.loads((CONFIGS / name).read_text())
+        for name in ("schema.json", "grid_schema.json")
+    }
+    registry = Registry().with_resources(
+        (name, DRAFT202012.create_resource(tree)) for name, tree in files.items()
+    )
     return Draft202012Validator({"$ref": "grid_schema.json"}, registry=registry)
 
 
@@ -42,7 +47,9 @@ def test_every_shipped_grid_names_the_schema_and_is_valid(file, validator):
     ],
 )
 def test_settings_that_are_taken(settings, validator):
-    validator.validate({"base": "b.json", "axes": {"a": {"x": settings}}, "variants": {"v": settings}})
+    validator.validate(
+        {"base": "b.json", "axes": {"a": {"x": settings}}, "variants": {"v": settings}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,5 +69,12 @@ def test_settings_that_are_refused(settings, validator):
 
 
 def test_grids_that_are_refused(validator):
-    for tree in ({"axis": {}}, {"seeds": []}, {"seeds": [-1]}, {"axes": {"a": {}}}, {"base": 3}, {"variants": []}):
+    for tree in (
+        {"axis": {}},
+        {"seeds": []},
+        {"seeds": [-1]},
+        {"axes": {"a": {}}},
+        {"base": 3},
+        {"variants": []},
+    ):
         assert not validator.is_valid({"base": "b.json", **tree}), tree

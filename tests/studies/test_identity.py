@@ -66,12 +66,16 @@ def test_a_new_key_names_a_run_only_where_it_is_not_at_its_default(monkeypatch):
     tree = {"data_loader": {"type": "DigitsDataLoader"}, "augmentation": {"crop_padding": 3}}
     usual = identity(validate(tree))
     # as if a key, and then a whole section, had come later
-    monkeypatch.setattr("studies.identity.HASHED_AT_DEFAULT", tuple(set(HASHED_AT_DEFAULT) - {"augmentation.flip"}))
+    monkeypatch.setattr(
+        "studies.identity.HASHED_AT_DEFAULT", tuple(set(HASHED_AT_DEFAULT) - {"augmentation.flip"})
+    )
     without = identity(validate(tree))
     assert without != usual, "it is hashed no more"
     given = {**tree, "augmentation": {"crop_padding": 3, "flip": True}}
     assert identity(validate(given)) == without
-    assert identity(validate({**tree, "augmentation": {"crop_padding": 3, "flip": False}})) != without
+    assert (
+        identity(validate({**tree, "augmentation": {"crop_padding": 3, "flip": False}})) != without
+    )
     later = tuple(key for key in HASHED_AT_DEFAULT if not key.startswith("pgd_attack."))
     monkeypatch.setattr("studies.identity.HASHED_AT_DEFAULT", later)
     alone = identity(validate(tree))

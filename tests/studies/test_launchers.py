@@ -56,10 +56,16 @@ def run(tmp_path):
     ("said", "error"),
     [
         ("", "its job says nothing"),
-        ("Job 7 has not produced any output\nlook at:\n- x.out", "Job 7 has not produced any output"),
+        (
+            "Job 7 has not produced any output\nlook at:\n- x.out",
+            "Job 7 has not produced any output",
+        ),
         (TRACE.format(said="warning: x\ngrid.json: no such file"), "grid.json: no such file"),
         (TRACE.format(said="grid.json: no such file"), "grid.json: no such file"),
-        (TRACE.format(said="failed: plain bn seed 4 (exit code 5: epoch 1)"), "exit code 5: epoch 1"),
+        (
+            TRACE.format(said="failed: plain bn seed 4 (exit code 5: epoch 1)"),
+            "exit code 5: epoch 1",
+        ),
     ],
 )
 def test_a_job_that_failed_has_failed_whether_or_not_it_says_why(run, said, error):
@@ -98,5 +104,7 @@ def test_a_job_that_has_to_go_is_queued_again_with_the_same_command(run):
 def test_words_that_a_terminal_cannot_show_come_back_from_a_shell():
     for word in ("plain", "two words", "it's", "a\x1b[2J\nb", "\u202e'\\x41\t$HOME", "кот"):
         assert _quoted(word).isprintable()
-        done = subprocess.run(["bash", "-c", f"printf %s {_quoted(word)}"], capture_output=True, timeout=20)
+        done = subprocess.run(
+            ["bash", "-c", f"printf %s {_quoted(word)}"], capture_output=True, timeout=20
+        )
         assert done.stdout.decode() == word

@@ -9,7 +9,16 @@ from base.config import validate
 from base.errors import ConfigError
 from studies.grid import Run
 from studies.launchers import command
-from studies.progress import BROKEN, FINISHED, NEW, Progress, as_duration, changed_places, look, table
+from studies.progress import (
+    BROKEN,
+    FINISHED,
+    NEW,
+    Progress,
+    as_duration,
+    changed_places,
+    look,
+    table,
+)
 
 
 @pytest.fixture
@@ -23,7 +32,10 @@ def test_states_of_a_folder(run):
     (run.folder / "config.json").write_text(json.dumps(run.config.dump()))
     assert look(run).state == NEW, "killed before its first checkpoint"
     (run.folder / "model_last.pth").touch()
-    lines = [json.dumps({"epoch": epoch, "val_top1": value}) for epoch, value in ((1, 0.5), (2, 0.7), (3, 0.6))]
+    lines = [
+        json.dumps({"epoch": epoch, "val_top1": value})
+        for epoch, value in ((1, 0.5), (2, 0.7), (3, 0.6))
+    ]
     (run.folder / "metrics.jsonl").write_text("\n".join(lines)[:-3])
     assert look(run) == Progress(BROKEN, 2, 0.7), "the line that is being written does not count"
     (run.folder / "result.json").write_text("{}")
@@ -37,7 +49,10 @@ def test_a_folder_of_another_run_is_refused(run):
     with pytest.raises(ConfigError, match="holds a checkpoint, but no config.json"):
         look(run)
     (run.folder / "config.json").write_text(json.dumps({**run.config.dump(), "seed": 5}))
-    with pytest.raises(ConfigError, match="holds another run than plain seed 1: seed: the run was started with 5; 0 would"):
+    with pytest.raises(
+        ConfigError,
+        match="holds another run than plain seed 1: seed: the run was started with 5; 0 would",
+    ):
         look(run)
 
 
@@ -65,12 +80,17 @@ def test_a_damaged_file_is_named(run, name):
     (run.folder / "result.json").write_text("{}")
     for damage in (b"{oh\n", b"\xff\xfe{\n", b"\x00\n"):
         (run.folder / name).write_bytes(damage)
-        with pytest.raises(ConfigError, match=f"{name}: damaged: Expecting .*; move {run.folder} away to begin again$"):
+        with pytest.raises(
+            ConfigError,
+            match=f"{name}: damaged: Expecting .*; move {run.folder} away to begin again$",
+        ):
             look(run)
 
 
 def test_the_table_has_a_line_per_run(run):
-    lines = table([(run, Progress("running", 2, 0.701), 185.0), (run, Progress("new", 0, None), None)]).splitlines()
+    lines = table(
+        [(run, Progress("running", 2, 0.701), 185.0), (run, Progress("new", 0, None), None)]
+    ).splitlines()
     assert [line.split() for line in lines] == [
         ["run", "state", "epoch", "best", "left"],
         ["plain", "seed", "1", "running", "2/4", "val_top1", "70.10%", "3", "min"],

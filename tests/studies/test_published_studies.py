@@ -25,7 +25,14 @@ PRESETS = (
 
 
 def ablation(network, norm, batch, lr, epochs, schedule):
-    return {"network": network, "norm": norm, "batch": batch, "lr": lr, "epochs": epochs, "schedule": schedule}
+    return {
+        "network": network,
+        "norm": norm,
+        "batch": batch,
+        "lr": lr,
+        "epochs": epochs,
+        "schedule": schedule,
+    }
 
 
 STEPS = ("MultiStepLR", [100, 150], 0.1)
@@ -60,7 +67,11 @@ def values_of(config):
     else:
         assert scheduler.args == {}, "a cosine spans the whole run"
     optimizer = config.optimizer
-    assert (optimizer.type, optimizer.args["momentum"], optimizer.args["weight_decay"]) == ("SGD", 0.9, 5e-4)
+    assert (optimizer.type, optimizer.args["momentum"], optimizer.args["weight_decay"]) == (
+        "SGD",
+        0.9,
+        5e-4,
+    )
     assert optimizer.args.keys() == {"lr", "momentum", "weight_decay"}
     args = config.arch.args
     return ablation(
@@ -78,24 +89,41 @@ def test_the_ablation_studys_values(grid, expected):
         assert values_of(config) == expected[run.variant], run.variant
         loader, augmentation = config.data_loader, config.augmentation
         assert loader.type == "CIFAR10DataLoader"
-        assert (loader.args.mean, loader.args.std) == ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
-        assert (augmentation.crop_padding, augmentation.padding_mode, augmentation.flip) == (4, "zeros", True)
+        assert (loader.args.mean, loader.args.std) == (
+            [0.4914, 0.4822, 0.4465],
+            [0.2470, 0.2435, 0.2616],
+        )
+        assert (augmentation.crop_padding, augmentation.padding_mode, augmentation.flip) == (
+            4,
+            "zeros",
+            True,
+        )
         assert (augmentation.cutout, augmentation.mixup_alpha) == (0, 0)
         assert config.arch.args.get("stem") in (None, "cifar")
         assert (config.adversarial_method, config.trainer.tensorboard) == ("none", True)
 
 
-@pytest.mark.parametrize(("grid", "batch", "epochs"), [("resnet", 128, 200), ("resnet_as_run", 512, 100)])
+@pytest.mark.parametrize(
+    ("grid", "batch", "epochs"), [("resnet", 128, 200), ("resnet_as_run", 512, 100)]
+)
 def test_both_grids_are_listed_and_shown(grid, batch, epochs, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for words, lines in ((["--list"], 8), (["--all", "--dry-run", "--seed", "42"], 8), (["--all", "--dry-run"], 24)):
+    for words, lines in (
+        (["--list"], 8),
+        (["--all", "--dry-run", "--seed", "42"], 8),
+        (["--all", "--dry-run"], 24),
+    ):
         file = str(CONFIGS / "ablations" / f"{grid}.json")
         monkeypatch.setattr("sys.argv", ["run_ablations.py", "--grid", file, *words])
         run_ablations.main()
         printed = capsys.readouterr().out.splitlines()
         assert len(printed) == lines
         if words == ["--list"]:
-            settings = (f"data_loader.args.batch_size={batch}", f"trainer.epochs={epochs}", "optimizer.args.lr=0.1")
+            settings = (
+                f"data_loader.args.batch_size={batch}",
+                f"trainer.epochs={epochs}",
+                "optimizer.args.lr=0.1",
+            )
             assert all(setting in printed[0] for setting in settings)
             assert "lr_scheduler.args.milestones=[100, 150]" in printed[0]
         else:
@@ -126,17 +154,41 @@ def first_start(config, classes=10):
 def check_comparison(config):
     """What all adversarial runs of the study of BatchNorm and GroupNorm share."""
     args, augmentation = config.data_loader.args, config.augmentation
-    assert (args.batch_size, args.mean, args.std) == (128, [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616])
-    assert (augmentation.crop_padding, augmentation.padding_mode, augmentation.flip) == (4, "reflect", True)
+    assert (args.batch_size, args.mean, args.std) == (
+        128,
+        [0.4914, 0.4822, 0.4465],
+        [0.2471, 0.2435, 0.2616],
+    )
+    assert (augmentation.crop_padding, augmentation.padding_mode, augmentation.flip) == (
+        4,
+        "reflect",
+        True,
+    )
     assert (augmentation.cutout_inside, augmentation.cutout_fill) == (True, "black")
     assert (config.system.precision, config.trainer.epochs) == ("fp32", 200)
-    assert (config.optimizer.type, config.optimizer.args["lr"], config.optimizer.args["momentum"]) == ("SGD", 0.1, 0.9)
+    assert (
+        config.optimizer.type,
+        config.optimizer.args["lr"],
+        config.optimizer.args["momentum"],
+    ) == ("SGD", 0.1, 0.9)
     scheduler = config.lr_scheduler
-    assert (scheduler.type, scheduler.args) == ("MultiStepLR", {"milestones": [100, 150], "gamma": 0.1})
+    assert (scheduler.type, scheduler.args) == (
+        "MultiStepLR",
+        {"milestones": [100, 150], "gamma": 0.1},
+    )
     assert config.arch.args.get("norm_groups") in (None, 32)
     adversarial, attack = config.adversarial, config.pgd_attack
-    assert (adversarial.norm, config.attack_epsilon, adversarial.steps, adversarial.step_size) == ("linf", 8, 10, 2)
-    assert (adversarial.restarts, adversarial.random_start, config.attack_bn_mode or "train") == (1, True, "train")
+    assert (adversarial.norm, config.attack_epsilon, adversarial.steps, adversarial.step_size) == (
+        "linf",
+        8,
+        10,
+        2,
+    )
+    assert (adversarial.restarts, adversarial.random_start, config.attack_bn_mode or "train") == (
+        1,
+        True,
+        "train",
+    )
     assert (attack.K, attack.step, attack.restarts, attack.loss) == (10, 2, 1, "ce")
 
 
@@ -151,16 +203,23 @@ def test_the_comparisons_grid():
         attacked = run.variant.endswith("_PGD")
         assert config.optimizer.args["weight_decay"] == (1e-4 if standard else 5e-4), run.variant
         assert config.adversarial_method == ("pgd" if attacked else "none"), run.variant
-        assert config.trainer.monitor == ("max val_robust_top1" if attacked else "max val_top1"), run.variant
+        assert config.trainer.monitor == ("max val_robust_top1" if attacked else "max val_top1"), (
+            run.variant
+        )
         assert config.arch.args.norm_layer_type == ("gn" if "GroupNorm" in run.variant else "bn")
         wide = run.variant.startswith("WRN")
-        assert (config.arch.args.init, config.arch.args.zero_init_residual) == ("he" if wide else "he_zero_gn", None)
+        assert (config.arch.args.init, config.arch.args.zero_init_residual) == (
+            "he" if wide else "he_zero_gn",
+            None,
+        )
         assert config.augmentation.cutout == (8 if run.variant.endswith("_cutout") else 0)
 
 
 def mapped_commands():
     """Command of a continued study -> ours, from README's table."""
-    rows = re.findall(r"^\| `([^`]+)`[^|]*\| `python ([^`]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([^`]+)`[^|]*\| `python ([^`]+)`", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     return dict(rows)
 
 
@@ -174,7 +233,10 @@ def test_readmes_commands_mean_what_they_do_there():
     standard = config_of_command(commands["train.py --model resnet50"])
     assert (standard.arch.type, standard.arch.args.norm_layer_type) == ("resnet50", "gn")
     assert (standard.optimizer.args["weight_decay"], standard.adversarial_method) == (1e-4, "none")
-    assert (standard.data_loader.args.std, standard.augmentation.padding_mode) == ([0.2023, 0.1994, 0.2010], "zeros")
+    assert (standard.data_loader.args.std, standard.augmentation.padding_mode) == (
+        [0.2023, 0.1994, 0.2010],
+        "zeros",
+    )
     robust = config_of_command(
         commands["train_adv.py --model resnet50 --model-norm groupnorm --attack pgd --epsilon 8"]
     )
@@ -183,7 +245,9 @@ def test_readmes_commands_mean_what_they_do_there():
     assert (robust.optimizer.args["weight_decay"], robust.adversarial_method) == (5e-4, "pgd")
     assert robust.trainer.monitor == "max val_robust_top1"
     wide = config_of_command(
-        commands["train_adv.py --model WideResNet34x10 --model-norm groupnorm --attack pgd --epsilon 8"]
+        commands[
+            "train_adv.py --model WideResNet34x10 --model-norm groupnorm --attack pgd --epsilon 8"
+        ]
     )
     check_comparison(wide)
     assert (wide.arch.type, wide.arch.args.init) == ("wide_resnet34_10", "he")
@@ -191,7 +255,10 @@ def test_readmes_commands_mean_what_they_do_there():
         commands["train_cifar.py --model resnet18 --lr-schedule cosine --epochs 200 --seed 42"]
     )
     assert (values_of(cosine), cosine.seed) == (BY_PAGE["cosine_schedule"], 42)
-    assert values_of(config_of_command(commands["train_cifar.py --no-normalize --lr 0.01"])) == BY_PAGE["no_batchnorm"]
+    assert (
+        values_of(config_of_command(commands["train_cifar.py --no-normalize --lr 0.01"]))
+        == BY_PAGE["no_batchnorm"]
+    )
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn"])
@@ -208,6 +275,10 @@ def test_the_comparisons_networks_begin_as_there(norm):
 
 def test_other_configs_keep_their_meaning():
     config = load_config(CONFIGS / "small_wide_resnet.json")
-    assert (config.arch.args.init, config.data_loader.args.std, config.augmentation.padding_mode) == (None, None, "zeros")
+    assert (
+        config.arch.args.init,
+        config.data_loader.args.std,
+        config.augmentation.padding_mode,
+    ) == (None, None, "zeros")
     tree = json.loads((CONFIGS / "small_wide_resnet.json").read_text())
     assert tree["extends"] == "cifar10.json", "it is not a part of the study"

@@ -1,4 +1,5 @@
-"""Every adversarial method against its algorithm written out, and free training against the original's trajectory."""
+"""Every adversarial method against its algorithm written out, and free training against the
+original's trajectory."""
 
 from pathlib import Path
 
@@ -58,11 +59,16 @@ def build(folder, settings, model=None):
 
 def batch(size=6):
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator)
+    return torch.rand(size, 3, 32, 32, generator=generator), torch.randint(
+        10, (size,), generator=generator
+    )
 
 
 def same_weights(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("conv", "norm"), [("conv", "bn"), ("prec_conv", "no"), ("sn_conv", "bn")])
@@ -72,7 +78,9 @@ def test_free_training_follows_the_original(tmp_path, conv, norm):
     trainer = build(tmp_path, merge(layers, {"trainer": {"do_adv": True}}))
     start = np.load(GOLDEN / f"trajectory_standard_{conv}_{norm}.npz")
     source = golden if any(key.startswith("init/") for key in golden.files) else start
-    trainer.model.load_state_dict({k[5:]: torch.from_numpy(source[k]) for k in source.files if k.startswith("init/")})
+    trainer.model.load_state_dict(
+        {k[5:]: torch.from_numpy(source[k]) for k in source.files if k.startswith("init/")}
+    )
     losses, update = [], trainer.update
     trainer.update = lambda each: (losses.append(each.mean().item()), update(each))
     images = torch.from_numpy(golden["images_uint8"]).permute(0, 3, 1, 2) / 255
@@ -84,20 +92,35 @@ def test_free_training_follows_the_original(tmp_path, conv, norm):
 
 
 def test_free_l2_moves_along_the_gradient_within_the_ball(tmp_path):
-    settings = {"adversarial": {"method": "free", "norm": "l2", "epsilon": 0.4, "step_size": 0.3, "noise": "carry"}}
+    settings = {
+        "adversarial": {
+            "method": "free",
+            "norm": "l2",
+            "epsilon": 0.4,
+            "step_size": 0.3,
+            "noise": "carry",
+        }
+    }
     trainer = build(tmp_path, settings)
     images, labels = batch()
     trainer.train_batch(images, labels)
     length = trainer.method_state()["perturbation"].flatten(1).norm(dim=1)
-    assert ((length > 0.3) & (length <= 0.4 + 1e-6)).all(), "four steps of 0.3 reach the bound or turn"
+    assert ((length > 0.3) & (length <= 0.4 + 1e-6)).all(), (
+        "four steps of 0.3 reach the bound or turn"
+    )
 
 
 def test_carried_noise_goes_on_where_it_ended_and_reset_begins_at_zero(tmp_path):
     first = {}
     for noise in ("carry", "reset"):
-        trainer = build(tmp_path, {"adversarial": {"method": "free", "noise": noise}, "trainer": {"adv_repeats": 2}})
+        trainer = build(
+            tmp_path,
+            {"adversarial": {"method": "free", "noise": noise}, "trainer": {"adv_repeats": 2}},
+        )
         seen = []
-        trainer.model.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].detach()))
+        trainer.model.register_forward_pre_hook(
+            lambda module, inputs, seen=seen: seen.append(inputs[0].detach())
+        )
         images, labels = batch()
         for part in (slice(6), slice(4), slice(6)):
             trainer.train_batch(images[part], labels[part])
@@ -116,20 +139,29 @@ def attack_by_hand(model, images, targets, start, step, epsilon, steps):
     for _ in range(steps):
         points = points.clone().requires_grad_()
         F.cross_entropy(model(points), targets, reduction="sum").backward()
-        points = (points + step * points.grad.sign()).clamp(images - epsilon, images + epsilon).clamp(0, 1).detach()
+        points = (
+            (points + step * points.grad.sign())
+            .clamp(images - epsilon, images + epsilon)
+            .clamp(0, 1)
+            .detach()
+        )
     model.zero_grad()
     return points
 
 
 @pytest.mark.parametrize("bn_mode", ["train", "eval"])
 @pytest.mark.parametrize(("method", "steps", "step"), [("pgd", 3, 2.5 * 8 / 3), ("fgsm", 1, 10)])
-def test_pgd_and_fgsm_training_against_the_loop_written_out(tmp_path, method, steps, step, bn_mode, monkeypatch):
+def test_pgd_and_fgsm_training_against_the_loop_written_out(
+    tmp_path, method, steps, step, bn_mode, monkeypatch
+):
     settings = {"adversarial": {"method": method, "steps": 3, "bn_mode": bn_mode}}
     trainer, plain = build(tmp_path, settings), build(tmp_path, settings)
     starts = []
     draw = type(trainer.attack.threat_model).random_start
     start = draw(trainer.attack.threat_model, batch()[0], torch.Generator().manual_seed(5))
-    monkeypatch.setattr(PGD, "start", lambda attack, images, generators: (starts.append(generators), start)[1])
+    monkeypatch.setattr(
+        PGD, "start", lambda attack, images, generators: (starts.append(generators), start)[1]
+    )
     images, labels = batch()
     result = trainer.train_batch(images, labels)
     model = plain.model.train(bn_mode == "train")
@@ -146,20 +178,28 @@ def test_pgd_and_fgsm_training_against_the_loop_written_out(tmp_path, method, st
     assert isinstance(starts[0], torch.Generator)
 
 
-@pytest.mark.parametrize("method", [name for name in TRAINERS if TRAINERS[name].attacks_while_training])
+@pytest.mark.parametrize(
+    "method", [name for name in TRAINERS if TRAINERS[name].attacks_while_training]
+)
 def test_the_radius_grows_over_the_warm_up(tmp_path, method):
     trainer = build(tmp_path, {"adversarial": {"method": method, "steps": 4, "warmup_epochs": 4}})
     images, labels = batch()
     distances = []
     trainer.model.register_forward_pre_hook(
-        lambda module, inputs: distances.append(float((inputs[0].detach() - images).abs().max()) * 255 / 8)
+        lambda module, inputs: distances.append(
+            float((inputs[0].detach() - images).abs().max()) * 255 / 8
+        )
     )
     for epochs, batches, share in ((0, 0, 0), (1, 0, 0.25), (2, 1, 7 / 12), (4, 0, 1), (9, 2, 1)):
         distances.clear()
         trainer.state.epochs_done, trainer.state.batches_done = epochs, batches
         trainer.train_batch(images, labels)
-        assert distances[-1] == pytest.approx(share, abs=1e-4), "the update is on points at the edge of the ball"
-        assert max(distances) <= max(share, 0.2) + 1e-4, "TRADES begins at a small distance even then"
+        assert distances[-1] == pytest.approx(share, abs=1e-4), (
+            "the update is on points at the edge of the ball"
+        )
+        assert max(distances) <= max(share, 0.2) + 1e-4, (
+            "TRADES begins at a small distance even then"
+        )
 
 
 def test_starts_are_a_function_of_seed_epoch_and_minibatch(tmp_path):
@@ -181,19 +221,33 @@ def test_starts_depend_on_the_seed_and_a_config_says_everything_about_the_attack
         trainer.train_batch(*batch())
     assert not same_weights(first.model, other.model)
     attack = first.attack
-    assert (attack.steps, attack.restarts, attack.random_start, attack.early_stop) == (1, 3, True, 0)
+    assert (attack.steps, attack.restarts, attack.random_start, attack.early_stop) == (
+        1,
+        3,
+        True,
+        0,
+    )
     assert attack.step_size == pytest.approx(1 / 255)
     still = build(tmp_path, {"adversarial": {"method": "fgsm", "random_start": False}}).attack
-    assert (still.steps, still.restarts, still.random_start, still.step_size) == (1, 1, False, pytest.approx(10 / 255))
+    assert (still.steps, still.restarts, still.random_start, still.step_size) == (
+        1,
+        1,
+        False,
+        pytest.approx(10 / 255),
+    )
 
 
 @pytest.mark.parametrize("method", ["free", "pgd", "trades"])
 def test_every_forward_pass_is_in_the_runs_precision_and_on_pixels(tmp_path, method):
-    trainer = build(tmp_path, {"adversarial": {"method": method, "epsilon": 200, "step_size": 100, "steps": 2}})
+    trainer = build(
+        tmp_path, {"adversarial": {"method": method, "epsilon": 200, "step_size": 100, "steps": 2}}
+    )
     trainer.precision = "bf16"
     seen = []
     trainer.model.register_forward_pre_hook(
-        lambda module, inputs: seen.append((torch.is_autocast_enabled("cpu"), inputs[0].amin() >= 0, inputs[0].amax() <= 1))
+        lambda module, inputs: seen.append(
+            (torch.is_autocast_enabled("cpu"), inputs[0].amin() >= 0, inputs[0].amax() <= 1)
+        )
     )
     trainer.train_batch(*batch())
     if method == "trades":
@@ -203,8 +257,12 @@ def test_every_forward_pass_is_in_the_runs_precision_and_on_pixels(tmp_path, met
 
 @pytest.mark.parametrize("method", TRAINERS)
 def test_ocnns_penalty_is_part_of_every_methods_loss(tmp_path, method):
-    """With a learning rate of 1 and plain SGD the weights move by the gradient: the penalty's part is the difference."""
-    plain = {"optimizer": {"args": {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}}, "trainer": {"adv_repeats": 1}}
+    """With a learning rate of 1 and plain SGD the weights move by the gradient: the penalty's part
+    is the difference."""
+    plain = {
+        "optimizer": {"args": {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}},
+        "trainer": {"adv_repeats": 1},
+    }
     plain["adversarial"] = {"method": method, "steps": 1}
     without = build(tmp_path, plain)
     with_penalty = build(tmp_path, merge(plain, {"trainer": {"OCNN": True, "lamb_ocnn": 0.01}}))
@@ -213,26 +271,40 @@ def test_ocnns_penalty_is_part_of_every_methods_loss(tmp_path, method):
     assert any(gradient is not None and gradient.abs().max() > 1e-4 for gradient in expected)
     for trainer in (without, with_penalty):
         trainer.train_batch(*batch())
-    for a, b, gradient in zip(without.model.parameters(), with_penalty.model.parameters(), expected, strict=True):
-        torch.testing.assert_close(a - b, torch.zeros_like(a) if gradient is None else gradient, rtol=1e-3, atol=1e-5)
+    for a, b, gradient in zip(
+        without.model.parameters(), with_penalty.model.parameters(), expected, strict=True
+    ):
+        torch.testing.assert_close(
+            a - b, torch.zeros_like(a) if gradient is None else gradient, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_trades_attacks_in_evaluation_mode_unless_told_otherwise(tmp_path):
-    for settings, modes in (({}, [False, False, False, True, True]), ({"bn_mode": "train"}, [True] * 5)):
+    for settings, modes in (
+        ({}, [False, False, False, True, True]),
+        ({"bn_mode": "train"}, [True] * 5),
+    ):
         trainer = build(tmp_path, {"adversarial": {"method": "trades", "steps": 2, **settings}})
         seen = []
-        trainer.model.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(module.training))
+        trainer.model.register_forward_pre_hook(
+            lambda module, inputs, seen=seen: seen.append(module.training)
+        )
         trainer.train_batch(*batch())
         assert seen == modes
 
 
 @pytest.mark.parametrize(("clean_passes", "order"), [(1, "cx"), (2, "cxc")])
 def test_the_passes_of_trades_and_what_running_statistics_hold(tmp_path, clean_passes, order):
-    """Attacked images make 53 % of them with one clean pass, 33 % with the two of the authors' code."""
-    trainer = build(tmp_path, {"adversarial": {"method": "trades", "steps": 1, "clean_passes": clean_passes}})
+    """Attacked images make 53 % of them with one clean pass, 33 % with the two of the authors'
+    code."""
+    trainer = build(
+        tmp_path, {"adversarial": {"method": "trades", "steps": 1, "clean_passes": clean_passes}}
+    )
     images, labels = batch(5)
     seen, means = [], []
-    norm = next(module for module in trainer.model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm = next(
+        module for module in trainer.model.modules() if isinstance(module, torch.nn.BatchNorm2d)
+    )
 
     def note(module, inputs, output):
         if module.training:
@@ -240,14 +312,18 @@ def test_the_passes_of_trades_and_what_running_statistics_hold(tmp_path, clean_p
 
     norm.register_forward_hook(note)
     trainer.model.register_forward_pre_hook(
-        lambda module, inputs: seen.append("c" if torch.equal(inputs[0], images) else "x") if module.training else None
+        lambda module, inputs: (
+            seen.append("c" if torch.equal(inputs[0], images) else "x") if module.training else None
+        )
     )
     trainer.train_batch(images, labels)
     assert "".join(seen) == order
     weights = [0.1 * 0.9 ** (len(order) - 1 - number) for number in range(len(order))]
     expected = sum(weight * mean for weight, mean in zip(weights, means, strict=True))
     torch.testing.assert_close(norm.running_mean, expected)
-    attacked = sum(weight for weight, image in zip(weights, order, strict=True) if image == "x") / sum(weights)
+    attacked = sum(
+        weight for weight, image in zip(weights, order, strict=True) if image == "x"
+    ) / sum(weights)
     assert attacked == pytest.approx({1: 0.526, 2: 0.332}[clean_passes], abs=1e-3)
 
 
@@ -308,7 +384,9 @@ def test_every_method_works_with_mixup_ocnn_averaging_and_either_norm(tmp_path, 
     assert trainer.ema.updates == updates
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     assert trainer.model.training
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)
+    )
     assert torch.isfinite(result.sums["loss"])
 
 
@@ -320,7 +398,10 @@ def test_mixups_two_labels_go_through_the_attacks_loss(tmp_path):
             seen.append((images, labels))
             return super().perturb(model, images, labels, generators)
 
-    trainer = build(tmp_path, {"adversarial": {"method": "pgd", "steps": 1}, "augmentation": {"mixup_alpha": 1.0}})
+    trainer = build(
+        tmp_path,
+        {"adversarial": {"method": "pgd", "steps": 1}, "augmentation": {"mixup_alpha": 1.0}},
+    )
     trainer.attack = Recorder(8 / 255, 2 / 255, 1)
     images, labels = batch()
     trainer.train_batch(*trainer.mixed(images, labels))
@@ -335,7 +416,9 @@ def test_the_attack_computes_no_gradient_of_a_weight(tmp_path):
     trainer = build(tmp_path, {"adversarial": {"method": "pgd", "steps": 4}})
     asked = []
     trainer.model.register_forward_pre_hook(
-        lambda module, inputs: asked.append(any(parameter.requires_grad for parameter in module.parameters()))
+        lambda module, inputs: asked.append(
+            any(parameter.requires_grad for parameter in module.parameters())
+        )
     )
     trainer.train_batch(*batch())
     assert asked == [False] * 4 + [True], "four steps, one update, no other forward pass"
@@ -361,4 +444,7 @@ def test_a_collapse_is_noticed_across_a_resume(tmp_path, caplog, resumed):
             trainer.resume(load_checkpoint(last), last)
         assert "catastrophic" not in caplog.text
         trainer._finish_epoch({"epoch": number + 1, "loss": 1.0, **trainer.validate()})
-    assert "catastrophic overfitting: 90.0 % of the validation images resist FGSM, 5.0 % resist PGD, as 60.0 %" in caplog.text
+    assert (
+        "catastrophic overfitting: 90.0 % of the validation images resist FGSM, 5.0 % resist PGD, as 60.0 %"
+        in caplog.text
+    )

@@ -31,7 +31,10 @@ class OneBadBatch(TinyLoader):
         for number, (images, labels) in enumerate(super().__iter__()):
             if number == 2:
                 self.then()
-            yield (images.index_fill(1, torch.tensor([0]), math.nan) if number == 1 else images), labels
+            yield (
+                (images.index_fill(1, torch.tensor([0]), math.nan) if number == 1 else images),
+                labels,
+            )
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -54,14 +57,20 @@ def test_a_bad_batch_found_later_has_changed_no_weight_and_no_checkpoint(tmp_pat
         assert torch.equal(ours, theirs)
     kept = load_checkpoint(tmp_path / "model_last.pth")
     assert (kept["epoch"], kept["batch"]) == (0, 0)
-    assert all(torch.equal(value, kept["state_dict"][name]) for name, value in TinyModel().state_dict().items())
+    assert all(
+        torch.equal(value, kept["state_dict"][name])
+        for name, value in TinyModel().state_dict().items()
+    )
     for _ in range(2):
         with pytest.raises(NonFiniteError, match="epoch 1, batch 2"):
             trainer.checkpoint()
 
 
 def test_after_a_bad_batch_the_same_trainer_goes_on_from_the_last_checkpoint(tmp_path):
-    trainer, undisturbed = defer(build(tmp_path, train_loader=OneBadBatch())), build(made(tmp_path / "other"))
+    trainer, undisturbed = (
+        defer(build(tmp_path, train_loader=OneBadBatch())),
+        build(made(tmp_path / "other")),
+    )
     with pytest.raises(NonFiniteError):
         trainer.train()
     trainer.train_loader = TinyLoader()
@@ -74,18 +83,28 @@ def test_after_a_bad_batch_the_same_trainer_goes_on_from_the_last_checkpoint(tmp
 
 def test_runs_whose_host_looks_later_are_the_same_bit_for_bit(tmp_path):
     settings = {"trainer": {"ema_decay": 0.9}}
-    trainers = [build(made(tmp_path / "at_once"), settings), defer(build(made(tmp_path / "later"), settings))]
+    trainers = [
+        build(made(tmp_path / "at_once"), settings),
+        defer(build(made(tmp_path / "later"), settings)),
+    ]
     for trainer in trainers:
         trainer.train()
     assert lines(tmp_path / "at_once") == lines(tmp_path / "later")
     states = [load_checkpoint(trainer.folder / "model_last.pth") for trainer in trainers]
     for key in ("state_dict", "ema_state_dict"):
-        assert all(torch.equal(value, states[1][key][name]) for name, value in states[0][key].items())
+        assert all(
+            torch.equal(value, states[1][key][name]) for name, value in states[0][key].items()
+        )
 
 
 def test_no_minibatch_is_waited_for(tmp_path):
-    settings = {"trainer": {"ema_decay": 0.9}, "lr_scheduler": {"type": "OneCycleLR", "args": {"max_lr": 0.3}}}
-    trainer = defer(build(tmp_path, settings, penalty=lambda model: model.linear.weight.square().sum()))
+    settings = {
+        "trainer": {"ema_decay": 0.9},
+        "lr_scheduler": {"type": "OneCycleLR", "args": {"max_lr": 0.3}},
+    }
+    trainer = defer(
+        build(tmp_path, settings, penalty=lambda model: model.linear.weight.square().sum())
+    )
     trainer.model.train()
     with Reads() as reads:
         for images, labels in TinyLoader():

@@ -1,4 +1,5 @@
-"""A training method of a user's own: what it takes to write one, and what happens where it does not fit."""
+"""A training method of a user's own: what it takes to write one, and what happens where it does not
+fit."""
 
 from typing import Annotated
 
@@ -41,7 +42,14 @@ class MARTTrainer(AdversarialTrainer):
         return self.result(losses, logits, labels)
 
 
-MART = {"method": "mart", "beta": 5.0, "steps": 2, "step_size": "4/255", "validate_images": 10, "report_images": 10}
+MART = {
+    "method": "mart",
+    "beta": 5.0,
+    "steps": 2,
+    "step_size": "4/255",
+    "validate_images": 10,
+    "report_images": 10,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +61,12 @@ def test_its_config_reaches_its_constructor_and_its_base_class(tmp_path):
     config = config_of(adversarial=MART)
     made = experiment.Experiment.from_config(config).build_trainer(tmp_path)
     assert (type(made), made.beta, made.attack.steps) == (MARTTrainer, 5.0, 2)
-    assert made.attack.step_size == pytest.approx(4 / 255), "configs count in 1/255, constructors in the pixel range"
-    assert made.config.robust_validation_period == 1, "it attacks while it trains, so validation does"
+    assert made.attack.step_size == pytest.approx(4 / 255), (
+        "configs count in 1/255, constructors in the pixel range"
+    )
+    assert made.config.robust_validation_period == 1, (
+        "it attacks while it trains, so validation does"
+    )
     assert validate(config.dump()).dump() == config.dump()
 
 
@@ -63,7 +75,10 @@ def test_it_trains_and_resumes_bit_for_bit_from_within_an_epoch(tmp_path, monkey
     whole = experiment.train(config, run_dir=tmp_path / "whole")
     interrupt(monkeypatch, tmp_path / "stopped", config, after=4)
     resumed = experiment.resume(tmp_path / "stopped")
-    assert difference(tmp_path / "whole" / "model_last.pth", tmp_path / "stopped" / "model_last.pth") == []
+    assert (
+        difference(tmp_path / "whole" / "model_last.pth", tmp_path / "stopped" / "model_last.pth")
+        == []
+    )
     assert {"test_top1", "test_robust_top1", "val_robust_top1"} <= whole.keys()
     assert resumed["test_robust_top1"] == whole["test_robust_top1"]
 
@@ -73,9 +88,15 @@ def test_it_trains_and_resumes_bit_for_bit_from_within_an_epoch(tmp_path, monkey
     [
         ({"beta": -1}, r"adversarial\.beta: Input should be greater than or equal to 0, not -1$"),
         ({"beta": "much"}, r"adversarial\.beta: .*valid number.*, not \"much\"$"),
-        ({"betta": 1}, r"adversarial\.betta: unknown key; did you mean 'beta'\? \(known here: .*\)$"),
+        (
+            {"betta": 1},
+            r"adversarial\.betta: unknown key; did you mean 'beta'\? \(known here: .*\)$",
+        ),
         ({"step_size": 0.01}, r"adversarial\.step_size: 0\.01 is in 1/255 of the pixel range"),
-        ({"method": "marts"}, r"adversarial\.method: 'marts' is not one of: .*mart.*; did you mean 'mart'\?$"),
+        (
+            {"method": "marts"},
+            r"adversarial\.method: 'marts' is not one of: .*mart.*; did you mean 'mart'\?$",
+        ),
     ],
 )
 def test_its_arguments_are_checked(section, message):
@@ -93,7 +114,9 @@ def test_an_argument_of_another_method_is_a_warning():
     assert warnings(method="pgd", beta=7) == (
         "without effect in this run: adversarial.beta 7.0 (only with adversarial.method trades or mart)",
     )
-    assert warnings(method="mart", noise="reset", clean_passes=1) == (), "as resolved configs say it"
+    assert warnings(method="mart", noise="reset", clean_passes=1) == (), (
+        "as resolved configs say it"
+    )
 
 
 class NoParts(BaseTrainer):
@@ -134,16 +157,27 @@ class Silent(MARTTrainer):
         (NoParts, r"adversarial\.method: 'odd' cannot be called as \(parts"),
         (Needy, r"adversarial\.method: 'odd' cannot be called as \(parts, .*'weights'"),
         (Unfinished, r"adversarial\.method: 'odd': Unfinished lacks train_batch$"),
-        (lambda parts: None, r"adversarial\.method: 'odd' is not a subclass of base\.base_trainer\.BaseTrainer$"),
+        (
+            lambda parts: None,
+            r"adversarial\.method: 'odd' is not a subclass of base\.base_trainer\.BaseTrainer$",
+        ),
         (Picky, r"adversarial: Picky: beta 5\.0: only even numbers$"),
-        (OfMeans, r"OfMeans\.train_batch: update takes one loss per sample, of shape \(B,\), not \(\)$"),
-        (Silent, r"Silent\.train_batch: returns a NoneType, not a BatchResult, such as self\.result\("),
+        (
+            OfMeans,
+            r"OfMeans\.train_batch: update takes one loss per sample, of shape \(B,\), not \(\)$",
+        ),
+        (
+            Silent,
+            r"Silent\.train_batch: returns a NoneType, not a BatchResult, such as self\.result\(",
+        ),
     ],
 )
 def test_a_class_that_does_not_fit_is_one_line(tmp_path, monkeypatch, entry, message):
     monkeypatch.setitem(TRAINERS, "odd", entry)
     with pytest.raises(ConfigError, match=message) as caught:
-        experiment.train(config_of(adversarial={"method": "odd", "validate_every": 0}), run_dir=tmp_path)
+        experiment.train(
+            config_of(adversarial={"method": "odd", "validate_every": 0}), run_dir=tmp_path
+        )
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -154,12 +188,19 @@ def test_mixups_probabilities_reach_only_methods_that_take_them(tmp_path, monkey
 
     monkeypatch.setitem(TRAINERS, "plain", Plain)
     config = config_of(adversarial={"method": "plain"}, augmentation={"mixup_alpha": 1.0})
-    with pytest.raises(ConfigError, match=r"^augmentation\.mixup_alpha: Plain takes labels, not mixup's class probabilities$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^augmentation\.mixup_alpha: Plain takes labels, not mixup's class probabilities$",
+    ):
         experiment.train(config, run_dir=tmp_path)
 
 
 @pytest.mark.parametrize("method", TRAINERS)
 def test_which_script_trains_a_method_is_said_by_its_class(method):
     config: Config = config_of(adversarial={"method": method})
-    assert config.attacks_while_training == TRAINERS[method].attacks_while_training == (method != "none")
+    assert (
+        config.attacks_while_training
+        == TRAINERS[method].attacks_while_training
+        == (method != "none")
+    )
     assert config.robust_validation_period == (method != "none")

@@ -1,4 +1,5 @@
-"""Robust validation: when it attacks, always the same, without a trace in training; and the alarm of fast FGSM training."""
+"""Robust validation: when it attacks, always the same, without a trace in training; and the alarm
+of fast FGSM training."""
 
 from contextlib import nullcontext
 
@@ -17,16 +18,19 @@ def images():
 
 
 class Linear(nn.Module):
-    """A classifier by class means, with an input that a single gradient step is fooled by on demand.
+    """A classifier by class means, with an input that a single gradient step is fooled by on
+    demand.
 
-    `masked`: the gradient at the images themselves points the wrong way, elsewhere it is true, so FGSM without a random start
-    raises the right logit, and PGD finds the way after its first step: catastrophic overfitting, built in.
-    """
+    `masked`: the gradient at the images themselves points the wrong way, elsewhere it is true, so
+    FGSM without a random start raises the right logit, and PGD finds the way after its first step:
+    catastrophic overfitting, built in."""
 
     def __init__(self, loader, masked):
         super().__init__()
         pixels = torch.cat([batch for batch, _ in loader])
-        means = torch.stack([pixels[loader.labels == label].mean(dim=0) for label in range(10)]).flatten(1)
+        means = torch.stack(
+            [pixels[loader.labels == label].mean(dim=0) for label in range(10)]
+        ).flatten(1)
         self.linear = nn.Linear(means.shape[1], 10)
         self.linear.weight.data, self.linear.bias.data = means / 8, -means.square().sum(dim=1) / 16
         self.register_buffer("pixels", pixels)
@@ -36,12 +40,20 @@ class Linear(nn.Module):
         logits = self.linear(batch.flatten(1))
         if not self.masked:
             return logits
-        at_image = torch.cdist(batch.flatten(1), self.pixels.flatten(1)).amin(dim=1, keepdim=True) < 1e-4
+        at_image = (
+            torch.cdist(batch.flatten(1), self.pixels.flatten(1)).amin(dim=1, keepdim=True) < 1e-4
+        )
         return torch.where(at_image, 2 * logits.detach() - logits, logits)
 
 
 def validation(loader, **settings):
-    given = {"attack": PGD(0.1, 0.05, 5, random_start=False), "fgsm": None, "period": 3, "epochs": 7, "seed": 0}
+    given = {
+        "attack": PGD(0.1, 0.05, 5, random_start=False),
+        "fgsm": None,
+        "period": 3,
+        "epochs": 7,
+        "seed": 0,
+    }
     return RobustValidation(loader, **{**given, **settings}, autocast=nullcontext)
 
 
@@ -57,13 +69,18 @@ def test_it_attacks_every_few_epochs_and_in_the_last_and_always_alike(images):
 
 def test_it_leaves_no_trace(images):
     model = nn.Sequential(nn.BatchNorm2d(3), Linear(images, masked=False)).train()
-    state, draw = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    state, draw = (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
     validation(images)(model, 3)
     assert model.training
     assert model[0].training
     assert torch.equal(draw, torch.get_rng_state())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize(("masked", "epsilon"), [(False, 0.13), (True, 0.25)])
@@ -78,16 +95,27 @@ def test_the_alarm_of_catastrophic_overfitting(images, masked, epsilon):
     warnings = overfitting_warnings(log, before, 10)
     assert len(warnings) == masked
     if masked:
-        assert warnings[0].startswith(f"catastrophic overfitting: {100 * values['fgsm_top1']:.1f} % of the validation images")
+        assert warnings[0].startswith(
+            f"catastrophic overfitting: {100 * values['fgsm_top1']:.1f} % of the validation images"
+        )
         assert "as 50.0 % did in epoch 2" in warnings[0]
     assert overfitting_warnings(log, [], 10) == [], "in a first epoch nothing has fallen"
-    assert overfitting_warnings(log, [{"epoch": 1}, {"epoch": 2, "val_robust_top1": None}], 10) == []
+    assert (
+        overfitting_warnings(log, [{"epoch": 1}, {"epoch": 2, "val_robust_top1": None}], 10) == []
+    )
 
 
 def test_averaged_weights_are_compared_with_their_own_past():
-    now = {"val_fgsm_top1": 0.8, "val_robust_top1": 0.7, "val_ema_fgsm_top1": 0.8, "val_ema_robust_top1": 0.1}
+    now = {
+        "val_fgsm_top1": 0.8,
+        "val_robust_top1": 0.7,
+        "val_ema_fgsm_top1": 0.8,
+        "val_ema_robust_top1": 0.1,
+    }
     assert overfitting_warnings(now, [{"epoch": 1, "val_robust_top1": 0.7}], 10) == []
-    warnings = overfitting_warnings(now, [{"epoch": 1, "val_robust_top1": 0.7, "val_ema_robust_top1": 0.6}], 10)
+    warnings = overfitting_warnings(
+        now, [{"epoch": 1, "val_robust_top1": 0.7, "val_ema_robust_top1": 0.6}], 10
+    )
     assert len(warnings) == 1
     assert "10.0 % resist PGD, as 60.0 % did in epoch 1" in warnings[0]
 

@@ -80,7 +80,9 @@ class TinyModel(BaseModel):
 
 
 def evaluate_tiny(model, loader):
-    return evaluate(model, loader, loss=LOSSES["cross_entropy"], metrics=METRICS_USED, autocast=nullcontext)
+    return evaluate(
+        model, loader, loss=LOSSES["cross_entropy"], metrics=METRICS_USED, autocast=nullcontext
+    )
 
 
 class Elsewhere:
@@ -107,7 +109,9 @@ def test_batches_are_moved_to_where_the_model_is(tmp_path):
     assert len(predict(trainer.model, batches).prediction) == 11
 
 
-def build(folder, settings=None, *, train_loader=None, validation_loader="same", scheduler=None, **options):
+def build(
+    folder, settings=None, *, train_loader=None, validation_loader="same", scheduler=None, **options
+):
     config = validate(merge(BASE, settings or {}))
     model = TinyModel()
     optimizer = build_optimizer(config.optimizer, model)
@@ -122,9 +126,17 @@ def build(folder, settings=None, *, train_loader=None, validation_loader="same",
         config=config,
         model=model,
         optimizer=optimizer,
-        schedule=Schedule(config.lr_scheduler, optimizer, config.trainer.epochs, len(loader), validation is not None),
+        schedule=Schedule(
+            config.lr_scheduler,
+            optimizer,
+            config.trainer.epochs,
+            len(loader),
+            validation is not None,
+        ),
         train_loader=loader,
-        validate=options.pop("validate", lambda model, epoch: evaluate_tiny(model, validation) if validation else {}),
+        validate=options.pop(
+            "validate", lambda model, epoch: evaluate_tiny(model, validation) if validation else {}
+        ),
         precision="fp32",
         folder=folder,
         metadata={"config": config.dump()},
@@ -159,30 +171,45 @@ def test_every_update_and_every_logged_value_against_a_plain_loop(tmp_path):
         assert log["epoch"] == epoch + 1
         assert log["lr"] == 0.5**epoch * 0.5
         assert log["loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-6)
-        assert log["top1"] == pytest.approx(float((torch.cat(outputs).argmax(1) == loader.labels).double().mean()))
+        assert log["top1"] == pytest.approx(
+            float((torch.cat(outputs).argmax(1) == loader.labels).double().mean())
+        )
         model.eval()
         with torch.no_grad():
             logits = model(loader.images)
         model.train()
         top5 = (logits.topk(5).indices == loader.labels[:, None]).any(1)
         assert log["val_top5"] == pytest.approx(float(top5.double().mean()))
-        assert log["val_loss"] == pytest.approx(float(F.cross_entropy(logits, loader.labels)), rel=1e-6)
-    for (name, ours), theirs in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
+        assert log["val_loss"] == pytest.approx(
+            float(F.cross_entropy(logits, loader.labels)), rel=1e-6
+        )
+    for (name, ours), theirs in zip(
+        trainer.model.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
 def test_evaluation_restores_the_mode_draws_nothing_and_reports_clean_labels(tmp_path):
     loader = TinyLoader(noisy=True)
     model = TinyModel()
-    before, generator_before = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    before, generator_before = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
     values = evaluate_tiny(model, loader)
     assert model.training
     assert torch.equal(torch.get_rng_state(), generator_before)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     logits = model.eval()(loader.images).detach()
-    assert values["clean_top1"] == pytest.approx(float((logits.argmax(1) == loader.clean_labels).double().mean()))
-    assert values["top1"] == pytest.approx(float((logits.argmax(1) == loader.labels).double().mean()))
-    assert values["clean_loss"] == pytest.approx(float(F.cross_entropy(logits, loader.clean_labels)), rel=1e-6)
+    assert values["clean_top1"] == pytest.approx(
+        float((logits.argmax(1) == loader.clean_labels).double().mean())
+    )
+    assert values["top1"] == pytest.approx(
+        float((logits.argmax(1) == loader.labels).double().mean())
+    )
+    assert values["clean_loss"] == pytest.approx(
+        float(F.cross_entropy(logits, loader.clean_labels)), rel=1e-6
+    )
     assert not any(key.startswith("clean") for key in evaluate_tiny(model, TinyLoader()))
 
 
@@ -198,7 +225,10 @@ def test_best_is_saved_the_epoch_it_happens_whatever_the_save_period(tmp_path):
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 3
     assert load_checkpoint(tmp_path / "model_best.pth")["monitor_best"] == 0.6
     assert load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 5
-    assert sorted(path.name for path in tmp_path.glob("model_epoch_*")) == ["model_epoch_2.pth", "model_epoch_4.pth"]
+    assert sorted(path.name for path in tmp_path.glob("model_epoch_*")) == [
+        "model_epoch_2.pth",
+        "model_epoch_4.pth",
+    ]
 
 
 def test_epochs_without_the_monitored_value_are_neither_better_nor_worse(tmp_path):
@@ -231,7 +261,8 @@ def test_a_kill_between_saving_last_and_best_loses_nothing(tmp_path, monkeypatch
 
 
 def rewound(folder, settings=None):
-    """A run of three epochs, the first better than the second, the third best of all, and its resume after the second."""
+    """A run of three epochs, the first better than the second, the third best of all, and its
+    resume after the second."""
     build(folder, {"trainer": {"keep_checkpoints": 0}}, validate=scripted([0.5, 0.1, 0.9])).train()
     (folder / "model_epoch_1.pth").unlink()
     path = folder / "model_epoch_2.pth"
@@ -239,7 +270,9 @@ def rewound(folder, settings=None):
 
 
 def test_the_best_model_is_found_among_the_numbered_ones(tmp_path):
-    build(tmp_path, {"trainer": {"keep_checkpoints": 0}}, validate=scripted([0.5, 0.1, 0.9])).train()
+    build(
+        tmp_path, {"trainer": {"keep_checkpoints": 0}}, validate=scripted([0.5, 0.1, 0.9])
+    ).train()
     path = tmp_path / "model_epoch_2.pth"
     build(tmp_path).resume(load_checkpoint(path), path)
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 1
@@ -247,7 +280,9 @@ def test_the_best_model_is_found_among_the_numbered_ones(tmp_path):
 
 def test_a_best_model_of_an_epoch_that_comes_again_is_chosen_anew(tmp_path):
     trainer, checkpoint, path = rewound(tmp_path)
-    assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(checkpoint, path)
+    assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(
+        checkpoint, path
+    )
     trainer.train()
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == trainer.state.best_epoch == 3
 
@@ -260,12 +295,16 @@ def test_a_best_model_whose_names_are_of_one_damaged_file_is_chosen_anew(tmp_pat
     assert best.samefile(tmp_path / "model_epoch_3.pth")
     os.truncate(best, 1000)
     (tmp_path / deleted).unlink()
-    assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(checkpoint, path)
+    assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(
+        checkpoint, path
+    )
     trainer.train()
     assert load_checkpoint(best)["epoch"] == trainer.state.best_epoch == 3
 
 
-@pytest.mark.parametrize("damage", [lambda best: best.unlink(), lambda best: best.write_bytes(b"PK")])
+@pytest.mark.parametrize(
+    "damage", [lambda best: best.unlink(), lambda best: best.write_bytes(b"PK")]
+)
 def test_a_lost_best_model_is_chosen_among_the_epochs_that_follow(tmp_path, damage):
     trainer, checkpoint, path = rewound(tmp_path)
     best = tmp_path / "model_best.pth"
@@ -282,12 +321,18 @@ def test_a_lost_best_model_is_chosen_among_the_epochs_that_follow(tmp_path, dama
 
 def test_a_best_model_that_does_not_come_again_is_lost(tmp_path):
     trainer, checkpoint, path = rewound(tmp_path, {"trainer": {"epochs": 2}})
-    with pytest.raises(CheckpointError, match="its best model so far is of epoch 1, but .*model_best.pth is not"):
+    with pytest.raises(
+        CheckpointError, match="its best model so far is of epoch 1, but .*model_best.pth is not"
+    ):
         trainer.resume(checkpoint, path)
 
 
 def test_early_stop_counts_epochs_without_improvement(tmp_path):
-    trainer = build(tmp_path, {"trainer": {"epochs": 9, "early_stop": 2}}, validate=scripted([0.3, 0.5, 0.4, 0.5, 0.9]))
+    trainer = build(
+        tmp_path,
+        {"trainer": {"epochs": 9, "early_stop": 2}},
+        validate=scripted([0.3, 0.5, 0.4, 0.5, 0.9]),
+    )
     trainer.train()
     assert trainer.state.epochs_done == 4
     assert trainer.state.best_epoch == 4, "of equally good epochs the last, but no improvement"
@@ -318,16 +363,21 @@ def test_non_finite_numbers_stop_before_the_update(tmp_path, what, deferred):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     saved = load_checkpoint(tmp_path / "model_last.pth")["state_dict"]
-    assert all(torch.equal(parameter, saved[name]) for name, parameter in trainer.model.named_parameters())
+    assert all(
+        torch.equal(parameter, saved[name]) for name, parameter in trainer.model.named_parameters()
+    )
 
 
 def test_penalty_is_added_to_the_loss_but_not_to_its_log(tmp_path):
-    plain, penalised = (build(tmp_path, penalty=p) for p in (None, lambda model: 3 * model.linear.bias.sum()))
+    plain, penalised = (
+        build(tmp_path, penalty=p) for p in (None, lambda model: 3 * model.linear.bias.sum())
+    )
     images, labels = next(iter(TinyLoader()))
     results = [trainer.train_batch(images, labels) for trainer in (plain, penalised)]
     assert torch.equal(results[0].sums["loss"], results[1].sums["loss"])
     difference = plain.model.linear.bias - penalised.model.linear.bias
-    torch.testing.assert_close(difference, torch.full((7,), 0.5 * 3))  # one SGD step of lr 0.5 on a gradient of 3
+    # one SGD step of lr 0.5 on a gradient of 3
+    torch.testing.assert_close(difference, torch.full((7,), 0.5 * 3))
 
 
 def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
@@ -351,7 +401,8 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
             weight = float(direction @ moved / direction.square().sum()) if i != j else 1.0
             if torch.allclose(moved, weight * direction, atol=1e-6):
                 candidates.append((i, j, weight))
-    weights = {round(weight, 4) for _, _, weight in candidates} - {1.0}  # an image may be its own partner
+    # an image may be its own partner
+    weights = {round(weight, 4) for _, _, weight in candidates} - {1.0}
     assert len(weights) == 1
     mixed = {i: (j, weight) for i, j, weight in candidates if round(weight, 4) != 1}
     weight = next(iter(mixed.values()))[1]
@@ -359,10 +410,17 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
     assert {i for i, _, _ in candidates} == {0, 1, 2, 3}
     logits = TinyModel()(seen[0])
     partners = [mixed.get(i, (i,))[0] for i in range(4)]
-    losses = [F.cross_entropy(logits, labels[chosen], reduction="none") for chosen in ([0, 1, 2, 3], partners)]
-    torch.testing.assert_close(result.sums["loss"], (weight * losses[0] + (1 - weight) * losses[1]).sum().detach())
+    losses = [
+        F.cross_entropy(logits, labels[chosen], reduction="none")
+        for chosen in ([0, 1, 2, 3], partners)
+    ]
+    torch.testing.assert_close(
+        result.sums["loss"], (weight * losses[0] + (1 - weight) * losses[1]).sum().detach()
+    )
     right = [(logits.argmax(1) == labels[chosen]).float() for chosen in ([0, 1, 2, 3], partners)]
-    torch.testing.assert_close(result.sums["top1"], (weight * right[0] + (1 - weight) * right[1]).sum())
+    torch.testing.assert_close(
+        result.sums["top1"], (weight * right[0] + (1 - weight) * right[1]).sum()
+    )
     again = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
     again.model = again.network = Recorder()
     again.train_batch(*again.mixed(images, labels))
@@ -374,13 +432,20 @@ def test_other_optimizers_and_foreign_checkpoints_are_refused(tmp_path):
     trainer.train()
     checkpoint = load_checkpoint(tmp_path / "model_last.pth")
     other = build(tmp_path, {"optimizer": {"type": "Adam", "args": {"lr": 0.1, "momentum": None}}})
-    with pytest.raises(CheckpointError, match="was trained with optimizer_type SGD, this config has Adam"):
+    with pytest.raises(
+        CheckpointError, match="was trained with optimizer_type SGD, this config has Adam"
+    ):
         other.resume(checkpoint, tmp_path)
     other = build(tmp_path, {"lr_scheduler": {"type": "StepLR", "args": {"step_size": 1}}})
-    with pytest.raises(CheckpointError, match="was trained with scheduler_type none, this config has StepLR"):
+    with pytest.raises(
+        CheckpointError, match="was trained with scheduler_type none, this config has StepLR"
+    ):
         other.resume(checkpoint, tmp_path)
     with pytest.raises(CheckpointError, match="holds no training state"):
-        trainer.resume({"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3}, tmp_path)
+        trainer.resume(
+            {"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3},
+            tmp_path,
+        )
 
 
 def test_base_trainer_is_abstract():

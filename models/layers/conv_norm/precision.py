@@ -1,4 +1,5 @@
-"""Where a weight is turned into another weight, bf16 is too coarse: this switches autocast off for that part."""
+"""Where a weight is turned into another weight, bf16 is too coarse: this switches autocast off for
+that part."""
 
 from contextlib import AbstractContextManager, nullcontext
 

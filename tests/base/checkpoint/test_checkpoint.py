@@ -11,7 +11,13 @@ from torch import nn
 
 import base.checkpoint.checkpoint as checkpoint_module
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights, save_checkpoint
-from base.checkpoint.checkpoint import SCHEMA_VERSION, keep_newest, load_to_resume, plain, publish_copy
+from base.checkpoint.checkpoint import (
+    SCHEMA_VERSION,
+    keep_newest,
+    load_to_resume,
+    plain,
+    publish_copy,
+)
 from base.errors import CheckpointError
 
 CONTENTS = {"state_dict": {"weight": torch.arange(3.0)}, "epoch": 2}
@@ -27,7 +33,10 @@ def test_round_trip_carries_the_schema_version(tmp_path):
     assert list(tmp_path.iterdir()) == [path], "no temporary is left"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed\nat 1")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed\nat 1")],
+)
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error):
     path = tmp_path / "model_last.pth"
     save_checkpoint(path, CONTENTS)
@@ -54,11 +63,18 @@ def test_a_second_name_survives_the_replacement_of_the_first(tmp_path):
 
 
 def test_retention_keeps_the_newest_by_number_and_touches_nothing_else(tmp_path):
-    names = [f"model_epoch_{epoch}.pth" for epoch in (1, 2, 9, 10, 40)] + ["model_best.pth", "model_epoch_3.pth.old", "notes"]
+    names = [f"model_epoch_{epoch}.pth" for epoch in (1, 2, 9, 10, 40)] + [
+        "model_best.pth",
+        "model_epoch_3.pth.old",
+        "notes",
+    ]
     for name in names:
         (tmp_path / name).touch()
     keep_newest(tmp_path, 2, epoch=10)
-    assert {path.name for path in tmp_path.iterdir()} == set(names) - {"model_epoch_1.pth", "model_epoch_2.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == set(names) - {
+        "model_epoch_1.pth",
+        "model_epoch_2.pth",
+    }
 
 
 def test_run_folder_means_its_best_or_its_last(tmp_path):
@@ -91,7 +107,10 @@ def test_a_folder_above_several_runs_names_the_newest_last(tmp_path):
     for find in (find_checkpoint, load_to_resume):
         with pytest.raises(CheckpointError) as caught:
             find(tmp_path)
-        assert str(caught.value) == f"{tmp_path}: holds 6 runs: name one, such as (newest last) {newest}"
+        assert (
+            str(caught.value)
+            == f"{tmp_path}: holds 6 runs: name one, such as (newest last) {newest}"
+        )
 
 
 class Malicious:
@@ -123,7 +142,10 @@ def test_reading_runs_no_code(tmp_path, monkeypatch, form):
         (b"not a checkpoint", "is not a readable checkpoint"),
         ([1, 2], "is not a checkpoint: it holds no 'state_dict'"),
         ({"epoch": 1}, "is not a checkpoint: it holds no 'state_dict'"),
-        ({**CONTENTS, "schema_version": 99}, "has schema version 99; this code reads versions up to"),
+        (
+            {**CONTENTS, "schema_version": 99},
+            "has schema version 99; this code reads versions up to",
+        ),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path, contents, message):
@@ -150,14 +172,23 @@ def test_weights_of_another_architecture_name_both_sides():
     both_sides = r"f.pth: is of another architecture than this Linear: it lacks 1 .*\(bias, .* 1 keys.*\(gain,"
     with pytest.raises(CheckpointError, match=both_sides):
         load_weights(model, {"weight": torch.zeros(3, 2), "gain": torch.zeros(1)}, "f.pth")
-    with pytest.raises(CheckpointError, match=r"f.pth: does not fit Linear: size mismatch for weight.*\[4, 2\].*\[3, 2\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"f.pth: does not fit Linear: size mismatch for weight.*\[4, 2\].*\[3, 2\]",
+    ):
         load_weights(model, {"weight": torch.zeros(4, 2), "bias": torch.zeros(3)}, "f.pth")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."]
+)
 def test_wrappers_prefixes_are_dropped(prefix):
     model = nn.Linear(2, 3)
-    load_weights(model, {f"{prefix}weight": torch.full((3, 2), 7.0), f"{prefix}bias": torch.zeros(3)}, "f.pth")
+    load_weights(
+        model,
+        {f"{prefix}weight": torch.full((3, 2), 7.0), f"{prefix}bias": torch.zeros(3)},
+        "f.pth",
+    )
     assert (model.weight == 7).all()
 
 

@@ -1,4 +1,5 @@
-"""Every key of a checkpoint: missing, of another type, out of range or against another one, it is one line."""
+"""Every key of a checkpoint: missing, of another type, out of range or against another one, it is
+one line."""
 
 from copy import deepcopy
 from math import inf, nan
@@ -19,7 +20,10 @@ GOOD = {
     "state_dict": {"weight": torch.zeros(7, 2)},
     "ema_state_dict": {"weight": torch.zeros(7, 2)},
     "ema_updates": 5,
-    "optimizer": {"state": {"weight": {"checksum": "0"}}, "param_groups": [{"params": ["weight"], "lr": 0.1}]},
+    "optimizer": {
+        "state": {"weight": {"checksum": "0"}},
+        "param_groups": [{"params": ["weight"], "lr": 0.1}],
+    },
     "optimizer_type": "SGD",
     "scheduler": {},
     "scheduler_type": "none",
@@ -28,7 +32,10 @@ GOOD = {
         "epochs_done": 2,
         "batches_done": 1,
         "learning_rate": 0.1,
-        "history": [{"epoch": 1, "loss": 2.0, "val_loss": nan}, {"epoch": 2, "loss": 1, "val_loss": None}],
+        "history": [
+            {"epoch": 1, "loss": 2.0, "val_loss": nan},
+            {"epoch": 2, "loss": 1, "val_loss": None},
+        ],
         "best_value": 0.5,
         "best_epoch": 1,
         "best_since": 1,
@@ -47,9 +54,29 @@ GOOD = {
     "image_fingerprints": {"training images": "0"},
     "versions": {"torch": "2"},
 }
-OPTIONAL = {"schema_version", "arch", "ema_state_dict", "ema_updates", "method", "image_fingerprints", "versions"}
+OPTIONAL = {
+    "schema_version",
+    "arch",
+    "ema_state_dict",
+    "ema_updates",
+    "method",
+    "image_fingerprints",
+    "versions",
+}
 OPTIONAL |= {"monitor_best"}
-ODD = (None, True, 3, -1, 0.5, "text\nof two lines", b"x", [None], {"a": object}, torch.zeros(2), {1: 2})
+ODD = (
+    None,
+    True,
+    3,
+    -1,
+    0.5,
+    "text\nof two lines",
+    b"x",
+    [None],
+    {"a": object},
+    torch.zeros(2),
+    {1: 2},
+)
 
 
 def refused(contents):
@@ -67,7 +94,13 @@ def at(contents, path):
 
 def places(value, path=()):
     """Every key of a tree."""
-    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    below = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     for key, inner in below:
         yield (*path, key)
         yield from places(inner, (*path, key))
@@ -76,7 +109,9 @@ def places(value, path=()):
 def test_a_whole_one_is_good():
     check_training_state(GOOD, FILE)
     check_readable(GOOD, FILE)
-    assert set(TrainingState.model_fields) | {"schema_version"} == set(GOOD), "every key is tried here"
+    assert set(TrainingState.model_fields) | {"schema_version"} == set(GOOD), (
+        "every key is tried here"
+    )
 
 
 @pytest.mark.parametrize("key", GOOD)
@@ -93,7 +128,9 @@ FREE = ("optimizer.state.weight", "optimizer.param_groups.0", "scheduler", "meth
 """Other tests know more about what lies below these keys."""
 
 
-@pytest.mark.parametrize("path", [path for path in places(GOOD) if path[0] != "schema_version"], ids=str)
+@pytest.mark.parametrize(
+    "path", [path for path in places(GOOD) if path[0] != "schema_version"], ids=str
+)
 def test_odd_values_are_one_line(path):
     dotted = ".".join(map(str, path))
     if any(dotted.startswith(f"{free}.") for free in FREE):
@@ -107,7 +144,11 @@ def test_odd_values_are_one_line(path):
         contents = deepcopy(GOOD)
         if isinstance(at(contents, path[:-1]), tuple):
             contents["std"] = list(contents["std"])
-        if type(odd) in (int, float) and dotted.startswith("progress.history") and path[-1] == "loss":
+        if (
+            type(odd) in (int, float)
+            and dotted.startswith("progress.history")
+            and path[-1] == "loss"
+        ):
             continue
         at(contents, path[:-1])[path[-1]] = odd
         assert path[0] in refused(contents)
@@ -117,23 +158,53 @@ CONTRADICTIONS = {
     "epochs": ({"epoch": 3}, "epoch 3 and batch 1, but 'progress' is 2 epochs and 1 batches"),
     "negative": ({"batch": -1}, "'batch' is of type int (-1): expected greater than or equal to 0"),
     "history": ({"progress": {"history": []}}, "does not log the epochs from 1 to 2"),
-    "other history": ({"progress": {"history": [{"epoch": 1}, {"epoch": 1}]}}, "does not log the epochs from 1 to 2"),
-    "best to come": ({"progress": {"best_epoch": 3}}, "'progress.best_epoch' is 3, but 2 epochs are done"),
+    "other history": (
+        {"progress": {"history": [{"epoch": 1}, {"epoch": 1}]}},
+        "does not log the epochs from 1 to 2",
+    ),
+    "best to come": (
+        {"progress": {"best_epoch": 3}},
+        "'progress.best_epoch' is 3, but 2 epochs are done",
+    ),
     "no images": ({"progress": {"images_seen": 0}}, "'progress.images_seen' is 0 after 2 epochs"),
-    "no time": ({"progress": {"train_seconds": 0.0}}, "'progress.train_seconds' is 0 after 2 epochs"),
-    "endless": ({"progress": {"train_seconds": inf}}, "'progress.train_seconds' is of type float (inf)"),
-    "no rate": ({"progress": {"learning_rate": None}}, "'progress.learning_rate' is None after 1 batches"),
+    "no time": (
+        {"progress": {"train_seconds": 0.0}},
+        "'progress.train_seconds' is 0 after 2 epochs",
+    ),
+    "endless": (
+        {"progress": {"train_seconds": inf}},
+        "'progress.train_seconds' is of type float (inf)",
+    ),
+    "no rate": (
+        {"progress": {"learning_rate": None}},
+        "'progress.learning_rate' is None after 1 batches",
+    ),
     "unknown": ({"progress": {"worst_value": 1}}, "'progress.worst_value'"),
     "no sums": ({"totals": {"sums": {}}}, "'totals' are of 3 samples after 1 batches"),
     "no samples": ({"totals": {"count": 0}}, "'totals' are of 0 samples after 1 batches"),
     "channels": ({"mean": [0.5]}, "'mean' has 1 channels, 'std' 2"),
     "endless mean": ({"mean": [0.5, nan]}, "'mean.1' is of type float (nan)"),
-    "numbers of a generator": ({"rng": {"cpu": torch.zeros(4)}}, "expected a list of bytes, not float32 of shape (4,)"),
-    "sparse weights": ({"state_dict": {"weight": torch.eye(3).to_sparse()}}, "expected a dense tensor"),
-    "complex weights": ({"state_dict": {"weight": torch.zeros(7, 2) * 1j}}, "expected a dense tensor of real numbers"),
-    "weights of words": ({"state_dict": {3: torch.zeros(1)}}, "'state_dict.3.[key]' is of type int (3)"),
+    "numbers of a generator": (
+        {"rng": {"cpu": torch.zeros(4)}},
+        "expected a list of bytes, not float32 of shape (4,)",
+    ),
+    "sparse weights": (
+        {"state_dict": {"weight": torch.eye(3).to_sparse()}},
+        "expected a dense tensor",
+    ),
+    "complex weights": (
+        {"state_dict": {"weight": torch.zeros(7, 2) * 1j}},
+        "expected a dense tensor of real numbers",
+    ),
+    "weights of words": (
+        {"state_dict": {3: torch.zeros(1)}},
+        "'state_dict.3.[key]' is of type int (3)",
+    ),
     "no JSON": ({"config": {"name": nan}}, "'config' is of type dict: nan is not a finite number"),
-    "a name of no config": ({"config": {"arch": {3: 1}}}, "'config' is of type dict: a key of type int"),
+    "a name of no config": (
+        {"config": {"arch": {3: 1}}},
+        "'config' is of type dict: a key of type int",
+    ),
 }
 
 
@@ -161,7 +232,10 @@ def test_fields_that_are_newer_than_a_checkpoint_have_their_defaults():
     check_training_state(contents, FILE)
 
 
-@pytest.mark.parametrize("key", ["epoch", "batch", "config", "mean", "std", "class_names", "ema_state_dict", "schema_version"])
+@pytest.mark.parametrize(
+    "key",
+    ["epoch", "batch", "config", "mean", "std", "class_names", "ema_state_dict", "schema_version"],
+)
 def test_evaluation_relies_on_types_too(key):
     for odd in (None, "text", {1: 2}, torch.zeros(1)):
         with pytest.raises(CheckpointError, match=f"file.pth: is not a checkpoint: '{key}"):

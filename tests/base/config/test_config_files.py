@@ -1,4 +1,5 @@
-"""Config files: inheritance, comments, overrides, and one clear line for everything that can be wrong with them."""
+"""Config files: inheritance, comments, overrides, and one clear line for everything that can be
+wrong with them."""
 
 import json
 import re
@@ -63,7 +64,10 @@ def published_style(**trainer):
 
 def test_published_config_is_valid_once_its_data_dir_is_set(tmp_path):
     file = write(tmp_path / "config.json", published_style())
-    with pytest.raises(ConfigError, match=r"data_dir: '\*\*data dir\*\*' is the published config's placeholder: put"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data_dir: '\*\*data dir\*\*' is the published config's placeholder: put",
+    ):
         load_config(file)
     config = load_config(file, [("data_loader.args.data_dir", "images")])
     assert config.trainer.monitor == "max val_top1"
@@ -73,7 +77,9 @@ def test_published_config_is_valid_once_its_data_dir_is_set(tmp_path):
 
 
 def test_resolved_config_reads_back_the_same_and_holds_no_secret():
-    config = validate(published_style() | {"data_loader": DIGITS["data_loader"], "comet": {"api": "secret-key"}})
+    config = validate(
+        published_style() | {"data_loader": DIGITS["data_loader"], "comet": {"api": "secret-key"}}
+    )
     assert config.comet.api == "secret-key"
     assert "secret-key" not in json.dumps(config.dump())
     assert "secret-key" not in repr(config)
@@ -84,10 +90,19 @@ def test_resolved_config_reads_back_the_same_and_holds_no_secret():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"lr_schedulr": None}, r"lr_schedulr: unknown key; did you mean 'lr_scheduler'\? .known here: name, seed"),
-        ({"trainer": {"epoch": None}}, r"trainer.epoch: unknown key; did you mean 'epochs'\? .known here: epochs, "),
+        (
+            {"lr_schedulr": None},
+            r"lr_schedulr: unknown key; did you mean 'lr_scheduler'\? .known here: name, seed",
+        ),
+        (
+            {"trainer": {"epoch": None}},
+            r"trainer.epoch: unknown key; did you mean 'epochs'\? .known here: epochs, ",
+        ),
         ({"trainer": {"xyz": None}}, "trainer.xyz: unknown key .known here: epochs, "),
-        ({"optimizer": {"args": {"momentun": None}}}, r"optimizer.args.momentun: unknown key; did you mean 'momentum'\?"),
+        (
+            {"optimizer": {"args": {"momentun": None}}},
+            r"optimizer.args.momentun: unknown key; did you mean 'momentum'\?",
+        ),
         ({"trainr": {"epochs": None}}, r"trainr: unknown key; did you mean 'trainer'\?"),
     ],
 )
@@ -101,7 +116,9 @@ def test_null_for_a_misspelt_key_does_not_keep_what_it_was_to_delete(tmp_path, t
     with pytest.raises(ConfigError, match=f"child.json: {message}"):
         load_config(write(tmp_path / "child.json", {"extends": "parent.json", **tree}))
     key, below = next(iter(tree.items()))
-    dotted = ".".join([key, *([] if below is None else below), *(["momentun"] if key == "optimizer" else [])])
+    dotted = ".".join(
+        [key, *([] if below is None else below), *(["momentun"] if key == "optimizer" else [])]
+    )
     with pytest.raises(ConfigError, match=message):
         validate(override(parent, [(dotted, "null")]), "child.json")
 
@@ -123,7 +140,8 @@ KEY = "sEcReT-Comet-kEy"
 
 
 def wrong_places_for_the_key():
-    """Config trees, texts of config files, and settings of a command line, in which the key stands where it does not belong."""
+    """Config trees, texts of config files, and settings of a command line, in which the key stands
+    where it does not belong."""
     trees = [
         {"comet": KEY},
         {"comet": [KEY]},
@@ -195,19 +213,32 @@ def test_no_message_prints_the_comet_key(tmp_path):
 
 
 def test_key_of_another_type_stays_unseen_and_numbers_are_text_on_the_command_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"comet.api: .* \(what was given is not shown\)$") as caught:
+    with pytest.raises(
+        ConfigError, match=r"comet.api: .* \(what was given is not shown\)$"
+    ) as caught:
         validate({**DIGITS, "comet": {"api": 123454321}})
     assert "123454321" not in str(caught.value)
     assert validate(override(DIGITS, [("comet.api", "123454321")])).comet.api == "123454321"
 
 
 def test_child_wins_null_deletes_and_comments_vanish(tmp_path):
-    write(tmp_path / "grandparent.json", {**DIGITS, "seed": 1, "trainer": {"epochs": 7, "early_stop": 3, "save_period": 2}})
+    write(
+        tmp_path / "grandparent.json",
+        {**DIGITS, "seed": 1, "trainer": {"epochs": 7, "early_stop": 3, "save_period": 2}},
+    )
     (tmp_path / "below").mkdir()
-    write(tmp_path / "below" / "parent.json", {"extends": "../grandparent.json", "trainer": {"epochs": 8}})
+    write(
+        tmp_path / "below" / "parent.json",
+        {"extends": "../grandparent.json", "trainer": {"epochs": 8}},
+    )
     child = write(
         tmp_path / "child.json",
-        {"extends": "below/parent.json", "_note": "x", "trainer": {"_note": {"a": 1}, "early_stop": None}, "seed": None},
+        {
+            "extends": "below/parent.json",
+            "_note": "x",
+            "trainer": {"_note": {"a": 1}, "early_stop": None},
+            "seed": None,
+        },
     )
     config = load_config(child)
     assert config.trainer.epochs == 8
@@ -226,13 +257,18 @@ def test_child_wins_null_deletes_and_comments_vanish(tmp_path):
         (("optimizer.args.lr", "1e-3"), 1e-3),
         (("lr_scheduler.args.milestones", "[1, 2]"), [1, 2]),
         (("trainer.monitor", "min val_loss"), "min val_loss"),
-        (("optimizer", '{"type": "SGD", "args": {"lr": 0.05}}'), {"type": "SGD", "args": {"lr": 0.05}}),
+        (
+            ("optimizer", '{"type": "SGD", "args": {"lr": 0.05}}'),
+            {"type": "SGD", "args": {"lr": 0.05}},
+        ),
         (("lr_scheduler.args", '{"gamma": 0.5}'), {"gamma": 0.5}),
         (("system.num_threads", "2"), 2),
     ],
 )
 def test_override_is_typed_by_its_field(setting, expected):
-    value = validate(override({**DIGITS, "lr_scheduler": {"type": "StepLR"}}, [setting])).model_dump()
+    value = validate(
+        override({**DIGITS, "lr_scheduler": {"type": "StepLR"}}, [setting])
+    ).model_dump()
     for key in setting[0].split("."):
         value = value[key]
     assert value == expected
@@ -240,7 +276,9 @@ def test_override_is_typed_by_its_field(setting, expected):
 
 
 def test_later_override_wins_and_null_restores_the_default():
-    tree = override(DIGITS, [("trainer.epochs", "3"), ("trainer.epochs", "4"), ("seed", "5"), ("seed", "null")])
+    tree = override(
+        DIGITS, [("trainer.epochs", "3"), ("trainer.epochs", "4"), ("seed", "5"), ("seed", "null")]
+    )
     config = validate(tree)
     assert (config.trainer.epochs, config.seed) == (4, 0)
 
@@ -255,40 +293,104 @@ def test_later_override_wins_and_null_restores_the_default():
         ("trainer.epochs", True, "trainer.epochs: .*integer, not true"),
         ("trainer.epochs", 0, "trainer.epochs: .*greater than or equal to 1, not 0"),
         ("trainer.subset_percent", 0, "trainer.subset_percent: .*greater than 0, not 0"),
-        ("arch.args.conv_layer_type", "prec_cnov", r"'prec_cnov' is not one of: conv, prec_conv.*did you mean 'prec_conv'\?"),
-        ("arch.type", "ResNet18", r"arch.type: 'ResNet18' is not one of: resnet18.*did you mean 'resnet18'\?"),
-        ("trainer.monitor", "max test_top1", "trainer.monitor: 'max test_top1' is neither 'off' nor .*never the test set"),
-        ("trainer.monitor", "max val_clean_top1", "'max val_clean_top1' is only logged where validation labels carry noise"),
-        ("lr_scheduler.monitor", "val_lss", "lr_scheduler.monitor: 'val_lss' is not a logged value: loss, top1"),
+        (
+            "arch.args.conv_layer_type",
+            "prec_cnov",
+            r"'prec_cnov' is not one of: conv, prec_conv.*did you mean 'prec_conv'\?",
+        ),
+        (
+            "arch.type",
+            "ResNet18",
+            r"arch.type: 'ResNet18' is not one of: resnet18.*did you mean 'resnet18'\?",
+        ),
+        (
+            "trainer.monitor",
+            "max test_top1",
+            "trainer.monitor: 'max test_top1' is neither 'off' nor .*never the test set",
+        ),
+        (
+            "trainer.monitor",
+            "max val_clean_top1",
+            "'max val_clean_top1' is only logged where validation labels carry noise",
+        ),
+        (
+            "lr_scheduler.monitor",
+            "val_lss",
+            "lr_scheduler.monitor: 'val_lss' is not a logged value: loss, top1",
+        ),
         ("trainer.percent", 0.4, "trainer.percent: 0.4 has no effect: set sym or asym"),
-        ("trainer", {"sym": True, "asym": True}, "trainer.sym and asym: only one kind of label noise"),
+        (
+            "trainer",
+            {"sym": True, "asym": True},
+            "trainer.sym and asym: only one kind of label noise",
+        ),
         ("trainer.noise_key", "worse_label", "trainer.noise_key: has no effect without noise_file"),
-        ("trainer.monitor", "max val_ema_top1", "'max val_ema_top1' is only logged with trainer.ema_decay"),
+        (
+            "trainer.monitor",
+            "max val_ema_top1",
+            "'max val_ema_top1' is only logged with trainer.ema_decay",
+        ),
         (
             "trainer.monitor",
             "max val_robust_top1",
             "'max val_robust_top1' is only logged with adversarial.validate_every above 0",
         ),
-        ("trainer.monitor", "max robust_top1", "trainer.monitor: 'max robust_top1' is neither 'off' nor"),
-        ("trainer.adv_clip_eps", 0.031, r"trainer.adv_clip_eps: 0.031 is in 1/255 .*write 7.91 for 0.031 of the pixel range"),
+        (
+            "trainer.monitor",
+            "max robust_top1",
+            "trainer.monitor: 'max robust_top1' is neither 'off' nor",
+        ),
+        (
+            "trainer.adv_clip_eps",
+            0.031,
+            r"trainer.adv_clip_eps: 0.031 is in 1/255 .*write 7.91 for 0.031 of the pixel range",
+        ),
         ("trainer.fgsm_step", 0.03, "trainer.fgsm_step: 0.03 is in 1/255"),
         ("adversarial.epsilon", 256, "adversarial.epsilon: .*less than or equal to 255, not 256"),
-        ("adversarial", {"norm": "l2", "epsilon": 8}, "adversarial.epsilon: 8 is in units of .*write 0.0314 for 8/255"),
+        (
+            "adversarial",
+            {"norm": "l2", "epsilon": 8},
+            "adversarial.epsilon: 8 is in units of .*write 0.0314 for 8/255",
+        ),
         (
             "adversarial",
             {"random_start": False, "restarts": 2},
             "adversarial.restarts: 2 without random_start are all the same",
         ),
-        ("adversarial", {"norm": "l2", "step_size": 2}, "adversarial.step_size: 2 is in units of .*write 0.00784 for 2/255"),
+        (
+            "adversarial",
+            {"norm": "l2", "step_size": 2},
+            "adversarial.step_size: 2 is in units of .*write 0.00784 for 2/255",
+        ),
         ("pgd_attack.step", 0.0078, "pgd_attack.step: 0.0078 is in 1/255"),
-        ("adversarial", {"method": "free", "bn_mode": "eval"}, "adversarial.bn_mode: 'eval' is not one of: train"),
+        (
+            "adversarial",
+            {"method": "free", "bn_mode": "eval"},
+            "adversarial.bn_mode: 'eval' is not one of: train",
+        ),
         ("num_classes", 5, None),
         ("data_loader.type", "CIFAR10DataLoader", "data_loader.args.data_dir: required"),
-        ("data_loader.args.image_size", 8, "data_loader.args.image_size: only ImageFolderDataLoader takes it"),
+        (
+            "data_loader.args.image_size",
+            8,
+            "data_loader.args.image_size: only ImageFolderDataLoader takes it",
+        ),
         ("data_loader.args.mean", [], "data_loader.args.mean: .*at least 1 item"),
-        ("name", "../elsewhere", "name: '../elsewhere' is not the name of a folder: expected 1 to 255 bytes without slashes"),
-        ("lr_scheduler.args.step_size", 3, "lr_scheduler.type: required where lr_scheduler.args is given"),
-        ("lr_scheduler.interval", "batch", "lr_scheduler.type: required where lr_scheduler.interval is given"),
+        (
+            "name",
+            "../elsewhere",
+            "name: '../elsewhere' is not the name of a folder: expected 1 to 255 bytes without slashes",
+        ),
+        (
+            "lr_scheduler.args.step_size",
+            3,
+            "lr_scheduler.type: required where lr_scheduler.args is given",
+        ),
+        (
+            "lr_scheduler.interval",
+            "batch",
+            "lr_scheduler.type: required where lr_scheduler.interval is given",
+        ),
         ("name", "..", "name: '..' is not the name of a folder"),
         ("name", "", "name: '' is not the name of a folder"),
         ("name", "a\\b", "name: .* is not the name of a folder"),
@@ -301,22 +403,63 @@ def test_later_override_wins_and_null_restores_the_default():
         ("trainer.save_dir", "", "trainer.save_dir: String should have at least 1 character"),
         ("trainer.save_dir", "a\0b", "trainer.save_dir: holds a zero byte"),
         ("data_loader.args.data_dir", "a\0b", "data_loader.args.data_dir: holds a zero byte"),
-        ("data_loader.args.data_dir", "", "data_loader.args.data_dir: String should have at least 1 character"),
-        ("trainer.noise_file", "~nobody-here/x", "trainer.noise_file: '~nobody-here/x': there is no such user here"),
-        ("data_loader.args.data_dir", "~nobody-here", "data_loader.args.data_dir: '~nobody-here': there is no such user here"),
-        ("trainer.noise_file", "a\0b", "trainer.noise_file: holds a zero byte"),
-        ("system.device", "gpu", "system.device: 'gpu' is not a device: expected auto, cpu, cuda, cuda:N or mps"),
-        ("system.device", "cuda:999", "system.device: 'cuda:999' is not a device"),
-        ("system.num_threads", 10**6, "system.num_threads: .*less than or equal to 1024, not 1000000"),
         (
-            "data_loader", {"type": "ImageFolderDataLoader", "args": {"data_dir": "x", "image_size": 10**6}},
+            "data_loader.args.data_dir",
+            "",
+            "data_loader.args.data_dir: String should have at least 1 character",
+        ),
+        (
+            "trainer.noise_file",
+            "~nobody-here/x",
+            "trainer.noise_file: '~nobody-here/x': there is no such user here",
+        ),
+        (
+            "data_loader.args.data_dir",
+            "~nobody-here",
+            "data_loader.args.data_dir: '~nobody-here': there is no such user here",
+        ),
+        ("trainer.noise_file", "a\0b", "trainer.noise_file: holds a zero byte"),
+        (
+            "system.device",
+            "gpu",
+            "system.device: 'gpu' is not a device: expected auto, cpu, cuda, cuda:N or mps",
+        ),
+        ("system.device", "cuda:999", "system.device: 'cuda:999' is not a device"),
+        (
+            "system.num_threads",
+            10**6,
+            "system.num_threads: .*less than or equal to 1024, not 1000000",
+        ),
+        (
+            "data_loader",
+            {"type": "ImageFolderDataLoader", "args": {"data_dir": "x", "image_size": 10**6}},
             "data_loader.args.image_size: .*less than or equal to 8192, not 1000000",
         ),
-        ("data_loader.args.batch_size", 10**10, "data_loader.args.batch_size: .*less than or equal to 1000000000, not 1"),
-        ("data_loader.args.num_workers", 10**6, "data_loader.args.num_workers: .*less than or equal to 1024"),
-        ("trainer.epochs", 10**30, "trainer.epochs: .*less than or equal to 1000000000, not 10{30}"),
-        ("augmentation.mixup_alpha", 1e308, "augmentation.mixup_alpha: .*less than or equal to 1000, not 1e.308"),
-        ("adversarial.epsilon", 1e308, "adversarial.epsilon: .*less than or equal to 255, not 1e.308"),
+        (
+            "data_loader.args.batch_size",
+            10**10,
+            "data_loader.args.batch_size: .*less than or equal to 1000000000, not 1",
+        ),
+        (
+            "data_loader.args.num_workers",
+            10**6,
+            "data_loader.args.num_workers: .*less than or equal to 1024",
+        ),
+        (
+            "trainer.epochs",
+            10**30,
+            "trainer.epochs: .*less than or equal to 1000000000, not 10{30}",
+        ),
+        (
+            "augmentation.mixup_alpha",
+            1e308,
+            "augmentation.mixup_alpha: .*less than or equal to 1000, not 1e.308",
+        ),
+        (
+            "adversarial.epsilon",
+            1e308,
+            "adversarial.epsilon: .*less than or equal to 255, not 1e.308",
+        ),
         ("trainer.fgsm_step", 1e308, "trainer.fgsm_step: .*less than or equal to 255"),
     ],
 )
@@ -367,13 +510,17 @@ def test_what_is_no_fraction_is_named_with_what_is_one(text):
         validate(merge(DIGITS, {"adversarial": {"epsilon": "256/255"}}))
 
 
-@pytest.mark.parametrize("name", ["a" * 255, "Опыт 1", "\U0001f469\u200d\U0001f52c", ". .", "a:b*c?", "x.y"])
+@pytest.mark.parametrize(
+    "name", ["a" * 255, "Опыт 1", "\U0001f469\u200d\U0001f52c", ". .", "a:b*c?", "x.y"]
+)
 def test_any_name_of_a_folder_is_a_name(name):
     assert validate({**DIGITS, "name": name}).name == name
 
 
 def test_none_contradicts_the_original_switch_for_free_training():
-    with pytest.raises(ConfigError, match=r"adversarial.method: none contradicts trainer.do_adv: true"):
+    with pytest.raises(
+        ConfigError, match=r"adversarial.method: none contradicts trainer.do_adv: true"
+    ):
         validate({**DIGITS, "adversarial": {"method": "none"}, "trainer": {"do_adv": True}})
 
 
@@ -381,7 +528,9 @@ def test_a_method_that_attacks_nothing_contradicts_do_adv(monkeypatch):
     monkeypatch.setitem(registry.TRAINERS, "plain", registry.TRAINERS["none"])
     tree = {**DIGITS, "adversarial": {"method": "plain"}}
     assert not validate(tree).attacks_while_training
-    with pytest.raises(ConfigError, match=r"adversarial.method: plain contradicts trainer.do_adv: true"):
+    with pytest.raises(
+        ConfigError, match=r"adversarial.method: plain contradicts trainer.do_adv: true"
+    ):
         validate({**tree, "trainer": {"do_adv": True}})
 
 
@@ -459,14 +608,19 @@ def test_the_parents_of_mmengine_are_refused_in_a_child_and_in_a_parent(tmp_path
     write(tmp_path / "parent.json", {"_base_": ["a.py"], **DIGITS})
     write(tmp_path / "child.json", {"extends": "parent.json"})
     for name in ("parent", "child"):
-        with pytest.raises(ConfigError, match=r"parent.json: _base_: a parent is named in extends here$"):
+        with pytest.raises(
+            ConfigError, match=r"parent.json: _base_: a parent is named in extends here$"
+        ):
             load_config(tmp_path / f"{name}.json")
 
 
 PORTED = {
     "n_gpu": 1.5,
     "loss": "nll_loss",
-    "data_loader": {"type": "DigitsDataLoader", "args": {"batch_size": 0, "collate": 1, "sampler": None}},
+    "data_loader": {
+        "type": "DigitsDataLoader",
+        "args": {"batch_size": 0, "collate": 1, "sampler": None},
+    },
     "optimizer": {"type": "Adam", "args": {"lr": -1, "momentum": 0.9, "nesterov": True}},
     "lr_scheduler": {"type": "StepLR", "args": {"gamma": "0.1"}},
     "trainer": {"epochs": 3, "len_epoch": 5, "monitor": "min val_nll", "grad_clip": 1.0},
@@ -486,13 +640,22 @@ def test_all_problems_are_told_at_once_in_one_line():
         "n_gpu", "data_loader.args.batch_size", "trainer.monitor", "optimizer.args.momentum", "optimizer.args.nesterov",
         "optimizer.args.lr", "lr_scheduler.args.step_size", "lr_scheduler.args.gamma",
     ])  # fmt: skip
-    unknown = {"loss", "data_loader.args.collate", "data_loader.args.sampler", "trainer.len_epoch", "trainer.grad_clip"}
+    unknown = {
+        "loss",
+        "data_loader.args.collate",
+        "data_loader.args.sampler",
+        "trainer.len_epoch",
+        "trainer.grad_clip",
+    }
     assert set(keys[:5]) == unknown, "unknown keys come first"
     assert "loss: unknown key; did you mean 'train_loss'?" in message
     assert "trainer.len_epoch: unknown key; did you mean 'data_loader.args.num_batches'?" in message
     assert "trainer.grad_clip: unknown key; also: " in message, "nothing here clips gradients"
     assert message.count("known here: name, ") == message.count("known here: epochs, ") == 1
-    assert "Adam takes no such argument; to leave it out: --set optimizer.args.momentum=null" in message
+    assert (
+        "Adam takes no such argument; to leave it out: --set optimizer.args.momentum=null"
+        in message
+    )
 
 
 def test_one_problem_is_told_as_it_is():
@@ -501,7 +664,14 @@ def test_one_problem_is_told_as_it_is():
             validate(DIGITS | broken)
         assert "also: " not in str(caught.value)
     with pytest.raises(ConfigError) as caught:
-        validate(DIGITS | {"num_classes": 3, "arch": {"args": {"num_classes": 4}}, "optimizer": {"args": {"lr": -1}}})
+        validate(
+            DIGITS
+            | {
+                "num_classes": 3,
+                "arch": {"args": {"num_classes": 4}},
+                "optimizer": {"args": {"lr": -1}},
+            }
+        )
     assert str(caught.value) == (
         "config: num_classes: 3 contradicts arch.args.num_classes: 4; also: optimizer.args.lr: expected at least 0, not -1"
     )
@@ -526,7 +696,10 @@ def test_what_is_unusual_but_json_is_read(tmp_path):
         ({"extends": "a" * 300}, "config.json: extends: .*: cannot be read: File name too long"),
         ({"extends": "config.json"}, "config.json: extends: .*config.json extends itself"),
         ({"extends": "loop.json"}, "loop.json: cannot be read: "),
-        ({"extends": "broken.json"}, "config.json: extends: .*broken.json: line 1, column 1: not valid JSON"),
+        (
+            {"extends": "broken.json"},
+            "config.json: extends: .*broken.json: line 1, column 1: not valid JSON",
+        ),
     ],
 )
 def test_parent_that_cannot_be_had_is_one_line(tmp_path, text, message):
@@ -540,7 +713,10 @@ def test_parent_that_cannot_be_had_is_one_line(tmp_path, text, message):
 
 def test_extends_in_a_circle_and_in_a_long_chain(tmp_path):
     for index in range(1100):
-        write(tmp_path / f"{index}.json", {"extends": f"{index + 1}.json", "trainer": {"epochs": index + 1}})
+        write(
+            tmp_path / f"{index}.json",
+            {"extends": f"{index + 1}.json", "trainer": {"epochs": index + 1}},
+        )
     write(tmp_path / "1100.json", {**DIGITS, "seed": 7})
     config = load_config(tmp_path / "0.json")
     assert (config.trainer.epochs, config.seed) == (1, 7)
@@ -557,7 +733,10 @@ def test_missing_file_and_line_breaks_in_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (("trainer", '{"epochs": 1, "epochs": 2}'), "trainer: key 'epochs' is given twice in one object"),
+        (
+            ("trainer", '{"epochs": 1, "epochs": 2}'),
+            "trainer: key 'epochs' is given twice in one object",
+        ),
         (("optimizer.args.lr", "NaN"), "optimizer.args.lr: NaN is not a finite number"),
         (("optimizer.args.lr", "1e999"), "optimizer.args.lr: 1e999 is too large a number"),
         (("optimizer", "[" * 10_000), "optimizer: nested deeper than 100 levels"),
@@ -580,8 +759,14 @@ def test_text_stays_text_where_the_field_is_text(text):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -616,16 +801,31 @@ PIECES = [
 ]
 
 
-@given(st.text(st.characters()) | st.lists(st.sampled_from(PIECES), max_size=25).map("".join) | st.binary(), st.booleans())
-def test_any_bytes_are_an_object_or_one_line_that_names_a_place_in_them(tmp_path_factory, content, in_object):
+@given(
+    st.text(st.characters())
+    | st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
+    | st.binary(),
+    st.booleans(),
+)
+def test_any_bytes_are_an_object_or_one_line_that_names_a_place_in_them(
+    tmp_path_factory, content, in_object
+):
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     file = tmp_path_factory.getbasetemp() / "any.json"
     file.write_bytes(b'{"a":' + data + b"}" if in_object else data)
     try:
         value = read_json_object(file)
     except ConfigError as error:
-        line, column = map(int, re.fullmatch(r".*any\.json: line (\d+), column (\d+): .+", str(error)).groups())
-        lines = file.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        line, column = map(
+            int, re.fullmatch(r".*any\.json: line (\d+), column (\d+): .+", str(error)).groups()
+        )
+        lines = (
+            file.read_bytes()
+            .decode("utf-8", "replace")
+            .replace("\r\n", "\n")
+            .replace("\r", "\n")
+            .split("\n")
+        )
         assert 1 <= column <= len(lines[line - 1]) + 1
     else:
         assert isinstance(value, dict)
@@ -651,7 +851,11 @@ def test_schema_and_reference_are_current():
 
 
 def test_every_table_has_a_key_that_names_its_entries():
-    tables = [table for name, table in vars(registry).items() if name.isupper() and isinstance(table, dict)]
+    tables = [
+        table
+        for name, table in vars(registry).items()
+        if name.isupper() and isinstance(table, dict)
+    ]
     assert len(tables) == 10
     named = [id(table) for _, table in choices()]
     assert [[*table] for table in tables if table and id(table) not in named] == []

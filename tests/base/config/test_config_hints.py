@@ -1,4 +1,5 @@
-"""Hints at the right key: every slip of the fingers at every key, names of other projects, keys in the wrong section."""
+"""Hints at the right key: every slip of the fingers at every key, names of other projects, keys in
+the wrong section."""
 
 import pytest
 
@@ -19,7 +20,8 @@ def hint_at(key):
 
 
 def slips(name):
-    """One letter lost, doubled, wrong, or swapped with its neighbor; another case; without underscores."""
+    """One letter lost, doubled, wrong, or swapped with its neighbor; another case; without
+    underscores."""
     for place in range(len(name)):
         yield name[:place] + name[place + 1 :]
         yield name[:place] + name[place] + name[place:]
@@ -35,11 +37,14 @@ def test_every_slip_at_every_key_finds_it():
         section, _, name = key.rpartition(".")
         known = list(section_at(section.split(".") if section else []).known_fields())
         for wrong in set(slips(name)) - set(known):
-            # of two letters, one is no evidence; and where a slip makes another project's name, that has its own meaning
+            # of two letters, one is no evidence; and where a slip makes another project's name,
+            # that has its own meaning
             if len(name) > 2 and wrong not in OTHER_PROJECTS:
                 # ipn_memory is one letter from in_memory and from pin_memory
                 right = {other for other in known if _edits(wrong.casefold(), other) <= 1} | {name}
-                assert hint_at(f"{section}.{wrong}" if section else wrong) in right, f"{section}: {wrong}"
+                assert hint_at(f"{section}.{wrong}" if section else wrong) in right, (
+                    f"{section}: {wrong}"
+                )
                 count += 1
     assert count > 2000
 
@@ -79,7 +84,10 @@ def test_every_name_of_another_project_leads_to_a_key_that_is_there():
 def test_arguments_that_stand_outside_of_args():
     for tree, meant in (
         ({"optimizer": {"type": "Adam", "betas": [0.9, 0.99]}}, "optimizer.args.betas"),
-        ({"lr_scheduler": {"type": "ReduceLROnPlateau", "patience": 3}}, "lr_scheduler.args.patience"),
+        (
+            {"lr_scheduler": {"type": "ReduceLROnPlateau", "patience": 3}},
+            "lr_scheduler.args.patience",
+        ),
         ({"lr_scheduler": {"type": "StepLR", "step_size": 3}}, "lr_scheduler.args.step_size"),
     ):
         with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):

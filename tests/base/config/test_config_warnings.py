@@ -21,10 +21,26 @@ IN_VAIN = {
     "augmentation.padding_mode": ("reflect", {"augmentation.crop_padding": 0}, {}),
     "augmentation.cutout_inside": (True, {}, {"augmentation.cutout": 5}),
     "augmentation.cutout_fill": ("black", {}, {"augmentation.cutout": 5}),
-    "system.sync_bn": (True, {"arch.args.norm_layer_type": "in"}, {"arch.args.norm_layer_type": "bn"}),
-    "lr_scheduler.args": ({"gamma": 0.9}, {"lr_scheduler.type": "none"}, {"lr_scheduler.type": "ExponentialLR"}),
-    "lr_scheduler.interval": ("batch", {"lr_scheduler.type": "none"}, {"lr_scheduler.type": "PolynomialLR"}),
-    "lr_scheduler.monitor": ("loss", {"lr_scheduler.type": "PolynomialLR"}, {"lr_scheduler.type": "ReduceLROnPlateau"}),
+    "system.sync_bn": (
+        True,
+        {"arch.args.norm_layer_type": "in"},
+        {"arch.args.norm_layer_type": "bn"},
+    ),
+    "lr_scheduler.args": (
+        {"gamma": 0.9},
+        {"lr_scheduler.type": "none"},
+        {"lr_scheduler.type": "ExponentialLR"},
+    ),
+    "lr_scheduler.interval": (
+        "batch",
+        {"lr_scheduler.type": "none"},
+        {"lr_scheduler.type": "PolynomialLR"},
+    ),
+    "lr_scheduler.monitor": (
+        "loss",
+        {"lr_scheduler.type": "PolynomialLR"},
+        {"lr_scheduler.type": "ReduceLROnPlateau"},
+    ),
     "trainer.early_stop": (3, {"trainer.monitor": "off"}, {"trainer.monitor": "min loss"}),
     "trainer.sym": (True, {}, {"trainer.percent": 0.1}),
     "trainer.asym": (True, {}, {"trainer.percent": 0.1}),
@@ -41,12 +57,20 @@ IN_VAIN = {
     "adversarial.step_size": (2, {}, {"adversarial.method": "fgsm"}),
     "adversarial.steps": (7, {"adversarial.method": "fgsm"}, {"adversarial.method": "trades"}),
     "adversarial.restarts": (2, {"adversarial.method": "trades"}, {"adversarial.method": "pgd"}),
-    "adversarial.random_start": (False, {"adversarial.method": "free"}, {"adversarial.method": "fgsm"}),
+    "adversarial.random_start": (
+        False,
+        {"adversarial.method": "free"},
+        {"adversarial.method": "fgsm"},
+    ),
     "adversarial.warmup_epochs": (5, {"adversarial.method": "none"}, {"adversarial.method": "pgd"}),
     "adversarial.bn_mode": ("eval", {}, {"adversarial.method": "trades"}),
     "adversarial.noise": ("carry", {"adversarial.method": "pgd"}, {"adversarial.method": "free"}),
     "adversarial.beta": (3, {"adversarial.method": "pgd"}, {"adversarial.method": "trades"}),
-    "adversarial.clean_passes": (2, {"adversarial.method": "free"}, {"adversarial.method": "trades"}),
+    "adversarial.clean_passes": (
+        2,
+        {"adversarial.method": "free"},
+        {"adversarial.method": "trades"},
+    ),
     "adversarial.validate_images": (50, {}, {"adversarial.validate_every": 2}),
     "adversarial.report_images": (50, {}, {"adversarial.report": True}),
     "pgd_attack.K": (7, {"pgd_attack.type": "fgsm"}, {"pgd_attack.type": "pgd"}),
@@ -72,9 +96,13 @@ def tree(*parts):
 def test_the_cases_are_all_keys_that_need_another():
     def needs(key):
         *section, name = key.split(".")
-        return any(isinstance(item, Needs) for item in section_at(section).known_fields()[name].metadata)
+        return any(
+            isinstance(item, Needs) for item in section_at(section).known_fields()[name].metadata
+        )
 
-    arguments = {f"adversarial.{key}" for choice in AdversarialConfig.choices for key in choice.known_keys()}
+    arguments = {
+        f"adversarial.{key}" for choice in AdversarialConfig.choices for key in choice.known_keys()
+    }
     assert {key for key in _keys(Config) if needs(key)} | arguments == IN_VAIN.keys()
 
 
@@ -89,13 +117,23 @@ def test_a_key_without_effect_is_named_and_one_with_effect_is_not(key):
     default = validate(tree(without)).model_dump()
     for name in key.split("."):
         default = default.get(name)
-    assert validate(tree(without, {key: default})).warnings == (), "the default was not asked for in vain"
+    assert validate(tree(without, {key: default})).warnings == (), (
+        "the default was not asked for in vain"
+    )
     for quiet in (True, key, [key], [key.partition(".")[0]]):
         assert validate(tree(without, {key: value, "_unused_ok": quiet})).warnings == ()
-    assert len(validate(tree(without, {key: value, "_unused_ok": ["seed", f"{key}x", 3]})).warnings) == 1
+    assert (
+        len(validate(tree(without, {key: value, "_unused_ok": ["seed", f"{key}x", 3]})).warnings)
+        == 1
+    )
 
 
-OF_LAYERS = [(choice, name, key) for choice in LAYER_CHOICES for name in choice.table for key in choice.arguments(name)]
+OF_LAYERS = [
+    (choice, name, key)
+    for choice in LAYER_CHOICES
+    for name in choice.table
+    for key in choice.arguments(name)
+]
 
 
 def another_value(argument):
@@ -109,7 +147,9 @@ def another_value(argument):
     raise AssertionError(f"{argument.key}: no other value was found")
 
 
-@pytest.mark.parametrize(("choice", "name", "key"), OF_LAYERS, ids=[f"{name}-{key}" for _, name, key in OF_LAYERS])
+@pytest.mark.parametrize(
+    ("choice", "name", "key"), OF_LAYERS, ids=[f"{name}-{key}" for _, name, key in OF_LAYERS]
+)
 def test_a_layers_argument_is_in_vain_where_no_chosen_layer_takes_it(choice, name, key):
     argument, place = choice.arguments(name)[key], f"arch.args.{key}"
     value = another_value(argument)
@@ -118,17 +158,26 @@ def test_a_layers_argument_is_in_vain_where_no_chosen_layer_takes_it(choice, nam
     assert not any("without effect" in warning for warning in chosen.warnings)
     (warning,) = validate(tree({place: value})).warnings
     owners = " or ".join(other for other in choice.table if key in choice.arguments(other))
-    assert warning.startswith(f"without effect in this run: {place} {json.dumps(value)} (only with {choice.key} ")
+    assert warning.startswith(
+        f"without effect in this run: {place} {json.dumps(value)} (only with {choice.key} "
+    )
     assert owners in warning
     if argument.field.default is not None:
-        assert validate(tree({place: argument.field.default})).warnings == (), "the default was not asked for in vain"
+        assert validate(tree({place: argument.field.default})).warnings == (), (
+            "the default was not asked for in vain"
+        )
     assert validate(tree({place: None})).warnings == ()
 
 
 def test_several_are_one_warning_and_the_comment_key_is_inherited(tmp_path):
-    values = {key: IN_VAIN[key][0] for key in ("adversarial.beta", "trainer.adv_repeats", "trainer.lamb_ocnn")}
+    values = {
+        key: IN_VAIN[key][0]
+        for key in ("adversarial.beta", "trainer.adv_repeats", "trainer.lamb_ocnn")
+    }
     (tmp_path / "parent.json").write_text(json.dumps(tree(values)))
-    (tmp_path / "child.json").write_text('{"extends": "parent.json", "_unused_ok": ["trainer.lamb_ocnn"]}')
+    (tmp_path / "child.json").write_text(
+        '{"extends": "parent.json", "_unused_ok": ["trainer.lamb_ocnn"]}'
+    )
     (tmp_path / "grandchild.json").write_text('{"extends": "child.json"}')
     (warning,) = load_config(tmp_path / "parent.json").warnings
     assert all(f" {key} " in warning for key in values)
@@ -167,13 +216,19 @@ TWICE, NEVER = "normalizes twice in a row", "without any normalization"
 def test_no_norm_and_two_norms_unless_the_files_name_both(tmp_path, files, flags, message):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**DIGITS, "arch": {"args": files}}))
-    warnings = load_config(file, [(f"arch.args.{name}", value) for name, value in flags.items()]).warnings
+    warnings = load_config(
+        file, [(f"arch.args.{name}", value) for name, value in flags.items()]
+    ).warnings
     assert [message in warning for warning in warnings] == [True] * (message is not None)
     whole = load_config(file, [("arch.args", json.dumps(flags))] if flags else []).warnings
     assert whole == warnings
 
 
 def test_a_pair_that_parent_and_child_name_between_them_is_asked_for(tmp_path):
-    (tmp_path / "parent.json").write_text(json.dumps({**DIGITS, "arch": {"args": {"conv_layer_type": "conv"}}}))
-    (tmp_path / "child.json").write_text('{"extends": "parent.json", "arch": {"args": {"norm_layer_type": "no"}}}')
+    (tmp_path / "parent.json").write_text(
+        json.dumps({**DIGITS, "arch": {"args": {"conv_layer_type": "conv"}}})
+    )
+    (tmp_path / "child.json").write_text(
+        '{"extends": "parent.json", "arch": {"args": {"norm_layer_type": "no"}}}'
+    )
     assert load_config(tmp_path / "child.json").warnings == ()

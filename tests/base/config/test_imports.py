@@ -10,14 +10,23 @@ import pytest
 import experiment  # noqa: F401 - fills the tables
 from base.checkpoint.resume import config_hash
 from base.config import imports, load_config
-from base.config.imports import FLAG, OwnCode, import_own_code, imported_for, own_class, requests_of_flag
+from base.config.imports import (
+    FLAG,
+    OwnCode,
+    import_own_code,
+    imported_for,
+    own_class,
+    requests_of_flag,
+)
 from base.errors import CheckpointError, ConfigError
 from base.registry import METRICS, NORM_LAYERS
 from studies.identity import identity
 
 pytestmark = pytest.mark.usefixtures("own_code")
 OWN = "OWN = True\n"
-REGISTERS = f"{OWN}from base.registry import NORM_LAYERS\nNORM_LAYERS['frn'] = lambda channels: None\n"
+REGISTERS = (
+    f"{OWN}from base.registry import NORM_LAYERS\nNORM_LAYERS['frn'] = lambda channels: None\n"
+)
 
 
 def own(*words):
@@ -47,7 +56,9 @@ def test_files_of_parents_come_first_and_null_deletes_them(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.py").write_text(OWN)
     config_file(tmp_path / "first_one" / "a.json", imports=["first_one.py"], _imports=["no.py"])
-    second = config_file(tmp_path / "second_one" / "b.json", extends="../first_one/a.json", imports=["second_one.py"])
+    second = config_file(
+        tmp_path / "second_one" / "b.json", extends="../first_one/a.json", imports=["second_one.py"]
+    )
     third = config_file(tmp_path / "c.json", extends="second_one/b.json", imports=None)
 
     def names(path, *words):
@@ -56,7 +67,11 @@ def test_files_of_parents_come_first_and_null_deletes_them(tmp_path):
     assert names(third) == []
     assert "first_one" not in sys.modules
     assert names(second) == ["first_one", "second_one"]
-    assert names(second, tmp_path / "third_one" / "third_one.py") == ["first_one", "second_one", "third_one"]
+    assert names(second, tmp_path / "third_one" / "third_one.py") == [
+        "first_one",
+        "second_one",
+        "third_one",
+    ]
     again = tmp_path / "again.json"
     again.write_text(json.dumps(load_config(second).dump()))
     assert load_config(again) == load_config(second), "a resolved config can be given again"
@@ -67,14 +82,19 @@ def test_a_resolved_config_whose_file_has_changed_warns(tmp_path):
     resolved = load_config(config_file(tmp_path / "a.json", imports=["changing.py"])).dump()
     resolved["imports"][0]["sha256"] = "0" * 64
     (warning,) = load_config(config_file(tmp_path / "b.json", **resolved)).warnings
-    assert warning == f"imports: {tmp_path / 'changing.py'}: has other content than when the run began"
+    assert (
+        warning == f"imports: {tmp_path / 'changing.py'}: has other content than when the run began"
+    )
 
 
 BROKEN = {
     "syntax.py": ("x = 1\ndef (:\n", r"line 2: SyntaxError: invalid syntax"),
     "raises.py": ("\n\nraise KeyError('no')\n", r"line 3: KeyError: 'no'"),
     "leaves.py": ("import sys\nsys.exit(3)\n", r"line 2: SystemExit: 3"),
-    "lacks.py": ("import no_such_thing\n", r"line 1: ModuleNotFoundError: No module named 'no_such_thing'"),
+    "lacks.py": (
+        "import no_such_thing\n",
+        r"line 1: ModuleNotFoundError: No module named 'no_such_thing'",
+    ),
     "meets_a_room.py": (
         "import models.frn\n",
         r"line 1: ModuleNotFoundError: No module named 'models.frn'; models is a room of this project, which comes first",
@@ -113,7 +133,10 @@ def test_code_that_cannot_run_is_one_line_and_leaves_nothing(tmp_path, name):
         (tmp_path / name).write_text(code)
     config = config_file(tmp_path / "c.json", imports=[name])
     before = {table: dict(entries) for table, entries in imports.tables().items()}
-    for call, source in ((lambda: load_config(config), f"{config}: imports"), (lambda: own(tmp_path / name), FLAG)):
+    for call, source in (
+        (lambda: load_config(config), f"{config}: imports"),
+        (lambda: own(tmp_path / name), FLAG),
+    ):
         with pytest.raises(ConfigError, match=rf"^{source}: \S*{name}: {message}$"):
             call()
     assert imports.tables() == before
@@ -129,7 +152,10 @@ def test_an_entry_that_two_files_register_names_both(tmp_path):
     with pytest.raises(ConfigError) as caught:
         own(tmp_path / "other_frn.py")
     one, other = tmp_path / "one_frn.py", tmp_path / "other_frn.py"
-    assert str(caught.value) == f"{FLAG}: {other}: replaces NORM_LAYERS['frn'] of {one}: choose another name"
+    assert (
+        str(caught.value)
+        == f"{FLAG}: {other}: replaces NORM_LAYERS['frn'] of {one}: choose another name"
+    )
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
@@ -137,14 +163,18 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "same_name.py").write_text(OWN)
     own(tmp_path / "a" / "same_name.py")
-    with pytest.raises(ConfigError, match=r"b/same_name.py: .*a/same_name.py is the module same_name already"):
+    with pytest.raises(
+        ConfigError, match=r"b/same_name.py: .*a/same_name.py is the module same_name already"
+    ):
         own(tmp_path / "b" / "same_name.py")
 
 
 def test_modules_by_name(tmp_path, monkeypatch):
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "losses.py").write_text(OWN)
-    with pytest.raises(ConfigError, match=r"^--imports: my_package.losses: no such module; .* PYTHONPATH"):
+    with pytest.raises(
+        ConfigError, match=r"^--imports: my_package.losses: no such module; .* PYTHONPATH"
+    ):
         own("my_package.losses")
     monkeypatch.syspath_prepend(tmp_path)
     (code,) = own("my_package.losses")
@@ -154,16 +184,26 @@ def test_modules_by_name(tmp_path, monkeypatch):
         own("models.losses")
 
 
-@pytest.mark.parametrize("value", ["my.py", [3], [{"file": "a.py", "module": "a"}], [{}], [""], {"file": "a.py"}])
+@pytest.mark.parametrize(
+    "value", ["my.py", [3], [{"file": "a.py", "module": "a"}], [{}], [""], {"file": "a.py"}]
+)
 def test_imports_that_are_no_list_of_words(tmp_path, value):
-    with pytest.raises(ConfigError, match=r"c.json: imports: .*expected a list of Python files and names of modules"):
+    with pytest.raises(
+        ConfigError,
+        match=r"c.json: imports: .*expected a list of Python files and names of modules",
+    ):
         load_config(config_file(tmp_path / "c.json", imports=value))
 
 
 def test_a_setting_imports_nothing(tmp_path):
     (tmp_path / "own_file.py").write_text("raise AssertionError")
-    with pytest.raises(ConfigError, match=r"^--set imports=.*: your own code is named by --imports FILE_OR_MODULE$"):
-        load_config(config_file(tmp_path / "c.json"), [("imports", json.dumps([str(tmp_path / "own_file.py")]))])
+    with pytest.raises(
+        ConfigError, match=r"^--set imports=.*: your own code is named by --imports FILE_OR_MODULE$"
+    ):
+        load_config(
+            config_file(tmp_path / "c.json"),
+            [("imports", json.dumps([str(tmp_path / "own_file.py")]))],
+        )
 
 
 def test_what_a_checkpoint_asks_for_is_not_run(tmp_path):
@@ -172,18 +212,25 @@ def test_what_a_checkpoint_asks_for_is_not_run(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         imported_for([OwnCode(file=str(file)), OwnCode(file="/gone/away_now.py")], "run")
     assert "add --imports '/" in str(caught.value)
-    assert "asked.py' --imports /gone/away_now.py (no longer there: /gone/away_now.py; give its new path)" in str(caught.value)
+    assert (
+        "asked.py' --imports /gone/away_now.py (no longer there: /gone/away_now.py; give its new path)"
+        in str(caught.value)
+    )
 
 
 def test_classes_of_own_modules_only(tmp_path):
     (tmp_path / "own_classes.py").write_text(f"{OWN}class Lion(dict): pass\n")
-    with pytest.raises(ConfigError, match="'own_classes.Lion': the module own_classes is not among the imports"):
+    with pytest.raises(
+        ConfigError, match="'own_classes.Lion': the module own_classes is not among the imports"
+    ):
         own_class("own_classes.Lion", dict, "optimizer.type")
     with pytest.raises(ConfigError, match="the module collections is not among the imports"):
         own_class("collections.OrderedDict", dict, "optimizer.type")
     own(tmp_path / "own_classes.py")
     assert issubclass(own_class("own_classes.Lion", dict, "optimizer.type"), dict)
-    with pytest.raises(ConfigError, match="expected a subclass of dict in own_classes; did you mean 'Lion'"):
+    with pytest.raises(
+        ConfigError, match="expected a subclass of dict in own_classes; did you mean 'Lion'"
+    ):
         own_class("own_classes.Lino", dict, "optimizer.type")
 
 
@@ -203,8 +250,6 @@ def test_a_run_is_what_its_code_is_and_not_where_it_lies(tmp_path, monkeypatch):
     assert len({*first, *other}) == 4
     without = load_config(config_file(tmp_path / "c.json"))
     assert not {config_hash(without), identity(without)} & {*first, *other}
-
-
 
 
 def test_worker_processes_find_what_they_unpickle(tmp_path):

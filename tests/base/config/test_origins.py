@@ -18,7 +18,9 @@ def load(tmp_path, *words, parent=None, child=None):
     """The config of a child and its parent, with the words of a command line."""
     (tmp_path / "parent.json").write_text(json.dumps({**DIGITS, **(parent or {})}))
     (tmp_path / "child.json").write_text(json.dumps({"extends": "parent.json", **(child or {})}))
-    return load_config(tmp_path / "child.json", config_overrides(config_parser("").parse_args(words)))
+    return load_config(
+        tmp_path / "child.json", config_overrides(config_parser("").parse_args(words))
+    )
 
 
 PARENT, CHILD = "{folder}/parent.json (extended by child.json)", "{folder}/child.json"
@@ -28,17 +30,42 @@ PARENT, CHILD = "{folder}/parent.json (extended by child.json)", "{folder}/child
     ("parent", "child", "words", "message"),
     [
         ({"trainer": {"epochs": 0}}, {}, [], f"{PARENT}: trainer.epochs: Input should be"),
-        ({"trainer": {"epochs": 5}}, {"trainer": {"epochs": 0}}, [], f"{CHILD}: trainer.epochs: Input should be"),
-        ({"trainer": {"epochs": 0}}, {}, ["--set", "trainer.epochs=-1"], "--set trainer.epochs=-1: trainer.epochs: Input"),
+        (
+            {"trainer": {"epochs": 5}},
+            {"trainer": {"epochs": 0}},
+            [],
+            f"{CHILD}: trainer.epochs: Input should be",
+        ),
+        (
+            {"trainer": {"epochs": 0}},
+            {},
+            ["--set", "trainer.epochs=-1"],
+            "--set trainer.epochs=-1: trainer.epochs: Input",
+        ),
         ({}, {}, ["--norm", "bn2"], "--norm bn2: arch.args.norm_layer_type: 'bn2' is not one of"),
-        ({}, {}, ["--norm_layer=bn2"], "--norm_layer bn2: arch.args.norm_layer_type: 'bn2' is not one of"),
+        (
+            {},
+            {},
+            ["--norm_layer=bn2"],
+            "--norm_layer bn2: arch.args.norm_layer_type: 'bn2' is not one of",
+        ),
         ({"trainr": {}}, {}, [], f"{PARENT}: trainr: unknown key"),
         ({}, {"trainr": None}, [], f"{CHILD}: trainr: unknown key"),
         ({}, {}, ["--set", "trainr=null"], "--set trainr=null: trainr: unknown key"),
         ({}, {}, ["--set", "seed=[1"], "--set seed=[1: seed: Input"),
         ({}, {}, ["--set", "trainer..epochs=1"], "--set trainer..epochs=1: expected a dotted key"),
-        ({"trainer": {"sym": True, "percent": 0.1}}, {}, ["--asym"], "--asym true: trainer.sym and asym"),
-        ({}, {}, ["--percent", "0.2"], "--percent 0.2: trainer.percent: 0.2 has no effect: set sym or asym"),
+        (
+            {"trainer": {"sym": True, "percent": 0.1}},
+            {},
+            ["--asym"],
+            "--asym true: trainer.sym and asym",
+        ),
+        (
+            {},
+            {},
+            ["--percent", "0.2"],
+            "--percent 0.2: trainer.percent: 0.2 has no effect: set sym or asym",
+        ),
         (
             {"num_classes": 5},
             {"arch": {"args": {"num_classes": 10}}},
@@ -52,11 +79,18 @@ PARENT, CHILD = "{folder}/parent.json (extended by child.json)", "{folder}/child
             f"{CHILD}: seed: ",
         ),
         ({}, {}, ["--set", "comet.offline=x"], "--set comet.offline: comet.offline: "),
-        ({}, {"optimizer": {"type": "SGD", "args": {"lr": -1}}}, [], f"{CHILD}: optimizer.args.lr: expected at least 0"),
+        (
+            {},
+            {"optimizer": {"type": "SGD", "args": {"lr": -1}}},
+            [],
+            f"{CHILD}: optimizer.args.lr: expected at least 0",
+        ),
         ({}, {}, ["--lr", "-1"], "--lr -1: optimizer.args.lr: expected at least 0"),
     ],
 )
-def test_an_error_names_the_file_or_flag_that_the_value_came_from(tmp_path, parent, child, words, message):
+def test_an_error_names_the_file_or_flag_that_the_value_came_from(
+    tmp_path, parent, child, words, message
+):
     with pytest.raises(ConfigError) as caught:  # noqa: PT012 - some are found by loading, some behind it
         config = load(tmp_path, *words, parent=parent, child=child)
         with origins_named(config):
@@ -66,7 +100,13 @@ def test_an_error_names_the_file_or_flag_that_the_value_came_from(tmp_path, pare
 
 def test_several_errors_name_each_its_own(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path, "--set", "n_gpu=x", parent={"seed": -1}, child={"trainer": {"epochs": 0, "save_period": 0}})
+        load(
+            tmp_path,
+            "--set",
+            "n_gpu=x",
+            parent={"seed": -1},
+            child={"trainer": {"epochs": 0, "save_period": 0}},
+        )
     first, second, third, fourth = str(caught.value).split("; also: ")
     assert first.startswith(f"{tmp_path}/parent.json (extended by child.json): seed: ")
     assert second.startswith("--set n_gpu=x: n_gpu: ")
@@ -76,19 +116,37 @@ def test_several_errors_name_each_its_own(tmp_path):
 
 def test_a_warning_names_the_flag(tmp_path):
     (warning,) = load(tmp_path, "--sym").warnings
-    assert warning == "without effect in this run: trainer.sym true of --sym true (only with trainer.percent above 0)"
+    assert (
+        warning
+        == "without effect in this run: trainer.sym true of --sym true (only with trainer.percent above 0)"
+    )
 
 
 def test_the_printed_config_is_a_config_and_names_every_origin(tmp_path):
     parent = {"trainer": {"epochs": 5, "early_stop": 3}, "comet": {"api": "secret", "project": "p"}}
     child = {"trainer": {"early_stop": None}, "name": "of the child", "metrics": ["top5"]}
-    config = load(tmp_path, "--set", "trainer.save_period=2", "--lr", "0.3", "--key", "secret", parent=parent, child=child)
+    config = load(
+        tmp_path,
+        "--set",
+        "trainer.save_period=2",
+        "--lr",
+        "0.3",
+        "--key",
+        "secret",
+        parent=parent,
+        child=child,
+    )
     text = config.describe_origins()
     assert "secret" not in text
     tree = json.loads(text)
     assert validate(tree) == config.model_copy(update={"comet": validate(tree).comet})
-    assert all(line.count('": ') == 2 for line in text.splitlines() if not line.endswith(("{", "}", "},"))), "a line per key"
-    of = {"parent": f"{tmp_path}/parent.json (extended by child.json)", "child": f"{tmp_path}/child.json"}
+    assert all(
+        line.count('": ') == 2 for line in text.splitlines() if not line.endswith(("{", "}", "},"))
+    ), "a line per key"
+    of = {
+        "parent": f"{tmp_path}/parent.json (extended by child.json)",
+        "child": f"{tmp_path}/child.json",
+    }
     assert tree["trainer"]["_epochs"] == tree["comet"]["_project"] == of["parent"]
     assert (tree["_name"], tree["_metrics"]) == (of["child"], of["child"])
     assert tree["trainer"]["_save_period"] == "--set trainer.save_period=2"

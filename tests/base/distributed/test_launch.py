@@ -20,7 +20,9 @@ def test_more_processes_than_devices_are_refused(monkeypatch, device, visible):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: visible > 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     config = validate(merge(MINIMAL, {"n_gpu": 3, "system": {"device": device}}))
-    with pytest.raises(ConfigError, match=f"n_gpu: asks for 3 processes, but {visible} CUDA devices are visible"):
+    with pytest.raises(
+        ConfigError, match=f"n_gpu: asks for 3 processes, but {visible} CUDA devices are visible"
+    ):
         refuse_missing_devices(config, 3, "n_gpu")
     on_cpu = validate(merge(MINIMAL, {"n_gpu": 3, "system": {"device": "cpu"}}))
     refuse_missing_devices(on_cpu, 3, "n_gpu")
@@ -31,7 +33,8 @@ def test_one_device_is_not_enough_for_two(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = validate(merge(MINIMAL, {"n_gpu": 2, "system": {"device": "cuda:1"}}))
     with pytest.raises(
-        ConfigError, match="system.device: cuda:1 is one device, n_gpu asks for 2 processes .system.device=cuda"
+        ConfigError,
+        match="system.device: cuda:1 is one device, n_gpu asks for 2 processes .system.device=cuda",
     ):
         refuse_missing_devices(config, 2, "n_gpu")
     refuse_missing_devices(config, 1, "torchrun")  # on each of several machines

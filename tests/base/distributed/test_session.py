@@ -1,4 +1,5 @@
-"""How a minibatch is shared out: every image once, the same numbers drawn, the mean of the whole."""
+"""How a minibatch is shared out: every image once, the same numbers drawn, the mean of the
+whole."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,11 +26,16 @@ def shares(total, processes):
 
 
 @pytest.mark.parametrize(("total", "processes"), [(9, 2), (8, 2), (7, 3), (3, 3), (5, 1)])
-def test_every_image_is_computed_once_and_the_gradients_average_is_that_of_the_mean(total, processes):
+def test_every_image_is_computed_once_and_the_gradients_average_is_that_of_the_mean(
+    total, processes
+):
     images = torch.arange(total)
     parts = [images[share.part] for share in shares(total, processes)]
     assert sorted(torch.cat(parts).tolist()) == images.tolist()
-    assert all(share.counts and len(part) for share, part in zip(shares(total, processes), parts, strict=True))
+    assert all(
+        share.counts and len(part)
+        for share, part in zip(shares(total, processes), parts, strict=True)
+    )
     losses = torch.rand(total, dtype=torch.float64)
     averaged = sum(share.mean(losses[share.part]) for share in shares(total, processes)) / processes
     assert float(averaged) == pytest.approx(float(losses.mean()), rel=1e-12)
@@ -71,7 +77,10 @@ def test_processes_meet_although_the_store_holds_what_dead_ones_said():
     parts[0].set("key", "new")
     assert [part.get("key") for part in parts] == [b"new"] * 3
     with ThreadPoolExecutor(3) as pool:
-        again = [part.result(timeout=200) for part in [pool.submit(_meet, store, number, 3) for number in range(3)]]
+        again = [
+            part.result(timeout=200)
+            for part in [pool.submit(_meet, store, number, 3) for number in range(3)]
+        ]
     assert not again[1].check(["key"]), "the next attempt has a part of its own"
 
 
@@ -91,14 +100,26 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
             "another process has ended (Connection closed by",
             "too",
         ),
-        (f"{GLOO}Read error [10.0.0.1]:4: Connection reset by peer", "another process has ended (Read error", "ends, too"),
-        ("NCCL error\nncclRemoteError: A call failed possibly due to a remote process exiting", "another process", "too"),
+        (
+            f"{GLOO}Read error [10.0.0.1]:4: Connection reset by peer",
+            "another process has ended (Read error",
+            "ends, too",
+        ),
+        (
+            "NCCL error\nncclRemoteError: A call failed possibly due to a remote process exiting",
+            "another process",
+            "too",
+        ),
         (
             NCCL,
             "the processes cannot work together: NCCL error in: ",
             "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
         ),
-        (f"{GLOO}Timed out waiting 18ms for recv\nException raised from f at a.cpp:1", "the processes cannot", "18ms for recv"),
+        (
+            f"{GLOO}Timed out waiting 18ms for recv\nException raised from f at a.cpp:1",
+            "the processes cannot",
+            "18ms for recv",
+        ),
         ("", "the processes cannot work together: ", "DistBackendError"),
     ],
 )
@@ -115,7 +136,10 @@ def test_the_cause_of_a_failed_connection_is_kept(monkeypatch):
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(None, 1, 2)]))
     monkeypatch.setattr("base.distributed.session._meet", lambda *_: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
-    with pytest.raises(ProjectError, match="rank 1: the processes cannot work together") as caught, distributed_session():
+    with (
+        pytest.raises(ProjectError, match="rank 1: the processes cannot work together") as caught,
+        distributed_session(),
+    ):
         raise cause
     assert caught.value.__cause__ is cause
 

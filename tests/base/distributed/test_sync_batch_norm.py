@@ -1,4 +1,5 @@
-"""Synchronized batch normalization; in several processes it is tested by tests/test_distributed.py."""
+"""Synchronized batch normalization; in several processes it is tested by
+tests/test_distributed.py."""
 
 from copy import deepcopy
 
@@ -10,7 +11,9 @@ from base.distributed.sync_batch_norm import SynchronizedBatchNorm2d, convert_sy
 from models.layers import ConvNorm2d
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}]
+)
 def test_with_one_process_it_is_batch_norm(options):
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(4, **options).double()

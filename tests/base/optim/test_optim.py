@@ -1,4 +1,5 @@
-"""Optimizers and schedules by name: checked before data is read, stepped at the right moment, resumed exactly."""
+"""Optimizers and schedules by name: checked before data is read, stepped at the right moment,
+resumed exactly."""
 
 import inspect
 import json
@@ -10,7 +11,14 @@ from torch import nn
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
-from base.optim import OPTIMIZERS, SCHEDULERS, Schedule, build_optimizer, check_optimization, load_optimizer
+from base.optim import (
+    OPTIMIZERS,
+    SCHEDULERS,
+    Schedule,
+    build_optimizer,
+    check_optimization,
+    load_optimizer,
+)
 from base.optim.optimizers import UNUSABLE
 from base.optim.schedules import spans_whole_run
 from base.optim.signatures import NOT_THE_CONFIGS, check_arguments
@@ -36,7 +44,11 @@ def start(name, epochs=5):
     model = nn.Linear(2, 2)
     optimizer = build_optimizer(SGD, model)
     config = SchedulerConfig(type=name, args=SCHEDULER_ARGS.get(name, {}))
-    return model, optimizer, Schedule(config, optimizer, epochs, batches_per_epoch=2, has_validation=True)
+    return (
+        model,
+        optimizer,
+        Schedule(config, optimizer, epochs, batches_per_epoch=2, has_validation=True),
+    )
 
 
 def train(model, optimizer, schedule, epochs):
@@ -70,20 +82,28 @@ def test_every_scheduler_resumes_exactly_through_a_checkpoint_file(name, tmp_pat
     assert resumed_rates == rates
     assert torch.equal(second[0].weight, uninterrupted[0].weight)
     if name != "none":
-        assert len(set(rates)) > 1 or name == "ConstantLR", "a schedule that changes nothing shows nothing"
+        assert len(set(rates)) > 1 or name == "ConstantLR", (
+            "a schedule that changes nothing shows nothing"
+        )
 
 
 def test_rates_by_hand():
-    assert train(*start("StepLR"), range(4)) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01])
+    assert train(*start("StepLR"), range(4)) == pytest.approx(
+        [0.1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.01]
+    )
     # T_max defaults to the run's five epochs: 0.05 (1 + cos(pi e / 5))
     cosine = [0.1, 0.0904508, 0.0654508, 0.0345492, 0.0095492]
     assert train(*start("CosineAnnealingLR"), range(5))[::2] == pytest.approx(cosine, abs=1e-6)
-    # total_steps defaults to the run's ten batches: stepped after each of them, the peak comes at 30 %
+    # total_steps defaults to the run's ten batches: stepped after each of them, the peak comes at
+    # 30 %
     one_cycle = train(*start("OneCycleLR"), range(5))
     assert max(one_cycle) == pytest.approx(0.3)
     assert one_cycle.index(max(one_cycle)) == 2
-    # the loss of this run rises from the second epoch on: without patience every epoch divides by ten
-    assert train(*start("ReduceLROnPlateau"), range(4))[::2] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    # the loss of this run rises from the second epoch on: without patience every epoch divides by
+    # ten
+    assert train(*start("ReduceLROnPlateau"), range(4))[::2] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.001]
+    )
 
 
 WARM_UP = {"type": "LinearLR", "args": {"start_factor": 0.25, "total_iters": 2}}
@@ -98,24 +118,35 @@ def sequence(milestones, *parts):
     [
         (sequence([2], WARM_UP, {"type": "CosineAnnealingLR"}), [{"T_max": 4}], "epoch"),
         (sequence([2], WARM_UP, {"type": "CosineAnnealingLR"}), [{"T_max": 16}], "batch"),
-        (sequence([2], WARM_UP, {"type": "OneCycleLR", "args": {"max_lr": 0.3}}), [{"total_steps": 16}], "batch"),
+        (
+            sequence([2], WARM_UP, {"type": "OneCycleLR", "args": {"max_lr": 0.3}}),
+            [{"total_steps": 16}],
+            "batch",
+        ),
         (
             sequence([1, 4], WARM_UP, {"type": "CosineAnnealingLR"}, {"type": "PolynomialLR"}),
             [{"T_max": 3}, {"total_iters": 2}],
             "epoch",
         ),
         (
-            sequence([2], WARM_UP, sequence([1], {"type": "ConstantLR"}, {"type": "CosineAnnealingLR"})),
+            sequence(
+                [2], WARM_UP, sequence([1], {"type": "ConstantLR"}, {"type": "CosineAnnealingLR"})
+            ),
             [{"T_max": 3}],
             "epoch",
         ),
         (
-            sequence([4], sequence([1], WARM_UP, {"type": "CosineAnnealingLR"}), {"type": "PolynomialLR"}),
+            sequence(
+                [4], sequence([1], WARM_UP, {"type": "CosineAnnealingLR"}), {"type": "PolynomialLR"}
+            ),
             [{"T_max": 3}, {"total_iters": 2}],
             "epoch",
         ),
         (
-            {"type": "ChainedScheduler", "args": {"schedulers": [WARM_UP, {"type": "PolynomialLR"}]}},
+            {
+                "type": "ChainedScheduler",
+                "args": {"schedulers": [WARM_UP, {"type": "PolynomialLR"}]},
+            },
             [{"total_iters": 6}],
             "epoch",
         ),
@@ -136,7 +167,9 @@ def test_a_part_without_a_length_spans_what_is_left_for_it(given, lengths, inter
 
     def rates(tree):
         optimizer = build_optimizer(SGD, nn.Linear(2, 2))
-        schedule = Schedule(SchedulerConfig(**tree, interval=interval), optimizer, 6, 3, has_validation=True)
+        schedule = Schedule(
+            SchedulerConfig(**tree, interval=interval), optimizer, 6, 3, has_validation=True
+        )
         found = []
         for _ in range(6):
             for _ in range(3):
@@ -162,21 +195,32 @@ def test_a_sequence_in_a_sequence_is_its_parts_one_after_another():
             schedule.step_epoch({})
             yield schedule.learning_rate
 
-    parts = [{"type": "StepLR", "args": {"step_size": 1, "gamma": gamma}} for gamma in (0.5, 0.6, 0.7, 0.8)]
+    parts = [
+        {"type": "StepLR", "args": {"step_size": 1, "gamma": gamma}}
+        for gamma in (0.5, 0.6, 0.7, 0.8)
+    ]
     inner = sequence([2, 3], *parts[1:])
     assert list(rates(sequence([2], parts[0], inner))) == list(rates(sequence([2, 4, 5], *parts)))
     # the outer milestone comes before the inner's last one
-    assert list(rates(sequence([2, 5], parts[0], inner, WARM_UP))) == list(rates(sequence([2, 4, 5], *parts[:3], WARM_UP)))
+    assert list(rates(sequence([2, 5], parts[0], inner, WARM_UP))) == list(
+        rates(sequence([2, 4, 5], *parts[:3], WARM_UP))
+    )
     chain = {"type": "ChainedScheduler", "args": {"schedulers": parts[:2]}}
-    with pytest.raises(ConfigError, match=r"lr_scheduler.args.schedulers.1.type: .* only be the first part"):
+    with pytest.raises(
+        ConfigError, match=r"lr_scheduler.args.schedulers.1.type: .* only be the first part"
+    ):
         list(rates(sequence([2], WARM_UP, chain)))
-    for wrong in (sequence([2, 3], *parts[:2]), {"type": "SequentialLR", "args": {"schedulers": parts}}):
+    for wrong in (
+        sequence([2, 3], *parts[:2]),
+        {"type": "SequentialLR", "args": {"schedulers": parts}},
+    ):
         with pytest.raises(ConfigError, match=r"lr_scheduler.args.schedulers.1.args.milestones: "):
             list(rates(sequence([2], WARM_UP, wrong)))
 
 
 def test_a_run_goes_on_with_the_lengths_that_it_began_with():
-    """Checkpoints of runs that began when a cosine behind a warm-up had the length of the whole run."""
+    """Checkpoints of runs that began when a cosine behind a warm-up had the length of the whole
+    run."""
 
     def begin(tree):
         optimizer = build_optimizer(SGD, nn.Linear(2, 2))
@@ -201,7 +245,8 @@ def test_a_run_goes_on_with_the_lengths_that_it_began_with():
 
 def test_half_steps_of_a_cycle():
     config = SchedulerConfig(
-        type="CyclicLR", args={"base_lr": 0.0, "max_lr": 0.3, "step_size_up": 1.5, "step_size_down": 4.5}
+        type="CyclicLR",
+        args={"base_lr": 0.0, "max_lr": 0.3, "step_size_up": 1.5, "step_size_down": 4.5},
     )
     check_optimization(SGD, config)
     schedule = Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), 6, 1, has_validation=True)
@@ -229,7 +274,16 @@ def test_every_optimizer_can_be_named_alone_and_moves_a_network(name):
     [
         (("CosineAnnealingLR", {}), True),
         (("CosineAnnealingLR", {"T_max": 3}), False),
-        (("SequentialLR", {"schedulers": [{"type": "LinearLR"}, {"type": "CosineAnnealingLR"}], "milestones": [2]}), True),
+        (
+            (
+                "SequentialLR",
+                {
+                    "schedulers": [{"type": "LinearLR"}, {"type": "CosineAnnealingLR"}],
+                    "milestones": [2],
+                },
+            ),
+            True,
+        ),
         (("StepLR", {"step_size": 2}), False),
         (("none", {}), False),
     ],
@@ -242,34 +296,86 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
     ("optimizer", "scheduler", "message"),
     [
         (("SDG", {}), None, r"optimizer.type: 'SDG' is not one of: .*did you mean 'SGD'\?"),
-        (("SGD", {"momentun": 0.9}), None, r"optimizer.args.momentun: SGD takes no such argument; did you mean 'momentum'\?"),
+        (
+            ("SGD", {"momentun": 0.9}),
+            None,
+            r"optimizer.args.momentun: SGD takes no such argument; did you mean 'momentum'\?",
+        ),
         (("SGD", {"lr": -1}), None, "optimizer.args.lr: expected at least 0, not -1"),
         (("SGD", {"lr": "fast"}), None, 'optimizer.args.lr: expected a number, not "fast"'),
         (("SGD", {"lr": True}), None, "optimizer.args.lr: expected a number, not true"),
         (("SGD", {"lr": {"a": 1}}), None, "optimizer.args.lr: expected a number, not"),
-        (("SGD", {"momentum": 1}), None, "optimizer.args.momentum: expected at least 0 and below 1, not 1"),
-        (("SGD", {"nesterov": 1, "momentum": 0.9}), None, "optimizer.args.nesterov: expected true or false, not 1"),
+        (
+            ("SGD", {"momentum": 1}),
+            None,
+            "optimizer.args.momentum: expected at least 0 and below 1, not 1",
+        ),
+        (
+            ("SGD", {"nesterov": 1, "momentum": 0.9}),
+            None,
+            "optimizer.args.nesterov: expected true or false, not 1",
+        ),
         (
             ("SGD", {"momentum": 0, "nesterov": True}),
             None,
             "optimizer.args.nesterov: SGD does not accept true: Nest",
         ),
-        (("SGD", {"momentum": 0.9, "lr": 1e300}), None, "optimizer.args.lr: a step with these arguments fails: "),
-        (("Adam", {"lr": 1e-3, "eps": -1}), None, "optimizer.args.eps: Adam does not accept -1: Invalid epsilon value"),
-        (("AdamW", {"betas": [0.9, 0.99, 0.999]}), None, "optimizer.args.betas: expected a list of 2: a number, a number, not"),
+        (
+            ("SGD", {"momentum": 0.9, "lr": 1e300}),
+            None,
+            "optimizer.args.lr: a step with these arguments fails: ",
+        ),
+        (
+            ("Adam", {"lr": 1e-3, "eps": -1}),
+            None,
+            "optimizer.args.eps: Adam does not accept -1: Invalid epsilon value",
+        ),
+        (
+            ("AdamW", {"betas": [0.9, 0.99, 0.999]}),
+            None,
+            "optimizer.args.betas: expected a list of 2: a number, a number, not",
+        ),
         (
             ("AdamW", {"betas": [0.9, 1.5]}),
             None,
             "optimizer.args.betas: expected numbers at least 0 and below 1, not",
         ),
-        (("AdamW", {"betas": 0.9}), None, "optimizer.args.betas: expected a list of 2: a number, a number, not 0.9"),
-        (("LBFGS", {}), None, "optimizer.type: LBFGS cannot be used from a config: it evaluates the loss several times"),
+        (
+            ("AdamW", {"betas": 0.9}),
+            None,
+            "optimizer.args.betas: expected a list of 2: a number, a number, not 0.9",
+        ),
+        (
+            ("LBFGS", {}),
+            None,
+            "optimizer.type: LBFGS cannot be used from a config: it evaluates the loss several times",
+        ),
         (("AdamW", {"betas": [0.9]}), None, "optimizer.args.betas: expected a list of 2"),
-        (("Muon", {}), None, "optimizer.type: Muon cannot be used from a config: it takes matrices only"),
-        (None, ("StepLR", {"step_size": 0}), "lr_scheduler.args.step_size: expected at least 1, not 0"),
-        (None, ("StepLR", {"step_size": 2.5}), "lr_scheduler.args.step_size: expected an integer, not 2.5"),
-        (None, ("StepLR", {"step_size": 2, "gamma": -0.1}), "lr_scheduler.args.gamma: expected at least 0, not -0.1"),
-        (None, ("CosineAnnealingLR", {"eta_min": -0.1}), "lr_scheduler.args.eta_min: expected at least 0, not -0.1"),
+        (
+            ("Muon", {}),
+            None,
+            "optimizer.type: Muon cannot be used from a config: it takes matrices only",
+        ),
+        (
+            None,
+            ("StepLR", {"step_size": 0}),
+            "lr_scheduler.args.step_size: expected at least 1, not 0",
+        ),
+        (
+            None,
+            ("StepLR", {"step_size": 2.5}),
+            "lr_scheduler.args.step_size: expected an integer, not 2.5",
+        ),
+        (
+            None,
+            ("StepLR", {"step_size": 2, "gamma": -0.1}),
+            "lr_scheduler.args.gamma: expected at least 0, not -0.1",
+        ),
+        (
+            None,
+            ("CosineAnnealingLR", {"eta_min": -0.1}),
+            "lr_scheduler.args.eta_min: expected at least 0, not -0.1",
+        ),
         (
             None,
             ("OneCycleLR", {"max_lr": 0.1, "pct_start": 2}),
@@ -285,7 +391,11 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
             ("ReduceLROnPlateau", {"factor": 1.5}),
             "lr_scheduler.args.factor: ReduceLROnPlateau does not accept 1.5: Factor should be < 1.0",
         ),
-        (None, ("ChainedScheduler", {"schedulers": []}), "lr_scheduler.args.schedulers: expected a list of"),
+        (
+            None,
+            ("ChainedScheduler", {"schedulers": []}),
+            "lr_scheduler.args.schedulers: expected a list of",
+        ),
         (("SparseAdam", {}), None, "optimizer.type: SparseAdam cannot be used"),
         (None, ("StepLR", {}), "lr_scheduler.args.step_size: required by StepLR, but not given"),
         (None, ("steplr", {}), r"lr_scheduler.type: 'steplr' .*did you mean 'StepLR'\?"),
@@ -306,7 +416,13 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
         ),
         (
             None,
-            ("SequentialLR", {"schedulers": [PARTS[0], {"type": "StepLR", "args": {"step_size": -1}}], "milestones": [2]}),
+            (
+                "SequentialLR",
+                {
+                    "schedulers": [PARTS[0], {"type": "StepLR", "args": {"step_size": -1}}],
+                    "milestones": [2],
+                },
+            ),
             "lr_scheduler.args.schedulers.1.args.step_size: expected at least 1, not -1",
         ),
         (
@@ -314,8 +430,16 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
             ("SequentialLR", {"schedulers": PARTS, "milestones": [2, 4]}),
             "lr_scheduler.args.*: SequentialLR does not",
         ),
-        (None, ("LambdaLR", {}), "lr_scheduler.type: LambdaLR cannot be used from a config: it takes a Python function"),
-        (None, ("SequentialLR", {"schedulers": [1], "milestones": [2]}), "lr_scheduler.args.schedulers: expected a list of"),
+        (
+            None,
+            ("LambdaLR", {}),
+            "lr_scheduler.type: LambdaLR cannot be used from a config: it takes a Python function",
+        ),
+        (
+            None,
+            ("SequentialLR", {"schedulers": [1], "milestones": [2]}),
+            "lr_scheduler.args.schedulers: expected a list of",
+        ),
         (
             None,
             ("ChainedScheduler", {"schedulers": [{"type": "StepLR", "args": {"size": 1}}]}),
@@ -325,7 +449,9 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
 )
 def test_wrong_names_and_arguments_are_one_line(optimizer, scheduler, message):
     optimizer_config = OptimizerConfig(type=optimizer[0], args=optimizer[1]) if optimizer else SGD
-    scheduler_config = SchedulerConfig(type=scheduler[0], args=scheduler[1]) if scheduler else SchedulerConfig()
+    scheduler_config = (
+        SchedulerConfig(type=scheduler[0], args=scheduler[1]) if scheduler else SchedulerConfig()
+    )
     with pytest.raises(ConfigError, match=message) as caught:
         check_optimization(optimizer_config, scheduler_config)
     assert "\n" not in str(caught.value)
@@ -334,30 +460,75 @@ def test_wrong_names_and_arguments_are_one_line(optimizer, scheduler, message):
 def test_cycles_are_as_long_as_the_run_or_longer():
     config = SchedulerConfig(type="OneCycleLR", args={"max_lr": 0.1, "total_steps": 9})
     check_optimization(SGD, config)
-    check_optimization(SGD, SchedulerConfig(type="OneCycleLR", args={"max_lr": 0.1, "epochs": 1, "steps_per_epoch": 2}))
+    check_optimization(
+        SGD,
+        SchedulerConfig(type="OneCycleLR", args={"max_lr": 0.1, "epochs": 1, "steps_per_epoch": 2}),
+    )
     parts = [{"type": "LinearLR"}, {"type": "OneCycleLR", "args": {"max_lr": 1, "total_steps": 3}}]
     sequence = SchedulerConfig(type="SequentialLR", args={"schedulers": parts, "milestones": [2]})
     chain = SchedulerConfig(type="ChainedScheduler", args={"schedulers": parts})
     check_optimization(SGD, sequence)
-    Schedule(sequence, build_optimizer(SGD, nn.Linear(2, 2)), epochs=5, batches_per_epoch=7, has_validation=True)
-    Schedule(chain, build_optimizer(SGD, nn.Linear(2, 2)), epochs=3, batches_per_epoch=7, has_validation=True)
+    Schedule(
+        sequence,
+        build_optimizer(SGD, nn.Linear(2, 2)),
+        epochs=5,
+        batches_per_epoch=7,
+        has_validation=True,
+    )
+    Schedule(
+        chain,
+        build_optimizer(SGD, nn.Linear(2, 2)),
+        epochs=3,
+        batches_per_epoch=7,
+        has_validation=True,
+    )
     for schedule, epochs, steps in ((sequence, 6, 4), (chain, 4, 4)):
-        with pytest.raises(ConfigError, match=f"lr_scheduler.args: the cycle has 3 steps, the run takes {steps}"):
-            Schedule(schedule, build_optimizer(SGD, nn.Linear(2, 2)), epochs, batches_per_epoch=7, has_validation=True)
-    Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), epochs=3, batches_per_epoch=3, has_validation=True)
-    with pytest.raises(ConfigError, match="lr_scheduler.args: the cycle has 9 steps, the run takes 12"):
-        Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), epochs=4, batches_per_epoch=3, has_validation=True)
+        with pytest.raises(
+            ConfigError, match=f"lr_scheduler.args: the cycle has 3 steps, the run takes {steps}"
+        ):
+            Schedule(
+                schedule,
+                build_optimizer(SGD, nn.Linear(2, 2)),
+                epochs,
+                batches_per_epoch=7,
+                has_validation=True,
+            )
+    Schedule(
+        config,
+        build_optimizer(SGD, nn.Linear(2, 2)),
+        epochs=3,
+        batches_per_epoch=3,
+        has_validation=True,
+    )
+    with pytest.raises(
+        ConfigError, match="lr_scheduler.args: the cycle has 9 steps, the run takes 12"
+    ):
+        Schedule(
+            config,
+            build_optimizer(SGD, nn.Linear(2, 2)),
+            epochs=4,
+            batches_per_epoch=3,
+            has_validation=True,
+        )
 
 
 @pytest.mark.parametrize("name", sorted((set(OPTIMIZERS) | set(SCHEDULERS)) - set(UNUSABLE)))
 def test_defaults_of_every_class_fit_the_types_and_ranges(name):
     cls = (OPTIMIZERS | SCHEDULERS)[name]
     parameters = inspect.signature(cls).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in NOT_THE_CONFIGS}
+    defaults = {
+        p.name: p.default
+        for p in parameters
+        if p.default is not p.empty and p.name not in NOT_THE_CONFIGS
+    }
     defaults = json.loads(json.dumps(defaults))
     required = json.loads(json.dumps(SCHEDULER_ARGS.get(name, {})))
     for argument, value in defaults.items():
-        given = {"T_max": 5, **required, argument: value} if name == "CosineAnnealingLR" else {**required, argument: value}
+        given = (
+            {"T_max": 5, **required, argument: value}
+            if name == "CosineAnnealingLR"
+            else {**required, argument: value}
+        )
         check_arguments(cls, given, "key", given=1)
         with pytest.raises(ConfigError, match=rf"^key\.{argument}: expected "):
             check_arguments(cls, given | {argument: {"wrong": 1}}, "key", given=1)
@@ -371,8 +542,19 @@ def test_plateau_watches_a_logged_value_and_steps_by_epoch_only():
     schedule.step_epoch({"loss": 1.0, "top1": 0.5})
     assert schedule.scheduler.last_epoch == 1, "an epoch without the value does not count"
     with pytest.raises(ConfigError, match="ReduceLROnPlateau steps after every epoch"):
-        Schedule(SchedulerConfig(type="ReduceLROnPlateau", interval="batch"), optimizer, 5, 2, has_validation=True)
-    assert Schedule(SchedulerConfig(type="ReduceLROnPlateau"), optimizer, 5, 2, has_validation=False).monitor == "loss"
+        Schedule(
+            SchedulerConfig(type="ReduceLROnPlateau", interval="batch"),
+            optimizer,
+            5,
+            2,
+            has_validation=True,
+        )
+    assert (
+        Schedule(
+            SchedulerConfig(type="ReduceLROnPlateau"), optimizer, 5, 2, has_validation=False
+        ).monitor
+        == "loss"
+    )
 
 
 @pytest.mark.parametrize("monitor", ["val_robust_top1", "val_ema_top1"])
@@ -390,11 +572,15 @@ def test_a_plateau_may_watch_every_value_that_a_config_accepts(monitor):
 )  # fmt: skip
 def test_a_plateau_knows_what_is_better_and_refuses_the_contrary(monitor, right, wrong):
     def plateau(**args):
-        return SchedulerConfig(type="ReduceLROnPlateau", monitor=monitor, args={"patience": 0, **args})
+        return SchedulerConfig(
+            type="ReduceLROnPlateau", monitor=monitor, args={"patience": 0, **args}
+        )
 
     for config in (plateau(), plateau(mode=right)):
         check_optimization(SGD, config)
-        schedule = Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), 5, 2, has_validation=True)
+        schedule = Schedule(
+            config, build_optimizer(SGD, nn.Linear(2, 2)), 5, 2, has_validation=True
+        )
         for value in (1.0, 2.0, 3.0) if right == "max" else (3.0, 2.0, 1.0):
             schedule.step_epoch({schedule.monitor: value})
         assert schedule.learning_rate == 0.1
@@ -429,24 +615,36 @@ def test_parameters_that_a_layers_class_exempts_do_not_decay():
     model = nn.Sequential(nn.Identity(), Thresholds())
     # a parameter of this name decays where the class does not say so
     model.threshold = nn.Parameter(torch.ones(2))
-    optimizer = build_optimizer(OptimizerConfig(type="SGD", args={"lr": 1.0, "weight_decay": 0.5}), model)
+    optimizer = build_optimizer(
+        OptimizerConfig(type="SGD", args={"lr": 1.0, "weight_decay": 0.5}), model
+    )
     sum(parameter.sum() * 0 for parameter in model.parameters()).backward()
     optimizer.step()
-    assert [parameter.tolist() for parameter in (model[1].weight, model.threshold)] == [[0.5, 0.5], [0.5, 0.5]]
+    assert [parameter.tolist() for parameter in (model[1].weight, model.threshold)] == [
+        [0.5, 0.5],
+        [0.5, 0.5],
+    ]
     assert model[1].threshold.tolist() == [1.0, 1.0]
     srelu = ACTIVATION_LAYERS["srelu"](3)
-    assert [group["weight_decay"] for group in build_optimizer(SGD, nn.Sequential(nn.Linear(2, 2), srelu)).param_groups][1] == 0
+    assert [
+        group["weight_decay"]
+        for group in build_optimizer(SGD, nn.Sequential(nn.Linear(2, 2), srelu)).param_groups
+    ][1] == 0
 
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 2)
+    )
 
 
 def take_steps(model, optimizer, steps):
     for step in steps:
         optimizer.zero_grad()
-        model(torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        model(
+            torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+        ).square().sum().backward()
         optimizer.step()
 
 
@@ -469,19 +667,27 @@ def test_fused_updates_are_the_default_and_those_of_the_plain_formula(name, args
     optimizer = build_optimizer(OptimizerConfig(type=name, args=args), model)
     assert flags(optimizer) == {(True, None)}
     take_steps(model, optimizer, range(5))
-    take_steps(plain, OPTIMIZERS[name](plain.parameters(), **args, fused=False, foreach=False), range(5))
+    take_steps(
+        plain, OPTIMIZERS[name](plain.parameters(), **args, fused=False, foreach=False), range(5)
+    )
     torch.testing.assert_close(list(model.parameters()), list(plain.parameters()))
 
 
-@pytest.mark.parametrize("said", [{"fused": False}, {"fused": None}, {"foreach": True}, {"foreach": False}])
+@pytest.mark.parametrize(
+    "said", [{"fused": False}, {"fused": None}, {"foreach": True}, {"foreach": False}]
+)
 def test_what_a_config_says_about_kernels_holds(said):
     optimizer = build_optimizer(OptimizerConfig(type="SGD", args={"lr": 0.1, **said}), network())
     assert flags(optimizer) == {(said.get("fused"), said.get("foreach"))}
 
 
 def test_what_fused_kernels_cannot_do_is_done_without():
-    assert flags(build_optimizer(OptimizerConfig(type="Adam", args={"differentiable": True}), network())) == {(None, None)}
-    assert "fused" not in build_optimizer(OptimizerConfig(type="RMSprop"), network()).param_groups[0]
+    assert flags(
+        build_optimizer(OptimizerConfig(type="Adam", args={"differentiable": True}), network())
+    ) == {(None, None)}
+    assert (
+        "fused" not in build_optimizer(OptimizerConfig(type="RMSprop"), network()).param_groups[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
@@ -491,7 +697,9 @@ def test_runs_that_began_without_fused_kernels_go_on_bit_for_bit(name, tmp_path)
     take_steps(whole, OPTIMIZERS[name](whole.parameters(), **args), range(6))
     first = OPTIMIZERS[name](part.parameters(), **args)
     take_steps(part, first, range(3))
-    save_checkpoint(tmp_path / "c.pth", {"state_dict": part.state_dict(), "optimizer": first.state_dict()})
+    save_checkpoint(
+        tmp_path / "c.pth", {"state_dict": part.state_dict(), "optimizer": first.state_dict()}
+    )
     stored = load_checkpoint(tmp_path / "c.pth")
     resumed = network()
     resumed.load_state_dict(stored["state_dict"])
@@ -499,17 +707,23 @@ def test_runs_that_began_without_fused_kernels_go_on_bit_for_bit(name, tmp_path)
     load_optimizer(second, stored["optimizer"])
     assert flags(second) == {(None, None)}
     take_steps(resumed, second, range(3, 6))
-    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
-@pytest.mark.parametrize("formats", [("contiguous_format", "channels_last"), ("channels_last", "contiguous_format")])
+@pytest.mark.parametrize(
+    "formats", [("contiguous_format", "channels_last"), ("channels_last", "contiguous_format")]
+)
 def test_a_run_may_go_on_in_another_memory_format(name, formats):
     args = {"lr": 0.05, "momentum": 0.9} if name == "SGD" else {"lr": 0.01}
     config = OptimizerConfig(type=name, args=args)
     before, after = (getattr(torch, name) for name in formats)
     whole, part = network(), network().to(memory_format=before)
-    take_steps(whole, OPTIMIZERS[name](whole.parameters(), **args, fused=False, foreach=False), range(4))
+    take_steps(
+        whole, OPTIMIZERS[name](whole.parameters(), **args, fused=False, foreach=False), range(4)
+    )
     first = build_optimizer(config, part)
     take_steps(part, first, range(2))
     resumed = network().to(memory_format=after)

@@ -16,12 +16,17 @@ from base.optim.optimizers import UNUSABLE
 from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
 
 SOURCE = Path("file.pth")
-ARGS = {"SGD": {"lr": 0.1, "momentum": 0.9}, "RMSprop": {"momentum": 0.5, "centered": True}, "Adam": {"amsgrad": True}}
+ARGS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "RMSprop": {"momentum": 0.5, "centered": True},
+    "Adam": {"amsgrad": True},
+}
 STATEFUL = sorted(set(OPTIMIZERS) - set(UNUSABLE))
 
 
 class Small(nn.Module):
-    """Two convolutions of one shape, a bias of their width, and a group of its own for thresholds."""
+    """Two convolutions of one shape, a bias of their width, and a group of its own for
+    thresholds."""
 
     no_weight_decay = ("srelu_bias",)
 
@@ -60,17 +65,23 @@ def stored(folder, state):
 @pytest.mark.parametrize("name", STATEFUL)
 def test_every_optimizer_goes_on_exactly(tmp_path, name, old):
     model, optimizer = trained(name)
-    saved = stored(tmp_path, optimizer.state_dict() if old else named_optimizer_state(optimizer, model))
+    saved = stored(
+        tmp_path, optimizer.state_dict() if old else named_optimizer_state(optimizer, model)
+    )
     other = deepcopy(model)
     again = build_optimizer(OptimizerConfig(type=name, args=ARGS.get(name, {})), other)
     load_optimizer(again, checked_optimizer_state(again, other, saved, SOURCE))
     step(model, optimizer, 2)
     step(other, again, 2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def buffer(entry):
-    return next(key for key, value in entry.items() if isinstance(value, torch.Tensor) and value.ndim == 4)
+    return next(
+        key for key, value in entry.items() if isinstance(value, torch.Tensor) and value.ndim == 4
+    )
 
 
 def entries_changed_places(state):
@@ -98,16 +109,40 @@ def no_tensor(state):
 
 
 SPOILED = {
-    "entries": (entries_changed_places, r"optimizer.state.first.weight: is not what was saved for this parameter"),
-    "buffers": (buffers_changed_places, r"optimizer.state.first.weight: is not what was saved for this parameter"),
-    "biases": (biases_changed_places, r"optimizer.state.second.bias: is not what was saved for this parameter"),
-    "shape": (another_shape, r"second.weight.\w+: is of shape \(5, 5, 9\), but \(5, 5, 3, 3\) was expected"),
+    "entries": (
+        entries_changed_places,
+        r"optimizer.state.first.weight: is not what was saved for this parameter",
+    ),
+    "buffers": (
+        buffers_changed_places,
+        r"optimizer.state.first.weight: is not what was saved for this parameter",
+    ),
+    "biases": (
+        biases_changed_places,
+        r"optimizer.state.second.bias: is not what was saved for this parameter",
+    ),
+    "shape": (
+        another_shape,
+        r"second.weight.\w+: is of shape \(5, 5, 9\), but \(5, 5, 3, 3\) was expected",
+    ),
     "kind": (no_tensor, r"second.weight.\w+: is of type float; expected Tensor"),
     "lost": (lambda state: state.pop("unused.bias"), r"optimizer.state: 'unused.bias' is missing"),
-    "lost values": (lambda state: state["first.bias"].clear(), r"first.bias: is not what was saved for this parameter"),
-    "lost value": (lambda state: state["first.bias"].pop("exp_avg"), r"first.bias: 'exp_avg' is missing"),
-    "unknown": (lambda state: state.update(third={}), r"optimizer.state: 'third' is not a parameter of this model"),
-    "unknown value": (lambda state: state["first.bias"].update(x=1), r"first.bias: 'x' is unknown; expected step, exp_avg"),
+    "lost values": (
+        lambda state: state["first.bias"].clear(),
+        r"first.bias: is not what was saved for this parameter",
+    ),
+    "lost value": (
+        lambda state: state["first.bias"].pop("exp_avg"),
+        r"first.bias: 'exp_avg' is missing",
+    ),
+    "unknown": (
+        lambda state: state.update(third={}),
+        r"optimizer.state: 'third' is not a parameter of this model",
+    ),
+    "unknown value": (
+        lambda state: state["first.bias"].update(x=1),
+        r"first.bias: 'x' is unknown; expected step, exp_avg",
+    ),
 }
 
 
@@ -129,21 +164,36 @@ def test_older_checkpoints_are_checked_by_shape(tmp_path, shape):
     saved = stored(tmp_path, optimizer.state_dict())
     assert set(saved["state"]) == {0, 1, 2, 3, 6}, "by number; two parameters are not used"
     saved["state"][2]["momentum_buffer"] = torch.zeros(shape)
-    with pytest.raises(CheckpointError, match=rf"second.weight.momentum_buffer: is of shape .*{len(shape)}?.*\(5, 5, 3, 3\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"second.weight.momentum_buffer: is of shape .*{len(shape)}?.*\(5, 5, 3, 3\)",
+    ):
         checked_optimizer_state(optimizer, model, saved, SOURCE)
 
 
 GROUPS = {
     "fewer groups": (lambda groups: groups.pop(), "param_groups: 1 groups there, 2 in this run"),
-    "other order": (lambda groups: groups[0]["params"].reverse(), "param_groups.0.params: is not the list"),
+    "other order": (
+        lambda groups: groups[0]["params"].reverse(),
+        "param_groups.0.params: is not the list",
+    ),
     "no list": (lambda groups: groups[1].pop("params"), "param_groups.1.params: is not the list"),
     "no rate": (lambda groups: groups[0].pop("lr"), "param_groups.0: 'lr' is missing"),
-    "rate": (lambda groups: groups[0].update(lr="fast"), "param_groups.0.lr: is 'fast'; .* it begins as 0.1"),
+    "rate": (
+        lambda groups: groups[0].update(lr="fast"),
+        "param_groups.0.lr: is 'fast'; .* it begins as 0.1",
+    ),
     "rate below 0": (lambda groups: groups[1].update(lr=-0.1), "param_groups.1.lr: is -0.1"),
     "momentum": (lambda groups: groups[0].update(momentum=1.0), "param_groups.0.momentum: is 1.0"),
     "sign": (lambda groups: groups[0].update(maximize=True), "param_groups.0.maximize: is True"),
-    "decay": (lambda groups: groups[0].update(weight_decay=[0]), r"param_groups.0.weight_decay: is \[0\]"),
-    "kernel": (lambda groups: groups[0].update(fused="yes"), "param_groups.0.fused: is 'yes'; expected true, false or null"),
+    "decay": (
+        lambda groups: groups[0].update(weight_decay=[0]),
+        r"param_groups.0.weight_decay: is \[0\]",
+    ),
+    "kernel": (
+        lambda groups: groups[0].update(fused="yes"),
+        "param_groups.0.fused: is 'yes'; expected true, false or null",
+    ),
 }
 
 
@@ -201,7 +251,9 @@ def test_every_schedule_goes_on_as_it_was(tmp_path, name):
         save_checkpoint(tmp_path / "c.pth", {"state_dict": {}, "scheduler": schedule.state_dict()})
         saved = load_checkpoint(tmp_path / "c.pth")["scheduler"]
         new, _ = schedule_after(name, 0)
-        assert checked_schedule_state(saved, new.state_dict(), steps, SOURCE) == schedule.state_dict()
+        assert (
+            checked_schedule_state(saved, new.state_dict(), steps, SOURCE) == schedule.state_dict()
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -210,12 +262,16 @@ def test_no_value_of_a_schedule_may_be_missing_or_odd(name):
     new = schedule_after(name, 0)[0].state_dict()
     for key, value in schedule.state_dict().items():
         for odd in ("fast", None, -3, nan, [], {"a": 1}, torch.zeros(2)):
-            if (value is None and odd is None) or (type(odd) is int and key in ("best", "mode_worse")):
+            if (value is None and odd is None) or (
+                type(odd) is int and key in ("best", "mode_worse")
+            ):
                 continue
             with pytest.raises(CheckpointError, match=f"^file.pth: scheduler.{key}"):
                 checked_schedule_state({**schedule.state_dict(), key: odd}, new, steps, SOURCE)
         if not isinstance(value, bool):
-            lacking = {other: value for other, value in schedule.state_dict().items() if other != key}
+            lacking = {
+                other: value for other, value in schedule.state_dict().items() if other != key
+            }
             with pytest.raises(CheckpointError, match=f"^file.pth: scheduler: '{key}' is missing"):
                 checked_schedule_state(lacking, new, steps, SOURCE)
 
@@ -223,11 +279,15 @@ def test_no_value_of_a_schedule_may_be_missing_or_odd(name):
 def test_a_schedule_stands_where_the_run_stands():
     schedule, steps = schedule_after("CosineAnnealingLR", 2)
     new = schedule_after("CosineAnnealingLR", 0)[0].state_dict()
-    with pytest.raises(CheckpointError, match="scheduler.last_epoch: is 2 after 3 steps of the run"):
+    with pytest.raises(
+        CheckpointError, match="scheduler.last_epoch: is 2 after 3 steps of the run"
+    ):
         checked_schedule_state(schedule.state_dict(), new, steps + 1, SOURCE)
     chained, steps = schedule_after("ChainedScheduler", 2)
     new = schedule_after("ChainedScheduler", 0)[0].state_dict()
-    with pytest.raises(CheckpointError, match="scheduler._schedulers.0.last_epoch: is 2 after 1 steps of the run"):
+    with pytest.raises(
+        CheckpointError, match="scheduler._schedulers.0.last_epoch: is 2 after 1 steps of the run"
+    ):
         checked_schedule_state(chained.state_dict(), new, steps - 1, SOURCE)
 
 
