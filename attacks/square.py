@@ -140,7 +140,7 @@ class Square(Attack):
         )
         emptied = emptied.unsqueeze(1) & ~filled
         turned = (draws[:, 4] < 0.5).long()[:, None, None]
-        # shape (n, 1, H, W)
+        # The shape is (n, 1, H, W).
         bumps = _bumps(side).to(images)[turned, row[:, :, None], column[:, None, :]].unsqueeze(1)
 
         change = points - images

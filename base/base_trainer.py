@@ -52,7 +52,7 @@ from base.seeding import (
     torch_generator,
 )
 from base.signals import Interrupted, StopSignals
-from base.text import one_line
+from base.text import first_line, one_line
 from base.tracking.tracker import Tracker, tell
 from base.train_state import TrainState
 
@@ -443,7 +443,7 @@ class BaseTrainer(ABC):
             try:
                 set_rng_state(states)
             except (RuntimeError, TypeError) as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 raise CheckpointError(
                     f"{source}: rng: is not the state of a generator of torch: {reason}"
                 ) from None

@@ -15,6 +15,12 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 """`(logits (B, num_classes), labels (B,)) -> number of correct samples`, 0-dim."""
 
 
+def is_accuracy(name: str) -> bool:
+    """Whether a logged value of this name is an accuracy, a fraction that reads as per cent and is
+    better when larger, such as `top1` and `val_robust_top5`."""
+    return "top" in name
+
+
 @dataclass(frozen=True)
 class BatchResult:
     """What one minibatch adds to an epoch.

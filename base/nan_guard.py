@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from base.checkpoint.checkpoint import LAST
 from base.diagnosis import first_bad_layer, first_bad_output, first_bad_weight
 from base.distributed import all_reduce_max, exit_unless_primary
 from base.errors import NonFiniteError
+from base.run_folder.names import LAST
 from base.train_state import TrainState, not_finite
 
 READ_EVERY = 50

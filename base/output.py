@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from base.atomic import replacing
 from base.config.strict_json import json_text
 from base.errors import ConfigError
+from base.run_folder.names import CONFIG, ENVIRONMENT, LABELS, LOCK, METRICS, RESULT, STUDY_INDEX
 from base.streams import closed_at_start
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ DPI = 160
 STDOUT = 1
 DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/(?:self|thread-self|\d+)/fd/(\d+)")
 OWN_FILES = re.compile(
-    r"(config|result|environment|study)\.json|metrics\.jsonl|labels\.npz|\.lock|.*\.(log|pth)"
+    "|".join(map(re.escape, (CONFIG, RESULT, ENVIRONMENT, STUDY_INDEX, METRICS, LABELS, LOCK)))
+    + r"|.*\.(log|pth)"
 )
 """What a run writes into its folder, and a study beside it. Reports may lie there, too, under other
 names."""

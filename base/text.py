@@ -29,6 +29,12 @@ def one_line(value: Any, longest: int | None = None) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message; the name of its class where it has none."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return one_line(lines[0])
+
+
 def csv_text(value: Any) -> str:
     """A text cell of a CSV file: one line, with an apostrophe before what a spreadsheet would
     compute."""

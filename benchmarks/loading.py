@@ -10,11 +10,11 @@ from benchmarks.plain_loops import plain_loader
 from benchmarks.rows import Goal, Row, Settings, speed_row
 from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, step_of, systems
 from benchmarks.timing import Paired, compare
+from data_loader.data_loaders import CIFAR10_MEAN, CIFAR10_STD
 from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import MemoryImages
 
 IMAGES, BATCH = 10_000, 128
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 FASTER, SHARE = 10, 0.03
 NOTE = "random uint8 images in memory, seed 0; crop with padding 4, flip, float, normalize on all sides"
 
@@ -30,7 +30,7 @@ def measure(settings: Settings) -> list[Row]:
     sides = {"batches": _ours(_our_loader(pixels, labels, batch, settings.device))}
     for name, workers in plain.items():
         sides[name] = _theirs(
-            plain_loader(pixels, labels, MEAN, STD, batch, workers), settings.device
+            plain_loader(pixels, labels, CIFAR10_MEAN, CIFAR10_STD, batch, workers), settings.device
         )
     times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
     title = f"epoch of {count} images"
@@ -43,7 +43,13 @@ def measure(settings: Settings) -> list[Row]:
 def _our_loader(
     pixels: torch.Tensor, labels: torch.Tensor, batch: int, device: torch.device
 ) -> ImageDataLoader:
-    sizes = {"batch_size": batch, "mean": MEAN, "std": STD, "crop_padding": 4, "flip": True}
+    sizes = {
+        "batch_size": batch,
+        "mean": CIFAR10_MEAN,
+        "std": CIFAR10_STD,
+        "crop_padding": 4,
+        "flip": True,
+    }
     names = [str(label) for label in range(10)]
     return ImageDataLoader(
         MemoryImages(pixels),
@@ -57,7 +63,8 @@ def _our_loader(
 
 def _ours(loader: ImageDataLoader) -> Callable[[], object]:
     mean, std = (
-        torch.tensor(values, device=loader.device).reshape(1, 3, 1, 1) for values in (MEAN, STD)
+        torch.tensor(values, device=loader.device).reshape(1, 3, 1, 1)
+        for values in (CIFAR10_MEAN, CIFAR10_STD)
     )
 
     def side() -> None:

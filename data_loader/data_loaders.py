@@ -15,12 +15,16 @@ MEMORY_LIMIT = 2 * 1024**3
 None."""
 
 
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+"""Per channel, in units of the pixel range: what ConvNorm and pytorch-cifar normalize by."""
+
+
 class CIFAR10DataLoader(TrainingDataLoader):
     """CIFAR-10: 10 classes, 50,000 + 10,000 images of 32 x 32; see `TrainingDataLoader` and
     `datasets.read_cifar`."""
 
-    default_mean = (0.4914, 0.4822, 0.4465)
-    default_std = (0.2023, 0.1994, 0.2010)
+    default_mean = CIFAR10_MEAN
+    default_std = CIFAR10_STD
     classes: ClassVar[Literal[10, 100]] = 10
 
     def __init__(self, data_dir: str | Path, *arguments: Any, **options: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from base.errors import DataError
+from base.text import first_line
 from data_loader.decoding import decode_image
 
 WORKER_TIMEOUT = 600.0
@@ -127,7 +128,7 @@ def _shared(
     except (OSError, RuntimeError) as error:
         size = f"{slots.numel() / 1e6:.1f} MB of shared memory for {num_workers} processes"
         raise DataError(
-            f"{KEY}: there are no {size} ({_first_line(error)}): try fewer, or a smaller batch_size"
+            f"{KEY}: there are no {size} ({first_line(error).rstrip('. ')}): try fewer, or a smaller batch_size"
         ) from None
 
 
@@ -152,7 +153,7 @@ def _start(decoder: _Decoder, num_workers: int) -> Any:
                 return iter(loader)
         except (OSError, RuntimeError) as error:
             raise DataError(
-                f"{KEY}: {num_workers} processes cannot be started ({_first_line(error)}): try fewer"
+                f"{KEY}: {num_workers} processes cannot be started ({first_line(error).rstrip('. ')}): try fewer"
             ) from None
 
 
@@ -237,7 +238,3 @@ def _leave_signals_to_the_main_process(_: int) -> None:
     # batch and saves, for which it needs the workers. They end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -24,6 +24,7 @@ from base.distributed.agreement import Facts, agreed, config_facts, data_facts
 from base.errors import CheckpointError, ConfigError
 from base.output import check_folder, format_of, is_stream, writing
 from base.registry import lookup
+from base.run_folder.names import EVALUATIONS
 from base.text import say
 from data_loader.splits import some_of_every_class
 from evaluation.batches import device_of
@@ -339,7 +340,7 @@ def _attack(config: Config, num_classes: int, options: AttackOptions) -> Attack:
 def _default_target(run_folder: Path | None, attack: Attack, options: AttackOptions) -> Path | None:
     """Reports on a run folder go into it, or into `--result_dir`; everything else is reported on
     only where `--json` or `--result_dir` says so."""
-    folder = options.result_dir or (run_folder and run_folder / "eval")
+    folder = options.result_dir or (run_folder and run_folder / EVALUATIONS)
     if folder is None:
         return None
     limit = [] if options.limit is None else [f"n{options.limit}"]

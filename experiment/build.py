@@ -25,7 +25,7 @@ from base.errors import ConfigError
 from base.optim import Schedule
 from base.registry import TRAINERS, lookup
 from base.seeding import seed_global_generators
-from base.text import one_line
+from base.text import first_line, one_line
 from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise
 from data_loader.own_images import build_loader
@@ -154,7 +154,7 @@ def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> 
         if is_of_connection(error):
             raise
         size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}"
         ) from None

@@ -10,6 +10,7 @@ from base.config.files import config_chain
 from base.config.strict_json import JSONError, parse_json
 from base.errors import ConfigError
 from base.output import PICTURES, check_outputs
+from base.run_folder.names import METRICS
 from base.text import one_line
 
 OF_NETWORKS = ("data", "model_args", "mean", "std", "image_size")
@@ -197,5 +198,5 @@ def check_evaluation_outputs(arguments: argparse.Namespace, **outputs: str | Pat
         {"--json": arguments.json, "--figure": arguments.figure, **more},
         {"--figure": PICTURES},
         files=read,
-        folders=[folder for folder in folders if (folder / "metrics.jsonl").exists()],
+        folders=[folder for folder in folders if (folder / METRICS).exists()],
     )

@@ -56,6 +56,7 @@ from base.optim import Schedule, build_optimizer, check_optimization
 from base.run_folder.environment import package_versions, record_environment
 from base.run_folder.folder import begun_by_this_job, new_run_folder, only_run_in, write_json
 from base.run_folder.logs import logging_to
+from base.run_folder.names import CONFIG, INFO_LOG, LABELS
 from base.seeding import seed_global_generators
 from base.tracking.start import start_trackers
 from base.tracking.tracker import tell
@@ -425,9 +426,7 @@ class Experiment:
         resume."""
         config, folder, state = self.config, trainer.folder, trainer.state
         with (
-            logging_to(folder / "info.log", config.trainer.verbosity)
-            if is_primary()
-            else _silence()
+            logging_to(folder / INFO_LOG, config.trainer.verbosity) if is_primary() else _silence()
         ):
             self._describe(folder, resumed)
             for warning in filter(None, warnings):
@@ -522,10 +521,10 @@ class Experiment:
         layers = self.config.arch.args
         labels = loader.label_arrays()
         if is_primary():
-            write_json(folder / "config.json", self.config.dump())
+            write_json(folder / CONFIG, self.config.dump())
             for warning in record_environment(folder, resumed):
                 logger.warning(warning)
-            with replacing(folder / "labels.npz") as file:
+            with replacing(folder / LABELS) as file:
                 np.savez_compressed(file, **labels)
         logger.info("run folder %s", folder)
         logger.info(

@@ -14,7 +14,6 @@ from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, load_weights
-from base.checkpoint.checkpoint import BEST, LAST
 from base.config import Config
 from base.distributed import (
     barrier,
@@ -28,6 +27,7 @@ from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.run_folder.environment import provenance
 from base.run_folder.folder import write_json
 from base.run_folder.logs import describe
+from base.run_folder.names import BEST, EVALUATIONS, LAST, RESULT
 from base.signals import Interrupted
 from base.train_state import not_finite
 from data_loader.splits import some_of_every_class
@@ -118,7 +118,7 @@ def _conclude(
         "seed": config.seed,
     }
     if is_primary():
-        write_json(folder / "result.json", result | provenance(config))
+        write_json(folder / RESULT, result | provenance(config))
     bad = not_finite(result)
     if bad:
         exit_unless_primary(NonFiniteError.exit_code)
@@ -168,7 +168,7 @@ class _Test:
         classes = self.loader.num_classes
         attack = build_attacks.build_attack(self.config, classes, 5 if classes > 5 else 1)
         kind = self.config.pgd_attack.type
-        target = files[0].parent / "eval" / f"{kind}_{names[0]}.json"
+        target = files[0].parent / EVALUATIONS / f"{kind}_{names[0]}.json"
         report = robust_accuracy(
             model,
             images,
@@ -185,7 +185,7 @@ class _Test:
                 break
             checkpoint = f"{file}{' (averaged weights)' if suffix else ''}"
             replace(report, checkpoint=checkpoint).save(
-                file.parent / "eval" / f"{kind}_{name}.json"
+                file.parent / EVALUATIONS / f"{kind}_{name}.json"
             )
         barrier()  # from here on the report is safe
         remove_partials(target)

@@ -31,7 +31,10 @@ from base.device import determinism_explained
 from base.distributed import is_primary
 from base.errors import CheckpointError, ConfigError, DataError
 from base.registry import lookup, property_of
+from base.run_folder.names import CONFIG
+from base.text import first_line
 from data_loader import DATA_LOADERS
+from data_loader.data_loaders import CIFAR10_MEAN, CIFAR10_STD
 from data_loader.own_images import build_loader
 from experiment import build, build_attacks
 from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images
@@ -40,9 +43,6 @@ from experiment.own_evaluation import evaluation_of_network
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL_MEAN, ORIGINAL_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-"""CIFAR-10's, which the original ConvNorm's attack scripts normalize by, whatever the data set; its
-checkpoints hold none."""
 
 EVALUATED = (
     "name",
@@ -203,8 +203,8 @@ def load_model(
     if "mean" in checkpoint:
         normalization = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
     else:
-        channels = config.arch.args.in_channels or len(ORIGINAL_MEAN)
-        if channels != len(ORIGINAL_MEAN):
+        channels = config.arch.args.in_channels or len(CIFAR10_MEAN)
+        if channels != len(CIFAR10_MEAN):
             raise CheckpointError(
                 f"{file}: does not say by which mean and std its network normalizes"
             )
@@ -229,7 +229,7 @@ def _config_beside(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none.
     """
-    beside = file.with_name("config.json")
+    beside = file.with_name(CONFIG)
     if "monitor_best" not in checkpoint or not beside.is_file():
         raise CheckpointError(
             f"{file}: holds no config of this project, so nothing says what network it is of:"
@@ -361,7 +361,7 @@ def _untold_normalization(
         checkpoint: its contents.
     """
     original = "monitor_best" in checkpoint
-    if channels != len(ORIGINAL_MEAN):
+    if channels != len(CIFAR10_MEAN):
         sentence = (
             "the checkpoint holds no mean and std: normalizing by those of the training images;"
             f" --set data_loader.args.mean=[...] --set data_loader.args.std=[...] ({channels}"
@@ -369,12 +369,12 @@ def _untold_normalization(
         )
         return {"mean": training.mean, "std": training.std}, sentence
     mean, std = getattr(training, "default_mean", None), getattr(training, "default_std", None)
-    twice = original and config.trainer.do_adv and mean not in (None, ORIGINAL_MEAN)
+    twice = original and config.trainer.do_adv and mean not in (None, CIFAR10_MEAN)
     follows = "training does"
     if mean is None or std is None or twice:
-        mean, std = ORIGINAL_MEAN, ORIGINAL_STD
+        mean, std = CIFAR10_MEAN, CIFAR10_STD
         follows = "attack scripts do"
-    whose = "CIFAR-10" if mean == ORIGINAL_MEAN else config.data_loader.type
+    whose = "CIFAR-10" if mean == CIFAR10_MEAN else config.data_loader.type
     sentence = f"the checkpoint holds no mean and std: normalizing by those of {whose}"
     if original:
         sentence += f", as the original's {follows}"
@@ -417,5 +417,5 @@ def _check_images_fit(
         place = config.data_loader.args.data_dir or config.data_loader.type
         what = f"images of {width}x{height} pixels with {channels} channels"
         raise DataError(
-            f"{place}: {what}, which {config.arch.type} cannot take: {str(error).splitlines()[0]}"
+            f"{place}: {what}, which {config.arch.type} cannot take: {first_line(error)}"
         ) from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from base import output
+from base.meters import is_accuracy
 from base.text import one_line
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Curve:
 def unit_of(metric: str) -> tuple[float, str]:
     """By what values of a metric are multiplied to be shown, and the unit behind its name:
     accuracies are in per cent."""
-    return (100.0, " in %") if "top" in metric else (1.0, "")
+    return (100.0, " in %") if is_accuracy(metric) else (1.0, "")
 
 
 def panels_figure(
@@ -100,7 +101,7 @@ def panels_figure(
 
 def _dress(axes: "Axes", metric: str) -> None:
     axes.set_ylabel(f"{one_line(metric)}{unit_of(metric)[1]}", parse_math=False)
-    if "top" in metric:  # not beyond what accuracies can be
+    if is_accuracy(metric):  # not beyond what accuracies can be
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, -1), min(top, 101))
     axes.grid(color="#dddddd", linewidth=0.8)

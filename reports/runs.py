@@ -18,6 +18,7 @@ from base.config.files import read_tree
 from base.config.section import Section
 from base.errors import ConfigError
 from base.registry import did_you_mean
+from base.run_folder.names import CONFIG, EVALUATIONS, LABELS, METRICS, RESULT
 from base.run_folder.study_index import read_places
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Run:
 
     def measured(self, metric: str) -> dict[int, float]:
         """Epoch -> value of a name in `metrics.jsonl`, of the epochs in which it was measured."""
-        file = self.folder / "metrics.jsonl"
+        file = self.folder / METRICS
         return {
             log["epoch"]: _number(log[metric], metric, file)
             for log in self.log
@@ -79,7 +80,7 @@ class Run:
             name, values, file = (
                 metric.removeprefix(LAST_EPOCH),
                 self.log[-1],
-                self.folder / "metrics.jsonl",
+                self.folder / METRICS,
             )
             return None if values.get(name) is None else _number(values[name], name, file)
         if metric.startswith(REPORT):
@@ -92,7 +93,7 @@ class Run:
             values = [_number(report.values[name], name, report.file) for report in reports]
             return sum(values) / len(values) if values else None
         value = (self.result or {}).get(metric)
-        return None if value is None else _number(value, metric, self.folder / "result.json")
+        return None if value is None else _number(value, metric, self.folder / RESULT)
 
     @property
     def noise_rate(self) -> float | None:
@@ -114,7 +115,7 @@ class Run:
 
     @property
     def _labels_file(self) -> Path:
-        return self.folder / "labels.npz"
+        return self.folder / LABELS
 
     def labels_of_images(self) -> dict[int, tuple[int, ...]]:
         """Position of an image in the training set -> its true label, and behind it the given one
@@ -140,7 +141,7 @@ class Run:
             ConfigError: one of them is broken.
         """
         found: dict[str, list[AttackReport]] = {}
-        for file in sorted((self.folder / "eval").glob("*.json")):
+        for file in sorted((self.folder / EVALUATIONS).glob("*.json")):
             values = _read_object(file)
             found.setdefault(re.sub(r"_seed\d+$", "", file.stem), []).append(
                 AttackReport(file, values)
@@ -201,15 +202,15 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: one of its files is broken, or it has logged no epoch.
     """
-    file = folder / "config.json"
+    file = folder / CONFIG
     # its own code is not imported, so names of own parts are not known here
     settings = resolved_settings(validate(read_tree(file), str(file), check_names=False))
-    log = _read_log(folder / "metrics.jsonl")
+    log = _read_log(folder / METRICS)
     if not log:
         raise ConfigError(
             f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet"
         )
-    file = folder / "result.json"
+    file = folder / RESULT
     result = _read_object(file) if file.exists() else None
     return Run(folder, settings, log, result)
 
@@ -279,9 +280,9 @@ def _run_folders(path: Path) -> list[Path]:
         raise ConfigError(
             f"{path}: {'a file, not a run folder' if path.exists() else 'no such folder'}"
         )
-    if _has_logs(path) and (path / "config.json").is_file():
+    if _has_logs(path) and (path / CONFIG).is_file():
         return [path]
-    candidates = sorted(file.parent for file in path.rglob("config.json"))
+    candidates = sorted(file.parent for file in path.rglob(CONFIG))
     found = [folder for folder in candidates if _has_logs(folder)]
     empty = [folder for folder in candidates if folder not in found]
     if not candidates:
@@ -298,7 +299,7 @@ def _run_folders(path: Path) -> list[Path]:
 
 
 def _has_logs(folder: Path) -> bool:
-    file = folder / "metrics.jsonl"
+    file = folder / METRICS
     return file.is_file() and file.stat().st_size > 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from base.errors import ConfigError
+from base.meters import is_accuracy
 from base.output import format_of, write_output, writing
 from base.run_folder.environment import PROVENANCE
 from base.text import csv_text, one_line
@@ -225,9 +226,9 @@ def best_rows(table: Table, column: int) -> set[int]:
     seed only.
     """
     metric, found = table.metrics[column], set()
-    if not ("top" in metric or "loss" in metric):
+    if not (is_accuracy(metric) or "loss" in metric):
         return found
-    sign = 1 if "top" in metric else -1
+    sign = 1 if is_accuracy(metric) else -1
     for block in dict.fromkeys(row.block for row in table.rows):
         cells = {
             index: row.cells[column] for index, row in enumerate(table.rows) if row.block == block
@@ -333,7 +334,7 @@ def _csv(table: Table) -> str:
 
 
 def _header(table: Table) -> list[str]:
-    heads = [f"{metric} (%)" if "top" in metric else metric for metric in table.metrics]
+    heads = [f"{metric} (%)" if is_accuracy(metric) else metric for metric in table.metrics]
     return [
         "runs",
         "n",
@@ -373,7 +374,7 @@ def _shown(cell: Cell, metric: str) -> str:
 def _number(value: float, metric: str) -> str:
     """Accuracies in per cent with two decimals, the rest in four significant digits, or more before
     the point."""
-    if "top" in metric:
+    if is_accuracy(metric):
         return f"{100 * value:.2f}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 

@@ -18,7 +18,8 @@ import torch
 from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
 from base.errors import ConfigError
-from base.text import one_line
+from base.run_folder.names import CONFIG, RESULT
+from base.text import first_line, one_line
 from studies.grid import Run
 from studies.progress import FINISHED, changed_places, look
 
@@ -97,7 +98,7 @@ class Worker:
     ) -> subprocess.Popen[bytes]:
         if not has_checkpoint(run.folder):
             # it was killed before its first checkpoint: begin again
-            (run.folder / "config.json").unlink(missing_ok=True)
+            (run.folder / CONFIG).unlink(missing_ok=True)
         return subprocess.Popen(  # noqa: S603 - our own scripts
             command(run), stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, pass_fds=(self.output,),
             preexec_fn=before, env=_environment(run, slot),
@@ -193,7 +194,7 @@ class ClusterJob(Job):
             return _reason(str(error), self.run.name)
         # the folder is listed, because a network file system would remember that a single file was
         # not there
-        if "result.json" in {file.name for file in self.run.folder.glob("*")}:
+        if RESULT in {file.name for file in self.run.folder.glob("*")}:
             return None
         return "its job has worked on another config: the grid or a file under it has changed since"
 
@@ -267,7 +268,7 @@ def launcher(name: str, folder: Path, settings: Sequence[str]) -> Start:
         executor = submitit.AutoExecutor(folder=folder, cluster=name)
         executor.update_parameters(name="study", **parameters)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
-        raise ConfigError(f"--launcher {name}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"--launcher {name}: {first_line(error)}") from None
     return lambda run, slot: ClusterJob(executor.submit(work_of_job(run)), run)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from base.checkpoint import has_checkpoint
-from base.checkpoint.checkpoint import LAST
 from base.checkpoint.resume import WHERE_AND_HOW, refuse_other_experiment
 from base.config import Override, validate
 from base.errors import ConfigError, ProjectError
+from base.meters import is_accuracy
+from base.run_folder.names import CONFIG, LAST, METRICS, RESULT
 from base.text import one_line
 from studies.grid import Run, as_word
 
@@ -46,15 +47,15 @@ def look(run: Run) -> Progress:
     Raises:
         ConfigError: the folder holds a run of another config, or one of its files is damaged.
     """
-    log = _log(run.folder / "metrics.jsonl")
+    log = _log(run.folder / METRICS)
     mode, _, name = run.config.trainer.monitor.partition(" ")
     values = [epoch[name] for epoch in log if epoch.get(name) is not None] if name else []
     best = (max if mode == "max" else min)(values) if values else None
-    finished, begun = (run.folder / "result.json").exists(), has_checkpoint(run.folder)
+    finished, begun = (run.folder / RESULT).exists(), has_checkpoint(run.folder)
     if finished or begun:
         _refuse_another(run)
     if finished:
-        _json(run.folder / "result.json", _text(run.folder / "result.json"))
+        _json(run.folder / RESULT, _text(run.folder / RESULT))
     return Progress(FINISHED if finished else BROKEN if begun else NEW, len(log), best)
 
 
@@ -85,7 +86,7 @@ def table(rows: Sequence[tuple[Run, Progress, float | None]]) -> str:
             ""
             if progress.best is None
             else f"{name} {progress.best:.2%}"
-            if "top" in name
+            if is_accuracy(name)
             else f"{name} {progress.best:.4g}"
         )
         cells.append(
@@ -138,7 +139,7 @@ def _json(file: Path, text: str) -> Any:
 
 def _config_of_folder(run: Run) -> dict[str, Any]:
     """The resolved config in the run's folder, with the defaults of keys that are newer than it."""
-    file = run.folder / "config.json"
+    file = run.folder / CONFIG
     if not file.exists():
         raise ConfigError(f"{run.folder}: holds a checkpoint, but no config.json; move it away")
     return validate(_json(file, _text(file)), str(file)).dump()

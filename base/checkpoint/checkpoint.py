@@ -29,11 +29,11 @@ from base.checkpoint.foreign_weights import (
 from base.checkpoint.schema import check_readable, without_unreadable
 from base.checkpoint.unreadable import explain
 from base.errors import CheckpointError
-from base.text import one_line
+from base.run_folder.names import BEST, LAST, NUMBERED
+from base.text import first_line, one_line
 
 SCHEMA_VERSION = 2
 """Of what is written here; since version 2 every checkpoint is sealed."""
-BEST, LAST, NUMBERED = "model_best.pth", "model_last.pth", "model_epoch_{}.pth"
 LEVELS_TO_RUNS = 3
 """How far below a folder its runs are looked for: `<save_dir>/<name>/<run id>` is two levels."""
 
@@ -51,7 +51,7 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
             torch.save(plain({"schema_version": SCHEMA_VERSION, **contents}), file)
             write_checksum(file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
 def publish_copy(source: Path, target: Path) -> None:
@@ -64,7 +64,7 @@ def publish_copy(source: Path, target: Path) -> None:
     try:
         link_or_copy(source, target)
     except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {_reason(error)}") from error
+        raise CheckpointError(f"{target}: cannot be written: {first_line(error)}") from error
 
 
 def keep_newest(folder: Path, count: int, epoch: int) -> None:
@@ -156,7 +156,7 @@ def set_aside(file: Path) -> Path:
     try:
         return file.rename(kept)
     except OSError as error:
-        raise CheckpointError(f"{kept}: cannot be written: {_reason(error)}") from error
+        raise CheckpointError(f"{kept}: cannot be written: {first_line(error)}") from error
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -273,7 +273,7 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
         with file.open("rb") as opened:
             yield opened
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {_reason(error)}") from None
+        raise CheckpointError(f"{file}: cannot be read: {first_line(error)}") from None
 
 
 def _foreign(contents: Any, file: Path, weights: str | None) -> dict[str, Any]:
@@ -401,7 +401,3 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item"):  # NumPy's scalars, of which float64 is even a subclass of float
         return value.item()
     raise TypeError(f"a checkpoint holds tensors and plain values only, not {type(value).__name__}")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint.checkpoint import LAST, load_to_resume, set_aside
+from base.checkpoint.checkpoint import load_to_resume, set_aside
 from base.checkpoint.schema import check_training_state
 from base.config import Config, Override, validate
 from base.config.files import (
@@ -25,6 +25,7 @@ from base.config.section import lies_in
 from base.distributed import from_primary
 from base.errors import CheckpointError, ConfigError
 from base.optim.schedules import spans_whole_run
+from base.run_folder.names import LAST
 
 CHANGE_NO_RESULT = (
     "name", "exper_name", "comet", "trainer.save_dir", "trainer.save_period", "trainer.keep_checkpoints", "trainer.verbosity",

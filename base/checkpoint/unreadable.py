@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from base.text import one_line
+from base.text import first_line, one_line
 
 HEAD = 4096
 """Bytes that are looked at to tell what a file is."""
@@ -79,7 +79,7 @@ def explain(file: BinaryIO, error: Exception) -> str:
         and "weights_only" not in str(error)
         and str(error)
     ):
-        reason = f" ({one_line(str(error).splitlines()[0], 200)})"
+        reason = f" ({one_line(first_line(error), 200)})"
     return f"it is damaged, or torch.save has not written it{reason}; copy or fetch it again"
 
 

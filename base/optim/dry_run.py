@@ -8,8 +8,9 @@ from torch import nn
 
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import ConfigError
-from base.optim.optimizers import _culprit, _first_line, build_optimizer
+from base.optim.optimizers import _culprit, build_optimizer
 from base.optim.schedules import Schedule, check_plateau
+from base.text import first_line
 
 
 def check_optimization(
@@ -46,7 +47,7 @@ def _try(key: str, args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], 
     except Exception as error:
         name = _culprit(args, attempt, error)
         raise ConfigError(
-            f"{key}{name}: a step with these arguments fails: {_first_line(error)}"
+            f"{key}{name}: a step with these arguments fails: {first_line(error)}"
         ) from None
 
 

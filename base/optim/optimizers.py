@@ -15,7 +15,7 @@ from base.config.training import OptimizerConfig
 from base.errors import ConfigError
 from base.optim.signatures import check_arguments, shown
 from base.registry import lookup
-from base.text import one_line
+from base.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +132,5 @@ def _build(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
         values = {key: value for key, value in args.items() if key != "schedulers"}
         value = values.get(name[1:], values)
         raise ConfigError(
-            f"{key}{name}: {cls.__name__} does not accept {shown(value)}: {_first_line(error)}"
+            f"{key}{name}: {cls.__name__} does not accept {shown(value)}: {first_line(error)}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return one_line((str(error).splitlines() or [type(error).__name__])[0])

@@ -16,6 +16,7 @@ from base.config import Config
 from base.distributed import world_size
 from base.rooms import ROOT
 from base.run_folder.folder import _read_object, job, write_json
+from base.run_folder.names import ENVIRONMENT
 from base.secrets import command_without_key
 
 PROJECT = "convnorm-trainer"
@@ -32,7 +33,7 @@ def record_environment(folder: Path, resumed: bool) -> list[str]:
         What there is to warn of: the run had another number of threads or processes before, which
             round otherwise.
     """
-    file = folder / "environment.json"
+    file = folder / ENVIRONMENT
     now = environment()
     first = _read_object(file) if resumed else {}
     if not first:

@@ -19,9 +19,7 @@ from base.checkpoint import has_checkpoint
 from base.errors import CheckpointError, ConfigError
 from base.output import as_json
 from base.run_folder.locks import locked
-
-LOCK = ".lock"
-"""The file that a run holds locked as long as it writes into its folder; it stays."""
+from base.run_folder.names import CONFIG, ENVIRONMENT, LOCK
 
 
 @contextmanager
@@ -48,13 +46,13 @@ def new_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Iter
             raise ConfigError(
                 f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder"
             )
-        if (folder / "config.json").exists() and not begun_by_this_job(folder):
+        if (folder / CONFIG).exists() and not begun_by_this_job(folder):
             raise ConfigError(
                 f"--run_dir {folder}: holds a run without a checkpoint; remove it, or name another folder"
             )
         if job():
             # before anything else, as the next attempt asks for it
-            write_json(folder / "environment.json", {"job": job()})
+            write_json(folder / ENVIRONMENT, {"job": job()})
         yield folder
 
 
@@ -109,7 +107,7 @@ def job() -> str | None:
 
 def begun_by_this_job(folder: Path) -> bool:
     """Whether an earlier attempt of this torchrun job has made the run folder."""
-    return job() is not None and _read_object(folder / "environment.json").get("job") == job()
+    return job() is not None and _read_object(folder / ENVIRONMENT).get("job") == job()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import ProjectError
+from base.meters import is_accuracy
 from base.text import LineFormatter
 
 
@@ -55,5 +56,5 @@ def describe(values: Mapping[str, Any]) -> str:
 
 def _number(key: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.2%}" if "top" in key else f"{value:.4g}"
+        return f"{value:.2%}" if is_accuracy(key) else f"{value:.4g}"
     return str(value)

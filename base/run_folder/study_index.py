@@ -8,8 +8,7 @@ from pathlib import Path
 
 from base.atomic import replacing
 from base.output import as_json
-
-NAME = "study.json"
+from base.run_folder.names import STUDY_INDEX
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def write_places(folder: Path, places: Mapping[str, Place]) -> None:
     go."""
     entries = {name: asdict(place) for name, place in {**read_places(folder), **places}.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / NAME) as file:
+    with replacing(folder / STUDY_INDEX) as file:
         file.write(as_json(entries))
 
 
@@ -40,7 +39,7 @@ def read_places(folder: Path) -> dict[str, Place]:
     """Name of a run folder -> its place; nothing where there is no study file, or one that cannot
     be read."""
     try:
-        entries = json.loads((folder / NAME).read_text())
+        entries = json.loads((folder / STUDY_INDEX).read_text())
         return {name: Place(**entry) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base.config import Config
+from base.run_folder.names import COMET, METRICS, TENSORBOARD
 from base.tracking.comet import Comet
 from base.tracking.tracker import EpochLog, RunLog, TensorBoard, Tracker
 
@@ -13,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 def start_trackers(config: Config, folder: Path, history: Sequence[EpochLog] = ()) -> list[Tracker]:
     """The trackers that the config asks for, writing into the run folder."""
-    trackers: list[Tracker] = [RunLog(folder / "metrics.jsonl", history)]
+    trackers: list[Tracker] = [RunLog(folder / METRICS, history)]
     wanted = []
     if config.trainer.tensorboard:
-        wanted.append(("TensorBoard", lambda: TensorBoard(folder / "tensorboard", len(history))))
+        wanted.append(("TensorBoard", lambda: TensorBoard(folder / TENSORBOARD, len(history))))
     if config.comet is not None:
         settings = config.comet
-        wanted.append(("Comet", lambda: Comet(folder / "comet", settings, config)))
+        wanted.append(("Comet", lambda: Comet(folder / COMET, settings, config)))
     for name, start in wanted:
         try:
             trackers.append(start())

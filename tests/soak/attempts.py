@@ -13,9 +13,10 @@ from pathlib import Path
 from random import Random
 
 import train_robust
-from base.checkpoint.checkpoint import BEST, LAST, load_to_resume, numbered
+from base.checkpoint.checkpoint import load_to_resume, numbered
 from base.command_line import run_script
 from base.errors import CheckpointError
+from base.run_folder.names import BEST, LAST
 
 SCRIPT = Path(train_robust.__file__).resolve()
 TIMEOUT = 300.0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from base.checkpoint import load_checkpoint
-from base.checkpoint.checkpoint import LAST
+from base.run_folder.names import LAST
 from tests.soak.attempts import ENDINGS, Attempt, attempt, checkpoints, damage, position
 from tests.soak.scenarios import tree_of
 

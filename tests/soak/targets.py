@@ -22,11 +22,11 @@ from torch import Tensor
 import train
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, save_checkpoint
-from base.checkpoint.checkpoint import LAST
 from base.config import load_config, validate
 from base.config.files import merge
 from base.errors import ProjectError, Stopped
 from base.optim import check_optimization
+from base.run_folder.names import LAST
 from tests.soak.mutations import spoiled
 from tests.soak.scenarios import write_images
 

@@ -150,7 +150,7 @@ class Plan:
     ) -> None:
         """Add to `total` float32 or float64 `(C_out, k_h * k_w, C_in)` the adjoint of `kernels` at
         `grads` `(2, a_h, g, C_out, a_w * C_in)`."""
-        # shape (C_out, 2 * a_h * g, a_w, C_in)
+        # The shape is (C_out, 2 * a_h * g, a_w, C_in).
         grads = grads.unflatten(-1, (self.columns.stride, -1)).flatten(0, 2).transpose(0, 1)
         for alias in range(self.columns.stride):
             taps = self._taps(factors[:, :, block, alias], self.taps[:, :, :, block, alias])
@@ -239,9 +239,9 @@ def plan_for(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device
 def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> Plan:
     kept_h = torch.arange(rows.kept)
     kept_w = torch.arange(columns.kept // 2 + 1)
-    # shape (a_h, g_h)
+    # The shape is (a_h, g_h).
     frequencies_h = (torch.arange(rows.stride)[:, None] * rows.kept + kept_h).flatten()
-    # shape (g_w, a_w)
+    # The shape is (g_w, a_w).
     frequencies_w = (kept_w[:, None] + torch.arange(columns.stride) * columns.kept).flatten()
     kept, counts = _independent(rows, columns)
     grid = (rows.stride, rows.kept * len(kept_w), columns.stride)  # (a_h, all of g, a_w)
