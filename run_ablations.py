@@ -13,7 +13,7 @@ from base.command_line import Parser, add_imports_flag, run_script, set_override
 from base.errors import ConfigError, ProjectError
 from base.text import say
 from studies.grid import describe, plan, record
-from studies.launchers import LAUNCHERS, as_typed, launcher
+from studies.launchers import LAUNCHERS, format_command, launcher
 from studies.work import Study
 
 DEFAULT = Path(__file__).parent / "configs" / "ablations" / "resnet.json"
@@ -78,7 +78,7 @@ def main() -> None:
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs: expected at least 1, not {arguments.jobs}")
     if arguments.dry_run:
-        say(*map(as_typed, runs))
+        say(*map(format_command, runs))
         return
     start = launcher(arguments.launcher, runs[0].folder.parent / "jobs", arguments.parameter)
     record(runs)

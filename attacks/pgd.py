@@ -89,7 +89,7 @@ class PGD(Attack):
         self, model: Model, images: Tensor, labels: Tensor, generators: Generators
     ) -> Tensor:
         if self.restarts == 1 and not self.early_stop:
-            return self.climb(model, images, labels, self.start(images, generators))
+            return self.run(model, images, labels, self.start(images, generators))
         found = WorstPoints(images)
         for _ in range(self.restarts):
             left = found.left(stop=self.early_stop > 0)
@@ -123,22 +123,22 @@ class PGD(Attack):
                 left, points, gradient = left[going], points[going], gradient[going]
                 if len(left) == 0:
                     return
-            points = self.move(points, gradient, images[left])
+            points = self.step(points, gradient, images[left])
         with torch.no_grad():
             logits = model(points)
         found.note(
             left, points, self.losses(logits, labels[left]), self.reached(logits, labels[left])
         )
 
-    def climb(self, model: Model, images: Tensor, labels: Tensor, points: Tensor) -> Tensor:
+    def run(self, model: Model, images: Tensor, labels: Tensor, points: Tensor) -> Tensor:
         """All steps from `points`; `labels` may be class probabilities `(B, C)`. Returns the last
         point."""
         for _ in range(self.steps):
             _, _, gradient = self.value_and_grad(model, points, labels)
-            points = self.move(points, gradient, images)
+            points = self.step(points, gradient, images)
         return points
 
-    def move(self, points: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
+    def step(self, points: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
         """One projected step."""
         return self.threat_model.project(
             self.threat_model.step(points, gradient, self.step_size), images

@@ -25,7 +25,7 @@ def in_pixel_range(size: float, norm: str) -> float:
     return size / 255 if norm == "linf" else size
 
 
-def as_written(size: float, norm: str) -> str:
+def format_size(size: float, norm: str) -> str:
     """A size in pixel range as people write it: `8/255` for l-inf, `0.5` for l2."""
     return f"{size * 255:.4g}/255" if norm == "linf" else f"{size:.4g}"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attacks.threat_model import as_written
+from attacks.threat_model import format_size
 from base.output import PICTURES, format_of, save_figure
 from base.text import one_line
 
@@ -193,7 +193,7 @@ def epsilon_figure(
         for size, accuracy in zip(sizes, accuracies, strict=True)
         if abs(size - epsilon * unit) < 1e-6 * unit
     ]
-    reads = f"the attack's epsilon, {as_written(epsilon, norm)}" + (
+    reads = f"the attack's epsilon, {format_size(epsilon, norm)}" + (
         f": {own[0]:.1f} %" if own else ""
     )
     axes.axvline(epsilon * unit, color="black", linestyle="--", linewidth=1, label=reads)

@@ -22,7 +22,7 @@ from attacks.classifier import Classifier, Model
 from attacks.losses import wrongness
 from attacks.pgd import PGD
 from attacks.square import Square
-from attacks.threat_model import as_written
+from attacks.threat_model import format_size
 from base.distributed import hide_progress_bar
 from evaluation.batches import Batches, Data
 from evaluation.checks import (
@@ -258,7 +258,7 @@ class _Examination:
             self.curve.append((size, _share(verdicts[-1])))
         missed = max(int((larger & ~smaller).sum()) for smaller, larger in pairwise(verdicts))
         points = [
-            f"{_percent(share)} at {as_written(size, self.norm)}" for size, share in self.curve
+            f"{_percent(share)} at {format_size(size, self.norm)}" for size, share in self.curve
         ]
         standing, chance = int(verdicts[-1].sum()), 1 / self.num_classes
         falls = f"{', '.join(points)}; a larger epsilon misses what a smaller breaks"

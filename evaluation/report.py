@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from attacks.attack import Attack, arguments, settings
-from attacks.threat_model import as_written
+from attacks.threat_model import format_size
 from base.output import as_json, is_stream, write_output
 from base.text import csv_text
 from evaluation.verdicts import NONE, Verdicts
@@ -244,10 +244,10 @@ def _numbers(attack: Attack) -> Iterable[str]:
     """What a title says of an attack beside its name; of its own arguments those that are not at
     their defaults."""
     taken = arguments(type(attack))
-    yield f"{attack.norm} {as_written(attack.epsilon, attack.norm)}"
+    yield f"{attack.norm} {format_size(attack.epsilon, attack.norm)}"
     step_size, restarts = (getattr(attack, name, None) for name in ("step_size", "restarts"))
     if step_size is not None and "step_size" in taken:
-        yield f"step {as_written(step_size, attack.norm)}"
+        yield f"step {format_size(step_size, attack.norm)}"
     if restarts is not None and "restarts" in taken:
         yield f"{restarts} start{'s' if restarts > 1 else ''}"
     if attack.loss != "ce" and not attack.description:

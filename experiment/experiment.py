@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from attacks.threat_model import as_written
+from attacks.threat_model import format_size
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
@@ -586,7 +586,7 @@ class Experiment:
     def _describe_adversary(self) -> None:
         config, robust = self.config, self.robust_validation
         threat = build_attacks.threat_model(config)
-        radius = f"{threat.norm} {as_written(threat.epsilon, threat.norm)}"
+        radius = f"{threat.norm} {format_size(threat.epsilon, threat.norm)}"
         if config.attacks_while_training:
             epochs = config.adversarial.get("warmup_epochs", 0)
             growing = f", growing over the first {epochs} epochs" if epochs else ""

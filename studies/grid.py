@@ -101,7 +101,7 @@ class Run:
 
     def words(self) -> list[str]:
         """The command line that starts it, from the script on."""
-        settings = [(key, as_word(value)) for key, value in self.settings.items()]
+        settings = [(key, format_value(value)) for key, value in self.settings.items()]
         words = [self.script, "-c", str(self.config_file), "--run_dir", str(self.folder)]
         words += _words(FLAG, self.imports)
         return [*words, *set_words([*settings, *self.overrides]), "--seed", str(self.seed)]
@@ -172,7 +172,7 @@ class Variant:
         """Its settings as overrides whose errors name the grid file."""
         return [
             Flag(
-                (key, as_word(value)),
+                (key, format_value(value)),
                 f"{path}: {self.places[key]}" if key in self.places else f"{path}",
             )
             for key, value in self.settings.items()
@@ -295,7 +295,7 @@ def describe(runs: Sequence[Run]) -> list[str]:
         settings = {key: value for key, value in run.settings.items() if not is_comment(key)}
         given = dict(settings or _own_keys(run.config_file, values[variant]))
         given |= {key: value for key, value in values[variant].items() if key in varied}
-        words = {key: as_word(value) for key, value in given.items()} | dict(run.overrides)
+        words = {key: format_value(value) for key, value in given.items()} | dict(run.overrides)
         settings = "".join(f", {key}={text}" for key, text in words.items())
         seeds = ", ".join(str(other.seed) for other in runs if other.variant == variant)
         lines.append(f"{variant}: {run.config_file.name}{settings} (seeds {seeds})")
@@ -311,7 +311,7 @@ def _words(flag: str, values: Iterable[str]) -> list[str]:
     return [word for value in values for word in (flag, value)]
 
 
-def as_word(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as `--set` takes it: a bare word where that means the same, JSON otherwise."""
     if isinstance(value, str):
         try:
@@ -387,7 +387,7 @@ def _varied(variants: Mapping[str, Variant], path: Path) -> dict[str, str]:
             continue
         first_with: dict[str, str] = {}
         for name, tree in trees.items():
-            value = as_word(tree[leaf]) if leaf in tree else "its default"
+            value = format_value(tree[leaf]) if leaf in tree else "its default"
             first_with.setdefault(value, name)
         if len(first_with) > 1:
             found[leaf] = ", ".join(

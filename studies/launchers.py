@@ -40,7 +40,7 @@ def command(run: Run) -> list[str]:
     return [sys.executable, str(ROOT / script), *words]
 
 
-def as_typed(run: Run) -> str:
+def format_command(run: Run) -> str:
     """The same as one would type it; a comment where the run is finished."""
     _, script, *words = command(run)
     finished = "# finished: " if look(run).state == FINISHED else ""

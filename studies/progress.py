@@ -13,7 +13,7 @@ from base.errors import ConfigError, ProjectError
 from base.meters import is_accuracy
 from base.run_folder.names import CONFIG, LAST, METRICS, RESULT
 from base.text import one_line
-from studies.grid import Run, as_word
+from studies.grid import Run, format_value
 
 NEW, BROKEN, RUNNING, ELSEWHERE, FINISHED, FAILED = (
     "new",
@@ -71,7 +71,7 @@ def changed_places(run: Run) -> list[Override]:
     for key in WHERE_AND_HOW:
         old, new = (_value_at(tree, key) for tree in (before, now))
         if old != new:
-            changes.append((key, as_word(new)))
+            changes.append((key, format_value(new)))
     return changes
 
 

@@ -373,7 +373,7 @@ class TradesTrainer(AdversarialTrainer):
         with self.attacking():
             with torch.no_grad():
                 predictions = self.model(images).float().softmax(dim=1)
-            return self.attack.scaled(self.radius_share).climb(
+            return self.attack.scaled(self.radius_share).run(
                 self.model, images, predictions, images + noise
             )
 

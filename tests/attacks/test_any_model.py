@@ -85,7 +85,7 @@ def test_the_attack_of_a_training_step_gives_copies_too():
     inner, attack = network(), PGD(0.04, 0.02, 3)
     images, labels = batch(OutOfPlace(inner))
     before = images.clone()
-    found = [attack.climb(model(inner), images, labels, images) for model in (InPlace, OutOfPlace)]
+    found = [attack.run(model(inner), images, labels, images) for model in (InPlace, OutOfPlace)]
     assert torch.equal(*found)
     assert torch.equal(images, before)
 

@@ -280,14 +280,14 @@ def test_an_evaluation_that_was_interrupted_goes_on(digits, tmp_path, monkeypatc
     loader.batch_size = 5
     whole = attack_loader(model, loader, ATTACK, seed=3)
     calls = 0
-    climb = PGD.perturb
+    unbroken = PGD.perturb
 
     def broken(self, *arguments):
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return climb(self, *arguments)
+        return unbroken(self, *arguments)
 
     monkeypatch.setattr(PGD, "perturb", broken)
     with pytest.raises(KeyboardInterrupt):

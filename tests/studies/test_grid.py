@@ -9,7 +9,7 @@ import pytest
 from base.config import imports
 from base.errors import ConfigError
 from base.registry import NORM_LAYERS
-from studies.grid import as_word, describe, identity, plan
+from studies.grid import describe, format_value, identity, plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NORMS = {"bn": {"arch.args.norm_layer_type": "bn"}, "gn": {"arch.args.norm_layer_type": "gn"}}
@@ -294,9 +294,9 @@ def test_adversarial_runs_get_their_script(grid_file):
 )
 def test_words_mean_the_value(value):
     try:
-        assert json.loads(as_word(value)) == value
+        assert json.loads(format_value(value)) == value
     except ValueError:
-        assert as_word(value) == value
+        assert format_value(value) == value
 
 
 @pytest.mark.parametrize(

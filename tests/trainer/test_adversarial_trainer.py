@@ -333,8 +333,8 @@ def test_trades_against_the_formula(tmp_path, clean_passes, monkeypatch):
     settings = {"adversarial": {**trades, "clean_passes": clean_passes}}
     trainer, plain = build(tmp_path, settings), build(tmp_path, settings)
     images, labels = batch()
-    noisy, climb = [], PGD.climb
-    monkeypatch.setattr(PGD, "climb", lambda *given: (noisy.append(given[-1]), climb(*given))[1])
+    noisy, run = [], PGD.run
+    monkeypatch.setattr(PGD, "run", lambda *given: (noisy.append(given[-1]), run(*given))[1])
     result = trainer.train_batch(images, labels)
     assert float((noisy[0] - images).std()) == pytest.approx(0.001, rel=0.05)
     model, points = plain.model.eval(), noisy[0]
