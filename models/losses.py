@@ -1,4 +1,4 @@
-"""Losses per sample, so that the trainer can sum, weight and count them."""
+"""Losses, one number per sample, so that the trainer can sum, weight and count them."""
 
 import torch.nn.functional as F
 from torch import Tensor

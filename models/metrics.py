@@ -1,7 +1,6 @@
-"""Metrics as counts of samples: whoever reports an accuracy divides the sum of counts by the number
-of samples, once.
+"""Metrics, as counts of samples: an accuracy is the sum of the counts over the number of samples.
 
-Logits that hold a NaN are no answer: such a sample counts as wrong in every metric.
+A sample whose logits hold a NaN counts as wrong in every metric.
 """
 
 from torch import Tensor
@@ -15,17 +14,18 @@ def top1(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: `(B, C)`.
         labels: int64 `(B,)` in [0, C), or class probabilities `(B, C)` (mixup): a prediction counts
-            its class's share.
+            the probability of its class.
 
     Returns:
         int64 (float for probabilities), without dimensions, on the logits' device.
     """
-    return _share(logits.argmax(dim=1, keepdim=True), logits, labels)
+    return _count(logits.argmax(dim=1, keepdim=True), logits, labels)
 
 
 def top5(logits: Tensor, labels: Tensor) -> Tensor:
-    """The number of samples whose label is among the five largest logits (all of them where there
-    are fewer than five).
+    """The number of samples whose label is among the five largest logits.
+
+    With fewer than five classes every sample counts.
 
     Args:
         logits: `(B, C)`.
@@ -34,17 +34,18 @@ def top5(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         As `top1`.
     """
-    return _share(logits.topk(min(5, logits.shape[1]), dim=1).indices, logits, labels)
+    return _count(logits.topk(min(5, logits.shape[1]), dim=1).indices, logits, labels)
 
 
-def _share(predictions: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """How many samples have their label among their predictions `(B, K)`, or how much of their
-    label's probability."""
-    no_answer = logits.isnan().any(dim=1, keepdim=True)
+def _count(predictions: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """How many samples have their label among their predictions `(B, K)`, or the sum of the
+    probabilities of these predictions."""
+    # argmax and topk rank a NaN first, so without this such a sample could count as right.
+    has_nan = logits.isnan().any(dim=1, keepdim=True)
     if labels.ndim == 2:
-        return labels.gather(1, predictions).masked_fill(no_answer, 0).sum()
-    return (predictions.masked_fill(no_answer, -1) == labels.unsqueeze(1)).sum()
+        return labels.gather(1, predictions).masked_fill(has_nan, 0).sum()
+    return (predictions.masked_fill(has_nan, -1) == labels.unsqueeze(1)).sum()
 
 
-# the last two are ConvNorm's names
+# The original ConvNorm's configs call them my_metric and my_metric2.
 METRICS.update(top1=top1, top5=top5, my_metric=top1, my_metric2=top5)

@@ -1,7 +1,8 @@
 """ResNet and pre-activation ResNet.
 
 Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun: "Deep Residual Learning for Image Recognition",
-arXiv:1512.03385, and "Identity Mappings in Deep Residual Networks", arXiv:1603.05027."""
+arXiv:1512.03385, and "Identity Mappings in Deep Residual Networks", arXiv:1603.05027.
+"""
 
 from typing import Any, ClassVar, Literal
 
@@ -17,12 +18,20 @@ STEMS = {
     "cifar": {"kernel_size": 3, "stride": 1, "padding": 1},
     "imagenet": {"kernel_size": 7, "stride": 2, "padding": 3},
 }
-"""The first convolution; after the ImageNet one a 3x3 maximum with stride 2 follows."""
+"""The first convolution. After the ImageNet one, a 3x3 max pooling with stride 2 follows."""
+
+SHORTCUT_INPUTS = ("activated", "raw")
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut. Both activations are one layer, as in the
-    original."""
+    """Two 3x3 convolutions beside a shortcut.
+
+    Args:
+        in_planes: channels of the input.
+        planes: channels of both convolutions and of the output.
+        stride: of the first convolution and of the shortcut.
+        conv, norm, act: constructors of the layers, as `BaseModel` resolves them.
+    """
 
     expansion = 1
     branch_end = "norm2"
@@ -39,6 +48,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = conv(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
         self.norm1 = norm(planes)
+        # Both activations are one layer, as in the original: an SReLU's threshold is shared.
         self.relu = act(planes)
         self.conv2 = conv(planes, planes, kernel_size=3, stride=1, padding=1, bias=False)
         self.norm2 = norm(planes)
@@ -46,15 +56,23 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
-        out = self.relu(self.norm1(self.conv1(x)))
-        return self.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+        out = self.conv1(x)
+        out = self.norm1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.norm2(out)
+        return self.relu(out + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut.
 
-    `relu_out` follows the sum: it has four times the channels of `relu`, and the original, which
-    uses one layer for both, cannot be built with an activation that has parameters."""
+    Args:
+        in_planes: channels of the input.
+        planes: channels between the convolutions; the output has four times as many.
+        stride: of the 3x3 convolution and of the shortcut.
+        conv, norm, act: constructors of the layers, as `BaseModel` resolves them.
+    """
 
     expansion = 4
     branch_end = "norm3"
@@ -77,14 +95,22 @@ class Bottleneck(nn.Module):
         self.conv3 = conv(planes, out_planes, kernel_size=1, bias=False)
         self.norm3 = norm(out_planes)
         self.relu = act(planes)
+        # The original uses `relu` here, too, which fails for an activation with parameters: the sum
+        # has four times the channels.
         self.relu_out = act(out_planes)
         self.shortcut = _projection(in_planes, out_planes, stride, conv, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_planes, H, W)` -> `(B, 4 * planes, H / stride, W / stride)`."""
-        out = self.relu(self.norm1(self.conv1(x)))
-        out = self.relu(self.norm2(self.conv2(out)))
-        return self.relu_out(self.norm3(self.conv3(out)) + self.shortcut(x))
+        out = self.conv1(x)
+        out = self.norm1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.norm2(out)
+        out = self.relu(out)
+        out = self.conv3(out)
+        out = self.norm3(out)
+        return self.relu_out(out + self.shortcut(x))
 
 
 class ResNet(BaseModel):
@@ -96,7 +122,7 @@ class ResNet(BaseModel):
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
-        num_blocks: how many blocks each of the four stages has.
+        num_blocks: the number of blocks in each of the four stages.
         num_classes: the number of logits.
         stem: first layers: a 3x3 convolution (cifar), or one of 7x7 with stride and pooling
             (imagenet).
@@ -106,8 +132,8 @@ class ResNet(BaseModel):
         ConfigError: `stem` or a layer type is unknown.
     """
 
+    # The names in pytorch-cifar, which TRADES, RobustBench and MadryLab's robustness share.
     other_names: ClassVar = {"bn1": "norm1", "bn2": "norm2", "bn3": "norm3"}
-    """pytorch-cifar's names, which TRADES, RobustBench and MadryLab's robustness share."""
 
     def __init__(
         self,
@@ -118,47 +144,49 @@ class ResNet(BaseModel):
         **layer_types: Any,
     ) -> None:
         super().__init__(**layer_types)
-        self.conv1 = self.conv_layer(
-            self.in_channels, 64, bias=False, **lookup(STEMS, stem, "arch.args.stem")
-        )
+        first = lookup(STEMS, stem, "arch.args.stem")
+        self.conv1 = self.conv_layer(self.in_channels, 64, bias=False, **first)
         self.norm1 = self.norm_layer(64)
         self.relu = self.activation_layer(64)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
-        in_planes = 64
-        for stage, (planes, blocks) in enumerate(
-            zip((64, 128, 256, 512), num_blocks, strict=True), start=1
-        ):
-            layers = []
-            for position in range(blocks):
-                stride = 2 if stage > 1 and position == 0 else 1
-                layers.append(
-                    block(
-                        in_planes,
-                        planes,
-                        stride,
-                        self.conv_layer,
-                        self.norm_layer,
-                        self.activation_layer,
-                    )
-                )
-                in_planes = block.expansion * planes
-            self.add_module(f"layer{stage}", nn.Sequential(*layers))
-        self.linear = self.linear_layer(in_planes, num_classes)
+        self.maxpool = nn.Identity()
+        if stem == "imagenet":
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        layers = (self.conv_layer, self.norm_layer, self.activation_layer)
+        width = block.expansion
+        self.layer1 = _make_stage(block, num_blocks[0], 64, 64, 1, *layers)
+        self.layer2 = _make_stage(block, num_blocks[1], 64 * width, 128, 2, *layers)
+        self.layer3 = _make_stage(block, num_blocks[2], 128 * width, 256, 2, *layers)
+        self.layer4 = _make_stage(block, num_blocks[3], 256 * width, 512, 2, *layers)
+        self.linear = self.linear_layer(512 * width, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
-        out = self.maxpool(self.relu(self.norm1(self.conv1(inputs))))
-        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
-
-
-SHORTCUT_INPUTS = ("activated", "raw")
+        x = self.conv1(inputs)
+        x = self.norm1(x)
+        x = self.relu(x)
+        x = self.maxpool(x)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+        x = F.adaptive_avg_pool2d(x, 1)
+        return self.linear(torch.flatten(x, 1))
 
 
 class PreActBlock(nn.Module):
-    """Norm, activation and 3x3 convolution, twice; the shortcut's 1x1 convolution has no norm, and
-    sees the activated input or, with `shortcut_input="raw"`, the input itself."""
+    """Norm, activation and 3x3 convolution, twice, beside a shortcut.
 
+    Where the shape changes, the shortcut is a 1x1 convolution without a norm.
+
+    Args:
+        in_planes: channels of the input.
+        planes: channels of both convolutions and of the output.
+        stride: of the first convolution and of the shortcut.
+        conv, norm, act: constructors of the layers, as `BaseModel` resolves them.
+        shortcut_input: what the 1x1 convolution sees: relu(bn(x)) (activated) or x itself (raw).
+    """
+
+    expansion = 1
     branch_end = "conv2"
 
     def __init__(
@@ -174,7 +202,7 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.shortcut_input = shortcut_input
         self.bn1 = norm(in_planes)
-        # the input is also the shortcut, even where the norm is the identity
+        # Not in place: where the norm is the identity, it would overwrite the shortcut's input.
         self.relu1 = act(in_planes, inplace=False)
         self.conv1 = conv(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn2 = norm(planes)
@@ -182,17 +210,25 @@ class PreActBlock(nn.Module):
         self.conv2 = conv(planes, planes, kernel_size=3, stride=1, padding=1, bias=False)
         self.shortcut = None
         if stride != 1 or in_planes != planes:
+            # A Sequential of one layer, for the key `shortcut.0.weight` of published checkpoints.
             self.shortcut = nn.Sequential(
                 conv(in_planes, planes, kernel_size=1, stride=stride, bias=False)
             )
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
-        out = self.relu1(self.bn1(x))
-        shortcut = x
-        if self.shortcut is not None:
-            shortcut = self.shortcut(x if self.shortcut_input == "raw" else out)
-        return self.conv2(self.relu2(self.bn2(self.conv1(out)))) + shortcut
+        activated = self.relu1(self.bn1(x))
+        if self.shortcut is None:
+            shortcut = x
+        elif self.shortcut_input == "raw":
+            shortcut = self.shortcut(x)
+        else:
+            shortcut = self.shortcut(activated)
+        out = self.conv1(activated)
+        out = self.bn2(out)
+        out = self.relu2(out)
+        out = self.conv2(out)
+        return out + shortcut
 
 
 class PreActResNet(BaseModel):
@@ -212,7 +248,7 @@ class PreActResNet(BaseModel):
     GradAlign's network also ends without the last norm and activation: `final_norm=False`.
 
     Args:
-        num_blocks: how many blocks each of the four stages has.
+        num_blocks: the number of blocks in each of the four stages.
         num_classes: the number of logits.
         shortcut_input: what the shortcuts see: relu(bn(x)) (activated) or x itself (raw).
         final_norm: whether a norm and an activation stand before the average.
@@ -225,7 +261,8 @@ class PreActResNet(BaseModel):
     untold: ClassVar = {
         "shortcut_input": (
             "activated",
-            "as robust_overfitting and AWP have it; --set arch.args.shortcut_input=raw for fast_adversarial and GradAlign",
+            "as robust_overfitting and AWP have it; --set arch.args.shortcut_input=raw for"
+            " fast_adversarial and GradAlign",
         )
     }
 
@@ -244,31 +281,50 @@ class PreActResNet(BaseModel):
         self.conv1 = self.conv_layer(
             self.in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False
         )
-        in_planes = 64
-        for stage, (planes, blocks) in enumerate(
-            zip((64, 128, 256, 512), num_blocks, strict=True), start=1
-        ):
-            layers = []
-            for position in range(blocks):
-                stride = 2 if stage > 1 and position == 0 else 1
-                layer_types = (self.conv_layer, self.norm_layer, self.activation_layer)
-                layers.append(PreActBlock(in_planes, planes, stride, *layer_types, shortcut_input))
-                in_planes = planes
-            self.add_module(f"layer{stage}", nn.Sequential(*layers))
-        self.bn = self.norm_layer(in_planes) if final_norm else nn.Identity()
-        self.relu = self.activation_layer(in_planes) if final_norm else nn.Identity()
-        self.linear = self.linear_layer(in_planes, num_classes)
+        block_args = (self.conv_layer, self.norm_layer, self.activation_layer, shortcut_input)
+        self.layer1 = _make_stage(PreActBlock, num_blocks[0], 64, 64, 1, *block_args)
+        self.layer2 = _make_stage(PreActBlock, num_blocks[1], 64, 128, 2, *block_args)
+        self.layer3 = _make_stage(PreActBlock, num_blocks[2], 128, 256, 2, *block_args)
+        self.layer4 = _make_stage(PreActBlock, num_blocks[3], 256, 512, 2, *block_args)
+        self.bn = nn.Identity()
+        self.relu = nn.Identity()
+        if final_norm:
+            self.bn = self.norm_layer(512)
+            self.relu = self.activation_layer(512)
+        self.linear = self.linear_layer(512, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
-        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(inputs)))))
-        return self.linear(torch.flatten(F.adaptive_avg_pool2d(self.relu(self.bn(out)), 1), 1))
+        x = self.conv1(inputs)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+        x = self.bn(x)
+        x = self.relu(x)
+        x = F.adaptive_avg_pool2d(x, 1)
+        return self.linear(torch.flatten(x, 1))
+
+
+def _make_stage(
+    block: type[BasicBlock] | type[Bottleneck] | type[PreActBlock],
+    num_blocks: int,
+    in_planes: int,
+    planes: int,
+    stride: int,
+    *block_args: Any,
+) -> nn.Sequential:
+    """The blocks of one width; the first one has the stride and changes the width."""
+    blocks = [block(in_planes, planes, stride, *block_args)]
+    for _ in range(num_blocks - 1):
+        blocks.append(block(block.expansion * planes, planes, 1, *block_args))
+    return nn.Sequential(*blocks)
 
 
 def _projection(
     in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor
 ) -> nn.Sequential:
-    """The shortcut: nothing where shapes agree, else a strided 1x1 convolution and its norm."""
+    """The shortcut: the identity where shapes agree, else a 1x1 convolution and its norm."""
     if stride == 1 and in_planes == planes:
         return nn.Sequential()
     return nn.Sequential(

@@ -10,12 +10,11 @@ from base.base_model import BaseModel
 
 
 class SimpleCNN(BaseModel):
-    """Six 3x3 convolutions of 8 to 32 channels with norm and activation, a 2x2 maximum after every
-    second one, one linear layer.
+    """Six 3x3 convolutions of 8 to 32 channels with norm and activation, a 2x2 max pooling after
+    every second one, and one linear layer.
 
     The state dict has the keys of the original. Deviation: features of another size than 4x4
-    (images of another size than 32x32) are averaged to 4x4. Plain and ONI convolutions have a bias,
-    as in the original, which does not ask for none.
+    (images of another size than 32x32) are averaged to 4x4.
 
     Args:
         num_classes: the number of logits.
@@ -31,6 +30,8 @@ class SimpleCNN(BaseModel):
         in_channels = self.in_channels
         for channels in (8, 16, 32):
             for _ in range(2):
+                # `bias` is left at the layer's default, as in the original: plain and ONI
+                # convolutions have one although a norm follows.
                 layers += [
                     self.conv_layer(in_channels, channels, kernel_size=3, padding=1),
                     self.norm_layer(channels),
@@ -43,21 +44,21 @@ class SimpleCNN(BaseModel):
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
-        out = self.features(inputs)
-        # the pooling has no deterministic backward pass on CUDA, so it is left out where it does
-        # nothing
-        if out.shape[-2:] != (4, 4):
-            out = F.adaptive_avg_pool2d(out, 4)
-        return self.classifier(torch.flatten(out, 1))
+        x = self.features(inputs)
+        # Adaptive pooling has no deterministic backward pass on CUDA, so it is left out where it
+        # changes nothing.
+        if x.shape[-2:] != (4, 4):
+            x = F.adaptive_avg_pool2d(x, 4)
+        return self.classifier(torch.flatten(x, 1))
 
 
 class SimpleCNN2(BaseModel):
     """Four convolutions without padding, C -> 6 -> 16 -> 20 -> 32 channels, with norm and
-    activation; a 2x2 maximum after the first, second and fourth; one linear layer.
+    activation; a 2x2 max pooling after the first, second and fourth; one linear layer.
 
-    The state dict has the keys of the original. Deviations: `activation_layer_type` is obeyed (the
-    original always takes ReLU), and the features are averaged to 1x1, so images larger than 32x32
-    work, too.
+    The state dict has the keys of the original. Deviations: the activation is the one of
+    `activation_layer_type` (the original always takes ReLU), and the features are averaged to 1x1,
+    so images larger than 32x32 work, too.
 
     Args:
         num_classes: the number of logits.
@@ -69,20 +70,26 @@ class SimpleCNN2(BaseModel):
 
     def __init__(self, num_classes: int = 10, **layer_types: Any) -> None:
         super().__init__(**layer_types)
-        sizes = ((self.in_channels, 6, 5), (6, 16, 3), (16, 20, 3), (20, 32, 3))
-        for number, (in_channels, channels, kernel_size) in enumerate(sizes, start=1):
-            self.add_module(
-                f"conv{number}", self.conv_layer(in_channels, channels, kernel_size, bias=False)
-            )
-            self.add_module(f"norm{number}", self.norm_layer(channels))
-            self.add_module(f"relu{number}", self.activation_layer(channels))
+        self.conv1 = self.conv_layer(self.in_channels, 6, 5, bias=False)
+        self.norm1 = self.norm_layer(6)
+        self.relu1 = self.activation_layer(6)
+        self.conv2 = self.conv_layer(6, 16, 3, bias=False)
+        self.norm2 = self.norm_layer(16)
+        self.relu2 = self.activation_layer(16)
+        self.conv3 = self.conv_layer(16, 20, 3, bias=False)
+        self.norm3 = self.norm_layer(20)
+        self.relu3 = self.activation_layer(20)
+        self.conv4 = self.conv_layer(20, 32, 3, bias=False)
+        self.norm4 = self.norm_layer(32)
+        self.relu4 = self.activation_layer(32)
         self.pool = nn.MaxPool2d(2)
         self.fc = self.linear_layer(32, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
-        out = self.pool(self.relu1(self.norm1(self.conv1(inputs))))
-        out = self.pool(self.relu2(self.norm2(self.conv2(out))))
-        out = self.relu3(self.norm3(self.conv3(out)))
-        out = self.pool(self.relu4(self.norm4(self.conv4(out))))
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
+        x = self.pool(self.relu1(self.norm1(self.conv1(inputs))))
+        x = self.pool(self.relu2(self.norm2(self.conv2(x))))
+        x = self.relu3(self.norm3(self.conv3(x)))
+        x = self.pool(self.relu4(self.norm4(self.conv4(x))))
+        x = F.adaptive_avg_pool2d(x, 1)
+        return self.fc(torch.flatten(x, 1))

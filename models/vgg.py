@@ -1,7 +1,8 @@
 """VGG with norms and a single linear layer.
 
 Karen Simonyan, Andrew Zisserman: "Very Deep Convolutional Networks for Large-Scale Image
-Recognition", arXiv:1409.1556."""
+Recognition", arXiv:1409.1556.
+"""
 
 from typing import Any
 
@@ -12,26 +13,19 @@ from torch import Tensor, nn
 from base.base_model import BaseModel
 
 STAGES = {
-    "vgg11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
-    "vgg13": ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
-    "vgg16": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
-    "vgg19": (
-        (64, 64),
-        (128, 128),
-        (256, 256, 256, 256),
-        (512, 512, 512, 512),
-        (512, 512, 512, 512),
-    ),
+    "vgg11": ([64], [128], [256] * 2, [512] * 2, [512] * 2),
+    "vgg13": ([64] * 2, [128] * 2, [256] * 2, [512] * 2, [512] * 2),
+    "vgg16": ([64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3),
+    "vgg19": ([64] * 2, [128] * 2, [256] * 4, [512] * 4, [512] * 4),
 }
-"""Channels of the 3x3 convolutions in each stage; every stage ends with a 2x2 maximum."""
+"""Channels of the 3x3 convolutions in each stage; every stage ends with a 2x2 max pooling."""
 
 
 class VGG(BaseModel):
     """VGG for images of at least 32x32 pixels.
 
     The state dict has the keys of the original ConvNorm models. Deviation: the features are
-    averaged to 1x1, so images larger than 32x32 work, too. Plain and ONI convolutions have a bias,
-    as in the original, which does not ask for none.
+    averaged to 1x1, so images larger than 32x32 work, too.
 
     Args:
         name: a name in `STAGES`.
@@ -48,11 +42,14 @@ class VGG(BaseModel):
         in_channels = self.in_channels
         for stage in STAGES[name]:
             for channels in stage:
+                # `bias` is left at the layer's default, as in the original: plain and ONI
+                # convolutions have one although a norm follows.
                 layers += [
                     self.conv_layer(in_channels, channels, kernel_size=3, padding=1),
                     self.norm_layer(channels),
                     self.activation_layer(channels),
-                    nn.Identity(),  # the original has a 1x1 average here; it counts in the keys
+                    # The original has a 1x1 average here, which counts in the keys.
+                    nn.Identity(),
                 ]
                 in_channels = channels
             layers += [nn.MaxPool2d(2), nn.Identity()]
@@ -61,4 +58,6 @@ class VGG(BaseModel):
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
-        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(self.features(inputs), 1), 1))
+        x = self.features(inputs)
+        x = F.adaptive_avg_pool2d(x, 1)
+        return self.classifier(torch.flatten(x, 1))

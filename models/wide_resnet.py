@@ -1,5 +1,7 @@
-"""Wide ResNet. Sergey Zagoruyko, Nikos Komodakis: "Wide Residual Networks", BMVC 2016,
-arXiv:1605.07146."""
+"""Wide ResNet.
+
+Sergey Zagoruyko, Nikos Komodakis: "Wide Residual Networks", BMVC 2016, arXiv:1605.07146.
+"""
 
 from typing import Annotated, Any, ClassVar
 
@@ -14,8 +16,18 @@ from base.registry import Constructor
 
 
 class WideBlock(nn.Module):
-    """Norm, activation and 3x3 convolution, twice, with dropout between; where the width changes,
-    the shortcut is a 1x1 convolution of the activated input, without a norm."""
+    """Norm, activation and 3x3 convolution, twice, with dropout between, beside a shortcut.
+
+    Where the shape changes, the shortcut is a 1x1 convolution of the activated input, without a
+    norm.
+
+    Args:
+        in_planes: channels of the input.
+        planes: channels of both convolutions and of the output.
+        stride: of the first convolution and of the shortcut.
+        dropout: probability in [0, 1).
+        conv, norm, act: constructors of the layers, as `BaseModel` resolves them.
+    """
 
     branch_end = "conv2"
 
@@ -31,7 +43,7 @@ class WideBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.bn1 = norm(in_planes)
-        # the input is also the shortcut, even where the norm is the identity
+        # Not in place: where the norm is the identity, it would overwrite the shortcut's input.
         self.relu1 = act(in_planes, inplace=False)
         self.conv1 = conv(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn2 = norm(planes)
@@ -46,23 +58,33 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
-        out = self.relu1(self.bn1(x))
-        shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return self.conv2(self.dropout(self.relu2(self.bn2(self.conv1(out))))) + shortcut
+        activated = self.relu1(self.bn1(x))
+        shortcut = x
+        if self.convShortcut is not None:
+            shortcut = self.convShortcut(activated)
+        out = self.conv1(activated)
+        out = self.bn2(out)
+        out = self.relu2(out)
+        out = self.dropout(out)
+        out = self.conv2(out)
+        return out + shortcut
 
 
 class WideStage(nn.Module):
-    """Blocks of one width; the first one has the stride. A module of its own for the sake of the
-    keys, `block1.layer.0...`."""
+    """The blocks of one width; the first one has the stride and changes the width.
+
+    A module and not a plain `nn.Sequential`, for the keys `block1.layer.0...` of published
+    checkpoints.
+    """
 
     def __init__(
         self, blocks: int, in_planes: int, planes: int, stride: int, *block_args: Any
     ) -> None:
         super().__init__()
-        first = WideBlock(in_planes, planes, stride, *block_args)
-        self.layer = nn.Sequential(
-            first, *(WideBlock(planes, planes, 1, *block_args) for _ in range(blocks - 1))
-        )
+        layers = [WideBlock(in_planes, planes, stride, *block_args)]
+        for _ in range(blocks - 1):
+            layers.append(WideBlock(planes, planes, 1, *block_args))
+        self.layer = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, in_planes, H, W)` -> `(B, planes, H / stride, W / stride)`."""
@@ -73,8 +95,8 @@ class WideResNet(BaseModel):
     """Pre-activation ResNet with three stages of `(depth - 4) / 6` blocks, `16, 32, 64` times
     `widen_factor` channels wide.
 
-    The state dict has the keys that TRADES and RobustBench use. Weights begin as PyTorch's layers
-    do; `models.initialization.initialize_he` gives those of TRADES.
+    The state dict has the keys that TRADES and RobustBench use. The initial weights are
+    PyTorch's; `models.initialization.initialize_he` gives those of TRADES.
 
     Args:
         depth: the number of layers, `6 n + 4`.
@@ -88,9 +110,9 @@ class WideResNet(BaseModel):
         ConfigError: `depth` or `dropout` is impossible, or a layer type is unknown.
     """
 
+    # TRADES' code registers a second first stage, which its forward pass never calls and its
+    # checkpoints hold.
     unused_modules: ClassVar = {"sub_block1": "block1"}
-    """TRADES' code registers a second first stage that its forward pass never calls; its
-    checkpoints hold it."""
 
     def __init__(
         self,
@@ -122,5 +144,11 @@ class WideResNet(BaseModel):
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
         """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
-        out = self.block3(self.block2(self.block1(self.conv1(inputs))))
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.relu(self.bn1(out)), 1), 1))
+        x = self.conv1(inputs)
+        x = self.block1(x)
+        x = self.block2(x)
+        x = self.block3(x)
+        x = self.bn1(x)
+        x = self.relu(x)
+        x = F.adaptive_avg_pool2d(x, 1)
+        return self.fc(torch.flatten(x, 1))

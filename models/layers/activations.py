@@ -15,14 +15,14 @@ def relu(channels: int, inplace: bool = True) -> nn.ReLU:
 class SReLU(nn.Module):
     """`max(x, b) = relu(x - b) + b` with one learned threshold b per channel.
 
-    State: `srelu_bias` `(1, channels, 1, 1)`, -1 at first. A threshold should not be pulled to
-    zero, so weight decay leaves it out.
+    State: `srelu_bias` `(1, channels, 1, 1)`, -1 at first.
 
     Args:
         channels: the number of channels.
-        inplace: accepted for the signature's sake; x itself is never overwritten.
+        inplace: ignored; the input is never overwritten.
     """
 
+    # Weight decay would pull the thresholds to zero, which makes the layer a ReLU.
     no_weight_decay: ClassVar = ("srelu_bias",)
 
     def __init__(self, channels: int, inplace: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Norm layers, each called as `(channels)`, and with its own keywords."""
+"""Norm layers, each called as `(channels, **its own arguments)`."""
 
 from torch import nn
 
@@ -18,9 +18,11 @@ def group_norm(channels: int, affine: bool = True, norm_groups: Positive = 32) -
     Args:
         channels: the number of channels.
         affine: whether there are a weight and a bias per channel.
-        norm_groups: groups of channels; fewer are used where they do not divide the channels.
+        norm_groups: groups of channels; where they do not divide the channels, the next smaller
+            number that does.
     """
-    groups = max(n for n in range(1, max(1, min(norm_groups, channels)) + 1) if channels % n == 0)
+    limit = max(1, min(norm_groups, channels))
+    groups = max(n for n in range(1, limit + 1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, affine=affine)
 
 

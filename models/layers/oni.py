@@ -1,7 +1,8 @@
 """ONI: convolutions with a weight matrix made orthogonal by Newton's iteration.
 
 Lei Huang, Li Liu, Fan Zhu, Diwen Wan, Zehuan Yuan, Bo Li, Ling Shao: "Controllable
-Orthogonalization in Training DNNs", CVPR 2020, arXiv:2004.00887."""
+Orthogonalization in Training DNNs", CVPR 2020, arXiv:2004.00887.
+"""
 
 from math import sqrt
 from typing import Annotated, ClassVar, Literal, get_args
@@ -13,48 +14,63 @@ from torch import Tensor, nn
 from models.layers.conv_norm.precision import without_autocast
 
 EPSILON = 1e-5
+
 Rule = Literal["paper", "original"]
-"""What is done to a matrix with more rows than columns; see `newton_orthogonalize`."""
+"""How a matrix with more rows than columns is treated; see `newton_orthogonalize`."""
 
 
 def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper") -> Tensor:
-    """Approximately orthonormal rows, or columns where the rows are more, by Newton's iteration.
+    """Rows made approximately orthonormal (columns, where there are fewer of them), by Newton's
+    iteration.
 
-    With `Z` centered along its rows, `S = Z Z^T + 1e-5 I`, `s = |S|_F`, `B_0 = I` and `B <- 1.5 B -
-    0.5 B^3 S / s`, the result is `B Z / sqrt(s)`, which tends to the polar factor `(Z Z^T)^(-1/2)
-    Z`. A matrix with more rows than columns is treated by its columns, `Z B / sqrt(s)` with `S =
-    Z^T Z + 1e-5 I`. The number of iterations bounds how far small singular values rise.
+        Z   = matrix - mean of each row
+        S   = Z Z^T + 1e-5 I
+        s   = |S|_F
+        B_0 = I
+        B_t = 1.5 B_(t-1) - 0.5 B_(t-1)^3 S / s     for t = 1 ... T
+        result = B_T Z / sqrt(s)
 
-    The original ConvNorm's code iterates such a matrix with S itself, `B <- 1.5 B - 0.5 B^3 S`, and
-    divides the result alone, by `sqrt(s)`. That is another matrix, far from orthonormal columns,
-    and it diverges where an eigenvalue of S is large: only weights that were trained with this rule
-    should be used with it.
+    The result tends to the polar factor `(Z Z^T)^(-1/2) Z`. The number of iterations bounds how far
+    small singular values rise. A matrix with more rows than columns is transposed after it was
+    centered, and the result is transposed back.
+
+    The code of the original ConvNorm iterates such a matrix with S itself, `B_t = 1.5 B_(t-1) - 0.5
+    B_(t-1)^3 S`, and divides only the result by `sqrt(s)`. That gives another matrix, far from
+    orthonormal columns, and it diverges where an eigenvalue of S is large: only weights that were
+    trained with this rule should be used with it.
 
     Args:
         matrices: `(groups, rows, columns)`.
         iterations: the paper's T; 3 to 7 are usual.
-        rule: "paper" or "original"; both treat a matrix without more rows than columns alike.
+        rule: "paper" or "original". They differ for more rows than columns only.
 
     Returns:
         `(groups, rows, columns)`.
     """
     rows, columns = matrices.shape[-2:]
-    # a single column minus its mean would be zero
-    centered = matrices - matrices.mean(dim=-1, keepdim=True) if columns > 1 else matrices
-    wide = centered if rows <= columns else centered.mT
-    identity = torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device)
-    gram = torch.bmm(wide, wide.mT) + EPSILON * identity
+    z = matrices
+    # A single column minus its mean would be zero.
+    if columns > 1:
+        z = matrices - matrices.mean(dim=-1, keepdim=True)
+    if rows > columns:
+        z = z.mT
+    identity = torch.eye(z.shape[-2], dtype=z.dtype, device=z.device)
+    gram = torch.bmm(z, z.mT) + EPSILON * identity
     norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True)
     if rule == "paper" or rows <= columns:
         gram = gram / norm
-    # root * gram is carried along: the same numbers as B^3 S, but there rounding errors grow and
-    # end in NaN after some 10 steps
-    root, root_gram = identity.expand_as(gram), gram
+    # The product B S is carried along with B. Computing B^3 S from B alone gives the same numbers,
+    # but there rounding errors grow and end in NaN after some 10 iterations.
+    root = identity.expand_as(gram)
+    root_gram = gram
     for _ in range(iterations):
         step = 1.5 * identity - 0.5 * torch.bmm(root, root_gram)
-        root, root_gram = torch.bmm(step, root), torch.bmm(root_gram, step)
-    orthogonal = torch.bmm(root, wide) / norm.sqrt()
-    return orthogonal if rows <= columns else orthogonal.mT
+        root = torch.bmm(step, root)
+        root_gram = torch.bmm(root_gram, step)
+    result = torch.bmm(root, z) / norm.sqrt()
+    if rows > columns:
+        result = result.mT
+    return result
 
 
 class ONIConv2d(nn.Conv2d):
@@ -65,9 +81,9 @@ class ONIConv2d(nn.Conv2d):
 
     State: `weight`, `bias`, `WNScale` `(C_out, 1, 1, 1)`, a trainable factor per output channel.
 
-    Deviation: where C_out exceeds the fan-in, as in a first layer and in the 1x1 convolutions that
-    widen a shortcut (four layers of a ResNet-18), the original ConvNorm follows a rule of its own.
-    Here it is the paper's unless `rule` says otherwise; checkpoints of the original need the
+    Deviation: the original ConvNorm follows a rule of its own where C_out exceeds the fan-in, as in
+    a first layer and in the 1x1 convolutions that widen a shortcut (four layers of a ResNet-18).
+    Here the rule is the paper's unless `rule` says otherwise. Checkpoints of the original need the
     original's.
 
     Args:
@@ -75,8 +91,8 @@ class ONIConv2d(nn.Conv2d):
             padding_mode: as in `nn.Conv2d`.
         iterations: the number of Newton iterations, the paper's T.
         scale: initial `WNScale`; sqrt(2) keeps the variance through a ReLU (the original's 1.414).
-        rule: what is done to a weight with more outputs than inputs: "paper", or "original", as
-            ConvNorm's code does; see `newton_orthogonalize`.
+        rule: how a weight with more outputs than inputs is treated: "paper", or "original", as
+            in ConvNorm's code; see `newton_orthogonalize`.
 
     Raises:
         ValueError: the rule is unknown.
@@ -87,7 +103,8 @@ class ONIConv2d(nn.Conv2d):
     untold: ClassVar = {
         "oni_rule": (
             "original",
-            "as the original ConvNorm's code has it; --set arch.args.oni_rule=paper if this project trained it",
+            "as the original ConvNorm's code has it; --set arch.args.oni_rule=paper if this project"
+            " trained it",
         )
     }
 
@@ -118,18 +135,18 @@ class ONIConv2d(nn.Conv2d):
             padding_mode,
         )
         if rule not in get_args(Rule):
-            raise ValueError(f"rule={rule!r}: expected {' or '.join(map(repr, get_args(Rule)))}")
+            expected = " or ".join(repr(known) for known in get_args(Rule))
+            raise ValueError(f"rule={rule!r}: expected {expected}")
         self.iterations = iterations
         self.rule: Rule = rule
         self.WNScale = nn.Parameter(torch.full((out_channels, 1, 1, 1), scale))
 
     def forward(self, input: Tensor) -> Tensor:
-        """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, as `nn.Conv2d` with the orthogonalised
-        weight."""
+        """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, as in `nn.Conv2d`."""
         return self._conv_forward(input, self.normalized_weight(), self.bias)
 
     def normalized_weight(self) -> Tensor:
-        """`WNScale` times the orthogonalised weight, in the weight's shape."""
+        """`WNScale` times the orthogonalized weight, in the weight's shape."""
         with without_autocast(self.weight):
             matrices = self.weight.unflatten(0, (self.groups, -1)).flatten(2)
             orthogonal = newton_orthogonalize(matrices, self.iterations, self.rule)

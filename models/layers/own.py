@@ -1,8 +1,9 @@
-"""OWN: convolutions whose weight matrix is orthogonalised exactly, in groups of output channels.
+"""OWN: convolutions whose weight matrix is orthogonalized exactly, in groups of output channels.
 
 Lei Huang, Xianglong Liu, Bo Lang, Adams Wei Yu, Yongliang Wang, Bo Li: "Orthogonal Weight
 Normalization: Solution to Optimization over Multiple Dependent Stiefel Manifolds in Deep Neural
-Networks", AAAI 2018, arXiv:1709.06079."""
+Networks", AAAI 2018, arXiv:1709.06079.
+"""
 
 from math import sqrt
 from typing import Annotated, Any, ClassVar
@@ -16,21 +17,30 @@ from base.config.section import Positive
 from models.layers.conv_norm.precision import without_autocast
 
 MAX_GROUP_SIZE = 64
-"""Output channels in one orthogonal group: the eigendecomposition costs its cube. The paper uses
-64."""
+"""The largest number of output channels in one orthogonal group. The cost of the eigendecomposition
+grows with its third power. The paper uses 64."""
 
 
 class _InverseSquareRoot(torch.autograd.Function):
     """`S^(-1/2)` of symmetric positive semidefinite `(groups, n, n)` matrices.
 
-    `S = U diag(a) U^T -> U diag(a^(-1/2)) U^T`, eigenvalues clamped from below at a multiple of the
-    largest. The gradient is `U (K . (U^T G U)) U^T` with the divided differences `K_ij = -1 /
-    (sqrt(a_i) sqrt(a_j) (sqrt(a_i) + sqrt(a_j)))` (Daleckii and Krein), which stay finite for equal
-    eigenvalues, where the gradient of an eigendecomposition has 0 / 0."""
+    Forward, with eigenvalues clamped from below at a multiple of the largest:
+
+        S        = U diag(a) U^T
+        S^(-1/2) = U diag(a^(-1/2)) U^T
+
+    Backward, for the gradient G, with divided differences K (Daleckii and Krein):
+
+        K_ij  = -1 / (sqrt(a_i) sqrt(a_j) (sqrt(a_i) + sqrt(a_j)))
+        dL/dS = U (K . (U^T (G + G^T) / 2 U)) U^T
+    """
+
+    # K stays finite for equal eigenvalues, where the gradient of an eigendecomposition has 0 / 0.
 
     @staticmethod
     def forward(ctx: Any, matrices: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(matrices)
+        # Ascending order: the last eigenvalue is the largest.
         floor = values[..., -1:] * (values.shape[-1] * torch.finfo(values.dtype).eps)
         roots = values.maximum(floor).clamp_min(1e-12).sqrt()
         ctx.save_for_backward(vectors, roots)
@@ -47,35 +57,44 @@ class _InverseSquareRoot(torch.autograd.Function):
 
 
 def whiten_rows(matrices: Tensor) -> Tensor:
-    """Orthonormal rows `(Z Z^T)^(-1/2) Z`, of Z centered along its rows; `(groups, rows, columns)`
-    -> the same shape.
+    """Rows made orthonormal.
 
-    Of all matrices with orthonormal rows it is the nearest to Z. Directions in which Z has rank
-    less than `rows` stay zero."""
-    # a single column minus its mean would be zero
-    centered = (
-        matrices - matrices.mean(dim=-1, keepdim=True) if matrices.shape[-1] > 1 else matrices
-    )
-    return _InverseSquareRoot.apply(torch.bmm(centered, centered.mT)) @ centered
+        Z      = matrix - mean of each row
+        result = (Z Z^T)^(-1/2) Z
+
+    No other matrix with orthonormal rows is nearer to Z. Directions in which Z has rank less than
+    `rows` stay zero.
+
+    Args:
+        matrices: `(groups, rows, columns)`.
+
+    Returns:
+        `(groups, rows, columns)`.
+    """
+    z = matrices
+    # A single column minus its mean would be zero.
+    if matrices.shape[-1] > 1:
+        z = matrices - matrices.mean(dim=-1, keepdim=True)
+    return _InverseSquareRoot.apply(torch.bmm(z, z.mT)) @ z
 
 
 class OWNConv2d(nn.Conv2d):
     """Convolution with the weight `WNScale * whiten_rows(weight)`, in groups of output channels.
 
-    The weight is a `(C_out, C_in / groups * k_h * k_w)` matrix, of which `C_out / norm_groups`
-    neighboring rows at a time are made orthonormal. Training and eval do the same.
+    The weight is a `(C_out, C_in / groups * k_h * k_w)` matrix. Each group of `C_out / norm_groups`
+    neighboring rows is made orthonormal. Training and eval do the same.
 
     State: `weight`, `bias`, `WNScale` `(C_out, 1, 1, 1)`, a buffer.
 
-    Deviation: the original always takes 64 groups, which fails for fewer than 64 output channels;
-    here `norm_groups` follows from the layer's size where it is not given. A weight of deficient
+    Deviations: the original always takes 64 groups, which fails for fewer than 64 output channels.
+    Here `norm_groups` follows from the layer's size where it is not given. A weight of deficient
     rank stays finite.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode: as in `nn.Conv2d`.
         norm_groups: the number of groups; None for the largest groups with at most 64 rows, and no
-            more rows than the rank that the fan-in allows (fan-in minus 1, after centring).
+            more rows than the rank that the fan-in allows (fan-in minus 1, after centering).
         scale: `WNScale`; sqrt(2) keeps the variance through a ReLU (the original's 1.414).
 
     Raises:
@@ -84,7 +103,7 @@ class OWNConv2d(nn.Conv2d):
 
     normalizes_weights: ClassVar = True
     buffers_follow_weights: ClassVar = True
-    # norm_groups is what configs call the groups of a GroupNorm
+    # In a config, `norm_groups` already means the groups of a GroupNorm.
     config_names: ClassVar = {"norm_groups": "own_groups"}
     WNScale: Tensor
 
@@ -114,11 +133,11 @@ class OWNConv2d(nn.Conv2d):
             padding_mode,
         )
         if norm_groups is None:
+            # Centered rows have one dimension less than the fan-in, and no more rows than
+            # dimensions can be orthogonal.
             limit = max(1, min(MAX_GROUP_SIZE, self.weight[0].numel() - 1))
-            per_conv_group = out_channels // groups
-            norm_groups = out_channels // max(
-                n for n in range(1, limit + 1) if per_conv_group % n == 0
-            )
+            divisors = [n for n in range(1, limit + 1) if (out_channels // groups) % n == 0]
+            norm_groups = out_channels // max(divisors)
         if norm_groups < 1 or out_channels % norm_groups:
             raise ValueError(
                 f"norm_groups={norm_groups} does not divide out_channels={out_channels}"
@@ -127,12 +146,11 @@ class OWNConv2d(nn.Conv2d):
         self.register_buffer("WNScale", torch.full((out_channels, 1, 1, 1), scale))
 
     def forward(self, input: Tensor) -> Tensor:
-        """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, as `nn.Conv2d` with the orthogonalised
-        weight."""
+        """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, as in `nn.Conv2d`."""
         return self._conv_forward(input, self.normalized_weight(), self.bias)
 
     def normalized_weight(self) -> Tensor:
-        """`WNScale` times the orthogonalised weight, in the weight's shape."""
+        """`WNScale` times the orthogonalized weight, in the weight's shape."""
         with without_autocast(self.weight):
             matrices = self.weight.unflatten(0, (self.norm_groups, -1)).flatten(2)
             return whiten_rows(matrices).reshape(self.weight.shape) * self.WNScale

@@ -2,7 +2,8 @@
 matrix.
 
 Takeru Miyato, Toshiki Kataoka, Masanori Koyama, Yuichi Yoshida: "Spectral Normalization for
-Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957, algorithm 1."""
+Generative Adversarial Networks", ICLR 2018, arXiv:1802.05957, algorithm 1.
+"""
 
 from typing import Any, ClassVar
 
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 
 from models.layers.conv_norm.precision import without_autocast
 
+POWER_ITERATIONS = 15
+"""Power iterations for a new weight, as in PyTorch's own spectral norm."""
+
+# Our name -> its names in PyTorch's two implementations, the hook and the parametrization.
 _OLD_NAMES = {
     "weight": ("weight_orig", "parametrizations.weight.original"),
     "weight_u": ("parametrizations.weight.0._u",),
@@ -21,27 +26,31 @@ _OLD_NAMES = {
 
 
 class SpectralNormConv2d(nn.Conv2d):
-    """Convolution with `W / sigma(W)`, where sigma is the largest singular value of W as a `(C_out,
-    C_in / groups * k_h * k_w)` matrix, so that matrix has spectral norm 1. (The convolution's own
-    operator norm lies between that and the kernel's area.)
+    """Convolution with the weight `W / sigma`, where sigma is the largest singular value of W as a
+    `(C_out, C_in / groups * k_h * k_w)` matrix.
 
-    sigma is estimated by the power iteration `v <- W^T u / |W^T u|`, `u <- W v / |W v|`, `sigma =
-    u^T W v`, carried on from step to step; u and v are constants for the gradient. In training each
-    forward pass makes one iteration; in eval none is made and the stored u and v are used. A new
-    layer starts with 15 iterations (PyTorch's own: from a random u).
+    That matrix then has spectral norm 1. The convolution's own operator norm lies between 1 and the
+    kernel's area. sigma is estimated by the power iteration
+
+        v     <- W^T u / |W^T u|
+        u     <- W v / |W v|
+        sigma  = u^T W v
+
+    which goes on from step to step; u and v are constants for the gradient. In training each
+    forward pass makes one iteration. In eval the stored u and v are used. A new layer starts with
+    15 iterations.
 
     State: `weight`, `weight_u` `(C_out,)`, `weight_v` `(C_in / groups * k_h * k_w,)`, `bias`.
     Checkpoints of `torch.nn.utils.spectral_norm` and of
     `torch.nn.utils.parametrizations.spectral_norm` load as well, with or without the `conv.` that
     the original's wrapper puts before their keys.
 
-    Deviation: where a product vanishes (an all-zero weight) u and v are kept and the weight is not
-    divided; the original returns NaN from then on.
+    Deviation: where a product vanishes (an all-zero weight), u and v are kept and the weight is not
+    divided. The original returns NaN from then on.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode: as in `nn.Conv2d`, but `bias` is False unless asked for, as in the
-            original.
+            padding_mode: as in `nn.Conv2d`, but `bias` is False by default, as in the original.
     """
 
     normalizes_weights: ClassVar = True
@@ -75,7 +84,7 @@ class SpectralNormConv2d(nn.Conv2d):
         )
         self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(self.weight[0].numel()), dim=0))
-        for _ in range(15):
+        for _ in range(POWER_ITERATIONS):
             self._iterate(self.weight.detach().flatten(1))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -88,36 +97,41 @@ class SpectralNormConv2d(nn.Conv2d):
             matrix = self.weight.flatten(1)
             if self.training:
                 self._iterate(matrix.detach())
-            # copies, so that a second forward pass before the backward pass does not change what
-            # this one saved
-            u, v = self.weight_u.clone(), self.weight_v.clone()
+            # Copies: a second forward pass before the backward pass must not change what autograd
+            # saved in this one.
+            u = self.weight_u.clone()
+            v = self.weight_v.clone()
             sigma = torch.dot(u, torch.mv(matrix, v))
             return self.weight / torch.where(sigma.abs() > self.eps, sigma, 1.0)
 
     @torch.no_grad()
     def buffers_from_weights(self) -> None:
-        """Adapt u and v to weights that no training step has made (averages), by 15 power
-        iterations from where they are."""
-        for _ in range(15):
+        """Adapt u and v by 15 power iterations.
+
+        For weights that no training step has made, such as averaged ones.
+        """
+        for _ in range(POWER_ITERATIONS):
             self._iterate(self.weight.flatten(1))
 
     @torch.no_grad()
     def _iterate(self, matrix: Tensor) -> None:
-        self.weight_v.copy_(_direction(torch.mv(matrix.mT, self.weight_u), self.weight_v, self.eps))
-        self.weight_u.copy_(_direction(torch.mv(matrix, self.weight_v), self.weight_u, self.eps))
+        v = _direction(torch.mv(matrix.mT, self.weight_u), self.weight_v, self.eps)
+        self.weight_v.copy_(v)
+        u = _direction(torch.mv(matrix, self.weight_v), self.weight_u, self.eps)
+        self.weight_u.copy_(u)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Translates the key names of PyTorch's two spectral norms; see the class."""
+        """Translate the key names of PyTorch's two spectral norms; see the class."""
         for name, old_names in _OLD_NAMES.items():
-            for old_name in (
-                prefix + wrapper + old for wrapper in ("", "conv.") for old in (*old_names, name)
-            ):
-                if prefix + name not in state_dict and old_name in state_dict:
-                    state_dict[prefix + name] = state_dict.pop(old_name)
+            for wrapper in ("", "conv."):
+                for old_name in (*old_names, name):
+                    key = prefix + wrapper + old_name
+                    if prefix + name not in state_dict and key in state_dict:
+                        state_dict[prefix + name] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _direction(vector: Tensor, fallback: Tensor, eps: float) -> Tensor:
-    """`vector` at length 1; `fallback` where it has no direction."""
+    """`vector / |vector|`; `fallback` where the vector is zero."""
     norm = torch.linalg.vector_norm(vector)
     return torch.where(norm > eps, vector / norm.clamp_min(eps), fallback)

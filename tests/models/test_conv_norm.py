@@ -22,11 +22,11 @@ def pair(value):
 
 def dense_inverse_root(weight, size, dilation):
     """1 / sqrt(sum_c |DFT of kernel|^2) on the whole spectrum, by explicit sums of exponentials."""
-    waves = [
+    dft = [
         np.exp(-2j * np.pi * np.outer(np.arange(s), np.arange(k) * d) / s)
         for s, k, d in zip(size, weight.shape[2:], dilation, strict=True)
     ]
-    spectrum = np.einsum("fy,ocyx,gx->ocfg", waves[0], weight, waves[1])
+    spectrum = np.einsum("fy,ocyx,gx->ocfg", dft[0], weight, dft[1])
     return (np.abs(spectrum) ** 2).sum(1) ** -0.5
 
 
@@ -172,14 +172,14 @@ def test_agrees_with_dense_operators_in_value_and_gradient(name):
     )
 
 
-@pytest.mark.parametrize("mode", ["circular", "reflect", "wrap_ddp"])
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
 def test_other_padding_modes_pad_the_input_first(mode):
     torch.manual_seed(0)
     layer = ConvNorm2d(
         3, 4, (3, 2), padding=(1, 2), padding_mode=mode, affine=False, bn=False
     ).double()
     x = np.random.default_rng(0).standard_normal((2, 3, 6, 5))
-    numpy_mode = {"circular": "wrap", "reflect": "reflect", "wrap_ddp": "edge"}[mode]
+    numpy_mode = {"circular": "wrap", "reflect": "reflect", "replicate": "edge"}[mode]
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (2, 2)), mode=numpy_mode)
     weight = layer.weight.detach().numpy()
     _, size = dense_filter(padded, weight, None, 1.0)

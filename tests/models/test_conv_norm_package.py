@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from base.ema import ModelEma
-from benchmarks.original_conv_norm import OriginalConvNorm, in_the_original_way
+from benchmarks.original_conv_norm import OriginalConvNorm, use_original_conv_norm
 from evaluation.layer_trace import linear_calls
 from evaluation.spectral_norm import measure
 from models.layers import ConvNorm2d, replace_with_conv_norm
@@ -51,20 +51,23 @@ def test_an_installation_brings_one_name_and_shadows_nothing(tmp_path, editable)
     (own / "models").mkdir(parents=True)
     for name in ("models/__init__.py", "base.py", "attacks.py"):
         (own / name).write_text("mine = True\n")
-    # without the environment's own site packages, where this project may be installed, too; torch
-    # is found there later
+    # -S leaves out the environment's own site packages, where this project may be installed, too.
+    # They are appended for torch, which is found there.
     others = [folder for folder in sys.path if folder.endswith("site-packages")]
     code = (
-        f"import importlib.util, json, site, sys; site.addsitedir({str(site)!r}); sys.path += {others}\n"
+        f"import importlib.util, json, site, sys; site.addsitedir({str(site)!r})\n"
+        f"sys.path += {others}\n"
         "import conv_norm\n"
         "import models, base, attacks\n"
         "from torch import nn, zeros\n"
         "from conv_norm import ConvNorm2d, replace_with_conv_norm\n"
         "network = replace_with_conv_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))\n"
-        "assert type(network[0]) is ConvNorm2d and network(zeros(2, 3, 8, 8)).shape == (2, 4, 6, 6)\n"
+        "assert type(network[0]) is ConvNorm2d\n"
+        "assert network(zeros(2, 3, 8, 8)).shape == (2, 4, 6, 6)\n"
         "rooms = ['data_loader', 'trainer', 'evaluation', 'experiment', 'studies', 'train']\n"
         "found = [room for room in rooms if importlib.util.find_spec(room)]\n"
-        "print(json.dumps([conv_norm.__file__, models.mine and base.mine and attacks.mine, found]))"
+        "own = models.mine and base.mine and attacks.mine\n"
+        "print(json.dumps([conv_norm.__file__, own, found]))"
     )
     done = run([sys.executable, "-S", "-c", code], own)
     assert done.returncode == 0, done.stderr
@@ -114,7 +117,7 @@ def test_layers_of_an_installed_package_are_known_by_what_they_offer(installed):
         ]
         averaged = ModelEma(network, 0.9).model.modules()
         spectra = [module.running_V.numel() for module in averaged if hasattr(module, "running_V")]
-        swapped = in_the_original_way(deepcopy(network)).modules()
+        swapped = use_original_conv_norm(deepcopy(network)).modules()
         swaps = sum(isinstance(module, OriginalConvNorm) for module in swapped)
         results.append((found, spectra, swaps))
         assert replace_with_conv_norm(network)[0].__class__ is layer

@@ -1,5 +1,5 @@
-"""The fast path of ConvNorm2d against its plain one, which float64 takes always and float32 in
-small batches."""
+"""The Fourier engine of ConvNorm2d against its plain steps, which float64 always takes and float32
+takes in small batches."""
 
 import copy
 
@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from models.layers.conv_norm import fourier_plan
-from models.layers.conv_norm import layer as layer_module
 from models.layers.conv_norm.fourier_convolution import fourier_convolution
-from models.layers.conv_norm.fourier_plan import Axis, plan_for
+from models.layers.conv_norm.fourier_plan import FOURIER_BATCH, Axis, plan_for, plan_for_layer
 from models.layers.conv_norm.kernel_energy import inverse_root_energy
-from models.layers.conv_norm.layer import FOURIER_BATCH, ConvNorm2d
+from models.layers.conv_norm.layer import ConvNorm2d
 
 GEOMETRIES = {
     "plain": {"size": (9, 9), "kernel_size": (3, 3), "padding": (1, 1)},
@@ -50,10 +49,8 @@ def test_agrees_with_convolution_and_filter(name):
     expected = layer(images)
     seen = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, (images, layer.weight), seen)
-    inverse_root = inverse_root_energy(
-        layer.weight, (plan.rows.size, plan.columns.size), layer.dilation
-    )
-    output = fourier_convolution(images, layer.weight, inverse_root, plan, None)
+    inverse_root = inverse_root_energy(layer.weight, plan.size, layer.dilation)
+    output = fourier_convolution(images, layer.weight, None, inverse_root, plan)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
     for actual, right in zip(
         torch.autograd.grad(output, (images, layer.weight), seen), gradients, strict=True
@@ -61,16 +58,16 @@ def test_agrees_with_convolution_and_filter(name):
         torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-12)
 
 
-def test_what_it_cannot_compute_has_no_plan():
+def test_an_unsupported_geometry_has_no_plan():
     # more padding than the kernel reaches
     assert layer_and_plan((8, 8), kernel_size=3, padding=3)[1] is None
-    # 9 is no multiple of 2
+    # 9 is not a multiple of 2
     assert layer_and_plan((7, 8), kernel_size=3, padding=1, stride=2)[1] is None
     assert layer_and_plan((2, 8), kernel_size=3)[1] is None  # no output
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
+def test_a_whole_layer_is_the_same_with_and_without_the_engine(monkeypatch, stride):
     """In blocks of four frequencies, the last of them of two or one, with bias and depthwise
     convolution."""
     monkeypatch.setattr(fourier_plan, "BLOCK_BYTES", 1)
@@ -97,7 +94,7 @@ def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
         }
 
     fast = one_step(layer)
-    monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    monkeypatch.setattr(fourier_plan, "FOURIER_BATCH", FOURIER_BATCH + 1)
     plain = one_step(twin)
     for name, value in plain.items():
         torch.testing.assert_close(
@@ -107,32 +104,32 @@ def test_a_whole_layer_is_the_same_either_way(monkeypatch, stride):
             atol=2e-5 * float(value.detach().abs().max()),
             msg=lambda m, n=name: n + m,
         )
-    assert not torch.equal(fast["output"], plain["output"])  # they went different ways
+    assert not torch.equal(fast["output"], plain["output"])  # they were computed differently
 
 
-def test_small_batches_and_large_images_go_the_plain_way():
+def test_small_batches_and_large_images_do_not_use_the_engine():
     layer = ConvNorm2d(3, 4, 3, padding=1)
     images = torch.zeros(FOURIER_BATCH, 3, 8, 8)
-    assert layer._plan(images) is not None
-    assert layer._plan(images[1:]) is None
-    assert layer._plan(images.double()) is None
-    assert layer._plan(torch.zeros(FOURIER_BATCH, 3, 64, 8)) is None
-    assert ConvNorm2d(3, 4, 3, padding=1, padding_mode="circular")._plan(images) is None
-    assert ConvNorm2d(3, 4, 3, padding="same")._plan(images) is None
-    assert ConvNorm2d(3, 3, 3, groups=3)._plan(images) is None
+    assert plan_for_layer(layer, images) is not None
+    assert plan_for_layer(layer, images[1:]) is None
+    assert plan_for_layer(layer, images.double()) is None
+    assert plan_for_layer(layer, torch.zeros(FOURIER_BATCH, 3, 64, 8)) is None
+    assert plan_for_layer(ConvNorm2d(3, 4, 3, padding=1, padding_mode="circular"), images) is None
+    assert plan_for_layer(ConvNorm2d(3, 4, 3, padding="same"), images) is None
+    assert plan_for_layer(ConvNorm2d(3, 3, 3, groups=3), images) is None
 
 
 def test_an_attack_gets_its_gradient_without_those_of_the_weights(monkeypatch):
     layer = ConvNorm2d(3, 4, 3, padding=1, bn=False).eval().requires_grad_(False)
     images = torch.rand(FOURIER_BATCH, 3, 8, 8, requires_grad=True)
     (fast,) = torch.autograd.grad(layer(images).square().sum(), images)
-    monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    monkeypatch.setattr(fourier_plan, "FOURIER_BATCH", FOURIER_BATCH + 1)
     (plain,) = torch.autograd.grad(layer(images).square().sum(), images)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivatives(monkeypatch):
-    """As penalties on gradients ask for them."""
+    """Penalties on gradients need them."""
     torch.manual_seed(0)
     layer = ConvNorm2d(3, 4, 3, stride=2, padding=1, affine=False, bn=False)
     images = torch.rand(FOURIER_BATCH, 3, 8, 8, requires_grad=True)
@@ -142,7 +139,7 @@ def test_second_derivatives(monkeypatch):
         return torch.autograd.grad(gradient.square().sum(), (images, layer.weight))
 
     fast = of_penalty()
-    monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    monkeypatch.setattr(fourier_plan, "FOURIER_BATCH", FOURIER_BATCH + 1)
     for actual, expected in zip(fast, of_penalty(), strict=True):
         torch.testing.assert_close(
             actual, expected, rtol=1e-3, atol=1e-4 * float(expected.detach().abs().max())
@@ -166,15 +163,15 @@ def test_bfloat16_is_off_by_less_than_a_hundredth(smooth, monkeypatch):
         return float((output.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
     fast = error()
-    monkeypatch.setattr(layer_module, "FOURIER_BATCH", FOURIER_BATCH + 1)
+    monkeypatch.setattr(fourier_plan, "FOURIER_BATCH", FOURIER_BATCH + 1)
     assert fast < 0.01
     if smooth:
         assert fast < 0.7 * error()
 
 
 def test_gradients_of_kernels_add_up_in_float32_under_bfloat16(monkeypatch):
-    """Over many blocks as exactly as in one: what bfloat16 adds up to is coarser with every
-    block."""
+    """A sum over many blocks is as exact as one over a single block. In bfloat16 it would be
+    coarser with every block."""
     torch.manual_seed(0)
     layer = ConvNorm2d(8, 8, 3, padding=1, affine=False, bn=False)
     images = torch.rand(FOURIER_BATCH, 8, 20, 20)

@@ -340,7 +340,8 @@ def test_loads_an_original_checkpoint():
         ),
         (
             {"type": "vgg16", "args": {"norm_layer": "bn"}},
-            r"arch\.args\.norm_layer: vgg16 .*linear_layer_type, .*in_channels, .*; did you mean 'norm_layer_type'\?$",
+            r"arch\.args\.norm_layer: vgg16 .*linear_layer_type, .*in_channels, .*;"
+            r" did you mean 'norm_layer_type'\?$",
         ),
         (
             {"type": "vgg16", "args": {"mean": [0]}},

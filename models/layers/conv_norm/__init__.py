@@ -1,11 +1,13 @@
-"""ConvNorm: convolutions whose output channels are orthogonal, and what brings them into a network.
+"""ConvNorm: convolutions whose output channels are orthogonal.
 
-A package of torch alone, which may be installed by itself, as `conv_norm`, or copied:
+The package needs torch alone. It may be copied, or installed by itself as `conv_norm`:
 
     from conv_norm import ConvNorm2d, replace_with_conv_norm
 
-    layer = ConvNorm2d(64, 128, kernel_size=3, stride=2, padding=1)  # in place of Conv2d and BatchNorm2d
-    model = replace_with_conv_norm(torchvision.models.resnet18())  # every Conv2d and the BatchNorm2d behind it
+    # in place of nn.Conv2d and nn.BatchNorm2d
+    layer = ConvNorm2d(64, 128, kernel_size=3, stride=2, padding=1)
+    # in place of every nn.Conv2d of a network, with the nn.BatchNorm2d behind it
+    model = replace_with_conv_norm(torchvision.models.resnet18())
 """
 
 from .layer import ConvNorm2d

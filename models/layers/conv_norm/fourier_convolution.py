@@ -1,32 +1,30 @@
-"""A convolution with a filter behind it, computed in the Fourier domain by products with small DFT
-matrices.
+"""ConvNorm's full convolution, filter and crop in one, as products with small DFT matrices.
 
-What `ConvNorm2d` computes, `z <- IDFT(V . DFT(w * x))`, cropped and strided, takes for each
-frequency one product of the spectra of images and kernels. There are half as many frequencies as
-pixels, a complex product is four real ones, and a 3x3 kernel has nine taps: the products are a
-quarter of a convolution's, and the filter, a factor of the kernels' spectra, is free. On a CPU the
-transforms are matrix products, too: sizes such as 34 = 2 x 17 are slow for an FFT and small for a
-matrix, and products along either axis leave the channels innermost, so that nothing has to be
-rearranged in between. Strides need only the frequencies that remain: those that fall together
-("alias") are added up before the inverse transform."""
+`z = IDFT(V . DFT(w * x))`, cropped and strided, takes for each frequency one product of the spectra
+of images and kernels. There are half as many frequencies as pixels, a complex product is four real
+ones, and a 3x3 kernel has nine taps: the products are a quarter of a convolution's. The filter is a
+factor of the kernels' spectra and costs nothing. On a CPU the transforms are matrix products, too:
+sizes such as 34 = 2 x 17 are slow for an FFT and small for a matrix, and products along either axis
+leave the channels innermost, so nothing has to be rearranged in between. A strided layer adds up
+the frequencies that are aliases of one another before the inverse transform. See `fourier_plan` for
+the notation.
+"""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .fourier_plan import Plan
 from .precision import without_autocast
-
-Plain = Callable[[Tensor, Tensor], Tensor]
+from .spectral_filter import spectral_filter
 
 
 def fourier_convolution(
-    images: Tensor, weight: Tensor, inverse_root: Tensor, plan: Plan, plain: Plain
+    images: Tensor, weight: Tensor, bias: Tensor | None, inverse_root: Tensor, plan: Plan
 ) -> Tensor:
-    """`IDFT(V . DFT(w * x))` with zero padding, cropped and strided; in the type of the plan's
-    matrices.
+    """`IDFT(V . DFT(w * x + bias))` with zero padding, cropped and strided.
 
     In bfloat16, which is what autocast makes of a convolution, results are off by 0.6 % of their
     norm for random kernels and by 0.8 to 2 % for smooth ones, 64 to 512 channels. A convolution in
@@ -36,122 +34,156 @@ def fourier_convolution(
     Args:
         images: `(B, C_in, H, W)`, for which `plan` was made; any memory format.
         weight: `(C_out, C_in, k_h, k_w)`.
+        bias: `(C_out,)`, or None.
         inverse_root: V, `(C_out, S_h, S_w // 2 + 1)`, a constant for the gradient.
-        plan: from `plan_for`.
-        plain: `(images, weight) -> ` the same result by other means; second derivatives go through
-            it.
+        plan: from `plan_for_layer`.
 
     Returns:
-        `(B, C_out, H', W')`, channels last.
+        `(B, C_out, H', W')`, channels last, in the plan's dtype.
     """
-    return _FourierConvolution.apply(images, weight, plan.factors(inverse_root), plan, plain)
+    output = _FourierConvolution.apply(images, weight, inverse_root, plan)
+    if bias is None:
+        return output
+    # A constant has only the frequency 0, so the filter multiplies it by V there.
+    return output + (bias * inverse_root[:, 0, 0]).to(output.dtype).reshape(-1, 1, 1)
 
 
 class _FourierConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, weight: Tensor, factors: Tensor, plan: Plan, plain: Plain
+        ctx: Any, images: Tensor, weight: Tensor, inverse_root: Tensor, plan: Plan
     ) -> Tensor:
+        factors = plan.filter_factors(inverse_root)
+        # The spectra are computed again in the backward pass: keeping those of the images would
+        # save 4 % of the time for 1.4 times the memory.
         ctx.save_for_backward(images, weight, factors)
-        ctx.plan, ctx.plain = plan, plain
+        ctx.plan = plan
+        # An attribute, because in evaluation V is a buffer that a later training step may change in
+        # place, which autograd would report for a saved tensor although only `factors` is used.
+        ctx.inverse_root = inverse_root
         with without_autocast(images):
-            spectrum, weight = plan.spectrum(images.to(plan.dtype)), weight.to(plan.dtype)
-            result = spectrum.new_empty(len(images), 2, plan.frequencies, len(weight))
-            for block in plan.blocks(len(images), images.shape[1], len(weight)):
-                seen = [
-                    _matrices(spectrum[:, :, alias, block].flatten(0, 1))
-                    for alias in range(plan.rows.stride)
-                ]
-                kernels = plan.kernels(weight, factors, block)
-                products = []
-                for part in (0, 1):
-                    product = torch.bmm(seen[0], _matrices(kernels[:, part, 0]).mT)
-                    for alias in range(1, plan.rows.stride):
-                        product.baddbmm_(seen[alias], _matrices(kernels[:, part, alias]).mT)
-                    products.append(product.unflatten(1, (len(images), 2)).permute(2, 1, 0, 3))
-                # parts of the kernels, each by parts of the images, (B, g, C_out)
-                real, imaginary = products
-                torch.sub(real[0], imaginary[1], out=result[:, 0, block])
-                torch.add(real[1], imaginary[0], out=result[:, 1, block])
-            return plan.output(result)
+            return _output(images.to(plan.dtype), weight.to(plan.dtype), factors, plan)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         images, weight, factors = ctx.saved_tensors
-        wants_images, wants_weight = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # a second derivative will be asked for
-            wanted = [
-                tensor
-                for tensor, needed in zip((images, weight), ctx.needs_input_grad, strict=False)
-                if needed
-            ]
-            found = iter(
-                torch.autograd.grad(ctx.plain(images, weight), wanted, grad, create_graph=True)
-            )
-            return (
-                next(found) if wants_images else None,
-                next(found) if wants_weight else None,
-                None,
-                None,
-                None,
-            )
         plan = ctx.plan
+        needs_images, needs_weight, *_ = ctx.needs_input_grad
+        grad_images = None
+        grad_weight = None
+        # Gradients are enabled here only where the caller asked for create_graph.
+        if torch.is_grad_enabled():
+            grad_images, grad_weight = _differentiable_backward(ctx, grad)
+            return grad_images, grad_weight, None, None
         with without_autocast(images):
             grads = plan.output_adjoint(grad.to(plan.dtype))
-            grad_weight = (
-                _grad_of_weight(grads, images.to(plan.dtype), weight, factors, plan)
-                if wants_weight
-                else None
-            )
-            grad_images = (
-                _grad_of_images(grads, weight, factors, plan).to(images.dtype)
-                if wants_images
-                else None
-            )
-        return grad_images, grad_weight, None, None, None
+            if needs_weight:
+                grad_weight = _weight_gradient(grads, images.to(plan.dtype), weight, factors, plan)
+            if needs_images:
+                grad_images = _image_gradient(grads, weight.to(plan.dtype), factors, plan)
+                grad_images = grad_images.to(images.dtype)
+        return grad_images, grad_weight, None, None
 
 
-def _grad_of_weight(
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of images and weight that can be differentiated once more."""
+    images, weight, _ = ctx.saved_tensors
+    needs_images, needs_weight, *_ = ctx.needs_input_grad
+    # The same function made of operations that torch can differentiate twice.
+    output = _by_convolution(images, weight, ctx.inverse_root, ctx.plan)
+    inputs = []
+    if needs_images:
+        inputs.append(images)
+    if needs_weight:
+        inputs.append(weight)
+    grads = list(torch.autograd.grad(output, inputs, grad, create_graph=True))
+    grad_images = grads.pop(0) if needs_images else None
+    grad_weight = grads.pop(0) if needs_weight else None
+    return grad_images, grad_weight
+
+
+def _by_convolution(images: Tensor, weight: Tensor, inverse_root: Tensor, plan: Plan) -> Tensor:
+    rows, columns = plan.rows, plan.columns
+    padding = (rows.extent, columns.extent)
+    full = F.conv2d(images, weight, None, 1, padding, (rows.dilation, columns.dilation))
+    return spectral_filter(full, inverse_root)[..., rows.crop, columns.crop].to(full.dtype)
+
+
+def _output(images: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
+    spectrum = plan.spectrum(images)
+    batch, aliases = len(images), plan.rows.stride
+    result = spectrum.new_empty(batch, 2, plan.frequencies, len(weight))
+    for block in plan.blocks(batch, images.shape[1], len(weight)):
+        kernels = plan.kernel_spectrum(weight, factors, block)
+        image_matrices = [
+            _matrix_per_frequency(spectrum[:, :, alias, block].flatten(0, 1))
+            for alias in range(aliases)
+        ]
+        # For z = x k with complex x and k, the rows of an image matrix are real and imaginary parts
+        # of x. Products with the real and with the imaginary part of k give all four terms of z.
+        products = []
+        for part in (0, 1):
+            product = torch.bmm(image_matrices[0], _matrix_per_frequency(kernels[:, part, 0]).mT)
+            for alias in range(1, aliases):
+                kernel_matrices = _matrix_per_frequency(kernels[:, part, alias])
+                product.baddbmm_(image_matrices[alias], kernel_matrices.mT)
+            products.append(product.unflatten(1, (batch, 2)).permute(2, 1, 0, 3))
+        # The first index is the part of the image, and each of them is (B, g, C_out).
+        by_real_kernel, by_imaginary_kernel = products
+        torch.sub(by_real_kernel[0], by_imaginary_kernel[1], out=result[:, 0, block])
+        torch.add(by_real_kernel[1], by_imaginary_kernel[0], out=result[:, 1, block])
+    return plan.output(result)
+
+
+def _weight_gradient(
     grads: Tensor, images: Tensor, weight: Tensor, factors: Tensor, plan: Plan
 ) -> Tensor:
-    """From the gradient of results `(B, 2, g, C_out)`."""
+    """The gradient of the weight, from the gradient `(B, 2, g, C_out)` of the output's spectrum."""
     spectrum = plan.spectrum(images)
+    # In the weight's precision, whatever the plan's is: the sum runs over many frequencies.
     total = weight.new_zeros(len(weight), weight[0, 0].numel(), weight.shape[1])
     for block in plan.blocks(len(images), images.shape[1], len(weight)):
-        both = _matrices(grads[:, :, block].flatten(0, 1)).mT
-        real, imaginary = (_matrices(grads[:, part, block]).mT for part in (0, 1))
-        of_kernels = grads.new_empty(2, plan.rows.stride, *both.shape[:2], spectrum.shape[-1])
-        for alias, (of_real, of_imaginary) in enumerate(zip(*of_kernels, strict=True)):
-            seen = spectrum[:, :, alias, block]
-            torch.bmm(both, _matrices(seen.flatten(0, 1)), out=of_real)
-            torch.bmm(imaginary, _matrices(seen[:, 0]), out=of_imaginary)
-            of_imaginary.baddbmm_(real, _matrices(seen[:, 1]), alpha=-1)
-        plan.add_kernels_adjoint(total, of_kernels, factors, block)
+        both = _matrix_per_frequency(grads[:, :, block].flatten(0, 1)).mT
+        real, imaginary = (_matrix_per_frequency(grads[:, part, block]).mT for part in (0, 1))
+        kernel_grads = grads.new_empty(2, plan.rows.stride, *both.shape[:2], spectrum.shape[-1])
+        for alias, (grad_real, grad_imaginary) in enumerate(zip(*kernel_grads, strict=True)):
+            image_spectrum = spectrum[:, :, alias, block]
+            # For z = x k with the gradient G, k gets conj(x) G. Its real part is
+            # Re x Re G + Im x Im G, one product over both parts, and its imaginary part is
+            # Re x Im G - Im x Re G.
+            torch.bmm(both, _matrix_per_frequency(image_spectrum.flatten(0, 1)), out=grad_real)
+            torch.bmm(imaginary, _matrix_per_frequency(image_spectrum[:, 0]), out=grad_imaginary)
+            grad_imaginary.baddbmm_(real, _matrix_per_frequency(image_spectrum[:, 1]), alpha=-1)
+        plan.add_kernel_spectrum_adjoint(total, kernel_grads, factors, block)
     return total.mT.unflatten(2, weight.shape[2:])
 
 
-def _grad_of_images(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
-    """From the gradient of results `(B, 2, g, C_out)`."""
-    weight = weight.to(plan.dtype)
+def _image_gradient(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
+    """The gradient of the images, from the gradient `(B, 2, g, C_out)` of the output's spectrum."""
     batch, aliases, channels = len(grads), plan.rows.stride, weight.shape[1]
     spectrum = grads.new_empty(batch, 2, aliases, plan.frequencies, plan.columns.stride * channels)
     for block in plan.blocks(batch, channels, len(weight)):
-        kernels = plan.kernels(weight, factors, block)
-        seen = _matrices(grads[:, :, block].flatten(0, 1))
+        kernels = plan.kernel_spectrum(weight, factors, block)
+        grad_matrices = _matrix_per_frequency(grads[:, :, block].flatten(0, 1))
         for alias in range(aliases):
-            products = [torch.bmm(seen, _matrices(kernels[:, part, alias])) for part in (0, 1)]
-            # parts of the kernels, each by parts of the gradient, (B, g, a_w * C_in)
-            real, imaginary = (
-                product.unflatten(1, (batch, 2)).permute(2, 1, 0, 3) for product in products
+            # For z = x k with the gradient G, x gets conj(k) G.
+            by_real_kernel, by_imaginary_kernel = (
+                torch.bmm(grad_matrices, _matrix_per_frequency(kernels[:, part, alias]))
+                .unflatten(1, (batch, 2))
+                .permute(2, 1, 0, 3)
+                for part in (0, 1)
             )
-            torch.add(real[0], imaginary[1], out=spectrum[:, 0, alias, block])
-            torch.sub(real[1], imaginary[0], out=spectrum[:, 1, alias, block])
+            real, imaginary = spectrum[:, 0, alias, block], spectrum[:, 1, alias, block]
+            torch.add(by_real_kernel[0], by_imaginary_kernel[1], out=real)
+            torch.sub(by_real_kernel[1], by_imaginary_kernel[0], out=imaginary)
     return plan.spectrum_adjoint(spectrum)
 
 
-def _matrices(rows: Tensor) -> Tensor:
-    """`(m, g, n)` -> a matrix for each frequency, `(g, m, n)`. Products in float32 read rows that
-    are far apart where they are; oneDNN's in bfloat16 would copy them, and transpose them on the
-    way."""
+def _matrix_per_frequency(rows: Tensor) -> Tensor:
+    """`(m, g, n)` -> `(g, m, n)`."""
     matrices = rows.transpose(0, 1)
-    return matrices.contiguous() if rows.dtype == torch.bfloat16 else matrices
+    # Products in float32 read rows that are far apart where they are. oneDNN's in bfloat16 would
+    # copy them anyway, and transpose them on the way.
+    if rows.dtype == torch.bfloat16:
+        return matrices.contiguous()
+    return matrices

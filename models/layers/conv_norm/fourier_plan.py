@@ -1,31 +1,54 @@
-"""The small DFT matrices by which `fourier_convolution` takes images and kernels to the Fourier
-domain and back."""
+"""The DFT matrices with which `fourier_convolution` takes images and kernels to the Fourier domain
+and back.
+
+Notation: f is a frequency of the full convolution's grid, of `size` points per axis. A stride s
+keeps every s-th point, so the output has a grid of `size / s` points. Its frequencies are called g.
+Subsampling in space adds up in frequency, for the DFT Z of the full and Y of the strided output:
+
+    Y[g] = 1 / s * sum_a Z[g + a * size / s],    a = 0 ... s - 1
+
+The frequencies `f = g + a * size / s` are the aliases of g; a is the alias index. The suffixes `_h`
+and `_w` stand for the two axes: g_h and g_w, a_h and a_w.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .dft import waves
+from .dft import dft
+
+FOURIER_BATCH = 16
+"""The smallest batch for which the Fourier domain is faster on a CPU: the spectra of the kernels
+cost the same whatever the batch."""
+
+FOURIER_SIZE = 50
+"""Side of the largest image that is transformed by matrices: their cost grows with its third power,
+an FFT's with the second."""
 
 BLOCK_BYTES = 2**18
-"""Of the spectra of kernels, for each image: so many frequencies are computed at a time. Spectra
-and products of a block stay in the cache, and the more images use a kernel's spectrum, the less
-that matters."""
+"""Bytes of the kernels' spectra in one block of frequencies, per image. The spectra and products of
+a block stay in the cache. With more images more products use a kernel's spectrum, and the cache
+matters less."""
 
 BLOCK_FREQUENCIES = 12
-"""At least so many in a block: the weights are read again for every block."""
+"""The smallest number of frequencies in a block: every block reads all weights again."""
 
 SMALL_GRID = 10
-"""Grids of up to so many rows drop what is another frequency's conjugate: a sixth of 6 x 6. Of
-larger ones it is too little to pay for itself."""
+"""The largest number of rows of a grid whose redundant frequencies are left out. They are a sixth
+of a 6 x 6 grid. On larger grids they are too few to pay for the rearrangement."""
 
 
 class Axis(NamedTuple):
-    """One axis of a convolution with zero padding on both sides, `padding <= dilation * (kernel -
-    1)`, whose grid `size` is a multiple of the stride."""
+    """One axis of a convolution with the same zero padding on both sides.
+
+    Attributes:
+        length: pixels of the image.
+        kernel: taps of the kernel.
+        stride, padding, dilation: as in `nn.Conv2d`.
+    """
 
     length: int
     kernel: int
@@ -34,315 +57,385 @@ class Axis(NamedTuple):
     dilation: int
 
     @property
-    def size(self) -> int:
-        """Of the grid: the full convolution's output."""
-        return self.length + self.dilation * (self.kernel - 1)
+    def extent(self) -> int:
+        """The distance between the first and the last tap."""
+        return self.dilation * (self.kernel - 1)
 
     @property
-    def kept(self) -> int:
-        """Frequencies of the strided grid."""
+    def size(self) -> int:
+        """Points of the full convolution's output, which is the grid of the transform."""
+        return self.length + self.extent
+
+    @property
+    def strided_size(self) -> int:
+        """Points of the strided grid."""
         return self.size // self.stride
 
     @property
     def output(self) -> int:
-        """Length of the strided and cropped output."""
-        return (
-            self.size + 2 * self.padding - 2 * self.dilation * (self.kernel - 1) - 1
-        ) // self.stride + 1
+        """Points of the strided and cropped output."""
+        return (self.size + 2 * self.padding - 2 * self.extent - 1) // self.stride + 1
 
     @property
-    def possible(self) -> bool:
-        """Whether this module can compute it."""
-        return (
-            0 <= self.padding <= self.dilation * (self.kernel - 1)
-            and self.size % self.stride == 0
-            and self.output > 0
-        )
+    def crop(self) -> slice:
+        """Which points of the full convolution's output are the layer's output."""
+        margin = self.extent - self.padding
+        return slice(margin, self.size - margin, self.stride)
+
+    @property
+    def supported(self) -> bool:
+        """Whether a `Plan` can compute it."""
+        # A padding beyond the kernel's reach needs a larger grid than the full convolution's, and
+        # aliases fall on one another only where the stride divides the grid.
+        return 0 <= self.padding <= self.extent and self.size % self.stride == 0 and self.output > 0
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The matrices of one geometry, in one type on one device.
+    """The matrices of one geometry, in one dtype on one device.
 
-    A frequency of the strided grid is `g = (g_h, g_w)`, `g_w` in the half spectrum. On the full
-    grid the frequencies `f = g + kept * a` with `a < stride` per axis, its aliases, fall on it.
-    Channels stay innermost from images to images, so that nothing is ever rearranged: a transform
-    along W is a product for each row of each image, one along H a product for each image, and a
-    spectrum `(B, 2, a_h, g, a_w * C)`, real and imaginary parts at index 1, holds for each
-    frequency a matrix of real and imaginary parts of all images, whose rows are far apart.
+    Complex numbers are pairs of real ones, at index 1 of a spectrum `(B, 2, a_h, g, a_w * C)`,
+    where g runs over the half spectrum of the strided grid, flattened. Channels are the innermost
+    dimension from the images to the output, so nothing is ever rearranged: a transform along W is a
+    matrix product for each row of each image, one along H a matrix product for each image, and for
+    each frequency the spectrum holds a matrix of `(B * 2) x (a_w * C)`, whose rows are far apart in
+    memory.
 
-    In the columns 0 and, of an even grid, `kept / 2`, which are their own conjugates, one half of
-    the rows is the conjugate of the other. Small grids compute one of them, count it twice and have
-    zeros in place of the other: the inverse DFT along W takes the real part of these columns, where
-    the two add up.
+    The spectrum of a real image has `Z[-f] = conj(Z[f])`, so half of the columns is enough. The
+    columns 0 and, of an even grid, `strided_size / 2` are their own opposites, so in them one half
+    of the rows is the conjugate of the other. Small grids compute only one of these halves with
+    multiplicity 2 and put zeros in place of the other. The result is the same, because the inverse
+    DFT along W takes the real part of these columns, where the two halves add up.
 
     Attributes:
         rows, columns: the axes H and W.
-        images_w: `(2 * g_w * a_w, W)`, the DFT along W.
-        images_h: `(2 * a_h * g_h, H * 2)`, the DFT along H.
-        outputs_h: `(H' * 2, 2 * g_h)`, the inverse DFT along H.
-        outputs_w: `(W', 2 * g_w)`, the inverse DFT along W, which yields real numbers.
-        taps: `(k_h * k_w, 2, a_h, g, a_w)`, from kernels to real and imaginary parts of their
-            spectra.
-        index: int64 `(a_h, g, a_w)`: places in a flattened half spectrum of the full grid.
-        counts: `(g, 1)`, how often a frequency counts.
+        dft_w: `(2 * g_w * a_w, W)`, the DFT of images along W.
+        dft_h: `(2 * a_h * g_h, H * 2)`, the DFT of images along H.
+        inverse_dft_h: `(H' * 2, 2 * g_h)`, the inverse DFT of outputs along H.
+        inverse_dft_w: `(W', 2 * g_w)`, the inverse DFT of outputs along W, to real numbers.
+        kernel_dft: `(k_h * k_w, 2, a_h, g, a_w)`, the DFT of kernels along both axes.
+        filter_index: int64 `(a_h, g, a_w)`, where V has the frequencies, as indices of the
+            flattened half spectrum of the full grid.
+        multiplicity: `(g, 1)`, how often a frequency counts.
     """
 
     rows: Axis
     columns: Axis
-    images_w: Tensor
-    images_h: Tensor
-    outputs_h: Tensor
-    outputs_w: Tensor
-    taps: Tensor
-    index: Tensor
-    counts: Tensor
+    dft_w: Tensor
+    dft_h: Tensor
+    inverse_dft_h: Tensor
+    inverse_dft_w: Tensor
+    kernel_dft: Tensor
+    filter_index: Tensor
+    multiplicity: Tensor
 
-    def spectrum(self, images: Tensor) -> Tensor:
-        """`(B, C, H, W)` -> `(B, 2, a_h, g, a_w * C)`."""
-        batch, channels, height, width = images.shape
-        half = _each(self.images_w, images.permute(0, 2, 3, 1).reshape(-1, width, channels))
-        return self._spectra(
-            _each(self.images_h, half.view(batch, 2 * height, -1)), self.rows.stride
-        )
-
-    def spectrum_adjoint(self, spectrum: Tensor) -> Tensor:
-        """`(B, 2, a_h, g, a_w * C)` -> `(B, C, H, W)`, channels last; the adjoint of `spectrum`."""
-        half = _each(self.images_h.mT, self._with_all_rows(spectrum))
-        channels = spectrum.shape[-1] // self.columns.stride
-        return self._images(
-            _each(self.images_w.mT, half.view(-1, len(self.images_w), channels)), len(spectrum)
-        )
-
-    def output(self, spectrum: Tensor) -> Tensor:
-        """`(B, 2, g, C)` on the strided grid -> `(B, C, H', W')`, channels last: the inverse DFT,
-        cropped."""
-        half = _each(self.outputs_h, self._with_all_rows(spectrum.unsqueeze(2)))
-        return self._images(
-            _each(self.outputs_w, half.view(-1, self.outputs_w.shape[1], spectrum.shape[-1])),
-            len(spectrum),
-        )
-
-    def output_adjoint(self, grad: Tensor) -> Tensor:
-        """`(B, C, H', W')` -> `(B, 2, g, C)`, the adjoint of `output`."""
-        batch, channels, height, width = grad.shape
-        half = _each(self.outputs_w.mT, grad.permute(0, 2, 3, 1).reshape(-1, width, channels))
-        return self._spectra(_each(self.outputs_h.mT, half.view(batch, 2 * height, -1)), 1).squeeze(
-            2
-        )
-
-    def factors(self, inverse_root: Tensor) -> Tensor:
-        """V `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, a_h, g, a_w)`, times the counts, in the type
-        of all products."""
-        return (inverse_root.flatten(1)[:, self.index] * self.counts).to(self.dtype)
-
-    def kernels(self, weight: Tensor, factors: Tensor, block: slice) -> Tensor:
-        """`(C_out, C_in, k_h, k_w)`, in the type of all products, -> `(C_out, 2, a_h, g, a_w *
-        C_in)`, real and imaginary parts, times the factors, for a block of frequencies g."""
-        taps = self._taps(factors[:, :, block], self.taps[:, :, :, block])
-        spectrum = torch.bmm(taps.mT, weight.flatten(2).mT)
-        return spectrum.view(
-            len(weight), 2, self.rows.stride, -1, self.columns.stride * weight.shape[1]
-        )
-
-    def add_kernels_adjoint(
-        self, total: Tensor, grads: Tensor, factors: Tensor, block: slice
-    ) -> None:
-        """Add to `total` float32 or float64 `(C_out, k_h * k_w, C_in)` the adjoint of `kernels` at
-        `grads` `(2, a_h, g, C_out, a_w * C_in)`."""
-        # The shape is (C_out, 2 * a_h * g, a_w, C_in).
-        grads = grads.unflatten(-1, (self.columns.stride, -1)).flatten(0, 2).transpose(0, 1)
-        for alias in range(self.columns.stride):
-            taps = self._taps(factors[:, :, block, alias], self.taps[:, :, :, block, alias])
-            if total.dtype == self.dtype:
-                total.baddbmm_(taps, grads[:, :, alias])
-            else:  # bfloat16 is too coarse to add up in
-                total += torch.bmm(taps, grads[:, :, alias])
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(S_h, S_w)`, the grid of the transform."""
+        return self.rows.size, self.columns.size
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all products."""
-        return self.images_w.dtype
+        """The dtype of all matrices and products."""
+        return self.dft_w.dtype
 
     @property
     def frequencies(self) -> int:
-        """Of the strided grid, in the half spectrum."""
-        return len(self.counts)
+        """How many frequencies g are computed."""
+        return len(self.multiplicity)
+
+    def spectrum(self, images: Tensor) -> Tensor:
+        """The DFT of images, `(B, C, H, W)` -> `(B, 2, a_h, g, a_w * C)`."""
+        batch, channels, height, width = images.shape
+        pixels = images.permute(0, 2, 3, 1).reshape(-1, width, channels)
+        half = _left_multiply(self.dft_w, pixels)
+        full = _left_multiply(self.dft_h, half.view(batch, 2 * height, -1))
+        return self._drop_redundant(full, self.rows.stride)
+
+    def spectrum_adjoint(self, spectrum: Tensor) -> Tensor:
+        """The adjoint of `spectrum`, `(B, 2, a_h, g, a_w * C)` -> `(B, C, H, W)`, channels last."""
+        batch = len(spectrum)
+        channels = spectrum.shape[-1] // self.columns.stride
+        half = _left_multiply(self.dft_h.mT, self._restore_redundant(spectrum))
+        pixels = _left_multiply(self.dft_w.mT, half.view(-1, len(self.dft_w), channels))
+        return _as_images(pixels, batch)
+
+    def output(self, spectrum: Tensor) -> Tensor:
+        """The cropped inverse DFT on the strided grid, `(B, 2, g, C)` -> `(B, C, H', W')`, channels
+        last."""
+        batch, channels = len(spectrum), spectrum.shape[-1]
+        half = _left_multiply(self.inverse_dft_h, self._restore_redundant(spectrum.unsqueeze(2)))
+        half = half.view(-1, self.inverse_dft_w.shape[1], channels)
+        return _as_images(_left_multiply(self.inverse_dft_w, half), batch)
+
+    def output_adjoint(self, grad: Tensor) -> Tensor:
+        """The adjoint of `output`, `(B, C, H', W')` -> `(B, 2, g, C)`."""
+        batch, channels, height, width = grad.shape
+        pixels = grad.permute(0, 2, 3, 1).reshape(-1, width, channels)
+        half = _left_multiply(self.inverse_dft_w.mT, pixels)
+        full = _left_multiply(self.inverse_dft_h.mT, half.view(batch, 2 * height, -1))
+        return self._drop_redundant(full, 1).squeeze(2)
+
+    def filter_factors(self, inverse_root: Tensor) -> Tensor:
+        """V times the multiplicity, `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, a_h, g, a_w)`."""
+        return (inverse_root.flatten(1)[:, self.filter_index] * self.multiplicity).to(self.dtype)
+
+    def kernel_spectrum(self, weight: Tensor, factors: Tensor, block: slice) -> Tensor:
+        """The filtered DFT of kernels for a block of frequencies.
+
+        Args:
+            weight: `(C_out, C_in, k_h, k_w)`, in the plan's dtype.
+            factors: from `filter_factors`.
+            block: frequencies g.
+
+        Returns:
+            `(C_out, 2, a_h, g, a_w * C_in)`.
+        """
+        # The factors go into the DFT matrix, which is small, and so the filter costs nothing.
+        matrix = _filtered(self.kernel_dft[:, :, :, block], factors[:, :, block])
+        spectrum = torch.bmm(matrix.mT, weight.flatten(2).mT)
+        channels = self.columns.stride * weight.shape[1]
+        return spectrum.view(len(weight), 2, self.rows.stride, -1, channels)
+
+    def add_kernel_spectrum_adjoint(
+        self, total: Tensor, grads: Tensor, factors: Tensor, block: slice
+    ) -> None:
+        """Add the adjoint of `kernel_spectrum` to `total`.
+
+        Args:
+            total: float32 or float64 `(C_out, k_h * k_w, C_in)`.
+            grads: `(2, a_h, g, C_out, a_w * C_in)`.
+            factors: from `filter_factors`.
+            block: frequencies g.
+        """
+        # The shape becomes (C_out, 2 * a_h * g, a_w, C_in).
+        grads = grads.unflatten(-1, (self.columns.stride, -1)).flatten(0, 2).transpose(0, 1)
+        for alias in range(self.columns.stride):
+            dft_of_alias = self.kernel_dft[:, :, :, block, alias]
+            matrix = _filtered(dft_of_alias, factors[:, :, block, alias])
+            if total.dtype == self.dtype:
+                total.baddbmm_(matrix, grads[:, :, alias])
+            else:
+                # bfloat16 is too coarse for a sum over many blocks.
+                total += torch.bmm(matrix, grads[:, :, alias])
 
     def blocks(self, batch: int, in_channels: int, out_channels: int) -> list[slice]:
-        """The frequencies g of the strided grid, some at a time; an even number of them, which two
-        threads share equally."""
-        kernels = (
-            2
-            * self.rows.stride
-            * self.columns.stride
-            * in_channels
-            * out_channels
-            * self.images_w.element_size()
-        )
-        most = max(BLOCK_FREQUENCIES, BLOCK_BYTES * batch // kernels)
-        size = -(-self.frequencies // -(-self.frequencies // most))
+        """The frequencies g in blocks whose spectra fit into the cache."""
+        aliases = self.rows.stride * self.columns.stride
+        values_per_frequency = 2 * aliases * in_channels * out_channels
+        bytes_per_frequency = values_per_frequency * self.dft_w.element_size()
+        limit = max(BLOCK_FREQUENCIES, BLOCK_BYTES * batch // bytes_per_frequency)
+        # As few blocks as the limit allows, all of about the same size. -(-a // b) rounds up.
+        number = -(-self.frequencies // limit)
+        size = -(-self.frequencies // number)
+        # Two threads share an even number of products equally.
         size += size % 2
-        return [slice(begin, begin + size) for begin in range(0, self.frequencies, size)]
+        return [slice(start, start + size) for start in range(0, self.frequencies, size)]
 
-    def _taps(self, factors: Tensor, taps: Tensor) -> Tensor:
-        """`taps` `(k_h * k_w, 2, ...)` times `factors` `(C_out, ...)`, `(C_out, k_h * k_w, n)`:
-        what they make of kernels is filtered."""
-        return (taps * factors[:, None, None]).flatten(2)
-
-    def _spectra(self, transformed: Tensor, aliases_h: int) -> Tensor:
+    def _drop_redundant(self, full: Tensor, aliases_h: int) -> Tensor:
         """`(B, 2 * a_h * g_h, g_w * a_w * C)` -> `(B, 2, a_h, g, a_w * C)`."""
-        full = transformed.view(
-            len(transformed), 2, aliases_h, self.rows.kept, self.columns.kept // 2 + 1, -1
-        )
-        if self.frequencies == full.shape[3] * full.shape[4]:
+        grid = (self.rows.strided_size, self.columns.strided_size // 2 + 1)
+        full = full.view(len(full), 2, aliases_h, *grid, -1)
+        if self.frequencies == grid[0] * grid[1]:
             return full.flatten(3, 4)
         spectrum = full.new_empty(*full.shape[:3], self.frequencies, full.shape[5])
-        for some, of_full in self._halves(spectrum, full):
-            some.copy_(of_full)
+        for part, part_of_full in self._matching_parts(spectrum, full):
+            part.copy_(part_of_full)
         return spectrum
 
-    def _with_all_rows(self, spectrum: Tensor) -> Tensor:
-        """`(B, 2, a_h, g, n)` -> `(B, 2 * a_h * g_h, g_w * n)`, the adjoint of `_spectra`."""
-        grid = (self.rows.kept, self.columns.kept // 2 + 1)
+    def _restore_redundant(self, spectrum: Tensor) -> Tensor:
+        """`(B, 2, a_h, g, n)` -> `(B, 2 * a_h * g_h, g_w * n)`, the adjoint of `_drop_redundant`:
+        zeros in place of the frequencies that were left out."""
+        grid = (self.rows.strided_size, self.columns.strided_size // 2 + 1)
         if self.frequencies == grid[0] * grid[1]:
             return spectrum.view(len(spectrum), -1, grid[1] * spectrum.shape[-1])
         full = spectrum.new_zeros(*spectrum.shape[:3], *grid, spectrum.shape[-1])
-        for some, of_full in self._halves(spectrum, full):
-            of_full.copy_(some)
+        for part, part_of_full in self._matching_parts(spectrum, full):
+            part_of_full.copy_(part)
         return full.flatten(4).flatten(1, 3)
 
-    def _halves(self, spectrum: Tensor, full: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Parts of a `spectrum` `(B, 2, a_h, g, n)`, and what they are of a `full` one `(B, 2, a_h,
-        g_h, g_w, n)`: rows where all columns are computed, and the others."""
-        rows, inner = _rows_and_columns(self.rows, self.columns)
-        parts = [full[:, :, :, :rows], full[:, :, :, rows:, inner]]
-        sizes = [part.shape[3] * part.shape[4] for part in parts]
-        halves = spectrum.split(sizes, dim=3)
+    def _matching_parts(self, spectrum: Tensor, full: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Views of a `spectrum` `(B, 2, a_h, g, n)`, each with the view of a `full` one `(B, 2,
+        a_h, g_h, g_w, n)` that holds the same frequencies."""
+        whole_rows, columns = _computed_region(self.rows, self.columns)
+        of_full = [full[:, :, :, :whole_rows], full[:, :, :, whole_rows:, columns]]
+        sizes = [part.shape[3] * part.shape[4] for part in of_full]
+        of_spectrum = spectrum.split(sizes, dim=3)
         return [
-            (half.unflatten(3, part.shape[3:5]), part)
-            for half, part in zip(halves, parts, strict=True)
+            (part.unflatten(3, part_of_full.shape[3:5]), part_of_full)
+            for part, part_of_full in zip(of_spectrum, of_full, strict=True)
         ]
 
-    def _images(self, pixels: Tensor, batch: int) -> Tensor:
-        """`(B * H, W, C)` -> `(B, C, H, W)`, channels last."""
-        return pixels.view(batch, -1, *pixels.shape[1:]).permute(0, 3, 1, 2)
+
+def plan_for_layer(layer: nn.Conv2d, input: Tensor) -> Plan | None:
+    """The plan for a layer's forward pass; None where the Fourier domain is slower or the layer
+    unsupported."""
+    # The compiler comes first: where an exported network may take any batch, asking for the size of
+    # the batch would fix it.
+    if torch.compiler.is_compiling():
+        return None
+    if input.device.type != "cpu":
+        return None
+    if len(input) < FOURIER_BATCH or max(input.shape[-2:]) > FOURIER_SIZE:
+        return None
+    # A 1x1 kernel has a constant spectrum: there is nothing to transform.
+    if layer.kernel_size == (1, 1) or layer.groups > 1:
+        return None
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return None
+    dtype = input.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    size = input.shape[-2:]
+    axes = zip(size, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
+    rows, columns = (Axis(*axis) for axis in axes)
+    return plan_for(rows, columns, dtype, input.device)
 
 
 def plan_for(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> Plan | None:
-    """The plan of a geometry; None where this module cannot compute it."""
-    return _make_plan(rows, columns, dtype, device) if rows.possible and columns.possible else None
+    """The plan of a geometry; None for an unsupported one."""
+    if not (rows.supported and columns.supported):
+        return None
+    return _make_plan(rows, columns, dtype, device)
 
 
 @lru_cache(maxsize=128)
 @torch.no_grad()
 def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> Plan:
-    kept_h = torch.arange(rows.kept)
-    kept_w = torch.arange(columns.kept // 2 + 1)
-    # The shape is (a_h, g_h).
-    frequencies_h = (torch.arange(rows.stride)[:, None] * rows.kept + kept_h).flatten()
-    # The shape is (g_w, a_w).
-    frequencies_w = (kept_w[:, None] + torch.arange(columns.stride) * columns.kept).flatten()
-    kept, counts = _independent(rows, columns)
-    grid = (rows.stride, rows.kept * len(kept_w), columns.stride)  # (a_h, all of g, a_w)
+    strided_h = torch.arange(rows.strided_size)
+    strided_w = torch.arange(columns.strided_size // 2 + 1)
+    aliases_h = torch.arange(rows.stride) * rows.strided_size
+    aliases_w = torch.arange(columns.stride) * columns.strided_size
+    # The order is (a_h, g_h) along H and (g_w, a_w) along W, so that aliases of one g along W are
+    # neighbors of the channels: one matrix product then adds them up together with the channels.
+    frequencies_h = (aliases_h[:, None] + strided_h).flatten()
+    frequencies_w = (strided_w[:, None] + aliases_w).flatten()
+    computed, multiplicity = _computed_frequencies(rows, columns)
+    grid = (rows.stride, rows.strided_size * len(strided_w), columns.stride)
 
-    def ready(matrix: Tensor) -> Tensor:
+    def convert(matrix: Tensor) -> Tensor:
         return matrix.to(device, dtype).contiguous()
 
-    cos_w, sin_w = waves(frequencies_w, torch.arange(columns.length), columns.size)
-    cos_h, sin_h = waves(frequencies_h, torch.arange(rows.length), rows.size)
-    inverse_h = [
-        wave.mT / rows.size for wave in waves(kept_h, torch.arange(rows.output), rows.kept)
-    ]
-    inverse_w = [
-        wave.mT * _share(columns)
-        for wave in waves(kept_w, torch.arange(columns.output), columns.kept)
-    ]
+    # Pixels are real, so along W the DFT makes a real and an imaginary part out of one number.
+    # Along H both its input and its output are complex.
+    cos_w, sin_w = dft(frequencies_w, torch.arange(columns.length), columns.size)
+    cos_h, sin_h = dft(frequencies_h, torch.arange(rows.length), rows.size)
+    # The inverse DFT divides by the points of the strided grid, and aliasing by the stride: that is
+    # a division by the points of the full grid.
+    inverse_cos_h, inverse_sin_h = (
+        matrix.mT / rows.size
+        for matrix in dft(strided_h, torch.arange(rows.output), rows.strided_size)
+    )
+    inverse_cos_w, inverse_sin_w = (
+        matrix.mT * _half_spectrum_weights(columns)
+        for matrix in dft(strided_w, torch.arange(columns.output), columns.strided_size)
+    )
+    dft_h = _complex_product(cos_h, -sin_h).permute(0, 2, 3, 1)
+    inverse_dft_h = _complex_product(inverse_cos_h, inverse_sin_h).permute(2, 0, 1, 3)
+    kernel_dft = _kernel_dft(rows, columns, frequencies_h, frequencies_w)
+    filter_index = _half_spectrum_index(rows, columns, frequencies_h, frequencies_w)
     return Plan(
         rows,
         columns,
-        images_w=ready(torch.cat([cos_w, -sin_w])),
-        images_h=ready(_complex(cos_h, -sin_h).permute(0, 2, 3, 1).flatten(2).flatten(0, 1)),
-        outputs_h=ready(_complex(*inverse_h).permute(2, 0, 1, 3).flatten(2).flatten(0, 1)),
-        outputs_w=ready(torch.cat([inverse_w[0], -inverse_w[1]], dim=1)),
-        taps=ready(
-            _taps(rows, columns, frequencies_h, frequencies_w).unflatten(2, grid)[:, :, :, kept]
-        ),
-        index=_half_spectrum_index(rows, columns, frequencies_h, frequencies_w)
-        .unflatten(0, grid)[:, kept]
-        .to(device),
-        counts=counts.to(device),
+        dft_w=convert(torch.cat([cos_w, -sin_w])),
+        dft_h=convert(dft_h.flatten(2).flatten(0, 1)),
+        inverse_dft_h=convert(inverse_dft_h.flatten(2).flatten(0, 1)),
+        inverse_dft_w=convert(torch.cat([inverse_cos_w, -inverse_sin_w], dim=1)),
+        kernel_dft=convert(kernel_dft.unflatten(2, grid)[:, :, :, computed]),
+        filter_index=filter_index.unflatten(0, grid)[:, computed].to(device),
+        multiplicity=multiplicity.to(device),
     )
 
 
-def _rows_and_columns(rows: Axis, columns: Axis) -> tuple[int, slice]:
-    """In how many rows of the strided grid's half spectrum all columns are computed, and which are
-    in the others."""
-    if rows.kept > SMALL_GRID:
-        return rows.kept, slice(None)
-    return rows.kept // 2 + 1, slice(1, (columns.kept + 1) // 2)
+def _computed_region(rows: Axis, columns: Axis) -> tuple[int, slice]:
+    """The number of rows of the strided grid's half spectrum in which all columns are computed, and
+    the columns that are computed in the rows after them."""
+    if rows.strided_size > SMALL_GRID:
+        return rows.strided_size, slice(None)
+    # Row -g is the conjugate of row g in the columns that are their own opposites: the first one
+    # and, of an even grid, the last one. What lies between them has its opposite in the other half.
+    return rows.strided_size // 2 + 1, slice(1, (columns.strided_size + 1) // 2)
 
 
-def _independent(rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
-    """The frequencies g that are computed, as places in the flattened half spectrum of the strided
-    grid, and `Plan.counts`."""
-    full, inner = _rows_and_columns(rows, columns)
-    places = torch.arange(rows.kept * (columns.kept // 2 + 1)).view(rows.kept, -1)
-    counts = torch.ones(places.shape)
-    if full < rows.kept:
-        counts[1 : (rows.kept + 1) // 2] = 2
-        counts[:, inner] = 1
-    kept = torch.cat([places[:full].flatten(), places[full:, inner].flatten()])
-    return kept, counts.flatten()[kept].unsqueeze(1)
+def _computed_frequencies(rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
+    """The frequencies g that are computed, as indices of the flattened half spectrum of the strided
+    grid, and `Plan.multiplicity`."""
+    whole_rows, between = _computed_region(rows, columns)
+    indices = torch.arange(rows.strided_size * (columns.strided_size // 2 + 1))
+    indices = indices.view(rows.strided_size, -1)
+    multiplicity = torch.ones(indices.shape)
+    if whole_rows < rows.strided_size:
+        # Each of these rows stands for its opposite, too, but only in the columns at the edges.
+        multiplicity[1 : (rows.strided_size + 1) // 2] = 2
+        multiplicity[:, between] = 1
+    computed = torch.cat([indices[:whole_rows].flatten(), indices[whole_rows:, between].flatten()])
+    return computed, multiplicity.flatten()[computed].unsqueeze(1)
 
 
-def _complex(cos: Tensor, sin: Tensor) -> Tensor:
-    """The product with `cos + i sin` `(m, n)` in real numbers: `(2, 2, m, n)`, from part (second)
-    to part (first)."""
-    return torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])
+def _complex_product(real: Tensor, imaginary: Tensor) -> Tensor:
+    """The matrix of the product with a complex `(m, n)` matrix, on pairs of real numbers: `(2, 2,
+    m, n)`, the part of the result first, the part of the operand second."""
+    to_real = torch.stack([real, -imaginary])
+    to_imaginary = torch.stack([imaginary, real])
+    return torch.stack([to_real, to_imaginary])
 
 
-def _share(axis: Axis) -> Tensor:
-    """Weights of a half spectrum in the inverse DFT of real numbers: the other half is its
-    conjugate, so that all counts twice but what is its own conjugate."""
-    kept = torch.arange(axis.kept // 2 + 1)
-    return torch.where((kept == 0) | (2 * kept == axis.kept), 1.0, 2.0).double() / axis.size
+def _half_spectrum_weights(axis: Axis) -> Tensor:
+    """The weights of a half spectrum in the inverse DFT of real numbers."""
+    frequencies = torch.arange(axis.strided_size // 2 + 1)
+    # A frequency stands for its conjugate in the other half, too, unless it is its own opposite.
+    is_own_opposite = (frequencies == 0) | (2 * frequencies == axis.strided_size)
+    return torch.where(is_own_opposite, 1.0, 2.0).double() / axis.size
 
 
-def _taps(rows: Axis, columns: Axis, frequencies_h: Tensor, frequencies_w: Tensor) -> Tensor:
-    """`Plan.taps`, all frequencies in one row. A convolution of torch's correlates, and the output
-    begins at the crop: a tap stands at `tap * dilation - padding`."""
+def _kernel_dft(rows: Axis, columns: Axis, frequencies_h: Tensor, frequencies_w: Tensor) -> Tensor:
+    """`Plan.kernel_dft` for all frequencies, `(k_h * k_w, 2, f_h * f_w)`."""
 
     def of_axis(axis: Axis, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-        return waves(
-            frequencies, torch.arange(axis.kernel) * axis.dilation - axis.padding, axis.size
-        )
+        # A shift of the taps by the padding moves the output to where the crop begins, so the
+        # inverse DFT can leave out what is cropped.
+        positions = torch.arange(axis.kernel) * axis.dilation - axis.padding
+        return dft(frequencies, positions, axis.size)
 
-    (cos_h, sin_h), (cos_w, sin_w) = of_axis(rows, frequencies_h), of_axis(columns, frequencies_w)
-    real = _pairs(cos_h, cos_w) - _pairs(sin_h, sin_w)
-    imaginary = _pairs(cos_h, sin_w) + _pairs(sin_h, cos_w)
+    # exp(i (a + b)) = (cos a + i sin a) (cos b + i sin b), with a positive sign in the exponent,
+    # because what torch calls a convolution is a correlation: its DFT is the kernel's conjugate.
+    cos_h, sin_h = of_axis(rows, frequencies_h)
+    cos_w, sin_w = of_axis(columns, frequencies_w)
+    real = _outer(cos_h, cos_w) - _outer(sin_h, sin_w)
+    imaginary = _outer(cos_h, sin_w) + _outer(sin_h, cos_w)
     return torch.stack([real, imaginary]).permute(2, 0, 1)
 
 
 def _half_spectrum_index(
     rows: Axis, columns: Axis, frequencies_h: Tensor, frequencies_w: Tensor
 ) -> Tensor:
-    """`Plan.index` in one row. A frequency beyond the half spectrum is found at its opposite, where
-    a real V is the same."""
+    """`Plan.filter_index` for all frequencies, `(f_h * f_w,)`."""
     row, column = torch.meshgrid(frequencies_h, frequencies_w, indexing="ij")
+    # Beyond the half spectrum V is found at the opposite frequency: V is real, so it is the same.
     beyond = column > columns.size // 2
-    row, column = (
-        torch.where(beyond, -row % rows.size, row),
-        torch.where(beyond, columns.size - column, column),
-    )
+    row = torch.where(beyond, -row % rows.size, row)
+    column = torch.where(beyond, columns.size - column, column)
     return (row * (columns.size // 2 + 1) + column).flatten()
 
 
-def _pairs(of_rows: Tensor, of_columns: Tensor) -> Tensor:
-    """`(f_h, k_h)` and `(f_w, k_w)` -> all products, `(f_h * f_w, k_h * k_w)`."""
+def _outer(of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    """All products of `(f_h, k_h)` and `(f_w, k_w)`, `(f_h * f_w, k_h * k_w)`."""
     return (of_rows[:, None, :, None] * of_columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-def _each(matrix: Tensor, batch: Tensor) -> Tensor:
-    """`matrix @ batch[i]` for every i; `torch.matmul` would rearrange them."""
+def _filtered(kernel_dft: Tensor, factors: Tensor) -> Tensor:
+    """A kernel DFT `(k_h * k_w, 2, ...)` times factors `(C_out, ...)`: `(C_out, k_h * k_w, n)`."""
+    return (kernel_dft * factors[:, None, None]).flatten(2)
+
+
+def _left_multiply(matrix: Tensor, batch: Tensor) -> Tensor:
+    """`matrix @ batch[i]` for every i."""
+    # torch.matmul would copy the batch into another order first.
     return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
+
+
+def _as_images(pixels: Tensor, batch: int) -> Tensor:
+    """`(B * H, W, C)` -> `(B, C, H, W)`, channels last."""
+    return pixels.view(batch, -1, *pixels.shape[1:]).permute(0, 3, 1, 2)

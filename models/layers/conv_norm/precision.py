@@ -1,5 +1,4 @@
-"""Where a weight is turned into another weight, bf16 is too coarse: this switches autocast off for
-that part."""
+"""Autocast switched off where a weight is turned into another weight: bf16 is too coarse for it."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """A context in which operations on `tensor`'s device keep the precision of their operands."""
-    if tensor.device.type == "meta":  # the meta device has no autocast to switch off
+    # The meta device has no autocast to switch off.
+    if tensor.device.type == "meta":
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)

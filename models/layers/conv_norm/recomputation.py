@@ -1,0 +1,44 @@
+"""Less memory for training: the input of a batch norm is recomputed in the backward pass."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .precision import without_autocast
+
+
+def recomputed_batch_norm(input: Tensor, depthwise: nn.Conv2d, batch_norm: nn.Module) -> Tensor:
+    """`batch_norm(depthwise(input))`, which keeps `input` for the backward pass, but not the output
+    of the depthwise convolution.
+
+    A depthwise convolution takes little time, and its output as much memory as the whole layer's.
+    Values and gradients are the same bits as without this function.
+    """
+    output = depthwise(input)
+    # Autograd hands the hooks every tensor that batch norm saves. The convolution's output is
+    # recognized by its memory, because autograd may wrap it in another Python object. Holding the
+    # tensor itself for the comparison would keep it alive.
+    address = output.data_ptr()
+    shape = output.shape
+    dtype = output.dtype
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        if (tensor.data_ptr(), tensor.shape, tensor.dtype) == (address, shape, dtype):
+            return None
+        return tensor
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        if packed is not None:
+            return packed
+        # The backward pass runs outside of the forward pass's autocast, which is imitated here.
+        with torch.no_grad(), without_autocast(input):
+            return F.conv2d(
+                input.to(dtype),
+                depthwise.weight.to(dtype),
+                depthwise.bias.to(dtype),
+                padding=depthwise.padding,
+                groups=depthwise.groups,
+            )
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return batch_norm(output)
