@@ -1,13 +1,12 @@
-"""Compares the golden runs of two checkouts: the same bytes before and after a refactor, or the
-commit says why.
+"""Compares the golden runs of two checkouts: a refactor keeps every byte, or its commit says why.
 
     python tests/golden_runs.py CLONE_A CLONE_B
 
 Trains every method, with batch normalization and with ConvNorm, in one process and in two, from
 the command line of each checkout on one thread, and compares every value of `metrics.jsonl`, times
-aside, and every bit of the final weights. Prints a line a run and exits with 1 where one differs.
-It takes about two minutes on two cores and is not part of the test suite. It relies only on what
-every version has: the scripts' flags, config keys and the names of files in a run folder.
+aside, and every bit of the final weights. Prints a line for each run and exits with 1 if one
+differs. It takes about two minutes on two cores and is not part of the test suite. It uses only
+what every version has: the commands' flags, config keys and the file names of a run folder.
 """
 
 import argparse
@@ -41,8 +40,8 @@ TIMES = ("seconds", "images_per_second")
 
 
 def config(method: str, layers: str) -> dict[str, Any]:
-    """The config of one run: two epochs of three minibatches, the shares of two processes
-    uneven."""
+    """The config of one run: two epochs of three minibatches, which two processes share
+    unevenly."""
     own = METHODS[method]
     attack = {"steps": 2, "validate_images": 20, "report_images": 20}
     adversarial = {**attack, **own["adversarial"]} if "adversarial" in own else None
@@ -74,10 +73,10 @@ def folder_name(method: str, layers: str, processes: int) -> str:
 
 
 def train_all(folder: Path) -> None:
-    """Train every golden run with the checkout in the current folder; what goes wrong is
-    printed."""
+    """Train every golden run with the checkout in the current folder; errors are printed."""
     sys.path[0] = str(Path.cwd())
-    import experiment  # noqa: F401  # each run below is a fork and finds the imports done
+    # Each run below is a fork, so what is imported here is imported once.
+    import experiment  # noqa: F401
 
     for method, layers, processes in names():
         name = folder_name(method, layers, processes)
@@ -100,7 +99,7 @@ def _free_port() -> int:
 
 
 def _fork(words: list[str], rank: int, processes: int, port: int, folder: Path) -> int:
-    """Start a script in a process of its own, as torchrun does where there are several."""
+    """Run a script in a new process, with torchrun's variables if there are several."""
     child = os.fork()
     if child:
         return child
@@ -111,13 +110,15 @@ def _fork(words: list[str], rank: int, processes: int, port: int, folder: Path) 
         os.dup2(output, 1)
         os.dup2(output, 2)
         if processes > 1:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-            place |= {
+            torchrun = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": processes,
                 "LOCAL_WORLD_SIZE": processes,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             }
-            os.environ.update({key: str(value) for key, value in place.items()})
+            os.environ.update({key: str(value) for key, value in torchrun.items()})
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
         code = 0
@@ -142,14 +143,14 @@ def weights_of(run: Path) -> dict[str, Any]:
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """What differs between two run folders; nothing where they are the same."""
+    """The differences between two run folders, one line each."""
     found = []
     ours, theirs = log_of(first), log_of(second)
     if len(ours) != len(theirs):
         found.append(f"{len(ours)} against {len(theirs)} epochs")
     for number, (a, b) in enumerate(zip(ours, theirs, strict=False), start=1):
         for key in sorted(a.keys() | b.keys()):
-            # written out, because NaN equals NaN here
+            # As text, in which NaN equals NaN.
             if repr(a.get(key)) != repr(b.get(key)):
                 found.append(f"epoch {number}: {key} {a.get(key)!r} against {b.get(key)!r}")
     ours, theirs = weights_of(first), weights_of(second)
@@ -181,7 +182,7 @@ def main() -> None:
             parser.error(f"{clone} does not hold a train.py")
     with tempfile.TemporaryDirectory() as temporary:
         folders = [(arguments.keep or Path(temporary)).absolute() / side for side in ("a", "b")]
-        # read when torch is loaded
+        # These variables are read when torch is loaded.
         threads = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
         for clone, folder in zip(arguments.clones, folders, strict=True):
             folder.mkdir(parents=True)
@@ -192,10 +193,11 @@ def main() -> None:
         different = 0
         for name in (folder_name(*run) for run in names()):
             found = differences(folders[0] / name, folders[1] / name)
-            different += bool(found)
-            print(
-                f"{name:<22}", "same" if not found else f"DIFFERS, {len(found)} values; {found[0]}"
-            )
+            verdict = "same"
+            if found:
+                different += 1
+                verdict = f"DIFFERS, {len(found)} values; {found[0]}"
+            print(f"{name:<22}", verdict)
         print(f"{len(names())} runs, {different} differ")
         sys.exit(1 if different else 0)
 

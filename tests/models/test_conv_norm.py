@@ -91,8 +91,8 @@ def test_agrees_with_the_original(case):
         assert_close(layer.weight.grad, f"{step}/grad_weight")
         assert_close(layer.running_V, f"{step}/running_V")
         if layer.affine:
-            # one tap per channel before a batch norm: the true gradient is nearly 0, what is left
-            # is rounding
+            # With one tap per channel before a batch norm the true gradient is nearly 0, and the
+            # computed one is rounding.
             assert_close(
                 layer.bpconv.weight.grad,
                 f"{step}/grad_bpconv_weight",
@@ -156,8 +156,8 @@ def test_agrees_with_dense_operators_in_value_and_gradient(name):
         layer.running_V.numpy(), half[..., : half.shape[-1] // 2 + 1], rtol=1e-9
     )
 
-    # with V a constant the layer is linear in its weight and in its input: the gradient is the
-    # adjoint of the oracle
+    # With a constant V the layer is linear in its weight and in its input, so the gradient is the
+    # adjoint of the oracle.
     cotangent = torch.randn_like(output)
     output.backward(cotangent)
     change = np.random.default_rng(0).standard_normal(weight.shape)
@@ -216,7 +216,7 @@ def test_gradcheck():
     layer = ConvNorm2d(2, 4, 3, stride=2, padding=1, groups=2, bias=True).double()
     x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     layer(x)
-    layer.eval()  # V is a constant in training, too, but finite differences would not know
+    layer.eval()  # in training finite differences would also see V change
     parameters = dict(layer.named_parameters())
 
     def function(inputs, *values):
@@ -279,14 +279,14 @@ def test_a_new_input_size_restarts_running_v_in_the_same_tensor():
         )
 
 
-def test_the_first_passs_v_is_not_the_buffer_that_the_next_update_changes():
-    """As losses over several forward passes need it."""
+def test_the_next_update_does_not_change_the_v_of_an_earlier_pass():
+    """Losses over several forward passes need it."""
     torch.manual_seed(0)
-    # the precision in which no conversion copies V
+    # In float64 no conversion copies V.
     layer = ConvNorm2d(2, 3, 3, affine=False, bn=False).double()
     x = torch.rand(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
-    # so that the next pass sets running_V to its size again
+    # The next pass then has to set running_V to its size again.
     layer(torch.rand(1, 2, 9, 9, dtype=torch.float64))
     loss = layer(x).square().sum()
     layer.running_V.mul_(5)
@@ -312,6 +312,6 @@ def test_vanishing_energy_stays_finite(zero):
     torch.testing.assert_close(layer.running_V.double().pow(-2), energy, rtol=1e-5, atol=0)
 
 
-def test_too_small_an_input_is_refused():
+def test_an_input_smaller_than_the_kernel_is_an_error():
     with pytest.raises(ValueError, match=r"input \(2, 4\) .* kernel \(3, 3\)"):
         ConvNorm2d(1, 1, 3)(torch.rand(1, 1, 2, 4))

@@ -1,5 +1,4 @@
-"""ConvNorm2d in the surroundings it meets: checkpoints, compilers, several processes, bf16, other
-people's networks."""
+"""ConvNorm2d in use: checkpoints, compilers, several processes, bf16, other people's networks."""
 
 import copy
 import warnings
@@ -24,7 +23,7 @@ def trained_layer(size=6):
     return layer
 
 
-def test_state_returns_whole_whatever_its_size():
+def test_a_state_dict_of_any_size_is_loaded():
     layer = trained_layer()
     assert layer.num_batches_tracked == 2
     for other in (ConvNorm2d(2, 3, 3, padding=1), trained_layer(size=9)):
@@ -43,9 +42,9 @@ def test_an_original_checkpoint_has_no_counter():
         key: value for key, value in layer.state_dict().items() if key != "num_batches_tracked"
     }
     given = dict(state)
-    layer.load_state_dict(state)  # strict
+    layer.load_state_dict(state)
     assert layer.num_batches_tracked == 0
-    assert list(state) == list(given)  # the caller's dict is left alone
+    assert list(state) == list(given), "the caller's dictionary is not changed"
     del state["running_V"]
     with pytest.raises(RuntimeError, match=r"Missing key.*running_V"):
         layer.load_state_dict(state)
@@ -94,7 +93,8 @@ def test_compiles_as_one_graph_from_the_first_step_on():
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     for step in range(3):
         if step == 2:
-            network.eval(), twin.eval()
+            network.eval()
+            twin.eval()
         x = torch.rand(2, 3, 8, 8)
         output, expected = compiled(x), twin(x)
         torch.testing.assert_close(output, expected)
@@ -119,7 +119,8 @@ def _ddp_worker(rank: int, folder: str) -> None:
     )
     torch.manual_seed(rank)
     for step in range(2):
-        # every forward pass begins with rank 0's buffers: this must not last
+        # DistributedDataParallel starts every forward pass with rank 0's buffers, so this change
+        # must be gone afterwards.
         if step == 1 and rank == 1:
             for buffer in model.buffers():
                 buffer.add_(1)
@@ -170,12 +171,12 @@ def test_replace_in_a_torchvision_resnet():
 
 
 def test_replace_keeps_the_function_of_an_orthogonal_convolution():
-    """A kernel whose spectrum is flat has V = 1; with an identity in bpconv nothing changes, so
-    everything else is copied."""
+    """A kernel with a flat spectrum has V = 1. With an identity in bpconv the new layer then
+    computes the same as the old one, if everything else is copied."""
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 4, 3, stride=2, padding=2, dilation=2, padding_mode="reflect")
     with torch.no_grad():
-        # shifts by (2, -2)
+        # The kernel shifts its input by (2, -2).
         conv.weight.copy_(
             torch.eye(4)[:, :, None, None] * torch.eye(3)[0, :, None] * torch.eye(3)[2]
         )
@@ -183,7 +184,8 @@ def test_replace_keeps_the_function_of_an_orthogonal_convolution():
     network = nn.Sequential(
         conv, norm, nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False), nn.BatchNorm2d(3)
     ).double()
-    del network[4]  # a norm of another width is no norm of the convolution before it
+    # A norm of another width does not belong to the convolution before it.
+    del network[4]
     nn.init.dirac_(network[3].weight)
     network(torch.rand(8, 4, 9, 9, dtype=torch.float64))
     network.eval()
@@ -197,10 +199,11 @@ def test_replace_keeps_the_function_of_an_orthogonal_convolution():
     torch.testing.assert_close(network(x), expected)
 
 
-def test_replace_touches_plain_convolutions_only():
+def test_only_plain_convolutions_are_replaced():
     norm = nn.BatchNorm2d(2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the hook is deprecated, but alive
+        # The hook is deprecated, but still works.
+        warnings.simplefilter("ignore")
         hooked = nn.utils.spectral_norm(nn.Conv2d(3, 3, 1))
     others = nn.Sequential(
         hooked,

@@ -1,5 +1,4 @@
-"""The package of ConvNorm as others use it: installed by itself, beside the clone's copy,
-exported."""
+"""The ConvNorm package as others use it: installed by itself, beside the clone's copy, exported."""
 
 import importlib.util
 import json
@@ -31,7 +30,7 @@ def run(words, folder):
 def test_an_installation_brings_one_name_and_shadows_nothing(tmp_path, editable):
     pytest.importorskip("setuptools", minversion="77", reason="the build backend is not installed")
     clone, site, own = (tmp_path / name for name in ("clone", "site", "own"))
-    # a copy, because a build writes beside its sources; and with rooms that must not be installed
+    # A copy, because a build writes beside its sources, with rooms that must not be installed.
     package = clone / "models" / "layers" / "conv_norm"
     shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("__pycache__"))
     files = ("pyproject.toml", "README.md", "MANIFEST.in", "train.py")
@@ -77,7 +76,7 @@ def test_an_installation_brings_one_name_and_shadows_nothing(tmp_path, editable)
 
 @pytest.fixture
 def installed(monkeypatch):
-    """The package under the name that an installation gives it: other classes than the clone's."""
+    """The package under the name of an installation: its classes are not the clone's."""
     spec = importlib.util.spec_from_file_location("conv_norm", FOLDER / "__init__.py")
     package = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "conv_norm", package)
@@ -106,7 +105,7 @@ def small_network(layer):
     return network
 
 
-def test_layers_of_an_installed_package_are_known_by_what_they_offer(installed):
+def test_layers_of_an_installed_package_are_recognized(installed):
     assert installed.ConvNorm2d is not ConvNorm2d
     results = []
     for layer in (ConvNorm2d, installed.ConvNorm2d):
@@ -123,8 +122,7 @@ def test_layers_of_an_installed_package_are_known_by_what_they_offer(installed):
         assert replace_with_conv_norm(network)[0].__class__ is layer
     ours, theirs = results
     assert theirs == ours
-    # the second convolution has its own batch norm behind it, the others have a depthwise
-    # convolution
+    # The second convolution has a batch norm behind it, the others have a depthwise convolution.
     assert [name for name, *_ in ours[0]] == ["0", "0.bpconv", "2", "4", "4.bpconv", "7"]
     assert [name for name, _, scale, _ in ours[0] if scale is not None] == ["0.bpconv", "2"]
 
@@ -140,7 +138,7 @@ def test_an_evaluated_network_is_exported_for_any_batch(tracked):
     exported = torch.export.export(network, example, dynamic_shapes=shapes)
     assert not exported.graph_signature.buffers_to_mutate
     for batch in (1, 5, 20):
-        # of 20 images the Fourier path is taken where nothing is exported
+        # For 20 images the layer that is not exported uses the Fourier engine.
         images = torch.randn(batch, 3, 8, 8)
         with torch.no_grad():
             torch.testing.assert_close(

@@ -1,5 +1,5 @@
-"""Every entry of the tables of models, layers, losses and metrics keeps its table's contract: a new
-one is tried without being listed here."""
+"""Every entry of the tables of models, layers, losses and metrics keeps its table's contract. New
+entries are tested without being listed here."""
 
 from collections import Counter
 
@@ -21,8 +21,8 @@ from base.registry import (
 from models import build_model
 
 SMALL = 10**6
-"""Parameters of a network that takes a real step here; larger ones are run forward and back on the
-meta device."""
+"""The largest number of parameters with which a network takes a real step here. Larger ones run on
+the meta device only."""
 LAYERS = {
     "norm": (NORM_LAYERS, lambda make: make(6)),
     "conv": (CONV_LAYERS, lambda make: make(6, 8, kernel_size=3, stride=2, padding=1, bias=False)),
@@ -33,7 +33,7 @@ ENTRIES = [(kind, name) for kind, (table, _) in LAYERS.items() for name in table
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
-def test_a_layer_trains_and_judges_each_image_by_itself(kind, name):
+def test_a_layer_trains_and_evaluates_each_image_on_its_own(kind, name):
     torch.manual_seed(0)
     table, make = LAYERS[kind]
     layer = make(table[name])
@@ -74,7 +74,7 @@ def step(name, device):
     with torch.device(device):
         model = build_model({"type": name, "args": {"num_classes": 7}}, [0.5] * 3, [0.2] * 3)
         images, labels = torch.rand(2, 3, 32, 32), torch.tensor([1, 2])
-    # outside, as `torch.device` sees to every single call
+    # Outside of the context, which would slow down every single call.
     logits = model(images)
     LOSSES["cross_entropy"](logits, labels).mean().backward()
     assert logits.shape == (2, 7)
@@ -106,7 +106,7 @@ USUAL = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_network_is_built_of_the_layers_that_it_is_told(name, monkeypatch):
+def test_a_network_is_built_from_the_layers_of_its_config(name, monkeypatch):
     seen = Counter()
 
     def counted(kind):

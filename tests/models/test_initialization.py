@@ -1,4 +1,4 @@
-"""Initial weights: He's law, residual branches that begin at zero and still learn."""
+"""Initial weights: He's distribution, residual branches that begin at zero and still learn."""
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ def test_he_gives_plain_convolutions_the_variance_two_by_fan_out():
         if isinstance(layer, nn.Conv2d):
             weights = layer.weight.flatten().double()
             variance = 2 / (layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1])
-            # the mean square of n normal numbers lies within 5 of its standard deviations, sqrt(2 /
-            # n)
+            # The mean square of n normal numbers has a standard deviation of sqrt(2 / n) times the
+            # variance; 5 of them are allowed.
             assert weights.square().mean().item() / variance == pytest.approx(
                 1, abs=5 * (2 / len(weights)) ** 0.5
             ), name
@@ -30,7 +30,7 @@ def test_he_gives_plain_convolutions_the_variance_two_by_fan_out():
     assert torch.equal(model.bn1.weight, torch.ones(128))
 
 
-def test_he_leaves_layers_alone_that_normalize_their_kernels():
+def test_he_does_not_change_layers_that_normalize_their_kernels():
     for conv in ("prec_conv", "oni_conv", "own_conv", "sn_conv"):
         default, he = (
             build(WIDE, conv_layer_type=conv, init=init).state_dict() for init in ("default", "he")
@@ -40,7 +40,7 @@ def test_he_leaves_layers_alone_that_normalize_their_kernels():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_group_norms_that_end_a_branch_begin_at_zero_and_no_others(name):
+def test_only_group_norms_that_end_a_branch_begin_at_zero(name):
     for norm in ("gn", "bn", "in"):
         model = build(
             {"type": name, "args": {"norm_layer_type": norm, "num_classes": 7}}, init="he_zero_gn"
@@ -55,7 +55,7 @@ def test_group_norms_that_end_a_branch_begin_at_zero_and_no_others(name):
         assert weights.square().mean().item() / variance == pytest.approx(
             1, abs=5 * (2 / weights.numel()) ** 0.5
         )
-        assert model.linear.bias.any(), "linear layers keep PyTorch's start"
+        assert model.linear.bias.any(), "linear layers keep PyTorch's initial weights"
 
 
 def test_branches_that_end_in_a_convolution_keep_their_norms():
@@ -103,6 +103,6 @@ def test_blocks_begin_as_their_shortcuts_and_learn(arch):
         ),
     ],
 )
-def test_networks_without_such_a_layer_are_refused(arch, end):
+def test_networks_whose_branches_cannot_be_zero_are_rejected(arch, end):
     with pytest.raises(ConfigError, match=f"^arch.args.zero_init_residual: .*{end}$"):
         build(arch, zero_init_residual=True)

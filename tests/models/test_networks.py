@@ -1,5 +1,5 @@
-"""The networks: sizes, keys, gradients in every combination of layers, the original's training,
-messages of errors."""
+"""The networks: sizes, keys, gradients with every combination of layers, the original's training,
+error messages."""
 
 import itertools
 from pathlib import Path
@@ -124,7 +124,7 @@ def test_gradients_of_large_networks(name, size, args):
     assert_finite_gradients(name, args, size)
 
 
-def test_preactivation_leaves_the_shortcut_alone():
+def test_preactivation_does_not_overwrite_the_shortcut():
     """With no norm the activation sees the block's input itself, and must not overwrite it."""
     block = PreActBlock(4, 4, 1, nn.Conv2d, NORM_LAYERS["no"], ACTIVATION_LAYERS["relu"])
     x = torch.randn(2, 4, 5, 5)
@@ -133,7 +133,7 @@ def test_preactivation_leaves_the_shortcut_alone():
 
 
 @pytest.mark.parametrize("shortcut_input", ["activated", "raw"])
-def test_the_shortcuts_convolution_sees_what_it_is_told(shortcut_input):
+def test_the_shortcuts_convolution_sees_the_chosen_input(shortcut_input):
     torch.manual_seed(0)
     args = {"num_classes": 7, "norm_layer_type": "gn", "shortcut_input": shortcut_input}
     model = build_model({"type": "preact_resnet18", "args": args}).eval()
@@ -184,7 +184,7 @@ def test_models_normalize_pixels_themselves():
     torch.manual_seed(0)
     model = build_model({"type": "simpleCNN"}, MEAN, STD).eval()
     plain = build_model({"type": "simpleCNN"}).eval()
-    plain.load_state_dict(model.state_dict())  # mean and std are no part of it
+    plain.load_state_dict(model.state_dict())  # mean and std are not in it
     pixels = torch.rand(2, 3, 32, 32)
     normalized = torch.stack([(pixels[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
     torch.testing.assert_close(model(pixels), plain(normalized))

@@ -59,13 +59,13 @@ def test_oni_is_newtons_recurrence_on_singular_values(
     )
     for got, matrix in zip(actual, centered(layer.weight, groups), strict=True):
         left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
-        eigenvalues = sigma**2 + EPSILON  # the smaller Gram matrix has no others
+        eigenvalues = sigma**2 + EPSILON  # all of the smaller Gram matrix
         norm = np.linalg.norm(eigenvalues)
         root = np.ones_like(sigma)
         for _ in range(iterations):
             root = 1.5 * root - 0.5 * root**3 * eigenvalues / norm
         np.testing.assert_allclose(got, left * (root * sigma / norm**0.5) @ right, atol=1e-10)
-        # the polar factor, up to the 1e-5 on the diagonal and the direction that centring removed
+        # the polar factor, up to the 1e-5 on the diagonal and the direction that centering removed
         if iterations == 40:
             kept = sigma > 1e-8
             np.testing.assert_allclose(got, left[:, kept] @ right[kept], atol=1e-3)

@@ -1,5 +1,5 @@
-"""replace_with_conv_norm pairs convolutions and batch norms by the flow of data, or says that it
-could not."""
+"""replace_with_conv_norm pairs convolutions and batch norms by the flow of data, or warns that it
+cannot."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from models.layers import ConvNorm2d, replace_with_conv_norm
 
 
 def pairs(network):
-    """Convolution's name -> name that its batch norm had; replaces the network's layers."""
+    """Replace the network's layers; name of each convolution -> name that its batch norm had."""
     names = {
         norm: name for name, norm in network.named_modules() if isinstance(norm, nn.BatchNorm2d)
     }
@@ -24,7 +24,7 @@ def pairs(network):
 
 
 class Crossed(nn.Module):
-    """Registered in another order than used, and in other modules."""
+    """Its layers are registered in another order than they are used, and in other modules."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Crossed(nn.Module):
         return x if reverse else scale * self.norms[1](out) + x
 
 
-def test_registration_does_not_matter():
+def test_the_order_of_registration_does_not_matter():
     network = Crossed()
     assert pairs(network) == {"first": "norms.2", "middle": "norms.0", "last": "norms.1"}
     assert all(type(norm) is nn.Identity for norm in network.norms)
@@ -59,18 +59,16 @@ class Unpaired(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.skipped, self.norm_of_skipped = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-        self.one, self.shared, self.other = (
-            nn.Conv2d(4, 4, 1),
-            nn.BatchNorm2d(4),
-            nn.Conv2d(4, 4, 1),
-        )
-        self.activated, self.norm_of_activated = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-        self.twice, self.first_of_twice, self.second_of_twice = (
-            nn.Conv2d(4, 4, 1),
-            nn.BatchNorm2d(4),
-            nn.BatchNorm2d(4),
-        )
+        self.skipped = nn.Conv2d(3, 4, 1)
+        self.norm_of_skipped = nn.BatchNorm2d(4)
+        self.one = nn.Conv2d(4, 4, 1)
+        self.shared = nn.BatchNorm2d(4)
+        self.other = nn.Conv2d(4, 4, 1)
+        self.activated = nn.Conv2d(4, 4, 1)
+        self.norm_of_activated = nn.BatchNorm2d(4)
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.first_of_twice = nn.BatchNorm2d(4)
+        self.second_of_twice = nn.BatchNorm2d(4)
 
     def forward(self, x):
         x = self.skipped(x)
@@ -80,7 +78,7 @@ class Unpaired(nn.Module):
         return self.second_of_twice(self.twice(self.first_of_twice(self.twice(x))))
 
 
-def test_a_batch_norm_with_other_uses_stays_where_it_is():
+def test_a_batch_norm_with_other_uses_is_not_moved():
     network = Unpaired()
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     assert set(pairs(network).values()) == {None}
@@ -108,7 +106,7 @@ class WithHead(nn.Module):
 
 @pytest.mark.parametrize("wrap", [lambda network: network, nn.DataParallel, nn.Sequential])
 @pytest.mark.parametrize("training", [True, False])
-def test_both_modes_and_wrappers_are_looked_into(wrap, training):
+def test_both_modes_and_wrappers_are_traced(wrap, training):
     network = wrap(WithHead()).train(training)
     found = {conv.split(".")[-1]: norm.split(".")[-1] for conv, norm in pairs(network).items()}
     assert found == {"body": "norm_of_body", "head": "norm_of_head"}
@@ -146,7 +144,7 @@ def test_what_cannot_be_followed_is_guessed_with_a_warning():
     }
 
 
-def test_a_convolution_of_which_only_the_weight_is_taken_stays():
+def test_a_convolution_that_is_never_called_is_not_replaced():
     class Taken(nn.Module):
         def __init__(self):
             super().__init__()
@@ -166,7 +164,7 @@ def test_a_convolution_of_which_only_the_weight_is_taken_stays():
     assert type(network.first) is nn.Conv2d
 
 
-def test_without_a_batch_norm_in_question_nothing_is_warned_of():
+def test_without_a_free_batch_norm_there_is_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         network = replace_with_conv_norm(nn.ModuleList([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(5)]))
@@ -176,7 +174,8 @@ def test_without_a_batch_norm_in_question_nothing_is_warned_of():
 
 def test_convolutions_with_old_weight_hooks_do_not_hide_the_others():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the hook is deprecated, but alive
+        # The hook is deprecated, but still works.
+        warnings.simplefilter("ignore")
         hooked = nn.utils.weight_norm(nn.Conv2d(2, 2, 1))
     assert pairs(nn.Sequential(hooked, WithHead().eval())) == {
         "1.body": "1.norm_of_body",

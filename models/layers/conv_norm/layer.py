@@ -127,23 +127,34 @@ class ConvNorm2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
         plan = plan_for_layer(self, input)
+        # One name from step to step, so that each result is freed as soon as the next is there.
         if self.kernel_size == (1, 1):
             # V is the same number at every frequency: it scales the kernel instead of the output.
-            output = self._scaled_pointwise(input)
+            z = self._scaled_pointwise(input)
         elif plan is not None:
             # On a CPU, products with small DFT matrices give steps 1 to 3 in less time.
             inverse_root = self._inverse_root(plan.size)
-            output = fourier_convolution(input, self.weight, self.bias, inverse_root, plan)
+            z = fourier_convolution(input, self.weight, self.bias, inverse_root, plan)
         else:
-            # 1. full convolution, z = w * x
-            full, crop = self._full_convolution(input)
+            # 1. full convolution, z = w * x + bias
+            z, crop = self._full_convolution(input)
+            dtype = z.dtype
             # 2. filter, z <- IDFT(V . DFT(z))
-            inverse_root = self._inverse_root(full.shape[-2:])
-            filtered = spectral_filter(full, inverse_root)
+            z = spectral_filter(z, self._inverse_root(z.shape[-2:]))
             # 3. crop and stride
-            output = filtered[crop].to(full.dtype)
-        # 4. affine map, 5. batch norm
-        return self._affine_and_batch_norm(output)
+            z = z[crop].to(dtype)
+        # 4. affine map, a depthwise convolution
+        if self.affine:
+            z = self._pad_for_even_kernel(z)
+            # Training keeps less memory where step 5 recomputes its input. A compiler decides
+            # itself what it recomputes, and it cannot trace the hooks that this takes.
+            if self.bn and self.training and not torch.compiler.is_compiling():
+                return recomputed_batch_norm(z, self.bpconv, self.batch_norm)
+            z = self.bpconv(z)
+        # 5. batch norm
+        if self.bn:
+            z = self.batch_norm(z)
+        return z
 
     def linear_part(self) -> "ConvNorm2d":
         """A copy of the layer in evaluation mode that makes its steps 1 to 3 without the bias: a
@@ -198,18 +209,11 @@ class ConvNorm2d(nn.Conv2d):
         rows, columns = (slice(*ends) for ends in zip(first, last, self.stride, strict=True))
         return full, (..., rows, columns)
 
-    def _affine_and_batch_norm(self, input: Tensor) -> Tensor:
-        if self.affine:
-            # An even kernel at half padding would lose the last row or column.
-            even_h, even_w = (1 - k % 2 for k in self.kernel_size)
-            if even_h or even_w:
-                input = F.pad(input, (0, even_w, 0, even_h))
-            # A compiler decides itself what it computes again, and it cannot trace these hooks.
-            if self.bn and self.training and not torch.compiler.is_compiling():
-                return recomputed_batch_norm(input, self.bpconv, self.batch_norm)
-            input = self.bpconv(input)
-        if self.bn:
-            input = self.batch_norm(input)
+    def _pad_for_even_kernel(self, input: Tensor) -> Tensor:
+        # At half padding, `bpconv` with an even kernel would lose the last row or column.
+        even_h, even_w = (1 - k % 2 for k in self.kernel_size)
+        if even_h or even_w:
+            input = F.pad(input, (0, even_w, 0, even_h))
         return input
 
     def _padding_per_side(self, extent: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -29,10 +29,9 @@ class _SpectralFilter(torch.autograd.Function):
 
     @staticmethod
     def forward(signal: Tensor, inverse_root: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft2(signal)
         # V is real: scaling real and imaginary parts takes half the work of a complex product.
-        filtered = torch.view_as_real(spectrum) * inverse_root.unsqueeze(-1)
-        return torch.fft.irfft2(torch.view_as_complex(filtered), s=signal.shape[-2:])
+        spectrum = torch.view_as_real(torch.fft.rfft2(signal)) * inverse_root.unsqueeze(-1)
+        return torch.fft.irfft2(torch.view_as_complex(spectrum), s=signal.shape[-2:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
