@@ -1,8 +1,9 @@
-"""Side-by-side timings against named peers: `python -m benchmarks`; see README.md of this folder
-for the method."""
+"""Side-by-side timings against named peers: `python -m benchmarks`.
+
+The README.md of this folder has the method.
+"""
 
 import os
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # torch's profiler otherwise writes to the terminal; read when torch is imported
+# torch's profiler would write to the terminal. The variable is read when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,8 +1,11 @@
-"""All comparisons, one table: `python -m benchmarks`; see README.md of this folder.
+"""All comparisons in one table; see README.md of this folder.
 
-python -m benchmarks --json result.json --table result.md
-python -m benchmarks --only conv_norm_step memory --threads 1
-python -m benchmarks --smoke                                        # shows in seconds that everything runs; no numbers to keep
+    python -m benchmarks --json result.json --table result.md
+    python -m benchmarks --only conv_norm_step memory --threads 1
+
+Shows in seconds that everything runs, with numbers that mean nothing:
+
+    python -m benchmarks --smoke
 """
 
 import argparse
@@ -33,7 +36,7 @@ from benchmarks import (
     training_step,
 )
 from benchmarks.rows import Row, Settings, Table
-from benchmarks.table import as_markdown, as_text, summary
+from benchmarks.table import format_markdown, format_text, summary
 
 COMPARISONS: dict[str, Callable[[Settings], Sequence[Row | Table]]] = {
     "conv_norm_step": conv_norm_step.measure,
@@ -54,35 +57,36 @@ def main() -> None:
     hardware = machine.hardware(settings.device)
     results: dict[str, list[Row | Table]] = {}
     seconds: dict[str, float] = {}
-    for name in (
-        bar := tqdm(dict.fromkeys(arguments.only or COMPARISONS), disable=None, leave=False)
-    ):
+    # A name that is given twice is measured once.
+    names = dict.fromkeys(arguments.only or COMPARISONS)
+    bar = tqdm(names, disable=None, leave=False)
+    for name in bar:
         bar.set_description(name)
-        begin = perf_counter()
-        results[name] = [_judged(item, settings) for item in COMPARISONS[name](settings)]
-        seconds[name] = perf_counter() - begin
-        if arguments.json:  # after every comparison, so that an interrupted run leaves what it has
-            plain = {name: [item.plain() for item in found] for name, found in results.items()}
-            write_json(
-                arguments.json,
-                {
-                    "hardware": hardware,
-                    "smoke": settings.smoke,
-                    "seconds": seconds,
-                    "results": plain,
+        start = perf_counter()
+        results[name] = [_without_goal(item, settings) for item in COMPARISONS[name](settings)]
+        seconds[name] = perf_counter() - start
+        # After every comparison, so that an interrupted run keeps what it has measured.
+        if arguments.json:
+            report = {
+                "hardware": hardware,
+                "smoke": settings.smoke,
+                "seconds": seconds,
+                "results": {
+                    name: [item.as_dict() for item in found] for name, found in results.items()
                 },
-            )
+            }
+            write_json(arguments.json, report)
     lines = [
         machine.describe(hardware),
         f"{summary(results)}, in {sum(seconds.values()) / 60:.1f} minutes",
     ]
     if settings.smoke:
         lines.append(
-            "--smoke: tiny networks and images, one repeat: these numbers say nothing about speed"
+            "--smoke: tiny networks and images, one repeat; these numbers say nothing about speed"
         )
     if arguments.table:
-        arguments.table.write_text("\n\n".join([*lines, as_markdown(results)]))
-    print(as_text(results), *lines, sep="\n\n")
+        arguments.table.write_text("\n\n".join([*lines, format_markdown(results)]))
+    print(format_text(results), *lines, sep="\n\n")
 
 
 def _parser() -> Parser:
@@ -102,15 +106,19 @@ def _parser() -> Parser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute"
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of torch; its own choice by default"
+        "--threads", type=int, metavar="N", help="CPU threads of torch; by default its own choice"
     )
     parser.add_argument(
         "--checkpoint",
         metavar="RUN",
-        help="run or checkpoint whose robust network is attacked, too",
+        help="run or checkpoint of a robust network that is attacked, too",
     )
     parser.add_argument(
-        "--images", type=int, default=64, metavar="N", help="of its test images (64)"
+        "--images",
+        type=int,
+        default=64,
+        metavar="N",
+        help="test images of --checkpoint that are attacked (64)",
     )
     parser.add_argument(
         "--smoke", action="store_true", help="tiny and quick: shows that everything runs"
@@ -120,23 +128,23 @@ def _parser() -> Parser:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    """The settings that the command line asks for; whatever is wrong with it is found here, before
-    anything is measured.
+    """The settings that the command line asks for.
 
     Raises:
-        ConfigError, CheckpointError: one line that names the flag or the file.
+        ConfigError, CheckpointError: a value is invalid; found before anything is measured.
     """
     for name in arguments.only or ():
         lookup(COMPARISONS, name, "--only")
     for flag in ("threads", "images"):
-        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
-            raise ConfigError(f"--{flag}: expected at least 1, not {getattr(arguments, flag)}")
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag}: expected at least 1, not {value}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device is visible")
     if arguments.checkpoint:
         find_checkpoint(arguments.checkpoint)
     for flag in ("json", "table"):
-        _refuse_unwritable(f"--{flag}", getattr(arguments, flag))
+        _check_writable(f"--{flag}", getattr(arguments, flag))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
@@ -145,12 +153,14 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     )
 
 
-def _judged(item: Row | Table, settings: Settings) -> Row | Table:
-    """Tiny networks have no goals."""
-    return replace(item, goal=None) if settings.smoke and isinstance(item, Row) else item
+def _without_goal(item: Row | Table, settings: Settings) -> Row | Table:
+    # The goals are for real networks, not for the tiny ones of --smoke.
+    if settings.smoke and isinstance(item, Row):
+        return replace(item, goal=None)
+    return item
 
 
-def _refuse_unwritable(flag: str, path: Path | None) -> None:
+def _check_writable(flag: str, path: Path | None) -> None:
     if path is None:
         return
     try:

@@ -12,9 +12,14 @@ from benchmarks.rows import Row, Settings, speed_row
 from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, step_of, systems
 from benchmarks.timing import compare
 
-BATCH, GOAL = 16, 1.5
-OURS, THEIRS = "AdversarialTrainer", "loop of Rice et al."
-NOTE = "same network, precision and memory format on both sides; the attack in training mode, as in their code"
+BATCH = 16
+GOAL = 1.5
+OURS = "AdversarialTrainer"
+THEIRS = "loop of Rice et al."
+NOTE = (
+    "same network, precision and memory format on both sides; the attack in training mode, as in"
+    " their code"
+)
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -28,7 +33,8 @@ def measure(settings: Settings) -> list[Row]:
 def _row(settings: Settings, precision: str, overrides: list[Override]) -> Row:
     batch, steps = settings.size(BATCH, 4), settings.size(10, 2)
     size = [("data_loader.args.batch_size", str(batch)), ("adversarial.steps", str(steps))]
-    no_average = ("trainer.ema_decay", "null")  # their loop has none
+    # Their loop averages no weights.
+    no_average = ("trainer.ema_decay", "null")
     config = step_config(settings, [*overrides, *size, no_average], "cifar10_pgd.json")
     sides = {OURS: step_of(build_trainer(config)), THEIRS: _their_step(build_trainer(config))}
     times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
@@ -37,7 +43,7 @@ def _row(settings: Settings, precision: str, overrides: list[Override]) -> Row:
 
 
 def _their_step(trainer: BaseTrainer) -> Callable[[], object]:
-    """Their loop on a network, an optimizer and a minibatch like those of our side."""
+    """A step of their loop, on a network, an optimizer and a minibatch like those of our side."""
     images, labels = next(iter(trainer.train_loader))
     optimizer = torch.optim.SGD(
         trainer.model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4

@@ -1,5 +1,5 @@
-"""Attacks on a robustly trained network: this project against torchattacks and foolbox, in time and
-in robust accuracy."""
+"""Attacks on robustly trained networks: time and robust accuracy of this project against
+torchattacks and foolbox."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,13 +24,13 @@ class Network:
 
     Attributes:
         name: what the table calls it.
-        overrides: of `configs/quickstart.json`.
-        epochs: of its training.
+        overrides: changes to `configs/quickstart.json`.
+        epochs: epochs of its training.
         images: how many test images are attacked, the first of every class; None for all.
-        sizes: epsilon and step under l-inf in 1/255, and under l2, at which it is about half as
-            accurate as without an attack.
-        passes: over the images to tell robust accuracies apart, of PGD. From one to the next random
-            starts alone change the verdicts of one to three images.
+        sizes: epsilon and step size for each norm (l-inf in 1/255), at which the network is about
+            half as accurate as without an attack.
+        passes: PGD's passes over the images for the comparison of robust accuracies. From one pass
+            to the next, random starts alone change the verdicts of one to three images.
         direct: whether the attack alone is timed, too.
     """
 
@@ -81,64 +81,57 @@ LARGE = Network(
     sizes={"linf": (24, 6), "l2": (1.0, 0.25)},
 )
 CIFAR_SIZES = {"linf": (8.0, 2.0), "l2": (0.5, 0.125)}
-"""Of the network of `--checkpoint`."""
+"""Epsilon and step size for the network of `--checkpoint`."""
 
-ATTACKS = {  # setting -> PGD's steps (0 for FGSM), norm, goal
+# setting -> PGD's steps (0 for FGSM), norm, goal
+ATTACKS = {
     "PGD-10, l-inf": (10, "linf", 2.5),
     "PGD-10, l2": (10, "l2", 2.5),
     "FGSM, l-inf": (0, "linf", 1.0),
     "FGSM, l2": (0, "l2", 1.0),
 }
 POINTS = 0.2
-"""How much weaker than theirs our attack may be."""
+"""Percentage points by which our attack may be weaker than theirs."""
 
-JUDGED, LIBRARIES = "attack_loader", ("torchattacks", "foolbox")
+WITH_GOAL = "attack_loader"
+LIBRARIES = ("torchattacks", "foolbox")
 NOTE = (
-    "attack_loader: PGD(..., early_stop=True) or FGSM, with a verdict for every image; direct call: the attack alone; fp32 but "
-    "where bf16 is written, which is of the search alone, and the verdict on every side; the library that was slower in a "
-    "first pass is not timed again"
+    "attack_loader: PGD(..., early_stop=True) or FGSM, with a verdict for every image; direct call:"
+    " the attack alone; all in fp32, except that the search is in bf16 where the row says so; every"
+    " side includes the verdict; the library that was slower in a first pass is not timed again"
 )
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Two networks that are trained for this, and the network of `--checkpoint`, if one is
-    given."""
+    """Rows for two networks that are trained here, and for the network of `--checkpoint`."""
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         reason = f"{' and '.join(missing)} not installed: pip install -e '.[benchmarks]'"
-        return [Row("attacks on a robust network", JUDGED, skipped=reason)]
+        return [Row("attacks on a robust network", WITH_GOAL, skipped=reason)]
     rows = []
-    for network in (
-        SMALL,
-        replace(LARGE, overrides=(*LARGE.overrides, ("arch.type", settings.network))),
-    ):
+    large = replace(LARGE, overrides=(*LARGE.overrides, ("arch.type", settings.network)))
+    for network in (SMALL, large):
         with TemporaryDirectory() as folder:
-            evaluation = _evaluation(
-                _robust_run(settings, network, Path(folder)), settings, network.images
-            )
+            run = _robust_run(settings, network, Path(folder))
+            evaluation = _evaluation(run, settings, network.images)
             rows += _rows(settings, evaluation, network)
     if settings.checkpoint is not None:
         evaluation = _evaluation(settings.checkpoint, settings, settings.images)
-        rows += _rows(
-            settings,
-            evaluation,
-            Network(evaluation.config.arch.type, (), 0, settings.images, CIFAR_SIZES),
-        )
+        network = Network(evaluation.config.arch.type, (), 0, settings.images, CIFAR_SIZES)
+        rows += _rows(settings, evaluation, network)
     return rows
 
 
 def _robust_run(settings: Settings, network: Network, folder: Path) -> str:
-    machine = [
+    overrides = [
+        *ROBUST,
+        *network.overrides,
         ("system.device", str(settings.device)),
         ("system.num_threads", str(settings.threads)),
-    ]
-    epochs = [
         ("trainer.epochs", str(settings.size(network.epochs, 1))),
         ("data_loader.args.num_batches", str(settings.size(0, 2))),
     ]
-    config = load_config(
-        ROOT / "configs" / "quickstart.json", [*ROBUST, *network.overrides, *machine, *epochs]
-    )
+    config = load_config(ROOT / "configs" / "quickstart.json", overrides)
     Experiment.from_config(config).run(str(folder / "run"))
     return str(folder / "run")
 
@@ -146,55 +139,44 @@ def _robust_run(settings: Settings, network: Network, folder: Path) -> str:
 def _evaluation(run: str, settings: Settings, images: int | None) -> Evaluation:
     """The run's model, and the first test images of every class."""
     arguments = evaluation_parser("").parse_args(["-s", run])
-    machine = [
+    overrides = [
         ("system.device", str(settings.device)),
         ("system.num_threads", str(settings.threads)),
+        # Like the commands, whatever precision the training had.
+        ("system.precision", "fp32"),
     ]
-    machine.append(("system.precision", "fp32"))  # as the scripts do
-    return load_evaluation(
-        arguments, machine, limit=settings.size(images or 0, 16) or None, batch_size=250
-    )
+    limit = 16 if settings.smoke else images
+    return load_evaluation(arguments, overrides, limit=limit, batch_size=250)
 
 
 def _rows(settings: Settings, evaluation: Evaluation, network: Network) -> list[Row]:
     rows = []
     for attack, (steps, norm, goal) in ATTACKS.items():
         epsilon, step = network.sizes[norm]
-        sides = attackers(
-            evaluation,
-            min(steps, settings.size(steps, 2)),
-            norm,
-            epsilon,
-            step if steps else epsilon,
-        )
+        # FGSM is one step of epsilon.
+        step_size = step if steps else epsilon
+        fewer_steps = min(steps, settings.size(steps, 2))
+        sides = attackers(evaluation, fewer_steps, norm, epsilon, step_size)
         if not network.direct:
             del sides["direct call"]
-        faster = compare(
-            {name: sides[name] for name in LIBRARIES}, 1, warmup=0, device=settings.device
-        ).smallest(LIBRARIES)
+        libraries = {name: sides[name] for name in LIBRARIES}
+        first_pass = compare(libraries, 1, warmup=0, device=settings.device)
+        faster = first_pass.smallest(LIBRARIES)
         timed = {
             name: side for name, side in sides.items() if name not in LIBRARIES or name == faster
         }
         times = compare(timed, settings.repeats, warmup=settings.warmup, device=settings.device)
         setting = f"{attack}, {network.name}, {evaluation.loader.n_samples} images"
+        images = evaluation.loader.n_samples
         for name in _ours(sides):
-            judged = goal if name.startswith(JUDGED) else None
-            rows.append(
-                speed_row(
-                    setting,
-                    times,
-                    name,
-                    faster,
-                    judged,
-                    images=evaluation.loader.n_samples,
-                    note=NOTE,
-                )
-            )
+            at_least = goal if name.startswith(WITH_GOAL) else None
+            rows.append(speed_row(setting, times, name, faster, at_least, images=images, note=NOTE))
+        # Of equally strong libraries the faster one, which has made more passes.
         lowest = min(LIBRARIES, key=lambda name: (median(sides[name].accuracies), name != faster))
         if steps:
-            for side in (
-                sides[name] for name in sides if name.startswith(JUDGED) or name == lowest
-            ):
+            for name, side in sides.items():
+                if not name.startswith(WITH_GOAL) and name != lowest:
+                    continue
                 while len(side.accuracies) < settings.size(network.passes, 0):
                     side()
         rows += _accuracy_rows(setting, sides, lowest)
@@ -206,30 +188,27 @@ def _ours(sides: dict[str, Attacker]) -> list[str]:
 
 
 def _accuracy_rows(setting: str, sides: dict[str, Attacker], lowest: str) -> list[Row]:
-    """Robust accuracy of our sides in points, and how far it lies above that of the library with
-    the lowest."""
+    """The robust accuracies of our sides in percentage points, and how far they are above that of
+    the library with the lowest."""
     rows = []
     for name in _ours(sides):
         passes = min(len(sides[name].accuracies), len(sides[lowest].accuracies))
-        points = Paired(
-            {
-                side: [100 * share for share in sides[side].accuracies[:passes]]
-                for side in (name, lowest)
-            }
-        )
-        values = {"ours_value": points.spread(name), "other_value": points.spread(lowest)}
-        goal = Goal(POINTS, at_least=False)
-        above = points.difference(name, lowest)
+        values = {
+            side: [100 * accuracy for accuracy in sides[side].accuracies[:passes]]
+            for side in (name, lowest)
+        }
+        points = Paired(values)
         rows.append(
             Row(
                 f"{setting}: robust accuracy",
                 name,
-                above,
+                points.difference(name, lowest),
                 "points above",
                 lowest,
                 "%",
-                **values,
-                goal=goal,
+                ours_value=points.spread(name),
+                other_value=points.spread(lowest),
+                goal=Goal(POINTS, at_least=False),
             )
         )
     return rows

@@ -1,8 +1,8 @@
-"""The sides of `attack_libraries`: each attacks all images once, and remembers the robust accuracy
-that came of it.
+"""The sides of `attack_libraries`: each attacks all images once and remembers the robust accuracy.
 
-Every pass has its own random starts, as the libraries' have: with one and the same all the time,
-ours would be a single draw."""
+Every pass of our sides has its own random starts, as every pass of the libraries has. With the same
+starts every time, all our passes would be a single draw.
+"""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -28,8 +28,12 @@ torch's global generator."""
 
 @dataclass
 class Attacker:
-    """A side: robust accuracy of one pass over the images with a seed, kept in `accuracies`
-    (fractions, one per call)."""
+    """A side of the comparison.
+
+    Attributes:
+        accuracy: attacks all images once with a seed, and returns the robust accuracy in [0, 1].
+        accuracies: the robust accuracies of all calls so far.
+    """
 
     accuracy: Callable[[int], float]
     accuracies: list[float] = field(default_factory=list)
@@ -41,54 +45,50 @@ class Attacker:
 def attackers(
     evaluation: Evaluation, steps: int, norm: str, epsilon: float, step_size: float
 ) -> dict[str, Attacker]:
-    """Our sides and the libraries', with the same norm, epsilon, step and steps.
+    """Our sides and the libraries, with the same norm, epsilon, step size and steps.
 
-    One more of ours searches in the precision that `auto` picks here, where that is not the model's
-    own. FGSM never does.
+    One more side of PGD searches in the precision that `auto` picks, where that is not fp32.
 
     Args:
         evaluation: model and images.
-        steps: of PGD; 0 for FGSM.
+        steps: PGD's steps; 0 for FGSM.
         norm: `"linf"` or `"l2"`.
         epsilon: in 1/255 for l-inf, in units of the pixel range for l2.
         step_size: in the same units.
     """
-    model, sizes = (
-        evaluation.model,
-        (in_pixel_range(epsilon, norm), in_pixel_range(step_size, norm)),
-    )
-    attack: Attack = PGD(*sizes, steps, norm, early_stop=True) if steps else FGSM(sizes[0], norm)
+    model = evaluation.model
+    sizes = (in_pixel_range(epsilon, norm), in_pixel_range(step_size, norm))
+    if steps:
+        attack: Attack = PGD(*sizes, steps, norm, early_stop=True)
+    else:
+        attack = FGSM(sizes[0], norm)
     lower = choose_precision("auto", evaluation.device)
-    # as their users have it: torchattacks' l2 attack fails on gradients that are channels last
-    theirs = deepcopy(model).to(memory_format=torch.contiguous_format)
-    torchattacks = _torchattacks(theirs, steps, norm, *sizes)
-    passes = {
-        "attack_loader": _verdicts(evaluation, attack),
-        **(
-            {f"attack_loader, {lower}": _verdicts(evaluation, attack, lower)}
-            if steps and lower != "fp32"
-            else {}
-        ),
-        "direct call": _over_batches(evaluation, _direct(model, attack)),
-        "torchattacks": _over_batches(
-            evaluation,
-            lambda images, labels, _: _right(theirs, torchattacks(images, labels), labels),
-        ),
-        "foolbox": _over_batches(evaluation, _foolbox(theirs, steps, norm, *sizes)),
-    }
+    # The libraries attack the network in NCHW, as their users have it: torchattacks' l2 attack
+    # fails on gradients that are channels last.
+    nchw = deepcopy(model).to(memory_format=torch.contiguous_format)
+    library = _torchattacks(nchw, steps, norm, *sizes)
+
+    def survives_torchattacks(images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        return _is_right(nchw, library(images, labels), labels)
+
+    passes = {"attack_loader": _attack_loader(evaluation, attack)}
+    if steps and lower != "fp32":
+        passes[f"attack_loader, {lower}"] = _attack_loader(evaluation, attack, lower)
+    passes["direct call"] = _over_batches(evaluation, _direct(model, attack))
+    passes["torchattacks"] = _over_batches(evaluation, survives_torchattacks)
+    passes["foolbox"] = _over_batches(evaluation, _foolbox(nchw, steps, norm, *sizes))
     return {name: Attacker(accuracy) for name, accuracy in passes.items()}
 
 
 def _direct(model: nn.Module, attack: Attack) -> Correct:
     def survives(images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        return _right(
-            model, attack(model, images, labels, generators=torch_generator(seed, "attack")), labels
-        )
+        generator = torch_generator(seed, "attack")
+        return _is_right(model, attack(model, images, labels, generators=generator), labels)
 
     return survives
 
 
-def _verdicts(
+def _attack_loader(
     evaluation: Evaluation, attack: Attack, precision: str = "fp32"
 ) -> Callable[[int], float]:
     def accuracy(seed: int) -> float:
@@ -102,18 +102,16 @@ def _verdicts(
 
 
 def _torchattacks(model: nn.Module, steps: int, norm: str, epsilon: float, step_size: float) -> Any:
-    """FGSM under l2, which torchattacks does not have, is its PGD with one full step from the
-    image."""
     import torchattacks
 
     if norm == "l2":
-        one = {"steps": 1, "random_start": False}
-        return torchattacks.PGDL2(model, epsilon, step_size, **({"steps": steps} if steps else one))
-    return (
-        torchattacks.PGD(model, epsilon, step_size, steps)
-        if steps
-        else torchattacks.FGSM(model, epsilon)
-    )
+        if steps:
+            return torchattacks.PGDL2(model, epsilon, step_size, steps=steps)
+        # torchattacks has no FGSM for l2: one full step of its PGD from the image stands for it.
+        return torchattacks.PGDL2(model, epsilon, step_size, steps=1, random_start=False)
+    if steps:
+        return torchattacks.PGD(model, epsilon, step_size, steps)
+    return torchattacks.FGSM(model, epsilon)
 
 
 def _foolbox(model: nn.Module, steps: int, norm: str, epsilon: float, step_size: float) -> Correct:
@@ -125,9 +123,10 @@ def _foolbox(model: nn.Module, steps: int, norm: str, epsilon: float, step_size:
         ("linf", False): foolbox.attacks.LinfFastGradientAttack,
         ("l2", False): foolbox.attacks.L2FastGradientAttack,
     }
-    attack = kinds[norm, steps > 0](
-        **({"abs_stepsize": step_size, "steps": steps} if steps else {})
-    )
+    options = {}
+    if steps:
+        options = {"abs_stepsize": step_size, "steps": steps}
+    attack = kinds[norm, steps > 0](**options)
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
 
     def survives(images: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -137,7 +136,7 @@ def _foolbox(model: nn.Module, steps: int, norm: str, epsilon: float, step_size:
     return survives
 
 
-def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _is_right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         return model(images).argmax(dim=1) == labels
 

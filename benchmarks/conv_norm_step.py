@@ -1,4 +1,4 @@
-"""ConvNorm against conv + BatchNorm, and against the original's algorithm: training step,
+"""ConvNorm against convolution with BatchNorm, and against the original's algorithm: training step,
 evaluation, attack."""
 
 from collections.abc import Callable, Mapping
@@ -22,9 +22,12 @@ from benchmarks.steps import (
 from benchmarks.timing import Paired, compare
 from experiment.build import evaluator
 
-BATCHES, EVALUATED, ATTACKED, ATTACK_STEPS = (128, 32), 64, 32, 2
-"""Training steps with the shipped configs' minibatch, and with a small one, where what does not
-grow with it weighs more."""
+BATCHES = (128, 32)
+"""The shipped configs' minibatch, and a small one, in which costs that do not grow with it weigh
+more."""
+EVALUATED = 64
+ATTACKED = 32
+ATTACK_STEPS = 2
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -38,13 +41,16 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Row]:
-    on_gpu = settings.device.type == "cuda"
-    cost, speed = (1.5, None) if on_gpu else (1.6, 2.3) if precision == "fp32" else (None, None)
+    cost, speed = None, None
+    if settings.device.type == "cuda":
+        cost = 1.5
+    elif precision == "fp32":
+        cost, speed = 1.6, 2.3
     evaluated, attacked = settings.size(EVALUATED, 4), settings.size(ATTACKED, 4)
     rows = []
     for batch in [settings.size(batch, 4) for batch in BATCHES]:
         size = [("data_loader.args.batch_size", str(batch))]
-        # no goal asks for the original in another one
+        # The original's algorithm is timed in fp32 only: there is no goal in another precision.
         names = LAYERS if precision == "fp32" else (CONV_NORM, BATCH_NORM)
         trainers = {
             name: build_trainer(step_config(settings, [*LAYERS[name], *size, *system]), name)
@@ -57,7 +63,8 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Ro
     def evaluation(trainer: BaseTrainer) -> Callable[[], object]:
         return _evaluation(trainer, evaluated)
 
-    trainers.pop(ORIGINAL, None)  # no goal asks for it in evaluation
+    # Nor is there a goal against the original in evaluation.
+    trainers.pop(ORIGINAL, None)
     rows += _compared(
         settings, f"evaluation, {evaluated} images, {precision}", trainers, evaluation
     )
@@ -78,11 +85,11 @@ def _compared(
     at_most: float | None = None,
     at_least: float | None = None,
 ) -> list[Row]:
-    """A row against BatchNorm with the goal `at_most`, and, where it is given, one against the
-    original with `at_least`. Each pair takes turns by itself: no slow third side stands between two
-    turns."""
+    """A row against BatchNorm with the goal `at_most`, and, where the original is among the
+    trainers, one against it with the goal `at_least`."""
     sides = {layers: side(trainer) for layers, trainer in trainers.items()}
 
+    # Each pair takes turns by itself, without a slow third side between two turns.
     def times(other: str) -> Paired:
         pair = {CONV_NORM: sides[CONV_NORM], other: sides[other]}
         return compare(pair, settings.repeats, warmup=settings.warmup, device=settings.device)
@@ -94,7 +101,7 @@ def _compared(
 
 
 def _evaluation(trainer: BaseTrainer, images: int) -> Callable[[], object]:
-    """What validation does after an epoch."""
+    """The evaluation that validates after an epoch."""
     loader = trainer.train_loader.test_loader().subset(torch.arange(images))
     evaluate = evaluator(trainer.config, trainer.autocast)
     return lambda: evaluate(trainer.model, loader)

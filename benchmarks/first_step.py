@@ -1,10 +1,11 @@
 """Runs train.py in this process and ends it after the first training step.
 
-python -m benchmarks.first_step PACKAGE,PACKAGE -c CONFIG --run_dir DIR ...
+    python -m benchmarks.first_step PACKAGE,PACKAGE -c CONFIG --run_dir DIR ...
 
 The last line printed says when the step was finished, in seconds of the clock that all processes
-share, and which of the packages were imported. Nothing is imported here that train.py does not
-import itself."""
+share, and which of the packages were imported. This module must not import anything that train.py
+does not import itself.
+"""
 
 import json
 import os
@@ -17,11 +18,11 @@ from trainer.trainer import Trainer
 
 
 def stop_after_first_step(packages: list[str]) -> None:
-    """Let the first `Trainer.train_batch` of this process be its last."""
+    """End this process after the first `Trainer.train_batch`."""
     train_batch = Trainer.train_batch
 
     def last(trainer: Trainer, *batch: Any) -> None:
-        # reads the device, so the step is finished
+        # Reading a value waits for the device, so the step is finished.
         float(train_batch(trainer, *batch).sums["loss"])
         imported = [name for name in packages if name in sys.modules]
         print(json.dumps({"finished": monotonic(), "imported": imported}), flush=True)
@@ -31,6 +32,6 @@ def stop_after_first_step(packages: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    packages, sys.argv = sys.argv[1], ["train.py", *sys.argv[2:]]
-    stop_after_first_step(packages.split(","))
+    stop_after_first_step(sys.argv[1].split(","))
+    sys.argv = ["train.py", *sys.argv[2:]]
     runpy.run_path("train.py", run_name="__main__")

@@ -1,11 +1,11 @@
-"""How far apart images lie in the last features of networks that have not been trained, and how far
-PGD moves them.
+"""How far apart images are in the last features of untrained networks, and how far PGD moves them.
 
-python -m benchmarks.initial_features configs/small_wide_resnet.json 0 1 2 3
+    python -m benchmarks.initial_features configs/small_wide_resnet.json 0 1 2 3
 
-Prints, of the pooled features `(B, D)` of 60 training images, for each seed (of weights, data split
-and order): the share of their mean square that is variance between images, and the mean square
-distance that the config's training attack moves them, over that variance."""
+Prints two numbers for each seed (of weights, data split and order), from the pooled features
+`(B, D)` of 60 training images: the share of their mean square that is variance between images, and
+the mean square distance by which the config's training attack moves them, over that variance.
+"""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,8 @@ NETWORKS = {
 
 
 def main() -> None:
-    file, seeds = sys.argv[1], sys.argv[2:] or ["0"]
+    file = sys.argv[1]
+    seeds = sys.argv[2:] or ["0"]
     for name, overrides in NETWORKS.items():
         pairs = [share_and_movement(file, [*overrides, ("seed", seed)]) for seed in seeds]
         shares = ", ".join(f"{share:.1%}" for share, _ in pairs)
@@ -40,28 +41,24 @@ def share_and_movement(file: str, overrides: list[Override]) -> tuple[float, flo
     """Both numbers, for one config and one seed."""
     config = load_config(file, [*overrides, ("data_loader.args.batch_size", str(IMAGES))])
     experiment = Experiment.from_config(config)
-    trainer, loader, model = (
-        experiment.build_trainer(Path()),
-        experiment.train_loader,
-        experiment.model.train(),
-    )
+    trainer = experiment.build_trainer(Path())
+    loader = experiment.train_loader
+    model = experiment.model.train()
     loader.set_epoch(1)
     images, labels = next(iter(loader))
-    last = next(
-        module for module in reversed(list(model.modules())) if isinstance(module, torch.nn.Linear)
-    )
-    seen: list[torch.Tensor] = []
-    last.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
-    attacked = trainer.attack.perturb(
-        model, images, labels, torch.Generator().manual_seed(0)
-    ).detach()
-    seen.clear()
+    generator = torch.Generator().manual_seed(0)
+    attacked = trainer.attack.perturb(model, images, labels, generator).detach()
+    features: list[torch.Tensor] = []
+    *_, last = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    last.register_forward_hook(lambda module, inputs, output: features.append(inputs[0].detach()))
     with torch.no_grad():
         model(images)
         model(attacked)
-    clean, moved = seen
+    clean, moved = features
     variance = (clean - clean.mean(dim=0)).square().sum()
-    return float(variance / clean.square().sum()), float((moved - clean).square().sum() / variance)
+    share = variance / clean.square().sum()
+    movement = (moved - clean).square().sum() / variance
+    return float(share), float(movement)
 
 
 if __name__ == "__main__":

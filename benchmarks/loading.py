@@ -1,5 +1,5 @@
-"""Loading and augmentation: batches on the device against torchvision's transforms image by image;
-share of a step."""
+"""Loading and augmentation: batches on the device against torchvision's transforms image by image,
+and the share of a training step."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,13 +14,18 @@ from data_loader.data_loaders import CIFAR10_MEAN, CIFAR10_STD
 from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import MemoryImages
 
-IMAGES, BATCH = 10_000, 128
-FASTER, SHARE = 10, 0.03
-NOTE = "random uint8 images in memory, seed 0; crop with padding 4, flip, float, normalize on all sides"
+IMAGES = 10_000
+BATCH = 128
+FASTER = 10
+SHARE = 0.03
+NOTE = (
+    "random uint8 images in memory, seed 0; crop with padding 4, flip, float, normalize on all"
+    " sides"
+)
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Against two workers and none, and the share of a training step."""
+    """Rows against two workers and against none, and one of the share of a training step."""
     count, batch = settings.size(IMAGES, 64), settings.size(BATCH, 16)
     pixels = torch.randint(
         0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -69,7 +74,8 @@ def _ours(loader: ImageDataLoader) -> Callable[[], object]:
 
     def side() -> None:
         for images, _ in loader:
-            (images - mean) / std  # what the model does first, and Normalize on the other side
+            # The model does this first; on the other side the transform Normalize does.
+            (images - mean) / std
 
     return side
 
@@ -77,7 +83,8 @@ def _ours(loader: ImageDataLoader) -> Callable[[], object]:
 def _theirs(loader: Iterable, device: torch.device) -> Callable[[], object]:
     def side() -> None:
         for images, labels in loader:
-            images.to(device), labels.to(device)
+            images.to(device)
+            labels.to(device)
 
     return side
 
@@ -85,7 +92,8 @@ def _theirs(loader: Iterable, device: torch.device) -> Callable[[], object]:
 def _share_of_step(
     settings: Settings, pixels: torch.Tensor, labels: torch.Tensor, batch: int
 ) -> Row:
-    """A batch's loading beside the training step on it, in the precision that `auto` picks."""
+    """The time of loading a batch over that of the training step on it, in the precision that
+    `auto` picks."""
     precision, system = list(systems(settings).items())[-1]
     size = [("data_loader.args.batch_size", str(batch))]
     trainer = build_trainer(step_config(settings, [*LAYERS[BATCH_NORM], *size, *system]))

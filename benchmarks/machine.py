@@ -1,5 +1,4 @@
-"""What numbers were measured on: hardware and versions, without names of machines, users or
-folders."""
+"""The hardware and the versions of a measurement, without names of machines, users or folders."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -14,14 +13,14 @@ PEERS = ("torchvision", "torchattacks", "foolbox")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Plain values: processor, cores, threads in use, memory in GiB, GPU, what `auto` precision is,
-    versions, commit."""
+    """Processor, cores, threads in use, memory in GiB, GPU, whether bf16 is native, versions and
+    commit, as plain values."""
     found = environment()
+    # The cores that this process may use. macOS and Windows cannot tell.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": found["cpu"],
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores,
         "threads": torch.get_num_threads(),
         "memory_gib": _memory(),
         "device": device.type,
@@ -43,16 +42,17 @@ def describe(values: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {values[name] or 'missing'}" for name in ("python", "torch", *PEERS)
     )
-    commit = (values["commit"] or "unknown")[:10] + (
-        " with changes" if values["uncommitted_files"] else ""
-    )
+    commit = (values["commit"] or "unknown")[:10]
+    if values["uncommitted_files"]:
+        commit += " with changes"
     return f"{processor}, {threads}, {bf16}; {versions}; commit {commit}"
 
 
 def _memory() -> float | None:
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):  # not on every system
+    except (AttributeError, OSError, ValueError):
+        # Windows and some Unixes do not know these names.
         return None
 
 

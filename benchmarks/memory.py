@@ -24,15 +24,17 @@ from benchmarks.steps import (
 )
 from benchmarks.timing import Paired
 
-BATCH, STEPS, ALLOWED = 32, 2, 1.5
+BATCH = 32
+STEPS = 2
+ALLOWED = 1.5
 REPEATS = 2
 """Processes of each side: peaks hardly vary, and a process takes ten seconds to start."""
-CLEAR = Path("/proc/self/clear_refs")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 MEANING = {
-    "tensors": "all tensors that are alive at the peak of a training step: weights, momentum, gradients, activations and what "
-    "is needed for a moment; on CUDA torch.cuda.max_memory_allocated",
-    "resident": "highest resident memory while training minus that before the first step: no weights, but what the allocator "
-    "keeps in reserve and what MKL and oneDNN take for themselves",
+    "tensors": "all tensors that are alive at the peak of a training step: weights, momentum,"
+    " gradients, activations and temporary tensors; on CUDA torch.cuda.max_memory_allocated",
+    "resident": "highest resident memory while training minus that before the first step: without"
+    " weights, but with the allocator's reserve and the memory of MKL and oneDNN",
 }
 
 
@@ -64,28 +66,27 @@ def measure(settings: Settings) -> list[Row]:
                     title,
                     CONV_NORM,
                     other=BATCH_NORM,
-                    skipped="only Linux tells the peak of a CPU's resident memory",
+                    skipped="the peak of resident memory is known on Linux only",
                 )
             rows.append(row)
     return rows
 
 
 def _in_new_process(settings: Settings, layers: str, precision: str) -> dict[str, float]:
-    words = [
+    arguments = [
         str(settings.device),
         str(settings.threads),
         str(int(settings.smoke)),
         layers,
         precision,
     ]
-    return json.loads(
-        python(["-m", "benchmarks.memory", *words], settings.threads).splitlines()[-1]
-    )
+    printed = python(["-m", "benchmarks.memory", *arguments], settings.threads)
+    return json.loads(printed.splitlines()[-1])
 
 
 def bytes_of_training(settings: Settings, layers: str, precision: str) -> dict[str, int]:
-    """Bytes that training steps of this process need at their peak, by the kinds of `MEANING` that
-    can be known here."""
+    """Bytes that training steps of this process need at their peak, for those kinds of `MEANING`
+    that are known on this system."""
     size = [("data_loader.args.batch_size", str(settings.size(BATCH, 4)))]
     trainer = build_trainer(
         step_config(settings, [*LAYERS[layers], *size, *systems(settings)[precision]]), layers
@@ -97,9 +98,9 @@ def bytes_of_training(settings: Settings, layers: str, precision: str) -> dict[s
             step()
         return {"tensors": torch.cuda.max_memory_allocated(settings.device)}
     found = {}
-    if CLEAR.exists():
+    if CLEAR_REFS.exists():
         before = _resident("VmRSS")
-        _forget_peak()
+        _reset_peak()
         for _ in range(STEPS):
             step()
         found["resident"] = _resident("VmHWM") - before
@@ -107,34 +108,36 @@ def bytes_of_training(settings: Settings, layers: str, precision: str) -> dict[s
 
 
 def _tensors_at_peak(trainer: BaseTrainer, step: Callable[[], object]) -> int:
-    """What was there before a step, and the peak of what the step allocates and frees, as torch's
+    """The tensors before a step, plus the peak of what the step allocates and frees, as torch's
     profiler counts it."""
     trainer.optimizer.zero_grad(set_to_none=True)
-    model, state = trainer.model, trainer.optimizer.state.values()
+    model = trainer.model
     moments = [
-        value for values in state for value in values.values() if isinstance(value, torch.Tensor)
+        value
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
     ]
     alive = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
-    events = [
-        event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    return alive + max(
-        accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    )
+    all_events = profiled.profiler.kineto_results.events()
+    events = [event for event in all_events if event.name() == "[memory]"]
+    # Allocations count positive and frees negative, so a running sum is the memory in use.
+    events.sort(key=lambda event: event.start_ns())
+    return alive + max(accumulate(event.nbytes() for event in events))
 
 
 def _resident(field: str) -> int:
-    """A field of Linux's account of this process, in bytes."""
+    """A field of `/proc/self/status`, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
-def _forget_peak() -> None:
-    """Let `VmHWM` begin anew at what is resident now: building the network may have needed more for
-    a moment."""
-    CLEAR.write_text("5")
+def _reset_peak() -> None:
+    """Reset `VmHWM` to what is resident now."""
+    # Building the network may have needed more for a moment. Linux takes 5 for this reset.
+    CLEAR_REFS.write_text("5")
 
 
 if __name__ == "__main__":

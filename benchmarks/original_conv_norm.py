@@ -1,5 +1,4 @@
-"""ConvNorm computed in the way of its authors' code: a plain reference that timings and tests are
-made against."""
+"""ConvNorm with the algorithm of its authors' code: a plain reference for timings and tests."""
 
 from math import cos, pi
 
@@ -12,8 +11,8 @@ from models.layers.conv_norm.layer import MIN_FACTOR, RAMPDOWN_STEPS
 
 
 class OriginalConvNorm(nn.Module):
-    """The algorithm of the original on the parameters of a `ConvNorm2d`, for odd square kernels and
-    zero padding.
+    """The original's algorithm on the parameters of a `ConvNorm2d`, for odd square kernels and zero
+    padding.
 
     Every forward pass in training transforms all `C_out x C_in` kernels, padded with zeros to the
     size of the full convolution, and sums their squared magnitudes over the inputs: `V = 1 /
@@ -22,25 +21,25 @@ class OriginalConvNorm(nn.Module):
     of it every `stride`-th row and column is kept. A depthwise affine convolution and a batch
     normalization follow.
 
-    A 1x1 kernel has the same energy at every frequency: there V is one number per channel, and
-    nothing is transformed. There is no floor under the energy, and the gradient of the transforms
-    is torch's own.
+    A 1x1 kernel has the same energy at every frequency, so V is one number per channel, and nothing
+    is transformed. The energy has no floor, and the gradient of the transforms is torch's own.
 
     Args:
-        layer: whose weight, `bpconv` and `batch_norm` are taken; they stay the same objects.
+        layer: the layer whose weight, `bpconv` and `batch_norm` are used; they stay the same
+            objects.
     """
 
     running_V: Tensor  # noqa: N815 - the original's name
 
     def __init__(self, layer: ConvNorm2d) -> None:
         super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        self.bpconv, self.batch_norm = layer.bpconv, layer.batch_norm if layer.bn else nn.Identity()
-        self.stride, self.padding, self.extent = (
-            layer.stride[0],
-            layer.padding[0],
-            layer.kernel_size[0] - 1,
-        )
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.bpconv = layer.bpconv
+        self.batch_norm = layer.batch_norm if layer.bn else nn.Identity()
+        self.stride = layer.stride[0]
+        self.padding = layer.padding[0]
+        self.extent = layer.kernel_size[0] - 1
         self.steps = 0
         self.register_buffer("running_V", torch.zeros(1))
 
@@ -48,11 +47,10 @@ class OriginalConvNorm(nn.Module):
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
         full = F.conv2d(images, self.weight, self.bias, padding=self.extent)
         height, width = full.shape[-2:]
-        filtered = (
-            full * self._inverse_root(1, 1)
-            if self.extent == 0
-            else self._filtered(_at_least_float32(full))
-        )
+        if self.extent == 0:
+            filtered = full * self._inverse_root(1, 1)
+        else:
+            filtered = self._filtered(_at_least_float32(full))
         first = self.extent - self.padding
         cropped = filtered[:, :, first : height - first, first : width - first]
         return self.batch_norm(self.bpconv(cropped[:, :, :: self.stride, :: self.stride]))
@@ -69,24 +67,23 @@ class OriginalConvNorm(nn.Module):
         inverse_root = torch.view_as_real(transformed).square().sum(dim=-1).sum(dim=1).rsqrt()
         if self.training:
             self.steps += 1
-            factor = max(
-                0.5 * (cos(pi * min(self.steps, RAMPDOWN_STEPS) / RAMPDOWN_STEPS) + 1), MIN_FACTOR
-            )
+            progress = min(self.steps, RAMPDOWN_STEPS) / RAMPDOWN_STEPS
+            factor = max(0.5 * (cos(pi * progress) + 1), MIN_FACTOR)
             self.running_V = factor * inverse_root + (1 - factor) * self.running_V
         return inverse_root
 
 
-def in_the_original_way(model: nn.Module) -> nn.Module:
-    """Swap every `ConvNorm2d` of a network for an `OriginalConvNorm` on the same parameters, in
+def use_original_conv_norm(model: nn.Module) -> nn.Module:
+    """Replace every `ConvNorm2d` of a network by an `OriginalConvNorm` on the same parameters, in
     place."""
     for name, child in model.named_children():
         if isinstance(child, nn.Conv2d) and hasattr(child, "running_V"):
             setattr(model, name, OriginalConvNorm(child).train(child.training))
         else:
-            in_the_original_way(child)
+            use_original_conv_norm(child)
     return model
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    """There is no transform of bf16."""
+    # There is no FFT of bf16.
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,5 +1,4 @@
-"""The peers of training: loops as they are usually written, without anything that this project does
-to be fast."""
+"""The peers of training: loops as they are usually written."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.timing import convert_sync_batchnorm
+from benchmarks.timing import synchronize
 
 
 class PlainImages(Dataset):
-    """Images in memory that are transformed one by one, as torchvision's CIFAR data sets do it.
+    """Images in memory that are transformed one by one, as in torchvision's CIFAR data sets.
 
     Args:
         pixels: uint8 `(N, C, H, W)`.
@@ -68,7 +67,9 @@ def train_epoch(
     """One epoch of standard training in fp32; returns mean loss and accuracy."""
     criterion = nn.CrossEntropyLoss()
     model.train()
-    total_loss, correct, seen = 0.0, 0, 0
+    total_loss = 0.0
+    correct = 0
+    seen = 0
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         optimizer.zero_grad()
@@ -79,39 +80,30 @@ def train_epoch(
         total_loss += loss.item() * labels.size(0)
         correct += outputs.argmax(dim=1).eq(labels).sum().item()
         seen += labels.size(0)
-    convert_sync_batchnorm(device)
+    synchronize(device)
     return total_loss / seen, correct / seen
 
 
 def attack_by_backward(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    step_size: float,
-    steps: int,
-    restarts: int = 1,
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: int
 ) -> Tensor:
     """The l-inf PGD of Rice et al. ("Overfitting in adversarially robust deep learning",
-    arXiv:2002.11569): the perturbation `(B, C, H, W)`, of all restarts that of the largest loss.
-
-    `loss.backward()` computes and accumulates the gradients of all weights in every step, and
-    another forward pass ends every restart."""
-    largest = torch.zeros(len(images), device=images.device)
+    arXiv:2002.11569): the perturbation `(B, C, H, W)`."""
+    delta = torch.empty_like(images).uniform_(-epsilon, epsilon)
+    delta = torch.clamp(delta, -images, 1 - images).requires_grad_()
+    for _ in range(steps):
+        loss = F.cross_entropy(model(images + delta), labels)
+        # As in their code: this computes and accumulates the gradients of all weights, too.
+        loss.backward()
+        moved = torch.clamp(delta.detach() + step_size * delta.grad.sign(), -epsilon, epsilon)
+        delta.data = torch.clamp(moved, -images, 1 - images)
+        delta.grad.zero_()
+    # Their code ends with the losses of the last points, to choose among restarts, of which there
+    # is one here. The forward pass is part of what their loop costs.
+    losses = F.cross_entropy(model(images + delta), labels, reduction="none").detach().float()
     chosen = torch.zeros_like(images)
-    for _ in range(restarts):
-        delta = torch.empty_like(images).uniform_(-epsilon, epsilon)
-        delta = torch.clamp(delta, -images, 1 - images).requires_grad_()
-        for _ in range(steps):
-            loss = F.cross_entropy(model(images + delta), labels)
-            loss.backward()
-            moved = torch.clamp(delta.detach() + step_size * delta.grad.sign(), -epsilon, epsilon)
-            delta.data = torch.clamp(moved, -images, 1 - images)
-            delta.grad.zero_()
-        losses = F.cross_entropy(model(images + delta), labels, reduction="none").detach().float()
-        better = losses >= largest
-        chosen[better] = delta.detach()[better]
-        largest = torch.maximum(largest, losses)
+    better = losses >= 0
+    chosen[better] = delta.detach()[better]
     return chosen
 
 
@@ -125,10 +117,11 @@ def adversarial_step(
     steps: int,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[float, float]:
-    """One step of PGD training by the loop of Rice et al.: attack, update, and a forward pass of
+    """One step of PGD training in the loop of Rice et al.: attack, update, and a forward pass of
     the clean images for the log.
 
-    Returns the losses on attacked and on clean images.
+    Returns:
+        The losses on the attacked and on the clean images.
     """
     model.train()
     with autocast():

@@ -1,4 +1,4 @@
-"""New processes, for what cannot be measured in this one."""
+"""New Python processes, for measurements that this one cannot make of itself."""
 
 import os
 import subprocess
@@ -9,19 +9,19 @@ from base.errors import ConfigError
 from benchmarks.steps import ROOT
 
 
-def python(words: Sequence[str], threads: int) -> str:
-    """What a Python process prints that is started with these words in the project's folder.
+def python(arguments: Sequence[str], threads: int) -> str:
+    """Run Python with these arguments in the project's folder, and return what it printed.
 
     Raises:
-        ConfigError: it failed; with the last line of its complaint.
+        ConfigError: it failed; with the last line of its stderr.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(  # noqa: S603 - this interpreter, words of this room
-        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    done = subprocess.run(  # noqa: S603 - this interpreter, arguments of this package
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     if done.returncode != 0:
-        reason = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        reason = (done.stderr.strip() or "it printed no reason").splitlines()[-1]
         raise ConfigError(
-            f"{' '.join(words[:2])}: ended with exit code {done.returncode}: {reason}"
+            f"{' '.join(arguments[:2])}: ended with exit code {done.returncode}: {reason}"
         )
     return done.stdout

@@ -1,4 +1,4 @@
-"""What a comparison gives: rows with a goal, and tables of growth."""
+"""What a comparison returns: rows with a goal, and tables."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,15 +13,14 @@ COST, SPEED = "x the cost", "x as fast"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a comparison is to be made.
+    """How the comparisons are made.
 
     Attributes:
         device: where the networks are.
-        threads: of torch in this process; other processes that are started share as many.
-        smoke: tiny networks, batches and images, one repeat: shows that everything runs, and
-            nothing else.
-        checkpoint: a run whose robust network is attacked, too; None for none.
-        images: how many of its test images.
+        threads: CPU threads of torch, in this process and in the processes that are started.
+        smoke: use tiny networks, batches and images, and one repeat, to show that everything runs.
+        checkpoint: run or checkpoint of a robust network that is attacked, too; None for none.
+        images: how many of its test images are attacked.
     """
 
     device: torch.device
@@ -32,7 +31,7 @@ class Settings:
 
     @property
     def repeats(self) -> int:
-        """Rounds of a comparison."""
+        """Rounds of a comparison that count."""
         return 1 if self.smoke else 5
 
     @property
@@ -41,12 +40,12 @@ class Settings:
         return 0 if self.smoke else 1
 
     def size(self, full: int, smoke: int) -> int:
-        """A number of images, steps and so on."""
+        """A number of images, steps and so on: `full`, or `smoke` under --smoke."""
         return smoke if self.smoke else full
 
     @property
     def network(self) -> str:
-        """The network of all comparisons that do not name another."""
+        """The network of all comparisons that do not choose their own."""
         return "simpleCNN" if self.smoke else "resnet18"
 
 
@@ -71,15 +70,15 @@ class Row:
 
     Attributes:
         setting: what is measured, in a few words.
+        ours: the name of our side.
         result: what the goal is about, in units of `measure`: a ratio round by round, a difference,
             or the value itself.
         measure: `COST`, `SPEED`, or a unit.
-        ours: our side's name.
-        other: the other's; None where there is none.
-        unit: of both sides' values.
+        other: the name of the other side; None where there is none.
+        unit: the unit of both sides' values.
         ours_value: median and spread of our side.
-        other_value: of the other.
-        goal: for `result.median`; None where the row is for information.
+        other_value: median and spread of the other side.
+        goal: a goal for `result.median`; None where the row is for information.
         note: what a reader has to know.
         skipped: why nothing was measured; then there are no values.
     """
@@ -99,25 +98,25 @@ class Row:
     @property
     def met(self) -> bool | None:
         """Whether the goal is met; None where there is none, or no measurement."""
-        return (
-            None if self.goal is None or self.result is None else self.goal.met(self.result.median)
-        )
+        if self.goal is None or self.result is None:
+            return None
+        return self.goal.met(self.result.median)
 
-    def plain(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {**asdict(self), "met": self.met}
 
 
 @dataclass(frozen=True)
 class Table:
-    """How something grows: text in columns, the first of which names the line."""
+    """Text in columns, of which the first names the line."""
 
     title: str
     heads: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
     note: str = ""
 
-    def plain(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
 
@@ -132,11 +131,11 @@ def cost_row(
     unit: str = "s",
     note: str = "",
 ) -> Row:
-    """How many times the other side's cost ours is; `unit` `MiB` takes bytes."""
-    scale = MIB if unit == "MiB" else 1
-    pairs = Paired(
-        {name: [value / scale for value in values] for name, values in pairs.values.items()}
-    )
+    """The cost of our side over that of the other side; with the unit "MiB", `pairs` are bytes."""
+    if unit == "MiB":
+        pairs = Paired(
+            {name: [value / MIB for value in values] for name, values in pairs.values.items()}
+        )
     goal = None if at_most is None else Goal(at_most, at_least=False)
     values = {"ours_value": pairs.spread(ours), "other_value": pairs.spread(other)}
     return Row(
@@ -154,14 +153,17 @@ def speed_row(
     images: int | None = None,
     note: str = "",
 ) -> Row:
-    """How many times as fast as the other side ours is; sides' values are images/s where `images`
-    in a round are given."""
-    unit, values = "s", {"ours_value": times.spread(ours), "other_value": times.spread(other)}
-    if images is not None:
-        unit, values = (
-            "images/s",
-            {"ours_value": times.rate(ours, images), "other_value": times.rate(other, images)},
-        )
+    """How many times as fast as the other side ours is.
+
+    The sides' values are seconds; images per second where `images`, their number in a round, is
+    given.
+    """
+    if images is None:
+        unit = "s"
+        values = {"ours_value": times.spread(ours), "other_value": times.spread(other)}
+    else:
+        unit = "images/s"
+        values = {"ours_value": times.rate(ours, images), "other_value": times.rate(other, images)}
     goal = None if at_least is None else Goal(at_least, at_least=True)
     return Row(
         setting, ours, times.ratio(other, ours), SPEED, other, unit, **values, goal=goal, note=note

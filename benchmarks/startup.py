@@ -1,4 +1,4 @@
-"""How long after its command the quickstart has made its first training step, and what it has
+"""Seconds from the quickstart's command to its first training step, and the packages that it has
 imported by then."""
 
 import json
@@ -13,12 +13,15 @@ from benchmarks.timing import Spread
 
 GOAL = 6
 UNUSED = ("comet_ml", "tensorboard", "matplotlib")
-"""Packages that the quickstart has no use for."""
-NOTE = "a new process each time; from before it is started to the end of the first train_batch, imports included"
+"""Packages that the quickstart does not use."""
+NOTE = (
+    "a new process each time; from before it is started to the end of the first train_batch,"
+    " imports included"
+)
 
 
 def measure(settings: Settings) -> list[Row]:
-    """One row of seconds, one that counts the packages imported without need."""
+    """A row of seconds, and one that counts the packages imported without need."""
     runs = [_first_step(settings) for _ in range(settings.repeats)]
     seconds = Spread.of([run["seconds"] for run in runs])
     imported = sorted({name for run in runs for name in run["imported"]})
@@ -47,16 +50,14 @@ def measure(settings: Settings) -> list[Row]:
 
 def _first_step(settings: Settings) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
-        machine = [
-            "--set",
-            f"system.num_threads={settings.threads}",
-            "--set",
-            f"system.device={settings.device}",
+        arguments = [
+            *("-m", "benchmarks.first_step", ",".join(UNUSED)),
+            *("-c", "configs/quickstart.json"),
+            *("--run_dir", str(Path(folder) / "run")),
+            *("--set", f"system.num_threads={settings.threads}"),
+            *("--set", f"system.device={settings.device}"),
         ]
-        words = ["-c", "configs/quickstart.json", "--run_dir", str(Path(folder) / "run"), *machine]
-        begin = monotonic()
-        printed = python(
-            ["-m", "benchmarks.first_step", ",".join(UNUSED), *words], settings.threads
-        )
-    told = json.loads(printed.splitlines()[-1])
-    return {"seconds": told["finished"] - begin, "imported": told["imported"]}
+        start = monotonic()
+        printed = python(arguments, settings.threads)
+    step = json.loads(printed.splitlines()[-1])
+    return {"seconds": step["finished"] - start, "imported": step["imported"]}

@@ -10,7 +10,7 @@ from torch import Tensor
 from base.base_trainer import BaseTrainer
 from base.config import Config, Override, load_config
 from base.device import choose_precision
-from benchmarks.original_conv_norm import in_the_original_way
+from benchmarks.original_conv_norm import use_original_conv_norm
 from benchmarks.rows import Settings
 from experiment.experiment import Experiment
 
@@ -30,15 +30,15 @@ NO_DOWNLOAD: list[Override] = [
     ("adversarial.validate_every", "0"),
     ("lr_scheduler.type", "none"),
     ("lr_scheduler.args", "null"),
-    # the same few images again and again shall not make the weights diverge
+    # The same few images come again and again, which must not make the weights diverge.
     ("optimizer.args.lr", "0.001"),
 ]
-"""scikit-learn's digits, 32 x 32 RGB like CIFAR-10's images: how long a step takes does not depend
-on what is in them."""
+"""scikit-learn's digits, 32 x 32 RGB like CIFAR-10's images: the time of a step does not depend on
+their content."""
 
 
 def systems(settings: Settings) -> dict[str, list[Override]]:
-    """Precision -> config values: fp32, and what `auto` picks here, if that is another one."""
+    """Precision -> config values: fp32, and what `auto` picks on this device, if it is another."""
     automatic = choose_precision("auto", settings.device)
     return {
         precision: [("system.precision", precision)]
@@ -63,21 +63,30 @@ def step_config(
 
 
 def build_trainer(config: Config, layers: str = "") -> BaseTrainer:
-    """The trainer that the config asks for, in training mode. It has no run folder: nothing that
-    writes may be called."""
+    """The trainer that the config asks for, in training mode.
+
+    It has no run folder, so methods that write files must not be called.
+    """
     experiment = Experiment.from_config(config)
     if layers == ORIGINAL:
-        in_the_original_way(experiment.model)  # on the same parameters, so the optimizer has them
+        # The parameters stay the same objects, so the optimizer updates them.
+        use_original_conv_norm(experiment.model)
     trainer = experiment.build_trainer(Path())
     trainer.model.train()
     return trainer
 
 
 def step_of(trainer: BaseTrainer, images: Tensor | None = None) -> Callable[[], object]:
-    """One training step, on the first minibatch of the trainer's loader, or on `images` with labels
-    0."""
+    """One training step, on the first minibatch of the trainer's loader, or on `images` with the
+    label 0."""
     if images is None:
         images, labels = next(iter(trainer.train_loader))
     else:
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     return lambda: trainer.train_batch(*trainer.mixed(images, labels))
+
+
+def random_images(settings: Settings, batch: int, side: int) -> Tensor:
+    """`(batch, 3, side, side)` in `[0, 1]`, the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(batch, 3, side, side, generator=generator).to(settings.device)

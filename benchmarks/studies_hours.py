@@ -1,4 +1,4 @@
-"""How many hours every shipped study and recipe would take on this hardware, computed from measured
+"""Hours that every shipped study and recipe would take on this hardware, computed from measured
 training steps."""
 
 import json
@@ -7,20 +7,23 @@ from pathlib import Path
 from base.config import Config, Override, load_config, validate
 from base.config.files import override
 from base.registry import CONV_LAYERS
-from benchmarks.growth import random_images
 from benchmarks.rows import Settings, Table
-from benchmarks.steps import NO_DOWNLOAD, ROOT, build_trainer, step_of
-from benchmarks.table import number
+from benchmarks.steps import NO_DOWNLOAD, ROOT, build_trainer, random_images, step_of
+from benchmarks.table import format_number
 from benchmarks.timing import seconds_of
-from models.layers.conv_norm.layer import FOURIER_BATCH, ConvNorm2d
+from models.layers.conv_norm.fourier_plan import FOURIER_BATCH
+from models.layers.conv_norm.layer import ConvNorm2d
 from studies.grid import plan
 
-FEW, SECONDS = 4, 0.5
+FEW_IMAGES = 4
+MEASURED_SECONDS = 0.5
+"""On a CPU a step is measured on as many images as take this long."""
+
 TRAINING_IMAGES = {"DigitsDataLoader": 1437}
-OTHERWISE = 50_000
+DEFAULT_TRAINING_IMAGES = 50_000
 """Training images of CIFAR, and of the image files that the small studies are made for."""
 
-WITHOUT_DATA: list[Override] = [
+NO_DATA: list[Override] = [
     *NO_DOWNLOAD,
     ("data_loader.args.image_size", "null"),
     ("data_loader.args.in_memory", "null"),
@@ -38,8 +41,7 @@ WITHOUT_DATA: list[Override] = [
 
 
 def measure(settings: Settings) -> list[Table]:
-    """One line for each grid of `configs/ablations`, and one for each config that trains a network
-    by itself."""
+    """A line for each grid of `configs/ablations` and for each config of a single run."""
     configs = ROOT / "configs"
     grids = sorted((configs / "ablations").glob("*.json"))
     recipes = sorted(
@@ -50,8 +52,8 @@ def measure(settings: Settings) -> list[Table]:
         for file in _few(settings, grids)
     }
     studies |= {file.name: [load_config(file)] for file in _few(settings, recipes)}
-    known: dict[str, float] = {}
-    lines = [_line(settings, name, runs, known) for name, runs in studies.items()]
+    seconds_per_step: dict[str, float] = {}
+    lines = [_line(settings, name, runs, seconds_per_step) for name, runs in studies.items()]
     heads = (
         "study",
         "runs",
@@ -60,94 +62,116 @@ def measure(settings: Settings) -> list[Table]:
         "s per update",
         "hours on this hardware",
     )
-    return [Table("Hours of every shipped study", heads, tuple(lines), _note(settings, len(known)))]
+    note = _note(settings, len(seconds_per_step))
+    return [Table("Hours of every shipped study", heads, tuple(lines), note)]
 
 
 def _few(settings: Settings, files: list[Path]) -> list[Path]:
-    """All files; where it is only to be shown that everything runs, one."""
+    """All files; only one under --smoke."""
     return files[: settings.size(len(files), 1)]
 
 
 def _note(settings: Settings, measured: int) -> str:
-    line = f" (or the line through its times on as many images as take {SECONDS:g} s, and on half of them)"
+    how = "measured once after a warm-up"
+    if settings.device.type != "cuda":
+        how += (
+            f" (or computed from a line through its times on as many images as take"
+            f" {MEASURED_SECONDS:g} s and on half of them)"
+        )
     return (
-        f"runs x epochs x minibatches x seconds of a training step with its attack, of which {measured} different ones were "
-        f"measured once after a warm-up{'' if settings.device.type == 'cuda' else line}; no validation, no attack report, "
-        "nothing scaled to other hardware"
+        "runs x epochs x minibatches x seconds of a training step with its attack, of which"
+        f" {measured} different ones were {how}; no validation, no attack report, nothing scaled to"
+        " other hardware"
     )
 
 
 def _line(
-    settings: Settings, name: str, runs: list[Config], known: dict[str, float]
+    settings: Settings, name: str, runs: list[Config], seconds_per_step: dict[str, float]
 ) -> tuple[str, ...]:
-    updates, seconds = 0, 0.0
+    updates = 0
+    seconds = 0.0
     for config in runs:
         minibatches = config.trainer.epochs * _minibatches(config)
         updates += minibatches
-        seconds += minibatches * _seconds_per_step(settings, config, known)
+        seconds += minibatches * _seconds_per_step(settings, config, seconds_per_step)
     networks = ", ".join(dict.fromkeys(config.arch.type for config in runs))
     return (
         name,
         str(len(runs)),
         networks,
         f"{updates:,}",
-        number(seconds / updates),
-        number(seconds / 3600),
+        format_number(seconds / updates),
+        format_number(seconds / 3600),
     )
 
 
 def _minibatches(config: Config) -> int:
-    """Of one epoch."""
+    """The number of minibatches in an epoch."""
     args = config.data_loader.args
     share = min(config.trainer.subset_percent, 1 - args.validation_split)
-    images = round(share * TRAINING_IMAGES.get(config.data_loader.type, OTHERWISE))
+    images = round(share * TRAINING_IMAGES.get(config.data_loader.type, DEFAULT_TRAINING_IMAGES))
     return min(-(-images // args.batch_size), args.num_batches or images)
 
 
-def _seconds_per_step(settings: Settings, config: Config, known: dict[str, float]) -> float:
-    """Of a whole minibatch; a step that costs the same as a known one is not measured again."""
-    batch, side = (
-        config.data_loader.args.batch_size,
-        config.data_loader.args.get("image_size") or 32,
-    )
-    machine = [
+def _seconds_per_step(settings: Settings, config: Config, measured: dict[str, float]) -> float:
+    """Seconds of a training step on a whole minibatch.
+
+    `measured` holds the steps measured so far: one that costs the same as a known one is not
+    measured again.
+    """
+    batch = config.data_loader.args.batch_size
+    side = config.data_loader.args.get("image_size") or 32
+    overrides = [
+        *NO_DATA,
         ("system.device", str(settings.device)),
         ("system.num_threads", str(settings.threads)),
     ]
-    smoke = [("arch", '{"type": "simpleCNN", "args": null}')] if settings.smoke else []
-    measured = validate(override(config.dump(), [*WITHOUT_DATA, *machine, *smoke]), config.name)
-    key = json.dumps([_costs(measured), batch, side], sort_keys=True)
-    if key not in known:
-        known[key] = _measured(settings, measured, batch, side)
-    return known[key]
+    if settings.smoke:
+        overrides.append(("arch", '{"type": "simpleCNN", "args": null}'))
+    config = validate(override(config.dump(), overrides), config.name)
+    key = json.dumps([_costs(config), batch, side], sort_keys=True)
+    if key not in measured:
+        measured[key] = _measure_step(settings, config, batch, side)
+    return measured[key]
 
 
-def _measured(settings: Settings, config: Config, batch: int, side: int) -> float:
-    """Of a whole minibatch where that takes no longer than `SECONDS`, or the device is a GPU.
+def _measure_step(settings: Settings, config: Config, batch: int, side: int) -> float:
+    """Seconds of a training step on a whole minibatch.
 
-    Otherwise a line through the times of as many images as take so long and of half as many: what a
-    step costs whatever its minibatch, such as OCNN's penalty or the spectra of ConvNorm's kernels,
-    is counted once."""
+    On a CPU a step that takes longer than `MEASURED_SECONDS` is computed from a line through the
+    times of as many images as take that long and of half as many.
+    """
     trainer = build_trainer(config)
 
     def seconds(images: int) -> float:
         step = step_of(trainer, random_images(settings, images, side))
         return seconds_of(step, 1, warmup=0, device=settings.device).median
 
-    conv_norm = CONV_LAYERS[config.arch.args.conv_layer_type] is ConvNorm2d
-    # half as many take the way of a whole minibatch, too
-    few = min(2 * FOURIER_BATCH if conv_norm else FEW, batch)
-    seconds(few)  # the warm-up
+    few = FEW_IMAGES
+    if CONV_LAYERS[config.arch.args.conv_layer_type] is ConvNorm2d:
+        # From FOURIER_BATCH images on ConvNorm computes in another way. Half of these images must
+        # be enough for it, as a whole minibatch is.
+        few = 2 * FOURIER_BATCH
+    few = min(few, batch)
+    # The warm-up.
+    seconds(few)
     if settings.device.type == "cuda":
         seconds(batch)
         return seconds(batch)
-    of_few = seconds(few)
-    fit = max(few, min(batch, int(few * settings.size(1, 0) * SECONDS / of_few)))
-    whole = of_few if fit == few else seconds(fit)
-    if fit == batch:
-        return whole
-    half = seconds(fit // 2)
-    return whole + (batch - fit) * max(0.0, whole - half) / (fit - fit // 2)
+    seconds_of_few = seconds(few)
+    images = few
+    if not settings.smoke:
+        images = max(few, min(batch, int(few * MEASURED_SECONDS / seconds_of_few)))
+    seconds_of_images = seconds_of_few
+    if images != few:
+        seconds_of_images = seconds(images)
+    if images == batch:
+        return seconds_of_images
+    # A line and not a proportion: OCNN's penalty and the spectra of ConvNorm's kernels cost the
+    # same for any minibatch, and are counted once.
+    half = images // 2
+    slope = max(0.0, seconds_of_images - seconds(half)) / (images - half)
+    return seconds_of_images + (batch - images) * slope
 
 
 def _costs(config: Config) -> list[object]:

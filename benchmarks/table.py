@@ -1,4 +1,4 @@
-"""Rows and growth tables as text for a terminal and as Markdown for a file."""
+"""Rows and tables as text for a terminal and as Markdown for a file."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,10 +8,10 @@ from reports.text_table import text_table
 
 HEADS = ("what", "ours", "median", "other", "median", "result (quartiles)", "goal", "met", "n")
 Results = Mapping[str, Sequence[Row | Table]]
-"""Comparison -> what it gave."""
+"""Comparison -> its rows and tables."""
 
 
-def as_text(results: Results) -> str:
+def format_text(results: Results) -> str:
     """Every comparison under its name, rows first, then tables, then notes."""
     parts = []
     for name, found in results.items():
@@ -20,19 +20,15 @@ def as_text(results: Results) -> str:
         if rows:
             lines.append(text_table(HEADS, [_cells(row) for row in rows]))
         for table in (item for item in found if isinstance(item, Table)):
-            lines += [
-                "",
-                table.title,
-                text_table(table.heads, table.lines),
-                *([table.note] if table.note else []),
-            ]
+            lines += ["", table.title, text_table(table.heads, table.lines)]
+            if table.note:
+                lines.append(table.note)
         parts.append("\n".join([*lines, *_notes(rows)]))
     return "\n\n".join(parts)
 
 
-def as_markdown(results: Results) -> str:
-    """The same for a README: one table of all rows with their comparison, then the tables of
-    growth."""
+def format_markdown(results: Results) -> str:
+    """The same for a README: one table of all rows with their comparison, then the tables."""
     rows = [(name, row) for name, found in results.items() for row in found if isinstance(row, Row)]
     tables = [item for found in results.values() for item in found if isinstance(item, Table)]
     parts = []
@@ -40,15 +36,7 @@ def as_markdown(results: Results) -> str:
         parts.append(_grid(("comparison", *HEADS), [(name, *_cells(row)) for name, row in rows]))
         parts.append("\n".join(f"- {line}" for line in _notes([row for _, row in rows])))
     for table in tables:
-        parts.append(
-            "\n\n".join(
-                [
-                    f"**{table.title}**",
-                    _grid(table.heads, table.lines),
-                    *([table.note] if table.note else []),
-                ]
-            )
-        )
+        parts += [f"**{table.title}**", _grid(table.heads, table.lines), table.note]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -63,16 +51,25 @@ def summary(results: Results) -> str:
     return f"{sum(verdicts)} of {len(verdicts)} goals met"
 
 
-def number(value: float) -> str:
-    """Three significant digits, whole numbers from 100 on."""
-    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+def format_number(value: float) -> str:
+    """Three significant digits; whole numbers from 100 on."""
+    # From 99.95 on, three digits would round to 100.
+    if abs(value) >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.3g}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     if row.result is None:
         return (row.setting, row.ours, "", "", "", f"skipped: {row.skipped}", "", "", "")
-    goal, met = ("", "") if row.goal is None else (str(row.goal), "yes" if row.met else "NO")
-    result = f"{number(row.result.median)} {row.measure} ({number(row.result.low)} to {number(row.result.high)})"
+    goal, met = "", ""
+    if row.goal is not None:
+        goal = str(row.goal)
+        met = "yes" if row.met else "NO"
+    median, low, high = (
+        format_number(value) for value in (row.result.median, row.result.low, row.result.high)
+    )
+    result = f"{median} {row.measure} ({low} to {high})"
     return (
         row.setting,
         row.ours,
@@ -90,8 +87,8 @@ def _value(value: Spread | None, unit: str) -> str:
     if value is None:
         return ""
     if unit == "s" and value.median < 0.1:
-        return f"{number(1000 * value.median)} ms"
-    return f"{number(value.median)} {unit}"
+        return f"{format_number(1000 * value.median)} ms"
+    return f"{format_number(value.median)} {unit}"
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

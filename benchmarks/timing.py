@@ -1,5 +1,4 @@
-"""How sides are measured against each other: alternately, in one process, with a median and its
-spread."""
+"""Timing of two or more sides, alternately and in one process, with a median and its spread."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,34 +19,37 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value; between two values quartiles are interpolated linearly."""
+        """The spread of at least one value; quartiles between two values are interpolated."""
         low, median, high = np.percentile(values, (25, 50, 75))
         return cls(float(median), float(low), float(high), len(values))
 
 
 @dataclass(frozen=True)
 class Paired:
-    """What each side gave in each round: seconds, mebibytes, points. The i-th values of all sides
-    are of the same round."""
+    """A value of each side in each round: seconds, bytes, points.
+
+    The i-th values of all sides come from the same round.
+    """
 
     values: Mapping[str, Sequence[float]]
 
     def spread(self, side: str) -> Spread:
-        """Of one side's values."""
+        """The spread of one side's values."""
         return Spread.of(self.values[side])
 
     def rate(self, side: str, count: float) -> Spread:
-        """Of `count` over one side's values: images per second where the values are seconds."""
+        """The spread of `count / value`: images per second where the values are seconds."""
         return Spread.of([count / value for value in self.values[side]])
 
     def ratio(self, above: str, below: str) -> Spread:
-        """Of the ratios round by round: what slows both sides of a round down cancels."""
+        """The spread of the ratios round by round."""
+        # What slows down both sides of a round cancels.
         return Spread.of(
             [a / b for a, b in zip(self.values[above], self.values[below], strict=True)]
         )
 
     def difference(self, first: str, second: str) -> Spread:
-        """Of `first - second`, round by round."""
+        """The spread of `first - second`, round by round."""
         return Spread.of(
             [a - b for a, b in zip(self.values[first], self.values[second], strict=True)]
         )
@@ -67,24 +69,24 @@ def compare(
 ) -> Paired:
     """Seconds that every side takes, `repeats` times, after `warmup` rounds that do not count.
 
-    Sides take turns (a b c a b c ...), so that a machine that becomes slower or faster meanwhile
-    does so for all of them. On a CUDA device a time ends when the device has finished.
+    Sides take turns (a b c a b c ...), so that a machine that becomes slower or faster does so for
+    all of them. On a CUDA device a time ends when the device has finished.
 
     Args:
-        sides: name -> what is timed, without arguments.
+        sides: name -> a function without arguments, which is timed.
         repeats: rounds that count.
         warmup: rounds before them.
         device: where the sides compute.
-        clock: gives seconds.
+        clock: a function that returns seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warmup + repeats):
         for name, side in sides.items():
-            convert_sync_batchnorm(device)
-            begin = clock()
+            synchronize(device)
+            start = clock()
             side()
-            convert_sync_batchnorm(device)
-            taken = clock() - begin
+            synchronize(device)
+            taken = clock() - start
             if number >= warmup:
                 seconds[name].append(taken)
     return Paired(seconds)
@@ -97,8 +99,7 @@ def seconds_of(
     return compare({"": side}, repeats, warmup=warmup, device=device).spread("")
 
 
-def convert_sync_batchnorm(device: torch.device | str) -> None:
-    """Wait until a CUDA device has finished what it was given; other devices are waited for
-    already."""
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a CUDA device has finished."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

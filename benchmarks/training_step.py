@@ -1,5 +1,5 @@
-"""Standard training of a ResNet-18, loading included: this project's trainer against the loop that
-everyone writes."""
+"""Standard training of a ResNet-18, loading included: this project's trainer against a plain
+loop."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,19 @@ from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, sys
 from benchmarks.timing import compare
 from models import build_model
 
-BATCH, BATCHES, WORKERS, GOAL = 128, 2, 2, 1.8
+BATCH = 128
+BATCHES = 2
+WORKERS = 2
+GOAL = 1.8
 PLAIN = f"plain loop, fp32, {WORKERS} workers"
-NOTE = "the same images, uint8 in memory, on both sides; how long a step takes does not depend on what is in them"
+NOTE = (
+    "the same images, uint8 in memory, on both sides; the time of a step does not depend on their"
+    " content"
+)
 
 
 def measure(settings: Settings) -> list[Row]:
-    """One row for each precision of ours; the plain loop is always fp32, NCHW. The goal is for what
-    `auto` picks."""
+    """One row for each precision of our side; the plain loop is always fp32, NCHW."""
     batch, batches = settings.size(BATCH, 8), settings.size(BATCHES, 1)
     size = [
         ("data_loader.args.batch_size", str(batch)),
@@ -32,12 +37,13 @@ def measure(settings: Settings) -> list[Row]:
         )
         for precision, system in systems(settings).items()
     }
-    *_, picked = trainers
+    # The goal is for the precision that `auto` picks, the last one.
+    *others, picked = trainers
+    goals = {**dict.fromkeys(others), picked: GOAL}
     sides = {name: _our_epoch(trainer) for name, trainer in trainers.items()}
     sides[PLAIN] = _plain_epoch(trainers[picked], batch, batches)
     times = compare(sides, settings.repeats, warmup=settings.warmup, device=settings.device)
     title = f"BatchNorm, {batches} batches of {batch}"
-    goals = {name: GOAL if name == picked else None for name in trainers}
     return [
         speed_row(title, times, name, PLAIN, goal, images=batch * batches, note=NOTE)
         for name, goal in goals.items()
@@ -46,30 +52,31 @@ def measure(settings: Settings) -> list[Row]:
 
 def _our_epoch(trainer: BaseTrainer) -> Callable[[], object]:
     """The trainer's loop over its loader, without the run folder that `train` writes."""
-    loader, epoch = trainer.train_loader, 0
+    loader = trainer.train_loader
+    epoch = 0
 
     def side() -> None:
         nonlocal epoch
         epoch += 1
         loader.set_epoch(epoch)
-        totals = Meters()
+        meters = Meters()
         for images, labels in loader:
-            totals.add(trainer.train_batch(images, labels))
+            meters.add(trainer.train_batch(images, labels))
             trainer.schedule.step_batch()
-        totals.means()  # reads the device
+        # Reading the means waits for the device.
+        meters.means()
 
     return side
 
 
 def _plain_epoch(trainer: BaseTrainer, batch: int, batches: int) -> Callable[[], object]:
     """The same network, images and optimizer in the plain loop."""
-    data, arch = trainer.train_loader, trainer.config.arch.model_dump(exclude_none=True)
-    pixels, labels = (
-        data.images.pixels[: batch * batches].cpu(),
-        data.labels[: batch * batches].cpu(),
-    )
+    data = trainer.train_loader
+    pixels = data.images.pixels[: batch * batches].cpu()
+    labels = data.labels[: batch * batches].cpu()
     loader = plain_loader(pixels, labels, data.mean, data.std, batch, WORKERS)
-    # no mean and std of its own: the transform has them
+    # Without mean and std: the loader's transform normalizes.
+    arch = trainer.config.arch.model_dump(exclude_none=True)
     model = build_model(arch).to(trainer.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
     return lambda: train_epoch(model, loader, optimizer, trainer.device)

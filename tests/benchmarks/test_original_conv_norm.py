@@ -1,5 +1,5 @@
-"""The plain reference is the original's algorithm: it gives the original's recorded numbers and
-those of the fast layer."""
+"""The plain reference computes the numbers recorded from the original's code, and the same as the
+fast layer."""
 
 import json
 from copy import deepcopy
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.original_conv_norm import OriginalConvNorm, in_the_original_way
+from benchmarks.original_conv_norm import OriginalConvNorm, use_original_conv_norm
 from models import build_model
 from models.layers import ConvNorm2d
 
@@ -65,7 +65,7 @@ def test_agrees_with_the_fast_layer_to_rounding(layer, size):
     torch.manual_seed(0)
     fast = deepcopy(layer).double()
     plain = OriginalConvNorm(deepcopy(fast))
-    for _ in range(3):  # the spectrum is averaged over the steps
+    for _ in range(3):
         images = torch.randn(2, fast.in_channels, *size, dtype=torch.float64)
         results = [_outputs_and_gradients(each, images) for each in (fast, plain)]
         for ours, theirs in zip(*results, strict=True):
@@ -95,7 +95,7 @@ def test_a_network_is_swapped_on_the_same_parameters():
     fast = build_model(
         {"type": "resnet18", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}}
     ).double()
-    plain = in_the_original_way(deepcopy(fast))
+    plain = use_original_conv_norm(deepcopy(fast))
     layers = [module for module in plain.modules() if isinstance(module, OriginalConvNorm)]
     assert len(layers) == sum(isinstance(module, ConvNorm2d) for module in fast.modules()) == 20
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
@@ -108,5 +108,5 @@ def test_a_network_is_swapped_on_the_same_parameters():
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).abs().max() <= 1e-7 * theirs.abs().max()
     kept = {id(parameter) for parameter in plain.parameters()}
-    in_the_original_way(plain)
+    use_original_conv_norm(plain)
     assert {id(parameter) for parameter in plain.parameters()} == kept

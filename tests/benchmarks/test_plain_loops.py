@@ -1,5 +1,4 @@
-"""The peers do what they stand for: they learn, attack within the ball, and compute the same as our
-side."""
+"""The plain loops learn, attack within the ball, and compute the same as our side."""
 
 from copy import deepcopy
 

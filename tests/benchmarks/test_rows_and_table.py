@@ -1,9 +1,9 @@
-"""What a row says: which way its ratio goes, whether its goal is met, and how it is written."""
+"""Rows: the direction of their ratio, whether their goal is met, and how they are printed."""
 
 import pytest
 
 from benchmarks.rows import Goal, Row, Table, cost_row, speed_row
-from benchmarks.table import as_markdown, as_text, number, summary
+from benchmarks.table import format_markdown, format_number, format_text, summary
 from benchmarks.timing import Paired
 
 TIMES = Paired({"ours": [1.0, 2.0, 3.0], "theirs": [2.0, 6.0, 6.0]})
@@ -54,16 +54,16 @@ def test_the_table_names_goals_misses_and_reasons():
     ]
     tables = [Table("Batch", ("batch", "s/step"), (("1", "0.1"), ("256", "3.2")), "grows")]
     results = {"first": rows, "growth": tables}
-    text = as_text(results)
+    text = format_text(results)
     assert "0.5 x the cost (0.417 to 0.5)  <= 0.4   NO  3" in text
     assert "2 x as fast (2 to 2.5)" in text
     assert "skipped: no --checkpoint RUN was given" in text
     assert text.count("on a rainy day") == 1
     assert summary(results) == "1 of 2 goals met"
-    markdown = as_markdown(results)
+    markdown = format_markdown(results)
     assert (
-        "| first | training step | ours | 2 s | theirs | 6 s | 0.5 x the cost (0.417 to 0.5) | <= 0.4 | NO | 3 |"
-        in markdown
+        "| first | training step | ours | 2 s | theirs | 6 s | 0.5 x the cost (0.417 to 0.5) "
+        "| <= 0.4 | NO | 3 |" in markdown
     )
     assert "| 256 | 3.2 |" in markdown
     assert all(
@@ -72,7 +72,7 @@ def test_the_table_names_goals_misses_and_reasons():
 
 
 def test_numbers_have_three_digits():
-    assert [number(value) for value in (0.01234, 1.5, 99.94, 99.96, 12345.6)] == [
+    assert [format_number(value) for value in (0.01234, 1.5, 99.94, 99.96, 12345.6)] == [
         "0.0123",
         "1.5",
         "99.9",
@@ -82,7 +82,7 @@ def test_numbers_have_three_digits():
 
 
 def test_plain_values_say_whether_the_goal_is_met():
-    plain = cost_row("step", TIMES, "ours", "theirs", 0.4).plain()
+    plain = cost_row("step", TIMES, "ours", "theirs", 0.4).as_dict()
     assert plain["met"] is False
     assert plain["goal"] == {"value": 0.4, "at_least": False}
     assert plain["result"] == {"median": 0.5, "low": pytest.approx(5 / 12), "high": 0.5, "n": 3}

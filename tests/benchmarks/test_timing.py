@@ -1,4 +1,4 @@
-"""Sides take turns, and medians, quartiles and ratios are those of numbers worked out by hand."""
+"""Sides take turns, and medians, quartiles and ratios are those of numbers computed by hand."""
 
 import itertools
 
@@ -26,7 +26,8 @@ def test_sides_take_turns_and_only_rounds_after_the_warmup_count():
 
 
 def test_what_happens_between_two_sides_is_not_timed():
-    clock = itertools.count(0, 10)  # ten seconds pass from one look at the clock to the next
+    # Ten seconds pass between two calls of the clock.
+    clock = itertools.count(0, 10)
     times = compare(
         {"a": lambda: None, "b": lambda: None}, repeats=2, warmup=0, clock=lambda: next(clock)
     )
@@ -55,6 +56,6 @@ def test_one_side_alone():
     assert len(calls) == 5
 
 
-def test_sides_of_different_lengths_are_no_pairs():
+def test_sides_of_different_lengths_are_an_error():
     with pytest.raises(ValueError, match="shorter"):
         Paired({"a": [1.0], "b": [1.0, 2.0]}).ratio("b", "a")
