@@ -48,7 +48,7 @@ class Batches:
             module without any, where they are.
         batch_size: images at a time; None takes the batches as they come.
         limit: take the first that many images only.
-        shared: whether each of several processes takes its part of the images; False where `data`
+        sharded: whether each of several processes takes its part of the images; False where `data`
             is this process's part already.
 
     Raises:
@@ -64,12 +64,12 @@ class Batches:
         device: str | torch.device | None = None,
         batch_size: int | None = None,
         limit: int | None = None,
-        shared: bool = False,
+        sharded: bool = False,
     ) -> None:
         for name, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, not {value}")
-        self._share, self._shares = (rank(), world_size()) if shared else (0, 1)
+        self._share, self._shares = (rank(), world_size()) if sharded else (0, 1)
         if isinstance(data, BaseDataLoader):
             data = self._part(data, batch_size, limit)
         self._data = data

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from evaluation.fuse_conv_bn import folded
+from evaluation.fuse_conv_bn import fuse_conv_bn
 from models import build_model
 
 SHAPE = (2, 3, 32, 32)
@@ -47,7 +47,7 @@ def test_logits_and_gradients_are_the_models(arch, layers, left):
     model = trained(build_model({"type": arch, "args": layers}))
     before = norms(model)
     images = torch.rand(SHAPE, requires_grad=True)
-    copy = folded(model, images)
+    copy = fuse_conv_bn(model, images)
     assert norms(copy) == left
     assert norms(model) == before
     assert (copy is model) == (before == left)
@@ -68,7 +68,7 @@ def test_biases_and_norms_without_scale_are_folded_too():
         nn.Sequential(nn.Conv2d(3, 4, 3, bias=True), nn.BatchNorm2d(4, affine=False), nn.Flatten())
     )
     images = torch.rand(SHAPE)
-    copy = folded(model, images)
+    copy = fuse_conv_bn(model, images)
     assert norms(copy) == 0
     torch.testing.assert_close(copy(images), model(images))
 
@@ -165,5 +165,5 @@ def test_what_cannot_be_folded_stays(build):
     if build is not not_tracking:
         trained(model)
     model.eval()
-    assert folded(model, torch.rand(SHAPE)) is model
+    assert fuse_conv_bn(model, torch.rand(SHAPE)) is model
     assert all(parameter.requires_grad for parameter in model.parameters())
