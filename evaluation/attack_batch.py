@@ -142,11 +142,9 @@ def _attack_once(
         return logits
 
     found = attack(recorded, images, labels)
-    # An attack of a user's own may look elsewhere first, or nowhere.
-    if calls and torch.equal(calls[0][0], images):
-        clean = calls[0][1]
-    else:
-        clean = verify(images)
+    # An attack of a user's own may evaluate other points first, or none.
+    first_was_clean = len(calls) > 0 and torch.equal(calls[0][0], images)
+    clean = calls[0][1] if first_was_clean else verify(images)
     worst = _WorstImages(images, labels, clean, attack.rank)
     remaining = worst.remaining()
     if len(remaining) > 0:

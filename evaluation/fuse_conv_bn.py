@@ -1,5 +1,4 @@
-"""Fuse batch norms into the convolutions before them, for attacks that evaluate a frozen network many
-times."""
+"""Fuse batch norms into the convolutions before them, for attacks on a frozen network."""
 
 from collections import Counter
 from copy import deepcopy
