@@ -319,7 +319,7 @@ def _magnification(largest: float) -> float:
     factor = 0.5 / largest
     if factor < 2:
         return factor
-    # 0.5 / (1 / 255) is a little less than it should be
+    # 1e-3, as rounding may have made 3.9999 of 4
     return float(int(factor + 1e-3))
 
 

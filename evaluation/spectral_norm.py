@@ -343,7 +343,7 @@ def _power_iteration(
 
 
 def _extended(basis: Tensor, direction: Tensor) -> Tensor:
-    """Return the orthonormal rows of `basis` with one more, for the `direction` `(1, N)`; or `basis`
+    """Return the orthonormal rows of `basis` and one more, for the `direction` `(1, N)`; or `basis`
     itself if the direction lies in its span."""
     length = torch.linalg.vector_norm(direction)
     # Twice: once is not orthogonal enough if the direction lies nearly in the span.
@@ -358,7 +358,7 @@ def _extended(basis: Tensor, direction: Tensor) -> Tensor:
 def _moments(
     forward: Operator, adjoint: Operator, outputs: int, draw: Callable[[int, int], Tensor]
 ) -> tuple[float, float, float]:
-    """Return `tr G / K`, `|G|_F^2 / K` and `|G - I|_F / sqrt(K)` of the smaller Gram matrix G.
+    """Return `tr G / K`, `|G|_F^2 / K` and `|G - I|_F / sqrt(K)` of the smaller Gram matrix.
 
     They are means over probes z of the dimensions that count; the mean of `z z^T` is the identity.
     """
