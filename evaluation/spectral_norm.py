@@ -271,7 +271,7 @@ def operator_spectrum(
     def adjoint(vectors: Tensor) -> Tensor:
         # The vector-Jacobian product of a linear map is its adjoint, at every point.
         point = zeros.expand(len(vectors), *input_shape)
-        _, product = torch.func.vjp(operator, point)
+        product = torch.func.vjp(operator, point)[1]
         return product(vectors.unflatten(1, output_shape))[0].flatten(1)
 
     norm, residual, iterations = _power_iteration(
