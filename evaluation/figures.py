@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attacks.threat_model import format_size
-from base.output import PICTURES, format_of, save_figure
+from base.output import save_figure
 from base.text import one_line
 
 if TYPE_CHECKING:
@@ -69,42 +69,17 @@ def draw_examples(
         ConfigError: another suffix.
         ValueError: no images.
     """
-    check_format(path)
-    figure = examples_figure(
-        images[:MAX_ROWS],
-        adversarial[:MAX_ROWS],
-        _names_of(labels[:MAX_ROWS], class_names),
-        _names_of(predictions[:MAX_ROWS], class_names),
-        _names_of(adversarial_predictions[:MAX_ROWS], class_names),
-        title=title,
-    )
-    save_figure(figure, path)
-
-
-def _names_of(classes: Sequence[int] | Tensor, class_names: Sequence[str]) -> list[str]:
-    # Negative numbers are the predictions of a model that returns NaN.
-    return ["NaN" if number < 0 else class_names[int(number)] for number in classes]
-
-
-def examples_figure(
-    images: Tensor,
-    adversarial: Tensor,
-    labels: Sequence[str],
-    predictions: Sequence[str],
-    adversarial_predictions: Sequence[str],
-    *,
-    title: str,
-) -> "Figure":
-    """Return the figure of `draw_examples`, one row per image, with the names of the classes in
-    place of their numbers."""
     if len(images) == 0:
         raise ValueError("there are no images to draw")
-    images = images.detach().float().cpu().nan_to_num()
-    adversarial = adversarial.detach().float().cpu().nan_to_num()
+    images = images[:MAX_ROWS].detach().float().cpu().nan_to_num()
+    adversarial = adversarial[:MAX_ROWS].detach().float().cpu().nan_to_num()
+    true_names = _names_of(labels[:MAX_ROWS], class_names)
+    names = _names_of(predictions[:MAX_ROWS], class_names)
+    adversarial_names = _names_of(adversarial_predictions[:MAX_ROWS], class_names)
     change = adversarial - images
     factor = _magnification(float(change.abs().max()))
     magnified = (0.5 + factor * change).clamp(0, 1)
-    room = CHARACTER * max(len(_short(name)) for name in ("label", *labels))
+    room = CHARACTER * max(len(_short(name)) for name in ("label", *true_names))
     left = GAP + room + GAP
     width = left + 3 * (SIDE + GAP)
     lines = _wrapped(title, width)
@@ -118,21 +93,27 @@ def examples_figure(
     _write(figure, left - GAP, below_title + 0.1, "label", color=GRAY, ha="right")
     for row in range(len(images)):
         bottom = below_title - row * (SIDE + CAPTION) - SIDE
-        _write(figure, left - GAP, bottom + SIDE / 2, _short(labels[row]), room=room, ha="right")
+        name = _short(true_names[row])
+        _write(figure, left - GAP, bottom + SIDE / 2, name, room=room, ha="right")
         largest = 255 * float(change[row].abs().max())
         size = "no change"
         if largest > 0:
             size = f"up to {largest:.3g}/255"
         cells = (
-            (images[row], *_caption(predictions[row], labels[row])),
-            (adversarial[row], *_caption(adversarial_predictions[row], labels[row])),
+            (images[row], *_caption(names[row], true_names[row])),
+            (adversarial[row], *_caption(adversarial_names[row], true_names[row])),
             (magnified[row], size, GRAY),
         )
         for column, (pixels, text, color) in enumerate(cells):
             x = left + column * (SIDE + GAP)
             _show(figure, x, bottom, pixels)
             _write(figure, x + SIDE / 2, bottom - 0.12, text, room=SIDE + GAP / 2, color=color)
-    return figure
+    save_figure(figure, path)
+
+
+def _names_of(classes: Sequence[int] | Tensor, class_names: Sequence[str]) -> list[str]:
+    # Negative numbers are the predictions of a model that returns NaN.
+    return ["NaN" if number < 0 else class_names[int(number)] for number in classes]
 
 
 def draw_epsilon_curve(
@@ -161,7 +142,6 @@ def draw_epsilon_curve(
         ConfigError: another suffix.
         ValueError: no points.
     """
-    check_format(path)
     save_figure(epsilon_figure(curve, norm, clean, chance, epsilon, title), path)
 
 
@@ -245,15 +225,6 @@ def _epsilon_axis(axes: "Axes", sizes: Sequence[float], norm: str) -> None:
         axes.set_xlabel("epsilon in pixel-range units (l2)")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def check_format(path: str | Path) -> None:
-    """Check the suffix of a picture's path, before the work that the picture shows.
-
-    Raises:
-        ConfigError: the suffix is not a known format.
-    """
-    format_of(path, PICTURES)
 
 
 def _figure(width: float, height: float, title: str) -> "Figure":
