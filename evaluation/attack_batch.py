@@ -104,8 +104,7 @@ def attack_batch(
 
 def uses_low_precision(autocast: Autocast, attack: Attack) -> bool:
     """Return whether the attack searches in a lower precision than that of the verdicts."""
-    # An attack of a single step is one pass: low precision could not make it cheaper, as its
-    # verdicts would need a second one.
+    # The pass of a single step also gives the clean logits, which have to be in full precision.
     return not attack.single_step and not isinstance(autocast(), nullcontext)
 
 

@@ -144,6 +144,7 @@ class RobustnessReport:
             return False
         if self.doctor is None:
             return None
+        # False or None
         if not self.doctor.reliable:
             return self.doctor.reliable
         if self.attack_warnings or title(self.doctor.examined) != self.title:
