@@ -1,8 +1,8 @@
-"""What is measured of a model: accuracy, robust accuracy and whether it can be believed, spectra,
-scores of classes.
+"""Measurements of a model: accuracy, robust accuracy and its reliability, spectra, class scores.
 
-The function `robust_accuracy` has the name of the module that it stands in: as an attribute of this
-package it is the function, and `from evaluation.robust_accuracy import ...` finds the module.
+The functions `robust_accuracy` and `class_scores` have the names of their modules: as attributes of
+this package they are the functions, and `from evaluation.robust_accuracy import ...` finds the
+module.
 """
 
 from evaluation.class_scores import ClassScores, Predictions, class_scores, predict

@@ -1,4 +1,4 @@
-"""Evaluation of a model on a loader: sums over samples, reduced once."""
+"""Loss and metrics of a model on a loader: summed over samples, reduced over processes once."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -22,33 +22,46 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
     description: str = "evaluating",
 ) -> dict[str, float]:
-    """The mean loss and metrics over every sample of `loader`, as fractions; with several processes
-    over every sample of every process's `loader`, which is the part of the images that it
-    evaluates.
+    """Return the mean loss and metrics over every sample of `loader`, metrics as fractions.
 
-    Where the loader's labels carry noise, `clean_` values against the labels before the noise stand
-    beside those against the noisy ones. The model is put in evaluation mode and restored; no
-    generator is drawn from, so evaluating does not disturb training."""
+    With several processes `loader` is this process's shard, and the means are over all shards. If
+    the loader's labels carry noise, `clean_` values against the labels before the noise stand
+    beside those against the noisy ones. The model is put into evaluation mode and restored. No
+    random numbers are drawn, so evaluating does not disturb training.
+
+    Args:
+        model: maps images `(B, C, H, W)` to logits `(B, classes)`.
+        loader: the images, neither shuffled nor augmented.
+        loss: `(logits, labels)` -> losses per sample `(B,)`.
+        metrics: name -> metric of logits and labels.
+        autocast: the context of the forward passes.
+        description: the text before the progress bar.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    totals, clean_totals = Meters(), Meters()
+    meters = Meters()
+    clean_meters = Meters()
     seen = 0
     try:
         for images, labels in tqdm(
             loader, desc=description, disable=hide_progress_bar(), leave=False
         ):
-            images, labels = images.to(device), labels.to(device)
+            images = images.to(device)
+            labels = labels.to(device)
             with autocast():
                 logits = model(images)
-            totals.add(batch_result(loss(logits, labels), logits, labels, metrics))
+            meters.add(batch_result(loss(logits, labels), logits, labels, metrics))
             if loader.clean_labels is not None:
+                # loaders to evaluate keep the order of `clean_labels`
                 clean = loader.clean_labels[seen : seen + len(labels)].to(device)
-                clean_totals.add(batch_result(loss(logits, clean), logits, clean, metrics))
+                clean_meters.add(batch_result(loss(logits, clean), logits, clean, metrics))
             seen += len(labels)
     finally:
         model.train(was_training)
-    clean_means = clean_totals.all_reduce().means()
-    return totals.all_reduce().means() | {
-        f"clean_{name}": value for name, value in clean_means.items()
-    }
+    # Both reductions are collective calls: every process makes them in this order.
+    clean_means = clean_meters.all_reduce().means()
+    means = meters.all_reduce().means()
+    for name, value in clean_means.items():
+        means[f"clean_{name}"] = value
+    return means

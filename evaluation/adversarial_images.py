@@ -1,5 +1,5 @@
-"""Adversarial images of an evaluation, kept on the disk while it runs and put into an `.npz` file
-at its end."""
+"""Adversarial images of an evaluation, kept on disk while it runs and written to an `.npz` file at
+its end."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -15,8 +15,8 @@ from base.distributed import all_gather_object, is_primary
 from base.output import writing
 from evaluation.verdicts import Verdicts
 
-AT_A_TIME = 256
-"""Images that are read back at a time."""
+# The number of images that are read back at a time.
+CHUNK = 256
 
 
 class AdversarialImages:
@@ -24,12 +24,13 @@ class AdversarialImages:
     one batch of them.
 
     Args:
-        rows: the file. It is created, or continued where there are `known` images.
-        images: a batch of the images to come, for their shape and type.
-        known: positions `(n,)` of the images that an interrupted evaluation has verdicts on.
+        rows: the file. It is created, or continued if there are `known` images.
+        images: a batch of images of the shape and type of those that will be appended.
+        known: int64 `(n,)`, the positions of the images that an interrupted evaluation has verdicts
+            on.
 
     Attributes:
-        complete: whether the file held all `known` images. Where it did not, it is empty now.
+        complete: whether the file held all `known` images. If it did not, it is empty now.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -40,28 +41,34 @@ class AdversarialImages:
         pixels = images[:0].cpu().numpy()
         self._row = np.dtype([("position", "<i8"), ("pixels", pixels.dtype, pixels.shape[1:])])
         with writing(rows):
-            there = self._read() if len(known) and rows.exists() else np.empty(0, self._row)
-            kept = there[: len(known)]
+            kept = np.empty(0, self._row)
+            if len(known) > 0 and rows.exists():
+                # An interruption may have left rows whose verdicts were not written any more.
+                kept = self._read()[: len(known)]
             self.complete = np.array_equal(np.sort(kept["position"]), known.sort().values.numpy())
-            size = len(known) * self._row.itemsize if self.complete else 0
+            size = 0
+            if self.complete:
+                size = len(known) * self._row.itemsize
             with rows.open("ab") as file:
                 file.truncate(size)
 
     def _read(self) -> np.ndarray:
         count = self.rows.stat().st_size // self._row.itemsize
+        # an empty file cannot be mapped
         if count == 0:
             return np.empty(0, self._row)
         return np.memmap(self.rows, self._row, mode="r", shape=(count,))
 
     def append(self, positions: Tensor, images: Tensor) -> None:
-        """Keep some images `(n, C, H, W)` and their positions `(n,)`; they are on the disk when the
-        call ends.
+        """Append images `(n, C, H, W)` and their positions `(n,)`; they are on disk when the call
+        returns.
 
         Raises:
             ConfigError: the disk is full.
         """
         rows = np.empty(len(images), self._row)
-        rows["position"], rows["pixels"] = positions.numpy(), images.cpu().numpy()
+        rows["position"] = positions.numpy()
+        rows["pixels"] = images.cpu().numpy()
         with writing(self.rows), self.rows.open("ab") as file:
             file.write(rows.tobytes())
             file.flush()
@@ -69,14 +76,14 @@ class AdversarialImages:
 
     def save(self, path: Path, verdicts: Verdicts, more: Mapping[str, np.ndarray]) -> None:
         """Write the images of all processes, in the order of `verdicts`, to `path`, with the
-        verdicts and `more` arrays; the first process writes.
+        verdicts and `more` arrays. Every process has to call this; the first writes.
 
         Raises:
-            ConfigError: it cannot be written; the old file, where there is one, stays.
+            ConfigError: the file cannot be written; an older one stays as it was.
         """
         chunks = self._chunks(verdicts.position)
         if not is_primary():
-            # they send, and the first process writes
+            # Iterating sends this process's images to the first one.
             for _ in chunks:
                 pass
             return
@@ -86,23 +93,24 @@ class AdversarialImages:
             "fortran_order": False,
             "shape": (len(verdicts), *pixels.shape),
         }
-        place = Path(os.path.realpath(path))
-        with writing(path), replacing(place) as file, ZipFile(file, "w") as archive:
+        # The target of a symbolic link is replaced, not the link.
+        target = Path(os.path.realpath(path))
+        with writing(path), replacing(target) as file, ZipFile(file, "w") as archive:
             for name, values in {**verdicts.arrays(), **more}.items():
                 with archive.open(f"{name}.npy", "w") as member:
                     npy.write_array(member, values, allow_pickle=False)
+            # `np.savez` would take all images at once. Their size is not known in advance, so the
+            # archive has to allow for more than 4 GiB.
             with archive.open("images.npy", "w", force_zip64=True) as member:
                 npy.write_array_header_1_0(member, header)
                 for chunk in chunks:
                     member.write(chunk.tobytes())
 
     def _chunks(self, positions: Tensor) -> Iterator[np.ndarray]:
-        """The pixels of all processes' images at ascending `positions` `(N,)`, `AT_A_TIME` of them
+        """Yield the pixels of all processes' images at ascending `positions` `(N,)`, `CHUNK` images
         at a time. Every process has to iterate."""
         own = self._read()
-        known = own["position"]
-        for chunk in positions.split(AT_A_TIME):
-            mine = np.flatnonzero(np.isin(known, chunk.numpy()))
-            parts = all_gather_object(own[mine])
-            rows = np.concatenate(parts)
+        for chunk in positions.split(CHUNK):
+            chosen = np.flatnonzero(np.isin(own["position"], chunk.numpy()))
+            rows = np.concatenate(all_gather_object(own[chosen]))
             yield rows["pixels"][rows["position"].argsort()]

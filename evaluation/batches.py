@@ -1,4 +1,4 @@
-"""The images that a model is evaluated on, whatever they come from."""
+"""The images that a model is evaluated on, from any source of data."""
 
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Batch:
     Attributes:
         images: `(B, C, H, W)` in `[0, 1]`.
         labels: int64 `(B,)`.
-        positions: int64 `(B,)`, on the CPU: which images of the data they are.
+        positions: int64 `(B,)`, on the CPU: the positions of the images in the data.
     """
 
     images: Tensor
@@ -35,21 +35,21 @@ class Batch:
 
 
 class Batches:
-    """Batches with the images' positions, to be iterated once; with several processes those of this
-    one.
+    """Batches with the positions of their images, which can be iterated once; with several
+    processes those of this process.
 
-    A loader of this project knows its images' positions. Those of other data are numbers in the
-    order of iteration, from 0 on.
+    A loader of this project knows its images' positions. Images of other data are numbered in the
+    order of iteration, from 0.
 
     Args:
         data: batches `(images, labels)`, neither shuffled nor augmented.
-        model: that the images are for.
-        device: where it is; None asks its parameters, and leaves the images of a function, or of a
-            module without any, where they are.
+        model: the model that will be evaluated.
+        device: the device of the model; None takes that of its parameters, and leaves the images on
+            theirs for a function or a module without parameters.
         batch_size: images at a time; None takes the batches as they come.
-        limit: take the first that many images only.
-        shared: whether each of several processes takes its part of the images; False where `data`
-            is this process's part already.
+        limit: take the first `limit` images only.
+        sharded: whether each of several processes takes its shard of the images; False if `data` is
+            this process's shard already.
 
     Raises:
         ValueError: there are no images, or a batch is not `(images, labels)` with one label for
@@ -64,47 +64,59 @@ class Batches:
         device: str | torch.device | None = None,
         batch_size: int | None = None,
         limit: int | None = None,
-        shared: bool = False,
+        sharded: bool = False,
     ) -> None:
         for name, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, not {value}")
-        self._share, self._shares = (rank(), world_size()) if shared else (0, 1)
+        self._rank = 0
+        self._shards = 1
+        if sharded:
+            self._rank = rank()
+            self._shards = world_size()
         if isinstance(data, BaseDataLoader):
             data = self._part(data, batch_size, limit)
         self._data = data
         self._model = model
-        self._device = device_of(model) if device is None else torch.device(device)
-        self._batch_size, self._limit = batch_size, limit
-        self._waiting: Iterator[Batch] | None = None
+        if device is None:
+            self._device = device_of(model)
+        else:
+            self._device = torch.device(device)
+        self._batch_size = batch_size
+        self._limit = limit
+        self._iterator: Iterator[Batch] | None = None
 
     def _part(
         self, loader: BaseDataLoader, batch_size: int | None, limit: int | None
     ) -> BaseDataLoader:
-        last = loader.n_samples if limit is None else min(limit, loader.n_samples)
+        """Return a loader of this process's images."""
+        last = loader.n_samples
+        if limit is not None:
+            last = min(limit, last)
         if last == 0:
             raise ValueError("the loader holds no images to attack")
-        if self._shares == 1 and last == loader.n_samples and batch_size is None:
+        if self._shards == 1 and last == loader.n_samples and batch_size is None:
             return loader
-        part = loader.subset(torch.arange(last)).shard(self._share, self._shares)
+        part = loader.subset(torch.arange(last)).shard(self._rank, self._shards)
         part.batch_size = batch_size or loader.batch_size
         return part
 
     @cached_property
     def first(self) -> Batch:
-        """The first batch, which iterating yields, too."""
+        """The first batch; iterating yields it, too."""
         if isinstance(self._data, BaseDataLoader):
             self._data.set_epoch(1)
             return next(self._of_loader(self._data, 0))
-        self._waiting = self._of_iterable(self._data)
+        # A generator cannot be iterated again: `without` goes on with the same iterator.
+        self._iterator = self._of_iterable(self._data)
         try:
-            return next(self._waiting)
+            return next(self._iterator)
         except StopIteration:
             raise ValueError("data: holds no images to attack") from None
 
     @cached_property
     def num_classes(self) -> int:
-        """The classes of the model, which answers for one image."""
+        """The number of the model's classes, counted in its logits for one image."""
         with torch.inference_mode(False), torch.no_grad(), frozen(self._model, training=False):
             return ask(self._model, self.first.images[:1]).shape[1]
 
@@ -112,76 +124,90 @@ class Batches:
         return self.without(torch.empty(0, dtype=torch.int64))
 
     def without(self, known: Tensor) -> Iterator[Batch]:
-        """The batches, but for images at `known` positions `(n,)`, which a loader of this project
-        does not even read: they are its first ones."""
+        """Yield the batches without the images at `known` positions `(n,)`.
+
+        Of a loader of this project these must be its first images, which are not even read.
+        """
         if isinstance(self._data, BaseDataLoader):
-            skip = -(-len(known) // self._data.batch_size)
+            skip = self._batches_of(self._data, len(known))
             self._data.set_epoch(1, first_batch=skip)
             yield from self._of_loader(self._data, skip)
+            # The next iteration, which may be a caller's own, begins at the first batch again.
             self._data.set_epoch(1)
             return
         first = self.first
-        for batch in chain([first], self._waiting or ()):
+        for batch in chain([first], self._iterator or ()):
             new = ~torch.isin(batch.positions, known)
             if new.all():
                 yield batch
             elif new.any():
-                there = new.to(batch.images.device)
-                yield Batch(batch.images[there], batch.labels[there], batch.positions[new])
+                on_device = new.to(batch.images.device)
+                yield Batch(batch.images[on_device], batch.labels[on_device], batch.positions[new])
 
     def count(self, known: int = 0) -> int | None:
-        """How many batches follow the `known` images; None where the data does not tell."""
+        """Return how many batches follow the `known` images; None if the data does not tell."""
         if isinstance(self._data, BaseDataLoader):
-            return len(self._data) - -(-known // self._data.batch_size)
-        told = isinstance(self._data, Sized) and self._batch_size is None and self._limit is None
-        return len(self._data) if told and not known else None
+            return len(self._data) - self._batches_of(self._data, known)
+        # Other numbers of images at a time, or fewer images, make another number of batches.
+        changed = known > 0 or self._batch_size is not None or self._limit is not None
+        if changed or not isinstance(self._data, Sized):
+            return None
+        return len(self._data)
+
+    @staticmethod
+    def _batches_of(loader: BaseDataLoader, images: int) -> int:
+        # division that rounds up
+        return -(-images // loader.batch_size)
 
     def _of_loader(self, loader: BaseDataLoader, skip: int) -> Iterator[Batch]:
         done = skip * loader.batch_size
         for images, labels in loader:
             positions = loader.positions[done : done + len(labels)]
             done += len(labels)
-            yield self._placed(images, labels, positions)
+            yield self._on_device(images, labels, positions)
 
     def _of_iterable(self, data: Iterable[Any]) -> Iterator[Batch]:
         done = 0
         for batch in data:
             images, labels = _pair(batch)
             check_batch(images, labels)
-            left = len(images) if self._limit is None else self._limit - done
-            positions = torch.arange(done, done + len(images))[:left]
-            done += len(images)
-            own = positions[positions % self._shares == self._share]
-            within = own - positions[:1]
-            for part in range(0, len(own), self._batch_size or max(1, len(own))):
-                size = self._batch_size or len(own)
-                chosen = within[part : part + size]
-                yield self._placed(
+            positions = torch.arange(done, done + len(images))
+            if self._limit is not None:
+                positions = positions[: self._limit - done]
+            # Every process reads all images and takes every `_shards`-th, as loaders do.
+            own = positions[positions % self._shards == self._rank]
+            within = own - done
+            size = self._batch_size or max(1, len(own))
+            for begin in range(0, len(own), size):
+                chosen = within[begin : begin + size]
+                yield self._on_device(
                     images[chosen.to(images.device)],
                     labels[chosen.to(labels.device)],
-                    own[part : part + size],
+                    own[begin : begin + size],
                 )
+            done += len(images)
             if self._limit is not None and done >= self._limit:
                 return
 
-    def _placed(self, images: Tensor, labels: Tensor, positions: Tensor) -> Batch:
+    def _on_device(self, images: Tensor, labels: Tensor, positions: Tensor) -> Batch:
         if self._device is not None:
-            images, labels = images.to(self._device), labels.to(self._device)
+            images = images.to(self._device)
+            labels = labels.to(self._device)
         return Batch(images, labels.long(), positions)
 
 
 def device_of(model: Model) -> torch.device | None:
-    """Where a module's weights are; None for a function, and for a module without any."""
+    """Return the device of a module's weights; None for a function or a module without weights."""
     if not isinstance(model, nn.Module):
         return None
     return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels of a batch.
+    """Return the images and labels of a batch.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the batch is not a pair.
     """
     expected = "data: expected batches (images, labels)"
     if isinstance(batch, Tensor):

@@ -1,4 +1,4 @@
-"""Checks of a model and of an attack on it that cost a few passes, and how a rate is judged."""
+"""Checks of a model and of an attack on it that take a few passes, and how a rate is judged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,52 +12,61 @@ from attacks.classifier import Classifier, Model
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.pgd import PGD
 from attacks.worst_case import DONE
-from evaluation.verdicts import Z, interval
+from evaluation.verdicts import wilson_interval
 
-HIDDEN, FOUND, FOUND_BESIDE_FGSM = 0.05, 0.10, 0.15
-"""Largest share of all images that only seem to stand.
+# Limits on the share of all images that only seem robust.
+#
+# HIDDEN: images that vanishing gradients hide, or that a weaker attack breaks (noise, FGSM, a
+# smaller epsilon, other batches). A sound model and attack have hardly any. Of 200 images 3 pass,
+# as their 95 % interval ends at 4.3 %, and 17 fail, as theirs begins at 5.4 %.
+HIDDEN = 0.05
+# FOUND: images that more steps, more starts or a black-box search break. Of 200 images 11 pass and
+# 29 fail. They break some images of every model: on networks trained against it, PGD with 20 steps
+# is 4 points below 7 steps (CIFAR-10, Madry et al., arXiv:1706.06083, table 2). On small networks
+# trained with PGD on scikit-learn's digits, with a robust accuracy of 0.6, three starts broke 2 to
+# 5 % and Square 2 to 5.5 % that one start of PGD-20 did not; on simpleCNN on CIFAR-10 Square broke
+# 1.4 %. Where gradients were hidden it broke 14 to 33 %.
+FOUND = 0.10
+# FOUND_BESIDE_FGSM: images that PGD breaks and FGSM does not. FGSM accuracy is 10 points above PGD
+# accuracy in the same table.
+FOUND_BESIDE_FGSM = 0.15
 
-By the first: those that vanishing gradients hide, or that a weaker attack breaks (noise, FGSM, a
-smaller epsilon, other batches). A sound model and attack have hardly any; of 200 images 3 pass, as
-their 95 % interval ends at 4.3 %, and 17 fail, as theirs begins at 5.4 %.
-
-By the second: those that more steps, more starts or a black-box search break. Of 200 images 11 pass
-and 29 fail. They find something everywhere: on networks trained against it, PGD with 20 steps is 4
-points below 7 steps (CIFAR-10, Madry et al., arXiv:1706.06083, table 2). Of small networks trained
-with PGD on scikit-learn's digits, with a robust accuracy of 0.6, three starts broke 2 to 5 % and
-Square 2 to 5.5 % that one start of PGD-20 left; of simpleCNN on CIFAR-10 Square broke 1.4 %. Where
-gradients were hidden it broke 14 to 33 %.
-
-By the third: those that PGD breaks beside FGSM, which is 10 points above it (ibid.)."""
+# A gradient that is this much smaller than that of the margin, or zero, counts as vanishing: in
+# float32 the probability of the label rounds to 1, and the rest of the gradient of cross entropy no
+# longer pushes the label down.
 SATURATED = 2.0**-24
-"""A gradient that is this much smaller than that of the margin, or zero, counts as vanishing: in
-float32 the probability of the label rounds to 1, and what is left of the gradient of cross entropy
-no longer pushes the label down."""
+
+# How far sums of probabilities may be from 1: bfloat16 rounds less, and no batch of logits comes so
+# close by chance.
 PROBABILITY_ROUNDING = 0.01
-"""How far sums of probabilities may be from 1: bfloat16 rounds less, and no batch of logits comes
-so close by chance."""
-SAME_FORWARD, SAME_BATCH = 1e-4, 0.05
-"""Difference, relative to the spread of logits, up to which two forward passes count as the same:
-one repeated (GPUs add in varying order, about 1e-6), and one in batches of another size, for which
-libraries take other kernels (TF32 rounds by 5e-4 each time; batch statistics changed logits by 0.4
-and more)."""
+
+# Differences, relative to the spread of logits, up to which two forward passes count as the same.
+# SAME_FORWARD is for one that is repeated: GPUs add in varying order, about 1e-6. SAME_BATCH is for
+# batches of another size, for which libraries take other kernels: TF32 rounds by 5e-4 each time,
+# and batch statistics changed logits by 0.4 and more.
+SAME_FORWARD = 1e-4
+SAME_BATCH = 0.05
+
+# The steps of the PGD that replaces an attack of another kind, or of few steps.
 ENOUGH_STEPS = 20
-"""Steps of the PGD that stands in for an attack of another kind, or of few steps."""
+
+# The number of standard deviations of a two-sided 95 % interval.
+Z = 1.959964
+
 PASSED, FAILED, UNDECIDED = "passed", "failed", "undecided"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked.
+    """The result of one check.
 
     Attributes:
         name: what should hold.
-        passed: whether it is, as far as can be known from so many images; False also where they
-            cannot decide.
+        passed: whether it holds; False also if there are too few images to decide.
         detail: the numbers, in one line.
         verdict: `"passed"`, `"failed"` or `"undecided"`.
-        images_needed: where the verdict is undecided, the number of images that would decide if the
-            rate found stayed as it is.
+        images_needed: if the verdict is undecided, the number of images that would decide if the
+            rate found stayed the same.
     """
 
     name: str
@@ -68,7 +77,9 @@ class Check:
 
     def __post_init__(self) -> None:
         if not self.verdict:
-            object.__setattr__(self, "verdict", PASSED if self.passed else FAILED)
+            verdict = PASSED if self.passed else FAILED
+            # the way past the lock of a frozen dataclass
+            object.__setattr__(self, "verdict", verdict)
 
     def __str__(self) -> str:
         word = {PASSED: "pass", FAILED: "FAIL", UNDECIDED: "undecided"}[self.verdict]
@@ -76,16 +87,17 @@ class Check:
 
 
 def judge_rate(name: str, found: int, n: int, limit: float, detail: str) -> Check:
-    """Whether so many of all images are at most a share of `limit`: passed where the 95 % interval
-    of the share lies below the limit, failed where it lies above, and undecided where it holds the
-    limit.
+    """Check that a rate is at most `limit`: passed if the 95 % interval of the rate lies below the
+    limit, failed if it lies above, and undecided if it holds the limit.
 
     Args:
-        name, detail: see `Check`; the interval is added to the detail.
-        found: how many of the `n` images examined.
+        name: see `Check`.
+        found: the number of images found.
+        n: the number of images examined.
         limit: in (0, 1).
+        detail: see `Check`; the interval is added to it.
     """
-    low, high = interval(found / n, n)
+    low, high = wilson_interval(found, n)
     between = f"{100 * low:.2f} to {100 * high:.2f} %"
     detail = (
         f"{detail}: {found} of {n} images, {between} (95 % interval; at most {100 * limit:g} %)"
@@ -97,24 +109,34 @@ def judge_rate(name: str, found: int, n: int, limit: float, detail: str) -> Chec
 
 
 def images_to_decide(found: int, n: int, limit: float) -> int:
-    """How many images it takes until the Wilson interval of the rate `found / n` excludes `limit`.
+    """Return how many images it takes until the Wilson interval of `found / n` excludes `limit`.
 
-    The interval holds all shares `q` with `|rate - q| <= z sqrt(q (1 - q) / images)`. No number of
-    images could tell a rate of exactly `limit` from it; it counts as half an image off.
+    The interval holds all shares `q` with `|rate - q| <= Z sqrt(q (1 - q) / images)`.
     """
     distance = abs(found / n - limit)
+    # No number of images could tell a rate of exactly `limit` from it: count half an image.
     if distance < 1e-9:
         distance = 0.5 / n
     return max(n + 1, ceil(Z**2 * limit * (1 - limit) / distance**2))
 
 
 def images_needed(checks: Sequence[Check]) -> int | None:
-    """How many images would decide all of the checks that are undecided; None where none is."""
-    return max((check.images_needed for check in checks if check.images_needed), default=None)
+    """Return how many images would decide all undecided checks; None if all are decided."""
+    needed = [check.images_needed for check in checks if check.images_needed is not None]
+    return max(needed, default=None)
+
+
+def all_passed(checks: Sequence[Check]) -> bool | None:
+    """Return True if all checks passed, False if one failed, None if one is undecided."""
+    if any(check.verdict == FAILED for check in checks):
+        return False
+    if all(check.passed for check in checks):
+        return True
+    return None
 
 
 def failures(checks: Sequence[Check]) -> tuple[str, ...]:
-    """A line for each check that has failed, once."""
+    """Return a line for each check that failed, without repetitions."""
     lines = [f"{check.name}: {check.detail}" for check in checks if check.verdict == FAILED]
     return tuple(dict.fromkeys(lines))
 
@@ -122,62 +144,62 @@ def failures(checks: Sequence[Check]) -> tuple[str, ...]:
 def quick_checks(
     model: Model, images: Tensor, labels: Tensor, attack: Attack, batch_size: int | None = None
 ) -> list[Check]:
-    """What four forward and two backward passes on one batch, in evaluation mode, tell.
+    """Check what four forward and two backward passes on one batch, in evaluation mode, tell.
 
-    Gradients of the attack's loss that vanish or are not finite, probabilities in place of logits
-    (softmax saturates, and cross entropy takes it twice), and a forward pass that is random, for
-    which a single gradient says little. Vanishing gradients are judged by what they hide: where
-    there are any, the attack and its like on the margin are tried on those images.
+    The checks find gradients of the attack's loss that vanish or are not finite, probabilities in
+    place of logits (softmax saturates, and cross entropy applies it a second time), and a random
+    forward pass, for which a single gradient says little (Athalye et al., arXiv:1802.00420).
+    Vanishing gradients are judged by the images that they hide: the attack, and the same attack on
+    the margin loss, are tried on the images that have them.
 
     Args:
         model: maps images in `[0, 1]` to logits.
         images: `(B, C, H, W)` in `[0, 1]`.
         labels: int64 `(B,)`.
-        attack: the attack whose loss counts.
+        attack: the attack whose loss is examined.
         batch_size: images at a time; None for all.
 
     Raises:
         TypeError, ValueError: the model does not return logits, or a label is not one of its
             classes.
     """
+    size = batch_size or len(images)
     passes = []
-    margin = replace(plain_pgd(attack), loss="margin")
+    margin_attack = replace(plain_pgd(attack), loss="margin")
     with torch.inference_mode(False), frozen(model, training=False):
-        images, labels, size = images.clone(), labels.clone().long(), batch_size or len(images)
-        asked = Classifier(model, labels)
-        for points, classes in zip(images.split(size), labels.split(size), strict=True):
+        # Clones are ordinary tensors, also of tensors that were made in inference mode.
+        images = images.clone()
+        labels = labels.clone().long()
+        classifier = Classifier(model, labels)
+        for part, classes in zip(images.split(size), labels.split(size), strict=True):
             with torch.no_grad():
-                logits, again = asked(points).float(), asked(points).float()
-            of_loss = _largest(attack.value_and_grad(asked, points, classes)[2])
-            of_margin = _largest(margin.value_and_grad(asked, points, classes)[2])
-            passes.append((logits, again, of_loss, of_margin))
-        logits, again, gradient, of_margin = (
-            torch.cat(parts) for parts in zip(*passes, strict=True)
-        )
-        attacked = (wrongness(logits, labels) == 0) != attack.targeted
+                logits = classifier(part).float()
+                repeated = classifier(part).float()
+            gradient = _largest(attack.value_and_grad(classifier, part, classes)[2])
+            of_margin = _largest(margin_attack.value_and_grad(classifier, part, classes)[2])
+            passes.append((logits, repeated, gradient, of_margin))
+        logits, repeated, gradient, of_margin = map(torch.cat, zip(*passes, strict=True))
+        correct = wrongness(logits, labels) == 0
+        # A targeted attack has to work on the images that are not yet of the target's class.
+        attacked = correct != attack.targeted
         vanishing = attacked & (gradient <= SATURATED * of_margin)
         hidden = 0
         for part in parts_of(vanishing, size):
             hidden += _hidden(model, images[part], labels[part], attack)
-    not_finite = len(labels) - int((gradient.isfinite() & logits.isfinite().all(dim=1)).sum())
-    low, high = float(logits.amin()), float(logits.amax())
-    off = float((logits.sum(dim=1) - 1).abs().amax())
-    probabilities = low >= 0 and high <= 1 and off <= PROBABILITY_ROUNDING
-    between = (
-        f"between {low:.3g} and {high:.3g}, with sums up to {off:.3g} from 1"
-        + ": probabilities" * probabilities
-    )
-    change = relative_difference(logits, again)
+    n = len(labels)
     of_attacked = f"{int(vanishing.sum())} of {int(attacked.sum())} images to attack"
     vanishes = f"they vanish for {of_attacked}; the margin finds what they hide"
+    finite = gradient.isfinite() & logits.isfinite().all(dim=1)
+    not_finite = n - int(finite.sum())
+    change = relative_difference(logits, repeated)
     return [
-        judge_rate("gradients are not zero", hidden, len(labels), HIDDEN, vanishes),
+        judge_rate("gradients are not zero", hidden, n, HIDDEN, vanishes),
         Check(
             "gradients and logits are finite",
             not_finite == 0,
-            f"not for {not_finite} of {len(labels)} images",
+            f"not for {not_finite} of {n} images",
         ),
-        Check("outputs are logits", not probabilities, between),
+        _outputs_are_logits(logits),
         Check(
             "the forward pass is not random",
             change <= SAME_FORWARD,
@@ -186,57 +208,82 @@ def quick_checks(
     ]
 
 
+def _outputs_are_logits(logits: Tensor) -> Check:
+    low = float(logits.amin())
+    high = float(logits.amax())
+    off = float((logits.sum(dim=1) - 1).abs().amax())
+    probabilities = low >= 0 and high <= 1 and off <= PROBABILITY_ROUNDING
+    detail = f"between {low:.3g} and {high:.3g}, with sums up to {off:.3g} from 1"
+    if probabilities:
+        detail += ": probabilities"
+    return Check("outputs are logits", not probabilities, detail)
+
+
 def _largest(gradient: Tensor) -> Tensor:
     return gradient.flatten(1).abs().amax(dim=1)
 
 
 def _hidden(model: Model, images: Tensor, labels: Tensor, attack: Attack) -> int:
-    """How many of the images only seem to stand: the attack leaves them, but on the margin it
-    breaks them, or has no gradient where it ended.
+    """Return how many images only seem robust: the attack does not break them, but the same attack
+    on the margin does, or has no gradient at the point where the attack ended.
 
-    In place of attacks other than PGD, PGD with `ENOUGH_STEPS` on their loss is tried.
+    In place of an attack other than PGD, PGD with `ENOUGH_STEPS` on its loss is tried.
     """
-    searching = replace(as_pgd(attack), early_stop=1)
-    on_margin = replace(searching, loss="margin")
-    found, other = searching(model, images, labels), on_margin(model, images, labels)
-    asked = Classifier(model, labels)
+    search = replace(as_pgd(attack), early_stop=1)
+    on_margin = replace(search, loss="margin")
+    found = search(model, images, labels)
+    found_on_margin = on_margin(model, images, labels)
+    classifier = Classifier(model, labels)
     with torch.no_grad():
-        standing = searching.reached(asked(found), labels) < DONE
-        broken = on_margin.reached(asked(other), labels) == DONE
-    flat = _largest(on_margin.value_and_grad(asked, found, labels)[2]) == 0
-    return int((standing & (broken | flat)).sum())
+        robust = search.reached(classifier(found), labels) < DONE
+        broken = on_margin.reached(classifier(found_on_margin), labels) == DONE
+    flat = _largest(on_margin.value_and_grad(classifier, found, labels)[2]) == 0
+    return int((robust & (broken | flat)).sum())
 
 
 def as_pgd(attack: Attack) -> PGD:
-    """The attack itself, where it is PGD, as one of which every number can be replaced; otherwise
-    `plain_pgd` in its place."""
-    return attack.as_pgd() if isinstance(attack, PGD) else plain_pgd(attack)
+    """Return the attack itself if it is PGD, in a form in which every number can be replaced;
+    otherwise return `plain_pgd` of it."""
+    if isinstance(attack, PGD):
+        return attack.as_pgd()
+    return plain_pgd(attack)
 
 
 def plain_pgd(attack: Attack) -> PGD:
-    """PGD with `ENOUGH_STEPS` steps, in place of an attack of another kind with the same threat
-    model, loss and goal; on cross entropy where it has a loss of its own."""
-    step_size = 2.5 * attack.epsilon / ENOUGH_STEPS
-    loss = attack.loss if attack.loss in ATTACK_LOSSES else "ce"
-    goal = {"targeted": attack.targeted, "loss": loss}
-    return PGD(attack.epsilon, step_size, ENOUGH_STEPS, attack.norm, early_stop=True, **goal)
+    """Return PGD with `ENOUGH_STEPS` steps and the attack's threat model, loss and goal; on cross
+    entropy if the attack has a loss of its own."""
+    loss = "ce"
+    if attack.loss in ATTACK_LOSSES:
+        loss = attack.loss
+    return PGD(
+        attack.epsilon,
+        # 2.5 epsilon in total: enough to cross the ball from any start (Madry et al.)
+        step_size=2.5 * attack.epsilon / ENOUGH_STEPS,
+        steps=ENOUGH_STEPS,
+        norm=attack.norm,
+        early_stop=True,
+        targeted=attack.targeted,
+        loss=loss,
+    )
 
 
 def parts_of(chosen: Tensor, size: int) -> list[Tensor]:
-    """The positions where `chosen` `(N,)` is true, in batches.
-
-    Where it is true nowhere the list is empty: some models cannot answer a batch without images.
-    """
-    places = chosen.nonzero().squeeze(1)
-    return list(places.split(size)) if len(places) else []
+    """Return the positions at which `chosen` `(N,)` is True, in batches of `size`."""
+    positions = chosen.nonzero().squeeze(1)
+    # Splitting nothing gives one empty batch, which some models cannot answer.
+    if len(positions) == 0:
+        return []
+    return list(positions.split(size))
 
 
 def relative_difference(logits: Tensor, others: Tensor) -> float:
-    """The largest difference of finite logits, relative to their spread: the median distance from
-    the mean of their image."""
+    """Return the largest difference of finite logits, relative to their spread: the median distance
+    from the mean of their image."""
     finite = (logits.isfinite() & others.isfinite()).all(dim=1)
     if not finite.any():
         return 0.0
     logits, others = logits[finite], others[finite]
     spread = (logits - logits.mean(dim=1, keepdim=True)).abs().median()
-    return float((logits - others).abs().max() / spread.clamp_min(torch.finfo(spread.dtype).tiny))
+    # A network that gives one answer to everything has no spread.
+    smallest = torch.finfo(spread.dtype).tiny
+    return float((logits - others).abs().max() / spread.clamp_min(smallest))

@@ -1,5 +1,4 @@
-"""What a model predicts for each image, how well each class is recognized, and what it is taken
-for."""
+"""Predictions of a model, and how well it recognizes each class."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,21 +13,20 @@ from tqdm import tqdm
 from attacks.attack import frozen
 from attacks.classifier import Model
 from evaluation.batches import device_of
+from evaluation.verdicts import NONE
 
+# The number of mistakes that are listed.
 CONFUSED = 10
-"""The most frequent mistakes that are listed."""
-NONE = -1
-"""The class predicted by a model that answers NaN."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says about every image, in the order of the data; all `(N,)`, on the CPU.
+    """The predictions for every image, in the order of the data; all `(N,)`, on the CPU.
 
     Attributes:
         label: int64, the true class.
-        prediction: int64, the class of the largest logit; `NONE` where a logit is NaN.
-        confidence: float32, the softmax probability of that class; NaN where a logit is NaN.
+        prediction: int64, the class of the largest logit; `NONE` if a logit is NaN.
+        confidence: float32, the softmax probability of that class; NaN if a logit is NaN.
     """
 
     label: Tensor
@@ -41,15 +39,16 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How well one class is recognized; all shares are fractions.
+    """How well one class is recognized; all scores are in `[0, 1]`.
 
     Attributes:
-        name: of the class.
-        images: how many it has.
-        predicted: how many images are given its name.
-        precision: None where `predicted` is 0.
-        recall: None where there are no images.
-        f1: None where there are no images; 0 where there are none but some are given its name.
+        name: the name of the class.
+        images: the number of its images.
+        predicted: the number of images that are predicted to be of this class.
+        precision: the share of the predicted images that are of the class; None if there are none.
+        recall: the share of the class's images that are predicted; None if it has none.
+        f1: the harmonic mean of precision and recall; None if the class has no images and is never
+            predicted, 0 if it has none and is predicted.
     """
 
     name: str
@@ -62,13 +61,13 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A mistake and how often it is made.
+    """A mistake and its frequency.
 
     Attributes:
         label: the name of the true class.
-        predicted: the name of the class that it is taken for.
-        images: how many of its images are.
-        share: of all its images.
+        predicted: the name of the class predicted.
+        images: the number of images of class `label` that are predicted as `predicted`.
+        share: the same as a share of the images of class `label`.
     """
 
     label: str
@@ -82,13 +81,13 @@ class ClassScores:
     """The scores of every class.
 
     Attributes:
-        n: images.
-        without_answer: for how many of them the model gave no answer.
+        n: the number of images.
+        without_answer: the number of images for which the model returned NaN.
         top1: accuracy.
         macro_recall, macro_f1: means over the classes that have images.
         classes: one for each class, in label order.
         confusion: a row for each true class, a column for each prediction; images without an
-            answer are in none.
+            answer are not counted.
         confused: the `CONFUSED` most frequent mistakes, the largest share of a class first.
     """
 
@@ -102,10 +101,10 @@ class ClassScores:
     confused: tuple[Confusion, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in plain values, for JSON."""
+        """Return plain values, for JSON."""
         values = asdict(self)
-        for name in ("classes", "confused"):
-            values[name] = list(values[name])
+        values["classes"] = list(values["classes"])
+        values["confused"] = list(values["confused"])
         values["confusion"] = [list(row) for row in self.confusion]
         return values
 
@@ -117,13 +116,13 @@ def predict(
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Predictions:
-    """What a model, in evaluation mode, says about every image.
+    """Return the predictions of a model, in evaluation mode, for every image.
 
     Args:
         model: a module or function that maps images in `[0, 1]` to logits.
-        data: batches of images `(B, C, H, W)`, which are moved to the model's device, and labels
-            `(B,)`, at least one; a `torch.utils.data.DataLoader`, for one.
-        autocast: context of the forward passes.
+        data: at least one batch of images `(B, C, H, W)`, which are moved to the model's device,
+            and labels `(B,)`; for example a `torch.utils.data.DataLoader`.
+        autocast: the context of the forward passes.
     """
     device = device_of(model)
     labels, predictions, confidences = [], [], []
@@ -133,6 +132,7 @@ def predict(
                 images = images.to(device)
             with autocast():
                 logits = model(images).float()
+            # argmax of NaN is a class like any other
             no_answer = logits.isnan().any(dim=1)
             confidence, prediction = logits.softmax(dim=1).max(dim=1)
             labels.append(truth.cpu())
@@ -146,26 +146,25 @@ def class_scores(
     predictions: Sequence[int] | np.ndarray | Tensor,
     class_names: Sequence[str],
 ) -> ClassScores:
-    """The scores of every class.
+    """Return the scores of every class.
 
     Args:
         labels: integers `(N,)`, N at least 1.
-        predictions: integers `(N,)`, the classes predicted; -1 where the model gave no answer,
-            which is wrong.
+        predictions: integers `(N,)`, the classes predicted; -1 if the model gave no answer, which
+            is wrong.
         class_names: in label order.
     """
-    # here and not above: it takes a second to import
+    # imported here as it takes a second, which other commands would pay, too
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    labels = np.asarray(labels)
+    predictions = np.asarray(predictions)
     numbers = range(len(class_names))
     confusion = confusion_matrix(labels, predictions, labels=numbers)
     scores = precision_recall_fscore_support(
         labels, predictions, labels=numbers, zero_division=np.nan
     )
-    precision, recall, f1, images = (
-        [None if np.isnan(value) else value.item() for value in row] for row in scores
-    )
+    precision, recall, f1, images = ([_number(value) for value in row] for row in scores)
     present = [number for number in numbers if images[number]]
     return ClassScores(
         n=len(labels),
@@ -189,13 +188,22 @@ def class_scores(
     )
 
 
+def _number(value: np.generic) -> float | int | None:
+    """Return a score as a plain number; None for NaN, which JSON cannot hold."""
+    if np.isnan(value):
+        return None
+    return value.item()
+
+
 def _most_confused(
     confusion: np.ndarray, images: np.ndarray, class_names: Sequence[str]
 ) -> tuple[Confusion, ...]:
+    # a class without images has no mistakes: any divisor will do
     shares = confusion / np.maximum(images[:, np.newaxis], 1)
     np.fill_diagonal(shares, 0)
-    places = np.argsort(-shares, axis=None, kind="stable")[:CONFUSED]
-    pairs = [divmod(int(place), len(class_names)) for place in places]
+    # stable: equal shares keep the order of the classes on every platform
+    largest = np.argsort(-shares, axis=None, kind="stable")[:CONFUSED]
+    pairs = [divmod(int(index), len(class_names)) for index in largest]
     return tuple(
         Confusion(
             label=class_names[label],

@@ -1,5 +1,7 @@
-"""Pictures of an attack: examples, and accuracy against epsilon. Matplotlib is imported when the
-first one is drawn."""
+"""Pictures of an attack: examples, and accuracy against epsilon.
+
+Matplotlib is imported when the first picture is drawn, as it takes a second.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attacks.threat_model import format_size
-from base.output import PICTURES, format_of, save_figure
+from base.output import save_figure
 from base.text import one_line
 
 if TYPE_CHECKING:
@@ -18,13 +20,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_ROWS = 8
-SIDE, GAP, CAPTION, CHARACTER = 1.2, 0.15, 0.325, 0.0875
-"""The side of an image, the gap between two, the room below one for its caption, and a generous
-width of a letter, all in inches. At `base.output.DPI` all are whole numbers of pixels, an image has
-192, and the pixels of 32 x 32 (and 8, 16, 24, 48, 64) are squares of one size."""
-RIGHT, WRONG, GREY = "#1a6e3a", "#b2182b", "#555555"
-"""Dark enough to read as text on white. As many people do not tell the first two apart, a sign
-stands before the word."""
+
+# The side of an image, the gap between two, the height of a caption, and a generous width of a
+# letter, in inches. At `base.output.DPI` all are whole numbers of pixels: an image has 192, and the
+# pixels of 32 x 32 (and 8, 16, 24, 48, 64) are squares of one size.
+SIDE = 1.2
+GAP = 0.15
+CAPTION = 0.325
+CHARACTER = 0.0875
+
+# Dark enough to read as text on white. Many people cannot tell the first two apart, so a sign
+# stands before the word.
+RIGHT = "#1a6e3a"
+WRONG = "#b2182b"
+GRAY = "#555555"
 BLUE = "#0b4f8a"
 
 
@@ -43,15 +52,14 @@ def draw_examples(
     fills the range.
 
     Below an image stands its prediction: "✓" and green if it is the label, "✗" and red if not;
-    below the change, its largest.
+    below the change stands its largest absolute value.
 
     Args:
         path: the suffix, `.png`, `.pdf` or `.svg`, decides the format; missing folders are made.
         images: `(B, C, H, W)` in `[0, 1]`, B at least 1; shown in color if C is 3, otherwise as the
             gray mean of the channels.
-        adversarial: of the same shape.
-        predictions: `(B,)`, the class predicted for every image; negative where the model answers
-            NaN.
+        adversarial: `(B, C, H, W)` in `[0, 1]`.
+        predictions: `(B,)`, the class predicted for every image; negative if the model returns NaN.
         adversarial_predictions: `(B,)`, the class predicted for every adversarial image, likewise.
         labels: `(B,)`, the true classes.
         class_names: in label order.
@@ -61,63 +69,51 @@ def draw_examples(
         ConfigError: another suffix.
         ValueError: no images.
     """
-    check_format(path)
-    numbers = (labels, predictions, adversarial_predictions)
-    # the last name is that of -1
-    names = [*class_names, "NaN"]
-    named = [[names[max(int(number), -1)] for number in part[:MAX_ROWS]] for part in numbers]
-    save_figure(
-        examples_figure(images[:MAX_ROWS], adversarial[:MAX_ROWS], *named, title=title), path
-    )
-
-
-def examples_figure(
-    images: Tensor,
-    adversarial: Tensor,
-    labels: Sequence[str],
-    predictions: Sequence[str],
-    adversarial_predictions: Sequence[str],
-    *,
-    title: str,
-) -> "Figure":
-    """The figure of `draw_examples`, one row per image, with the names of the classes in place of
-    their numbers."""
     if len(images) == 0:
         raise ValueError("there are no images to draw")
-    images, adversarial = (
-        batch.detach().float().cpu().nan_to_num() for batch in (images, adversarial)
-    )
+    images = images[:MAX_ROWS].detach().float().cpu().nan_to_num()
+    adversarial = adversarial[:MAX_ROWS].detach().float().cpu().nan_to_num()
+    true_names = _names_of(labels[:MAX_ROWS], class_names)
+    names = _names_of(predictions[:MAX_ROWS], class_names)
+    adversarial_names = _names_of(adversarial_predictions[:MAX_ROWS], class_names)
     change = adversarial - images
     factor = _magnification(float(change.abs().max()))
     magnified = (0.5 + factor * change).clamp(0, 1)
-    room = CHARACTER * max(len(_short(name)) for name in ("label", *labels))
+    room = CHARACTER * max(len(_short(name)) for name in ("label", *true_names))
     left = GAP + room + GAP
     width = left + 3 * (SIDE + GAP)
     lines = _wrapped(title, width)
-    figure = _figure(
-        width, 0.4 + 0.2 * len(lines.splitlines()) + len(images) * (SIDE + CAPTION), lines
-    )
-    below_title = figure.get_figheight() - 0.4 - 0.2 * len(lines.splitlines())
+    below_title = len(images) * (SIDE + CAPTION)
+    title_height = 0.4 + 0.2 * len(lines.splitlines())
+    figure = _figure(width, below_title + title_height, lines)
 
     for column, head in enumerate(("image", "adversarial", f"change × {factor:.3g}")):
-        _write(figure, left + column * (SIDE + GAP) + SIDE / 2, below_title + 0.1, head, color=GREY)
-    _write(figure, left - GAP, below_title + 0.1, "label", color=GREY, ha="right")
+        middle = left + column * (SIDE + GAP) + SIDE / 2
+        _write(figure, middle, below_title + 0.1, head, color=GRAY)
+    _write(figure, left - GAP, below_title + 0.1, "label", color=GRAY, ha="right")
     for row in range(len(images)):
         bottom = below_title - row * (SIDE + CAPTION) - SIDE
-        _write(figure, left - GAP, bottom + SIDE / 2, _short(labels[row]), room=room, ha="right")
+        name = _short(true_names[row])
+        _write(figure, left - GAP, bottom + SIDE / 2, name, room=room, ha="right")
         largest = 255 * float(change[row].abs().max())
-        captions = (
-            _verdict(predictions[row], labels[row]),
-            _verdict(adversarial_predictions[row], labels[row]),
-            (f"up to {largest:.3g}/255" if largest else "no change", GREY),
+        size = "no change"
+        if largest > 0:
+            size = f"up to {largest:.3g}/255"
+        cells = (
+            (images[row], *_caption(names[row], true_names[row])),
+            (adversarial[row], *_caption(adversarial_names[row], true_names[row])),
+            (magnified[row], size, GRAY),
         )
-        for column, (pixels, (text, color)) in enumerate(
-            zip((images, adversarial, magnified), captions, strict=True)
-        ):
+        for column, (pixels, text, color) in enumerate(cells):
             x = left + column * (SIDE + GAP)
-            _show(figure, x, bottom, pixels[row])
+            _show(figure, x, bottom, pixels)
             _write(figure, x + SIDE / 2, bottom - 0.12, text, room=SIDE + GAP / 2, color=color)
-    return figure
+    save_figure(figure, path)
+
+
+def _names_of(classes: Sequence[int] | Tensor, class_names: Sequence[str]) -> list[str]:
+    # Negative numbers are the predictions of a model that returns NaN.
+    return ["NaN" if number < 0 else class_names[int(number)] for number in classes]
 
 
 def draw_epsilon_curve(
@@ -137,16 +133,15 @@ def draw_epsilon_curve(
         curve: (epsilon in units of the pixel range, accuracy as a fraction), as
             `DoctorReport.curve` holds it.
         norm: `"linf"`, then the axis is in 1/255, or `"l2"`, then in units of the pixel range.
-        clean: accuracy without an attack.
-        chance: accuracy of guessing.
-        epsilon: of the attack, in units of the pixel range.
+        clean: accuracy without an attack, in `[0, 1]`.
+        chance: accuracy of guessing, in `[0, 1]`.
+        epsilon: the epsilon of the attack, in units of the pixel range.
         title: printed above, in as many lines as it needs.
 
     Raises:
         ConfigError: another suffix.
         ValueError: no points.
     """
-    check_format(path)
     save_figure(epsilon_figure(curve, norm, clean, chance, epsilon, title), path)
 
 
@@ -158,13 +153,12 @@ def epsilon_figure(
     epsilon: float,
     title: str,
 ) -> "Figure":
-    """The figure of `draw_epsilon_curve`."""
+    """Return the figure of `draw_epsilon_curve`."""
     if not curve:
         raise ValueError("there are no points to draw")
     unit = 255 if norm == "linf" else 1
-    sizes, accuracies = zip(
-        *sorted((size * unit, 100 * accuracy) for size, accuracy in curve), strict=True
-    )
+    points = sorted((size * unit, 100 * accuracy) for size, accuracy in curve)
+    sizes, accuracies = zip(*points, strict=True)
     lines = _wrapped(title, 6.0)
     height = 3.6 + 0.2 * len(lines.splitlines())
     figure = _figure(6.0, height, lines)
@@ -175,7 +169,7 @@ def epsilon_figure(
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.axhline(
-        100 * clean, color=GREY, linestyle="-.", linewidth=1, label=f"clean: {100 * clean:.1f} %"
+        100 * clean, color=GRAY, linestyle="-.", linewidth=1, label=f"clean: {100 * clean:.1f} %"
     )
     axes.plot(
         sizes,
@@ -188,23 +182,23 @@ def epsilon_figure(
         clip_on=False,
         zorder=3,
     )
-    own = [
-        accuracy
-        for size, accuracy in zip(sizes, accuracies, strict=True)
-        if abs(size - epsilon * unit) < 1e-6 * unit
-    ]
-    reads = f"the attack's epsilon, {format_size(epsilon, norm)}" + (
-        f": {own[0]:.1f} %" if own else ""
+    # The attack's own epsilon may have been left out of the curve.
+    own = [accuracy for size, accuracy in points if abs(size - epsilon * unit) < 1e-6 * unit]
+    label = f"the attack's epsilon, {format_size(epsilon, norm)}"
+    if own:
+        label += f": {own[0]:.1f} %"
+    axes.axvline(epsilon * unit, color="black", linestyle="--", linewidth=1, label=label)
+    axes.plot(
+        [epsilon * unit] * len(own),
+        own,
+        color="white",
+        markeredgecolor="black",
+        marker="D",
+        markersize=8,
+        linestyle="",
+        zorder=4,
+        clip_on=False,
     )
-    axes.axvline(epsilon * unit, color="black", linestyle="--", linewidth=1, label=reads)
-    mark = {
-        "color": "white",
-        "markeredgecolor": "black",
-        "marker": "D",
-        "markersize": 8,
-        "linestyle": "",
-    }
-    axes.plot([epsilon * unit] * len(own), own, **mark, zorder=4, clip_on=False)
     axes.axhline(
         100 * chance,
         color="black",
@@ -217,33 +211,25 @@ def epsilon_figure(
 
 
 def _epsilon_axis(axes: "Axes", sizes: Sequence[float], norm: str) -> None:
-    """Sizes that double from point to point lie at equal distances, and so does 0 before the first
-    of them."""
+    """Draw the axis of epsilons: sizes that double from point to point lie at equal distances, and
+    so does 0 before the first of them."""
     smallest = min((size for size in sizes if size > 0), default=1.0)
+    # a logarithmic axis has no 0; this one is linear up to the smallest size
     axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=0.5)
     axes.set_xticks(sizes, [f"{size:.4g}" for size in sizes])
     axes.set_xticks([], minor=True)
     axes.set_xlim(0, max(*sizes, smallest))
-    axes.set_xlabel(
-        "epsilon in 1/255 of the pixel range (l-inf)"
-        if norm == "linf"
-        else "epsilon in pixel-range units (l2)"
-    )
+    if norm == "linf":
+        axes.set_xlabel("epsilon in 1/255 of the pixel range (l-inf)")
+    else:
+        axes.set_xlabel("epsilon in pixel-range units (l2)")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def check_format(path: str | Path) -> None:
-    """Refuse a path that no picture can be written to, before the work that it would show.
-
-    Raises:
-        ConfigError: its suffix is no known format.
-    """
-    format_of(path, PICTURES)
-
-
 def _figure(width: float, height: float, title: str) -> "Figure":
-    """An empty figure, in inches, that no global state of pyplot knows of."""
+    """Return a figure of a size in inches that holds its title only."""
+    # not by pyplot, whose global state would keep it in memory
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), facecolor="white")
@@ -261,48 +247,59 @@ def _write(
     room: float = 0,
     **style: str,
 ) -> None:
-    """Text at a place in inches, smaller if it is wider than `room`; a dollar sign in it does not
-    begin a formula."""
-    x, y = x / figure.get_figwidth(), y / figure.get_figheight()
+    """Write text at a place in inches, smaller if it is wider than `room`."""
     written = figure.text(
-        x, y, text, **{"ha": "center", "va": "center", **style}, size=size, parse_math=False
+        x / figure.get_figwidth(),
+        y / figure.get_figheight(),
+        text,
+        **{"ha": "center", "va": "center", **style},
+        size=size,
+        # the name of a class may hold a dollar sign, which would begin a formula
+        parse_math=False,
     )
     width = written.get_window_extent().width / figure.dpi
-    written.set_size(size * min(1, room / width) if room and width else size)
+    if room > 0 and width > room:
+        written.set_size(size * room / width)
 
 
 def _show(figure: "Figure", x: float, y: float, pixels: Tensor) -> None:
-    """One image `(C, H, W)` in `[0, 1]`, its lower left corner at a place in inches; every pixel
-    stays a rectangle."""
-    width, height = figure.get_figwidth(), figure.get_figheight()
+    """Show one image `(C, H, W)` in `[0, 1]`, its lower left corner at a place in inches."""
+    width = figure.get_figwidth()
+    height = figure.get_figheight()
     axes = figure.add_axes((x / width, y / height, SIDE / width, SIDE / height))
     shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels.mean(dim=0)
+    # nearest: a blurred pixel would hide the change of an adversarial image
     axes.imshow(
         torch.clamp(shown, 0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
     )
     axes.set_axis_off()
 
 
-def _verdict(prediction: str, label: str) -> tuple[str, str]:
-    """Caption and color of a prediction."""
-    return (
-        (f"✓ {_short(prediction)}", RIGHT)
-        if prediction == label
-        else (f"✗ {_short(prediction)}", WRONG)
-    )
+def _caption(prediction: str, label: str) -> tuple[str, str]:
+    """Return text and color for a prediction."""
+    if prediction == label:
+        return f"✓ {_short(prediction)}", RIGHT
+    return f"✗ {_short(prediction)}", WRONG
 
 
 def _magnification(largest: float) -> float:
-    """By how much a change is magnified, so that nothing is cut off: a whole number, unless it is
-    below 2."""
-    factor = 0.5 / largest if largest > 0 else 1.0
-    return float(int(factor + 1e-3)) if factor >= 2 else factor
+    """Return the largest factor by which a change can be magnified around gray without being cut
+    off: a whole number, unless it is below 2."""
+    if largest == 0:
+        return 1.0
+    factor = 0.5 / largest
+    if factor < 2:
+        return factor
+    # 1e-3, as rounding may have made 3.9999 of 4
+    return float(int(factor + 1e-3))
 
 
 def _short(name: str) -> str:
-    """What fits below an image."""
-    shown = one_line(name)
-    return shown if len(shown) <= 15 else shown[:14] + "…"
+    """Return a name in the length that fits below an image."""
+    name = one_line(name)
+    if len(name) <= 15:
+        return name
+    return name[:14] + "…"
 
 
 def _wrapped(title: str, width: float) -> str:

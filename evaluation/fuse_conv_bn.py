@@ -1,5 +1,4 @@
-"""Batch normalization folded into the convolution before it, for attacks that ask a frozen network
-again and again."""
+"""Fuse batch norms into the convolutions before them, for attacks on a frozen network."""
 
 from collections import Counter
 from copy import deepcopy
@@ -8,62 +7,62 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from attacks.attack import frozen
 from attacks.classifier import Model, ask
 
 TOLERANCE = 1e-4
-"""Largest difference between logits of the two networks, as a share of the largest logit; rounding
-makes about 1e-6."""
+"""The largest difference between the logits of the two networks, as a share of the largest logit;
+rounding makes about 1e-6."""
 
 
-def folded(model: Model, images: Tensor) -> Model:
-    """A copy of `model` for evaluation, without the batch norms that stand right behind a
+def fuse_conv_bn(model: Model, images: Tensor) -> Model:
+    """Return a copy of `model` for evaluation, without the batch norms that directly follow a
     convolution; or `model` itself.
 
     With running statistics `bn(w * x + b) = (s w) * x + s (b - mean) + beta` per output channel, `s
     = gamma / sqrt(var + eps)`: another convolution, which saves two passes over the layer's output
-    in each direction. Logits and gradients differ from the model's by rounding, so verdicts are for
-    the model itself to give.
+    in each direction. Logits and gradients differ from the model's by rounding, so the model itself
+    has to give the verdicts.
 
-    A pair is folded if, in the autograd graph of one forward pass, nothing but the batch norm takes
-    what the convolution makes. Modules that are used twice or have hooks, and convolutions that
-    compute their weights in every pass (subclasses, parametrisations), stay. `model` comes back
-    where there is nothing to fold, where it cannot be copied, where the copy answers otherwise or
-    with numbers that are not finite, and where it is compiled, which a copy would not be.
+    A pair is fused if, in the autograd graph of one forward pass, only the batch norm takes the
+    output of the convolution. These stay: modules that are called twice or have hooks, and
+    convolutions that compute their weights in every pass (subclasses, parametrizations). The result
+    is `model` itself if there is nothing to fuse, if it cannot be copied, if the logits of the copy
+    differ or are not finite, and if it is compiled, which a copy would not be.
 
     Args:
-        model: any module, whose weights and modes are not changed, or a function, which comes back.
+        model: any module, whose weights and modes are not changed, or a function, which is
+            returned.
         images: `(B, C, H, W)`, a few on which the two are compared.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or _compiled(model):
         return model
     with torch.inference_mode(False), frozen(model, training=False):
         images = images.detach().clone()
-        pairs = [] if _compiled(model) else _pairs(model, images)
+        pairs = _pairs(model, images)
         if not pairs:
             return model
         try:
             copy = deepcopy(model).eval()
-        except (
-            RuntimeError,
-            TypeError,
-        ):  # it holds what cannot be copied: a lock, a tensor of a graph
+        # It holds something that cannot be copied: a lock, a tensor of a graph.
+        except (RuntimeError, TypeError):
             return model
         with torch.no_grad():
             for convolution, norm in pairs:
-                _fold(copy.get_submodule(convolution), copy.get_submodule(norm))
+                _fuse(copy.get_submodule(convolution), copy.get_submodule(norm))
                 copy.set_submodule(norm, nn.Identity())
-            expected, found = ask(model, images), ask(copy, images)
+            expected = ask(model, images)
+            found = ask(copy, images)
         largest = float(expected.abs().max())
-        if not isfinite(largest):
-            return model
-        same = torch.allclose(found, expected, rtol=0, atol=TOLERANCE * largest)
-        return copy if same else model
+        if isfinite(largest) and torch.allclose(found, expected, rtol=0, atol=TOLERANCE * largest):
+            return copy
+        return model
 
 
 def _compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` was asked for the model or a part of it."""
+    """Return whether `torch.compile` was called on the model or a part of it."""
     return any(
         module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         for module in model.modules()
@@ -71,20 +70,27 @@ def _compiled(model: nn.Module) -> bool:
 
 
 def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
-    """Names of a convolution and of the batch norm that alone takes its output, for each pair that
-    can be folded."""
+    """Return the names of a convolution and of the batch norm that alone takes its output, for each
+    pair that can be fused."""
+    # Name of a module -> the nodes of the graph that its calls end in.
     convolutions: dict[str, list[Node | None]] = {}
     norms: dict[str, list[Node | None]] = {}
     hooks = []
     for name, module in model.named_modules():
-        kind = convolutions if type(module) is nn.Conv2d else norms if _folds_away(module) else None
-        if kind is not None and not module._forward_hooks and not module._forward_pre_hooks:
-            kind[name] = []
-            hooks.append(
-                module.register_forward_hook(
-                    lambda *call, made=kind[name]: made.append(call[2].grad_fn)
-                )
-            )
+        # A hook may read or change the output that fusing removes.
+        if module._forward_hooks or module._forward_pre_hooks:
+            continue
+        nodes: list[Node | None] = []
+        # Subclasses of Conv2d, such as ConvNorm2d, do more than apply their weight.
+        if type(module) is nn.Conv2d:
+            convolutions[name] = nodes
+        elif _can_be_fused(module):
+            norms[name] = nodes
+        else:
+            continue
+        hooks.append(
+            module.register_forward_hook(lambda *call, nodes=nodes: nodes.append(call[2].grad_fn))
+        )
     try:
         with torch.enable_grad():
             logits = ask(model, images.clone().requires_grad_())
@@ -92,54 +98,59 @@ def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
         for hook in hooks:
             hook.remove()
     uses = _uses(logits.grad_fn)
-    makers = {
-        made[0]: name
-        for name, made in convolutions.items()
-        if len(made) == 1 and uses[made[0]] == 1
-    }
-    sources = {
-        name: made[0].next_functions[0][0]
-        for name, made in norms.items()
-        if len(made) == 1 and made[0] is not None
-    }
-    return [(makers[source], name) for name, source in sources.items() if source in makers]
+    makers: dict[Node | None, str] = {}
+    for name, nodes in convolutions.items():
+        if len(nodes) == 1 and uses[nodes[0]] == 1:
+            makers[nodes[0]] = name
+    pairs = []
+    for name, nodes in norms.items():
+        if len(nodes) == 1 and nodes[0] is not None:
+            # The first input of a batch norm's node is the tensor that it normalizes.
+            source = nodes[0].next_functions[0][0]
+            if source in makers:
+                pairs.append((makers[source], name))
+    return pairs
 
 
-def _folds_away(module: nn.Module) -> bool:
+def _can_be_fused(module: nn.Module) -> bool:
+    # Without running statistics a batch norm uses those of the batch, and is not a linear map.
     return isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.running_mean is not None
 
 
 def _uses(last: Node | None) -> Counter[Node]:
-    """How many nodes of the graph that ends in `last` take what a node makes."""
+    """Return how many nodes of the graph that ends in `last` take the output of each node."""
     uses: Counter[Node] = Counter()
-    left = [] if last is None else [last]
-    while left:
-        for source, _ in left.pop().next_functions:
-            if source is not None:
-                uses[source] += 1
-                if uses[source] == 1:
-                    left.append(source)
+    stack = []
+    if last is not None:
+        stack.append(last)
+    while stack:
+        for source, _ in stack.pop().next_functions:
+            if source is None:
+                continue
+            uses[source] += 1
+            # Its own inputs count once, however many nodes take its output.
+            if uses[source] == 1:
+                stack.append(source)
     return uses
 
 
-def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Give the convolution the weights and the bias with which it does what both did."""
-    scale = (_exact(norm.running_var) + norm.eps).rsqrt()
-    shift = -_exact(norm.running_mean)
-    if convolution.bias is not None:
-        shift += _exact(convolution.bias)
-    if norm.weight is not None:
-        scale *= _exact(norm.weight)
-    shift *= scale
-    if norm.bias is not None:
-        shift += _exact(norm.bias)
-    weight = convolution.weight
-    convolution.weight = nn.Parameter(
-        (_exact(weight) * scale.reshape(-1, 1, 1, 1)).to(weight), requires_grad=False
+def _fuse(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Give the convolution the weight and bias with which it computes what both did."""
+    weight, bias = fuse_conv_bn_weights(
+        _exact(convolution.weight),
+        _exact(convolution.bias),
+        _exact(norm.running_mean),
+        _exact(norm.running_var),
+        norm.eps,
+        _exact(norm.weight),
+        _exact(norm.bias),
     )
-    convolution.bias = nn.Parameter(shift.to(weight), requires_grad=False)
+    convolution.bias = nn.Parameter(bias.to(convolution.weight), requires_grad=False)
+    convolution.weight = nn.Parameter(weight.to(convolution.weight), requires_grad=False)
 
 
-def _exact(values: Tensor) -> Tensor:
-    """In float64, which not every device has."""
+def _exact(values: Tensor | None) -> Tensor | None:
+    # float64, so that fusing rounds once; on the CPU, as not every device has it
+    if values is None:
+        return None
     return values.detach().cpu().double()

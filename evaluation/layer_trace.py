@@ -1,5 +1,4 @@
-"""Which convolutions and linear layers a network calls, in which order, at which input size, with
-which batch norm behind."""
+"""The convolutions and linear layers that a network calls: order, input size, batch norm behind."""
 
 from dataclasses import dataclass
 
@@ -13,12 +12,12 @@ class LayerCall:
     """A linear layer at the place where a forward pass calls it.
 
     Attributes:
-        name: of the module.
+        name: the name of the module.
         layer: a convolution or a linear layer of the network itself.
-        input_shape: of one input, without the batch: `(C, H, W)`, or `(features,)` for a linear
-            layer.
+        input_shape: the shape of one input, without the batch: `(C, H, W)`, or `(features,)` for a
+            linear layer.
         batch_norm_scale: `max |gamma| / sqrt(var + eps)`, the spectral norm of the batch norm
-            behind the layer in evaluation mode (a diagonal map); None where no batch norm takes the
+            behind the layer in evaluation mode (a diagonal map); None if no batch norm takes the
             layer's output.
     """
 
@@ -29,18 +28,18 @@ class LayerCall:
 
 
 def linear_calls(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCall]:
-    """Every call of a convolution or linear layer in one forward pass (evaluation mode, one black
-    image), in its order.
+    """Return every call of a convolution or linear layer in one forward pass (evaluation mode, one
+    black image), in order.
 
-    A `ConvNorm2d` gives two: the convolution with its scaling in the frequency domain, and its
-    `bpconv`, under that name. It is known by its parts, as an installed `conv_norm` has a class of
-    its own.
+    A `ConvNorm2d` gives two calls: the convolution with its scaling in the frequency domain, and
+    its `bpconv`, under that name.
 
     Args:
         model: any network on images; left as it was.
         image_shape: `(C, H, W)`.
     """
-    trace, handles = _Trace(), []
+    trace = _Trace()
+    handles = []
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             handles.append(module.register_forward_pre_hook(trace.enter_linear))
@@ -55,28 +54,35 @@ def linear_calls(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCa
     finally:
         for handle in handles:
             handle.remove()
+        # not `model.train()`: parts of it may have been in another mode
         for module, training in modes.items():
             module.training = training
     names = {module: name for name, module in model.named_modules()}
-    scales = [None if scale is None else float(scale.abs().max()) for scale in trace.scales]
-    calls = zip(trace.layers, trace.input_shapes, scales, strict=True)
-    return [LayerCall(names[layer], layer, shape, scale) for layer, shape, scale in calls]
+    calls = []
+    for layer, shape, scale in zip(trace.layers, trace.input_shapes, trace.scales, strict=True):
+        largest = None
+        if scale is not None:
+            largest = float(scale.abs().max())
+        calls.append(LayerCall(names[layer], layer, shape, largest))
+    return calls
 
 
 class _Trace:
-    """Hooks that write down the linear layers of a forward pass, and which of them each batch norm
+    """Hooks that record the linear layers of a forward pass, and which of them each batch norm
     follows.
 
-    A batch norm follows a layer if it takes the very tensor that the layer gave, unchanged, or that
-    another one gave which follows the layer. Inside a `ConvNorm2d` without `bpconv` no layer gives
-    that tensor; there its batch norm, a part of the layer, follows the layer itself."""
+    A batch norm follows a layer if its input is the output of that layer, unchanged, or the output
+    of another batch norm that follows the layer. Inside a `ConvNorm2d` without `bpconv` no layer
+    returns that tensor; there the batch norm, a part of the layer, follows the layer itself.
+    """
 
     def __init__(self) -> None:
         self.layers: list[nn.Module] = []
         self.input_shapes: list[tuple[int, ...]] = []
         self.scales: list[Tensor | None] = []
-        # holds the tensors, as an id could come again
-        self._given: dict[int, tuple[Tensor, int, int]] = {}
+        # id of an output -> the output, its version, and the call that made it. The tensor is held
+        # so that no other tensor can get its id.
+        self._outputs: dict[int, tuple[Tensor, int, int]] = {}
 
     def enter_linear(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.layers.append(layer)
@@ -84,26 +90,42 @@ class _Trace:
         self.scales.append(None)
 
     def leave_linear(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if id(output) not in self._given:  # that of a ConvNorm2d is its bpconv's or batch norm's
-            self._give(output, self._last_call(layer))
+        # The output of a ConvNorm2d is recorded already, as that of its bpconv or batch norm.
+        if id(output) not in self._outputs:
+            self._record(output, self._last_call(layer))
 
     def leave_batch_norm(
         self, norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor
     ) -> None:
-        tensor, version, call = self._given.get(id(inputs[0]), (None, 0, None))
-        if tensor is None:
-            owners = [layer for layer in self.layers if norm in layer.children()]
-            call = self._last_call(owners[0]) if owners else None
-        elif tensor._version != version:  # an activation has written into it
-            return
+        call = self._call_before(norm, inputs[0])
+        # without running statistics the scale depends on the batch
         if call is None or norm.running_var is None:
             return
-        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-        self.scales[call] = scale if self.scales[call] is None else self.scales[call] * scale
-        self._give(output, call)
+        scale = (norm.running_var + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        before = self.scales[call]
+        if before is not None:
+            scale = before * scale
+        self.scales[call] = scale
+        self._record(output, call)
 
-    def _give(self, tensor: Tensor, call: int) -> None:
-        self._given[id(tensor)] = (tensor, tensor._version, call)
+    def _call_before(self, norm: _BatchNorm, tensor: Tensor) -> int | None:
+        """Return the call whose output a batch norm takes; None if there is none."""
+        if id(tensor) in self._outputs:
+            output, version, call = self._outputs[id(tensor)]
+            # An activation in place has written into it.
+            if output._version != version:
+                return None
+            return call
+        # A ConvNorm2d is known by its parts: an installed `conv_norm` has another class.
+        owners = [layer for layer in self.layers if norm in layer.children()]
+        if not owners:
+            return None
+        return self._last_call(owners[0])
+
+    def _record(self, tensor: Tensor, call: int) -> None:
+        self._outputs[id(tensor)] = (tensor, tensor._version, call)
 
     def _last_call(self, layer: nn.Module) -> int:
         return max(number for number, known in enumerate(self.layers) if known is layer)

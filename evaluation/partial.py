@@ -1,4 +1,4 @@
-"""Where verdicts are kept until their report is written, so that an interruption loses none."""
+"""Files that keep verdicts until their report is written, so that an interruption loses none."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from base.base_data_loader import BaseDataLoader
 from base.distributed import rank, world_size
 from evaluation.report import describe_attack
 
+# The number of digits of a digest in the name of such a file.
 DIGITS = 16
-"""The digits of a digest that stand in the name of such a file."""
 
 
 def partial_file(
@@ -26,9 +26,14 @@ def partial_file(
     attack: Attack,
     settings: Sequence[Any],
 ) -> Path:
-    """The file beside the report `target` whose name stands for all that this process's verdicts
-    depend on: weights, images, attack, and the plain values `settings`. The folder is made."""
+    """Return the file beside the report `target` that keeps this process's verdicts, and make its
+    folder.
+
+    Its name is a digest of everything that the verdicts depend on: weights, images, attack, and the
+    plain values `settings`. So a file with other verdicts is never continued.
+    """
     digest = hashlib.sha256()
+    # The first batch stands for the pixels of all: a change of preprocessing changes it, too.
     images, _ = next(iter(loader))
     for value in (*model.parameters(), *model.buffers(), loader.positions, loader.labels, images):
         digest.update(
@@ -42,10 +47,10 @@ def partial_file(
 
 
 def remove_partials(target: Path) -> None:
-    """Remove what was kept for `target`, whose report is there, verdicts and adversarial images,
-    also by interrupted attempts with another number of processes or other settings."""
+    """Remove the verdicts and adversarial images kept for `target`, after its report is written;
+    also those of interrupted attempts with another number of processes or other settings."""
     for suffix in ("npz", "images"):
         name = f".{escape(target.stem)}.{'[0-9a-f]' * DIGITS}.partial.{suffix}"
         for partial in target.parent.glob(name):
-            # another process may have been faster
+            # Every process removes all files, and another one may have been faster.
             partial.unlink(missing_ok=True)

@@ -1,13 +1,14 @@
-"""What an evaluation says: accuracies with their uncertainty, what was run, and whether to believe
-it."""
+"""Reports of an evaluation: accuracies with their uncertainty, the attack, and whether to believe
+them."""
 
 import csv
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,42 +17,87 @@ from attacks.attack import Attack, arguments, settings
 from attacks.threat_model import format_size
 from base.output import as_json, is_stream, write_output
 from base.text import csv_text
+from evaluation.checks import Check, all_passed, failures, images_needed
 from evaluation.verdicts import NONE, Verdicts
 
-if TYPE_CHECKING:
-    from evaluation.reliability import DoctorReport
-
+# Fields of an attack that a title has words of its own for, or leaves out.
 IN_TITLES = ("epsilon", "norm", "step_size", "steps", "restarts", "loss", "early_stop", "seed")
-"""Numbers of an attack that a title says in words of its own, or leaves out."""
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """The findings of the doctor.
+
+    Attributes:
+        checks: the results of all checks.
+        examined: the attack that was examined; plain PGD in place of one of another kind.
+        curve: pairs (epsilon in units of the pixel range, accuracy in `[0, 1]`), from epsilon 0 to
+            one at which every image can become gray: `examined` with its step size scaled along.
+        n: the number of images examined.
+        num_classes: the number of the model's classes.
+    """
+
+    checks: tuple[Check, ...]
+    examined: Attack
+    curve: tuple[tuple[float, float], ...]
+    n: int
+    num_classes: int
+
+    @property
+    def reliable(self) -> bool | None:
+        """True if all checks passed, False if one failed, None if it takes more images to say."""
+        return all_passed(self.checks)
+
+    @property
+    def images_needed(self) -> int | None:
+        """How many images would decide the checks that are undecided; None if all are decided."""
+        return images_needed(self.checks)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line for each check that failed."""
+        return failures(self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {
+            "checks": [vars(check) for check in self.checks],
+            "checked_attack": title(self.examined),
+            "reliable": self.reliable,
+            "images_needed": self.images_needed,
+            "warnings": list(self.warnings),
+            "curve": [list(point) for point in self.curve],
+            "n": self.n,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.checks))
 
 
 @dataclass(frozen=True)
 class RobustnessReport:
-    """One attack on one model.
+    """The result of one attack on one model.
 
     Attributes:
-        attack: what was tried.
-        seed: of its random starts.
-        n: images that were attacked.
+        attack: the attack.
+        seed: the seed of its random starts.
+        n: the number of images attacked.
         clean_top1: the share of them that the model classifies correctly.
-        robust_top1: the share that stays so under attack.
-        robust_top5: the share whose label stays among the five largest logits; None where the
-            attack did not try to prevent that (see `Verdicts`).
-        interval: of `robust_top1`, 95 %, after Wilson.
-        seconds: that the attack took.
-        images_per_second: that were attacked.
+        robust_top1: the share that it classifies correctly also under attack.
+        robust_top5: the share whose label is among the five largest logits also under attack; None
+            if the attack did not try to prevent that (see `Verdicts`).
+        interval: the 95 % Wilson score interval of `robust_top1`.
+        seconds: the duration of the attack.
+        images_per_second: its speed.
         max_perturbation: the largest change, in the attack's norm and units of the pixel range.
-        precision: of the search and of the verdicts.
-        reliable: whether to believe it: False where a check failed, True where the doctor found
-            nothing, None where that is not known.
-        images_needed: how many images would decide the checks that are undecided; None where none
-            is.
-        warnings: what speaks against it, a line each.
+        precision: the precision of the search and of the verdicts.
         verdicts: one for every image.
-        checkpoint: the model's name.
-        provenance: what else is known of model and data, plain values by name.
-        versions: of the packages that were used.
-        doctor: what the doctor found, where it has looked.
+        quick_checks: the results of the checks on the first batch of every process.
+        attack_warnings: what the attack itself noticed against its result, a line each.
+        checkpoint: the name of the model.
+        provenance: more about model and data, plain values by name.
+        versions: the versions of the packages used.
+        doctor: the findings of the doctor; None if it was not asked.
     """
 
     attack: Attack
@@ -65,63 +111,101 @@ class RobustnessReport:
     images_per_second: float
     max_perturbation: float
     precision: str
-    reliable: bool | None
-    images_needed: int | None
-    warnings: tuple[str, ...]
     verdicts: Verdicts
+    quick_checks: tuple[Check, ...] = ()
+    attack_warnings: tuple[str, ...] = ()
     checkpoint: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    doctor: "DoctorReport | None" = None
+    doctor: DoctorReport | None = None
 
     @property
     def title(self) -> str:
         """The attack in one line."""
         return title(self.attack)
 
-    def with_doctor(self, doctor: "DoctorReport") -> "RobustnessReport":
-        """This report with the doctor's findings: `reliable` is False where a check failed, and
-        True where every check passed, the attack reported is the one examined, and nothing else was
-        held against it. Where a check is undecided it stays None, and `images_needed` is the number
-        of images that would decide all of them."""
-        reliable = self.reliable
-        unsuspicious = reliable is None and not self.warnings
-        if doctor.reliable and unsuspicious and title(doctor.examined) == self.title:
-            reliable = True
-        if doctor.reliable is False:
-            reliable = False
-        return replace(
-            self,
-            doctor=doctor,
-            reliable=reliable,
-            images_needed=doctor.images_needed,
-            warnings=tuple(dict.fromkeys((*self.warnings, *doctor.warnings))),
-        )
+    @property
+    def reliable(self) -> bool | None:
+        """Whether the robust accuracy can be believed. The first row that applies decides:
+
+        | finding                                                       | reliable |
+        |---------------------------------------------------------------|----------|
+        | a quick check failed                                          | False    |
+        | a check of the doctor failed                                  | False    |
+        | the doctor was not asked                                      | None     |
+        | a check of the doctor is undecided: it takes more images      | None     |
+        | the attack itself warns                                       | None     |
+        | the doctor examined another attack, beside the one reported   | None     |
+        | every check of the doctor passed                              | True     |
+
+        An undecided quick check does not count: the doctor repeats it on more images.
+        """
+        if all_passed(self.quick_checks) is False:
+            return False
+        if self.doctor is None:
+            return None
+        # False or None
+        if not self.doctor.reliable:
+            return self.doctor.reliable
+        if self.attack_warnings or title(self.doctor.examined) != self.title:
+            return None
+        return True
+
+    @property
+    def images_needed(self) -> int | None:
+        """How many images would decide the checks that are undecided; None if all are decided."""
+        if self.doctor is not None:
+            return self.doctor.images_needed
+        return images_needed(self.quick_checks)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The reasons against believing the robust accuracy, a line each."""
+        lines = [*failures(self.quick_checks), *self.attack_warnings]
+        if self.doctor is not None:
+            lines += self.doctor.warnings
+        # dict.fromkeys: each line once, in order; the doctor repeats the quick checks
+        return tuple(dict.fromkeys(lines))
+
+    def with_doctor(self, doctor: DoctorReport) -> "RobustnessReport":
+        """Return this report with the findings of the doctor."""
+        return replace(self, doctor=doctor)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: everything but the verdicts, and every field of the attack."""
-        apart = ("attack", "verdicts", "provenance", "doctor", "seed")
+        """Return plain values, for JSON: everything but the verdicts, and every field of the
+        attack."""
         values = {
-            name: getattr(self, name)
-            for name in (one.name for one in fields(self))
-            if name not in apart
+            **describe_attack(self.attack),
+            # The seed of the evaluation. That of the attack is for calls without generators.
+            "seed": self.seed,
+            "n": self.n,
+            "clean_top1": self.clean_top1,
+            "robust_top1": self.robust_top1,
+            "robust_top5": self.robust_top5,
+            "interval": list(self.interval),
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+            "max_perturbation": self.max_perturbation,
+            "precision": self.precision,
+            "reliable": self.reliable,
+            "images_needed": self.images_needed,
+            "warnings": list(self.warnings),
+            "checkpoint": self.checkpoint,
+            "versions": dict(self.versions),
+            **self.provenance,
         }
-        values["interval"], values["warnings"] = list(self.interval), list(self.warnings)
-        values["versions"] = dict(self.versions)
-        doctor: dict[str, Any] = {}
         if self.doctor is not None:
-            of_doctor = self.doctor.as_dict()
-            doctor = {key: of_doctor[key] for key in ("checks", "checked_attack")}
-        # the seed of the evaluation, in place of that of calls without generators
-        seed = {"seed": self.seed}
-        return {**describe_attack(self.attack), **seed, **values, **self.provenance, **doctor}
+            findings = self.doctor.as_dict()
+            values["checks"] = findings["checks"]
+            values["checked_attack"] = findings["checked_attack"]
+        return values
 
     def save(self, path: str | Path) -> None:
-        """Write `as_dict()` to `path` and the verdicts beside it, to `<name>.verdicts.npz`; nothing
-        is beside a stream.
+        """Write `as_dict()` to `path` and the verdicts beside it, to `<name>.verdicts.npz`; to a
+        stream write `as_dict()` alone.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: a file cannot be written.
         """
         write_output(path, as_json(self.as_dict()))
         if not is_stream(path):
@@ -135,72 +219,86 @@ class RobustnessReport:
         class_names: Sequence[str] = (),
         file_names: Mapping[int, str] | None = None,
     ) -> None:
-        """Write the verdicts to `path`, a line for each image.
+        """Write the verdicts to `path` as CSV, a line for each image.
 
         Args:
             path: a file or stream.
-            class_names: in label order; empty where they are not known.
+            class_names: in label order; empty if they are unknown.
             file_names: an image's position -> the name of its file.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
+        names_of_files = file_names or {}
+        columns = {name: values.tolist() for name, values in self.verdicts.arrays().items()}
+        classes = ["label", "clean_prediction", "prediction"]
+        numbers = [name for name in columns if name not in ("position", *classes)]
+        header = ["position", "file"]
+        for name in classes:
+            header += [name, f"{name}_name"]
         text = StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        classes = ("label", "clean_prediction", "prediction")
-        numbers = [name for name in self.verdicts.arrays() if name not in ("position", *classes)]
-        named = [column for name in classes for column in (name, f"{name}_name")]
-        writer.writerow(["position", "file", *named, *numbers])
-        columns = {name: values.tolist() for name, values in self.verdicts.arrays().items()}
+        writer.writerow([*header, *numbers])
         for row, position in enumerate(columns["position"]):
-            cells: list[Any] = [position, csv_text((file_names or {}).get(position, ""))]
+            # `csv_text`: a spreadsheet must not take a name for a formula.
+            cells: list[Any] = [position, csv_text(names_of_files.get(position, ""))]
             for name in classes:
                 label = columns[name][row]
                 cells += [label, csv_text(_class_name(label, class_names))]
-            cells += [_cell(columns[name][row]) for name in numbers]
+            for name in numbers:
+                cells.append(_cell(columns[name][row]))
             writer.writerow(cells)
         write_output(path, text.getvalue().encode())
 
     def __str__(self) -> str:
-        low, high = (f"{share:.2%}" for share in self.interval)
-        top5 = "" if self.robust_top5 is None else f"  top-5 {self.robust_top5:.2%}"
-        return (
+        low, high = self.interval
+        line = (
             f"{self.title} on {self.n} images: clean {self.clean_top1:.2%}"
-            f"  top-1 {self.robust_top1:.2%} (95 % interval {low} to {high}){top5}"
+            f"  top-1 {self.robust_top1:.2%} (95 % interval {low:.2%} to {high:.2%})"
         )
+        if self.robust_top5 is not None:
+            line += f"  top-5 {self.robust_top5:.2%}"
+        return line
 
 
 def _class_name(label: int, class_names: Sequence[str]) -> str:
     if label == NONE:
         return "NaN"
-    return class_names[label] if label < len(class_names) else ""
+    if label >= len(class_names):
+        return ""
+    return class_names[label]
 
 
 def _cell(value: Any) -> Any:
-    """A truth value as 0 or 1, which every reader of tables takes."""
-    return int(value) if isinstance(value, bool) else value
+    """Return a truth value as 0 or 1, which every reader of tables understands."""
+    if isinstance(value, bool):
+        return int(value)
+    return value
 
 
 def describe_attack(attack: Attack) -> dict[str, Any]:
-    """What an attack is, in plain values: its class and everything it was made with; sizes in units
-    of the pixel range."""
-    made_with = {name: plain(value) for name, value in settings(attack).items()}
-    return {
-        "attack": type(attack).__name__,
-        **({"description": attack.description} if attack.description else {}),
-        "norm": attack.norm,
-        "epsilon": attack.epsilon,
-        "loss": None if attack.description else plain(attack.loss),
-        **{
-            name: plain(getattr(attack, name, None))
-            for name in ("step_size", "steps", "restarts", "random_start")
-        },
-        **made_with,
-    }
+    """Return the class of an attack and all its arguments, in plain values; sizes in units of the
+    pixel range."""
+    described: dict[str, Any] = {"attack": type(attack).__name__}
+    if attack.description:
+        described["description"] = attack.description
+    described["norm"] = attack.norm
+    described["epsilon"] = attack.epsilon
+    described["loss"] = plain(attack.loss)
+    # A description stands for an ensemble, which has no loss of its own.
+    if attack.description:
+        described["loss"] = None
+    # Every report has these keys, so that reports of different attacks have the same columns.
+    for name in ("step_size", "steps", "restarts", "random_start"):
+        described[name] = plain(getattr(attack, name, None))
+    for name, value in settings(attack).items():
+        described[name] = plain(value)
+    return described
 
 
 def plain(value: Any) -> Any:
-    """A field of an attack as JSON has it: arrays by their digest, other things by their text."""
+    """Return a field of an attack as a JSON value: an array as its digest, an unknown object as its
+    text."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.generic):
@@ -214,47 +312,53 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return (
-        f"{value.__module__}.{value.__qualname__}"
-        if hasattr(value, "__qualname__")
-        else repr(value)
-    )
+    # The repr of a function or class would hold an address, which differs from run to run.
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)
 
 
 def title(attack: Attack) -> str:
-    """One short line for an attack, such as `PGD-20, linf 8/255, step 2/255, 1 start`."""
+    """Return one short line for an attack, such as `PGD-20, linf 8/255, step 2/255, 1 start`."""
     return ", ".join([attack.description or _name(attack), *_numbers(attack)])
 
 
 def file_stem(attack: Attack) -> str:
-    """The name of a report's file, such as `pgd-20_linf_8_step_2_1_start`: different attacks have
-    different names."""
+    """Return the name of a report's file, such as `pgd-20_linf_8_step_2_1_start`: different attacks
+    have different names."""
     words = ", ".join([_name(attack), *_numbers(attack)])
     words = words.lower().replace("/255", "").replace(",", "").replace(" ", "_")
-    return "".join(letter if letter.isalnum() or letter in "._-+" else "-" for letter in words)
+    # Fields of a user's own attack may hold characters that a file name cannot.
+    return re.sub(r"[^\w.+-]", "-", words)
 
 
 def _name(attack: Attack) -> str:
-    """The class and its steps, where they are to be chosen."""
-    name, taken = type(attack).__name__, arguments(type(attack))
-    return f"{name}-{plain(getattr(attack, 'steps', None))}" if "steps" in taken else name
+    """Return the class and its steps, if they are an argument."""
+    name = type(attack).__name__
+    if "steps" in arguments(type(attack)):
+        return f"{name}-{plain(getattr(attack, 'steps', None))}"
+    return name
 
 
-def _numbers(attack: Attack) -> Iterable[str]:
-    """What a title says of an attack beside its name; of its own arguments those that are not at
-    their defaults."""
+def _numbers(attack: Attack) -> Iterator[str]:
+    """Yield what a title says of an attack beside its name; of its own arguments those that are not
+    at their defaults."""
     taken = arguments(type(attack))
     yield f"{attack.norm} {format_size(attack.epsilon, attack.norm)}"
-    step_size, restarts = (getattr(attack, name, None) for name in ("step_size", "restarts"))
+    step_size = getattr(attack, "step_size", None)
     if step_size is not None and "step_size" in taken:
         yield f"step {format_size(step_size, attack.norm)}"
+    restarts = getattr(attack, "restarts", None)
     if restarts is not None and "restarts" in taken:
-        yield f"{restarts} start{'s' if restarts > 1 else ''}"
+        plural = "s" if restarts > 1 else ""
+        yield f"{restarts} start{plural}"
     if attack.loss != "ce" and not attack.description:
         yield f"{attack.loss} loss"
     if "early_stop" in taken and not getattr(attack, "early_stop", True) and not attack.single_step:
         yield "no early stop"
     for name, value in settings(attack).items():
-        default = taken[name].default if name in taken else value
-        if name not in IN_TITLES and plain(value) != plain(default):
+        # A public value that is not an argument has no default, and does not stand in a title.
+        if name in IN_TITLES or name not in taken:
+            continue
+        if plain(value) != plain(taken[name].default):
             yield f"{name} {plain(value)}"

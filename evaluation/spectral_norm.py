@@ -1,11 +1,12 @@
-"""The singular values of convolutions as the linear maps that they are in a network: at their
-input's size, with their zero padding and stride.
+"""Singular values of layers as the linear maps that they are in a network: at their input's size,
+with their zero padding and stride.
 
 Let `A` be the matrix of a layer's linear part, M outputs by N inputs (`M = C_out H' W'`, `N = C_in
 H W` for a convolution), with singular values `s_1 >= ... >= s_K`, `K = min(M, N)`. Inputs that
 reach no output do not count in N: a 1x1 kernel at stride 2 skips three of four. `A` is never built:
 `A x` is the layer's forward pass without its bias, `A^T y` its vector-Jacobian product. (Sedghi,
-Gupta, Long, arXiv:1805.10408, have a closed form for circular padding and stride 1.)"""
+Gupta, Long, arXiv:1805.10408, have a closed form for circular padding and stride 1.)
+"""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -26,33 +27,36 @@ from evaluation.layer_trace import LayerCall, linear_calls
 Operator = Callable[[Tensor], Tensor]
 """A linear map of batches `(B, ...) -> (B, ...)`, sample by sample."""
 
+# Random vectors for the orthogonality error; if K is at most four times as large, it is computed
+# exactly.
 PROBES = 16
-"""Random vectors for the orthogonality error; where K is at most four times that, it is computed
-exactly."""
 
+# A random vector in many dimensions has a small residual before it has found the largest of
+# singular values that are nearly equal.
 LEAST_ITERATIONS = 20
+
+# A residual that ends the iteration at once: the vector lies in an invariant space to rounding.
 EXACT = 1e-12
-"""A residual that ends the iteration at once: the vector lies in an invariant space to rounding."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What is known of the singular values `s_1 >= ... >= s_K` of one operator.
+    """Statistics of the singular values `s_1 >= ... >= s_K` of one operator.
 
     Attributes:
         norm: `s_1`, the spectral norm. As a Rayleigh quotient it is never above the true one.
         residual: `|A^T A v - s_1^2 v| / s_1^2` at the vector found; some singular value lies within
             that share of `norm`.
-        iterations: how many were made.
+        iterations: the number of iterations.
         converged: whether the residual is within the tolerance.
         mean_square: `sum s_i^2 / K`, 1 for an orthogonal operator.
         orthogonality_error: `sqrt(sum (s_i^2 - 1)^2 / K) = |G - I|_F / sqrt(K)` with `G = A A^T` if
-            `M <= N`, else `A^T A`: how far the rows, or where there are more rows than columns the
-            columns, are from orthonormal. The other, larger Gram matrix has rank K and cannot be
-            the identity, so this is well defined for every stride and number of channels.
-        spread: the same of `A / sqrt(mean_square)`, the relative standard deviation of `s_i^2`: 0
-            for every multiple of an orthogonal operator, so a scale that a batch norm takes away
-            does not count.
+            `M <= N`, else `A^T A`: how far the rows (the columns, if there are more rows) are from
+            orthonormal. The other, larger Gram matrix has rank K and cannot be the identity, so
+            this is well defined for every stride and number of channels.
+        spread: the orthogonality error of `A / sqrt(mean_square)`, which is the relative standard
+            deviation of `s_i^2`: 0 for every multiple of an orthogonal operator, so a scale that a
+            batch norm takes away does not count.
     """
 
     norm: float
@@ -66,13 +70,13 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """A layer where a forward pass calls it, and its spectrum.
+    """One call of a layer in a forward pass, and the layer's spectrum.
 
     Attributes:
-        name: of the layer in its network.
-        type: its class.
-        input_shape: of one input, without the batch.
-        spectrum: of its linear part.
+        name: the name of the layer in its network.
+        type: the name of its class.
+        input_shape: the shape of one input, without the batch.
+        spectrum: the spectrum of its linear part.
         batch_norm_scale: see `LayerCall`.
     """
 
@@ -83,7 +87,7 @@ class LayerSpectrum:
     batch_norm_scale: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {
             "name": self.name,
             "type": self.type,
@@ -99,8 +103,8 @@ class NetworkSpectra:
 
     Attributes:
         layers: in the order of their calls.
-        tolerance: of each `Spectrum.residual`.
-        seed: of first vectors and probes.
+        tolerance: the tolerance of each `Spectrum.residual`.
+        seed: the seed of first vectors and probes.
     """
 
     layers: tuple[LayerSpectrum, ...]
@@ -114,13 +118,13 @@ class NetworkSpectra:
 
     @property
     def log10_product_with_batch_norms(self) -> float | None:
-        """The same, each norm times the scale of the batch norm behind the layer."""
+        """See `product_of_norms`; each norm times the scale of the batch norm behind the layer."""
         return product_of_norms(
             layer.spectrum.norm * (layer.batch_norm_scale or 1.0) for layer in self.layers
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {
             "tolerance": self.tolerance,
             "seed": self.seed,
@@ -138,15 +142,15 @@ def layer_spectra(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> NetworkSpectra:
-    """The spectra of all convolutions and linear layers of any network, at their inputs' sizes, in
-    evaluation mode. Shows a progress bar on a terminal.
+    """Return the spectra of all convolutions and linear layers of any network, at their inputs'
+    sizes, in evaluation mode. Shows a progress bar on a terminal.
 
     Args:
         model: any network on images; left as it was.
         image_shape: `(C, H, W)`.
         tolerance: see `operator_spectrum`.
         seed: see `operator_spectrum`.
-        dtype: what is computed in; float32 for devices without float64.
+        dtype: the type of the computation; float32 for devices without float64.
 
     Raises:
         NonFiniteError: a layer's weights are infinite or NaN; the message names it.
@@ -162,8 +166,8 @@ def layer_spectra(
 
 
 def linear_part(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Operator:
-    """The linear map in a convolution or linear layer in evaluation mode: its weight without its
-    bias.
+    """Return the linear map of a convolution or linear layer in evaluation mode: its weight without
+    its bias.
 
     A layer that does more than apply its weight offers a method `linear_part()`, which returns a
     module for the linear map, as `ConvNorm2d` does. A weight that the layer computes (spectral
@@ -173,11 +177,15 @@ def linear_part(layer: nn.Module, dtype: torch.dtype = torch.float64) -> Operato
     """
     if hasattr(layer, "linear_part"):
         return layer.linear_part().requires_grad_(False).to(dtype)
+    # A copy in evaluation mode: in training mode spectral normalization would move its vectors.
     layer = deepcopy(layer).eval().requires_grad_(False)
-    weight = layer.normalized_weight() if hasattr(layer, "normalized_weight") else layer.weight
+    weight = layer.weight
+    if hasattr(layer, "normalized_weight"):
+        weight = layer.normalized_weight()
     weight = weight.detach().to(dtype)
     if isinstance(layer, nn.Linear):
         return partial(F.linear, weight=weight)
+    # torch's own forward pass of a convolution, with its stride, padding and padding mode
     return lambda inputs: layer._conv_forward(inputs, weight, None)
 
 
@@ -189,7 +197,11 @@ def measure(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Spectrum:
-    """`operator_spectrum` of the linear part of a layer at its input's size, on the layer's device.
+    """Return the spectrum of the linear part of a layer at its input's size, on the layer's device.
+
+    Args:
+        call: the layer and its input's size.
+        tolerance, max_iterations, seed, dtype: see `operator_spectrum`.
 
     Raises:
         NonFiniteError: the layer's weights are infinite or NaN; the message names it.
@@ -221,12 +233,12 @@ def operator_spectrum(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> Spectrum:
-    """The spectrum of a linear operator that can only be applied.
+    """Return the spectrum of a linear operator that can only be applied.
 
     The norm comes from a power iteration on `A^T A`: each step takes the best vector in the span of
     the present one, its image and the last step (locally optimal, Knyazev 2001,
     doi:10.1137/S1064827500366124), where the plain iteration takes the image. The singular values
-    of a convolution lie close together, and plain steps would be many more.
+    of a convolution lie close together, and the plain iteration would take many more steps.
 
     The moments `sum s_i^2 = tr G` and `sum s_i^4 = |G|_F^2` come from Hutchinson's estimator, `z^T
     G z` and `|G z|^2` averaged over `PROBES` vectors of random signs; exactly, from unit vectors,
@@ -234,15 +246,13 @@ def operator_spectrum(
 
     Args:
         operator: linear; its vector-Jacobian product is its adjoint.
-        input_shape: of one input, without the batch.
-        tolerance: of `Spectrum.residual`; that of `norm` is of second order, 1e-3 usually gives
-            four digits. At least `LEAST_ITERATIONS` are made: a random vector in many dimensions
-            has a small residual before it has found the largest of singular values that are nearly
-            equal.
+        input_shape: the shape of one input, without the batch.
+        tolerance: the tolerance of `Spectrum.residual`; that of `norm` is of second order, 1e-3
+            usually gives four digits. At least `LEAST_ITERATIONS` are made.
         max_iterations: at least 1.
-        seed: of the first vector and the probes.
+        seed: the seed of the first vector and the probes.
         dtype: float64 or float32, which the operator must take.
-        device: of the operator's weights.
+        device: the device of the operator's weights.
 
     Raises:
         NonFiniteError: the operator gives infinite values or NaN.
@@ -250,22 +260,28 @@ def operator_spectrum(
     generator = torch_generator(seed, "operator norm")
     zeros = torch.zeros(1, *input_shape, dtype=dtype, device=device)
     output_shape = operator(zeros).shape[1:]
-    inputs, outputs = zeros.numel(), output_shape.numel()
 
     def draw(count: int, size: int) -> Tensor:
+        # drawn in float64 on the CPU, so that every dtype and device gets the same vectors
         return torch.randn(count, size, generator=generator, dtype=torch.float64).to(device, dtype)
 
     def forward(vectors: Tensor) -> Tensor:
         return operator(vectors.unflatten(1, input_shape)).flatten(1)
 
     def adjoint(vectors: Tensor) -> Tensor:
+        # The vector-Jacobian product of a linear map is its adjoint, at every point.
         point = zeros.expand(len(vectors), *input_shape)
-        return torch.func.vjp(operator, point)[1](vectors.unflatten(1, output_shape))[0].flatten(1)
+        product = torch.func.vjp(operator, point)[1]
+        return product(vectors.unflatten(1, output_shape))[0].flatten(1)
 
     norm, residual, iterations = _power_iteration(
-        forward, adjoint, draw(1, inputs), tolerance, max_iterations
+        forward, adjoint, draw(1, zeros.numel()), tolerance, max_iterations
     )
-    mean_square, mean_fourth, error = _moments(forward, adjoint, outputs, draw)
+    mean_square, mean_fourth, error = _moments(forward, adjoint, output_shape.numel(), draw)
+    spread = 0.0
+    if mean_square > 0:
+        # Rounding can make the variance of equal singular values negative.
+        spread = sqrt(max(0.0, mean_fourth / mean_square**2 - 1))
     return Spectrum(
         norm=norm,
         residual=residual,
@@ -273,41 +289,51 @@ def operator_spectrum(
         converged=residual <= tolerance,
         mean_square=mean_square,
         orthogonality_error=error,
-        spread=sqrt(max(0.0, mean_fourth / mean_square**2 - 1)) if mean_square > 0 else 0.0,
+        spread=spread,
     )
 
 
 def product_of_norms(norms: Iterable[float]) -> float | None:
-    """`log10` of the product; None where it is 0.
+    """Return `log10` of the product of all norms; None if it is 0.
 
     The product of all layers' spectral norms bounds the Lipschitz constant (in l2) of a plain chain
-    of them with 1-Lipschitz activations and poolings between. Of a residual network it is no bound:
-    there branches add, and a shortcut's norm is among the factors."""
+    of layers with 1-Lipschitz activations and poolings between them. It does not bound that of a
+    residual network, whose branches add, and where a shortcut's norm is among the factors.
+    """
     norms = list(norms)
-    return sum(map(log10, norms)) if all(norms) else None
+    if 0 in norms:
+        return None
+    # a sum of logarithms: the product of many norms overflows
+    return sum(map(log10, norms))
 
 
 def _power_iteration(
     forward: Operator, adjoint: Operator, start: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[float, float, int]:
-    """Norm, residual and number of iterations, from `start` `(1, N)`; see `operator_spectrum`."""
-    vector, last_step = start / torch.linalg.vector_norm(start), None
+    """Return norm, residual and number of iterations, from `start` `(1, N)`; see
+    `operator_spectrum`."""
+    vector = start / torch.linalg.vector_norm(start)
+    last_step = None
     for iteration in range(1, max_iterations + 1):
         image = forward(vector)
         square = float(image.square().sum())
         if not isfinite(square):
             raise NonFiniteError("the operator gives infinite values or NaN")
+        # the gradient of the Rayleigh quotient, up to a factor
         gradient = adjoint(image) - square * vector
-        residual = float(torch.linalg.vector_norm(gradient)) / square if square > 0 else 0.0
-        if (
-            residual <= (tolerance if iteration >= LEAST_ITERATIONS else EXACT)
-            or iteration == max_iterations
-        ):
+        residual = 0.0
+        if square > 0:
+            residual = float(torch.linalg.vector_norm(gradient)) / square
+        enough = tolerance
+        if iteration < LEAST_ITERATIONS:
+            enough = EXACT
+        if residual <= enough or iteration == max_iterations:
             break
         basis = vector
         for direction in (gradient, last_step):
             if direction is not None:
                 basis = _extended(basis, direction)
+        # Rayleigh-Ritz: the best vector in the span is an eigenvector of this small Gram matrix.
         images = torch.cat([image, forward(basis[1:])])
         best = torch.linalg.eigh(images @ images.mT).eigenvectors[:, -1:].mT
         last_step = best[:, 1:] @ basis[1:]
@@ -317,35 +343,44 @@ def _power_iteration(
 
 
 def _extended(basis: Tensor, direction: Tensor) -> Tensor:
-    """Orthonormal rows with one more in the direction `(1, N)`; as they were, where it adds nothing
-    to their span."""
+    """Return the orthonormal rows of `basis` and one more, for the `direction` `(1, N)`; or `basis`
+    itself if the direction lies in its span."""
     length = torch.linalg.vector_norm(direction)
-    for _ in range(2):  # once is not orthogonal enough where little remains
+    # Twice: once is not orthogonal enough if the direction lies nearly in the span.
+    for _ in range(2):
         direction = direction - direction @ basis.mT @ basis
     rest = torch.linalg.vector_norm(direction)
-    return torch.cat([basis, direction / rest]) if rest > 1e-6 * length else basis
+    if rest <= 1e-6 * length:
+        return basis
+    return torch.cat([basis, direction / rest])
 
 
 def _moments(
     forward: Operator, adjoint: Operator, outputs: int, draw: Callable[[int, int], Tensor]
 ) -> tuple[float, float, float]:
-    """`tr G / K`, `|G|_F^2 / K` and `|G - I|_F / sqrt(K)` of the smaller Gram matrix G, from probes
-    z of the dimensions that count, over which the mean of `z z^T` is the identity."""
+    """Return `tr G / K`, `|G|_F^2 / K` and `|G - I|_F / sqrt(K)` of the smaller Gram matrix.
+
+    They are means over probes z of the dimensions that count; the mean of `z z^T` is the identity.
+    """
+    # Inputs that reach an output have a gradient. Those that do not are not counted in N.
     reached = adjoint(draw(1, outputs))[0] != 0
     by_rows = outputs <= int(reached.sum()) or not reached.any()
-    counted = torch.ones(outputs, dtype=torch.bool, device=reached.device) if by_rows else reached
+    counted = reached
+    if by_rows:
+        counted = torch.ones(outputs, dtype=torch.bool, device=reached.device)
     size = int(counted.sum())
     signs = draw(PROBES, len(counted)).sign()
-    probes = (
-        sqrt(size) * torch.diag(counted.to(signs.dtype))[counted]
-        if size <= 4 * PROBES
-        else signs * counted
-    )
+    probes = signs * counted
+    if size <= 4 * PROBES:
+        # All unit vectors, scaled so that the mean of z z^T is the identity: exact.
+        probes = sqrt(size) * torch.diag(counted.to(signs.dtype))[counted]
     sums = torch.zeros(3, dtype=torch.float64)
+    # a few probes at a time: each is as large as the layer's output
     for some in probes.split(4):
         product = forward(adjoint(some)) if by_rows else adjoint(forward(some))
-        sums += torch.stack(
-            [(some * product).sum(), product.square().sum(), (product - some).square().sum()]
-        ).cpu()
-    first, second, error = (sums / (len(probes) * size)).tolist()
-    return first, second, sqrt(error)
+        trace = (some * product).sum()
+        square = product.square().sum()
+        error = (product - some).square().sum()
+        sums += torch.stack([trace, square, error]).cpu()
+    mean_square, mean_fourth, squared_error = (sums / (len(probes) * size)).tolist()
+    return mean_square, mean_fourth, sqrt(squared_error)

@@ -19,6 +19,7 @@ from PIL import Image
 from attacks import PGD
 from base.checkpoint import save_checkpoint
 from evaluation import DoctorReport, RobustnessReport
+from evaluation.checks import Check
 from experiment.attack_command import _conclusion
 from tiny_runs import script
 
@@ -195,34 +196,49 @@ def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
     assert (none.returncode, none.stderr) == (2, "--doctor: expected at least 1, not 0\n")
 
 
+PASSED = Check("passed", True, "")
+EVERY_CHECK_PASSED = "every check passed (examined: PGD-7, linf 8/255, step 2/255, 1 start)"
+
+
+def undecided(images_needed):
+    return Check("undecided", False, "", "undecided", images_needed)
+
+
 @pytest.mark.parametrize(
-    ("reliable", "needed", "line"),
+    ("check", "attack_warnings", "reliable", "line"),
     [
-        (True, None, "every check passed (examined: PGD-7, linf 8/255, step 2/255, 1 start)"),
-        (None, None, "every check passed (examined: PGD-7, linf 8/255, step 2/255, 1 start)"),
-        (False, 90, "NOT RELIABLE: see the warnings"),
-        (None, 300, "UNDECIDED: about 300 images would decide (--doctor 300)"),
-        (None, 301, "UNDECIDED: about 301 images would decide"),
+        (PASSED, (), True, EVERY_CHECK_PASSED),
+        (PASSED, ("the attack warns",), None, EVERY_CHECK_PASSED),
+        (Check("failed", False, ""), (), False, "NOT RELIABLE: see the warnings"),
+        (
+            undecided(300),
+            (),
+            None,
+            "UNDECIDED: about 300 images would decide (--doctor 300)",
+        ),
+        (undecided(301), (), None, "UNDECIDED: about 301 images would decide"),
     ],
 )
-def test_the_doctors_last_line(reliable, needed, line):
+def test_the_doctors_last_line(check, attack_warnings, reliable, line):
     attack = PGD(8 / 255, 2 / 255, 7, early_stop=5)
-    numbers = {
-        "n": 300,
-        "clean_top1": 1.0,
-        "robust_top1": 0.5,
-        "robust_top5": None,
-        "interval": (0.4, 0.6),
-    }
-    cost = {
-        "seconds": 1.0,
-        "images_per_second": 300.0,
-        "max_perturbation": 8 / 255,
-        "precision": "fp32",
-    }
-    judged = {"reliable": reliable, "images_needed": needed, "warnings": (), "verdicts": None}
-    report = RobustnessReport(attack, 0, **numbers, **cost, **judged)
-    assert _conclusion(report, DoctorReport((), attack, (), 200, 10)) == line
+    report = RobustnessReport(
+        attack,
+        seed=0,
+        n=300,
+        clean_top1=1.0,
+        robust_top1=0.5,
+        robust_top5=None,
+        interval=(0.4, 0.6),
+        seconds=1.0,
+        images_per_second=300.0,
+        max_perturbation=8 / 255,
+        precision="fp32",
+        verdicts=None,
+        attack_warnings=attack_warnings,
+        doctor=DoctorReport((check,), attack, (), 200, 10),
+    )
+    assert report.reliable is reliable
+    assert _conclusion(report, report.doctor) == line
 
 
 @pytest.mark.parametrize(

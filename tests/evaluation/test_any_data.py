@@ -1,5 +1,4 @@
-"""Robust accuracy and the doctor from Python: any model, any iterable of batches; what they
-save."""
+"""Robust accuracy and the doctor from Python: any model, any iterable of batches, saved files."""
 
 import csv
 import json
@@ -28,8 +27,8 @@ ATTACK = PGD(0.03, 0.01, 3, early_stop=True)
 
 @pytest.fixture(scope="module")
 def problem():
-    """A small network with batch norm and dropout, images that it gets right but for the first two,
-    and labels."""
+    """A small network with batch norm and dropout, images, all of which it gets right but the first
+    two, and labels."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -247,20 +246,21 @@ def test_an_interrupted_evaluation_keeps_its_adversarial_images(problem, tmp_pat
     assert all(np.array_equal(first[name], second[name]) for name in first.files)
     kept.with_suffix(".images").write_bytes(b"damaged")
     robust_accuracy(model, loader, ATTACK, **go_on)
-    assert len(calls) == 7, "without their images verdicts are worth nothing here"
+    assert len(calls) == 7, "verdicts without their images are not continued"
     remove_partials(target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "whole.npz"]
 
 
-def test_files_that_cannot_be_written_are_refused_before_the_work(problem, tmp_path, monkeypatch):
+def test_files_that_cannot_be_written_are_rejected_before_the_work(problem, tmp_path, monkeypatch):
     model, images, labels = problem
     monkeypatch.setattr(import_module("evaluation.robust_accuracy"), "quick_checks", None)
     (tmp_path / "folder.npz").mkdir()
-    for name, message in {
+    messages = {
         "a.png": "'.png' is not a format of arrays; expected one of: npz$",
         "folder.npz": "^save_images .*: cannot be written: a folder$",
-        "/dev/null": "^save_images /dev/null: expected a file, as images are put into it at the end$",
-    }.items():
+        "/dev/null": "^save_images /dev/null: expected a file, as images are put into it at",
+    }
+    for name, message in messages.items():
         with pytest.raises(ConfigError, match=message):
             robust_accuracy(model, [(images, labels)], ATTACK, save_images=tmp_path / name)
 

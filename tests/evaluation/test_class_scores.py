@@ -1,4 +1,4 @@
-"""Scores of classes against counting by hand."""
+"""Class scores, compared with counts by hand."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_every_number_by_hand():
     assert [entry["share"] for entry in scores["confused"]] == pytest.approx([1, 2 / 3, 0.25])
 
 
-def test_a_class_that_is_neither_there_nor_predicted_has_no_scores():
+def test_a_class_without_images_or_predictions_has_no_scores():
     scores = class_scores(np.array([0, 1]), np.array([0, 1]), ("a", "b", "c")).as_dict()
     assert scores["classes"][2] == {
         "name": "c",

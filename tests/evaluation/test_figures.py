@@ -1,4 +1,4 @@
-"""The pictures are pictures, in the format asked for, and say what they show."""
+"""Pictures have the given format and say what they show."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_the_curve_says_what_it_shows():
     assert "1/255" in axes.get_xlabel()
 
 
-def test_other_formats_are_refused_before_anything_is_drawn(tmp_path):
+def test_other_formats_are_rejected(tmp_path):
     with pytest.raises(
         ConfigError, match="not a format of pictures; expected one of: png, pdf, svg"
     ):

@@ -1,5 +1,4 @@
-"""Batch norms folded away: the same logits and gradients, and everything that cannot be folded left
-alone."""
+"""Fused batch norms: the same logits and gradients, and networks that cannot be fused unchanged."""
 
 from threading import Lock
 
@@ -8,15 +7,19 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from evaluation.fuse_conv_bn import folded
+from evaluation.fuse_conv_bn import fuse_conv_bn
 from models import build_model
 
 SHAPE = (2, 3, 32, 32)
 
 
-def trained(model):
-    """With running statistics, scales and shifts that are not those of a fresh network."""
+@pytest.fixture(autouse=True)
+def seed():
     torch.manual_seed(0)
+
+
+def trained(model):
+    """Give a model other running statistics, scales and shifts than those of a new network."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -39,7 +42,7 @@ def norms(model):
         ("resnet18", {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}, 0),
         # those behind a sum of branches, whose output the shortcut may take, too
         ("preact_resnet18", {}, 9),
-        ("simpleCNN", {"conv_layer_type": "sn_conv"}, 6),  # weights that every pass makes anew
+        ("simpleCNN", {"conv_layer_type": "sn_conv"}, 6),  # weights that are computed in every pass
         ("resnet18", {"norm_layer_type": "gn"}, 0),
     ],
 )
@@ -47,7 +50,7 @@ def test_logits_and_gradients_are_the_models(arch, layers, left):
     model = trained(build_model({"type": arch, "args": layers}))
     before = norms(model)
     images = torch.rand(SHAPE, requires_grad=True)
-    copy = folded(model, images)
+    copy = fuse_conv_bn(model, images)
     assert norms(copy) == left
     assert norms(model) == before
     assert (copy is model) == (before == left)
@@ -63,18 +66,18 @@ def test_logits_and_gradients_are_the_models(arch, layers, left):
     )
 
 
-def test_biases_and_norms_without_scale_are_folded_too():
+def test_biases_and_norms_without_scale_are_fused_too():
     model = trained(
         nn.Sequential(nn.Conv2d(3, 4, 3, bias=True), nn.BatchNorm2d(4, affine=False), nn.Flatten())
     )
     images = torch.rand(SHAPE)
-    copy = folded(model, images)
+    copy = fuse_conv_bn(model, images)
     assert norms(copy) == 0
     torch.testing.assert_close(copy(images), model(images))
 
 
 class Twice(nn.Module):
-    """What the convolution makes goes into the norm and past it."""
+    """The convolution's output goes into the norm and past it."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +96,7 @@ class Shared(Twice):
 
 
 class Hidden(Twice):
-    """The way past the norm that no graph shows."""
+    """The convolution's output goes past the norm in a way that no graph shows."""
 
     def forward(self, images):
         made = self.conv(images)
@@ -160,10 +163,10 @@ def without_gradient():
     ],
     ids=lambda build: build.__name__,
 )
-def test_what_cannot_be_folded_stays(build):
+def test_a_network_that_cannot_be_fused_is_returned(build):
     model = build()
     if build is not not_tracking:
         trained(model)
     model.eval()
-    assert folded(model, torch.rand(SHAPE)) is model
+    assert fuse_conv_bn(model, torch.rand(SHAPE)) is model
     assert all(parameter.requires_grad for parameter in model.parameters())

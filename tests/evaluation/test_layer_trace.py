@@ -1,4 +1,4 @@
-"""Which layers a forward pass calls, and which batch norm follows each."""
+"""The layers that a forward pass calls, and the batch norm that follows each."""
 
 import pytest
 import torch
@@ -10,8 +10,7 @@ from models.layers import ConvNorm2d
 
 
 def uneven(norm):
-    """A batch norm with statistics and weights that no other has; and its largest factor, entry by
-    entry."""
+    """Return a batch norm with statistics and weights of its own, and its largest factor."""
     torch.manual_seed(norm.num_features)
     with torch.no_grad():
         norm.running_var.uniform_(0.1, 3)

@@ -1,5 +1,7 @@
-"""Spectra of operators against the singular values of the explicit matrix, which is made column by
-column from unit vectors."""
+"""Spectra of operators, compared with the singular values of the explicit matrix.
+
+The matrix is made column by column from unit vectors.
+"""
 
 from math import sqrt
 
@@ -26,12 +28,13 @@ GEOMETRIES = {
 
 
 def singular_values(layer, shape):
-    """Of a layer that has nothing but its linear part and a bias."""
+    """Return the matrix of a layer that has only a linear part and a bias."""
     layer = layer.double().eval()
     units = torch.eye(torch.Size(shape).numel(), dtype=torch.float64).unflatten(1, shape)
     with torch.no_grad():
         matrix = (layer(units) - layer(torch.zeros_like(units))).flatten(1).T
-    matrix = matrix[:, matrix.abs().sum(0) > 0]  # what a stride skips is no input
+    # inputs that a stride skips do not count
+    matrix = matrix[:, matrix.abs().sum(0) > 0]
     return np.linalg.svd(matrix.numpy(), compute_uv=False)
 
 
@@ -40,7 +43,7 @@ def spectrum(layer, shape, **options):
 
 
 def trained(layer, shape):
-    """With running values of some training steps and weights that have moved since."""
+    """Return a layer after some training steps, with weights that have changed since."""
     torch.manual_seed(1)
     for _ in range(3):
         layer.train()(torch.randn(2, *shape))
@@ -189,7 +192,7 @@ def test_any_operator_with_an_adjoint():
 
 
 def test_one_singular_value_above_a_great_many_equal_ones_is_found():
-    """A random vector hardly sees it: its residual is below the tolerance from the start."""
+    """The residual of a random vector is below the tolerance from the start."""
     scales = torch.ones(40000, dtype=torch.float64)
     scales[123] = 1.05
     assert operator_spectrum(lambda vectors: vectors * scales, (40000,)).norm == pytest.approx(

@@ -1,0 +1,252 @@
+"""Verdicts on one batch: search for adversarial images, then verify them on the model itself."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attacks.attack import Attack, check_batch, frozen
+from attacks.classifier import Classifier, Model
+from attacks.losses import wrongness
+from attacks.worst_case import DONE
+from base.seeding import torch_generator
+from evaluation.fuse_conv_bn import TOLERANCE
+from evaluation.verdicts import NONE, Verdicts, knows_top5
+
+Autocast = Callable[[], AbstractContextManager]
+"""Makes the context of an attack's forward passes, such as `torch.autocast`."""
+
+# Libraries choose other kernels for odd batch sizes, and these round differently. Where an attack
+# follows the sign of a gradient, rounding can change a verdict. So batches are filled up to at
+# least ROWS images, and to a multiple of MORE_ROWS.
+ROWS = 16
+MORE_ROWS = 8
+
+# See `Attack.confident`. Each is more than the error of the logits that the search sees: of those
+# in low precision nearly always (an image that was believed to be broken too early is attacked once
+# more), of those of fused batch norms always.
+CONFIDENCE_LOW_PRECISION = 0.02
+CONFIDENCE_FUSED = 2 * TOLERANCE
+
+
+def attack_batch(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    *,
+    positions: Tensor,
+    seed: int,
+    autocast: Autocast = nullcontext,
+    fused: Model | None = None,
+) -> tuple[Verdicts, Tensor]:
+    """Return the verdicts on one batch and the worst images found, `(B, C, H, W)`.
+
+    Only images that the model gets right are attacked. Each search finds adversarial images, and
+    `model`, in its own precision, then says which of them count. A search in low precision is
+    followed by one in full precision, for the images that it wrongly believed to be broken.
+
+    Args:
+        model: a module or a function that maps images in `[0, 1]` to logits.
+        images: `(B, C, H, W)` in `[0, 1]`.
+        labels: integers `(B,)`.
+        attack: the attack; untargeted.
+        positions: int64 `(B,)`, on the CPU; an image's random starts depend on its position.
+        seed: the seed of the random starts.
+        autocast: the context of the search's forward passes.
+        fused: a copy of `model` that is searched in its place, whose logits are those of `model` to
+            within `fuse_conv_bn.TOLERANCE`.
+
+    Raises:
+        TypeError: the model does not return a tensor of logits.
+        ValueError: an argument that `Attack.__call__` rejects, or a targeted attack, which has no
+            true labels to give verdicts on.
+    """
+    check_batch(images, labels)
+    if attack.targeted:
+        raise ValueError("verdicts need an untargeted attack")
+    if fused is None:
+        fused = model
+    images = images.detach()
+    labels = labels.detach().long()
+    verify = _PaddedClassifier(model, labels)
+    with (
+        # tensors made in inference mode cannot take part in a gradient
+        torch.inference_mode(False),
+        frozen(model, training=False),
+        frozen(fused, training=False),
+        torch.no_grad(),
+    ):
+        if attack.single_step:
+            worst = _attack_once(attack, verify, images, labels)
+        else:
+            worst = _WorstImages(images, labels, verify(images), attack.rank)
+            remaining = worst.remaining()
+            for search in _searches(attack, verify, fused, labels, autocast):
+                if len(remaining) == 0:
+                    break
+                # Every search begins at the same random starts.
+                generators = [
+                    torch_generator(seed, "attack", int(positions[index]))
+                    for index in remaining.tolist()
+                ]
+                found = search.run(images[remaining], labels[remaining], generators)
+                logits = verify(found)
+                worst.update(remaining, found, logits)
+                # The next search is for the images that this one was wrong about.
+                wrong = search.overestimates(found, logits, labels[remaining])
+                remaining = remaining[wrong]
+    perturbation = attack.threat_model.distance(worst.images, images)
+    return _verdicts(attack, positions, labels, worst, perturbation), worst.images
+
+
+def uses_low_precision(autocast: Autocast, attack: Attack) -> bool:
+    """Return whether the attack searches in a lower precision than that of the verdicts."""
+    # The pass of a single step also gives the clean logits, which have to be in full precision.
+    return not attack.single_step and not isinstance(autocast(), nullcontext)
+
+
+def _searches(
+    attack: Attack,
+    verify: "_PaddedClassifier",
+    fused: Model,
+    labels: Tensor,
+    autocast: Autocast,
+) -> "list[_Search]":
+    """Return the searches of an attack, the cheapest first."""
+    exact = _Search(attack, verify)
+    if uses_low_precision(autocast, attack):
+        classifier = _PaddedClassifier(fused, labels)
+        return [_Search(attack.confident(CONFIDENCE_LOW_PRECISION), classifier, autocast), exact]
+    if fused is not verify.model:
+        return [_Search(attack.confident(CONFIDENCE_FUSED), _PaddedClassifier(fused, labels))]
+    return [exact]
+
+
+def _attack_once(
+    attack: Attack, verify: "_PaddedClassifier", images: Tensor, labels: Tensor
+) -> "_WorstImages":
+    """Run an attack of a single step, whose first pass also gives the clean logits.
+
+    All images are attacked, also those that are misclassified: to know them first would take the
+    forward pass that is saved here.
+    """
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def recorded(inputs: Tensor) -> Tensor:
+        logits = verify(inputs)
+        calls.append((inputs.detach(), logits.detach()))
+        return logits
+
+    found = attack(recorded, images, labels)
+    # An attack of a user's own may evaluate other points first, or none.
+    first_was_clean = len(calls) > 0 and torch.equal(calls[0][0], images)
+    clean = calls[0][1] if first_was_clean else verify(images)
+    worst = _WorstImages(images, labels, clean, attack.rank)
+    remaining = worst.remaining()
+    if len(remaining) > 0:
+        worst.update(remaining, found[remaining], verify(found[remaining]))
+    return worst
+
+
+class _PaddedClassifier:
+    """A model on batches that are filled up with copies of their last image; see `ROWS`."""
+
+    def __init__(self, model: Model, labels: Tensor) -> None:
+        self.model = model
+        self.classifier = Classifier(model, labels)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        n = len(images)
+        missing = 0
+        # a batch without images has no last one
+        if n > 0:
+            missing = max(ROWS - n, -n % MORE_ROWS)
+        if missing > 0:
+            # Detached: the copies must not add to the gradient of the last image.
+            images = torch.cat([images, images[-1:].detach().expand(missing, -1, -1, -1)])
+        return self.classifier(images)[:n]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """An attack on a classifier, in the classifier's own precision or under `autocast`."""
+
+    attack: Attack
+    classifier: _PaddedClassifier
+    autocast: Autocast = nullcontext
+
+    def run(self, images: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        with self.autocast():
+            return self.attack(self.classifier, images, labels, generators=generators)
+
+    def overestimates(self, found: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return for which images the search believes in more than the `logits` of the verdict
+        confirm, bool `(n,)`."""
+        confirmed = wrongness(logits, labels, self.attack.rank)
+        wrong = torch.zeros_like(labels, dtype=torch.bool)
+        unbroken = (confirmed < DONE).nonzero().squeeze(1)
+        # In full precision the search saw the logits of the verdict, to within its confidence.
+        if self.autocast is nullcontext or len(unbroken) == 0:
+            return wrong
+        with self.autocast():
+            believed = self.attack.reached(self.classifier(found[unbroken]), labels[unbroken])
+        wrong[unbroken] = believed > confirmed[unbroken]
+        return wrong
+
+
+class _WorstImages:
+    """The worst image verified so far in place of each image of a batch.
+
+    Attributes:
+        images: `(B, C, H, W)`.
+        clean: the logits of the images themselves, `(B, classes)`.
+        logits: the logits of the worst images, `(B, classes)`.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, clean: Tensor, rank: int) -> None:
+        self.images = images.clone()
+        self.clean = clean
+        self.logits = clean.clone()
+        self._labels = labels
+        self._rank = rank
+        self._wrongness = wrongness(clean, labels, rank)
+
+    def remaining(self) -> Tensor:
+        """Return the positions in the batch of the images that are not broken, int64 `(n,)`."""
+        return (self._wrongness < DONE).nonzero().squeeze(1)
+
+    def update(self, at: Tensor, found: Tensor, logits: Tensor) -> None:
+        """Keep those images `found` for the positions `at` that are no better for the model than
+        what is kept."""
+        reached = wrongness(logits, self._labels[at], self._rank)
+        kept = reached >= self._wrongness[at]
+        self.images[at[kept]] = found[kept]
+        self.logits[at[kept]] = logits[kept]
+        self._wrongness[at[kept]] = reached[kept]
+
+
+def _verdicts(
+    attack: Attack, positions: Tensor, labels: Tensor, worst: _WorstImages, perturbation: Tensor
+) -> Verdicts:
+    clean_top1 = wrongness(worst.clean, labels) == 0
+    stays_first = wrongness(worst.logits, labels) == 0
+    clean_top5 = wrongness(worst.clean, labels, 5) < 2
+    stays_among_five = wrongness(worst.logits, labels, 5) < 2
+    known = knows_top5(attack, worst.clean.shape[1])
+    return Verdicts(
+        position=positions.cpu(),
+        label=labels.cpu(),
+        clean_prediction=_predicted(worst.clean).cpu(),
+        prediction=_predicted(worst.logits).cpu(),
+        clean_top1=clean_top1.cpu(),
+        robust_top1=(clean_top1 & stays_first).cpu(),
+        robust_top5=(clean_top5 & stays_among_five & known).cpu(),
+        perturbation=perturbation.cpu(),
+    )
+
+
+def _predicted(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=1).where(~logits.isnan().any(dim=1), NONE)
