@@ -99,11 +99,9 @@ def die_of(number):
 
 
 def wait_until_idle(patience, log, decoded):
-    """Until the workers have decoded as many images as they have been asked for, and put their
-    notes away."""
-    while len(log.read_bytes()) < decoded or set(patience.decoders[-1].notes.tolist()) != {
-        workers.NOWHERE
-    }:
+    """Wait until the workers have decoded all images that they have been asked for."""
+    current = patience.decoders[-1].current
+    while len(log.read_bytes()) < decoded or set(current.tolist()) != {workers.IDLE}:
         time.sleep(0.01)
 
 
@@ -136,8 +134,9 @@ def test_a_dead_worker_is_named_with_its_image(images, at_bad, action, end):
     at_bad(action)
     message = message_of(images)
     assert re.fullmatch(
-        rf"data_loader\.args\.num_workers: worker [01] \(pid \d+\) {end} at '{images.paths[BAD]}': memory or shared memory may "
-        r"have run out \(try fewer\), or the file crashes the decoder",
+        rf"data_loader\.args\.num_workers: worker [01] \(pid \d+\) {end} at"
+        rf" '{images.paths[BAD]}': memory or shared memory may have run out \(try fewer\),"
+        r" or the file crashes the decoder",
         message,
     )
 
@@ -170,28 +169,24 @@ def test_slow_is_not_hanging(monkeypatch, looks, hangs):
     monkeypatch.setattr(workers, "CHECK_INTERVAL", 0.25)
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.25)
     decoder = workers._Decoder(
-        ["image"] * 7, False, [list(range(7))], torch.zeros(1), torch.tensor([workers.NOWHERE])
+        ["image"] * 7, False, [list(range(7))], torch.zeros(1), torch.tensor([workers.IDLE])
     )
-    alive = SimpleNamespace(
-        is_alive=lambda: True, pid=1, kill=lambda: None, join=lambda seconds: None
-    )
+    process = SimpleNamespace(sentinel=0, pid=1)
+    worker = SimpleNamespace(number=0, pipe=None, process=process)
+    worker.describe = partial(workers._Worker.describe, worker)
+    checks = iter([position for position in range(7) for _ in range(looks)])
 
-    def looked():
-        for position in range(7):
-            for _ in range(looks):
-                decoder.notes[0] = position
-                yield RuntimeError("DataLoader timed out after 0.25 seconds")
+    def wait(*_):
+        position = next(checks, None)
+        if position is None:
+            worker.pipe = SimpleNamespace(recv=lambda: None)
+            return [worker.pipe]
+        decoder.current[0] = position
+        return []
 
-    class Iterator:
-        said = looked()
-
-        def __next__(self):
-            error = next(self.said, None)
-            if error:
-                raise error
-
-    problem = workers._wait(Iterator(), decoder, [alive])
-    assert (problem is not None and "hangs at 'image'" in problem) == hangs
+    monkeypatch.setattr(workers, "wait", wait)
+    error = workers._receive(worker, [worker], decoder)
+    assert (error is not None and "hangs at 'image'" in str(error)) == hangs
 
 
 def test_idle_workers_that_are_suspended_are_named_together(images, log, monkeypatch):
@@ -247,9 +242,10 @@ def test_processes_that_cannot_be_started(images, monkeypatch):
     def refuse(_):
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(workers.DataLoader, "__iter__", refuse)
+    monkeypatch.setattr(workers.Process, "start", refuse)
     assert message_of(images) == (
-        "data_loader.args.num_workers: 2 processes cannot be started ([Errno 11] Resource temporarily unavailable): try fewer"
+        "data_loader.args.num_workers: 2 processes cannot be started"
+        " ([Errno 11] Resource temporarily unavailable): try fewer"
     )
 
 
@@ -257,7 +253,8 @@ def test_a_program_that_crashes_ends_although_its_workers_ignore_sigterm(paths):
     program = f"""if True:
         import torch
         from data_loader.images import FileImages
-        batches = FileImages({paths!r}, (3, 6, 6), False, num_workers=2).batches(torch.arange({N}).split(1))
+        images = FileImages({paths!r}, (3, 6, 6), False, num_workers=2)
+        batches = images.batches(torch.arange({N}).split(1))
         next(batches)
         raise RuntimeError("a mistake in the program")
     """
@@ -277,6 +274,9 @@ def test_no_shared_memory_is_one_line(monkeypatch):
         )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
-    message = r"num_workers: there are no 0.0 MB of shared memory for 2 processes \(unable to resize .*\): try fewer"
+    message = (
+        r"num_workers: cannot get 0.0 MB of shared memory for 2 processes"
+        r" \(unable to resize .*\): try fewer"
+    )
     with pytest.raises(DataError, match=message):
         list(workers.decode_in_processes(["a.png"], (3, 8, 8), False, [[0]], 2))

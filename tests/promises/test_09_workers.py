@@ -82,7 +82,8 @@ def check_dead_and_hanging_workers_are_named(folder, monkeypatch):
                 give_up(patched, position)
             text = refused(images)
         assert re.fullmatch(
-            rf"data_loader\.args\.num_workers: worker [0-2] \(pid \d+\) {end} at '{paths[position]}': .*",
+            rf"data_loader\.args\.num_workers: worker [0-2] \(pid \d+\) {end} at"
+            rf" '{paths[position]}': .*",
             text,
         )
         assert multiprocessing.active_children() == []
@@ -112,8 +113,8 @@ def test_dead_and_hanging_workers_are_named_with_their_image(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda patch: patch.setattr(workers, "_told", lambda *_: "some worker hangs"),
-        lambda patch: patch.setattr(workers, "_wait", lambda iterator, *_: next(iterator)),
+        lambda patch: patch.setattr(workers._Worker, "describe", lambda *_: "some worker hangs"),
+        lambda patch: patch.setattr(workers, "_receive", lambda worker, *_: worker.pipe.recv()),
         lambda patch: (
             patch.setitem(globals(), "give_up", lambda *_: None),
             patch.setitem(globals(), "at_most", briefly),
@@ -137,7 +138,13 @@ def briefly(_):
 def check_a_run_ends_with_its_worker(folder, preparation):
     write_images(folder / "train", {"ant": 100, "bee": 100})
     write_images(folder / "test", {"ant": 2, "bee": 2})
-    program = f"import runpy, data_loader.workers as workers\n{preparation}\nrunpy.run_path('train.py', run_name='__main__')"
+    program = "\n".join(
+        (
+            "import runpy, data_loader.workers as workers",
+            preparation,
+            "runpy.run_path('train.py', run_name='__main__')",
+        )
+    )
     loader = {
         "type": "ImageFolderDataLoader",
         "args.data_dir": folder,
@@ -199,6 +206,6 @@ def test_a_run_ends_with_exit_code_4_when_its_worker_is_killed(tmp_path):
 
 @PROC
 def test_the_check_can_fail_for_runs(tmp_path):
-    broken = "workers.CHECK_INTERVAL = 0; workers._wait = lambda iterator, *_: next(iterator)"
+    broken = "workers._receive = lambda worker, *_: worker.pipe.recv()"
     with pytest.raises(AssertionError):
         check_a_run_ends_with_its_worker(tmp_path, broken)
