@@ -46,7 +46,7 @@ class LabelNoise:
 CLEAN = LabelNoise()
 
 LARGEST_DIFFERENCE = 0.1
-"""By which share of the rate asked for the realised one may differ from it without a warning."""
+"""By which share of the rate asked for the realized one may differ from it without a warning."""
 
 CIFAR10_FLIPS = {
     "truck": "automobile",
@@ -194,13 +194,13 @@ def describe_transitions(matrix: np.ndarray, class_names: Sequence[str]) -> list
     return lines
 
 
-def realised_rate(clean: np.ndarray, noisy: np.ndarray) -> float:
+def realized_rate(clean: np.ndarray, noisy: np.ndarray) -> float:
     """The share of labels that differ, in `[0, 1]`."""
     return float(np.mean(clean != noisy)) if len(clean) else 0.0
 
 
 def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> str | None:
-    """Why the realised rate differs from the one asked for by more than `LARGEST_DIFFERENCE`.
+    """Why the realized rate differs from the one asked for by more than `LARGEST_DIFFERENCE`.
 
     Args:
         noise: what was asked for.

@@ -23,7 +23,7 @@ from data_loader.label_noise import (
     LabelNoise,
     apply_noise,
     explain_rate,
-    realised_rate,
+    realized_rate,
     transition_matrix,
 )
 from data_loader.noise_file import NO_LABEL, read_noise_file
@@ -342,8 +342,8 @@ class TrainingDataLoader(ImageDataLoader):
             "file": self._noise.file if self._noise.kind == "file" else None,
             "key": self._noise.key if self._noise.kind == "file" else None,
             "asked_rate": None if self._noise.kind == "file" else self._noise.percent,
-            "train_rate": realised_rate(clean, noisy),
-            "val_rate": realised_rate(arrays["val_clean_label"], arrays["val_label"])
+            "train_rate": realized_rate(clean, noisy),
+            "val_rate": realized_rate(arrays["val_clean_label"], arrays["val_label"])
             if len(self._val_index)
             else None,
         }
@@ -351,7 +351,7 @@ class TrainingDataLoader(ImageDataLoader):
     def noise_warning(self) -> str | None:
         """See `label_noise.explain_rate`; None without noise."""
         arrays = self._label_arrays
-        rate = realised_rate(arrays["train_clean_label"], arrays["train_label"])
+        rate = realized_rate(arrays["train_clean_label"], arrays["train_label"])
         return explain_rate(self._noise, self.class_names, rate) if self._noise.active else None
 
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""The scores of classes as a table and one line."""
+"""Class scores as text: a table, one line, warnings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,17 @@ HEADS = ("class", "images", "predicted", "precision", "recall", "F1")
 
 
 def class_table(scores: Mapping[str, Any]) -> str:
-    """A line per class, and the most frequent mistakes; `scores` as
-    `evaluation.ClassScores.as_dict()` has them."""
+    """Write a line per class, and the most frequent confusions.
+
+    Args:
+        scores: as `evaluation.ClassScores.as_dict()` returns them.
+    """
     rows = [
         [
             entry["name"],
             str(entry["images"]),
             str(entry["predicted"]),
-            *(_share(entry[key]) for key in ("precision", "recall", "f1")),
+            *(_percent(entry[key]) for key in ("precision", "recall", "f1")),
         ]
         for entry in scores["classes"]
     ]
@@ -30,7 +33,7 @@ def class_table(scores: Mapping[str, Any]) -> str:
 
 
 def class_summary(scores: Mapping[str, Any]) -> str:
-    """The report in one line."""
+    """Write the scores in one line."""
     return (
         f"{len(scores['classes'])} classes, {scores['n']} images: top-1 {scores['top1']:.2%}"
         f"  mean recall {scores['macro_recall']:.2%}  mean F1 {scores['macro_f1']:.2%}"
@@ -38,12 +41,15 @@ def class_summary(scores: Mapping[str, Any]) -> str:
 
 
 def class_warnings(scores: Mapping[str, Any]) -> list[str]:
-    """What speaks against the scores, a line each."""
+    """Return a line for everything that makes the scores doubtful."""
     missing, n = scores["without_answer"], scores["n"]
     if missing == 0:
         return []
     return [f"the logits of {missing} of {n} images are NaN: they count as wrong, in no column"]
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
+def _percent(value: float | None) -> str:
+    # None: a class without images has no recall, and one that is never predicted no precision
+    if value is None:
+        return "-"
+    return f"{value:.2%}"

@@ -17,7 +17,7 @@ from data_loader.label_noise import (
     apply_noise,
     asymmetric_noise,
     describe_transitions,
-    realised_rate,
+    realized_rate,
     symmetric_noise,
     transition_matrix,
 )
@@ -48,7 +48,7 @@ def test_exclusive_noise_changes_exactly_what_is_asked(n, classes, percent, seed
 def test_inclusive_noise_keeps_a_tenth_of_what_it_picks():
     labels = rng(1).integers(0, 10, 100_000)
     noisy = symmetric_noise(labels, 10, 0.4, "inclusive", rng(2))
-    assert realised_rate(labels, noisy) == pytest.approx(0.36, abs=0.005)
+    assert realized_rate(labels, noisy) == pytest.approx(0.36, abs=0.005)
     matrix = transition_matrix(labels, noisy, 10)
     assert matrix.sum(axis=1) == pytest.approx(np.ones(10))
     assert matrix[~np.eye(10, dtype=bool)] == pytest.approx(np.full(90, 0.04), abs=0.01)

@@ -137,10 +137,10 @@ def test_final_values_against_a_key(make_run, tmp_path):
     assert np.allclose(last.get_xydata(), [(0.2, 75), (0.4, 55)])
 
 
-def test_noise_is_drawn_at_the_rate_that_was_realised(make_run, tmp_path):
+def test_noise_is_drawn_at_the_rate_that_was_realized(make_run, tmp_path):
     rates = {(0, 0.5): 0.26, (1, 0.5): 0.24, (0, 0.1): 0.05}
-    for (seed, rate), realised in rates.items():
-        noisy(make_run, seed, rate, [0.5], {"test_top1": 0.3, "noise_rate": realised})
+    for (seed, rate), realized in rates.items():
+        noisy(make_run, seed, rate, [0.5], {"test_top1": 0.3, "noise_rate": realized})
     older = noisy(make_run, 1, 0.1, [0.5], {"test_top1": 0.3})
     clean = np.arange(50) % 3
     changed = np.where(np.arange(50) < 3, (clean + 1) % 3, clean)
@@ -150,7 +150,7 @@ def test_noise_is_drawn_at_the_rate_that_was_realised(make_run, tmp_path):
     axes = against_figure(cells, "trainer.percent", ["test_top1"]).axes[0]
     assert np.allclose(axes.lines[0].get_xdata(), [0, (0.05 + 0.06) / 2, 0.25])
     assert np.allclose(axes.lines[0].get_ydata(), [90, 30, 30])
-    assert axes.get_xlabel() == "realised rate of label noise (asked for by trainer.percent)"
+    assert axes.get_xlabel() == "realized rate of label noise (requested by trainer.percent)"
     for damage in (b"damaged", b"", b"PK\x03\x04", (older / "labels.npz").read_bytes()[:-40]):
         (older / "labels.npz").write_bytes(damage)
         axes = against_figure(cells, "trainer.percent", ["test_top1"]).axes[0]

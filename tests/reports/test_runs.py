@@ -5,7 +5,7 @@ import json
 import pytest
 
 from base.errors import ConfigError
-from reports.runs import find_runs, only_finished, read_run, refuse_unknown
+from reports.runs import find_runs, only_finished, read_run, check_known
 
 VALUES = {"val_top1": [0.5, 0.6]}
 
@@ -112,7 +112,7 @@ def test_an_unknown_name_lists_the_known_ones():
         ConfigError,
         match=r"^--metric val_top: no run logs it; there are: loss, val_top1; did you mean 'val_top1'\?",
     ):
-        refuse_unknown(
+        check_known(
             "--metric", ["loss", "val_top"], ["loss", "val_top1", "loss"], "no run logs it"
         )
 
