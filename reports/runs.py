@@ -1,6 +1,5 @@
 """Run folders as reports see them: found and read."""
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from base.checkpoint.resume import IMPORTS, digests
-from base.config import Config, validate
+from base.config import Config
 from base.config.arguments import OpenSection
-from base.config.files import read_tree
 from base.config.section import Section
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.run_folder.names import CONFIG, EVALUATIONS, LABELS, METRICS, RESULT
-from base.run_folder.study_index import read_places
+from base.run_folder.files import RunFolder
+from base.run_folder.names import CONFIG, METRICS, RESULT
+from base.run_folder.study_index import read_study_index
 
 logger = logging.getLogger(__name__)
 
@@ -108,23 +107,20 @@ class Run:
         if recorded is not None:
             return recorded
         try:
-            noisy, clean = _arrays(self._labels_file, ["train_label", "train_clean_label"])
+            noisy, clean = RunFolder(self.folder).labels(["train_label", "train_clean_label"])
         except ConfigError:
             return None
         return float(np.mean(noisy != clean))
 
-    @property
-    def _labels_file(self) -> Path:
-        return self.folder / LABELS
-
     def labels_of_images(self) -> dict[int, tuple[int, ...]]:
         """Position of an image in the training set -> its true label, and behind it the given one
         where that comes from a noise file; nothing where there is no `labels.npz`."""
-        if not self._labels_file.exists():
+        files = RunFolder(self.folder)
+        if not files.has_labels():
             return {}
         names = ["clean_label", *(["label"] if self.settings.get("trainer.noise_file") else [])]
         columns = [
-            np.concatenate(_arrays(self._labels_file, [f"train_{name}", f"val_{name}"]))
+            np.concatenate(files.labels([f"train_{name}", f"val_{name}"]))
             for name in ("index", *names)
         ]
         return {
@@ -141,8 +137,7 @@ class Run:
             ConfigError: one of them is broken.
         """
         found: dict[str, list[AttackReport]] = {}
-        for file in sorted((self.folder / EVALUATIONS).glob("*.json")):
-            values = _read_object(file)
+        for file, values in RunFolder(self.folder).evaluations().items():
             found.setdefault(re.sub(r"_seed\d+$", "", file.stem), []).append(
                 AttackReport(file, values)
             )
@@ -184,7 +179,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         for folder in _run_folders(path):
             folders.setdefault(folder.resolve(), folder)
     places = {
-        parent: read_places(parent)
+        parent: read_study_index(parent)
         for parent in dict.fromkeys(folder.resolve().parent for folder in folders.values())
     }
     studies, runs = list(places), []
@@ -202,17 +197,15 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: one of its files is broken, or it has logged no epoch.
     """
-    file = folder / CONFIG
-    # its own code is not imported, so names of own parts are not known here
-    settings = resolved_settings(validate(read_tree(file), str(file), check_names=False))
-    log = _read_log(folder / METRICS)
+    files = RunFolder(folder)
+    # the user's own code is not imported, so the names of its parts are not known here
+    settings = resolved_settings(files.config(check_names=False))
+    log = files.metrics()
     if not log:
         raise ConfigError(
             f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet"
         )
-    file = folder / RESULT
-    result = _read_object(file) if file.exists() else None
-    return Run(folder, settings, log, result)
+    return Run(folder, settings, log, files.result())
 
 
 def resolved_settings(config: Config) -> dict[str, Any]:
@@ -280,10 +273,10 @@ def _run_folders(path: Path) -> list[Path]:
         raise ConfigError(
             f"{path}: {'a file, not a run folder' if path.exists() else 'no such folder'}"
         )
-    if _has_logs(path) and (path / CONFIG).is_file():
+    if RunFolder(path).has_metrics() and (path / CONFIG).is_file():
         return [path]
     candidates = sorted(file.parent for file in path.rglob(CONFIG))
-    found = [folder for folder in candidates if _has_logs(folder)]
+    found = [folder for folder in candidates if RunFolder(folder).has_metrics()]
     empty = [folder for folder in candidates if folder not in found]
     if not candidates:
         raise ConfigError(
@@ -296,61 +289,6 @@ def _run_folders(path: Path) -> list[Path]:
     for folder in empty:
         logger.warning("%s: has a config.json, but no epoch in a metrics.jsonl: left out", folder)
     return found
-
-
-def _has_logs(folder: Path) -> bool:
-    file = folder / METRICS
-    return file.is_file() and file.stat().st_size > 0
-
-
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a run log; a last one that is not written to its end yet is left out."""
-    *lines, rest = _text(file).split("\n")
-    log = []
-    for number, line in enumerate([*lines, *([rest] if rest.endswith("}") else [])], start=1):
-        entry = _json(line)
-        if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int):
-            raise ConfigError(
-                f"{file}: line {number}: {line[:60]!r} is no JSON object with an epoch"
-            )
-        log.append(entry)
-    return log
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    result = _json(_text(file))
-    if not isinstance(result, dict):
-        raise ConfigError(f"{file}: no JSON object")
-    return result
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
-
-
-def _json(text: str) -> Any:
-    """What the text stands for; None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """Some arrays of a `labels.npz`.
-
-    Raises:
-        ConfigError: it is broken, or lacks one of them.
-    """
-    try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            return [arrays[name] for name in names]
-    except Exception as error:  # numpy and zip readers raise nearly everything on damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{file}: cannot be read: {reason}") from None
 
 
 def _number(value: Any, name: str, file: Path) -> float:
