@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from base.errors import DataError
+from base.run_folder.locks import lock_descriptor
 from data_loader.decoding import image_size
 from data_loader.folder_scan import KEY, FolderScan, check_link, class_folders
 from data_loader.images import FileImages, Images, MemoryImages
@@ -104,14 +105,13 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabeledIm
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep all other processes that ask for it out of `folder` meanwhile; where files cannot be
-    locked, none."""
+    """Wait until no other process downloads to `folder`, and keep the others waiting."""
     with ExitStack() as stack:
-        with suppress(ImportError, OSError):
-            import fcntl  # not on Windows
-
+        # a folder that cannot be written is reported by the download itself
+        with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context((folder / LOCK).open("w")), fcntl.LOCK_EX)
+            lock = stack.enter_context((folder / LOCK).open("w"))
+            lock_descriptor(lock.fileno(), wait=True)
         yield
 
 

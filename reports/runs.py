@@ -1,6 +1,5 @@
 """Find and read the run folders that reports are made of."""
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,15 +11,14 @@ from typing import Any
 import numpy as np
 
 from base.checkpoint.resume import IMPORTS, digests
-from base.config import Config, validate
+from base.config import Config
 from base.config.arguments import OpenSection
-from base.config.files import read_tree
 from base.config.section import Section
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.run_folder.names import CONFIG, EVALUATIONS, LABELS, METRICS, RESULT
-from base.run_folder.study_index import read_places
-from base.text import first_line
+from base.run_folder.files import RunFolder
+from base.run_folder.names import CONFIG, METRICS, RESULT
+from base.run_folder.study_index import read_study_index
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +107,10 @@ class Run:
             return recorded
         # Runs of older versions have it in `labels.npz` only.
         try:
-            noisy, clean = _arrays(self._labels_file, ["train_label", "train_clean_label"])
+            noisy, clean = RunFolder(self.folder).labels(["train_label", "train_clean_label"])
         except ConfigError:
             return None
         return float(np.mean(noisy != clean))
-
-    @property
-    def _labels_file(self) -> Path:
-        return self.folder / LABELS
 
     def labels_of_images(self) -> dict[int, tuple[int, ...]]:
         """Return position of an image in the training set -> its labels.
@@ -124,14 +118,15 @@ class Run:
         These are the clean label, and the noisy one if it comes from a noise file. Empty without a
         `labels.npz`.
         """
-        if not self._labels_file.exists():
+        files = RunFolder(self.folder)
+        if not files.has_labels():
             return {}
         names = ["clean_label"]
         # drawn noise depends on the seed, so only labels from a file can be compared between runs
         if self.settings.get("trainer.noise_file"):
             names.append("label")
         columns = [
-            np.concatenate(_arrays(self._labels_file, [f"train_{name}", f"val_{name}"]))
+            np.concatenate(files.labels([f"train_{name}", f"val_{name}"]))
             for name in ("index", *names)
         ]
         return {
@@ -148,9 +143,9 @@ class Run:
             ConfigError: a report is broken.
         """
         found: dict[str, list[AttackReport]] = {}
-        for file in sorted((self.folder / EVALUATIONS).glob("*.json")):
+        for file, values in RunFolder(self.folder).evaluations().items():
             kind = re.sub(r"_seed\d+$", "", file.stem)
-            found.setdefault(kind, []).append(AttackReport(file, _read_object(file)))
+            found.setdefault(kind, []).append(AttackReport(file, values))
         return found
 
 
@@ -191,7 +186,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         for folder in _run_folders(path):
             folders.setdefault(folder.resolve(), folder)
     places = {
-        parent: read_places(parent)
+        parent: read_study_index(parent)
         for parent in dict.fromkeys(folder.resolve().parent for folder in folders.values())
     }
     studies = list(places)
@@ -215,18 +210,15 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: one of its files is broken, or it has logged no epoch.
     """
-    file = folder / CONFIG
+    files = RunFolder(folder)
     # A report runs no code of a user, so it does not know the names that such code would register.
-    settings = resolved_settings(validate(read_tree(file), str(file), check_names=False))
-    log = _read_log(folder / METRICS)
+    settings = resolved_settings(files.config(check_names=False))
+    log = files.metrics()
     if not log:
         raise ConfigError(
             f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet"
         )
-    result = None
-    if (folder / RESULT).exists():
-        result = _read_object(folder / RESULT)
-    return Run(folder, settings, log, result)
+    return Run(folder, settings, log, files.result())
 
 
 def resolved_settings(config: Config) -> dict[str, Any]:
@@ -303,10 +295,10 @@ def _run_folders(path: Path) -> list[Path]:
         raise ConfigError(f"{path}: no such folder")
     if not path.is_dir():
         raise ConfigError(f"{path}: a file, not a run folder")
-    if _has_logs(path) and (path / CONFIG).is_file():
+    if RunFolder(path).has_metrics() and (path / CONFIG).is_file():
         return [path]
     candidates = sorted(file.parent for file in path.rglob(CONFIG))
-    found = [folder for folder in candidates if _has_logs(folder)]
+    found = [folder for folder in candidates if RunFolder(folder).has_metrics()]
     empty = [folder for folder in candidates if folder not in found]
     if not candidates:
         raise ConfigError(
@@ -320,65 +312,6 @@ def _run_folders(path: Path) -> list[Path]:
     for folder in empty:
         logger.warning("%s: has a config.json, but no epoch in a metrics.jsonl: left out", folder)
     return found
-
-
-def _has_logs(folder: Path) -> bool:
-    file = folder / METRICS
-    return file.is_file() and file.stat().st_size > 0
-
-
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run log."""
-    *lines, rest = _text(file).split("\n")
-    # A run in progress may be in the middle of its last line.
-    if rest.endswith("}"):
-        lines.append(rest)
-    log = []
-    for number, line in enumerate(lines, start=1):
-        entry = _json(line)
-        if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int):
-            raise ConfigError(
-                f"{file}: line {number}: {line[:60]!r} is not a JSON object with an epoch"
-            )
-        log.append(entry)
-    return log
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    result = _json(_text(file))
-    if not isinstance(result, dict):
-        raise ConfigError(f"{file}: not a JSON object")
-    return result
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
-
-
-def _json(text: str) -> Any:
-    """Parse JSON; None if the text is not JSON."""
-    try:
-        return json.loads(text)
-    # deeply nested lists exhaust the parser's stack
-    except (ValueError, RecursionError):
-        return None
-
-
-def _arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """Read some arrays of a `labels.npz`.
-
-    Raises:
-        ConfigError: the file is broken or lacks one of them.
-    """
-    try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            return [arrays[name] for name in names]
-    # numpy's and zipfile's readers raise nearly every exception on damaged files
-    except Exception as error:
-        raise ConfigError(f"{file}: cannot be read: {first_line(error)}") from None
 
 
 def _number(value: Any, name: str, file: Path) -> float:

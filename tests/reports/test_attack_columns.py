@@ -106,5 +106,5 @@ def test_other_attacks_do_not_share_a_column(methods, tmp_path, caplog):
 
 def test_a_broken_report_is_named(methods, tmp_path):
     (tmp_path / "conv8" / "eval" / "pgd_best.json").write_text("[1")
-    with pytest.raises(ConfigError, match=r"conv8/eval/pgd_best.json: not a JSON object$"):
+    with pytest.raises(ConfigError, match=r"conv8/eval/pgd_best.json: is not a JSON object$"):
         attack_columns(methods(), ["fgsm"])

@@ -10,7 +10,7 @@ import pytest
 
 from base.config.files import merge
 from base.errors import ConfigError
-from base.run_folder.study_index import Place, write_places
+from base.run_folder.study_index import StudyEntry, write_study_index
 from reports.groups import MAY_DIFFER, group_runs
 from reports.runs import find_runs
 
@@ -135,11 +135,11 @@ def test_runs_of_a_study_are_grouped_by_its_labels_in_its_order(make_run, tmp_pa
     for name, norm in (("a", "gn"), ("b", "bn")):
         make_run(name, {"loss": [1.0]}, arch={"args": {"norm_layer_type": norm}})
     places = {
-        "a": Place("second", 1, {"norm": "GroupNorm"}),
-        "b": Place("first", 0, {"norm": "BatchNorm"}),
+        "a": StudyEntry("second", 1, {"norm": "GroupNorm"}),
+        "b": StudyEntry("first", 0, {"norm": "BatchNorm"}),
     }
-    write_places(tmp_path, {"a": places["a"]})
-    write_places(tmp_path, {"b": places["b"]})
+    write_study_index(tmp_path, {"a": places["a"]})
+    write_study_index(tmp_path, {"b": places["b"]})
     runs = find_runs([tmp_path / "a", tmp_path])
     assert [group.name for group in group_runs(runs, ["variant"])] == ["first", "second"]
     assert [group.name for group in group_runs(runs, ["norm", "seed"])] == [

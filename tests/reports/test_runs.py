@@ -79,9 +79,9 @@ def broken(make_run, tmp_path):
         "nothing": "nothing: no run folder (one with config.json and metrics.jsonl) here or below",
         "no logs": "no logs: a run folder without logs: it has a config.json, but no epoch in a metrics.jsonl",
         "no epoch": "no epoch: a run folder without logs: its metrics.jsonl holds no epoch yet",
-        "line": "metrics.jsonl: line 2: '{\"epoch\": ' is no JSON object with an epoch",
-        "list": "metrics.jsonl: line 2: '{\"val_top1\": 0.5}' is no JSON object with an epoch",
-        "result": "result.json: no JSON object",
+        "line": "metrics.jsonl: line 2: '{\"epoch\": ' is not a JSON object with an epoch",
+        "list": "metrics.jsonl: line 2: '{\"val_top1\": 0.5}' is not a JSON object with an epoch",
+        "result": "result.json: is not a JSON object",
         "config": "config.json: data_loader: required, but not given",
     }
 
