@@ -182,7 +182,7 @@ def test_a_link_in_a_circle_leads_nowhere(folder):
     circle = folder / "train" / "bee" / "zzz.jpg"
     circle.symlink_to("zzz.jpg")
     train, _ = read_image_folder(folder, None)
-    with pytest.raises(DataError, match=r"is a link to 'zzz\.jpg', which leads nowhere"):
+    with pytest.raises(DataError, match=r"is a broken link to 'zzz\.jpg'"):
         everything(train.images)
 
 
@@ -197,7 +197,10 @@ def test_images_of_another_size_are_named(folder, workers):
     Image.new("RGB", (9, 8)).save(folder / "test" / "bee" / "000.jpg")
     train, test = read_image_folder(folder, None, num_workers=workers)
     assert len(everything(train.images)) == 8
-    message = r"bee/000\.jpg: is 9x8 pixels, the first training image is 8x8: set data_loader\.args\.image_size"
+    message = (
+        r"bee/000\.jpg: is 9x8 pixels, the first training image is 8x8:"
+        r" set data_loader\.args\.image_size"
+    )
     with pytest.raises(DataError, match=message):
         everything(test.images)
     _, test = read_image_folder(folder, 8, num_workers=workers)

@@ -12,8 +12,8 @@ from data_loader.decoding import decode_image
 
 WIDTH, HEIGHT = 5, 3
 MODES = (
-    "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F",
-    "I;16", "I;16L", "I;16B", "I;16N",
+    "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV",
+    "I", "F", "I;16", "I;16L", "I;16B", "I;16N",
 )  # fmt: skip
 SUFFIXES = ("png", "tif", "pgm")
 PIXELS = {

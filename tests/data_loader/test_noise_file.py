@@ -107,7 +107,10 @@ def test_classes_numbered_otherwise_are_refused(tmp_path, classes):
     """Folders called 0 to K - 1 sort as words; their labels are the numbers."""
     number = np.array(sorted(map(str, range(classes)))).astype(int)
     clean = np.random.default_rng(4).integers(0, classes, 3000)
-    message = r"labels are the data set's own, but 7\d\.\d% would be if they stood for other classes \(2 for class "
+    message = (
+        r"labels are the data set's own, but 7\d\.\d% would be"
+        r" if they stood for other classes \(2 for class "
+    )
     with pytest.raises(DataError, match=message):
         judged(tmp_path, flipped(number[clean], classes, 0.25), clean, classes)
 

@@ -301,7 +301,7 @@ def broken(name, method):
         ),
         ("labels", torch.arange(1438), r"labels: 10 is not in \[0, 10\)"),
         ("labels", torch.rand(1438), r"labels: float32 of the shape \(1438,\); expected integers"),
-        ("labels", torch.zeros(0), r"labels: there are none"),
+        ("labels", torch.zeros(0), r"labels: empty"),
         ("default_mean", [0.5], r"Broken\.default_mean: 1 values, but the images have 3 channels$"),
         ("default_std", 0.5, r"Broken\.default_std: 0\.5, but the images have 3 channels$"),
         ("class_names", 10, r"class_names: 10; expected a list of names"),

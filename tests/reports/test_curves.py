@@ -89,8 +89,8 @@ def test_a_line_ends_where_not_all_seeds_go_on(make_run, tmp_path, caplog):
     axes = curves_figure(group_runs(find_runs([tmp_path]), []), ["val_top1"]).axes[0]
     assert np.allclose(axes.lines[0].get_xydata(), [(1, 50), (2, 70)])
     assert (
-        f"made: val_top1 is drawn for 2 of 3 epochs, those that {tmp_path / 'b'} measured, too"
-        in caplog.text
+        f"made: val_top1 is drawn for 2 of 3 epochs,"
+        f" because {tmp_path / 'b'} did not measure the others" in caplog.text
     )
 
 
@@ -175,7 +175,7 @@ def test_axis_of_epsilon_has_its_unit_and_other_differences_are_named(make_run, 
     )
     assert words(figure)[0] == ["all runs  (n = 1)"]
     assert [record.getMessage() for record in caplog.records] == [
-        "all runs: trainer.epochs differs along the line, too: 10 and 20"
+        "all runs: trainer.epochs also differs along the line: 10 and 20"
     ]
     make_run("l2", {"val_top1": [0.5]}, {"x": 1}, adversarial={"epsilon": 0.5, "norm": "l2"})
     with pytest.raises(
@@ -224,8 +224,9 @@ def test_every_format_and_names_of_all_kinds(make_run, tmp_path, suffix):
 
 def test_errors(norms, tmp_path):
     messages = {
-        "val_topp1": r"^--metric val_topp1: no run logs it; there are: val_top1, loss, val_robust_top1; did you mean",
-        "test_top1": "measured once, after training: it goes into a --table or --against a key$",
+        "val_topp1": r"^--metric val_topp1: no run logs it;"
+        r" there are: val_top1, loss, val_robust_top1; did you mean",
+        "test_top1": "measured once, after training: use --table or --against$",
     }
     for metric, message in messages.items():
         with pytest.raises(ConfigError, match=message):
@@ -236,7 +237,8 @@ def test_errors(norms, tmp_path):
         against_figure(norms, "arch.args.norm_layer_type", ["val_top1"])
     with pytest.raises(
         ConfigError,
-        match=r"^--metric test_top5: no run measured it; there are: val_top1, loss, val_robust_top1, test_top1",
+        match=r"^--metric test_top5: no run measured it;"
+        r" there are: val_top1, loss, val_robust_top1, test_top1",
     ):
         against_figure(norms, "arch.args.norm_layer_type", ["test_top5"])
     with pytest.raises(

@@ -20,9 +20,16 @@ from reports.spectrum_table import spectrum_table
 HOSTILE = "a\x00\x1b[2J\n\u202eb\udcff"
 SHOWN = r"a\x00\x1b[2J\n\u202eb\udcff"
 LAYER = {
-    "name": HOSTILE, "input_shape": (1, 2, 2), "norm": 1.0, "residual": 0.0, "converged": True, "mean_square": 1.0,
-    "orthogonality_error": 0.1, "spread": 0.1, "batch_norm_scale": None,
-}  # fmt: skip
+    "name": HOSTILE,
+    "input_shape": (1, 2, 2),
+    "norm": 1.0,
+    "residual": 0.0,
+    "converged": True,
+    "mean_square": 1.0,
+    "orthogonality_error": 0.1,
+    "spread": 0.1,
+    "batch_norm_scale": None,
+}
 
 
 def texts(path):

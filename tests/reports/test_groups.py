@@ -16,20 +16,40 @@ from reports.runs import find_runs
 
 VALUES = {"val_top1": [0.5]}
 OTHER_VALUES = {
-    "seed": 7, "name": "other", "exper_name": "other", "comet": {"project": "other"}, "trainer.save_dir": "else/",
-    "trainer.label_dir": "else", "trainer.verbosity": 0, "trainer.save_period": 5, "trainer.keep_checkpoints": 0,
-    "trainer.tensorboard": True, "data_loader.args.num_workers": 2, "data_loader.args.pin_memory": True,
-    "system.num_threads": 1, "system.device": "cpu", "system.compile": True, "system.channels_last": True,
-    "system.deterministic": True, "data_loader.args.data_dir": "else",
-    "arch.args.num_classes": 10, "arch.args.in_channels": 3,
-}  # fmt: skip
+    "seed": 7,
+    "name": "other",
+    "exper_name": "other",
+    "comet": {"project": "other"},
+    "trainer.save_dir": "else/",
+    "trainer.label_dir": "else",
+    "trainer.verbosity": 0,
+    "trainer.save_period": 5,
+    "trainer.keep_checkpoints": 0,
+    "trainer.tensorboard": True,
+    "data_loader.args.num_workers": 2,
+    "data_loader.args.pin_memory": True,
+    "system.num_threads": 1,
+    "system.device": "cpu",
+    "system.compile": True,
+    "system.channels_last": True,
+    "system.deterministic": True,
+    "data_loader.args.data_dir": "else",
+    "arch.args.num_classes": 10,
+    "arch.args.in_channels": 3,
+}
 """A value other than the default of each key that does not matter."""
 MATTERS = {
-    "trainer.epochs": (10, "200"), "optimizer.args.lr": (0.5, "0.1"), "optimizer.args.nesterov": (True, "null"),
-    "arch.args.norm_layer_type": ("gn", "bn"), "system.precision": ("bf16", "fp32"), "trainer.subset_percent": (0.5, "1"),
-    "data_loader.args.num_batches": (3, "0"), "adversarial.method": ("pgd", "none"), "pgd_attack.K": (20, "10"),
+    "trainer.epochs": (10, "200"),
+    "optimizer.args.lr": (0.5, "0.1"),
+    "optimizer.args.nesterov": (True, "null"),
+    "arch.args.norm_layer_type": ("gn", "bn"),
+    "system.precision": ("bf16", "fp32"),
+    "trainer.subset_percent": (0.5, "1"),
+    "data_loader.args.num_batches": (3, "0"),
+    "adversarial.method": ("pgd", "none"),
+    "pgd_attack.K": (20, "10"),
     "data_loader.args.mean": ([0.5, 0.5, 0.25], "null"),
-}  # fmt: skip
+}
 """Another value of some keys that do, and the default as it is shown."""
 
 
@@ -115,8 +135,8 @@ def test_errors(make_run, tmp_path):
             "norm_layer_type",
         ): r"no such key in the runs' configs; did you mean 'arch.args.norm_layer_type'\?$",
         ("arch.args.type",): (
-            "did you mean 'arch.type' or 'data_loader.type' or 'optimizer.type' or 'lr_scheduler.type' or"
-            " 'pgd_attack.type'"
+            "did you mean 'arch.type' or 'data_loader.type' or 'optimizer.type'"
+            " or 'lr_scheduler.type' or 'pgd_attack.type'"
         ),
         ("trainer.procent",): r"^--group-by trainer.procent: .*did you mean 'trainer.percent'\?$",
     }
@@ -191,7 +211,7 @@ def test_a_study_whose_data_moved_is_averaged_with_one_warning(make_run, tmp_pat
     assert [run.seed for run in group.runs] == [0, 1], "symmetric noise of two seeds differs"
     assert caplog.text.count("data_loader.args.data_dir: a in ") == 1
     assert "b in " in caplog.text
-    assert "taken for one data set that has moved" in caplog.text
+    assert "taken for one data set that was moved" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -210,7 +230,7 @@ def test_other_labels_in_another_place_are_not_averaged(make_run, tmp_path, key,
         ]
     with pytest.raises(
         ConfigError,
-        match=rf"^{key}: a.* in .*a, but b.* in .*b: not the same labels in the two places",
+        match=rf"^{key}: a.* in .*a, but b.* in .*b: the labels in these two places differ",
     ):
         group_runs(runs, [])
 
@@ -225,7 +245,7 @@ def test_runs_with_and_without_a_noise_file_are_not_averaged(make_run, tmp_path)
 def test_other_test_images_in_another_place_are_not_averaged(make_run, tmp_path):
     runs = moved(make_run, tmp_path, ([0, 1, 2, 0, 1], None))
     runs[1] = replace(runs[1], result={**runs[1].result, "n_test": 5})
-    with pytest.raises(ConfigError, match="not the same labels in the two places"):
+    with pytest.raises(ConfigError, match="the labels in these two places differ"):
         group_runs(runs, [])
 
 
@@ -234,7 +254,7 @@ def test_a_copy_of_a_run_is_counted_once(make_run, tmp_path, caplog):
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     (group,) = group_runs(find_runs([tmp_path]), [])
     assert [run.folder.name for run in group.runs] == ["a"]
-    assert "copy: has the numbers of the run in " in caplog.text
+    assert "copy: has the same numbers as the run in " in caplog.text
     for result, fails in (
         ({"test_top1": 0.5, "train_seconds": 9.0}, False),
         ({"test_top1": 0.6}, True),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from base.errors import ConfigError
-from reports.runs import find_runs, only_finished, read_run, check_known
+from reports.runs import check_known, find_runs, only_finished, read_run
 
 VALUES = {"val_top1": [0.5, 0.6]}
 
@@ -77,7 +77,8 @@ def broken(make_run, tmp_path):
         "absent": "absent: no such folder",
         "file": "file: a file, not a run folder",
         "nothing": "nothing: no run folder (one with config.json and metrics.jsonl) here or below",
-        "no logs": "no logs: a run folder without logs: it has a config.json, but no epoch in a metrics.jsonl",
+        "no logs": "no logs: a run folder without logs:"
+        " it has a config.json, but no epoch in a metrics.jsonl",
         "no epoch": "no epoch: a run folder without logs: its metrics.jsonl holds no epoch yet",
         "line": "metrics.jsonl: line 2: '{\"epoch\": ' is not a JSON object with an epoch",
         "list": "metrics.jsonl: line 2: '{\"val_top1\": 0.5}' is not a JSON object with an epoch",
@@ -102,7 +103,7 @@ def test_every_broken_folder_is_one_line(make_run, tmp_path):
 
 def test_results_of_no_finished_run_are_refused(make_run):
     with pytest.raises(
-        ConfigError, match=r"a: not finished: no result.json, nor in any other of the 1 runs"
+        ConfigError, match=r"a: not finished: it has no result.json, and none of the 1 runs has one"
     ):
         only_finished([read_run(make_run("a", VALUES))])
 
@@ -110,11 +111,10 @@ def test_results_of_no_finished_run_are_refused(make_run):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
         ConfigError,
-        match=r"^--metric val_top: no run logs it; there are: loss, val_top1; did you mean 'val_top1'\?",
+        match=r"^--metric val_top: no run logs it; there are: loss, val_top1;"
+        r" did you mean 'val_top1'\?",
     ):
-        check_known(
-            "--metric", ["loss", "val_top"], ["loss", "val_top1", "loss"], "no run logs it"
-        )
+        check_known("--metric", ["loss", "val_top"], ["loss", "val_top1", "loss"], "no run logs it")
 
 
 def test_a_real_run_is_read(tmp_path):

@@ -103,6 +103,7 @@ def test_the_table_and_its_last_line():
         "log10_product_with_batch_norms": None,
     }
     assert spectrum_summary(values) == (
-        "3 layers: spectral norm 0.5 to 4, median 2; orthogonality error, median 0.25, up to a scale 0;"
+        "3 layers: spectral norm 0.5 to 4, median 2;"
+        " orthogonality error, median 0.25, up to a scale 0;"
         " product of spectral norms 10^0.60, with batch norms 0; 1 norms not to the tolerance"
     )

@@ -251,7 +251,8 @@ def test_latex_escapes_what_latex_would_not_print(make_run, tmp_path):
         r"\toprule",
         r"runs & n & test\_top1 (\%) \\",
         r"\midrule",
-        r"50\%\_of \$x\textasciicircum{}2\$ \#1 \& \{b\} \textasciitilde{} \textbackslash{} & 1 & 50.00 \\",
+        r"50\%\_of \$x\textasciicircum{}2\$ \#1 \& \{b\} \textasciitilde{} \textbackslash{}"
+        r" & 1 & 50.00 \\",
         r"{[}c] & 1 & 25.00 \\",
         r"\bottomrule",
         r"\end{tabular}",
@@ -297,8 +298,11 @@ def test_rows_of_other_rates_are_neither_tested_nor_beaten(make_run, tmp_path):
         group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]), baseline="bn", by_last_key=True
     )
     assert [(row.name.partition("=")[2], row.cells[0].p is None) for row in table.rows] == [
-        ("bn, percent=0.2", True), ("bn, percent=0.4", True), ("gn, percent=0.2", False), ("gn, percent=0.4", False),
-    ]  # fmt: skip
+        ("bn, percent=0.2", True),
+        ("bn, percent=0.4", True),
+        ("gn, percent=0.2", False),
+        ("gn, percent=0.4", False),
+    ]
     paired = compare(
         group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]),
         baseline="bn",
@@ -332,7 +336,8 @@ def test_markdown_keeps_names_and_says_where_seeds_are_missing(make_run, tmp_pat
 def test_errors(norms, tmp_path):
     with pytest.raises(
         ConfigError,
-        match=r"^--result test_top5: no result.json has it; there are: test_top1, last_test_top1, test_loss",
+        match=r"^--result test_top5: no result.json has it;"
+        r" there are: test_top1, last_test_top1, test_loss",
     ):
         compare(norms, ["test_top5"])
     with pytest.raises(
