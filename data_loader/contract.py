@@ -1,8 +1,8 @@
 """Checks of the contract that `base.base_data_loader` describes: images, pixel range, labels.
 
-In the path read -> split -> subset -> noise -> batch -> augment, these run on whatever was read:
-on the parts of a data set (`training_data_loader`), on images of a user's own loader (`images`),
-and on the first batch (`own_images`).
+In the path read -> split -> subset -> noise -> batch -> augment, these checks follow the reading:
+of the parts of a data set (`training_data_loader`), of images of a user's own loader (`images`),
+and of the first batch (`own_images`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -52,17 +52,17 @@ def check_images(images: Tensor, expected: Mapping[int, int], where: str) -> Non
     """
     if not isinstance(images, Tensor):
         kind = type(images).__name__
-        raise DataError(f"{where} gives a {kind}; expected a tensor (B, C, H, W)")
+        raise DataError(f"{where} returns a value of type {kind}; expected a tensor (B, C, H, W)")
     wanted = tuple(expected.get(place, name) for place, name in enumerate("BCHW"))
     if images.ndim != 4 or any(images.shape[place] != size for place, size in expected.items()):
         shape = ", ".join(map(str, wanted))
-        raise DataError(f"{where} gives the shape {tuple(images.shape)}; expected ({shape})")
+        raise DataError(f"{where} returns the shape {tuple(images.shape)}; expected ({shape})")
     if images.dtype not in (torch.uint8, torch.float32):
         kind = str(images.dtype).removeprefix("torch.")
-        raise DataError(f"{where} gives {kind}; expected float32 in [0, 1], or uint8")
+        raise DataError(f"{where} returns {kind}; expected float32 in [0, 1], or uint8")
     if images.requires_grad:
         # Their graph would keep every batch in memory.
-        raise DataError(f"{where} gives images that require a gradient; expected data, .detach()")
+        raise DataError(f"{where} returns images that require a gradient; expected data, .detach()")
 
 
 def check_range(images: Tensor, where: str) -> None:
@@ -77,7 +77,7 @@ def check_range(images: Tensor, where: str) -> None:
     # Comparisons with NaN are false, so this refuses NaN, too.
     if not (smallest >= 0 and largest <= 1):
         raise DataError(
-            f"{where} gives pixels from {smallest:.4g} to {largest:.4g}; expected [0, 1]: models"
+            f"{where} returns pixels from {smallest:.4g} to {largest:.4g}; expected [0, 1]: models"
             " normalize inside, by data_loader.args.mean and std"
         )
 

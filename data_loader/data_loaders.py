@@ -58,14 +58,14 @@ class ImageFolderDataLoader(TrainingDataLoader):
     them once before training.
 
     Args:
-        image_size: side that every image is resized and cropped to; None if all images have one
-            size.
+        image_size: side that every image is resized and cropped to; None if all images have the
+            same size.
         in_memory: True decodes every image once and keeps the pixels; False decodes each batch when
-            it is needed; None keeps the training and validation images up to 2 GiB, and the test
-            images, too, if all of them fit. Batches are the same either way.
-        test_split: part of every class that is the test set where the folder holds nothing but
-            classes; None for 0.2.
-        channels: 3 decodes every image as RGB, whatever is in the file; 1 as gray.
+            it is needed; None keeps training and validation images of up to 2 GiB, and also the
+            test images if all of them together fit. Batches are the same either way.
+        test_split: fraction of every class for the test set, if the folder holds only class
+            folders; None for 0.2.
+        channels: 3 decodes every image as RGB, 1 as gray.
     """
 
     def __init__(

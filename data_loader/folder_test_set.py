@@ -42,7 +42,7 @@ def read_test_images(folder: str | Path, size: int | None = None) -> LabeledImag
         size: side that every image is resized and cropped to; None if all have the same size.
 
     Raises:
-        DataError: there are no such images.
+        DataError: no layout exists, or the images cannot be read.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():

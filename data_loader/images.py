@@ -134,7 +134,7 @@ class LoadedImages:
         first, again = self.batches([batch, batch])
         if not torch.equal(first, again):
             raise DataError(
-                f"{self._where} gives different images for the same positions: augmentation"
+                f"{self._where} returns different images for the same positions: augmentation"
                 " belongs in the config, or in the loader's `augmented`"
             )
 

@@ -175,7 +175,7 @@ def _labeled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) -
     if last < 0:
         raise DataError(f"{where}: labels: empty")
     if names is not None and len(names) != last + 1:
-        raise DataError(f"{where}.sample_names gives {len(names)} names for {last + 1} labels")
+        raise DataError(f"{where}.sample_names returns {len(names)} names for {last + 1} labels")
     # the first and the last image find a wrong shape and labels that outnumber the images
     with loader_errors(f"{where}.images_at, asked for positions 0 and {last}"):
         first_and_last = loader.images_at(torch.tensor([0, last]))
@@ -207,7 +207,7 @@ def _check_left(name: str, loader: BaseDataLoader, left: Mapping[str, Any]) -> N
         done = defaults[key].default
         if key == "batch_size":
             done = loader.batch_size
-        # The device is no request: training moves batches to its own.
+        # Training moves batches to its own device.
         if value == done or key == "device":
             continue
         if isinstance(value, LabelNoise) and not value.active:

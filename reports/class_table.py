@@ -1,10 +1,31 @@
 """Class scores as text: a table, one line, warnings."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from base.text import one_line
 from reports.text_table import text_table
+
+
+class ClassRow(TypedDict):
+    """The scores of one class; None if it has no images, or was never predicted."""
+
+    name: str
+    images: int
+    predicted: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
+class Confusion(TypedDict):
+    """How often images of one class were predicted as another."""
+
+    label: str
+    predicted: str
+    images: int
+    share: float
+
 
 HEADS = ("class", "images", "predicted", "precision", "recall", "F1")
 
@@ -15,19 +36,23 @@ def class_table(scores: Mapping[str, Any]) -> str:
     Args:
         scores: as `evaluation.ClassScores.as_dict()` returns them.
     """
+    classes: list[ClassRow] = scores["classes"]
+    confused: list[Confusion] = scores["confused"]
     rows = [
         [
-            entry["name"],
-            str(entry["images"]),
-            str(entry["predicted"]),
-            *(_percent(entry[key]) for key in ("precision", "recall", "f1")),
+            row["name"],
+            str(row["images"]),
+            str(row["predicted"]),
+            _percent(row["precision"]),
+            _percent(row["recall"]),
+            _percent(row["f1"]),
         ]
-        for entry in scores["classes"]
+        for row in classes
     ]
     mistakes = [
-        f"{one_line(entry['label'])} taken for {one_line(entry['predicted'])}:"
-        f" {entry['images']} images, {entry['share']:.1%} of the class"
-        for entry in scores["confused"]
+        f"{one_line(pair['label'])} taken for {one_line(pair['predicted'])}:"
+        f" {pair['images']} images, {pair['share']:.1%} of the class"
+        for pair in confused
     ]
     return "\n".join([text_table(HEADS, rows), *mistakes])
 

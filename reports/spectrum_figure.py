@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from base.output import save_figure
 from base.text import one_line
+from reports.spectrum_table import LayerRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,12 +23,12 @@ BLUE = "#0b4f8a"
 ORANGE = "#d55e00"
 
 
-def draw_spectrum(path: str | Path, layers: Sequence[Mapping[str, Any]], title: str) -> None:
+def draw_spectrum(path: str | Path, layers: Sequence[LayerRow], title: str) -> None:
     """Write `spectrum_figure` to a file in the format of its suffix, and make missing folders."""
     save_figure(spectrum_figure(layers, title), path)
 
 
-def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+def spectrum_figure(layers: Sequence[LayerRow], title: str) -> "Figure":
     """Draw two panels that share their axis of layers.
 
     The upper one shows spectral norms, alone and times the scale of the batch norm that follows, on
@@ -38,9 +39,7 @@ def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure"
     belong to. All other layers are filled marks.
 
     Args:
-        layers: in depth order, at least one. The keys of each are `name`, `norm`,
-            `batch_norm_scale` (None without a batch norm), `orthogonality_error` and `spread`; see
-            `evaluation.spectral_norm.Spectrum`.
+        layers: in depth order, at least one.
         title: printed above.
     """
     # Matplotlib takes a second to import, and most commands draw nothing.
@@ -81,7 +80,7 @@ def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure"
 
 def _series(
     axes: "Axes",
-    layers: Sequence[Mapping[str, Any]],
+    layers: Sequence[LayerRow],
     values: Mapping[int, float],
     color: str,
     marker: str,

@@ -2,14 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 from reports.text_table import text_table
+
+
+class LayerRow(TypedDict):
+    """The spectrum of one layer; see `evaluation.spectral_norm.Spectrum`."""
+
+    name: str
+    input_shape: Sequence[int]
+    norm: float
+    residual: float
+    converged: bool
+    mean_square: float
+    orthogonality_error: float
+    spread: float
+    batch_norm_scale: float | None
+
 
 HEADS = ("layer", "input", "norm", "residual", "mean s^2", "error", "spread", "batch norm")
 
 
-def spectrum_table(layers: Sequence[Mapping[str, Any]]) -> str:
+def spectrum_table(layers: Sequence[LayerRow]) -> str:
     """Write a line per layer, in depth order.
 
     A `!` behind a residual says that the power iteration stopped before it reached its tolerance.
@@ -22,7 +37,7 @@ def spectrum_table(layers: Sequence[Mapping[str, Any]]) -> str:
 
 def spectrum_summary(values: Mapping[str, Any]) -> str:
     """Write the spectra in one line."""
-    layers = values["layers"]
+    layers: list[LayerRow] = values["layers"]
     norms = [layer["norm"] for layer in layers]
     errors = [layer["orthogonality_error"] for layer in layers]
     spreads = [layer["spread"] for layer in layers]
@@ -39,7 +54,7 @@ def spectrum_summary(values: Mapping[str, Any]) -> str:
     return summary
 
 
-def _row(layer: Mapping[str, Any]) -> list[str]:
+def _row(layer: LayerRow) -> list[str]:
     residual = f"{layer['residual']:.0e}"
     if not layer["converged"]:
         residual += " !"
@@ -48,10 +63,10 @@ def _row(layer: Mapping[str, Any]) -> list[str]:
         "x".join(map(str, layer["input_shape"])),
         _number(layer["norm"]),
         residual,
-        *(
-            _number(layer[key])
-            for key in ("mean_square", "orthogonality_error", "spread", "batch_norm_scale")
-        ),
+        _number(layer["mean_square"]),
+        _number(layer["orthogonality_error"]),
+        _number(layer["spread"]),
+        _number(layer["batch_norm_scale"]),
     ]
 
 

@@ -107,7 +107,7 @@ def test_classes_of_a_run(digits_run, tmp_path):
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
 
 
-def test_averaged_weights_are_others(digits_run, tmp_path):
+def test_averaged_weights_have_other_scores(digits_run, tmp_path):
     for name, words in (("last", []), ("ema", ["--ema"])):
         done = script(
             "spectrum.py",
@@ -202,7 +202,7 @@ def test_bad_input_is_one_line_and_an_exit_code(digits_run, tmp_path):
 
 
 def test_classes_of_a_model_that_answers_with_nan(digits_run, tmp_path):
-    """A report is written, every image is wrong, and the report says why it cannot be believed."""
+    """A report is written in which every image is wrong, and it says why."""
     bad_inputs(digits_run, tmp_path)
     words = [
         "-s",

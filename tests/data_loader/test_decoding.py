@@ -1,4 +1,4 @@
-"""What becomes of the pixels of a file, whatever their mode."""
+"""Pixels of decoded files, in every mode."""
 
 import struct
 
@@ -50,7 +50,7 @@ def image_of(mode):
     return Image.frombytes(mode, (WIDTH, HEIGHT), pixel * (WIDTH * HEIGHT)), expected
 
 
-def test_every_mode_has_the_right_pixels_or_is_refused(tmp_path):
+def test_every_mode_has_the_right_pixels_or_is_an_error(tmp_path):
     shape, seen = (3, HEIGHT, WIDTH), set()
     for mode in MODES:
         for suffix in SUFFIXES:

@@ -1,4 +1,4 @@
-"""Which files of a folder are its images: layouts, links, and whatever else lies there."""
+"""Which files of a folder are its images: layouts, links and other files."""
 
 import os
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_types_of_images_are_torchvisions():
     assert IMAGE_TYPES == IMG_EXTENSIONS
 
 
-def test_files_that_are_no_images_are_skipped_and_counted_in_one_line(trees):
+def test_files_that_are_not_images_are_skipped_and_counted_in_one_line(trees):
     before = read_image_folder(trees, None)
     for path in (
         "train/ash/notes.txt", "train/ash/a.csv", "train/elm/b.csv", "train/fir/Makefile",
@@ -81,7 +81,7 @@ def test_a_class_of_files_that_are_skipped_has_no_images(trees):
 
 
 def linked(trees, folder, times):
-    """What a script does that links all classes, run several times.
+    """Links to all classes, made by a script that runs several times.
 
     `ln -s` puts later links into the linked folders.
     """
@@ -96,7 +96,7 @@ def linked(trees, folder, times):
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_links_made_again_add_no_images(trees, tmp_path, times):
+def test_repeated_links_add_no_images(trees, tmp_path, times):
     linked(trees, tmp_path / "links", times)
     train, test = read_image_folder(tmp_path / "links", None)
     assert np.bincount(train.labels).tolist() == list(CLASSES.values())
@@ -131,7 +131,7 @@ def test_a_file_under_several_names_of_one_class_is_one_image(trees, tmp_path):
     ("first", "second"),
     [("train/ash", "train/fir"), ("train/ash", "test/ash"), ("train/elm", "test/yew")],
 )
-def test_one_file_in_two_classes_or_parts_is_refused(trees, make, first, second):
+def test_one_file_in_two_classes_or_parts_is_an_error(trees, make, first, second):
     getattr(trees / second / "again.png", make)(trees / first / "001.png")
     with pytest.raises(DataError, match="are one file: an image belongs to one class") as caught:
         read_image_folder(trees, None)
@@ -140,7 +140,7 @@ def test_one_file_in_two_classes_or_parts_is_refused(trees, make, first, second)
     assert "\n" not in str(caught.value)
 
 
-def test_a_test_folder_that_is_the_training_folder_is_refused(trees):
+def test_a_test_folder_that_is_the_training_folder_is_an_error(trees):
     for path in sorted((trees / "test").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     (trees / "test").rmdir()
@@ -151,7 +151,7 @@ def test_a_test_folder_that_is_the_training_folder_is_refused(trees):
         read_image_folder(trees, None)
 
 
-def test_links_to_nothing_are_named(trees):
+def test_broken_links_are_named(trees):
     for place in ("train/oak", "train/ash/more", "train/ash/notes.txt", "val"):
         (trees / place).symlink_to("gone")
         with pytest.raises(
@@ -172,7 +172,7 @@ def test_links_to_nothing_are_named(trees):
         test.images.in_memory(torch.device("cpu"))
 
 
-def test_a_folder_that_may_not_be_read_is_named(trees, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_named(trees, monkeypatch):
     scandir = os.scandir
 
     def refuse(path):
@@ -270,7 +270,7 @@ def test_a_class_may_be_called_train(trees):
 
 
 @pytest.mark.parametrize("parts", [("Train", "Test"), ("Training", "VAL", "Testing")])
-def test_parts_under_other_names_are_not_taken_for_classes(trees, parts):
+def test_parts_with_other_names_are_not_classes(trees, parts):
     for name in parts:
         write_images(trees / "named_otherwise" / name, CLASSES)
     with pytest.raises(
@@ -279,7 +279,7 @@ def test_parts_under_other_names_are_not_taken_for_classes(trees, parts):
         read_image_folder(trees / "named_otherwise", None)
 
 
-def test_folders_that_are_no_data_set_say_what_is_expected(trees, tmp_path):
+def test_folders_without_a_data_set_are_errors_that_name_the_layouts(trees, tmp_path):
     with pytest.raises(
         DataError, match=r"data_loader.args.test_split: 0.9 would hold out all 5 images of class 0"
     ):

@@ -1,4 +1,4 @@
-"""Decoding processes: order, ends of all kinds, and what the main process makes of them."""
+"""Decoding processes: order, deaths of all kinds, and how the main process reports them."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ from tiny_runs import impatient_workers
 ROOT = Path(__file__).parents[2]
 N = 24
 BAD = 13
-"""The position of the image at which things happen."""
+"""The position of the image at which a worker fails."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def images(paths, monkeypatch):
 
 @pytest.fixture
 def at_bad(paths, monkeypatch):
-    """Have the workers do something when they come to the bad image."""
+    """Make the workers do something when they reach the bad image."""
 
     def arrange(action):
         decode = workers.decode_image
@@ -92,7 +92,7 @@ def test_batches_are_in_order_and_stay_as_they_are(images, pixels, num_workers, 
 def die_of(number):
     def die():
         if number not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(number, signal.SIG_DFL)  # whoever started the tests may ignore it
+            signal.signal(number, signal.SIG_DFL)  # the tests may have inherited SIG_IGN
         os.kill(os.getpid(), number)
 
     return die
@@ -164,8 +164,8 @@ def test_a_hanging_worker_is_named_with_its_image_and_killed(images, at_bad, act
 
 @pytest.mark.parametrize(("looks", "hangs"), [(5, False), (8, True)])
 def test_slow_is_not_hanging(monkeypatch, looks, hangs):
-    """A batch takes longer than the patience of five looks; what counts is how many looks find a
-    worker at the same image."""
+    """A batch takes longer than WORKER_TIMEOUT, but a worker hangs only if it is at one image for
+    that long."""
     monkeypatch.setattr(workers, "CHECK_INTERVAL", 0.25)
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.25)
     decoder = workers._Decoder(
@@ -203,7 +203,7 @@ def test_idle_workers_that_are_suspended_are_named_together(images, log, monkeyp
         list(batches)
 
 
-def test_a_death_waits_until_a_batch_is_asked_for(images, log, monkeypatch):
+def test_a_death_is_reported_when_the_next_batch_is_requested(images, log, monkeypatch):
     """It must not raise in the middle of an update."""
     patience = impatient_workers(monkeypatch, BAD)
     before = signal.getsignal(signal.SIGCHLD)
@@ -221,7 +221,7 @@ def test_a_death_waits_until_a_batch_is_asked_for(images, log, monkeypatch):
         list(batches)
 
 
-def test_an_error_of_ours_keeps_its_traceback(images, at_bad):
+def test_a_programming_error_keeps_its_traceback(images, at_bad):
     def fail():
         raise RuntimeError("a mistake in the program")
 
@@ -238,7 +238,7 @@ def test_leaving_early_ends_the_workers(images, at_bad):
     del batches
 
 
-def test_processes_that_cannot_be_started(images, monkeypatch):
+def test_processes_that_cannot_be_started_are_one_line(images, monkeypatch):
     def refuse(_):
         raise OSError(11, "Resource temporarily unavailable")
 

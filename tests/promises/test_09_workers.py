@@ -27,7 +27,7 @@ PROC = pytest.mark.skipif(
 
 
 def refused(images):
-    """Reading them must end with one line, which is returned."""
+    """Read the images, which must raise an error of one line, and return the line."""
     try:
         list(images.batches(torch.arange(len(images)).split(3)))
     except DataError as error:
@@ -99,7 +99,7 @@ def check_dead_and_hanging_workers_are_named(folder, monkeypatch):
         cases += 3
     monkeypatch.setattr(workers, "decode_image", decode)
     Path(paths[7]).unlink()
-    os.mkfifo(paths[7])  # opening it waits for a writer for ever
+    os.mkfifo(paths[7])  # opening it waits for a writer forever
     images = FileImages(paths, (3, 8, 8), False, num_workers=2)
     give_up(monkeypatch, 7)
     with at_most(HANG):

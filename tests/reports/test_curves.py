@@ -1,4 +1,4 @@
-"""Pictures show the numbers of the runs: means, spreads, skipped epochs, per cent."""
+"""Figures show the values of the runs: means, standard deviations, skipped epochs, percent."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def words(figure):
     return [text.get_text() for text in legend.get_texts()], legend.get_title().get_text()
 
 
-def test_lines_are_means_and_bands_one_sample_deviation_in_per_cent(norms):
+def test_lines_are_means_and_bands_one_standard_deviation_in_percent(norms):
     axes = curves_figure(norms, ["val_top1"]).axes[0]
     bn, gn = axes.lines
     assert np.allclose(bn.get_xydata(), [(1, 60), (2, 60), (3, 80), (4, 80)])
@@ -70,7 +70,7 @@ def test_lines_are_means_and_bands_one_sample_deviation_in_per_cent(norms):
     assert words(crowd)[1] == "mean over seeds"
 
 
-def test_clean_left_robust_right_and_epochs_without_a_measurement_skipped(norms):
+def test_clean_panels_stand_left_and_epochs_without_a_measurement_are_skipped(norms):
     left, right = curves_figure(norms, ["val_robust_top1", "val_top1"]).axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("val_top1 in %", "val_robust_top1 in %")
     (line,) = right.lines  # the other group has not measured it
@@ -83,7 +83,7 @@ def test_clean_left_robust_right_and_epochs_without_a_measurement_skipped(norms)
     assert (loss.get_ylabel(), loss.lines[0].get_ydata().tolist()) == ("loss", [4, 2, 2, 2])
 
 
-def test_a_line_ends_where_not_all_seeds_go_on(make_run, tmp_path, caplog):
+def test_a_line_skips_epochs_that_a_seed_did_not_measure(make_run, tmp_path, caplog):
     make_run("a", {"val_top1": [0.5, 0.6, 0.7]}, seed=0)
     make_run("b", {"val_top1": [0.5, 0.8]}, seed=1)
     axes = curves_figure(group_runs(find_runs([tmp_path]), []), ["val_top1"]).axes[0]
@@ -137,7 +137,7 @@ def test_final_values_against_a_key(make_run, tmp_path):
     assert np.allclose(last.get_xydata(), [(0.2, 75), (0.4, 55)])
 
 
-def test_noise_is_drawn_at_the_rate_that_was_realized(make_run, tmp_path):
+def test_noise_is_drawn_at_the_realized_rate(make_run, tmp_path):
     rates = {(0, 0.5): 0.26, (1, 0.5): 0.24, (0, 0.1): 0.05}
     for (seed, rate), realized in rates.items():
         noisy(make_run, seed, rate, [0.5], {"test_top1": 0.3, "noise_rate": realized})
@@ -256,7 +256,7 @@ def test_errors(norms, tmp_path):
         save_figure(curves_figure(norms, ["val_top1"]), tmp_path / "folder.png")
 
 
-def test_nothing_to_show_by_default_names_what_there_is(make_run, tmp_path):
+def test_without_a_default_metric_the_error_lists_the_known_ones(make_run, tmp_path):
     make_run("a", {"loss": [0.5]}, {"parameters": 5})
     groups = group_runs(find_runs([tmp_path]), ["seed"])
     with pytest.raises(ConfigError, match=r"^--metric val_top1: no run logs it; there are: loss$"):

@@ -78,6 +78,6 @@ def test_printed_tables():
 
 @pytest.mark.parametrize(("name", "lines"), [("\u732b\u72ac", 1), ("\U0001f431 $x^2$", 0)])
 @pytest.mark.filterwarnings("error")
-def test_letters_that_the_font_lacks_are_told_in_one_line(tmp_path, caplog, name, lines):
+def test_letters_that_the_font_lacks_are_reported_in_one_line(tmp_path, caplog, name, lines):
     draw_confusion(tmp_path / "confusion.png", [[3, 1], [0, 4]], (name, name[::-1]), name)
     assert caplog.text.count("its font lacks letters") == len(caplog.records) == lines

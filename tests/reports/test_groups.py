@@ -1,4 +1,4 @@
-"""Only seeds of one experiment come into one group."""
+"""Only seeds of one experiment are in one group."""
 
 import json
 import shutil
@@ -60,9 +60,7 @@ def sections(key, value):
 
 
 @pytest.mark.parametrize("key", [key for key in MAY_DIFFER if key != "trainer.noise_file"])
-def test_runs_that_differ_in_what_cannot_matter_are_seeds_of_one_experiment(
-    make_run, tmp_path, key
-):
+def test_runs_that_differ_in_irrelevant_keys_are_seeds_of_one_experiment(make_run, tmp_path, key):
     make_run("a", VALUES, seed=3)
     make_run("b", VALUES, **merge({"seed": 1}, sections(key, OTHER_VALUES[key])))
     (group,) = group_runs(find_runs([tmp_path]), [])
@@ -73,7 +71,7 @@ def test_runs_that_differ_in_what_cannot_matter_are_seeds_of_one_experiment(
 
 
 @pytest.mark.parametrize("key", MATTERS)
-def test_runs_that_differ_in_what_matters_are_not_averaged(make_run, tmp_path, key):
+def test_runs_that_differ_in_relevant_keys_are_not_averaged(make_run, tmp_path, key):
     value, default = MATTERS[key]
     make_run("a", VALUES, seed=0)
     make_run("b", VALUES, seed=1, **sections(key, value))
@@ -205,7 +203,7 @@ def moved(make_run, tmp_path, other, **trainer):
     return find_runs([tmp_path])
 
 
-def test_a_study_whose_data_moved_is_averaged_with_one_warning(make_run, tmp_path, caplog):
+def test_a_study_with_moved_data_is_averaged_with_one_warning(make_run, tmp_path, caplog):
     runs = moved(make_run, tmp_path, ([0, 1, 2, 0, 1], [0, 0, 2, 0, 1]))
     (group,) = group_runs(runs, [])
     assert [run.seed for run in group.runs] == [0, 1], "symmetric noise of two seeds differs"

@@ -1,4 +1,4 @@
-"""Run folders are found, read, or refused with one line that names the file."""
+"""Run folders are found and read, or an error names the broken file in one line."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_a_line_that_is_being_written_is_not_read_yet(make_run):
     assert read_run(folder).measured("val_top1") == {1: 0.5, 2: 0.6}
 
 
-def test_settings_say_what_a_null_stands_for(make_run):
+def test_settings_replace_nulls_by_their_values(make_run):
     settings = read_run(make_run("a", VALUES, trainer={"do_adv": True, "adv_clip_eps": 4})).settings
     assert (settings["adversarial.method"], settings["adversarial.epsilon"]) == ("free", 4)
     assert (settings["adversarial.bn_mode"], settings["adversarial.validate_every"]) == ("train", 1)
@@ -87,7 +87,7 @@ def broken(make_run, tmp_path):
     }
 
 
-def test_every_broken_folder_is_one_line(make_run, tmp_path):
+def test_every_broken_folder_is_an_error_of_one_line(make_run, tmp_path):
     for name, message in broken(make_run, tmp_path).items():
         with pytest.raises(ConfigError) as caught:
             find_runs([tmp_path / name])
@@ -101,7 +101,7 @@ def test_every_broken_folder_is_one_line(make_run, tmp_path):
         read_run(tmp_path / "number")
 
 
-def test_results_of_no_finished_run_are_refused(make_run):
+def test_results_without_a_finished_run_are_an_error(make_run):
     with pytest.raises(
         ConfigError, match=r"a: not finished: it has no result.json, and none of the 1 runs has one"
     ):

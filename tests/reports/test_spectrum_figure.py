@@ -54,7 +54,7 @@ def test_the_picture_shows_norms_with_and_without_batch_norm_in_depth_order():
     assert [label.get_text() for label in lower.get_xticklabels()] == ["conv1", "bpconv", "$fc$"]
 
 
-def test_more_layers_than_names_fit():
+def test_more_layers_than_names_that_fit():
     lower = spectrum_figure([layer(f"conv{number}", 1.0) for number in range(400)], "a model").axes[
         1
     ]
