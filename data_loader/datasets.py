@@ -234,7 +234,8 @@ def _parts_of(folder: Path, expected: str) -> tuple[dict[str, Path], str | None]
     for name in ("train", "test", *VALIDATION_FOLDERS):
         check_link(folder / name)
     held_out = [folder / name for name in VALIDATION_FOLDERS if (folder / name).is_dir()]
-    train, test = folder / "train", folder / "test"
+    train = folder / "train"
+    test = folder / "test"
     if train.is_dir() and held_out and not test.exists():
         remark = f"no test folder: {held_out[0].name} is the test set"
         return {"train": train, "test": held_out[0]}, remark

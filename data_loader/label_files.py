@@ -150,7 +150,8 @@ class _PickledDtype:
     """Stands for `numpy.dtype` in a pickle."""
 
     def __init__(self, code: str, *_: Any) -> None:
-        self.code, self.byte_order = code, "|"
+        self.code = code
+        self.byte_order = "|"
 
     def __setstate__(self, state: tuple) -> None:
         self.byte_order = state[1]

@@ -254,7 +254,8 @@ def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> 
             "with trainer.noise_law: exclusive it never is"
         )
     if noise.kind == "asym":
-        flips, classes = len(_flips(class_names)), len(class_names)
+        flips = len(_flips(class_names))
+        classes = len(class_names)
         if flips < classes:
             return f"{difference}: the law changes labels of {flips} of the {classes} classes only"
     return f"{difference}: there are too few of them"

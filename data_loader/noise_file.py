@@ -172,7 +172,8 @@ def _check_naming(
         where: what messages call the file.
     """
     names, tested = _best_naming(noisy, clean, num_classes)
-    renamed, seen = names[noisy[tested]], clean[tested]
+    renamed = names[noisy[tested]]
+    seen = clean[tested]
     agreement = float(np.mean(renamed == seen))
     chance, deviation = chance_agreement(renamed, seen, num_classes)
     other_gain = agreement - chance
@@ -233,7 +234,9 @@ def _labels_of_a_run(
                 f"{where}: its run had more than the {len(clean_labels)} training images "
                 "that there are"
             )
-        index, own, noisy = index[inside], own[inside], noisy[inside]
+        index = index[inside]
+        own = own[inside]
+        noisy = noisy[inside]
         differing = int(np.sum(own != clean_labels[index]))
         if differing:
             raise DataError(

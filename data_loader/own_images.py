@@ -101,7 +101,8 @@ class OwnImages(TrainingDataLoader):
 
     def __init__(self, own: BaseDataLoader, **options: Any) -> None:
         self.own = own
-        self.default_mean, self.default_std = own.default_mean, own.default_std
+        self.default_mean = own.default_mean
+        self.default_std = own.default_std
         super().__init__(**options)
 
     @property
@@ -188,8 +189,8 @@ def _labeled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) -
 
 
 def _makes_batches(loader: BaseDataLoader) -> bool:
-    own, inherited = type(loader), BaseDataLoader
-    return any(getattr(own, name) is not getattr(inherited, name) for name in BATCHING)
+    kind = type(loader)
+    return any(getattr(kind, name) is not getattr(BaseDataLoader, name) for name in BATCHING)
 
 
 def _check_left(name: str, loader: BaseDataLoader, left: Mapping[str, Any]) -> None:

@@ -124,7 +124,8 @@ class TrainingDataLoader(ImageDataLoader):
         else:
             remaining = np.arange(len(train.labels))
             validation = self._checked(train.validation, train.images.shape, train.class_names)
-            self._val_images, val_labels = validation.images, validation.labels
+            self._val_images = validation.images
+            val_labels = validation.labels
             # numbered on from the end of the training set
             self._val_index = len(train.labels) + np.arange(len(val_labels))
         # subset, then noise: its rate holds for the labels that are trained on
@@ -356,7 +357,8 @@ class TrainingDataLoader(ImageDataLoader):
         """See `BaseDataLoader`. The arrays are copies."""
         arrays = {name: array.copy() for name, array in self._label_arrays.items()}
         if self._noise.active:
-            clean, noisy = arrays["train_clean_label"], arrays["train_label"]
+            clean = arrays["train_clean_label"]
+            noisy = arrays["train_label"]
             arrays["transition_matrix"] = transition_matrix(clean, noisy, self.num_classes)
         return arrays
 

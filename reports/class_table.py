@@ -67,7 +67,8 @@ def class_summary(scores: Mapping[str, Any]) -> str:
 
 def class_warnings(scores: Mapping[str, Any]) -> list[str]:
     """Return a line for everything that makes the scores doubtful."""
-    missing, n = scores["without_answer"], scores["n"]
+    missing = scores["without_answer"]
+    n = scores["n"]
     if missing == 0:
         return []
     return [f"the logits of {missing} of {n} images are NaN: they count as wrong, in no column"]

@@ -29,7 +29,7 @@ def write_reports(arguments: argparse.Namespace) -> None:
     """
     _check(arguments)
     runs = find_runs(arguments.paths)
-    # before the runs are evaluated, so that a path that cannot be written costs no time
+    # checked first, so that a path that cannot be written costs no time
     check_outputs(
         {"--out": arguments.out, "--table": arguments.table},
         {"--out": PICTURES, "--table": tables.FORMATS},
@@ -49,9 +49,11 @@ def write_reports(arguments: argparse.Namespace) -> None:
     # The figure is drawn first, as it may raise an error, but saved after the table: nothing is
     # written if one of the two cannot be made.
     if arguments.out and key:
-        figure, shown = against_figure(finished, key, arguments.metric), finished
+        shown = finished
+        figure = against_figure(finished, key, arguments.metric)
     elif arguments.out:
-        figure, shown = curves_figure(groups, arguments.metric), groups
+        shown = groups
+        figure = curves_figure(groups, arguments.metric)
     if arguments.table:
         table = tables.compare(
             finished,

@@ -120,7 +120,8 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
     The mean of no value is NaN, and so is the standard deviation of fewer than two.
     """
-    mean, std = np.nan, np.nan
+    mean = np.nan
+    std = np.nan
     # a loss may be infinite, and its standard deviation is then NaN
     with np.errstate(invalid="ignore"):
         if len(values) > 0:

@@ -139,8 +139,10 @@ def line_with_markers(axes: "Axes", curve: Curve, index: int) -> None:
 def line_and_band(axes: "Axes", curve: Curve, index: int) -> None:
     line_with_markers(axes, curve, index)
     if max(curve.n) > 1:
-        low, high = curve.mean - curve.std, curve.mean + curve.std
-        color, line = COLORS[index % len(COLORS)], LINES[index % len(LINES)]
+        low = curve.mean - curve.std
+        high = curve.mean + curve.std
+        color = COLORS[index % len(COLORS)]
+        line = LINES[index % len(LINES)]
         # the edge distinguishes overlapping bands in gray
         edge = {"edgecolor": (color, 0.45), "linewidth": 0.6, "linestyle": line}
         axes.fill_between(curve.x, low, high, facecolor=(color, 0.15), **edge)

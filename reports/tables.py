@@ -168,7 +168,7 @@ def compare(
         blocks = [group.values[-1] for group in groups]
     if baseline is not None:
         check_known("--baseline", [baseline], names, "no such row")
-    # without one, every row is compared with nothing, which gives no p value
+    # Without a baseline, no row has an opponent, and no cell gets a p value.
     baselines = {
         block: group
         for name, block, group in zip(names, blocks, groups, strict=True)
