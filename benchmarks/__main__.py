@@ -22,7 +22,7 @@ from base.command_line import Parser, run_script
 from base.device import choose_device
 from base.errors import ConfigError
 from base.registry import lookup
-from base.run_folder.folder import write_json
+from base.run_folder.files import write_json
 from benchmarks import (
     adversarial_step,
     attack_libraries,

@@ -1,5 +1,18 @@
-"""Data sets, splits, label noise and augmentation: batches of pixels in `[0, 1]`, each a pure
-function of its number."""
+"""Data sets, splits, label noise and augmentation: batches of pixels in `[0, 1]`.
+
+The path from files to a batch, with the module of each step:
+
+    read      data_loaders, the classes that a config names; datasets and folder_scan find the files
+    split     splits.stratified_split: the validation part
+    subset    splits.stratified_subset: the part that is trained on
+    noise     label_noise, or noise_file for labels from a file
+    batch     image_data_loader: order, positions; images, decoding and workers hold the pixels
+    augment   augment, on the device
+
+`training_data_loader` takes the first four steps in its constructor, and `image_data_loader` the
+last two in every epoch. `own_images` builds a training loader from any class of DATA_LOADERS, and
+`contract` checks what that class returns. A batch is a pure function of (seed, epoch, number).
+"""
 
 from base.registry import DATA_LOADERS
 from data_loader.data_loaders import (

@@ -1,9 +1,10 @@
-"""Random augmentation of whole batches on the device they live on.
+"""Random augmentation of whole batches, on their device: the last step to a batch.
 
-Every function is pure: it draws from the CPU generator it is given (so a batch is the same on every
-device), returns a new tensor and leaves its input alone. Images are `(B, C, H, W)`, uint8 in `[0,
-255]` or float in `[0, 1]`. Where they are a `shard` of a minibatch, numbers are drawn for all of
-it: an image then looks the same whatever the number of processes."""
+Every function is pure: it draws from the given CPU generator, so that a batch is the same on every
+device, and returns a new tensor. Images are `(B, C, H, W)`, uint8 in `[0, 255]` or float in
+`[0, 1]`. If they are a `shard` of a minibatch, random numbers are drawn for the whole minibatch: an
+image is then augmented in the same way for any number of processes.
+"""
 
 from collections.abc import Sequence
 
@@ -23,46 +24,48 @@ def random_crop(
     shard: Shard | None = None,
     mode: str = "zeros",
 ) -> Tensor:
-    """Pad every side and cut a window of the original size at a uniformly drawn place, per image.
+    """Pad every side, and cut a window of the original size at a uniformly drawn place per image.
 
     Args:
         images: `(B, C, H, W)`.
         padding: pixels added on each side, at least 0.
         generator: a CPU generator.
-        shard: of the minibatch that `images` are; None where they are all of it.
-        mode: what is added: `zeros`, or `reflect`: the image mirrored at its border pixels, which
-            are not repeated themselves; as often as the padding needs.
+        shard: the shard of the minibatch that `images` are; None for the whole minibatch.
+        mode: what is added: `zeros`, or `reflect` for the image mirrored at its border pixels,
+            which are not repeated. Padding may be larger than the image.
     """
     batch, _, height, width = images.shape
     shard = shard or Shard(batch)
     places = torch.randint(0, 2 * padding + 1, (2, shard.total), generator=generator)
     top, left = to_device(places[:, shard.part], images.device)
     if mode == "reflect":
+        # torch's own `reflect` padding must be smaller than the image
         rows = to_device(_mirrored(height, padding), images.device)
         columns = to_device(_mirrored(width, padding), images.device)
         padded = images[:, :, rows][:, :, :, columns]
     else:
         padded = F.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: every possible window
+    # a view of every possible window, which copies nothing
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(batch, device=images.device), :, top, left]
 
 
 def _mirrored(length: int, padding: int) -> Tensor:
-    """The positions that a row of `length` pixels shows when it is padded by mirroring."""
+    """Return the positions in a row of `length` pixels that mirroring puts at each padded place."""
     places = torch.arange(-padding, length + padding)
     if length == 1:
         return torch.zeros_like(places)
-    # there and back again: 0 ... length - 1 ... 1, over and over
-    there_and_back = places % (2 * length - 2)
-    return torch.minimum(there_and_back, 2 * length - 2 - there_and_back)
+    # a period goes to the end and back: 0, 1, ..., length - 1, length - 2, ..., 1
+    period = 2 * length - 2
+    place = places % period
+    return torch.minimum(place, period - place)
 
 
 def random_flip(images: Tensor, generator: torch.Generator, shard: Shard | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2."""
     shard = shard or Shard(len(images))
-    mirrored = to_device(
-        torch.rand(shard.total, generator=generator)[shard.part] < 0.5, images.device
-    )
+    flips = torch.rand(shard.total, generator=generator) < 0.5
+    mirrored = to_device(flips[shard.part], images.device)
     return torch.where(mirrored.reshape(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -74,34 +77,40 @@ def cutout(
     shard: Shard | None = None,
     inside: bool = False,
 ) -> Tensor:
-    """Overwrite one square of `size` x `size` pixels per image (DeVries and Taylor, arXiv
-    1708.04552).
+    """Overwrite one square of `size` x `size` pixels per image (DeVries and Taylor,
+    arXiv:1708.04552).
 
     Args:
         images: `(B, C, H, W)`.
         size: the square's side in pixels. An odd side is kept; the paper's code rounds it down to
             an even one.
         fill: one value per channel, in the unit of `images`. The paper writes 0 after
-            normalization: here, the data mean.
+            normalization, which is the data mean before it.
         generator: a CPU generator.
-        shard: of the minibatch that `images` are; None where they are all of it.
-        inside: whether the square's place is uniform among those wholly inside the image; a square
-            larger than the image covers it. Otherwise the square's center is uniform over the
-            image, so that near a border only part of it falls inside, as in the paper.
+        shard: the shard of the minibatch that `images` are; None for the whole minibatch.
+        inside: True draws the place uniformly among those wholly inside the image; a square larger
+            than the image covers it. False draws the square's center uniformly over the image, so
+            that near a border only a part of the square falls inside, as in the paper.
     """
     batch, _, height, width = images.shape
     drawn_for = shard or Shard(batch)
 
     def covered(length: int) -> Tensor:
-        starts = max(length - size, 0) + 1 if inside else length
+        """Draw which of `length` rows or columns are covered: bool `(B, length)`."""
+        if inside:
+            starts = max(length - size, 0) + 1
+            offset = 0
+        else:
+            starts = length
+            offset = size // 2
         drawn = torch.randint(0, starts, (drawn_for.total, 1), generator=generator)[drawn_for.part]
-        first = to_device(drawn, images.device) - (0 if inside else size // 2)
+        first = to_device(drawn, images.device) - offset
         place = torch.arange(length, device=images.device)
         return (place >= first) & (place < first + size)
 
-    rows, columns = covered(height), covered(width)
+    # rows before columns: their order decides which random numbers they get
+    rows = covered(height)
+    columns = covered(width)
     mask = (rows[:, :, None] & columns[:, None, :])[:, None]
-    value = to_device(
-        torch.tensor(list(fill), dtype=torch.float32).to(images.dtype), images.device
-    ).reshape(1, -1, 1, 1)
-    return torch.where(mask, value, images)
+    color = torch.tensor(list(fill), dtype=torch.float32).to(images.dtype)
+    return torch.where(mask, to_device(color, images.device).reshape(1, -1, 1, 1), images)

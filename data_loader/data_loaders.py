@@ -1,5 +1,9 @@
-"""The data loaders a config can name: CIFAR-10, CIFAR-100, a folder of images, and scikit-learn's
-digits."""
+"""The data loaders that a config can name: CIFAR-10, CIFAR-100, a folder of images, and
+scikit-learn's digits.
+
+In the path read -> split -> subset -> noise -> batch -> augment, each class here is only the
+reading, by a function of `datasets`. `TrainingDataLoader` does the rest.
+"""
 
 from math import prod
 from pathlib import Path
@@ -11,12 +15,13 @@ from data_loader.datasets import LabeledImages, read_cifar, read_digits, read_im
 from data_loader.training_data_loader import TrainingDataLoader
 
 MEMORY_LIMIT = 2 * 1024**3
-"""Bytes of uint8 pixels up to which the images of a folder are kept in memory when `in_memory` is
-None."""
+"""With `in_memory` None, images of a folder are kept in memory up to this number of bytes."""
 
-
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-"""Per channel, in units of the pixel range: what ConvNorm and pytorch-cifar normalize by."""
+# ConvNorm and pytorch-cifar normalize by these. The standard deviation is the mean of those of
+# single images; that of all pixels is (0.2470, 0.2435, 0.2616).
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2023, 0.1994, 0.2010)
+"""Per channel, for pixels in `[0, 1]`."""
 
 
 class CIFAR10DataLoader(TrainingDataLoader):
@@ -45,21 +50,22 @@ class CIFAR100DataLoader(CIFAR10DataLoader):
 
 
 class ImageFolderDataLoader(TrainingDataLoader):
-    """Any images in `data_dir/train/<class>/` and `data_dir/test/<class>/`, or in another layout.
+    """Images in `data_dir/train/<class>/` and `data_dir/test/<class>/`, or in another layout of
+    `datasets.read_image_folder`.
 
-    `datasets.read_image_folder` names the layouts. Takes the arguments of `TrainingDataLoader` and
-    four more. Only images that are used are decoded; where those of validation and test are
-    decoded batch by batch, `prepare` decodes each of them once before training.
+    Takes the arguments of `TrainingDataLoader` and four more. Only images that are used are
+    decoded. If validation and test images are decoded batch by batch, `prepare` decodes each of
+    them once before training.
 
     Args:
-        image_size: side that every image is resized and cropped to; None if all images have one
-            size.
+        image_size: side that every image is resized and cropped to; None if all images have the
+            same size.
         in_memory: True decodes every image once and keeps the pixels; False decodes each batch when
-            it is needed; None keeps the training and validation images up to 2 GiB, and the test
-            images, too, if all of them fit. Batches are the same either way.
-        test_split: part of every class that is the test set where the folder holds nothing but
-            classes; None for 0.2.
-        channels: 3 decodes every image as RGB, whatever is in the file; 1 as gray.
+            it is needed; None keeps training and validation images of up to 2 GiB, and also the
+            test images if all of them together fit. Batches are the same either way.
+        test_split: fraction of every class for the test set, if the folder holds only class
+            folders; None for 0.2.
+        channels: 3 decodes every image as RGB, 1 as gray.
     """
 
     def __init__(
@@ -72,14 +78,18 @@ class ImageFolderDataLoader(TrainingDataLoader):
         channels: Literal[1, 3] = 3,
         **options: Any,
     ) -> None:
-        self._image_size, self._keep, self._test_split = image_size, in_memory, test_split
-        self.data_dir, self._channels = data_dir, channels
+        # before the base class's constructor, which calls `read`
+        self.data_dir = data_dir
+        self._image_size = image_size
+        self._keep_in_memory = in_memory
+        self._test_split = test_split
+        self._channels = channels
         super().__init__(*arguments, **options)
 
     def read(self, train: bool) -> LabeledImages:
         if not train:
             return self._test_part
-        # one scan of both parts, as no file may be in both
+        # one scan of both parts, to find files that are in both
         part, self._test_part = read_image_folder(
             self.data_dir,
             self._image_size,
@@ -91,13 +101,13 @@ class ImageFolderDataLoader(TrainingDataLoader):
         return part
 
     def _fits_in_memory(self, n_images: int) -> bool:
-        if self._keep is not None:
-            return self._keep
+        if self._keep_in_memory is not None:
+            return self._keep_in_memory
         return n_images * prod(self._test_part.images.shape) <= MEMORY_LIMIT
 
 
 class DigitsDataLoader(TrainingDataLoader):
-    """The digits of scikit-learn as 32 x 32 RGB, nothing to download; `data_dir` is ignored. See
+    """scikit-learn's digits as 32 x 32 RGB, without a download; `data_dir` is ignored. See
     `datasets.read_digits`."""
 
     def __init__(self, data_dir: str | Path | None = None, *arguments: Any, **options: Any) -> None:

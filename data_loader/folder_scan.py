@@ -1,4 +1,7 @@
-"""Which image files lie in folders of classes: each file once, however often links lead to it."""
+"""Find the image files in folders of classes: each file once, even if several links lead to it.
+
+`datasets.read_image_folder` reads the parts of a data set with one `FolderScan`.
+"""
 
 import os
 from collections import Counter
@@ -13,19 +16,18 @@ from base.errors import DataError
 KEY = "data_loader.args.data_dir"
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""torchvision's. To import them from there takes seconds, as torchvision imports torch's
-compiler."""
+"""Those of torchvision, whose import takes seconds because it loads torch's compiler."""
 
 FOREIGN = ("__MACOSX", "@eaDir", "lost+found")
-"""Folders that operating systems put beside files; they count as hidden."""
+"""Folders that operating systems create; they count as hidden."""
 
 MOST_TYPES = 5
-"""Types of skipped files that are listed by name."""
+"""How many types of skipped files a message lists."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file was found first: its part of the data set, its class, and its path."""
+    """Where a file was first found: the part of the data set, the class, the path."""
 
     part: str
     label: str
@@ -35,9 +37,9 @@ class Place:
 class FolderScan:
     """Finds the images of a data set, part by part.
 
-    Hidden files and folders, files of other types than torchvision's, and files beside the class
+    Hidden files and folders, files of other types than `IMAGE_TYPES`, and files beside the class
     folders are skipped and counted. A file that is reached twice within one class, through links,
-    is taken once; a file in two classes, or in two parts, is refused.
+    counts once. A file in two classes or in two parts is an error.
     """
 
     def __init__(self) -> None:
@@ -48,17 +50,19 @@ class FolderScan:
     def scan(
         self, folder: Path, expected: str
     ) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
-        """Class names, the paths of their images, and int64 labels.
-
-        Class names are sorted, images by class, then by folder, then by name.
+        """Find the images of one part.
 
         Args:
             folder: holds a folder for every class.
-            expected: what messages say should be there.
+            expected: the layout that messages ask for.
+
+        Returns:
+            Class names, sorted; the paths of images, sorted by class, then by folder, then by name;
+            and their int64 labels.
 
         Raises:
-            DataError: there is no class, a class without images, a link to nothing, a folder that
-                may not be read, or a file in two places.
+            DataError: there is no class, a class has no images, a link is broken, a folder cannot
+                be read, or a file is in two places.
         """
         classes = tuple(class_folders(folder))
         if not classes:
@@ -78,14 +82,17 @@ class FolderScan:
         return classes, tuple(paths), np.array(labels, dtype=np.int64)
 
     def skipped(self) -> str | None:
-        """One line that counts what was left out; None where nothing was."""
+        """Count the skipped files in one line; None if there are none."""
         parts = [f"{count} {what}" for what, count in self._skipped.items()]
         if self._types:
-            # suffixes come from file names, which may hold anything
+            # `repr` escapes control characters, which a file's suffix may hold
             most = [f"{count} {suffix!r}" for suffix, count in self._types.most_common(MOST_TYPES)]
-            more = ", ..." if len(self._types) > MOST_TYPES else ""
-            parts.insert(0, f"{self._types.total()} of other types ({', '.join(most)}{more})")
-        return f"skipped files and folders: {', '.join(parts)}" if parts else None
+            if len(self._types) > MOST_TYPES:
+                most.append("...")
+            parts.insert(0, f"{self._types.total()} of other types ({', '.join(most)})")
+        if not parts:
+            return None
+        return f"skipped files and folders: {', '.join(parts)}"
 
     def _count_beside_classes(self, folder: Path) -> None:
         for entry in _entries(str(folder)):
@@ -95,12 +102,14 @@ class FolderScan:
                 self._skipped["beside the class folders"] += 1
 
     def _images(self, part: Path, label: str) -> list[str]:
-        """The images of one class at any depth, sorted by folder, then by name."""
+        """Find the images of one class at any depth, sorted by folder, then by name."""
         found: list[tuple[str, str]] = []
-        waiting, visited = [str(part / label)], set()
+        waiting = [str(part / label)]
+        visited = set()
         while waiting:
             folder = waiting.pop()
             status = os.stat(folder)  # noqa: PTH116 - in a loop over many folders
+            # a link may lead to a folder above, which would be searched forever
             if (status.st_dev, status.st_ino) in visited:
                 self._skipped["repeated through links"] += 1
                 continue
@@ -113,6 +122,7 @@ class FolderScan:
                     below.append(entry.path)
                 elif self._is_new_image(entry, Place(str(part), label, entry.path)):
                     found.append((folder, entry.name))
+            # the last one is searched next, so the first one goes to the end
             waiting += reversed(below)
         return [os.path.join(folder, name) for folder, name in sorted(found)]  # noqa: PTH118
 
@@ -123,7 +133,7 @@ class FolderScan:
             self._types[Path(entry.name).suffix.lower()] += 1
             return False
         if kind == "nothing":
-            # the error comes where it is decoded: a subset may not need it
+            # The error is raised when the file is decoded: a subset may not need it.
             return True
         if kind != "file":
             self._skipped["neither file nor folder"] += 1
@@ -141,10 +151,10 @@ class FolderScan:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the class folders in `folder`, sorted.
+    """Return the names of the class folders in `folder`, sorted.
 
     Raises:
-        DataError: one of them is a link to nothing.
+        DataError: one of them is a broken link.
     """
     names = []
     for entry in _entries(str(folder)):
@@ -157,36 +167,39 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is of a file or folder that is not meant to be seen."""
+    """Whether a file or folder of this name is hidden."""
     return name.startswith(".") or name in FOREIGN
 
 
 def leads_to(entry: os.DirEntry) -> str:
-    """What is at an entry, or at the end of its links: `folder`, `file`, `nothing` or `else`."""
+    """Return what an entry or the target of its links is: `folder`, `file`, `nothing` or `else`."""
     try:
         if entry.is_dir():
             return "folder"
         if entry.is_file():
             return "file"
-    except OSError:  # links in a circle
+    # links that lead to each other
+    except OSError:
         return "nothing"
-    return "nothing" if entry.is_symlink() else "else"
+    if entry.is_symlink():
+        return "nothing"
+    # a device, a socket or a pipe
+    return "else"
 
 
 def check_link(path: Path) -> None:
-    """Do nothing, unless `path` is a link whose target is missing.
+    """Check that `path` is not a broken link.
 
     Raises:
-        DataError: it is.
+        DataError: it is a link whose target does not exist.
     """
     if path.is_symlink() and not path.exists():
-        raise DataError(
-            f"{KEY}: {str(path)!r} is a link to {str(path.readlink())!r}, which leads nowhere"
-        )
+        target = str(path.readlink())
+        raise DataError(f"{KEY}: {str(path)!r} is a broken link to {target!r}")
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry]:
-    """The entries of a folder, sorted by name."""
+    """Return the entries of a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             return iter(sorted(entries, key=lambda entry: entry.name))
@@ -195,9 +208,9 @@ def _entries(folder: str) -> Iterator[os.DirEntry]:
 
 
 def _identity(entry: os.DirEntry) -> tuple[int, int] | str:
-    """What all names of one file have in common."""
+    """Return a value that is equal for all names of one file."""
     status = entry.stat()
+    # some file systems do not number their files
     if status.st_ino == 0:
-        # some file systems number nothing
         return os.path.realpath(entry.path)
     return status.st_dev, status.st_ino

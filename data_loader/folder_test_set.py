@@ -1,5 +1,7 @@
-"""The test images of a folder that no config describes: folders of classes, or CIFAR's own
-files."""
+"""Read the test images of a folder that no config describes: folders of classes, or CIFAR's files.
+
+This is the whole path of evaluation: read -> batch, without split, noise and augmentation.
+"""
 
 from dataclasses import replace
 from math import prod
@@ -19,28 +21,28 @@ from data_loader.training_data_loader import EVALUATION_BATCH
 
 CIFAR_FOLDERS = {"cifar-10-batches-py": 10, "cifar-100-python": 100}
 GRAY = ("1", "L", "LA", "I", "F")
-"""Modes of gray images in PIL; those of 16 bits begin with `I;16`."""
+"""PIL's modes of gray images, in addition to those of 16 bits, which begin with `I;16`."""
 
 
 def read_test_images(folder: str | Path, size: int | None = None) -> LabeledImages:
-    """The test images that a folder holds; image files are not decoded yet.
+    """Find the test images in a folder; image files are not decoded yet.
 
-    The first of these that is there:
+    The first of these layouts that exists is read:
 
-    - CIFAR's own files, `cifar-10-batches-py` or `cifar-100-python`, as the folder or in it;
+    - CIFAR's own files: `cifar-10-batches-py` or `cifar-100-python`, the folder itself or in it;
     - `test/<class>/`;
     - `val/<class>/` beside a `train`, as in ImageNet (also `valid` and `validation`);
-    - `<class>/`: all of them.
+    - `<class>/`: all images.
 
-    Classes are the names of the folders, sorted; see `datasets.read_image_folder`. Files that are
-    gray give images of one channel, if the first one is.
+    Classes are the names of the folders, sorted; see `datasets.read_image_folder`. Images have one
+    channel if the first one is gray, otherwise three.
 
     Args:
-        folder: of the data set.
-        size: side that every image is resized and cropped to; None if all have one size.
+        folder: the data set's folder.
+        size: side that every image is resized and cropped to; None if all have the same size.
 
     Raises:
-        DataError: there are no such images.
+        DataError: no layout exists, or the images cannot be read.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -57,7 +59,8 @@ def read_test_images(folder: str | Path, size: int | None = None) -> LabeledImag
 
 
 def with_channels(part: LabeledImages, channels: int) -> LabeledImages:
-    """The same images; those of files are decoded to this number of channels."""
+    """Return the same images; files are decoded to this number of channels."""
+    # pixels in memory keep their channels
     if not isinstance(part.images, FileImages) or part.images.shape[0] == channels:
         return part
     shape = (channels, *part.images.shape[1:])
@@ -65,8 +68,9 @@ def with_channels(part: LabeledImages, channels: int) -> LabeledImages:
 
 
 def unshuffled_loader(part: LabeledImages, device: torch.device) -> ImageDataLoader:
-    """The images in batches, in pixels of `[0, 1]`."""
+    """Return a loader of all images, in order, with pixels in `[0, 1]`."""
     channels = part.images.shape[0]
+    # mean and std belong to the checkpoint here, so the loader has none of its own
     return ImageDataLoader(
         part.images,
         part.labels,
@@ -80,18 +84,20 @@ def unshuffled_loader(part: LabeledImages, device: torch.device) -> ImageDataLoa
 
 
 def _test_part(folder: Path) -> Path:
-    """The folder of classes that is the test set."""
-    parts = ("test", *(VALIDATION_FOLDERS if (folder / "train").is_dir() else ()))
+    """Return the folder that holds the class folders of the test set."""
+    parts = ["test"]
+    if (folder / "train").is_dir():
+        parts += VALIDATION_FOLDERS
     for name in parts:
         check_link(folder / name)
-        # a class may be called test
+        # A class may be called test: then it holds images, not class folders.
         if (folder / name).is_dir() and class_folders(folder / name):
             return folder / name
     return folder
 
 
 def _read_classes(folder: Path, size: int | None, data: Path) -> LabeledImages:
-    """The images in `folder/<class>/`, named by their paths below the folder `data`."""
+    """Find the images in `folder/<class>/`; their names are paths below the folder `data`."""
     expected = f"expected {folder}/test/<class>/ or {folder}/<class>/ with images"
     names = class_folders(folder)
     if names and {name.casefold() for name in names} <= PART_NAMES:
@@ -100,15 +106,19 @@ def _read_classes(folder: Path, size: int | None, data: Path) -> LabeledImages:
         )
     scan = FolderScan()
     classes, files, labels = scan.scan(folder, expected)
-    height, width = image_size(files[0]) if size is None else (size, size)
+    if size is None:
+        height, width = image_size(files[0])
+    else:
+        height, width = size, size
     shape = (_channels(files[0]), height, width)
     images = FileImages(files, shape, size is not None, folder=str(data))
-    skipped = scan.skipped()
-    return LabeledImages(images, labels, classes, remarks=() if skipped is None else (skipped,))
+    remarks = tuple(filter(None, (scan.skipped(),)))
+    return LabeledImages(images, labels, classes, remarks=remarks)
 
 
 def _channels(path: str) -> int:
-    """1 for a gray image file, else 3."""
+    """Return 1 for a gray image file, otherwise 3."""
     with Image.open(path) as file:
-        is_gray = file.mode in GRAY or file.mode.startswith("I;16")
-    return 1 if is_gray else 3
+        if file.mode in GRAY or file.mode.startswith("I;16"):
+            return 1
+    return 3

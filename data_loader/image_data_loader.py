@@ -1,4 +1,10 @@
-"""ImageDataLoader: batches of any labeled images, in memory or in files."""
+"""ImageDataLoader: batches of any labeled images, in memory or in files.
+
+In the path read -> split -> subset -> noise -> batch -> augment, these are the last two steps:
+`order` and `image_batches` make a batch, and `augmented` calls the functions of `augment`.
+`BaseDataLoader.__iter__` puts the two together. Training, validation and test loaders are all of
+this class; `training_data_loader` adds the steps before.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,33 +20,33 @@ from data_loader.images import Images, MemoryImages
 
 
 class ImageDataLoader(BaseDataLoader):
-    """One part of a data set, in batches; see `BaseDataLoader` for what iterating yields.
+    """One part of a data set, in batches; see `BaseDataLoader` for the values of an iteration.
 
-    Images that fit in memory are moved to the device once, as they are, and every batch is
-    gathered, augmented and turned into floats there; others are decoded batch by batch, with the
-    same result. The order of epoch e is a function of (seed, e), the augmentation of its b-th batch
-    of (seed, e, b). The last batch is never dropped.
+    Images that fit in memory are moved to the device once, as uint8, and every batch is gathered,
+    augmented and converted to floats there. Others are decoded batch by batch, with the same
+    result. The order of epoch e is a function of (seed, e), the augmentation of batch b in it a
+    function of (seed, e, b). The last batch is never dropped.
 
     Args:
         images: `N` images.
         labels: int64 `(N,)`.
         class_names: in label order.
-        mean: per-channel mean, in `[0, 1]`; None where the class knows it.
-        std: per-channel standard deviation, in `[0, 1]`; None likewise.
+        mean: per-channel mean, in `[0, 1]`; None if the class has its own.
+        std: per-channel standard deviation, in `[0, 1]`; None if the class has its own.
         batch_size: images per batch.
         shuffle: a new order every epoch; False keeps the order of `images`.
         num_batches: above 0 ends every epoch after that many batches.
         seed: of order and augmentation.
         crop_padding: pixels of padding for random crops; 0 for none.
         padding_mode: `zeros` or `reflect`; see `augment.random_crop`.
-        flip: mirror half of the images.
+        flip: mirror each image with probability 1/2.
         cutout: side in pixels of the square that is overwritten; 0 for none.
-        cutout_inside: whether the square lies wholly inside the image.
-        cutout_fill: its color: `mean`, or `black`.
-        clean_labels: int64 `(N,)` labels before the noise, where `labels` carry noise.
+        cutout_inside: whether the square is wholly inside the image.
+        cutout_fill: the color of the square: `mean` or `black`.
+        clean_labels: int64 `(N,)` labels before the noise, if `labels` are noisy.
         in_memory: decode files once, at the first iteration, and keep the pixels.
-        device: where the batches shall be.
-        test: gives the test loader; None where this is it.
+        device: the device of the batches.
+        test: returns the test loader; None if this is the test loader.
     """
 
     def __init__(
@@ -67,9 +73,9 @@ class ImageDataLoader(BaseDataLoader):
         test: "Callable[[], ImageDataLoader] | None" = None,
     ) -> None:
         self.batch_size = batch_size
-        self.n_samples = (
-            min(len(labels), num_batches * batch_size) if num_batches > 0 else len(labels)
-        )
+        self.n_samples = len(labels)
+        if num_batches > 0:
+            self.n_samples = min(len(labels), num_batches * batch_size)
         self.num_classes = len(class_names)
         self.class_names = tuple(class_names)
         self.image_shape = images.shape
@@ -79,21 +85,28 @@ class ImageDataLoader(BaseDataLoader):
             self.std = tuple(map(float, std))
         self.device = torch.device(device)
         self.clean_labels = None
+        # in the order of iteration, which is fixed only for an unshuffled loader
         if clean_labels is not None and not shuffle:
             self.clean_labels = torch.from_numpy(clean_labels[: self.n_samples]).to(self.device)
         self.positions = torch.arange(self.n_samples)
-        self._source, self._in_memory = images, in_memory
+        self._source = images
+        self._in_memory = in_memory
         self.labels = torch.from_numpy(labels).to(self.device)
-        self._shuffle, self._seed = shuffle, seed
-        self._crop_padding, self._padding_mode, self._flip = crop_padding, padding_mode, flip
-        self._cutout, self._cutout_inside, self._cutout_fill = cutout, cutout_inside, cutout_fill
+        self._shuffle = shuffle
+        self._seed = seed
+        self._crop_padding = crop_padding
+        self._padding_mode = padding_mode
+        self._flip = flip
+        self._cutout = cutout
+        self._cutout_inside = cutout_inside
+        self._cutout_fill = cutout_fill
         self._test = test
         self._image_digest: str | None = None
 
     @property
     def images(self) -> Images:
-        """The images, decoded and moved to the device at the first call if they are to stay in
-        memory.
+        """The images. If they are kept in memory, the first call decodes them and moves them to the
+        device.
 
         Raises:
             DataError: a file cannot be decoded.
@@ -103,17 +116,15 @@ class ImageDataLoader(BaseDataLoader):
         return self._source
 
     def prepare(self) -> None:
-        """Look at the images, so that a broken one is found before training: each file is decoded
+        """Check the images, so that a broken one is found before training: each file is decoded
         once.
 
-        Where the pixels do not stay in memory, rank 0 does it for all processes. It does not tell
-        them here: one that has failed before would not hear it. See
-        `base.distributed.agreement.agreed`.
-
         Raises:
-            DataError: a file cannot be decoded, or images are not such.
+            DataError: a file cannot be decoded, or a value is not an image.
         """
         images = self.images
+        # One process checks for all. It does not report the result here, because a process that has
+        # failed already would not receive it; see `base.distributed.agreement.agreed`.
         if is_primary():
             images.check()
 
@@ -130,18 +141,19 @@ class ImageDataLoader(BaseDataLoader):
         return self.images.batches(batches)
 
     def augmented(self, images: Tensor, epoch: int, number: int, shard: Shard) -> Tensor:
-        pixels = images
         generator = torch_generator(self._seed, "augmentation", epoch, number)
+        # Crop and flip move pixels only, so they run on uint8, a quarter of the bytes of floats.
         if self._crop_padding > 0:
-            pixels = augment.random_crop(
-                pixels, self._crop_padding, generator, shard, self._padding_mode
+            images = augment.random_crop(
+                images, self._crop_padding, generator, shard, self._padding_mode
             )
         if self._flip:
-            pixels = augment.random_flip(pixels, generator, shard)
-        images = augment.to_float(pixels)
+            images = augment.random_flip(images, generator, shard)
+        images = augment.to_float(images)
         if self._cutout > 0:
-            black = (0.0,) * len(self.mean)
-            fill = black if self._cutout_fill == "black" else self.mean
+            fill = self.mean
+            if self._cutout_fill == "black":
+                fill = (0.0,) * len(self.mean)
             images = augment.cutout(
                 images, self._cutout, fill, generator, shard, self._cutout_inside
             )
@@ -149,7 +161,9 @@ class ImageDataLoader(BaseDataLoader):
 
     def subset(self, index: Tensor) -> "ImageDataLoader":
         chosen = index.cpu().numpy()
-        clean = None if self.clean_labels is None else self.clean_labels.cpu().numpy()[chosen]
+        clean = None
+        if self.clean_labels is not None:
+            clean = self.clean_labels.cpu().numpy()[chosen]
         part = ImageDataLoader(
             self._source.select(chosen),
             self.labels.cpu().numpy()[chosen],
@@ -165,6 +179,7 @@ class ImageDataLoader(BaseDataLoader):
         return part
 
     def image_digest(self) -> str:
+        # It reads every file, and is asked for by checkpoints and by the other processes.
         if self._image_digest is None:
             self._image_digest = self.images.digest()
         return self._image_digest
@@ -173,4 +188,6 @@ class ImageDataLoader(BaseDataLoader):
         return self._source.names
 
     def test_loader(self) -> "ImageDataLoader":
-        return self if self._test is None else self._test()
+        if self._test is None:
+            return self
+        return self._test()

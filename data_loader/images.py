@@ -1,5 +1,8 @@
-"""Where pixels are: in memory, in files that are decoded when they are asked for, or wherever a
-user's own loader gets them from. uint8 `(N, C, H, W)`, or float32 in `[0, 1]`.
+"""Images by position: in memory, in files, or from a user's own loader.
+
+In the path read -> split -> subset -> noise -> batch -> augment, an `Images` value is what reading
+returns, what split and subset `select` from, and what `image_data_loader` takes its `batches` from.
+Pixels are uint8 `(N, C, H, W)`, or float32 in `[0, 1]`.
 """
 
 import hashlib
@@ -17,22 +20,22 @@ from tqdm import tqdm
 from base.base_data_loader import BaseDataLoader
 from base.distributed import hide_progress_bar
 from base.errors import DataError
-from data_loader.contract import asking, check_images, check_range
+from data_loader.contract import check_images, check_range, loader_errors
 from data_loader.decoding import decode_image
 from data_loader.workers import decode_in_processes
 
 DECODE_BATCH = 250
-"""Images that a worker decodes in one go where no batch size is given."""
+"""The number of images in a batch, where no batch size is given."""
 
 FINGERPRINT_BYTES = 2 * 1024**3
-"""Bytes of files that a digest is of, about; of more it takes every second, third or n-th file."""
+"""About how many bytes a digest reads: of larger data sets, only every second, third or n-th
+image."""
 
 CHECKED = 64
-"""Images of a user's own loader that are looked at before training."""
+"""Images of a user's own loader that are checked before training."""
 
 MIN_STD = 1e-3
-"""Standard deviations are never below this, so that a constant channel can be divided by its
-own."""
+"""The smallest standard deviation: a constant channel must not be divided by zero."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class MemoryImages:
 
     Attributes:
         pixels: uint8 `(N, C, H, W)`, or float32 in `[0, 1]`.
-        names: what to call each image in tables; None where they have no names.
+        names: of the images in tables; None if they have no names.
     """
 
     pixels: Tensor
@@ -57,31 +60,30 @@ class MemoryImages:
         return channels, height, width
 
     def select(self, index: np.ndarray) -> "MemoryImages":
-        """The images at these positions."""
+        """Return the images at these positions."""
         pixels = self.pixels[torch.from_numpy(index).to(self.pixels.device)]
         return MemoryImages(pixels, _selected(self.names, index))
 
     def in_memory(self, device: torch.device) -> "MemoryImages":
-        """The same images on `device`."""
+        """Return the same images on `device`."""
         return replace(self, pixels=self.pixels.to(device))
 
     def check(self) -> None:
-        """Refuse a tensor that is not images.
+        """Check shape, type and range of the pixels.
 
         Raises:
-            DataError: it has another shape or type, or values outside `[0, 1]`.
+            DataError: they are not images as `BaseDataLoader` describes them.
         """
         where = "data_loader.type: MemoryImages"
         check_images(self.pixels, {}, where)
         check_range(self.pixels, where)
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """One `(B, C, H, W)` for each int64 `(B,)` of positions, which are on the device of the
-        images."""
+        """Yield `(B, C, H, W)` for each int64 `(B,)` of positions on the images' device."""
         return (self.pixels[positions] for positions in batches)
 
     def digest(self) -> str:
-        """SHA-256 of the shape and of all pixels, hexadecimal."""
+        """Return the hexadecimal SHA-256 of the shape and all pixels."""
         digest = hashlib.sha256(f"pixels {tuple(self.pixels.shape)}".encode())
         for chunk in self.pixels.split(DECODE_BATCH):
             digest.update(chunk.cpu().contiguous().numpy())
@@ -90,11 +92,11 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class LoadedImages:
-    """Images of a user's own loader, which is asked for them whenever they are needed.
+    """Images of a user's own loader, which loads them each time they are needed.
 
     Attributes:
-        loader: gives images by position.
-        index: int64 `(N,)`, their positions in it.
+        loader: returns images by position.
+        index: int64 `(N,)`, the images' positions in the loader.
     """
 
     loader: BaseDataLoader
@@ -110,58 +112,59 @@ class LoadedImages:
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """What the loader calls each image; None where it has no names."""
+        """The loader's names of the images; None if they have no names."""
         return _selected(self.loader.sample_names(), self.index)
 
     def select(self, index: np.ndarray) -> "LoadedImages":
-        """The images at these positions."""
+        """Return the images at these positions."""
         return replace(self, index=self.index[index])
 
     def in_memory(self, device: torch.device) -> MemoryImages:
-        """All images in one tensor, on `device`."""
+        """Load all images into one tensor on `device`."""
         pixels = list(self.batches(torch.arange(len(self)).split(DECODE_BATCH)))
         return MemoryImages(torch.cat(pixels).to(device), self.names)
 
     def check(self) -> None:
-        """Ask for the first few images, twice.
+        """Load the first few images twice.
 
         Raises:
-            DataError: they are not images, or other ones the second time.
+            DataError: they are not images, or differ the second time.
         """
         batch = torch.arange(min(len(self), CHECKED))
         first, again = self.batches([batch, batch])
         if not torch.equal(first, again):
             raise DataError(
-                f"{self._where} gives other images for the same positions: augmentation belongs"
-                " into the config, or into the loader's `augmented`"
+                f"{self._where} returns different images for the same positions: augmentation"
+                " belongs in the config, or in the loader's `augmented`"
             )
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """One `(B, C, H, W)` for each int64 `(B,)` of positions, wherever the loader has it.
+        """Yield `(B, C, H, W)` for each int64 `(B,)` of positions, on the loader's device.
 
         Raises:
-            DataError: what the loader gives has another shape or type than it should, or the first
-                images have values outside `[0, 1]`.
+            DataError: the images have a wrong shape or type, or those of the first batch have
+                values outside `[0, 1]`.
         """
         if not batches:
             return
         index = torch.from_numpy(self.index)
         sizes = [len(batch) for batch in batches]
-        # one copy from the device for all of them
+        # one copy from the device for all batches: each copy makes the host wait
         chosen = index[torch.cat(tuple(batches)).cpu()].split(sizes)
-        with asking(self._where):
+        with loader_errors(self._where):
             for number, images in enumerate(self.loader.image_batches(chosen)):
                 expected = {0: sizes[number], **dict(enumerate(self.shape, start=1))}
                 check_images(images, expected, self._where)
+                # Finding the range of every batch would take longer than loading it.
                 if number == 0:
                     check_range(images, self._where)
                 yield images
 
     def digest(self) -> str:
-        """SHA-256 of the shape and of the pixels of all images, hexadecimal; of more than
-        `FINGERPRINT_BYTES` of every n-th image only."""
+        """Return the hexadecimal SHA-256 of shape and pixels; of more than `FINGERPRINT_BYTES`,
+        only of every n-th image."""
         digest = hashlib.sha256(f"loaded {len(self)} {self.shape}".encode())
-        # as if they were bytes; floats take four times as many
+        # the size of uint8 pixels, although floats take four times as many bytes
         step = -(-len(self) * prod(self.shape) // FINGERPRINT_BYTES) or 1
         for images in self.batches(torch.arange(0, len(self), step).split(DECODE_BATCH)):
             digest.update(images.cpu().contiguous().numpy())
@@ -174,17 +177,16 @@ class LoadedImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Image files, decoded anew for every batch.
+    """Image files, which are decoded again for every batch.
 
     Attributes:
         paths: one per image.
-        shape: `(C, H, W)` that every image gets: RGB with 3 channels, gray with 1.
-        resize: True resizes the shorter side to H and cuts the center (H equals W); False expects H
-            x W in every file.
-        num_workers: processes that decode; 0 decodes in this one.
-        pin_memory: hand batches over in page-locked memory, which speeds up the way to a CUDA
-            device.
-        folder: the data set's; see `names`.
+        shape: `(C, H, W)` of every decoded image: RGB with 3 channels, gray with 1.
+        resize: True resizes the shorter side to H and crops the center (H equals W); False expects
+            files of H x W.
+        num_workers: processes that decode; 0 decodes in the main process.
+        pin_memory: return batches in page-locked memory, which copies faster to a CUDA device.
+        folder: the data set's folder; `names` are relative to it.
     """
 
     paths: tuple[str, ...]
@@ -200,23 +202,23 @@ class FileImages:
     @property
     def names(self) -> tuple[str, ...]:
         """The paths of the files below the data set's folder."""
-        # the folder "." stands in no path below it
+        # pathlib drops the folder "." from a path, so the prefix is then empty
         prefix = str(Path(self.folder, "x")).removesuffix("x")
         return tuple(path.removeprefix(prefix).replace(os.sep, "/") for path in self.paths)
 
     def select(self, index: np.ndarray) -> "FileImages":
-        """The images at these positions."""
+        """Return the images at these positions."""
         return replace(self, paths=tuple(self.paths[position] for position in index))
 
     def in_memory(self, device: torch.device) -> MemoryImages:
-        """All images decoded, on `device`; shows a progress bar on a terminal."""
+        """Decode all images and move them to `device`, with a progress bar on a terminal."""
         pixels = torch.empty((len(self), *self.shape), dtype=torch.uint8)
         for chunk, images in self._in_order("decoding images"):
             pixels[chunk] = images
         return MemoryImages(pixels.to(device), self.names)
 
     def check(self) -> None:
-        """Decode every image once, and keep none.
+        """Decode every image once, and discard it.
 
         Raises:
             DataError: a file cannot be decoded or has another size.
@@ -225,7 +227,7 @@ class FileImages:
             pass
 
     def _in_order(self, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images, some at a time: their positions, and uint8 `(B, C, H, W)`."""
+        """Yield positions and images, uint8 `(B, C, H, W)`, until all are decoded."""
         chunks = torch.arange(len(self)).split(DECODE_BATCH)
         bar = tqdm(
             total=len(self),
@@ -240,8 +242,9 @@ class FileImages:
                 bar.update(len(chunk))
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """One uint8 CPU `(B, C, H, W)` for each int64 `(B,)` of positions, in their order whatever
-        `num_workers` is.
+        """Yield uint8 `(B, C, H, W)` on the CPU for each int64 `(B,)` of positions, in order.
+
+        Batches are the same for any `num_workers`.
 
         Raises:
             DataError: a file cannot be decoded or has another size, or a worker process died or
@@ -253,18 +256,19 @@ class FileImages:
             decoded = map(self._decode, positions)
         else:
             decoded = decode_in_processes(self.paths, self.shape, self.resize, positions, workers)
+        # Both copy the batch out of the memory that workers write to.
         if self.pin_memory:
             return map(Tensor.pin_memory, decoded)
-        # out of the memory that the workers write to
-        return map(Tensor.clone, decoded) if workers else decoded
+        if workers > 0:
+            return map(Tensor.clone, decoded)
+        return decoded
 
     def digest(self) -> str:
-        """SHA-256 of the sizes of all files and of what is in them, hexadecimal; their places and
-        names do not matter.
+        """Return the hexadecimal SHA-256 of the sizes and bytes of all files.
 
-        Files are read as they are, not decoded. Of more than `FINGERPRINT_BYTES` only every n-th
-        one is read: another image in one of the rest is noticed where its file is larger or
-        smaller.
+        Folders and names do not matter, so data may be moved. Of more than `FINGERPRINT_BYTES`,
+        only every n-th file is read: a changed image in one of the others is noticed by the size of
+        its file.
 
         Raises:
             DataError: a file cannot be read.
@@ -300,13 +304,17 @@ Images = MemoryImages | FileImages | LoadedImages
 
 
 def pixel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and (population) standard deviation of all pixels, in `[0, 1]`.
+    """Return per-channel mean and (population) standard deviation of all pixels, in `[0, 1]`.
 
-    Counted exactly from histograms of the 256 pixel values, so the order and the batches do not
-    matter; floats are summed in double precision. The standard deviation is at least 0.001."""
+    The standard deviation is at least `MIN_STD`. For uint8 pixels, the result does not depend on
+    the order of the images.
+    """
+    # A histogram of the 256 pixel values is exact. Floats are summed in double precision.
     counts = torch.zeros(images.shape[0], 256, dtype=torch.int64)
     sums = torch.zeros(3, images.shape[0], dtype=torch.float64)
-    device = images.pixels.device if isinstance(images, MemoryImages) else torch.device("cpu")
+    device = torch.device("cpu")
+    if isinstance(images, MemoryImages):
+        device = images.pixels.device
     for batch in images.batches(torch.arange(len(images), device=device).split(DECODE_BATCH)):
         if batch.dtype != torch.uint8:
             sums += _power_sums(batch)
@@ -317,22 +325,24 @@ def pixel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ..
         mean = sums[1] / sums[0]
         variance = (sums[2] / sums[0] - mean**2).clamp(min=0)
     else:
-        share = counts.double() / counts.sum(dim=1, keepdim=True)
+        frequency = counts.double() / counts.sum(dim=1, keepdim=True)
         values = torch.arange(256, dtype=torch.float64) / 255
-        mean = share @ values
-        variance = (share * (values - mean[:, None]) ** 2).sum(dim=1)
+        mean = frequency @ values
+        variance = (frequency * (values - mean[:, None]) ** 2).sum(dim=1)
     std = variance.sqrt().clamp(min=MIN_STD)
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _power_sums(images: Tensor) -> Tensor:
-    """float64 `(3, C)` on the CPU: the number, the sum and the sum of squares of each channel's
-    pixels."""
-    # MPS has no double precision
+    """Return number, sum and sum of squares of each channel's pixels: float64 `(3, C)`, on the
+    CPU."""
+    # on the CPU, because MPS has no double precision
     pixels = images.cpu().double()
     count = torch.full((pixels.shape[1],), pixels.numel() / pixels.shape[1], dtype=torch.float64)
     return torch.stack([count, pixels.sum(dim=(0, 2, 3)), (pixels**2).sum(dim=(0, 2, 3))])
 
 
 def _selected(names: Sequence[str] | None, index: np.ndarray) -> tuple[str, ...] | None:
-    return None if names is None else tuple(names[position] for position in index.tolist())
+    if names is None:
+        return None
+    return tuple(names[position] for position in index.tolist())

@@ -1,6 +1,7 @@
-"""Files of labels, from anybody: `.npy`, `.npz`, `.pt`, `.json` and `.csv`.
+"""Read label files from any source: `.npy`, `.npz`, `.pt`, `.json` and `.csv`.
 
-Nothing in them is ever executed.
+`noise_file` uses this for the noise step. A file may come from a stranger, so nothing in it is
+executed: pickles are read by unpicklers that know arrays and plain values only.
 """
 
 import csv
@@ -20,15 +21,15 @@ from base.errors import DataError
 
 
 def load_label_file(path: Path, where: str) -> Any:
-    """What a file holds: an array or a list, or a dict of several by name.
+    """Read a file: an array or a list, or a dict of several by name.
 
-    `.npy` holds an array, or a pickled dict of arrays, as some of CIFAR-N's files do; `.npz`
+    `.npy` holds an array, or a pickled dict of arrays, as some of CIFAR-N's files do; `.npz` holds
     several arrays; `.pt` and `.pth` a tensor, an array or a dict of them; `.json` a list or an
-    object of lists; `.csv` columns, under a header or under their numbers from 0 on.
+    object of lists; `.csv` columns, named by a header or numbered from 0.
 
     Args:
         path: the file.
-        where: how messages name it.
+        where: what messages call it.
 
     Raises:
         DataError: the file is missing, of another type, or cannot be read.
@@ -43,9 +44,10 @@ def load_label_file(path: Path, where: str) -> Any:
     except pickle.UnpicklingError:
         reason = "holds something other than arrays of labels, or is damaged; nothing in it was run"
         raise DataError(f"{where}: {reason}") from None
-    except Exception as error:  # readers raise nearly everything on damaged and on hostile files
+    # readers raise nearly every exception on damaged and on hostile files
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        # it may quote the file, which may hold anything
+        # The message may quote the file. `repr` escapes its control characters.
         raise DataError(f"{where}: cannot be read ({repr(reason)[1:-1]})") from None
     if isinstance(content, dict):
         return {str(name): values for name, values in content.items()}
@@ -56,6 +58,7 @@ def _read_numpy(path: Path) -> Any:
     with path.open("rb") as file:
         try:
             content = np.load(file, allow_pickle=False)
+        # numpy's error for a pickle, and for damaged files
         except ValueError:
             file.seek(0)
             if _holds_objects(file):
@@ -67,14 +70,14 @@ def _read_numpy(path: Path) -> Any:
 
 
 def _holds_objects(file: BinaryIO) -> bool:
-    """Whether a `.npy` holds a pickled array of objects; the file is then read up to the pickle."""
+    """Whether a `.npy` holds a pickled array of objects. Reads the file up to the pickle."""
     version = np.lib.format.read_magic(file)
     return version == (1, 0) and np.lib.format.read_array_header_1_0(file)[2].hasobject
 
 
 def _read_torch(path: Path) -> Any:
     with _numpy_allowed(), warnings.catch_warnings():
-        # torch has more to say about pickles that it refuses
+        # torch also warns about a pickle that it refuses; the error is enough
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -91,6 +94,7 @@ def _read_csv(path: Path) -> Any:
     with path.open(newline="", encoding="utf-8-sig") as file:
         first = file.readline()
         file.seek(0)
+        # `csv.Sniffer` fails for a single column
         delimiter = max(",;\t", key=first.count)
         rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
     if not rows:
@@ -113,8 +117,11 @@ def _is_integer(text: str) -> bool:
 
 
 def _as_integers(column: tuple[str, ...]) -> np.ndarray:
-    """int64 where all of a column are integers; words otherwise."""
-    return np.array(column).astype(np.int64) if all(map(_is_integer, column)) else np.array(column)
+    """Convert a column to int64 if all its fields are integers, otherwise to strings."""
+    array = np.array(column)
+    if all(map(_is_integer, column)):
+        return array.astype(np.int64)
+    return array
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -128,61 +135,62 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _numpy_allowed() -> AbstractContextManager:
-    """Let `torch.load(weights_only=True)` rebuild numpy arrays, and nothing else.
-
-    CIFAR-N's `.pt` files hold these. The two names of one function are those that numpy 1 and numpy
-    2 write.
-    """
+    """Let `torch.load(weights_only=True)` also rebuild numpy arrays, which CIFAR-N's `.pt` files
+    hold."""
     rebuild = np._core.multiarray._reconstruct
     rebuild_scalar = np._core.multiarray.scalar
     names: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQfd")]
+    # numpy 1 and numpy 2 write different names of the same functions
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         names += [(rebuild, f"{module}._reconstruct"), (rebuild_scalar, f"{module}.scalar")]
     return torch.serialization.safe_globals(names)
 
 
 class _PickledDtype:
-    """Takes the place of `numpy.dtype` in a pickle."""
+    """Stands for `numpy.dtype` in a pickle."""
 
     def __init__(self, code: str, *_: Any) -> None:
-        self.code, self.byte_order = code, "|"
+        self.code = code
+        self.byte_order = "|"
 
     def __setstate__(self, state: tuple) -> None:
         self.byte_order = state[1]
 
     def read(self, raw: bytes) -> np.ndarray:
-        """Numbers of this type; ValueError where it is a type of anything else."""
-        if not re.fullmatch(r"[biuf][1248]", self.code) or self.byte_order not in (
-            "<",
-            ">",
-            "|",
-            "=",
-        ):
+        """Convert bytes to an array of numbers.
+
+        Raises:
+            ValueError: this is not a type of numbers.
+        """
+        # An array of objects would take the bytes for pointers.
+        is_number = re.fullmatch(r"[biuf][1248]", self.code)
+        if not is_number or self.byte_order not in ("<", ">", "|", "="):
             raise ValueError(f"it holds arrays of type {self.code!r}, expected integers")
         return np.frombuffer(raw, np.dtype(f"{self.byte_order}{self.code}"))
 
 
 class _PickledArray:
-    """Takes the place of a `numpy.ndarray` in a pickle, so that numpy sees nothing unchecked."""
+    """Stands for `numpy.ndarray` in a pickle, so that numpy gets checked values only."""
 
     def __setstate__(self, state: tuple) -> None:
         _, self.shape, self.dtype, self.fortran, self.data = state
 
     @property
     def values(self) -> Any:
-        """The array; of an array of objects the list of them."""
+        """The array; for an array of objects, the list of them."""
         if isinstance(self.data, list):
             return self.data
-        return self.dtype.read(self.data).reshape(self.shape, order="F" if self.fortran else "C")
+        order = "F" if self.fortran else "C"
+        return self.dtype.read(self.data).reshape(self.shape, order=order)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads a pickle of arrays and plain values, and refuses whatever else is named in it."""
+    """Reads a pickle of arrays and plain values; any other name in it is an error."""
 
     NAMES: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): _PickledArray,
         ("numpy", "dtype"): _PickledDtype,
-        # bytes in pickles of protocol 2
+        # protocol 2, which Python 2 can read, writes bytes as encoded text
         ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
         **{
             (module, name): stand_in
@@ -205,10 +213,13 @@ def _read_pickled_arrays(file: BinaryIO) -> Any:
     if not isinstance(array, _PickledArray):
         raise pickle.UnpicklingError("no array")
     content = array.values
+    # `np.save` of a dict writes an array without dimensions that holds the dict
     if array.shape != () or not isinstance(content, list) or not isinstance(content[0], dict):
         return content
     return {name: _unpacked(values) for name, values in content[0].items()}
 
 
 def _unpacked(value: Any) -> Any:
-    return value.values if isinstance(value, _PickledArray) else value
+    if isinstance(value, _PickledArray):
+        return value.values
+    return value

@@ -1,7 +1,20 @@
-"""Wrong training labels on purpose: symmetric, asymmetric, or read from a file, and what they
-really amount to.
+"""Label noise: wrong training labels on purpose, and how many of them there are.
 
-Every law is computed from the clean labels, never from labels that are already noisy.
+The path of a data set is read -> split -> subset -> noise -> batch -> augment. This is the noise,
+which `training_data_loader` applies to the labels of one split: the subset that is trained on, or
+the validation part. `noise_file` reads labels from a file instead.
+
+Let y be the clean label of an image, K the number of classes and p the rate, `percent`. The laws
+are those of ConvNorm (Liu et al., "Convolutional Normalization", NeurIPS 2021), which follow
+Patrini et al., "Making Deep Neural Networks Robust to Label Noise" (CVPR 2017):
+
+    symmetric, inclusive:   P(j | y) = (1 - p) [j = y] + p / K
+    symmetric, exclusive:   P(j | y) = (1 - p) [j = y] + p / (K - 1) [j != y]
+    asymmetric:             P(j | y) = (1 - p) [j = y] + p [j = flip(y)]
+
+The number of labels that are picked is not random: ceil(p n) of the n labels of a split for
+symmetric noise, and ceil(p n_y) of every class that is flipped for asymmetric noise. Every law is
+computed from the clean labels, never from labels that are already noisy.
 """
 
 import math
@@ -16,18 +29,19 @@ from base.errors import DataError
 
 @dataclass(frozen=True)
 class LabelNoise:
-    """What is asked for.
+    """The label noise that a config asks for.
 
     Attributes:
         kind: `"none"`, `"sym"`, `"asym"` or `"file"`.
-        percent: share of the labels that the law picks, in `[0, 1]` despite its name; a file brings
-            its own.
-        law: of symmetric noise. `"inclusive"` draws the new label from all classes, the true one
-            too, as the published numbers do: of K classes, (K - 1) / K of the picked labels change.
-            `"exclusive"` draws from the other classes.
-        file: path of a label file, for `kind` `"file"`.
-        key: which of the file's entries to take, where it holds several.
-        on_validation: whether validation labels get the same noise, from a draw of their own.
+        percent: the rate p: the fraction of labels that the law picks, in `[0, 1]` despite its
+            name, which is ConvNorm's. A picked label need not change, see `law`. Without effect for
+            a file.
+        law: for symmetric noise. `"inclusive"` draws the new label from all K classes, the clean
+            one included, as the published numbers do: (K - 1) / K of the picked labels change.
+            `"exclusive"` draws from the other K - 1 classes, so that all of them change.
+        file: path of a label file, for the kind `"file"`.
+        key: which entry of the file to take, if it holds several.
+        on_validation: whether validation labels get the same noise, drawn independently.
     """
 
     kind: Literal["none", "sym", "asym", "file"] = "none"
@@ -39,14 +53,16 @@ class LabelNoise:
 
     @property
     def active(self) -> bool:
-        """Whether labels may change at all."""
-        return self.kind == "file" or (self.kind in ("sym", "asym") and self.percent > 0)
+        """Whether any label may change."""
+        if self.kind == "file":
+            return True
+        return self.kind != "none" and self.percent > 0
 
 
 CLEAN = LabelNoise()
 
 LARGEST_DIFFERENCE = 0.1
-"""By which share of the rate asked for the realised one may differ from it without a warning."""
+"""The realized rate may differ from `percent` by this fraction of it without a warning."""
 
 CIFAR10_FLIPS = {
     "truck": "automobile",
@@ -90,63 +106,69 @@ CIFAR100_SUPERCLASSES = (
     ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
     ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
 )
-"""The 20 superclasses of CIFAR-100, five classes each in the order of their numbers (which is
-alphabetical)."""
+"""The 20 superclasses of CIFAR-100, each with its five classes in the order of their numbers, which
+is alphabetical."""
 
+# as Patrini et al.: each class flips to the next one of its superclass, the last to the first
 CIFAR100_FLIPS = {
-    name: group[(place + 1) % len(group)]
-    for group in CIFAR100_SUPERCLASSES
-    for place, name in enumerate(group)
+    name: superclass[(place + 1) % len(superclass)]
+    for superclass in CIFAR100_SUPERCLASSES
+    for place, name in enumerate(superclass)
 }
 
 
 def symmetric_noise(
     labels: np.ndarray, num_classes: int, percent: float, law: str, generator: np.random.Generator
 ) -> np.ndarray:
-    """Pick ceil(percent * n) labels over the whole split and draw each anew.
+    """Pick ceil(percent * n) labels of the whole split and replace each by a random one.
 
     Args:
         labels: int64 `(n,)` clean labels in `[0, num_classes)`.
         num_classes: K, at least 2.
-        percent: in `[0, 1]`.
-        law: `"inclusive"`: uniform over all K classes; `"exclusive"`: uniform over the K - 1 wrong
+        percent: the fraction of labels to pick, in `[0, 1]`.
+        law: `"inclusive"` draws uniformly from all K classes, `"exclusive"` from the K - 1 wrong
             ones.
         generator: picks the labels and draws the new ones.
 
     Returns:
-        int64 `(n,)`; `labels` is left alone.
+        int64 `(n,)`, a copy.
     """
     noisy = labels.copy()
     picked = generator.permutation(len(labels))[: _ceil(percent * len(labels))]
     if law == "inclusive":
         noisy[picked] = generator.integers(0, num_classes, len(picked))
     else:
-        noisy[picked] = (
-            labels[picked] + generator.integers(1, num_classes, len(picked))
-        ) % num_classes
+        # a shift by 1 ... K - 1 reaches every class but the clean one
+        shift = generator.integers(1, num_classes, len(picked))
+        noisy[picked] = (labels[picked] + shift) % num_classes
     return noisy
 
 
 def asymmetric_noise(
     labels: np.ndarray, class_names: Sequence[str], percent: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """Turn ceil(percent * n_class) labels of every source class into the class it is mistaken for.
+    """Flip ceil(percent * n_class) labels of every source class to the class it is mistaken for.
 
-    CIFAR-10: truck -> automobile, bird -> airplane, deer -> horse, cat -> dog and dog -> cat; other
-    classes stay clean. CIFAR-100: every class -> the next one of its superclass, cyclically. Both
-    apply to any data set with exactly these class names, in whatever order. ConvNorm rewrites
-    labels in place, so that some cats become dogs and then cats again, and goes round blocks of
-    five class numbers, which are no superclasses; neither is copied here.
+    The flips are those of Patrini et al. CIFAR-10: truck -> automobile, bird -> airplane,
+    deer -> horse, cat <-> dog; the other classes stay clean. CIFAR-100: every class -> the next one
+    of its superclass, cyclically. Both apply to any data set with exactly these class names, in any
+    order.
 
     Args:
         labels: int64 `(n,)` clean labels.
         class_names: the classes' names in label order.
-        percent: in `[0, 1]`.
+        percent: the fraction of each source class to flip, in `[0, 1]`.
         generator: picks the labels.
 
+    Returns:
+        int64 `(n,)`, a copy.
+
     Raises:
-        DataError: there is no law for these classes.
+        DataError: there are no flips for these classes.
     """
+    # ConvNorm's code rewrites labels in place, so that some cats become dogs and then cats again,
+    # and cycles through blocks of five class numbers, which are not CIFAR-100's superclasses.
+    # Neither is copied here.
     number = {name: label for label, name in enumerate(class_names)}
     noisy = labels.copy()
     for source, target in _flips(class_names).items():
@@ -161,8 +183,14 @@ def apply_noise(
     noise: LabelNoise,
     generator: np.random.Generator,
 ) -> np.ndarray:
-    """The noisy labels of one split for `kind` `"sym"` or `"asym"`; a copy of `labels` for
-    `"none"`."""
+    """Return the noisy labels of one split.
+
+    Args:
+        labels: int64 `(n,)` clean labels.
+        class_names: the classes' names in label order.
+        noise: of the kind `"sym"`, `"asym"` or `"none"`.
+        generator: picks the labels and draws the new ones.
+    """
     if not noise.active:
         return labels.copy()
     if noise.kind == "sym":
@@ -171,18 +199,19 @@ def apply_noise(
 
 
 def transition_matrix(clean: np.ndarray, noisy: np.ndarray, num_classes: int) -> np.ndarray:
-    """float64 `(K, K)`: entry (i, j) is the share of the images of class i that are labeled j.
+    """Return float64 `(K, K)`: entry (i, j) is the fraction of images of class i with the label j.
 
-    Rows sum to 1; the row of a class without images is all 0.
+    Rows sum to 1; the row of a class without images is 0.
     """
     counts = np.zeros((num_classes, num_classes))
+    # `counts[clean, noisy] += 1` would count repeated pairs once
     np.add.at(counts, (clean, noisy), 1)
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def describe_transitions(matrix: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """A line per class that says what its labels became, most frequent first: `cat -> cat 60.0%,
-    dog 40.0%`."""
+    """Write a line per class with the labels it received, most frequent first, such as
+    `cat -> cat 60.0%, dog 40.0%`."""
     lines = []
     for name, row in zip(class_names, matrix, strict=True):
         targets = [
@@ -194,38 +223,42 @@ def describe_transitions(matrix: np.ndarray, class_names: Sequence[str]) -> list
     return lines
 
 
-def realised_rate(clean: np.ndarray, noisy: np.ndarray) -> float:
-    """The share of labels that differ, in `[0, 1]`."""
-    return float(np.mean(clean != noisy)) if len(clean) else 0.0
+def realized_rate(clean: np.ndarray, noisy: np.ndarray) -> float:
+    """The fraction of labels that differ, in `[0, 1]`; 0 without labels."""
+    if len(clean) == 0:
+        return 0.0
+    return float(np.mean(clean != noisy))
 
 
 def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> str | None:
-    """Why the realised rate differs from the one asked for by more than `LARGEST_DIFFERENCE`.
+    """Explain why the realized rate differs from `percent` by more than `LARGEST_DIFFERENCE`.
 
     Args:
-        noise: what was asked for.
-        class_names: in label order.
-        rate: the share of training labels that have changed, in `[0, 1]`.
+        noise: the noise that the config asks for.
+        class_names: the classes' names in label order.
+        rate: the fraction of training labels that changed, in `[0, 1]`.
 
     Returns:
-        One line; None where it does not differ that much, and for a file.
+        One line; None for a smaller difference, and for a file.
     """
     near = abs(rate - noise.percent) <= LARGEST_DIFFERENCE * noise.percent
     if noise.kind not in ("sym", "asym") or near:
         return None
-    asked = (
+    difference = (
         f"trainer.percent asks for {noise.percent:.4g}, "
         f"{rate:.4g} of the training labels have changed"
     )
     if noise.kind == "sym" and noise.law == "inclusive":
         return (
-            f"{asked}: a new label may be the true one (trainer.noise_law: inclusive); "
+            f"{difference}: a new label may be the true one (trainer.noise_law: inclusive); "
             "with trainer.noise_law: exclusive it never is"
         )
-    if noise.kind == "asym" and len(_flips(class_names)) < len(class_names):
+    if noise.kind == "asym":
         flips = len(_flips(class_names))
-        return f"{asked}: the law changes labels of {flips} of the {len(class_names)} classes only"
-    return f"{asked}: there are too few of them"
+        classes = len(class_names)
+        if flips < classes:
+            return f"{difference}: the law changes labels of {flips} of the {classes} classes only"
+    return f"{difference}: there are too few of them"
 
 
 def _flips(class_names: Sequence[str]) -> dict[str, str]:
@@ -234,13 +267,15 @@ def _flips(class_names: Sequence[str]) -> dict[str, str]:
         return CIFAR10_FLIPS
     if names == set(CIFAR100_FLIPS):
         return CIFAR100_FLIPS
-    shown = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
+    shown = ", ".join(class_names[:5])
+    if len(class_names) > 5:
+        shown += ", ..."
     raise DataError(
-        f"trainer.asym: no asymmetric law for classes {shown}; there is one for the classes of CIFAR-10 and of CIFAR-100"
+        f"trainer.asym: no asymmetric law for classes {shown};"
+        " there is one for the classes of CIFAR-10 and of CIFAR-100"
     )
 
 
 def _ceil(value: float) -> int:
-    # 0.55 * 100 is a little more than 55 in floating point; nobody who asks for 55 % of 100 labels
-    # means 56.
+    # 0.55 * 100 is a little more than 55 in floating point, and 55 % of 100 labels are not 56.
     return math.ceil(round(value, 6))

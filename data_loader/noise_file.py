@@ -1,6 +1,10 @@
-"""Labels from a file: real human mistakes such as CIFAR-N's, or any noise that was made elsewhere.
+"""Noisy labels from a file: human mistakes such as CIFAR-N's, or noise that was made elsewhere.
 
-A file is data from a stranger: it is read by `label_files`, and judged here.
+This is the noise step of a data set with `trainer.noise_file`. `label_files` reads the file; this
+module checks that its labels belong to the images of the data set, in their order.
+
+CIFAR-N: Wei et al., "Learning with Noisy Labels Revisited: A Study Using Real-World Human
+Annotations" (ICLR 2022).
 """
 
 from collections.abc import Mapping
@@ -16,28 +20,30 @@ from base.registry import did_you_mean
 from base.seeding import numpy_generator
 from data_loader.label_files import load_label_file
 
-CLEAN_KEY, ORDER_FILES = "clean_label", "image_order*.npy"
-"""CIFAR-N's names."""
+# CIFAR-N's names
+CLEAN_KEY = "clean_label"
+ORDER_FILES = "image_order*.npy"
 
 RUN_KEYS = {
     f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")
 }
-"""What a run's own `labels.npz` holds."""
+"""The entries of a run's `labels.npz`."""
 
 NO_LABEL = -1
-"""In place of the label of an image that a run's `labels.npz` says nothing about."""
+"""Stands for the label of an image that a run's `labels.npz` does not contain."""
 
 DEVIATIONS = 3.0
 """By how many standard deviations an agreement must exceed chance.
 
-Labels in a random order do so in one of 700 files.
+Labels in a random order exceed it in one of 700 files.
 """
 
 MOST_LISTED = 20
-"""Entries of a file that a message lists."""
+"""How many entries of a file a message lists."""
 
 MOST_NAMED = 2000
-"""Classes up to which another naming is looked for: the search takes their cube in time."""
+"""The largest number of classes for which another naming is searched; the time grows with its
+cube."""
 
 
 def read_noise_file(
@@ -45,32 +51,33 @@ def read_noise_file(
 ) -> np.ndarray:
     """Read one noisy label per training image.
 
-    The file covers the whole training set in its original order (CIFAR's; of an image folder:
-    classes, then files, sorted by name). `label_files.load_label_file` lists the formats. A file of
-    several label sets has names for them: CIFAR-N's are `clean_label`, `aggre_label`,
+    The file covers the whole training set in its original order (CIFAR's; for an image folder:
+    classes, then files, sorted by name). `label_files.load_label_file` lists the formats. A file
+    with several sets of labels names them: CIFAR-N's are `clean_label`, `aggre_label`,
     `worse_label`, `random_label1` and so on, and `noisy_label` for CIFAR-100.
 
-    Two files have an order of their own. The labels of CIFAR-N's `*_human_ordered.npy` are brought
-    back to CIFAR's order by its `image_order_*.npy`, which has to lie beside it or one folder
-    above. A run's `labels.npz` holds positions.
+    Two kinds of files have another order. The labels of CIFAR-N's `*_human_ordered.npy` are sorted
+    to CIFAR's order by its `image_order_*.npy`, which must be in the same folder or one above. A
+    run's `labels.npz` holds positions.
 
     Args:
         file: the path.
-        key: which of several label sets to take; a plain array and a `labels.npz` need none.
-        clean_labels: int64 `(N,)` the data set's own labels, to find a file in another order or of
-            another data set.
+        key: which of several sets of labels to take; a plain array and a `labels.npz` need none.
+        clean_labels: int64 `(N,)` labels of the data set, to recognize a file in another order or
+            of another data set.
         num_classes: number of classes.
 
     Returns:
-        int64 `(N,)` in `[0, num_classes)`; `NO_LABEL` for images that a `labels.npz` says nothing
-        about.
+        int64 `(N,)` in `[0, num_classes)`; `NO_LABEL` for images that a `labels.npz` does not
+        contain.
 
     Raises:
         DataError: the file is missing, cannot be read, or does not fit the data set. Clean labels
-            in the file must equal `clean_labels`; the labels taken must agree with them, see
+            in the file must equal `clean_labels`, and the noisy ones must agree with them, see
             `check_agreement`.
     """
-    path, where = Path(file).expanduser(), f"trainer.noise_file: {file!r}"
+    path = Path(file).expanduser()
+    where = f"trainer.noise_file: {file!r}"
     content = load_label_file(path, where)
     order = np.arange(len(clean_labels))
     if isinstance(content, Mapping):
@@ -92,22 +99,22 @@ def read_noise_file(
 
 
 def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, where: str) -> None:
-    """Refuse labels that do not belong to these images, or that number the classes otherwise.
+    """Check that labels belong to these images, and number the classes in the same way.
 
-    Labels that belong to the images agree with the clean ones more often than the same labels in a
-    random order would: by `DEVIATIONS` standard deviations, given the class frequencies of both
-    (see `chance_agreement`). No other naming of the classes agrees far better: that is by more than
-    twice as much beyond its chance, and significantly. It is looked for in one half of the images
-    and measured in the other, so that it cannot fit the noise.
+    Two conditions must hold. The labels agree with the clean ones more often than they would in a
+    random order: by `DEVIATIONS` standard deviations, given the class frequencies of both (see
+    `chance_agreement`). And no other numbering of the classes agrees far better, that is
+    significantly, and by more than twice as much beyond its own chance. Such a numbering is fitted
+    to one half of the images and tested on the other, so that it cannot fit the noise.
 
     Args:
-        noisy: int64 `(N,)` the file's labels, in `[0, num_classes)`.
-        clean: int64 `(N,)` the data set's.
+        noisy: int64 `(N,)` labels of the file, in `[0, num_classes)`.
+        clean: int64 `(N,)` labels of the data set.
         num_classes: number of classes.
-        where: how messages name the file.
+        where: what messages call the file.
 
     Raises:
-        DataError: they do not agree, or another naming agrees far better.
+        DataError: the labels do not agree, or another numbering agrees far better.
     """
     agreement = float(np.mean(noisy == clean))
     if agreement == 1:
@@ -115,7 +122,8 @@ def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, wher
     chance, deviation = chance_agreement(noisy, clean, num_classes)
     if len(clean) > 1:
         _check_naming(noisy, clean, num_classes, agreement - chance, where)
-    # labels that are all the same agree as often in every order, but for rounding
+    # Labels that are all the same agree equally often in every order: the deviation is 0, and
+    # rounding must not decide.
     if agreement - chance <= DEVIATIONS * deviation + 1e-9:
         raise DataError(
             f"{where}: only {agreement:.1%} of its labels are the data set's own, "
@@ -127,13 +135,15 @@ def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, wher
 def chance_agreement(
     labels: np.ndarray, others: np.ndarray, num_classes: int
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the share of equal labels, were one side in a random order.
+    """Return mean and standard deviation of the fraction of equal labels in a random order.
 
-    With class frequencies p and q the mean is the sum of p_k q_k. Both are exact: of n images, with
-    a_k and b_k labels of class k, the number of equal ones has the mean S / n, where S is the sum
-    of a_k b_k, and the second factorial moment
+    Let a_k and b_k be the numbers of labels of class k on the two sides, of n images, and
+    S = sum_k a_k b_k. If one side is shuffled, the number of equal labels has the mean S / n and
+    the second factorial moment
 
-        (S^2 + sum of a_k b_k (1 - a_k - b_k)) / (n (n - 1)).
+        (S^2 + sum_k a_k b_k (1 - a_k - b_k)) / (n (n - 1)).
+
+    Both are exact.
     """
     n = len(labels)
     first = np.bincount(labels, minlength=num_classes).astype(float)
@@ -152,12 +162,18 @@ def chance_agreement(
 def _check_naming(
     noisy: np.ndarray, clean: np.ndarray, num_classes: int, gain: float, where: str
 ) -> None:
-    """Refuse labels that agree far better under another naming.
+    """Check that no other numbering of the classes agrees far better.
 
-    `gain` is what they agree beyond chance under their own.
+    Args:
+        noisy: int64 `(N,)` labels of the file.
+        clean: int64 `(N,)` labels of the data set.
+        num_classes: number of classes.
+        gain: by how much `noisy` agrees with `clean` beyond chance.
+        where: what messages call the file.
     """
     names, tested = _best_naming(noisy, clean, num_classes)
-    renamed, seen = names[noisy[tested]], clean[tested]
+    renamed = names[noisy[tested]]
+    seen = clean[tested]
     agreement = float(np.mean(renamed == seen))
     chance, deviation = chance_agreement(renamed, seen, num_classes)
     other_gain = agreement - chance
@@ -168,28 +184,29 @@ def _check_naming(
         raise DataError(
             f"{where}: {own:.1%} of its labels are the data set's own, but {agreement:.1%} "
             f"would be if they stood for other classes ({examples}, ...): "
-            "it numbers the classes otherwise, or holds other classes"
+            "it numbers the classes in another way, or holds other classes"
         )
 
 
 def _best_naming(
     noisy: np.ndarray, clean: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which class each label should stand for to agree best with one half of the images.
+    """Find the class that each label should stand for, to agree best on one half of the images.
 
     Returns:
         int64 `(K,)` classes, and the positions of the other half of the images.
     """
-    # a generator that no noise was drawn from
+    # not a generator that noise is drawn from: the halves must not depend on the noise
     order = numpy_generator(0, "halves of a noise file").permutation(len(clean))
     fitted, tested = np.array_split(order, 2)
     names = np.arange(num_classes)
     if num_classes <= MOST_NAMED:
-        # here and not above: no other run needs scipy
+        # imported here, because no other run needs scipy
         from scipy.optimize import linear_sum_assignment
 
         pairs = np.bincount(noisy[fitted] * num_classes + clean[fitted], minlength=num_classes**2)
-        # Of namings that agree equally well, that with more labels as they are.
+        # Less than one image per class, so that it only decides between equally good numberings:
+        # the one that changes fewer classes wins.
         gains = pairs.reshape(num_classes, num_classes) + np.eye(num_classes) / 2
         names = linear_sum_assignment(gains, maximize=True)[1]
     return names, tested
@@ -198,10 +215,7 @@ def _best_naming(
 def _labels_of_a_run(
     content: Mapping, where: str, clean_labels: np.ndarray, num_classes: int
 ) -> np.ndarray:
-    """The labels of a run's `labels.npz` at their places.
-
-    Positions behind the training set are those of a `val` folder.
-    """
+    """Return the labels of a run's `labels.npz`, at their positions in the training set."""
     labels = np.full(len(clean_labels), NO_LABEL)
     for part in ("train", "val"):
         index = _as_array(content[f"{part}_index"], where)
@@ -210,21 +224,19 @@ def _labels_of_a_run(
                 f"{where}, entry '{part}_index': expected positions in the training set"
             )
         own, noisy = (
-            _as_labels(
-                content[f"{part}_{what}"],
-                f"{where}, entry '{part}_{what}'",
-                len(index),
-                num_classes,
-            )
-            for what in ("clean_label", "label")
+            _as_labels(content[name], f"{where}, entry {name!r}", len(index), num_classes)
+            for name in (f"{part}_clean_label", f"{part}_label")
         )
+        # positions beyond the training set are those of a `val` folder
         inside = index < len(clean_labels)
         if part == "train" and not inside.all():
             raise DataError(
                 f"{where}: its run had more than the {len(clean_labels)} training images "
                 "that there are"
             )
-        index, own, noisy = index[inside], own[inside], noisy[inside]
+        index = index[inside]
+        own = own[inside]
+        noisy = noisy[inside]
         differing = int(np.sum(own != clean_labels[index]))
         if differing:
             raise DataError(
@@ -236,10 +248,16 @@ def _labels_of_a_run(
 
 
 def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: str) -> np.ndarray:
-    """The place in the file of every training image.
+    """Return the position in the file of every training image.
+
+    Args:
+        declared: int64 `(N,)` clean labels in the file.
+        clean_labels: int64 `(N,)` labels of the data set.
+        path: the file.
+        where: what messages call it.
 
     Raises:
-        DataError: the file's clean labels are not the data set's, nor after `image_order_*.npy`.
+        DataError: the clean labels differ, also after sorting by `image_order_*.npy`.
     """
     if np.array_equal(declared, clean_labels):
         return np.arange(len(declared))
@@ -249,16 +267,19 @@ def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: st
         for found in sorted(folder.glob(ORDER_FILES))
     ]
     for found in beside:
+        # A file that cannot be read does not bring the labels into order.
         with suppress(Exception):
-            # its n-th number is the place of the file's n-th image in the training set
+            # its n-th number is the position in the training set of the file's n-th image
             places = np.load(found, allow_pickle=False).ravel()
             if np.array_equal(np.sort(places), np.arange(len(declared))) and np.array_equal(
                 declared, clean_labels[places]
             ):
                 return np.argsort(places)
     differing = int(np.sum(declared != clean_labels))
-    hint = f"; {beside[0].name} does not bring it into order" if beside else ""
-    if path.suffix == ".npy" and not beside:
+    hint = ""
+    if beside:
+        hint = f"; {beside[0].name} does not bring it into order"
+    elif path.suffix == ".npy":
         hint = (
             "; CIFAR-N's '_ordered' files need image_order_c10.npy or image_order_c100.npy "
             "beside them"
@@ -285,13 +306,18 @@ def _entry(content: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def _listed(content: Mapping[str, Any]) -> str:
-    """The first names in a file, which may hold line breaks and control characters."""
-    shown = ", ".join(repr(name)[1:-1] for name in list(content)[:MOST_LISTED])
-    return shown + (f", ... ({len(content)} in all)" if len(content) > MOST_LISTED else "")
+    """List the first names in a file."""
+    # `repr` escapes line breaks and control characters
+    listed = ", ".join(repr(name)[1:-1] for name in list(content)[:MOST_LISTED])
+    if len(content) > MOST_LISTED:
+        listed += f", ... ({len(content)} in all)"
+    return listed
 
 
 def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.ndarray:
+    """Check labels and return them as int64 `(length,)`."""
     array = _as_array(values, where)
+    # a matrix of one column
     if array.shape == (length, 1):
         array = array[:, 0]
     if array.shape != (length,):
@@ -303,7 +329,7 @@ def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.nda
         raise DataError(f"{where}: its numbers are {array.dtype}, expected integers")
     if length and (array.min() < 0 or array.max() >= num_classes):
         raise DataError(
-            f"{where}: its labels go from {array.min()} to {array.max()}, "
+            f"{where}: its labels range from {array.min()} to {array.max()}, "
             f"expected 0 to {num_classes - 1}"
         )
     return array.astype(np.int64)
@@ -311,6 +337,8 @@ def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.nda
 
 def _as_array(values: Any, where: str) -> np.ndarray:
     try:
-        return values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+        if isinstance(values, torch.Tensor):
+            return values.numpy()
+        return np.asarray(values)
     except (ValueError, TypeError, RuntimeError, OverflowError):
         raise DataError(f"{where}: is not an array of integers") from None

@@ -1,17 +1,18 @@
-"""Any entry of DATA_LOADERS as a loader to train on: what its class leaves to the framework is done
-around it.
+"""Build the training loader from any class of DATA_LOADERS.
 
-There are three kinds of them:
+In the path read -> split -> subset -> noise -> batch -> augment, classes differ in what they leave
+to this project:
 
-- a `TrainingDataLoader`, which only reads its data set, does everything itself;
-- a `BaseDataLoader` that gives images by position: order, split, subset, noise and augmentation
-  are done around it, by `OwnImages`;
-- a `BaseDataLoader` that makes its batches itself, with an `__iter__` or `order` of its own: it is
-  trained on as it is, and has to do what the config asks for, or the run is refused.
+- a subclass of `TrainingDataLoader` only reads its data set, and inherits all other steps;
+- a `BaseDataLoader` that returns images by position is wrapped in `OwnImages`, a
+  `TrainingDataLoader` that takes the other steps;
+- a `BaseDataLoader` with an `__iter__` or `order` of its own makes its batches itself. It is used
+  as it is, and it is an error if the config asks for a step that it does not take.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,20 @@ from base.base_data_loader import BaseDataLoader
 from base.config.arguments import parameters_of
 from base.distributed import Shard, shard_of
 from base.errors import ConfigError, DataError
-from data_loader.contract import asking, check_images, check_range
+from data_loader.contract import check_images, check_range, loader_errors
 from data_loader.datasets import LabeledImages
 from data_loader.images import LoadedImages
 from data_loader.label_noise import LabelNoise
 from data_loader.training_data_loader import TrainingDataLoader
 
 BATCHING = ("__iter__", "__len__", "set_epoch", "order")
-"""Methods of `BaseDataLoader`: a class that overrides one of them makes its batches itself."""
+"""A class that overrides one of these methods of `BaseDataLoader` makes its batches itself."""
 
 AUGMENTATION = ("crop_padding", "padding_mode", "flip", "cutout", "cutout_inside", "cutout_fill")
 WORKERS = ("num_workers", "pin_memory")
 WITHOUT_EFFECT = (*AUGMENTATION, *WORKERS, "shuffle", "seed")
-"""Arguments that a loader which makes its batches itself may do without: a warning says so."""
+"""If a loader that makes its batches itself does not take one of these arguments, that is a warning
+and not an error."""
 
 KEYS = {
     "seed": "seed",
@@ -42,32 +44,32 @@ KEYS = {
     "noise": "trainer.percent",
     **{name: f"augmentation.{name}" for name in AUGMENTATION},
 }
-"""Argument -> the config's key for it, where it is not one of `data_loader.args`."""
+"""Argument -> its config key, for arguments outside of `data_loader.args`."""
 
 
 def build_loader(
     name: str, make: Callable[..., BaseDataLoader], arguments: Mapping[str, Any]
 ) -> BaseDataLoader:
-    """The training loader of an entry of DATA_LOADERS.
+    """Build the training loader of an entry of DATA_LOADERS.
 
     Args:
-        name: the entry's, for messages.
+        name: the entry's name, for messages.
         make: the entry.
-        arguments: what the config and the framework have for it; those that it takes reach it, and
-            what it leaves is done around it where that is possible.
+        arguments: all arguments from the config and the framework. The entry gets those that its
+            constructor takes; `OwnImages` gets the others, if the entry needs one.
 
     Raises:
-        ConfigError: something is asked for that would not be done, or an argument is missing.
-        DataError: the data set cannot be read, or is not what `BaseDataLoader` says.
+        ConfigError: the config asks for a step that nothing would do, or an argument is missing.
+        DataError: the data set cannot be read, or breaks the contract of `BaseDataLoader`.
     """
-    takes = _names(make)
-    taken = {key: value for key, value in arguments.items() if key in takes}
-    left = {key: value for key, value in arguments.items() if key not in takes}
+    names = _names(make)
+    taken = {key: value for key, value in arguments.items() if key in names}
+    left = {key: value for key, value in arguments.items() if key not in names}
     try:
         inspect.signature(make).bind(**taken)
     except TypeError as error:
         raise ConfigError(f"data_loader.args: {name}: {error}") from None
-    with asking(f"data_loader.type: {name}"):
+    with loader_errors(f"data_loader.type: {name}"):
         loader = make(**taken)
     if not isinstance(loader, BaseDataLoader):
         kind = type(loader).__name__
@@ -75,21 +77,22 @@ def build_loader(
     if isinstance(loader, TrainingDataLoader) or _makes_batches(loader):
         _check_left(name, loader, left)
         return loader
-    done_around = _names(TrainingDataLoader)
-    twice = sorted((takes & done_around) - {"seed", "device", "batch_size", *WORKERS})
+    options = _names(TrainingDataLoader)
+    # An argument that both take would be applied twice, except for these.
+    twice = sorted((names & options) - {"seed", "device", "batch_size", *WORKERS})
     if twice:
         raise ConfigError(
             f"data_loader.type: {name} takes {', '.join(twice)}, which is done around a loader that"
-            " gives images by position: drop the argument, or subclass TrainingDataLoader"
+            " returns images by position: drop the argument, or subclass TrainingDataLoader"
         )
     for key in left:
-        if key not in done_around:
+        if key not in options:
             raise ConfigError(f"data_loader.args.{key}: {name} takes no such argument")
-    return OwnImages(loader, **{key: arguments[key] for key in done_around & arguments.keys()})
+    return OwnImages(loader, **{key: arguments[key] for key in options & arguments.keys()})
 
 
 class OwnImages(TrainingDataLoader):
-    """The images of a loader that gives them by position, with everything that a run does to them.
+    """The training loader around a loader that returns images by position.
 
     Args:
         own: the loader of the training part.
@@ -98,7 +101,8 @@ class OwnImages(TrainingDataLoader):
 
     def __init__(self, own: BaseDataLoader, **options: Any) -> None:
         self.own = own
-        self.default_mean, self.default_std = own.default_mean, own.default_std
+        self.default_mean = own.default_mean
+        self.default_std = own.default_std
         super().__init__(**options)
 
     @property
@@ -106,28 +110,35 @@ class OwnImages(TrainingDataLoader):
         return type(self.own).__name__
 
     def read(self, train: bool) -> LabeledImages:
-        part = "split_validation" if train else "test_loader"
-        with asking(f"data_loader.type: {self._called}.{part}"):
-            other = self.own.split_validation() if train else self.own.test_loader()
-        return _labeled(self.own, other) if train else _labeled(other)
+        where = f"data_loader.type: {self._called}"
+        if train:
+            with loader_errors(f"{where}.split_validation"):
+                validation = self.own.split_validation()
+            return _labeled(self.own, validation)
+        with loader_errors(f"{where}.test_loader"):
+            test = self.own.test_loader()
+        return _labeled(test)
 
     def augmented(self, images: Tensor, epoch: int, number: int, shard: Shard) -> Tensor:
+        # its own augmentation first, on the pixels that it returned
         if type(self.own).augmented is not BaseDataLoader.augmented:
             images = self.own.augmented(images, epoch, number, shard)
         return super().augmented(images, epoch, number, shard)
 
     def _fits_in_memory(self, n_images: int) -> bool:
-        # where the pixels are is the loader's own business
+        # The user's loader decides whether it keeps pixels in memory.
         return False
 
 
 def check_first_batch(loader: BaseDataLoader) -> None:
-    """Refuse a loader whose batches are not what `BaseDataLoader` says, before training.
+    """Check before training that a loader's batches keep the contract of `BaseDataLoader`.
 
     Raises:
-        DataError: in one line.
+        DataError: they do not; the message says in what.
     """
-    own = loader.own if isinstance(loader, OwnImages) else loader
+    own = loader
+    if isinstance(loader, OwnImages):
+        own = loader.own
     where = f"data_loader.type: {type(own).__name__}"
     expected = -(-loader.n_samples // loader.batch_size)
     if len(loader) != expected:
@@ -141,7 +152,9 @@ def check_first_batch(loader: BaseDataLoader) -> None:
         raise DataError(f"{where}: yields a {type(batch).__name__}; expected (images, labels)")
     images, labels = batch
     total = min(loader.batch_size, loader.n_samples)
-    shard = shard_of(total) if loader.shard_batches else Shard(total)
+    shard = Shard(total)
+    if loader.shard_batches:
+        shard = shard_of(total)
     count = len(range(total)[shard.part])
     check_images(images, {0: count, **dict(enumerate(loader.image_shape, start=1))}, where)
     if images.dtype != torch.float32:
@@ -152,60 +165,66 @@ def check_first_batch(loader: BaseDataLoader) -> None:
 
 
 def _labeled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) -> LabeledImages:
-    """One part of a data set, from the loader that gives its images."""
+    """Describe one part of a data set by the loader that returns its images."""
     where = f"data_loader.type: {type(loader).__name__}"
     if not isinstance(loader, BaseDataLoader):
         raise DataError(f"{where}: expected a BaseDataLoader from test_loader and split_validation")
-    with asking(where):
+    with loader_errors(where):
         last = len(loader.labels) - 1
-        class_names, names = loader.class_names, loader.sample_names()
+        class_names = loader.class_names
+        names = loader.sample_names()
     if last < 0:
-        raise DataError(f"{where}: labels: there are none")
+        raise DataError(f"{where}: labels: empty")
     if names is not None and len(names) != last + 1:
-        raise DataError(f"{where}.sample_names gives {len(names)} names for {last + 1} labels")
-    with asking(f"{where}.images_at, asked for positions 0 and {last}"):
-        images = loader.images_at(torch.tensor([0, last]))
-    check_images(images, {0: 2}, f"{where}.images_at")
-    return LabeledImages(
-        LoadedImages(loader, np.arange(last + 1)),
-        loader.labels,
-        class_names,
-        validation=None if validation is None else _labeled(validation),
-        remarks=loader.remarks,
-    )
+        raise DataError(f"{where}.sample_names returns {len(names)} names for {last + 1} labels")
+    # the first and the last image find a wrong shape and labels that outnumber the images
+    with loader_errors(f"{where}.images_at, asked for positions 0 and {last}"):
+        first_and_last = loader.images_at(torch.tensor([0, last]))
+    check_images(first_and_last, {0: 2}, f"{where}.images_at")
+    images = LoadedImages(loader, np.arange(last + 1))
+    part = LabeledImages(images, loader.labels, class_names, remarks=loader.remarks)
+    if validation is not None:
+        part = replace(part, validation=_labeled(validation))
+    return part
 
 
 def _makes_batches(loader: BaseDataLoader) -> bool:
-    own, inherited = type(loader), BaseDataLoader
-    return any(getattr(own, name) is not getattr(inherited, name) for name in BATCHING)
+    kind = type(loader)
+    return any(getattr(kind, name) is not getattr(BaseDataLoader, name) for name in BATCHING)
 
 
 def _check_left(name: str, loader: BaseDataLoader, left: Mapping[str, Any]) -> None:
-    """Refuse what the config asks for and nothing does; leave a warning of what has no effect."""
+    """Check the arguments that a loader which makes its batches itself does not take.
+
+    An argument at its default asks for nothing. Otherwise, one of `WITHOUT_EFFECT` is a warning,
+    and any other one an error.
+    """
     defaults = inspect.signature(TrainingDataLoader.__init__).parameters
-    idle = []
+    ignored = []
     for key, value in left.items():
         dotted = KEYS.get(key, f"data_loader.args.{key}")
         if key not in defaults:
             raise ConfigError(f"{dotted}: {name} takes no such argument")
-        done = loader.batch_size if key == "batch_size" else defaults[key].default
-        # where batches are is seen from the first one
+        done = defaults[key].default
+        if key == "batch_size":
+            done = loader.batch_size
+        # Training moves batches to its own device.
         if value == done or key == "device":
             continue
         if isinstance(value, LabelNoise) and not value.active:
             continue
         if key in WITHOUT_EFFECT:
-            idle.append(dotted)
+            ignored.append(dotted)
         else:
             raise ConfigError(
-                f"{dotted}: {name} does not take {key}, so it would not be done: let its constructor"
-                " take it, or **options for its base class"
+                f"{dotted}: {name} does not take {key}, so it would not be done: let its"
+                " constructor take it, or **options for its base class"
             )
-    if idle:
-        warning = f"{', '.join(idle)}: without effect: {name} does not take them"
+    if ignored:
+        warning = f"{', '.join(ignored)}: without effect: {name} does not take them"
         loader.warnings = (*loader.warnings, warning)
 
 
 def _names(make: Callable[..., BaseDataLoader]) -> set[str]:
-    """The names of a constructor's arguments."""
+    """Return the names of a constructor's arguments."""
     return {parameter.name for parameter in parameters_of(make)}

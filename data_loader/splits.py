@@ -1,8 +1,9 @@
-"""Which training images are held out for validation, which of the rest are used, and which images
-stand for many.
+"""Split the training set, and take stratified subsets.
 
+In the path read -> split -> subset -> noise -> batch -> augment, this is the split and the subset.
 All functions return sorted positions and choose class by class, so that every part has the class
-balance of the whole."""
+balance of the whole.
+"""
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ def stratified_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a fraction of every class.
 
-    A class of n images gives up round(fraction * n) of them (halves round up), at least one if
+    Of a class of n images, round(fraction * n) are held out (halves round up), and at least one if
     `fraction` is above 0.
 
     Args:
@@ -32,8 +33,10 @@ def stratified_split(
     Raises:
         DataError: a class would be held out entirely.
     """
-    held_out = [np.empty(0, np.int64)]
-    for label in np.unique(labels) if fraction > 0 else ():
+    if fraction == 0:
+        return np.arange(len(labels)), np.empty(0, np.int64)
+    held_out = []
+    for label in np.unique(labels):
         members = _shuffled_members(labels, label, seed, "validation")
         count = max(1, _round(fraction * len(members)))
         if count >= len(members):
@@ -49,12 +52,12 @@ def stratified_split(
 def stratified_subset(
     index: np.ndarray, labels: np.ndarray, fraction: float, seed: int
 ) -> np.ndarray:
-    """Keep a part of the training images, class by class.
+    """Keep a fraction of the training images, class by class.
 
-    `fraction` counts the whole training set, as in the ConvNorm paper: 0.1 of CIFAR-10 is 5,000
-    images. They are taken only from `index`, what validation has left, so with 10 % held out 0.95
-    and 1.0 both mean the remaining 90 %. With one seed, a smaller subset is part of every larger
-    one.
+    `fraction` is relative to the whole training set, as in the ConvNorm paper: 0.1 of CIFAR-10 is
+    5,000 images. They are taken only from `index`, the images that are not held out: with 10 % held
+    out, 0.95 and 1.0 both mean the remaining 90 %. For one seed, a smaller subset is contained in
+    every larger one.
 
     Args:
         index: int64 positions that may be used.
@@ -63,52 +66,55 @@ def stratified_subset(
         seed: the subset is a pure function of the arguments.
 
     Returns:
-        int64 sorted positions, per class min(round(fraction * class size), what `index` has of it).
+        int64 sorted positions: of a class of n images min(round(fraction * n), those in `index`).
 
     Raises:
         DataError: a class would get no image.
     """
-    kept, usable = [], np.zeros(len(labels), dtype=bool)
+    kept = []
+    usable = np.zeros(len(labels), dtype=bool)
     usable[index] = True
     for label in np.unique(labels):
-        # All of the class is shuffled, then what is not in `index` dropped: the order depends on
-        # the seed and the class alone.
+        # The whole class is shuffled before images outside of `index` are dropped, so that the
+        # order depends on the seed and the class alone.
         members = _shuffled_members(labels, label, seed, "subset")
         count = _round(fraction * len(members))
         if count < 1:
             raise DataError(
-                f"trainer.subset_percent: {fraction} of the {len(members)} images of class {label} is none; "
-                f"expected at least {0.5 / len(members):.2g}"
+                f"trainer.subset_percent: {fraction} of the {len(members)} images of class {label}"
+                f" is none; expected at least {0.5 / len(members):.2g}"
             )
         kept.append(members[usable[members]][:count])
     return np.sort(np.concatenate(kept))
 
 
 def first_of_every_class(labels: np.ndarray, count: int) -> np.ndarray:
-    """`count` images as equally spread over the classes as can be: of every class the first ones,
-    in the order of `labels`.
+    """Choose `count` images, spread as equally as possible over the classes.
 
-    Unlike the first `count` images, this is a fair sample of a data set that is sorted by class,
-    too.
+    The first images of every class are chosen, in the order of `labels`. Unlike the first `count`
+    images of all, they represent every class of a data set that is sorted by class.
 
     Args:
         labels: int64 `(N,)`.
-        count: at most all N are returned.
+        count: number of images; more than N gives all N.
 
     Returns:
         int64 sorted positions.
     """
+    # the n-th image of its class
     nth = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         nth[members] = np.arange(len(members))
+    # `lexsort` sorts by its last key first: all first images, then all second ones, and so on
     return np.sort(np.lexsort((labels, nth))[:count])
 
 
 def some_of_every_class(loader: BaseDataLoader, count: int) -> BaseDataLoader:
-    """A loader of `first_of_every_class`, `count` images of an unshuffled loader (all, where it has
-    no more)."""
-    return loader.subset(torch.from_numpy(first_of_every_class(loader.labels.cpu().numpy(), count)))
+    """Return a loader of at most `count` images of an unshuffled loader; see
+    `first_of_every_class`."""
+    index = first_of_every_class(loader.labels.cpu().numpy(), count)
+    return loader.subset(torch.from_numpy(index))
 
 
 def _shuffled_members(labels: np.ndarray, label: int, seed: int, purpose: str) -> np.ndarray:
@@ -116,4 +122,5 @@ def _shuffled_members(labels: np.ndarray, label: int, seed: int, purpose: str) -
 
 
 def _round(value: float) -> int:
+    # Python's `round` would round 0.5 and 2.5 down, to even numbers
     return int(value + 0.5)

@@ -1,5 +1,8 @@
-"""TrainingDataLoader: the training part of a data set, its split, its label noise, and the way to
-validation and test parts."""
+"""TrainingDataLoader: the training part of a data set, and its validation and test loaders.
+
+Its constructor is the path read -> split -> subset -> noise, in this order; batch and augment
+are those of its base class, `ImageDataLoader`. A subclass writes only `read`.
+"""
 
 import hashlib
 from abc import abstractmethod
@@ -23,24 +26,24 @@ from data_loader.label_noise import (
     LabelNoise,
     apply_noise,
     explain_rate,
-    realised_rate,
+    realized_rate,
     transition_matrix,
 )
 from data_loader.noise_file import NO_LABEL, read_noise_file
 from data_loader.splits import stratified_split, stratified_subset
 
 STATISTICS_SAMPLE = 5000
-"""Images that mean and standard deviation are computed from where the images are not in memory."""
+"""How many images mean and standard deviation are computed from if images are not in memory."""
 
 EVALUATION_BATCH = 256
-"""Validation and test batches are at least this large: they need no gradients."""
+"""The smallest validation and test batch: without gradients, larger ones fit and are faster."""
 
 
 class TrainingDataLoader(ImageDataLoader):
-    """The training part of a data set, which also knows its validation and test parts.
+    """The training part of a data set, with loaders of its validation and test parts.
 
-    A subclass writes `read`, which returns images and labels of either part. One whose data set has
-    arguments of its own takes them in its constructor, beside `**options` for this one:
+    A subclass writes `read`, which returns images and labels of either part. If it has arguments of
+    its own, its constructor takes them beside `**options`:
 
         class Moons(TrainingDataLoader):
             def __init__(self, file: str, **options: Any) -> None:
@@ -56,32 +59,32 @@ class TrainingDataLoader(ImageDataLoader):
         batch_size: images per training batch; validation and test use max(batch_size, 256).
         shuffle: a new order every epoch.
         validation_split: fraction of every class that is held out, in `[0, 1)`; see
-            `splits.stratified_split`. Without effect where the data set names its validation images
+            `splits.stratified_split`. Without effect if the data set names its validation images
             itself.
-        num_workers: processes that decode image files; data that is in memory needs none.
+        num_workers: processes that decode image files; data in memory needs none.
         pin_memory: page-locked batches for image files on the way to a CUDA device.
         num_batches: above 0 ends the training epoch after that many batches; validation and test
             are never shortened.
         mean: per-channel mean in `[0, 1]`; None for the data set's own: published constants for
-            CIFAR, otherwise computed from the training images that are used (in memory from all,
-            else from a seeded sample of 5,000).
-        std: per-channel standard deviation in `[0, 1]`; None likewise.
+            CIFAR, otherwise computed from the training images that are used (from all in memory, or
+            from a seeded sample of 5,000 files).
+        std: per-channel standard deviation in `[0, 1]`; None for the data set's own.
         seed: of split, subset, noise, order and augmentation, each drawn independently.
-        subset_percent: part of the whole training set to train on, in `(0, 1]`; see
+        subset_percent: fraction of the whole training set to train on, in `(0, 1]`; see
             `splits.stratified_subset`.
-        noise: what happens to training and validation labels; test labels are always clean. The law
-            is applied to the labels of one split: the chosen subset, or the validation part.
+        noise: noise of training and validation labels; test labels are always clean. It is applied
+            to each split by itself: to the chosen subset, and to the validation part.
         crop_padding: pixels of padding for random crops of training images; 0 for none.
         padding_mode: `zeros` or `reflect`; see `augment.random_crop`.
-        flip: mirror half of the training images.
+        flip: mirror each training image with probability 1/2.
         cutout: side in pixels of a square overwritten in training images; 0 for none.
-        cutout_inside: whether the square lies wholly inside the image.
-        cutout_fill: its color: `mean`, or `black`.
-        device: where batches shall be.
+        cutout_inside: whether the square is wholly inside the image.
+        cutout_fill: the color of the square: `mean` or `black`.
+        device: the device of the batches.
 
     Raises:
         DataError: data is missing or broken, a class has too few images for the fractions, or the
-            noise does not fit.
+            noise does not fit the data set.
     """
 
     def __init__(
@@ -106,11 +109,14 @@ class TrainingDataLoader(ImageDataLoader):
         cutout_fill: str = "mean",
         device: str | torch.device = "cpu",
     ) -> None:
+        # set before `read`, which may need them
         self.num_workers = num_workers
         self.pin_memory = pin_memory and torch.device(device).type == "cuda"
+        # read
         train = self._checked(self.read(train=True))
         self.names_validation = train.validation is not None
         self.remarks = train.remarks
+        # split
         if train.validation is None:
             remaining, self._val_index = stratified_split(train.labels, validation_split, seed)
             self._val_images = train.images.select(self._val_index)
@@ -118,9 +124,11 @@ class TrainingDataLoader(ImageDataLoader):
         else:
             remaining = np.arange(len(train.labels))
             validation = self._checked(train.validation, train.images.shape, train.class_names)
-            self._val_images, val_labels = validation.images, validation.labels
-            # their numbers go on behind those of the training set
+            self._val_images = validation.images
+            val_labels = validation.labels
+            # numbered on from the end of the training set
             self._val_index = len(train.labels) + np.arange(len(val_labels))
+        # subset, then noise: its rate holds for the labels that are trained on
         self._train_index = stratified_subset(remaining, train.labels, subset_percent, seed)
         self._noise = noise
         self._label_arrays = self._draw_labels(train, val_labels, seed)
@@ -128,12 +136,20 @@ class TrainingDataLoader(ImageDataLoader):
             self._check_statistic(name, given, train.images.shape[0])
         self._validation: ImageDataLoader | None = None
         self._test_loader: ImageDataLoader | None = None
+        if mean is None:
+            mean = self.default_mean
+        if std is None:
+            std = self.default_std
+        clean_labels = None
+        if noise.active:
+            clean_labels = self._label_arrays["train_clean_label"]
+        # batch and augment
         super().__init__(
             train.images.select(self._train_index),
             self._label_arrays["train_label"],
             train.class_names,
-            mean=self.default_mean if mean is None else mean,
-            std=self.default_std if std is None else std,
+            mean=mean,
+            std=std,
             batch_size=batch_size,
             shuffle=shuffle,
             num_batches=num_batches,
@@ -144,17 +160,21 @@ class TrainingDataLoader(ImageDataLoader):
             cutout=cutout,
             cutout_inside=cutout_inside,
             cutout_fill=cutout_fill,
-            clean_labels=self._label_arrays["train_clean_label"] if noise.active else None,
+            clean_labels=clean_labels,
             in_memory=self._fits_in_memory(len(self._train_index) + len(self._val_index)),
             device=device,
         )
 
     @abstractmethod
     def read(self, train: bool) -> LabeledImages:
-        """The training part of the data set, or its test part, which is asked for after it.
+        """Read the training part of the data set, or the test part.
 
-        What it needs is in the attributes that the subclass sets before it calls this class's
-        constructor; `num_workers` and `pin_memory` are set, too.
+        The training part is read first, by the constructor of this class. A subclass therefore sets
+        the attributes that `read` needs before it calls that constructor; `num_workers` and
+        `pin_memory` are set, too.
+
+        Args:
+            train: True for the training part, False for the test part.
 
         Raises:
             DataError: data is missing or broken.
@@ -171,8 +191,16 @@ class TrainingDataLoader(ImageDataLoader):
         shape: tuple[int, int, int] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> LabeledImages:
-        """A part of the data set that keeps the contract; `shape` and `class_names` are those of
-        the training images, where this is another part."""
+        """Check that a part of the data set keeps the contract of `BaseDataLoader`.
+
+        Args:
+            part: the part.
+            shape: `(C, H, W)` of the training images; None for the training part itself.
+            class_names: those of the training images; None likewise.
+
+        Returns:
+            The part with labels as int64 arrays.
+        """
         where = f"data_loader.type: {self._called}"
         if not isinstance(part.images, Images):
             found = type(part.images).__name__
@@ -186,7 +214,7 @@ class TrainingDataLoader(ImageDataLoader):
                 f" have {shape}"
             )
         names = tuple(part.class_names)
-        # the same classes in another order would be taken for each other
+        # in another order, labels would stand for other classes
         if class_names not in (None, names):
             raise DataError(
                 f"{where}: class_names {one_line(names, 80)} of its other images, but those that"
@@ -195,26 +223,31 @@ class TrainingDataLoader(ImageDataLoader):
         return replace(part, labels=labels, class_names=names)
 
     def _check_statistic(self, name: str, given: Sequence[float] | None, channels: int) -> None:
-        """Refuse a mean or a standard deviation, from the config or the class's own, that does not
-        hold a number for each channel."""
-        own = getattr(self, f"default_{name}")
-        numbers = own if given is None else given
+        """Check that a mean or standard deviation, given or the class's own, has one number per
+        channel."""
+        numbers = given
+        if given is None:
+            numbers = getattr(self, f"default_{name}")
         if numbers is None or np.shape(numbers) == (channels,):
             return
-        found = f"{len(numbers)} values" if np.ndim(numbers) == 1 else one_line(numbers, 80)
+        found = one_line(numbers, 80)
+        if np.ndim(numbers) == 1:
+            found = f"{len(numbers)} values"
         problem = f"{found}, but the images have {channels} channels"
         if given is None:
             raise DataError(f"data_loader.type: {self._called}.default_{name}: {problem}")
         raise ConfigError(f"data_loader.args.{name}: {problem}")
 
     def _fits_in_memory(self, n_images: int) -> bool:
-        """Whether so many images may be kept in memory."""
+        """Whether this number of images may be kept in memory."""
         return True
 
     def _draw_labels(
         self, train: LabeledImages, val_labels: np.ndarray, seed: int
     ) -> dict[str, np.ndarray]:
-        noise, from_file = self._noise, None
+        """Return the arrays of `label_arrays`: index, noisy and clean labels of both splits."""
+        noise = self._noise
+        from_file = None
         if noise.kind == "file":
             from_file = read_noise_file(
                 str(noise.file), noise.key, train.labels, len(train.class_names)
@@ -231,7 +264,7 @@ class TrainingDataLoader(ImageDataLoader):
                     clean, train.class_names, noise, numpy_generator(seed, f"label noise {part}")
                 )
             elif part == "val" and self.names_validation:
-                # the file speaks of the training set
+                # the file holds labels of the training set only
                 noisy = clean
             else:
                 noisy = self._labels_of_file(from_file, index, part)
@@ -260,7 +293,7 @@ class TrainingDataLoader(ImageDataLoader):
 
     @cached_property
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the training images' pixels."""
+        """Per-channel mean and standard deviation of the training images' pixels."""
         images = self.images
         if not isinstance(images, MemoryImages) and len(images) > STATISTICS_SAMPLE:
             drawn = numpy_generator(self._seed, "statistics").permutation(len(images))
@@ -268,14 +301,13 @@ class TrainingDataLoader(ImageDataLoader):
         return pixel_statistics(images)
 
     def prepare(self) -> None:
-        """Decode now what is to stay in memory.
-
-        Other files are decoded by the first epoch anyway, which finds a broken one.
+        """Decode the images that stay in memory, and check them.
 
         Raises:
-            DataError: a file cannot be decoded, or images are not such.
+            DataError: a file cannot be decoded, or a value is not an image.
         """
         images = self.images
+        # The first epoch decodes the other files anyway, and finds a broken one.
         if not isinstance(images, FileImages):
             images.check()
 
@@ -283,10 +315,12 @@ class TrainingDataLoader(ImageDataLoader):
         if len(self._val_index) == 0:
             return None
         if self._validation is None:
-            noisy = self._noise.active and self._noise.on_validation
+            clean_labels = None
+            if self._noise.active and self._noise.on_validation:
+                clean_labels = self._label_arrays["val_clean_label"]
             self._validation = self._evaluation_loader(
                 LabeledImages(self._val_images, self._label_arrays["val_label"], self.class_names),
-                clean_labels=self._label_arrays["val_clean_label"] if noisy else None,
+                clean_labels=clean_labels,
                 test=self.test_loader,
                 in_memory=self._in_memory,
             )
@@ -296,8 +330,8 @@ class TrainingDataLoader(ImageDataLoader):
         if self._test_loader is None:
             test = self._checked(self.read(train=False), self.image_shape, self.class_names)
             n_images = len(self._train_index) + len(self._val_index) + len(test.labels)
-            # whether training images are kept must not depend on the test set: mean and std do
-            # depend on it
+            # Only the test images are decided on here. Whether training images are in memory must
+            # not depend on the test set, because their mean and std depend on it.
             self._test_loader = self._evaluation_loader(
                 test, in_memory=self._in_memory and self._fits_in_memory(n_images)
             )
@@ -320,50 +354,65 @@ class TrainingDataLoader(ImageDataLoader):
         )
 
     def label_arrays(self) -> dict[str, np.ndarray]:
-        """See `BaseDataLoader`; copies: changing them changes nothing here."""
+        """See `BaseDataLoader`. The arrays are copies."""
         arrays = {name: array.copy() for name, array in self._label_arrays.items()}
         if self._noise.active:
-            clean, noisy = arrays["train_clean_label"], arrays["train_label"]
+            clean = arrays["train_clean_label"]
+            noisy = arrays["train_label"]
             arrays["transition_matrix"] = transition_matrix(clean, noisy, self.num_classes)
         return arrays
 
     def noise_report(self) -> dict[str, Any] | None:
-        """What the label noise amounts to, in plain values for JSON; None without noise.
+        """Summarize the label noise in plain values for JSON; None without noise.
 
-        Rates are shares of changed labels in `[0, 1]`. `asked_rate` is the share of labels that the
-        law picked (None for a file), `val_rate` is None where nothing is held out."""
-        if not self._noise.active:
+        `train_rate` and `val_rate` are the fractions of changed labels, in `[0, 1]`. `asked_rate`
+        is `LabelNoise.percent`, the fraction of labels that the law picked; None for a file.
+        """
+        noise = self._noise
+        if not noise.active:
             return None
         arrays = self._label_arrays
-        clean, noisy = arrays["train_clean_label"], arrays["train_label"]
-        return {
-            "kind": self._noise.kind,
-            "law": self._noise.law if self._noise.kind == "sym" else None,
-            "file": self._noise.file if self._noise.kind == "file" else None,
-            "key": self._noise.key if self._noise.kind == "file" else None,
-            "asked_rate": None if self._noise.kind == "file" else self._noise.percent,
-            "train_rate": realised_rate(clean, noisy),
-            "val_rate": realised_rate(arrays["val_clean_label"], arrays["val_label"])
-            if len(self._val_index)
-            else None,
+        report: dict[str, Any] = {
+            "kind": noise.kind,
+            "law": None,
+            "file": None,
+            "key": None,
+            "asked_rate": None,
+            "train_rate": realized_rate(arrays["train_clean_label"], arrays["train_label"]),
+            "val_rate": None,
         }
+        if noise.kind == "sym":
+            report["law"] = noise.law
+        if noise.kind == "file":
+            report["file"] = noise.file
+            report["key"] = noise.key
+        else:
+            report["asked_rate"] = noise.percent
+        if len(self._val_index) > 0:
+            report["val_rate"] = realized_rate(arrays["val_clean_label"], arrays["val_label"])
+        return report
 
     def noise_warning(self) -> str | None:
         """See `label_noise.explain_rate`; None without noise."""
+        if not self._noise.active:
+            return None
         arrays = self._label_arrays
-        rate = realised_rate(arrays["train_clean_label"], arrays["train_label"])
-        return explain_rate(self._noise, self.class_names, rate) if self._noise.active else None
+        rate = realized_rate(arrays["train_clean_label"], arrays["train_label"])
+        return explain_rate(self._noise, self.class_names, rate)
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of split and labels: two runs with the same one trained and validated
-        on the same labels."""
+        """Return a hexadecimal digest of split and labels; two runs with the same one trained and
+        validated on the same labels."""
         return _digest(self._label_arrays)
 
     def image_fingerprints(self) -> dict[str, str]:
-        """Hexadecimal digests of the images that are trained and validated on, and of the test set
+        """Return hexadecimal digests of the training and validation images, and of the test set
         with its labels."""
-        held_out, test = self.split_validation(), self.test_loader()
-        training = [self.image_digest()] + ([held_out.image_digest()] if held_out else [])
+        training = [self.image_digest()]
+        held_out = self.split_validation()
+        if held_out is not None:
+            training.append(held_out.image_digest())
+        test = self.test_loader()
         labels = _digest({"test_label": test.labels.cpu().numpy()})
         return {
             "training images": " ".join(training),

@@ -1,42 +1,46 @@
-"""Processes that decode image files ahead of training, and what becomes of one that dies or hangs.
+"""Processes that decode image files ahead of training, and the error when one dies or hangs.
 
-They write into memory that they share with the main process. Only the word that a batch is finished
-goes through a pipe, so the main process never waits for a worker in a way that it cannot leave."""
+`images.FileImages.batches` decodes through this module where `num_workers` is above 0. Worker w
+decodes the batches w, w + workers, w + 2 workers and so on into memory that it shares with the main
+process. A pipe carries the number of a batch to its worker, and None or an exception back.
+
+`torch.utils.data.DataLoader` is not used here. Its SIGCHLD handler raises wherever the main process
+is when a worker dies, which may be in the middle of an update, and it has no public way to ask
+which process died of what. `multiprocessing.connection.wait` does both jobs.
+"""
 
 import atexit
 import signal
-import threading
-import warnings
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing.process import BaseProcess
-from typing import Any
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection, wait
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from base.errors import DataError
 from base.text import first_line
 from data_loader.decoding import decode_image
 
 WORKER_TIMEOUT = 600.0
-"""Seconds without a batch in which no worker began or ended an image either, after which the run
-ends: one of them hangs."""
+"""Seconds after which the run ends if no batch arrived and no worker started or finished an
+image."""
 
 CHECK_INTERVAL = 1.0
-"""Seconds between two looks at the workers while a batch is waited for."""
+"""Seconds between two checks for hanging workers while the main process waits for a batch."""
 
 END_TIMEOUT = 5.0
-"""Seconds that a killed worker may take to end; one that waits for a dead disk ends only when that
-answers."""
+"""Seconds to wait until a killed worker ends. One that waits for a dead disk ends only when the
+disk answers."""
 
 AHEAD = 2
-"""Batches that every worker decodes ahead."""
+"""Batches that each worker decodes ahead."""
 
 KEY = "data_loader.args.num_workers"
-NOWHERE = -1
+IDLE = -1
 
 
 def decode_in_processes(
@@ -46,44 +50,45 @@ def decode_in_processes(
     batches: list[list[int]],
     num_workers: int,
 ) -> Iterator[Tensor]:
-    """One uint8 `(B, C, H, W)` for each list of positions in `paths`, in order; overwritten when
-    the next one is asked for.
+    """Yield one uint8 `(B, C, H, W)` for each list of positions in `paths`, in order.
 
-    No process outlives the iterator, nor keeps the main one from ending.
+    A yielded tensor is overwritten when the next one is asked for. No process outlives the
+    iterator, or keeps the main process from ending.
 
     Raises:
-        DataError: a file cannot be decoded or has another size, or a worker died or hangs, which is
-            named with its file.
+        DataError: a file cannot be decoded or has another size, or a worker died or hangs; the
+            message names the worker and its file.
     """
-    decoder = _Decoder(paths, resize, batches, *_shared(num_workers, batches, shape))
-    workers: list[BaseProcess] = []
+    decoder = _Decoder(paths, resize, batches, *_shared_memory(num_workers, batches, shape))
+    workers = _start(decoder, num_workers)
     end = partial(_kill, workers)
-    # Where a traceback keeps this frame, multiprocessing would wait for the workers for ever: they
-    # ignore its SIGTERM.
+    # A traceback may keep this frame alive until Python exits. multiprocessing would then wait for
+    # the workers forever, because they ignore its SIGTERM.
     atexit.register(end)
-    iterator = None
     try:
-        iterator = _start(decoder, num_workers)
-        # DataLoader has no public name for them; those that are dead by now are among them
-        workers += iterator._workers
+        for number in range(min(AHEAD * num_workers, len(batches))):
+            workers[number % num_workers].request(number)
         for number, batch in enumerate(batches):
-            problem = _wait(iterator, decoder, workers)
-            if problem is not None:
-                raise DataError(problem)
+            worker = workers[number % num_workers]
+            error = _receive(worker, workers, decoder)
+            if error is not None:
+                raise error
+            if number + AHEAD * num_workers < len(batches):
+                worker.request(number + AHEAD * num_workers)
             yield decoder.slot(number)[: len(batch)]
     finally:
-        iterator = None  # asks the workers to end
         end()
         atexit.unregister(end)
 
 
-class _Decoder(Dataset):
-    """Item b decodes the b-th batch into its slot. It is None, or says what is wrong: DataLoader
-    would wrap an error in a traceback.
+class _Decoder:
+    """Decodes batch b into slot b modulo the number of slots.
 
-    There is one slot more than batches are asked for ahead, so that the one that was handed out
-    last is not overwritten. `notes` int64 `(workers,)` has the position of the image that each
-    worker is at."""
+    Attributes:
+        slots: uint8 `(slots, largest B, C, H, W)`, in shared memory.
+        current: int64 `(workers,)`, in shared memory: the position of the image that each worker is
+            decoding, or `IDLE`.
+    """
 
     def __init__(
         self,
@@ -91,150 +96,168 @@ class _Decoder(Dataset):
         resize: bool,
         batches: list[list[int]],
         slots: Tensor,
-        notes: Tensor,
+        current: Tensor,
     ) -> None:
-        self.paths, self.resize = paths, resize
-        self.batches, self.slots, self.notes = batches, slots, notes
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        self.paths = paths
+        self.resize = resize
+        self.batches = batches
+        self.slots = slots
+        self.current = current
 
     def slot(self, number: int) -> Tensor:
         return self.slots[number % len(self.slots)]
 
-    def __getitem__(self, number: int) -> str | None:
-        slot, worker = self.slot(number), get_worker_info().id
-        try:
-            for place, position in enumerate(self.batches[number]):
-                self.notes[worker] = position
-                slot[place] = decode_image(self.paths[position], tuple(slot.shape[1:]), self.resize)
-        except DataError as error:
-            return str(error)
-        finally:
-            self.notes[worker] = NOWHERE
-        return None
+    def decode(self, number: int, worker: int) -> None:
+        slot = self.slot(number)
+        shape = tuple(slot.shape[1:])
+        for place, position in enumerate(self.batches[number]):
+            self.current[worker] = position
+            slot[place] = decode_image(self.paths[position], shape, self.resize)
 
 
-def _shared(
+class _Worker:
+    """One process, and the main process's end of its pipe."""
+
+    def __init__(self, number: int, decoder: _Decoder) -> None:
+        self.number = number
+        self.pipe, pipe_of_worker = Pipe()
+        arguments = (decoder, number, pipe_of_worker, self.pipe)
+        self.process = Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        # The worker's end must be open in the worker alone: its death then closes the pipe.
+        pipe_of_worker.close()
+
+    def request(self, number: int) -> None:
+        """Ask for a batch."""
+        # A dead worker is reported by `_receive`, when its batch is due.
+        with suppress(OSError):
+            self.pipe.send(number)
+
+    def describe(self, what: str, decoder: _Decoder) -> str:
+        """Say what happened to this worker, and at which image."""
+        position = int(decoder.current[self.number])
+        place = "between two batches"
+        if position != IDLE:
+            place = f"at {decoder.paths[position]!r}"
+        return f"worker {self.number} (pid {self.process.pid}) {what} {place}"
+
+    def cause_of_death(self) -> str:
+        # The pipe closes shortly before the system knows the exit code.
+        self.process.join(END_TIMEOUT)
+        code = self.process.exitcode or 0
+        if code < 0:
+            return f"died of {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+
+def _work(decoder: _Decoder, worker: int, pipe: Connection, pipe_of_main: Connection) -> None:
+    """Decode the batches that the main process asks for, until it closes the pipe or ends."""
+    # Ctrl-C and a scheduler's SIGTERM reach every process of the group. The main process then
+    # finishes its batch and saves, for which it needs the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A forked process holds a copy of the other end, which would keep the pipe open.
+    pipe_of_main.close()
+    # OpenMP's threads do not survive a fork; torch would wait for them.
+    torch.set_num_threads(1)
+    with suppress(EOFError, OSError):
+        while True:
+            number = pipe.recv()
+            error: Exception | None = None
+            try:
+                decoder.decode(number, worker)
+            except DataError as problem:
+                error = problem
+            except Exception:
+                # An exception loses its traceback in a pipe, so the traceback is the message.
+                error = RuntimeError(f"in worker {worker}:\n{traceback.format_exc()}")
+            decoder.current[worker] = IDLE
+            pipe.send(error)
+
+
+def _shared_memory(
     num_workers: int, batches: list[list[int]], shape: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Slots and notes of a `_Decoder`, in memory that processes share."""
-    slots = torch.empty(
-        (min(AHEAD * num_workers + 1, len(batches)), max(map(len, batches)), *shape),
-        dtype=torch.uint8,
-    )
+    """Return `slots` and `current` of a `_Decoder`."""
+    # one slot more than batches are decoded ahead: the yielded batch must not be overwritten
+    n_slots = min(AHEAD * num_workers + 1, len(batches))
+    slots = torch.empty((n_slots, max(map(len, batches)), *shape), dtype=torch.uint8)
     try:
-        return slots.share_memory_(), torch.full((num_workers,), NOWHERE).share_memory_()
+        return slots.share_memory_(), torch.full((num_workers,), IDLE).share_memory_()
     except (OSError, RuntimeError) as error:
         size = f"{slots.numel() / 1e6:.1f} MB of shared memory for {num_workers} processes"
         raise DataError(
-            f"{KEY}: there are no {size} ({first_line(error).rstrip('. ')}): try fewer, or a smaller batch_size"
+            f"{KEY}: cannot get {size} ({first_line(error).rstrip('. ')}):"
+            " try fewer, or a smaller batch_size"
         ) from None
 
 
-def _start(decoder: _Decoder, num_workers: int) -> Any:
-    """Start the workers; iterates over what they have to say about each batch."""
-    with warnings.catch_warnings():
-        # more workers than cores is allowed
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            decoder,
-            batch_size=None,  # an item is already a batch
-            num_workers=num_workers,
-            prefetch_factor=AHEAD,
-            collate_fn=_unchanged,
-            worker_init_fn=_leave_signals_to_the_main_process,
-            timeout=CHECK_INTERVAL,
-            # otherwise starting the workers would draw from the global one
-            generator=torch.Generator(),
-        )
-        try:
-            with _signals_held_back(), _deaths_noticed_by_looking():
-                return iter(loader)
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{KEY}: {num_workers} processes cannot be started ({first_line(error).rstrip('. ')}): try fewer"
-            ) from None
+def _start(decoder: _Decoder, num_workers: int) -> list[_Worker]:
+    workers: list[_Worker] = []
+    try:
+        with _signals_blocked():
+            for number in range(num_workers):
+                workers.append(_Worker(number, decoder))
+    except OSError as error:
+        _kill(workers)
+        raise DataError(
+            f"{KEY}: {num_workers} processes cannot be started"
+            f" ({first_line(error).rstrip('. ')}): try fewer"
+        ) from None
+    return workers
 
 
-def _wait(
-    iterator: Iterator[str | None], decoder: _Decoder, workers: list[BaseProcess]
-) -> str | None:
-    """What there is to say against the next batch; None once it has been decoded."""
-    quiet, notes = 0.0, decoder.notes.clone()
+def _receive(worker: _Worker, workers: list[_Worker], decoder: _Decoder) -> Exception | None:
+    """Wait for the next batch of `worker`.
+
+    Returns:
+        None once the batch is decoded, otherwise why there is none.
+    """
+    quiet = 0.0
+    before = decoder.current.clone()
+    sentinels = [one.process.sentinel for one in workers]
     while True:
-        try:
-            return next(iterator)
-        except RuntimeError as error:
-            dead = [number for number, worker in enumerate(workers) if not worker.is_alive()]
-            if not (dead or "timed out" in str(error)):
-                raise
-        if dead:
-            told = " and ".join(
-                _told(number, workers[number], _end_of(workers[number]), decoder) for number in dead
+        ready = wait([worker.pipe, *sentinels], CHECK_INTERVAL)
+        if worker.pipe in ready:
+            with suppress(EOFError, OSError):
+                return worker.pipe.recv()
+        if ready:
+            dead = [one for one in workers if one.process.sentinel in ready or one.pipe in ready]
+            causes = [one.describe(one.cause_of_death(), decoder) for one in dead]
+            return DataError(
+                f"{KEY}: {' and '.join(causes)}: memory or shared memory may have run out"
+                " (try fewer), or the file crashes the decoder"
             )
-            return f"{KEY}: {told}: memory or shared memory may have run out (try fewer), or the file crashes the decoder"
-        if not torch.equal(notes, decoder.notes):
-            quiet, notes = 0.0, decoder.notes.clone()
+        if not torch.equal(before, decoder.current):
+            quiet = 0.0
+            before = decoder.current.clone()
             continue
-        quiet += CHECK_INTERVAL  # no clock: that would go on while all processes are suspended
+        # Intervals are counted instead of reading a clock, which would go on while all processes
+        # are suspended.
+        quiet += CHECK_INTERVAL
         if quiet > WORKER_TIMEOUT:
-            busy = torch.nonzero(notes != NOWHERE).flatten().tolist() or range(len(workers))
-            told = " or ".join(_told(number, workers[number], "hangs", decoder) for number in busy)
-            _kill(workers)
-            return (
-                f"{KEY}: {told}: nothing was decoded in {WORKER_TIMEOUT:g} s; does the disk answer?"
+            busy = [one for one in workers if before[one.number] != IDLE]
+            hanging = [one.describe("hangs", decoder) for one in busy or workers]
+            return DataError(
+                f"{KEY}: {' or '.join(hanging)}: nothing was decoded in {WORKER_TIMEOUT:g} s;"
+                " does the disk answer?"
             )
 
 
-def _told(number: int, worker: BaseProcess, what: str, decoder: _Decoder) -> str:
-    position = int(decoder.notes[number])
-    place = "between two batches" if position == NOWHERE else f"at {decoder.paths[position]!r}"
-    return f"worker {number} (pid {worker.pid}) {what} {place}"
-
-
-def _end_of(worker: BaseProcess) -> str:
-    code = worker.exitcode or 0
-    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _kill(workers: list[BaseProcess]) -> None:
+def _kill(workers: list[_Worker]) -> None:
     for worker in workers:
-        worker.kill()
+        worker.process.kill()
+        worker.pipe.close()
     for worker in workers:
-        worker.join(END_TIMEOUT)
-
-
-def _unchanged(item: str | None) -> str | None:
-    return item
+        worker.process.join(END_TIMEOUT)
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Worker processes begin with these signals blocked, so that none can end them before they
-    ignore it; the main one gets it afterwards."""
+def _signals_blocked() -> Iterator[None]:
+    """Start processes with SIGINT and SIGTERM blocked, so that neither can end one before it
+    ignores them; this process gets them afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _deaths_noticed_by_looking() -> Iterator[None]:
-    """DataLoader sets a handler of SIGCHLD that raises wherever the main process is when a worker
-    dies, in the middle of an update for instance. It is taken away again: `_wait` looks after the
-    workers."""
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before if callable(before) else signal.SIG_DFL)
-
-
-def _leave_signals_to_the_main_process(_: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the main one finishes its
-    # batch and saves, for which it needs the workers. They end with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

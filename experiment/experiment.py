@@ -24,7 +24,6 @@ import torch
 from torch.optim import Optimizer
 
 from attacks.threat_model import format_size
-from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, Validate
@@ -53,10 +52,10 @@ from base.distributed.agreement import agreed, config_facts, data_facts
 from base.distributed.launch import launch, own_device
 from base.errors import CheckpointError, ConfigError
 from base.optim import Schedule, build_optimizer, check_optimization
-from base.run_folder.environment import package_versions, record_environment
-from base.run_folder.folder import begun_by_this_job, new_run_folder, only_run_in, write_json
+from base.run_folder import folder as run_folder
+from base.run_folder.environment import belongs_to_this_job, package_versions
 from base.run_folder.logs import logging_to
-from base.run_folder.names import CONFIG, INFO_LOG, LABELS
+from base.run_folder.names import INFO_LOG
 from base.seeding import seed_global_generators
 from base.tracking.start import start_trackers
 from base.tracking.tracker import tell
@@ -191,7 +190,7 @@ def resume(
         saved = saved_run(str(path), config_file and str(config_file), _as_text(overrides), imports)
         stack.enter_context(origins_named(saved.config))
         _check_processes(saved.config, relaunch)
-        from_primary(lambda: stack.enter_context(only_run_in(saved.file.parent)))
+        stack.enter_context(run_folder.open(saved.file.parent))
         return Experiment.from_config(saved.config, begun=True).run(saved=saved)
 
 
@@ -258,7 +257,7 @@ def _left_by_last_attempt(run_dir: str | Path | None) -> bool:
     if run_dir is None:
         return False
     folder = Path(run_dir).expanduser()
-    return has_checkpoint(folder) and begun_by_this_job(folder)
+    return has_checkpoint(folder) and belongs_to_this_job(folder)
 
 
 @dataclass
@@ -361,10 +360,10 @@ class Experiment:
         """
         with ExitStack() as stack:
             if saved is None:
-                place = new_run_folder(
+                place = run_folder.create(
                     self.config.trainer.save_dir, self.config.name, run_dir and str(run_dir)
                 )
-                trainer = self.build_trainer(from_primary(lambda: stack.enter_context(place)))
+                trainer = self.build_trainer(stack.enter_context(place))
                 warnings = []
             else:
                 self.refuse_other_data(saved)
@@ -425,9 +424,7 @@ class Experiment:
         """A run's log, trackers and signals, for as long as it lasts; `warnings` are those of a
         resume."""
         config, folder, state = self.config, trainer.folder, trainer.state
-        with (
-            logging_to(folder / INFO_LOG, config.trainer.verbosity) if is_primary() else _silence()
-        ):
+        with logging_to(folder / INFO_LOG, config.trainer.verbosity):
             self._describe(folder, resumed)
             for warning in filter(None, warnings):
                 logger.warning(warning)
@@ -520,12 +517,7 @@ class Experiment:
         loader, counts = self.train_loader, self._counts()
         layers = self.config.arch.args
         labels = loader.label_arrays()
-        if is_primary():
-            write_json(folder / CONFIG, self.config.dump())
-            for warning in record_environment(folder, resumed):
-                logger.warning(warning)
-            with replacing(folder / LABELS) as file:
-                np.savez_compressed(file, **labels)
+        run_folder.write_description(folder, self.config, labels, resumed=resumed)
         logger.info("run folder %s", folder)
         logger.info(
             "%s (convolutions %s, norm %s) with %d parameters on %s (%s);"
@@ -603,14 +595,3 @@ class Experiment:
                 "no robust validation: %s",
                 "nothing is held out" if config.robust_validation_period else "not asked for",
             )
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """A context in which log messages go nowhere: rank 0 has the same ones."""
-    handler = logging.NullHandler()
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)

@@ -25,7 +25,7 @@ from base.distributed import (
 )
 from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.run_folder.environment import provenance
-from base.run_folder.folder import write_json
+from base.run_folder.files import write_json
 from base.run_folder.logs import describe
 from base.run_folder.names import BEST, EVALUATIONS, LAST, RESULT
 from base.signals import Interrupted

@@ -1,4 +1,4 @@
-"""Columns of tables that come from the reports in `eval/` of run folders."""
+"""Table columns from the attack reports in `eval/` of run folders."""
 
 import logging
 from collections.abc import Sequence
@@ -6,28 +6,29 @@ from fnmatch import fnmatchcase
 
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from reports.groups import Group, as_text
+from reports.groups import Group, format_setting
 from reports.runs import REPORT, AttackReport
 
 logger = logging.getLogger(__name__)
 
 
 def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
-    """The columns of top-1 accuracy under attack that some names stand for, as `Run.outcome` knows
-    them.
+    """Return the columns of top-1 accuracy under attack that the names select.
 
-    A warning names each report whose own checks failed, and columns in which the attack changes
-    from row to row.
+    A warning names each unreliable report, and columns in which the attack changes from row to row.
 
     Args:
         groups: rows of the table.
         names: kinds of reports, such as `pgd-20_linf_8_step_2_1_start`; the words that they begin
-            with, such as `pgd-20` or `pgd`; or patterns with `*` and `?`. All kinds that fit are
-            taken.
+            with, such as `pgd-20` or `pgd`; or patterns with `*` and `?`. Every kind that matches
+            is selected.
+
+    Returns:
+        Names as `Run.outcome` takes them.
 
     Raises:
-        ConfigError: a name that fits no report of any run, or reports of one row and column that
-            are of different attacks.
+        ConfigError: a name matches no report of any run, or one row and column holds reports of
+            different attacks.
     """
     kinds = list(
         dict.fromkeys(kind for group in groups for run in group.runs for kind in run.reports)
@@ -36,10 +37,10 @@ def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
     for name in names:
         fitting = [kind for kind in kinds if _fits(kind, name)]
         if not fitting:
-            there = ", ".join(kinds) or "none"
+            known = ", ".join(kinds) or "none"
             hint = did_you_mean(name, kinds)
             raise ConfigError(
-                f"--eval {name}: no run has such a report in eval/; there are: {there}{hint}"
+                f"--eval {name}: no run has such a report in eval/; there are: {known}{hint}"
             )
         chosen += fitting
     for kind in dict.fromkeys(chosen):
@@ -48,6 +49,7 @@ def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
 
 
 def _fits(kind: str, name: str) -> bool:
+    # whole words only: `pgd-2` does not stand for `pgd-20`
     begins = kind.startswith(name) and not kind[len(name) :][:1].isalnum()
     return begins or fnmatchcase(kind, name)
 
@@ -59,6 +61,7 @@ def _check_attacks(groups: Sequence[Group], kind: str) -> None:
         for report in reports:
             if report.values.get("reliable") is False:
                 logger.warning("%s: not reliable: a check of the attack failed", report.file)
+            # A mean over seeds of the attack is taken within a row, so these must be one attack.
             different = _difference(reports[0], report)
             if different:
                 raise ConfigError(
@@ -66,6 +69,7 @@ def _check_attacks(groups: Sequence[Group], kind: str) -> None:
                     " move one of them out of eval/"
                 )
         firsts += reports[:1]
+    # Different attacks in different rows may be what is compared, such as one epsilon per row.
     for first in firsts[1:]:
         different = _difference(firsts[0], first)
         if different:
@@ -74,11 +78,12 @@ def _check_attacks(groups: Sequence[Group], kind: str) -> None:
 
 
 def _difference(first: AttackReport, second: AttackReport) -> str | None:
-    """The first thing in which two attacks differ; None where they are one."""
+    """Describe the first difference between two attacks; None if they are the same."""
     for key, value in first.attack.items():
         other = second.attack[key]
         if value != other:
             return (
-                f"{key} is {as_text(value)} in {first.file}, but {as_text(other)} in {second.file}"
+                f"{key} is {format_setting(value)} in {first.file},"
+                f" but {format_setting(other)} in {second.file}"
             )
     return None

@@ -1,4 +1,4 @@
-"""A picture of a confusion matrix. Matplotlib is imported when one is drawn."""
+"""A figure of a confusion matrix."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,57 +13,66 @@ from base.text import one_line
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LEAST_SIDE, LETTER = 3.5, 0.085
-"""The side of the square of all classes, and the width of a letter of the title, in inches."""
+# in inches
+LEAST_SIDE = 3.5
+LETTER = 0.085
+"""The width of a letter of the title."""
 NUMBERED = 20
-"""Up to so many classes the cells hold numbers."""
+"""The largest number of classes whose cells hold numbers."""
 TICKS = (0, 1, 5, 10, 25, 50, 75, 100)
 
 
 def draw_confusion(
     path: str | Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str
 ) -> None:
-    """Write the picture of `confusion_figure`; the suffix decides the format, missing folders are
-    made."""
+    """Write `confusion_figure` to a file in the format of its suffix, and make missing folders."""
     save_figure(confusion_figure(confusion, class_names, title), path)
 
 
 def confusion_figure(
     confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str
 ) -> "Figure":
-    """A square for every pair of true class (rows) and prediction (columns), the darker, the larger
-    its share of the class.
+    """Draw a cell for every pair of true class (rows) and prediction (columns).
 
-    Shares are in per cent of the class's images that have an answer; up to `NUMBERED` classes each
-    square says its own. The darkness goes with the square root of the share, so that a confusion of
-    a few per cent can be seen beside the diagonal.
+    A cell shows its share of the class's images that have a prediction, in percent: by its
+    darkness, and up to `NUMBERED` classes as a number.
 
     Args:
         confusion: `(C, C)` counts, a row for each true class.
         class_names: in label order.
         title: printed above.
     """
+    # Matplotlib takes a second to import, and most commands draw nothing.
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     counts = np.asarray(confusion)
+    # a class without images has a row of zeros
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     classes = len(class_names)
     numbered = classes <= NUMBERED
-    side = max(LEAST_SIDE, classes * (0.5 if numbered else max(0.125, 11 / classes)))
+    # A number needs half an inch. Without numbers 11 inches are enough, unless the cells of many
+    # classes would get too small to see.
+    if numbered:
+        side = max(LEAST_SIDE, 0.5 * classes)
+        font_size = 9.0
+    else:
+        side = max(11.0, 0.125 * classes)
+        font_size = min(9.0, 55 * side / classes)
     figure = Figure(figsize=(side + 2.6, side + 2.0), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    picture = axes.imshow(
-        shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest"
-    )
-    size = 9 if numbered else min(9.0, 55 * side / classes)
+    # The square root of the share: a confusion of a few percent must be seen beside the diagonal.
+    norm = PowerNorm(0.5, 0, 100)
+    image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
     names = {
         "labels": [one_line(name) for name in class_names],
-        "fontsize": size,
+        "fontsize": font_size,
         "parse_math": False,
     }
-    axes.set_xticks(range(classes), rotation=90 if classes > 10 else 45, ha="center" if classes > 10 else "right",
-                    rotation_mode="default" if classes > 10 else "anchor", **names)  # fmt: skip
+    if classes > 10:
+        axes.set_xticks(range(classes), rotation=90, **names)
+    else:
+        axes.set_xticks(range(classes), rotation=45, ha="right", rotation_mode="anchor", **names)
     axes.set_yticks(range(classes), **names)
     axes.tick_params(length=2)
     axes.set_xlabel("prediction")
@@ -75,16 +84,15 @@ def confusion_figure(
     if numbered:
         for row, column in np.argwhere(counts > 0):
             share = shares[row, column]
-            color = "white" if share > 40 else "black"
-            axes.text(
-                column,
-                row,
-                f"{share:.0f}" if share >= 0.95 else "<1",
-                ha="center",
-                va="center",
-                size=8,
-                color=color,
-            )
-    bar = figure.colorbar(picture, ax=axes, shrink=0.7, aspect=25, ticks=TICKS)
+            text = f"{share:.0f}"
+            # a rounded 0 would look like a cell without images
+            if share < 0.95:
+                text = "<1"
+            color = "black"
+            if share > 40:
+                # black cannot be read on dark blue
+                color = "white"
+            axes.text(column, row, text, ha="center", va="center", size=8, color=color)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=25, ticks=TICKS)
     bar.set_label("share of the true class in %")
     return figure

@@ -1,4 +1,4 @@
-"""Runs in groups, so that only seeds of one experiment are ever averaged."""
+"""Groups of runs: only seeds of one experiment are ever averaged."""
 
 import json
 import logging
@@ -18,16 +18,16 @@ from reports.runs import Run, only_finished
 logger = logging.getLogger(__name__)
 
 MOVED = (DATA_DIR, NOISE_FILE)
-MAY_DIFFER = (
-    "seed",
-    *(key for key in WHERE_AND_HOW if key != IMPORTS),
-    *FILLED_FROM_DATA,
-)
-"""Config keys in which runs that are averaged may differ: none of them changes results, but for the
-seed and for rounding. Where one of `MOVED` differs, labels are compared. A run's settings hold
-digests of the user's code, which have to be equal."""
+"""Config keys that name a place. Runs whose places differ are averaged only if their labels are
+equal."""
+
+# A run's settings hold digests of the user's code under `imports`, and these have to be equal.
+MAY_DIFFER = ("seed", *(key for key in WHERE_AND_HOW if key != IMPORTS), *FILLED_FROM_DATA)
+"""Config keys in which averaged runs may differ. Apart from the seed, they change results by
+rounding at most."""
+
 MAY_VARY = ("train_seconds", "images_per_second", *PROVENANCE)
-"""What two runs of one config and seed may have different values of in `result.json`."""
+"""Names in `result.json` that may differ between two runs of one config and seed."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Group:
 
     Attributes:
         name: the values of the keys, for legends and table rows.
-        keys: dotted config keys that all of them have equal values of.
+        keys: dotted config keys; all runs have equal values of them.
         values: in the order of the keys.
         runs: in the order of their seeds.
     """
@@ -49,14 +49,16 @@ class Group:
     @property
     def line(self) -> str:
         """The name without the last key, whose values are the points of a line."""
-        return (
-            _name(self.keys[:-1], self.values[:-1], self.runs[0]) if self.keys[1:] else "all runs"
-        )
+        if len(self.keys) < 2:
+            return "all runs"
+        return _name(self.keys[:-1], self.values[:-1], self.runs[0])
 
 
 def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
-    """Runs in groups of equal values of some config keys, by the first key, then the next: numbers
-    ascend, words as they come.
+    """Group runs that have equal values of some config keys.
+
+    Groups are sorted by the first key, then by the next one. Numbers ascend; words keep the order
+    in which they first appear.
 
     Args:
         runs: at least one.
@@ -64,8 +66,9 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
             group.
 
     Raises:
-        ConfigError: an unknown key; runs of one group that differ in more than the seed and
-            `MAY_DIFFER`, with the key and both values; or two runs of one seed in a group.
+        ConfigError: a key is unknown, runs of one group differ in more than `MAY_DIFFER` (the
+            message names the key and both values), or two different runs of a group have the same
+            seed.
     """
     keys = list(dict.fromkeys(keys))
     known = list(dict.fromkeys(key for run in runs for key in (*run.labels, *run.settings)))
@@ -74,22 +77,25 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
             raise ConfigError(
                 f"--group-by {key}: no such key in the runs' configs{_like(key, known)}"
             )
-    together: dict[str, list[Run]] = {}
+    members: dict[str, list[Run]] = {}
     for run in runs:
-        together.setdefault(json.dumps([run.value(key) for key in keys]), []).append(run)
-    groups = [_group(members, keys) for members in together.values()]
-    places = [
-        list(dict.fromkeys(as_text(group.values[index]) for group in groups))
+        # as JSON, because values may be lists and dicts, which cannot be keys
+        values = json.dumps([run.value(key) for key in keys])
+        members.setdefault(values, []).append(run)
+    groups = [_group(runs, keys) for runs in members.values()]
+    words = [
+        list(dict.fromkeys(format_setting(group.values[index]) for group in groups))
         for index in range(len(keys))
     ]
-    return sorted(
-        groups, key=lambda group: [_place(*each) for each in zip(group.values, places, strict=True)]
-    )
+
+    def order(group: Group) -> list[tuple[bool, float]]:
+        return [_order(*pair) for pair in zip(group.values, words, strict=True)]
+
+    return sorted(groups, key=order)
 
 
 def finished_groups(groups: Sequence[Group]) -> list[Group]:
-    """The groups with their finished runs only, and without those that have none; a warning names
-    each run that is left out.
+    """Drop unfinished runs, and groups without a finished one; a warning names each dropped run.
 
     Raises:
         ConfigError: no run is finished.
@@ -103,45 +109,48 @@ def finished_groups(groups: Sequence[Group]) -> list[Group]:
 
 
 def differing_keys(first: Run, second: Run) -> list[str]:
-    """Dotted config keys that matter for results and in which two runs differ."""
+    """Return the dotted config keys in which two runs differ and that matter for results."""
     keys = dict.fromkeys([*first.settings, *second.settings])
     relevant = [key for key in keys if not lies_in(key, MAY_DIFFER)]
     return [key for key in relevant if first.settings.get(key) != second.settings.get(key)]
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds; NaN of none, and for the second of fewer than
-    two."""
-    with np.errstate(invalid="ignore"):  # a loss may be infinite
-        mean = np.mean(values) if len(values) else np.nan
-        return float(mean), float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
+    """Return mean and sample standard deviation over seeds.
+
+    The mean of no value is NaN, and so is the standard deviation of fewer than two.
+    """
+    mean = np.nan
+    std = np.nan
+    # a loss may be infinite, and its standard deviation is then NaN
+    with np.errstate(invalid="ignore"):
+        if len(values) > 0:
+            mean = float(np.mean(values))
+        if len(values) > 1:
+            std = float(np.std(values, ddof=1))
+    return mean, std
 
 
-def as_text(value: Any) -> str:
-    """A config value as legends and table rows show it."""
+def format_setting(value: Any) -> str:
+    """Format a config value as legends and table rows show it."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, float):
+        # 12 digits hide the rounding of sums such as 0.1 + 0.2
         return f"{value:.12g}"
-    return value if isinstance(value, str) else json.dumps(value)
+    return json.dumps(value)
 
 
 def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
-    """One group of runs that have equal values of the keys."""
+    """Make a group of runs that have equal values of the keys."""
     first = runs[0]
     values = tuple(first.value(key) for key in keys)
-    name = (
-        _name(keys, values, first)
-        if keys
-        else " / ".join(dict.fromkeys(run.settings["name"] for run in runs))
-    )
+    if keys:
+        name = _name(keys, values, first)
+    else:
+        name = " / ".join(dict.fromkeys(run.settings["name"] for run in runs))
     for run in runs[1:]:
-        different = differing_keys(first, run)
-        if different:
-            key, more = different[0], f" (and {len(different) - 1} more)" if different[1:] else ""
-            was, now = (as_text(one.settings.get(key)) for one in (first, run))
-            raise ConfigError(
-                f"{key}: {was} in {first.folder}, but {now} in {run.folder}{more}: runs that are averaged may differ in their"
-                f" seeds only; add {key} to --group-by, or leave one out"
-            )
+        _check_same_experiment(first, run)
     by_seed: dict[int, Run] = {}
     for run in runs:
         other = by_seed.setdefault(run.seed, run)
@@ -151,22 +160,41 @@ def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
             raise ConfigError(
                 f"seed: {run.seed} in both {other.folder} and {run.folder} of {name}; leave one out"
             )
+        # a copied run folder must not count as a second seed
         logger.warning(
-            "%s: has the numbers of the run in %s: counted once", run.folder, other.folder
+            "%s: has the same numbers as the run in %s: counted once", run.folder, other.folder
         )
     _check_moved_data([*by_seed.values()])
     return Group(name, tuple(keys), values, tuple(by_seed[seed] for seed in sorted(by_seed)))
 
 
+def _check_same_experiment(first: Run, second: Run) -> None:
+    different = differing_keys(first, second)
+    if not different:
+        return
+    key = different[0]
+    more = ""
+    if len(different) > 1:
+        more = f" (and {len(different) - 1} more)"
+    raise ConfigError(
+        f"{key}: {format_setting(first.settings.get(key))} in {first.folder}, but"
+        f" {format_setting(second.settings.get(key))} in {second.folder}{more}: runs that are"
+        f" averaged may differ in their seeds only; add {key} to --group-by, or leave one out"
+    )
+
+
 def _numbers(run: Run) -> tuple[Any, ...]:
-    """Everything that a run measured, but for how long it took."""
+    """Return everything that a run measured, except how long it took."""
     result = {name: value for name, value in (run.result or {}).items() if name not in MAY_VARY}
     return result, run.log
 
 
 def _check_moved_data(runs: Sequence[Run]) -> None:
-    """Warn where runs that are averaged found their data in different places, and refuse them where
-    that holds other labels."""
+    """Warn if averaged runs found their data in different places.
+
+    Raises:
+        ConfigError: the labels in these places differ.
+    """
     first = runs[0]
     for key in MOVED:
         other = next(
@@ -174,53 +202,61 @@ def _check_moved_data(runs: Sequence[Run]) -> None:
         )
         if other is None:
             continue
-        was, now = (as_text(run.settings.get(key)) for run in (first, other))
-        without = key == NOISE_FILE and not all(run.settings.get(key) for run in runs)
-        if without or not all(_same_labels(first, run) for run in runs[1:]):
+        was, now = (format_setting(run.settings.get(key)) for run in (first, other))
+        same = all(_same_labels(first, run) for run in runs[1:])
+        # A run without a noise file has clean labels, however few images it shares with the others.
+        if key == NOISE_FILE and not all(run.settings.get(key) for run in runs):
+            same = False
+        if not same:
             raise ConfigError(
-                f"{key}: {was} in {first.folder}, but {now} in {other.folder}: not the same labels"
-                f" in the two places; add {key} to --group-by, or leave one out"
+                f"{key}: {was} in {first.folder}, but {now} in {other.folder}: the labels in these"
+                f" two places differ; add {key} to --group-by, or leave one out"
             )
         logger.warning(
-            "%s: %s in %s, %s in %s: taken for one data set that has moved",
+            "%s: %s in %s, %s in %s: taken for one data set that was moved",
             key, was, first.folder, now, other.folder,
         )  # fmt: skip
 
 
 def _same_labels(first: Run, second: Run) -> bool:
-    """Whether two runs have equal numbers of images, and equal labels where `labels.npz` of both
-    knows an image."""
-    counts = ("n_train", "n_val", "n_test")
-    if (
-        first.result
-        and second.result
-        and any(first.result.get(name) != second.result.get(name) for name in counts)
-    ):
-        return False
-    known = [run.labels_of_images() for run in (first, second)]
-    return all(known[1].get(image, labels) == labels for image, labels in known[0].items())
+    """Whether two runs have equal numbers of images, and equal labels of every image that both
+    `labels.npz` hold."""
+    if first.result and second.result:
+        for name in ("n_train", "n_val", "n_test"):
+            if first.result.get(name) != second.result.get(name):
+                return False
+    # Runs with other seeds may hold out other images, so only common images are compared.
+    known = first.labels_of_images()
+    others = second.labels_of_images()
+    return all(others.get(image, labels) == labels for image, labels in known.items())
 
 
-def _place(value: Any, words: Sequence[str]) -> tuple[bool, float]:
-    """Where a value of a key stands: numbers first, in ascending order, then words, in the order in
-    which they came."""
-    number = isinstance(value, int | float)
-    return not number, value if number else words.index(as_text(value))
+def _order(value: Any, words: Sequence[str]) -> tuple[bool, float]:
+    """The sort key of a value: numbers come first and ascend, words keep the order of `words`."""
+    if isinstance(value, int | float):
+        return False, value
+    return True, words.index(format_setting(value))
 
 
 def _name(keys: Sequence[str], values: Sequence[Any], run: Run) -> str:
-    """The value of a single key; of several, a study's labels as they are and `last part of the
-    key=value` of config keys, with more parts where the last are the same."""
+    """Name a group by its values.
+
+    A single value stands alone. Of several, a study's labels stand alone, and values of config keys
+    are written as `last part of the key=value`.
+    """
     if len(keys) == 1:
-        return as_text(values[0])
-    pairs = zip(keys, values, strict=True)
-    return ", ".join(
-        as_text(value) if key in run.labels else f"{_short(key, keys)}={as_text(value)}"
-        for key, value in pairs
-    )
+        return format_setting(values[0])
+    parts = []
+    for key, value in zip(keys, values, strict=True):
+        text = format_setting(value)
+        if key not in run.labels:
+            text = f"{_short(key, keys)}={text}"
+        parts.append(text)
+    return ", ".join(parts)
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
+    """The shortest end of a dotted key that no other key ends with."""
     parts = key.split(".")
     for length in range(1, len(parts)):
         if sum(other.split(".")[-length:] == parts[-length:] for other in keys) == 1:
@@ -229,7 +265,9 @@ def _short(key: str, keys: Sequence[str]) -> str:
 
 
 def _like(key: str, known: Sequence[str]) -> str:
-    """The keys that end alike, or else the nearest one."""
+    """Suggest the keys with the same last part, or else the nearest key."""
     last = key.rpartition(".")[2]
     alike = [name for name in known if name.rpartition(".")[2] == last]
-    return f"; did you mean {' or '.join(map(repr, alike))}?" if alike else did_you_mean(key, known)
+    if alike:
+        return f"; did you mean {' or '.join(map(repr, alike))}?"
+    return did_you_mean(key, known)

@@ -1,4 +1,4 @@
-"""Panels side by side, in lines that are told apart in color, by color-blind people and in gray."""
+"""Panels side by side, whose lines differ in color, in gray and for color-blind readers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,24 +15,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANEL_WIDTH, PANEL_HEIGHT, LEGEND_LINE, LETTER = 4.6, 3.4, 0.22, 0.09
-"""In inches; the last is a generous width of a letter in the legend."""
+# in inches
+PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4
+LEGEND_LINE = 0.22
+LETTER = 0.09
+"""A generous width of a letter in the legend."""
+
 COLORS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00")
-"""Okabe and Ito's, which color-blind people tell apart; neighbors differ in gray, too."""
+"""The palette of Okabe and Ito (2008), which color-blind readers can tell apart. It is sorted so
+that neighbors also differ in gray."""
+
+# 7 colors and 4 line styles have no common divisor: the first 28 groups all look different
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "X", "<", "p")
-"""The first 28 groups each have a color and line of their own."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one line of a picture shows.
+    """One line of a figure.
 
     Attributes:
         x: float64 `(P,)`, ascending: epochs, or values of a config key.
         mean: `(P,)`, over seeds.
-        std: `(P,)`, sample standard deviation over seeds; NaN where there is one seed.
-        n: how many seeds each point is the mean of.
+        std: `(P,)`, sample standard deviation over seeds; NaN for a single seed.
+        n: the number of seeds behind each point.
     """
 
     x: np.ndarray
@@ -42,25 +48,25 @@ class Curve:
 
 
 def unit_of(metric: str) -> tuple[float, str]:
-    """By what values of a metric are multiplied to be shown, and the unit behind its name:
-    accuracies are in per cent."""
-    return (100.0, " in %") if is_accuracy(metric) else (1.0, "")
+    """Return the factor and the unit in which a metric is shown: accuracies are in percent."""
+    if is_accuracy(metric):
+        return 100.0, " in %"
+    return 1.0, ""
 
 
 def panels_figure(
     names: Sequence[str],
     lines: dict[str, list[Curve | None]],
     spread: str | None,
-    each: "Callable[[Axes, Curve, int], None]",
+    draw: "Callable[[Axes, Curve, int], None]",
 ) -> "Figure":
-    """A panel for every metric, side by side, over one legend; no global state of pyplot knows of
-    it.
+    """Draw a panel for every metric, side by side, over one legend.
 
     Args:
         names: of the groups, at least one.
-        lines: metric -> a curve for every group, None where it has none.
-        spread: what shows the standard deviation, for the caption; None where nothing does.
-        each: draws one line: `(axes, curve, index of the group)`.
+        lines: metric -> a curve for every group; None for a group without one.
+        spread: what shows the standard deviation, for the caption; None if nothing does.
+        draw: draws one line: `(axes, curve, index of the group)`.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -70,38 +76,52 @@ def panels_figure(
         f"{one_line(name)}  ({_seeds([line[index] for line in lines.values()])})"
         for index, name in enumerate(names)
     ]
-    columns = int(min(len(labels), max(1, width // (0.8 + LETTER * max(map(len, labels))))))
-    height = PANEL_HEIGHT + LEGEND_LINE * (1 + -(-len(labels) // columns))
+    # 0.8 inches are taken by the line and the gap before a label
+    fitting = width // (0.8 + LETTER * max(map(len, labels)))
+    columns = int(min(len(labels), max(1, fitting)))
+    legend_lines = -(-len(labels) // columns)
+    # one line more for the caption
+    height = PANEL_HEIGHT + LEGEND_LINE * (1 + legend_lines)
+    # Figure instead of pyplot, which would keep the figure in its global state.
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.03, hspace=0)
     panels = figure.subplots(1, len(lines), sharex=True, squeeze=False)[0]
     for axes, (metric, curves) in zip(panels, lines.items(), strict=True):
         for index, curve in enumerate(curves):
             if curve is not None:
-                each(axes, curve, index)
-        _dress(axes, metric)
+                draw(axes, curve, index)
+        _finish_panel(axes, metric)
     several = any(
         max(curve.n) > 1 for curves in lines.values() for curve in curves if curve is not None
     )
-    shown = (
-        "mean over seeds"
-        if spread is None
-        else f"mean over seeds, {spread}: one standard deviation to either side"
-    )
-    caption = shown if several else None
+    caption = None
+    if several:
+        caption = "mean over seeds"
+        if spread is not None:
+            caption += f", {spread}: one standard deviation to either side"
     legend = figure.legend(
         [Line2D([], [], **_style(index)) for index in range(len(names))],
-        labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=4.5,
-        title=caption, title_fontsize=8, borderaxespad=0.2,
-    )  # fmt: skip
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        # long enough to show a whole period of each line style
+        handlelength=4.5,
+        title=caption,
+        title_fontsize=8,
+        borderaxespad=0.2,
+    )
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a dollar sign in a name does not begin a formula
+        # a dollar sign in a name does not start a formula
+        text.set_parse_math(False)
     return figure
 
 
-def _dress(axes: "Axes", metric: str) -> None:
+def _finish_panel(axes: "Axes", metric: str) -> None:
     axes.set_ylabel(f"{one_line(metric)}{unit_of(metric)[1]}", parse_math=False)
-    if is_accuracy(metric):  # not beyond what accuracies can be
+    if is_accuracy(metric):
+        # matplotlib's margins would go beyond 0 and 100 %
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, -1), min(top, 101))
     axes.grid(color="#dddddd", linewidth=0.8)
@@ -111,7 +131,7 @@ def _dress(axes: "Axes", metric: str) -> None:
 
 
 def line_with_markers(axes: "Axes", curve: Curve, index: int) -> None:
-    # markers at some of many epochs, at other ones than those of the next line
+    # about eight markers a line, at other epochs than those of the next line
     step = max(1, len(curve.x) // 8)
     axes.plot(curve.x, curve.mean, **_style(index), markevery=(index % step, step))
 
@@ -119,15 +139,18 @@ def line_with_markers(axes: "Axes", curve: Curve, index: int) -> None:
 def line_and_band(axes: "Axes", curve: Curve, index: int) -> None:
     line_with_markers(axes, curve, index)
     if max(curve.n) > 1:
-        low, high = curve.mean - curve.std, curve.mean + curve.std
-        color, line = COLORS[index % len(COLORS)], LINES[index % len(LINES)]
-        # tells overlapping bands apart in gray
+        low = curve.mean - curve.std
+        high = curve.mean + curve.std
+        color = COLORS[index % len(COLORS)]
+        line = LINES[index % len(LINES)]
+        # the edge distinguishes overlapping bands in gray
         edge = {"edgecolor": (color, 0.45), "linewidth": 0.6, "linestyle": line}
         axes.fill_between(curve.x, low, high, facecolor=(color, 0.15), **edge)
 
 
 def points_and_bars(axes: "Axes", curve: Curve, index: int) -> None:
     axes.plot(curve.x, curve.mean, **_style(index))
+    # a single seed has no bar, and NaN would still draw its caps
     bars = ~np.isnan(curve.std)
     color = COLORS[index % len(COLORS)]
     axes.errorbar(
@@ -142,13 +165,10 @@ def points_and_bars(axes: "Axes", curve: Curve, index: int) -> None:
 
 
 def _style(index: int) -> dict[str, object]:
-    look = {
+    return {
         "color": COLORS[index % len(COLORS)],
         "linestyle": LINES[index % len(LINES)],
         "marker": MARKERS[index % len(MARKERS)],
-    }
-    return {
-        **look,
         "linewidth": 1.7,
         "markersize": 6,
         "markeredgecolor": "white",
@@ -157,9 +177,13 @@ def _style(index: int) -> dict[str, object]:
 
 
 def _seeds(curves: Sequence[Curve | None]) -> str:
-    """How many seeds the lines of a group are means of."""
+    """The number of seeds behind the lines of a group."""
     counts = sorted({n for curve in curves if curve is not None for n in curve.n})
-    return f"n = {counts[0]} to {counts[-1]}" if counts[1:] else f"n = {counts[0] if counts else 0}"
+    if not counts:
+        return "n = 0"
+    if len(counts) == 1:
+        return f"n = {counts[0]}"
+    return f"n = {counts[0]} to {counts[-1]}"
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
@@ -170,6 +194,6 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     """
     from matplotlib import rc_context
 
-    # TrueType: publishers refuse Type 3
+    # 42 is TrueType; publishers do not accept matplotlib's default, Type 3
     with rc_context({"pdf.fonttype": 42}):
         output.save_figure(figure, path)

@@ -1,6 +1,5 @@
-"""Run folders as reports see them: found and read."""
+"""Find and read the run folders that reports are made of."""
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,21 +11,24 @@ from typing import Any
 import numpy as np
 
 from base.checkpoint.resume import IMPORTS, digests
-from base.config import Config, validate
+from base.config import Config
 from base.config.arguments import OpenSection
-from base.config.files import read_tree
 from base.config.section import Section
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.run_folder.names import CONFIG, EVALUATIONS, LABELS, METRICS, RESULT
-from base.run_folder.study_index import read_places
+from base.run_folder.files import RunFolder
+from base.run_folder.names import CONFIG, METRICS, RESULT
+from base.run_folder.study_index import read_study_index
 
 logger = logging.getLogger(__name__)
 
-LAST_EPOCH, REPORT = "last_epoch.", "eval."
-"""Before names of `metrics.jsonl` and of reports, where they stand beside names of
+LAST_EPOCH = "last_epoch."
+REPORT = "eval."
+"""Prefixes of names in `metrics.jsonl` and in reports, which tell them from names in
 `result.json`."""
+
 ATTACK = ("attack", "description", "norm", "epsilon", "loss", "step_size", "steps", "restarts", "n")
+"""The keys of a report that say which attack was run, and on how many images."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,13 @@ class Run:
 
     Attributes:
         folder: as it was found.
-        labels: `variant` and the axes of its study, with their values for this run; empty where no
-            study made it.
-        settings: dotted config key -> value, of every key there is; a null that stands for a value
-            of another key is that value (`adversarial.method` is `"free"` where only
+        labels: `variant` and the axes of the run's study, with their values for this run; empty if
+            no study made it.
+        settings: dotted config key -> value, for every key. A null that stands for the value of
+            another key is replaced by it (`adversarial.method` is `"free"` if only
             `trainer.do_adv` says so).
         log: the lines of `metrics.jsonl`, one per epoch.
-        result: what `result.json` holds; None while the run is not finished.
+        result: the content of `result.json`; None for an unfinished run.
     """
 
     folder: Path
@@ -51,8 +53,8 @@ class Run:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def value(self, key: str) -> Any:
-        """The value of a config key, or the label of a study's axis."""
-        return self.settings[key] if key in self.settings else self.labels.get(key)
+        """Return the value of a config key, or of an axis of the run's study."""
+        return self.settings.get(key, self.labels.get(key))
 
     @property
     def seed(self) -> int:
@@ -60,7 +62,8 @@ class Run:
         return self.settings["seed"]
 
     def measured(self, metric: str) -> dict[int, float]:
-        """Epoch -> value of a name in `metrics.jsonl`, of the epochs in which it was measured."""
+        """Return epoch -> value of a name in `metrics.jsonl`, without epochs that did not measure
+        it."""
         file = self.folder / METRICS
         return {
             log["epoch"]: _number(log[metric], metric, file)
@@ -69,62 +72,61 @@ class Run:
         }
 
     def outcome(self, metric: str) -> float | None:
-        """What a run came to; None where it is not finished or did not measure it.
+        """Return a final value of the run; None if it is unfinished or did not measure it.
 
         Args:
             metric: a name in `result.json`; `last_epoch.NAME`, a name in the last line of
-                `metrics.jsonl`; or `eval.KIND.NAME`, a name in the reports of that kind, the mean
-                over their attack seeds.
+                `metrics.jsonl`; or `eval.KIND.NAME`, a name in the reports of that kind, averaged
+                over the seeds of the attack.
         """
-        if metric.startswith(LAST_EPOCH):
-            name, values, file = (
-                metric.removeprefix(LAST_EPOCH),
-                self.log[-1],
-                self.folder / METRICS,
-            )
-            return None if values.get(name) is None else _number(values[name], name, file)
         if metric.startswith(REPORT):
             kind, _, name = metric.removeprefix(REPORT).rpartition(".")
-            reports = [
-                report
-                for report in self.reports.get(kind, [])
-                if report.values.get(name) is not None
-            ]
-            values = [_number(report.values[name], name, report.file) for report in reports]
-            return sum(values) / len(values) if values else None
-        value = (self.result or {}).get(metric)
-        return None if value is None else _number(value, metric, self.folder / RESULT)
+            sources = [(report.values, report.file) for report in self.reports.get(kind, [])]
+        elif metric.startswith(LAST_EPOCH):
+            name = metric.removeprefix(LAST_EPOCH)
+            sources = [(self.log[-1], self.folder / METRICS)]
+        else:
+            name = metric
+            sources = [(self.result or {}, self.folder / RESULT)]
+        values = [
+            _number(values[name], name, file)
+            for values, file in sources
+            if values.get(name) is not None
+        ]
+        if not values:
+            return None
+        return sum(values) / len(values)
 
     @property
     def noise_rate(self) -> float | None:
-        """The share of training labels that label noise has changed, in `[0, 1]`.
-
-        None where the folder does not say it. It stands in `result.json`; older runs have it in
-        their `labels.npz` only.
-        """
+        """The fraction of training labels that label noise changed; None if unknown."""
         if not self.settings["trainer.percent"] and self.settings["trainer.noise_file"] is None:
             return 0.0
         recorded = self.outcome("noise_rate")
         if recorded is not None:
             return recorded
+        # Runs of older versions have it in `labels.npz` only.
         try:
-            noisy, clean = _arrays(self._labels_file, ["train_label", "train_clean_label"])
+            noisy, clean = RunFolder(self.folder).labels(["train_label", "train_clean_label"])
         except ConfigError:
             return None
         return float(np.mean(noisy != clean))
 
-    @property
-    def _labels_file(self) -> Path:
-        return self.folder / LABELS
-
     def labels_of_images(self) -> dict[int, tuple[int, ...]]:
-        """Position of an image in the training set -> its true label, and behind it the given one
-        where that comes from a noise file; nothing where there is no `labels.npz`."""
-        if not self._labels_file.exists():
+        """Return position of an image in the training set -> its labels.
+
+        These are the clean label, and the noisy one if it comes from a noise file. Empty without a
+        `labels.npz`.
+        """
+        files = RunFolder(self.folder)
+        if not files.has_labels():
             return {}
-        names = ["clean_label", *(["label"] if self.settings.get("trainer.noise_file") else [])]
+        names = ["clean_label"]
+        # drawn noise depends on the seed, so only labels from a file can be compared between runs
+        if self.settings.get("trainer.noise_file"):
+            names.append("label")
         columns = [
-            np.concatenate(_arrays(self._labels_file, [f"train_{name}", f"val_{name}"]))
+            np.concatenate(files.labels([f"train_{name}", f"val_{name}"]))
             for name in ("index", *names)
         ]
         return {
@@ -133,19 +135,17 @@ class Run:
 
     @cached_property
     def reports(self) -> dict[str, list["AttackReport"]]:
-        """Kind -> reports in `eval/`, which differ in the attack's seed only.
+        """Kind -> the reports in `eval/` of this kind, which differ only in the attack's seed.
 
-        The kind is the name of their files without the seed.
+        The kind is the name of the file without the seed.
 
         Raises:
-            ConfigError: one of them is broken.
+            ConfigError: a report is broken.
         """
         found: dict[str, list[AttackReport]] = {}
-        for file in sorted((self.folder / EVALUATIONS).glob("*.json")):
-            values = _read_object(file)
-            found.setdefault(re.sub(r"_seed\d+$", "", file.stem), []).append(
-                AttackReport(file, values)
-            )
+        for file, values in RunFolder(self.folder).evaluations().items():
+            kind = re.sub(r"_seed\d+$", "", file.stem)
+            found.setdefault(kind, []).append(AttackReport(file, values))
         return found
 
 
@@ -154,8 +154,8 @@ class AttackReport:
     """One report on a run's model under attack.
 
     Attributes:
-        file: where it lies.
-        values: what it holds.
+        file: its path.
+        values: its content.
     """
 
     file: Path
@@ -163,63 +163,70 @@ class AttackReport:
 
     @property
     def attack(self) -> dict[str, Any]:
-        """What has to be equal in reports whose numbers are compared: the attack, the model's name,
-        the number of images."""
-        return {key: self.values.get(key) for key in ATTACK} | {
-            "checkpoint": Path(str(self.values.get("checkpoint"))).name
-        }
+        """What must be equal in reports whose numbers are compared: the attack, the model's name
+        and the number of images."""
+        attack = {key: self.values.get(key) for key in ATTACK}
+        # the folder may have been moved since
+        attack["checkpoint"] = Path(str(self.values.get("checkpoint"))).name
+        return attack
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs at and below the given paths, finished or not, every folder once. Run folders below
-    a path that have not logged an epoch yet are left out with a warning. Runs of a study come in
-    the order of its grid.
+    """Find the runs at and below the given paths, finished or not, each folder once.
+
+    Run folders below a path that have not logged an epoch yet are left out with a warning. Runs of
+    a study are in the order of its grid.
 
     Raises:
-        ConfigError: a path at and below which there is no run, a run folder without logs, or a file
-            of it that is broken.
+        ConfigError: there is no run at or below a path, a run folder has no logs, or a file in it
+            is broken.
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
         for folder in _run_folders(path):
             folders.setdefault(folder.resolve(), folder)
     places = {
-        parent: read_places(parent)
+        parent: read_study_index(parent)
         for parent in dict.fromkeys(folder.resolve().parent for folder in folders.values())
     }
-    studies, runs = list(places), []
+    studies = list(places)
+    runs = []
     for real, folder in folders.items():
+        run = read_run(folder)
+        position = 0
         place = places[real.parent].get(real.name)
-        labels = {} if place is None else {"variant": place.variant, **place.labels}
-        order = (studies.index(real.parent), 0 if place is None else place.position)
-        runs.append((order, replace(read_run(folder), labels=labels)))
-    return [run for _, run in sorted(runs, key=lambda pair: pair[0])]
+        if place is not None:
+            run = replace(run, labels={"variant": place.variant, **place.labels})
+            position = place.position
+        runs.append(((studies.index(real.parent), position), run))
+    # Runs without a study keep the order in which they were found: the sort is stable.
+    runs.sort(key=lambda pair: pair[0])
+    return [run for _, run in runs]
 
 
 def read_run(folder: Path) -> Run:
-    """One run folder.
+    """Read one run folder.
 
     Raises:
         ConfigError: one of its files is broken, or it has logged no epoch.
     """
-    file = folder / CONFIG
-    # its own code is not imported, so names of own parts are not known here
-    settings = resolved_settings(validate(read_tree(file), str(file), check_names=False))
-    log = _read_log(folder / METRICS)
+    files = RunFolder(folder)
+    # A report runs no code of a user, so it does not know the names that such code would register.
+    settings = resolved_settings(files.config(check_names=False))
+    log = files.metrics()
     if not log:
         raise ConfigError(
             f"{folder}: a run folder without logs: its metrics.jsonl holds no epoch yet"
         )
-    file = folder / RESULT
-    result = _read_object(file) if file.exists() else None
-    return Run(folder, settings, log, result)
+    return Run(folder, settings, log, files.result())
 
 
 def resolved_settings(config: Config) -> dict[str, Any]:
-    """Dotted key -> value of every value of a config; see `Run.settings`."""
+    """Return dotted key -> value, for every key of a config; see `Run.settings`."""
     given = _flat(config.model_dump(mode="json"))
     return {
         **given,
+        # so that a run that gives an argument differs from one that leaves it out
         **{key: None for key in _open_keys(config) if key not in given},
         IMPORTS: digests(config.dump()[IMPORTS]),
         "adversarial.method": config.adversarial_method,
@@ -231,7 +238,7 @@ def resolved_settings(config: Config) -> dict[str, Any]:
 
 
 def _open_keys(section: Section, path: str = "") -> Iterator[str]:
-    """The dotted keys of all arguments that parts take, most of which a config leaves out."""
+    """Yield the dotted keys of all arguments that parts take; configs omit most of them."""
     if isinstance(section, OpenSection):
         yield from (path + key for key in type(section).known_fields())
     for name in type(section).model_fields:
@@ -241,15 +248,16 @@ def _open_keys(section: Section, path: str = "") -> Iterator[str]:
 
 
 def only_finished(runs: Sequence[Run]) -> list[Run]:
-    """The runs that have a `result.json`, with a warning about each of the others.
+    """Return the runs that have a `result.json`, and warn of each of the others.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: no run has one.
     """
     finished = [run for run in runs if run.result is not None]
     if not finished:
         raise ConfigError(
-            f"{runs[0].folder}: not finished: no result.json, nor in any other of the {len(runs)} runs"
+            f"{runs[0].folder}: not finished: it has no result.json, and none of the {len(runs)}"
+            " runs has one"
         )
     for run in runs:
         if run.result is None:
@@ -261,29 +269,36 @@ def only_finished(runs: Sequence[Run]) -> list[Run]:
     return finished
 
 
-def refuse_unknown(flag: str, names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Refuse a name that is not among the known ones, which the error lists.
+def check_known(flag: str, names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Check that all names are known.
+
+    Args:
+        flag: what the message starts with.
+        names: names that a user gave.
+        known: the valid ones, which the message lists.
+        what: says why a name is wrong, such as `"no run logs it"`.
 
     Raises:
-        ConfigError: `what` is what no run does, such as `"no run logs it"`.
+        ConfigError: a name is unknown.
     """
     known = list(dict.fromkeys(known))
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"{flag} {name}: {what}; there are: {', '.join(known) or 'none'}{did_you_mean(name, known)}"
-            )
+            listed = ", ".join(known) or "none"
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"{flag} {name}: {what}; there are: {listed}{hint}")
 
 
 def _run_folders(path: Path) -> list[Path]:
+    """Return the run folders with logs at or below a path."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such folder")
     if not path.is_dir():
-        raise ConfigError(
-            f"{path}: {'a file, not a run folder' if path.exists() else 'no such folder'}"
-        )
-    if _has_logs(path) and (path / CONFIG).is_file():
+        raise ConfigError(f"{path}: a file, not a run folder")
+    if RunFolder(path).has_metrics() and (path / CONFIG).is_file():
         return [path]
     candidates = sorted(file.parent for file in path.rglob(CONFIG))
-    found = [folder for folder in candidates if _has_logs(folder)]
+    found = [folder for folder in candidates if RunFolder(folder).has_metrics()]
     empty = [folder for folder in candidates if folder not in found]
     if not candidates:
         raise ConfigError(
@@ -291,66 +306,12 @@ def _run_folders(path: Path) -> list[Path]:
         )
     if not found:
         raise ConfigError(
-            f"{empty[0]}: a run folder without logs: it has a config.json, but no epoch in a metrics.jsonl"
+            f"{empty[0]}: a run folder without logs: it has a config.json, but no epoch in a"
+            " metrics.jsonl"
         )
     for folder in empty:
         logger.warning("%s: has a config.json, but no epoch in a metrics.jsonl: left out", folder)
     return found
-
-
-def _has_logs(folder: Path) -> bool:
-    file = folder / METRICS
-    return file.is_file() and file.stat().st_size > 0
-
-
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a run log; a last one that is not written to its end yet is left out."""
-    *lines, rest = _text(file).split("\n")
-    log = []
-    for number, line in enumerate([*lines, *([rest] if rest.endswith("}") else [])], start=1):
-        entry = _json(line)
-        if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int):
-            raise ConfigError(
-                f"{file}: line {number}: {line[:60]!r} is no JSON object with an epoch"
-            )
-        log.append(entry)
-    return log
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    result = _json(_text(file))
-    if not isinstance(result, dict):
-        raise ConfigError(f"{file}: no JSON object")
-    return result
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
-
-
-def _json(text: str) -> Any:
-    """What the text stands for; None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """Some arrays of a `labels.npz`.
-
-    Raises:
-        ConfigError: it is broken, or lacks one of them.
-    """
-    try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            return [arrays[name] for name in names]
-    except Exception as error:  # numpy and zip readers raise nearly everything on damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{file}: cannot be read: {reason}") from None
 
 
 def _number(value: Any, name: str, file: Path) -> float:
@@ -360,10 +321,11 @@ def _number(value: Any, name: str, file: Path) -> float:
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Dotted key -> value of every leaf of a tree."""
+    """Return dotted key -> value, for every leaf of a tree."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= (
-            _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-        )
+        if isinstance(value, dict):
+            leaves |= _flat(value, f"{path}{key}.")
+        else:
+            leaves[f"{path}{key}"] = value
     return leaves

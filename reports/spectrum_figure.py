@@ -1,81 +1,76 @@
-"""A picture of a network's layers as operators, in depth order. Matplotlib is imported when one is
-drawn."""
+"""A figure of a network's layers as linear operators, in depth order."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from base.output import save_figure
 from base.text import one_line
+from reports.spectrum_table import LayerRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PER_LAYER, LEAST_WIDTH, MOST_NAMES = 0.2, 6.5, 150
-BLUE, ORANGE = "#0b4f8a", "#d55e00"
-"""Far apart in gray, too; and every series has a marker of its own."""
+# in inches
+PER_LAYER = 0.2
+LEAST_WIDTH = 6.5
+MOST_NAMES = 150
+"""Of more layers, only every second, third or n-th is named."""
+
+# far apart in gray, too
+BLUE = "#0b4f8a"
+ORANGE = "#d55e00"
 
 
-def draw_spectrum(path: str | Path, layers: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Write the picture of `spectrum_figure`; the suffix decides the format, missing folders are
-    made."""
+def draw_spectrum(path: str | Path, layers: Sequence[LayerRow], title: str) -> None:
+    """Write `spectrum_figure` to a file in the format of its suffix, and make missing folders."""
     save_figure(spectrum_figure(layers, title), path)
 
 
-def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure":
-    """Two panels over one row of layers: spectral norms, alone and times the scale of the batch
-    norm behind, on a logarithmic axis; and distances from an orthogonal operator, as they are and
-    up to a scale.
+def spectrum_figure(layers: Sequence[LayerRow], title: str) -> "Figure":
+    """Draw two panels that share their axis of layers.
 
-    The depthwise convolutions of ConvNorm, `bpconv`, are open marks behind the layer that they
-    belong to; all other layers are filled marks.
+    The upper one shows spectral norms, alone and times the scale of the batch norm that follows, on
+    a logarithmic axis. The lower one shows distances from an orthogonal operator, and from the
+    nearest multiple of one.
+
+    The depthwise convolutions of ConvNorm, `bpconv`, are open marks after the layer that they
+    belong to. All other layers are filled marks.
 
     Args:
-        layers: in depth order, at least one; of each `name`, `norm`, `batch_norm_scale` (None where
-            there is none), `orthogonality_error` and `spread`, as
-            `evaluation.spectral_norm.Spectrum` explains them.
+        layers: in depth order, at least one.
         title: printed above.
     """
+    # Matplotlib takes a second to import, and most commands draw nothing.
     from matplotlib.figure import Figure
 
     width = max(LEAST_WIDTH, 1.6 + PER_LAYER * min(len(layers), MOST_NAMES))
     figure = Figure(figsize=(width, 6.4), facecolor="white", layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.suptitle(one_line(title), fontsize=10, parse_math=False)
-    norms = [layer["norm"] for layer in layers]
-    scaled = [
-        None if layer["batch_norm_scale"] is None else layer["norm"] * layer["batch_norm_scale"]
-        for layer in layers
-    ]
+    norms = {place: layer["norm"] for place, layer in enumerate(layers)}
+    scaled = {
+        place: layer["norm"] * layer["batch_norm_scale"]
+        for place, layer in enumerate(layers)
+        if layer["batch_norm_scale"] is not None
+    }
+    errors = {place: layer["orthogonality_error"] for place, layer in enumerate(layers)}
+    spreads = {place: layer["spread"] for place, layer in enumerate(layers)}
     _series(upper, layers, norms, BLUE, "o", "-", "spectral norm")
     _series(upper, layers, scaled, ORANGE, "^", "", "times the scale of its batch norm")
+    # a layer on this line neither expands nor shrinks any input
     upper.axhline(1, color="black", linestyle=":", linewidth=1)
     upper.set_yscale("log", base=2)
     upper.set_ylabel("spectral norm")
-    _series(
-        lower,
-        layers,
-        [layer["orthogonality_error"] for layer in layers],
-        BLUE,
-        "s",
-        "-",
-        "distance from orthogonal",
-    )
-    _series(
-        lower,
-        layers,
-        [layer["spread"] for layer in layers],
-        ORANGE,
-        "D",
-        "",
-        "from a multiple of orthogonal",
-    )
+    _series(lower, layers, errors, BLUE, "s", "-", "distance from orthogonal")
+    _series(lower, layers, spreads, ORANGE, "D", "", "from a multiple of orthogonal")
+    # logarithmic, but linear near 0, which an orthogonal layer has exactly
     lower.set_yscale("symlog", base=2, linthresh=0.25, linscale=0.7)
     lower.set_ylim(bottom=0)
     lower.set_ylabel("orthogonality error")
     for axes in (upper, lower):
-        _dress(axes)
+        _finish_panel(axes)
     step = -(-len(layers) // MOST_NAMES)
     names = [one_line(_short(layer["name"])) for layer in layers][::step]
     lower.set_xticks(range(0, len(layers), step), names, rotation=90, fontsize=7, parse_math=False)
@@ -85,42 +80,37 @@ def spectrum_figure(layers: Sequence[Mapping[str, Any]], title: str) -> "Figure"
 
 def _series(
     axes: "Axes",
-    layers: Sequence[Mapping[str, Any]],
-    values: Sequence[float | None],
+    layers: Sequence[LayerRow],
+    values: Mapping[int, float],
     color: str,
     marker: str,
     line: str,
     label: str,
 ) -> None:
-    """One mark for every layer that has a value: filled, but open for a `bpconv`."""
-    known = [(place, value) for place, value in enumerate(values) if value is not None]
-    for open_mark in (False, True):
-        points = [
-            point for point in known if layers[point[0]]["name"].endswith("bpconv") == open_mark
-        ]
-        if points:
-            look = {
-                "linestyle": "" if open_mark else line,
-                "markerfacecolor": "white" if open_mark else color,
-            }
-            text = f"{label}, bpconv" if open_mark else label
-            axes.plot(
-                *zip(*points, strict=True),
-                color=color,
-                marker=marker,
-                markersize=5,
-                linewidth=1,
-                label=text,
-                **look,
-            )
+    """Draw `values` (position of a layer -> value), with open marks for `bpconv`."""
+    style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1}
+    filled = {}
+    opened = {}
+    for place, value in values.items():
+        if layers[place]["name"].endswith("bpconv"):
+            opened[place] = value
+        else:
+            filled[place] = value
+    if filled:
+        axes.plot(list(filled), list(filled.values()), linestyle=line, label=label, **style)
+    if opened:
+        style |= {"linestyle": "", "markerfacecolor": "white"}
+        axes.plot(list(opened), list(opened.values()), label=f"{label}, bpconv", **style)
 
 
 def _short(name: str) -> str:
-    """A `bpconv` stands behind the layer that it belongs to."""
-    return "bpconv" if name.endswith(".bpconv") else name
+    # It stands after the layer that it belongs to, so the rest of its name says nothing new.
+    if name.endswith(".bpconv"):
+        return "bpconv"
+    return name
 
 
-def _dress(axes: "Axes") -> None:
+def _finish_panel(axes: "Axes") -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)

@@ -1,55 +1,85 @@
-"""The spectra of a network's layers as a table and one line."""
+"""Spectra of a network's layers as text: a table, one line."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 from reports.text_table import text_table
+
+
+class LayerRow(TypedDict):
+    """The spectrum of one layer; see `evaluation.spectral_norm.Spectrum`."""
+
+    name: str
+    input_shape: Sequence[int]
+    norm: float
+    residual: float
+    converged: bool
+    mean_square: float
+    orthogonality_error: float
+    spread: float
+    batch_norm_scale: float | None
+
 
 HEADS = ("layer", "input", "norm", "residual", "mean s^2", "error", "spread", "batch norm")
 
 
-def spectrum_table(layers: Sequence[Mapping[str, Any]]) -> str:
-    """A line per layer, in depth order; `layers` as in `evaluation.NetworkSpectra.as_dict()`.
+def spectrum_table(layers: Sequence[LayerRow]) -> str:
+    """Write a line per layer, in depth order.
 
-    A `!` behind a residual says that the power iteration stopped before its tolerance.
+    A `!` behind a residual says that the power iteration stopped before it reached its tolerance.
+
+    Args:
+        layers: as in `evaluation.NetworkSpectra.as_dict()`.
     """
     return text_table(HEADS, [_row(layer) for layer in layers])
 
 
 def spectrum_summary(values: Mapping[str, Any]) -> str:
-    """The report in one line."""
-    layers = values["layers"]
+    """Write the spectra in one line."""
+    layers: list[LayerRow] = values["layers"]
     norms = [layer["norm"] for layer in layers]
-    errors, spreads = (
-        [layer[key] for layer in layers] for key in ("orthogonality_error", "spread")
-    )
-    unfinished = sum(not layer["converged"] for layer in layers)
-    return (
-        f"{len(layers)} layers: spectral norm {min(norms):.4g} to {max(norms):.4g}, median {median(norms):.4g};"
+    errors = [layer["orthogonality_error"] for layer in layers]
+    spreads = [layer["spread"] for layer in layers]
+    summary = (
+        f"{len(layers)} layers: spectral norm {min(norms):.4g} to {max(norms):.4g},"
+        f" median {median(norms):.4g};"
         f" orthogonality error, median {median(errors):.4g}, up to a scale {median(spreads):.4g};"
         f" product of spectral norms {_power(values['log10_product_of_norms'])},"
         f" with batch norms {_power(values['log10_product_with_batch_norms'])}"
-        + (f"; {unfinished} norms not to the tolerance" if unfinished else "")
     )
+    unfinished = sum(not layer["converged"] for layer in layers)
+    if unfinished:
+        summary += f"; {unfinished} norms not to the tolerance"
+    return summary
 
 
-def _row(layer: Mapping[str, Any]) -> list[str]:
+def _row(layer: LayerRow) -> list[str]:
+    residual = f"{layer['residual']:.0e}"
+    if not layer["converged"]:
+        residual += " !"
     return [
         layer["name"],
         "x".join(map(str, layer["input_shape"])),
         _number(layer["norm"]),
-        f"{layer['residual']:.0e}" + ("" if layer["converged"] else " !"),
-        *(
-            _number(layer[key])
-            for key in ("mean_square", "orthogonality_error", "spread", "batch_norm_scale")
-        ),
+        residual,
+        _number(layer["mean_square"]),
+        _number(layer["orthogonality_error"]),
+        _number(layer["spread"]),
+        _number(layer["batch_norm_scale"]),
     ]
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    # None: no batch norm follows the layer
+    if value is None:
+        return "-"
+    return f"{value:.3f}"
 
 
 def _power(log10: float | None) -> str:
-    return "0" if log10 is None else f"10^{log10:.2f}"
+    # The product of the norms of a deep network overflows, so its logarithm is stored. It is None
+    # for a product of zero.
+    if log10 is None:
+        return "0"
+    return f"10^{log10:.2f}"

@@ -1,11 +1,13 @@
-"""Tables of results: means and spreads over seeds, the best in bold, and tests against a baseline
-row."""
+"""Tables of results: means and standard deviations over seeds, tests against a baseline row.
+
+`compare` makes a `Table` from groups of runs, and `write_table` writes it in one of three formats.
+"""
 
 import csv
 import io
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, sqrt
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,28 @@ from base.output import format_of, write_output, writing
 from base.run_folder.environment import PROVENANCE
 from base.text import csv_text, one_line
 from reports.groups import Group, mean_and_std
-from reports.runs import LAST_EPOCH, REPORT, refuse_unknown
+from reports.runs import LAST_EPOCH, REPORT, Run, check_known
 
 FORMATS = ("md", "tex", "csv")
 RESULTS = ("test_top1", "last_test_top1", "test_robust_top1", "last_test_robust_top1")
-"""What a table shows unless it is told otherwise, of what the runs have: test accuracies of the
-best and of the last model."""
-P_HEAD, P_COLUMN = "p (Holm)", "p_holm"
+"""The default columns: test accuracies of the best and of the last model. Those that no run has are
+left out."""
+
+P_HEAD = "p (Holm)"
+P_COLUMN = "p_holm"
+
+# Rounding alone can make a difference of 1e-16 between equal accuracies.
 NO_SPREAD = 1e-12
-"""Numbers that lie closer together are equal: they say nothing of their spread."""
+"""Values that lie closer together count as equal, which leaves nothing to estimate a spread
+from."""
+
 LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "[": "{[}",  # one that begins a row would be taken for an argument of the line break before it
-    "*": "{*}", "±": r"$\pm$",
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    # at the start of a row, LaTeX would take these for arguments of the line break before it
+    "[": "{[}", "*": "{*}",
+    "±": r"$\pm$",
 }  # fmt: skip
 
 
@@ -42,8 +52,8 @@ class Cell:
     Attributes:
         values: seed -> value, as it stands in the run's files.
         p: two-sided p value of the test against the baseline row, corrected for the other rows of
-            the table (see `holm`); None where there is none.
-        compared: how many seeds of this cell that test uses.
+            the table (see `holm`); None without a test.
+        compared: the number of this cell's seeds that the test uses.
     """
 
     values: dict[int, float]
@@ -52,18 +62,22 @@ class Cell:
 
     @property
     def mean(self) -> float:
-        """Over seeds; NaN where there are none."""
+        """The mean over seeds; NaN without any."""
         return mean_and_std([*self.values.values()])[0]
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over seeds; None where there are fewer than two."""
-        return mean_and_std([*self.values.values()])[1] if len(self.values) > 1 else None
+        """The sample standard deviation over seeds; None for fewer than two."""
+        if len(self.values) < 2:
+            return None
+        return mean_and_std([*self.values.values()])[1]
 
     @property
     def error(self) -> float | None:
-        """The standard error of the mean; None where there are fewer than two seeds."""
-        return None if self.std is None else self.std / sqrt(len(self.values))
+        """The standard error of the mean, std / sqrt(n); None for fewer than two seeds."""
+        if self.std is None:
+            return None
+        return self.std / sqrt(len(self.values))
 
 
 @dataclass(frozen=True)
@@ -71,10 +85,10 @@ class Row:
     """One group.
 
     Attributes:
-        name: of the group.
-        n: how many seeds it has.
+        name: the group's name.
+        n: its number of seeds.
         cells: one for every metric.
-        block: rows are compared with those of equal blocks only.
+        block: rows are compared only with rows of the same block.
     """
 
     name: str
@@ -88,9 +102,9 @@ class Table:
     """Groups as rows, metrics as columns.
 
     Attributes:
-        metrics: names as `Run.outcome` knows them.
+        metrics: names as `Run.outcome` takes them.
         rows: in the order of the groups.
-        baseline: name of the row that all others are tested against; None for no tests.
+        baseline: the name of the row that all others are tested against; None for no tests.
         paired: whether these tests pair the runs of equal seeds.
     """
 
@@ -105,12 +119,12 @@ def write_table(path: str | Path, table: Table) -> None:
 
     Args:
         path: the suffix decides the format: `.md`, `.tex` (a `tabular` with booktabs) or `.csv`
-            (values as in the run's files, in full precision); `base.output` says what else it may
-            be.
-        table: of `compare`.
+            (values as in the run's files, in full precision); `base.output` lists the other places
+            to write to.
+        table: from `compare`.
 
     Raises:
-        ConfigError: another suffix, or a path that cannot be written.
+        ConfigError: the suffix is unknown or the path cannot be written.
     """
     layout = {"md": _markdown, "tex": _latex, "csv": _csv}[format_of(path, FORMATS)]
     with writing(path):
@@ -124,68 +138,47 @@ def compare(
     by_last_key: bool = False,
     paired: bool = False,
 ) -> Table:
-    """Groups beside each other, and tested against one of them.
+    """Put groups side by side, and test them against one of them.
 
-    The test is Welch's (`scipy.stats.ttest_ind_from_stats` with unequal variances), or the paired t
-    test (`ttest_rel`) over common seeds. Two runs of one seed begin with equal weights and data,
-    but part within a few epochs, so pairing gains nothing unless the runs are short or nearly
-    alike. All p values are two-sided, and corrected over the rows of the table by `holm`, each
-    metric by itself. There is none with fewer than two seeds on either side, or where no number
-    shows a spread.
+    The test is Welch's (`scipy.stats.ttest_ind_from_stats` with unequal variances), or the paired
+    t test (`ttest_rel`) over common seeds. Two runs of one seed start with equal weights and data
+    but diverge within a few epochs, so pairing gains nothing unless the runs are short or nearly
+    alike. All p values are two-sided. `holm` corrects them over the rows of the table, separately
+    for each metric. There is no p value with fewer than two seeds on either side, or if neither
+    side has a spread.
 
     Args:
-        groups: of finished runs.
-        metrics: names as `Run.outcome` knows them; that of the last model is put beside that of the
-            best. None for `RESULTS`.
-        baseline: name of the group that every other one is tested against.
-        by_last_key: compare only groups with equal values of the last key they are grouped by, such
-            as a rate of noise; the baseline is then named by the other keys.
+        groups: groups of finished runs.
+        metrics: names as `Run.outcome` takes them; `last_` columns are moved beside those of the
+            best model. None for `RESULTS`.
+        baseline: the name of the group that every other one is tested against.
+        by_last_key: compare only groups with equal values of the last key, such as the rate of
+            noise; the baseline is then named by the other keys.
         paired: pair the runs of equal seeds.
 
     Raises:
-        ConfigError: a metric that no run has, or an unknown baseline.
+        ConfigError: no run has a metric, or the baseline is unknown.
     """
     runs = [run for group in groups for run in group.runs]
-    known = list(
-        dict.fromkeys(name for run in runs for name in run.result or {} if name not in PROVENANCE)
-    )
-    if metrics is None:
-        metrics = [name for name in RESULTS if name in known]
-        if not metrics:
-            raise ConfigError(
-                f"--result: the runs have none of {', '.join(RESULTS)}; name others of: {', '.join(known)}"
-            )
-    for metric in metrics:
-        if not metric.startswith((LAST_EPOCH, REPORT)):
-            refuse_unknown("--result", [metric], known, "no result.json has it")
-        elif all(run.outcome(metric) is None for run in runs):
-            raise ConfigError(f"--result {metric}: no run has it")
-    names = [group.line if by_last_key else group.name for group in groups]
-    blocks = [group.values[-1] if by_last_key else None for group in groups]
+    metrics = last_beside_best(_known_metrics(runs, metrics))
+    names = [group.name for group in groups]
+    blocks: list[Any] = [None] * len(groups)
+    if by_last_key:
+        names = [group.line for group in groups]
+        blocks = [group.values[-1] for group in groups]
     if baseline is not None:
-        refuse_unknown("--baseline", [baseline], names, "no such row")
-    metrics = last_beside_best(metrics)
-    values = [[_values(group, metric) for metric in metrics] for group in groups]
+        check_known("--baseline", [baseline], names, "no such row")
+    # Without a baseline, no row has an opponent, and no cell gets a p value.
     baselines = {
-        block: row
-        for name, block, row in zip(names, blocks, values, strict=True)
+        block: group
+        for name, block, group in zip(names, blocks, groups, strict=True)
         if name == baseline
     }
-    test = _paired_test if paired else _welch_test
-    columns = []
-    for column in range(len(metrics)):
-        tests: list[tuple[Hashable, float | None, int]] = []
-        for name, block, row in zip(names, blocks, values, strict=True):
-            own = row[column]
-            other = baselines[block][column] if name != baseline and block in baselines else {}
-            tests.append(((_as_key(own), _as_key(other)), *test(own, other)))
-        corrected = holm({key: p for key, p, _ in tests if p is not None})
-        columns.append(
-            [
-                Cell(row[column], None if p is None else corrected[key], compared)
-                for row, (key, p, compared) in zip(values, tests, strict=True)
-            ]
-        )
+    opponents = [
+        None if name == baseline else baselines.get(block)
+        for name, block in zip(names, blocks, strict=True)
+    ]
+    columns = [_column(groups, opponents, metric, paired) for metric in metrics]
     rows = [
         Row(group.name, len(group.runs), cells, block)
         for group, cells, block in zip(groups, zip(*columns, strict=True), blocks, strict=True)
@@ -193,12 +186,55 @@ def compare(
     return Table(tuple(metrics), tuple(rows), baseline, paired)
 
 
+def _known_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> Sequence[str]:
+    """Check the requested metrics, or choose those of `RESULTS` that a run has."""
+    known = list(
+        dict.fromkeys(name for run in runs for name in run.result or {} if name not in PROVENANCE)
+    )
+    if metrics is None:
+        metrics = [name for name in RESULTS if name in known]
+        if not metrics:
+            raise ConfigError(
+                f"--result: the runs have none of {', '.join(RESULTS)};"
+                f" name others of: {', '.join(known)}"
+            )
+    for metric in metrics:
+        if not metric.startswith((LAST_EPOCH, REPORT)):
+            check_known("--result", [metric], known, "no result.json has it")
+        elif all(run.outcome(metric) is None for run in runs):
+            raise ConfigError(f"--result {metric}: no run has it")
+    return metrics
+
+
+def _column(
+    groups: Sequence[Group], opponents: Sequence[Group | None], metric: str, paired: bool
+) -> list[Cell]:
+    """Make the cells of one metric, each tested against the opponent of its group."""
+    test = _paired_test if paired else _welch_test
+    cells = []
+    comparisons: list[Hashable] = []
+    for group, opponent in zip(groups, opponents, strict=True):
+        own = _values(group, metric)
+        other = _values(opponent, metric)
+        cells.append(Cell(own, *test(own, other)))
+        comparisons.append((_as_key(own), _as_key(other)))
+    # A run may stand in two rows. Equal comparisons are one test, so they count once.
+    corrected = holm(
+        {key: cell.p for key, cell in zip(comparisons, cells, strict=True) if cell.p is not None}
+    )
+    return [
+        replace(cell, p=corrected.get(key)) for key, cell in zip(comparisons, cells, strict=True)
+    ]
+
+
 def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
-    """Each p value corrected for the number of them (Holm, 1979): the probability that a true null
-    hypothesis is rejected anywhere among them stays below the level.
+    """Correct p values for the number of tests (Holm, 1979).
+
+    The i-th smallest of m p values becomes max over j <= i of min(1, (m - j + 1) p_j). With a
+    level of 5 %, the probability that any true null hypothesis is rejected is then at most 5 %.
 
     Args:
-        p_values: comparison -> its own p value. A comparison that a table shows twice is one here.
+        p_values: comparison -> its own p value.
     """
     corrected: dict[Hashable, float] = {}
     largest = 0.0
@@ -209,7 +245,7 @@ def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
 
 
 def last_beside_best(metrics: Sequence[str]) -> list[str]:
-    """Metrics in the order given, but that of the last model right behind that of the best."""
+    """Move each metric of the last model behind that of the best model."""
     bases = list(dict.fromkeys(metric.removeprefix("last_") for metric in metrics))
     return sorted(
         dict.fromkeys(metrics),
@@ -218,17 +254,22 @@ def last_beside_best(metrics: Sequence[str]) -> list[str]:
 
 
 def best_rows(table: Table, column: int) -> set[int]:
-    """The row with the best mean of a column in its block, the highest accuracy or the lowest loss,
-    where it leads every other one by more than a standard error of their difference; a row that
-    stands twice may be two of them.
+    """Return the indices of the rows that are printed in bold in a column.
 
-    None of a column that is neither, and none where a lead cannot be judged, as both rows have one
-    seed only.
+    A row is the best of its block if it has the highest accuracy or the lowest loss, and leads
+    every other row by more than a standard error of the difference of the means. Rows with equal
+    values are bold together. Columns that are neither accuracies nor losses have no best row, and
+    neither has a block in which the best two rows have a single seed each, because their lead
+    cannot be judged.
     """
-    metric, found = table.metrics[column], set()
-    if not (is_accuracy(metric) or "loss" in metric):
+    metric = table.metrics[column]
+    found: set[int] = set()
+    if is_accuracy(metric):
+        sign = 1
+    elif "loss" in metric:
+        sign = -1
+    else:
         return found
-    sign = 1 if is_accuracy(metric) else -1
     for block in dict.fromkeys(row.block for row in table.rows):
         cells = {
             index: row.cells[column] for index, row in enumerate(table.rows) if row.block == block
@@ -246,14 +287,22 @@ def best_rows(table: Table, column: int) -> set[int]:
 
 
 def _error_of_difference(first: Cell, second: Cell) -> float:
-    """The standard error of the difference of two means, as far as it is known; infinite where
-    neither cell shows a spread."""
+    """The standard error of the difference of two means; infinite if neither cell has a spread.
+
+    The error of a single seed is unknown and counts as zero beside a known one.
+    """
     known = [cell.error for cell in (first, second) if cell.error is not None]
-    return sqrt(sum(error**2 for error in known)) if known else inf
+    if not known:
+        return inf
+    return sqrt(sum(error**2 for error in known))
 
 
-def _values(group: Group, metric: str) -> dict[int, float]:
-    return {run.seed: value for run in group.runs if (value := run.outcome(metric)) is not None}
+def _values(group: Group | None, metric: str) -> dict[int, float]:
+    """Return seed -> value of the runs that have one."""
+    if group is None:
+        return {}
+    outcomes = {run.seed: run.outcome(metric) for run in group.runs}
+    return {seed: value for seed, value in outcomes.items() if value is not None}
 
 
 def _as_key(values: dict[int, float]) -> Hashable:
@@ -261,14 +310,16 @@ def _as_key(values: dict[int, float]) -> Hashable:
 
 
 def _welch_test(own: dict[int, float], other: dict[int, float]) -> tuple[float | None, int]:
-    """p value and number of own seeds."""
+    """Return the p value of Welch's t test and the number of own seeds."""
     first, second = (np.array([*values.values()]) for values in (own, other))
     if min(len(first), len(second)) < 2 or not np.isfinite([*first, *second]).all():
         return None, len(first)
     if max(np.ptp(first), np.ptp(second)) < NO_SPREAD:
         return None, len(first)
+    # importing scipy.stats takes about a second, and most tables need no test
     from scipy.stats import ttest_ind_from_stats
 
+    # from moments, because `ttest_ind` warns if one side has no spread
     moments = [
         number for side in (first, second) for number in (side.mean(), side.std(ddof=1), len(side))
     ]
@@ -276,7 +327,7 @@ def _welch_test(own: dict[int, float], other: dict[int, float]) -> tuple[float |
 
 
 def _paired_test(own: dict[int, float], other: dict[int, float]) -> tuple[float | None, int]:
-    """p value and number of pairs."""
+    """Return the p value of the paired t test and the number of pairs."""
     seeds = sorted(own.keys() & other.keys())
     first, second = (np.array([values[seed] for seed in seeds]) for values in (own, other))
     differences = first - second
@@ -288,14 +339,11 @@ def _paired_test(own: dict[int, float], other: dict[int, float]) -> tuple[float 
 
 
 def _markdown(table: Table) -> str:
-    lines = [
-        [_in_markdown(head) for head in _header(table)],
-        ["---", *["---:"] * (len(_header(table)) - 1)],
-    ]
-    lines += _body(table, bold="**{}**".format, text=_in_markdown)
-    return (
-        "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{_note(table, _in_markdown)}\n"
-    )
+    header = [_in_markdown(head) for head in _header(table)]
+    alignment = ["---", *["---:"] * (len(header) - 1)]
+    body = _body(table, bold="**{}**".format, text=_in_markdown)
+    lines = [f"| {' | '.join(line)} |\n" for line in (header, alignment, *body)]
+    return "".join(lines) + f"\n{_note(table, _in_markdown)}\n"
 
 
 def _latex(table: Table) -> str:
@@ -303,99 +351,120 @@ def _latex(table: Table) -> str:
     lines += _body(table, bold=r"\textbf{{{}}}".format, text=_escaped)
     first, *others = (" & ".join(line) + r" \\" for line in lines)
     columns = "l" + "r" * (len(lines[0]) - 1)
-    parts = [r"\toprule", first, r"\midrule", *others, r"\bottomrule"]
-    comment = f"% {_note(table, one_line)}\n% needs \\usepackage{{booktabs}}\n"
-    return (
-        comment + "\n".join([rf"\begin{{tabular}}{{{columns}}}", *parts, r"\end{tabular}"]) + "\n"
-    )
+    parts = [
+        f"% {_note(table, one_line)}",
+        r"% needs \usepackage{booktabs}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        first,
+        r"\midrule",
+        *others,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def _csv(table: Table) -> str:
-    """Numbers only, as they are in the runs' files, in columns of their own, with an empty one for
-    what there is not."""
-    columns = [
-        f"{name}_{what}"
-        for name in table.metrics
-        for what in ("mean", "std", "n", *[P_COLUMN] * bool(table.baseline))
-    ]
+    """Write plain numbers, as in the runs' files, one per column; a missing one is left empty."""
+    parts = ["mean", "std", "n"]
+    if table.baseline:
+        parts.append(P_COLUMN)
+    columns = [f"{name}_{part}" for name in table.metrics for part in parts]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["runs", "n", *map(csv_text, columns)])
     for row in table.rows:
-        line = [csv_text(row.name), str(row.n)]
+        # csv writes None as an empty field, and a float with all its digits
+        line: list[Any] = [csv_text(row.name), row.n]
         for cell in row.cells:
-            numbers = (cell.mean if cell.values else None, cell.std)
-            line += ["" if number is None else repr(number) for number in numbers] + [
-                str(len(cell.values))
-            ]
-            line += ["" if cell.p is None else repr(cell.p)] if table.baseline else []
+            if cell.values:
+                line += [cell.mean, cell.std, len(cell.values)]
+            else:
+                line += [None, None, 0]
+            if table.baseline:
+                line.append(cell.p)
         writer.writerow(line)
     return text.getvalue()
 
 
 def _header(table: Table) -> list[str]:
-    heads = [f"{metric} (%)" if is_accuracy(metric) else metric for metric in table.metrics]
-    return [
-        "runs",
-        "n",
-        *(head for name in heads for head in (name, *[P_HEAD] * bool(table.baseline))),
-    ]
+    heads = ["runs", "n"]
+    for metric in table.metrics:
+        if is_accuracy(metric):
+            heads.append(f"{metric} (%)")
+        else:
+            heads.append(metric)
+        if table.baseline:
+            heads.append(P_HEAD)
+    return heads
 
 
 def _body(table: Table, bold: Callable[[str], str], text: Callable[[str], str]) -> list[list[str]]:
-    """The rows of a table that is read; `bold` and `text` say how the format writes bold and plain
-    text."""
+    """Format the rows of a table for readers.
+
+    Args:
+        table: from `compare`.
+        bold: writes bold text in the table's format.
+        text: writes plain text in it.
+    """
     best = [best_rows(table, column) for column in range(len(table.metrics))]
     lines = []
     for index, row in enumerate(table.rows):
         line = [text(row.name), str(row.n)]
         for column, (metric, cell) in enumerate(zip(table.metrics, row.cells, strict=True)):
-            shown = text(
-                _shown(cell, metric) + _count(len(cell.values), row.n if cell.values else 0)
-            )
-            line.append(bold(shown) if index in best[column] else shown)
+            shown = text(_format_cell(cell, metric, row.n))
+            if index in best[column]:
+                shown = bold(shown)
+            line.append(shown)
             if table.baseline:
-                line.append(
-                    "" if cell.p is None else text(_p_value(cell.p) + _count(cell.compared, row.n))
-                )
+                line.append(text(_format_p_value(cell, row.n)))
         lines.append(line)
     return lines
 
 
-def _shown(cell: Cell, metric: str) -> str:
-    """Mean ± standard deviation, or the mean alone of one seed."""
+def _format_cell(cell: Cell, metric: str, n: int) -> str:
+    """Format mean ± standard deviation, without the latter for a single seed."""
     if not cell.values:
         return "–"
-    return _number(cell.mean, metric) + (
-        "" if cell.std is None else f" ± {_number(cell.std, metric)}"
-    )
+    shown = _format_number(cell.mean, metric)
+    if cell.std is not None:
+        shown += f" ± {_format_number(cell.std, metric)}"
+    return shown + _format_count(len(cell.values), n)
 
 
-def _number(value: float, metric: str) -> str:
-    """Accuracies in per cent with two decimals, the rest in four significant digits, or more before
-    the point."""
+def _format_number(value: float, metric: str) -> str:
+    """Format accuracies in percent with two decimals, and other values with four significant
+    digits."""
     if is_accuracy(metric):
         return f"{100 * value:.2f}"
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    if abs(value) < 1000:
+        return f"{value:.4g}"
+    # `.4g` would write 12345 as 1.234e+04
+    return f"{value:.0f}"
 
 
-def _p_value(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+def _format_p_value(cell: Cell, n: int) -> str:
+    if cell.p is None:
+        return ""
+    shown = "<0.001"
+    if cell.p >= 0.001:
+        shown = f"{cell.p:.3f}"
+    return shown + _format_count(cell.compared, n)
 
 
-def _count(count: int, usual: int) -> str:
-    """How many seeds a number is of, where they are fewer than the row's."""
-    return "" if count == usual else f" (n = {count})"
+def _format_count(count: int, n: int) -> str:
+    """Format the number of seeds behind a value if it differs from the row's n."""
+    if count == n:
+        return ""
+    return f" (n = {count})"
 
 
 def _note(table: Table, text: Callable[[str], str]) -> str:
-    """What the numbers are."""
-    blocks = len({row.block for row in table.rows}) > 1
-    best = (
-        "the best of its column among rows of the same value"
-        if blocks
-        else "the best of its column"
-    )
+    """Explain the numbers of a table."""
+    best = "the best of its column"
+    if len({row.block for row in table.rows}) > 1:
+        best += " among rows of the same value"
     parts = [
         "Mean ± sample standard deviation over n seeds, no spread for one;"
         f" bold: {best}, by more than one standard error of the difference."
@@ -416,8 +485,8 @@ def _note(table: Table, text: Callable[[str], str]) -> str:
 
 
 def _in_markdown(text: str) -> str:
-    """Text without what Markdown would read as its own signs; underscores inside of words are
-    none."""
+    """Escape what Markdown would read as markup."""
+    # underscores inside a word are not markup
     return re.sub(r"([\\`*|<\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", one_line(text))
 
 

@@ -1,4 +1,4 @@
-"""Tables on the terminal."""
+"""Tables for the terminal."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,12 @@ from base.text import one_line
 
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of aligned columns, two blanks between them: the first column to the left, all others
-    to the right."""
+    """Align columns, two blanks apart: the first one to the left, all others to the right."""
     lines = [[one_line(cell) for cell in line] for line in (heads, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-            ]
-        )
-        for line in lines
-    )
+    aligned = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        cells[0] = line[0].ljust(widths[0])
+        aligned.append("  ".join(cells))
+    return "\n".join(aligned)

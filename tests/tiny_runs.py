@@ -159,7 +159,7 @@ class Patience(float):
         return patience
 
     def __lt__(self, quiet):
-        busy = [at for at in self.decoders[-1].notes.tolist() if at != workers.NOWHERE]
+        busy = [at for at in self.decoders[-1].current.tolist() if at != workers.IDLE]
         return super().__lt__(quiet) and busy == ([] if self.position is None else [self.position])
 
 

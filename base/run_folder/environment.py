@@ -1,5 +1,6 @@
-"""What a run says about the versions, the code and the machine it ran with."""
+"""The versions, the code and the machine that a run was made with."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -15,50 +16,53 @@ from base.checkpoint.resume import config_hash
 from base.config import Config
 from base.distributed import world_size
 from base.rooms import ROOT
-from base.run_folder.folder import _read_object, job, write_json
+from base.run_folder.files import RunFolder, write_json
 from base.run_folder.names import ENVIRONMENT
 from base.secrets import command_without_key
 
 PROJECT = "convnorm-trainer"
 PROVENANCE = ("version", "commit", "versions", "config_hash")
-"""What `result.json` says about how its numbers came about."""
+"""The keys of `result.json` that say how its numbers came about."""
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
 
 
 def record_environment(folder: Path, resumed: bool) -> list[str]:
-    """Write `environment.json`; a resumed run keeps what it began with and adds what it goes on
-    with under `resumed`.
+    """Write `environment.json`.
+
+    A resumed run keeps its first entry and appends the present environment under `resumed`.
 
     Returns:
-        What there is to warn of: the run had another number of threads or processes before, which
-            round otherwise.
+        Warnings: the run had another number of threads or processes before, which changes rounding.
     """
     file = folder / ENVIRONMENT
     now = environment()
-    first = _read_object(file) if resumed else {}
+    first = RunFolder(folder).environment() if resumed else {}
     if not first:
         write_json(file, now)
         return []
     resumes = first.get("resumed")
-    resumes = resumes if isinstance(resumes, list) else []
-    before = resumes[-1] if resumes and isinstance(resumes[-1], dict) else first
+    if not isinstance(resumes, list):
+        resumes = []
+    before = first
+    if resumes and isinstance(resumes[-1], dict):
+        before = resumes[-1]
     write_json(file, {**first, "resumed": [*resumes, now]})
     return [
-        f"resumed with {now[key]} {what}, the run had {before[key]}: from here on results may differ by rounding"
+        f"resumed with {now[key]} {what}, but the run had {before[key]}:"
+        " from here on results may differ by rounding"
         for key, what in (("cpu_threads", "CPU threads"), ("processes", "processes"))
         if before.get(key, now[key]) != now[key]
     ]
 
 
 def environment() -> dict[str, Any]:
-    """Versions, command, commit and hardware of this process, for `environment.json`; secrets of
-    the command are left out."""
+    """Return the versions, command, commit and hardware of this process, without secrets."""
     return {
         "version": project_version(),
         "python": platform.python_version(),
         "packages": package_versions(),
         "command": command_without_key(sys.argv),
-        "job": job(),
+        "job": torchrun_job(),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_files": _git("status", "--porcelain", "--untracked-files=no"),
         "platform": platform.platform(),
@@ -69,29 +73,50 @@ def environment() -> dict[str, Any]:
     }
 
 
+def torchrun_job() -> str | None:
+    """Return an identifier that all attempts of one torchrun job share (see `--max-restarts`).
+
+    It is the job's `--rdzv_id`, or the launcher's process if none was given. None without torchrun.
+    """
+    # torchrun's number of the attempt would not do: each machine's launcher counts only the
+    # failures that it has seen itself
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name == "none":
+        return f"process {os.getppid()} of {platform.node()}"
+    return name
+
+
+def belongs_to_this_job(folder: Path) -> bool:
+    """Return whether an earlier attempt of this torchrun job has created the run folder."""
+    job = torchrun_job()
+    return job is not None and RunFolder(folder).environment().get("job") == job
+
+
 def provenance(config: Config) -> dict[str, Any]:
-    """What `result.json` says about how its numbers came about, `PROVENANCE`: this project's
-    version and commit, with `-dirty` where tracked files have changed since, versions of packages,
-    and a hash of the config (see `config_hash`)."""
+    """Return how the numbers in `result.json` came about, under the keys `PROVENANCE`.
+
+    The commit ends in `-dirty` if tracked files have changed since; for the hash of the config see
+    `config_hash`.
+    """
     commit = _git("rev-parse", "HEAD")
-    changed = "-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    if commit and _git("status", "--porcelain", "--untracked-files=no"):
+        commit += "-dirty"
     return {
         "version": project_version(),
-        "commit": commit and f"{commit}{changed}",
+        "commit": commit,
         "versions": {"python": platform.python_version(), **package_versions()},
         "config_hash": config_hash(config),
     }
 
 
 def project_version() -> str | None:
-    """The version of this project: that of its clone, or else the installed one; None where neither
-    is known."""
+    """Return the version of this clone, or else of the installed package; None if unknown."""
     try:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         if project["name"] == PROJECT:
             return project["version"]
     except (OSError, ValueError, KeyError):
-        # it does not run from a clone
+        # this code does not run from a clone
         pass
     try:
         return version(PROJECT)
@@ -100,7 +125,7 @@ def project_version() -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """The installed versions of the packages that results depend on."""
+    """Return the installed versions of the packages that results depend on."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -110,13 +135,10 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+# The first answer is kept: a commit made while a run computes is not the code that it runs.
 @cache
 def _git(*arguments: str) -> str | None:
-    """The output of a git command in this project's folder; None without git or outside a
-    repository.
-
-    Each command is run once: what is committed while a run lasts is not what it has computed with.
-    """
+    """Return a git command's output in this project's folder; None without a repository."""
     try:
         result = subprocess.run(  # noqa: S603 - fixed program and arguments
             ["git", *arguments],  # noqa: S607
@@ -127,14 +149,17 @@ def _git(*arguments: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    if result.returncode != 0:
+        return None
+    return result.stdout.strip()
 
 
 def _cpu_name() -> str:
+    # platform.processor() is empty on most Linux distributions
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

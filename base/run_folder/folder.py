@@ -1,125 +1,133 @@
-"""The run folder: where one run writes.
+"""Create a run folder for a new run, or open the folder of a run that is continued.
 
-`<save_dir>/<name>/<run id>/`, or exactly the folder that `--run_dir` names.
+A run folder is `<save_dir>/<name>/<run id>/`, or the folder that `--run_dir` names. All ranks call
+`create`, `open` and `write_description`; only rank 0 touches the folder.
 """
 
 import errno
-import json
-import os
-import platform
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+
+import numpy as np
 
 from base.atomic import replacing, sweep
 from base.checkpoint import has_checkpoint
+from base.config import Config
+from base.distributed import from_primary, is_primary
 from base.errors import CheckpointError, ConfigError
-from base.output import as_json
-from base.run_folder.locks import locked
-from base.run_folder.names import CONFIG, ENVIRONMENT, LOCK
+from base.run_folder.environment import belongs_to_this_job, record_environment, torchrun_job
+from base.run_folder.files import write_json
+from base.run_folder.locks import process_lock
+from base.run_folder.names import CONFIG, ENVIRONMENT, LABELS, LOCK
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def new_run_folder(save_dir: str, name: str, run_dir: str | None = None) -> Iterator[Path]:
-    """Make an empty folder for a new run, yield it, and keep all other runs out of it meanwhile.
-    What an earlier attempt of the same job has left in `run_dir` before its first checkpoint is
-    written over.
+def create(save_dir: str, name: str, run_dir: str | None = None) -> Iterator[Path]:
+    """Create an empty folder for a new run and lock it; yield its path.
+
+    Files that an earlier attempt of the same torchrun job left in `run_dir` before its first
+    checkpoint are overwritten.
+
+    Args:
+        save_dir: folder of all runs.
+        name: folder in it, in which a new folder is made that is named after the time.
+        run_dir: the run folder itself, instead of `save_dir` and `name`.
 
     Raises:
-        ConfigError: `run_dir` already holds a run, or the folder cannot be made.
+        ConfigError: `run_dir` already holds a run, or the folder cannot be created.
     """
+    with ExitStack() as stack:
+        yield from_primary(lambda: stack.enter_context(_create(save_dir, name, run_dir)))
+
+
+@contextmanager
+def open(folder: Path) -> Iterator[None]:
+    """Lock the folder of a run that is continued.
+
+    Raises:
+        ConfigError: another process trains in it.
+        CheckpointError: the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        from_primary(lambda: stack.enter_context(_locked(folder)))
+        yield
+
+
+def write_description(
+    folder: Path, config: Config, labels: Mapping[str, np.ndarray], *, resumed: bool
+) -> None:
+    """Write `config.json`, `environment.json` and `labels.npz`, which say what the run is."""
+    if not is_primary():
+        return
+    write_json(folder / CONFIG, config.dump())
+    for warning in record_environment(folder, resumed):
+        logger.warning(warning)
+    with replacing(folder / LABELS) as file:
+        np.savez_compressed(file, **labels)
+
+
+@contextmanager
+def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
     folder = Path(run_dir or save_dir)
     try:
-        folder = folder.expanduser()  # of `name` nothing is expanded
+        # before `name` is added, in which a tilde is an ordinary character
+        folder = folder.expanduser()
         if not run_dir:
             folder = folder / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         folder.mkdir(parents=True, exist_ok=bool(run_dir))
+        # an existing folder may be read-only
         with NamedTemporaryFile(dir=folder):
-            pass  # can be written to, then
+            pass
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{folder}: the run folder cannot be made or written: {error}") from None
-    with only_run_in(folder):
+    with _locked(folder):
         if has_checkpoint(folder):
             raise ConfigError(
-                f"--run_dir {folder}: already holds a run; continue it with -r {folder}, or name another folder"
+                f"--run_dir {folder}: already holds a run;"
+                f" continue it with -r {folder}, or name another folder"
             )
-        if (folder / CONFIG).exists() and not begun_by_this_job(folder):
+        if (folder / CONFIG).exists() and not belongs_to_this_job(folder):
             raise ConfigError(
-                f"--run_dir {folder}: holds a run without a checkpoint; remove it, or name another folder"
+                f"--run_dir {folder}: holds a run without a checkpoint;"
+                " remove it, or name another folder"
             )
-        if job():
-            # before anything else, as the next attempt asks for it
-            write_json(folder / ENVIRONMENT, {"job": job()})
+        job = torchrun_job()
+        if job:
+            # written first, because the next attempt looks here whether the folder is its own
+            write_json(folder / ENVIRONMENT, {"job": job})
         yield folder
 
 
 @contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Keep all other runs out of `folder` meanwhile, as far as its file system knows locks, and
-    clear away what dead ones have left half written in it.
-
-    Raises:
-        ConfigError: another run is there.
-        CheckpointError: the folder cannot be written.
-    """
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a run folder and remove the temporary files of dead processes from it."""
     with ExitStack() as stack:
         try:
-            if not stack.enter_context(locked(folder / LOCK)):
+            if not stack.enter_context(process_lock(folder / LOCK)):
                 raise ConfigError(f"{folder}: another process trains in this folder")
             sweep(folder)
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from None
-        with explained(folder):
+        with _write_errors_explained(folder):
             yield
 
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turn what the system says about a full disk or a folder that is gone or may not be written
-    into one line.
-
-    Raises:
-        CheckpointError: naming the folder.
-    """
+def _write_errors_explained(folder: Path) -> Iterator[None]:
+    """Turn a system error about a full disk or an unwritable folder into a `CheckpointError`."""
     try:
         yield
     except OSError as error:
         inside = isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder)
-        if not inside and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        # write() and fsync() of a full disk raise errors without a file name
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        if not inside and not is_full:
             raise
-        raise CheckpointError(
-            f"{error.filename if inside else folder}: cannot be written: {error.strerror}"
-        ) from error
-
-
-def job() -> str | None:
-    """What all attempts of one torchrun job have in common (`--max-restarts`), and no other job:
-    its `--rdzv_id`, or where it was not given the launcher's process. None without torchrun.
-
-    The number of the attempt would not do: each machine's launcher counts only failures that it has
-    seen itself."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"process {os.getppid()} of {platform.node()}" if name == "none" else name
-
-
-def begun_by_this_job(folder: Path) -> bool:
-    """Whether an earlier attempt of this torchrun job has made the run folder."""
-    return job() is not None and _read_object(folder / ENVIRONMENT).get("job") == job()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; numbers that are infinite or NaN as null."""
-    with replacing(path) as file:
-        file.write(as_json(value))
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON object of ours; nothing where it is missing or damaged."""
-    try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        place = error.filename if inside else folder
+        raise CheckpointError(f"{place}: cannot be written: {error.strerror}") from error

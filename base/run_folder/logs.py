@@ -1,4 +1,4 @@
-"""Log messages on the terminal and in `info.log`, and values in one readable line."""
+"""Log messages on the terminal and in `info.log`, and logged values as one readable line."""
 
 import logging
 import sys
@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from base.distributed import is_primary
 from base.errors import ProjectError
 from base.meters import is_accuracy
 from base.text import LineFormatter
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that cannot be written ends the run, as every other file of it does."""
+    """A log file that ends the run when it cannot be written, like every other file of a run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         raise
@@ -21,21 +22,31 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(file: Path, verbosity: int) -> Iterator[None]:
-    """Send log messages to the terminal and to `file` (appended): warnings at verbosity 0, a line
-    per epoch above it."""
+    """Send the log messages of rank 0 to the terminal and append them to `file`.
+
+    Other ranks log nothing, as rank 0 has the same messages.
+
+    Args:
+        file: the log file.
+        verbosity: 0 for warnings only; above 0 also one line per epoch.
+    """
     root = logging.getLogger()
     level = root.level
-    log_file = _LogFile(file, encoding="utf-8")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), log_file]
-    handlers[0].setFormatter(LineFormatter())
-    handlers[1].setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [logging.NullHandler()]
+    if is_primary():
+        terminal = logging.StreamHandler(sys.stdout)
+        terminal.setFormatter(LineFormatter())
+        log_file = _LogFile(file, encoding="utf-8")
+        log_file.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers = [terminal, log_file]
+        root.setLevel(logging.INFO if verbosity > 0 else logging.WARNING)
     for handler in handlers:
         root.addHandler(handler)
-    root.setLevel(logging.INFO if verbosity > 0 else logging.WARNING)
     try:
         yield
-    except ProjectError as error:  # the terminal gets it from the script, as its last line
-        handlers[1].handle(
+    except ProjectError as error:
+        # to the file only: on the terminal the command prints the error as its last line
+        handlers[-1].handle(
             logging.makeLogRecord(
                 {"levelname": "ERROR", "levelno": logging.ERROR, "msg": str(error)}
             )
@@ -49,12 +60,13 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """One readable line of logged values: accuracies in per cent, the rest in four significant
-    digits."""
-    return "  ".join(f"{key} {_number(key, value)}" for key, value in values.items())
+    """Format logged values in one line: accuracies in percent, others to four significant digits."""
+    return "  ".join(f"{key} {_format_number(key, value)}" for key, value in values.items())
 
 
-def _number(key: str, value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.2%}" if is_accuracy(key) else f"{value:.4g}"
-    return str(value)
+def _format_number(key: str, value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if is_accuracy(key):
+        return f"{value:.2%}"
+    return f"{value:.4g}"

@@ -1,24 +1,25 @@
-"""`study.json`, beside the run folders of a study: which variant each of them is. Studies write it,
-reports read it."""
+"""`study.json`, beside the run folders of a study: which variant each run is.
+
+Studies write it and reports read it.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from base.atomic import replacing
-from base.output import as_json
+from base.run_folder.files import write_json
 from base.run_folder.names import STUDY_INDEX
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run stands in its study.
+class StudyEntry:
+    """The place of a run in its study.
 
     Attributes:
         variant: name of its variant.
-        position: place of that variant in the grid.
-        labels: axis of the grid -> the variant's label on it.
+        position: position of that variant in the grid, from 0.
+        labels: the variant's label on each axis of the grid.
     """
 
     variant: str
@@ -26,20 +27,18 @@ class Place:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_places(folder: Path, places: Mapping[str, Place]) -> None:
-    """Add `name of a run folder -> place` to the study file of `folder`, which is replaced in one
-    go."""
-    entries = {name: asdict(place) for name, place in {**read_places(folder), **places}.items()}
+def write_study_index(folder: Path, entries: Mapping[str, StudyEntry]) -> None:
+    """Add entries, by the names of run folders, to the study index in `folder`, atomically."""
+    merged = {**read_study_index(folder), **entries}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / STUDY_INDEX) as file:
-        file.write(as_json(entries))
+    write_json(folder / STUDY_INDEX, {name: asdict(entry) for name, entry in merged.items()})
 
 
-def read_places(folder: Path) -> dict[str, Place]:
-    """Name of a run folder -> its place; nothing where there is no study file, or one that cannot
-    be read."""
+def read_study_index(folder: Path) -> dict[str, StudyEntry]:
+    """Return the entries by the name of their run folder; empty if there is no readable index."""
+    # reports work without an index, so a damaged one is not worth an error
     try:
         entries = json.loads((folder / STUDY_INDEX).read_text())
-        return {name: Place(**entry) for name, entry in entries.items()}
+        return {name: StudyEntry(**entry) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

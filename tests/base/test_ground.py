@@ -28,8 +28,9 @@ from base.config.strict_json import parse_json
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from base.meters import BatchResult, Meters
 from base.registry import lookup
-from base.run_folder.environment import record_environment
-from base.run_folder.folder import begun_by_this_job, new_run_folder, write_json
+from base.run_folder import folder as run_folder
+from base.run_folder.environment import belongs_to_this_job, record_environment
+from base.run_folder.files import write_json
 from base.secrets import command_without_key
 from base.seeding import torch_generator
 from base.tracking.start import start_trackers
@@ -129,7 +130,7 @@ def test_model_normalizes_pixels_with_buffers_outside_its_state():
 
 
 def create_run_folder(*place):
-    with new_run_folder(*place) as folder:
+    with run_folder.create(*place) as folder:
         return folder
 
 
@@ -151,18 +152,18 @@ def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
     folder = create_run_folder("unused", "name", str(tmp_path / "run"))
     (folder / "config.json").touch()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    assert not begun_by_this_job(folder)  # made without torchrun
+    assert not belongs_to_this_job(folder)  # made without torchrun
     folder = create_run_folder("unused", "name", str(tmp_path / "given"))
     (folder / "config.json").touch()
-    assert begun_by_this_job(folder)
+    assert belongs_to_this_job(folder)
     # died before its first checkpoint
     assert create_run_folder("unused", "name", str(folder)) == folder
     record_environment(folder, resumed=False)
     record_environment(folder, resumed=True)
-    assert begun_by_this_job(folder)
+    assert belongs_to_this_job(folder)
     for name in ("8", "none"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-        assert not begun_by_this_job(folder)
+        assert not belongs_to_this_job(folder)
         with pytest.raises(ConfigError, match="holds a run without a checkpoint"):
             create_run_folder("unused", "name", str(folder))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")

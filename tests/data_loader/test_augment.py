@@ -124,7 +124,7 @@ def test_inputs_are_left_alone_and_draws_repeat(images):
     assert torch.equal(images, before)
 
 
-def test_shares_of_a_minibatch_look_as_in_the_whole():
+def test_shards_of_a_minibatch_are_augmented_as_in_the_whole():
     images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
     for augmented in (
         lambda pixels, share: augment.random_crop(pixels, 2, generator(), share),

@@ -40,7 +40,7 @@ def test_cifar_is_unpacked_from_the_archive_and_read(
         assert part.labels[-1] == label
 
 
-def test_cifar_that_is_nowhere(tmp_path, no_network):
+def test_missing_cifar_without_a_network_is_an_error(tmp_path, no_network):
     with pytest.raises(DataError) as caught:
         read_cifar(10, tmp_path / "nothing", train=True)
     message = str(caught.value)
@@ -82,7 +82,7 @@ def test_damaged_cifar_files_are_named(fake_cifar, no_network):
 
 
 @pytest.mark.parametrize("can_lock", [True, False])
-def test_processes_that_begin_together_unpack_one_after_the_other(
+def test_processes_that_start_together_unpack_one_after_the_other(
     fake_cifar, no_network, monkeypatch, can_lock
 ):
     unpack, begun = torchvision.datasets.cifar.download_and_extract_archive, []
@@ -132,7 +132,7 @@ def test_gray_and_transparent_images_become_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["", "train", "test"])
-def test_missing_folders(tmp_path, missing):
+def test_missing_folders_are_named(tmp_path, missing):
     write_images(tmp_path / ("train" if missing == "test" else "test"), {"ant": 1})
     target = tmp_path / "absent" if missing == "" else tmp_path
     expected = target if missing == "" else tmp_path / missing
@@ -178,11 +178,11 @@ def test_broken_images_are_named(folder, workers):
         list(train.images.batches([torch.tensor([5])]))
 
 
-def test_a_link_in_a_circle_leads_nowhere(folder):
+def test_a_link_to_itself_is_broken(folder):
     circle = folder / "train" / "bee" / "zzz.jpg"
     circle.symlink_to("zzz.jpg")
     train, _ = read_image_folder(folder, None)
-    with pytest.raises(DataError, match=r"is a link to 'zzz\.jpg', which leads nowhere"):
+    with pytest.raises(DataError, match=r"is a broken link to 'zzz\.jpg'"):
         everything(train.images)
 
 
@@ -197,7 +197,10 @@ def test_images_of_another_size_are_named(folder, workers):
     Image.new("RGB", (9, 8)).save(folder / "test" / "bee" / "000.jpg")
     train, test = read_image_folder(folder, None, num_workers=workers)
     assert len(everything(train.images)) == 8
-    message = r"bee/000\.jpg: is 9x8 pixels, the first training image is 8x8: set data_loader\.args\.image_size"
+    message = (
+        r"bee/000\.jpg: is 9x8 pixels, the first training image is 8x8:"
+        r" set data_loader\.args\.image_size"
+    )
     with pytest.raises(DataError, match=message):
         everything(test.images)
     _, test = read_image_folder(folder, 8, num_workers=workers)

@@ -1,4 +1,4 @@
-"""What becomes of the pixels of a file, whatever their mode."""
+"""Pixels of decoded files, in every mode."""
 
 import struct
 
@@ -12,8 +12,8 @@ from data_loader.decoding import decode_image
 
 WIDTH, HEIGHT = 5, 3
 MODES = (
-    "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F",
-    "I;16", "I;16L", "I;16B", "I;16N",
+    "1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV",
+    "I", "F", "I;16", "I;16L", "I;16B", "I;16N",
 )  # fmt: skip
 SUFFIXES = ("png", "tif", "pgm")
 PIXELS = {
@@ -50,7 +50,7 @@ def image_of(mode):
     return Image.frombytes(mode, (WIDTH, HEIGHT), pixel * (WIDTH * HEIGHT)), expected
 
 
-def test_every_mode_has_the_right_pixels_or_is_refused(tmp_path):
+def test_every_mode_has_the_right_pixels_or_is_an_error(tmp_path):
     shape, seen = (3, HEIGHT, WIDTH), set()
     for mode in MODES:
         for suffix in SUFFIXES:

@@ -1,4 +1,4 @@
-"""Which files of a folder are its images: layouts, links, and whatever else lies there."""
+"""Which files of a folder are its images: layouts, links and other files."""
 
 import os
 from pathlib import Path
@@ -49,11 +49,12 @@ def test_types_of_images_are_torchvisions():
     assert IMAGE_TYPES == IMG_EXTENSIONS
 
 
-def test_files_that_are_no_images_are_skipped_and_counted_in_one_line(trees):
+def test_files_that_are_not_images_are_skipped_and_counted_in_one_line(trees):
     before = read_image_folder(trees, None)
     for path in (
-        "train/ash/notes.txt", "train/ash/a.csv", "train/elm/b.csv", "train/fir/Makefile", "test/yew/movie.gif",
-        "train/ash/.hidden.png", "train/ash/.ipynb_checkpoints/000-checkpoint.png", "train/.ipynb_checkpoints/x.png",
+        "train/ash/notes.txt", "train/ash/a.csv", "train/elm/b.csv", "train/fir/Makefile",
+        "test/yew/movie.gif", "train/ash/.hidden.png", "train/.ipynb_checkpoints/x.png",
+        "train/ash/.ipynb_checkpoints/000-checkpoint.png",
         "test/.DS_Store", "test/__MACOSX/ash/._000.png", "train/labels.csv",
     ):  # fmt: skip
         (trees / path).parent.mkdir(parents=True, exist_ok=True)
@@ -65,8 +66,8 @@ def test_files_that_are_no_images_are_skipped_and_counted_in_one_line(trees):
         assert part.class_names == same.class_names
     (line,) = after[0].remarks
     assert line == (
-        "skipped files and folders: 5 of other types (2 '.csv', 1 '.txt', 1 '', 1 '.gif'), 5 hidden, "
-        "1 beside the class folders, 1 neither file nor folder"
+        "skipped files and folders: 5 of other types (2 '.csv', 1 '.txt', 1 '', 1 '.gif'), "
+        "5 hidden, 1 beside the class folders, 1 neither file nor folder"
     )
 
 
@@ -80,7 +81,7 @@ def test_a_class_of_files_that_are_skipped_has_no_images(trees):
 
 
 def linked(trees, folder, times):
-    """What a script does that links all classes, run several times.
+    """Links to all classes, made by a script that runs several times.
 
     `ln -s` puts later links into the linked folders.
     """
@@ -95,7 +96,7 @@ def linked(trees, folder, times):
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_links_made_again_add_no_images(trees, tmp_path, times):
+def test_repeated_links_add_no_images(trees, tmp_path, times):
     linked(trees, tmp_path / "links", times)
     train, test = read_image_folder(tmp_path / "links", None)
     assert np.bincount(train.labels).tolist() == list(CLASSES.values())
@@ -130,7 +131,7 @@ def test_a_file_under_several_names_of_one_class_is_one_image(trees, tmp_path):
     ("first", "second"),
     [("train/ash", "train/fir"), ("train/ash", "test/ash"), ("train/elm", "test/yew")],
 )
-def test_one_file_in_two_classes_or_parts_is_refused(trees, make, first, second):
+def test_one_file_in_two_classes_or_parts_is_an_error(trees, make, first, second):
     getattr(trees / second / "again.png", make)(trees / first / "001.png")
     with pytest.raises(DataError, match="are one file: an image belongs to one class") as caught:
         read_image_folder(trees, None)
@@ -139,7 +140,7 @@ def test_one_file_in_two_classes_or_parts_is_refused(trees, make, first, second)
     assert "\n" not in str(caught.value)
 
 
-def test_a_test_folder_that_is_the_training_folder_is_refused(trees):
+def test_a_test_folder_that_is_the_training_folder_is_an_error(trees):
     for path in sorted((trees / "test").rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     (trees / "test").rmdir()
@@ -150,30 +151,28 @@ def test_a_test_folder_that_is_the_training_folder_is_refused(trees):
         read_image_folder(trees, None)
 
 
-def test_links_to_nothing_are_named(trees):
+def test_broken_links_are_named(trees):
     for place in ("train/oak", "train/ash/more", "train/ash/notes.txt", "val"):
         (trees / place).symlink_to("gone")
         with pytest.raises(
             DataError,
-            match=rf"data_dir: '{trees / place}' is a link to 'gone', which leads nowhere$",
+            match=rf"data_dir: '{trees / place}' is a broken link to 'gone'$",
         ):
             read_image_folder(trees, None)
         (trees / place).unlink()
     circle = trees / "train" / "circle"
     circle.symlink_to("circle")
-    with pytest.raises(DataError, match="circle' is a link to 'circle', which leads nowhere"):
+    with pytest.raises(DataError, match="circle' is a broken link to 'circle'"):
         read_image_folder(trees, None)
     circle.unlink()
     (trees / "test" / "elm" / "001.png").unlink()
     (trees / "test" / "elm" / "001.png").symlink_to("gone.png")
     _, test = read_image_folder(trees, None)
-    with pytest.raises(
-        DataError, match=r"test/elm/001\.png: is a link to 'gone\.png', which leads nowhere$"
-    ):
+    with pytest.raises(DataError, match=r"test/elm/001\.png: is a broken link to 'gone\.png'$"):
         test.images.in_memory(torch.device("cpu"))
 
 
-def test_a_folder_that_may_not_be_read_is_named(trees, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_named(trees, monkeypatch):
     scandir = os.scandir
 
     def refuse(path):
@@ -271,16 +270,16 @@ def test_a_class_may_be_called_train(trees):
 
 
 @pytest.mark.parametrize("parts", [("Train", "Test"), ("Training", "VAL", "Testing")])
-def test_parts_under_other_names_are_not_taken_for_classes(trees, parts):
+def test_parts_with_other_names_are_not_classes(trees, parts):
     for name in parts:
         write_images(trees / "named_otherwise" / name, CLASSES)
     with pytest.raises(
-        DataError, match=r"which are no classes: call them train and test; expected"
+        DataError, match=r"which are not classes: call them train and test; expected"
     ):
         read_image_folder(trees / "named_otherwise", None)
 
 
-def test_folders_that_are_no_data_set_say_what_is_expected(trees, tmp_path):
+def test_folders_without_a_data_set_are_errors_that_name_the_layouts(trees, tmp_path):
     with pytest.raises(
         DataError, match=r"data_loader.args.test_split: 0.9 would hold out all 5 images of class 0"
     ):
@@ -289,7 +288,7 @@ def test_folders_that_are_no_data_set_say_what_is_expected(trees, tmp_path):
         read_image_folder(tmp_path, None)
     write_images(tmp_path / "others" / "train", {"a": 1, "b": 1})
     with pytest.raises(
-        DataError, match=rf"{tmp_path}' holds a data set in '{tmp_path / 'others'}': name that"
+        DataError, match=rf"{tmp_path}' holds a data set in '{tmp_path / 'others'}': use that path"
     ):
         read_image_folder(tmp_path, None)
     with pytest.raises(

@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_which_images_of_a_folder_are_taken(tmp_path, layout):
+def test_the_test_images_of_each_layout_are_found(tmp_path, layout):
     parts, taken = LAYOUTS[layout]
     for part in parts:
         write_images(tmp_path / part, CLASSES)
@@ -41,7 +41,7 @@ def test_a_class_may_be_called_test(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["", "cifar-10-batches-py"])
-def test_cifars_own_files(fake_cifar, no_network, place):
+def test_cifars_own_files_are_read(fake_cifar, no_network, place):
     data = read_cifar(10, fake_cifar, train=True)  # unpacks the archive
     found = read_test_images(fake_cifar / place)
     assert found.class_names == data.class_names
@@ -53,7 +53,7 @@ def test_cifars_own_files(fake_cifar, no_network, place):
         read_test_images(fake_cifar)
 
 
-def test_gray_files_have_one_channel_or_as_many_as_asked_for(tmp_path):
+def test_gray_files_have_one_channel_or_as_many_as_requested(tmp_path):
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
@@ -68,7 +68,7 @@ def test_gray_files_have_one_channel_or_as_many_as_asked_for(tmp_path):
     assert read_test_images(tmp_path, 4).images.shape == (1, 4, 4)
 
 
-def test_what_is_no_data_set_is_refused(tmp_path):
+def test_other_folders_are_errors(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         read_test_images(tmp_path / "nowhere")
     write_images(tmp_path / "train", CLASSES)

@@ -17,7 +17,7 @@ from data_loader.label_noise import (
     apply_noise,
     asymmetric_noise,
     describe_transitions,
-    realised_rate,
+    realized_rate,
     symmetric_noise,
     transition_matrix,
 )
@@ -35,7 +35,7 @@ def rng(seed=0):
     percent=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
-def test_exclusive_noise_changes_exactly_what_is_asked(n, classes, percent, seed):
+def test_exclusive_noise_changes_exactly_the_requested_number(n, classes, percent, seed):
     labels = rng(seed).integers(0, classes, n)
     before = labels.copy()
     noisy = symmetric_noise(labels, classes, percent, "exclusive", rng(seed))
@@ -45,10 +45,10 @@ def test_exclusive_noise_changes_exactly_what_is_asked(n, classes, percent, seed
     assert np.array_equal(labels, before)
 
 
-def test_inclusive_noise_keeps_a_tenth_of_what_it_picks():
+def test_inclusive_noise_keeps_a_tenth_of_the_picked_labels():
     labels = rng(1).integers(0, 10, 100_000)
     noisy = symmetric_noise(labels, 10, 0.4, "inclusive", rng(2))
-    assert realised_rate(labels, noisy) == pytest.approx(0.36, abs=0.005)
+    assert realized_rate(labels, noisy) == pytest.approx(0.36, abs=0.005)
     matrix = transition_matrix(labels, noisy, 10)
     assert matrix.sum(axis=1) == pytest.approx(np.ones(10))
     assert matrix[~np.eye(10, dtype=bool)] == pytest.approx(np.full(90, 0.04), abs=0.01)
@@ -61,7 +61,7 @@ def test_exclusive_noise_is_uniform_over_the_wrong_classes():
     assert counts[1:] == pytest.approx(np.full(3, 10_000), rel=0.05)
 
 
-def test_percent_counts_without_floating_point_junk():
+def test_percent_counts_without_rounding_errors():
     labels = np.zeros(100, np.int64)
     assert np.sum(symmetric_noise(labels, 5, 0.55, "exclusive", rng())) > 0
     assert np.count_nonzero(symmetric_noise(labels, 5, 0.55, "exclusive", rng())) == 55
@@ -70,7 +70,7 @@ def test_percent_counts_without_floating_point_junk():
 
 @settings(max_examples=20, deadline=None)
 @given(order=st.permutations(CIFAR10_CLASSES), percent=st.floats(0.01, 1))
-def test_asymmetric_cifar10_starts_from_clean_labels_whatever_the_class_order(order, percent):
+def test_asymmetric_cifar10_starts_from_clean_labels_in_any_class_order(order, percent):
     labels = np.repeat(np.arange(10), 30)
     matrix = transition_matrix(labels, asymmetric_noise(labels, order, percent, rng()), 10)
     share = math.ceil(round(percent * 30, 6)) / 30
@@ -109,7 +109,10 @@ def test_asymmetric_cifar100_flips_within_the_superclass():
 
 
 def test_no_asymmetric_law_for_other_classes():
-    message = r"trainer\.asym: no asymmetric law for classes a, b; there is one for the classes of CIFAR-10 and of CIFAR-100"
+    message = (
+        r"trainer\.asym: no asymmetric law for classes a, b;"
+        " there is one for the classes of CIFAR-10 and of CIFAR-100"
+    )
     with pytest.raises(DataError, match=message):
         asymmetric_noise(np.zeros(3, np.int64), ["a", "b"], 0.1, rng())
     nine = [name for name in CIFAR10_CLASSES if name != "frog"]
@@ -117,7 +120,7 @@ def test_no_asymmetric_law_for_other_classes():
         asymmetric_noise(np.zeros(3, np.int64), nine, 0.1, rng())
 
 
-def test_apply_noise_dispatches_and_is_idle_at_zero():
+def test_apply_noise_chooses_the_law_and_does_nothing_at_rate_zero():
     labels = np.arange(10)
     assert np.array_equal(apply_noise(labels, CIFAR10_CLASSES, LabelNoise(), rng()), labels)
     assert np.array_equal(apply_noise(labels, ["x"], LabelNoise("asym", 0.0), rng()), labels)
@@ -128,7 +131,7 @@ def test_apply_noise_dispatches_and_is_idle_at_zero():
     ).all()
 
 
-def test_transitions_in_words_the_most_frequent_first():
+def test_transitions_are_described_most_frequent_first():
     lines = describe_transitions(
         np.array([[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]]), ("cat", "dog", "frog")
     )
@@ -194,7 +197,7 @@ def test_missing_and_unknown_keys_list_the_entries(cifar_n):
         read_noise_file(cifar_n, "worst_label", CLEAN, 10)
 
 
-def test_another_order_is_noticed(tmp_path, cifar_n):
+def test_labels_in_another_order_are_noticed(tmp_path, cifar_n):
     with pytest.raises(
         DataError, match=r"'clean_label' differs from the data set's labels in \d+ of 200 images"
     ):
@@ -211,11 +214,11 @@ def test_another_order_is_noticed(tmp_path, cifar_n):
     [
         (NOISY[:-1], r"shape is \(199,\), expected \(200,\)"),
         (NOISY.astype(np.float32), "float32, expected integers"),
-        (NOISY + 1, "go from 1 to 10, expected 0 to 9"),
-        (NOISY - 1, "go from -1 to 8"),
+        (NOISY + 1, "range from 1 to 10, expected 0 to 9"),
+        (NOISY - 1, "range from -1 to 8"),
     ],
 )
-def test_arrays_that_do_not_fit(tmp_path, labels, message):
+def test_arrays_that_do_not_fit_are_errors(tmp_path, labels, message):
     np.save(tmp_path / "labels.npy", labels)
     with pytest.raises(DataError, match=message):
         read_noise_file(str(tmp_path / "labels.npy"), None, CLEAN, 10)
@@ -229,7 +232,7 @@ class Malicious:
         return os.system, (self.command,)
 
 
-def test_a_malicious_file_runs_nothing(tmp_path):
+def test_code_in_a_malicious_file_is_not_run(tmp_path):
     canary = tmp_path / "canary"
     torch.save({"noisy_label": Malicious(f"touch {canary}")}, tmp_path / "evil.pt")
     np.save(
@@ -244,7 +247,7 @@ def test_a_malicious_file_runs_nothing(tmp_path):
     assert not canary.exists()
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read_are_errors(tmp_path):
     (tmp_path / "broken.npy").write_bytes(b"not numpy")
     (tmp_path / "broken.pt").write_bytes(b"not torch")
     (tmp_path / "empty.pt").write_bytes(b"")

@@ -103,7 +103,7 @@ def test_batches_keep_the_contract(session_folder):
     assert loader.noise_report() is None
 
 
-def test_a_subset_holds_the_images_asked_for_in_that_order(session_folder):
+def test_a_subset_holds_the_chosen_images_in_order(session_folder):
     whole = folder_loader(session_folder, noise=LabelNoise("sym", 0.5)).split_validation()
     images, labels = (torch.cat(parts) for parts in zip(*collect(whole), strict=True))
     index = torch.tensor([7, 2, 9, 0])
@@ -119,7 +119,7 @@ def test_a_subset_holds_the_images_asked_for_in_that_order(session_folder):
     assert (part.mean, part.class_names, part.n_samples) == (whole.mean, whole.class_names, 4)
 
 
-def test_a_folder_of_gray_images_has_one_channel_where_asked(session_folder):
+def test_a_folder_of_gray_images_has_one_channel_on_request(session_folder):
     gray, color = (
         folder_loader(session_folder, channels=channels, crop_padding=0) for channels in (1, 3)
     )
@@ -184,7 +184,7 @@ def test_workers_and_memory_do_not_change_batches(session_folder):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_an_epoch_continues_where_it_was_left(session_folder, in_memory):
+def test_an_epoch_continues_where_it_was_interrupted(session_folder, in_memory):
     loader = folder_loader(session_folder, in_memory=in_memory)
     whole = collect(loader, epoch=3)
     assert same(collect(loader, epoch=3, first_batch=1), whole[1:])
@@ -397,7 +397,7 @@ def test_noise_reaches_training_and_validation_but_not_test(session_folder):
         ),
     ],
 )
-def test_a_rate_that_is_not_the_one_asked_for_is_explained(session_folder, noise, words):
+def test_a_rate_that_differs_from_percent_is_explained(session_folder, noise, words):
     loader = folder_loader(session_folder, noise=noise)
     warning = loader.noise_warning()
     assert warning is None if words is None else words in warning
@@ -431,7 +431,7 @@ def test_unshuffled_training_knows_its_clean_labels(session_folder):
     assert loader.clean_labels.tolist() == loader.label_arrays()["train_clean_label"][:32].tolist()
 
 
-def test_a_noise_file_speaks_of_original_positions(session_folder, tmp_path):
+def test_a_noise_file_is_indexed_by_original_positions(session_folder, tmp_path):
     clean = np.repeat(np.arange(3), 20)
     labels = clean.copy()
     labels[::4] = (labels[::4] + 1) % 3
@@ -510,7 +510,7 @@ def repaint(file):
 
 @pytest.mark.parametrize("suffix", ["bmp", "png"])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_digests_tell_other_images_but_not_where_they_lie(tmp_path, in_memory, suffix):
+def test_digests_depend_on_images_but_not_on_their_folder(tmp_path, in_memory, suffix):
     for part, count in (("train", 6), ("test", 2)):
         write_images(tmp_path / "data" / part, dict.fromkeys("wxyz", count), (10, 7), suffix)
 
@@ -534,7 +534,7 @@ def test_digests_tell_other_images_but_not_where_they_lie(tmp_path, in_memory, s
     assert [part for part in first if now[part] != first[part]] == ["test images"]
 
 
-def test_of_very_many_files_sizes_are_told_and_every_nth_is_read(tmp_path, monkeypatch):
+def test_the_digest_of_many_files_reads_every_nth_and_all_sizes(tmp_path, monkeypatch):
     write_images(tmp_path / "data", {"x": 9}, (5, 5), "bmp")
     files = FileImages(
         tuple(map(str, sorted((tmp_path / "data" / "x").iterdir()))), (3, 5, 5), resize=False
@@ -556,7 +556,7 @@ def test_of_very_many_files_sizes_are_told_and_every_nth_is_read(tmp_path, monke
         files.digest()
 
 
-def test_a_loader_that_knows_no_more_is_told_by_its_labels(session_folder):
+def test_the_default_fingerprint_depends_on_the_labels(session_folder):
     loader = folder_loader(session_folder)
     assert BaseDataLoader.image_fingerprints(loader) == {}
     other = folder_loader(session_folder, noise=LabelNoise("sym", 0.5))

@@ -1,4 +1,4 @@
-"""Which label files are read, and which are taken for the labels of these images."""
+"""Which label files are read, and which are accepted as labels of these images."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CLEAN = np.sort(RNG.integers(0, CLASSES, IMAGES))
 
 
 def flipped(clean, classes, rate, seed=0):
-    """Exactly that share of the labels, each turned into one of the others."""
+    """Change exactly this fraction of the labels, each to another class."""
     rng = np.random.default_rng(seed)
     noisy, picked = clean.copy(), rng.permutation(len(clean))[: int(rate * len(clean))]
     noisy[picked] = (clean[picked] + rng.integers(1, classes, len(picked))) % classes
@@ -37,7 +37,7 @@ def judged(tmp_path, labels, clean, classes):
     return read(tmp_path / "labels.npy", None, clean, classes)
 
 
-# ---- judging
+# ---- agreement with the data set
 
 
 def test_chance_is_the_sum_of_products_with_the_deviation_of_random_orders():
@@ -68,13 +68,13 @@ def test_chance_is_the_sum_of_products_with_the_deviation_of_random_orders():
         (2, 10, 0.0),
     ],
 )
-def test_labels_of_these_images_are_taken_however_noisy(tmp_path, classes, images, rate):
+def test_labels_of_these_images_are_accepted_with_any_noise(tmp_path, classes, images, rate):
     clean = np.random.default_rng(1).integers(0, classes, images)
     noisy = flipped(clean, classes, rate)
     assert np.array_equal(judged(tmp_path, noisy, clean, classes), noisy)
 
 
-def test_mistakes_between_pairs_and_rare_classes_are_taken(tmp_path):
+def test_mistakes_between_pairs_and_rare_classes_are_accepted(tmp_path):
     pairs = np.where(np.random.default_rng(2).random(IMAGES) < 0.45, (CLEAN + 1) % CLASSES, CLEAN)
     judged(tmp_path, pairs, CLEAN, CLASSES)
     rare = (np.arange(6000) % 20 == 0).astype(int)
@@ -83,7 +83,7 @@ def test_mistakes_between_pairs_and_rare_classes_are_taken(tmp_path):
 
 @pytest.mark.parametrize("classes", [2, 3, 11, 100])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_labels_in_another_order_are_refused(tmp_path, classes, seed):
+def test_labels_in_another_order_are_errors(tmp_path, classes, seed):
     rng = np.random.default_rng(seed)
     share = rng.dirichlet(np.ones(classes))
     clean = rng.choice(classes, 3000, p=share)
@@ -95,7 +95,7 @@ def test_labels_in_another_order_are_refused(tmp_path, classes, seed):
 
 
 @pytest.mark.parametrize("images", [1, 2, 97, 100, 331])
-def test_labels_that_are_all_the_same_are_refused(tmp_path, images):
+def test_labels_that_are_all_the_same_are_errors(tmp_path, images):
     clean = (np.arange(images) * 5 % 7 == 3).astype(int)
     constant = np.full(images, 1 if images < 3 else 0)
     with pytest.raises(DataError, match="no more than by chance"):
@@ -103,16 +103,19 @@ def test_labels_that_are_all_the_same_are_refused(tmp_path, images):
 
 
 @pytest.mark.parametrize("classes", [12, 40])
-def test_classes_numbered_otherwise_are_refused(tmp_path, classes):
+def test_classes_in_another_numbering_are_errors(tmp_path, classes):
     """Folders called 0 to K - 1 sort as words; their labels are the numbers."""
     number = np.array(sorted(map(str, range(classes)))).astype(int)
     clean = np.random.default_rng(4).integers(0, classes, 3000)
-    message = r"labels are the data set's own, but 7\d\.\d% would be if they stood for other classes \(2 for class "
+    message = (
+        r"labels are the data set's own, but 7\d\.\d% would be"
+        r" if they stood for other classes \(2 for class "
+    )
     with pytest.raises(DataError, match=message):
         judged(tmp_path, flipped(number[clean], classes, 0.25), clean, classes)
 
 
-def test_two_classes_that_are_called_each_other_are_refused(tmp_path):
+def test_two_swapped_classes_are_an_error(tmp_path):
     clean = np.random.default_rng(5).integers(0, 2, 500)
     message = (
         r"but 7\d\.\d% would be if they stood for other classes \(0 for class 1, 1 for class 0"
@@ -121,7 +124,7 @@ def test_two_classes_that_are_called_each_other_are_refused(tmp_path):
         judged(tmp_path, 1 - flipped(clean, 2, 0.25), clean, 2)
 
 
-def test_labels_of_groups_of_classes_are_refused_although_their_file_has_the_clean_ones(tmp_path):
+def test_labels_of_superclasses_are_an_error_also_in_a_file_with_clean_labels(tmp_path):
     clean = np.random.default_rng(6).integers(0, 60, 6000)
     group = np.random.default_rng(7).permutation(np.arange(60) % 12)
     torch.save(
@@ -136,7 +139,7 @@ def test_labels_of_groups_of_classes_are_refused_although_their_file_has_the_cle
 # ---- formats
 
 
-def test_json_lists_and_objects(tmp_path):
+def test_json_lists_and_objects_are_read(tmp_path):
     (tmp_path / "0.3_sym.json").write_text(json.dumps(NOISY.tolist()))
     assert np.array_equal(read(tmp_path / "0.3_sym.json"), NOISY)
     (tmp_path / "o.json").write_text(
@@ -151,7 +154,7 @@ def test_json_lists_and_objects(tmp_path):
 
 
 @pytest.mark.parametrize(("delimiter", "start"), [(",", ""), (";", "\ufeff"), ("\t", "")])
-def test_columns_of_csv(tmp_path, delimiter, start):
+def test_columns_of_csv_are_read(tmp_path, delimiter, start):
     lines = [delimiter.join(["image", "worse label", "sure"])]
     lines += [
         delimiter.join([f"img_{number}.png", str(label), "0.5"])
@@ -182,7 +185,7 @@ def test_a_single_column_needs_no_key(tmp_path):
         read(tmp_path / "named.csv", "labl")
 
 
-def test_a_column_of_clean_labels_must_be_the_data_sets(tmp_path):
+def test_a_column_of_clean_labels_must_equal_the_data_set(tmp_path):
     rows = [f"{clean},{noisy}" for clean, noisy in zip(CLEAN, NOISY, strict=True)]
     (tmp_path / "n.csv").write_text("\n".join(["clean_label,noisy_label", *rows]))
     assert np.array_equal(read(tmp_path / "n.csv", "noisy_label"), NOISY)
@@ -228,8 +231,8 @@ def test_a_pickled_dict_of_numpy_1_is_read(tmp_path, protocol):
 
 
 @pytest.mark.parametrize("place", ["beside", "above"])
-def test_an_ordered_file_is_brought_back_to_the_order_of_the_data_set(tmp_path, place):
-    """CIFAR-N's ordered files are in TensorFlow's order; image_order_*.npy gives the places."""
+def test_an_ordered_file_is_sorted_to_the_order_of_the_data_set(tmp_path, place):
+    """CIFAR-N's ordered files are in TensorFlow's order; image_order_*.npy holds the positions."""
     folder = tmp_path / "data"
     folder.mkdir()
     order = np.random.default_rng(8).permutation(IMAGES)
@@ -318,7 +321,7 @@ def hostile_contents(canary):
     }
 
 
-def test_pickles_in_npy_files_run_nothing(tmp_path):
+def test_code_in_pickles_of_npy_files_is_not_run(tmp_path):
     canary = tmp_path / "canary"
     for name, content in hostile_contents(canary).items():
         np.save(tmp_path / "evil.npy", content, allow_pickle=True)
@@ -326,7 +329,7 @@ def test_pickles_in_npy_files_run_nothing(tmp_path):
             read(tmp_path / "evil.npy", "worse_label")
         assert "\n" not in str(caught.value), name
         assert not canary.exists(), name
-        # what the file would have done
+        # the code in the file, which must not have run
         with pytest.raises(FileNotFoundError):
             os.rmdir(canary)  # noqa: PTH106
     np.load(tmp_path / "evil.npy", allow_pickle=True)
@@ -347,7 +350,7 @@ def test_arrays_of_objects_from_a_pickle_never_reach_numpy(tmp_path):
             read(tmp_path / "x.npy", "worse_label")
 
 
-def test_any_cut_or_flipped_file_is_read_or_refused_in_one_line(tmp_path):
+def test_any_truncated_or_flipped_file_is_read_or_an_error_of_one_line(tmp_path):
     rng = np.random.default_rng(10)
     clean, noisy = CLEAN[::20], NOISY[::20]
     np.save(tmp_path / "a.npy", {"worse_label": noisy, "clean_label": clean}, allow_pickle=True)
@@ -396,7 +399,7 @@ def test_any_cut_or_flipped_file_is_read_or_refused_in_one_line(tmp_path):
         ("a.txt", b"1\n", r"expected one of the types \.npy \.npz \.pt \.pth \.json \.csv"),
     ],
 )
-def test_files_that_hold_no_labels(tmp_path, name, content, message):
+def test_files_without_labels_are_errors(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         read(tmp_path / name)

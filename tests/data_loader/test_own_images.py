@@ -65,7 +65,7 @@ class Turned(Digits):
 
 
 class Batched(Digits):
-    """Makes its batches itself, in an order of its own, and nothing else."""
+    """Makes its batches itself, in its own order."""
 
     def order(self, epoch):
         return torch.arange(len(self.labels)).flip(0)
@@ -77,7 +77,7 @@ def same(ours, theirs):
     )
 
 
-def test_images_by_position_are_trained_on_as_those_that_are_read():
+def test_images_by_position_are_trained_on_like_images_that_are_read():
     own, known = build_loader("Digits", Digits, OPTIONS), DigitsDataLoader(**OPTIONS)
     pairs = [
         (own, known),
@@ -107,7 +107,7 @@ def test_floats_and_bytes_are_the_same_images():
     assert floats.image_digest() != whole.image_digest()
 
 
-def test_a_loader_of_its_own_is_iterated_over_as_it_is():
+def test_a_loader_with_its_own_batches_is_used_as_it_is():
     loader = Named()
     assert (loader.n_samples, loader.num_classes, loader.image_shape, len(loader)) == (
         1438,
@@ -143,7 +143,7 @@ def test_names_follow_images_into_every_part():
     assert build_loader("Digits", Digits, PLAIN).sample_names() is None
 
 
-def test_augmentation_of_the_loaders_own_comes_first():
+def test_the_loaders_own_augmentation_comes_first():
     class Inverted(Digits):
         def augmented(self, images, epoch, number, share):
             return 1 - super().augmented(images, epoch, number, share)
@@ -156,7 +156,7 @@ def test_augmentation_of_the_loaders_own_comes_first():
     assert same(inverted.test_loader(), plain.test_loader()), "only training images are augmented"
 
 
-def test_validation_images_of_its_own_are_not_split_off():
+def test_a_loaders_own_validation_images_are_used():
     class WithValidation(Digits):
         def split_validation(self):
             return Digits(train=False)
@@ -166,7 +166,7 @@ def test_validation_images_of_its_own_are_not_split_off():
     assert (loader.n_samples, loader.split_validation().n_samples) == (1438, 359)
 
 
-def test_what_a_loader_that_makes_its_batches_leaves_is_warned_of_or_refused():
+def test_arguments_that_a_loader_with_own_batches_does_not_take_are_warnings_or_errors():
     asked = {
         "batch_size": 128,
         "device": torch.device("cpu"),
@@ -195,7 +195,7 @@ def test_what_a_loader_that_makes_its_batches_leaves_is_warned_of_or_refused():
         assert build_loader("Digits", Digits, {**PLAIN, name: value})
 
 
-def test_an_own_training_loader_gets_everything_that_its_constructor_hands_on():
+def test_a_users_training_loader_gets_all_options_of_its_base_class():
     class Closed(TrainingDataLoader):
         def __init__(self, part: str) -> None:
             self.part = part
@@ -237,17 +237,17 @@ def broken(name, method):
         (
             "images_at",
             lambda self, p: self.pixels[p].double(),
-            r"Broken\.images_at gives float64; expected float32",
+            r"Broken\.images_at returns float64; expected float32",
         ),
         (
             "images_at",
             lambda self, p: self.pixels[p].float(),
-            r"gives pixels from 0 to 255; expected \[0, 1\]",
+            r"returns pixels from 0 to 255; expected \[0, 1\]",
         ),
         (
             "images_at",
             lambda self, p: self.pixels[p] / torch.tensor(0.0),
-            r"gives pixels from nan to nan",
+            r"returns pixels from nan to nan",
         ),
         (
             "images_at",
@@ -262,12 +262,12 @@ def broken(name, method):
         (
             "images_at",
             lambda self, p: self.pixels[p].numpy(),
-            r"gives a ndarray; expected a tensor",
+            r"returns a value of type ndarray; expected a tensor",
         ),
         (
             "images_at",
             lambda self, p: torch.rand(len(p), 3, 8, 8),
-            r"other images for the same positions",
+            r"different images for the same positions",
         ),
         (
             "images_at",
@@ -282,7 +282,7 @@ def broken(name, method):
         (
             "augmented",
             lambda self, images, *_: 3.0 * images,
-            r"Broken gives pixels from 0 to 765; expected \[0, 1\]",
+            r"Broken returns pixels from 0 to 765; expected \[0, 1\]",
         ),
         (
             "images_at",
@@ -297,11 +297,11 @@ def broken(name, method):
         (
             "sample_names",
             lambda self: ["a.png"],
-            r"Broken\.sample_names gives 1 names for 1438 labels",
+            r"Broken\.sample_names returns 1 names for 1438 labels",
         ),
         ("labels", torch.arange(1438), r"labels: 10 is not in \[0, 10\)"),
         ("labels", torch.rand(1438), r"labels: float32 of the shape \(1438,\); expected integers"),
-        ("labels", torch.zeros(0), r"labels: there are none"),
+        ("labels", torch.zeros(0), r"labels: empty"),
         ("default_mean", [0.5], r"Broken\.default_mean: 1 values, but the images have 3 channels$"),
         ("default_std", 0.5, r"Broken\.default_std: 0\.5, but the images have 3 channels$"),
         ("class_names", 10, r"class_names: 10; expected a list of names"),
@@ -319,7 +319,7 @@ def broken(name, method):
         ),
     ],
 )
-def test_a_broken_promise_is_one_line(name, method, message):
+def test_a_broken_contract_is_one_line(name, method, message):
     def set_before(self, train=True):
         Digits.__init__(self, train)
         if not callable(method):
@@ -361,13 +361,13 @@ def test_a_broken_promise_is_one_line(name, method, message):
         ),
     ],
 )
-def test_batches_of_ones_own_are_looked_at(name, method, message):
+def test_the_first_batch_of_a_users_loader_is_checked(name, method, message):
     loader = build_loader("Broken", broken(name, method), {"batch_size": 128})
     with pytest.raises(DataError, match=message):
         check_first_batch(loader)
 
 
-def test_what_is_read_is_looked_at():
+def test_the_result_of_read_is_checked():
     class Own(TrainingDataLoader):
         def read(self, train):
             return pieces
@@ -375,7 +375,7 @@ def test_what_is_read_is_looked_at():
     digits = DIGITS[True]
     pixels, labels, names = digits.images.pixels, digits.labels, digits.class_names
     for images, classes, message in [
-        (pixels / 254, labels, r"MemoryImages gives pixels from 0 to 1\.004; expected \[0, 1\]"),
+        (pixels / 254, labels, r"MemoryImages returns pixels from 0 to 1\.004; expected \[0, 1\]"),
         (pixels[0], labels, r"the shape \(3, 32, 32\); expected \(B, C, H, W\)"),
         (pixels, labels[1:], r"Own: labels: 1437 of them for 1438 images"),
         (pixels, labels - 1, r"labels: -1 is not in \[0, 10\)"),
@@ -396,7 +396,7 @@ def test_what_is_read_is_looked_at():
         build_loader("Own", Own, {**PLAIN, "std": [0.5] * 3})
 
 
-def test_other_makers_are_refused():
+def test_a_table_entry_that_returns_something_else_is_an_error():
     with pytest.raises(ConfigError, match="makes a list; expected a BaseDataLoader"):
         build_loader("list", lambda batch_size: [batch_size], PLAIN)
     with pytest.raises(ConfigError, match="own takes noise, which is done around a loader"):

@@ -38,7 +38,7 @@ def test_split_leaves_something_to_train_on():
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.1])
-def test_subsets_are_nested_stratified_and_taken_from_what_validation_leaves(validation):
+def test_subsets_are_nested_stratified_and_taken_from_remaining_images(validation):
     train, held_out = stratified_split(LABELS, validation, seed=5)
     smaller = None
     for fraction in (0.1, 0.25, 0.5, 0.9, 1.0):
@@ -53,7 +53,7 @@ def test_subsets_are_nested_stratified_and_taken_from_what_validation_leaves(val
     assert np.array_equal(smaller, train)
 
 
-def test_ninety_five_percent_and_all_mean_what_validation_leaves():
+def test_ninety_five_percent_and_all_mean_the_remaining_images():
     train, _ = stratified_split(LABELS, 0.1, seed=5)
     assert np.array_equal(stratified_subset(train, LABELS, 0.95, 5), train)
 
@@ -65,7 +65,7 @@ def test_a_class_without_images_is_an_error():
         stratified_subset(np.arange(len(LABELS)), LABELS, 0.01, 0)
 
 
-def test_the_first_of_every_class_are_spread_as_equally_as_can_be():
+def test_the_first_of_every_class_are_spread_as_equally_as_possible():
     assert first_of_every_class(np.array([0, 0, 0, 1, 2, 1, 2, 0]), 5).tolist() == [0, 1, 3, 4, 5]
     for count in (4, 50, 100, 160):
         index = first_of_every_class(LABELS, count)
@@ -81,7 +81,7 @@ def test_the_first_of_every_class_are_spread_as_equally_as_can_be():
 
 
 def per_class_of_a_fair_share(count):
-    """Deal out one image after the other, class by class in turn."""
+    """Choose one image after the other, from each class in turn."""
     left, dealt = [40, 40, 100, 25], [0, 0, 0, 0]
     while sum(dealt) < count:
         for label in range(4):

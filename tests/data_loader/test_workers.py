@@ -1,4 +1,4 @@
-"""Decoding processes: order, ends of all kinds, and what the main process makes of them."""
+"""Decoding processes: order, deaths of all kinds, and how the main process reports them."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ from tiny_runs import impatient_workers
 ROOT = Path(__file__).parents[2]
 N = 24
 BAD = 13
-"""The position of the image at which things happen."""
+"""The position of the image at which a worker fails."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def images(paths, monkeypatch):
 
 @pytest.fixture
 def at_bad(paths, monkeypatch):
-    """Have the workers do something when they come to the bad image."""
+    """Make the workers do something when they reach the bad image."""
 
     def arrange(action):
         decode = workers.decode_image
@@ -92,18 +92,16 @@ def test_batches_are_in_order_and_stay_as_they_are(images, pixels, num_workers, 
 def die_of(number):
     def die():
         if number not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(number, signal.SIG_DFL)  # whoever started the tests may ignore it
+            signal.signal(number, signal.SIG_DFL)  # the tests may have inherited SIG_IGN
         os.kill(os.getpid(), number)
 
     return die
 
 
 def wait_until_idle(patience, log, decoded):
-    """Until the workers have decoded as many images as they have been asked for, and put their
-    notes away."""
-    while len(log.read_bytes()) < decoded or set(patience.decoders[-1].notes.tolist()) != {
-        workers.NOWHERE
-    }:
+    """Wait until the workers have decoded all images that they have been asked for."""
+    current = patience.decoders[-1].current
+    while len(log.read_bytes()) < decoded or set(current.tolist()) != {workers.IDLE}:
         time.sleep(0.01)
 
 
@@ -136,8 +134,9 @@ def test_a_dead_worker_is_named_with_its_image(images, at_bad, action, end):
     at_bad(action)
     message = message_of(images)
     assert re.fullmatch(
-        rf"data_loader\.args\.num_workers: worker [01] \(pid \d+\) {end} at '{images.paths[BAD]}': memory or shared memory may "
-        r"have run out \(try fewer\), or the file crashes the decoder",
+        rf"data_loader\.args\.num_workers: worker [01] \(pid \d+\) {end} at"
+        rf" '{images.paths[BAD]}': memory or shared memory may have run out \(try fewer\),"
+        r" or the file crashes the decoder",
         message,
     )
 
@@ -165,33 +164,29 @@ def test_a_hanging_worker_is_named_with_its_image_and_killed(images, at_bad, act
 
 @pytest.mark.parametrize(("looks", "hangs"), [(5, False), (8, True)])
 def test_slow_is_not_hanging(monkeypatch, looks, hangs):
-    """A batch takes longer than the patience of five looks; what counts is how many looks find a
-    worker at the same image."""
+    """A batch takes longer than WORKER_TIMEOUT, but a worker hangs only if it is at one image for
+    that long."""
     monkeypatch.setattr(workers, "CHECK_INTERVAL", 0.25)
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", 1.25)
     decoder = workers._Decoder(
-        ["image"] * 7, False, [list(range(7))], torch.zeros(1), torch.tensor([workers.NOWHERE])
+        ["image"] * 7, False, [list(range(7))], torch.zeros(1), torch.tensor([workers.IDLE])
     )
-    alive = SimpleNamespace(
-        is_alive=lambda: True, pid=1, kill=lambda: None, join=lambda seconds: None
-    )
+    process = SimpleNamespace(sentinel=0, pid=1)
+    worker = SimpleNamespace(number=0, pipe=None, process=process)
+    worker.describe = partial(workers._Worker.describe, worker)
+    checks = iter([position for position in range(7) for _ in range(looks)])
 
-    def looked():
-        for position in range(7):
-            for _ in range(looks):
-                decoder.notes[0] = position
-                yield RuntimeError("DataLoader timed out after 0.25 seconds")
+    def wait(*_):
+        position = next(checks, None)
+        if position is None:
+            worker.pipe = SimpleNamespace(recv=lambda: None)
+            return [worker.pipe]
+        decoder.current[0] = position
+        return []
 
-    class Iterator:
-        said = looked()
-
-        def __next__(self):
-            error = next(self.said, None)
-            if error:
-                raise error
-
-    problem = workers._wait(Iterator(), decoder, [alive])
-    assert (problem is not None and "hangs at 'image'" in problem) == hangs
+    monkeypatch.setattr(workers, "wait", wait)
+    error = workers._receive(worker, [worker], decoder)
+    assert (error is not None and "hangs at 'image'" in str(error)) == hangs
 
 
 def test_idle_workers_that_are_suspended_are_named_together(images, log, monkeypatch):
@@ -208,7 +203,7 @@ def test_idle_workers_that_are_suspended_are_named_together(images, log, monkeyp
         list(batches)
 
 
-def test_a_death_waits_until_a_batch_is_asked_for(images, log, monkeypatch):
+def test_a_death_is_reported_when_the_next_batch_is_requested(images, log, monkeypatch):
     """It must not raise in the middle of an update."""
     patience = impatient_workers(monkeypatch, BAD)
     before = signal.getsignal(signal.SIGCHLD)
@@ -226,7 +221,7 @@ def test_a_death_waits_until_a_batch_is_asked_for(images, log, monkeypatch):
         list(batches)
 
 
-def test_an_error_of_ours_keeps_its_traceback(images, at_bad):
+def test_a_programming_error_keeps_its_traceback(images, at_bad):
     def fail():
         raise RuntimeError("a mistake in the program")
 
@@ -243,13 +238,14 @@ def test_leaving_early_ends_the_workers(images, at_bad):
     del batches
 
 
-def test_processes_that_cannot_be_started(images, monkeypatch):
+def test_processes_that_cannot_be_started_are_one_line(images, monkeypatch):
     def refuse(_):
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(workers.DataLoader, "__iter__", refuse)
+    monkeypatch.setattr(workers.Process, "start", refuse)
     assert message_of(images) == (
-        "data_loader.args.num_workers: 2 processes cannot be started ([Errno 11] Resource temporarily unavailable): try fewer"
+        "data_loader.args.num_workers: 2 processes cannot be started"
+        " ([Errno 11] Resource temporarily unavailable): try fewer"
     )
 
 
@@ -257,7 +253,8 @@ def test_a_program_that_crashes_ends_although_its_workers_ignore_sigterm(paths):
     program = f"""if True:
         import torch
         from data_loader.images import FileImages
-        batches = FileImages({paths!r}, (3, 6, 6), False, num_workers=2).batches(torch.arange({N}).split(1))
+        images = FileImages({paths!r}, (3, 6, 6), False, num_workers=2)
+        batches = images.batches(torch.arange({N}).split(1))
         next(batches)
         raise RuntimeError("a mistake in the program")
     """
@@ -277,6 +274,9 @@ def test_no_shared_memory_is_one_line(monkeypatch):
         )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
-    message = r"num_workers: there are no 0.0 MB of shared memory for 2 processes \(unable to resize .*\): try fewer"
+    message = (
+        r"num_workers: cannot get 0.0 MB of shared memory for 2 processes"
+        r" \(unable to resize .*\): try fewer"
+    )
     with pytest.raises(DataError, match=message):
         list(workers.decode_in_processes(["a.png"], (3, 8, 8), False, [[0]], 2))

@@ -127,10 +127,10 @@ def test_run_folder_holds_everything(tmp_path):
     ]
     assert labels["transition_matrix"].diagonal() == pytest.approx(kept)
     assert not set(labels["train_index"]) & set(labels["val_index"])
-    realised = float((labels["train_label"] != labels["train_clean_label"]).mean())
-    assert 0.4 < realised < 0.5, "half of the labels drawn from ten classes: 45 % change"
+    realized = float((labels["train_label"] != labels["train_clean_label"]).mean())
+    assert 0.4 < realized < 0.5, "half of the labels drawn from ten classes: 45 % change"
     log = (tmp_path / "run" / "info.log").read_text()
-    assert f"train_rate {realised}" in log
+    assert f"train_rate {realized}" in log
     assert f"label noise: 7 -> 7 {kept[7]:.1%}, " in log
     checkpoint = load_checkpoint(tmp_path / "run" / "model_best.pth")
     assert {
@@ -407,7 +407,7 @@ def folder_config(folder, split=0.0, **sections):
     return config_of(**merge(merge(plain, {"data_loader": loader}), sections))
 
 
-def test_the_realised_noise_rate_is_recorded_and_a_surprising_one_warned_of_once(tmp_path, caplog):
+def test_the_realized_noise_rate_is_recorded_and_a_surprising_one_warned_of_once(tmp_path, caplog):
     write_images(tmp_path / "set" / "train", {"a": 30, "b": 30})
     write_images(tmp_path / "set" / "test", {"a": 6, "b": 6})
     for law, warned in (("inclusive", 1), ("exclusive", 0)):

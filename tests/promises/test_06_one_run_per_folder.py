@@ -6,9 +6,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-import base.run_folder as run_folder_module
 from base.errors import ConfigError
-from base.run_folder.folder import new_run_folder, only_run_in
+from base.run_folder import folder as run_folder
 from experiment.experiment import Experiment
 from tiny_runs import exit_code, forked, run
 
@@ -25,7 +24,7 @@ def check_race(folder):
         def race(number=number, start=start, go=go, others=others, asking=asking):
             os.close(go)
             os.read(start, 1)  # the pipe ends when all processes are there
-            with new_run_folder("unused", "name", str(folder / str(number))) as mine:
+            with run_folder.create("unused", "name", str(folder / str(number))) as mine:
                 os.close(asking)
                 # it ends when everybody else has asked, and got the folder or left
                 os.read(others, 1)
@@ -45,7 +44,7 @@ def check_running(folder):
     sleepers, told = os.pipe()
 
     def train():
-        with only_run_in(folder):
+        with run_folder.open(folder):
             os.write(told, f"{forked(signal.pause)}\n".encode())
             signal.pause()
 
@@ -54,12 +53,12 @@ def check_running(folder):
     try:
         with (
             pytest.raises(ConfigError, match="another process trains in this folder"),
-            only_run_in(folder),
+            run_folder.open(folder),
         ):
             pass
         os.kill(process, signal.SIGKILL)
         exit_code(process)
-        with only_run_in(folder):
+        with run_folder.open(folder):
             pass
     finally:
         for number in (process, worker):
@@ -90,6 +89,6 @@ def test_the_checks_can_fail(tmp_path, monkeypatch, check):
         file.touch()
         yield True
 
-    monkeypatch.setattr(run_folder_module, "locked", everyone)
+    monkeypatch.setattr(run_folder, "process_lock", everyone)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check(tmp_path)

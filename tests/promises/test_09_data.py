@@ -24,7 +24,7 @@ CIFAR = {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}
 
 
 def refused(read, *named):
-    """`read` must end with one line that has all these words in it."""
+    """Call `read`, which must raise an error of one line that contains all these words."""
     try:
         read()
     except DataError as error:
@@ -40,7 +40,7 @@ def refused(read, *named):
 
 
 def is_file(path, md5=None):
-    """In place of torchvision's `check_integrity`: without the check."""
+    """Replaces torchvision's `check_integrity`, without the check."""
     return Path(path).is_file()
 
 
@@ -84,7 +84,7 @@ def check_no_pickle_runs_before_its_md5(folder):
     return cases
 
 
-def test_a_malicious_pickle_in_place_of_any_cifar_file_runs_nothing(fake_cifar, no_network):
+def test_a_malicious_pickle_in_place_of_any_cifar_file_is_not_run(fake_cifar, no_network):
     assert check_no_pickle_runs_before_its_md5(fake_cifar) == 2 * (7 + 3) + 6 + 2
 
 
@@ -158,7 +158,7 @@ def check_bit_rot_of_cifar_is_noticed(folder, cases):
         read_cifar(num_classes, folder, train=True)
 
 
-def test_400_flips_and_cuts_of_cifar_files_are_all_refused(fake_cifar, no_network):
+def test_400_flips_and_cuts_of_cifar_files_are_all_errors(fake_cifar, no_network):
     for num_classes in CIFAR:
         read_cifar(num_classes, fake_cifar, train=True)
     check_bit_rot_of_cifar_is_noticed(fake_cifar, 400)
@@ -203,7 +203,7 @@ def check_damaged_image_files_are_named(folder):
     return cases
 
 
-def test_a_cut_image_of_any_length_and_a_flipped_bit_in_a_png_are_refused(tmp_path):
+def test_a_cut_image_of_any_length_and_a_flipped_bit_in_a_png_are_errors(tmp_path):
     assert check_damaged_image_files_are_named(tmp_path) > 1000
 
 
@@ -322,7 +322,7 @@ def check_mislabeled_noise_files_are_named(folder):
     return cases + 1
 
 
-def test_mislabeled_noise_files_are_named(tmp_path):
+def test_noise_files_with_wrong_labels_are_named(tmp_path):
     assert check_mislabeled_noise_files_are_named(tmp_path) == 2 * (9 + 12 + 1) + 1
 
 

@@ -27,7 +27,7 @@ PROC = pytest.mark.skipif(
 
 
 def refused(images):
-    """Reading them must end with one line, which is returned."""
+    """Read the images, which must raise an error of one line, and return the line."""
     try:
         list(images.batches(torch.arange(len(images)).split(3)))
     except DataError as error:
@@ -56,6 +56,8 @@ def at_most(seconds):
 
 HANG = 200
 """Seconds after which a test has failed: far more than it takes on a busy machine."""
+
+# replaced by a test that breaks it
 give_up = impatient_workers
 
 
@@ -82,7 +84,8 @@ def check_dead_and_hanging_workers_are_named(folder, monkeypatch):
                 give_up(patched, position)
             text = refused(images)
         assert re.fullmatch(
-            rf"data_loader\.args\.num_workers: worker [0-2] \(pid \d+\) {end} at '{paths[position]}': .*",
+            rf"data_loader\.args\.num_workers: worker [0-2] \(pid \d+\) {end} at"
+            rf" '{paths[position]}': .*",
             text,
         )
         assert multiprocessing.active_children() == []
@@ -96,7 +99,7 @@ def check_dead_and_hanging_workers_are_named(folder, monkeypatch):
         cases += 3
     monkeypatch.setattr(workers, "decode_image", decode)
     Path(paths[7]).unlink()
-    os.mkfifo(paths[7])  # opening it waits for a writer for ever
+    os.mkfifo(paths[7])  # opening it waits for a writer forever
     images = FileImages(paths, (3, 8, 8), False, num_workers=2)
     give_up(monkeypatch, 7)
     with at_most(HANG):
@@ -112,8 +115,8 @@ def test_dead_and_hanging_workers_are_named_with_their_image(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda patch: patch.setattr(workers, "_told", lambda *_: "some worker hangs"),
-        lambda patch: patch.setattr(workers, "_wait", lambda iterator, *_: next(iterator)),
+        lambda patch: patch.setattr(workers._Worker, "describe", lambda *_: "some worker hangs"),
+        lambda patch: patch.setattr(workers, "_receive", lambda worker, *_: worker.pipe.recv()),
         lambda patch: (
             patch.setitem(globals(), "give_up", lambda *_: None),
             patch.setitem(globals(), "at_most", briefly),
@@ -137,7 +140,13 @@ def briefly(_):
 def check_a_run_ends_with_its_worker(folder, preparation):
     write_images(folder / "train", {"ant": 100, "bee": 100})
     write_images(folder / "test", {"ant": 2, "bee": 2})
-    program = f"import runpy, data_loader.workers as workers\n{preparation}\nrunpy.run_path('train.py', run_name='__main__')"
+    program = "\n".join(
+        (
+            "import runpy, data_loader.workers as workers",
+            preparation,
+            "runpy.run_path('train.py', run_name='__main__')",
+        )
+    )
     loader = {
         "type": "ImageFolderDataLoader",
         "args.data_dir": folder,
@@ -156,9 +165,13 @@ def check_a_run_ends_with_its_worker(folder, preparation):
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     words += ["-c", "configs/quickstart.json", "--run_dir", str(folder / "run")]
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, "-c", program, *words],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     try:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         killed = []
@@ -199,6 +212,6 @@ def test_a_run_ends_with_exit_code_4_when_its_worker_is_killed(tmp_path):
 
 @PROC
 def test_the_check_can_fail_for_runs(tmp_path):
-    broken = "workers.CHECK_INTERVAL = 0; workers._wait = lambda iterator, *_: next(iterator)"
+    broken = "workers._receive = lambda worker, *_: worker.pipe.recv()"
     with pytest.raises(AssertionError):
         check_a_run_ends_with_its_worker(tmp_path, broken)

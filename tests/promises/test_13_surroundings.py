@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import base.run_folder
+import base.run_folder.logs
 import base.streams
 import base.tracking
 import run_ablations
@@ -289,7 +289,7 @@ def _leaves_the_log_to_the_locale(monkeypatch):
         def __init__(self, file, **_):
             super().__init__(file)
 
-    monkeypatch.setattr(base.run_folder, "_LogFile", Handler)
+    monkeypatch.setattr(base.run_folder.logs, "_LogFile", Handler)
 
 
 @pytest.mark.parametrize("break_it", [_keeps_the_strict_terminal, _leaves_the_log_to_the_locale])

@@ -1,4 +1,4 @@
-"""Run folders without training: what a run would have written, from the numbers of a test."""
+"""Run folders without training: files as a run would write them, from the values of a test."""
 
 import json
 

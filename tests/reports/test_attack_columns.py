@@ -47,7 +47,7 @@ def methods(make_run, tmp_path):
     return lambda: group_runs(find_runs([tmp_path]), [KEY])
 
 
-def test_means_and_spreads_over_seeds(methods):
+def test_means_and_standard_deviations_over_seeds(methods):
     columns = attack_columns(methods(), ["pgd-20", "fgsm"])
     assert columns == [
         "eval.pgd-20_linf_8_step_2_1_start.robust_top1",
@@ -59,7 +59,7 @@ def test_means_and_spreads_over_seeds(methods):
     assert [sn_conv.cells[column].mean for column in (1, 2, 3)] == pytest.approx([0.4, 0.3, 0.4])
 
 
-def test_names_are_kinds_beginnings_and_patterns(methods):
+def test_names_select_kinds_beginnings_and_patterns(methods):
     def kinds(*names):
         return [
             column.removeprefix("eval.").removesuffix(".robust_top1")
@@ -83,7 +83,7 @@ def test_several_attack_seeds_of_one_run_are_one_number(methods, tmp_path):
     assert row.cells[0].values == pytest.approx({6: 0.6, 8: 0.5, 666: 0.5})
 
 
-def test_other_attacks_do_not_share_a_column(methods, tmp_path, caplog):
+def test_different_attacks_do_not_share_a_column(methods, tmp_path, caplog):
     for method in ("conv", "sn_conv"):
         for seed in (6, 8, 666):
             report(
@@ -106,5 +106,5 @@ def test_other_attacks_do_not_share_a_column(methods, tmp_path, caplog):
 
 def test_a_broken_report_is_named(methods, tmp_path):
     (tmp_path / "conv8" / "eval" / "pgd_best.json").write_text("[1")
-    with pytest.raises(ConfigError, match=r"conv8/eval/pgd_best.json: no JSON object$"):
+    with pytest.raises(ConfigError, match=r"conv8/eval/pgd_best.json: is not a JSON object$"):
         attack_columns(methods(), ["fgsm"])

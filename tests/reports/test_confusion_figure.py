@@ -1,4 +1,4 @@
-"""The picture of a confusion matrix shows its shares, at every number of classes."""
+"""The figure of a confusion matrix shows its shares, for any number of classes."""
 
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ def test_every_format(tmp_path, suffix):
     )
 
 
-def test_squares_hold_the_shares_of_the_true_class_in_per_cent():
+def test_cells_hold_the_shares_of_the_true_class_in_percent():
     axes = confusion_figure(
         [[1, 199, 0], [0, 3, 1], [0, 0, 0]], ("cat", "dog", "frog"), "a model"
     ).axes[0]

@@ -1,4 +1,4 @@
-"""Pictures show the numbers of the runs: means, spreads, skipped epochs, per cent."""
+"""Figures show the values of the runs: means, standard deviations, skipped epochs, percent."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def words(figure):
     return [text.get_text() for text in legend.get_texts()], legend.get_title().get_text()
 
 
-def test_lines_are_means_and_bands_one_sample_deviation_in_per_cent(norms):
+def test_lines_are_means_and_bands_one_standard_deviation_in_percent(norms):
     axes = curves_figure(norms, ["val_top1"]).axes[0]
     bn, gn = axes.lines
     assert np.allclose(bn.get_xydata(), [(1, 60), (2, 60), (3, 80), (4, 80)])
@@ -70,7 +70,7 @@ def test_lines_are_means_and_bands_one_sample_deviation_in_per_cent(norms):
     assert words(crowd)[1] == "mean over seeds"
 
 
-def test_clean_left_robust_right_and_epochs_without_a_measurement_skipped(norms):
+def test_clean_panels_stand_left_and_epochs_without_a_measurement_are_skipped(norms):
     left, right = curves_figure(norms, ["val_robust_top1", "val_top1"]).axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("val_top1 in %", "val_robust_top1 in %")
     (line,) = right.lines  # the other group has not measured it
@@ -83,14 +83,14 @@ def test_clean_left_robust_right_and_epochs_without_a_measurement_skipped(norms)
     assert (loss.get_ylabel(), loss.lines[0].get_ydata().tolist()) == ("loss", [4, 2, 2, 2])
 
 
-def test_a_line_ends_where_not_all_seeds_go_on(make_run, tmp_path, caplog):
+def test_a_line_skips_epochs_that_a_seed_did_not_measure(make_run, tmp_path, caplog):
     make_run("a", {"val_top1": [0.5, 0.6, 0.7]}, seed=0)
     make_run("b", {"val_top1": [0.5, 0.8]}, seed=1)
     axes = curves_figure(group_runs(find_runs([tmp_path]), []), ["val_top1"]).axes[0]
     assert np.allclose(axes.lines[0].get_xydata(), [(1, 50), (2, 70)])
     assert (
-        f"made: val_top1 is drawn for 2 of 3 epochs, those that {tmp_path / 'b'} measured, too"
-        in caplog.text
+        f"made: val_top1 is drawn for 2 of 3 epochs,"
+        f" because {tmp_path / 'b'} did not measure the others" in caplog.text
     )
 
 
@@ -137,10 +137,10 @@ def test_final_values_against_a_key(make_run, tmp_path):
     assert np.allclose(last.get_xydata(), [(0.2, 75), (0.4, 55)])
 
 
-def test_noise_is_drawn_at_the_rate_that_was_realised(make_run, tmp_path):
+def test_noise_is_drawn_at_the_realized_rate(make_run, tmp_path):
     rates = {(0, 0.5): 0.26, (1, 0.5): 0.24, (0, 0.1): 0.05}
-    for (seed, rate), realised in rates.items():
-        noisy(make_run, seed, rate, [0.5], {"test_top1": 0.3, "noise_rate": realised})
+    for (seed, rate), realized in rates.items():
+        noisy(make_run, seed, rate, [0.5], {"test_top1": 0.3, "noise_rate": realized})
     older = noisy(make_run, 1, 0.1, [0.5], {"test_top1": 0.3})
     clean = np.arange(50) % 3
     changed = np.where(np.arange(50) < 3, (clean + 1) % 3, clean)
@@ -150,7 +150,7 @@ def test_noise_is_drawn_at_the_rate_that_was_realised(make_run, tmp_path):
     axes = against_figure(cells, "trainer.percent", ["test_top1"]).axes[0]
     assert np.allclose(axes.lines[0].get_xdata(), [0, (0.05 + 0.06) / 2, 0.25])
     assert np.allclose(axes.lines[0].get_ydata(), [90, 30, 30])
-    assert axes.get_xlabel() == "realised rate of label noise (asked for by trainer.percent)"
+    assert axes.get_xlabel() == "realized rate of label noise (requested by trainer.percent)"
     for damage in (b"damaged", b"", b"PK\x03\x04", (older / "labels.npz").read_bytes()[:-40]):
         (older / "labels.npz").write_bytes(damage)
         axes = against_figure(cells, "trainer.percent", ["test_top1"]).axes[0]
@@ -175,7 +175,7 @@ def test_axis_of_epsilon_has_its_unit_and_other_differences_are_named(make_run, 
     )
     assert words(figure)[0] == ["all runs  (n = 1)"]
     assert [record.getMessage() for record in caplog.records] == [
-        "all runs: trainer.epochs differs along the line, too: 10 and 20"
+        "all runs: trainer.epochs also differs along the line: 10 and 20"
     ]
     make_run("l2", {"val_top1": [0.5]}, {"x": 1}, adversarial={"epsilon": 0.5, "norm": "l2"})
     with pytest.raises(
@@ -224,8 +224,9 @@ def test_every_format_and_names_of_all_kinds(make_run, tmp_path, suffix):
 
 def test_errors(norms, tmp_path):
     messages = {
-        "val_topp1": r"^--metric val_topp1: no run logs it; there are: val_top1, loss, val_robust_top1; did you mean",
-        "test_top1": "measured once, after training: it goes into a --table or --against a key$",
+        "val_topp1": r"^--metric val_topp1: no run logs it;"
+        r" there are: val_top1, loss, val_robust_top1; did you mean",
+        "test_top1": "measured once, after training: use --table or --against$",
     }
     for metric, message in messages.items():
         with pytest.raises(ConfigError, match=message):
@@ -236,7 +237,8 @@ def test_errors(norms, tmp_path):
         against_figure(norms, "arch.args.norm_layer_type", ["val_top1"])
     with pytest.raises(
         ConfigError,
-        match=r"^--metric test_top5: no run measured it; there are: val_top1, loss, val_robust_top1, test_top1",
+        match=r"^--metric test_top5: no run measured it;"
+        r" there are: val_top1, loss, val_robust_top1, test_top1",
     ):
         against_figure(norms, "arch.args.norm_layer_type", ["test_top5"])
     with pytest.raises(
@@ -254,7 +256,7 @@ def test_errors(norms, tmp_path):
         save_figure(curves_figure(norms, ["val_top1"]), tmp_path / "folder.png")
 
 
-def test_nothing_to_show_by_default_names_what_there_is(make_run, tmp_path):
+def test_without_a_default_metric_the_error_lists_the_known_ones(make_run, tmp_path):
     make_run("a", {"loss": [0.5]}, {"parameters": 5})
     groups = group_runs(find_runs([tmp_path]), ["seed"])
     with pytest.raises(ConfigError, match=r"^--metric val_top1: no run logs it; there are: loss$"):

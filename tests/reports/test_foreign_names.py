@@ -20,9 +20,16 @@ from reports.spectrum_table import spectrum_table
 HOSTILE = "a\x00\x1b[2J\n\u202eb\udcff"
 SHOWN = r"a\x00\x1b[2J\n\u202eb\udcff"
 LAYER = {
-    "name": HOSTILE, "input_shape": (1, 2, 2), "norm": 1.0, "residual": 0.0, "converged": True, "mean_square": 1.0,
-    "orthogonality_error": 0.1, "spread": 0.1, "batch_norm_scale": None,
-}  # fmt: skip
+    "name": HOSTILE,
+    "input_shape": (1, 2, 2),
+    "norm": 1.0,
+    "residual": 0.0,
+    "converged": True,
+    "mean_square": 1.0,
+    "orthogonality_error": 0.1,
+    "spread": 0.1,
+    "batch_norm_scale": None,
+}
 
 
 def texts(path):
@@ -71,6 +78,6 @@ def test_printed_tables():
 
 @pytest.mark.parametrize(("name", "lines"), [("\u732b\u72ac", 1), ("\U0001f431 $x^2$", 0)])
 @pytest.mark.filterwarnings("error")
-def test_letters_that_the_font_lacks_are_told_in_one_line(tmp_path, caplog, name, lines):
+def test_letters_that_the_font_lacks_are_reported_in_one_line(tmp_path, caplog, name, lines):
     draw_confusion(tmp_path / "confusion.png", [[3, 1], [0, 4]], (name, name[::-1]), name)
     assert caplog.text.count("its font lacks letters") == len(caplog.records) == lines

@@ -1,4 +1,4 @@
-"""Only seeds of one experiment come into one group."""
+"""Only seeds of one experiment are in one group."""
 
 import json
 import shutil
@@ -10,26 +10,46 @@ import pytest
 
 from base.config.files import merge
 from base.errors import ConfigError
-from base.run_folder.study_index import Place, write_places
+from base.run_folder.study_index import StudyEntry, write_study_index
 from reports.groups import MAY_DIFFER, group_runs
 from reports.runs import find_runs
 
 VALUES = {"val_top1": [0.5]}
 OTHER_VALUES = {
-    "seed": 7, "name": "other", "exper_name": "other", "comet": {"project": "other"}, "trainer.save_dir": "else/",
-    "trainer.label_dir": "else", "trainer.verbosity": 0, "trainer.save_period": 5, "trainer.keep_checkpoints": 0,
-    "trainer.tensorboard": True, "data_loader.args.num_workers": 2, "data_loader.args.pin_memory": True,
-    "system.num_threads": 1, "system.device": "cpu", "system.compile": True, "system.channels_last": True,
-    "system.deterministic": True, "data_loader.args.data_dir": "else",
-    "arch.args.num_classes": 10, "arch.args.in_channels": 3,
-}  # fmt: skip
+    "seed": 7,
+    "name": "other",
+    "exper_name": "other",
+    "comet": {"project": "other"},
+    "trainer.save_dir": "else/",
+    "trainer.label_dir": "else",
+    "trainer.verbosity": 0,
+    "trainer.save_period": 5,
+    "trainer.keep_checkpoints": 0,
+    "trainer.tensorboard": True,
+    "data_loader.args.num_workers": 2,
+    "data_loader.args.pin_memory": True,
+    "system.num_threads": 1,
+    "system.device": "cpu",
+    "system.compile": True,
+    "system.channels_last": True,
+    "system.deterministic": True,
+    "data_loader.args.data_dir": "else",
+    "arch.args.num_classes": 10,
+    "arch.args.in_channels": 3,
+}
 """A value other than the default of each key that does not matter."""
 MATTERS = {
-    "trainer.epochs": (10, "200"), "optimizer.args.lr": (0.5, "0.1"), "optimizer.args.nesterov": (True, "null"),
-    "arch.args.norm_layer_type": ("gn", "bn"), "system.precision": ("bf16", "fp32"), "trainer.subset_percent": (0.5, "1"),
-    "data_loader.args.num_batches": (3, "0"), "adversarial.method": ("pgd", "none"), "pgd_attack.K": (20, "10"),
+    "trainer.epochs": (10, "200"),
+    "optimizer.args.lr": (0.5, "0.1"),
+    "optimizer.args.nesterov": (True, "null"),
+    "arch.args.norm_layer_type": ("gn", "bn"),
+    "system.precision": ("bf16", "fp32"),
+    "trainer.subset_percent": (0.5, "1"),
+    "data_loader.args.num_batches": (3, "0"),
+    "adversarial.method": ("pgd", "none"),
+    "pgd_attack.K": (20, "10"),
     "data_loader.args.mean": ([0.5, 0.5, 0.25], "null"),
-}  # fmt: skip
+}
 """Another value of some keys that do, and the default as it is shown."""
 
 
@@ -40,9 +60,7 @@ def sections(key, value):
 
 
 @pytest.mark.parametrize("key", [key for key in MAY_DIFFER if key != "trainer.noise_file"])
-def test_runs_that_differ_in_what_cannot_matter_are_seeds_of_one_experiment(
-    make_run, tmp_path, key
-):
+def test_runs_that_differ_in_irrelevant_keys_are_seeds_of_one_experiment(make_run, tmp_path, key):
     make_run("a", VALUES, seed=3)
     make_run("b", VALUES, **merge({"seed": 1}, sections(key, OTHER_VALUES[key])))
     (group,) = group_runs(find_runs([tmp_path]), [])
@@ -53,7 +71,7 @@ def test_runs_that_differ_in_what_cannot_matter_are_seeds_of_one_experiment(
 
 
 @pytest.mark.parametrize("key", MATTERS)
-def test_runs_that_differ_in_what_matters_are_not_averaged(make_run, tmp_path, key):
+def test_runs_that_differ_in_relevant_keys_are_not_averaged(make_run, tmp_path, key):
     value, default = MATTERS[key]
     make_run("a", VALUES, seed=0)
     make_run("b", VALUES, seed=1, **sections(key, value))
@@ -115,8 +133,8 @@ def test_errors(make_run, tmp_path):
             "norm_layer_type",
         ): r"no such key in the runs' configs; did you mean 'arch.args.norm_layer_type'\?$",
         ("arch.args.type",): (
-            "did you mean 'arch.type' or 'data_loader.type' or 'optimizer.type' or 'lr_scheduler.type' or"
-            " 'pgd_attack.type'"
+            "did you mean 'arch.type' or 'data_loader.type' or 'optimizer.type'"
+            " or 'lr_scheduler.type' or 'pgd_attack.type'"
         ),
         ("trainer.procent",): r"^--group-by trainer.procent: .*did you mean 'trainer.percent'\?$",
     }
@@ -135,11 +153,11 @@ def test_runs_of_a_study_are_grouped_by_its_labels_in_its_order(make_run, tmp_pa
     for name, norm in (("a", "gn"), ("b", "bn")):
         make_run(name, {"loss": [1.0]}, arch={"args": {"norm_layer_type": norm}})
     places = {
-        "a": Place("second", 1, {"norm": "GroupNorm"}),
-        "b": Place("first", 0, {"norm": "BatchNorm"}),
+        "a": StudyEntry("second", 1, {"norm": "GroupNorm"}),
+        "b": StudyEntry("first", 0, {"norm": "BatchNorm"}),
     }
-    write_places(tmp_path, {"a": places["a"]})
-    write_places(tmp_path, {"b": places["b"]})
+    write_study_index(tmp_path, {"a": places["a"]})
+    write_study_index(tmp_path, {"b": places["b"]})
     runs = find_runs([tmp_path / "a", tmp_path])
     assert [group.name for group in group_runs(runs, ["variant"])] == ["first", "second"]
     assert [group.name for group in group_runs(runs, ["norm", "seed"])] == [
@@ -185,13 +203,13 @@ def moved(make_run, tmp_path, other, **trainer):
     return find_runs([tmp_path])
 
 
-def test_a_study_whose_data_moved_is_averaged_with_one_warning(make_run, tmp_path, caplog):
+def test_a_study_with_moved_data_is_averaged_with_one_warning(make_run, tmp_path, caplog):
     runs = moved(make_run, tmp_path, ([0, 1, 2, 0, 1], [0, 0, 2, 0, 1]))
     (group,) = group_runs(runs, [])
     assert [run.seed for run in group.runs] == [0, 1], "symmetric noise of two seeds differs"
     assert caplog.text.count("data_loader.args.data_dir: a in ") == 1
     assert "b in " in caplog.text
-    assert "taken for one data set that has moved" in caplog.text
+    assert "taken for one data set that was moved" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -210,7 +228,7 @@ def test_other_labels_in_another_place_are_not_averaged(make_run, tmp_path, key,
         ]
     with pytest.raises(
         ConfigError,
-        match=rf"^{key}: a.* in .*a, but b.* in .*b: not the same labels in the two places",
+        match=rf"^{key}: a.* in .*a, but b.* in .*b: the labels in these two places differ",
     ):
         group_runs(runs, [])
 
@@ -225,7 +243,7 @@ def test_runs_with_and_without_a_noise_file_are_not_averaged(make_run, tmp_path)
 def test_other_test_images_in_another_place_are_not_averaged(make_run, tmp_path):
     runs = moved(make_run, tmp_path, ([0, 1, 2, 0, 1], None))
     runs[1] = replace(runs[1], result={**runs[1].result, "n_test": 5})
-    with pytest.raises(ConfigError, match="not the same labels in the two places"):
+    with pytest.raises(ConfigError, match="the labels in these two places differ"):
         group_runs(runs, [])
 
 
@@ -234,7 +252,7 @@ def test_a_copy_of_a_run_is_counted_once(make_run, tmp_path, caplog):
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     (group,) = group_runs(find_runs([tmp_path]), [])
     assert [run.folder.name for run in group.runs] == ["a"]
-    assert "copy: has the numbers of the run in " in caplog.text
+    assert "copy: has the same numbers as the run in " in caplog.text
     for result, fails in (
         ({"test_top1": 0.5, "train_seconds": 9.0}, False),
         ({"test_top1": 0.6}, True),

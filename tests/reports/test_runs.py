@@ -1,11 +1,11 @@
-"""Run folders are found, read, or refused with one line that names the file."""
+"""Run folders are found and read, or an error names the broken file in one line."""
 
 import json
 
 import pytest
 
 from base.errors import ConfigError
-from reports.runs import find_runs, only_finished, read_run, refuse_unknown
+from reports.runs import check_known, find_runs, only_finished, read_run
 
 VALUES = {"val_top1": [0.5, 0.6]}
 
@@ -51,7 +51,7 @@ def test_a_line_that_is_being_written_is_not_read_yet(make_run):
     assert read_run(folder).measured("val_top1") == {1: 0.5, 2: 0.6}
 
 
-def test_settings_say_what_a_null_stands_for(make_run):
+def test_settings_replace_nulls_by_their_values(make_run):
     settings = read_run(make_run("a", VALUES, trainer={"do_adv": True, "adv_clip_eps": 4})).settings
     assert (settings["adversarial.method"], settings["adversarial.epsilon"]) == ("free", 4)
     assert (settings["adversarial.bn_mode"], settings["adversarial.validate_every"]) == ("train", 1)
@@ -77,16 +77,17 @@ def broken(make_run, tmp_path):
         "absent": "absent: no such folder",
         "file": "file: a file, not a run folder",
         "nothing": "nothing: no run folder (one with config.json and metrics.jsonl) here or below",
-        "no logs": "no logs: a run folder without logs: it has a config.json, but no epoch in a metrics.jsonl",
+        "no logs": "no logs: a run folder without logs:"
+        " it has a config.json, but no epoch in a metrics.jsonl",
         "no epoch": "no epoch: a run folder without logs: its metrics.jsonl holds no epoch yet",
-        "line": "metrics.jsonl: line 2: '{\"epoch\": ' is no JSON object with an epoch",
-        "list": "metrics.jsonl: line 2: '{\"val_top1\": 0.5}' is no JSON object with an epoch",
-        "result": "result.json: no JSON object",
+        "line": "metrics.jsonl: line 2: '{\"epoch\": ' is not a JSON object with an epoch",
+        "list": "metrics.jsonl: line 2: '{\"val_top1\": 0.5}' is not a JSON object with an epoch",
+        "result": "result.json: is not a JSON object",
         "config": "config.json: data_loader: required, but not given",
     }
 
 
-def test_every_broken_folder_is_one_line(make_run, tmp_path):
+def test_every_broken_folder_is_an_error_of_one_line(make_run, tmp_path):
     for name, message in broken(make_run, tmp_path).items():
         with pytest.raises(ConfigError) as caught:
             find_runs([tmp_path / name])
@@ -100,9 +101,9 @@ def test_every_broken_folder_is_one_line(make_run, tmp_path):
         read_run(tmp_path / "number")
 
 
-def test_results_of_no_finished_run_are_refused(make_run):
+def test_results_without_a_finished_run_are_an_error(make_run):
     with pytest.raises(
-        ConfigError, match=r"a: not finished: no result.json, nor in any other of the 1 runs"
+        ConfigError, match=r"a: not finished: it has no result.json, and none of the 1 runs has one"
     ):
         only_finished([read_run(make_run("a", VALUES))])
 
@@ -110,11 +111,10 @@ def test_results_of_no_finished_run_are_refused(make_run):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
         ConfigError,
-        match=r"^--metric val_top: no run logs it; there are: loss, val_top1; did you mean 'val_top1'\?",
+        match=r"^--metric val_top: no run logs it; there are: loss, val_top1;"
+        r" did you mean 'val_top1'\?",
     ):
-        refuse_unknown(
-            "--metric", ["loss", "val_top"], ["loss", "val_top1", "loss"], "no run logs it"
-        )
+        check_known("--metric", ["loss", "val_top"], ["loss", "val_top1", "loss"], "no run logs it")
 
 
 def test_a_real_run_is_read(tmp_path):

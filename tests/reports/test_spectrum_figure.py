@@ -54,7 +54,7 @@ def test_the_picture_shows_norms_with_and_without_batch_norm_in_depth_order():
     assert [label.get_text() for label in lower.get_xticklabels()] == ["conv1", "bpconv", "$fc$"]
 
 
-def test_more_layers_than_names_fit():
+def test_more_layers_than_names_that_fit():
     lower = spectrum_figure([layer(f"conv{number}", 1.0) for number in range(400)], "a model").axes[
         1
     ]
@@ -103,6 +103,7 @@ def test_the_table_and_its_last_line():
         "log10_product_with_batch_norms": None,
     }
     assert spectrum_summary(values) == (
-        "3 layers: spectral norm 0.5 to 4, median 2; orthogonality error, median 0.25, up to a scale 0;"
+        "3 layers: spectral norm 0.5 to 4, median 2;"
+        " orthogonality error, median 0.25, up to a scale 0;"
         " product of spectral norms 10^0.60, with batch norms 0; 1 norms not to the tolerance"
     )

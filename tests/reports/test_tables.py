@@ -61,7 +61,7 @@ def student_1(t):
 
 
 def student_2(t):
-    """The same with two degrees of freedom."""
+    """The p value of Student's t with two degrees of freedom, in closed form."""
     return 1 - abs(t) / sqrt(2 + t**2)
 
 
@@ -110,7 +110,7 @@ def test_holm_by_hand():
     assert holm({}) == {}
 
 
-def test_a_row_that_stands_twice_is_counted_once(make_run, tmp_path):
+def test_a_repeated_row_is_counted_once(make_run, tmp_path):
     for folder, names in {"once": ("gn", "in"), "twice": ("gn", "in", "no")}.items():
         for norm, shift in {"bn": 0.0, "gn": 0.1, "in": 0.03, "no": 0.1}.items():
             if norm == "bn" or norm in names:
@@ -166,7 +166,7 @@ def test_numbers_that_are_not_finite_are_not_tested(make_run, tmp_path):
     assert best_rows(table, 0) == set()
 
 
-def test_equal_differences_say_nothing_of_their_spread(make_run, tmp_path):
+def test_equal_differences_have_no_p_value(make_run, tmp_path):
     cells = of_norms(make_run, tmp_path, paired=True, bn=(0.5, 0.6, 0.7), gn=(0.6, 0.7, 0.8))
     assert (cells["gn"].p, cells["gn"].compared) == (None, 3)
 
@@ -188,7 +188,7 @@ def test_the_best_is_the_highest_accuracy_and_the_lowest_loss(norms, make_run, t
     )
 
 
-def test_last_stands_beside_best():
+def test_the_last_model_stands_beside_the_best():
     names = [
         "last_test_robust_top1",
         "test_top1",
@@ -251,7 +251,8 @@ def test_latex_escapes_what_latex_would_not_print(make_run, tmp_path):
         r"\toprule",
         r"runs & n & test\_top1 (\%) \\",
         r"\midrule",
-        r"50\%\_of \$x\textasciicircum{}2\$ \#1 \& \{b\} \textasciitilde{} \textbackslash{} & 1 & 50.00 \\",
+        r"50\%\_of \$x\textasciicircum{}2\$ \#1 \& \{b\} \textasciitilde{} \textbackslash{}"
+        r" & 1 & 50.00 \\",
         r"{[}c] & 1 & 25.00 \\",
         r"\bottomrule",
         r"\end{tabular}",
@@ -259,7 +260,7 @@ def test_latex_escapes_what_latex_would_not_print(make_run, tmp_path):
     assert any("booktabs" in line for line in lines)
 
 
-def test_latex_writes_signs_as_formulas(norms, tmp_path):
+def test_latex_writes_plus_minus_as_a_formula(norms, tmp_path):
     write_table(tmp_path / "table.tex", compare(norms, ["test_top1"], baseline="no"))
     assert r"bn & 3 & 52.00 $\pm$ 2.00 &  \\" in (tmp_path / "table.tex").read_text()
 
@@ -277,7 +278,7 @@ def test_csv_has_a_column_for_every_number(norms, tmp_path):
     assert (no["test_top1_mean"], no["test_top1_std"]) == ("0.1", "")
 
 
-def test_rows_of_other_rates_are_neither_tested_nor_beaten(make_run, tmp_path):
+def test_rows_of_different_rates_are_neither_tested_nor_compared(make_run, tmp_path):
     accuracies = {
         ("bn", 0.2): (0.7, 0.8),
         ("gn", 0.2): (0.75, 0.9),
@@ -297,8 +298,11 @@ def test_rows_of_other_rates_are_neither_tested_nor_beaten(make_run, tmp_path):
         group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]), baseline="bn", by_last_key=True
     )
     assert [(row.name.partition("=")[2], row.cells[0].p is None) for row in table.rows] == [
-        ("bn, percent=0.2", True), ("bn, percent=0.4", True), ("gn, percent=0.2", False), ("gn, percent=0.4", False),
-    ]  # fmt: skip
+        ("bn, percent=0.2", True),
+        ("bn, percent=0.4", True),
+        ("gn, percent=0.2", False),
+        ("gn, percent=0.4", False),
+    ]
     paired = compare(
         group_runs(find_runs([tmp_path]), [KEY, "trainer.percent"]),
         baseline="bn",
@@ -313,7 +317,7 @@ def test_rows_of_other_rates_are_neither_tested_nor_beaten(make_run, tmp_path):
     assert best_rows(table, 0) == {1}, "0.825 does not lead 0.75 by more than a standard error"
 
 
-def test_markdown_keeps_names_and_says_where_seeds_are_missing(make_run, tmp_path):
+def test_markdown_keeps_names_and_counts_missing_seeds(make_run, tmp_path):
     make(
         make_run,
         "a",
@@ -332,7 +336,8 @@ def test_markdown_keeps_names_and_says_where_seeds_are_missing(make_run, tmp_pat
 def test_errors(norms, tmp_path):
     with pytest.raises(
         ConfigError,
-        match=r"^--result test_top5: no result.json has it; there are: test_top1, last_test_top1, test_loss",
+        match=r"^--result test_top5: no result.json has it;"
+        r" there are: test_top1, last_test_top1, test_loss",
     ):
         compare(norms, ["test_top5"])
     with pytest.raises(
@@ -357,7 +362,7 @@ def test_results_without_accuracies_are_named(make_run, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["md", "tex", "csv"])
-def test_foreign_text_breaks_no_table(make_run, tmp_path, suffix):
+def test_hostile_names_do_not_break_tables(make_run, tmp_path, suffix):
     names = {"a": "=1+1\n\x1b[2J", "b": "@x\u202e|y\r\n% z", "c": "-[link](to)"}
     for folder, name in names.items():
         results = {seed: {"test_top1": 0.1 * seed + 0.5, "+top1": 0.5} for seed in range(2)}

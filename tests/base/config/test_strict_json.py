@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from base.config.strict_json import json_text, parse_json
-from base.run_folder.folder import write_json
-from base.run_folder.study_index import Place, write_places
+from base.run_folder.files import write_json
+from base.run_folder.study_index import StudyEntry, write_study_index
 from base.tracking.tracker import RunLog
 
 VALUES = {
@@ -35,7 +35,7 @@ def test_every_file_that_a_run_writes_holds_null(tmp_path):
     write_json(tmp_path / "result.json", VALUES)
     log = RunLog(tmp_path / "metrics.jsonl", [{"epoch": 1, "loss": float("nan")}])
     log.log_epoch({"epoch": 2, "loss": float("-inf"), "top1": 0.25})
-    write_places(tmp_path, {"run": Place("a", 0, {"seed": "1"})})
+    write_study_index(tmp_path, {"run": StudyEntry("a", 0, {"seed": "1"})})
     assert parse_json((tmp_path / "result.json").read_text()) == WRITTEN
     lines = [parse_json(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"epoch": 1, "loss": None}, {"epoch": 2, "loss": None, "top1": 0.25}]
