@@ -41,7 +41,7 @@ from base.config.origins import (
     record,
 )
 from base.config.section import Section, section_in
-from base.config.strict_json import HALF_A_PAIR, KINDS, JSONError, parse_json, read_json_object
+from base.config.strict_json import LONE_SURROGATE, TYPE_NAMES, JSONError, parse_json, read_json_object
 from base.config.training import OptimizerConfig, SchedulerConfig
 from base.config.warnings import UNUSED_OK, warnings_of
 from base.errors import ConfigError, all_of
@@ -526,7 +526,7 @@ def _refuse_broken_text(
 ) -> None:
     """Refuse zero bytes, which neither paths nor command lines can hold, and half surrogate pairs,
     which is how Python hands over bytes of a command line that are no UTF-8."""
-    if isinstance(value, str) and ("\0" in value or HALF_A_PAIR.search(value)):
+    if isinstance(value, str) and ("\0" in value or LONE_SURROGATE.search(value)):
         reason = "holds a zero byte" if "\0" in value else "not UTF-8 text"
         content = "" if _is_secret(path) else f": {_shown(value)}"
         blamed = origin_of(origins, path) or source
@@ -550,9 +550,9 @@ def _parse(text: str, path: list[str]) -> Any:
     try:
         value = parse_json(text)
     except JSONError as error:
-        if error.syntax or str in types:
+        if error.is_syntax_error or str in types:
             return text
-        raise ConfigError(f"{one_line('.'.join(path))}: {error.reason}") from None
+        raise ConfigError(f"{one_line('.'.join(path))}: {error}") from None
     if str in types and value is not None and not isinstance(value, str):
         return text
     return value
@@ -640,7 +640,7 @@ def _shown(value: Any, text: Callable[[Any], str] = json.dumps) -> str:
     whole section that is in the wrong place may be the one that holds the Comet key."""
     content = text(value)
     return (
-        KINDS[type(value)]
+        TYPE_NAMES[type(value)]
         if isinstance(value, dict | list) and "{" in content
         else one_line(content, 80)
     )

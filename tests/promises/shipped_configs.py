@@ -257,9 +257,9 @@ class Loading:
         message = self.message(lambda: grid.plan(self.file, seeds=[0]), texts[0])
         assert all(text in message for text in texts), message
 
-    def refuses_text(self, data, line, column, reason):
-        message = self.message(lambda: self.text(data), reason)
-        assert message.startswith(f"{self.file}: line {line}, column {column}: {reason}"), message
+    def refuses_text(self, data, expected):
+        message = self.message(lambda: self.text(data), expected)
+        assert message.startswith(f"{self.file}: {expected}"), message
 
     def message(self, load, what):
         try:

@@ -27,10 +27,9 @@ from shipped_configs import (
 )
 from torch import nn, optim
 
-from base import optimization
 from base.config import Config, files
 from base.errors import ConfigError
-from base.optim import signatures as config_arguments
+from base.optim import arguments, build_optimizer, optimizers
 
 NAMED_INSTEAD = {
     "arch.type": ("arch.args.depth", "only wide_resnet takes it"),
@@ -89,7 +88,7 @@ def check_default(row, value):
 def check_default_of_torch(config, section, name):
     assert name not in value_at(config.model_dump(), section)
     if section == "optimizer.args":
-        built = optimization.build_optimizer(config.optimizer, nn.Linear(1, 1))
+        built = build_optimizer(config.optimizer, nn.Linear(1, 1))
         assert built.param_groups[0][name] == signature(optim.SGD).parameters[name].default
 
 
@@ -230,11 +229,11 @@ def hints_at_nothing(monkeypatch):
 
 
 def leaves_arguments_to_torch(monkeypatch):
-    monkeypatch.setattr(optimization, "check_arguments", lambda *args, **kwargs: None)
+    monkeypatch.setattr(optimizers, "check_arguments", lambda *args, **kwargs: None)
 
 
 def knows_no_ranges(monkeypatch):
-    monkeypatch.setattr(config_arguments, "RANGES", {})
+    monkeypatch.setattr(arguments, "RANGES", {})
 
 
 def has_no_bound(monkeypatch):

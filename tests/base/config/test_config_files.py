@@ -13,7 +13,7 @@ from base import registry
 from base.config import Config, load_config, validate
 from base.config.files import merge, override
 from base.config.json_schema import choices, readme_with_choices, reference, schema
-from base.config.strict_json import DEEPEST, parse_json, read_json_object
+from base.config.strict_json import MAX_DEPTH, parse_json, read_json_object
 from base.errors import ConfigError
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
@@ -287,7 +287,7 @@ def test_later_override_wins_and_null_restores_the_default():
     ("key", "value", "message"),
     [
         ("trainer.epoch", 3, r"trainer.epoch: unknown key; did you mean 'epochs'\?"),
-        ("optimizer", {}, r"optimizer: unknown key; did you mean 'optimizer'\?"),
+        ("optimiser", {}, r"optimiser: unknown key; did you mean 'optimizer'\?"),
         ("trainer.epochs", "ten", 'trainer.epochs: .*integer, not "ten"'),
         ("trainer.epochs", 1.5, "trainer.epochs: .*integer, not 1.5"),
         ("trainer.epochs", True, "trainer.epochs: .*integer, not true"),
@@ -546,41 +546,17 @@ DEEP = '{"a":' * 10_000
     ("text", "place", "message"),
     [
         ('{"seed": 1,\n "name" 2}', (2, 9), "not valid JSON: Expecting ':' delimiter"),
-        ('{"seed": 1, "seed": 2}', (1, 13), "key 'seed' is given twice in one object"),
-        ('{"seed": 1,\r\n\r\n "s\\u0065ed": 2}', (3, 2), "key 'seed' is given twice in one object"),
-        (
-            '{"a": "\\" {[\\\\", "b": "\\n",\n "c": [{"a": 1}, {"a": 2, "é\U0001f600": 1, "a": 3}]}',
-            (2, 36),
-            "key 'a' is given twice",
-        ),
-        ('{"k": {"a\\nb": 1,\n"a\\nb": 2}}', (2, 1), r"key 'a\nb' is given twice"),
-        ('{"seed": NaN}', (1, 10), "NaN is not a finite number"),
-        ('{"seed":\n -Infinity}', (2, 2), "-Infinity is not a finite number"),
-        ('{"seed": [0, 1e999]}', (1, 14), "1e999 is too large a number: expected at most 1.8e308"),
-        ('{"seed": -' + "9" * 400 + "}", (1, 10), "-9999999999999999999... is too large a number"),
-        ('{"seed": ' + "9" * 5000 + "}", (1, 10), "99999999999999999999... is too large a number"),
-        ('{"name": "\\ud83d\\ude00 \\ud83d"}', (1, 10), "half a surrogate pair is no text"),
-        ("\n [1]", (2, 2), "expected a JSON object, not a list"),
-        ('"text"', (1, 1), "expected a JSON object, not a string"),
-        ("null", (1, 1), "expected a JSON object, not null"),
-        ("1.5", (1, 1), "expected a JSON object, not a number"),
-        ("true", (1, 1), "expected a JSON object, not true or false"),
-        ("", (1, 1), "nothing here: expected a JSON object"),
-        (" \n\n", (3, 1), "nothing here: expected a JSON object"),
+        ("", (1, 1), "empty: expected a JSON object"),
+        (" \n\n", (3, 1), "empty: expected a JSON object"),
         ("\f{}", (1, 1), "not valid JSON: Expecting value"),
         ("{}\n}", (2, 1), "not valid JSON: Extra data"),
         ("}", (1, 1), "not valid JSON: Expecting value"),
         ('{"name": "a\nb"}', (1, 12), "not valid JSON: Invalid control character at"),
-        (DEEP, (1, 501), "nested deeper than 100 levels"),
-        (DEEP + "1" + "}" * 10_000, (1, 501), "nested deeper than 100 levels"),
-        ('{"a":\n' * 10_000, (101, 1), "nested deeper than 100 levels"),
         ('{"a": "' + "[" * 200, (1, 7), "not valid JSON: Unterminated string starting at"),
         ('{"a": "' + "[" * 200 + "\\", (1, 7), "not valid JSON: Unterminated string starting at"),
         ('{"é": "'.encode() + b"\xff", (1, 8), "byte 0xff is not UTF-8 text"),
         (b'\xef\xbb\xbf{"a":\r\n\t\xc3', (2, 2), "byte 0xc3 is not UTF-8 text"),
-        (b"\xef\xbb\xbf[]", (1, 1), "expected a JSON object, not a list"),
-        ("{}".encode("utf-16"), (1, 1), "UTF-16 or UTF-32 text: expected UTF-8"),
-        ("{}".encode("utf-32"), (1, 1), "UTF-16 or UTF-32 text: expected UTF-8"),
+        ("{}".encode("utf-16"), (1, 1), "byte 0xff is not UTF-8 text"),
     ],
 )
 def test_broken_json_is_one_line_with_line_and_column(tmp_path, text, place, message):
@@ -589,6 +565,42 @@ def test_broken_json_is_one_line_with_line_and_column(tmp_path, text, place, mes
     with pytest.raises(ConfigError) as caught:
         load_config(file)
     assert str(caught.value).startswith(f"{file}: line {place[0]}, column {place[1]}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"seed": 1, "seed": 2}', "key 'seed' is given twice in one object"),
+        ('{"seed": 1,\r\n\r\n "s\\u0065ed": 2}', "key 'seed' is given twice in one object"),
+        (
+            '{"a": "\\" {[\\\\", "b": "\\n",\n "c": [{"a": 1}, {"a": 2, "é\U0001f600": 1, "a": 3}]}',
+            "key 'a' is given twice",
+        ),
+        ('{"k": {"a\\nb": 1,\n"a\\nb": 2}}', r"key 'a\nb' is given twice"),
+        ('{"seed": NaN}', "NaN is not a finite number"),
+        ('{"seed":\n -Infinity}', "-Infinity is not a finite number"),
+        ('{"seed": [0, 1e999]}', "1e999 is too large a number: expected at most 1.8e308"),
+        ('{"seed": -' + "9" * 400 + "}", "-9999999999999999999... is too large a number"),
+        ('{"seed": ' + "9" * 5000 + "}", "99999999999999999999... is too large a number"),
+        ('{"name": "\\ud83d\\ude00 \\ud83d"}', "half a surrogate pair is not text"),
+        ("\n [1]", "expected a JSON object, not a list"),
+        (b"\xef\xbb\xbf[]", "expected a JSON object, not a list"),
+        ('"text"', "expected a JSON object, not a string"),
+        ("null", "expected a JSON object, not null"),
+        ("1.5", "expected a JSON object, not a number"),
+        ("true", "expected a JSON object, not true or false"),
+        ('{"a":' * 101 + "1" + "}" * 101, "nested deeper than 100 levels"),
+        (DEEP, "nested deeper than 100 levels"),
+        (DEEP + "1" + "}" * 10_000, "nested deeper than 100 levels"),
+    ],
+)
+def test_what_only_strict_json_refuses_is_one_line_that_names_the_file(tmp_path, text, message):
+    file = tmp_path / "config.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value).startswith(f"{file}: {message}")
     assert "\n" not in str(caught.value)
 
 
@@ -682,7 +694,7 @@ def test_what_is_unusual_but_json_is_read(tmp_path):
     file = tmp_path / "config.json"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(value, indent=1).replace("\n", "\r\n").encode())
     assert read_json_object(file) == value
-    deepest = '{"a":' * DEEPEST + "1" + "}" * DEEPEST
+    deepest = '{"a":' * MAX_DEPTH + "1" + "}" * MAX_DEPTH
     assert parse_json(deepest) == json.loads(deepest)
 
 
@@ -778,27 +790,8 @@ def test_reader_gives_what_python_reads(value, indent, ascii_only):
 
 
 PIECES = [
-    "{",
-    "}",
-    "[",
-    "]",
-    ":",
-    ",",
-    '"a"',
-    '"b"',
-    "1",
-    "-",
-    "1e999",
-    "NaN",
-    "Infinity",
-    "null",
-    "\\",
-    '"',
-    "\n",
-    " ",
-    "\\u",
-    "d83d",
-]
+    *'{}[]:,1- "\\\n', '"a"', '"b"', "1e999", "NaN", "Infinity", "null", "\\u", "d83d"
+]  # fmt: skip
 
 
 @given(
@@ -807,26 +800,19 @@ PIECES = [
     | st.binary(),
     st.booleans(),
 )
-def test_any_bytes_are_an_object_or_one_line_that_names_a_place_in_them(
-    tmp_path_factory, content, in_object
-):
+def test_any_bytes_are_an_object_or_one_line(tmp_path_factory, content, in_object):
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     file = tmp_path_factory.getbasetemp() / "any.json"
     file.write_bytes(b'{"a":' + data + b"}" if in_object else data)
     try:
         value = read_json_object(file)
     except ConfigError as error:
-        line, column = map(
-            int, re.fullmatch(r".*any\.json: line (\d+), column (\d+): .+", str(error)).groups()
-        )
-        lines = (
-            file.read_bytes()
-            .decode("utf-8", "replace")
-            .replace("\r\n", "\n")
-            .replace("\r", "\n")
-            .split("\n")
-        )
-        assert 1 <= column <= len(lines[line - 1]) + 1
+        match = re.fullmatch(r".*any\.json: (?:line (\d+), column (\d+): )?.+", str(error))
+        assert match is not None
+        assert match[1] is not None or "not valid JSON" not in str(error)
+        if match[1] is not None:
+            lines = file.read_bytes().decode("utf-8", "replace").split("\n")
+            assert 1 <= int(match[2]) <= len(lines[int(match[1]) - 1]) + 1
     else:
         assert isinstance(value, dict)
         assert value == json.loads(file.read_bytes().decode("utf-8-sig"))
