@@ -151,7 +151,7 @@ CASES = {
     "out of range": (
         '{"extends": "DIGITS"}',
         ["--set", "optimizer.args.lr=-1"],
-        "optimizer.args.lr: expected at least 0, not -1",
+        "optimizer.args.lr: SGD does not accept -1: Invalid learning rate: -1",
     ),
     "no JSON": (
         '{"seed": 1,\n "seed" 2}',

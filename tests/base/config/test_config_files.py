@@ -633,7 +633,7 @@ PORTED = {
         "type": "DigitsDataLoader",
         "args": {"batch_size": 0, "collate": 1, "sampler": None},
     },
-    "optimizer": {"type": "Adam", "args": {"lr": -1, "momentum": 0.9, "nesterov": True}},
+    "optimizer": {"type": "Adam", "args": {"lr": "0.1", "momentum": 0.9, "nesterov": True}},
     "lr_scheduler": {"type": "StepLR", "args": {"gamma": "0.1"}},
     "trainer": {"epochs": 3, "len_epoch": 5, "monitor": "min val_nll", "grad_clip": 1.0},
 }
@@ -685,7 +685,7 @@ def test_one_problem_is_told_as_it_is():
             }
         )
     assert str(caught.value) == (
-        "config: num_classes: 3 contradicts arch.args.num_classes: 4; also: optimizer.args.lr: expected at least 0, not -1"
+        "config: num_classes: 3 contradicts arch.args.num_classes: 4; also: optimizer.args.lr: SGD does not accept -1: Invalid learning rate: -1"
     )
 
 
