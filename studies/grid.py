@@ -29,11 +29,12 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError
 
 from base.config import Config, Override, load_config
-from base.config.files import check_optimization_of, is_comment, override, read_tree
+from base.config.files import check_optimization_of, override, read_tree
 from base.config.imports import FLAG
 from base.config.origins import Flag
 from base.config.section import Count, Section, lies_in
 from base.config.strict_json import read_json_object
+from base.config.tree import is_comment
 from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
 from base.registry import did_you_mean

@@ -41,7 +41,7 @@ from base.registry import Constructor, not_one_of, property_of
 
 STRICT = ConfigDict(strict=True)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-OTHERS_ARGUMENT = "argument_of_others"
+ARGUMENT_OF_OTHERS = "argument_of_others"
 """The type of the error for an argument that only other entries of a table take."""
 ARGUMENT_LINE = re.compile(r"(\*{0,2}\w+(?:, *\*{0,2}\w+)*)(?: *\(.*?\))?: *(.*)")
 """A line of `Args:` that begins the description of one or several arguments."""
@@ -411,7 +411,7 @@ class OpenSection(Section):
             others = " and ".join(owners[choice])
             verb = "take" if len(owners[choice]) > 1 else "takes"
             text = f"only {others} {verb} it, not {chosen[choice.key]}"
-            raise PydanticCustomError(OTHERS_ARGUMENT, "{text}", {"text": text})
+            raise PydanticCustomError(ARGUMENT_OF_OTHERS, "{text}", {"text": text})
         return _first_fit([argument.adapter for argument in owners[choice].values()], value)
 
     def _missing(self, chosen: Mapping[str, str]) -> Iterator[str]:

@@ -18,9 +18,9 @@ from pydantic.fields import FieldInfo
 
 from base.config.arguments import NameIn, OpenSection, describe
 from base.config.config import Config
-from base.config.files import section_at
 from base.config.imports import OwnCode
 from base.config.section import LARGEST, Section
+from base.config.tree import section_at
 
 FOLDER, README = Path("configs"), Path("README.md")
 CHOICES_BEGIN = "<!-- choices, written by python -m base.config.json_schema -->"

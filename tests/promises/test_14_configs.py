@@ -2,8 +2,9 @@
 range, is a documented default or one line that names its dotted path.
 
 What is expected comes from `configs/README.md`, the table that users read, not from the code.
-"Loading" is all that happens before data is read: file, types, ranges, and a few steps of optimizer
-and schedule."""
+"Loading" is everything that happens before data is read: file, types, ranges, and a step of
+optimizer and schedule.
+"""
 
 import json
 from inspect import signature
@@ -27,7 +28,8 @@ from shipped_configs import (
 )
 from torch import nn, optim
 
-from base.config import Config, files
+from base.config import Config, files, problems
+from base.config import tree as config_tree
 from base.errors import ConfigError
 from base.optim import arguments, build_optimizer, optimizers
 
@@ -220,12 +222,12 @@ def takes_values_of_other_types(monkeypatch):
 
 
 def names_no_key(monkeypatch):
-    told = files._told
-    monkeypatch.setattr(files, "_told", lambda problem: told(problem).partition(": ")[2])
+    message = problems._message
+    monkeypatch.setattr(problems, "_message", lambda problem: message(problem).partition(": ")[2])
 
 
 def hints_at_nothing(monkeypatch):
-    monkeypatch.setattr(files, "did_you_mean", lambda name, known: "")
+    monkeypatch.setattr(config_tree, "format_hint", lambda nearest: "")
 
 
 def leaves_arguments_to_torch(monkeypatch):

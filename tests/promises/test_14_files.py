@@ -10,7 +10,7 @@ import sys
 import pytest
 from shipped_configs import CONFIGS, FILES, GRIDS, ROOT, Loading
 
-from base.config import files, strict_json
+from base.config import problems, strict_json
 from studies import grid
 
 
@@ -100,8 +100,8 @@ def test_every_mistake_in_every_file_is_named(check, tmp_path):
 
 
 def names_no_key(monkeypatch):
-    told = files._told
-    monkeypatch.setattr(files, "_told", lambda problem: told(problem).partition(": ")[2])
+    message = problems._message
+    monkeypatch.setattr(problems, "_message", lambda problem: message(problem).partition(": ")[2])
 
 
 def shows_keys_in_grids(monkeypatch):

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from base import registry
 from base.config import Config, load_config, validate
-from base.config.files import merge, override
+from base.config.files import override
 from base.config.json_schema import choices, readme_with_choices, reference, schema
 from base.config.strict_json import MAX_DEPTH, parse_json, read_json_object
+from base.config.tree import merge
 from base.errors import ConfigError
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
@@ -208,14 +209,12 @@ def test_no_message_prints_the_comet_key(tmp_path):
         refused.append(str(caught.value))
     assert [message for message in refused if KEY in message or "\n" in message] == []
     assert len(refused) == 40
-    assert "comet.api: Input should be a valid string (what was given is not shown)" in refused[2]
+    assert "comet.api: Input should be a valid string (the value is not shown)" in refused[2]
     assert "comet.apii: unknown key; did you mean 'api'?" in refused[4]
 
 
 def test_key_of_another_type_stays_unseen_and_numbers_are_text_on_the_command_line(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"comet.api: .* \(what was given is not shown\)$"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"comet.api: .* \(the value is not shown\)$") as caught:
         validate({**DIGITS, "comet": {"api": 123454321}})
     assert "123454321" not in str(caught.value)
     assert validate(override(DIGITS, [("comet.api", "123454321")])).comet.api == "123454321"
@@ -396,13 +395,13 @@ def test_later_override_wins_and_null_restores_the_default():
         ("name", "a\\b", "name: .* is not the name of a folder"),
         ("name", "a\nb", r"name: 'a\\nb' is not the name of a folder"),
         ("name", "a\u2028b", r"name: 'a\\u2028b' is not the name of a folder"),
-        ("name", "a\0b", "name: holds a zero byte: .a.*b"),
+        ("name", "a\0b", "name: contains a null byte: .a.*b"),
         ("name", "é" * 128, "name: 'é{80}' is not the name of a folder"),
         ("name", "a" * 300, "name: 'a{80}' is not the name of a folder"),
         ("name", "it's/", "name: .it's/. is not the name of a folder"),
         ("trainer.save_dir", "", "trainer.save_dir: String should have at least 1 character"),
-        ("trainer.save_dir", "a\0b", "trainer.save_dir: holds a zero byte"),
-        ("data_loader.args.data_dir", "a\0b", "data_loader.args.data_dir: holds a zero byte"),
+        ("trainer.save_dir", "a\0b", "trainer.save_dir: contains a null byte"),
+        ("data_loader.args.data_dir", "a\0b", "data_loader.args.data_dir: contains a null byte"),
         (
             "data_loader.args.data_dir",
             "",
@@ -418,7 +417,7 @@ def test_later_override_wins_and_null_restores_the_default():
             "~nobody-here",
             "data_loader.args.data_dir: '~nobody-here': there is no such user here",
         ),
-        ("trainer.noise_file", "a\0b", "trainer.noise_file: holds a zero byte"),
+        ("trainer.noise_file", "a\0b", "trainer.noise_file: contains a null byte"),
         (
             "system.device",
             "gpu",

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from base.config import Config, load_config, validate
 from base.config.adversarial import AdversarialConfig
 from base.config.config import LAYER_CHOICES
-from base.config.files import section_at
 from base.config.hints import _keys
 from base.config.section import Needs
+from base.config.tree import section_at
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}

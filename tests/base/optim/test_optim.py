@@ -19,9 +19,9 @@ from base.optim import (
     check_optimization,
     load_optimizer,
 )
+from base.optim.arguments import NOT_FROM_CONFIG, check_arguments
 from base.optim.optimizers import UNUSABLE
 from base.optim.schedules import spans_whole_run
-from base.optim.arguments import NOT_FROM_CONFIG, check_arguments
 from base.registry import ACTIVATION_LAYERS
 
 SGD = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9})
@@ -301,7 +301,11 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
             None,
             r"optimizer.args.momentun: SGD takes no such argument; did you mean 'momentum'\?",
         ),
-        (("SGD", {"lr": -1}), None, "optimizer.args.lr: SGD does not accept -1: Invalid learning rate: -1"),
+        (
+            ("SGD", {"lr": -1}),
+            None,
+            "optimizer.args.lr: SGD does not accept -1: Invalid learning rate: -1",
+        ),
         (("SGD", {"lr": "fast"}), None, 'optimizer.args.lr: expected a number, not "fast"'),
         (("SGD", {"lr": True}), None, "optimizer.args.lr: expected a number, not true"),
         (("SGD", {"lr": {"a": 1}}), None, "optimizer.args.lr: expected a number, not"),

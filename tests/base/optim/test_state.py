@@ -172,7 +172,10 @@ def test_older_checkpoints_are_checked_by_shape(tmp_path, shape):
 
 
 GROUPS = {
-    "fewer groups": (lambda groups: groups.pop(), "param_groups: 1 groups there, 2 in this run"),
+    "fewer groups": (
+        lambda groups: groups.pop(),
+        "param_groups: 1 groups in the file, 2 in this run",
+    ),
     "other order": (
         lambda groups: groups[0]["params"].reverse(),
         "param_groups.0.params: is not the list",
@@ -181,7 +184,7 @@ GROUPS = {
     "no rate": (lambda groups: groups[0].pop("lr"), "param_groups.0: 'lr' is missing"),
     "rate": (
         lambda groups: groups[0].update(lr="fast"),
-        "param_groups.0.lr: is 'fast'; .* it begins as 0.1",
+        "param_groups.0.lr: is 'fast'; .* it starts as 0.1",
     ),
     "rate below 0": (lambda groups: groups[1].update(lr=-0.1), "param_groups.1.lr: is -0.1"),
     "momentum": (lambda groups: groups[0].update(momentum=1.0), "param_groups.0.momentum: is 1.0"),

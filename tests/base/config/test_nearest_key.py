@@ -4,19 +4,18 @@ the wrong section."""
 import pytest
 
 from base.config import Config, validate
-from base.config.files import section_at
-from base.config.hints import OTHER_PROJECTS, _keys, hint
+from base.config.nearest_key import OTHER_PROJECTS, dotted_keys, nearest_key
+from base.config.tree import section_at
 from base.errors import ConfigError
-from base.registry import _edits, nearest_name
+from base.registry import _edit_distance, nearest_name
 
-KEYS = sorted(_keys(Config))
+KEYS = sorted(dotted_keys(Config))
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 
 
-def hint_at(key):
+def key_for(key):
     *section, _ = path = key.split(".")
-    found = hint(path, list(section_at(section).known_fields()))
-    return found.removeprefix("; did you mean '").removesuffix("'?") if found else None
+    return nearest_key(path, list(section_at(section).known_fields()))
 
 
 def slips(name):
@@ -41,8 +40,10 @@ def test_every_slip_at_every_key_finds_it():
             # that has its own meaning
             if len(name) > 2 and wrong not in OTHER_PROJECTS:
                 # ipn_memory is one letter from in_memory and from pin_memory
-                right = {other for other in known if _edits(wrong.casefold(), other) <= 1} | {name}
-                assert hint_at(f"{section}.{wrong}" if section else wrong) in right, (
+                right = {
+                    other for other in known if _edit_distance(wrong.casefold(), other) <= 1
+                } | {name}
+                assert key_for(f"{section}.{wrong}" if section else wrong) in right, (
                     f"{section}: {wrong}"
                 )
                 count += 1
@@ -69,7 +70,7 @@ def test_every_slip_at_every_key_finds_it():
     ],
 )  # fmt: skip
 def test_names_of_other_projects_and_places(wrong, meant):
-    assert hint_at(wrong) == meant
+    assert key_for(wrong) == meant
 
 
 def test_every_name_of_another_project_leads_to_a_key_that_is_there():
