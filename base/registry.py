@@ -66,10 +66,10 @@ ACTIVATION_LAYERS: dict[str, Constructor] = {}
 keywords from `arch.args`."""
 
 DATA_LOADERS: dict[str, Constructor] = {}
-"""`data_loader.type`: called with keyword arguments: those of `data_loader.args` and those from other
-sections of the config (`seed`, `noise`, `crop_padding`, `device` ...), as far as it takes them.
-Returns the training set, a `base.base_data_loader.BaseDataLoader`. An entry whose `data_dir` has no
-default needs that key."""
+"""`data_loader.type`: called with keyword arguments: those of `data_loader.args` and those from
+other sections of the config (`seed`, `noise`, `crop_padding`, `device` ...), as far as it takes
+them. Returns the training set, a `base.base_data_loader.BaseDataLoader`. An entry whose `data_dir`
+has no default needs that key."""
 
 LOSSES: dict[str, "Callable[[Tensor, Tensor], Tensor]"] = {}
 """`train_loss`, `val_loss`: `(logits (B, C), labels) -> losses (B,)`, one for each sample; `labels`

@@ -76,8 +76,8 @@ OTHER_PROJECTS: dict[str, str | None] = {
     "resume": None,
     "pretrained": None,
 }
-"""Names in other projects (pytorch-template, timm, Lightning, mmengine, code of papers) -> the dotted
-key of the same thing here, or None."""
+"""Names in other projects (pytorch-template, timm, Lightning, mmengine, code of papers) -> the
+dotted key of the same thing here, or None."""
 LOCAL_SECTIONS = ("adversarial", "pgd_attack", "comet", "optimizer", "lr_scheduler")
 """Sections whose keys mean something only there: `steps` elsewhere says nothing about attacks."""
 ATTACK_SECTIONS = ("adversarial", "pgd_attack")

@@ -1,4 +1,5 @@
-"""Trees of JSON values: where a dotted key lies in the typed tree, and one tree merged over another."""
+"""Trees of JSON values: where a dotted key lies in the typed tree, and one tree merged over
+another."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -410,12 +410,12 @@ def test_later_override_wins_and_null_restores_the_default():
         (
             "trainer.noise_file",
             "~nobody-here/x",
-            "trainer.noise_file: '~nobody-here/x': there is no such user here",
+            "trainer.noise_file: '~nobody-here/x': this machine has no such user",
         ),
         (
             "data_loader.args.data_dir",
             "~nobody-here",
-            "data_loader.args.data_dir: '~nobody-here': there is no such user here",
+            "data_loader.args.data_dir: '~nobody-here': this machine has no such user",
         ),
         ("trainer.noise_file", "a\0b", "trainer.noise_file: contains a null byte"),
         (
@@ -806,9 +806,10 @@ def test_any_bytes_are_an_object_or_one_line(tmp_path_factory, content, in_objec
     try:
         value = read_json_object(file)
     except ConfigError as error:
-        match = re.fullmatch(r".*any\.json: (?:line (\d+), column (\d+): )?.+", str(error))
+        message = str(error)
+        match = re.fullmatch(r".*any\.json: (?:line (\d+), column (\d+): )?.+", message)
         assert match is not None
-        assert match[1] is not None or "not valid JSON" not in str(error)
+        assert match[1] is not None or "not valid JSON" not in message
         if match[1] is not None:
             lines = file.read_bytes().decode("utf-8", "replace").split("\n")
             assert 1 <= int(match[2]) <= len(lines[int(match[1]) - 1]) + 1

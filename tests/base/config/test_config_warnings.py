@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from base.config import Config, load_config, validate
 from base.config.adversarial import AdversarialConfig
 from base.config.config import LAYER_CHOICES
-from base.config.hints import _keys
+from base.config.nearest_key import dotted_keys
 from base.config.section import Needs
 from base.config.tree import section_at
 
@@ -103,7 +103,7 @@ def test_the_cases_are_all_keys_that_need_another():
     arguments = {
         f"adversarial.{key}" for choice in AdversarialConfig.choices for key in choice.known_keys()
     }
-    assert {key for key in _keys(Config) if needs(key)} | arguments == IN_VAIN.keys()
+    assert {key for key in dotted_keys(Config) if needs(key)} | arguments == IN_VAIN.keys()
 
 
 @pytest.mark.parametrize("key", IN_VAIN)

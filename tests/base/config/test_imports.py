@@ -83,7 +83,7 @@ def test_a_resolved_config_whose_file_has_changed_warns(tmp_path):
     resolved["imports"][0]["sha256"] = "0" * 64
     (warning,) = load_config(config_file(tmp_path / "b.json", **resolved)).warnings
     assert (
-        warning == f"imports: {tmp_path / 'changing.py'}: has other content than when the run began"
+        warning == f"imports: {tmp_path / 'changing.py'}: has changed since the run started"
     )
 
 
@@ -113,7 +113,7 @@ BROKEN = {
     ),
     "builtin.py": (
         "from base.registry import NORM_LAYERS\nNORM_LAYERS['mine'] = dict\n",
-        r"NORM_LAYERS\['mine'\]: has no signature to read its arguments from; wrap it in a function",
+        r"NORM_LAYERS\['mine'\]: has no signature that tells its arguments; wrap it in a function",
     ),
     "models.py": ("", "would hide models of this project: rename the file"),
     "train.py": ("", "would hide train of this project: rename the file"),
@@ -164,7 +164,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         (tmp_path / folder / "same_name.py").write_text(OWN)
     own(tmp_path / "a" / "same_name.py")
     with pytest.raises(
-        ConfigError, match=r"b/same_name.py: .*a/same_name.py is the module same_name already"
+        ConfigError, match=r"b/same_name.py: .*a/same_name.py is already the module same_name"
     ):
         own(tmp_path / "b" / "same_name.py")
 
