@@ -112,7 +112,7 @@ class Run:
 
         It names all of the user's code, as a run folder by itself runs none.
         """
-        imports = [code.word for code in self.config.imports]
+        imports = [code.file_or_module for code in self.config.imports]
         return [self.script, "-r", str(self.folder), *_words(FLAG, imports), *set_words(changes)]
 
     def words_of_study(self) -> list[str]:

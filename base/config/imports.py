@@ -54,7 +54,7 @@ class OwnCode(Section):
         return self.module or Path(self.file or "").stem
 
     @property
-    def word(self) -> str:
+    def file_or_module(self) -> str:
         """The text by which `--imports` names it."""
         return self.module or self.file or ""
 
@@ -155,8 +155,10 @@ def imported_for(recorded: Iterable[OwnCode], source: str) -> list[OwnCode]:
     recorded = list(recorded)
     missing = [code for code in recorded if code.name not in sys.modules]
     if missing:
-        flags = " ".join(f"{FLAG} {shlex.quote(code.word)}" for code in missing)
-        gone = [code.word for code in missing if code.file and not Path(code.file).is_file()]
+        flags = " ".join(f"{FLAG} {shlex.quote(code.file_or_module)}" for code in missing)
+        gone = [
+            code.file_or_module for code in missing if code.file and not Path(code.file).is_file()
+        ]
         moved = ""
         if gone:
             moved = f" (no longer there: {', '.join(gone)}; give its new path)"
@@ -172,7 +174,7 @@ def changes(recorded: Iterable[OwnCode], now: Iterable[OwnCode]) -> list[str]:
     """Return a warning for each file that has changed since a run recorded it."""
     before = {code.name: code for code in recorded if code.sha256 is not None}
     return [
-        f"imports: {code.word}: has changed since the run started"
+        f"imports: {code.file_or_module}: has changed since the run started"
         for code in now
         if code.name in before and code.sha256 != before[code.name].sha256
     ]
@@ -223,7 +225,9 @@ def _import(request: Request) -> OwnCode:
     if known is not None:
         if known.file is not None and Path(known.file).resolve() == file.resolve():
             return known
-        raise _error(request, f"{known.word} is already the module {file.stem}: rename one of them")
+        raise _error(
+            request, f"{known.file_or_module} is already the module {file.stem}: rename one of them"
+        )
     return _import_file(request, file)
 
 
@@ -346,7 +350,7 @@ def _run(request: Request, code: OwnCode, file: Path | None, run: Callable[[], o
         raise _error(request, _reason(error, code, file)) from error
     for name, table in tables().items():
         for entry in table.keys() - before[name].keys():
-            _owners[name, entry] = code.word
+            _owners[name, entry] = code.file_or_module
 
 
 def tables() -> dict[str, dict[Any, Any]]:
@@ -395,7 +399,7 @@ def _source_file(entry: Any) -> str:
 
 def _error(request: Request, problem: str) -> ConfigError:
     return ConfigError(
-        f"{request.source}: {one_line(request.code.word, 200)}: {one_line(problem, 400)}"
+        f"{request.source}: {one_line(request.code.file_or_module, 200)}: {one_line(problem, 400)}"
     )
 
 

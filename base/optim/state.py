@@ -78,8 +78,8 @@ def checked_optimizer_state(
         source: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: the state of a parameter is missing, has another shape or belongs to another
-            parameter, or a setting differs.
+        CheckpointError: the state of a parameter is missing, has another shape or belongs to
+            another parameter, or a setting differs.
     """
     where = f"{source}: optimizer"
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -1,6 +1,9 @@
-"""Promise 14, the files: a mistake in any object of any shipped JSON file is one line, with line and
-column where `json` knows them; one in any setting of any grid names it; and `train.py` ends on mistakes with exit code 2
-and one line, before it has written anything."""
+"""Promise 14, the files.
+
+A mistake in any object of any shipped JSON file is one line, with line and column where `json`
+knows them. A mistake in any setting of any grid is one line that names the setting. `train.py` ends
+with exit code 2 and one line before it has written anything.
+"""
 
 import json
 import re
@@ -165,8 +168,11 @@ CASES = {
 def check_script(folder, text, words, message, before="pass"):
     """train.py ends with exit code 2 and one line on stderr, and writes nothing."""
     (folder / "config.json").write_text(text.replace("DIGITS", str(CONFIGS / "quickstart.json")))
-    code = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); {before}; runpy.run_path(sys.argv[0], run_name='__main__')"
-    code = code.replace("sys, runpy;", f"sys, runpy; sys.argv[0] = {str(ROOT / 'train.py')!r};")
+    code = (
+        f"import sys, runpy; sys.argv[0] = {str(ROOT / 'train.py')!r};"
+        f" sys.path.insert(0, {str(ROOT)!r}); {before};"
+        " runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "-c", "config.json", *words],
         cwd=folder,

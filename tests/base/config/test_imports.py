@@ -82,9 +82,7 @@ def test_a_resolved_config_whose_file_has_changed_warns(tmp_path):
     resolved = load_config(config_file(tmp_path / "a.json", imports=["changing.py"])).dump()
     resolved["imports"][0]["sha256"] = "0" * 64
     (warning,) = load_config(config_file(tmp_path / "b.json", **resolved)).warnings
-    assert (
-        warning == f"imports: {tmp_path / 'changing.py'}: has changed since the run started"
-    )
+    assert warning == f"imports: {tmp_path / 'changing.py'}: has changed since the run started"
 
 
 BROKEN = {
@@ -97,7 +95,8 @@ BROKEN = {
     ),
     "meets_a_room.py": (
         "import models.frn\n",
-        r"line 1: ModuleNotFoundError: No module named 'models.frn'; models is a room of this project, which comes first",
+        r"line 1: ModuleNotFoundError: No module named 'models.frn';"
+        " models is a room of this project, which comes first",
     ),
     "replaces.py": (
         "from base.registry import NORM_LAYERS\nNORM_LAYERS['bn'] = print\n",
@@ -213,8 +212,8 @@ def test_what_a_checkpoint_asks_for_is_not_run(tmp_path):
         imported_for([OwnCode(file=str(file)), OwnCode(file="/gone/away_now.py")], "run")
     assert "add --imports '/" in str(caught.value)
     assert (
-        "asked.py' --imports /gone/away_now.py (no longer there: /gone/away_now.py; give its new path)"
-        in str(caught.value)
+        "asked.py' --imports /gone/away_now.py"
+        " (no longer there: /gone/away_now.py; give its new path)" in str(caught.value)
     )
 
 
@@ -253,7 +252,10 @@ def test_a_run_is_what_its_code_is_and_not_where_it_lies(tmp_path, monkeypatch):
 
 
 def test_worker_processes_find_what_they_unpickle(tmp_path):
-    text = f"{OWN}from base.registry import METRICS\nimport os\ndef tell(queue): queue.put(os.getpid())\n"
+    text = (
+        f"{OWN}from base.registry import METRICS\nimport os\n"
+        "def tell(queue): queue.put(os.getpid())\n"
+    )
     (tmp_path / "own_worker.py").write_text(f"{text}METRICS['own_metric'] = tell\n")
     own(tmp_path / "own_worker.py")
     context = multiprocessing.get_context("spawn")

@@ -83,15 +83,16 @@ PARENT, CHILD = "{folder}/parent.json (extended by child.json)", "{folder}/child
             {},
             {"optimizer": {"type": "SGD", "args": {"lr": -1}}},
             [],
-            f"{CHILD}: optimizer.args.lr: expected at least 0",
+            f"{CHILD}: optimizer.args.lr: SGD does not accept -1: Invalid learning rate: -1",
         ),
-        ({}, {}, ["--lr", "-1"], "--lr -1: optimizer.args.lr: expected at least 0"),
+        ({}, {}, ["--lr", "-1"], "--lr -1: optimizer.args.lr: SGD does not accept -1: Invalid"),
     ],
 )
 def test_an_error_names_the_file_or_flag_that_the_value_came_from(
     tmp_path, parent, child, words, message
 ):
-    with pytest.raises(ConfigError) as caught:  # noqa: PT012 - some are found by loading, some behind it
+    # some errors are found in loading, others in the check after it
+    with pytest.raises(ConfigError) as caught:  # noqa: PT012
         config = load(tmp_path, *words, parent=parent, child=child)
         with origins_named(config):
             check_optimization(config.optimizer, config.lr_scheduler)
@@ -117,8 +118,8 @@ def test_several_errors_name_each_its_own(tmp_path):
 def test_a_warning_names_the_flag(tmp_path):
     (warning,) = load(tmp_path, "--sym").warnings
     assert (
-        warning
-        == "without effect in this run: trainer.sym true of --sym true (only with trainer.percent above 0)"
+        warning == "without effect in this run: trainer.sym true of --sym true"
+        " (only with trainer.percent above 0)"
     )
 
 
