@@ -35,7 +35,7 @@ MAX_NAME = 80
 
 MODELS: dict[str, Constructor] = {}
 """`arch.type`: called with keyword arguments: `num_classes`, `in_channels`, `mean`, `std` and the
-four names of layer types, as far as it takes them, and its own from `arch.args`. Returns a
+four names of layer types, those that it takes, and its own arguments from `arch.args`. Returns a
 `base.base_model.BaseModel`.
 
 `untold` (empty): arguments that change the network but leave no trace in the names or shapes of its
@@ -191,7 +191,7 @@ def _plain(name: str) -> str:
 def _edit_distance(first: str, second: str) -> int:
     """The optimal string alignment distance: the least number of letters to add, drop, replace or
     swap with their neighbor that turns one text into the other."""
-    # difflib's ratio alone ranks a swapped pair of letters behind unrelated names
+    # difflib has no edit distance, and its ratio ranks a swapped pair below unrelated names
     previous: list[int] = []
     above = list(range(len(second) + 1))
     for i, letter in enumerate(first, 1):

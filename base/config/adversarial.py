@@ -45,7 +45,7 @@ Size = Annotated[
 pixel range under l2, or as text (see `read_sizes`). Constructors always get it in units of the
 pixel range."""
 LINF_SIZES = (("trainer", "adv_clip_eps"), ("trainer", "fgsm_step"))
-"""Section and key of the sizes that belong to l-inf whatever the norm is."""
+"""Section and key of the sizes that are always in the units of l-inf."""
 DEFAULT_L2 = 0.5
 """The radius under l2 if the config gives none: about 128/255, the usual one on CIFAR."""
 
@@ -165,7 +165,7 @@ class PGDAttackConfig(OpenSection):
     @classmethod
     def _defaults_of_the_attack(cls, values: Any) -> Any:
         """Use the attack's own defaults in place of this section's."""
-        # the attack has no type yet where a config is not an object; pydantic reports it next
+        # this runs before pydantic has checked that the section is an object
         if not isinstance(values, Mapping):
             return values
         kind = ATTACKS.get(str(values.get("type")))
@@ -173,7 +173,7 @@ class PGDAttackConfig(OpenSection):
             return values
         own = {parameter.name: parameter.default for parameter in parameters_of(kind)}
         defaults = {key: own.get(name) for key, name in ATTACK_DEFAULTS.items()}
-        # others are not given, or the attack has no default for them
+        # None and functions are defaults that a config cannot hold
         defaults = {key: value for key, value in defaults.items() if isinstance(value, int | str)}
         return {**defaults, **values}
 

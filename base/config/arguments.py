@@ -201,7 +201,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
     try:
         try:
             return TypeAdapter(hint, config=STRICT)
-        # a dataclass or a pydantic model has a config of its own, and refuses another one
+        # a dataclass or a pydantic model has its own config and accepts no other one
         except PydanticUserError:
             return TypeAdapter(hint)
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
@@ -262,7 +262,7 @@ class OpenSection(Section):
     """A section with fixed keys and the arguments of the chosen entries of tables.
 
     The arguments can be read like its own keys: `section.steps`, or `section.get("steps")` if it
-    may not be given. Those that are given are dumped beside the fixed keys.
+    may not be given. Those that are given are dumped with the fixed keys.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -378,7 +378,7 @@ class OpenSection(Section):
         Args:
             chosen: the `key` of each choice -> the name of its entry. A choice that is not known
                 yet is left out; a value that any of its entries takes is accepted then.
-            place: where this section lies below the one whose validator calls this.
+            place: the path of this section below the one whose validator calls this.
 
         Raises:
             ValidationError: with an error for each key.
@@ -408,7 +408,7 @@ class OpenSection(Section):
             if chosen.get(choice.key) in owners[choice]
         ]
         if takers:
-            # every taker checks it, although the first one's value is kept
+            # all chosen entries that take the key must accept the value
             values = [argument.adapter.validate_json(json.dumps(value)) for argument in takers]
             return values[0]
         knowing = [choice for choice in self.choices if owners[choice]]
@@ -444,7 +444,7 @@ class OpenSection(Section):
             if any(chosen.get(choice.key) in takers for choice, takers in owners.items()):
                 continue
             arguments = [argument for takers in owners.values() for argument in takers.values()]
-            # a value that is a default need not be meant: resolved configs hold all defaults
+            # a default is no sign of a mistake: resolved configs hold the defaults of all entries
             if arguments and all(argument.field.default != value for argument in arguments):
                 names = [f"{choice.key} {' or '.join(takers)}" for choice, takers in owners.items()]
                 yield key, value, " or ".join(names)

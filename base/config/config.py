@@ -213,7 +213,7 @@ class DataLoaderArgs(OpenSection):
     batch_size: Positive = 128
     """Images in a minibatch, summed over all processes."""
     shuffle: bool = True
-    """A new order in every epoch."""
+    """Read training images in a new order in every epoch."""
     validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of every class that is held out for validation, unless the data set has a val
     folder. If it is 0 and the monitor is a val_ value, 0.1 is held out."""

@@ -133,7 +133,7 @@ def read_layers(path: str | Path) -> list[Layer]:
 
 
 def run_imports(
-    layers: Sequence[Layer], words: Iterable[str | os.PathLike[str]] = ()
+    layers: Sequence[Layer], names: Iterable[str | os.PathLike[str]] = ()
 ) -> tuple[list[OwnCode], list[OwnCode]]:
     """Import the code that the files of a config name, and then the code that `--imports` names.
 
@@ -151,7 +151,7 @@ def run_imports(
             requests = []
         else:
             requests += requests_of(named, f"{layer.origin}: {IMPORTS}", layer.folder)
-    requests += requests_of_flag(words)
+    requests += requests_of_flag(names)
     return [request.code for request in requests], import_own_code(requests)
 
 
@@ -196,7 +196,7 @@ def merge_layers(layers: Sequence[Layer], root: type[Section] = Config) -> tuple
     origins: Origins = {}
     for number, layer in enumerate(layers):
         if number == 0:
-            # nothing lies below it that its nulls could delete; `validate` reports unknown keys
+            # its nulls have nothing to delete; `validate` reports those for unknown keys
             tree = dict(layer.tree)
         else:
             try:
@@ -249,7 +249,7 @@ def validate(
         layers: the files and flags of which it was merged, if any.
         origins: the file or flag that each value came from.
         check_names: False accepts any names and arguments of entries, because the code that
-            registers them may be missing; there are no warnings then.
+            registers them may not be imported; it also disables warnings.
 
     Raises:
         ConfigError: one line that names the file, the flag or `source`, the dotted key, the value,

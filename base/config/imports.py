@@ -117,13 +117,13 @@ def requests_of(value: Any, source: str, folder: Path) -> list[Request]:
     return [Request(code, source, folder) for code in codes]
 
 
-def requests_of_flag(words: Iterable[str | os.PathLike[str]]) -> list[Request]:
+def requests_of_flag(names: Iterable[str | os.PathLike[str]]) -> list[Request]:
     """Return the requests of `--imports`, whose paths are relative to the working directory.
 
     Raises:
         ConfigError: an argument is empty.
     """
-    return requests_of([os.fspath(word) for word in words], FLAG, Path.cwd())
+    return requests_of([os.fspath(name) for name in names], FLAG, Path.cwd())
 
 
 def import_own_code(requests: Iterable[Request]) -> list[OwnCode]:

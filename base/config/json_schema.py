@@ -62,7 +62,7 @@ def reference() -> str:
         lines += ["", f"## {title}", "", (section.__doc__ or "").strip(), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in section.known_fields().items():
-            # a section has a table of its own
+            # sections have their own tables
             if section_at([*path, name]) is None:
                 lines.append(_row(section, name, field))
     lines += ["", "## Choices", ""]
@@ -173,7 +173,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return f"list of {_describe(arguments[0], [])}"
     # a resolved config holds an object for each file or module, but people write its name
     names = {int: "integer", float: "number", str: "text", bool: "true, false", OwnCode: "text"}
-    words = names.get(annotation, "object")
+    kind = names.get(annotation, "object")
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = []
     for item in metadata:
@@ -184,7 +184,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
                 # the reference mentions the common upper bound once, at its start
                 if limit != LARGEST:
                     bounds.append(f"{sign} {limit}")
-    return f"{words} {', '.join(bounds)}".strip()
+    return f"{kind} {', '.join(bounds)}".strip()
 
 
 def _allow_comments_and_nulls(node: Any) -> None:

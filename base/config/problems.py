@@ -1,4 +1,4 @@
-"""Messages for everything that is wrong with a config, in one line, from pydantic's errors."""
+"""One line for all errors that pydantic finds in a config."""
 
 import json
 import re

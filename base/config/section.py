@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 LARGEST = 10**9
-"""The upper bound of integers that have none of their own, except the seed. A larger one is a
+"""The upper bound of integers for which no other one is given, except the seed. A larger one is a
 typing error, and torch would fail with an overflow."""
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]

@@ -114,7 +114,7 @@ class TrainerConfig(Section):
     tensorboard: bool = False
     """Write events for TensorBoard to the run folder."""
     percent: Fraction = 0.0
-    """Fraction of labels that carry noise."""
+    """Rate of label noise: the fraction of labels that it replaces."""
     sym: Annotated[bool, A_RATE] = False
     """Symmetric label noise."""
     asym: Annotated[bool, A_RATE] = False
@@ -131,8 +131,8 @@ class TrainerConfig(Section):
     """Validation labels carry the same noise; accuracy on the clean labels is always reported,
     too."""
     subset_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the whole training set to train on, the same for every class; images held out for
-    validation are never among them."""
+    """Fraction of the whole training set to train on, the same for every class; at most the images
+    that are not held out for validation."""
     OCNN: bool = False
     """Add OCNN's orthogonality penalty to the loss."""
     lamb_ocnn: Annotated[float, Field(ge=0), A_PENALTY] = 0.001

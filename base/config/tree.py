@@ -1,5 +1,4 @@
-"""Trees of JSON values: where a dotted key lies in the typed tree, and one tree merged over
-another."""
+"""Trees of JSON values: merging one over another, and finding the typed section of a path."""
 
 from collections.abc import Sequence
 from typing import Any

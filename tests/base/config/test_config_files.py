@@ -1,5 +1,4 @@
-"""Config files: inheritance, comments, overrides, and one clear line for everything that can be
-wrong with them."""
+"""Config files: inheritance, comments, overrides, and one clear line for every mistake in them."""
 
 import json
 import re
@@ -111,7 +110,7 @@ def test_resolved_config_reads_back_the_same_and_holds_no_secret():
         ({"trainr": {"epochs": None}}, r"trainr: unknown key; did you mean 'trainer'\?"),
     ],
 )
-def test_null_for_a_misspelt_key_does_not_keep_what_it_was_to_delete(tmp_path, tree, message):
+def test_null_for_a_misspelt_key_is_an_error(tmp_path, tree, message):
     parent = {
         **DIGITS,
         "lr_scheduler": {"type": "ExponentialLR", "args": {"gamma": 0.9}},
@@ -128,7 +127,7 @@ def test_null_for_a_misspelt_key_does_not_keep_what_it_was_to_delete(tmp_path, t
         validate(override(parent, [(dotted, "null")]), "child.json")
 
 
-def test_null_for_what_is_not_there_is_harmless(tmp_path):
+def test_null_for_a_key_that_is_not_given_is_harmless(tmp_path):
     nulls = {
         "_note": None,
         "$schema": None,
@@ -145,8 +144,7 @@ KEY = "sEcReT-Comet-kEy"
 
 
 def wrong_places_for_the_key():
-    """Config trees, texts of config files, and settings of a command line, in which the key stands
-    where it does not belong."""
+    """Config trees, texts of config files and settings with the Comet key in a wrong place."""
     trees = [
         {"comet": KEY},
         {"comet": [KEY]},
@@ -217,7 +215,7 @@ def test_no_message_prints_the_comet_key(tmp_path):
     assert "comet.apii: unknown key; did you mean 'api'?" in refused[4]
 
 
-def test_key_of_another_type_stays_unseen_and_numbers_are_text_on_the_command_line(tmp_path):
+def test_comet_key_of_another_type_is_not_shown_and_numbers_are_text_on_the_command_line(tmp_path):
     with pytest.raises(ConfigError, match=r"comet.api: .* \(the value is not shown\)$") as caught:
         validate({**DIGITS, "comet": {"api": 123454321}})
     assert "123454321" not in str(caught.value)
@@ -253,7 +251,8 @@ def test_child_wins_null_deletes_and_comments_vanish(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        (("name", "12"), "12"),  # a string field keeps the text
+        # a string field keeps the text
+        (("name", "12"), "12"),
         (("seed", "12"), 12),
         (("trainer.sym", "True"), True),
         (("trainer.sym", "false"), False),
@@ -505,7 +504,7 @@ def test_a_size_may_be_a_fraction_of_the_pixel_range(tree, key, size):
 @pytest.mark.parametrize(
     "text", ["8/0", "8/255px", "-8/255", "8/-255", "/255", "8/", "1e3/255", "eight"]
 )
-def test_what_is_no_fraction_is_named_with_what_is_one(text):
+def test_a_malformed_fraction_is_an_error_that_shows_a_valid_one(text):
     expected = '^here: adversarial.epsilon: expected .* a fraction .* such as "8/255", not "'
     with pytest.raises(ConfigError, match=expected):
         validate(merge(DIGITS, {"adversarial": {"epsilon": text}}), "here")
@@ -599,7 +598,9 @@ def test_broken_json_is_one_line_with_line_and_column(tmp_path, text, place, mes
         (DEEP + "1" + "}" * 10_000, "nested deeper than 100 levels"),
     ],
 )
-def test_what_only_strict_json_refuses_is_one_line_that_names_the_file(tmp_path, text, message):
+def test_json_that_only_the_strict_reader_refuses_is_one_line_that_names_the_file(
+    tmp_path, text, message
+):
     file = tmp_path / "config.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as caught:
@@ -608,7 +609,7 @@ def test_what_only_strict_json_refuses_is_one_line_that_names_the_file(tmp_path,
     assert "\n" not in str(caught.value)
 
 
-def test_a_comment_may_stand_twice_wherever_it_stands(tmp_path):
+def test_comments_may_share_a_key_at_any_level(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(
         '{"_": 1, "_": 2, "data_loader": {"_c": {"a": 1}, "type": "DigitsDataLoader", "_c": 0},'
@@ -621,7 +622,7 @@ def test_a_comment_may_stand_twice_wherever_it_stands(tmp_path):
         load_config(file)
 
 
-def test_the_parents_of_mmengine_are_refused_in_a_child_and_in_a_parent(tmp_path):
+def test_the_base_key_of_mmengine_is_refused_in_a_child_and_in_a_parent(tmp_path):
     write(tmp_path / "parent.json", {"_base_": ["a.py"], **DIGITS})
     write(tmp_path / "child.json", {"extends": "parent.json"})
     for name in ("parent", "child"):
@@ -644,7 +645,7 @@ PORTED = {
 }
 
 
-def test_all_problems_are_told_at_once_in_one_line():
+def test_all_problems_are_reported_at_once_in_one_line():
     with pytest.raises(ConfigError) as caught:
         validate(PORTED, "ported.json")
     message = str(caught.value)
@@ -677,7 +678,7 @@ def test_all_problems_are_told_at_once_in_one_line():
     )
 
 
-def test_one_problem_is_told_as_it_is():
+def test_a_single_problem_is_reported_alone():
     for broken in ({"trainer": {"epochs": 0}}, {"trainer": {"epocs": 1}}, {"seed": "a"}):
         with pytest.raises(ConfigError) as caught:
             validate(DIGITS | broken)
@@ -697,7 +698,7 @@ def test_one_problem_is_told_as_it_is():
     )
 
 
-def test_what_is_unusual_but_json_is_read(tmp_path):
+def test_unusual_but_valid_json_is_read(tmp_path):
     value = {"a": [1e308, -0.0, 10**300, "\U0001f600", '[{:}]\\"'], "": {"a": {}}, "NaN": "NaN"}
     file = tmp_path / "config.json"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(value, indent=1).replace("\n", "\r\n").encode())
@@ -722,7 +723,7 @@ def test_what_is_unusual_but_json_is_read(tmp_path):
         ),
     ],
 )
-def test_parent_that_cannot_be_had_is_one_line(tmp_path, text, message):
+def test_a_parent_that_cannot_be_read_is_one_line(tmp_path, text, message):
     (tmp_path / "loop.json").symlink_to("loop.json")
     (tmp_path / "broken.json").write_text("broken")
     with pytest.raises(ConfigError, match=message) as caught:
@@ -792,7 +793,7 @@ json_values = st.recursive(
 
 
 @given(json_values, st.sampled_from([None, 0, 3]), st.booleans())
-def test_reader_gives_what_python_reads(value, indent, ascii_only):
+def test_the_strict_reader_gives_the_same_values_as_json(value, indent, ascii_only):
     text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
     assert repr(parse_json(text)) == repr(json.loads(text))
 

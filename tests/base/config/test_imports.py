@@ -1,4 +1,4 @@
-"""A user's own code: what runs, once, from where, and what is said of code that cannot."""
+"""A user's own code: which code runs, and the errors for code that cannot run."""
 
 import json
 import multiprocessing
@@ -186,7 +186,7 @@ def test_modules_by_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "value", ["my.py", [3], [{"file": "a.py", "module": "a"}], [{}], [""], {"file": "a.py"}]
 )
-def test_imports_that_are_no_list_of_words(tmp_path, value):
+def test_imports_that_are_not_a_list_of_texts_are_an_error(tmp_path, value):
     with pytest.raises(
         ConfigError,
         match=r"c.json: imports: .*expected a list of Python files and names of modules",
@@ -194,7 +194,7 @@ def test_imports_that_are_no_list_of_words(tmp_path, value):
         load_config(config_file(tmp_path / "c.json", imports=value))
 
 
-def test_a_setting_imports_nothing(tmp_path):
+def test_set_cannot_import_code(tmp_path):
     (tmp_path / "own_file.py").write_text("raise AssertionError")
     with pytest.raises(
         ConfigError, match=r"^--set imports=.*: your own code is named by --imports FILE_OR_MODULE$"
@@ -205,7 +205,7 @@ def test_a_setting_imports_nothing(tmp_path):
         )
 
 
-def test_what_a_checkpoint_asks_for_is_not_run(tmp_path):
+def test_code_that_a_checkpoint_needs_is_not_run(tmp_path):
     file = tmp_path / "it's asked.py"
     file.write_text("raise AssertionError")
     with pytest.raises(CheckpointError) as caught:
@@ -217,7 +217,7 @@ def test_what_a_checkpoint_asks_for_is_not_run(tmp_path):
     )
 
 
-def test_classes_of_own_modules_only(tmp_path):
+def test_only_classes_of_imported_modules_can_be_named(tmp_path):
     (tmp_path / "own_classes.py").write_text(f"{OWN}class Lion(dict): pass\n")
     with pytest.raises(
         ConfigError, match="'own_classes.Lion': the module own_classes is not among the imports"
@@ -233,7 +233,7 @@ def test_classes_of_own_modules_only(tmp_path):
         own_class("own_classes.Lino", dict, "optimizer.type")
 
 
-def test_a_run_is_what_its_code_is_and_not_where_it_lies(tmp_path, monkeypatch):
+def test_a_run_depends_on_its_code_and_not_on_the_path_of_it(tmp_path, monkeypatch):
     def hashes(folder, text):
         monkeypatch.setattr(imports, "_imported", {})
         sys.modules.pop("my_code", None)
@@ -251,7 +251,7 @@ def test_a_run_is_what_its_code_is_and_not_where_it_lies(tmp_path, monkeypatch):
     assert not {config_hash(without), identity(without)} & {*first, *other}
 
 
-def test_worker_processes_find_what_they_unpickle(tmp_path):
+def test_worker_processes_find_the_modules_that_they_unpickle(tmp_path):
     text = (
         f"{OWN}from base.registry import METRICS\nimport os\n"
         "def tell(queue): queue.put(os.getpid())\n"

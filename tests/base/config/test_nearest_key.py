@@ -1,5 +1,4 @@
-"""Hints at the right key: every slip of the fingers at every key, names of other projects, keys in
-the wrong section."""
+"""Hints at the right key for misspelt keys, names of other projects and keys in a wrong section."""
 
 import pytest
 
@@ -18,7 +17,7 @@ def key_for(key):
     return nearest_key(path, list(section_at(section).known_fields()))
 
 
-def slips(name):
+def misspellings(name):
     """One letter lost, doubled, wrong, or swapped with its neighbor; another case; without
     underscores."""
     for place in range(len(name)):
@@ -30,14 +29,14 @@ def slips(name):
     yield name.replace("_", "").title()
 
 
-def test_every_slip_at_every_key_finds_it():
+def test_every_misspelling_of_every_key_finds_it():
     count = 0
     for key in KEYS:
         section, _, name = key.rpartition(".")
         known = list(section_at(section.split(".") if section else []).known_fields())
-        for wrong in set(slips(name)) - set(known):
-            # of two letters, one is no evidence; and where a slip makes another project's name,
-            # that has its own meaning
+        for wrong in set(misspellings(name)) - set(known):
+            # one letter of two is not enough evidence; and a misspelling that is another project's
+            # name has a meaning of its own
             if len(name) > 2 and wrong not in OTHER_PROJECTS:
                 # ipn_memory is one letter from in_memory and from pin_memory
                 right = {
@@ -85,7 +84,7 @@ def test_names_of_other_projects_and_places(wrong, meant):
     assert key_for(wrong) == meant
 
 
-def test_every_name_of_another_project_leads_to_a_key_that_is_there():
+def test_every_name_of_another_project_leads_to_an_existing_key():
     for name, meant in OTHER_PROJECTS.items():
         *section, last = (meant or "seed").split(".")
         found = section_at(section)
@@ -94,7 +93,7 @@ def test_every_name_of_another_project_leads_to_a_key_that_is_there():
             assert section in (["optimizer", "args"], ["lr_scheduler", "args"])
 
 
-def test_arguments_that_stand_outside_of_args():
+def test_arguments_outside_of_args_get_a_hint():
     for tree, meant in (
         ({"optimizer": {"type": "Adam", "betas": [0.9, 0.99]}}, "optimizer.args.betas"),
         (

@@ -15,7 +15,7 @@ DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 
 
 def load(tmp_path, *words, parent=None, child=None):
-    """The config of a child and its parent, with the words of a command line."""
+    """The config of a child and its parent, with the arguments of a command line."""
     (tmp_path / "parent.json").write_text(json.dumps({**DIGITS, **(parent or {})}))
     (tmp_path / "child.json").write_text(json.dumps({"extends": "parent.json", **(child or {})}))
     return load_config(
@@ -99,7 +99,7 @@ def test_an_error_names_the_file_or_flag_that_the_value_came_from(
     assert str(caught.value).startswith(message.format(folder=tmp_path))
 
 
-def test_several_errors_name_each_its_own(tmp_path):
+def test_each_of_several_errors_names_its_own_origin(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load(
             tmp_path,
@@ -156,7 +156,7 @@ def test_the_printed_config_is_a_config_and_names_every_origin(tmp_path):
     assert "early_stop" not in tree["trainer"]
 
 
-def test_what_a_run_would_refuse_is_not_printed(tmp_path, capsys):
+def test_a_config_that_a_run_would_refuse_is_not_printed(tmp_path, capsys):
     (tmp_path / "digits.json").write_text('{"data_loader": {"type": "DigitsDataLoader"}}')
     arguments = config_parser("").parse_args(["-c", str(tmp_path / "digits.json"), "--lr", "fast"])
     with pytest.raises(ConfigError, match="^--lr fast: optimizer.args.lr: expected a number"):

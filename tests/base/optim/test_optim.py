@@ -154,8 +154,8 @@ def sequence(milestones, *parts):
         ({"type": "PolynomialLR"}, [{"total_iters": 18}], "batch"),
     ],
 )
-def test_a_part_without_a_length_spans_what_is_left_for_it(given, lengths, interval):
-    """Over 6 epochs of 3 batches: the same rates as where the length is written into the config."""
+def test_a_part_without_a_length_lasts_until_the_next_milestone(given, lengths, interval):
+    """Over 6 epochs of 3 batches the rates are the same as with the length given in the config."""
 
     def written(part):
         part = json.loads(json.dumps(part))
@@ -186,7 +186,7 @@ def test_a_part_without_a_length_spans_what_is_left_for_it(given, lengths, inter
     assert len(set(rates(given))) >= 5
 
 
-def test_a_sequence_in_a_sequence_is_its_parts_one_after_another():
+def test_a_sequence_in_a_sequence_runs_its_parts_one_after_another():
     def rates(tree):
         optimizer = build_optimizer(SGD, nn.Linear(2, 2))
         schedule = Schedule(SchedulerConfig(**tree), optimizer, 9, 1, has_validation=True)
@@ -218,9 +218,8 @@ def test_a_sequence_in_a_sequence_is_its_parts_one_after_another():
             list(rates(sequence([2], WARM_UP, wrong)))
 
 
-def test_a_run_goes_on_with_the_lengths_that_it_began_with():
-    """Checkpoints of runs that began when a cosine behind a warm-up had the length of the whole
-    run."""
+def test_a_resumed_run_keeps_the_lengths_that_it_started_with():
+    """In older checkpoints a cosine after a warm-up is as long as the whole run."""
 
     def begin(tree):
         optimizer = build_optimizer(SGD, nn.Linear(2, 2))
@@ -243,7 +242,7 @@ def test_a_run_goes_on_with_the_lengths_that_it_began_with():
         assert rates + list(step(second, 5 - done)) == uninterrupted
 
 
-def test_half_steps_of_a_cycle():
+def test_a_cycle_may_have_half_steps():
     config = SchedulerConfig(
         type="CyclicLR",
         args={"base_lr": 0.0, "max_lr": 0.3, "step_size_up": 1.5, "step_size_down": 4.5},
@@ -259,7 +258,7 @@ def test_half_steps_of_a_cycle():
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(UNUSABLE)))
-def test_every_optimizer_can_be_named_alone_and_moves_a_network(name):
+def test_every_optimizer_works_without_arguments_and_changes_the_weights(name):
     check_optimization(OptimizerConfig(type=name), SchedulerConfig())
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
     optimizer = build_optimizer(OptimizerConfig(type=name), model)
@@ -579,7 +578,7 @@ def test_a_plateau_may_watch_every_value_that_a_config_accepts(monitor):
         (None, "min", "max"),
     ],
 )
-def test_a_plateau_knows_what_is_better_and_refuses_the_contrary(monitor, right, wrong):
+def test_a_plateau_knows_the_better_direction_and_refuses_the_other(monitor, right, wrong):
     def plateau(**args):
         return SchedulerConfig(
             type="ReduceLROnPlateau", monitor=monitor, args={"patience": 0, **args}
@@ -604,8 +603,8 @@ def test_a_plateau_knows_what_is_better_and_refuses_the_contrary(monitor, right,
     check_optimization(SGD, plateau(mode=wrong), resumed=True)
 
 
-def test_a_run_goes_on_with_the_direction_that_its_plateau_began_with(caplog):
-    """Runs began with mode min for accuracies, too: the state says so."""
+def test_a_resumed_run_keeps_the_mode_that_its_plateau_started_with(caplog):
+    """In older checkpoints the mode is min for accuracies, too."""
     config = SchedulerConfig(type="ReduceLROnPlateau", monitor="val_top1", args={"patience": 0})
     schedule = Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), 5, 2, has_validation=True)
     state = schedule.state_dict() | {"mode": "min", "best": 0.5}
@@ -674,7 +673,7 @@ def flags(optimizer):
         ("Adagrad", {"lr": 0.01}),
     ],
 )
-def test_fused_updates_are_the_default_and_those_of_the_plain_formula(name, args):
+def test_fused_updates_are_the_default_and_equal_the_plain_formula(name, args):
     model, plain = network(), network()
     optimizer = build_optimizer(OptimizerConfig(type=name, args=args), model)
     assert flags(optimizer) == {(True, None)}
@@ -688,12 +687,12 @@ def test_fused_updates_are_the_default_and_those_of_the_plain_formula(name, args
 @pytest.mark.parametrize(
     "said", [{"fused": False}, {"fused": None}, {"foreach": True}, {"foreach": False}]
 )
-def test_what_a_config_says_about_kernels_holds(said):
+def test_settings_of_kernels_in_a_config_are_kept(said):
     optimizer = build_optimizer(OptimizerConfig(type="SGD", args={"lr": 0.1, **said}), network())
     assert flags(optimizer) == {(said.get("fused"), said.get("foreach"))}
 
 
-def test_what_fused_kernels_cannot_do_is_done_without():
+def test_without_a_fused_kernel_the_plain_one_is_used():
     assert flags(
         build_optimizer(OptimizerConfig(type="Adam", args={"differentiable": True}), network())
     ) == {(None, None)}
@@ -703,7 +702,7 @@ def test_what_fused_kernels_cannot_do_is_done_without():
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
-def test_runs_that_began_without_fused_kernels_go_on_bit_for_bit(name, tmp_path):
+def test_runs_that_started_without_fused_kernels_resume_bit_for_bit(name, tmp_path):
     args = {"lr": 0.01, "momentum": 0.9} if name == "SGD" else {"lr": 0.01}
     whole, part = network(), network()
     take_steps(whole, OPTIMIZERS[name](whole.parameters(), **args), range(6))
@@ -728,7 +727,7 @@ def test_runs_that_began_without_fused_kernels_go_on_bit_for_bit(name, tmp_path)
 @pytest.mark.parametrize(
     "formats", [("contiguous_format", "channels_last"), ("channels_last", "contiguous_format")]
 )
-def test_a_run_may_go_on_in_another_memory_format(name, formats):
+def test_a_run_may_resume_in_another_memory_format(name, formats):
     args = {"lr": 0.05, "momentum": 0.9} if name == "SGD" else {"lr": 0.01}
     config = OptimizerConfig(type=name, args=args)
     before, after = (getattr(torch, name) for name in formats)
