@@ -163,7 +163,7 @@ class PGDAttackConfig(OpenSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_attack(cls, values: Any) -> Any:
+    def _use_defaults_of_attack(cls, values: Any) -> Any:
         """Use the attack's own defaults in place of this section's."""
         # this runs before pydantic has checked that the section is an object
         if not isinstance(values, Mapping):
@@ -178,7 +178,7 @@ class PGDAttackConfig(OpenSection):
         return {**defaults, **values}
 
     @model_validator(mode="after")
-    def _arguments_fit(self, info: ValidationInfo) -> Self:
+    def _check_arguments(self, info: ValidationInfo) -> Self:
         if checks_names(info.context):
             self.check({"pgd_attack.type": self.type})
         return self

@@ -274,7 +274,7 @@ class OpenSection(Section):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(
+    def _check_keys(
         cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
     ) -> Self:
         """Report unknown keys together with everything that is wrong with the others."""

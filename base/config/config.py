@@ -188,7 +188,7 @@ class ArchConfig(Section):
         return {"arch.type": self.type, **layers}
 
     @model_validator(mode="after")
-    def _arguments_fit(self, info: ValidationInfo) -> Self:
+    def _check_arguments(self, info: ValidationInfo) -> Self:
         if checks_names(info.context):
             self.args.check(self.chosen, ("args",))
         return self
@@ -239,7 +239,7 @@ class DataLoaderConfig(Section):
     """Arguments of the data loader."""
 
     @model_validator(mode="after")
-    def _arguments_fit(self, info: ValidationInfo) -> Self:
+    def _check_arguments(self, info: ValidationInfo) -> Self:
         if checks_names(info.context):
             self.args.check({"data_loader.type": self.type}, ("args",))
         return self
@@ -346,15 +346,19 @@ class Config(Section):
 
     @field_validator("metrics")
     @classmethod
-    def _one_name_per_metric(cls, names: list[str]) -> list[str]:
+    def _use_canonical_names(cls, names: list[str]) -> list[str]:
         return list(dict.fromkeys(metric_name(name) for name in names))
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         inner = self.arch.args.num_classes
         if self.num_classes and inner and self.num_classes != inner:
             raise ValueError(
                 f"num_classes: {self.num_classes} contradicts arch.args.num_classes: {inner}"
+            )
+        if self.trainer.do_adv and not self.attacks_while_training:
+            raise ValueError(
+                f"adversarial.method: {self.adversarial.method} contradicts trainer.do_adv: true"
             )
         self._check_monitor("trainer.monitor", self.trainer.monitor)
         self._check_monitor("lr_scheduler.monitor", self.lr_scheduler.monitor or "off")
@@ -378,7 +382,7 @@ class Config(Section):
             raise ValueError(f"{key}: {monitor!r} is only logged {condition}")
 
     @model_validator(mode="after")
-    def _method_takes_its_arguments(self, info: ValidationInfo) -> Self:
+    def _check_method_arguments(self, info: ValidationInfo) -> Self:
         if not checks_names(info.context):
             return self
         # here and not in the section's own validator: trainer.do_adv may choose the method
@@ -393,13 +397,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _attack_sizes(self) -> Self:
+    def _check_attack_sizes(self) -> Self:
         adversarial = self.adversarial
         trainer = self.trainer
-        if trainer.do_adv and not self.attacks_while_training:
-            raise ValueError(
-                f"adversarial.method: {adversarial.method} contradicts trainer.do_adv: true"
-            )
         check_epsilon_units("trainer.adv_clip_eps", trainer.adv_clip_eps, "linf")
         check_epsilon_units("adversarial.epsilon", adversarial.epsilon, adversarial.norm)
         epsilon = self.attack_epsilon

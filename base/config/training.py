@@ -71,7 +71,7 @@ class SchedulerConfig(Section):
 
     @field_validator("monitor")
     @classmethod
-    def _monitor_is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
+    def _check_monitor(cls, name: str | None, info: ValidationInfo) -> str | None:
         if name is None or not checks_names(info.context):
             return name
         known = logged_value(name)
@@ -80,7 +80,7 @@ class SchedulerConfig(Section):
         return known
 
     @model_validator(mode="after")
-    def _has_type(self) -> Self:
+    def _check_type_is_given(self) -> Self:
         # the default type is none, so a forgotten type would silently drop the arguments
         given = [name for name in ("args", "interval", "monitor") if getattr(self, name)]
         if given and "type" not in self.model_fields_set:
@@ -153,7 +153,7 @@ class TrainerConfig(Section):
 
     @field_validator("monitor")
     @classmethod
-    def _monitor_is_known(cls, text: str, info: ValidationInfo) -> str:
+    def _check_monitor(cls, text: str, info: ValidationInfo) -> str:
         if text == "off" or not checks_names(info.context):
             return text
         mode, _, value = text.partition(" ")
@@ -166,7 +166,7 @@ class TrainerConfig(Section):
         return f"{mode} {name}"
 
     @model_validator(mode="after")
-    def _one_noise(self) -> Self:
+    def _check_noise(self) -> Self:
         chosen = [key for key in ("sym", "asym", "noise_file") if getattr(self, key)]
         if len(chosen) > 1:
             raise ValueError(f"{chosen[0]} and {chosen[1]}: only one kind of label noise at a time")
