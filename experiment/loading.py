@@ -17,7 +17,6 @@ from base.checkpoint.resume import recorded_imports
 from base.command_line import set_overrides
 from base.config import Config, Override, validate
 from base.config.files import (
-    merge,
     merge_layers,
     override_layers,
     read_layers,
@@ -27,6 +26,7 @@ from base.config.files import (
 )
 from base.config.imports import changes, imported_for
 from base.config.origins import Layer
+from base.config.tree import merge
 from base.device import determinism_explained
 from base.distributed import is_primary
 from base.errors import CheckpointError, ConfigError, DataError

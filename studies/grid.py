@@ -29,11 +29,12 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError
 
 from base.config import Config, Override, load_config
-from base.config.files import check_optimization_of, is_comment, override, read_tree
+from base.config.files import check_optimization_of, override, read_tree
 from base.config.imports import FLAG
 from base.config.origins import Flag
 from base.config.section import Count, Section, lies_in
 from base.config.strict_json import read_json_object
+from base.config.tree import is_comment
 from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
 from base.registry import did_you_mean
@@ -111,7 +112,7 @@ class Run:
 
         It names all of the user's code, as a run folder by itself runs none.
         """
-        imports = [code.word for code in self.config.imports]
+        imports = [code.file_or_module for code in self.config.imports]
         return [self.script, "-r", str(self.folder), *_words(FLAG, imports), *set_words(changes)]
 
     def words_of_study(self) -> list[str]:

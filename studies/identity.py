@@ -8,8 +8,8 @@ from typing import Any
 
 from base.checkpoint.resume import WHERE_AND_HOW, forget
 from base.config import Config
-from base.config.files import section_at
 from base.config.section import lies_in
+from base.config.tree import section_at
 
 HASHED_AT_DEFAULT = (
     "seed", "n_gpu", "train_loss", "val_loss", "metrics", "arch.type",

@@ -18,7 +18,7 @@ from base.base_data_loader import BaseDataLoader
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.distributed import is_primary, rank, world_size
 from base.errors import ConfigError, Stopped
 from base.run_folder.environment import PROVENANCE

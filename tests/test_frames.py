@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.config.files import merge
+from base.config.tree import merge
 from tiny_runs import ROOT, TINY, script
 
 MOST_FRAMES, MOST_FILES = 9, 5

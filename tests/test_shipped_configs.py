@@ -39,8 +39,10 @@ def step(config, folder):
     ).train()
     optimizer = build_optimizer(config.optimizer, model)
     trainer = build_trainer(
-        config, model=model, optimizer=optimizer, schedule=Schedule(config.lr_scheduler, optimizer, 1, 1, True),
-        train_loader=NoImages(), validate=lambda model, epoch: {}, precision="fp32", folder=folder, metadata={},
+        config, model=model, optimizer=optimizer,
+        schedule=Schedule(config.lr_scheduler, optimizer, 1, 1, True),
+        train_loader=NoImages(), validate=lambda model, epoch: {}, precision="fp32", folder=folder,
+        metadata={},
     )  # fmt: skip
     before = [parameter.detach().clone() for parameter in model.parameters()]
     result = trainer.train_batch(torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))

@@ -16,7 +16,7 @@ from PIL import Image
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.errors import ProjectError, Stopped
 from data_loader import workers
 from experiment.experiment import Experiment

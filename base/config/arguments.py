@@ -1,8 +1,9 @@
-"""The arguments of a constructor as a config sees them, and the sections that are open to them.
+"""The arguments of a constructor as a config sees them, and the sections that accept them.
 
-`arguments_of` reads them off a class or function: names and defaults from its signature, types and
+`arguments_of` reads them from a class or function: names and defaults from its signature, types and
 ranges from its type hints, descriptions from the `Args:` of its docstring. An `OpenSection` holds
-fixed keys, and whatever the chosen entries of its tables take."""
+fixed keys, and the arguments of the entries of tables that the config chooses.
+"""
 
 import inspect
 import json
@@ -32,7 +33,6 @@ from pydantic_core import (
     ErrorDetails,
     InitErrorDetails,
     PydanticCustomError,
-    PydanticUndefined,
     core_schema,
 )
 
@@ -41,7 +41,7 @@ from base.registry import Constructor, not_one_of, property_of
 
 STRICT = ConfigDict(strict=True)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-OTHERS_ARGUMENT = "argument_of_others"
+ARGUMENT_OF_OTHERS = "argument_of_others"
 """The type of the error for an argument that only other entries of a table take."""
 ARGUMENT_LINE = re.compile(r"(\*{0,2}\w+(?:, *\*{0,2}\w+)*)(?: *\(.*?\))?: *(.*)")
 """A line of `Args:` that begins the description of one or several arguments."""
@@ -52,10 +52,10 @@ class Argument:
     """An argument that a config may give to a constructor.
 
     Attributes:
-        name: what the constructor calls it.
-        key: what a config calls it: the same, unless the entry's `config_names` say otherwise.
-        field: its type, range, default and description, as those of a section's own key.
-        adapter: what checks its values, and turns those of JSON into those of Python.
+        name: its name in the constructor.
+        key: its name in configs: the same, unless the entry's `config_names` give another one.
+        field: its type, range, default and description, in the form of a section's own key.
+        adapter: checks its values and converts them from JSON's types to Python's.
     """
 
     name: str
@@ -66,17 +66,20 @@ class Argument:
 
 @lru_cache(maxsize=1024)
 def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
-    """Config key -> argument, of every argument of a constructor that JSON can hold, in the order
-    of its signature.
+    """Return the arguments of a constructor that JSON can hold, in the order of its signature.
 
-    A class that hands `**others` on has the arguments of the base classes, too; those that a
-    `functools.partial` gives by position are left out. The entry's attribute `config_names` tells
-    arguments that configs know by another name, or may not give; see `base.registry`.
+    A class that passes `**others` on also has the arguments of its base classes; arguments that a
+    `functools.partial` gives by position are left out. The entry's attribute `config_names` lists
+    arguments that have another name in configs, or that configs may not give; see `base.registry`.
 
     Args:
         entry: a class or function, or a partial of one.
+
+    Returns:
+        Config key -> argument.
     """
-    hints, texts = _hints(entry), _descriptions(entry)
+    hints = _hints(entry)
+    texts = _descriptions(entry)
     names = property_of(entry, "config_names", {})
     arguments = {}
     for parameter in parameters_of(entry):
@@ -84,21 +87,23 @@ def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
         adapter = _adapter(hints.get(parameter.name, Any))
         if key is None or adapter is None:
             continue
-        default = PydanticUndefined if parameter.default is parameter.empty else parameter.default
         field = FieldInfo.from_annotation(hints.get(parameter.name, Any))
-        field.default = default
+        # pydantic would take the marker `Parameter.empty` for a default
+        if parameter.default is not parameter.empty:
+            field.default = parameter.default
         field.description = texts.get(parameter.name, "")
         arguments[key] = Argument(parameter.name, key, field, adapter)
     return arguments
 
 
 def parameters_of(entry: Constructor) -> list[inspect.Parameter]:
-    """The parameters of a constructor that can be given by name, including those of the base
-    classes that it hands `**others` on to."""
+    """Return the parameters of a constructor that can be given by name, including those of the base
+    classes to which it passes `**others`."""
     found: dict[str, inspect.Parameter] = {}
     for function in _functions(entry):
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind in NAMED and parameter.name != "self":
+                # the first one wins: a class overrides the parameters of its base classes
                 found.setdefault(parameter.name, parameter)
     return [*found.values()]
 
@@ -109,31 +114,27 @@ def takes(entry: Constructor, name: str) -> bool:
 
 
 def hands_on(entry: Constructor) -> bool:
-    """Whether a constructor hands on, as `**others`, every argument that it does not name."""
+    """Whether a constructor passes on, as `**others`, every argument that it does not name."""
     *_, last = _functions(entry)
     return _hands_on(last)
 
 
 def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
-    """The functions that arguments of a constructor reach: its own first, and those of its base
-    classes as long as the one before hands `**others` on."""
+    """Yield the functions that the arguments of a constructor reach: the constructor, and
+    `__init__` of its base classes while the one before passes `**others` on."""
+    # a partial has the signature of its function without the arguments that it gives by position
     whole = entry
     while isinstance(entry, partial):
         entry = entry.func
     yield whole
     if not inspect.isclass(entry) or not _hands_on(whole):
         return
-    own = _where_initialized(entry)
-    for base in own[1:]:
+    # the last class of every __mro__ is `object`, which takes no arguments
+    initialized = [base for base in entry.__mro__[:-1] if "__init__" in vars(base)]
+    for base in initialized[1:]:
         yield base.__init__
         if not _hands_on(base.__init__):
             return
-
-
-def _where_initialized(cls: type) -> list[type]:
-    """The classes in a class's `__mro__` that define `__init__`, nearest first, without
-    `object`."""
-    return [base for base in cls.__mro__[:-1] if "__init__" in vars(base)]
 
 
 def _hands_on(function: Callable[..., Any]) -> bool:
@@ -144,37 +145,38 @@ def _hands_on(function: Callable[..., Any]) -> bool:
 
 
 def _hints(entry: Constructor) -> dict[str, Any]:
-    """Parameter -> its type hint, with ranges; empty for a function whose hints cannot be
-    resolved."""
+    """Parameter -> its type hint, with ranges."""
     hints: dict[str, Any] = {}
     for function in _functions(entry):
         while isinstance(function, partial):
             function = function.func
-        for source in [function.__init__] if inspect.isclass(function) else [function]:
-            try:
-                resolved = get_type_hints(source, include_extras=True)
-            except (NameError, TypeError, AttributeError):
-                resolved = {}
-            hints = resolved | hints
+        if inspect.isclass(function):
+            function = function.__init__
+        try:
+            resolved = get_type_hints(function, include_extras=True)
+        # hints may name types that are imported for type checkers only; any value passes then
+        except (NameError, TypeError, AttributeError):
+            resolved = {}
+        hints = resolved | hints
     return hints
 
 
 def _descriptions(entry: Constructor) -> dict[str, str]:
-    """Parameter -> what the `Args:` of its docstring says; a base class's where it hands arguments
-    on."""
+    """Parameter -> its description in the `Args:` of the class or of a base class."""
     while isinstance(entry, partial):
         entry = entry.func
     documented = reversed(entry.__mro__) if inspect.isclass(entry) else [entry]
     found: dict[str, str] = {}
     for source in documented:
-        # inspect.getdoc would give a class without a docstring that of a base class
+        # not inspect.getdoc, which gives a class without a docstring that of a base class
         for text in (source.__doc__, getattr(vars(source).get("__init__"), "__doc__", None)):
-            found |= _args_section(inspect.cleandoc(text)) if isinstance(text, str) else {}
+            if isinstance(text, str):
+                found |= _args_section(inspect.cleandoc(text))
     return found
 
 
 def _args_section(text: str) -> dict[str, str]:
-    """Argument -> description, of a docstring's `Args:`."""
+    """Argument -> description in a docstring's `Args:`."""
     _, _, section = text.partition("\nArgs:\n")
     found: dict[str, str] = {}
     names: list[str] = []
@@ -182,22 +184,25 @@ def _args_section(text: str) -> dict[str, str]:
         if line and not line.startswith(" "):
             break
         indent = len(line) - len(line.lstrip())
-        begins = ARGUMENT_LINE.fullmatch(line.strip()) if indent <= 4 else None
-        if begins:
-            names = [name.strip().lstrip("*") for name in begins[1].split(",")]
-            found |= dict.fromkeys(names, begins[2])
+        start = ARGUMENT_LINE.fullmatch(line.strip())
+        # lines that continue a description are indented further, and may hold a colon, too
+        if start and indent <= 4:
+            names = [name.strip().lstrip("*") for name in start[1].split(",")]
+            found |= dict.fromkeys(names, start[2])
         elif line.strip():
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+            for name in names:
+                found[name] += f" {line.strip()}"
     return found
 
 
 @lru_cache(maxsize=1024)
 def _adapter(hint: Any) -> TypeAdapter[Any] | None:
-    """What checks values of a type; None for a type that JSON cannot hold."""
+    """An adapter that checks values of a type; None for a type that JSON cannot hold."""
     try:
         try:
             return TypeAdapter(hint, config=STRICT)
-        except PydanticUserError:  # a dataclass or another model, which has a config of its own
+        # a dataclass or a pydantic model has its own config and accepts no other one
+        except PydanticUserError:
             return TypeAdapter(hint)
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
         return None
@@ -207,7 +212,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
 def _open_arguments(
     entry: Constructor, contract: frozenset[str], positional: int
 ) -> Mapping[str, Argument]:
-    """`arguments_of` an entry without those that the project itself gives; see `Choice`."""
+    """The arguments of an entry, except those that the project gives itself; see `Choice`."""
     first = {parameter.name for parameter in parameters_of(entry)[:positional]}
     every = arguments_of(entry).items()
     return {key: argument for key, argument in every if argument.name not in contract | first}
@@ -215,16 +220,16 @@ def _open_arguments(
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A key that chooses an entry of a table, whose arguments may then stand in an open section.
+    """A key that chooses an entry of a table, whose arguments an open section then accepts.
 
     Attributes:
         key: the dotted key that names the entry.
         table: the entries.
-        contract: arguments that are not the section's, because the project itself gives them.
-        positional: how many of the first arguments the project gives by position; they are not the
-            section's either.
-        others: what becomes of a key that only other entries take: `error` refuses it, `ignored`
-            warns of it.
+        contract: arguments that the project gives itself, so that the section does not accept them.
+        positional: how many of the first arguments the project gives by position; the section does
+            not accept them either.
+        others: what happens to a key that only other entries take: an `error`, or it is `ignored`
+            with a warning.
     """
 
     key: str
@@ -234,48 +239,52 @@ class Choice:
     others: Literal["error", "ignored"] = "error"
 
     def arguments(self, name: str) -> Mapping[str, Argument]:
-        """Config key -> argument of an entry; nothing where the table has none of this name."""
+        """Return config key -> argument of an entry; empty if the table has no such entry."""
         if name not in self.table:
             return {}
         return _open_arguments(self.table[name], self.contract, self.positional)
 
     def owners(self, key: str) -> dict[str, Argument]:
-        """Entry -> its argument of this key, for every entry that takes it."""
-        every = {name: self.arguments(name).get(key) for name in self.table}
-        return {name: argument for name, argument in every.items() if argument is not None}
+        """Return entry -> its argument of this key, for every entry that takes it."""
+        found = {}
+        for name in self.table:
+            argument = self.arguments(name).get(key)
+            if argument is not None:
+                found[name] = argument
+        return found
 
     def known_keys(self) -> list[str]:
-        """The keys that the entries take between them."""
+        """Return the keys of all arguments of all entries."""
         return list(dict.fromkeys(key for name in self.table for key in self.arguments(name)))
 
 
 class OpenSection(Section):
-    """A section with fixed keys, and those that the chosen entries of tables take.
+    """A section with fixed keys and the arguments of the chosen entries of tables.
 
-    Those others are values like its own: `section.steps`, and `section.get("steps")` where it may
-    not be given. They are dumped beside the fixed ones, where they are given."""
+    The arguments can be read like its own keys: `section.steps`, or `section.get("steps")` if it
+    may not be given. Those that are given are dumped with the fixed keys.
+    """
 
     model_config = ConfigDict(extra="allow")
     choices: ClassVar[tuple[Choice, ...]] = ()
-    """Whose arguments it is open to. A key that several of them know reaches all that are
-    chosen."""
+    """The entries whose arguments it accepts. A key that several chosen entries know is given to
+    all of them."""
     fills_defaults: ClassVar[bool] = False
-    """Whether a resolved config holds every argument that has a default other than null, whichever
-    entry takes it."""
+    """Whether a resolved config holds every argument of every entry whose default is not null."""
 
     @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(
+    def _check_keys(
         cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
     ) -> Self:
-        """Refuse keys that no entry knows, together with whatever is wrong with the others."""
+        """Report unknown keys together with everything that is wrong with the others."""
         problems: list[InitErrorDetails] = []
         if isinstance(value, dict) and checks_names(info.context):
-            unknown = value.keys() - cls.known_fields().keys()
+            known = cls.known_fields()
             problems = [
                 InitErrorDetails(type="extra_forbidden", loc=(key,), input=value[key])
                 for key in value
-                if key in unknown
+                if key not in known
             ]
         try:
             section = handler(value)
@@ -287,23 +296,24 @@ class OpenSection(Section):
 
     @property
     def given(self) -> dict[str, Any]:
-        """Key -> value of what is given of the entries' arguments."""
+        """The arguments of entries that are given: key -> value."""
         return dict(self.model_extra or {})
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key; `default` where an entry's argument is not given."""
-        return (
-            getattr(self, key, default)
-            if key in type(self).model_fields
-            else self.given.get(key, default)
-        )
+        """Return the value of a key, or `default` if it is an argument that is not given."""
+        if key in type(self).model_fields:
+            return getattr(self, key)
+        return self.given.get(key, default)
 
     def arguments_for(self, choice_key: str, name: str) -> dict[str, Any]:
-        """What is given of an entry's arguments: the constructor's name for it -> value.
+        """Return the arguments that are given for an entry.
 
         Args:
             choice_key: the `key` of one of `choices`.
             name: the entry.
+
+        Returns:
+            The constructor's name of the argument -> value.
         """
         choice = next(choice for choice in self.choices if choice.key == choice_key)
         return {
@@ -314,15 +324,18 @@ class OpenSection(Section):
 
     @classmethod
     def chosen(cls, config: Any) -> dict[str, str]:
-        """The `key` of each choice -> the name of the entry that a config chooses."""
+        """Return the `key` of each choice -> the name of the entry that a config chooses."""
         return {
             choice.key: reduce(getattr, choice.key.split("."), config) for choice in cls.choices
         }
 
     @classmethod
     def defaults(cls, chosen: Mapping[str, str]) -> dict[str, Any]:
-        """Key -> default, other than null, of all arguments of all entries: that of the chosen
-        entry, or, where it takes none of this name, that of the first that does."""
+        """Return key -> default for every argument of every entry whose default is not null.
+
+        Entries may have different defaults for a key. The one of the chosen entry wins, otherwise
+        that of the first entry that takes it.
+        """
         found: dict[str, Any] = {}
         for choice in cls.choices:
             own = choice.arguments(chosen.get(choice.key, ""))
@@ -333,16 +346,16 @@ class OpenSection(Section):
         return found
 
     def fill_defaults(self, chosen: Mapping[str, str]) -> None:
-        """Give what is not given its default; see `defaults`."""
+        """Set arguments that are not given to their defaults; see `defaults`."""
+        # sections are frozen, but pydantic keeps extra keys in a plain dictionary
         extra = self.model_extra
         if extra is not None:
-            extra |= {
-                key: value for key, value in self.defaults(chosen).items() if key not in extra
-            }
+            for key, value in self.defaults(chosen).items():
+                extra.setdefault(key, value)
 
     @classmethod
     def known_fields(cls) -> dict[str, FieldInfo]:
-        """Its fixed keys, and those of all entries of its tables."""
+        """Return its fixed keys, and the arguments of all entries of its tables."""
         known = dict(cls.model_fields)
         for choice in cls.choices:
             for name in choice.table:
@@ -352,7 +365,7 @@ class OpenSection(Section):
 
     @classmethod
     def owners(cls, key: str) -> dict[str, Argument]:
-        """Entry -> its argument of this key, for every entry of any table that takes it."""
+        """Return entry -> its argument of this key, for every entry of any table that takes it."""
         return {
             name: argument
             for choice in cls.choices
@@ -360,13 +373,12 @@ class OpenSection(Section):
         }
 
     def check(self, chosen: Mapping[str, str], place: tuple[str, ...] = ()) -> None:
-        """Check what is given against the signatures of the chosen entries, and give it their
-        types.
+        """Check the given arguments against the chosen entries, and convert them to their types.
 
         Args:
-            chosen: the `key` of each choice -> the name of its entry; a choice that is not yet
-                known is left out, and values are then what any of its entries takes.
-            place: where this section lies below the one whose validator calls this.
+            chosen: the `key` of each choice -> the name of its entry. A choice that is not known
+                yet is left out; a value that any of its entries takes is accepted then.
+            place: the path of this section below the one whose validator calls this.
 
         Raises:
             ValidationError: with an error for each key.
@@ -388,7 +400,7 @@ class OpenSection(Section):
             raise ValidationError.from_exception_data(type(self).__name__, problems)
 
     def _checked(self, key: str, value: Any, chosen: Mapping[str, str]) -> Any:
-        """The value of a key as the chosen entries take it, or, where none does, as others do."""
+        """The value of a key, converted by the chosen entries that take it, or by others."""
         owners = {choice: choice.owners(key) for choice in self.choices}
         takers = [
             owners[choice][chosen[choice.key]]
@@ -396,26 +408,24 @@ class OpenSection(Section):
             if chosen.get(choice.key) in owners[choice]
         ]
         if takers:
+            # all chosen entries that take the key must accept the value
             values = [argument.adapter.validate_json(json.dumps(value)) for argument in takers]
             return values[0]
         knowing = [choice for choice in self.choices if owners[choice]]
-        choice = next(
-            (
-                choice
-                for choice in knowing
-                if choice.others == "ignored" or choice.key not in chosen
-            ),
-            knowing[0],
-        )
-        if choice.others == "error" and choice.key in chosen:
-            others = " and ".join(owners[choice])
-            verb = "take" if len(owners[choice]) > 1 else "takes"
-            text = f"only {others} {verb} it, not {chosen[choice.key]}"
-            raise PydanticCustomError(OTHERS_ARGUMENT, "{text}", {"text": text})
-        return _first_fit([argument.adapter for argument in owners[choice].values()], value)
+        for choice in knowing:
+            # an error only if no table could still accept or ignore the key
+            if choice.others == "ignored" or choice.key not in chosen:
+                adapters = [argument.adapter for argument in owners[choice].values()]
+                return _first_fit(adapters, value)
+        choice = knowing[0]
+        others = " and ".join(owners[choice])
+        verb = "take" if len(owners[choice]) > 1 else "takes"
+        text = f"only {others} {verb} it, not {chosen[choice.key]}"
+        # pydantic fills in the braces of a message, which a name of an entry may contain
+        raise PydanticCustomError(ARGUMENT_OF_OTHERS, "{text}", {"text": text})
 
     def _missing(self, chosen: Mapping[str, str]) -> Iterator[str]:
-        """The keys that a chosen entry needs and that are not given."""
+        """Yield the required arguments of the chosen entries that are not given."""
         for choice in self.choices:
             if choice.key in chosen:
                 for key, argument in choice.arguments(chosen[choice.key]).items():
@@ -423,29 +433,27 @@ class OpenSection(Section):
                         yield key
 
     def unused(self, chosen: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-        """Key, value and who takes it, such as `arch.args.norm_layer_type gn`, of all that is given
-        without effect: no chosen entry takes it, and no entry has its value as a default."""
+        """Yield the given arguments that no chosen entry takes.
+
+        Yields:
+            Key, value and the entries that would take it, such as `arch.args.norm_layer_type gn`.
+        """
         for key, value in self.given.items():
             owners = {choice: choice.owners(key) for choice in self.choices}
             owners = {choice: takers for choice, takers in owners.items() if takers}
             if any(chosen.get(choice.key) in takers for choice, takers in owners.items()):
                 continue
             arguments = [argument for takers in owners.values() for argument in takers.values()]
+            # a default is no sign of a mistake: resolved configs hold the defaults of all entries
             if arguments and all(argument.field.default != value for argument in arguments):
-                yield (
-                    key,
-                    value,
-                    " or ".join(
-                        f"{choice.key} {' or '.join(takers)}" for choice, takers in owners.items()
-                    ),
-                )
+                names = [f"{choice.key} {' or '.join(takers)}" for choice, takers in owners.items()]
+                yield key, value, " or ".join(names)
 
     @classmethod
     def __get_pydantic_json_schema__(
         cls, schema: Any, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """Its fixed keys, and those of all entries; others are allowed, as a user's own part may
-        have them."""
+        """The schema allows unknown keys, because a user's own entry may take them."""
         reference = handler(schema)
         schema = handler.resolve_ref_schema(reference)
         for key in cls.known_fields():
@@ -455,55 +463,57 @@ class OpenSection(Section):
 
 
 def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
-    """A value as the first type reads it that accepts it; the error is that of the first type."""
-    failed: list[ValidationError] = []
+    """The value, converted by the first type that accepts it; otherwise the first type's error."""
+    errors: list[ValidationError] = []
     for adapter in adapters:
         try:
             return adapter.validate_json(json.dumps(value))
         except ValidationError as error:
-            failed.append(error)
-    raise failed[0]
+            errors.append(error)
+    raise errors[0]
 
 
 def _moved(problem: ErrorDetails, place: tuple[str, ...]) -> InitErrorDetails:
-    """A problem that was found in a value, as a problem of the tree that holds the value."""
-    kind = problem["type"]
-    details = InitErrorDetails(type=kind, loc=(*place, *problem["loc"]), input=problem["input"])
+    """A problem in a value as a problem of the tree that holds the value at `place`."""
+    location = (*place, *problem["loc"])
+    details = InitErrorDetails(type=problem["type"], loc=location, input=problem["input"])
+    # pydantic builds the message again from type and context
     if "ctx" in problem:
         details["ctx"] = problem["ctx"]
     return details
 
 
 def _property(owners: Mapping[str, Argument]) -> dict[str, Any]:
-    """What the JSON Schema says of an argument of one or several entries."""
+    """The JSON Schema of an argument of one or several entries."""
     kinds: list[dict[str, Any]] = []
     for argument in owners.values():
         kind = argument.adapter.json_schema()
         if kind not in kinds:
             kinds.append(kind)
-    about = describe(owners)
-    described = {"description": about} if about else {}
-    return {**(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}), **described}
+    # entries may take the same key with different types
+    schema = dict(kinds[0]) if len(kinds) == 1 else {"anyOf": kinds}
+    schema["description"] = describe(owners)
+    return schema
 
 
 def describe(owners: Mapping[str, Argument]) -> str:
-    """Whose argument it is, and what the first of them says of it."""
-    texts = (argument.field.description for argument in owners.values())
-    text = next(filter(None, texts), "")
-    return f"{', '.join(owners)}: {text}" if text else ", ".join(owners)
+    """Return the entries that take an argument, and the first description that one of them has."""
+    for argument in owners.values():
+        if argument.field.description:
+            return f"{', '.join(owners)}: {argument.field.description}"
+    return ", ".join(owners)
 
 
 @dataclass(frozen=True, eq=False)
 class NameIn:
-    """Metadata of a type: the text is a name in a table. `Annotated[str, NameIn(MODELS)]`.
+    """Metadata of a type: the text is a name in a table, as in `Annotated[str, NameIn(MODELS)]`.
 
-    Where a config is read without the code of its parts (`UNCHECKED` is the context), any name is
-    good.
+    Any name is accepted if the context of the validation is `UNCHECKED`.
 
     Attributes:
         table: the entries.
-        positional: names of the arguments that the project calls each entry with by position.
-        keywords: those that it gives by name.
+        positional: names of the arguments that the project gives to each entry by position.
+        keywords: names of those that it gives by keyword.
     """
 
     table: Mapping[str, Any]
@@ -513,24 +523,26 @@ class NameIn:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        """The schema of text, followed by a look into the table."""
+        """The schema of text, followed by a lookup in the table."""
         return core_schema.with_info_after_validator_function(self._known, handler(source))
 
     def __get_pydantic_json_schema__(
         self, schema: Any, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """Editors complete the names that are known, and accept others."""
+        """Editors complete the known names, and accept those that a user's code may register."""
         return {"anyOf": [{"enum": list(self.table), "type": "string"}, handler(schema)]}
 
     def _known(self, name: str, info: Any) -> str:
         if not checks_names(info.context):
             return name
         if not self.table:
+            # a mistake in a program, not in a config: with empty tables every name would be wrong
             raise RuntimeError(
-                "the tables are empty: import experiment, which fills them, before a config is checked"
+                "the tables are empty: import experiment, which fills them, before a check"
             )
         if name not in self.table:
             raise ValueError(not_one_of(name, self.table))
+        # a user's entry that the project cannot call is reported here, not when the model is built
         try:
             signature = inspect.signature(self.table[name])
             signature.bind_partial(*self.positional, **dict.fromkeys(self.keywords))
@@ -541,9 +553,9 @@ class NameIn:
 
 
 UNCHECKED = {"names": False}
-"""The validation context for a config whose parts' code may be missing, as in reports."""
+"""The validation context for a config whose entries may not be registered, as in reports."""
 
 
 def checks_names(context: Any) -> bool:
-    """Whether names and arguments of parts are checked against the tables in this validation."""
+    """Return whether a validation checks names and arguments of entries against the tables."""
     return context is None or context.get("names", True)

@@ -10,25 +10,23 @@ from base.text import one_line
 
 Keys = tuple[str, ...]
 Origins = dict[Keys, str]
-"""Keys down to a leaf -> what gave it its value, in the order in which they were put on top of each
-other."""
-LONGEST = 120
-"""Characters of a flag that is shown."""
-DEFAULT = "default"
-WIDEST = 60
-"""Lines up to this length decide where the comments are aligned."""
+"""The keys that lead to a leaf -> the file or flag that gave its value, lowest layer first."""
+MAX_FLAG = 120
+"""Characters of a flag in a message."""
+MAX_ALIGNED = 60
+"""The longest line of a formatted config that counts for the column of the comments."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one file, or one flag, says of a config.
+    """The values that one file, or one flag, gives to a config.
 
     Attributes:
-        origin: what messages call it, such as `configs/base.json (extended by my.json)` or
+        origin: its name in messages, such as `configs/base.json (extended by my.json)` or
             `--set trainer.epochs=-1`.
-        tree: the tree of its values.
-        folder: what the paths of its `imports` are relative to.
-        is_flag: whether it stands on the command line.
+        tree: its values.
+        folder: the folder to which the paths of its `imports` are relative.
+        is_flag: whether it is on the command line.
     """
 
     origin: str
@@ -39,14 +37,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The origins of a config's values. Configs with the same values are equal, wherever those come
-    from, so this equals every other one."""
+    """The origins of a config's values."""
 
+    # not compared: configs with the same values are equal, wherever the values come from
     origins: Origins = field(default_factory=dict, compare=False)
 
 
 class Flag(tuple[str, str]):
-    """An override, key and text of its value, that knows how the user has written it."""
+    """An override (key and text of its value) with the flag as the user has written it."""
 
     written: str
 
@@ -57,24 +55,27 @@ class Flag(tuple[str, str]):
 
 
 def origin_of_override(override: tuple[str, str]) -> str:
-    """How an override stands on the command line. Comet's key is not shown."""
+    """Return an override as it is written on the command line."""
     key, text = override
     written = getattr(override, "written", "") or f"--set {key}={text}"
+    # the value may be Comet's key
     if key.partition(".")[0] == "comet":
-        written = written.partition("=" if written.startswith("--set ") else " ")[0]
-    return one_line(written, LONGEST)
+        separator = "=" if written.startswith("--set ") else " "
+        written = written.partition(separator)[0]
+    return one_line(written, MAX_FLAG)
 
 
 def record(origins: Origins, layer: Layer) -> None:
-    """Note the leaves of a layer that is put on top."""
+    """Record the origin of every leaf of a layer that is put on top of the others."""
     sections = {known[:depth] for known in origins for depth in range(len(known))}
     for path, value in leaves(layer.tree):
         if path in sections:
+            # an empty object is merged with the section, and replaces nothing
             if value == {}:
-                # an empty object replaces nothing
                 continue
             for below in [known for known in origins if _is_below(known, path)]:
                 del origins[below]
+        # also removes the path itself, so that it is inserted again as the latest
         for depth in range(len(path)):
             origins.pop(path[: depth + 1], None)
         if value is not None:
@@ -82,7 +83,7 @@ def record(origins: Origins, layer: Layer) -> None:
 
 
 def leaves(tree: Mapping[str, Any], path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Path and value of everything in a tree that is not an object, or an empty one."""
+    """Yield the path and value of everything in a tree that is not an object with keys."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, (*path, key))
@@ -91,14 +92,16 @@ def leaves(tree: Mapping[str, Any], path: Keys = ()) -> Iterator[tuple[Keys, Any
 
 
 def origin_of(origins: Origins, path: Sequence[str]) -> str | None:
-    """What gave the value at a path, or, where it is a section, the last value in it; None for a
-    default."""
+    """Return the file or flag that gave the value at a path; None for a default.
+
+    For a section it is the one that gave the latest value in it.
+    """
     found = _latest(origins, [tuple(path)])
     return None if found is None else origins[found]
 
 
 def origin_of_keys(origins: Origins, paths: Iterable[Sequence[str]]) -> str | None:
-    """What came last of what gave the values at some paths."""
+    """Return the file or flag that came last of those that gave the values at some paths."""
     found = _latest(origins, [tuple(path) for path in paths])
     return None if found is None else origins[found]
 
@@ -112,16 +115,19 @@ def _latest(origins: Origins, paths: Sequence[Keys]) -> Keys | None:
 
 
 def _is_below(path: Keys, other: Keys) -> bool:
-    """Whether a path is another one, or lies in it."""
+    """Whether a path is the other one or continues it."""
     return path[: len(other)] == other
 
 
 def format_config(tree: Mapping[str, Any], origins: Origins) -> str:
-    """A resolved tree as JSON, one line per key, with the origin of its value as a comment key
-    beside it: `"epochs": 5, "_epochs": "--set trainer.epochs=5"`. It can be used as a config."""
+    """Return a resolved tree as JSON, one line per key, with the origin of its value.
+
+    The origin is a comment key: `"epochs": 5, "_epochs": "--set trainer.epochs=5"`. So the text can
+    be used as a config.
+    """
     lines = list(_lines(tree, origins, (), "  "))
     lengths = [len(line) for line, origin in lines if origin is not None]
-    width = max((length for length in lengths if length <= WIDEST), default=0)
+    width = max((length for length in lengths if length <= MAX_ALIGNED), default=0)
     text = [line if origin is None else f"{line:<{width}}  {origin}" for line, origin in lines]
     return "\n".join(["{", *text, "}"])
 
@@ -129,7 +135,7 @@ def format_config(tree: Mapping[str, Any], origins: Origins) -> str:
 def _lines(
     tree: Mapping[str, Any], origins: Origins, path: Keys, indent: str
 ) -> Iterator[tuple[str, str | None]]:
-    """Lines of an object, each with the comment that follows it; None for a bracket."""
+    """Yield the lines of an object, each with the comment that follows it; None for a bracket."""
     for number, (key, value) in enumerate(tree.items(), 1):
         comma = "," if number < len(tree) else ""
         below = (*path, key)
@@ -138,7 +144,7 @@ def _lines(
             yield from _lines(value, origins, below, f"{indent}  ")
             yield f"{indent}}}{comma}", None
         else:
-            origin = json.dumps(origin_of(origins, below) or DEFAULT)
+            origin = json.dumps(origin_of(origins, below) or "default")
             yield (
                 f"{indent}{json.dumps(key)}: {json.dumps(value)},",
                 f"{json.dumps(f'_{key}')}: {origin}{comma}",

@@ -1,4 +1,4 @@
-"""The config's sections on training: optimizer, schedule, and everything about the loop."""
+"""The config's sections on training: optimizer, schedule, and the training loop."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -47,119 +47,126 @@ class OptimizerConfig(Section):
     """The optimizer; without this section SGD with lr 0.1, momentum 0.9 and weight decay 5e-4."""
 
     type: str = "SGD"
-    """Name of a class of torch.optim, or module.Class of your own code that is imported."""
+    """Name of a class of torch.optim, or module.Class of your own imported code."""
     args: dict[str, Any] = Field(default={})
-    """Its arguments, checked against its signature; what is left out has torch's default."""
+    """Its arguments, which are checked against its signature; the others have torch's defaults."""
 
 
 class SchedulerConfig(Section):
     """The learning-rate schedule."""
 
     type: str = "none"
-    """Name of a class of torch.optim.lr_scheduler, module.Class of your own code that is imported,
-    or none."""
+    """Name of a class of torch.optim.lr_scheduler, module.Class of your own imported code, or
+    none."""
     args: Annotated[dict[str, Any], A_SCHEDULE] = Field(default={})
     """Its arguments. T_max of CosineAnnealingLR, total_steps of OneCycleLR and total_iters of
-    PolynomialLR default to the whole run, in a SequentialLR to what its milestones leave; mode of
-    ReduceLROnPlateau to what is better of the monitor."""
+    PolynomialLR default to the length of the run, or, in a SequentialLR, to the steps between its
+    milestones. mode of ReduceLROnPlateau defaults to the better direction of its monitor."""
     interval: Annotated[Literal["epoch", "batch"] | None, A_SCHEDULE] = None
-    """When it steps; null: after every batch for OneCycleLR and CyclicLR, after every epoch for the
+    """Step after every batch or every epoch; null: batch for OneCycleLR and CyclicLR, epoch for the
     others."""
     monitor: Annotated[str | None, A_PLATEAU] = None
-    """ReduceLROnPlateau: the value it watches; null: val_loss, or loss without a validation set."""
+    """The value that ReduceLROnPlateau watches; null: val_loss, or loss without a validation
+    set."""
 
     @field_validator("monitor")
     @classmethod
-    def _monitor_is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
-        known = name if name is None or not checks_names(info.context) else logged_value(name)
-        if name is not None and known is None:
+    def _check_monitor(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is None or not checks_names(info.context):
+            return name
+        known = logged_value(name)
+        if known is None:
             raise ValueError(f"{name!r} is not a logged value: {logged_values()}")
         return known
 
     @model_validator(mode="after")
-    def _has_type(self) -> Self:
+    def _check_type_is_given(self) -> Self:
+        # the default type is none, so a forgotten type would silently drop the arguments
         given = [name for name in ("args", "interval", "monitor") if getattr(self, name)]
         if given and "type" not in self.model_fields_set:
             raise ValueError(
-                f"type: required where lr_scheduler.{given[0]} is given: without it there is no schedule"
+                f"type: required where lr_scheduler.{given[0]} is given:"
+                " without it there is no schedule"
             )
         return self
 
 
 class TrainerConfig(Section):
-    """Training, label noise and data subset, under ConvNorm's names."""
+    """Training, label noise and data subset, with ConvNorm's key names."""
 
     epochs: Positive = 200
     """Passes over the training set."""
     save_dir: FilePath = "saved/"
-    """Folder of all run folders: <save_dir>/<name>/<run id>."""
+    """Folder that holds all run folders: <save_dir>/<name>/<run id>."""
     save_period: Positive = 1
-    """Every so many epochs model_epoch_N.pth is written."""
+    """Epochs from one model_epoch_N.pth to the next."""
     keep_checkpoints: Count = 2
-    """How many of the newest model_epoch_N.pth are kept; 0 keeps all. model_best.pth and
+    """How many of the newest model_epoch_N.pth to keep; 0 keeps all. model_best.pth and
     model_last.pth are always kept."""
     verbosity: Annotated[int, Field(ge=0, le=2)] = 2
-    """0 warnings only, 1 and 2 a line per epoch."""
+    """0: warnings only; 1 and 2: one line per epoch."""
     label_dir: str | None = None
-    """ConvNorm's key, accepted and not used: labels.npz lies in the run folder."""
+    """ConvNorm's key, accepted and not used: labels.npz is written to the run folder."""
     monitor: str = "max val_top1"
-    """What the best model is: 'min' or 'max' and a logged value, or 'off'."""
+    """How the best model is chosen: 'min' or 'max' and a logged value, or 'off'."""
     early_stop: Annotated[Positive | None, A_MONITOR] = None
-    """Epochs in a row without improvement after which training stops; null never."""
+    """Stop training after this many epochs in a row without improvement; null: never."""
     tensorboard: bool = False
-    """Write TensorBoard events to the run folder."""
+    """Write events for TensorBoard to the run folder."""
     percent: Fraction = 0.0
-    """Rate of label noise."""
+    """Rate of label noise: the fraction of labels that it replaces."""
     sym: Annotated[bool, A_RATE] = False
     """Symmetric label noise."""
     asym: Annotated[bool, A_RATE] = False
-    """Asymmetric label noise: similar classes of CIFAR-10 and CIFAR-100."""
+    """Asymmetric label noise between similar classes of CIFAR-10 and CIFAR-100."""
     noise_law: Annotated[Literal["inclusive", "exclusive"], SYMMETRIC_NOISE] = "inclusive"
-    """Symmetric noise draws from all classes (inclusive, as published) or from the wrong ones only
+    """Symmetric noise draws from all classes (inclusive, as published) or only from the wrong ones
     (exclusive)."""
     noise_file: InputPath | None = None
-    """Labels for the whole training set, such as CIFAR-N's: .npy, .npz, .pt, .json or .csv; see
-    docs/data.md."""
+    """File of labels for the whole training set, such as CIFAR-N's: .npy, .npz, .pt, .json or .csv;
+    see docs/data.md."""
     noise_key: str | None = None
-    """Which entry, or column, of a noise_file that holds several label sets."""
+    """Entry or column of a noise_file that holds several sets of labels."""
     noisy_validation: Annotated[bool, NOISE] = True
-    """Validation labels carry the same noise; accuracy on the clean ones is always reported
-    beside."""
+    """Validation labels carry the same noise; accuracy on the clean labels is always reported,
+    too."""
     subset_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the whole training set that is trained on, the same for every class; at most what
-    validation leaves."""
+    """Fraction of the whole training set to train on, the same for every class; at most the images
+    that are not held out for validation."""
     OCNN: bool = False
     """Add OCNN's orthogonality penalty to the loss."""
     lamb_ocnn: Annotated[float, Field(ge=0), A_PENALTY] = 0.001
-    """Weight of OCNN's penalty."""
+    """Weight of the OCNN penalty."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per update of a moving average of the weights, which is evaluated and saved beside
-    them; null: no average."""
+    """Decay per update of an exponential moving average of the weights, which is evaluated and
+    saved in addition to them; null: no average."""
     do_adv: bool = False
-    """Adversarial training by train_robust.py: free, unless adversarial.method says otherwise."""
+    """Adversarial training by train_robust.py: free, unless adversarial.method names another
+    one."""
     fgsm_step: Annotated[Size, FREE_STEP] = 8
-    """Free adversarial training under linf: step in 1/255 of the pixel range."""
+    """Step size of free adversarial training under linf, in 1/255 of the pixel range."""
     adv_clip_eps: Annotated[Size, NO_EPSILON] = 8
-    """The l-inf bound of training and of attacks, in 1/255 of the pixel range, where
-    adversarial.epsilon gives none."""
+    """Radius under linf in training and attacks, in 1/255 of the pixel range, if
+    adversarial.epsilon is not given."""
     adv_repeats: Annotated[Positive, FREE] = 4
-    """Free adversarial training: updates per minibatch."""
+    """Updates per minibatch in free adversarial training."""
 
     @field_validator("monitor")
     @classmethod
-    def _monitor_is_known(cls, text: str, info: ValidationInfo) -> str:
+    def _check_monitor(cls, text: str, info: ValidationInfo) -> str:
         if text == "off" or not checks_names(info.context):
             return text
         mode, _, value = text.partition(" ")
         name = logged_value(value)
         if mode not in ("min", "max") or name is None:
             raise ValueError(
-                f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value: {logged_values()}"
+                f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value:"
+                f" {logged_values()}"
             )
         return f"{mode} {name}"
 
     @model_validator(mode="after")
-    def _one_noise(self) -> Self:
+    def _check_noise(self) -> Self:
         chosen = [key for key in ("sym", "asym", "noise_file") if getattr(self, key)]
         if len(chosen) > 1:
             raise ValueError(f"{chosen[0]} and {chosen[1]}: only one kind of label noise at a time")

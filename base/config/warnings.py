@@ -1,5 +1,5 @@
-"""What a good config may still do against its author's will: train without any normalization, or
-name keys without effect."""
+"""Warnings about a valid config that may not do what its author wants: train without any
+normalization, or set keys without effect."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,9 @@ from base.config.section import Needs, Section, lies_in
 from base.text import one_line
 
 UNUSED_OK = "_unused_ok"
-"""The comment key that silences the warning of keys without effect: true, a dotted key or section,
-or a list of them."""
-PAIR = ("conv_layer_type", "norm_layer_type")
+"""The comment key that silences the warning about keys without effect: true, a dotted key or
+section, or a list of them."""
+LAYER_KEYS = ("conv_layer_type", "norm_layer_type")
 
 
 def warnings_of(
@@ -24,69 +24,81 @@ def warnings_of(
     silenced: Any = None,
     origins: Origins | None = None,
 ) -> tuple[str, ...]:
-    """The warnings of a config, each in one line.
+    """Return the warnings about a config, each in one line.
 
     Args:
         config: the resolved config.
-        files: the tree of its file and that one's parents.
-        flags: the tree of what the command line puts on top.
+        files: the tree of its file and the parents.
+        flags: the tree of the command line's values.
         silenced: the value of `UNUSED_OK`.
-        origins: which file or flag each value came from.
+        origins: the file or flag that each value came from.
     """
-    found = [
-        _of_normalization(config, files, flags),
-        _of_unused_keys(config, silenced, origins or {}),
-    ]
-    return tuple(filter(None, found))
+    found = (
+        _warn_of_normalization(config, files, flags),
+        _warn_of_unused_keys(config, silenced, origins or {}),
+    )
+    return tuple(warning for warning in found if warning is not None)
 
 
-def _of_normalization(
+def _warn_of_normalization(
     config: Config, files: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> str | None:
     args = config.arch.args
-    pair = (args.conv_layer_type, args.norm_layer_type)
-    # files that name both mean it, and so do flags that name both; a flag for one of them may have
-    # forgotten the other
-    if _pair(files) == pair or None not in _pair(flags):
+    # files that name both layers mean the pair, and so do flags that name both; somebody who gives
+    # a flag for one of them may have forgotten the other
+    if _layers_in(files) == [args.conv_layer_type, args.norm_layer_type]:
         return None
-    names = f"arch.args.conv_layer_type {args.conv_layer_type} with arch.args.norm_layer_type {args.norm_layer_type}"
+    if None not in _layers_in(flags):
+        return None
+    names = (
+        f"arch.args.conv_layer_type {args.conv_layer_type}"
+        f" with arch.args.norm_layer_type {args.norm_layer_type}"
+    )
     if len(args.normalizations) > 1:
         return f"{names} normalizes twice in a row; ConvNorm needs no norm layer (--norm no)"
     if not args.normalizations and not args.normalizes_weights:
-        return f"{names} is a network without any normalization; a config file that means this names both"
+        return (
+            f"{names} is a network without any normalization;"
+            " a config file that intends this names both"
+        )
     return None
 
 
-def _pair(tree: Mapping[str, Any]) -> tuple[Any, Any]:
+def _layers_in(tree: Mapping[str, Any]) -> list[Any]:
+    """The types of the convolution and of the norm layer; None for one that is not given."""
     arch = tree.get("arch")
     args = arch.get("args") if isinstance(arch, dict) else None
-    return tuple(args.get(name) if isinstance(args, dict) else None for name in PAIR)
+    if not isinstance(args, dict):
+        args = {}
+    return [args.get(key) for key in LAYER_KEYS]
 
 
-def _of_unused_keys(config: Config, silenced: Any, origins: Origins) -> str | None:
+def _warn_of_unused_keys(config: Config, silenced: Any, origins: Origins) -> str | None:
     if silenced is True:
         return None
-    quiet = [str(key) for key in (silenced if isinstance(silenced, list) else [silenced])]
-    unused = [
-        f"{key} {one_line(json.dumps(value), 40)}{_given_by(key, origins)} (only with {needed})"
-        for key, value, needed in _unmet(config, config)
-        if not lies_in(key, quiet)
-    ]
-    return f"without effect in this run: {', '.join(unused)}" if unused else None
-
-
-def _given_by(key: str, origins: Origins) -> str:
-    origin = origin_of(origins, key.split("."))
-    return f" of {origin}" if origin else ""
+    if not isinstance(silenced, list):
+        silenced = [silenced]
+    silenced_keys = [str(key) for key in silenced]
+    unused = []
+    for key, value, needed in _unmet(config, config):
+        if lies_in(key, silenced_keys):
+            continue
+        origin = origin_of(origins, key.split("."))
+        given_by = f" of {origin}" if origin else ""
+        shown = one_line(json.dumps(value), 40)
+        unused.append(f"{key} {shown}{given_by} (only with {needed})")
+    if not unused:
+        return None
+    return f"without effect in this run: {', '.join(unused)}"
 
 
 def _unmet(config: Config, section: Section, path: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Key, value and what is missed of every key that was set to something else than its default,
-    in vain."""
+    """Yield key, value and missing condition of every key that has no effect in this config."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
             yield from _unmet(config, value, f"{path}{name}.")
+        # a resolved config sets every key, so a default says nothing about what its author wants
         elif name in section.model_fields_set and value != field.default:
             for needs in field.metadata:
                 if isinstance(needs, Needs) and not needs.met(config):

@@ -1,7 +1,6 @@
-"""Optimizers and learning-rate schedules: built by name, checked before any data is read,
-resumed."""
+"""Optimizers and learning-rate schedules: built by name, checked before data is read, resumed."""
 
-from base.optim.dry_run import check_optimization
+from base.optim.check import check_optimization
 from base.optim.optimizers import OPTIMIZERS, build_optimizer, load_optimizer
 from base.optim.schedules import SCHEDULERS, Schedule
 

@@ -1,8 +1,6 @@
-"""Optimizers by the names of `torch.optim`."""
+"""Optimizers by their names in `torch.optim`."""
 
 import inspect
-import logging
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +11,9 @@ from torch.optim import Optimizer
 from base.config.imports import own_class
 from base.config.training import OptimizerConfig
 from base.errors import ConfigError
-from base.optim.signatures import check_arguments, shown
+from base.optim.arguments import argument_in_message, check_arguments, format_json
 from base.registry import lookup
 from base.text import first_line
-
-logger = logging.getLogger(__name__)
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name: cls
@@ -27,94 +23,65 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 UNUSABLE = {
     "LBFGS": "it evaluates the loss several times in one step",
     "SparseAdam": "it takes sparse gradients only",
-    "Muon": "it takes matrices only, and convolutions and biases are none",
+    "Muon": "it takes matrices only, and weights of convolutions and biases are not matrices",
     "LambdaLR": "it takes a Python function, which JSON cannot hold",
     "MultiplicativeLR": "it takes a Python function, which JSON cannot hold",
 }
-FUSED_ON = ("cpu", "cuda")
-
-
-def _culprit(
-    args: Mapping[str, Any], attempt: Callable[[dict[str, Any]], Any], error: Exception
-) -> str:
-    """`.name` of the first argument without which `attempt` succeeds, or that the error names;
-    nothing where there is none."""
-    for name in args:
-        try:
-            attempt({other: value for other, value in args.items() if other != name})
-        except Exception:  # noqa: S112 - so it was not this one, or not this one alone
-            continue
-        return f".{name}"
-    named = [name for name in args if len(args) == 1 or re.search(rf"\b{name}\b", str(error))]
-    return f".{named[0]}" if named else ""
+"""Optimizers and schedules of torch that a config cannot use, and why."""
+FUSED_DEVICES = ("cpu", "cuda")
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """The optimizer of `model`. Parameters that a layer's class names in `no_weight_decay` are
-    exempt from it: the thresholds of shifted ReLUs, as in ConvNorm. The update is one fused kernel
-    where torch has it, unless the config says anything about `fused` or `foreach`."""
-    cls = _usable(OPTIMIZERS, config.type, "optimizer.type", Optimizer)
-    check_arguments(cls, config.args, "optimizer.args", given=1, others=OPTIMIZERS.values())
-    exempt = _without_weight_decay(model)
-    groups: list[dict[str, Any]] = [
-        {"params": [value for value in model.parameters() if value not in exempt]}
-    ]
+    """Build the optimizer of a model.
+
+    Parameters that a layer's class lists in `no_weight_decay` are exempt from weight decay: the
+    thresholds of shifted ReLUs, as in ConvNorm. The update is one fused kernel where torch has one,
+    unless the config sets `fused` or `foreach`.
+
+    Raises:
+        ConfigError: the type or an argument is wrong; the message names its key.
+    """
+    cls = find_class(OPTIMIZERS, config.type, "optimizer.type", Optimizer)
+    check_arguments(cls, config.args, "optimizer.args", positional=1, others=OPTIMIZERS.values())
+    exempt = _parameters_without_weight_decay(model)
+    decaying = [parameter for parameter in model.parameters() if parameter not in exempt]
+    groups: list[dict[str, Any]] = [{"params": decaying}]
     if exempt:
-        groups.append(
-            {
-                "params": [value for value in model.parameters() if value in exempt],
-                "weight_decay": 0.0,
-            }
-        )
-    fused = {"fused": True} if _can_fuse(cls, config.args, next(model.parameters()).device) else {}
-    return _build(cls, "optimizer.args", groups, {**config.args, **fused})
-
-
-def _without_weight_decay(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model that its layers' classes name in `no_weight_decay`."""
-    found = set()
-    for module in model.modules():
-        names = getattr(type(module), "no_weight_decay", ())
-        # timm's networks have a method of this name
-        for name in () if callable(names) else names:
-            found.add(module.get_parameter(name))
-    return found
+        # in the order of the model, not of the set, so that checkpoints agree on it
+        listed = [parameter for parameter in model.parameters() if parameter in exempt]
+        groups.append({"params": listed, "weight_decay": 0.0})
+    args = dict(config.args)
+    if _can_fuse(cls, args, next(model.parameters()).device):
+        args["fused"] = True
+    return construct(cls, "optimizer.args", groups, args)
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Continue from a saved state, with the settings saved in it: a run that began without fused
-    kernels goes on without.
+    """Continue from a saved state, with the settings saved in it.
 
-    Fused kernels read the tensors of a parameter as they lie in memory, and take no notice where
-    one is laid out in another order (channels last) than the others. So what was saved is brought
-    into the order of its parameter."""
+    A run that started without fused kernels continues without them.
+    """
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
+            # fused kernels read tensors in the order of their memory, and do not notice that a
+            # saved one has another order (channels last) than its parameter
             if isinstance(value, Tensor) and value.ndim > 1 and value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _can_fuse(cls: Callable[..., Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether fused updates are left to us, and torch has a kernel for them: tried on one number,
-    as it depends on optimizer, arguments, device and version."""
-    if (
-        "fused" not in inspect.signature(cls).parameters
-        or {"fused", "foreach"} & set(args)
-        or device.type not in FUSED_ON
-    ):
-        return False
-    number = nn.Parameter(torch.zeros(1, device=device))
-    number.grad = torch.zeros_like(number)
-    try:
-        cls([number], **args, fused=True).step()
-    except Exception:  # wrong arguments among them, which then fail without it and are named
-        return False
-    return True
+def find_class(table: Mapping[str, type], name: str, key: str, kind: type) -> type:
+    """Return the class of this name in torch's table, or, for a dotted name, in imported code.
 
+    Args:
+        table: name -> class.
+        name: the name in the config.
+        key: the dotted key of the name.
+        kind: the base class that an imported class must have.
 
-def _usable(table: Mapping[str, type], name: str, key: str, kind: type) -> type:
-    """The class of this name in the table, or, by its dotted name, in what a user has imported."""
+    Raises:
+        ConfigError: there is no such class, or a config cannot use it.
+    """
     if "." in name:
         return own_class(name, kind, key)
     cls = lookup(table, name, key)
@@ -123,14 +90,50 @@ def _usable(table: Mapping[str, type], name: str, key: str, kind: type) -> type:
     return cls
 
 
-def _build(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
+def construct(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
+    """Return `cls(first, **args)`, with torch's own error as one line that names the key.
+
+    Raises:
+        ConfigError: torch does not accept the arguments.
+    """
     try:
         return cls(first, **args)
-    except Exception as error:  # whatever torch's classes raise on values they did not expect
-        name = _culprit(args, lambda rest: cls(first, **rest), error)
-        # which are built already
-        values = {key: value for key, value in args.items() if key != "schedulers"}
-        value = values.get(name[1:], values)
+    # torch's classes raise errors of any type for values that they did not expect
+    except Exception as error:
+        # the schedules in a SequentialLR are objects by now, which JSON cannot show
+        values = {name: value for name, value in args.items() if name != "schedulers"}
+        name = argument_in_message(str(error), values)
+        value = values.get(name.removeprefix("."), values)
         raise ConfigError(
-            f"{key}{name}: {cls.__name__} does not accept {shown(value)}: {first_line(error)}"
+            f"{key}{name}: {cls.__name__} does not accept {format_json(value)}: {first_line(error)}"
         ) from None
+
+
+def _parameters_without_weight_decay(model: nn.Module) -> set[nn.Parameter]:
+    found = set()
+    for module in model.modules():
+        names = getattr(type(module), "no_weight_decay", ())
+        # timm's networks have a method of this name, which returns names of the whole network
+        if callable(names):
+            continue
+        for name in names:
+            found.add(module.get_parameter(name))
+    return found
+
+
+def _can_fuse(cls: Callable[..., Optimizer], args: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether the config leaves the choice of kernels open and torch has a fused one."""
+    if "fused" not in inspect.signature(cls).parameters or device.type not in FUSED_DEVICES:
+        return False
+    if "fused" in args or "foreach" in args:
+        return False
+    # a step on one number, as no function of torch tells: it depends on the optimizer, its
+    # arguments, the device and the version
+    number = nn.Parameter(torch.zeros(1, device=device))
+    number.grad = torch.zeros_like(number)
+    try:
+        cls([number], **args, fused=True).step()
+    # wrong arguments fail here, too; they fail again without fused and are reported then
+    except Exception:
+        return False
+    return True

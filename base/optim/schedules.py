@@ -1,4 +1,4 @@
-"""Learning-rate schedules by the names of `torch.optim.lr_scheduler`."""
+"""Learning-rate schedules by their names in `torch.optim.lr_scheduler`."""
 
 import inspect
 import logging
@@ -12,8 +12,8 @@ from torch.optim import Optimizer, lr_scheduler
 
 from base.config.training import SchedulerConfig
 from base.errors import ConfigError
-from base.optim.optimizers import _build, _usable
-from base.optim.signatures import check_arguments, shown
+from base.optim.arguments import check_arguments, format_json
+from base.optim.optimizers import construct, find_class
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ SCHEDULERS: dict[str, type] = {
     and name not in ("LRScheduler", "_LRScheduler")
 }
 STEPPED_BY_BATCH = ("OneCycleLR", "CyclicLR")
-WHOLE_SPAN_ARGUMENT = {
+LENGTH_ARGUMENTS = {
     "CosineAnnealingLR": "T_max",
     "OneCycleLR": "total_steps",
     "PolynomialLR": "total_iters",
@@ -33,45 +33,74 @@ WHOLE_SPAN_ARGUMENT = {
 """The argument that defaults to the number of steps that the schedule has: those of the whole run,
 or, inside a SequentialLR, those between its milestones."""
 Part = tuple[str, Mapping[str, Any]]
-"""One schedule that another is made of: its dotted key, and its `type` and `args`."""
+"""One of the schedules of which another consists: its dotted key, and its `type` and `args`."""
 
 
-def check_plateau(scheduler: SchedulerConfig) -> None:
-    """Refuse a ReduceLROnPlateau that waits for the value it watches to get worse.
+def check_plateau_mode(scheduler: SchedulerConfig) -> None:
+    """Check that ReduceLROnPlateau does not wait for its value to get worse.
 
     Raises:
         ConfigError: naming `lr_scheduler.args.mode`.
     """
-    mode, right = scheduler.args.get("mode"), plateau_mode(scheduler.monitor or "val_loss")
+    mode = scheduler.args.get("mode")
+    right = plateau_mode(scheduler.monitor or "val_loss")
     if scheduler.type == "ReduceLROnPlateau" and mode in ("min", "max") and mode != right:
         watched = scheduler.monitor or "the loss"
         raise ConfigError(
-            f"lr_scheduler.args.mode: {mode!r} lowers the learning rate while {watched} improves: expected {right!r}"
-            " (the default for it)"
+            f"lr_scheduler.args.mode: {mode!r} lowers the learning rate while {watched} improves:"
+            f" expected {right!r} (the default for it)"
         )
 
 
 def plateau_mode(monitor: str) -> str:
-    """Which values of `monitor` are better: `min`, those of losses, or `max`, those of
-    accuracies."""
+    """Return which values of `monitor` are better: `min` for losses, `max` for accuracies."""
     return "min" if monitor.endswith("loss") else "max"
 
 
 def spans_whole_run(scheduler: SchedulerConfig) -> bool:
-    """Whether the schedule's length is the run's, because no argument says otherwise."""
-    parts = [{"type": scheduler.type, "args": scheduler.args}]
+    """Whether the schedule is as long as the run, because no argument sets another length."""
+    parts: list[Mapping[str, Any]] = [{"type": scheduler.type, "args": scheduler.args}]
     while parts:
         part = parts.pop()
         args = part.get("args", {})
-        length = WHOLE_SPAN_ARGUMENT.get(part["type"])
+        length = LENGTH_ARGUMENTS.get(part["type"])
         if length and length not in args and "epochs" not in args:
             return True
-        parts += [inner for inner in _listed(args.get("schedulers")) if _is_part(inner)]
+        schedulers = args.get("schedulers")
+        if isinstance(schedulers, list):
+            parts += [inner for inner in schedulers if _is_part(inner)]
     return False
 
 
+def build_scheduler(config: SchedulerConfig, optimizer: Optimizer, steps: int) -> Any:
+    """Build torch's schedule.
+
+    Args:
+        config: the type, its arguments and what it watches.
+        optimizer: whose learning rates it sets.
+        steps: how often it will be stepped in the whole run.
+
+    Returns:
+        torch's schedule; None for the type `none`.
+
+    Raises:
+        ConfigError: the type or an argument is wrong; the message names its key.
+    """
+    if config.type == "none":
+        return None
+    args = dict(config.args)
+    if config.type == "ReduceLROnPlateau":
+        if config.interval == "batch":
+            raise ConfigError(
+                "lr_scheduler.interval: ReduceLROnPlateau steps after every epoch,"
+                " not after every batch"
+            )
+        args.setdefault("mode", plateau_mode(config.monitor or "val_loss"))
+    return _build(config.type, args, optimizer, steps, "lr_scheduler")
+
+
 class Schedule:
-    """A learning-rate schedule that knows when to step: after every batch, or after every epoch.
+    """A learning-rate schedule that knows whether to step after every batch or every epoch.
 
     Args:
         config: the type, its arguments, the interval.
@@ -80,7 +109,6 @@ class Schedule:
         batches_per_epoch: minibatches in one epoch.
         has_validation: whether `val_loss` will be logged; ReduceLROnPlateau watches it by default,
             and `loss` otherwise.
-        trial: the run's length is made up, so no cycle is refused for being shorter.
 
     Raises:
         ConfigError: naming `lr_scheduler.args.x`.
@@ -93,28 +121,16 @@ class Schedule:
         epochs: int,
         batches_per_epoch: int,
         has_validation: bool,
-        trial: bool = False,
     ) -> None:
         self.optimizer = optimizer
-        by_batch = (
-            config.interval or ("batch" if config.type in STEPPED_BY_BATCH else "epoch")
-        ) == "batch"
-        self.steps_by_batch = by_batch
+        self.steps_by_batch = config.interval == "batch" or (
+            config.interval is None and config.type in STEPPED_BY_BATCH
+        )
         self.monitor = config.monitor or ("val_loss" if has_validation else "loss")
-        self.scheduler: Any = None
-        steps = epochs * (batches_per_epoch if by_batch else 1)
-        if config.type != "none":
-            args = dict(config.args)
-            if config.type == "ReduceLROnPlateau":
-                args.setdefault("mode", plateau_mode(self.monitor))
-            self.scheduler = _build_scheduler(config.type, args, optimizer, steps, "lr_scheduler")
-        if not trial:
-            _refuse_short_cycle(self.scheduler, steps)
+        steps = epochs * batches_per_epoch if self.steps_by_batch else epochs
+        self.scheduler = build_scheduler(config, optimizer, steps)
+        _check_cycle_length(self.scheduler, steps)
         self.on_plateau = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
-        if self.on_plateau and by_batch:
-            raise ConfigError(
-                "lr_scheduler.interval: ReduceLROnPlateau steps after every epoch, not after every batch"
-            )
 
     @property
     def learning_rate(self) -> float:
@@ -122,80 +138,96 @@ class Schedule:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step_batch(self) -> None:
-        """Called after every minibatch."""
+        """Step after a minibatch, if the schedule steps by batches."""
         if self.scheduler is not None and self.steps_by_batch:
             self.scheduler.step()
 
     def step_epoch(self, log: Mapping[str, float]) -> None:
-        """Called after every epoch with the values it logged. An epoch that has not measured what
-        the plateau schedule watches (robust accuracy, which is validated every few epochs) does not
-        count for it."""
+        """Step after an epoch, if the schedule steps by epochs.
+
+        Args:
+            log: the values that the epoch logged.
+        """
         if self.on_plateau:
+            # robust accuracy is measured every few epochs only; the others do not count
             if self.monitor in log:
                 self.scheduler.step(log[self.monitor])
         elif self.scheduler is not None and not self.steps_by_batch:
             with warnings.catch_warnings():
-                # torch misses an optimizer step where the epoch's last one was taken by the process
-                # that this one continues
+                # after a resume at the end of an epoch torch has not seen an optimizer step: the
+                # process that was interrupted took it
                 warnings.filterwarnings(
                     "ignore", message="Detected call of `lr_scheduler.step", category=UserWarning
                 )
                 self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's state; empty for `none`."""
-        return {} if self.scheduler is None else self.scheduler.state_dict()
+        """Return the schedule's state; empty for the type `none`."""
+        if self.scheduler is None:
+            return {}
+        return self.scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state. The optimizer's own state holds the learning rates.
+        """Continue from a saved state.
 
-        Lengths and the plateau's mode are part of the state: a run goes on as it began, whatever
-        the defaults are by now."""
-        if self.scheduler is not None:
-            mode = getattr(self.scheduler, "mode", None)
-            self.scheduler.load_state_dict(_restore_counters(self.scheduler, state))
-            if self.on_plateau and self.scheduler.mode != mode:
-                logger.warning(
-                    "lr_scheduler: the run began with mode %r for %s, and goes on so: new runs have %r",
-                    self.scheduler.mode, self.monitor, mode,
-                )  # fmt: skip
+        The learning rates are in the optimizer's state. Lengths and the plateau's mode are in this
+        one: a run keeps those that it started with, even if the defaults have changed.
+        """
+        if self.scheduler is None:
+            return
+        default_mode = getattr(self.scheduler, "mode", None)
+        self.scheduler.load_state_dict(_restore_counters(self.scheduler, state))
+        if self.on_plateau and self.scheduler.mode != default_mode:
+            logger.warning(
+                "lr_scheduler: the run started with mode %r for %s and keeps it; new runs have %r",
+                self.scheduler.mode,
+                self.monitor,
+                default_mode,
+            )
 
 
-def _build_scheduler(
-    name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int, key: str
-) -> Any:
-    cls = _usable(SCHEDULERS, name, f"{key}.type", lr_scheduler.LRScheduler)
+def _build(name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int, key: str) -> Any:
+    """Build one schedule, and first those of which it consists.
+
+    Args:
+        name: the type.
+        args: its arguments.
+        optimizer: whose learning rates it sets.
+        steps: how often it will be stepped.
+        key: the dotted key of the schedule.
+    """
+    cls = find_class(SCHEDULERS, name, f"{key}.type", lr_scheduler.LRScheduler)
     args = dict(args)
-    length = WHOLE_SPAN_ARGUMENT.get(name)
+    length = LENGTH_ARGUMENTS.get(name)
     if length and "epochs" not in args:
         args.setdefault(length, steps)
-    given = 0 if name == "ChainedScheduler" else 1
-    check_arguments(cls, args, f"{key}.args", given, others=SCHEDULERS.values())
-    # SequentialLR and ChainedScheduler are made of others
+    # ChainedScheduler is the only one whose first parameter is not the optimizer
+    positional = 0 if name == "ChainedScheduler" else 1
+    check_arguments(cls, args, f"{key}.args", positional, others=SCHEDULERS.values())
     if "schedulers" in inspect.signature(cls).parameters:
         parts = _parts(args["schedulers"], f"{key}.args.schedulers")
         spans = [steps] * len(parts)
         if name == "SequentialLR":
-            parts, args["milestones"] = _unfolded(parts, args["milestones"])
+            parts, args["milestones"] = _flatten(parts, args["milestones"])
             spans = _spans(args["milestones"], steps)
-            # torch refuses another number of milestones, once the parts are built
+            # with too few milestones torch raises an error once all parts are built
             spans += [steps] * (len(parts) - len(spans))
+        # a part that begins after the run's last step is built as well, and needs a length
         args["schedulers"] = [
-            # a part that begins after the last step is built all the same
-            _build_scheduler(part["type"], part.get("args", {}), optimizer, max(1, span), part_key)
+            _build(part["type"], part.get("args", {}), optimizer, max(1, span), part_key)
             for (part_key, part), span in zip(parts, spans, strict=False)
         ]
-    return _build(
-        cls,
-        f"{key}.args",
-        args.pop("schedulers") if name == "ChainedScheduler" else optimizer,
-        args,
-    )
+    first = args.pop("schedulers") if name == "ChainedScheduler" else optimizer
+    return construct(cls, f"{key}.args", first, args)
 
 
-def _unfolded(parts: Sequence[Part], milestones: Sequence[int]) -> tuple[list[Part], list[int]]:
-    """Parts and milestones of a SequentialLR with the parts of one that stands in it in place of
-    that: torch's own stumbles over a later part that is made of others, when its turn comes.
+def _flatten(parts: Sequence[Part], milestones: Sequence[int]) -> tuple[list[Part], list[int]]:
+    """Replace each SequentialLR among the parts of another by its own parts.
+
+    torch's SequentialLR fails when a later part that itself consists of schedules takes over.
+
+    Returns:
+        The parts and the milestones between them.
 
     Raises:
         ConfigError: a later part is a ChainedScheduler.
@@ -205,6 +237,7 @@ def _unfolded(parts: Sequence[Part], milestones: Sequence[int]) -> tuple[list[Pa
     begins = [0, *milestones]
     ends = [*milestones, None]
     if len(begins) != len(parts):
+        # torch raises an error for a wrong number of milestones
         return list(parts), list(milestones)
     for (key, part), begin, end in zip(parts, begins, ends, strict=True):
         if begin > 0 and part["type"] == "ChainedScheduler":
@@ -215,32 +248,31 @@ def _unfolded(parts: Sequence[Part], milestones: Sequence[int]) -> tuple[list[Pa
         inner_starts = [begin]
         if begin > 0 and part["type"] == "SequentialLR":
             args = part.get("args", {})
-            check_arguments(SCHEDULERS["SequentialLR"], args, f"{key}.args", given=1)
-            inner, inner_milestones = _unfolded(
-                _parts(args["schedulers"], f"{key}.args.schedulers"), args["milestones"]
-            )
+            check_arguments(SCHEDULERS["SequentialLR"], args, f"{key}.args", positional=1)
+            inner = _parts(args["schedulers"], f"{key}.args.schedulers")
+            inner, inner_milestones = _flatten(inner, args["milestones"])
             if len(inner_milestones) != len(inner) - 1:
                 raise ConfigError(
-                    f"{key}.args.milestones: expected {len(inner) - 1}, one fewer than there are schedulers"
+                    f"{key}.args.milestones: expected {len(inner) - 1},"
+                    " one fewer than there are schedulers"
                 )
             inner_starts = [begin, *(begin + milestone for milestone in inner_milestones)]
-        reached = [place for place, start in enumerate(inner_starts) if end is None or start < end]
-        flat += [inner[place] for place in reached]
-        starts += [inner_starts[place] for place in reached]
+        for inner_part, start in zip(inner, inner_starts, strict=True):
+            # the next outer milestone may come before the inner schedule has used all its parts
+            if end is None or start < end:
+                flat.append(inner_part)
+                starts.append(start)
     return flat, starts[1:]
 
 
 def _spans(milestones: Sequence[int], steps: int) -> list[int]:
     """How many of `steps` each part of a SequentialLR has."""
-    return [
-        end - start
-        for start, end in pairwise([0, *(min(milestone, steps) for milestone in milestones), steps])
-    ]
+    limits = [0, *(min(milestone, steps) for milestone in milestones), steps]
+    return [end - start for start, end in pairwise(limits)]
 
 
-def _refuse_short_cycle(scheduler: Any, steps: int) -> None:
-    """Refuse a OneCycleLR, alone or as a part of another schedule, that is stepped more often than
-    its cycle is long."""
+def _check_cycle_length(scheduler: Any, steps: int) -> None:
+    """Check that every OneCycleLR, alone or within another schedule, lasts until its last step."""
     if isinstance(scheduler, lr_scheduler.OneCycleLR) and scheduler.total_steps < steps:
         raise ConfigError(
             f"lr_scheduler.args: the cycle has {scheduler.total_steps} steps, the run takes {steps}"
@@ -250,17 +282,14 @@ def _refuse_short_cycle(scheduler: Any, steps: int) -> None:
     if isinstance(scheduler, lr_scheduler.SequentialLR):
         spans = _spans(scheduler._milestones, steps)
     for part, span in zip(parts, spans, strict=True):
-        _refuse_short_cycle(part, span)
+        _check_cycle_length(part, span)
 
 
 def _parts(value: Any, key: str) -> list[Part]:
     if isinstance(value, list) and value and all(_is_part(part) for part in value):
         return [(f"{key}.{index}", part) for index, part in enumerate(value)]
-    raise ConfigError(f'{key}: expected a list of {{"type": ..., "args": ...}}, not {shown(value)}')
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+    expected = 'expected a list of {"type": ..., "args": ...}'
+    raise ConfigError(f"{key}: {expected}, not {format_json(value)}")
 
 
 def _is_part(value: Any) -> bool:
@@ -272,8 +301,7 @@ def _is_part(value: Any) -> bool:
 
 
 def _restore_counters(scheduler: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Checkpoints hold plain dicts; where the scheduler itself uses a Counter (MultiStepLR's
-    milestones), give it one."""
+    """Turn the plain dicts of a checkpoint into the Counters that MultiStepLR uses."""
     restored = dict(state)
     for key, value in state.items():
         if isinstance(getattr(scheduler, key, None), Counter):

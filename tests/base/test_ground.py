@@ -23,8 +23,9 @@ from base.command_line import (
 )
 from base.config import validate
 from base.config.config import CometConfig
-from base.config.files import annotation_at, override
+from base.config.files import override
 from base.config.strict_json import parse_json
+from base.config.tree import annotation_at
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from base.meters import BatchResult, Meters
 from base.registry import lookup

@@ -10,7 +10,7 @@ from own_attacks import MomentumFGSM
 from attacks import APGD, ATTACKS, FGSM, PGD, Attack, AutoAttack, Square
 from base.config import validate
 from base.config.adversarial import PGDAttackConfig, Size
-from base.config.files import merge
+from base.config.tree import merge
 from base.errors import ConfigError
 from experiment.build_attacks import build_attack, fgsm, other_attack
 from tiny_runs import config_of

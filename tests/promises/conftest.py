@@ -3,7 +3,7 @@
 import pytest
 
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from tests.soak.scenarios import SMALL, write_images
 
 

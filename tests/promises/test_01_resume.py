@@ -10,7 +10,7 @@ import torch
 from base.base_trainer import BaseTrainer
 from base.checkpoint import save_checkpoint
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.optim import state as optimization_state
 from experiment.experiment import Experiment
 from tiny_runs import difference, run

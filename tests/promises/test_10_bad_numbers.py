@@ -11,7 +11,7 @@ import torch
 import base.nan_guard as finite_module
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, save_checkpoint
-from base.config.files import merge
+from base.config.tree import merge
 from base.errors import NonFiniteError, Stopped
 from base.registry import TRAINERS
 from experiment.experiment import Experiment

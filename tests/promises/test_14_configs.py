@@ -2,8 +2,9 @@
 range, is a documented default or one line that names its dotted path.
 
 What is expected comes from `configs/README.md`, the table that users read, not from the code.
-"Loading" is all that happens before data is read: file, types, ranges, and a few steps of optimizer
-and schedule."""
+"Loading" is everything that happens before data is read: file, types, ranges, and a step of
+optimizer and schedule.
+"""
 
 import json
 from inspect import signature
@@ -27,10 +28,10 @@ from shipped_configs import (
 )
 from torch import nn, optim
 
-from base import optimization
-from base.config import Config, files
+from base.config import Config, files, problems
+from base.config import tree as config_tree
 from base.errors import ConfigError
-from base.optim import signatures as config_arguments
+from base.optim import arguments, build_optimizer, optimizers
 
 NAMED_INSTEAD = {
     "arch.type": ("arch.args.depth", "only wide_resnet takes it"),
@@ -89,7 +90,7 @@ def check_default(row, value):
 def check_default_of_torch(config, section, name):
     assert name not in value_at(config.model_dump(), section)
     if section == "optimizer.args":
-        built = optimization.build_optimizer(config.optimizer, nn.Linear(1, 1))
+        built = build_optimizer(config.optimizer, nn.Linear(1, 1))
         assert built.param_groups[0][name] == signature(optim.SGD).parameters[name].default
 
 
@@ -221,20 +222,20 @@ def takes_values_of_other_types(monkeypatch):
 
 
 def names_no_key(monkeypatch):
-    told = files._told
-    monkeypatch.setattr(files, "_told", lambda problem: told(problem).partition(": ")[2])
+    message = problems._message
+    monkeypatch.setattr(problems, "_message", lambda problem: message(problem).partition(": ")[2])
 
 
 def hints_at_nothing(monkeypatch):
-    monkeypatch.setattr(files, "did_you_mean", lambda name, known: "")
+    monkeypatch.setattr(config_tree, "format_hint", lambda nearest: "")
 
 
 def leaves_arguments_to_torch(monkeypatch):
-    monkeypatch.setattr(optimization, "check_arguments", lambda *args, **kwargs: None)
+    monkeypatch.setattr(optimizers, "check_arguments", lambda *args, **kwargs: None)
 
 
 def knows_no_ranges(monkeypatch):
-    monkeypatch.setattr(config_arguments, "RANGES", {})
+    monkeypatch.setattr(arguments, "RANGES", {})
 
 
 def has_no_bound(monkeypatch):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from base.checkpoint import load_checkpoint
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from data_loader import ImageFolderDataLoader, data_loaders, training_data_loader
 from data_loader.images import MemoryImages, pixel_statistics
 from data_loader.training_data_loader import TrainingDataLoader

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 
 CONFIG = {
     "name": "made",

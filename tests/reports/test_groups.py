@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from base.config.files import merge
+from base.config.tree import merge
 from base.errors import ConfigError
 from base.run_folder.study_index import StudyEntry, write_study_index
 from reports.groups import MAY_DIFFER, group_runs

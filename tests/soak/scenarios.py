@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from base.config.files import merge
+from base.config.tree import merge
 
 SMALL = {
     "name": "soak",

@@ -23,7 +23,7 @@ import train
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config import load_config, validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.errors import ProjectError, Stopped
 from base.optim import check_optimization
 from base.run_folder.names import LAST

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from base.config import validate
-from base.config.files import annotation_at
+from base.config.tree import annotation_at
 from studies.grid import plan
 from studies.identity import HASHED_AT_DEFAULT, identity
 

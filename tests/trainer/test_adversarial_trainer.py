@@ -12,7 +12,7 @@ from attacks import PGD
 from base.base_data_loader import BaseDataLoader
 from base.checkpoint import load_checkpoint
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.optim import Schedule, build_optimizer
 from base.registry import TRAINERS
 from experiment.build import build_trainer

@@ -11,7 +11,7 @@ from pydantic import Field
 import experiment
 from base.base_trainer import BaseTrainer
 from base.config import Config, validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.errors import ConfigError
 from base.registry import TRAINERS
 from tiny_runs import TINY, config_of, difference, interrupt

@@ -18,7 +18,7 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts
 from base.checkpoint import load_checkpoint
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.errors import CheckpointError, NonFiniteError
 from base.optim import Schedule, build_optimizer
 from base.tracking.tracker import RunLog

@@ -1,4 +1,4 @@
-"""What a good config is warned of: keys without effect, no normalization, two in a row."""
+"""Warnings about a valid config: keys without effect, no normalization, two norms in a row."""
 
 import json
 from contextlib import suppress
@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from base.config import Config, load_config, validate
 from base.config.adversarial import AdversarialConfig
 from base.config.config import LAYER_CHOICES
-from base.config.files import section_at
-from base.config.hints import _keys
+from base.config.nearest_key import dotted_keys
 from base.config.section import Needs
+from base.config.tree import section_at
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}
@@ -79,7 +79,7 @@ IN_VAIN = {
     "pgd_attack.loss": ("dlr", {"pgd_attack.type": "autoattack"}, {"pgd_attack.type": "fgsm"}),
     "pgd_attack.early_stop": (0, {"pgd_attack.type": "square"}, {"pgd_attack.type": "fgsm"}),
 }
-"""Key -> a value, settings with which it has no effect, settings with which it has."""
+"""Key -> a value, settings with which it has no effect, settings with which it has an effect."""
 
 
 def tree(*parts):
@@ -93,7 +93,7 @@ def tree(*parts):
     return whole
 
 
-def test_the_cases_are_all_keys_that_need_another():
+def test_the_cases_cover_every_key_that_has_a_condition():
     def needs(key):
         *section, name = key.split(".")
         return any(
@@ -103,7 +103,7 @@ def test_the_cases_are_all_keys_that_need_another():
     arguments = {
         f"adversarial.{key}" for choice in AdversarialConfig.choices for key in choice.known_keys()
     }
-    assert {key for key in _keys(Config) if needs(key)} | arguments == IN_VAIN.keys()
+    assert {key for key in dotted_keys(Config) if needs(key)} | arguments == IN_VAIN.keys()
 
 
 @pytest.mark.parametrize("key", IN_VAIN)
@@ -150,7 +150,7 @@ def another_value(argument):
 @pytest.mark.parametrize(
     ("choice", "name", "key"), OF_LAYERS, ids=[f"{name}-{key}" for _, name, key in OF_LAYERS]
 )
-def test_a_layers_argument_is_in_vain_where_no_chosen_layer_takes_it(choice, name, key):
+def test_an_argument_that_no_chosen_layer_takes_is_without_effect(choice, name, key):
     argument, place = choice.arguments(name)[key], f"arch.args.{key}"
     value = another_value(argument)
     chosen = validate(tree({choice.key: name, place: value}))
@@ -169,7 +169,7 @@ def test_a_layers_argument_is_in_vain_where_no_chosen_layer_takes_it(choice, nam
     assert validate(tree({place: None})).warnings == ()
 
 
-def test_several_are_one_warning_and_the_comment_key_is_inherited(tmp_path):
+def test_several_unused_keys_are_one_warning_and_the_comment_key_is_inherited(tmp_path):
     values = {
         key: IN_VAIN[key][0]
         for key in ("adversarial.beta", "trainer.adv_repeats", "trainer.lamb_ocnn")
@@ -213,7 +213,9 @@ TWICE, NEVER = "normalizes twice in a row", "without any normalization"
         ({"conv_layer_type": "prec_conv", "norm_layer_type": "in"}, {}, None),
     ],
 )
-def test_no_norm_and_two_norms_unless_the_files_name_both(tmp_path, files, flags, message):
+def test_no_norm_or_two_norms_is_a_warning_unless_the_files_name_both_layers(
+    tmp_path, files, flags, message
+):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**DIGITS, "arch": {"args": files}}))
     warnings = load_config(
@@ -224,7 +226,7 @@ def test_no_norm_and_two_norms_unless_the_files_name_both(tmp_path, files, flags
     assert whole == warnings
 
 
-def test_a_pair_that_parent_and_child_name_between_them_is_asked_for(tmp_path):
+def test_a_pair_of_layers_that_parent_and_child_name_together_is_intended(tmp_path):
     (tmp_path / "parent.json").write_text(
         json.dumps({**DIGITS, "arch": {"args": {"conv_layer_type": "conv"}}})
     )

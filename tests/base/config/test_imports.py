@@ -1,4 +1,4 @@
-"""A user's own code: what runs, once, from where, and what is said of code that cannot."""
+"""A user's own code: which code runs, and the errors for code that cannot run."""
 
 import json
 import multiprocessing
@@ -82,9 +82,7 @@ def test_a_resolved_config_whose_file_has_changed_warns(tmp_path):
     resolved = load_config(config_file(tmp_path / "a.json", imports=["changing.py"])).dump()
     resolved["imports"][0]["sha256"] = "0" * 64
     (warning,) = load_config(config_file(tmp_path / "b.json", **resolved)).warnings
-    assert (
-        warning == f"imports: {tmp_path / 'changing.py'}: has other content than when the run began"
-    )
+    assert warning == f"imports: {tmp_path / 'changing.py'}: has changed since the run started"
 
 
 BROKEN = {
@@ -97,7 +95,8 @@ BROKEN = {
     ),
     "meets_a_room.py": (
         "import models.frn\n",
-        r"line 1: ModuleNotFoundError: No module named 'models.frn'; models is a room of this project, which comes first",
+        r"line 1: ModuleNotFoundError: No module named 'models.frn';"
+        " models is a room of this project, which comes first",
     ),
     "replaces.py": (
         "from base.registry import NORM_LAYERS\nNORM_LAYERS['bn'] = print\n",
@@ -113,7 +112,7 @@ BROKEN = {
     ),
     "builtin.py": (
         "from base.registry import NORM_LAYERS\nNORM_LAYERS['mine'] = dict\n",
-        r"NORM_LAYERS\['mine'\]: has no signature to read its arguments from; wrap it in a function",
+        r"NORM_LAYERS\['mine'\]: has no signature that tells its arguments; wrap it in a function",
     ),
     "models.py": ("", "would hide models of this project: rename the file"),
     "train.py": ("", "would hide train of this project: rename the file"),
@@ -164,7 +163,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         (tmp_path / folder / "same_name.py").write_text(OWN)
     own(tmp_path / "a" / "same_name.py")
     with pytest.raises(
-        ConfigError, match=r"b/same_name.py: .*a/same_name.py is the module same_name already"
+        ConfigError, match=r"b/same_name.py: .*a/same_name.py is already the module same_name"
     ):
         own(tmp_path / "b" / "same_name.py")
 
@@ -187,7 +186,7 @@ def test_modules_by_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "value", ["my.py", [3], [{"file": "a.py", "module": "a"}], [{}], [""], {"file": "a.py"}]
 )
-def test_imports_that_are_no_list_of_words(tmp_path, value):
+def test_imports_that_are_not_a_list_of_texts_are_an_error(tmp_path, value):
     with pytest.raises(
         ConfigError,
         match=r"c.json: imports: .*expected a list of Python files and names of modules",
@@ -195,7 +194,7 @@ def test_imports_that_are_no_list_of_words(tmp_path, value):
         load_config(config_file(tmp_path / "c.json", imports=value))
 
 
-def test_a_setting_imports_nothing(tmp_path):
+def test_set_cannot_import_code(tmp_path):
     (tmp_path / "own_file.py").write_text("raise AssertionError")
     with pytest.raises(
         ConfigError, match=r"^--set imports=.*: your own code is named by --imports FILE_OR_MODULE$"
@@ -206,19 +205,19 @@ def test_a_setting_imports_nothing(tmp_path):
         )
 
 
-def test_what_a_checkpoint_asks_for_is_not_run(tmp_path):
+def test_code_that_a_checkpoint_needs_is_not_run(tmp_path):
     file = tmp_path / "it's asked.py"
     file.write_text("raise AssertionError")
     with pytest.raises(CheckpointError) as caught:
         imported_for([OwnCode(file=str(file)), OwnCode(file="/gone/away_now.py")], "run")
     assert "add --imports '/" in str(caught.value)
     assert (
-        "asked.py' --imports /gone/away_now.py (no longer there: /gone/away_now.py; give its new path)"
-        in str(caught.value)
+        "asked.py' --imports /gone/away_now.py"
+        " (no longer there: /gone/away_now.py; give its new path)" in str(caught.value)
     )
 
 
-def test_classes_of_own_modules_only(tmp_path):
+def test_only_classes_of_imported_modules_can_be_named(tmp_path):
     (tmp_path / "own_classes.py").write_text(f"{OWN}class Lion(dict): pass\n")
     with pytest.raises(
         ConfigError, match="'own_classes.Lion': the module own_classes is not among the imports"
@@ -234,7 +233,7 @@ def test_classes_of_own_modules_only(tmp_path):
         own_class("own_classes.Lino", dict, "optimizer.type")
 
 
-def test_a_run_is_what_its_code_is_and_not_where_it_lies(tmp_path, monkeypatch):
+def test_a_run_depends_on_its_code_and_not_on_the_path_of_it(tmp_path, monkeypatch):
     def hashes(folder, text):
         monkeypatch.setattr(imports, "_imported", {})
         sys.modules.pop("my_code", None)
@@ -252,8 +251,11 @@ def test_a_run_is_what_its_code_is_and_not_where_it_lies(tmp_path, monkeypatch):
     assert not {config_hash(without), identity(without)} & {*first, *other}
 
 
-def test_worker_processes_find_what_they_unpickle(tmp_path):
-    text = f"{OWN}from base.registry import METRICS\nimport os\ndef tell(queue): queue.put(os.getpid())\n"
+def test_worker_processes_find_the_modules_that_they_unpickle(tmp_path):
+    text = (
+        f"{OWN}from base.registry import METRICS\nimport os\n"
+        "def tell(queue): queue.put(os.getpid())\n"
+    )
     (tmp_path / "own_worker.py").write_text(f"{text}METRICS['own_metric'] = tell\n")
     own(tmp_path / "own_worker.py")
     context = multiprocessing.get_context("spawn")

@@ -15,7 +15,7 @@ DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 
 
 def load(tmp_path, *words, parent=None, child=None):
-    """The config of a child and its parent, with the words of a command line."""
+    """The config of a child and its parent, with the arguments of a command line."""
     (tmp_path / "parent.json").write_text(json.dumps({**DIGITS, **(parent or {})}))
     (tmp_path / "child.json").write_text(json.dumps({"extends": "parent.json", **(child or {})}))
     return load_config(
@@ -83,22 +83,23 @@ PARENT, CHILD = "{folder}/parent.json (extended by child.json)", "{folder}/child
             {},
             {"optimizer": {"type": "SGD", "args": {"lr": -1}}},
             [],
-            f"{CHILD}: optimizer.args.lr: expected at least 0",
+            f"{CHILD}: optimizer.args.lr: SGD does not accept -1: Invalid learning rate: -1",
         ),
-        ({}, {}, ["--lr", "-1"], "--lr -1: optimizer.args.lr: expected at least 0"),
+        ({}, {}, ["--lr", "-1"], "--lr -1: optimizer.args.lr: SGD does not accept -1: Invalid"),
     ],
 )
 def test_an_error_names_the_file_or_flag_that_the_value_came_from(
     tmp_path, parent, child, words, message
 ):
-    with pytest.raises(ConfigError) as caught:  # noqa: PT012 - some are found by loading, some behind it
+    # some errors are found in loading, others in the check after it
+    with pytest.raises(ConfigError) as caught:  # noqa: PT012
         config = load(tmp_path, *words, parent=parent, child=child)
         with origins_named(config):
             check_optimization(config.optimizer, config.lr_scheduler)
     assert str(caught.value).startswith(message.format(folder=tmp_path))
 
 
-def test_several_errors_name_each_its_own(tmp_path):
+def test_each_of_several_errors_names_its_own_origin(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load(
             tmp_path,
@@ -117,8 +118,8 @@ def test_several_errors_name_each_its_own(tmp_path):
 def test_a_warning_names_the_flag(tmp_path):
     (warning,) = load(tmp_path, "--sym").warnings
     assert (
-        warning
-        == "without effect in this run: trainer.sym true of --sym true (only with trainer.percent above 0)"
+        warning == "without effect in this run: trainer.sym true of --sym true"
+        " (only with trainer.percent above 0)"
     )
 
 
@@ -155,7 +156,7 @@ def test_the_printed_config_is_a_config_and_names_every_origin(tmp_path):
     assert "early_stop" not in tree["trainer"]
 
 
-def test_what_a_run_would_refuse_is_not_printed(tmp_path, capsys):
+def test_a_config_that_a_run_would_refuse_is_not_printed(tmp_path, capsys):
     (tmp_path / "digits.json").write_text('{"data_loader": {"type": "DigitsDataLoader"}}')
     arguments = config_parser("").parse_args(["-c", str(tmp_path / "digits.json"), "--lr", "fast"])
     with pytest.raises(ConfigError, match="^--lr fast: optimizer.args.lr: expected a number"):

@@ -1,4 +1,4 @@
-"""What this project writes as JSON is JSON: numbers that are not finite become null."""
+"""Everything that this project writes as JSON is valid JSON: non-finite numbers become null."""
 
 import json
 
@@ -25,7 +25,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_numbers_that_are_not_finite_become_null(indent):
+def test_non_finite_numbers_become_null(indent):
     assert parse_json(json_text(VALUES, indent)) == WRITTEN
     finite = {"a": [0.1, 1e-300, -3], "b": {"c": ""}}
     assert json_text(finite, indent) == json.dumps(finite, indent=indent)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.distributed.agreement import code_digest, config_facts, data_facts, first_difference
 from base.errors import CheckpointError, ConfigError, DataError
 from base.run_folder.environment import project_version
@@ -23,7 +23,8 @@ import base.distributed.agreement
 from experiment import attack_command
 from experiment.attack_command import attack_parser, evaluate_checkpoint
 from base.command_line import run_script
-from base.config.files import merge, validate
+from base.config.files import validate
+from base.config.tree import merge
 from base.errors import ProjectError
 from base.ranks import rank, distributed_session
 from experiment.experiment import Experiment

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.device import choose_device
 from base.distributed.launch import available_cpus, refuse_missing_devices
 from base.errors import ConfigError

@@ -19,9 +19,9 @@ from base.optim import (
     check_optimization,
     load_optimizer,
 )
+from base.optim.arguments import NOT_FROM_CONFIG, check_arguments
 from base.optim.optimizers import UNUSABLE
 from base.optim.schedules import spans_whole_run
-from base.optim.signatures import NOT_THE_CONFIGS, check_arguments
 from base.registry import ACTIVATION_LAYERS
 
 SGD = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9})
@@ -154,8 +154,8 @@ def sequence(milestones, *parts):
         ({"type": "PolynomialLR"}, [{"total_iters": 18}], "batch"),
     ],
 )
-def test_a_part_without_a_length_spans_what_is_left_for_it(given, lengths, interval):
-    """Over 6 epochs of 3 batches: the same rates as where the length is written into the config."""
+def test_a_part_without_a_length_lasts_until_the_next_milestone(given, lengths, interval):
+    """Over 6 epochs of 3 batches the rates are the same as with the length given in the config."""
 
     def written(part):
         part = json.loads(json.dumps(part))
@@ -186,7 +186,7 @@ def test_a_part_without_a_length_spans_what_is_left_for_it(given, lengths, inter
     assert len(set(rates(given))) >= 5
 
 
-def test_a_sequence_in_a_sequence_is_its_parts_one_after_another():
+def test_a_sequence_in_a_sequence_runs_its_parts_one_after_another():
     def rates(tree):
         optimizer = build_optimizer(SGD, nn.Linear(2, 2))
         schedule = Schedule(SchedulerConfig(**tree), optimizer, 9, 1, has_validation=True)
@@ -218,9 +218,8 @@ def test_a_sequence_in_a_sequence_is_its_parts_one_after_another():
             list(rates(sequence([2], WARM_UP, wrong)))
 
 
-def test_a_run_goes_on_with_the_lengths_that_it_began_with():
-    """Checkpoints of runs that began when a cosine behind a warm-up had the length of the whole
-    run."""
+def test_a_resumed_run_keeps_the_lengths_that_it_started_with():
+    """In older checkpoints a cosine after a warm-up is as long as the whole run."""
 
     def begin(tree):
         optimizer = build_optimizer(SGD, nn.Linear(2, 2))
@@ -243,7 +242,7 @@ def test_a_run_goes_on_with_the_lengths_that_it_began_with():
         assert rates + list(step(second, 5 - done)) == uninterrupted
 
 
-def test_half_steps_of_a_cycle():
+def test_a_cycle_may_have_half_steps():
     config = SchedulerConfig(
         type="CyclicLR",
         args={"base_lr": 0.0, "max_lr": 0.3, "step_size_up": 1.5, "step_size_down": 4.5},
@@ -259,7 +258,7 @@ def test_half_steps_of_a_cycle():
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(UNUSABLE)))
-def test_every_optimizer_can_be_named_alone_and_moves_a_network(name):
+def test_every_optimizer_works_without_arguments_and_changes_the_weights(name):
     check_optimization(OptimizerConfig(type=name), SchedulerConfig())
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
     optimizer = build_optimizer(OptimizerConfig(type=name), model)
@@ -301,7 +300,11 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
             None,
             r"optimizer.args.momentun: SGD takes no such argument; did you mean 'momentum'\?",
         ),
-        (("SGD", {"lr": -1}), None, "optimizer.args.lr: expected at least 0, not -1"),
+        (
+            ("SGD", {"lr": -1}),
+            None,
+            "optimizer.args.lr: SGD does not accept -1: Invalid learning rate: -1",
+        ),
         (("SGD", {"lr": "fast"}), None, 'optimizer.args.lr: expected a number, not "fast"'),
         (("SGD", {"lr": True}), None, "optimizer.args.lr: expected a number, not true"),
         (("SGD", {"lr": {"a": 1}}), None, "optimizer.args.lr: expected a number, not"),
@@ -323,7 +326,8 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
         (
             ("SGD", {"momentum": 0.9, "lr": 1e300}),
             None,
-            "optimizer.args.lr: a step with these arguments fails: ",
+            r'optimizer.args: a step with {"momentum": 0.9, "lr": 1e\+300} fails:'
+            " the weights are not finite",
         ),
         (
             ("Adam", {"lr": 1e-3, "eps": -1}),
@@ -338,7 +342,7 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
         (
             ("AdamW", {"betas": [0.9, 1.5]}),
             None,
-            "optimizer.args.betas: expected numbers at least 0 and below 1, not",
+            "optimizer.args.betas: AdamW does not accept .*: Invalid beta parameter at index 1",
         ),
         (
             ("AdamW", {"betas": 0.9}),
@@ -348,7 +352,7 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
         (
             ("LBFGS", {}),
             None,
-            "optimizer.type: LBFGS cannot be used from a config: it evaluates the loss several times",
+            "optimizer.type: LBFGS cannot be used from a config: it evaluates the loss several",
         ),
         (("AdamW", {"betas": [0.9]}), None, "optimizer.args.betas: expected a list of 2"),
         (
@@ -379,7 +383,7 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
         (
             None,
             ("OneCycleLR", {"max_lr": 0.1, "pct_start": 2}),
-            "lr_scheduler.args.pct_start: expected at least 0 and at",
+            "lr_scheduler.args.pct_start: OneCycleLR does not accept 2: Expected float between 0",
         ),
         (
             None,
@@ -389,7 +393,7 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
         (
             None,
             ("ReduceLROnPlateau", {"factor": 1.5}),
-            "lr_scheduler.args.factor: ReduceLROnPlateau does not accept 1.5: Factor should be < 1.0",
+            "lr_scheduler.args.factor: ReduceLROnPlateau does not accept 1.5: Factor should be <",
         ),
         (
             None,
@@ -519,7 +523,7 @@ def test_defaults_of_every_class_fit_the_types_and_ranges(name):
     defaults = {
         p.name: p.default
         for p in parameters
-        if p.default is not p.empty and p.name not in NOT_THE_CONFIGS
+        if p.default is not p.empty and p.name not in NOT_FROM_CONFIG
     }
     defaults = json.loads(json.dumps(defaults))
     required = json.loads(json.dumps(SCHEDULER_ARGS.get(name, {})))
@@ -529,9 +533,9 @@ def test_defaults_of_every_class_fit_the_types_and_ranges(name):
             if name == "CosineAnnealingLR"
             else {**required, argument: value}
         )
-        check_arguments(cls, given, "key", given=1)
+        check_arguments(cls, given, "key", positional=1)
         with pytest.raises(ConfigError, match=rf"^key\.{argument}: expected "):
-            check_arguments(cls, given | {argument: {"wrong": 1}}, "key", given=1)
+            check_arguments(cls, given | {argument: {"wrong": 1}}, "key", positional=1)
 
 
 def test_plateau_watches_a_logged_value_and_steps_by_epoch_only():
@@ -566,11 +570,15 @@ def test_a_plateau_may_watch_every_value_that_a_config_accepts(monitor):
 @pytest.mark.parametrize(
     ("monitor", "right", "wrong"),
     [
-        ("val_clean_top5", "max", "min"), ("val_robust_top1", "max", "min"), ("val_my_metric2", "max", "min"),
-        ("loss", "min", "max"), ("val_ema_loss", "min", "max"), (None, "min", "max"),
+        ("val_clean_top5", "max", "min"),
+        ("val_robust_top1", "max", "min"),
+        ("val_my_metric2", "max", "min"),
+        ("loss", "min", "max"),
+        ("val_ema_loss", "min", "max"),
+        (None, "min", "max"),
     ],
-)  # fmt: skip
-def test_a_plateau_knows_what_is_better_and_refuses_the_contrary(monitor, right, wrong):
+)
+def test_a_plateau_knows_the_better_direction_and_refuses_the_other(monitor, right, wrong):
     def plateau(**args):
         return SchedulerConfig(
             type="ReduceLROnPlateau", monitor=monitor, args={"patience": 0, **args}
@@ -586,21 +594,24 @@ def test_a_plateau_knows_what_is_better_and_refuses_the_contrary(monitor, right,
         assert schedule.learning_rate == 0.1
         schedule.step_epoch({schedule.monitor: 1.5})
         assert schedule.learning_rate == pytest.approx(0.01)
-    message = f"lr_scheduler.args.mode: '{wrong}' lowers the learning rate while .* improves: expected '{right}'"
+    message = (
+        f"lr_scheduler.args.mode: '{wrong}' lowers the learning rate while .* improves:"
+        f" expected '{right}'"
+    )
     with pytest.raises(ConfigError, match=message):
         check_optimization(SGD, plateau(mode=wrong))
-    check_optimization(SGD, plateau(mode=wrong), begun=True)
+    check_optimization(SGD, plateau(mode=wrong), resumed=True)
 
 
-def test_a_run_goes_on_with_the_direction_that_its_plateau_began_with(caplog):
-    """Runs began with mode min for accuracies, too: the state says so."""
+def test_a_resumed_run_keeps_the_mode_that_its_plateau_started_with(caplog):
+    """In older checkpoints the mode is min for accuracies, too."""
     config = SchedulerConfig(type="ReduceLROnPlateau", monitor="val_top1", args={"patience": 0})
     schedule = Schedule(config, build_optimizer(SGD, nn.Linear(2, 2)), 5, 2, has_validation=True)
     state = schedule.state_dict() | {"mode": "min", "best": 0.5}
     schedule.load_state_dict(state)
     schedule.step_epoch({"val_top1": 0.6})
     assert schedule.learning_rate == pytest.approx(0.01)
-    assert "the run began with mode 'min' for val_top1, and goes on so" in caplog.text
+    assert "the run started with mode 'min' for val_top1 and keeps it" in caplog.text
 
 
 class Thresholds(nn.Module):
@@ -662,7 +673,7 @@ def flags(optimizer):
         ("Adagrad", {"lr": 0.01}),
     ],
 )
-def test_fused_updates_are_the_default_and_those_of_the_plain_formula(name, args):
+def test_fused_updates_are_the_default_and_equal_the_plain_formula(name, args):
     model, plain = network(), network()
     optimizer = build_optimizer(OptimizerConfig(type=name, args=args), model)
     assert flags(optimizer) == {(True, None)}
@@ -676,12 +687,12 @@ def test_fused_updates_are_the_default_and_those_of_the_plain_formula(name, args
 @pytest.mark.parametrize(
     "said", [{"fused": False}, {"fused": None}, {"foreach": True}, {"foreach": False}]
 )
-def test_what_a_config_says_about_kernels_holds(said):
+def test_settings_of_kernels_in_a_config_are_kept(said):
     optimizer = build_optimizer(OptimizerConfig(type="SGD", args={"lr": 0.1, **said}), network())
     assert flags(optimizer) == {(said.get("fused"), said.get("foreach"))}
 
 
-def test_what_fused_kernels_cannot_do_is_done_without():
+def test_without_a_fused_kernel_the_plain_one_is_used():
     assert flags(
         build_optimizer(OptimizerConfig(type="Adam", args={"differentiable": True}), network())
     ) == {(None, None)}
@@ -691,7 +702,7 @@ def test_what_fused_kernels_cannot_do_is_done_without():
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
-def test_runs_that_began_without_fused_kernels_go_on_bit_for_bit(name, tmp_path):
+def test_runs_that_started_without_fused_kernels_resume_bit_for_bit(name, tmp_path):
     args = {"lr": 0.01, "momentum": 0.9} if name == "SGD" else {"lr": 0.01}
     whole, part = network(), network()
     take_steps(whole, OPTIMIZERS[name](whole.parameters(), **args), range(6))
@@ -716,7 +727,7 @@ def test_runs_that_began_without_fused_kernels_go_on_bit_for_bit(name, tmp_path)
 @pytest.mark.parametrize(
     "formats", [("contiguous_format", "channels_last"), ("channels_last", "contiguous_format")]
 )
-def test_a_run_may_go_on_in_another_memory_format(name, formats):
+def test_a_run_may_resume_in_another_memory_format(name, formats):
     args = {"lr": 0.05, "momentum": 0.9} if name == "SGD" else {"lr": 0.01}
     config = OptimizerConfig(type=name, args=args)
     before, after = (getattr(torch, name) for name in formats)

@@ -1,4 +1,4 @@
-"""Optimizer and schedule in a checkpoint: nothing changes places, shape or kind unnoticed."""
+"""The state of optimizer and schedule in a checkpoint: every exchange or change is noticed."""
 
 from copy import deepcopy
 from math import nan
@@ -63,7 +63,7 @@ def stored(folder, state):
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("name", STATEFUL)
-def test_every_optimizer_goes_on_exactly(tmp_path, name, old):
+def test_every_optimizer_resumes_exactly(tmp_path, name, old):
     model, optimizer = trained(name)
     saved = stored(
         tmp_path, optimizer.state_dict() if old else named_optimizer_state(optimizer, model)
@@ -147,7 +147,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_what_belongs_to_another_parameter_is_refused_by_name(tmp_path, what):
+def test_the_state_of_another_parameter_is_refused_by_name(tmp_path, what):
     spoil, message = SPOILED[what]
     model, optimizer = trained("AdamW", steps=3)
     saved = stored(tmp_path, named_optimizer_state(optimizer, model))
@@ -172,7 +172,10 @@ def test_older_checkpoints_are_checked_by_shape(tmp_path, shape):
 
 
 GROUPS = {
-    "fewer groups": (lambda groups: groups.pop(), "param_groups: 1 groups there, 2 in this run"),
+    "fewer groups": (
+        lambda groups: groups.pop(),
+        "param_groups: 1 groups in the file, 2 in this run",
+    ),
     "other order": (
         lambda groups: groups[0]["params"].reverse(),
         "param_groups.0.params: is not the list",
@@ -181,7 +184,7 @@ GROUPS = {
     "no rate": (lambda groups: groups[0].pop("lr"), "param_groups.0: 'lr' is missing"),
     "rate": (
         lambda groups: groups[0].update(lr="fast"),
-        "param_groups.0.lr: is 'fast'; .* it begins as 0.1",
+        "param_groups.0.lr: is 'fast'; .* it starts as 0.1",
     ),
     "rate below 0": (lambda groups: groups[1].update(lr=-0.1), "param_groups.1.lr: is -0.1"),
     "momentum": (lambda groups: groups[0].update(momentum=1.0), "param_groups.0.momentum: is 1.0"),
@@ -207,7 +210,7 @@ def test_odd_settings_are_refused(what):
         checked_optimizer_state(optimizer, model, saved, SOURCE)
 
 
-def test_what_schedules_have_moved_is_taken_over():
+def test_settings_that_schedules_have_changed_are_restored():
     model, optimizer = trained("SGD")
     saved = deepcopy(named_optimizer_state(optimizer, model))
     saved["param_groups"][0] |= {"lr": 0.025, "momentum": 0.85, "fused": None}
@@ -245,7 +248,7 @@ NAMES = sorted(set(SCHEDULERS) - set(UNUSABLE))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_schedule_goes_on_as_it_was(tmp_path, name):
+def test_the_state_of_every_schedule_is_restored(tmp_path, name):
     for epochs in (0, 1, 4, 6):
         schedule, steps = schedule_after(name, epochs)
         save_checkpoint(tmp_path / "c.pth", {"state_dict": {}, "scheduler": schedule.state_dict()})
@@ -276,7 +279,7 @@ def test_no_value_of_a_schedule_may_be_missing_or_odd(name):
                 checked_schedule_state(lacking, new, steps, SOURCE)
 
 
-def test_a_schedule_stands_where_the_run_stands():
+def test_a_schedule_must_have_as_many_steps_as_the_run():
     schedule, steps = schedule_after("CosineAnnealingLR", 2)
     new = schedule_after("CosineAnnealingLR", 0)[0].state_dict()
     with pytest.raises(
@@ -291,7 +294,7 @@ def test_a_schedule_stands_where_the_run_stands():
         checked_schedule_state(chained.state_dict(), new, steps - 1, SOURCE)
 
 
-def test_a_run_keeps_the_direction_that_its_plateau_began_with():
+def test_the_state_of_a_plateau_keeps_its_mode():
     _, optimizer = trained("SGD", steps=1)
     states = []
     for mode in ("min", "max"):

@@ -8,7 +8,7 @@ import pytest
 import base.run_folder.environment as environment_module
 from base.checkpoint.resume import config_hash
 from base.config import validate
-from base.config.files import merge
+from base.config.tree import merge
 from base.run_folder.environment import PROVENANCE, project_version, provenance
 
 TREE = {

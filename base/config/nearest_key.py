@@ -1,6 +1,9 @@
-"""What a config key that does not exist was meant to be: a misspelt one, one in the wrong place, or
-another project's."""
+"""The key that a user meant by a config key that does not exist.
 
+That may be a misspelt key, one in the wrong section, or the name that another project uses.
+"""
+
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 
 from base.config.config import Config
@@ -61,7 +64,7 @@ OTHER_PROJECTS: dict[str, str | None] = {
     "amp": "system.precision",
     "fp16": "system.precision",
     "gpus": "n_gpu",
-    # nothing here does what these do
+    # this project has no such feature, and a key with a similar name means something else
     "grad_clip": None,
     "clip_grad": None,
     "clip_grad_norm": None,
@@ -73,58 +76,72 @@ OTHER_PROJECTS: dict[str, str | None] = {
     "resume": None,
     "pretrained": None,
 }
-"""Names of other projects (pytorch-template, timm, Lightning, mmengine, codes of papers) -> our
-dotted key for the same thing, or None where there is none and a name that looks alike is another
-thing."""
-OF_ITS_OWN = ("adversarial", "pgd_attack", "comet", "optimizer", "lr_scheduler")
-"""Sections whose keys mean something only there: `steps` at another place says nothing about
-attacks."""
-ATTACKS = ("adversarial", "pgd_attack")
-"""Sections that are easily taken for each other."""
+"""Names in other projects (pytorch-template, timm, Lightning, mmengine, code of papers) -> the
+dotted key of the same thing here, or None."""
+LOCAL_SECTIONS = ("adversarial", "pgd_attack", "comet", "optimizer", "lr_scheduler")
+"""Sections whose keys mean something only there: `steps` elsewhere says nothing about attacks."""
+ATTACK_SECTIONS = ("adversarial", "pgd_attack")
+"""Sections that are easily confused with each other."""
 
 
-def hint(path: Sequence[str], known: Sequence[str], arguments: Collection[str] = ()) -> str:
-    """`"; did you mean 'x'?"` for the unknown key at a dotted path; empty where that would be a
-    guess.
+def nearest_key(path: Sequence[str], known: Sequence[str]) -> str | None:
+    """Return the key that the unknown key at a dotted path was meant to be.
 
     Args:
         path: the parts of the dotted path.
-        known: the keys that its section knows.
-        arguments: what may stand in the section's free-form `args`, where it has some.
+        known: the keys of its section.
+
+    Returns:
+        A name, if the key is in the same section, otherwise a dotted key; None where an answer
+        would be a guess.
     """
     *section, name = path
     place = ".".join(section)
     other = OTHER_PROJECTS.get(f"{place}.{name}", OTHER_PROJECTS.get(name))
-    if name in arguments:
-        meant = f"{place}.args.{name}"
-    elif f"{place}.{name}" in OTHER_PROJECTS or (name in OTHER_PROJECTS and place not in ATTACKS):
+    if name in _torch_arguments(place):
+        meant: str | None = f"{place}.args.{name}"
+    # in the attack sections eps and steps are the names of keys that exist there
+    elif f"{place}.{name}" in OTHER_PROJECTS or (
+        name in OTHER_PROJECTS and place not in ATTACK_SECTIONS
+    ):
         meant = other
     else:
-        meant = nearest_name(name, known) or _elsewhere(place, name) or other
-    if not meant:
-        return ""
+        meant = nearest_name(name, known) or _key_elsewhere(place, name) or other
+    if meant is None:
+        return None
     sibling = meant.removeprefix(f"{place}.")
-    return f"; did you mean {(meant if '.' in sibling else sibling)!r}?"
+    return meant if "." in sibling else sibling
 
 
-def _elsewhere(place: str, name: str) -> str | None:
-    """The only key of this name in other sections, or the only one below this section."""
-    others = ("arch",) if place in ATTACKS else OF_ITS_OWN
-    keys = [
-        key
-        for key in _keys(Config)
-        if key.rpartition(".")[2] == name and key.partition(".")[0] not in others
-    ]
-    below = [key for key in keys if key.startswith(f"{place}.")]
-    found = below or keys
-    return found[0] if len(found) == 1 else None
-
-
-def _keys(section: type[Section], path: str = "") -> Iterator[str]:
-    """The dotted keys of all leaves."""
+def dotted_keys(section: type[Section] = Config, path: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all leaves."""
     for name, field in section.known_fields().items():
         inner = section_in(field.annotation)
         if inner is None:
             yield path + name
         else:
-            yield from _keys(inner, f"{path}{name}.")
+            yield from dotted_keys(inner, f"{path}{name}.")
+
+
+def _key_elsewhere(place: str, name: str) -> str | None:
+    """The only key of this name in other sections, or the only one below this section."""
+    # somebody who writes about an attack in one attack section may well mean the other one
+    excluded = ("arch",) if place in ATTACK_SECTIONS else LOCAL_SECTIONS
+    keys = []
+    for key in dotted_keys():
+        if key.rpartition(".")[2] == name and key.partition(".")[0] not in excluded:
+            keys.append(key)
+    below = [key for key in keys if key.startswith(f"{place}.")]
+    found = below or keys
+    return found[0] if len(found) == 1 else None
+
+
+def _torch_arguments(place: str) -> Collection[str]:
+    """The arguments of all optimizers or of all schedules, where `place` is their section."""
+    if place not in ("optimizer", "lr_scheduler"):
+        return ()
+    # imported here because it brings torch, which a config without mistakes does not need
+    from base.optim import OPTIMIZERS, SCHEDULERS
+
+    classes = OPTIMIZERS if place == "optimizer" else SCHEDULERS
+    return {name for cls in classes.values() for name in inspect.signature(cls).parameters}

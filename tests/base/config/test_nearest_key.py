@@ -1,25 +1,23 @@
-"""Hints at the right key: every slip of the fingers at every key, names of other projects, keys in
-the wrong section."""
+"""Hints at the right key for misspelt keys, names of other projects and keys in a wrong section."""
 
 import pytest
 
 from base.config import Config, validate
-from base.config.files import section_at
-from base.config.hints import OTHER_PROJECTS, _keys, hint
+from base.config.nearest_key import OTHER_PROJECTS, dotted_keys, nearest_key
+from base.config.tree import section_at
 from base.errors import ConfigError
-from base.registry import _edits, nearest_name
+from base.registry import _edit_distance, nearest_name
 
-KEYS = sorted(_keys(Config))
+KEYS = sorted(dotted_keys(Config))
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 
 
-def hint_at(key):
+def key_for(key):
     *section, _ = path = key.split(".")
-    found = hint(path, list(section_at(section).known_fields()))
-    return found.removeprefix("; did you mean '").removesuffix("'?") if found else None
+    return nearest_key(path, list(section_at(section).known_fields()))
 
 
-def slips(name):
+def misspellings(name):
     """One letter lost, doubled, wrong, or swapped with its neighbor; another case; without
     underscores."""
     for place in range(len(name)):
@@ -31,18 +29,20 @@ def slips(name):
     yield name.replace("_", "").title()
 
 
-def test_every_slip_at_every_key_finds_it():
+def test_every_misspelling_of_every_key_finds_it():
     count = 0
     for key in KEYS:
         section, _, name = key.rpartition(".")
         known = list(section_at(section.split(".") if section else []).known_fields())
-        for wrong in set(slips(name)) - set(known):
-            # of two letters, one is no evidence; and where a slip makes another project's name,
-            # that has its own meaning
+        for wrong in set(misspellings(name)) - set(known):
+            # one letter of two is not enough evidence; and a misspelling that is another project's
+            # name has a meaning of its own
             if len(name) > 2 and wrong not in OTHER_PROJECTS:
                 # ipn_memory is one letter from in_memory and from pin_memory
-                right = {other for other in known if _edits(wrong.casefold(), other) <= 1} | {name}
-                assert hint_at(f"{section}.{wrong}" if section else wrong) in right, (
+                right = {
+                    other for other in known if _edit_distance(wrong.casefold(), other) <= 1
+                } | {name}
+                assert key_for(f"{section}.{wrong}" if section else wrong) in right, (
                     f"{section}: {wrong}"
                 )
                 count += 1
@@ -52,27 +52,39 @@ def test_every_slip_at_every_key_finds_it():
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [
-        ("loss", "train_loss"), ("trainer.loss", "train_loss"), ("trainer.len_epoch", "data_loader.args.num_batches"),
+        ("loss", "train_loss"), ("trainer.loss", "train_loss"),
+        ("trainer.len_epoch", "data_loader.args.num_batches"),
         ("trainer.grad_clip", None), ("grad_clip", None), ("optimizer.grad_clip", None),
-        ("trainer.gradient_clipping", None), ("trainer.warmup_epochs", None), ("trainer.label_smoothing", None),
-        ("trainer.num_epochs", "epochs"), ("trainer.n_epochs", "epochs"), ("epochs", "trainer.epochs"),
-        ("num_epochs", None), ("batch_size", "data_loader.args.batch_size"), ("trainer.batchsize", None),
-        ("data_loader.batch_size", "data_loader.args.batch_size"), ("arch.num_classes", "arch.args.num_classes"),
-        ("model", "arch"), ("optimizer.lr", "optimizer.args.lr"), ("trainer.lr", "optimizer.args.lr"),
-        ("monitor", "trainer.monitor"), ("trainer.ema", "ema_decay"), ("arch.args.norm_layer", "norm_layer_type"),
+        ("trainer.gradient_clipping", None), ("trainer.warmup_epochs", None),
+        ("trainer.label_smoothing", None),
+        ("trainer.num_epochs", "epochs"), ("trainer.n_epochs", "epochs"),
+        ("epochs", "trainer.epochs"),
+        ("num_epochs", None), ("batch_size", "data_loader.args.batch_size"),
+        ("trainer.batchsize", None),
+        ("data_loader.batch_size", "data_loader.args.batch_size"),
+        ("arch.num_classes", "arch.args.num_classes"),
+        ("model", "arch"), ("optimizer.lr", "optimizer.args.lr"),
+        ("trainer.lr", "optimizer.args.lr"),
+        ("monitor", "trainer.monitor"), ("trainer.ema", "ema_decay"),
+        ("arch.args.norm_layer", "norm_layer_type"),
         ("arch.args.norm", None), ("arch.args.conv", "conv_layer_type"), ("pgd_attack.steps", "K"),
-        ("pgd_attack.norm", "adversarial.norm"), ("adversarial.eps", "epsilon"), ("adversarial.K", "pgd_attack.K"),
-        ("pgd_attack.depth", None), ("adversarial.repeats", None), ("adversarial.adv_repeats", "trainer.adv_repeats"),
-        ("trainer.steps", None), ("data_loader.args.beta", None), ("trainer.x", None), ("system.amp", "precision"),
-        ("augmentation.mixup", "mixup_alpha"), ("augmentation.cutmix_alpha", None), ("trainer.early_stopping", "early_stop"),
-        ("model_name", "arch.type"), ("arch.name", "type"), ("optimizer.name", "type"), ("train", "trainer"),
+        ("pgd_attack.norm", "adversarial.norm"), ("adversarial.eps", "epsilon"),
+        ("adversarial.K", "pgd_attack.K"),
+        ("pgd_attack.depth", None), ("adversarial.repeats", None),
+        ("adversarial.adv_repeats", "trainer.adv_repeats"),
+        ("trainer.steps", None), ("data_loader.args.beta", None), ("trainer.x", None),
+        ("system.amp", "precision"),
+        ("augmentation.mixup", "mixup_alpha"), ("augmentation.cutmix_alpha", None),
+        ("trainer.early_stopping", "early_stop"),
+        ("model_name", "arch.type"), ("arch.name", "type"), ("optimizer.name", "type"),
+        ("train", "trainer"),
     ],
 )  # fmt: skip
 def test_names_of_other_projects_and_places(wrong, meant):
-    assert hint_at(wrong) == meant
+    assert key_for(wrong) == meant
 
 
-def test_every_name_of_another_project_leads_to_a_key_that_is_there():
+def test_every_name_of_another_project_leads_to_an_existing_key():
     for name, meant in OTHER_PROJECTS.items():
         *section, last = (meant or "seed").split(".")
         found = section_at(section)
@@ -81,7 +93,7 @@ def test_every_name_of_another_project_leads_to_a_key_that_is_there():
             assert section in (["optimizer", "args"], ["lr_scheduler", "args"])
 
 
-def test_arguments_that_stand_outside_of_args():
+def test_arguments_outside_of_args_get_a_hint():
     for tree, meant in (
         ({"optimizer": {"type": "Adam", "betas": [0.9, 0.99]}}, "optimizer.args.betas"),
         (
