@@ -118,7 +118,7 @@ def saved_run(
     config = validate_layers(layers, list(code.values()), config_file or str(file))
     before = own.dump()  # with the defaults of keys that are newer than it
     with origins_named(config):
-        refuse_other_experiment(before, config, file)
+        check_same_experiment(before, config, file)
         check_epochs(checkpoint, config, file)
     return SavedRun(file, checkpoint, config, problem, tuple(changes(own.imports, config.imports)))
 
@@ -169,7 +169,7 @@ def check_epochs(checkpoint: Mapping[str, Any], config: Config, source: Path) ->
         )
 
 
-def refuse_other_experiment(before: Mapping[str, Any], config: Config, source: Path) -> None:
+def check_same_experiment(before: Mapping[str, Any], config: Config, source: Path) -> None:
     """Refuse the first config value that differs from a checkpoint's and would make a resumed run
     another experiment.
 

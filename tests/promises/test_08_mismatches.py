@@ -130,7 +130,7 @@ def test_what_does_not_belong_to_a_run_is_refused_and_both_sides_are_named(stopp
 
 
 def test_the_check_can_fail(stopped, tmp_path, monkeypatch):
-    monkeypatch.setattr(resuming_module, "refuse_other_experiment", lambda *args: None)
+    monkeypatch.setattr(resuming_module, "check_same_experiment", lambda *args: None)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_refused(stopped, tmp_path / "copy", *REFUSED["seed"])
 

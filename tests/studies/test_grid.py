@@ -329,7 +329,7 @@ def test_words_mean_the_value(value):
             {"variants": {"a": {"optimizer.type": "Adam", "optimizer.args.momentum": 0.9}}},
             r"json: variants\.a: optimizer.args.momentum: Adam takes no such",
         ),
-        ({"variants": {"../a": {}}}, r"'../a': a variant's name is made of"),
+        ({"variants": {"../a": {}}}, r"'../a': a variant's name may hold"),
         ({"variants": {"a": "none.json"}}, "study.json: a: .*none.json: no such config file"),
         (
             {"variants": {"a": {"trainer.epochs": "many"}}},

@@ -1,4 +1,4 @@
-"""Jobs of a cluster: what has become of them."""
+"""Jobs of a cluster, their commands and the reasons of their failures."""
 
 import json
 import pickle
@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from base.config import imports
+from base.rooms import ROOT
 from studies.grid import plan
-from studies.launchers import ROOT, ClusterJob, _quoted, command_of_job, work_of_job
+from studies.launchers import ClusterJob, _quoted, command_of_job, work_of_job
 from tiny_runs import script
 
 RULE = "-" * 22
@@ -55,7 +56,7 @@ def run(tmp_path):
 @pytest.mark.parametrize(
     ("said", "error"),
     [
-        ("", "its job says nothing"),
+        ("", "its job printed nothing"),
         (
             "Job 7 has not produced any output\nlook at:\n- x.out",
             "Job 7 has not produced any output",
