@@ -10,7 +10,7 @@ import torch
 
 import base.checkpoint.checkpoint as checkpoint_module
 from base.checkpoint import load_checkpoint, save_checkpoint
-from base.checkpoint.checkpoint import load_to_resume
+from base.checkpoint.resume import load_to_resume
 from base.errors import CheckpointError, ConfigError
 from experiment.experiment import Experiment
 from tiny_runs import difference, interrupt, run
@@ -61,9 +61,7 @@ def test_a_seal_cannot_be_left_out_and_files_without_one_are_read(tmp_path):
     path = tmp_path / "model.pth"
     save_checkpoint(path, CONTENTS)
     torch.save(load_checkpoint(path), path)
-    with pytest.raises(
-        CheckpointError, match="is damaged: the digest that it was written with is missing"
-    ):
+    with pytest.raises(CheckpointError, match="is damaged: its checksum is missing"):
         load_checkpoint(path)
     # ConvNorm's own
     torch.save({"arch": "CNN", "epoch": 3, "state_dict": {}, "optimizer": {}}, path)

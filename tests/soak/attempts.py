@@ -13,7 +13,8 @@ from pathlib import Path
 from random import Random
 
 import train_robust
-from base.checkpoint.checkpoint import load_to_resume, numbered
+from base.checkpoint.find import numbered_checkpoints
+from base.checkpoint.resume import load_to_resume
 from base.command_line import run_script
 from base.errors import CheckpointError
 from base.run_folder.names import BEST, LAST
@@ -161,5 +162,7 @@ def damage(folder: Path, random: Random) -> str:
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoint files of a run folder."""
     return [
-        file for file in (folder / LAST, folder / BEST, *numbered(folder).values()) if file.exists()
+        file
+        for file in (folder / LAST, folder / BEST, *numbered_checkpoints(folder).values())
+        if file.exists()
     ]

@@ -11,13 +11,9 @@ from torch import nn
 
 import base.checkpoint.checkpoint as checkpoint_module
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights, save_checkpoint
-from base.checkpoint.checkpoint import (
-    SCHEMA_VERSION,
-    keep_newest,
-    load_to_resume,
-    plain,
-    publish_copy,
-)
+from base.checkpoint.checkpoint import SCHEMA_VERSION, plain
+from base.checkpoint.manager import keep_newest, publish_copy
+from base.checkpoint.resume import load_to_resume
 from base.errors import CheckpointError
 
 CONTENTS = {"state_dict": {"weight": torch.arange(3.0)}, "epoch": 2}

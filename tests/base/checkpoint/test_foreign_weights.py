@@ -206,7 +206,7 @@ REFUSED = {
         r"std nan, .*pixels in \[0, 1\]",
     ),
     "a number among them": ({"state_dict": {**STATE, "n": 3}, "ema": OTHER}, r"1 keys .*\(n, "),
-    "keys that are no names": ({"state_dict": {0: torch.ones(2)}}, "keys that are no names: 0"),
+    "keys that are not names": ({"state_dict": {0: torch.ones(2)}}, "keys that are not names: 0"),
     "nothing": (
         {"epoch": 3, "optimizer": {"state": {}}},
         "no 'state_dict' and no other weights, but the keys epoch, optimizer;",
