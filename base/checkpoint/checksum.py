@@ -64,7 +64,7 @@ def _read(file: BinaryIO, position: int, count: int = -1) -> bytes:
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:
-    """Return the digest of the first `size` bytes in hexadecimal; leave the position behind them."""
+    """Return the hexadecimal digest of the first `size` bytes; leave the position behind them."""
     file.seek(0)
     digest = hashlib.sha256()
     while size > 0:

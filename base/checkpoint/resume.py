@@ -1,4 +1,4 @@
-"""Resume a run: find its checkpoint, check it, and merge its config with the values that replace it.
+"""Resume a run: find its checkpoint, check it, and merge its config with new values.
 
 A resumed run may change where and how it computes, but not what: a value that would make it another
 experiment is refused.
