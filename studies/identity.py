@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from base.checkpoint.resume import WHERE_AND_HOW, forget
+from base.checkpoint.resume import WHERE_AND_HOW, remove_place
 from base.config import Config
 from base.config.files import section_at
 from base.config.section import lies_in
@@ -44,10 +44,10 @@ def identity(config: Config, settings: Collection[str] = ()) -> str:
         settings: dotted keys that the grid itself sets.
     """
     tree = config.dump()
-    # without places, so that a study can go on with other devices and folders
+    # without places, so that a study can be continued with other devices and folders
     for place in WHERE_AND_HOW:
         if not any(lies_in(key, [place]) for key in settings):
-            forget(tree, place)
+            remove_place(tree, place)
     _remove_new_defaults(tree, ())
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
 

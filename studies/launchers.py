@@ -36,7 +36,7 @@ class Job(ABC):
     """A run that has been launched.
 
     Attributes:
-        outlives: whether it goes on when this process ends.
+        outlives: whether it continues when this process ends.
     """
 
     outlives = False
@@ -126,7 +126,7 @@ class LocalJob(Job):
 
 
 class ClusterJob(Job):
-    """A job of submitit, which goes on without the process that submitted it.
+    """A job of submitit, which continues without the process that submitted it.
 
     Args:
         job: a job of submitit; its command is `command_of_job(run)`.

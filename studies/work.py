@@ -136,7 +136,7 @@ class Study:
         over = (State.FINISHED, State.ELSEWHERE)
         left = sum(progress.state not in over for progress in self.progress.values())
         detached = sum(active.job.outlives for active in self.active.values())
-        jobs = f"; {detached} jobs go on without this process" if detached else ""
+        jobs = f"; {detached} jobs continue without this process" if detached else ""
         raise Stopped(
             f"stopped with {left} of {len(self.runs)} runs to do{jobs};"
             " the same command continues them",

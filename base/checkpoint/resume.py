@@ -107,7 +107,7 @@ class SavedRun:
             return None
         new_name = from_primary(lambda: _set_aside(self.file.parent / LAST))
         kept = f" (kept as {new_name})" if new_name else ""
-        return f"{self.problem}{kept}: going on from {self.file.name} instead"
+        return f"{self.problem}{kept}: resuming from {self.file.name} instead"
 
 
 def saved_run(
@@ -303,12 +303,12 @@ def config_hash(config: Config) -> str:
         if tree.get("adversarial", {}).get(key) == default:
             del tree["adversarial"][key]
     for key in (*WHERE_AND_HOW, *FILLED_FROM_DATA):
-        forget(tree, key)
+        remove_place(tree, key)
     filled = _without_empty_sections(tree)
     return hashlib.sha256(json.dumps(filled, sort_keys=True).encode()).hexdigest()
 
 
-def forget(tree: dict[str, Any], key: str) -> None:
+def remove_place(tree: dict[str, Any], key: str) -> None:
     """Remove a key of `WHERE_AND_HOW` from a config's tree, but not what decides the results."""
     *sections, name = key.split(".")
     for section in sections:

@@ -150,7 +150,7 @@ def _progress_schema() -> type[BaseModel]:
     for field in fields(TrainState):
         is_required = field.name in OLDEST_FIELDS or field.default is MISSING
         described[field.name] = (field.type, ... if is_required else field.default)
-    # unlike in other sections, an unknown key is an error: it would be lost when the run goes on
+    # unlike in other sections, an unknown key is an error: the next save would lose it
     return create_model(
         "ProgressSchema", __config__=ConfigDict(strict=True, extra="forbid"), **described
     )

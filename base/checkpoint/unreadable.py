@@ -13,7 +13,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from base.text import first_line, one_line
 
 HEAD_BYTES = 4096
-"""The number of bytes from which the kind of a file is told."""
+"""The number of bytes that are read to recognize the kind of a file."""
 SIGNATURES = {
     b"version https://git-lfs": "a git-lfs pointer; fetch the file itself by `git lfs pull`",
     b"\x1f\x8b": "a gzip archive; unpack it",
@@ -23,7 +23,7 @@ SIGNATURES = {
     b"\x89HDF": "an HDF5 file, as Keras writes it; only files of torch.save are read",
     b"\x93NUMPY": "a NumPy array; only files of torch.save are read",
 }
-"""The first bytes of files that people mistake for checkpoints, and what a message says of them."""
+"""The first bytes of files that people mistake for checkpoints, and descriptions of the files."""
 SAVE_WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
 MAX_NAMES = 3
 """The number of classes and files that a message names."""

@@ -35,7 +35,7 @@ def run(tmp_path):
     )
 
 
-def test_states_of_a_folder(run):
+def test_the_state_of_a_run_folder(run):
     assert read_progress(run) == Progress(State.NEW, 0, None)
     (run.folder / "config.json").write_text(json.dumps(run.config.dump()))
     assert read_progress(run).state is State.NEW, "killed before its first checkpoint"
@@ -66,7 +66,7 @@ def test_a_folder_of_another_run_is_refused(run):
         read_progress(run)
 
 
-def test_a_run_that_is_continued_gets_what_has_moved(run):
+def test_a_continued_run_gets_the_places_that_have_changed(run):
     saved = run.config.dump()
     saved["data_loader"]["args"]["data_dir"] = "/old place"
     saved["system"] |= {"num_threads": 2, "device": "cpu"}
