@@ -80,9 +80,9 @@ def main() -> None:
     if arguments.dry_run:
         say(*map(format_command, runs))
         return
-    start = launcher(arguments.launcher, runs[0].folder.parent / "jobs", arguments.parameter)
+    launch = launcher(arguments.launcher, runs[0].folder.parent / "jobs", arguments.parameter)
     record(runs)
-    failures = Study(runs, start, arguments.jobs).work()
+    failures = Study(runs, launch, arguments.jobs).work()
     say(f"{len(runs) - len(failures)} of {len(runs)} runs are finished, in {runs[0].folder.parent}")
     if failures:
         raise ProjectError(

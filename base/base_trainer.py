@@ -279,7 +279,7 @@ class BaseTrainer(ABC):
             # a kill in the first epoch loses nothing, a full disk is found out now, and a damaged
             # file is replaced
             self.checkpoints.save_last(self.checkpoint())
-            self.checkpoints.refuse_full_disk()
+            self.checkpoints.check_disk_space()
             while not self.finished:
                 log = {**self._train_epoch(), **self._validated()}
                 self._check_epoch(log)

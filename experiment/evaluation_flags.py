@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from base.checkpoint.checkpoint import the_run_in
+from base.checkpoint.find import find_run
 from base.command_line import Parser, add_imports_flag, path_word
 from base.config.files import config_chain
 from base.config.strict_json import JSONError, parse_json
@@ -60,7 +60,7 @@ def evaluation_parser(
 
 def _checkpoint_word(word: str) -> str:
     """As `path_word`; a folder above a single run becomes that run's, where reports then go."""
-    return str(the_run_in(path_word(word)))
+    return str(find_run(path_word(word)))
 
 
 def _add_network_flags(parser: Parser) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights
-from base.checkpoint.checkpoint import the_run_in
+from base.checkpoint.find import find_run
 from base.checkpoint.resume import recorded_imports
 from base.command_line import set_overrides
 from base.config import Config, Override, validate
@@ -194,7 +194,7 @@ def load_model(
             projects do not), or asks for code that is not among `imports`.
         ConfigError: its config cannot be used, or `imports` cannot be imported.
     """
-    file = find_checkpoint(the_run_in(run_or_checkpoint))
+    file = find_checkpoint(find_run(run_or_checkpoint))
     checkpoint = load_checkpoint(file)
     if "config" not in checkpoint:
         checkpoint = {**checkpoint, "config": _config_beside(file, checkpoint)}

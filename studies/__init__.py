@@ -1,1 +1,1 @@
-"""Many runs from one grid file: planned, started, watched, continued."""
+"""Studies: many runs from one grid file, planned, launched, watched and continued."""

@@ -1,12 +1,11 @@
-"""What makes a run of a study the one that it is: a hash of everything that can change its
-result."""
+"""The identity of a run in a study: a hash of everything that can change its result."""
 
 import hashlib
 import json
 from collections.abc import Collection
 from typing import Any
 
-from base.checkpoint.resume import WHERE_AND_HOW, forget
+from base.checkpoint.resume import WHERE_AND_HOW, remove_place
 from base.config import Config
 from base.config.section import lies_in
 from base.config.tree import section_at
@@ -27,52 +26,57 @@ HASHED_AT_DEFAULT = (
     "adversarial.validate_images", "pgd_attack.K", "pgd_attack.restarts", "pgd_attack.loss",
     "system.precision", "system.sync_bn",
 )  # fmt: skip
-"""Keys that are hashed with any value: those that had a default other than null when folders of
-runs were first named. It does not grow: a newer key is hashed only where it has another value than
-its default, so that the folders of earlier studies keep their names."""
+"""Keys that are hashed whatever their values are.
+
+They had a default other than null when the folders of runs got these names. The list does not grow:
+a newer key is hashed only if its value is not the default, so that folders of earlier studies keep
+their names.
+"""
 
 
 def identity(config: Config, settings: Collection[str] = ()) -> str:
-    """Ten hexadecimal digits of a hash of everything in a config that can change a result.
+    """Return ten hexadecimal digits of a hash of everything in a config that can change a result.
 
-    Where and how a run computes (`WHERE_AND_HOW`) is left out, so that a study can go on elsewhere,
-    unless that is what the grid compares.
+    Where and how a run computes (`WHERE_AND_HOW`) is left out, unless the grid compares it.
 
     Args:
         config: the resolved config.
         settings: dotted keys that the grid itself sets.
     """
     tree = config.dump()
+    # without places, so that a study can be continued with other devices and folders
     for place in WHERE_AND_HOW:
         if not any(lies_in(key, [place]) for key in settings):
-            forget(tree, place)
+            remove_place(tree, place)
     _remove_new_defaults(tree, ())
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def is_place(key: str) -> bool:
-    """Whether a dotted key, or the section that it lies in, is one of `WHERE_AND_HOW`."""
+    """Return whether a dotted key, or the section that it lies in, is one of `WHERE_AND_HOW`."""
     return lies_in(key, WHERE_AND_HOW)
 
 
 def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:
-    """Remove from the section at `path` what is newer than `HASHED_AT_DEFAULT` and at its
-    default."""
+    """Remove keys from the section at `path` that are newer than the list and at their default."""
     section = section_at(path)
     for name in list(tree):
         key = ".".join((*path, name))
         if section_at((*path, name)) is not None:
             _remove_new_defaults(tree[name], (*path, name))
             known = any(other.startswith(f"{key}.") for other in HASHED_AT_DEFAULT)
+            # an empty section that is as old as the list was hashed as an empty section
             if not tree[name] and not known:
                 del tree[name]
-        elif key not in HASHED_AT_DEFAULT and not is_place(key):
-            # an argument of a part is hashed wherever it is given, unless a resolved config holds
-            # it given or not
-            if name not in section.model_fields and not section.fills_defaults:
-                continue
-            field = section.known_fields()[name]
-            if not field.is_required() and tree[name] == field.get_default(
-                call_default_factory=True
-            ):
-                del tree[name]
+            continue
+        if key in HASHED_AT_DEFAULT or is_place(key):
+            continue
+        # Some sections keep the arguments of a part only if the config gives them. There the
+        # default has always been hashed when it was given, and it still is.
+        if name not in section.model_fields and not section.fills_defaults:
+            continue
+        field = section.known_fields()[name]
+        if field.is_required():
+            continue
+        if tree[name] == field.get_default(call_default_factory=True):
+            del tree[name]

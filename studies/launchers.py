@@ -1,7 +1,6 @@
-"""Where the runs of a study are started: as processes of this machine, or as jobs of a cluster."""
+"""Launch the runs of a study: as processes of this machine, or as jobs of a cluster."""
 
 import ctypes
-import fcntl
 import os
 import shlex
 import signal
@@ -18,170 +17,127 @@ import torch
 from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
 from base.errors import ConfigError
-from base.run_folder.names import CONFIG, RESULT
+from base.rooms import ROOT
+from base.run_folder.locks import lock_descriptor
+from base.run_folder.names import CONFIG, OUTPUT_LOG, RESULT
 from base.text import first_line, one_line
-from studies.grid import Run
-from studies.progress import FINISHED, changed_places, look
-
-ROOT = Path(__file__).parents[1]
-"""Where the scripts lie."""
+from studies.grid import StudyRun
+from studies.progress import State, changed_places, read_progress
 
 LAUNCHERS = ("process", "slurm", "local")
-"""Processes of this machine, jobs of a cluster, and the cluster's path on this machine."""
-
-
-def command(run: Run) -> list[str]:
-    """What starts a run, or continues it where its folder holds a checkpoint.
-
-    A run that is continued gets what has changed since of where and how it computes.
-    """
-    begun = has_checkpoint(run.folder)
-    script, *words = run.words_to_resume(changed_places(run)) if begun else run.words()
-    return [sys.executable, str(ROOT / script), *words]
-
-
-def format_command(run: Run) -> str:
-    """The same as one would type it; a comment where the run is finished."""
-    _, script, *words = command(run)
-    finished = "# finished: " if look(run).state == FINISHED else ""
-    return finished + " ".join(map(_quoted, ["python", Path(script).name, *words]))
-
-
-def _quoted(word: str) -> str:
-    """A word as a shell takes it; characters that a terminal does not show are escapes within
-    `$'...'`."""
-    if word.isprintable():
-        return shlex.quote(word)
-    return "$'" + one_line(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+"""Processes of this machine, jobs of a cluster, and a cluster's jobs run on this machine."""
 
 
 class BusyError(ConfigError):
     """Another process works on the run."""
 
 
-class Worker:
-    """The process of a run, its output appended to `<run folder>/output.log`.
-
-    That file is locked meanwhile, so no second one can be started, from wherever. The lock is held
-    by both this process and the new one: on a network file system it may be this one's alone.
-
-    Args:
-        run: what to work on.
-        slot: which of the runs at once this is, from 0: it decides which GPU it gets.
-        before: is called in the new process before anything else.
-
-    Raises:
-        BusyError: another process works on the run.
-        ConfigError: the folder holds another run.
-    """
-
-    def __init__(self, run: Run, slot: int = 0, before: Callable[[], None] | None = None) -> None:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        self.output = os.open(
-            run.folder / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
-        )
-        try:
-            self._lock(run)
-            self.process = None if look(run).state == FINISHED else self._start(run, slot, before)
-        except BaseException:
-            os.close(self.output)
-            raise
-
-    def _lock(self, run: Run) -> None:
-        try:
-            fcntl.flock(self.output, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BusyError(f"{run.folder}: another process works on {run.name}") from None
-
-    def _start(
-        self, run: Run, slot: int, before: Callable[[], None] | None
-    ) -> subprocess.Popen[bytes]:
-        if not has_checkpoint(run.folder):
-            # it was killed before its first checkpoint: begin again
-            (run.folder / CONFIG).unlink(missing_ok=True)
-        return subprocess.Popen(  # noqa: S603 - our own scripts
-            command(run), stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output, pass_fds=(self.output,),
-            preexec_fn=before, env=_environment(run, slot),
-        )  # fmt: skip
-
-    def exit_code(self) -> int | None:
-        """Of the process, None while it lives; 0 of a run that another one had finished
-        meanwhile."""
-        code = 0 if self.process is None else self.process.poll()
-        if code is not None and self.output is not None:
-            os.close(self.output)
-            self.output = None
-        return code
-
-    def stop(self) -> None:
-        """Ask it to save and leave."""
-        if self.exit_code() is None:
-            self.process.terminate()
-
-    def wait(self) -> int:
-        """Wait for its end; returns the exit code."""
-        if self.process is not None:
-            self.process.wait()
-        return self.exit_code()
-
-
 class Job(ABC):
-    """A run that has been started.
+    """A run that has been launched.
 
     Attributes:
-        outlives: whether it goes on when this process ends.
+        outlives: whether it continues when this process ends.
     """
 
     outlives = False
 
     @abstractmethod
     def exit_code(self) -> int | None:
-        """The exit code of its process; None while it works."""
+        """Return the exit code; None while the job runs."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Ask it to save and leave."""
+        """Ask the job to save and leave."""
 
     @abstractmethod
     def wait(self) -> None:
-        """Wait until it has."""
+        """Wait until a stopped job has left."""
 
     def error(self) -> str | None:
-        """What kept it from working at all, where the run itself cannot have said so."""
+        """Return why the job failed, if the run itself could not report it."""
         return None
 
 
 class LocalJob(Job):
-    """A process of this machine. It is asked to save and leave when this process dies, however that
-    happens."""
+    """A process of this machine, whose output is appended to `<run folder>/output.log`.
 
-    def __init__(self, run: Run, slot: int) -> None:
-        self.worker = Worker(
-            run, slot, before=_leave_with_parent if sys.platform == "linux" else None
+    That file is locked while the process lives, so that no other launcher starts the run again.
+
+    Args:
+        run: the run to start or to continue.
+        slot: its number among those that run at once, from 0. It decides which GPU the run gets.
+
+    Raises:
+        BusyError: another process works on the run.
+        ConfigError: the folder holds another run.
+    """
+
+    def __init__(self, run: StudyRun, slot: int) -> None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self.output: int | None = os.open(run.folder / OUTPUT_LOG, flags, 0o644)
+        self.process: subprocess.Popen[bytes] | None = None
+        try:
+            if not lock_descriptor(self.output, wait=False):
+                raise BusyError(f"{run.folder}: another process works on {run.name}")
+            # only now it is certain that no other launcher finishes the run at the same time
+            if read_progress(run).state is not State.FINISHED:
+                self.process = self._start(run, slot)
+        except BaseException:
+            os.close(self.output)
+            raise
+
+    def _start(self, run: StudyRun, slot: int) -> subprocess.Popen[bytes]:
+        if not has_checkpoint(run.folder):
+            # the run was killed before its first checkpoint; train.py refuses a folder with a
+            # config but no checkpoint
+            (run.folder / CONFIG).unlink(missing_ok=True)
+        return subprocess.Popen(  # noqa: S603 - this project's own scripts
+            command(run),
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=self.output,
+            # The run inherits the lock, so it is held until both processes have ended. This
+            # process keeps it, too: a network file system may give it to this process alone.
+            pass_fds=(self.output,),
+            preexec_fn=_terminate_with_parent if sys.platform == "linux" else None,
+            env=_environment(run, slot),
         )
 
     def exit_code(self) -> int | None:
-        return self.worker.exit_code()
+        """Return the exit code; None while the process lives; 0 if the run was finished already."""
+        code = 0
+        if self.process is not None:
+            code = self.process.poll()
+        if code is not None and self.output is not None:
+            os.close(self.output)
+            self.output = None
+        return code
 
     def stop(self) -> None:
-        self.worker.stop()
+        if self.exit_code() is None:
+            self.process.terminate()
 
     def wait(self) -> None:
-        self.worker.wait()
+        if self.process is not None:
+            self.process.wait()
+        # closes the file and so releases the lock
+        self.exit_code()
 
 
 class ClusterJob(Job):
-    """A job of submitit, which goes on without the process that submitted it.
+    """A job of submitit, which continues without the process that submitted it.
 
     Args:
-        job: of submitit; its command is `command_of_job(run)`.
-        run: what it works on.
+        job: a job of submitit; its command is `command_of_job(run)`.
+        run: the run that it works on.
     """
 
     outlives = True
 
-    def __init__(self, job: Any, run: Run) -> None:
-        self.job, self.run = job, run
+    def __init__(self, job: Any, run: StudyRun) -> None:
+        self.job = job
+        self.run = run
 
     def exit_code(self) -> int | None:
         if not self.job.done():
@@ -192,8 +148,8 @@ class ClusterJob(Job):
         error = self.job.exception()
         if error is not None:
             return _reason(str(error), self.run.name)
-        # the folder is listed, because a network file system would remember that a single file was
-        # not there
+        # The folder is listed because a network file system may remember for a while that a single
+        # file did not exist.
         if RESULT in {file.name for file in self.run.folder.glob("*")}:
             return None
         return "its job has worked on another config: the grid or a file under it has changed since"
@@ -205,55 +161,27 @@ class ClusterJob(Job):
         pass
 
 
-def _reason(error: str, name: str) -> str:
-    """Why a job failed: what its command said last, which submitit quotes between two rules."""
-    first, rule, rest = error.strip().partition("\n----------------------\n")
-    said = rest.partition(rule)[0].strip().splitlines()[-1:] if rule else first.splitlines()[:1]
-    _, is_study, reason = "".join(said).partition(f"failed: {name} (")
-    if is_study:
-        return reason.removesuffix(")")
-    return "".join(said).rpartition("FailedJobError: ")[2] or "its job says nothing"
+Launch = Callable[[StudyRun, int], Job]
+"""Launches a run in a slot, which is its number among those that run at once, from 0."""
 
 
-def command_of_job(run: Run) -> list[str]:
-    """What a cluster's job does: a study of this run alone, which begins it or continues it."""
-    return [sys.executable, str(ROOT / "run_ablations.py"), *run.words_of_study()]
-
-
-def work_of_job(run: Run) -> Any:
-    """What submitit is given: the command of a run, in this folder.
-
-    A function of ours would not do: to read it, a job would have to find our modules. A job that is
-    preempted or at its time limit is queued again.
-    """
-    from submitit.helpers import CommandFunction, DelayedSubmission
-
-    work = CommandFunction(command_of_job(run), cwd=Path.cwd())
-    work.checkpoint = partial(DelayedSubmission, work)
-    return work
-
-
-Start = Callable[[Run, int], Job]
-"""Starts a run as the given one, from 0, of those at once."""
-
-
-def launcher(name: str, folder: Path, settings: Sequence[str]) -> Start:
-    """What starts a run: `process` on this machine, `slurm` on a cluster, `local` the cluster's
-    path on this machine.
+def launcher(name: str, folder: Path, settings: Sequence[str]) -> Launch:
+    """Return the function that launches a run.
 
     Args:
-        name: one of the three.
+        name: `process` for this machine, `slurm` for a cluster, `local` for the cluster's code path
+            on this machine.
         folder: where submitit writes its own files.
         settings: parameters of submitit's executor, such as `["slurm_partition=gpu",
             "timeout_min=600"]`.
 
     Raises:
-        ConfigError: submitit is not installed, does not know a parameter, or is not asked for one.
+        ConfigError: submitit is not installed or does not know a parameter, or there are parameters
+            without submitit.
     """
-    parameters = {
-        key: int(value) if value.isdecimal() else value
-        for key, value in set_overrides(settings, "--parameter")
-    }
+    parameters: dict[str, int | str] = {}
+    for key, value in set_overrides(settings, "--parameter"):
+        parameters[key] = int(value) if value.isdecimal() else value
     if name == "process":
         if parameters:
             raise ConfigError(f"--parameter {settings[0]}: has no effect without --launcher slurm")
@@ -272,24 +200,90 @@ def launcher(name: str, folder: Path, settings: Sequence[str]) -> Start:
     return lambda run, slot: ClusterJob(executor.submit(work_of_job(run)), run)
 
 
-def _environment(run: Run, slot: int) -> dict[str, str]:
-    """This process's, but with one GPU: runs at once take one each, in turn. A run on several GPUs
-    sees all."""
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = (
-        [str(index) for index in range(torch.cuda.device_count())]
-        if asked is None
-        else asked.split(",")
-    )
-    one = (
-        {"CUDA_VISIBLE_DEVICES": visible[slot % len(visible)]}
-        if len(visible) > 1 and run.config.n_gpu <= 1
-        else {}
-    )
-    return {**os.environ, **one}
+def command(run: StudyRun) -> list[str]:
+    """Return the command that starts a run, or continues it if its folder holds a checkpoint.
+
+    The command that continues a run overrides what has changed of where and how it computes.
+    """
+    if has_checkpoint(run.folder):
+        script, *words = run.words_to_resume(changed_places(run))
+    else:
+        script, *words = run.words()
+    return [sys.executable, str(ROOT / script), *words]
 
 
-def _leave_with_parent() -> None:
-    """Called in the new process: Linux shall send it SIGTERM when its parent dies: a killed study
-    leaves no run behind."""
+def format_command(run: StudyRun) -> str:
+    """Format a run's command as one would type it; it is a comment if the run is finished."""
+    _, script, *words = command(run)
+    line = " ".join(map(_quoted, ["python", Path(script).name, *words]))
+    if read_progress(run).state is State.FINISHED:
+        return f"# finished: {line}"
+    return line
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell."""
+    if word.isprintable():
+        return shlex.quote(word)
+    # bash and zsh read escapes such as \x1b in $'...', so that nothing unprintable is printed
+    return "$'" + one_line(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+
+
+def command_of_job(run: StudyRun) -> list[str]:
+    """Return the command of a cluster's job: a study of this run alone."""
+    # Not the command of the run itself: only when the job starts, perhaps again after a
+    # preemption, is it known whether the run has a checkpoint to continue from.
+    return [sys.executable, str(ROOT / "run_ablations.py"), *run.words_of_study()]
+
+
+def work_of_job(run: StudyRun) -> Any:
+    """Return what submitit runs for a run: its command, in the current folder."""
+    from submitit.helpers import CommandFunction, DelayedSubmission
+
+    # Not a function of this project: to unpickle it, the job would have to find its modules.
+    work = CommandFunction(command_of_job(run), cwd=Path.cwd())
+    # submitit calls this when a job is preempted or at its time limit, and queues the result
+    work.checkpoint = partial(DelayedSubmission, work)
+    return work
+
+
+def _reason(error: str, name: str) -> str:
+    """Return why a job failed: the last line its command printed, without what surrounds it."""
+    # submitit quotes the output of a failed command between two rules, or writes one of its own
+    # messages, which begin with what matters
+    rule = "\n----------------------\n"
+    message, found, rest = error.strip().partition(rule)
+    lines = message.splitlines()[:1]
+    if found:
+        lines = rest.partition(rule)[0].strip().splitlines()[-1:]
+    line = "".join(lines)
+    _, is_study, reason = line.partition(f"failed: {name} (")
+    if is_study:
+        return reason.removesuffix(")")
+    line = line.rpartition("FailedJobError: ")[2].removeprefix("error: ")
+    return line or "its job printed nothing"
+
+
+def _environment(run: StudyRun, slot: int) -> dict[str, str]:
+    """Return this process's environment; with several runs at once each one sees a GPU of its own.
+
+    A run on several GPUs sees all of them.
+    """
+    environment = dict(os.environ)
+    asked = environment.get("CUDA_VISIBLE_DEVICES")
+    if asked is None:
+        visible = [str(index) for index in range(torch.cuda.device_count())]
+    else:
+        visible = asked.split(",")
+    if len(visible) > 1 and run.config.n_gpu <= 1:
+        environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
+    return environment
+
+
+def _terminate_with_parent() -> None:
+    """Make Linux send this process SIGTERM when its parent dies.
+
+    It is called in the new process, so that a killed study leaves no run behind.
+    """
+    # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)

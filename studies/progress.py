@@ -1,160 +1,175 @@
-"""How far the runs of a study are, read from their folders, and the table of them."""
+"""How far the runs of a study are, read from their run folders, and the table that shows it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from enum import StrEnum
 from typing import Any
 
 from base.checkpoint import has_checkpoint
-from base.checkpoint.resume import WHERE_AND_HOW, refuse_other_experiment
-from base.config import Override, validate
+from base.checkpoint.resume import WHERE_AND_HOW, check_same_experiment
+from base.config import Override
 from base.errors import ConfigError, ProjectError
 from base.meters import is_accuracy
-from base.run_folder.names import CONFIG, LAST, METRICS, RESULT
+from base.run_folder.files import RunFolder
+from base.run_folder.names import CONFIG, LAST
 from base.text import one_line
-from studies.grid import Run, format_value
+from studies.grid import StudyRun, format_value
 
-NEW, BROKEN, RUNNING, ELSEWHERE, FINISHED, FAILED = (
-    "new",
-    "to resume",
-    "running",
-    "elsewhere",
-    "finished",
-    "failed",
-)
+
+class State(StrEnum):
+    """The state of a run. A run folder alone only tells `NEW`, `INTERRUPTED` and `FINISHED`."""
+
+    FINISHED = "finished"
+    FAILED = "failed"
+    RUNNING = "running"
+    ELSEWHERE = "elsewhere"
+    """Another process works on it."""
+    INTERRUPTED = "to resume"
+    NEW = "new"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the folder of a run says.
+    """How far a run is.
 
     Attributes:
-        state: one of the six above; a folder alone does not know about `RUNNING`, `ELSEWHERE`
-            (another process works on it) and `FAILED`.
-        epoch: finished epochs.
-        best: the monitored value at its best, or None.
+        state: its state.
+        epoch: number of finished epochs.
+        best: best value of the monitored metric; None if it has not been measured.
     """
 
-    state: str
+    state: State
     epoch: int
     best: float | None
 
 
-def look(run: Run) -> Progress:
-    """The progress of a run that nobody is working on, or of one that is being worked on.
+@dataclass(frozen=True)
+class StatusRow:
+    """One row of the table: a run, its progress, and the estimated time it still needs.
+
+    Attributes:
+        run: the run.
+        progress: how far it is.
+        seconds_left: None if it is unknown.
+    """
+
+    run: StudyRun
+    progress: Progress
+    seconds_left: float | None
+
+
+def read_progress(run: StudyRun) -> Progress:
+    """Return the progress of a run, which may be running.
 
     Raises:
         ConfigError: the folder holds a run of another config, or one of its files is damaged.
     """
-    log = _log(run.folder / METRICS)
-    mode, _, name = run.config.trainer.monitor.partition(" ")
-    values = [epoch[name] for epoch in log if epoch.get(name) is not None] if name else []
-    best = (max if mode == "max" else min)(values) if values else None
-    finished, begun = (run.folder / RESULT).exists(), has_checkpoint(run.folder)
-    if finished or begun:
-        _refuse_another(run)
+    folder = RunFolder(run.folder)
+    try:
+        epochs = folder.metrics()
+        finished = folder.result() is not None
+    except ConfigError as error:
+        raise _with_remedy(error, run) from None
     if finished:
-        _json(run.folder / RESULT, _text(run.folder / RESULT))
-    return Progress(FINISHED if finished else BROKEN if begun else NEW, len(log), best)
+        state = State.FINISHED
+    elif has_checkpoint(run.folder):
+        state = State.INTERRUPTED
+    else:
+        state = State.NEW
+    # a run without a checkpoint begins again, so its config does not matter
+    if state is not State.NEW:
+        _check_same_run(run)
+    return Progress(state, len(epochs), _best_value(run, epochs))
 
 
-def changed_places(run: Run) -> list[Override]:
-    """What a run that has been begun was given other values of, and may be: the keys of
-    `WHERE_AND_HOW`.
+def _best_value(run: StudyRun, epochs: Sequence[dict[str, Any]]) -> float | None:
+    mode, _, name = run.config.trainer.monitor.partition(" ")
+    values = [values[name] for values in epochs if values.get(name) is not None]
+    if not values:
+        return None
+    if mode == "max":
+        return max(values)
+    return min(values)
+
+
+def changed_places(run: StudyRun) -> list[Override]:
+    """Return the new values of keys in `WHERE_AND_HOW` that have changed since the run started.
 
     Raises:
-        ConfigError: its config.json is missing or damaged.
+        ConfigError: the run's config.json is missing or damaged.
     """
-    before, now = _config_of_folder(run), run.config.dump()
+    before = _config_of_folder(run)
+    now = run.config.dump()
     changes = []
     for key in WHERE_AND_HOW:
-        old, new = (_value_at(tree, key) for tree in (before, now))
-        if old != new:
+        new = _value_at(now, key)
+        if new != _value_at(before, key):
             changes.append((key, format_value(new)))
     return changes
 
 
-def table(rows: Sequence[tuple[Run, Progress, float | None]]) -> str:
-    """One line per run: name, state, epoch, best value, time left (of `(run, progress, seconds left
-    or None)`)."""
-    cells = [("run", "state", "epoch", "best", "left")]
-    for run, progress, seconds_left in rows:
-        epochs = f"{progress.epoch}/{run.config.trainer.epochs}"
-        _, _, name = run.config.trainer.monitor.partition(" ")
-        best = (
-            ""
-            if progress.best is None
-            else f"{name} {progress.best:.2%}"
-            if is_accuracy(name)
-            else f"{name} {progress.best:.4g}"
-        )
-        cells.append(
-            (
-                run.name,
-                progress.state,
-                epochs,
-                best,
-                "" if seconds_left is None else as_duration(seconds_left),
-            )
-        )
-    cells = [tuple(map(one_line, line)) for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+def format_table(rows: Sequence[StatusRow]) -> list[str]:
+    """Format the header and one line per row, with aligned columns."""
+    table = [("run", "state", "epoch", "best", "left")]
+    for row in rows:
+        epochs = f"{row.progress.epoch}/{row.run.config.trainer.epochs}"
+        left = "" if row.seconds_left is None else format_duration(row.seconds_left)
+        table.append((row.run.name, row.progress.state, epochs, _format_best(row), left))
+    table = [tuple(map(one_line, cells)) for cells in table]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for cells in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
-def as_duration(seconds: float) -> str:
-    """`3 h 05 min`, `12 min` or `40 s`."""
+def _format_best(row: StatusRow) -> str:
+    best = row.progress.best
+    if best is None:
+        return ""
+    _, _, name = row.run.config.trainer.monitor.partition(" ")
+    if is_accuracy(name):
+        return f"{name} {best:.2%}"
+    return f"{name} {best:.4g}"
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration as `3 h 05 min`, `12 min` or `40 s`."""
     minutes = round(seconds / 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02} min"
-    return f"{minutes} min" if seconds >= 90 else f"{round(seconds)} s"
+    if seconds >= 90:
+        return f"{minutes} min"
+    return f"{round(seconds)} s"
 
 
-def _log(file: Path) -> list[dict[str, float]]:
-    """The epochs logged so far; a line that is being written does not count yet."""
-    if not file.exists():
-        return []
-    return [
-        _json(file, line) for line in _text(file).splitlines(keepends=True) if line.endswith("\n")
-    ]
-
-
-def _text(file: Path) -> str:
-    # JSON does not take what bytes that are not UTF-8 become
-    return file.read_text(encoding="utf-8", errors="replace")
-
-
-def _json(file: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"{file}: damaged: {error}; move {file.parent} away to begin again"
-        ) from None
-
-
-def _config_of_folder(run: Run) -> dict[str, Any]:
-    """The resolved config in the run's folder, with the defaults of keys that are newer than it."""
-    file = run.folder / CONFIG
-    if not file.exists():
+def _config_of_folder(run: StudyRun) -> dict[str, Any]:
+    """Return the resolved config that the run's folder holds."""
+    if not (run.folder / CONFIG).exists():
         raise ConfigError(f"{run.folder}: holds a checkpoint, but no config.json; move it away")
-    return validate(_json(file, _text(file)), str(file)).dump()
+    try:
+        return RunFolder(run.folder).config().dump()
+    except ConfigError as error:
+        raise _with_remedy(error, run) from None
+
+
+def _with_remedy(error: ConfigError, run: StudyRun) -> ConfigError:
+    return ConfigError(f"{error}; move {run.folder} away to begin again")
 
 
 def _value_at(tree: Any, key: str) -> Any:
-    """The value at a dotted key; None where there is none."""
+    """Return the value at a dotted key; None if there is none."""
     for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, dict) else None
+        if not isinstance(tree, dict):
+            return None
+        tree = tree.get(name)
     return tree
 
 
-def _refuse_another(run: Run) -> None:
+def _check_same_run(run: StudyRun) -> None:
     before = _config_of_folder(run)
     try:
-        refuse_other_experiment(before, run.config, run.folder / LAST)
+        check_same_experiment(before, run.config, run.folder / LAST)
     except ProjectError as error:
         raise ConfigError(f"{run.folder}: holds another run than {run.name}: {error}") from None

@@ -1,8 +1,8 @@
-"""Working through the runs of a study: some at once, finished ones skipped, broken ones continued,
-failures told at the end.
+"""Work through the runs of a study: some at once, finished ones skipped, interrupted ones resumed.
 
-Several processes may work through one study: a run that another one works on is looked at again
-when all else is done."""
+Failures are reported at the end. Several processes may work through one study: a run that another
+process works on is tried again after all others.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -12,182 +12,214 @@ from signal import Signals
 from time import monotonic, sleep
 
 from base.errors import ConfigError, Stopped
+from base.run_folder.names import OUTPUT_LOG
 from base.signals import StopSignals
-from studies.grid import Run
-from studies.launchers import BusyError, Job, Start
-from studies.progress import (
-    BROKEN,
-    ELSEWHERE,
-    FAILED,
-    FINISHED,
-    NEW,
-    RUNNING,
-    Progress,
-    look,
-    table,
-)
+from studies.grid import StudyRun
+from studies.launchers import BusyError, Job, Launch
+from studies.progress import Progress, State, StatusRow, format_table, read_progress
 
-SECONDS_BETWEEN_LOOKS = 1.0
-STATES = (FINISHED, FAILED, RUNNING, ELSEWHERE, BROKEN, NEW)
+POLL_SECONDS = 1.0
 
 
 class Study:
     """The runs of one call, and how far they are.
 
     Args:
-        runs: what to work through, in this order.
-        start: starts a run; see `studies.launchers.launcher`.
-        jobs: how many at once.
-
+        runs: the runs, in the order in which they are started.
+        launch: starts a run; see `studies.launchers.launcher`.
+        jobs: number of runs at once.
     """
 
-    def __init__(self, runs: Sequence[Run], start: Start, jobs: int) -> None:
-        self.runs, self.start, self.jobs = runs, start, jobs
-        self.failures: dict[Run, str] = {}
-        self.progress: dict[Run, Progress] = {}
+    def __init__(self, runs: Sequence[StudyRun], launch: Launch, jobs: int) -> None:
+        self.runs = runs
+        self.launch = launch
+        self.jobs = jobs
+        self.failures: dict[StudyRun, str] = {}
+        self.progress: dict[StudyRun, Progress] = {}
         for run in runs:
-            self._read(run)
-        self.waiting = [run for run in runs if self.progress[run].state in (NEW, BROKEN)]
-        self.working: dict[Run, _Work] = {}
+            self._update(run)
+        to_do = (State.NEW, State.INTERRUPTED)
+        self.waiting = [run for run in runs if self.progress[run].state in to_do]
+        self.active: dict[StudyRun, _ActiveRun] = {}
         self.signals = StopSignals()
 
-    def work(self) -> dict[Run, str]:
-        """Work until every run is finished or has failed; returns what went wrong with those that
-        failed.
+    def work(self) -> dict[StudyRun, str]:
+        """Work until every run has finished or failed; return the reasons of the failed ones.
 
         Raises:
-            Stopped: a signal came; the runs have saved and left, and the same call continues them.
+            Stopped: a signal came. The runs have saved and left; the same call continues them.
         """
-        screen = _Screen()
+        display = _Display()
         with self.signals.caught():
-            while self.waiting or self.working:
-                self._begin()
-                self._look()
-                screen.show(
-                    table([(run, self.progress[run], self._seconds_left(run)) for run in self.runs])
+            while self.waiting or self.active:
+                self._start_runs()
+                self._poll()
+                display.show(
+                    [
+                        StatusRow(run, self.progress[run], self._seconds_left(run))
+                        for run in self.runs
+                    ]
                 )
                 if self.signals.asked:
-                    self._leave()
-                if self.working or self.waiting:
-                    sleep(SECONDS_BETWEEN_LOOKS)
+                    self._stop()
+                if self.active or self.waiting:
+                    sleep(POLL_SECONDS)
         return self.failures
 
-    def _begin(self) -> None:
-        """Start runs while there is room; those that another process works on go on waiting, behind
-        the others."""
-        for run in sorted(self.waiting, key=lambda run: self.progress[run].state == ELSEWHERE):
-            if len(self.working) >= self.jobs or self.signals.asked:
+    def _start_runs(self) -> None:
+        """Start waiting runs while there are free slots."""
+
+        def is_elsewhere(run: StudyRun) -> bool:
+            return self.progress[run].state is State.ELSEWHERE
+
+        # runs that another process works on come last: there is nothing to do for them yet
+        for run in sorted(self.waiting, key=is_elsewhere):
+            if len(self.active) >= self.jobs or self.signals.asked:
                 return
-            slot = min(set(range(self.jobs)) - {work.slot for work in self.working.values()})
+            slot = min(set(range(self.jobs)) - {active.slot for active in self.active.values()})
             try:
-                self.working[run] = _Work(
-                    self.start(run, slot), slot, monotonic(), self.progress[run].epoch
-                )
+                job = self.launch(run, slot)
+                self.active[run] = _ActiveRun(job, slot, monotonic(), self.progress[run].epoch)
             except BusyError:
-                self._read(run, ELSEWHERE)
+                self._update(run, State.ELSEWHERE)
                 continue
             except ConfigError as error:
                 self.failures[run] = str(error)
             self.waiting.remove(run)
 
-    def _look(self) -> None:
-        for run, work in list(self.working.items()):
-            code = work.job.exit_code()
-            if code is not None:
-                del self.working[run]
-            if code:
-                self.failures[run] = work.job.error() or f"{_ending(code)}: {_last_line(run)}"
-            self._read(run, RUNNING if code is None else FINISHED)
+    def _poll(self) -> None:
+        """Update the progress of active runs, and take those away that have ended."""
+        for run, active in list(self.active.items()):
+            code = active.job.exit_code()
+            if code is None:
+                self._update(run, State.RUNNING)
+                continue
+            del self.active[run]
+            if code != 0:
+                reason = f"{_describe_exit(code)}: {_last_line(run)}"
+                self.failures[run] = active.job.error() or reason
+            self._update(run, State.FINISHED)
         for run in self.failures:
-            self.progress[run] = replace(self.progress[run], state=FAILED)
+            self.progress[run] = replace(self.progress[run], state=State.FAILED)
 
-    def _read(self, run: Run, state: str | None = None) -> None:
-        """What the folder says, and the state that it cannot know."""
+    def _update(self, run: StudyRun, state: State | None = None) -> None:
+        """Read a run's progress; `state` overrides the state, which a folder cannot always tell."""
         try:
-            progress = look(run)
-            self.progress[run] = replace(progress, state=state or progress.state)
+            progress = read_progress(run)
         except ConfigError as error:
             self.failures.setdefault(run, str(error))
-            self.progress[run] = Progress(FAILED, 0, None)
+            self.progress[run] = Progress(State.FAILED, 0, None)
+            return
+        if state is not None:
+            progress = replace(progress, state=state)
+        self.progress[run] = progress
 
-    def _seconds_left(self, run: Run) -> float | None:
-        """By the epochs it has done since it was started here; None where that says nothing."""
-        if run not in self.working:
+    def _seconds_left(self, run: StudyRun) -> float | None:
+        """Estimate the time from the epochs done since the start; None before the first of them."""
+        if run not in self.active:
             return None
-        work, epoch = self.working[run], self.progress[run].epoch
-        done, left = epoch - work.first_epoch, run.config.trainer.epochs - epoch
-        return (monotonic() - work.begun) / done * left if done > 0 else None
+        active = self.active[run]
+        epoch = self.progress[run].epoch
+        # epochs before a resume took their time in another process
+        epochs_done = epoch - active.first_epoch
+        if epochs_done <= 0:
+            return None
+        seconds_per_epoch = (monotonic() - active.started) / epochs_done
+        return seconds_per_epoch * (run.config.trainer.epochs - epoch)
 
-    def _leave(self) -> None:
-        for work in self.working.values():
-            work.job.stop()
-        for work in self.working.values():
-            work.job.wait()
-        left = sum(
-            progress.state not in (FINISHED, ELSEWHERE) for progress in self.progress.values()
-        )
-        going_on = sum(work.job.outlives for work in self.working.values())
-        jobs = f"; {going_on} jobs go on without this process" if going_on else ""
+    def _stop(self) -> None:
+        # all are asked before any is waited for, so that they save at the same time
+        for active in self.active.values():
+            active.job.stop()
+        for active in self.active.values():
+            active.job.wait()
+        over = (State.FINISHED, State.ELSEWHERE)
+        left = sum(progress.state not in over for progress in self.progress.values())
+        detached = sum(active.job.outlives for active in self.active.values())
+        jobs = f"; {detached} jobs continue without this process" if detached else ""
         raise Stopped(
-            f"stopped with {left} of {len(self.runs)} runs to do{jobs}; the same command continues them",
+            f"stopped with {left} of {len(self.runs)} runs to do{jobs};"
+            " the same command continues them",
             self.signals.asked,
         )
 
 
 @dataclass(frozen=True)
-class _Work:
-    """A run at work: its job, its place among those at once, when it was begun (of `monotonic`),
-    after how many epochs."""
+class _ActiveRun:
+    """A started run.
+
+    Attributes:
+        job: its job.
+        slot: its number among those that run at once, from 0.
+        started: when it was started, by the clock `monotonic`.
+        first_epoch: number of epochs that were finished then.
+    """
 
     job: Job
     slot: int
-    begun: float
+    started: float
     first_epoch: int
 
 
-class _Screen:
-    """Shows a table over and over: in a terminal in place, elsewhere only the lines that have a new
-    state."""
+class _Display:
+    """Shows the table of runs: redrawn in place in a terminal, elsewhere only rows that change."""
 
     def __init__(self) -> None:
-        self.shown: set[str] = set()
-        self.drawn = 0
+        self.last_states: set[tuple[str, State]] = set()
+        self.lines_drawn = 0
 
-    def show(self, text: str) -> None:
+    def show(self, rows: Sequence[StatusRow]) -> None:
         if sys.stdout.isatty():
-            self._draw(text.splitlines())
-            return
-        for line in text.splitlines():
-            state = next((state for state in STATES if f"  {state}" in line), "")
-            key = f"{line.split('  ')[0]} {state}"
-            if key not in self.shown:
-                self.shown.add(key)
+            self._redraw(rows)
+        else:
+            self._print_changes(rows)
+
+    def _print_changes(self, rows: Sequence[StatusRow]) -> None:
+        header, *lines = format_table(rows)
+        if not self.last_states:
+            print(header, flush=True)
+        for row, line in zip(rows, lines, strict=True):
+            state = (row.run.name, row.progress.state)
+            if state not in self.last_states:
+                self.last_states.add(state)
                 print(line, flush=True)
 
-    def _draw(self, lines: list[str]) -> None:
-        """Over what was drawn before; of a table that is higher than the terminal only the runs at
-        work, cut at its edges."""
+    def _redraw(self, rows: Sequence[StatusRow]) -> None:
+        lines = format_table(rows)
         size = get_terminal_size()
+        # what has scrolled out of the terminal cannot be drawn over, so a long table is cut
         if len(lines) >= size.lines:
-            working = [line for line in lines[1:] if f"  {RUNNING}" in line]
-            counts = ", ".join(
-                f"{sum(f'  {state}' in line for line in lines)} {state}"
-                for state in (FINISHED, FAILED)
-            )
-            lines = [lines[0], *working[: size.lines - 4], f"{len(lines) - 1} runs, {counts}"]
+            lines = _shorten(lines, rows, size.lines - 2)
         lines = [line[: size.columns - 1] for line in lines]
-        up = f"\x1b[{self.drawn}A\x1b[J" if self.drawn else ""
-        print(up + "\n".join(lines), flush=True)
-        self.drawn = len(lines)
+        if self.lines_drawn:
+            # cursor up, then clear to the end of the screen
+            print(f"\x1b[{self.lines_drawn}A\x1b[J", end="")
+        print("\n".join(lines), flush=True)
+        self.lines_drawn = len(lines)
 
 
-def _ending(code: int) -> str:
-    """`exit code 2`, or `killed by SIGKILL`."""
-    return f"exit code {code}" if code > 0 else f"killed by {Signals(-code).name}"
+def _shorten(lines: Sequence[str], rows: Sequence[StatusRow], count: int) -> list[str]:
+    """Keep the header and the active runs, at most `count` lines, and add one line of counts."""
+    header, *body = lines
+    states = [row.progress.state for row in rows]
+    active = [line for line, state in zip(body, states, strict=True) if state is State.RUNNING]
+    finished = states.count(State.FINISHED)
+    failed = states.count(State.FAILED)
+    counts = f"{len(rows)} runs, {finished} finished, {failed} failed"
+    return [header, *active[: count - 2], counts]
 
 
-def _last_line(run: Run) -> str:
-    """What the run said last, which is its error."""
-    file = run.folder / "output.log"
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+def _describe_exit(code: int) -> str:
+    if code < 0:
+        return f"killed by {Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _last_line(run: StudyRun) -> str:
+    """Return the last line that the run printed, which is its error."""
+    file = run.folder / OUTPUT_LOG
+    if file.exists():
+        for line in reversed(file.read_text(errors="replace").splitlines()):
+            if line.strip():
+                return line.removeprefix("error: ")
+    return "it printed nothing"

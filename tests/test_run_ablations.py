@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from studies.work import _Screen
+from studies.progress import Progress, State, StatusRow
+from studies.work import _Display
 from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +84,7 @@ KILLED_AT_ITS_FIRST_RUN = f"""if True:
     import os, runpy, signal, time
     import studies.launchers
 
-    begin = studies.launchers.Worker.__init__
+    begin = studies.launchers.LocalJob.__init__
 
     def begin_and_die(self, run, *arguments, **named):
         begin(self, run, *arguments, **named)
@@ -89,7 +92,7 @@ KILLED_AT_ITS_FIRST_RUN = f"""if True:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    studies.launchers.Worker.__init__ = begin_and_die
+    studies.launchers.LocalJob.__init__ = begin_and_die
     runpy.run_path({str(ROOT / "run_ablations.py")!r}, run_name="__main__")
 """
 """run_ablations.py, which is killed as soon as its first run has a checkpoint."""
@@ -186,21 +189,46 @@ def test_two_studies_share_the_work(grid, tmp_path):
     )
 
 
-def test_a_narrow_and_low_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("studies.work.get_terminal_size", lambda: os.terminal_size((20, 6)))
-    screen = _Screen()
-    lines = [
-        "run  state  epoch  best  left",
-        *(f"run {n}  {'failed' if n else 'running'}  " + 40 * "x" for n in range(9)),
+def status_rows():
+    """One running and eight failed runs."""
+    trainer = SimpleNamespace(epochs=12345678, monitor="off")
+    states = [State.RUNNING, *[State.FAILED] * 8]
+    return [
+        StatusRow(
+            SimpleNamespace(name=f"run {n}", config=SimpleNamespace(trainer=trainer)),
+            Progress(state, 7, None),
+            None,
+        )
+        for n, state in enumerate(states)
     ]
-    screen._draw(lines)
-    screen._draw(lines)
+
+
+def test_the_table_is_cut_to_a_narrow_and_low_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("studies.work.get_terminal_size", lambda: os.terminal_size((20, 6)))
+    display = _Display()
+    display._redraw(status_rows())
+    display._redraw(status_rows())
     drawn = capsys.readouterr().out.removesuffix("\n").split("\x1b[3A\x1b[J")
     assert len(drawn) == 2
     assert drawn[1].splitlines() == [
-        "run  state  epoch  ",
-        "run 0  running  xxx",
+        "run    state    epo",
+        "run 0  running  7/1",
         "9 runs, 0 finished,",
+    ]
+
+
+def test_a_file_gets_a_line_for_every_new_state(capsys):
+    display = _Display()
+    rows = status_rows()[:2]
+    display.show(rows)
+    display.show(rows)
+    display.show([replace(rows[0], progress=Progress(State.FINISHED, 9, None)), rows[1]])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines] == [
+        ["run", "state", "epoch"],
+        ["run", "0", "running"],
+        ["run", "1", "failed"],
+        ["run", "0", "finished"],
     ]
 
 

@@ -1,10 +1,9 @@
-"""Weights in the forms that other codes save them in: where in a file they lie, and how their keys
-become a model's.
+"""Weights that other code bases have saved: find them in a file, and map their keys to a model's.
 
-A file may hold its weights bare or under any key, several sets of them, with a wrapper's prefix
-before each key (`module.`, `model.`, `1.`, `module.model.` ...) and with more beside them. Nothing
-here knows a list of projects: the prefix is the one under which most of the model's keys are found,
-and every key that is left over needs an explanation. A file with keys that have none is refused.
+A file may hold its weights bare or under any key, or several sets of them; with a wrapper's prefix
+before each key (`module.`, `model.`, `1.`, `module.model.` ...), and with other entries beside
+them. There is no list of known projects: the prefix is the one under which most of the model's keys
+are found, and every remaining key needs an explanation. A file with an unexplained key is refused.
 """
 
 import re
@@ -19,30 +18,30 @@ from base.errors import CheckpointError
 from base.text import one_line
 
 T = TypeVar("T")
-SHOWN = 3
-"""Keys of each side that a message names."""
+MAX_KEYS = 3
+"""The number of keys that a message names."""
 MEAN = re.compile(r"((?:.*\.)?)(?:new_)?(mean|mu)")
 STD = re.compile(r"((?:.*\.)?)(?:new_)?(std|sigma)")
-"""What codes call the values that they normalize by; the first group is the module."""
+"""Names of the values that code bases normalize by; the first group is the module."""
 
 
 def find_weights(
     contents: Any, source: str, name: str | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights in what a file holds, wherever in it they are.
+    """Find the weights in the contents of a file, wherever they are.
 
     Args:
-        contents: of the file.
-        source: its name, for errors.
-        name: which of several sets of weights: the key that holds it, dotted where it lies deeper,
-            or the prefix of its keys.
+        contents: what `torch.load` has returned.
+        source: the file's name, for errors.
+        name: which of several sets of weights: the key that holds it, dotted if it lies deeper, or
+            the prefix of its keys.
 
     Returns:
-        The weights under their keys in the file, and a sentence about the choice where there was
-        one, by the name "weights".
+        The weights under their keys in the file, and, if there was a choice, a sentence about it
+        under "weights".
 
     Raises:
-        CheckpointError: there are none, or there are several and `name` names none of them.
+        CheckpointError: there are no weights, or several sets of which `name` names none.
     """
     sets = _weight_sets(contents)
     if not sets:
@@ -55,21 +54,28 @@ def find_weights(
         return _named(sets, source, name), {"weights": f"{_quoted([name])} of the file, as asked"}
     if "state_dict" in sets:
         others = _quoted(key for key in sets if key != "state_dict")
-        told = {"weights": f"'state_dict' of the file, which also holds {others}"} if others else {}
-        return sets["state_dict"], told
+        if not others:
+            return sets["state_dict"], {}
+        choice = f"'state_dict' of the file, which also holds {others}"
+        return sets["state_dict"], {"weights": choice}
     chosen, *others = sets
     if others:
         raise CheckpointError(
             f"{source}: holds several sets of weights: {_quoted(sets)};"
             f" choose with --weights {one_line(chosen, 60)} (in Python: weights={chosen!r})"
         )
-    return sets[chosen], {"weights": f"{_quoted([chosen])} of the file"} if chosen else {}
+    if not chosen:
+        # the file is the state dict itself
+        return sets[chosen], {}
+    return sets[chosen], {"weights": f"{_quoted([chosen])} of the file"}
 
 
 def _weight_sets(contents: Any) -> dict[str, dict[str, Tensor]]:
-    """Name -> weights: `contents` itself, with the name "", or else those nearest to its top."""
-    level = {"": contents} if isinstance(contents, dict) else {}
-    # a dictionary may contain itself, or lie in many places
+    """Return name -> weights: `contents` itself, under "", or else the sets nearest to its top."""
+    level = {}
+    if isinstance(contents, dict):
+        level = {"": contents}
+    # a dictionary may contain itself, or be reached by several names
     searched: set[int] = set()
     while level:
         sets = {name: part for name, part in level.items() if _are_weights(part, name)}
@@ -77,21 +83,24 @@ def _weight_sets(contents: Any) -> dict[str, dict[str, Tensor]]:
             return sets
         deeper: dict[str, Any] = {}
         for name, part in level.items():
-            if id(part) not in searched:
-                searched.add(id(part))
-                deeper |= {
-                    f"{name}.{key}" if name else key: value
-                    for key, value in part.items()
-                    if isinstance(key, str) and isinstance(value, dict)
-                }
+            if id(part) in searched:
+                continue
+            searched.add(id(part))
+            prefix = f"{name}." if name else ""
+            for key, value in part.items():
+                if isinstance(key, str) and isinstance(value, dict):
+                    deeper[prefix + key] = value
         level = deeper
     return {}
 
 
 def _are_weights(part: dict[Any, Any], name: str) -> bool:
-    """Whether it is a state dict: names with tensors, some of them of real numbers and not single
-    ones. What is called state_dict is taken at its word, to be refused with its model's keys."""
+    """Return whether a dictionary is a state dict.
+
+    That is names with tensors, at least one of them of floating-point numbers and not a scalar.
+    """
     values = part.values()
+    # a broken "state_dict" is still one: comparing it with the model's keys gives the better error
     if name == "state_dict":
         return not any(isinstance(value, dict) for value in values)
     if not all(isinstance(key, str) for key in part):
@@ -104,17 +113,20 @@ def _are_weights(part: dict[Any, Any], name: str) -> bool:
 def _named(sets: Mapping[str, dict[str, Tensor]], source: str, name: str) -> dict[str, Tensor]:
     if name in sets:
         return sets[name]
-    parts = [part for found in sets.values() if (part := below(found, f"{name.rstrip('.')}."))]
+    # one state dict may also hold several networks, each under a prefix
+    prefix = f"{name.rstrip('.')}."
+    parts = [below(weights, prefix) for weights in sets.values()]
+    parts = [part for part in parts if part]
     if len(parts) != 1:
-        there = _quoted(key for key in sets if key) or "one set of weights, with no key"
+        available = _quoted(key for key in sets if key) or "one set of weights, with no key"
         raise CheckpointError(
-            f"--weights {one_line(name, 60)}: {source} holds no such weights, but {there}"
+            f"--weights {one_line(name, 60)}: {source} holds no such weights, but {available}"
         )
     return parts[0]
 
 
 def normalization_beside(contents: Any) -> dict[str, Tensor]:
-    """A mean and std, lists or tensors, that stand beside the weights instead of among them."""
+    """Return a mean and std, lists or tensors, that lie beside the weights and not among them."""
     if not isinstance(contents, dict):
         return {}
     for mean, std in _mean_and_std_keys(key for key in contents if isinstance(key, str)):
@@ -125,28 +137,39 @@ def normalization_beside(contents: Any) -> dict[str, Tensor]:
 
 
 def _mean_and_std_keys(keys: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of a mean's and a std's key in the same module."""
-    keys = list(keys)
-    means = {match[1]: key for key in keys if (match := MEAN.fullmatch(key))}
-    stds = {match[1]: key for key in keys if (match := STD.fullmatch(key))}
+    """Return pairs of a mean's and a std's key in the same module."""
+    means: dict[str, str] = {}
+    stds: dict[str, str] = {}
+    for key in keys:
+        mean = MEAN.fullmatch(key)
+        std = STD.fullmatch(key)
+        if mean:
+            means[mean[1]] = key
+        if std:
+            stds[std[1]] = key
     return [(means[module], stds[module]) for module in means if module in stds]
 
 
 def _as_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value if value.dim() > 0 else None
+    """Return one value per channel as a tensor; None if the value is something else."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return value
     if not isinstance(value, list | tuple) or not value:
         return None
-    is_numbers = all(type(item) in (int, float) for item in value)
-    return torch.tensor(value, dtype=torch.float32) if is_numbers else None
+    if not all(type(item) in (int, float) for item in value):
+        return None
+    return torch.tensor(value, dtype=torch.float32)
 
 
 def rename(model: nn.Module, state: Mapping[str, T]) -> tuple[Mapping[str, T], dict[str, str]]:
-    """The weights under the model's names for its modules, where the file has the names that other
-    codes give them (`other_names` of the model's class), and a sentence about that."""
+    """Give the weights the model's names for its modules; also return a sentence about it.
+
+    Other code bases' names are in `other_names` of the model's class.
+    """
     names = getattr(model, "other_names", {})
     parts = {part for key in state for part in key.split(".")}
     found = {other: name for other, name in names.items() if other in parts}
+    # a file that has both kinds of names is of a network with other modules
     if not found or parts & set(names.values()):
         return state, {}
     renamed = {
@@ -160,7 +183,7 @@ def rename(model: nn.Module, state: Mapping[str, T]) -> tuple[Mapping[str, T], d
 def find_prefix(
     own: Iterable[str], state: Mapping[str, Tensor], source: str
 ) -> tuple[str, list[str]]:
-    """The prefix under which a file holds a model's keys, and others under which it repeats them.
+    """Find the prefix under which a file holds a model's keys, and those of copies of them.
 
     Args:
         own: the model's keys.
@@ -168,13 +191,14 @@ def find_prefix(
         source: the file's name, for errors.
 
     Returns:
-        The prefix, "" where there is none, with its dot; and the prefixes of copies with the same
-        values.
+        The prefix with its dot, or "" without one; and the prefixes of copies with equal values.
 
     Raises:
-        CheckpointError: there are as many keys, with other values, under another prefix.
+        CheckpointError: there are as many of the model's keys, with other values, under another
+            prefix.
     """
-    own, counts = set(own), Counter()
+    own = set(own)
+    counts: Counter[str] = Counter()
     for key in state:
         starts = [0, *(match.end() for match in re.finditer(r"\.", key))]
         counts.update(key[:start] for start in starts if key[start:] in own)
@@ -184,7 +208,8 @@ def find_prefix(
         return "", []
     first, *others = prefixes
     if 2 * most < len(own):
-        # too few to speak of a set: most keys differ, or their layers also read other names
+        # Too few keys to be a copy of the weights. The caller finds that most keys are missing,
+        # or the model's layers also read other names.
         return first, []
     for other in others:
         if not _are_equal(below(state, first), below(state, other), own):
@@ -198,7 +223,7 @@ def find_prefix(
 
 
 def _are_equal(first: Mapping[str, Any], second: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Whether two sets of weights hold the same tensors under these names."""
+    """Return whether two sets of weights hold equal tensors under these names."""
     for name in names:
         one, other = first.get(name), second.get(name)
         if one is None and other is None:
@@ -218,28 +243,30 @@ def explain_rest(
     copies: Iterable[str],
     source: str,
 ) -> tuple[list[str], dict[str, str]]:
-    """Account for what a file holds beside a model's weights.
+    """Explain the entries of a file that are not the model's weights.
 
-    Explained are second names of the weights (tensors in the same memory) and copies of them, the
-    mean and std that its code normalizes by, modules that it is known never to call
+    There is an explanation for: second names of the weights (tensors in the same memory), copies of
+    them, the mean and std that the code base normalizes by, modules that it never calls
     (`unused_modules` of the model's class), and counters. The mean and std become the model's.
 
     Args:
-        model: with `mean` and `std`, buffers with an entry for each channel, if it normalizes.
+        model: has buffers `mean` and `std` with an entry per channel if it normalizes.
         state: the file's weights under the model's keys.
-        rest: the file's keys that are none of the model's, with their values.
-        prefix: of the model's keys in the file.
+        rest: the file's other entries.
+        prefix: the prefix of the model's keys in the file.
         copies: prefixes of copies of the weights.
         source: the file's name, for errors.
 
     Returns:
-        The keys without an explanation, and a sentence each about what was left out and what was
-        taken as normalization.
+        The keys without an explanation; and sentences about what was left out and what was taken as
+        normalization.
 
     Raises:
-        CheckpointError: the mean and std are none of pixels in [0, 1].
+        CheckpointError: the mean and std cannot be those of pixels in [0, 1].
     """
-    own, rest, left_out = model.state_dict(), dict(rest), []
+    own = model.state_dict()
+    rest = dict(rest)
+    left_out: list[str] = []
 
     def leave_out(keys: list[str], why: str) -> None:
         if keys:
@@ -250,26 +277,29 @@ def explain_rest(
     for copy in copies:
         keys = [key for key in rest if key.startswith(copy)]
         leave_out(keys, f"{len(keys)} keys under {_quoted([copy])}, equal to the weights")
-    places = {_place(value) for key, value in state.items() if key in own}
-    keys = [key for key, value in rest.items() if _place(value) in places]
+    # torch.save keeps it if a module is registered twice: its tensors share their memory
+    memory = {_memory_of(value) for key, value in state.items() if key in own}
+    keys = [key for key, value in rest.items() if _memory_of(value) in memory]
     leave_out(keys, f"second names of the same tensors ({first_keys(keys)})")
     for unused, twin in getattr(model, "unused_modules", {}).items():
         start = f"{prefix}{unused}."
         keys = [key for key in rest if key.startswith(start)]
+        # with other shapes it is another module that happens to have this name
         if _shapes(below(rest, start)) == _shapes(below(own, f"{twin}.")):
             why = "which no forward pass of its code calls"
             leave_out(keys, f"{len(keys)} keys of {unused!r}, {why}")
     normalization = _take_normalization(model, rest, source)
     keys = [key for key, value in rest.items() if _is_counter(value)]
     leave_out(keys, f"counters ({first_keys(keys)})")
-    explained = {"left out": ", ".join(left_out)} if left_out else {}
-    return list(rest), explained | normalization
+    if left_out:
+        return list(rest), {"left out": ", ".join(left_out)} | normalization
+    return list(rest), normalization
 
 
-def _place(value: Any) -> Any:
-    """Equal for tensors that are the same numbers in the same memory: torch.save keeps that a
-    module is registered twice."""
+def _memory_of(value: Any) -> Any:
+    """Return a key that is equal for tensors with the same numbers in the same memory."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() == 0:
+        # equal to no other key
         return object()
     return value.data_ptr(), value.dtype, value.shape, value.stride()
 
@@ -283,8 +313,9 @@ def _is_counter(value: Any) -> bool:
 
 
 def _take_normalization(model: nn.Module, rest: dict[str, Any], source: str) -> dict[str, str]:
-    """Move a mean and std from `rest` to the model, and say so; nothing where there are none."""
-    mean, std = getattr(model, "mean", None), getattr(model, "std", None)
+    """Move a mean and std, if there are any, from `rest` to the model; return a sentence on it."""
+    mean = getattr(model, "mean", None)
+    std = getattr(model, "std", None)
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
         return {}
     pairs = _mean_and_std_keys(rest)
@@ -293,10 +324,12 @@ def _take_normalization(model: nn.Module, rest: dict[str, Any], source: str) -> 
     if not found:
         return {}
     new_mean, new_std = found[0]
+    # with several different pairs it is unknown which one its code uses
     if not all(torch.equal(m, new_mean) and torch.equal(s, new_std) for m, s in found[1:]):
         return {}
     shown = f"mean {_numbers(new_mean)} and std {_numbers(new_std)}"
     names = " and ".join(_quoted([key]) for key in pairs[0])
+    # some code bases normalize pixels in [0, 255]
     is_fraction = (new_mean >= 0) & (new_mean <= 1) & (new_std > 0) & (new_std <= 1)
     if not bool(is_fraction.all()):
         raise CheckpointError(
@@ -318,25 +351,29 @@ def _has_size(value: Any, size: int) -> bool:
 
 
 def below(state: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """The entries whose keys begin with the prefix, under what follows it."""
+    """Return the entries whose keys begin with the prefix, without the prefix."""
     return {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
 
 
 def first_keys(keys: Iterable[Any]) -> str:
-    """The first keys, and how many there are; what a terminal does not show is escaped."""
+    """Format the first keys and the number of all; unprintable characters are escaped."""
     names = [one_line(key, 60) for key in keys]
     if not names:
         return "none"
-    more = f", ... ({len(names)})" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    first = ", ".join(names[:MAX_KEYS])
+    if len(names) > MAX_KEYS:
+        return f"{first}, ... ({len(names)})"
+    return first
 
 
 def _describe(contents: Any) -> str:
     if not isinstance(contents, dict):
         return f"an object of type {type(contents).__name__}"
-    return f"the keys {first_keys(contents)}" if contents else "nothing"
+    if not contents:
+        return "nothing"
+    return f"the keys {first_keys(contents)}"
 
 
 def _quoted(keys: Iterable[str]) -> str:

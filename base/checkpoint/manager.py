@@ -2,28 +2,30 @@
 
 import shutil
 from collections.abc import Mapping
+from enum import Enum, auto
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from base.checkpoint.checkpoint import (
-    BEST,
-    LAST,
-    NUMBERED,
-    keep_newest,
-    load_checkpoint,
-    numbered,
-    publish_copy,
-    save_checkpoint,
-)
+from base.atomic import link_or_copy
+from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint.find import numbered_checkpoints
 from base.config.training import TrainerConfig
 from base.distributed import from_primary, is_primary
 from base.errors import CheckpointError
+from base.run_folder.names import BEST, LAST, NUMBERED
+from base.text import first_line
 from base.train_state import TrainState
 
 
 class CheckpointManager:
-    """`model_last.pth`, `model_best.pth` and the numbered ones in `folder`. Every process calls its
-    methods, rank 0 writes."""
+    """Writes `model_last.pth`, `model_best.pth` and numbered checkpoints into a run folder.
+
+    Every rank calls its methods; only rank 0 writes.
+
+    Args:
+        folder: the run folder.
+        settings: how often numbered checkpoints are written and how many are kept.
+    """
 
     def __init__(self, folder: Path, settings: TrainerConfig) -> None:
         self.folder = folder
@@ -34,26 +36,30 @@ class CheckpointManager:
         if is_primary():
             save_checkpoint(self.folder / LAST, contents)
 
-    def refuse_full_disk(self) -> None:
-        """Make sure, when `model_last.pth` has been written, that there is room for the next one
-        beside it.
+    def check_disk_space(self) -> None:
+        """Check that the disk has room for another checkpoint beside `model_last.pth`.
 
         Raises:
             CheckpointError: the disk is too full.
         """
-        from_primary(self._refuse_full_disk)
+        from_primary(self._check_disk_space)
 
-    def _refuse_full_disk(self) -> None:
-        needed, free = (self.folder / LAST).stat().st_size, shutil.disk_usage(self.folder).free
+    def _check_disk_space(self) -> None:
+        # the old file stays until the new one is complete, so both need room
+        needed = (self.folder / LAST).stat().st_size
+        free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise CheckpointError(
-                f"{self.folder}: its disk is full: a checkpoint takes {needed / 1e6:.1f} MB beside the last one,"
-                f" {free / 1e6:.1f} MB are free"
+                f"{self.folder}: its disk is full: a checkpoint takes {needed / 1e6:.1f} MB beside"
+                f" the last one, {free / 1e6:.1f} MB are free"
             )
 
     def save_epoch(self, contents: Mapping[str, Any], epoch: int, improved: bool) -> None:
-        """Write what a finished epoch leaves: the last checkpoint, the best where it `improved`,
-        every `save_period` epochs a numbered one."""
+        """Write the checkpoints of a finished epoch.
+
+        These are the last one, the best one if the epoch `improved` on it, and a numbered one every
+        `save_period` epochs. Numbered ones beyond `keep_checkpoints` are deleted.
+        """
         if not is_primary():
             return
         last = self.folder / LAST
@@ -66,78 +72,117 @@ class CheckpointManager:
             keep_newest(self.folder, self.settings.keep_checkpoints, epoch)
 
     def restore_best(self, state: TrainState, source: Path, *, finished: bool) -> str | None:
-        """Make sure that `model_best.pth` is the best model of the run as far as it is resumed from
-        `source`.
+        """Make sure that `model_best.pth` is the best model of the resumed part of a run.
 
-        It may be of an epoch that the run, resumed from an earlier checkpoint, has yet to do again.
-        Then `progress` knows no best model until there is one anew, which on the same machine is
-        the same one. Or it may be lost: then the best is one of the epochs that follow, and
-        `state.best_since` says so.
+        The file may be of an epoch after `source`, which the run will do again, or it may be lost.
+        In both cases `state` forgets its best model: then the best is one of the epochs that
+        follow. If it is lost, `state.best_since` says so.
 
         Args:
-            state: of the checkpoint `source`; changed in these two cases.
-            source: the checkpoint.
-            finished: no epoch follows.
+            state: of the checkpoint `source`.
+            source: the checkpoint that the run is resumed from.
+            finished: whether no epoch follows.
 
         Returns:
-            What there is to warn of in these two cases.
+            A warning in these two cases.
 
         Raises:
             CheckpointError: the best model of a finished run is lost.
         """
-        best, warning = state.best_epoch, None
-        found = from_primary(lambda: self._restored(state, source))
-        if found == "to come":
+        found = from_primary(lambda: self._find_best(state, source))
+        if found is _Best.PRESENT:
+            return None
+        best_epoch = state.best_epoch
+        if found is _Best.REPLACED:
             warning = (
-                f"the best model so far, of epoch {best}, has been replaced by a better one, of an epoch that is done again:"
-                " until then the best is chosen anew"
+                f"the best model so far, of epoch {best_epoch}, has been replaced by a better one,"
+                " of an epoch that is done again: until then the best model is chosen among the"
+                " epochs that follow"
             )
-        elif found == "lost":
-            lost = f"{source}: its best model so far is of epoch {best}, but {self.folder / BEST} is not"
+        else:
+            lost = (
+                f"{source}: its best model so far is of epoch {best_epoch},"
+                f" but {self.folder / BEST} is not"
+            )
             if finished:
                 raise CheckpointError(lost)
             state.best_since = state.epochs_done + 1
-            warning = f"{lost}: it is lost, and the best model is chosen among the epochs from {state.best_since} on"
-        if warning:
-            state.best_value = state.best_epoch = None
+            warning = (
+                f"{lost}: it is lost, and the best model is chosen among the epochs from"
+                f" {state.best_since} on"
+            )
+        state.best_value = None
+        state.best_epoch = None
         return warning
 
-    def _restored(self, state: TrainState, source: Path) -> Literal["there", "to come", "lost"]:
-        """Whether the best model is now there, or of an epoch that comes again, or lost."""
-        best, last = self.folder / BEST, self.folder / LAST
+    def _find_best(self, state: TrainState, source: Path) -> "_Best":
+        """Find the best model of `state`; restore `model_best.pth` if a copy of it remains."""
+        best = self.folder / BEST
         if state.best_epoch is None:
-            return "there"
-        if state.best_epoch == state.epochs_done and state.batches_done == 0:
+            return _Best.PRESENT
+        source_is_best = state.best_epoch == state.epochs_done and state.batches_done == 0
+        if source_is_best:
+            # a run that is killed between saving the last and the best checkpoint lacks the latter
             if source.resolve() != best.resolve():
-                publish_copy(source, best)  # it may not have come to that when the run was killed
-            return "there"
-        later = _epoch_of(best)
-        if later == state.best_epoch:
-            return "there"
+                publish_copy(source, best)
+            return _Best.PRESENT
+        epoch_of_best = _epoch_of(best)
+        if epoch_of_best == state.best_epoch:
+            return _Best.PRESENT
         copy = self.folder / NUMBERED.format(state.best_epoch)
         if _epoch_of(copy) == state.best_epoch:
             publish_copy(copy, best)
-            return "there"
-        to_come = [
-            last,
-            *(file for epoch, file in numbered(self.folder).items() if epoch > state.epochs_done),
-        ]
-        if (
-            later is None
-            and best.is_file()
-            and any(file.is_file() and best.samefile(file) for file in to_come)
-        ):
-            # that epoch was the best one, and all its names are of one damaged file
-            return "to come"
-        return (
-            "to come"
-            if later is not None and state.epochs_done < later <= self.settings.epochs
-            else "lost"
-        )
+            return _Best.PRESENT
+        if epoch_of_best is None:
+            is_later = self._is_later(best, state)
+        else:
+            is_later = state.epochs_done < epoch_of_best <= self.settings.epochs
+        if is_later:
+            return _Best.REPLACED
+        return _Best.LOST
+
+    def _is_later(self, best: Path, state: TrainState) -> bool:
+        """Return whether an unreadable best checkpoint is of an epoch that the run does again."""
+        if not best.is_file():
+            return False
+        later = [self.folder / LAST]
+        for epoch, file in numbered_checkpoints(self.folder).items():
+            if epoch > state.epochs_done:
+                later.append(file)
+        # the names of one checkpoint are links to one file, so they are damaged together
+        return any(file.is_file() and best.samefile(file) for file in later)
+
+
+class _Best(Enum):
+    PRESENT = auto()
+    REPLACED = auto()
+    """It is of an epoch that the run does again."""
+    LOST = auto()
+
+
+def publish_copy(source: Path, target: Path) -> None:
+    """Give a saved checkpoint a second name: a hard link, or a copy if the file system has none.
+
+    Raises:
+        CheckpointError: the folder cannot be written; an older `target` is untouched.
+    """
+    try:
+        link_or_copy(source, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {first_line(error)}") from error
+
+
+def keep_newest(folder: Path, count: int, epoch: int) -> None:
+    """Delete all but the `count` newest numbered checkpoints up to `epoch` from a run folder."""
+    # those of later epochs, which a resumed run does again, stay until it overwrites them
+    by_age = sorted(numbered_checkpoints(folder).items(), reverse=True)
+    old = [path for number, path in by_age if number <= epoch]
+    for path in old[count:]:
+        path.unlink(missing_ok=True)
 
 
 def _epoch_of(file: Path) -> int | None:
-    """The epoch of a checkpoint; None where there is no good one."""
+    """Return the epoch of a checkpoint; None if it is missing or damaged."""
     try:
         return load_checkpoint(file).get("epoch")
     except CheckpointError:

@@ -1,9 +1,9 @@
-"""What a checkpoint may hold, in one typed place: the keys that evaluation reads, and those that a
-run goes on from.
+"""The schema of a checkpoint: the keys that evaluation reads, and those that a resume needs.
 
-A file may come from anywhere, and the checksum inside it only says that it is what somebody once
-wrote. So every key has its type, and what several keys say must agree, before anything is done with
-it. Whether weights, optimizer and schedule fit *this* run is asked where they are loaded."""
+A file may come from anywhere, and its checksum only says that it is what somebody once wrote. So
+the type of every key is checked, and that keys agree with each other, before anything is restored.
+Whether weights, optimizer and schedule fit this run is checked where they are loaded.
+"""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -28,10 +28,10 @@ from base.errors import CheckpointError
 from base.text import one_line
 from base.train_state import TrainState
 
-DEEPEST = 30
-"""Levels of a config; its tree has five, and free-form arguments a few more."""
+MAX_DEPTH = 30
+"""Levels of a config. Its own tree has five, and free-form arguments add a few."""
 
-OLDEST_PROGRESS = (
+OLDEST_FIELDS = (
     "epochs_done",
     "batches_done",
     "learning_rate",
@@ -42,19 +42,16 @@ OLDEST_PROGRESS = (
     "train_seconds",
     "images_seen",
 )
-"""Fields of `TrainState` that every checkpoint has. Fields that came later have their defaults
-where they are missing."""
+"""Fields of `TrainState` that every checkpoint has. Newer fields take their defaults if they are
+missing."""
 
 
 def _plain_tensor(tensor: Tensor) -> Tensor:
-    """Refuse tensors that no run saves: sparse, quantized or complex ones, or such without any
-    memory."""
-    if (
-        tensor.layout != torch.strided
-        or tensor.device.type != "cpu"
-        or tensor.is_quantized
-        or tensor.is_complex()
-    ):
+    """Validate that a tensor is of a kind that runs save: dense, of real numbers, in memory."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_quantized
+    # meta tensors stay on the meta device although torch.load maps all others to the CPU
+    is_in_memory = tensor.device.type == "cpu"
+    if not is_dense or not is_in_memory or tensor.is_complex():
         raise ValueError("expected a dense tensor of real numbers")
     return tensor
 
@@ -72,10 +69,10 @@ def _one_number(tensor: Tensor) -> Tensor:
 
 
 def _json_tree(value: Any, level: int = 0) -> Any:
-    """Refuse what a JSON file cannot say: another type, a number that is not finite, a tree that
-    contains itself."""
-    if level > DEEPEST:
-        raise ValueError(f"nested deeper than {DEEPEST} levels")
+    """Validate that a JSON file could hold the value."""
+    # a pickled list or dictionary may contain itself
+    if level > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         for key, below in value.items():
             if not isinstance(key, str):
@@ -92,7 +89,10 @@ def _json_tree(value: Any, level: int = 0) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    # a checkpoint may hold either, but strict validation does not take a tuple for a list
+    if isinstance(value, tuple):
+        return list(value)
+    return value
 
 
 JSONObject = Annotated[dict[str, Any], AfterValidator(_json_tree)]
@@ -105,13 +105,13 @@ GeneratorState = Annotated[PlainTensor, AfterValidator(_generator_state)]
 
 
 class _Schema(BaseModel):
-    """Strict types; what else is there is somebody else's."""
+    """Strict types; unknown keys are ignored, as files of other code bases have their own."""
 
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
 class AnyCheckpoint(_Schema):
-    """What is read of any checkpoint, be it to evaluate it. Each key may be missing."""
+    """The keys that are read of any checkpoint, also to evaluate it. Each may be missing."""
 
     schema_version: Count = 0
     epoch: Count = 0
@@ -124,48 +124,47 @@ class AnyCheckpoint(_Schema):
 
 
 class OptimizerState(_Schema):
-    """See `base.optim.state`, which checks it against the optimizer."""
+    """The state of an optimizer; `base.optim.state` checks it against the optimizer itself."""
 
     state: dict[int | str, dict[str, Any]]
     param_groups: list[dict[str, Any]]
 
 
-class Sums(_Schema):
-    """See `base.meters`."""
+class MeterState(_Schema):
+    """The state of `base.meters.Meters`."""
 
     sums: dict[str, Annotated[PlainTensor, AfterValidator(_one_number)]]
     count: Count
 
 
 class Generators(_Schema):
-    """See `base.seeding.get_rng_state`."""
+    """The states of torch's generators, as `base.seeding.get_rng_state` returns them."""
 
     cpu: GeneratorState
     cuda: list[GeneratorState]
 
 
 def _progress_schema() -> type[BaseModel]:
-    """The fields of `TrainState`, with their types and ranges."""
+    """Make a schema of the fields of `TrainState`, with their types and ranges."""
     described = {}
     for field in fields(TrainState):
-        default = (
-            ... if field.name in OLDEST_PROGRESS or field.default is MISSING else field.default
-        )
-        described[field.name] = (field.type, default)
+        is_required = field.name in OLDEST_FIELDS or field.default is MISSING
+        described[field.name] = (field.type, ... if is_required else field.default)
+    # unlike in other sections, an unknown key is an error: the next save would lose it
     return create_model(
         "ProgressSchema", __config__=ConfigDict(strict=True, extra="forbid"), **described
     )
 
 
 if TYPE_CHECKING:
-    # a checker of types does not call the function
+    # type checkers do not know a class that a function makes
     ProgressSchema = BaseModel
 else:
     ProgressSchema = _progress_schema()
 
 
 class TrainingState(_Schema):
-    """What a run goes on from: everything that `BaseTrainer.checkpoint` writes."""
+    """What a run resumes from: everything that `BaseTrainer.checkpoint` writes."""
 
     epoch: Count
     batch: Count
@@ -177,7 +176,7 @@ class TrainingState(_Schema):
     scheduler: dict[str, Any]
     scheduler_type: str
     progress: ProgressSchema
-    totals: Sums
+    totals: MeterState
     method: dict[str, Any] = {}
     rng: Generators
     config: JSONObject
@@ -201,7 +200,10 @@ def check_readable(contents: Mapping[str, Any], file: Path) -> None:
 
 
 def without_unreadable(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """What another code's file holds, without the keys that mean something else there than here."""
+    """Return the entries of another code base's file, without keys that mean something else there.
+
+    A key means something else if its value is of another type than here.
+    """
     try:
         AnyCheckpoint.model_validate(dict(contents))
     except ValidationError as error:
@@ -211,11 +213,11 @@ def without_unreadable(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_training_state(contents: Mapping[str, Any], file: Path) -> None:
-    """Check that a checkpoint holds everything that a run goes on from, and that its keys agree.
+    """Check that a checkpoint holds everything that a resume needs, and that its keys agree.
 
     Raises:
         CheckpointError: a key is missing, of another type, out of its range, or contradicts another
-            one.
+            key.
     """
     for key, what in (("config", "config"), ("progress", "training state")):
         if key not in contents:
@@ -232,16 +234,18 @@ def _check(schema: type[BaseModel], contents: Mapping[str, Any], file: Path) -> 
     try:
         schema.model_validate(dict(contents))
     except ValidationError as error:
-        raise CheckpointError(f"{file}: is not a checkpoint: {_told(error.errors()[0])}") from None
+        raise CheckpointError(
+            f"{file}: is not a checkpoint: {_describe(error.errors()[0])}"
+        ) from None
 
 
-def _told(problem: Any) -> str:
-    """One problem that pydantic has found, with the dotted key where it is."""
+def _describe(problem: Any) -> str:
+    """Describe a problem that pydantic has found, with the dotted key where it is."""
     key = repr(".".join(map(str, problem["loc"])))[:200]
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    # a dictionary in the file is a class here
+    # pydantic also offers an instance of the schema's class, which no file can hold
     message = message.partition(" or instance of ")[0]
     value = problem["input"]
     if isinstance(value, bool | int | float | str) or value is None:
@@ -250,9 +254,12 @@ def _told(problem: Any) -> str:
 
 
 def _contradiction(contents: Mapping[str, Any]) -> str | None:
-    """The first two values that cannot both be right; None where all agree."""
-    progress, totals = contents["progress"], contents["totals"]
-    done, batches, history = progress["epochs_done"], progress["batches_done"], progress["history"]
+    """Describe the first two values that cannot both be right; None if all agree."""
+    progress = contents["progress"]
+    totals = contents["totals"]
+    done = progress["epochs_done"]
+    batches = progress["batches_done"]
+    history = progress["history"]
     if (contents["epoch"], contents["batch"]) != (done, batches):
         return (
             f"epoch {contents['epoch']} and batch {contents['batch']},"
@@ -263,13 +270,15 @@ def _contradiction(contents: Mapping[str, Any]) -> str | None:
     best = progress["best_epoch"]
     if best is not None and best > done:
         return f"'progress.best_epoch' is {best}, but {done} epochs are done"
-    if (progress["images_seen"] > 0) != ((done, batches) != (0, 0)):
+    has_trained = (done, batches) != (0, 0)
+    if (progress["images_seen"] > 0) != has_trained:
         seen = progress["images_seen"]
         return f"'progress.images_seen' is {seen} after {done} epochs and {batches} batches"
     if done > 0 and progress["train_seconds"] == 0:
         return f"'progress.train_seconds' is 0 after {done} epochs"
     if batches > 0 and progress["learning_rate"] is None:
         return f"'progress.learning_rate' is None after {batches} batches of an epoch"
+    # the meters are emptied after every epoch
     if (totals["count"] > 0) != (batches > 0) or bool(totals["sums"]) != (batches > 0):
         return f"'totals' are of {totals['count']} samples after {batches} batches of an epoch"
     if len(contents["mean"]) != len(contents["std"]):

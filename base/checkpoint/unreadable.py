@@ -1,7 +1,7 @@
-"""What a file is that torch cannot read as a checkpoint, and what would make it readable.
+"""Explain why torch cannot read a file as a checkpoint, and what would make it readable.
 
-torch's own messages are never passed on where they speak of `weights_only`: their advice is to read
-the file in the way that may run code of it.
+torch's own messages are not shown if they mention `weights_only`: they advise to read the file in
+the way that may run code from it.
 """
 
 import re
@@ -12,9 +12,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from base.text import first_line, one_line
 
-HEAD = 4096
-"""Bytes that are looked at to tell what a file is."""
-BEGINNINGS = {
+HEAD_BYTES = 4096
+"""The number of bytes that are read to recognize the kind of a file."""
+SIGNATURES = {
     b"version https://git-lfs": "a git-lfs pointer; fetch the file itself by `git lfs pull`",
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"BZh": "a bzip2 archive; unpack it",
@@ -23,29 +23,32 @@ BEGINNINGS = {
     b"\x89HDF": "an HDF5 file, as Keras writes it; only files of torch.save are read",
     b"\x93NUMPY": "a NumPy array; only files of torch.save are read",
 }
-"""How files that people mistake for checkpoints begin, and what to say of them."""
-ALONE = "torch.save(model.state_dict(), 'weights.pth')"
-SHOWN = 3
-"""Classes and files that a message names."""
+"""The first bytes of files that people mistake for checkpoints, and descriptions of the files."""
+SAVE_WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
+MAX_NAMES = 3
+"""The number of classes and files that a message names."""
 NEWEST_PROTOCOL = 2
-"""The version of pickle that torch's safe reader takes: the one that torch.save writes unless it is
-told otherwise."""
+"""The newest pickle protocol that torch's safe reader takes, which torch.save writes by default."""
 
 
 def explain(file: BinaryIO, error: Exception) -> str:
-    """One sentence about an open file that `torch.load` has refused with `error`; it begins with
-    "it"."""
+    """Explain in one sentence why `torch.load` has refused an open file with `error`.
+
+    The sentence begins with "it".
+    """
     file.seek(0)
-    head = file.read(HEAD)
+    head = file.read(HEAD_BYTES)
     if not head:
         return "it is empty; copy or fetch it again"
     if not any(head) and _is_zero(file):
         return "it holds nothing but zero bytes, as an interrupted copy leaves it; fetch it again"
-    for beginning, what in BEGINNINGS.items():
-        if head.startswith(beginning):
+    for signature, what in SIGNATURES.items():
+        if head.startswith(signature):
             return f"it is {what}"
+    # the first member's header has the signature of a tar archive
     if head[257:262] == b"ustar":
         return "it is a tar archive; unpack it"
+    # safetensors begins with the length of its JSON header
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
         return (
             "it is a safetensors file; write it as"
@@ -53,11 +56,11 @@ def explain(file: BinaryIO, error: Exception) -> str:
         )
     text = _as_text(head)
     if text is not None:
-        return _of_text(text)
+        return _explain_text(text)
     if head.startswith(b"PK"):
         names = _names_in_zip(file)
         if not any(name.endswith("/data.pkl") for name in names):
-            inside = ", ".join(one_line(name, 40) for name in names[:SHOWN])
+            inside = ", ".join(one_line(name, 40) for name in names[:MAX_NAMES])
             return f"it is a zip archive of other files ({inside or 'none'}); unpack it"
         if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
             return (
@@ -66,19 +69,17 @@ def explain(file: BinaryIO, error: Exception) -> str:
             )
     classes = _unsafe_classes(file, error)
     if classes:
-        return _of_classes(classes)
+        return _explain_classes(classes)
     protocol = _pickle_protocol(file, head)
     if protocol > NEWEST_PROTOCOL:
         return (
             f"it was written with pickle protocol {protocol}, and only {NEWEST_PROTOCOL} is read;"
-            f" save it again without the argument pickle_protocol: {ALONE}"
+            f" save it again without the argument pickle_protocol: {SAVE_WEIGHTS}"
         )
     reason = ""
-    if (
-        isinstance(error, RuntimeError | MemoryError)
-        and "weights_only" not in str(error)
-        and str(error)
-    ):
+    # messages of other exceptions are about the internals of pickle
+    is_torchs = isinstance(error, RuntimeError | MemoryError)
+    if is_torchs and str(error) and "weights_only" not in str(error):
         reason = f" ({one_line(first_line(error), 200)})"
     return f"it is damaged, or torch.save has not written it{reason}; copy or fetch it again"
 
@@ -92,23 +93,25 @@ def _is_zero(file: BinaryIO) -> bool:
 
 
 def _as_text(head: bytes) -> str | None:
-    """The beginning of a text file; None where it is none."""
+    """Return the first bytes of a file as text; None if they are not printable text."""
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
         # the last character may have been cut in the middle
-        if len(head) < HEAD or error.start < HEAD - 3:
+        if len(head) < HEAD_BYTES or error.start < HEAD_BYTES - 3:
             return None
         text = head[: error.start].decode()
-    is_text = all(character.isprintable() or character.isspace() for character in text)
-    return text if is_text else None
+    if all(character.isprintable() or character.isspace() for character in text):
+        return text
+    return None
 
 
-def _of_text(text: str) -> str:
-    begins = text.strip().lower()
-    if begins.startswith(("<!doctype html", "<html", "<head", "<script")):
+def _explain_text(text: str) -> str:
+    text = text.strip()
+    if text.lower().startswith(("<!doctype html", "<html", "<head", "<script")):
         return "it is an HTML page, such as a download's login page; fetch the file itself"
-    first = one_line(text.strip().splitlines()[0], 40) if begins else ""
+    lines = text.splitlines() or [""]
+    first = one_line(lines[0], 40)
     return f"it is a text file that begins with {first!r}; only files of torch.save are read"
 
 
@@ -117,36 +120,39 @@ def _names_in_zip(file: BinaryIO) -> list[str]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.namelist()
-    except Exception:  # a damaged archive may make the reader raise anything
+    except Exception:
+        # a damaged archive can make the reader raise any exception
         return []
 
 
 def _unsafe_classes(file: BinaryIO, error: Exception) -> list[str]:
-    """Names of what the file would have to import; nothing of it is imported to know them."""
+    """Return the names of classes that reading the file would import, without importing them."""
     file.seek(0)
     try:
         names = get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # not torch's zip format, or damaged
+    except Exception:
+        # the file is damaged, or a bare pickle, whose first class torch's error names
         names = re.findall(r"GLOBAL (\S+)", str(error))[:1]
         file.seek(0)
-        names = names if _ends_in_file(file, names) else []
+        if not _holds_whole_names(file, names):
+            names = []
     # half a name is a sign of damage
     return sorted({one_line(name, 80) for name in names if re.fullmatch(r"\w+(\.\w+)+", name)})
 
 
-def _ends_in_file(file: BinaryIO, names: list[str]) -> bool:
-    """Whether a pickle that names these classes holds the names with their ends: it was not cut in
-    them."""
+def _holds_whole_names(file: BinaryIO, names: list[str]) -> bool:
+    """Return whether a pickle holds these names with their ends, so was not cut within them."""
     contents = file.read()
+    # pickle ends the name of a class with a line break
     return all(f"{name.rpartition('.')[2]}\n".encode() in contents for name in names)
 
 
-def _of_classes(classes: list[str]) -> str:
-    shown = ", ".join(classes[:SHOWN])
-    if len(classes) > SHOWN:
-        shown += f" and {len(classes) - SHOWN} more"
+def _explain_classes(classes: list[str]) -> str:
+    names = ", ".join(classes[:MAX_NAMES])
+    if len(classes) > MAX_NAMES:
+        names += f" and {len(classes) - MAX_NAMES} more"
     found = (
-        f"it holds objects of {shown}; only tensors and plain values are read, as all else may run"
+        f"it holds objects of {names}; only tensors and plain values are read, as all else may run"
         " code, and nothing of it was run"
     )
     if classes == ["argparse.Namespace"]:
@@ -159,11 +165,11 @@ def _of_classes(classes: list[str]) -> str:
         )
     if any(name.startswith("torch.nn.modules.") for name in classes):
         found += "; it seems to be a pickled model"
-    return f"{found}; whoever wrote it can save its weights alone: {ALONE}"
+    return f"{found}; whoever wrote it can save its weights alone: {SAVE_WEIGHTS}"
 
 
 def _pickle_protocol(file: BinaryIO, head: bytes) -> int:
-    """The protocol of a pickle, or of the one in torch's zip; 0 where there is none."""
+    """Return the protocol of a pickle, or of the one in torch's zip archive; 0 without either."""
     if head.startswith(b"PK"):
         file.seek(0)
         try:
@@ -171,6 +177,10 @@ def _pickle_protocol(file: BinaryIO, head: bytes) -> int:
                 name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
                 with archive.open(name) as pickled:
                     head = pickled.read(2)
-        except Exception:  # likewise
+        except Exception:
+            # a damaged archive can make the reader raise any exception
             return 0
-    return head[1] if len(head) > 1 and head[:1] == b"\x80" else 0
+    # since protocol 2 a pickle begins with the opcode PROTO and the number
+    if len(head) > 1 and head[:1] == b"\x80":
+        return head[1]
+    return 0

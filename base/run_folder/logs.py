@@ -60,7 +60,7 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """Format logged values in one line: accuracies in percent, others to four significant digits."""
+    """Format logged values in one line: accuracies in percent, others with four digits."""
     return "  ".join(f"{key} {_format_number(key, value)}" for key, value in values.items())
 
 

@@ -1,4 +1,4 @@
-"""What the tests of promises train: nine steps on a few images, in a fraction of a second."""
+"""The config of the promise tests: nine steps on a few images, in a fraction of a second."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.soak.scenarios import SMALL, write_images
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """Makes configs: three epochs of three minibatches, with the given sections."""
+    """A function that makes configs of three epochs of three minibatches with given sections."""
     images = tmp_path_factory.mktemp("images")
     write_images(images)
     short = {

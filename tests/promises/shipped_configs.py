@@ -20,13 +20,17 @@ GRIDS = sorted((CONFIGS / "ablations").glob("*.json"))
 SCHEMAS = [CONFIGS / "schema.json", CONFIGS / "grid_schema.json"]
 FILES = [file for file in sorted(CONFIGS.rglob("*.json")) if file not in [*GRIDS, *SCHEMAS]]
 ARGUMENTS = {
-    "lr": "number ≥ 0", "momentum": "number ≥ 0, < 1", "dampening": "number ≥ 0, ≤ 1",
+    "lr": "number ≥ 0",
+    "momentum": "number ≥ 0, < 1",
+    "dampening": "number ≥ 0, ≤ 1",
     "weight_decay": "number ≥ 0",
-    "nesterov": "true, false", "milestones": "list of integer ≥ 1", "gamma": "number ≥ 0",
-}  # fmt: skip
+    "nesterov": "true, false",
+    "milestones": "list of integer ≥ 1",
+    "gamma": "number ≥ 0",
+}
 """Arguments of SGD and MultiStepLR, the only ones that shipped configs give, as torch documents
 them."""
-NO_SUCH_TEXT = {
+REFUSED_TEXT = {
     "name": ["", ".", "..", "a/b", "a\\b", "a\nb", "a\0b", "\x7f", "n" * 256, "é" * 128],
     "trainer.monitor": [
         "",
@@ -46,7 +50,7 @@ NO_SUCH_TEXT = {
     "lr_scheduler.type": ["", "multisteplr", "MultiStep", "LRScheduler", "LambdaLR", "None"],
     "lr_scheduler.monitor": ["", "val_lss", "test_loss", "max val_loss"],
 }
-"""Text that these keys refuse. All other text is free."""
+"""Texts that these keys refuse. Other keys take any text."""
 OTHERS = {
     "integer": ["text", "7", 2.5, 7.0, True, [1], {"a": 1}],
     "number": ["text", "0.5", False, [0.5], {"a": 0.5}],
@@ -92,8 +96,7 @@ def resolved(file):
 
 
 OPEN = {"arch.args": ArchArgs, "data_loader.args": DataLoaderArgs, "pgd_attack": PGDAttackConfig}
-"""Sections that hold arguments of parts only where they are given: a constructor has their
-defaults."""
+"""Sections that hold arguments only if they are given, as a constructor has their defaults."""
 LEFT_TO_CONSTRUCTORS = {
     f"{section}.{key}"
     for section, cls in OPEN.items()
@@ -112,21 +115,32 @@ OF_OTHERS = {section: of_others(OPEN[section], name) for section, name in CHOSEN
 
 
 def with_every_key():
-    """A config that has a value at every key of the reference, but for arguments of other parts
-    than its own."""
+    """Return a config with a value at every key of the reference that its parts take."""
     tree = {}
     special = {
-        "data_loader.type": "ImageFolderDataLoader", "trainer.monitor": "max val_top1",
+        "data_loader.type": "ImageFolderDataLoader",
+        "trainer.monitor": "max val_top1",
         "lr_scheduler.monitor": "val_loss",
-        "lr_scheduler.type": "MultiStepLR", "system.device": "cpu", "optimizer.type": "SGD",
+        "lr_scheduler.type": "MultiStepLR",
+        "system.device": "cpu",
+        "optimizer.type": "SGD",
         "data_loader.args.mean": [0.5] * 3,
-        "data_loader.args.std": [0.2] * 3, "metrics": ["top1", "my_metric2"], "trainer.percent": 0,
+        "data_loader.args.std": [0.2] * 3,
+        "metrics": ["top1", "my_metric2"],
+        "trainer.percent": 0,
         "num_classes": 1,
-        "optimizer.args": {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0,
-        "nesterov": True},
+        "optimizer.args": {
+            "lr": 0.1,
+            "momentum": 0.9,
+            "dampening": 0,
+            "weight_decay": 0,
+            "nesterov": True,
+        },
         "lr_scheduler.args": {"milestones": [1, 3], "gamma": 0.1},
-        "imports": [{"module": "json"}], "data_loader.args.channels": 3, "pgd_attack.type": "pgd",
-    }  # fmt: skip
+        "imports": [{"module": "json"}],
+        "data_loader.args.channels": 3,
+        "pgd_attack.type": "pgd",
+    }
     by_kind = {"integer": 1, "number": 0.5, "text": "text", "true, false": False}
     for key, (words, _) in ROWS.items():
         kind = kind_of(words)
@@ -143,8 +157,7 @@ def with_every_key():
 
 
 def trees():
-    """Name -> tree of every shipped config, and of one more that has a value at every documented
-    key."""
+    """Return name -> tree of every shipped config, and of one with every documented key."""
     return {
         "every key": with_every_key(),
         **{str(file.relative_to(CONFIGS)): resolved(file) for file in FILES},
@@ -157,25 +170,21 @@ def kind_of(words):
     if words.replace(", ", "").isdigit():
         return "choice of numbers"
     first = words.split()[0]
-    return (
-        words
-        if words == "true, false"
-        else first
-        if first in ("integer", "number", "text", "object")
-        else "choice"
-    )
+    if words == "true, false":
+        return words
+    if first in ("integer", "number", "text", "object"):
+        return first
+    return "choice"
 
 
 def words_of(key):
-    """The documented type of a key, or None for a section."""
+    """Return the documented type of a key; None for a section."""
     section, _, name = key.rpartition(".")
-    return (
-        ARGUMENTS[name]
-        if section in ("optimizer.args", "lr_scheduler.args")
-        else ROWS[key][0]
-        if key in ROWS
-        else None
-    )
+    if section in ("optimizer.args", "lr_scheduler.args"):
+        return ARGUMENTS[name]
+    if key in ROWS:
+        return ROWS[key][0]
+    return None
 
 
 def keys_of(tree, path=""):
@@ -187,7 +196,7 @@ def keys_of(tree, path=""):
 
 
 def changed(tree, key, change):
-    """A copy of the tree where `change(section, name)` has been done at a dotted key."""
+    """Return a copy of the tree after `change(section, name)` at a dotted key."""
     tree = json.loads(json.dumps(tree))
     place = tree
     *sections, name = key.split(".")
@@ -214,24 +223,25 @@ def beyond(key, words):
     for sign, text in re.findall(r"(≥|≤|<|>) ([-+.e\d]+)", words):
         limit = json.loads(text)
         outside += {
-            "≥": [limit - step, -(10**9), -(10**300)], ">": [limit, limit - step, -1e308],
-            "≤": [limit + step, limit * 2 + 1, 10**300], "<": [limit, limit + step, 1e308],
-        }[sign]  # fmt: skip
+            "≥": [limit - step, -(10**9), -(10**300)],
+            ">": [limit, limit - step, -1e308],
+            "≤": [limit + step, limit * 2 + 1, 10**300],
+            "<": [limit, limit + step, 1e308],
+        }[sign]
     if "integer" in words and "≤" not in words and key in ROWS:
         outside += [10**9 + 1, 10**30]
     return [int(value) for value in outside] if "integer" in words else outside
 
 
 class Loading:
-    """Loads configs, counts them, and asserts that wrong ones are refused in one line that names
-    what is wrong."""
+    """Loads configs, counts them, and asserts that invalid ones are refused in one line."""
 
     def __init__(self, file=None):
         self.file, self.count = file, 0
         self.check = cache(lambda text: check_optimization(*map(_section, json.loads(text))))
 
     def __call__(self, tree):
-        """As `load_config` does once it has a file's text."""
+        """Load a config as `load_config` does from a file's text on."""
         self.count += 1
         files.requests_of(tree.get("imports", []), "config.json: imports", CONFIGS)
         config = files.validate(strict_json.parse_json(json.dumps(tree)), "config.json")

@@ -1,4 +1,4 @@
-"""`docs/PROMISES.md` names every test of a promise, and nothing that is not there."""
+"""`docs/PROMISES.md` names every test of a promise, and no test that does not exist."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 TABLE = (ROOT / "docs" / "PROMISES.md").read_text().partition("## Does anybody else")[0]
 
 
-def test_the_table_names_the_tests_that_there_are():
+def test_the_table_names_exactly_the_existing_tests():
     named = set(re.findall(r"`(test_\d\d_\w+\.py)`", TABLE))
     assert named == {file.name for file in Path(__file__).parent.glob("test_[0-9][0-9]_*.py")} - {
         Path(__file__).name
@@ -17,7 +17,7 @@ def test_the_table_names_the_tests_that_there_are():
     assert all((ROOT / name).is_file() for name in others)
 
 
-def test_every_promise_has_its_break():
+def test_every_promise_has_a_test_that_its_check_can_fail():
     for file in Path(__file__).parent.glob("test_[0-9][0-9]_*.py"):
         if file.name not in (Path(__file__).name,):
             assert re.search(

@@ -1,6 +1,8 @@
 """Promise 1: resume is bit-exact from any step, for every training method, with label noise, early
 stop and averaged weights, with 0 and 2 loader workers; and evaluation never disturbs training.
-(Every scheduler: `tests/base/optim/test_optim.py`.)"""
+
+Every scheduler is tested in `tests/base/optim/test_optim.py`.
+"""
 
 import json
 
@@ -16,7 +18,7 @@ from experiment.experiment import Experiment
 from tiny_runs import difference, run
 
 ALL_STEPS, SOME = range(1, 9), (2, 3, 4)
-"""Of nine, in three epochs of three."""
+"""Steps to resume from, of nine in three epochs of three."""
 WIDE = {
     "conv_layer_type": "conv",
     "norm_layer_type": "bn",
@@ -42,7 +44,13 @@ METHODS = {
         "augmentation": {"cutout": 4},
     },
     "standard, bf16, OCNN, multi-step": {
-        "arch": {"args": {"conv_layer_type": "conv", "norm_layer_type": "gn", "activation_layer_type": "srelu"}},
+        "arch": {
+            "args": {
+                "conv_layer_type": "conv",
+                "norm_layer_type": "gn",
+                "activation_layer_type": "srelu",
+            }
+        },
         "system": {"precision": "bf16"},
         "trainer": {"OCNN": True},
         "lr_scheduler": {"type": "MultiStepLR", "args": {"milestones": [1, 2]}},
@@ -52,14 +60,17 @@ METHODS = {
         "adversarial": {"method": "free", "noise": "carry"},
         "trainer": {"adv_repeats": 2, "monitor": "max val_ema_robust_top1"},
     },
-    "FGSM, cosine": {"adversarial": {"method": "fgsm", "validate_every": 2}, "lr_scheduler": {"type": "CosineAnnealingLR"}},
+    "FGSM, cosine": {
+        "adversarial": {"method": "fgsm", "validate_every": 2},
+        "lr_scheduler": {"type": "CosineAnnealingLR"},
+    },
     "PGD, mixup, averaged ConvNorm": {
         "adversarial": {"method": "pgd", "steps": 2},
         "augmentation": {"mixup_alpha": 0.5},
         "trainer": {"monitor": "max val_robust_top1"},
     },
     "TRADES, l2": {"adversarial": {"method": "trades", "steps": 2, "norm": "l2"}},
-}  # fmt: skip
+}
 
 
 def of_method(small, name):
@@ -72,23 +83,23 @@ def of_method(small, name):
 
 
 def check_steps(folder, monkeypatch, config, steps):
-    """A run that writes down what it would save after each of its steps, which disturbs nothing,
-    and goes on from each."""
-    run(folder / "peace", config)
+    """Resume a run from each of the given steps, and compare the end with that of the whole run."""
+    run(folder / "undisturbed", config)
     whole, asked = folder / "whole", BaseTrainer._asked_to_stop
 
-    def write_down(self):
+    def save_every_step(self):
         path = folder / f"{3 * self.state.epochs_done + self.state.batches_done}.pth"
-        if not path.exists():  # after an epoch's last minibatch, not when it is finished
+        # the method is called again when the epoch is finished
+        if not path.exists():
             save_checkpoint(path, self.checkpoint())
         return asked(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(BaseTrainer, "_asked_to_stop", write_down)
+        patched.setattr(BaseTrainer, "_asked_to_stop", save_every_step)
         run(whole, config)
     for name in ("model_last.pth", "model_best.pth"):
-        assert difference(folder / "peace" / name, whole / name) == [], (
-            "looking on has changed something"
+        assert difference(folder / "undisturbed" / name, whole / name) == [], (
+            "saving after every step has changed the run"
         )
     for step in steps:
         place = folder / f"from {step}"
@@ -96,7 +107,8 @@ def check_steps(folder, monkeypatch, config, steps):
         for name in (*(f"model_epoch_{epoch}.pth" for epoch in (1, 2, 3)), "model_best.pth"):
             (place / name).write_bytes((whole / name).read_bytes())
         (place / "model_last.pth").write_bytes((folder / f"{step}.pth").read_bytes())
-        torch.manual_seed(step)  # another process knows nothing of this one's generators
+        # a new process does not have this one's generators
+        torch.manual_seed(step)
         Experiment.resume(str(place))
         for name in ("model_last.pth", "model_best.pth"):
             assert difference(whole / name, place / name) == [], f"step {step}: {name}"
@@ -117,8 +129,8 @@ def test_resume_is_bit_exact(tmp_path, monkeypatch, small, method, steps):
     check_steps(tmp_path, monkeypatch, of_method(small, method), steps)
 
 
-def stand_still(contents):
-    """Momentum of zeros, as if it had been saved."""
+def zero_momentum(contents):
+    """Replace the momentum by zeros, with the checksum that a save would have given it."""
     for name, entry in contents["optimizer"]["state"].items():
         values = {key: torch.zeros_like(value) for key, value in entry.items() if key != "checksum"}
         contents["optimizer"]["state"][name] = {
@@ -128,7 +140,7 @@ def stand_still(contents):
 
 
 FORGOTTEN = {
-    "momentum": ("free", stand_still),
+    "momentum": ("free", zero_momentum),
     "generators": (
         "dropout",
         lambda contents: contents["rng"].update(cpu=torch.Generator().get_state()),
@@ -151,7 +163,7 @@ FORGOTTEN = {
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
 def test_the_check_can_fail(tmp_path, monkeypatch, small, forgotten):
-    """A checkpoint that leaves out one thing that a run carries from step to step."""
+    """A checkpoint without one of the states that a run carries from step to step."""
     checkpoint, (method, forget) = BaseTrainer.checkpoint, FORGOTTEN[forgotten]
 
     def without(self):
@@ -171,7 +183,7 @@ def test_the_check_can_fail(tmp_path, monkeypatch, small, forgotten):
 
 
 def check_evaluation_leaves_no_trace(folder, monkeypatch, config):
-    """Validating three times as often, under attack, too, changes no weight and no logged value."""
+    """Validate three times as often, also under attack, and compare weights and logged values."""
     run(folder / "once", config)
     validate = BaseTrainer.validate
     with monkeypatch.context() as patched:
@@ -202,10 +214,11 @@ def test_evaluation_never_disturbs_training(tmp_path, monkeypatch, small):
 def test_the_check_of_evaluation_can_fail(tmp_path, monkeypatch, small):
     validate = BaseTrainer.validate
 
-    def restless(self):
-        torch.rand(1)  # from the generator that dropout draws from
+    def disturbing(self):
+        # the generator that dropout draws from
+        torch.rand(1)
         return validate(self)
 
-    monkeypatch.setattr(BaseTrainer, "validate", restless)
+    monkeypatch.setattr(BaseTrainer, "validate", disturbing)
     with pytest.raises(AssertionError):
         check_evaluation_leaves_no_trace(tmp_path, monkeypatch, small(**DROPOUT))

@@ -1,5 +1,6 @@
-"""Promise 2: a save is atomic. `kill -9` at any moment leaves a loadable newest checkpoint; what
-dead processes have left half written is swept; files that are not ours are never touched."""
+"""Promise 2: a save is atomic. `kill -9` at any moment leaves a loadable newest checkpoint;
+incomplete files of dead processes are removed; other files are never touched.
+"""
 
 import itertools
 import os
@@ -20,7 +21,7 @@ from base.checkpoint import load_checkpoint, save_checkpoint
 from base.errors import CheckpointError
 from tiny_runs import forked
 
-OURS = str(Path(atomic_module.__file__).parent)
+BASE = str(Path(atomic_module.__file__).parent)
 LINES, MOMENTS = 60, 60
 
 
@@ -29,21 +30,23 @@ def contents(number):
 
 
 def killed_at_line(count, path):
-    """Save in another process, which kills itself when `count` lines of our code and of torch's
-    writer have been run."""
+    """Save in another process, which kills itself after `count` lines; return whether it did.
 
-    def look(frame, event, argument):
+    Lines of this project's code and of torch's writer count.
+    """
+
+    def trace(frame, event, argument):
         nonlocal count
         name = frame.f_code.co_filename
-        if not (name.startswith(OURS) or name.endswith("torch/serialization.py")):
+        if not (name.startswith(BASE) or name.endswith("torch/serialization.py")):
             return None
         count -= event == "line"
         if count < 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return look
+        return trace
 
     def save():
-        sys.settrace(look)
+        sys.settrace(trace)
         save_checkpoint(path, contents(2))
 
     _, status = os.waitpid(forked(save), 0)
@@ -78,29 +81,31 @@ def check_every_line(folder):
 
 
 def check_every_moment(folder):
-    """SIGKILL from outside, while another process saves without a pause: also within torch's own
-    code and the system's. The process says when it begins with a save, so that none is killed
-    before."""
+    """Kill another process while it saves without a pause, also within torch's and system code.
+
+    The process reports the start of each save, so that it is not killed before the first.
+    """
     path, draw = folder / "model_last.pth", random.Random(0)
     save_checkpoint(path, contents(0))
     newest = 0
     for _ in range(MOMENTS):
-        begun, told = os.pipe()
+        started, report = os.pipe()
 
-        def save_on(first=newest, told=told):
+        def save_on(first=newest, report=report):
             for number in itertools.count(first + 1):
-                os.write(told, b".")
+                os.write(report, b".")
                 save_checkpoint(path, contents(number))
 
         process = forked(save_on)
-        os.close(told)
+        os.close(report)
         finished = draw.randrange(3)
         for _ in range(finished + 1):
-            assert os.read(begun, 1) == b"."
-        time.sleep(draw.uniform(0, 0.005))  # to some point of a save; any will do
+            assert os.read(started, 1) == b"."
+        # some point within a save
+        time.sleep(draw.uniform(0, 0.005))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        os.close(begun)
+        os.close(started)
         assert whole(path)
         assert load_checkpoint(path)["epoch"] >= newest + finished
         newest = load_checkpoint(path)["epoch"]
@@ -125,38 +130,44 @@ def test_the_check_can_fail(tmp_path, monkeypatch):
             check(tmp_path / str(number))
 
 
-def check_sweeping(folder):
+def check_sweep(folder):
     killed = killed_at_line(
         lines_of_a_save(folder / "model_last.pth") - 20, folder / "model_last.pth"
     )
     assert killed
-    half = [path for path in folder.iterdir() if path.name.endswith(".incomplete")]
-    assert half, "a killed save leaves its half"
+    incomplete = [path for path in folder.iterdir() if path.name.endswith(".incomplete")]
+    assert incomplete, "a killed save leaves its temporary file"
     sleeper = forked(signal.pause)
-    mine = [
-        "notes.txt", ".hidden", "model_last.pth.bak", ".swp.incomplete", "model_last.pth.1.incomplete", ".cache.12.tmp",
-        f".model_best.pth.{sleeper}.incomplete", f".labels.npz.{os.getpid()}.incomplete",
-    ]  # fmt: skip
-    for name in mine:
+    kept = [
+        "notes.txt",
+        ".hidden",
+        "model_last.pth.bak",
+        ".swp.incomplete",
+        "model_last.pth.1.incomplete",
+        ".cache.12.tmp",
+        f".model_best.pth.{sleeper}.incomplete",
+        f".labels.npz.{os.getpid()}.incomplete",
+    ]
+    for name in kept:
         (folder / name).write_bytes(b"keep me")
     sweep(folder)
     os.kill(sleeper, signal.SIGKILL)
     os.waitpid(sleeper, 0)
     left = {path.name for path in folder.iterdir()}
-    assert not [path for path in half if path.exists()]
-    assert set(mine) <= left
+    assert not [path for path in incomplete if path.exists()]
+    assert set(kept) <= left
     sweep(folder)
     assert f".model_best.pth.{sleeper}.incomplete" not in {
         path.name for path in folder.iterdir()
     }, "its process is dead now"
 
 
-def test_halves_of_dead_processes_are_swept_and_nothing_else(tmp_path):
-    check_sweeping(tmp_path)
+def test_incomplete_files_of_dead_processes_are_removed_and_nothing_else(tmp_path):
+    check_sweep(tmp_path)
 
 
 @pytest.mark.parametrize("broken", [lambda process: True, lambda process: False])
-def test_the_check_of_sweeping_can_fail(tmp_path, monkeypatch, broken):
+def test_the_check_of_removal_can_fail(tmp_path, monkeypatch, broken):
     monkeypatch.setattr(atomic_module, "_alive", broken)
     with pytest.raises(AssertionError):
-        check_sweeping(tmp_path)
+        check_sweep(tmp_path)

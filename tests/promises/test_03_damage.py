@@ -1,6 +1,7 @@
-"""Promise 3: bit rot and truncation are noticed before anything is unpickled. A run folder goes on
-from its newest good checkpoint and says so; a bad file that is named stops; nothing ever begins
-anew."""
+"""Promise 3: bit rot and truncation are noticed before anything is unpickled. A run resumes from
+its newest good checkpoint and reports it; a damaged file that is named is refused; no run ever
+starts over by itself.
+"""
 
 import random
 import shutil
@@ -10,7 +11,7 @@ import torch
 
 import base.checkpoint.checkpoint as checkpoint_module
 from base.checkpoint import load_checkpoint, save_checkpoint
-from base.checkpoint.checkpoint import load_to_resume
+from base.checkpoint.resume import load_to_resume
 from base.errors import CheckpointError, ConfigError
 from experiment.experiment import Experiment
 from tiny_runs import difference, interrupt, run
@@ -19,8 +20,7 @@ CONTENTS = {"state_dict": {"weight": torch.arange(40.0)}, "epoch": 2, "config": 
 
 
 def check_every_byte(folder, monkeypatch):
-    """Change each byte of a checkpoint, and cut it at each length; returns the number of damaged
-    files."""
+    """Change each byte of a checkpoint and cut it at many lengths; return the number of files."""
     path, draw = folder / "model.pth", random.Random(0)
     save_checkpoint(path, CONTENTS)
     data = path.read_bytes()
@@ -57,13 +57,11 @@ def test_the_check_can_fail(tmp_path, monkeypatch):
         check_every_byte(tmp_path, monkeypatch)
 
 
-def test_a_seal_cannot_be_left_out_and_files_without_one_are_read(tmp_path):
+def test_a_checksum_cannot_be_left_out_and_foreign_files_have_none(tmp_path):
     path = tmp_path / "model.pth"
     save_checkpoint(path, CONTENTS)
     torch.save(load_checkpoint(path), path)
-    with pytest.raises(
-        CheckpointError, match="is damaged: the digest that it was written with is missing"
-    ):
+    with pytest.raises(CheckpointError, match="is damaged: its checksum is missing"):
         load_checkpoint(path)
     # ConvNorm's own
     torch.save({"arch": "CNN", "epoch": 3, "state_dict": {}, "optimizer": {}}, path)
@@ -71,15 +69,16 @@ def test_a_seal_cannot_be_left_out_and_files_without_one_are_read(tmp_path):
 
 
 def flip(path):
-    """A byte within a tensor, where torch itself does not look."""
+    """Change a byte within a tensor, which torch itself does not notice."""
     data = bytearray(path.read_bytes())
     largest = max(load_checkpoint(path)["state_dict"].values(), key=torch.numel)
     place = data.index(largest.numpy().tobytes()[:64])
     data[place + 3] ^= 1
-    path.write_bytes(data)  # in place: all names of the file see it
+    # in place, so that all links to the file see it
+    path.write_bytes(data)
 
 
-ROT = {
+DAMAGES = {
     "a flipped bit in the middle of an epoch": (7, lambda folder: flip(folder / "model_last.pth")),
     "a flipped bit in a file with three names": (6, lambda folder: flip(folder / "model_last.pth")),
     "a truncated file": (7, lambda folder: (folder / "model_last.pth").write_bytes(b"PK")),
@@ -91,15 +90,15 @@ ROT = {
 }
 
 
-def check_goes_on(folder, monkeypatch, config):
-    """Damaged runs go on from an older checkpoint and end as if nothing had been."""
+def check_resumes(folder, monkeypatch, config):
+    """Resume damaged runs from an older checkpoint; they must end like an undamaged one."""
     run(folder / "whole", config)
-    for name, (after, damage) in ROT.items():
+    for name, (after, damage) in DAMAGES.items():
         broken = folder / name
         interrupt(monkeypatch, broken, config, after)
         damage(broken)
         Experiment.resume(str(broken))
-        assert "going on from model_epoch_" in (broken / "info.log").read_text(), name
+        assert "resuming from model_epoch_" in (broken / "info.log").read_text(), name
         for file in ("model_last.pth", "model_best.pth"):
             assert difference(folder / "whole" / file, broken / file) == [], name
         assert (folder / "whole" / "metrics.jsonl").read_bytes() == (
@@ -107,8 +106,8 @@ def check_goes_on(folder, monkeypatch, config):
         ).read_bytes(), name
 
 
-def test_a_run_goes_on_from_its_newest_good_checkpoint_and_says_so(tmp_path, monkeypatch, small):
-    check_goes_on(
+def test_a_run_resumes_from_its_newest_good_checkpoint_and_reports_it(tmp_path, monkeypatch, small):
+    check_resumes(
         tmp_path, monkeypatch, small(trainer={"monitor": "min val_loss", "early_stop": 3})
     )
 
@@ -121,25 +120,26 @@ def test_a_damaged_last_checkpoint_is_kept_aside(tmp_path, monkeypatch, small):
         flip(last)
         remains.append((folder / name, last.read_bytes()))
         Experiment.resume(str(folder))
-        assert f"(kept as {name}): going on from model_epoch_" in (folder / "info.log").read_text()
+        assert f"(kept as {name}): resuming from model_epoch_" in (folder / "info.log").read_text()
         load_checkpoint(last)
     assert all(file.read_bytes() == data for file, data in remains)
     last.unlink()
     Experiment.resume(str(folder))
-    assert len(list(folder.glob("*.damaged*"))) == 2, "a file that is not there leaves nothing"
+    assert len(list(folder.glob("*.damaged*"))) == 2, "a missing file is not set aside"
 
 
-def test_the_check_of_going_on_can_fail(tmp_path, monkeypatch, small):
+def test_the_check_of_resuming_can_fail(tmp_path, monkeypatch, small):
     monkeypatch.setattr(checkpoint_module, "verify_checksum", lambda file, path: True)
     with pytest.raises(AssertionError):
-        check_goes_on(tmp_path, monkeypatch, small())
+        check_resumes(tmp_path, monkeypatch, small())
 
 
-def test_a_run_goes_on_without_its_best_model_and_says_so(tmp_path, monkeypatch, small):
+def test_a_run_resumes_without_its_best_model_and_reports_it(tmp_path, monkeypatch, small):
     config, folder = small(trainer={"monitor": "max val_loss"}), tmp_path / "run"
     interrupt(monkeypatch, folder, config, 7)
     contents = load_checkpoint(folder / "model_last.pth")
-    contents["progress"] |= {"best_epoch": 1, "best_value": 99.0}  # the best epoch by far
+    # the best epoch by far
+    contents["progress"] |= {"best_epoch": 1, "best_value": 99.0}
     save_checkpoint(folder / "model_last.pth", contents)
     flip(folder / "model_best.pth")
     (folder / "model_epoch_1.pth").unlink()
@@ -152,11 +152,11 @@ def test_a_run_goes_on_without_its_best_model_and_says_so(tmp_path, monkeypatch,
     (folder / "model_best.pth").unlink()
     (folder / "model_epoch_3.pth").unlink()
     assert Experiment.resume(str(folder))["best_since_epoch"] == 3, (
-        "its last epoch is its best, and the run is concluded again"
+        "its last epoch is its best, and the final test is run again"
     )
 
 
-def test_a_bad_file_that_is_named_stops_and_nothing_begins_anew(tmp_path, monkeypatch, small):
+def test_a_named_damaged_file_is_refused_and_no_run_starts_over(tmp_path, monkeypatch, small):
     folder = tmp_path / "run"
     interrupt(monkeypatch, folder, small(), 7)
     flip(folder / "model_last.pth")
@@ -175,12 +175,12 @@ def test_a_bad_file_that_is_named_stops_and_nothing_begins_anew(tmp_path, monkey
         Experiment.resume(str(folder))
     for name in ("model_last.pth", "model_best.pth", "model_epoch_1.pth"):
         (folder / name).unlink()
-    # one bad file is left: it is still not ours to begin anew
+    # one damaged file remains, which a new run must not overwrite
     with pytest.raises(ConfigError, match="already holds a run"):
         run(folder, small())
 
 
-def test_of_the_good_ones_the_newest_is_taken(tmp_path):
+def test_the_newest_good_checkpoint_is_taken(tmp_path):
     for name, epoch in (
         ("model_epoch_2.pth", 2),
         ("model_epoch_10.pth", 10),

@@ -1,5 +1,6 @@
-"""Promise 4: a full disk, or a folder that cannot be written or is gone, is one line; the previous
-checkpoint is intact; it is found out before training starts where that can be known."""
+"""Promise 4: a full disk, or a folder that is missing or read-only, is one line; the previous
+checkpoint is intact; the problem is reported before training starts if it can be known.
+"""
 
 import json
 import resource
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import base.checkpoint.checkpoint as checkpoint_module
-import base.checkpoint.manager as run_checkpoints_module
+import base.checkpoint.manager as manager_module
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.errors import CheckpointError
@@ -22,14 +23,13 @@ from tiny_runs import TINY, difference, exit_code, forked, run
 ROOT = Path(__file__).parents[2]
 
 
-def disk_of(size):
-    """From now on no file of this process may be larger, which torch and the system report as they
-    report a full disk."""
+def limit_file_size(size):
+    """Limit the files of this process; torch and the system report it like a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def check_fills_up(folder, monkeypatch, config):
-    """The disk is full from the second epoch on: at each file in turn that is written then."""
+    """Fill the disk in the second epoch, when each of the files is written in turn."""
     run(folder / "whole", config)
     finish = BaseTrainer._finish_epoch
     sizes = {"checkpoint": 60_000, "run log": 200, "first byte": 1}
@@ -37,7 +37,7 @@ def check_fills_up(folder, monkeypatch, config):
 
         def fill_up(self, log, size=size):
             if self.state.epochs_done == 1:
-                disk_of(size)
+                limit_file_size(size)
             finish(self, log)
 
         with monkeypatch.context() as patched:
@@ -84,9 +84,8 @@ def train(folder, *before):
     return subprocess.run([*before, *words], capture_output=True, text=True, timeout=120)
 
 
-def test_a_file_system_without_room_is_found_out_before_training(tmp_path):
-    """On a real file system of 64 kB, where the first checkpoint finds no room; in a name space of
-    its own."""
+def test_a_file_system_without_room_is_reported_before_training(tmp_path):
+    """The first checkpoint does not fit on a real file system of 64 kB."""
     (tmp_path / "disk").mkdir()
     mount = f'mount -t tmpfs -o size=64k none "{tmp_path}/disk" && exec "$@"'
     new = ["unshare", "-rm", "sh", "-c"]
@@ -102,10 +101,10 @@ def test_a_file_system_without_room_is_found_out_before_training(tmp_path):
     assert "epoch 1" not in done.stdout
 
 
-def test_room_for_one_checkpoint_only_is_found_out_before_training(tmp_path, monkeypatch, small):
+def test_room_for_one_checkpoint_only_is_reported_before_training(tmp_path, monkeypatch, small):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
-        run_checkpoints_module.shutil, "disk_usage", lambda folder: usage._replace(free=1000)
+        manager_module.shutil, "disk_usage", lambda folder: usage._replace(free=1000)
     )
     message = r"its disk is full: a checkpoint takes 0\.\d MB beside the last one, 0.0 MB are free"
     with pytest.raises(CheckpointError, match=message):

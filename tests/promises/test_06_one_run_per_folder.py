@@ -15,20 +15,20 @@ PROCESSES, ROUNDS = 6, 8
 
 
 def check_race(folder):
-    """Several processes that ask for the same new folder at the same time: one gets it, the others
-    leave with exit code 2."""
+    """Of several processes that create a folder at once, one gets it and the others exit with 2."""
     for number in range(ROUNDS):
         start, go = os.pipe()
         others, asking = os.pipe()
 
         def race(number=number, start=start, go=go, others=others, asking=asking):
             os.close(go)
-            os.read(start, 1)  # the pipe ends when all processes are there
-            with run_folder.create("unused", "name", str(folder / str(number))) as mine:
+            # the pipe ends when all processes have started
+            os.read(start, 1)
+            with run_folder.create("unused", "name", str(folder / str(number))) as created:
                 os.close(asking)
-                # it ends when everybody else has asked, and got the folder or left
+                # it ends when all others have asked for the folder
                 os.read(others, 1)
-                (mine / "config.json").touch()
+                (created / "config.json").touch()
 
         processes = [forked(race) for _ in range(PROCESSES)]
         for end in (start, go, others, asking):
@@ -38,18 +38,20 @@ def check_race(folder):
 
 
 def check_running(folder):
-    """A run that is at work cannot be continued by another process; when it has been killed, it
-    can, although its loader's workers outlive it for a while."""
+    """A run that is running cannot be continued by another process; a killed one can.
+
+    The data loader's workers, which outlive a killed run for a while, do not hold its lock.
+    """
     folder.mkdir()
-    sleepers, told = os.pipe()
+    workers, report = os.pipe()
 
     def train():
         with run_folder.open(folder):
-            os.write(told, f"{forked(signal.pause)}\n".encode())
+            os.write(report, f"{forked(signal.pause)}\n".encode())
             signal.pause()
 
     process = forked(train)
-    worker = int(os.read(sleepers, 20))
+    worker = int(os.read(workers, 20))
     try:
         with (
             pytest.raises(ConfigError, match="another process trains in this folder"),
@@ -66,11 +68,11 @@ def check_running(folder):
                 os.kill(number, signal.SIGKILL)
 
 
-def test_of_many_processes_one_gets_a_new_folder(tmp_path):
+def test_one_of_many_processes_gets_a_new_folder(tmp_path):
     check_race(tmp_path)
 
 
-def test_a_run_at_work_is_left_alone_and_a_dead_one_can_be_continued_at_once(tmp_path):
+def test_a_running_run_is_left_alone_and_a_killed_one_can_be_continued_at_once(tmp_path):
     check_running(tmp_path / "run")
 
 

@@ -1,12 +1,13 @@
 """Promise 8: a checkpoint of another architecture, other classes, optimizer, scheduler, data,
-schema version or device, or with a wrapper's prefix, is handled or refused, naming both sides."""
+schema version or device, or with a wrapper's prefix, is handled or refused, naming both sides.
+"""
 
 import shutil
 
 import pytest
 import torch
 
-import base.checkpoint.resume as resuming_module
+import base.checkpoint.resume as resume_module
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.checkpoint.checkpoint import SCHEMA_VERSION
 from base.errors import CheckpointError, ConfigError
@@ -42,7 +43,7 @@ def enlarge(contents):
 
 
 def swap(contents):
-    """The momentum of the two parameters of one shape."""
+    """Exchange the momentum of two parameters of the same shape."""
     state, by_shape = contents["optimizer"]["state"], {}
     for name, entry in state.items():
         by_shape.setdefault(entry["momentum_buffer"].shape, []).append(name)
@@ -66,39 +67,135 @@ def without(key):
 
 
 REFUSED = {
-    "architecture": ([], [("arch.type", "vgg11")], r"arch.type is 'simpleCNN' there and 'vgg11' in this config"),
-    "layers": ([], [("arch.args.norm_layer_type", "gn")], r"arch.args.norm_layer_type is 'no' there and 'gn' in this config"),
+    "architecture": (
+        [],
+        [("arch.type", "vgg11")],
+        r"arch.type is 'simpleCNN' there and 'vgg11' in this config",
+    ),
+    "layers": (
+        [],
+        [("arch.args.norm_layer_type", "gn")],
+        r"arch.args.norm_layer_type is 'no' there and 'gn' in this config",
+    ),
     "optimizer": ([], [("optimizer.type", "RMSprop")], r"'SGD'; 'RMSprop' would make it"),
-    "optimizer's state": ([change("optimizer_type", "Adam")], [], r"trained with optimizer_type Adam, this config has SGD"),
-    "schedule": ([change("scheduler_type", "StepLR")], [], r"trained with scheduler_type StepLR, this config has none"),
-    "newer schema": ([change("schema_version", 99)], [], rf"version 99; this code reads versions up to {SCHEMA_VERSION}"),
-    "names of weights": ([rename], [], r"it lacks 1 of the model's keys .* it has 1 keys .* \(other.weight"),
-    "shape of weights": ([enlarge], [], r"does not fit SimpleCNN: size mismatch for .*torch.Size\(\[7, .*torch.Size"),
-    "labels": ([change("fingerprint", "other")], [], r"was trained on other images or labels than data_loader.args.data_dir"),
-    "pixels": ([change("mean", [0.1, 0.2, 0.3])], [], r"was trained on other images or labels than data_loader.args.data_dir"),
-    "training images": ([change("image_fingerprints.training images", "other")], [], r"now holds: training images"),
-    "test images": ([change("image_fingerprints.test images", "other")], [], r"now holds: test images"),
-    "renamed class": ([change("class_names", ["a", "b\n", "c"])], [], r"now holds: class 1 is 'b\\n' there, 'b' here"),
-    "one class less": ([change("class_names", ["a", "b"])], [], r"now holds: class 2 is None there, 'c' here"),
-    "channels": ([change("mean", [0.5]), change("std", [0.5])], [], r"now holds: mean or std of the pixels"),
-    "shape of momentum": ([cut], [], r"optimizer.state.*momentum_buffer: is of shape \(1,.* but \(.* was expected"),
-    "place of momentum": ([swap], [], r"optimizer.state.*: is not what was saved for this parameter"),
-    "place of the schedule": ([change("epoch", 2)], [], r"epoch 2 and batch 1, but 'progress' is 1 epochs and 1 batches"),
-    "averaged weights": ([without("ema_state_dict")], [], r"'ema_state_dict' is missing, but trainer.ema_decay asks for"),
+    "optimizer's state": (
+        [change("optimizer_type", "Adam")],
+        [],
+        r"trained with optimizer_type Adam, this config has SGD",
+    ),
+    "schedule": (
+        [change("scheduler_type", "StepLR")],
+        [],
+        r"trained with scheduler_type StepLR, this config has none",
+    ),
+    "newer schema": (
+        [change("schema_version", 99)],
+        [],
+        rf"version 99; this code reads versions up to {SCHEMA_VERSION}",
+    ),
+    "names of weights": (
+        [rename],
+        [],
+        r"it lacks 1 of the model's keys .* it has 1 keys .* \(other.weight",
+    ),
+    "shape of weights": (
+        [enlarge],
+        [],
+        r"does not fit SimpleCNN: size mismatch for .*torch.Size\(\[7, .*torch.Size",
+    ),
+    "labels": (
+        [change("fingerprint", "other")],
+        [],
+        r"was trained on other images or labels than data_loader.args.data_dir",
+    ),
+    "pixels": (
+        [change("mean", [0.1, 0.2, 0.3])],
+        [],
+        r"was trained on other images or labels than data_loader.args.data_dir",
+    ),
+    "training images": (
+        [change("image_fingerprints.training images", "other")],
+        [],
+        r"now holds: training images",
+    ),
+    "test images": (
+        [change("image_fingerprints.test images", "other")],
+        [],
+        r"now holds: test images",
+    ),
+    "renamed class": (
+        [change("class_names", ["a", "b\n", "c"])],
+        [],
+        r"now holds: class 1 is 'b\\n' there, 'b' here",
+    ),
+    "one class less": (
+        [change("class_names", ["a", "b"])],
+        [],
+        r"now holds: class 2 is None there, 'c' here",
+    ),
+    "channels": (
+        [change("mean", [0.5]), change("std", [0.5])],
+        [],
+        r"now holds: mean or std of the pixels",
+    ),
+    "shape of momentum": (
+        [cut],
+        [],
+        r"optimizer.state.*momentum_buffer: is of shape \(1,.* but \(.* was expected",
+    ),
+    "place of momentum": (
+        [swap],
+        [],
+        r"optimizer.state.*: is not what was saved for this parameter",
+    ),
+    "place of the schedule": (
+        [change("epoch", 2)],
+        [],
+        r"epoch 2 and batch 1, but 'progress' is 1 epochs and 1 batches",
+    ),
+    "averaged weights": (
+        [without("ema_state_dict")],
+        [],
+        r"'ema_state_dict' is missing, but trainer.ema_decay asks for",
+    ),
     "average's updates": ([without("ema_updates")], [], r"'ema_updates' is missing"),
-    "generator": ([change("rng.cpu", torch.zeros(5056, dtype=torch.uint8))], [], r"rng: is not the state of a generator"),
-    "config": ([change("config.trainer.epochs", "many")], [], r"trainer.epochs: .* the checkpoint's own config cannot be used"),
-    "config's form": ([change("config.name", torch.zeros(1))], [], r"'config' is of type dict: a value of type Tensor"),
-    "kind of value": ([change("progress", [1])], [], r"is not a checkpoint: 'progress' is of type list"),
-    "no training state": ([lambda contents: contents.pop("progress")], [], r"holds no training state"),
+    "generator": (
+        [change("rng.cpu", torch.zeros(5056, dtype=torch.uint8))],
+        [],
+        r"rng: is not the state of a generator",
+    ),
+    "config": (
+        [change("config.trainer.epochs", "many")],
+        [],
+        r"trainer.epochs: .* the checkpoint's own config cannot be used",
+    ),
+    "config's form": (
+        [change("config.name", torch.zeros(1))],
+        [],
+        r"'config' is of type dict: a value of type Tensor",
+    ),
+    "kind of value": (
+        [change("progress", [1])],
+        [],
+        r"is not a checkpoint: 'progress' is of type list",
+    ),
+    "no training state": (
+        [lambda contents: contents.pop("progress")],
+        [],
+        r"holds no training state",
+    ),
     "classes": ([], [("num_classes", "7")], r"num_classes|classes"),
-    "seed": ([], [("seed", "9")], r"^--set seed=9: seed: the run was started with 3; 9 would make it another experiment"),
-}  # fmt: skip
+    "seed": (
+        [],
+        [("seed", "9")],
+        r"^--set seed=9: seed: the run was started with 3; 9 would make it another experiment",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, small):
-    """A run that was stopped in its middle, beside the whole one."""
+    """A folder with an interrupted run and the same run without an interruption."""
     folder = tmp_path_factory.mktemp("mismatches")
     run(folder / "whole", small())
     with pytest.MonkeyPatch.context() as patch:
@@ -130,7 +227,7 @@ def test_what_does_not_belong_to_a_run_is_refused_and_both_sides_are_named(stopp
 
 
 def test_the_check_can_fail(stopped, tmp_path, monkeypatch):
-    monkeypatch.setattr(resuming_module, "refuse_other_experiment", lambda *args: None)
+    monkeypatch.setattr(resume_module, "check_same_experiment", lambda *args: None)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         check_refused(stopped, tmp_path / "copy", *REFUSED["seed"])
 
@@ -142,21 +239,21 @@ def prefixed(contents):
 
 
 def check_handled(folder, copy, apply, tag=None):
-    """Goes on all the same, to the same end."""
+    """Resume with a changed checkpoint; the run must end like an uninterrupted one."""
     shutil.copytree(folder / "stopped", copy)
     contents = load_checkpoint(copy / "model_last.pth")
     apply(contents)
     with pytest.MonkeyPatch.context() as patch:
         if tag:
-            # as if it had been there
+            # as if the tensors had been on that device
             patch.setattr(torch.serialization, "location_tag", lambda storage: tag)
         save_checkpoint(copy / "model_last.pth", contents)
     Experiment.resume(str(copy / "model_last.pth"))
     assert difference(folder / "whole" / "model_last.pth", copy / "model_last.pth") == []
 
 
-def as_before_there_were_names(contents):
-    """As version 2 began: the optimizer's state by number, no digests of images."""
+def without_names(contents):
+    """Number the optimizer's state and drop image fingerprints, as the first of version 2 did."""
     optimizer = contents["optimizer"]
     names = [name for group in optimizer["param_groups"] for name in group["params"]]
     optimizer["state"] = {
@@ -169,7 +266,7 @@ def as_before_there_were_names(contents):
 
 
 HANDLED = {
-    "state by number": (as_before_there_were_names, None),
+    "state by number": (without_names, None),
     "prefixes of wrappers": (prefixed, None),
     "a CUDA device that is not here": (lambda contents: None, "cuda:7"),
     "an older schema": (change("schema_version", 1), None),

@@ -1,5 +1,6 @@
-"""Promise 11: one seed gives the same bytes in `metrics.jsonl`, in two processes; `deterministic:
-true` is enforced."""
+"""Promise 11: one seed gives the same bytes in `metrics.jsonl` in two separate processes, and
+`deterministic: true` is enforced.
+"""
 
 import hashlib
 
@@ -46,7 +47,7 @@ def test_two_processes_write_the_same_bytes(tmp_path, small, kind):
 
 
 def test_the_check_can_fail(tmp_path, small, monkeypatch):
-    """Data order and augmentation that draw from somewhere, as usual."""
+    """Data order and augmentation use an unseeded generator."""
 
     def unseeded(*args):
         generator = torch.Generator()
@@ -65,7 +66,7 @@ def restored():
 
 
 def check_deterministic(folder, small, monkeypatch, deterministic):
-    """A network with an operation that has no deterministic algorithm."""
+    """Train a network with an operation that has no deterministic algorithm."""
     forward = SimpleCNN.forward_normalized
 
     def with_unpooling(self, inputs):
@@ -80,7 +81,7 @@ def check_deterministic(folder, small, monkeypatch, deterministic):
     assert "\n" not in str(stopped.value)
 
 
-def test_deterministic_stops_at_what_is_not(tmp_path, small, monkeypatch, restored):
+def test_deterministic_stops_at_an_operation_that_is_not(tmp_path, small, monkeypatch, restored):
     check_deterministic(tmp_path, small, monkeypatch, True)
 
 

@@ -13,8 +13,8 @@ import pytest
 from pydantic import ConfigDict
 from shipped_configs import (
     LEFT_TO_CONSTRUCTORS,
-    NO_SUCH_TEXT,
     OTHERS,
+    REFUSED_TEXT,
     ROWS,
     Loading,
     beyond,
@@ -175,7 +175,7 @@ def check_out_of_range(load):
                 wrong = ["", value + value[-1], value.upper(), f" {value}", "other", "a\nb"]
                 wrong = [text for text in wrong if text not in words.split(", ")]
             elif kind == "text":
-                wrong = NO_SUCH_TEXT.get(key, [])
+                wrong = REFUSED_TEXT.get(key, [])
             else:
                 wrong = [
                     number for number in beyond(key, words) if not (key == "seed" and number > 0)

@@ -1,4 +1,4 @@
-"""Kill and resume small runs at random moments, for as long as you like, and count.
+"""Kill and resume small runs at random moments for a given time, and count the events.
 
 python -m tests.soak --minutes 60 --json results/soak.json
 """
@@ -21,10 +21,12 @@ from tests.soak.scenarios import SCENARIOS, write_images
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Kill and resume small runs at random moments, and count."
+        description="Kill and resume small runs at random moments, and count the events."
     )
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0, help="of moments and means")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random moments and signals"
+    )
     parser.add_argument(
         "--only", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS), metavar="SCENARIO"
     )

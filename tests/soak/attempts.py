@@ -1,5 +1,4 @@
-"""One attempt at a run: a process that trains, as the script would, and what ends it before its
-time."""
+"""One attempt at a run: a process that trains as the script does, and signals that end it early."""
 
 import os
 import resource
@@ -13,7 +12,8 @@ from pathlib import Path
 from random import Random
 
 import train_robust
-from base.checkpoint.checkpoint import load_to_resume, numbered
+from base.checkpoint.find import numbered_checkpoints
+from base.checkpoint.resume import load_to_resume
 from base.command_line import run_script
 from base.errors import CheckpointError
 from base.run_folder.names import BEST, LAST
@@ -30,7 +30,7 @@ ENDINGS = {
     "SIGTERM, then SIGINT": (signal.SIGTERM, signal.SIGINT),
     "SIGTERM, then SIGKILL": (signal.SIGTERM, signal.SIGKILL),
 }
-"""What ends an attempt -> its signals, a moment apart."""
+"""Name -> the signals that end an attempt, a moment apart."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Attempt:
     """How an attempt went.
 
     Attributes:
-        code: the exit code; minus the signal's number where that ended it.
-        said: its output, both streams.
-        ending: which of `ENDINGS` was sent; None if it ended before.
+        code: the exit code; minus the signal's number if a signal killed it.
+        output: its output on both streams.
+        ending: which of `ENDINGS` was sent; None if it ended by itself.
     """
 
     code: int
-    said: str
+    output: str
     ending: str | None
 
 
@@ -56,25 +56,24 @@ def attempt(
     random: Random,
     limit: int | None,
 ) -> Attempt:
-    """Run `train_robust.py WORDS` in a process of its own, forked, and send `ending` after that
-    many seconds.
+    """Run `train_robust.py WORDS` in a forked process, and end it after a number of seconds.
 
     Args:
-        words: of the command line.
+        words: the arguments of the script.
         log: the file for its output.
-        ending: of `ENDINGS`; None lets it run.
-        seconds: to wait.
-        random: for the moment between two signals.
-        limit: bytes that a file of it may have at most, which stands for a full disk; None for no
-            limit.
+        ending: one of `ENDINGS`; None lets the process run.
+        seconds: time until the signals are sent.
+        random: chooses the time between two signals.
+        limit: maximal size of its files in bytes, which acts like a full disk; None for no limit.
     """
-    # until the new process is the script
+    # SIGINT is blocked until the new process runs the script
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     process = os.fork()
     if process == 0:
         _become_script(words, log, limit)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
-    begin, sent, status = time.monotonic(), None, 0
+    begin = time.monotonic()
+    sent = None
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
@@ -92,19 +91,19 @@ def attempt(
 
 
 def _become_script(words: list[str], log: Path, limit: int | None) -> None:
-    """Whatever happens, this process ends here: it is a copy of another one, and has no business
-    beyond this."""
+    """Run the script and exit; this forked copy of the test process must never go further."""
     code = 1
     try:
         code = _run_script(words, log, limit)
-    except KeyboardInterrupt:  # within a handler of the first one
+    except KeyboardInterrupt:
+        # a second signal within the handler of the first one
         code = 130
     finally:
         os._exit(code)
 
 
 def _run_script(words: list[str], log: Path, limit: int | None) -> int:
-    """The exit code of the script."""
+    """Run the script and return its exit code."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
@@ -119,20 +118,24 @@ def _run_script(words: list[str], log: Path, limit: int | None) -> int:
         run_script(train_robust.main)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except KeyboardInterrupt:  # after the script's last line
+    except KeyboardInterrupt:
+        # after the script's last line
         code = 130
     except BaseException:
         traceback.print_exc()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _exit_function()  # ends the loader's workers
+    # ends the data loader's workers
+    _exit_function()
     sys.stdout.flush()
     sys.stderr.flush()
     return code
 
 
 def position(folder: Path) -> tuple[int, int] | None:
-    """Epochs and batches done by the checkpoint that a resume would take; None where there is no
-    good one."""
+    """Return the epochs and batches done by the checkpoint that a resume would take.
+
+    None if there is no good one.
+    """
     try:
         _, checkpoint, _ = load_to_resume(folder)
     except CheckpointError:
@@ -141,7 +144,7 @@ def position(folder: Path) -> tuple[int, int] | None:
 
 
 def damage(folder: Path, random: Random) -> str:
-    """Do to the last checkpoint what disks and people do; returns what."""
+    """Damage the last checkpoint as disks and people do; return the kind of damage."""
     file = folder / LAST
     kind = random.choice(["a flipped bit", "a truncated file", "a deleted file"])
     if kind == "a deleted file":
@@ -159,7 +162,9 @@ def damage(folder: Path, random: Random) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoint files of a run folder."""
+    """Return all checkpoint files of a run folder."""
     return [
-        file for file in (folder / LAST, folder / BEST, *numbered(folder).values()) if file.exists()
+        file
+        for file in (folder / LAST, folder / BEST, *numbered_checkpoints(folder).values())
+        if file.exists()
     ]

@@ -1,5 +1,6 @@
-"""Runs that are ended at random moments and resumed until they finish, and whether anything of them
-was lost."""
+"""Runs that are ended at random moments and resumed until they finish, and a check that nothing is
+lost.
+"""
 
 import json
 import re
@@ -19,23 +20,23 @@ from tests.soak.attempts import ENDINGS, Attempt, attempt, checkpoints, damage, 
 from tests.soak.scenarios import tree_of
 
 ATTEMPTS = 14
-"""After so many, a run is left alone until it finishes."""
+"""The number of attempts after which a run is no longer interrupted."""
 DAMAGED, DISK_FULL = 0.2, 0.05
-"""How often the last checkpoint is damaged after an attempt, and how often the disk is full during
-one."""
+"""Probability that the last checkpoint is damaged after an attempt, and that the disk is full
+during one."""
 STOPPED = re.compile(r"stopped by SIG\w+ after (\d+) epochs and (\d+) batches; continue with -r ")
 FULL = ("cannot be written", "disk is full", "shared memory")
-"""What a run says when there is no room for its files."""
+"""Parts of the messages of a run that has no room for its files."""
 TIMES = ("train_seconds", "images_per_second")
 
 
 @dataclass
 class Tally:
-    """What happened.
+    """The events so far.
 
     Attributes:
-        counts: of every kind of event, by name.
-        failures: what must not happen, in words.
+        counts: number of events by kind.
+        failures: descriptions of events that must not happen.
     """
 
     counts: Counter = field(default_factory=Counter)
@@ -43,13 +44,14 @@ class Tally:
 
 
 class Endurance:
-    """Runs of one scenario, each compared with one that was left in peace.
+    """Runs of one scenario, each compared with an undisturbed run.
 
     Args:
-        name: of the scenario.
-        folder: for everything that is written; made here.
-        random: chooses moments and means.
-        tally: is added to.
+        name: name of the scenario.
+        folder: folder for everything that is written; it is created.
+        images: folder of the image files.
+        random: chooses moments and signals.
+        tally: the events are added to it.
     """
 
     def __init__(self, name: str, folder: Path, images: Path, random: Random, tally: Tally) -> None:
@@ -60,19 +62,19 @@ class Endurance:
         self.config.write_text(json.dumps(tree_of(name, images)))
         self.endings = ["SIGTERM", "SIGINT"] if "processes" in name else list(ENDINGS)
         begin = monotonic()
-        done = self._attempt(folder / "peace", None, None)
+        done = self._attempt(folder / "undisturbed", None, None)
         if done.code != 0:
-            raise AssertionError(f"{name}: exit {done.code}: {done.said[-2000:]}")
+            raise AssertionError(f"{name}: exit {done.code}: {done.output[-2000:]}")
         self.seconds = monotonic() - begin
-        self.expected = outcome(folder / "peace")
+        self.expected = outcome(folder / "undisturbed")
 
     def run(self) -> None:
-        """One run through thick and thin; what went wrong is noted in the tally."""
+        """Interrupt and resume a run until it finishes; add the events to the tally."""
         run, counts = self.folder / "run", self.tally.counts
         attempts, self.damaged = 0, False
         while True:
             if position(run) is None:
-                self._begin_anew(run)
+                self._check_refusal(run)
             before = position(run) or (0, 0)
             ending = self.random.choice(self.endings) if attempts < ATTEMPTS else None
             limit = None
@@ -93,9 +95,9 @@ class Endurance:
         found = outcome(run)
         for what, value in self.expected.items():
             if not same(found[what], value):
-                self._fail(run, f"{what} differs from the run that was left in peace")
+                self._fail(run, f"{what} differs from the undisturbed run")
         if list(run.rglob("*.incomplete")):
-            self._fail(run, "files are left incomplete")
+            self._fail(run, "incomplete files are left")
         counts["runs"] += 1
         counts["epochs"] += found["epochs"]
         counts["minibatches"] += found["minibatches"]
@@ -110,13 +112,15 @@ class Endurance:
         seconds = self.random.uniform(0, 0.8 * self.seconds) if ending else 0.0
         return attempt(words, self.folder / "output.log", ending, seconds, self.random, limit)
 
-    def _begin_anew(self, run: Path) -> None:
-        """No good checkpoint is there: a resume has to say so and to leave everything as it is."""
+    def _check_refusal(self, run: Path) -> None:
+        """Check that a resume without a good checkpoint is refused and changes nothing."""
         if checkpoints(run):
             before = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
             done = self._attempt(run, None, None)
-            if done.code != 3 or len(done.said.splitlines()) != 1:
-                self._fail(run, f"without a good checkpoint: exit {done.code}: {done.said[-500:]}")
+            if done.code != 3 or len(done.output.splitlines()) != 1:
+                self._fail(
+                    run, f"without a good checkpoint: exit {done.code}: {done.output[-500:]}"
+                )
             if any(file.read_bytes() != data for file, data in before.items()):
                 self._fail(run, "a refused resume has changed something")
             self.tally.counts["refused, as no checkpoint was good"] += 1
@@ -126,29 +130,27 @@ class Endurance:
 
     def _judge(self, run: Path, done: Attempt, before: tuple[int, int], limit: int | None) -> None:
         after, logged = position(run) or (0, 0), logged_epochs(run)
-        told = STOPPED.search(done.said)
-        if told:
+        stopped = STOPPED.search(done.output)
+        if stopped:
             self.tally.counts["saved at the step of the signal"] += 1
-            if (int(told[1]), int(told[2])) != after:
-                self._fail(run, f"said {told[0]}, but saved {after}")
+            if (int(stopped[1]), int(stopped[2])) != after:
+                self._fail(run, f"said {stopped[0]}, but saved {after}")
         expected = {0} if done.ending is None else {0, -9, -15, 130, 143}
         if done.code not in (expected | {3, 4} if limit else expected):
-            self._fail(run, f"{done.ending}: exit {done.code}: {done.said[-1000:]}")
-        if limit and done.code in (3, 4) and not any(word in done.said for word in FULL):
-            self._fail(run, f"full disk: {done.said[-500:]}")
-        # which comes before any work, within imports
-        if "Traceback" in done.said and "KeyboardInterrupt" not in done.said:
-            place = done.said.index("Traceback")
-            self._fail(
-                run,
-                f"{done.ending}: exit {done.code}: {done.said[max(0, place - 300) : place + 2000]}",
-            )
+            self._fail(run, f"{done.ending}: exit {done.code}: {done.output[-1000:]}")
+        if limit and done.code in (3, 4) and not any(word in done.output for word in FULL):
+            self._fail(run, f"full disk: {done.output[-500:]}")
+        # a KeyboardInterrupt within the imports, before any work, is not an error
+        if "Traceback" in done.output and "KeyboardInterrupt" not in done.output:
+            place = done.output.index("Traceback")
+            shown = done.output[max(0, place - 300) : place + 2000]
+            self._fail(run, f"{done.ending}: exit {done.code}: {shown}")
         if after < before:
             self._fail(run, f"{done.ending}: went back from {before} to {after}")
-        # a run that went back cuts its log when it goes on
+        # a run that resumes from an older checkpoint cuts its log
         if after[0] < logged and not self.damaged:
             self._fail(run, f"{done.ending}: {logged} epochs are logged, {after[0]} saved")
-        if "instead" in done.said:
+        if "instead" in done.output:
             self.tally.counts["went on from an older checkpoint"] += 1
 
     def _fail(self, run: Path, what: str) -> None:
@@ -156,7 +158,7 @@ class Endurance:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Everything about a finished run that must not depend on how often it was ended."""
+    """Return everything about a finished run that must not depend on interruptions."""
     last, result = load_checkpoint(run / LAST), json.loads((run / "result.json").read_text())
     batch_size = last["config"]["data_loader"]["args"]["batch_size"]
     return {
@@ -173,13 +175,13 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def logged_epochs(run: Path) -> int:
-    """Complete lines of `metrics.jsonl`."""
+    """Return the number of complete lines of `metrics.jsonl`."""
     file = run / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two nested values are equal, tensors bit for bit."""
+    """Return whether two nested values are equal, tensors bit for bit."""
     if isinstance(first, torch.Tensor):
         return isinstance(second, torch.Tensor) and torch.equal(first, second)
     if isinstance(first, dict):

@@ -1,14 +1,14 @@
-"""A fuzzer for what is read: spoils configs and checkpoints, and stops at all but a result or an
-error of one line.
+"""A fuzzer for configs and checkpoints, which must give a result or an error of one line.
 
-pip install -e ".[fuzz]"
-python -m tests.soak.fuzz config --seconds 600
-python -m tests.soak.fuzz checkpoint --seconds 600
-python -m tests.soak.fuzz values --seconds 600
+    pip install -e ".[fuzz]"
+    python -m tests.soak.fuzz config --seconds 600
+    python -m tests.soak.fuzz checkpoint --seconds 600
+    python -m tests.soak.fuzz values --seconds 600
 
-`config` and `checkpoint` are changed byte by byte, as the coverage of this project's code suggests
-(atheris, on Linux). `values` are whole checkpoints in which one value is odd, drawn at random. What
-can be resumed goes on for a step."""
+`config` and `checkpoint` are changed byte by byte, guided by the coverage of this project's code
+(atheris, on Linux). `values` are complete checkpoints in which one value is replaced at random.
+Checkpoints that can be resumed are trained for one step.
+"""
 
 import argparse
 import sys
@@ -21,7 +21,7 @@ from time import monotonic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fuzz what is read.")
+    parser = argparse.ArgumentParser(description="Fuzz configs and checkpoints.")
     parser.add_argument("target", choices=["config", "checkpoint", "values"])
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--seed", type=int, default=1)
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def fuzz_bytes(folder: Path, arguments: argparse.Namespace) -> None:
-    """Let atheris change the seeds of a target; it ends the process."""
+    """Let atheris mutate the seeds of a target; it ends the process."""
     import atheris
 
     with atheris.instrument_imports(
@@ -69,14 +69,16 @@ def fuzz_bytes(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def fuzz_values(folder: Path, arguments: argparse.Namespace) -> int:
-    """Resume checkpoints with one odd value until the time is over; the exit code, 1 where one
-    breaks something."""
-    from tests.soak.targets import examine, spoiled_checkpoint
+    """Resume checkpoints with one replaced value until the time is over; return the exit code.
+
+    It is 1 if one of them breaks something.
+    """
+    from tests.soak.targets import examine, write_corrupted_checkpoint
 
     file, random, counts = folder / "input", Random(arguments.seed), [0, 0]
     end = monotonic() + arguments.seconds
     while monotonic() < end:
-        spoiled_checkpoint(file, random)
+        write_corrupted_checkpoint(file, random)
         try:
             counts[examine("checkpoint", file)] += 1
         except Exception:
@@ -86,7 +88,8 @@ def fuzz_values(folder: Path, arguments: argparse.Namespace) -> int:
             print(f"FAILED: {finding}", file=sys.stderr)
             return 1
     print(
-        f"{sum(counts)} checkpoints: {counts[True]} went on, {counts[False]} were refused in one line"
+        f"{sum(counts)} checkpoints: {counts[True]} were resumed,"
+        f" {counts[False]} were refused in one line"
     )
     return 0
 

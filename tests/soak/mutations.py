@@ -1,5 +1,6 @@
-"""How files are spoiled: byte by byte, as disks and transfers do it, or value by value, as people
-and other programs do it."""
+"""Corrupt files: byte by byte, as disks and transfers do, or value by value, as people and other
+programs do.
+"""
 
 from collections.abc import Iterator, MutableMapping, MutableSequence
 from copy import deepcopy
@@ -12,17 +13,39 @@ import torch
 Container = MutableMapping[Any, Any] | MutableSequence[Any]
 
 ODD_VALUES = (
-    None, True, False, 0, 1, -1, 3, 10**9, 2**70, 10**400, 0.5, -0.5, inf, nan, "", "min", "line\nbreak\x1b[31m", b"bytes",
-    [], [1], (), {}, {"a": {"b": 1}}, {0: 1},
-)  # fmt: skip
-"""What stands where something else belongs."""
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    10**9,
+    2**70,
+    10**400,
+    0.5,
+    -0.5,
+    inf,
+    nan,
+    "",
+    "min",
+    "line\nbreak\x1b[31m",
+    b"bytes",
+    [],
+    [1],
+    (),
+    {},
+    {"a": {"b": 1}},
+    {0: 1},
+)
+"""Values that replace others."""
 
 
 def mutated(data: bytes, random: Random) -> bytes:
-    """A few bytes changed, cut out or doubled; half of the time near the beginning, where a
-    checkpoint's structure is."""
+    """Change, remove or double a few bytes, half of the time near the beginning."""
     changed = bytearray(data)
     for _ in range(random.randrange(1, 4)):
+        # a checkpoint's structure is near its beginning
         near = min(len(changed), 20_000) if random.random() < 0.5 else len(changed)
         place = random.randrange(near)
         match random.randrange(3):
@@ -36,9 +59,8 @@ def mutated(data: bytes, random: Random) -> bytes:
     return bytes(changed)
 
 
-def spoiled(contents: dict[str, Any], random: Random) -> dict[str, Any]:
-    """A copy of a checkpoint's contents in which one value is lost, replaced, or has changed places
-    with another one."""
+def corrupted(contents: dict[str, Any], random: Random) -> dict[str, Any]:
+    """Return a copy of a checkpoint's contents with one value lost, replaced or exchanged."""
     contents = deepcopy(contents)
     container, key = random.choice(list(_places(contents, random)))
     match random.randrange(4):
@@ -55,8 +77,7 @@ def spoiled(contents: dict[str, Any], random: Random) -> dict[str, Any]:
 
 
 def _places(contents: dict[str, Any], random: Random) -> Iterator[tuple[Container, Any]]:
-    """A way down into the contents, chosen at random: every container on it, with the key at which
-    it goes on."""
+    """Yield the containers on a random path into the contents, with the key that it takes."""
     container: Any = contents
     while isinstance(container, MutableMapping | MutableSequence) and len(container):
         key = random.choice(list(_keys(container)))
@@ -69,7 +90,7 @@ def _keys(container: Container) -> Iterator[Any]:
 
 
 def _odd_tensor(value: Any, random: Random) -> Any:
-    """A tensor of another shape, type or content than `value`, or one where none was."""
+    """Return a tensor of another shape, type or content, or a tensor instead of another value."""
     if not isinstance(value, torch.Tensor):
         return torch.zeros(random.choice([(), (1,), (3, 3)]))
     return random.choice(

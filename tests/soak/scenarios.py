@@ -1,4 +1,4 @@
-"""What is trained, over and over: small runs that use everything a checkpoint has to carry."""
+"""Small runs that use everything a checkpoint holds."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,19 @@ from base.config.tree import merge
 SMALL = {
     "name": "soak",
     "seed": 3,
-    "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
-    "data_loader": {"type": "ImageFolderDataLoader", "args": {"batch_size": 8, "validation_split": 0.1}},
+    "arch": {
+        "type": "simpleCNN",
+        "args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"},
+    },
+    "data_loader": {
+        "type": "ImageFolderDataLoader",
+        "args": {"batch_size": 8, "validation_split": 0.1},
+    },
     "optimizer": {"type": "SGD", "args": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}},
     "trainer": {"epochs": 10, "ema_decay": 0.9},
     "adversarial": {"method": "none", "report": False, "validate_images": 10},
     "system": {"num_threads": 1},
-}  # fmt: skip
+}
 NOISY = {"sym": True, "percent": 0.4, "early_stop": 8}
 WIDE = {
     "conv_layer_type": "conv",
@@ -28,7 +34,8 @@ WIDE = {
 }
 SCENARIOS: dict[str, dict[str, Any]] = {
     "standard, label noise, early stop, plateau": {
-        "trainer": NOISY, "lr_scheduler": {"type": "ReduceLROnPlateau", "args": {"patience": 1}},
+        "trainer": NOISY,
+        "lr_scheduler": {"type": "ReduceLROnPlateau", "args": {"patience": 1}},
     },
     "standard, dropout, AdamW, one cycle, mixup": {
         "arch": {"type": "wide_resnet", "args": WIDE},
@@ -50,21 +57,27 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "pgd_attack": {"K": 3},
         "augmentation": {"cutout": 8},
     },
-    "standard, two loader workers": {"data_loader": {"args": {"in_memory": False, "num_workers": 2}}},
-    "standard, two processes": {"n_gpu": 2, "system": {"device": "cpu"}, "trainer": {"save_period": 2}},
-}  # fmt: skip
-"""Name -> what differs from `SMALL`."""
+    "standard, two loader workers": {
+        "data_loader": {"args": {"in_memory": False, "num_workers": 2}}
+    },
+    "standard, two processes": {
+        "n_gpu": 2,
+        "system": {"device": "cpu"},
+        "trainer": {"save_period": 2},
+    },
+}
+"""Name -> differences from `SMALL`."""
 
 
 def tree_of(name: str, folder: Path) -> dict[str, Any]:
-    """The config of a scenario, whose image files lie in `folder`."""
+    """Return the config of a scenario, with image files in `folder`."""
     return merge(
         merge(SMALL, SCENARIOS[name]), {"data_loader": {"args": {"data_dir": str(folder)}}}
     )
 
 
 def write_images(folder: Path, training: int = 24, test: int = 3, side: int = 16) -> None:
-    """Three classes of so many training and test images of noise, of `side` x `side` pixels."""
+    """Write noise images of `side` x `side` pixels in three classes, with this many in each."""
     generator = np.random.default_rng(0)
     for part, count in (("train", training), ("test", test)):
         for label in "abc":

@@ -1,4 +1,4 @@
-"""What is fuzzed: everything that reads a file which may come from elsewhere."""
+"""The targets of the fuzzer: code that reads files which may come from elsewhere."""
 
 import atexit
 import io
@@ -27,7 +27,7 @@ from base.config.tree import merge
 from base.errors import ProjectError, Stopped
 from base.optim import check_optimization
 from base.run_folder.names import LAST
-from tests.soak.mutations import spoiled
+from tests.soak.mutations import corrupted
 from tests.soak.scenarios import write_images
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -45,15 +45,15 @@ SMALL = {
     "system": {"num_threads": 1},
 }
 BATCHES = 3
-"""Minibatches in an epoch of it."""
+"""Minibatches in an epoch of such a run."""
 
 
-class _Enough(Exception):  # noqa: N818 - not an error: the run has shown that it goes on
+class _StepDone(Exception):  # noqa: N818 - not an error: a resumed run can train
     """A resumed run has made a step."""
 
 
 def read_config(file: Path) -> None:
-    """As train.py does, before it looks for data."""
+    """Read a config as train.py does before it reads data."""
     config = load_config(file)
     check_optimization(config.optimizer, config.lr_scheduler)
     if validate(config.dump()).dump() != config.dump():
@@ -61,32 +61,31 @@ def read_config(file: Path) -> None:
 
 
 def read_checkpoint(file: Path) -> None:
-    """As evaluation and resume do; what can be resumed goes on for one step, in the folder of the
-    file."""
+    """Read a checkpoint as evaluation and resume do; resume it for one step in its folder."""
     load_checkpoint(file)
     update = BaseTrainer.update
 
     def update_once(trainer: BaseTrainer, losses: Tensor) -> None:
         update(trainer, losses)
-        raise _Enough
+        raise _StepDone
 
-    # an odd n_gpu starts processes, which is too much here
+    # without launch, a changed n_gpu would start processes
     with (
         patch.object(BaseTrainer, "update", update_once),
         patch("experiment.experiment.launch"),
-        suppress(_Enough),
+        suppress(_StepDone),
     ):
         _train("-r", file)
 
 
 def _train(*words: str | Path) -> None:
-    """As `train.py` with these words."""
+    """Run `train.py` with these arguments."""
     with patch.object(sys, "argv", ["train.py", *map(str, words)]):
         train.main()
 
 
 def config_seeds() -> list[bytes]:
-    """All shipped configs."""
+    """Return all shipped configs."""
     return [
         file.read_bytes()
         for file in sorted(CONFIGS.rglob("*.json"))
@@ -95,13 +94,14 @@ def config_seeds() -> list[bytes]:
 
 
 def checkpoint_seeds() -> list[bytes]:
-    """A sealed checkpoint of a run in the middle of its second epoch, and without a seal in both of
-    torch's formats."""
+    """Return a run's checkpoint from its second epoch, with a checksum and without one in both of
+    torch's formats.
+    """
     contents = resumable()
     seeds = []
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder, "sealed"), contents)
-        seeds.append(Path(folder, "sealed").read_bytes())
+        save_checkpoint(Path(folder, "with_checksum"), contents)
+        seeds.append(Path(folder, "with_checksum").read_bytes())
     for zipped in (True, False):
         file = io.BytesIO()
         torch.save({**contents, "schema_version": 1}, file, _use_new_zipfile_serialization=zipped)
@@ -111,8 +111,10 @@ def checkpoint_seeds() -> list[bytes]:
 
 @cache
 def resumable() -> dict[str, Any]:
-    """The contents of a checkpoint from which a run goes on. Its images stay as long as this
-    process."""
+    """Return the contents of a checkpoint to resume from.
+
+    Its images are removed when this process exits.
+    """
     place = Path(tempfile.mkdtemp())
     atexit.register(rmtree, place, ignore_errors=True)
     write_images(place / "images", training=4, test=1, side=8)
@@ -130,9 +132,9 @@ def resumable() -> dict[str, Any]:
     return load_checkpoint(place / "run" / LAST)
 
 
-def spoiled_checkpoint(file: Path, random: Random) -> None:
-    """Write a sealed checkpoint in which one value is odd."""
-    save_checkpoint(file, spoiled(resumable(), random))
+def write_corrupted_checkpoint(file: Path, random: Random) -> None:
+    """Write a checkpoint with a valid checksum in which one value is corrupted."""
+    save_checkpoint(file, corrupted(resumable(), random))
 
 
 TARGETS: dict[str, tuple[Callable[[Path], None], Callable[[], list[bytes]]]] = {
@@ -142,11 +144,11 @@ TARGETS: dict[str, tuple[Callable[[Path], None], Callable[[], list[bytes]]]] = {
 
 
 def examine(target: str, file: Path) -> bool:
-    """Read a file; whether it was good. Anything but a result or an error of one line is raised.
+    """Read a file; return whether it is accepted, or refused with an error of one line.
 
     Raises:
-        AssertionError: an error of several lines.
-        Exception: whatever else happens.
+        AssertionError: the error has several lines.
+        Exception: any other error.
     """
     try:
         TARGETS[target][0](file)

@@ -1,5 +1,4 @@
-"""The soak and the fuzzer in small: a run that is ended again and again, and mutated files; both
-find what is broken."""
+"""Short versions of the endurance test and of the fuzzer; both find what is broken."""
 
 import json
 from random import Random
@@ -15,15 +14,15 @@ from tests.soak import targets
 from tests.soak.endurance import Endurance, Tally
 from tests.soak.mutations import mutated
 from tests.soak.scenarios import SCENARIOS, SMALL, tree_of, write_images
-from tests.soak.targets import TARGETS, examine, resumable, spoiled_checkpoint
+from tests.soak.targets import TARGETS, examine, resumable, write_corrupted_checkpoint
 
 PLATEAU = "standard, label noise, early stop, plateau"
-MUTATIONS, SPOILED = 200, 100
+MUTATIONS, CORRUPTED = 200, 100
 
 
 @pytest.fixture
 def endure(tmp_path, monkeypatch):
-    """Runs of four epochs, until there are enough; the tally."""
+    """A function that makes runs of four epochs until the tally suffices, and returns it."""
     monkeypatch.setitem(SMALL["trainer"], "epochs", 4)
     write_images(tmp_path / "images")
 
@@ -43,13 +42,11 @@ def test_a_run_survives(endure):
     assert tally.counts["minibatches"] == 36 * tally.counts["runs"]
 
 
-def test_what_is_lost_is_found(endure, monkeypatch):
-    # its momentum begins anew at every resume
+def test_a_lost_state_is_found(endure, monkeypatch):
+    # the momentum is lost at every resume
     monkeypatch.setattr(Optimizer, "load_state_dict", lambda self, state: None)
     tally = endure(lambda tally: tally.failures or tally.counts["runs"] > 8)
-    assert any(
-        "differs from the run that was left in peace" in failure for failure in tally.failures
-    )
+    assert any("differs from the undisturbed run" in failure for failure in tally.failures)
 
 
 def test_scenarios_are_complete_configs():
@@ -62,7 +59,7 @@ def test_scenarios_are_complete_configs():
 
 
 def fuzz(target, folder):
-    """Counts of good and of refused files."""
+    """Return the numbers of refused and of accepted files."""
     random, file, counts = Random(0), folder / "input", [0, 0]
     seeds = TARGETS[target][1]()
     for seed in seeds:
@@ -75,34 +72,33 @@ def fuzz(target, folder):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_mutated_files_are_results_or_one_line(tmp_path, target):
+def test_mutated_files_are_accepted_or_refused_in_one_line(tmp_path, target):
     refused, _ = fuzz(target, tmp_path)
     assert refused > MUTATIONS / 4
 
 
-def resume_what_is_spoiled(folder):
-    """Counts of checkpoints that go on for a step and of refused ones, among those with one odd
-    value."""
+def resume_corrupted_checkpoints(folder):
+    """Return the numbers of refused and of resumed checkpoints with one corrupted value."""
     random, file, counts = Random(7), folder / "input", [0, 0]
-    for _ in range(SPOILED):
-        spoiled_checkpoint(file, random)
+    for _ in range(CORRUPTED):
+        write_corrupted_checkpoint(file, random)
         counts[examine("checkpoint", file)] += 1
     return counts
 
 
-def test_odd_values_in_a_checkpoint_are_refused_or_change_nothing(tmp_path):
-    refused, good = resume_what_is_spoiled(tmp_path)
-    assert refused > SPOILED / 2
+def test_corrupted_values_are_refused_or_harmless(tmp_path):
+    refused, good = resume_corrupted_checkpoints(tmp_path)
+    assert refused > CORRUPTED / 2
     assert good > 0
 
 
-def test_an_odd_value_that_nobody_checks_is_found(tmp_path, monkeypatch):
+def test_a_corrupted_value_that_is_not_checked_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(base.checkpoint.resume, "check_training_state", lambda contents, file: None)
     monkeypatch.setattr(
         base.base_trainer, "checked_optimizer_state", lambda optimizer, model, saved, source: saved
     )
     with pytest.raises((AttributeError, KeyError, TypeError, ValueError, RuntimeError)):
-        resume_what_is_spoiled(tmp_path)
+        resume_corrupted_checkpoints(tmp_path)
 
 
 def test_every_seed_is_resumed_for_a_step(tmp_path, monkeypatch):
@@ -120,7 +116,7 @@ def test_every_seed_is_resumed_for_a_step(tmp_path, monkeypatch):
     assert steps == [resumable()["batch"]] * len(seeds)
 
 
-def test_the_fuzzer_finds_an_error_that_is_none_of_ours(tmp_path, monkeypatch):
+def test_the_fuzzer_finds_an_error_of_another_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(base.checkpoint.checkpoint, "CheckpointError", ValueError)
     monkeypatch.setattr(targets, "ProjectError", KeyError)
     with pytest.raises(ValueError, match="input|no such checkpoint"):

@@ -1,4 +1,4 @@
-"""Grid files: the runs they stand for, and one line for everything that can be wrong with them."""
+"""Grid files: the runs that they describe, and one line for every error in them."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def grid_file(tmp_path):
     return write
 
 
-def test_axes_are_multiplied_and_named_variants_stand_beside_them(grid_file, tmp_path):
+def test_axes_are_combined_and_named_variants_are_added(grid_file, tmp_path):
     path = grid_file(
         axes={"norm": NORMS, "size": {"8": {"trainer.epochs": 8}, "9": {"trainer.epochs": 9}}},
         seeds=[3, 4],
@@ -57,7 +57,7 @@ def test_axes_are_multiplied_and_named_variants_stand_beside_them(grid_file, tmp
     assert describe(plan(path, seeds=[1]))[2] == "one: base.json, trainer.epochs=1 (seeds 1)"
 
 
-def test_a_grid_says_for_all_its_runs_that_keys_may_be_without_effect(grid_file):
+def test_a_grid_silences_warnings_of_unused_keys_for_all_its_runs(grid_file):
     axes = {"training": {"plain": {}, "trades": {"adversarial.method": "trades"}}}
     variants = {"other": {"adversarial.beta": 2}}
     loud = plan(grid_file(axes=axes, variants=variants))
@@ -69,7 +69,7 @@ def test_a_grid_says_for_all_its_runs_that_keys_may_be_without_effect(grid_file)
     assert '_unused_ok=["adversarial.beta"]' in quiet[2].words()
 
 
-def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_compares(
+def test_a_folders_name_depends_on_all_that_changes_results_and_on_what_is_compared(
     grid_file, tmp_path
 ):
     base = json.loads((tmp_path / "base.json").read_text())
@@ -89,19 +89,27 @@ def test_a_run_is_known_by_all_that_can_change_its_result_and_by_what_the_grid_c
         for file in ("a.npy", "b/c.npy")
     ]
     assert noisy[0] == noisy[1] != plain, (
-        "where a noise file lies does not matter, but that there is one"
+        "it matters that there is a noise file, but not where it lies"
     )
     changes = {
-        "trainer.epochs": 2, "optimizer.args.lr": 0.2, "adversarial.epsilon": 4, "system.precision": "bf16", "n_gpu": 2,
-        "trainer.early_stop": 3, "adversarial.report": False, "adversarial.report_images": 20,
-        "system.compile": True, "data_loader.args.data_dir": "/elsewhere", "system.num_threads": 2,
-    }  # fmt: skip
+        "trainer.epochs": 2,
+        "optimizer.args.lr": 0.2,
+        "adversarial.epsilon": 4,
+        "system.precision": "bf16",
+        "n_gpu": 2,
+        "trainer.early_stop": 3,
+        "adversarial.report": False,
+        "adversarial.report_images": 20,
+        "system.compile": True,
+        "data_loader.args.data_dir": "/elsewhere",
+        "system.num_threads": 2,
+    }
     assert (
         len({folder({key: value}) for key, value in changes.items()} | {plain}) == len(changes) + 1
     )
 
 
-def test_settings_of_the_command_line_lie_on_top_of_every_variant(grid_file, tmp_path):
+def test_overrides_are_put_on_top_of_every_variant(grid_file, tmp_path):
     always = {"trainer.epochs": 4, "augmentation.flip": False}
     path = grid_file(variants={"a": {**always, "optimizer.args.lr": 0.1}, "b": always})
     overrides = [
@@ -113,19 +121,28 @@ def test_settings_of_the_command_line_lie_on_top_of_every_variant(grid_file, tmp
     assert first.config.optimizer.args["weight_decay"] == 0.3
     assert (first.config.augmentation.flip, first.config.trainer.epochs) == (True, 7)
     assert first.words()[5:] == [
-        "--set", "trainer.epochs=4", "--set", "augmentation.flip=false", "--set", "optimizer.args.lr=0.1",
-        "--set", "optimizer.args.weight_decay=0.3", "--set", "augmentation.flip=true", "--set", "trainer.epochs=7",
-        "--seed", "0",
-    ]  # fmt: skip
+        "--set",
+        "trainer.epochs=4",
+        "--set",
+        "augmentation.flip=false",
+        "--set",
+        "optimizer.args.lr=0.1",
+        "--set",
+        "optimizer.args.weight_decay=0.3",
+        "--set",
+        "augmentation.flip=true",
+        "--set",
+        "trainer.epochs=7",
+        "--seed",
+        "0",
+    ]
     assert describe([first]) == [
         "a: base.json, trainer.epochs=7, augmentation.flip=true, optimizer.args.lr=0.1,"
         " optimizer.args.weight_decay=0.3 (seeds 0)"
     ]
 
 
-def test_a_setting_of_the_command_line_names_a_run_as_if_it_stood_in_the_base_config(
-    grid_file, tmp_path
-):
+def test_an_override_names_a_run_like_the_same_setting_in_the_base_config(grid_file, tmp_path):
     path = grid_file(variants={"v": {"augmentation.flip": False}})
     given = [
         run.folder.name
@@ -148,7 +165,7 @@ def test_a_setting_of_the_command_line_names_a_run_as_if_it_stood_in_the_base_co
         ("system.num_threads", "3", "system.num_threads (its default in a, 2 in b)"),
     ],
 )
-def test_what_the_grid_varies_cannot_be_set(grid_file, tmp_path, key, text, shown):
+def test_a_key_that_the_grid_varies_cannot_be_overridden(grid_file, tmp_path, key, text, shown):
     a, b = (
         {"trainer.epochs": 4, "optimizer.args.lr": 0.3},
         {"trainer.epochs": 5, "system.num_threads": 2},
@@ -162,7 +179,7 @@ def test_what_the_grid_varies_cannot_be_set(grid_file, tmp_path, key, text, show
     assert str(caught.value).startswith(f"--set {key}={text}: {path} itself varies {shown}")
 
 
-def test_settings_of_the_command_line_name_the_run_but_for_places_and_defaults(grid_file):
+def test_overrides_of_places_and_to_defaults_do_not_change_a_folders_name(grid_file):
     path = grid_file(variants={"v": {"system.num_threads": 1}})
 
     def folder(*overrides):
@@ -218,7 +235,7 @@ def test_settings_of_the_command_line_name_the_run_but_for_places_and_defaults(g
         ("seed", "3", "^--set seed=3: the seeds of a study are given by --seed$"),
     ],
 )
-def test_a_bad_setting_of_the_command_line_is_one_line(grid_file, key, text, message):
+def test_a_bad_override_is_one_line(grid_file, key, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         plan(grid_file(variants={"v": {}}), overrides=[(key, text)])
     assert "\n" not in str(caught.value)
@@ -249,13 +266,13 @@ def test_the_list_shows_what_files_set_and_what_differs(grid_file, tmp_path):
 
 @pytest.fixture
 def own_code(tmp_path, request):
-    """A file, of a name of its own, that registers a norm layer, and has no place in the tables
-    afterwards."""
+    """A file with a unique name that registers a norm layer, which is removed afterwards."""
     file = tmp_path / f"norm_of_a_grid_{request.node.callspec.id}.py"
     file.write_text(
         "from models.layers.norms import batch_norm\n"
         "from base.registry import NORM_LAYERS\n"
-        "NORM_LAYERS['of_a_grid'] = lambda channels, affine=True, norm_groups=32: batch_norm(channels)\n"
+        "NORM_LAYERS['of_a_grid'] = "
+        "lambda channels, affine=True, norm_groups=32: batch_norm(channels)\n"
     )
     yield file
     NORM_LAYERS.pop("of_a_grid", None)
@@ -278,7 +295,7 @@ def test_own_code_of_the_base_and_of_the_command_line_reaches_the_runs(
     given = ["--imports", str(own_code)]
     assert (given == run.words()[5:7]) == by_flag
     assert run.words_to_resume() == ["train.py", "-r", str(run.folder), *given], (
-        "a run folder by itself runs no code"
+        "a run folder alone runs no code"
     )
 
 
@@ -292,7 +309,7 @@ def test_adversarial_runs_get_their_script(grid_file):
 @pytest.mark.parametrize(
     "value", ["bn", "12", "true", "max val_top1", 0.1, True, None, [1, 2], {"a": 1}]
 )
-def test_words_mean_the_value(value):
+def test_a_formatted_value_means_the_same(value):
     try:
         assert json.loads(format_value(value)) == value
     except ValueError:
@@ -329,7 +346,7 @@ def test_words_mean_the_value(value):
             {"variants": {"a": {"optimizer.type": "Adam", "optimizer.args.momentum": 0.9}}},
             r"json: variants\.a: optimizer.args.momentum: Adam takes no such",
         ),
-        ({"variants": {"../a": {}}}, r"'../a': a variant's name is made of"),
+        ({"variants": {"../a": {}}}, r"'../a': a variant's name may hold"),
         ({"variants": {"a": "none.json"}}, "study.json: a: .*none.json: no such config file"),
         (
             {"variants": {"a": {"trainer.epochs": "many"}}},

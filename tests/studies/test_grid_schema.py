@@ -1,4 +1,4 @@
-"""The schema of grid files: current, and it takes good grids and refuses bad ones."""
+"""The schema of grid files is current, accepts good grids and refuses bad ones."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_every_shipped_grid_names_the_schema_and_is_valid(file, validator):
         {"lr_scheduler": None, "trainer": {"epochs": 3}},
     ],
 )
-def test_settings_that_are_taken(settings, validator):
+def test_settings_that_are_accepted(settings, validator):
     validator.validate(
         {"base": "b.json", "axes": {"a": {"x": settings}}, "variants": {"v": settings}}
     )

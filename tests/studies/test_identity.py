@@ -1,4 +1,4 @@
-"""The names of run folders: those of earlier versions stay."""
+"""The names of run folders stay those of earlier versions."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ OF_6B87CE2 = {
 
 
 @pytest.mark.parametrize("grid", OF_6B87CE2)
-def test_folders_of_begun_studies_keep_their_names(grid):
+def test_folders_of_existing_studies_keep_their_names(grid):
     name = OF_6B87CE2[grid]
     variant, _, rest = name.rpartition("_seed")
     (run,) = plan(GRIDS / f"{grid}.json", [variant], [int(rest[0])])
@@ -36,19 +36,25 @@ OF_4BC1DE1 = [
     ("1824eb9021", {"arch": {"args": {"stem": None, "oni_rule": None}}}),
     ("ad1806bbb6", {"arch": {"args": {"stem": "cifar"}}}),
     ("75c0f37ce3", {"arch": {"args": {"norm_groups": 8}}}),
-    ("054eea62e9", {"arch": {"type": "wide_resnet", "args": {"depth": 16, "widen_factor": 2, "dropout": 0}}}),
+    (
+        "054eea62e9",
+        {"arch": {"type": "wide_resnet", "args": {"depth": 16, "widen_factor": 2, "dropout": 0}}},
+    ),
     ("b34f72ffe8", {"arch": {"args": {"conv_layer_type": "oni_conv", "oni_rule": "paper"}}}),
     ("cd548141e9", {"adversarial": {"method": "trades", "beta": 6, "clean_passes": 1}}),
     ("36b4c05534", {"adversarial": {"method": "trades", "clean_passes": 2}}),
     ("8c86f26798", {"adversarial": {"method": "pgd", "steps": 10, "bn_mode": "train"}}),
     ("864a4b3bd3", {"adversarial": {"method": "none", "steps": 3}}),
-    ("cfdd380721", {
-        "data_loader": {
-            "type": "ImageFolderDataLoader",
-            "args": {"data_dir": "x", "image_size": 32, "in_memory": True, "test_split": 0.2},
+    (
+        "cfdd380721",
+        {
+            "data_loader": {
+                "type": "ImageFolderDataLoader",
+                "args": {"data_dir": "x", "image_size": 32, "in_memory": True, "test_split": 0.2},
+            },
         },
-    }),
-]  # fmt: skip
+    ),
+]
 """Hashes of commit 4bc1de1, the last in which one list named the arguments of all parts."""
 
 
@@ -62,15 +68,15 @@ def test_every_hashed_key_is_a_config_key():
     assert [key for key in HASHED_AT_DEFAULT if annotation_at(key.split(".")) is None] == []
 
 
-def test_a_new_key_names_a_run_only_where_it_is_not_at_its_default(monkeypatch):
+def test_a_new_key_changes_a_name_only_if_it_is_not_at_its_default(monkeypatch):
     tree = {"data_loader": {"type": "DigitsDataLoader"}, "augmentation": {"crop_padding": 3}}
     usual = identity(validate(tree))
-    # as if a key, and then a whole section, had come later
+    # as if a key, and then a whole section, had been added later
     monkeypatch.setattr(
         "studies.identity.HASHED_AT_DEFAULT", tuple(set(HASHED_AT_DEFAULT) - {"augmentation.flip"})
     )
     without = identity(validate(tree))
-    assert without != usual, "it is hashed no more"
+    assert without != usual, "it is no longer hashed"
     given = {**tree, "augmentation": {"crop_padding": 3, "flip": True}}
     assert identity(validate(given)) == without
     assert (

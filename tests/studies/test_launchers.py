@@ -1,4 +1,4 @@
-"""Jobs of a cluster: what has become of them."""
+"""Jobs of a cluster, their commands and the reasons of their failures."""
 
 import json
 import pickle
@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from base.config import imports
+from base.rooms import ROOT
 from studies.grid import plan
-from studies.launchers import ROOT, ClusterJob, _quoted, command_of_job, work_of_job
+from studies.launchers import ClusterJob, _quoted, command_of_job, work_of_job
 from tiny_runs import script
 
 RULE = "-" * 22
@@ -18,7 +19,7 @@ TRACE = f"""Job (task=0) failed during processing with trace:
 {RULE}
 Traceback (most recent call last):
   ...
-submitit.core.utils.FailedJobError: {{said}}
+submitit.core.utils.FailedJobError: {{output}}
 
 {RULE}
 You can check full logs with 'job.stderr(0)' and 'job.stdout(0)'or at paths:
@@ -26,7 +27,7 @@ You can check full logs with 'job.stderr(0)' and 'job.stdout(0)'or at paths:
 
 
 class Job:
-    """A finished job of submitit that ended in an exception, or in none."""
+    """A finished job of submitit, with or without an exception."""
 
     def __init__(self, exception):
         self.ended_in = exception
@@ -53,27 +54,27 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "error"),
+    ("output", "error"),
     [
-        ("", "its job says nothing"),
+        ("", "its job printed nothing"),
         (
             "Job 7 has not produced any output\nlook at:\n- x.out",
             "Job 7 has not produced any output",
         ),
-        (TRACE.format(said="warning: x\ngrid.json: no such file"), "grid.json: no such file"),
-        (TRACE.format(said="grid.json: no such file"), "grid.json: no such file"),
+        (TRACE.format(output="warning: x\ngrid.json: no such file"), "grid.json: no such file"),
+        (TRACE.format(output="grid.json: no such file"), "grid.json: no such file"),
         (
-            TRACE.format(said="failed: plain bn seed 4 (exit code 5: epoch 1)"),
+            TRACE.format(output="failed: plain bn seed 4 (exit code 5: epoch 1)"),
             "exit code 5: epoch 1",
         ),
     ],
 )
-def test_a_job_that_failed_has_failed_whether_or_not_it_says_why(run, said, error):
-    job = ClusterJob(Job(RuntimeError(said)), run)
+def test_a_failed_job_is_reported_with_its_reason_if_it_has_one(run, output, error):
+    job = ClusterJob(Job(RuntimeError(output)), run)
     assert (job.exit_code(), job.error()) == (1, error)
 
 
-def test_a_job_has_done_its_work_when_its_run_is_finished(run):
+def test_a_job_has_succeeded_only_if_its_run_is_finished(run):
     job = ClusterJob(Job(None), run)
     assert job.exit_code() == 1
     assert "has changed" in job.error()
@@ -93,7 +94,7 @@ def test_a_jobs_command_plans_its_run_alone(run, tmp_path):
     assert done.stdout.endswith(" --imports own.py --set 'name=a b' --seed 4\n")
 
 
-def test_a_job_that_has_to_go_is_queued_again_with_the_same_command(run):
+def test_a_preempted_job_is_queued_again_with_the_same_command(run):
     helpers = pytest.importorskip("submitit.helpers")
     work = helpers.DelayedSubmission(work_of_job(run))
     for _ in range(2):
@@ -101,7 +102,7 @@ def test_a_job_that_has_to_go_is_queued_again_with_the_same_command(run):
         assert work.function.command == command_of_job(run)
 
 
-def test_words_that_a_terminal_cannot_show_come_back_from_a_shell():
+def test_a_shell_reads_quoted_words_as_they_were():
     for word in ("plain", "two words", "it's", "a\x1b[2J\nb", "\u202e'\\x41\t$HOME", "кот"):
         assert _quoted(word).isprintable()
         done = subprocess.run(

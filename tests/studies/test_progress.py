@@ -1,4 +1,4 @@
-"""What is known about a run from its folder, and the table of it."""
+"""The progress of a run, read from its folder, and the table that shows it."""
 
 import json
 from pathlib import Path
@@ -7,66 +7,79 @@ import pytest
 
 from base.config import validate
 from base.errors import ConfigError
-from studies.grid import Run
+from studies.grid import StudyRun
 from studies.launchers import command
 from studies.progress import (
-    BROKEN,
-    FINISHED,
-    NEW,
     Progress,
-    as_duration,
+    State,
+    StatusRow,
     changed_places,
-    look,
-    table,
+    format_duration,
+    format_table,
+    read_progress,
 )
 
 
 @pytest.fixture
 def run(tmp_path):
     config = validate({"data_loader": {"type": "DigitsDataLoader"}, "trainer": {"epochs": 4}})
-    return Run("plain", {}, 0, 1, Path("config.json"), {}, config, tmp_path)
+    return StudyRun(
+        variant="plain",
+        labels={},
+        position=0,
+        seed=1,
+        config_file=Path("config.json"),
+        settings={},
+        config=config,
+        folder=tmp_path,
+    )
 
 
-def test_states_of_a_folder(run):
-    assert look(run) == Progress(NEW, 0, None)
+def test_the_state_of_a_run_folder(run):
+    assert read_progress(run) == Progress(State.NEW, 0, None)
     (run.folder / "config.json").write_text(json.dumps(run.config.dump()))
-    assert look(run).state == NEW, "killed before its first checkpoint"
+    assert read_progress(run).state is State.NEW, "killed before its first checkpoint"
     (run.folder / "model_last.pth").touch()
     lines = [
         json.dumps({"epoch": epoch, "val_top1": value})
         for epoch, value in ((1, 0.5), (2, 0.7), (3, 0.6))
     ]
     (run.folder / "metrics.jsonl").write_text("\n".join(lines)[:-3])
-    assert look(run) == Progress(BROKEN, 2, 0.7), "the line that is being written does not count"
+    assert read_progress(run) == Progress(State.INTERRUPTED, 2, 0.7), (
+        "the line that is being written does not count"
+    )
     (run.folder / "result.json").write_text("{}")
-    assert look(run).state == FINISHED
+    assert read_progress(run).state is State.FINISHED
     (run.folder / "model_last.pth").unlink()
-    assert look(run).state == FINISHED, "its checkpoints may be deleted"
+    assert read_progress(run).state is State.FINISHED, "its checkpoints may be deleted"
 
 
 def test_a_folder_of_another_run_is_refused(run):
     (run.folder / "model_last.pth").touch()
     with pytest.raises(ConfigError, match="holds a checkpoint, but no config.json"):
-        look(run)
+        read_progress(run)
     (run.folder / "config.json").write_text(json.dumps({**run.config.dump(), "seed": 5}))
     with pytest.raises(
         ConfigError,
         match="holds another run than plain seed 1: seed: the run was started with 5; 0 would",
     ):
-        look(run)
+        read_progress(run)
 
 
-def test_a_run_that_is_continued_gets_what_has_moved(run):
+def test_a_continued_run_gets_the_places_that_have_changed(run):
     saved = run.config.dump()
     saved["data_loader"]["args"]["data_dir"] = "/old place"
     saved["system"] |= {"num_threads": 2, "device": "cpu"}
     saved["comet"] = {"offline": True, "project": "p"}
     (run.folder / "config.json").write_text(json.dumps(saved))
     (run.folder / "model_last.pth").touch()
-    assert look(run).state == BROKEN, "places make no other run of it"
+    assert read_progress(run).state is State.INTERRUPTED, "other places do not make it another run"
     assert dict(changed_places(run)) == {
-        "data_loader.args.data_dir": "null", "system.num_threads": "null", "system.device": "auto", "comet": "null",
-    }  # fmt: skip
+        "data_loader.args.data_dir": "null",
+        "system.num_threads": "null",
+        "system.device": "auto",
+        "comet": "null",
+    }
     words = command(run)[2:]
     assert words[:2] == ["-r", str(run.folder)]
     assert words[words.index("system.device=auto") - 1] == "--set"
@@ -82,18 +95,23 @@ def test_a_damaged_file_is_named(run, name):
         (run.folder / name).write_bytes(damage)
         with pytest.raises(
             ConfigError,
-            match=f"{name}: damaged: Expecting .*; move {run.folder} away to begin again$",
+            match=f"{name}: .*; move {run.folder} away to begin again$",
         ):
-            look(run)
+            read_progress(run)
 
 
 def test_the_table_has_a_line_per_run(run):
-    lines = table(
-        [(run, Progress("running", 2, 0.701), 185.0), (run, Progress("new", 0, None), None)]
-    ).splitlines()
-    assert [line.split() for line in lines] == [
+    rows = [
+        StatusRow(run, Progress(State.RUNNING, 2, 0.701), 185.0),
+        StatusRow(run, Progress(State.NEW, 0, None), None),
+    ]
+    assert [line.split() for line in format_table(rows)] == [
         ["run", "state", "epoch", "best", "left"],
         ["plain", "seed", "1", "running", "2/4", "val_top1", "70.10%", "3", "min"],
         ["plain", "seed", "1", "new", "0/4"],
     ]
-    assert [as_duration(seconds) for seconds in (40, 100, 3900)] == ["40 s", "2 min", "1 h 05 min"]
+    assert [format_duration(seconds) for seconds in (40, 100, 3900)] == [
+        "40 s",
+        "2 min",
+        "1 h 05 min",
+    ]

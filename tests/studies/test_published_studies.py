@@ -1,6 +1,6 @@
-"""The shipped grids and configs against the facts about the studies that they continue.
+"""The shipped grids and configs agree with the published studies that they continue.
 
-The values are written out here: they are those of the studies' own pages and code.
+The values written out here are from the studies' own pages and code.
 """
 
 import json
@@ -20,8 +20,15 @@ from studies.grid import plan
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 PRESETS = (
-    "baseline", "resnet34", "resnet50", "no_batchnorm", "cosine_schedule", "no_schedule", "small_batch", "large_batch",
-)  # fmt: skip
+    "baseline",
+    "resnet34",
+    "resnet50",
+    "no_batchnorm",
+    "cosine_schedule",
+    "no_schedule",
+    "small_batch",
+    "large_batch",
+)
 
 
 def ablation(network, norm, batch, lr, epochs, schedule):
@@ -75,9 +82,13 @@ def values_of(config):
     assert optimizer.args.keys() == {"lr", "momentum", "weight_decay"}
     args = config.arch.args
     return ablation(
-        config.arch.type, args.norm_layer_type, config.data_loader.args.batch_size, optimizer.args["lr"],
-        config.trainer.epochs, schedule,
-    )  # fmt: skip
+        config.arch.type,
+        args.norm_layer_type,
+        config.data_loader.args.batch_size,
+        optimizer.args["lr"],
+        config.trainer.epochs,
+        schedule,
+    )
 
 
 @pytest.mark.parametrize(("grid", "expected"), [("resnet", BY_PAGE), ("resnet_as_run", AS_RUN)])
@@ -144,15 +155,15 @@ def test_preset_files_are_the_grids_variants(name):
     assert load_config(CONFIGS / "resnet_ablation" / f"{name}.json") == run.config
 
 
-def first_start(config, classes=10):
-    """The network of a config with its first weights."""
+def initial_network(config, classes=10):
+    """Return the network of a config with its initial weights."""
     arch = config.arch.model_dump(exclude_none=True)
     arch["args"]["num_classes"] = classes
     return build_model(arch)
 
 
 def check_comparison(config):
-    """What all adversarial runs of the study of BatchNorm and GroupNorm share."""
+    """Check what all adversarial runs of the BatchNorm and GroupNorm study have in common."""
     args, augmentation = config.data_loader.args, config.augmentation
     assert (args.batch_size, args.mean, args.std) == (
         128,
@@ -216,7 +227,7 @@ def test_the_comparisons_grid():
 
 
 def mapped_commands():
-    """Command of a continued study -> ours, from README's table."""
+    """Return command of a published study -> this project's command, from README's table."""
     rows = re.findall(
         r"^\| `([^`]+)`[^|]*\| `python ([^`]+)`", (ROOT / "README.md").read_text(), re.MULTILINE
     )
@@ -228,7 +239,7 @@ def config_of_command(words):
     return load_config(ROOT / arguments.config, config_overrides(arguments))
 
 
-def test_readmes_commands_mean_what_they_do_there():
+def test_readmes_commands_do_what_the_studies_commands_do():
     commands = mapped_commands()
     standard = config_of_command(commands["train.py --model resnet50"])
     assert (standard.arch.type, standard.arch.args.norm_layer_type) == ("resnet50", "gn")
@@ -262,9 +273,9 @@ def test_readmes_commands_mean_what_they_do_there():
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn"])
-def test_the_comparisons_networks_begin_as_there(norm):
+def test_the_comparisons_networks_start_with_the_studys_weights(norm):
     overrides: list[Override] = [("arch.args.norm_layer_type", norm)]
-    model = first_start(load_config(CONFIGS / "norm_comparison.json", overrides), classes=12)
+    model = initial_network(load_config(CONFIGS / "norm_comparison.json", overrides), classes=12)
     ends = [block.norm3.weight for block in model.modules() if hasattr(block, "norm3")]
     assert len(ends) == 16
     assert set(torch.cat(ends).tolist()) == ({0.0} if norm == "gn" else {1.0})

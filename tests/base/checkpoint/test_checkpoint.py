@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or absent, read without running code, refused with one line."""
+"""Checkpoint files are complete or absent, read without running code, or refused in one line."""
 
 import os
 import pickle
@@ -11,13 +11,9 @@ from torch import nn
 
 import base.checkpoint.checkpoint as checkpoint_module
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights, save_checkpoint
-from base.checkpoint.checkpoint import (
-    SCHEMA_VERSION,
-    keep_newest,
-    load_to_resume,
-    plain,
-    publish_copy,
-)
+from base.checkpoint.checkpoint import SCHEMA_VERSION, plain
+from base.checkpoint.manager import keep_newest, publish_copy
+from base.checkpoint.resume import load_to_resume
 from base.errors import CheckpointError
 
 CONTENTS = {"state_dict": {"weight": torch.arange(3.0)}, "epoch": 2}
@@ -30,7 +26,7 @@ def test_round_trip_carries_the_schema_version(tmp_path):
     assert loaded["schema_version"] == SCHEMA_VERSION
     assert loaded["epoch"] == 2
     assert torch.equal(loaded["state_dict"]["weight"], torch.arange(3.0))
-    assert list(tmp_path.iterdir()) == [path], "no temporary is left"
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +58,7 @@ def test_a_second_name_survives_the_replacement_of_the_first(tmp_path):
     assert (load_checkpoint(best)["epoch"], load_checkpoint(last)["epoch"]) == (2, 3)
 
 
-def test_retention_keeps_the_newest_by_number_and_touches_nothing_else(tmp_path):
+def test_only_the_newest_numbered_checkpoints_are_kept(tmp_path):
     names = [f"model_epoch_{epoch}.pth" for epoch in (1, 2, 9, 10, 40)] + [
         "model_best.pth",
         "model_epoch_3.pth.old",
@@ -77,7 +73,7 @@ def test_retention_keeps_the_newest_by_number_and_touches_nothing_else(tmp_path)
     }
 
 
-def test_run_folder_means_its_best_or_its_last(tmp_path):
+def test_a_run_folder_stands_for_its_best_or_its_last_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="holds neither model_best.pth nor model_last.pth"):
         find_checkpoint(tmp_path)
     save_checkpoint(tmp_path / "model_last.pth", CONTENTS)
@@ -148,7 +144,7 @@ def test_reading_runs_no_code(tmp_path, monkeypatch, form):
         ),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path, contents, message):
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, contents, message):
     path = tmp_path / "x.pth"
     if isinstance(contents, bytes):
         path.write_bytes(contents)
@@ -169,7 +165,10 @@ def test_truncated_file_is_refused(tmp_path):
 
 def test_weights_of_another_architecture_name_both_sides():
     model = nn.Linear(2, 3)
-    both_sides = r"f.pth: is of another architecture than this Linear: it lacks 1 .*\(bias, .* 1 keys.*\(gain,"
+    both_sides = (
+        r"f.pth: is of another architecture than this Linear:"
+        r" it lacks 1 .*\(bias, .* 1 keys.*\(gain,"
+    )
     with pytest.raises(CheckpointError, match=both_sides):
         load_weights(model, {"weight": torch.zeros(3, 2), "gain": torch.zeros(1)}, "f.pth")
     with pytest.raises(

@@ -1,5 +1,6 @@
-"""Every key of a checkpoint: missing, of another type, out of range or against another one, it is
-one line."""
+"""Any key of a checkpoint that is missing, of another type, out of range or contradicts another key
+is reported in one line.
+"""
 
 from copy import deepcopy
 from math import inf, nan
@@ -93,24 +94,22 @@ def at(contents, path):
 
 
 def places(value, path=()):
-    """Every key of a tree."""
-    below = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, (list, tuple))
-        else ()
-    )
+    """Yield the path of every key of a tree."""
+    below = ()
+    if isinstance(value, dict):
+        below = value.items()
+    elif isinstance(value, (list, tuple)):
+        below = enumerate(value)
     for key, inner in below:
         yield (*path, key)
         yield from places(inner, (*path, key))
 
 
-def test_a_whole_one_is_good():
+def test_a_complete_checkpoint_is_accepted():
     check_training_state(GOOD, FILE)
     check_readable(GOOD, FILE)
     assert set(TrainingState.model_fields) | {"schema_version"} == set(GOOD), (
-        "every key is tried here"
+        "every key is tested here"
     )
 
 
@@ -125,13 +124,13 @@ def test_keys_may_not_be_missing(key):
 
 
 FREE = ("optimizer.state.weight", "optimizer.param_groups.0", "scheduler", "method", "config")
-"""Other tests know more about what lies below these keys."""
+"""Keys whose contents are checked elsewhere."""
 
 
 @pytest.mark.parametrize(
     "path", [path for path in places(GOOD) if path[0] != "schema_version"], ids=str
 )
-def test_odd_values_are_one_line(path):
+def test_values_of_other_types_are_refused_in_one_line(path):
     dotted = ".".join(map(str, path))
     if any(dotted.startswith(f"{free}.") for free in FREE):
         return
@@ -162,7 +161,7 @@ CONTRADICTIONS = {
         {"progress": {"history": [{"epoch": 1}, {"epoch": 1}]}},
         "does not log the epochs from 1 to 2",
     ),
-    "best to come": (
+    "best epoch in the future": (
         {"progress": {"best_epoch": 3}},
         "'progress.best_epoch' is 3, but 2 epochs are done",
     ),
@@ -171,7 +170,7 @@ CONTRADICTIONS = {
         {"progress": {"train_seconds": 0.0}},
         "'progress.train_seconds' is 0 after 2 epochs",
     ),
-    "endless": (
+    "infinite": (
         {"progress": {"train_seconds": inf}},
         "'progress.train_seconds' is of type float (inf)",
     ),
@@ -183,7 +182,7 @@ CONTRADICTIONS = {
     "no sums": ({"totals": {"sums": {}}}, "'totals' are of 3 samples after 1 batches"),
     "no samples": ({"totals": {"count": 0}}, "'totals' are of 0 samples after 1 batches"),
     "channels": ({"mean": [0.5]}, "'mean' has 1 channels, 'std' 2"),
-    "endless mean": ({"mean": [0.5, nan]}, "'mean.1' is of type float (nan)"),
+    "mean not finite": ({"mean": [0.5, nan]}, "'mean.1' is of type float (nan)"),
     "numbers of a generator": (
         {"rng": {"cpu": torch.zeros(4)}},
         "expected a list of bytes, not float32 of shape (4,)",
@@ -200,8 +199,8 @@ CONTRADICTIONS = {
         {"state_dict": {3: torch.zeros(1)}},
         "'state_dict.3.[key]' is of type int (3)",
     ),
-    "no JSON": ({"config": {"name": nan}}, "'config' is of type dict: nan is not a finite number"),
-    "a name of no config": (
+    "not JSON": ({"config": {"name": nan}}, "'config' is of type dict: nan is not a finite number"),
+    "a key that is not a string": (
         {"config": {"arch": {3: 1}}},
         "'config' is of type dict: a key of type int",
     ),

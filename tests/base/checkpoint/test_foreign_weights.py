@@ -1,5 +1,6 @@
-"""Other codes' files: their weights are found, their keys become the model's, and nothing is left
-over unexplained."""
+"""Files of other code bases: their weights are found, their keys become the model's, and every
+other entry needs an explanation.
+"""
 
 from typing import ClassVar
 
@@ -12,8 +13,7 @@ from base.errors import CheckpointError
 
 
 class Small(nn.Module):
-    """A network that normalizes its five channels, with a nested module and one that its family
-    never calls."""
+    """A network that normalizes its five channels, with a nested module and an unused one."""
 
     unused_modules: ClassVar = {"spare": "body"}
 
@@ -37,7 +37,7 @@ def below(prefix, state):
 
 
 def load(tmp_path, contents, weights=None):
-    """The model that a file gives, and what was assumed."""
+    """Return a model with a file's weights, and what was assumed."""
     path = tmp_path / "weights.pth"
     torch.save(contents, path)
     model, checkpoint = small(1), load_checkpoint(path, weights)
@@ -145,7 +145,7 @@ def test_a_mean_and_std_beside_the_weights_are_the_models(name, tmp_path):
 
 
 @pytest.mark.parametrize("choice", ["last", "best"])
-def test_several_sets_are_asked_about(choice, tmp_path):
+def test_one_of_several_sets_must_be_chosen(choice, tmp_path):
     for contents in ({"last": STATE, "best": OTHER}, below("last.", STATE) | below("best.", OTHER)):
         with pytest.raises(
             CheckpointError,
@@ -178,7 +178,8 @@ REFUSED = {
     ),
     "another network": (
         {"conv\x1b[2J\n.weight": torch.ones(2), "b": torch.ones(1)},
-        r"its keys: conv\\x1b\[2J\\n.weight, b; the model's: body.0.weight, body.0.bias, body.1.weight, ... \(9\); give",
+        r"its keys: conv\\x1b\[2J\\n.weight, b; the model's: body.0.weight, body.0.bias,"
+        r" body.1.weight, ... \(9\); give",
     ),
     "other sizes": (
         {**STATE, "fc.weight": torch.ones(7, 4), "fc.bias": torch.ones(7)},
@@ -206,7 +207,7 @@ REFUSED = {
         r"std nan, .*pixels in \[0, 1\]",
     ),
     "a number among them": ({"state_dict": {**STATE, "n": 3}, "ema": OTHER}, r"1 keys .*\(n, "),
-    "keys that are no names": ({"state_dict": {0: torch.ones(2)}}, "keys that are no names: 0"),
+    "keys that are not names": ({"state_dict": {0: torch.ones(2)}}, "keys that are not names: 0"),
     "nothing": (
         {"epoch": 3, "optimizer": {"state": {}}},
         "no 'state_dict' and no other weights, but the keys epoch, optimizer;",
@@ -229,14 +230,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_left_over_is_refused_and_both_sides_are_named(name, tmp_path):
+def test_unexplained_entries_are_refused_and_both_sides_are_named(name, tmp_path):
     contents, message = REFUSED[name]
     with pytest.raises(CheckpointError, match=message) as caught:
         load(tmp_path, contents)
     assert str(caught.value).isprintable()
 
 
-def test_a_dictionary_that_holds_itself_or_lies_in_many_places_is_searched_once(tmp_path):
+def test_a_dictionary_that_contains_itself_is_searched_once(tmp_path):
     contents = {"epoch": 3}
     for _ in range(40):
         contents = {"a": contents, "b": contents}

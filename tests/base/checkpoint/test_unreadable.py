@@ -1,4 +1,4 @@
-"""What a file that is not a checkpoint is, in one line that never advises to read it unsafely."""
+"""A file that is not a checkpoint is explained in one line that never advises an unsafe read."""
 
 import argparse
 import collections
@@ -38,7 +38,7 @@ def cut(share, **options):
 
 
 def cut_at(word, length):
-    """An old format's file that ends within a name."""
+    """Write a file in torch's old format that ends within a name."""
 
     def write(path):
         torch.save({"state_dict": WEIGHTS}, path, _use_new_zipfile_serialization=False)
@@ -60,7 +60,8 @@ def tarred(path):
 
 def scripted(path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated, but such files exist
+        # TorchScript is deprecated, but such files exist
+        warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(nn.Linear(3, 2)), path)
 
 
@@ -157,7 +158,7 @@ def test_the_way_out_for_a_namespace_works_and_stays_safe(tmp_path, monkeypatch,
     assert "weights_only=False" not in message
     with_block = message.split("`")[1]
     then = message.split(", then ")[1].split(" or ")[0]
-    # the advice is what is tested
+    # the code that the message gives
     exec(f"{with_block}\n{then}", {"torch": torch, "argparse": argparse})  # noqa: S102
     assert torch.equal(
         load_checkpoint("weights.pth")["state_dict"]["fc.weight"], WEIGHTS["fc.weight"]

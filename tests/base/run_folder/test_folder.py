@@ -1,4 +1,4 @@
-"""What a run says about how its numbers came about."""
+"""The environment and the provenance that a run records."""
 
 import tomllib
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_the_version_is_that_of_the_clone(monkeypatch, tmp_path):
     monkeypatch.setattr(environment_module, "version", lambda name: f"installed {name}")
     assert project_version() == declared["version"]
     monkeypatch.setattr(environment_module, "ROOT", tmp_path)
-    assert project_version() == f"installed {declared['name']}", "there is no clone"
+    assert project_version() == f"installed {declared['name']}", "without a clone"
     for other in ("[project]\nname = 'another'\nversion = '9'", "[tool]", "= no toml"):
         (tmp_path / "pyproject.toml").write_text(other)
         assert project_version() == f"installed {declared['name']}"
@@ -42,7 +42,7 @@ def test_a_commit_with_changes_says_so(monkeypatch):
     assert provenance(validate(TREE))["commit"] is None
 
 
-def test_a_commit_that_is_made_meanwhile_is_not_the_runs(monkeypatch, tmp_path):
+def test_a_commit_made_during_a_run_is_not_the_runs(monkeypatch, tmp_path):
     before = provenance(validate(TREE))["commit"]
     monkeypatch.setattr(environment_module, "ROOT", tmp_path)
     assert provenance(validate(TREE))["commit"] == before
@@ -61,7 +61,7 @@ def test_a_commit_that_is_made_meanwhile_is_not_the_runs(monkeypatch, tmp_path):
         ({"optimizer": {"type": "SGD", "args": {"lr": 0.25}}}, False),
     ],
 )
-def test_the_hash_is_of_what_is_computed(change, same):
+def test_the_hash_depends_only_on_what_is_computed(change, same):
     other = config_hash(validate(merge(TREE, change)))
     assert (other == config_hash(validate(TREE))) is same
     assert len(other) == 64
