@@ -274,7 +274,6 @@ class BaseTrainer(ABC):
             Stopped: a signal asked for it; the state is saved.
             NonFiniteError: see `update` and `_check_epoch`; the last saved checkpoint is intact.
         """
-        # not in the constructor, as resume loads weights into the model after it
         self.network = wrap_ddp(self.model)
         with self.signals.caught():
             # now, so that a kill in the first epoch loses nothing, a full disk is found before an
