@@ -65,15 +65,12 @@ def all_reduce_max(number: int) -> int:
 
 
 def all_reduce_min(tensor: Tensor) -> Tensor:
-    """The elementwise smallest of all ranks' tensors, on every rank; a GPU's host does not wait for
-    it."""
+    """Return the elementwise smallest of all ranks' tensors, on every rank; a GPU's host does not
+    wait for it."""
     if world_size() == 1:
         return tensor
     reduced = tensor.clone()
-    if reduced.device.type == "cpu":
-        _finish(dist.all_reduce(reduced, dist.ReduceOp.MIN, async_op=True))
-    else:
-        dist.all_reduce(reduced, dist.ReduceOp.MIN)
+    dist.all_reduce(reduced, dist.ReduceOp.MIN)
     return reduced
 
 
