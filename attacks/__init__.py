@@ -1,5 +1,7 @@
-"""Attacks on classifiers: `attack(model, images, labels) -> adversarial images`, everything in the
-pixel range `[0, 1]`."""
+"""Attacks on classifiers: `attack(model, images, labels) -> adversarial images`.
+
+Everything is in the pixel range `[0, 1]`.
+"""
 
 from attacks.attack import Attack
 from attacks.auto_attack import AutoAttack

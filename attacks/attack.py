@@ -25,9 +25,9 @@ class Attack(ABC):
     Works with any module or function that maps images in `[0, 1]` to logits. All sizes are in units
     of the pixel range (8/255, not 8).
 
-    A subclass writes `perturb`; everything else that an attack promises happens around it. The
+    A subclass writes `perturb`; the base class keeps everything else that an attack promises. The
     project's attacks are frozen dataclasses, and yours should be one: its fields are its
-    arguments, they stand in `repr` and in reports, and `dataclasses.replace` makes variants.
+    arguments, `repr` and reports list them, and `dataclasses.replace` makes variants.
 
         @dataclass(frozen=True)
         class Mine(Attack):
@@ -38,25 +38,25 @@ class Attack(ABC):
             def perturb(self, model, images, labels, generators):
                 ...
 
-    Fields of the names epsilon, norm, step_size, steps, restarts, loss and seed mean what they mean
-    here and in `PGD`, and are checked. What a subclass does not declare has the value that it has
-    here. A subclass that is not a dataclass may keep this constructor, or write one.
+    Fields named epsilon, norm, step_size, steps, restarts, loss and seed mean the same as here and
+    in `PGD`, and are checked. A field that a subclass does not declare has the value it has here. A
+    subclass that is not a dataclass may keep this constructor, or write one.
 
     Args:
         epsilon: radius of the threat model.
         norm: `"linf"` or `"l2"`.
         targeted: `labels` are the classes to lead the model to, instead of the true ones.
         loss: what is maximized: `"ce"`, `"margin"` or `"dlr"`; see `attacks.losses`.
-        seed: of the random starts, where a call brings no generators: every call then draws the
+        seed: of the random starts, where a call brings no generators: every such call draws the
             same ones.
 
     Attributes:
         confidence: see `confident`; above 0 only in attacks with a field of this name.
-        warnings: what speaks against the images found so far, in the order in which it was noticed.
-        description: how reports name the attack, where class and numbers do not say it all.
+        warnings: reasons to doubt the images found so far, in the order in which they were noticed.
+        description: how reports name the attack, where class and numbers do not say everything.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
 
     config_names: ClassVar[Mapping[str, str | None]] = {"targeted": None, "confidence": None}
@@ -84,11 +84,13 @@ class Attack(ABC):
         self.targeted = targeted
         self.loss = loss
         self.seed = seed
+        # not self.__post_init__, which a subclass may have written for its own fields
         Attack.__post_init__(self)
 
     def __post_init__(self) -> None:
         """Check the fields that attacks share, and turn numbers of other kinds, such as numpy's,
-        into plain ones."""
+        into Python's."""
+        # a subclass with losses of its own may name them as it likes
         if type(self).losses is Attack.losses and self.loss not in ATTACK_LOSSES:
             raise ValueError(f"loss {self.loss!r} is not one of: {', '.join(ATTACK_LOSSES)}")
         checked: dict[str, float] = {"epsilon": self.threat_model.epsilon}
@@ -100,11 +102,11 @@ class Attack(ABC):
             elif name == "seed":
                 checked[name] = check_count(name, value, 0)
         for name, value in checked.items():
-            # the way past the lock of a frozen dataclass
+            # a frozen dataclass forbids plain assignment
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        """What a subclass that is not a dataclass was made with."""
+        # for subclasses that are not dataclasses
         values = ", ".join(f"{name}={value!r}" for name, value in settings(self).items())
         return f"{type(self).__qualname__}({values})"
 
@@ -114,101 +116,121 @@ class Attack(ABC):
         return ThreatModel(self.norm, self.epsilon)
 
     def confident(self, confidence: float) -> Self:
-        """The same attack, for a network that answers nearly as the one that is meant: an image
-        counts as misclassified once the label's logit falls short by `confidence` times the image's
-        largest logit, so that little is believed too early. An attack without a field `confidence`
-        comes back as it is."""
-        return (
-            replace(self, confidence=confidence) if "confidence" in arguments(type(self)) else self
-        )
+        """Return a variant for a network whose answers are nearly, not exactly, those of the model
+        that is measured.
+
+        An image counts as misclassified only once the label's logit falls short by `confidence`
+        times the image's largest logit, so that few successes turn out to be none. An attack
+        without a field `confidence` returns itself.
+        """
+        if "confidence" not in arguments(type(self)):
+            return self
+        return replace(self, confidence=confidence)
 
     @property
     def rank(self) -> int:
-        """The search goes on until the label is not among this many of the largest logits."""
+        """The search for an image ends when the label is not among this many of the largest
+        logits."""
         return 1
 
     @property
     def min_classes(self) -> int:
-        """The classes that a model must have."""
-        return 3 if self.loss == "dlr" else 2
+        """The smallest number of classes that a model may have."""
+        if self.loss == "dlr":
+            return 3
+        return 2
 
     @property
     def single_step(self) -> bool:
-        """Whether all that the search asks is what gradient the images themselves have. An
-        evaluation then takes clean logits from that pass, and does not search in low precision or
-        on a copy of the model, as there is nothing to save."""
+        """Whether the search needs no more than the gradient at the images themselves.
+
+        An evaluation then takes the clean logits from that pass, and does not search in low
+        precision or on a copy of the model, which would save nothing.
+        """
         return False
 
     def __call__(
         self, model: Model, images: Tensor, labels: Tensor, *, generators: Generators | None = None
     ) -> Tensor:
-        """Adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and integer `labels` `(B,)`,
-        of their type and device.
+        """Return adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and integer `labels`
+        `(B,)`, of their type and device.
 
         A module is attacked in evaluation mode and gets its modes back; its parameters' `.grad`
-        are not touched, and no gradient of a weight is computed. A function's modes are the
-        caller's. Every image returned lies in the threat model, to the rounding of float32, also
-        where the model writes into its input, and `images` stay as they are. An image for which the
-        model answers NaN counts as misclassified. All of this holds whatever `perturb` does.
+        are not touched, and no gradient of a weight is computed. The modes inside a function are
+        the caller's business. Every image returned lies in the threat model, to the rounding of
+        float32, and `images` stay as they are, even if the model writes into its input. An image
+        for which the model answers NaN counts as misclassified. All of this holds for every
+        `perturb`.
 
         Args:
-            generators: where random numbers come from: one generator, or one for each image; None
-                for the attack's seed.
+            generators: where random numbers come from; None for the attack's seed.
 
         Raises:
-            TypeError: the model does not return a tensor of logits, or `perturb`
-                one of images.
-            ValueError: images outside `[0, 1]` or in half precision, images, labels and generators
-                that do not match, labels that are not classes of the model, or a model of fewer
-                than two; or what `perturb` returns has another shape than the images.
+            TypeError: the model does not return a tensor of logits, or `perturb` does not return a
+                tensor.
+            ValueError: images are outside of `[0, 1]` or in half precision; images, labels and
+                generators do not match; labels are not classes of the model, or it has fewer than
+                two; `perturb` returns another shape than that of the images.
         """
         check_batch(images, labels)
         if isinstance(generators, Sequence) and len(generators) != len(images):
             raise ValueError(
                 f"generators: expected one, or {len(images)}, one per image, not {len(generators)}"
             )
-        # a search may take gradients itself; behind it they are on or off as they were
+        # a search may call backward itself, so gradients are on; the caller's setting comes back
         with torch.inference_mode(False), torch.enable_grad(), frozen(model, training=False):
-            # clones are ordinary tensors, also of tensors that were made in inference mode
-            images, labels = images.detach().clone(), labels.detach().clone().long()
+            # clones are ordinary tensors, even of tensors that were made in inference mode
+            images = images.detach().clone()
+            labels = labels.detach().clone().long()
             if len(images) == 0:
                 return images
-            generators = torch_generator(self.seed, "attack") if generators is None else generators
-            asked = Classifier(model, labels)
-            points = self.perturb(asked, images.clone(), labels, generators)
-            points = self._checked(points, images)
+            if generators is None:
+                generators = torch_generator(self.seed, "attack")
+            classifier = Classifier(model, labels)
+            # another clone, as perturb may write into it
+            points = self.perturb(classifier, images.clone(), labels, generators)
+            points = self._check_points(points, images)
             points = torch.where(points.isfinite(), points, images)
             return self.threat_model.project(points, images)
 
-    def _checked(self, points: Tensor, images: Tensor) -> Tensor:
-        """What `perturb` has returned, detached, of the images' type and device."""
+    def _check_points(self, points: Tensor, images: Tensor) -> Tensor:
+        """Return what `perturb` has returned, detached, with the images' type and device."""
         name = f"{type(self).__name__}.perturb"
         if not isinstance(points, Tensor):
             raise TypeError(f"{name}: must return a tensor of images, not {type(points).__name__}")
         if points.shape != images.shape:
-            expected, found = tuple(images.shape), tuple(points.shape)
-            raise ValueError(f"{name}: must return images of the shape {expected}, not {found}")
+            raise ValueError(
+                f"{name}: must return images of the shape {tuple(images.shape)},"
+                f" not {tuple(points.shape)}"
+            )
         return points.detach().to(images)
 
     @abstractmethod
     def perturb(
         self, model: Model, images: Tensor, labels: Tensor, generators: Generators
     ) -> Tensor:
-        """The search: points `(B, C, H, W)` for `images` `(B, C, H, W)` and int64 `labels` `(B,)`.
+        """Search: return points `(B, C, H, W)` for `images` `(B, C, H, W)` and int64 `labels`
+        `(B,)`.
 
-        Points outside of the threat model are projected into it afterwards, and NaN pixels become
-        the image's own. `value_and_grad` gives logits, losses and gradients; `reached` tells which
-        images are broken. Random numbers come from `attacks.threat_model.draw`, with `generators`;
-        those of some of the images are `generators_of(generators, index)`. The model's modes are
-        the caller's, and `frozen` holds: adversarial training attacks in training mode."""
+        Points outside of the threat model are projected into it afterwards, and a NaN pixel becomes
+        that of the image. `value_and_grad` gives logits, losses and gradients; `reached` tells
+        which images are misclassified. Random numbers come from `attacks.threat_model.draw`, with
+        `generators`; for some of the images, with `generators_of(generators, index)`.
+
+        Do not change the model's modes (adversarial training attacks in training mode); gradients
+        of the weights are off already.
+        """
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What is maximized, `(B,)`, in float32."""
+        """Return what is maximized, float32 `(B,)`."""
         losses = ATTACK_LOSSES[self.loss](logits.float(), labels)
-        return -losses if self.targeted else losses
+        if self.targeted:
+            return -losses
+        return losses
 
     def reached(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """How far the attack has come with each image, from `MISSED` to `DONE`; int64 `(B,)`."""
+        """Return how far the attack has come with each image, from `MISSED` to `DONE`; int64
+        `(B,)`."""
         if self.targeted:
             return torch.where(wrongness(logits, labels) == 0, DONE, MISSED)
         if self.confidence:
@@ -219,11 +241,10 @@ class Attack(ABC):
     def value_and_grad(
         self, model: Model, points: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits `(B, C)`, losses `(B,)` and the losses' gradients `(B, C, H, W)` at `points`,
-        detached.
+        """Return logits `(B, classes)`, losses `(B,)` and the losses' gradients `(B, C, H, W)` at
+        `points`, detached.
 
-        Losses are summed, not averaged, so an image's gradient does not depend on the batch it is
-        in. The gradient is zero where no path leads from the losses to the points: the model leaves
+        The gradient is zero where no path leads from the losses to the points: the model leaves
         torch, rounds to integers or answers a constant.
         """
         points = points.detach().requires_grad_()
@@ -232,6 +253,7 @@ class Attack(ABC):
             losses = self.losses(logits, labels)
             gradient = None
             if losses.requires_grad:
+                # the sum, not the mean: an image's gradient must not depend on its batch
                 (gradient,) = torch.autograd.grad(losses.sum(), points, allow_unused=True)
         if gradient is None:
             gradient = torch.zeros_like(points)
@@ -239,60 +261,73 @@ class Attack(ABC):
 
 
 def arguments(kind: type[Attack]) -> dict[str, Parameter]:
-    """What the constructor of an attack takes, by name."""
+    """Return the arguments of an attack's constructor by name."""
     return dict(signature(kind).parameters)
 
 
 def settings(attack: Attack) -> dict[str, Any]:
-    """Everything that an attack was made with: the fields that count when two are compared, and
-    whatever else its own constructor keeps under a public name."""
-    declared = (
-        {field.name: field.compare for field in fields(attack)} if is_dataclass(attack) else {}
-    )
+    """Return everything that an attack was made with.
+
+    These are the fields that count when two attacks are compared, and what else its own constructor
+    keeps under a public name.
+    """
+    declared = {}
+    if is_dataclass(attack):
+        declared = {field.name: field.compare for field in fields(attack)}
     values = {name: getattr(attack, name) for name, compared in declared.items() if compared}
-    kept = getattr(attack, "__dict__", {}).items()
-    more = {name: value for name, value in kept if name not in declared and name[0] != "_"}
-    return {name: value for name, value in (values | more).items() if name != "warnings"}
+    for name, value in getattr(attack, "__dict__", {}).items():
+        if name not in declared and not name.startswith("_"):
+            values[name] = value
+    values.pop("warnings", None)
+    return values
 
 
 @contextmanager
 def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
-    """Within the context no parameter asks for gradients, and all modules are in training mode
-    (True), in evaluation mode (False), or as they were (None).
+    """Within the context, no parameter of the model requires gradients.
 
     Afterwards every module and parameter has its own flags again. A function has none.
+
+    Args:
+        model: a module or a function.
+        training: put all modules into training mode (True) or evaluation mode (False) within the
+            context; None leaves their modes alone.
     """
     if not isinstance(model, nn.Module):
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         if training is not None:
             model.train(training)
-        for parameter in asking:
+        for parameter in trained:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in asking:
+        for parameter in trained:
             parameter.requires_grad_(True)
+        # not model.train(mode): modules may have been in different modes
         for module, mode in modes:
             module.training = mode
 
 
 def check_attack(attack: Any) -> None:
-    """Refuse what is not an attack, such as the class of one.
+    """Check that something is an attack, and not, for example, the class of one.
 
     Raises:
         TypeError: naming what was found.
     """
-    if not isinstance(attack, Attack):
-        found = f"the class {attack.__name__}" if isinstance(attack, type) else repr(attack)
-        raise TypeError(f"attack: expected one, such as PGD(8 / 255, 2 / 255, 20), not {found}")
+    if isinstance(attack, Attack):
+        return
+    found = repr(attack)
+    if isinstance(attack, type):
+        found = f"the class {attack.__name__}"
+    raise TypeError(f"attack: expected one, such as PGD(8 / 255, 2 / 255, 20), not {found}")
 
 
 def check_batch(images: Tensor, labels: Tensor) -> None:
-    """Refuse what is not a batch of images in `[0, 1]` with one label each.
+    """Check that `images` are in `[0, 1]` and have one label each.
 
     Raises:
         ValueError: naming what was found.
@@ -304,7 +339,9 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"images: expected the shape (B, C, H, W), not {tuple(images.shape)}")
     # half precision cannot hold 1/255 near 1
     if images.dtype not in (torch.float32, torch.float64):
-        hint = "" if images.dtype.is_floating_point else "; divide the pixels by 255"
+        hint = ""
+        if not images.dtype.is_floating_point:
+            hint = "; divide the pixels by 255"
         raise ValueError(f"images: expected float32 or float64, not {images.dtype}{hint}")
     if labels.shape != images.shape[:1]:
         raise ValueError(
@@ -312,15 +349,21 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels: expected integers, not {labels.dtype}")
-    if len(images) and not (images.amin() >= 0 and images.amax() <= 1):
-        low, high = (_as_outside(float(end)) for end in (images.amin(), images.amax()))
+    if len(images) == 0:
+        return
+    low = float(images.amin())
+    high = float(images.amax())
+    # false for NaN, too
+    if not (low >= 0 and high <= 1):
         raise ValueError(
-            f"images: expected pixels in [0, 1], found {low} to {high}; models normalize inside"
+            f"images: expected pixels in [0, 1], found {_format_pixel(low)} to"
+            f" {_format_pixel(high)}; models normalize inside"
         )
 
 
-def _as_outside(pixel: float) -> str:
-    """A pixel in four digits, or in all where four would put it into `[0, 1]`."""
+def _format_pixel(pixel: float) -> str:
+    """Format a pixel with four digits, or with all where four would round it into `[0, 1]`."""
     short = f"{pixel:.4g}"
-    seems_inside = 0 <= float(short) <= 1 and not 0 <= pixel <= 1
-    return repr(pixel) if seems_inside else short
+    if 0 <= float(short) <= 1 and not 0 <= pixel <= 1:
+        return repr(pixel)
+    return short

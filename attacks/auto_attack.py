@@ -41,21 +41,21 @@ class AutoAttack(Attack):
         seed: of all draws, where a call brings no generators.
 
     Attributes:
-        warnings: what the package, or this class, holds against the evaluation (a randomized model,
-            zero gradients, fewer targets than the standard), over all calls, in order. Of warnings
-            that differ in their numbers only, the first.
+        warnings: reasons to doubt the evaluation (a randomized model, zero gradients, fewer targets
+            than the standard), over all calls, in order. Of warnings that differ only in their
+            numbers, the first is kept.
 
     Raises:
         ConfigError: the package is not installed.
-        ValueError: an argument out of its range. A call: images that are not float32, or a model
-            with fewer than 4 classes.
+        ValueError: an argument is out of its range. A call raises it for images that are not
+            float32 and for a model with fewer than 4 classes.
     """
 
     epsilon: float
     norm: str = "linf"
     _: KW_ONLY
     seed: int = 0
-    # unlike cross entropy's, the gradient of this loss is not flattened by large logits
+    # large logits flatten the gradient of cross entropy, not that of this loss
     loss: str = field(default="dlr", init=False, repr=False, compare=False)
     warnings: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -74,7 +74,7 @@ class AutoAttack(Attack):
 
     @property
     def description(self) -> str:
-        """What stands behind a robust accuracy, for reports."""
+        """The ensemble and its version, for reports."""
         return f"standard AutoAttack (pyautoattack {self.version}: apgd-ce, apgd-t, fab-t, square)"
 
     def perturb(
@@ -87,34 +87,41 @@ class AutoAttack(Attack):
         n_classes = logits.shape[1]
         if n_classes < self.min_classes:
             raise ValueError(
-                f"AutoAttack needs at least 4 classes (its targeted DLR loss does), the model has {n_classes}"
+                f"AutoAttack needs at least {self.min_classes} classes for its targeted DLR loss,"
+                f" the model has {n_classes}"
             )
         if n_classes <= STANDARD_TARGETS:
             self._warn(
-                f"the model has {n_classes} classes: {n_classes - 1} targets instead of the standard {STANDARD_TARGETS} "
-                "in apgd-t and fab-t"
+                f"the model has {n_classes} classes: {n_classes - 1} targets instead of the"
+                f" standard {STANDARD_TARGETS} in apgd-t and fab-t"
             )
-        # the package would take NaN for a class
-        standing = (wrongness(logits, labels) == 0).nonzero().flatten()
-        if len(standing) == 0:
+        # judged here, as the package would take NaN for a class
+        remaining = (wrongness(logits, labels) == 0).nonzero().flatten()
+        if len(remaining) == 0:
             return images
-        first = generators if isinstance(generators, torch.Generator) else generators[0]
-        seed = int(torch.randint(2**31, (), generator=first))
-        # all CUDA devices: seeding one that is not in use yet would be remembered until it is
+        generator = generators
+        if not isinstance(generator, torch.Generator):
+            generator = generator[0]
+        seed = int(torch.randint(2**31, (), generator=generator))
+        # the package seeds the global generators of all CUDA devices, and a seed for one that is
+        # not in use yet is remembered until it is
         devices = range(torch.cuda.device_count() if images.is_cuda else 0)
-        with torch.random.fork_rng(devices=devices), _kept_tracer(), _heard(self._warn):
+        with torch.random.fork_rng(devices=devices), _keep_tracer(), _collect(self._warn):
             attack = self._build(model, n_classes, seed, images.device)
-            some = images[standing], labels[standing]
-            found, _ = attack.run_standard_evaluation(*some, batch_size=len(images))
-        return images.index_copy(0, standing, found)
+            found, _ = attack.run_standard_evaluation(
+                images[remaining], labels[remaining], batch_size=len(images)
+            )
+        return images.index_copy(0, remaining, found)
 
     def _build(self, model: Model, n_classes: int, seed: int, device: torch.device) -> Any:
-        """The package's attack, with targets that exist."""
+        """Return the package's attack, with as many targets as the model has."""
 
         def logits(points: Tensor) -> Tensor:
-            # Square asks for no images when all that are left are tied with another class, and not
-            # every model can do that
-            return model(points) if len(points) else points.new_zeros(0, n_classes)
+            # Square passes an empty batch when all remaining images are tied with another class,
+            # which not every model can take
+            if len(points) == 0:
+                return points.new_zeros(0, n_classes)
+            return model(points)
 
         attack = _import("autoattack").AutoAttack(
             logits,
@@ -124,21 +131,21 @@ class AutoAttack(Attack):
             version="standard",
             device=device,
         )
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(
-            STANDARD_TARGETS, n_classes - 1
-        )
+        targets = min(STANDARD_TARGETS, n_classes - 1)
+        attack.apgd_targeted.n_target_classes = targets
+        attack.fab.n_target_classes = targets
         return attack
 
     def _warn(self, message: str) -> None:
-        def kind(warning: str) -> str:
+        def without_numbers(warning: str) -> str:
             return re.sub(r"\d+(\.\d+)?", "0", warning)
 
-        if kind(message) not in map(kind, self.warnings):
+        if without_numbers(message) not in map(without_numbers, self.warnings):
             self.warnings.append(message)
 
 
 def _import(module: str) -> Any:
-    """A module of the package.
+    """Import a module of the package.
 
     Raises:
         ConfigError: the package is not installed.
@@ -146,6 +153,7 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(f"pyautoattack.{module}")
     except ModuleNotFoundError as error:
+        # a package that pyautoattack itself misses is another error
         if error.name is None or not error.name.startswith("pyautoattack"):
             raise
         raise ConfigError(
@@ -154,10 +162,10 @@ def _import(module: str) -> Any:
 
 
 @contextmanager
-def _kept_tracer() -> Iterator[None]:
-    """The package counts calls in the model's forward pass by tracing it, and ends with no tracer:
-    a debugger's or a coverage tool's would be gone. Its counters are global, so one suspicious
-    model would taint all later ones: they begin at 0."""
+def _keep_tracer() -> Iterator[None]:
+    """Within the context the package may trace the model's forward pass, which it does to count
+    calls; afterwards the tracer of a debugger or a coverage tool is back."""
+    # the package's counters are global: without a reset, one suspicious model taints all later ones
     counters = _import("checks").funcs
     counters.update(dict.fromkeys(counters, 0))
     tracer = sys.gettrace()
@@ -168,24 +176,26 @@ def _kept_tracer() -> Iterator[None]:
 
 
 @contextmanager
-def _heard(warn: Callable[[str], None]) -> Iterator[None]:
+def _collect(warn: Callable[[str], None]) -> Iterator[None]:
     """Within the context the package's logger is silent, and its warnings go to `warn`."""
 
-    class Listener(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             warn(record.getMessage())
 
     logger = logging.getLogger("auto-attack")
-    handlers, level, propagate, disabled = (
-        logger.handlers,
-        logger.level,
-        logger.propagate,
-        logger.disabled,
-    )
+    handlers = logger.handlers
+    level = logger.level
+    propagate = logger.propagate
+    disabled = logger.disabled
     try:
-        logger.handlers, logger.propagate, logger.disabled = [Listener()], False, False
+        logger.handlers = [Collector()]
+        logger.propagate = False
+        logger.disabled = False
         logger.setLevel(logging.WARNING)
         yield
     finally:
-        logger.handlers, logger.propagate, logger.disabled = handlers, propagate, disabled
+        logger.handlers = handlers
+        logger.propagate = propagate
+        logger.disabled = disabled
         logger.setLevel(level)

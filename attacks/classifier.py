@@ -1,7 +1,6 @@
-"""Classifier: a model as attacks ask it."""
+"""Classifier: the model under attack, with its answers checked."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,52 +11,59 @@ logits `(B, classes)`."""
 
 
 class Classifier:
-    """A model that is asked with a copy of the images, as it may write into its input, and whose
-    answers are checked.
+    """A model that gets a copy of the images and whose answers are checked.
 
     Args:
         model: a module or a function.
-        labels: int64 `(B,)`, of all images that it will be asked about.
+        labels: int64 `(B,)`, of all images that the model will be called with.
 
     Raises:
-        TypeError: the model cannot be called. A call: it does not answer with a tensor.
-        ValueError: a call: its answers are not logits of at least two classes for every image, or a
-            label is none of them.
+        TypeError: the model cannot be called. A call raises it where the answer is not a tensor.
+        ValueError: a call raises it where the answer is not logits of at least two classes for
+            every image, or where a label is not one of the classes.
     """
 
     def __init__(self, model: Model, labels: Tensor) -> None:
-        if not callable(model) or isinstance(model, type):
-            found = (
-                f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        if isinstance(model, type):
+            raise TypeError(
+                f"model: expected a module or a function of logits, not the class {model.__name__}"
             )
-            raise TypeError(f"model: expected a module or a function of logits, not {found}")
+        if not callable(model):
+            raise TypeError(
+                f"model: expected a module or a function of logits, not {type(model).__name__}"
+            )
         self.model = model
-        # read now, so that no forward pass has to wait for the device
-        self.smallest = int(labels.min()) if len(labels) else 0
-        self.largest = int(labels.max()) if len(labels) else 0
+        self.smallest = 0
+        self.largest = 0
+        if len(labels):
+            # read now, so that no forward pass has to wait for the device
+            self.smallest = int(labels.min())
+            self.largest = int(labels.max())
 
     def __call__(self, images: Tensor) -> Tensor:
         logits = ask(self.model, images)
         classes = logits.shape[1]
-        if self.smallest < 0 or self.largest >= classes:
-            wrong = self.smallest if self.smallest < 0 else self.largest
-            raise ValueError(
-                f"labels: {wrong} is not one of the model's {classes} classes, 0 to {classes - 1}"
-            )
+        for label in (self.smallest, self.largest):
+            if not 0 <= label < classes:
+                raise ValueError(
+                    f"labels: {label} is not one of the model's {classes} classes,"
+                    f" 0 to {classes - 1}"
+                )
         return logits
 
 
 def ask(model: Model, images: Tensor) -> Tensor:
-    """The model's logits `(B, classes)` for `images` `(B, C, H, W)`, of which it gets a copy.
+    """Return the model's logits `(B, classes)` for `images` `(B, C, H, W)`.
 
     Raises:
-        TypeError: it does not answer with a tensor of numbers.
-        ValueError: its answer is of another shape, or of one class.
+        TypeError: the answer is not a tensor of numbers.
+        ValueError: the answer has another shape, or only one class.
     """
+    # a copy, as the model may write into its input
     answer = model(images.clone())
     expected = "the model must return logits (B, classes)"
     if not isinstance(answer, Tensor):
-        raise TypeError(f"{expected}, a tensor, not {_in_words(answer)}")
+        raise TypeError(f"{expected}, a tensor, not {_describe(answer)}")
     if answer.dtype == torch.bool or answer.is_complex():
         raise TypeError(f"{expected}, real numbers, not {answer.dtype}")
     if answer.ndim != 2 or len(answer) != len(images):
@@ -67,7 +73,7 @@ def ask(model: Model, images: Tensor) -> Tensor:
     return answer
 
 
-def _in_words(answer: Any) -> str:
+def _describe(answer: object) -> str:
     if isinstance(answer, dict):
         return f"a dict with the keys {', '.join(map(repr, answer))}: return one of its values"
     if isinstance(answer, tuple | list):

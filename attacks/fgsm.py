@@ -9,12 +9,13 @@ from attacks.pgd import PGD
 
 @dataclass(frozen=True)
 class FGSM(PGD):
-    """The fast gradient sign method: one full step from the image, `x + epsilon * sign(gradient)`
-    for l-inf (Goodfellow et al., arXiv:1412.6572); for l2 a step of length epsilon along the
-    gradient.
+    """The fast gradient sign method: one full step from the image.
+
+    Under l-inf the result is `x + epsilon * sign(gradient)` (Goodfellow et al., arXiv:1412.6572),
+    under l2 a step of length epsilon along the gradient.
 
     Args:
-        epsilon: radius and step in units of the pixel range.
+        epsilon: radius and step size in units of the pixel range.
         norm: `"linf"` or `"l2"`.
         early_stop: leave images alone that are misclassified already; see `PGD`.
         targeted: lead to `labels` instead of away from them.
@@ -22,14 +23,16 @@ class FGSM(PGD):
         confidence: see `PGD`.
     """
 
+    # FGSM is PGD with these arguments fixed: not in the constructor, not in repr
     step_size: float = field(init=False, repr=False)
     steps: int = field(default=1, init=False, repr=False)
     restarts: int = field(default=1, init=False, repr=False)
     random_start: bool = field(default=False, init=False, repr=False)
+    seed: int = field(default=0, init=False, repr=False)
+    # the others keep PGD's meaning, but only by keyword
     early_stop: bool | int = field(default=False, kw_only=True)
     targeted: bool = field(default=False, kw_only=True)
     loss: str = field(default="ce", kw_only=True)
-    seed: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_size", self.epsilon)

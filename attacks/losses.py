@@ -1,5 +1,7 @@
-"""What an attack maximizes, per image. All take logits `(B, C)` and return `(B,)`; they grow as the
-label loses."""
+"""The losses that attacks maximize, per image.
+
+All take logits `(B, classes)` and return `(B,)`; they grow as the label loses.
+"""
 
 from collections.abc import Callable
 
@@ -9,43 +11,38 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """`-log softmax(logits)[label]`; `labels` int64 `(B,)`, or class probabilities `(B, C)`, as
-    mixup and TRADES have them."""
+    """`-log softmax(logits)[label]`.
+
+    `labels` are int64 `(B,)`, or class probabilities `(B, classes)`, which mixup and TRADES use.
+    """
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """`max_{j != y} z_j - z_y`, positive where the image is misclassified (Carlini and Wagner,
     arXiv:1608.04644, f6)."""
-    return _largest_other(logits, labels) - _of_label(logits, labels)
+    if labels.ndim != 1:
+        raise ValueError("margin and DLR losses take one label per image, not class probabilities")
+    label = labels.unsqueeze(1)
+    of_label = logits.gather(1, label).squeeze(1)
+    largest_other = logits.scatter(1, label, float("-inf")).amax(dim=1)
+    return largest_other - of_label
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """The difference of logits ratio, `-(z_y - max_{j != y} z_j) / (z_(1) - z_(3))` with `z_(i)`
-    the i-th largest logit (Croce and Hein, arXiv:2003.01690, equation 6). Unlike cross entropy it
-    does not change when all logits are scaled.
+    """The difference of logits ratio, `-(z_y - max_{j != y} z_j) / (z_(1) - z_(3))`.
+
+    `z_(i)` is the i-th largest logit (Croce and Hein, arXiv:2003.01690, equation 6). Unlike cross
+    entropy, the loss does not change when all logits are scaled.
 
     Raises:
-        ValueError: fewer than three classes.
+        ValueError: the model has fewer than three classes.
     """
     if logits.shape[1] < 3:
         raise ValueError(f"the DLR loss needs at least 3 classes, the model has {logits.shape[1]}")
     largest = logits.topk(3, dim=1).values
+    # the authors' code adds the same 1e-12
     return margin(logits, labels) / (largest[:, 0] - largest[:, 2] + 1e-12)
-
-
-def _of_label(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(1, _as_index(labels)).squeeze(1)
-
-
-def _largest_other(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.scatter(1, _as_index(labels), float("-inf")).amax(dim=1)
-
-
-def _as_index(labels: Tensor) -> Tensor:
-    if labels.ndim != 1:
-        raise ValueError("margin and DLR losses take one label per image, not class probabilities")
-    return labels.unsqueeze(1)
 
 
 ATTACK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -57,16 +54,24 @@ ATTACK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def wrongness(logits: Tensor, labels: Tensor, rank: int = 1) -> Tensor:
-    """How far the label has fallen, int64 `(B,)`: 0 it is the prediction, 1 it is not, 2 nor is it
-    among the `rank` largest.
+    """How far the label has fallen, int64 `(B,)`.
 
-    Of equal logits the first is the larger. With `rank` 1 there is no 1. NaN logits count as wrong.
-    Of class probabilities `(B, C)` the largest is the label."""
-    labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
-    wrong = (logits.argmax(dim=1) != labels) | logits.isnan().any(dim=1)
+    0: the label is the prediction. 1: it is not. 2: it is not among the `rank` largest logits
+    either. With `rank` 1, a misclassified image is at 2 at once.
+
+    Of equal logits the first counts as the larger one. NaN logits count as wrong. Of class
+    probabilities `(B, classes)` the largest is the label.
+    """
+    if labels.ndim == 2:
+        labels = labels.argmax(dim=1)
+    has_nan = logits.isnan().any(dim=1)
+    wrong = (logits.argmax(dim=1) != labels) | has_nan
     if rank <= 1:
         return 2 * wrong.long()
-    own = logits.gather(1, labels.unsqueeze(1))
-    before = torch.arange(logits.shape[1], device=logits.device) < labels.unsqueeze(1)
-    out = ((logits > own) | ((logits == own) & before)).sum(dim=1) >= rank
-    return wrong.long() + (wrong & (out | logits.isnan().any(dim=1))).long()
+    label = labels.unsqueeze(1)
+    of_label = logits.gather(1, label)
+    # topk breaks ties in an unspecified order, so the logits ahead of the label's are counted
+    is_before = torch.arange(logits.shape[1], device=logits.device) < label
+    ahead = (logits > of_label) | ((logits == of_label) & is_before)
+    outside = (ahead.sum(dim=1) >= rank) | has_nan
+    return wrong.long() + (wrong & outside).long()

@@ -10,36 +10,39 @@ from attacks.arguments import check_count
 from attacks.attack import Attack
 from attacks.classifier import Model
 from attacks.threat_model import Generators, generators_of
-from attacks.worst_case import DONE, WorstPoints
+from attacks.worst_case import DONE, WorstCase
 
 
 @dataclass(frozen=True)
 class PGD(Attack):
     """Projected gradient ascent on a loss (Madry et al., arXiv:1706.06083).
 
-    From a random point of the ball: `x <- project(x + step_size * direction(gradient))`, `steps`
-    times. With one restart and without early stop the result is the last point, and every step
-    costs one forward and one backward pass. Otherwise all points on the way count, with one more
-    forward pass for the last: each image gets its worst point over all steps and restarts,
-    misclassified before not, then of larger loss.
+    From a random point of the ball, repeat `steps` times:
+    `x <- project(x + step_size * direction(gradient))`.
+
+    With one restart and without early stop, the result is the last point, and every step costs one
+    forward and one backward pass. Otherwise every point on the way counts, which costs one forward
+    pass more per restart: the result is each image's worst point over all steps and restarts. A
+    misclassified point is worse than a correctly classified one; among equals the larger loss
+    decides.
 
     Args:
         epsilon: radius in units of the pixel range, such as 8/255.
         step_size: length of a step, in the same units.
         steps: steps per restart, at least 1.
         norm: `"linf"` or `"l2"`.
-        restarts: independent starts.
-        random_start: begin at a random point of the ball, not at the image.
-        early_stop: leave an image alone once it is misclassified (targeted: classified as the
-            target). A number k asks for more: that the label is not among the k largest logits.
+        restarts: number of independent starts.
+        random_start: begin at a random point of the ball instead of the image.
+        early_stop: stop attacking an image once it is misclassified (targeted: classified as the
+            target). A number k asks for more: the label is not among the k largest logits.
         targeted: lead to `labels` instead of away from them.
         loss: `"ce"`, `"margin"` or `"dlr"`.
         seed: of the random starts, where a call brings no generators.
-        confidence: an image counts as misclassified once its label's logit falls short by this part
-            of the largest logit; see `Attack.confident`.
+        confidence: an image counts as misclassified once its label's logit falls short by this
+            fraction of the largest logit; see `Attack.confident`.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
 
     epsilon: float
@@ -65,16 +68,17 @@ class PGD(Attack):
             )
         if self.targeted and self.early_stop > 1:
             raise ValueError(
-                f"early_stop {self.early_stop}: a targeted attack has no rank to reach but the first"
+                f"early_stop {self.early_stop}: a targeted attack stops at the target, expected"
+                " true or false"
             )
         object.__setattr__(self, "early_stop", int(self.early_stop))
 
     def scaled(self, factor: float) -> Self:
-        """The same attack with `factor` times the radius and the step size."""
+        """Return the same attack with `factor` times the radius and the step size."""
         return replace(self, epsilon=factor * self.epsilon, step_size=factor * self.step_size)
 
     def as_pgd(self) -> "PGD":
-        """An attack that does the same, of which every number can be replaced."""
+        """Return an equal attack of which every argument can be replaced."""
         return self
 
     @property
@@ -90,56 +94,64 @@ class PGD(Attack):
     ) -> Tensor:
         if self.restarts == 1 and not self.early_stop:
             return self.run(model, images, labels, self.start(images, generators))
-        found = WorstPoints(images)
+        worst = WorstCase(images)
+        remaining = torch.arange(len(images), device=images.device)
         for _ in range(self.restarts):
-            left = found.left(stop=self.early_stop > 0)
-            if len(left) == 0:
+            if self.early_stop:
+                remaining = worst.remaining()
+            if len(remaining) == 0:
                 break
-            start = self.start(images[left], generators_of(generators, left))
-            self._search(model, images, labels, found, left, start)
-        return found.points
+            start = self.start(images[remaining], generators_of(generators, remaining))
+            self._restart(model, images, labels, worst, remaining, start)
+        return worst.points
 
     def start(self, images: Tensor, generators: Generators) -> Tensor:
-        """Where a restart begins."""
-        return self.threat_model.random_start(images, generators) if self.random_start else images
-
-    def _search(
-        self,
-        model: Model,
-        images: Tensor,
-        labels: Tensor,
-        found: WorstPoints,
-        left: Tensor,
-        points: Tensor,
-    ) -> None:
-        """One restart for the images at positions `left`, from `points`; what it meets goes into
-        `found`."""
-        for _ in range(self.steps):
-            logits, losses, gradient = self.value_and_grad(model, points, labels[left])
-            reached = self.reached(logits, labels[left])
-            found.note(left, points, losses, reached)
-            if self.early_stop:
-                going = reached < DONE
-                left, points, gradient = left[going], points[going], gradient[going]
-                if len(left) == 0:
-                    return
-            points = self.step(points, gradient, images[left])
-        with torch.no_grad():
-            logits = model(points)
-        found.note(
-            left, points, self.losses(logits, labels[left]), self.reached(logits, labels[left])
-        )
+        """Return the points at which a restart begins."""
+        if not self.random_start:
+            return images
+        return self.threat_model.random_start(images, generators)
 
     def run(self, model: Model, images: Tensor, labels: Tensor, points: Tensor) -> Tensor:
-        """All steps from `points`; `labels` may be class probabilities `(B, C)`. Returns the last
-        point."""
+        """Take all steps from `points` and return the last point.
+
+        `labels` are int64 `(B,)` or class probabilities `(B, classes)`.
+        """
         for _ in range(self.steps):
             _, _, gradient = self.value_and_grad(model, points, labels)
             points = self.step(points, gradient, images)
         return points
 
     def step(self, points: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
-        """One projected step."""
-        return self.threat_model.project(
-            self.threat_model.step(points, gradient, self.step_size), images
-        )
+        """Take one step along the gradient and project it into the ball around `images`."""
+        moved = self.threat_model.step(points, gradient, self.step_size)
+        return self.threat_model.project(moved, images)
+
+    def _restart(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        worst: WorstCase,
+        remaining: Tensor,
+        points: Tensor,
+    ) -> None:
+        """Run one restart from `points` for the images at positions `remaining`; every point on the
+        way goes into `worst`."""
+        for _ in range(self.steps):
+            logits, losses, gradient = self.value_and_grad(model, points, labels[remaining])
+            reached = self.reached(logits, labels[remaining])
+            worst.update(remaining, points, losses, reached)
+            if self.early_stop:
+                # an image that is done leaves the batch, so later passes are cheaper
+                going_on = reached < DONE
+                remaining = remaining[going_on]
+                points = points[going_on]
+                gradient = gradient[going_on]
+                if len(remaining) == 0:
+                    return
+            points = self.step(points, gradient, images[remaining])
+        # a step's pass judges the point before the step: the last point needs a pass of its own
+        with torch.no_grad():
+            logits = model(points)
+        losses = self.losses(logits, labels[remaining])
+        worst.update(remaining, points, losses, self.reached(logits, labels[remaining]))

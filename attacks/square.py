@@ -13,6 +13,8 @@ from attacks.threat_model import Generators, draw, generators_of, lengths
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Of 10,000 queries, those after which the share of changed pixels is halved."""
+TINY = 1e-12
+"""Keeps quotients of lengths finite."""
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,21 @@ class Square(Attack):
     """The Square attack (Andriushchenko et al., arXiv:1912.00049): random search with forward
     passes only.
 
-    Starts with vertical stripes of +-epsilon per channel (l-inf) or a grid of bumps of total length
-    epsilon (l2), then proposes a change in a random square window and keeps it if the loss grows or
-    the image is misclassified. The window covers the share `p` of the pixels; `p` starts at
-    `p_init` and is halved after the paper's 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of
-    10,000 queries, scaled to `queries`. For l-inf a proposal sets the window to the image
-    +-epsilon, one sign per channel (algorithm 2; that is the published step of +-2 epsilon,
-    clipped). For l2 it takes the change away in a second window of the same size and puts its
-    length, and what was left of epsilon, into bumps in the first (algorithm 3).
+    The search starts with vertical stripes of +-epsilon per channel (l-inf) or a grid of bumps of
+    total length epsilon (l2). It then proposes a change in a random square window, and keeps it if
+    the loss grows or the image is misclassified. The window covers the share `p` of the pixels; `p`
+    starts at `p_init` and is halved after the paper's 10, 50, 200, 500, 1000, 2000, 4000, 6000 and
+    8000 of 10,000 queries, scaled to `queries`.
 
-    Misclassified images leave the batch, those that are misclassified from the beginning unchanged.
-    Every image has windows and signs of its own (the PyTorch code of the authors draws them once
-    for the batch), and windows may touch the lower and right border, which the authors' code leaves
-    out.
+    For l-inf a proposal sets the window to the image +-epsilon, one sign per channel (algorithm 2;
+    that is the published step of +-2 epsilon, clipped). For l2 it takes the change away in a second
+    window of the same size, and puts that length and the unused rest of epsilon into bumps in the
+    first window (algorithm 3).
+
+    An image that is misclassified leaves the batch; one that is misclassified from the beginning
+    comes back unchanged. Every image has windows and signs of its own (the authors' PyTorch code
+    draws them once for the batch), and windows may touch the lower and right border, which the
+    authors' code leaves out.
 
     Args:
         epsilon: radius in units of the pixel range, such as 8/255.
@@ -44,7 +48,7 @@ class Square(Attack):
         seed: of all draws, where a call brings no generators.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
 
     epsilon: float
@@ -69,100 +73,137 @@ class Square(Attack):
     ) -> Tensor:
         points = images.clone()
         best = images.new_full((len(images),), float("-inf"), dtype=torch.float32)
-        left = (wrongness(model(images), labels) == 0).nonzero().flatten()
+        remaining = (wrongness(model(images), labels) == 0).nonzero().flatten()
         for query in range(self.queries):
-            if len(left) == 0:
+            if len(remaining) == 0:
                 break
-            own = generators_of(generators, left)
-            tried = (
-                self.propose(points[left], images[left], query, own)
-                if query
-                else self.start(images[left], own)
-            )
+            generators_here = generators_of(generators, remaining)
+            if query == 0:
+                tried = self.start(images[remaining], generators_here)
+            else:
+                tried = self.propose(points[remaining], images[remaining], query, generators_here)
             logits = model(tried)
-            losses = self.losses(logits, labels[left])
-            broken = wrongness(logits, labels[left]) > 0
-            better = broken | (losses > best[left])
-            points[left[better]] = tried[better]
-            best[left[better]] = losses[better]
-            left = left[~broken]
+            losses = self.losses(logits, labels[remaining])
+            broken = wrongness(logits, labels[remaining]) > 0
+            better = broken | (losses > best[remaining])
+            improved = remaining[better]
+            points[improved] = tried[better]
+            best[improved] = losses[better]
+            remaining = remaining[~broken]
         return points
 
     def start(self, images: Tensor, generators: Generators) -> Tensor:
-        """The first points tried for `images` `(n, C, H, W)`."""
+        """Return the first points to try for `images` `(n, C, H, W)`."""
         if self.threat_model.norm == "linf":
+            # one sign per channel and column: vertical stripes
             signs = _signs(draw(torch.rand, images[:, :, :1], generators))
             return self.threat_model.project(images + self.threat_model.epsilon * signs, images)
-        return self._of_length_epsilon(_bump_grid(images, generators), images)
+        return self._at_full_length(_bump_grid(images, generators), images)
 
     def propose(self, points: Tensor, images: Tensor, query: int, generators: Generators) -> Tensor:
-        """The next points to try, from the best `points` so far; `query` counts from 1."""
+        """Return the next points to try, given the best `points` so far; `query` counts from 1."""
         side = self.side(query, *images.shape[2:])
-        move = self._propose_linf if self.threat_model.norm == "linf" else self._propose_l2
-        return move(points, images, side, generators)
+        if self.threat_model.norm == "linf":
+            return self._propose_linf(points, images, side, generators)
+        return self._propose_l2(points, images, side, generators)
 
     def side(self, query: int, height: int, width: int) -> int:
-        """The side in pixels of the windows of a query: `sqrt(p H W)`, at most the image's; for l2
-        odd and at least 3, as bumps need room (an image of even or smaller size is the
-        exception)."""
-        share = self.p_init / 2 ** sum(
-            query / self.queries * 10_000 > halving for halving in HALVINGS
-        )
+        """Return the side in pixels of a query's windows: `sqrt(p H W)`, at most the image's."""
+        halvings = sum(query / self.queries * 10_000 > halving for halving in HALVINGS)
+        share = self.p_init / 2**halvings
         side = max(round((share * height * width) ** 0.5), 1)
         if self.threat_model.norm == "l2":
+            # a pair of bumps needs an odd side of at least 3, where the image has the room
             side = max(side, 3) | 1
         return min(side, height, width)
 
     def _propose_linf(
         self, points: Tensor, images: Tensor, side: int, generators: Generators
     ) -> Tensor:
+        """Algorithm 2: set a window to the image +-epsilon."""
         n, channels, height, width = images.shape
         draws = _uniform(n, 2 + channels, images, generators)
-        rows, columns = _inside(draws[:, 0], height, side)[0], _inside(draws[:, 1], width, side)[0]
-        window = (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
-        changed = images + self.threat_model.epsilon * _signs(draws[:, 2:, None, None])
-        return self.threat_model.project(torch.where(window, changed, points), images)
+        window = _Window(draws[:, 0], draws[:, 1], height, width, side)
+        signs = _signs(draws[:, 2:, None, None])
+        changed = images + self.threat_model.epsilon * signs
+        return self.threat_model.project(torch.where(window.mask, changed, points), images)
 
     def _propose_l2(
         self, points: Tensor, images: Tensor, side: int, generators: Generators
     ) -> Tensor:
+        """Algorithm 3: move the change of one window into another one.
+
+        In the paper the two windows are W_2 (`emptied`) and W_1 (`filled`).
+        """
         n, channels, height, width = images.shape
         draws = _uniform(n, 5 + channels, images, generators)
+        filled = _Window(draws[:, 0], draws[:, 1], height, width, side)
+        emptied = _Window(draws[:, 2], draws[:, 3], height, width, side).mask & ~filled.mask
+        transposed = (draws[:, 4] < 0.5).long()[:, None, None]
         signs = _signs(draws[:, 5:, None, None])
-        (rows, row), (columns, column) = (
-            _inside(draws[:, 0], height, side),
-            _inside(draws[:, 1], width, side),
-        )
-        filled = (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
-        emptied = (
-            _inside(draws[:, 2], height, side)[0][:, :, None]
-            & _inside(draws[:, 3], width, side)[0][:, None, :]
-        )
-        emptied = emptied.unsqueeze(1) & ~filled
-        turned = (draws[:, 4] < 0.5).long()[:, None, None]
-        # The shape is (n, 1, H, W).
-        bumps = _bumps(side).to(images)[turned, row[:, :, None], column[:, None, :]].unsqueeze(1)
+        # every pixel looks up its place in the window; those outside look up place 0 and are masked
+        # below
+        bumps = _bumps(side).to(images)
+        bumps = bumps[transposed, filled.row[:, :, None], filled.column[:, None, :]].unsqueeze(1)
 
         change = points - images
-        there = torch.where(filled, change, 0)
-        room = (self.threat_model.epsilon**2 - _squares(change, (1, 2, 3))).clamp_min(0) / channels
-        length = (room + _squares(torch.where(filled | emptied, change, 0), (2, 3))).sqrt()
-        new = torch.where(filled, bumps * signs, 0) + there / _squares(
-            there, (2, 3)
-        ).sqrt().clamp_min(1e-12)
-        new = new / _squares(new, (2, 3)).sqrt().clamp_min(1e-12) * length
-        return self._of_length_epsilon(
-            torch.where(filled, new, torch.where(emptied, 0, change)), images
-        )
+        old = torch.where(filled.mask, change, 0)
+        new = torch.where(filled.mask, bumps * signs, 0) + old / _norm(old).clamp_min(TINY)
+        # epsilon_avail of the paper, per channel: a share of what the change leaves of epsilon, and
+        # what both windows hold
+        unused = self.threat_model.epsilon**2 - _squares(change, (1, 2, 3))
+        unused = unused.clamp_min(0) / channels
+        held = _squares(torch.where(filled.mask | emptied, change, 0), (2, 3))
+        available = (unused + held).sqrt()
+        new = new / _norm(new).clamp_min(TINY) * available
+        rest = torch.where(emptied, 0, change)
+        return self._at_full_length(torch.where(filled.mask, new, rest), images)
 
-    def _of_length_epsilon(self, change: Tensor, images: Tensor) -> Tensor:
-        change = change * (self.threat_model.epsilon / lengths(change).clamp_min(1e-12))
+    def _at_full_length(self, change: Tensor, images: Tensor) -> Tensor:
+        """Stretch `change` to length epsilon and add it to the images."""
+        change = change * (self.threat_model.epsilon / lengths(change).clamp_min(TINY))
         return self.threat_model.project(images + change, images)
 
 
+class _Window:
+    """A square window at a random place of each of `n` images.
+
+    Args:
+        draws_of_rows, draws_of_columns: `(n,)` in [0, 1), which choose the places.
+        height, width: of the images.
+        side: of the windows.
+
+    Attributes:
+        mask: bool `(n, 1, H, W)`, True inside the window.
+        row: int64 `(n, H)`, the window's row at each of the image's; 0 outside.
+        column: int64 `(n, W)`, the same for columns.
+    """
+
+    def __init__(
+        self,
+        draws_of_rows: Tensor,
+        draws_of_columns: Tensor,
+        height: int,
+        width: int,
+        side: int,
+    ) -> None:
+        in_rows, self.row = _inside(draws_of_rows, height, side)
+        in_columns, self.column = _inside(draws_of_columns, width, side)
+        self.mask = (in_rows[:, :, None] & in_columns[:, None, :]).unsqueeze(1)
+
+
+def _inside(draws: Tensor, size: int, side: int) -> tuple[Tensor, Tensor]:
+    """For each of `size` rows: whether it is in the window, bool `(n, size)`, and the window's row
+    there, int64 `(n, size)`, 0 outside."""
+    first = (draws * (size - side + 1)).long()
+    place = torch.arange(size, device=draws.device) - first[:, None]
+    inside = (place >= 0) & (place < side)
+    return inside, torch.where(inside, place, 0)
+
+
 def _uniform(n: int, count: int, images: Tensor, generators: Generators) -> Tensor:
-    """`count` numbers in [0, 1) for each of `n` images, float32 whatever the images are: a rounded
-    1 would be no place."""
+    """Draw `count` numbers in [0, 1) for each of `n` images, `(n, count)`."""
+    # always float32: a draw that is rounded up to 1 would choose a place outside of the image
     return draw(torch.rand, images.new_empty((n, count), dtype=torch.float32), generators)
 
 
@@ -170,52 +211,57 @@ def _signs(draws: Tensor) -> Tensor:
     return torch.where(draws < 0.5, -1.0, 1.0)
 
 
-def _inside(draws: Tensor, size: int, side: int) -> tuple[Tensor, Tensor]:
-    """Which of `size` rows or columns lie in windows at random places, bool `(n, size)`, and at
-    which of the window's rows or columns (0 for those outside)."""
-    first = (draws * (size - side + 1)).long()
-    place = torch.arange(size, device=draws.device) - first[:, None]
-    inside = (place >= 0) & (place < side)
-    return inside, torch.where(inside, place, 0)
-
-
 def _squares(change: Tensor, dims: tuple[int, ...]) -> Tensor:
     return change.square().sum(dim=dims, keepdim=True)
 
 
+def _norm(change: Tensor) -> Tensor:
+    """The Euclidean length of every channel, `(n, C, 1, 1)`."""
+    return _squares(change, (2, 3)).sqrt()
+
+
 def _bump(height: int, width: int) -> Tensor:
-    """A pyramid of length 1, `(height, width)`: at distance d (the larger of rows and columns) from
-    its middle `sum_{k=d}^{n} 1 / (k + 1)^2` with n half the larger side."""
-    rows, columns = (
-        (torch.arange(height) - height // 2).abs(),
-        (torch.arange(width) - width // 2).abs(),
-    )
+    """Return a pyramid of length 1, `(height, width)`.
+
+    At distance d from its middle (the larger of rows and columns) it is
+    `sum_{k=d}^{n} 1 / (k + 1)^2`, with n half the larger side.
+    """
+    rows = (torch.arange(height) - height // 2).abs()
+    columns = (torch.arange(width) - width // 2).abs()
+    distance = torch.maximum(rows[:, None], columns[None, :])
     terms = 1 / torch.arange(1, max(height, width) // 2 + 2).square()
-    bump = terms.flip(0).cumsum(0).flip(0)[torch.maximum(rows[:, None], columns[None, :])]
+    # reversed twice, as the sums begin at d and not at 0
+    sums = terms.flip(0).cumsum(0).flip(0)
+    bump = sums[distance]
     return bump / torch.linalg.vector_norm(bump)
 
 
 def _bumps(side: int) -> Tensor:
-    """A bump above a negative one, of length 1, and the same lying on its side, `(2, side,
-    side)`."""
-    above = torch.cat([_bump(side // 2, side), -_bump(side - side // 2, side)])
-    above = above / torch.linalg.vector_norm(above)
-    return torch.stack([above, above.T])
+    """Return a bump above a negative one, of length 1, and its transpose, `(2, side, side)`."""
+    pair = torch.cat([_bump(side // 2, side), -_bump(side - side // 2, side)])
+    pair = pair / torch.linalg.vector_norm(pair)
+    return torch.stack([pair, pair.T])
 
 
 def _bump_grid(images: Tensor, generators: Generators) -> Tensor:
-    """Pairs of bumps of a fifth of the image's side, turned at random, with a random sign per
-    channel, `(n, C, H, W)`."""
+    """Tile the images with pairs of bumps of a fifth of their side, `(n, C, H, W)`.
+
+    Each pair is transposed or not at random, and has a random sign per channel.
+    """
     n, channels, height, width = images.shape
     side = max(min(height, width) // 5, 1)
-    down, across = height // side, width // side
-    draws = _uniform(n, down * across * (1 + channels), images, generators).reshape(
-        n, 1 + channels, down, across
-    )
-    turned = (draws[:, 0] < 0.5).long()
-    tiles = _bumps(side).to(images)[turned].unsqueeze(1) * _signs(draws[:, 1:, :, :, None, None])
+    down = height // side
+    across = width // side
+    draws = _uniform(n, down * across * (1 + channels), images, generators)
+    draws = draws.reshape(n, 1 + channels, down, across)
+    transposed = (draws[:, 0] < 0.5).long()
+    signs = _signs(draws[:, 1:, :, :, None, None])
+    # (n, C, down, across, side, side): a pair of bumps for every tile
+    tiles = _bumps(side).to(images)[transposed].unsqueeze(1) * signs
     grid = tiles.permute(0, 1, 2, 4, 3, 5).reshape(n, channels, down * side, across * side)
+    # the tiles seldom fill the image: the border around them stays as it is
     change = torch.zeros_like(images)
-    top, left = (height - down * side) // 2, (width - across * side) // 2
+    top = (height - down * side) // 2
+    left = (width - across * side) // 2
     change[:, :, top : top + down * side, left : left + across * side] = grid
     return change

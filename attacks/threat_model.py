@@ -8,26 +8,33 @@ from torch import Tensor
 
 from attacks.arguments import check_size
 from base.device import to_device
-from base.distributed import ShardedGenerator
 
 NORMS = ("linf", "l2")
 ROUNDING = 1e-6
-Generators = torch.Generator | ShardedGenerator | Sequence[torch.Generator]
-"""One generator for a whole batch, one for a minibatch of which the batch is a process's share, or
-one for each image, with which no draw depends on the other images of the batch."""
+
+Draw = Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
+"""`draw(distribution, shape)` -> random numbers `(B, *shape)`, with `shape` that of one image."""
+Generators = torch.Generator | Sequence[torch.Generator] | Draw
+"""Where an attack's random numbers come from: one generator for the whole batch; one for each
+image, so that no draw depends on the other images of the batch; or a function of its own."""
 
 
 def in_pixel_range(size: float, norm: str) -> float:
-    """An epsilon or step size of a config or a command line in units of the pixel range `[0, 1]`.
+    """Convert an epsilon or step size of a config or a command line to the pixel range `[0, 1]`.
 
     This is the only place that converts: l-inf sizes are written in 1/255 (8 means 8/255), l2 sizes
-    in the pixel range already."""
-    return size / 255 if norm == "linf" else size
+    in the pixel range already.
+    """
+    if norm == "linf":
+        return size / 255
+    return size
 
 
 def format_size(size: float, norm: str) -> str:
-    """A size in pixel range as people write it: `8/255` for l-inf, `0.5` for l2."""
-    return f"{size * 255:.4g}/255" if norm == "linf" else f"{size:.4g}"
+    """Format a size in pixel range as people write it: `8/255` for l-inf, `0.5` for l2."""
+    if norm == "linf":
+        return f"{size * 255:.4g}/255"
+    return f"{size:.4g}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class ThreatModel:
         epsilon: radius in units of the pixel range, at least 0.
 
     Raises:
-        ValueError: another norm, or an epsilon that is negative, not finite, or above 1 for l-inf.
+        ValueError: the norm is another one, or epsilon is negative, not finite, or above 1 for
+            l-inf.
     """
 
     norm: str
@@ -49,64 +57,66 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"norm {self.norm!r} is not one of: {', '.join(NORMS)}")
-        # as a plain float, also where numpy's was given
+        # numpy's numbers become plain floats, which reports can write
         object.__setattr__(self, "epsilon", check_size("epsilon", self.epsilon, self.norm))
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
-        """The allowed images at `points` `(B, C, H, W)`, or the nearest to them on the way back to
-        `images`.
-
-        First into the ball, then into `[0, 1]`; as `images` lie in `[0, 1]`, the second never
-        leaves the ball again."""
+        """Project `points` `(B, C, H, W)` into the ball around `images`, then into `[0, 1]`."""
         if self.norm == "linf":
-            points = torch.minimum(
-                torch.maximum(points, images - self.epsilon), images + self.epsilon
-            )
+            lower = images - self.epsilon
+            upper = images + self.epsilon
+            points = torch.minimum(torch.maximum(points, lower), upper)
         else:
             points = images + self.bound(points - images)
+        # images lie in [0, 1], so clamping moves every pixel towards its image's, never out of the
+        # ball
         return points.clamp(0, 1)
 
     def bound(self, change: Tensor) -> Tensor:
-        """The nearest `change` `(B, C, H, W)` in the ball around zero; under l2 within 1e-6 of its
-        radius, so that rounding in `images + change` does not leave the ball."""
+        """Project `change` `(B, C, H, W)` into the ball around zero."""
         if self.norm == "linf":
             return change.clamp(-self.epsilon, self.epsilon)
-        return change * (self.epsilon * (1 - ROUNDING) / lengths(change).clamp_min(1e-30)).clamp(
-            max=1
-        )
+        # a little shorter than the radius, so that rounding in images + change stays in the ball
+        radius = self.epsilon * (1 - ROUNDING)
+        return change * (radius / lengths(change).clamp_min(1e-30)).clamp(max=1)
 
     def step(self, points: Tensor, gradient: Tensor, size: float) -> Tensor:
-        """`points` moved by `size` in direction of steepest ascent: the gradient's sign (l-inf), or
-        the gradient at length 1 (l2). Where the gradient is zero or NaN nothing moves. The result
-        is not projected."""
+        """Move `points` by `size` in the direction of steepest ascent, without projection; see
+        `direction`."""
         return points + size * self.direction(gradient)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The direction of steepest ascent, of size 1 in this norm; see `step`."""
+        """Return the direction of steepest ascent, of size 1 in this norm.
+
+        It is the gradient's sign (l-inf), or the gradient at length 1 (l2). It is zero where the
+        gradient is zero or NaN.
+        """
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         if self.norm == "linf":
             return gradient.sign()
-        # the largest entry first: lengths of denormal gradients have few digits
+        # squares of tiny gradients underflow: the largest entry becomes 1 before they are taken
         gradient = gradient / _largest_entry(gradient)
-        return gradient / lengths(gradient).clamp_min(0.5)  # at least 1 unless the gradient is zero
+        # that makes every length at least 1, except where the gradient is zero and stays zero
+        return gradient / lengths(gradient).clamp_min(0.5)
 
     def random_start(self, images: Tensor, generators: Generators) -> Tensor:
-        """Allowed images around `images` `(B, C, H, W)`, clamped to `[0, 1]`.
+        """Return random allowed points around `images` `(B, C, H, W)`.
 
-        Under linf they are drawn uniformly from the ball. Under l2 direction and length are
-        uniform: in many dimensions nearly all of the ball lies at its surface, and an attack of few
-        steps that begins with a random change of full length does not get rid of it, and finds
-        less."""
+        Under l-inf they are drawn uniformly from the ball, under l2 direction and length are drawn
+        uniformly.
+        """
         if self.norm == "linf":
             change = 2 * draw(torch.rand, images, generators) - 1
         else:
+            # nearly all of a ball of many dimensions lies at its surface, and an attack of few
+            # steps does not get rid of a random change of full length: it finds less
             direction = draw(torch.randn, images, generators)
             radius = draw(torch.rand, images[:, :1, :1, :1], generators)
             change = direction / lengths(direction).clamp_min(1e-30) * radius
         return self.project(images + self.epsilon * change, images)
 
     def distance(self, points: Tensor, images: Tensor) -> Tensor:
-        """The size `(B,)` of the change from `images` to `points`, in this norm."""
+        """Return the size `(B,)` of the change from `images` to `points` in this norm."""
         change = points - images
         if self.norm == "linf":
             return change.flatten(1).abs().amax(dim=1)
@@ -114,13 +124,12 @@ class ThreatModel:
 
 
 def lengths(change: Tensor) -> Tensor:
-    """The Euclidean length of every image, `(B, 1, 1, 1)`, exact to rounding for any size.
-
-    `torch.linalg.vector_norm` adds squares one after another: in float32, of 224 x 224 pixels, it
-    is off by 2e-5. `sum` adds them pairwise. The largest entry is divided out, so that no square
-    vanishes or becomes infinite.
-    """
+    """Return the Euclidean length of every image, `(B, 1, 1, 1)`, exact to rounding for any
+    size."""
+    # the largest entry is divided out, so that no square vanishes or becomes infinite
     largest = _largest_entry(change)
+    # torch.linalg.vector_norm adds squares one after another, which in float32 is off by 2e-5 for
+    # 224 x 224 pixels; sum adds them pairwise
     return largest * (change / largest).square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
@@ -131,23 +140,26 @@ def _largest_entry(change: Tensor) -> Tensor:
 
 
 def generators_of(generators: Generators, index: Tensor) -> Generators:
-    """The generators of the images at `index`, int64 `(n,)`."""
-    return (
-        [generators[image] for image in index.tolist()]
-        if isinstance(generators, Sequence)
-        else generators
-    )
+    """Return the generators of the images at `index`, int64 `(n,)`."""
+    if isinstance(generators, Sequence):
+        return [generators[position] for position in index.tolist()]
+    return generators
 
 
 def draw(distribution: Callable[..., Tensor], like: Tensor, generators: Generators) -> Tensor:
-    """Random numbers of the shape of `like`, drawn on the CPU, so that they are the same on every
-    device."""
+    """Draw random numbers of the shape, type and device of `like` `(B, ...)`.
+
+    Args:
+        distribution: `torch.rand`, `torch.randn`, or another function of a shape and a generator.
+        like: the tensor to imitate.
+        generators: where the numbers come from.
+    """
+    # on the CPU, so that the numbers are the same for every device
     if isinstance(generators, torch.Generator):
         drawn = distribution(like.shape, generator=generators)
-    elif isinstance(generators, ShardedGenerator):
-        drawn = generators.draw(distribution, like.shape[1:])
+    elif isinstance(generators, Sequence):
+        of_images = [distribution(like.shape[1:], generator=one) for one in generators]
+        drawn = torch.stack(of_images)
     else:
-        drawn = torch.stack(
-            [distribution(like.shape[1:], generator=generator) for generator in generators]
-        )
+        drawn = generators(distribution, like.shape[1:])
     return to_device(drawn.to(like.dtype), like.device)

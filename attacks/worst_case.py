@@ -1,43 +1,52 @@
-"""WorstPoints: the best that an attack has found so far, for every image of a batch."""
+"""WorstCase: the worst point that an attack has found so far for every image of a batch."""
 
 import torch
 from torch import Tensor
 
 MISSED, DONE = 0, 2
-"""How far an attack has come with an image: not at all, or all the way; 1 is misclassified, but not
-as badly as was asked."""
+"""How far an attack has come with an image: `MISSED`, the image is classified correctly; 1, it is
+misclassified, but not yet as badly as the attack asks (see `Attack.rank`); `DONE`."""
+NOT_TRIED = -1
 
 
-class WorstPoints:
-    """For every image its worst point so far: the one with which the attack came farthest, of those
-    the one of largest loss.
+class WorstCase:
+    """The worst point found so far for every image: the one that the attack came farthest with, and
+    among equals the one with the largest loss.
 
     Args:
         images: `(B, C, H, W)`, the points to begin with.
 
     Attributes:
         points: `(B, C, H, W)`.
-        reached: int64 `(B,)` between `MISSED` and `DONE`, and -1 before anything was tried.
+        reached: int64 `(B,)`, from `MISSED` to `DONE`; `NOT_TRIED` before the first update.
         losses: float32 `(B,)`.
     """
 
     def __init__(self, images: Tensor) -> None:
         self.points = images.clone()
-        self.reached = torch.full((len(images),), -1, device=images.device)
+        self.reached = torch.full((len(images),), NOT_TRIED, device=images.device)
         self.losses = images.new_full((len(images),), float("-inf"), dtype=torch.float32)
 
-    def note(self, at: Tensor, points: Tensor, losses: Tensor, reached: Tensor) -> None:
-        """Consider `points` `(n, C, H, W)` for the images at positions `at` `(n,)`; NaN counts as
-        the smallest loss."""
+    def update(self, index: Tensor, points: Tensor, losses: Tensor, reached: Tensor) -> None:
+        """Keep those of `points` that are worse than what is known.
+
+        Args:
+            index: int64 `(n,)`, the positions of the images that were tried.
+            points: `(n, C, H, W)`.
+            losses: `(n,)`.
+            reached: int64 `(n,)`.
+        """
+        # a comparison with NaN is always false: as -inf it loses against every number
         losses = losses.nan_to_num(nan=float("-inf"))
-        before = self.reached[at]
-        worse = (reached > before) | ((reached == before) & (losses > self.losses[at]))
-        kept = at[worse]
+        before = self.reached[index]
+        farther = reached > before
+        larger = (reached == before) & (losses > self.losses[index])
+        worse = farther | larger
+        kept = index[worse]
         self.points[kept] = points[worse]
         self.reached[kept] = reached[worse]
         self.losses[kept] = losses[worse]
 
-    def left(self, stop: bool = True) -> Tensor:
-        """Positions of the images that are still to be attacked: those that are not done, or,
-        without `stop`, all."""
-        return (self.reached < (DONE if stop else DONE + 1)).nonzero().squeeze(1)
+    def remaining(self) -> Tensor:
+        """The positions, int64 `(n,)`, of the images that are not `DONE`."""
+        return (self.reached < DONE).nonzero().squeeze(1)

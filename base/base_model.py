@@ -1,4 +1,4 @@
-"""BaseModel: what every network of this project is."""
+"""BaseModel: the base class of every network."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,10 @@ class BaseModel(nn.Module, ABC):
     """A network that maps pixels to logits and is built from four layer types.
 
     `images` float `(B, C, H, W)` in `[0, 1]` -> `logits` float `(B, num_classes)`. The model
-    normalizes the pixels itself, `(images - mean) / std` per channel, so nothing outside it ever
-    sees a mean or a std. Both are non-persistent buffers: they follow the model to a device but are
-    not part of its state dict, whose keys stay those of the original ConvNorm models.
+    normalizes the pixels itself, `(images - mean) / std` per channel, so nothing outside of it
+    needs mean or std.
 
-    The four names are resolved once, here, into `conv_layer`, `norm_layer`, `linear_layer` and
+    The constructor resolves the four names into `conv_layer`, `norm_layer`, `linear_layer` and
     `activation_layer`; blocks receive these constructors, never names.
 
     Args:
@@ -30,16 +29,16 @@ class BaseModel(nn.Module, ABC):
         conv_layer_type: a name in `base.registry.CONV_LAYERS`.
         linear_layer_type: a name in `base.registry.LINEAR_LAYERS`.
         activation_layer_type: a name in `base.registry.ACTIVATION_LAYERS`.
-        in_channels: C, the channels of the images, which the first convolution takes.
+        in_channels: C, the number of channels of the images.
         mean: per-channel mean of the data set's pixels, in `[0, 1]`; None for 0.
         std: per-channel standard deviation of the data set's pixels, in `[0, 1]`; None for 1.
         layer_arguments: the layers' own arguments under their config keys, such as `norm_groups` of
-            "gn". Each reaches those of the chosen layers that take it; one that only others take
-            has no effect.
+            "gn". Each is passed to those of the chosen layers that take it. An argument that only
+            other layers take has no effect.
 
     Raises:
-        ConfigError: a name is not in its table, no layer of any table takes an argument, or `mean`
-            or `std` has not one value per channel.
+        ConfigError: a name is not in its table, an argument is not one of any layer, or `mean` or
+            `std` does not have one value per channel.
     """
 
     in_channels: int
@@ -59,6 +58,7 @@ class BaseModel(nn.Module, ABC):
         **layer_arguments: Any,
     ) -> None:
         super().__init__()
+        # in the order of LAYER_CHOICES
         names = (norm_layer_type, conv_layer_type, linear_layer_type, activation_layer_type)
         self.norm_layer, self.conv_layer, self.linear_layer, self.activation_layer = (
             _layer(choice, name, layer_arguments)
@@ -67,46 +67,52 @@ class BaseModel(nn.Module, ABC):
         known = {key for choice in LAYER_CHOICES for key in choice.known_keys()}
         for key in layer_arguments:
             if key not in known:
-                raise ConfigError(f"arch.args.{key}: no layer takes it{did_you_mean(key, known)}")
+                raise ConfigError(
+                    f"arch.args.{key}: not an argument of any layer{did_you_mean(key, known)}"
+                )
         self.in_channels = in_channels
+        # not persistent: the keys of the state dict stay those of the original ConvNorm models
         self.register_buffer("mean", _per_channel("mean", mean, 0.0, in_channels), persistent=False)
         self.register_buffer("std", _per_channel("std", std, 1.0, in_channels), persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """`(images - mean) / std`, the only place in the project where images are normalized."""
+        """Return `(images - mean) / std`. Images are normalized nowhere else in the project."""
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of `images` `(B, C, H, W)` in `[0, 1]`."""
+        """Return logits `(B, num_classes)` of `images` `(B, C, H, W)` in `[0, 1]`."""
         return self.forward_normalized(self.normalize(images))
 
     @abstractmethod
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits of inputs that are already normalized."""
+        """Return logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
 
     def num_parameters(self) -> int:
-        """The number of trainable parameters."""
+        """Return the number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
 def _layer(choice: Choice, name: str, arguments: Mapping[str, Any]) -> Constructor:
-    """The constructor of a layer type, with what it takes of the arguments."""
+    """Return the constructor of a layer type, with those of the arguments that it takes."""
     constructor = lookup(choice.table, name, choice.key)
-    own = {
+    taken = {
         argument.name: arguments[key]
         for key, argument in choice.arguments(name).items()
         if arguments.get(key) is not None
     }
-    return partial(constructor, **own) if own else constructor
+    if not taken:
+        return constructor
+    return partial(constructor, **taken)
 
 
 def _per_channel(
     name: str, values: Sequence[float] | None, default: float, channels: int
 ) -> Tensor:
-    """`values`, or `default` for every channel, as float32 `(1, C, 1, 1)`."""
-    numbers = [default] * channels if values is None else list(values)
-    if len(numbers) != channels:
+    """Return `values`, or `default` for every channel, as float32 `(1, C, 1, 1)`."""
+    if values is None:
+        values = [default] * channels
+    if len(values) != channels:
         raise ConfigError(
-            f"data_loader.args.{name}: {len(numbers)} values for images of {channels} channels"
+            f"data_loader.args.{name}: {len(values)} values for images of {channels} channels"
         )
-    return torch.tensor(numbers, dtype=torch.float32).reshape(1, -1, 1, 1)
+    return torch.tensor(list(values), dtype=torch.float32).reshape(1, -1, 1, 1)

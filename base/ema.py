@@ -12,14 +12,14 @@ from base.checkpoint import load_weights
 
 
 class ModelEma:
-    """A second model whose weights follow those of a first: `average <- d average + (1 - d)
-    weights` after every update.
+    """A second model with the moving average of a first model's weights: after every update
+    `average <- d average + (1 - d) weights`, with `d = min(decay, (1 + t) / (10 + t))` after t
+    updates.
 
-    `d = min(decay, (1 + t) / (10 + t))` after t updates, so that the random first weights are soon
-    forgotten. What is no parameter is treated by its nature: running statistics of batch
-    normalization are averaged like the weights; buffers that are functions of the weights
-    (ConvNorm's spectrum, the singular vectors of spectral normalization) are recomputed from the
-    averaged weights, by the layer's `buffers_from_weights()`; all others are copied.
+    Running statistics of batch normalization are averaged like the weights. Buffers that are
+    functions of the weights (ConvNorm's spectrum, the singular vectors of spectral normalization)
+    are recomputed from the averaged weights, by the layer's `buffers_from_weights()`. All other
+    buffers are copied.
 
     Args:
         model: the model to follow.
@@ -34,20 +34,24 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the source by one update."""
+        """Follow one update of the source."""
         self.updates += 1
+        # small at first, so that the random initial weights are soon forgotten
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(_averaged(self._model)), list(_averaged(self.source)), 1 - decay)
+        averages = list(_averaged_tensors(self._model))
+        torch._foreach_lerp_(averages, list(_averaged_tensors(self.source)), 1 - decay)
 
     @property
     def model(self) -> nn.Module:
         """The averaged model in evaluation mode, with its buffers up to date."""
-        averaged = {id(tensor) for tensor in _averaged(self._model)}
+        averaged = {id(tensor) for tensor in _averaged_tensors(self._model)}
+        buffers = zip(self._model.buffers(), self.source.buffers(), strict=True)
         with torch.no_grad():
-            for ours, theirs in zip(self._model.buffers(), self.source.buffers(), strict=True):
-                if id(ours) not in averaged:
-                    # of any size: ConvNorm's spectrum gets its own in the first step
-                    ours.data = theirs.data.clone()
+            for buffer, of_source in buffers:
+                if id(buffer) not in averaged:
+                    # data, not copy_: the source's first step may change a buffer's size, as that
+                    # of ConvNorm's spectrum
+                    buffer.data = of_source.data.clone()
             for module in self._model.modules():
                 if hasattr(module, "buffers_from_weights"):
                     module.buffers_from_weights()
@@ -56,16 +60,21 @@ class ModelEma:
     def load_state_dict(
         self, state: Mapping[str, Tensor], updates: int, source: str | Path = "averaged weights"
     ) -> None:
-        """Continue from a saved average; `source` names it in messages.
+        """Continue from a saved average.
+
+        Args:
+            state: the averaged model's state dict.
+            updates: updates that it has followed.
+            source: its name in messages.
 
         Raises:
-            CheckpointError: it is of another architecture.
+            CheckpointError: the state is that of another architecture.
         """
         load_weights(self._model, state, source)
         self.updates = updates
 
 
-def _averaged(model: nn.Module) -> Iterator[Tensor]:
+def _averaged_tensors(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that are averaged, in a fixed order: parameters, and running statistics of batch
     normalization."""
     yield from model.parameters()

@@ -1,4 +1,4 @@
-"""Sums and counts over samples: every metric is reduced once, never averaged over batch means."""
+"""Sums and counts over samples: every metric is divided once, never averaged over batch means."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 
 
 def is_accuracy(name: str) -> bool:
-    """Whether a logged value of this name is an accuracy, a fraction that reads as per cent and is
-    better when larger, such as `top1` and `val_robust_top5`."""
+    """Return whether a logged value of this name is an accuracy, such as `top1` and
+    `val_robust_top5`: a fraction that is shown in per cent, and better when larger."""
     return "top" in name
 
 
@@ -39,57 +39,53 @@ class BatchResult:
 def batch_result(
     losses: Tensor, logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric]
 ) -> BatchResult:
-    """The sums of one batch: `loss` and every metric."""
+    """Return the sums of one batch: `loss` and every metric."""
     logits = logits.detach()
-    sums = {
-        "loss": losses.detach().sum(),
-        **{name: metric(logits, labels) for name, metric in metrics.items()},
-    }
+    sums = {"loss": losses.detach().sum()}
+    for name, metric in metrics.items():
+        sums[name] = metric(logits, labels)
     return BatchResult(sums, len(labels))
 
 
 class Meters:
     """Running sums of `BatchResult`s. They stay on the device until they are read, so adding does
-    not synchronize."""
+    not make the host wait for it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
     def add(self, result: BatchResult) -> None:
-        """Add one batch. Sums are float64 where the device has it, so that their rounding does not
-        grow with the epoch."""
+        """Add one batch."""
         for name, value in result.sums.items():
             value = value.detach()
-            value = value if value.device.type == "mps" else value.double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            # in float32 the rounding would grow with the epoch; Apple's GPUs have no float64
+            if value.device.type != "mps":
+                value = value.double()
+            if name in self.sums:
+                value = self.sums[name] + value
+            self.sums[name] = value
         self.count += result.count
 
     def all_reduce(self) -> "Meters":
-        """The sums of all ranks, the same on every rank; with one process itself."""
+        """Return the sums over all ranks, on every rank."""
         if world_size() == 1:
             return self
+        own = {name: float(value) for name, value in self.sums.items()}
         total = Meters()
-        for sums, count in all_gather_object(
-            ({name: float(value) for name, value in self.sums.items()}, self.count)
-        ):
-            total.add(
-                BatchResult(
-                    {
-                        name: torch.tensor(value, dtype=torch.float64)
-                        for name, value in sums.items()
-                    },
-                    count,
-                )
-            )
+        for sums, count in all_gather_object((own, self.count)):
+            tensors = {
+                name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()
+            }
+            total.add(BatchResult(tensors, count))
         return total
 
     def means(self) -> dict[str, float]:
-        """Every sum over the count; empty before the first batch."""
+        """Return every sum divided by the count; empty before the first batch."""
         return {name: float(value) / self.count for name, value in self.sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and count, for a checkpoint in the middle of an epoch."""
+        """Return sums and count, for a checkpoint in the middle of an epoch."""
         return {"sums": self.sums, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:

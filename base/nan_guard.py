@@ -1,5 +1,5 @@
-"""No update on numbers that are infinite or NaN, no checkpoint of a model that answers with them,
-and no waiting for the GPU in every step to know."""
+"""NanGuard: no update on numbers that are infinite or NaN, no checkpoint of a model that answers
+with them, and no waiting for the GPU in every step."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,137 +8,143 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from base.diagnosis import first_bad_layer, first_bad_output, first_bad_weight
-from base.distributed import all_reduce_max, exit_unless_primary
+from base.distributed import all_reduce_max, all_reduce_min, exit_unless_primary
 from base.errors import NonFiniteError
 from base.run_folder.names import LAST
 from base.train_state import TrainState, not_finite
 
 READ_EVERY = 50
-"""Updates between two looks of the host at the device, where they are deferred."""
+"""Updates between two moments at which the host waits for the device, where it may wait seldom."""
 OF_LAST_EPOCH = "is of the last good epoch"
-"""What `model_last.pth` is after every epoch."""
+"""What messages say of `model_last.pth` after an epoch."""
 
 
 class NanGuard:
-    """Keeps an optimizer from ever updating on gradients that are infinite or NaN, and ends
-    training where they are.
+    """Keeps an optimizer from updating on gradients that are infinite or NaN, and ends training.
 
-    On the CPU it looks before every update. On a GPU that would let the host wait for the device in
-    every step, while it could prepare the next one. There a fused optimizer is told on the device
-    (`found_inf`): from the first bad update on it changes nothing any more, neither weights nor its
-    own state, and the host looks every `READ_EVERY` updates, at the end of an epoch and before
-    every checkpoint. What moves until then, running statistics and averaged weights, is never
-    saved. Optimizers without such kernels, and runs that began without them, are looked after
-    before every update on a GPU, too.
+    On the CPU it judges every update before it happens. On a GPU the host would have to wait for
+    the device in every step. There the guard sets the optimizer's `found_inf`, as torch's own loss
+    scaling does: from the first bad update on a fused optimizer changes neither weights nor its own
+    state. The host asks every `READ_EVERY` updates, at the end of an epoch and before every
+    checkpoint. Running statistics and averaged weights do move until then, but are not saved.
 
-    Several processes judge the same gradients, averaged over all, and so agree.
+    An optimizer without fused kernels is guarded as on the CPU.
 
     Args:
         optimizer: whose updates are guarded.
-        folder: the run folder, for the message.
+        folder: the run folder, for messages.
     """
 
     deferred_on: tuple[str, ...] = ("cuda",)
+    """Types of devices for which the host need not wait in every step."""
 
     def __init__(self, optimizer: Optimizer, folder: Path) -> None:
         self.optimizer = optimizer
         self.folder = folder
-        # int64 on the device: the batch from 1 on; 0 as long as all is well
+        # int64 on the device: the first bad batch of the epoch, counted from 1; 0 for none
         self._first_bad: Tensor | None = None
         # model, loss, epoch and images of the last update
         self._last: tuple[nn.Module, Tensor, int, Tensor | None]
-        self._unread = 0
+        # updates that the host has not asked about yet
+        self._pending = 0
         self._saved = OF_LAST_EPOCH
 
-    def look(
+    def check(
         self, model: nn.Module, loss: Tensor, state: TrainState, images: Tensor | None = None
     ) -> None:
-        """Judge the gradients that the backward pass of `loss` (0-dim) has left, before the
-        optimizer's step. They are NaN where the loss is not finite (see `BaseTrainer.update`);
-        `images` are the minibatch, for the message.
+        """Judge an update, between the backward pass and the optimizer's step.
+
+        Args:
+            model: with the gradients of `loss`.
+            loss: 0-dim.
+            state: tells epoch and batch.
+            images: the minibatch, for the message.
 
         Raises:
-            NonFiniteError: see `read`.
+            NonFiniteError: see `check_pending`.
         """
         gradients = [
             parameter.grad for parameter in model.parameters() if parameter.grad is not None
         ]
-        finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
+        # gradients are averages over all processes, but each process knows only its own loss, and
+        # all have to stop at the same update
+        finite = all_reduce_min(finite.long()) > 0
         if self._first_bad is None:
             self._first_bad = torch.zeros((), dtype=torch.int64, device=finite.device)
-        self._first_bad = torch.where(
-            finite | (self._first_bad > 0), self._first_bad, state.batches_done + 1
-        )
+        batch = state.batches_done + 1
+        self._first_bad = torch.where(finite | (self._first_bad > 0), self._first_bad, batch)
         self._last = (model, loss.detach(), state.epochs_done + 1, images)
-        self._unread += 1
-        deferred = self.deferred(loss.device)
-        self.optimizer.found_inf = (self._first_bad > 0).float() if deferred else None
-        if self._unread >= (READ_EVERY if deferred else 1):
-            self.read()
+        self._pending += 1
+        if self.deferred(loss.device):
+            self.optimizer.found_inf = (self._first_bad > 0).float()
+            if self._pending >= READ_EVERY:
+                self.check_pending()
+        else:
+            self.optimizer.found_inf = None
+            self.check_pending()
 
     def deferred(self, device: torch.device) -> bool:
-        """Whether the optimizer leaves out bad updates by itself. Its groups are asked, too: a
-        resumed run brings its own."""
-        # torch's own sign, for loss scaling
-        heeds = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        return (
-            device.type in self.deferred_on
-            and heeds
-            and all(group.get("fused") for group in self.optimizer.param_groups)
-        )
+        """Return whether the optimizer skips bad updates by itself."""
+        # this attribute is how torch's GradScaler recognizes such an optimizer
+        skips = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        # the groups are asked, too, as a resumed run brings its own
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        return device.type in self.deferred_on and skips and fused
 
-    def read(self) -> None:
-        """Wait for the device and ask whether all is well. An epoch's updates are read before the
-        next begins.
+    def check_pending(self) -> None:
+        """Wait for the device and check the updates since the last call.
 
         Raises:
             NonFiniteError: the loss or a gradient was infinite or NaN. The message names the first
-            such batch, and the layer where it began (see `base.diagnosis`). Where later passes with
-            the same weights have replaced those gradients and are well again, the images were to
-            blame, and it names the batch only.
+                such batch and the layer where the bad numbers began. Later passes with the same
+                weights may have replaced the gradients of that batch by good ones; then the
+                message names the batch only.
         """
-        if self._unread == 0:
+        if self._pending == 0:
             return
         batch = int(self._first_bad)
-        if batch:  # and whoever asks again hears it again
-            model, loss, epoch, images = self._last
-            where = first_bad_layer(model, images)
-            if where is None:
-                what = "the loss or the gradient is not finite"
-            else:
-                what = f"the {'gradient' if torch.isfinite(loss) else 'loss'} is not finite, first in {where}"
-            exit_unless_primary(NonFiniteError.exit_code)
-            kept = self._kept()
-            raise NonFiniteError(
-                f"epoch {epoch}, batch {batch}: {what}: training stopped before the update{kept}"
-            )
-        self._unread = 0
+        if batch == 0:
+            self._pending = 0
+            return
+        # _pending stays: no later call may find a good state
+        model, loss, epoch, images = self._last
+        where = first_bad_layer(model, images)
+        if where is None:
+            what = "the loss or the gradient is not finite"
+        elif torch.isfinite(loss):
+            what = f"the gradient is not finite, first in {where}"
+        else:
+            what = f"the loss is not finite, first in {where}"
+        self._stop(f"epoch {epoch}, batch {batch}: {what}: training stopped before the update")
 
     def check_weights(self, model: nn.Module, state: TrainState) -> None:
-        """Make sure that what a checkpoint would hold now is finite: an update on finite gradients
-        may still carry weights or running statistics beyond the range of their type.
+        """Check parameters and buffers before a checkpoint is written: an update on finite
+        gradients may still carry them beyond the range of their type.
 
         Raises:
             NonFiniteError: naming the epoch, the last batch done in it, and the tensor.
         """
         where = first_bad_weight(model)
         if where is not None:
-            self._refuse(state, f"{where} is not finite after its update")
+            self._stop_after_update(state, f"{where} is not finite after its update")
 
-    def check_answers(self, model: nn.Module, state: TrainState, images: Tensor | None) -> None:
-        """Make sure that the model, in evaluation mode, answers the last minibatch with finite
-        numbers: weights that have exploded may be finite themselves. Where several processes train,
-        all of them call it, each with its share of the images.
+    def check_outputs(self, model: nn.Module, state: TrainState, images: Tensor | None) -> None:
+        """Check that the model, in evaluation mode, answers the last minibatch with finite numbers:
+        weights that have exploded may be finite themselves.
+
+        Every process calls it, each with its shard of the images.
 
         Raises:
             NonFiniteError: naming the epoch, the last batch done in it, and the first bad layer.
         """
-        where = None if images is None else self._first_bad_answer(model, images)
+        where = _first_bad_output_in_evaluation(model, images)
         if all_reduce_max(int(where is not None)):
             where = where or "what another process computes"
-            self._refuse(
+            self._stop_after_update(
                 state, f"the model's answers are not finite after its update, first in {where}"
             )
 
@@ -149,38 +155,33 @@ class NanGuard:
         images: Tensor | None,
         values: Mapping[str, Any],
     ) -> None:
-        """Make sure that an epoch's values, which are those of all processes, are finite.
+        """Check an epoch's values, which are those of all processes.
 
         Raises:
             NonFiniteError: naming the epoch, its last batch, the value and the first bad layer.
         """
         bad = not_finite(values)
-        if bad:
-            where = None if images is None else self._first_bad_answer(model, images)
-            begin = "" if where is None else f", first in {where}"
-            self._refuse(state, f"{bad[0]} is not finite after its update{begin}")
+        if not bad:
+            return
+        where = _first_bad_output_in_evaluation(model, images)
+        place = ""
+        if where is not None:
+            place = f", first in {where}"
+        self._stop_after_update(state, f"{bad[0]} is not finite after its update{place}")
 
-    @staticmethod
-    def _first_bad_answer(model: nn.Module, images: Tensor) -> str | None:
-        was_training = model.training
-        model.eval()
-        try:
-            return first_bad_output(model, images)
-        finally:
-            model.train(was_training)
-
-    def _refuse(self, state: TrainState, what: str) -> NoReturn:
-        """End training after the last batch done, whose update was applied."""
-        exit_unless_primary(NonFiniteError.exit_code)
+    def _stop_after_update(self, state: TrainState, what: str) -> NoReturn:
         place = f"epoch {state.epochs_done + 1}, batch {state.batches_done}"
-        raise NonFiniteError(f"{place}: {what}: training stopped{self._kept()}")
+        self._stop(f"{place}: {what}: training stopped")
 
-    def _kept(self) -> str:
+    def _stop(self, message: str) -> NoReturn:
+        exit_unless_primary(NonFiniteError.exit_code)
         last = self.folder / LAST
-        return f"; {last} {self._saved}" if last.exists() else ""
+        if last.exists():
+            message += f"; {last} {self._saved}"
+        raise NonFiniteError(message)
 
-    def note_saved(self, state: TrainState) -> None:
-        """Remember for the message what `model_last.pth` holds from now on."""
+    def record_saved(self, state: TrainState) -> None:
+        """Remember for messages what `model_last.pth` holds from now on."""
         if state.batches_done:
             self._saved = f"is of epoch {state.epochs_done + 1}, batch {state.batches_done}"
         elif state.epochs_done:
@@ -188,6 +189,83 @@ class NanGuard:
         else:
             self._saved = "holds the weights that training began with"
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start over, with weights and optimizer from a checkpoint."""
-        self._first_bad, self._unread = None, 0
+        self._first_bad = None
+        self._pending = 0
+
+
+def first_bad_layer(model: nn.Module, images: Tensor | None) -> str | None:
+    """Return where numbers first became infinite or NaN, on the way from the pixels to the logits
+    and back; such as `the output of layer1.0.bn1 (BatchNorm2d)`. None where all are finite.
+
+    The images go through the network once more, which leaves no trace in it. Where all outputs are
+    finite, or there are no images, the gradients are asked, from the loss down.
+
+    Args:
+        model: after the backward pass.
+        images: `(B, C, H, W)` of the minibatch. They are the clean ones in adversarial training,
+            where bad numbers may begin at perturbed images only, and those before mixup.
+    """
+    if images is not None:
+        output = first_bad_output(model, images)
+        if output is not None:
+            return output
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"the gradient of {name}"
+    return None
+
+
+def first_bad_weight(model: nn.Module) -> str | None:
+    """Return the name of the first parameter, or else buffer, that holds an infinite number or a
+    NaN; None where all are finite."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not torch.isfinite(tensor).all():
+            return name
+    return None
+
+
+@torch.no_grad()
+def first_bad_output(model: nn.Module, images: Tensor) -> str | None:
+    """Return the first layer whose output for these images `(B, C, H, W)` is not finite, such as
+    `the output of conv1 (Conv2d)`; None where all are finite.
+
+    Layers that contain others are left out. The model keeps its mode, and the pass leaves no trace
+    in it.
+    """
+    bad: list[str] = []
+
+    def watch(name: str) -> RemovableHandle:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if not bad and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                bad.append(f"the output of {name} ({type(module).__name__})")
+
+        return model.get_submodule(name).register_forward_hook(hook)
+
+    leaves = [name for name, module in model.named_modules() if name and not any(module.children())]
+    handles = [watch(name) for name in leaves]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    rng_state = torch.get_rng_state()
+    try:
+        # not model(images), which may be compiled and then calls no hooks
+        model.forward(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        torch.set_rng_state(rng_state)
+    return next(iter(bad), None)
+
+
+def _first_bad_output_in_evaluation(model: nn.Module, images: Tensor | None) -> str | None:
+    """`first_bad_output` in evaluation mode; None without images."""
+    if images is None:
+        return None
+    was_training = model.training
+    model.eval()
+    try:
+        return first_bad_output(model, images)
+    finally:
+        model.train(was_training)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import isfinite
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -14,18 +14,18 @@ NotNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass
 class TrainState:
-    """Everything a checkpoint holds besides weights, optimizer, schedule and generators.
+    """Everything that a checkpoint holds besides weights, optimizer, schedule and generators.
 
     Attributes:
         epochs_done: finished epochs.
-        batches_done: minibatches done of the epoch after them.
-        learning_rate: the learning rate that epoch began with.
+        batches_done: minibatches done of the epoch that follows.
+        learning_rate: the learning rate at the beginning of that epoch.
         history: the logged values of every finished epoch.
         best_value: the monitored value at its best; None before the first epoch, or without
             monitoring.
-        best_epoch: the epoch it was reached in; the last of several equally good ones.
-        best_since: the first epoch that could be the best: 1, unless the best model of those before
-            it was lost.
+        best_epoch: the epoch with that value; the last of several equally good ones.
+        best_since: the first epoch that could be the best: 1, unless the best model of the epochs
+            before it was lost.
         epochs_without_improvement: epochs since the value last became better.
         train_seconds: time spent in training steps.
         images_seen: images trained on, counted once per minibatch.
@@ -43,18 +43,22 @@ class TrainState:
     images_seen: Annotated[int, Field(ge=0)] = 0
 
     def finish_epoch(self, log: dict[str, Any], monitor: str) -> bool:
-        """Count an epoch and its logged values; returns whether it is the best so far.
+        """Count an epoch and its logged values; return whether it is the best so far.
 
-        `monitor` is `"max NAME"` or `"min NAME"` of a logged value, or `"off"`: the newest epoch is
-        the best. Of equally good epochs the newest is the best, as in ConvNorm; but only a better
-        one counts as an improvement. An epoch in which the value was not measured is neither better
-        nor worse. One that logged an infinite number or a NaN, whatever it is of, is never the
-        best."""
+        An epoch in which the monitored value was not measured is neither better nor worse. One that
+        logged an infinite number or a NaN, under any name, is never the best.
+
+        Args:
+            log: the logged values.
+            monitor: `"max NAME"` or `"min NAME"` of a logged value, or `"off"`, which makes the
+                newest epoch the best.
+        """
         self.history.append(log)
         self.epochs_done += 1
         self.batches_done = 0
         if not_finite(log):
-            self.epochs_without_improvement += monitor != "off"
+            if monitor != "off":
+                self.epochs_without_improvement += 1
             return False
         if monitor == "off":
             self.best_epoch = self.epochs_done
@@ -63,17 +67,26 @@ class TrainState:
         value = log.get(name)
         if value is None:
             return False
-        gain = inf
-        if self.best_value is not None:
-            gain = value - self.best_value if mode == "max" else self.best_value - value
-        self.epochs_without_improvement = 0 if gain > 0 else self.epochs_without_improvement + 1
-        if gain < 0 and self.best_epoch is not None:
-            return False
-        self.best_epoch = self.epochs_done
-        self.best_value = value
-        return True
+        better = self.best_value is None or _is_better(value, self.best_value, mode)
+        if better:
+            self.epochs_without_improvement = 0
+        else:
+            self.epochs_without_improvement += 1
+        # of equally good epochs the newest is the best, as in ConvNorm, but only a better one
+        # counts as an improvement; after the best model was lost, any epoch is the best
+        if better or value == self.best_value or self.best_epoch is None:
+            self.best_epoch = self.epochs_done
+            self.best_value = value
+            return True
+        return False
+
+
+def _is_better(value: float, best: float, mode: str) -> bool:
+    if mode == "max":
+        return value > best
+    return value < best
 
 
 def not_finite(log: Mapping[str, Any]) -> list[str]:
-    """The names of the logged numbers that are infinite or NaN."""
+    """Return the names of the logged numbers that are infinite or NaN."""
     return [name for name, value in log.items() if isinstance(value, float) and not isfinite(value)]

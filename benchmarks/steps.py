@@ -83,7 +83,7 @@ def step_of(trainer: BaseTrainer, images: Tensor | None = None) -> Callable[[], 
         images, labels = next(iter(trainer.train_loader))
     else:
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    return lambda: trainer.train_batch(*trainer.mixed(images, labels))
+    return lambda: trainer.train_batch(*trainer.mixup(images, labels))
 
 
 def random_images(settings: Settings, batch: int, side: int) -> Tensor:

@@ -17,15 +17,15 @@ class Residual(nn.Sequential):
 
 
 class ConvMixer(BaseModel):
-    """Patches, then blocks that mix their places and their channels in turn, then an average and a
-    linear layer.
+    """Patches, then blocks that mix pixels and channels in turn, then an average and a linear
+    layer.
 
     Args:
         num_classes: the number of logits.
         width: channels of every layer.
         depth: the number of blocks.
         patch_size: side of a patch in pixels.
-        kernel_size: side of the kernels that mix places; an odd number.
+        kernel_size: side of the kernels that mix pixels; an odd number.
         options: the arguments of `BaseModel`.
     """
 
@@ -40,23 +40,25 @@ class ConvMixer(BaseModel):
     ) -> None:
         super().__init__(**options)
 
-        def finished(conv: nn.Module) -> nn.Sequential:
+        def activated(conv: nn.Module) -> nn.Sequential:
+            # in this order, as in the paper
             return nn.Sequential(conv, self.activation_layer(width), self.norm_layer(width))
 
-        self.patches = finished(
+        self.patches = activated(
             self.conv_layer(self.in_channels, width, patch_size, stride=patch_size)
         )
         self.blocks = nn.Sequential()
         for _ in range(depth):
-            places = self.conv_layer(
+            depthwise = self.conv_layer(
                 width, width, kernel_size, padding=kernel_size // 2, groups=width
             )
-            self.blocks.append(Residual(finished(places)))
-            self.blocks.append(finished(self.conv_layer(width, width, 1)))
+            pointwise = self.conv_layer(width, width, 1)
+            self.blocks.append(Residual(activated(depthwise)))
+            self.blocks.append(activated(pointwise))
         self.classifier = self.linear_layer(width, num_classes)
 
     def forward_normalized(self, inputs: Tensor) -> Tensor:
-        """Logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
+        """Return logits `(B, num_classes)` of normalized images `(B, C, H, W)`."""
         features = self.blocks(self.patches(inputs))
         return self.classifier(features.mean(dim=(2, 3)))
 

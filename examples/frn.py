@@ -11,7 +11,7 @@ from base.registry import ACTIVATION_LAYERS, NORM_LAYERS
 
 
 class FilterResponseNorm(nn.Module):
-    """`scale * x / sqrt(mean(x^2) + eps) + shift`, with the mean over the pixels of one channel of
+    """`scale * x / sqrt(mean(x^2) + eps) + shift`; the mean is over the pixels of one channel of
     one image.
 
     Args:

@@ -1,5 +1,7 @@
-"""Train, load and attack from Python; importing tiny_digits.py enters its data set into the
-table."""
+"""Train, load and attack from Python.
+
+The import of tiny_digits.py enters its data set into the table.
+"""
 
 from tiny_digits import TinyDigits
 

@@ -6,12 +6,12 @@ from torch import Tensor
 from base.registry import LOSSES
 
 Q = 0.7
-"""0 is cross entropy; 1 is the mean absolute error, which forgives a wrong label most and learns
-slowest."""
+"""Between 0, which is cross entropy, and 1, the mean absolute error, which suffers least from wrong
+labels and learns slowest."""
 
 
 def generalized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """`(1 - p^Q) / Q` of every sample, `(B,)`, where p is the probability of its label.
+    """Return `(1 - p^Q) / Q` of every sample, `(B,)`, where p is the probability of its label.
 
     Args:
         logits: `(B, C)`.

@@ -1,5 +1,7 @@
-"""The optimizer Lion (Chen et al. 2023, arXiv:2302.06675), and a schedule. No table knows them: a
-config gives their names."""
+"""The optimizer Lion (Chen et al. 2023, arXiv:2302.06675), and a schedule.
+
+Neither needs an entry in a table: a config names the class.
+"""
 
 from collections.abc import Callable, Iterable
 from math import sqrt
@@ -12,14 +14,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class Lion(Optimizer):
-    """Every weight moves by the learning rate, in the direction of the sign of an averaged
+    """Moves every weight by the learning rate, in the direction of the sign of an averaged
     gradient.
 
     Args:
         params: the weights.
         lr: learning rate, about a tenth of Adam's.
-        betas: how much of the average stays for the direction, and for the average itself.
-        weight_decay: what a weight loses in a step is `lr * weight_decay * weight`.
+        betas: decay of the average in the direction of a step, and in the average itself.
+        weight_decay: a weight shrinks by `lr * weight_decay * weight` in a step.
     """
 
     def __init__(
@@ -33,12 +35,13 @@ class Lion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One update of all weights that have a gradient."""
+        """Update all weights that have a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
+                # empty before the first step
                 state = self.state[weight]
                 if not state:
                     state["average"] = torch.zeros_like(weight)
@@ -49,10 +52,10 @@ class Lion(Optimizer):
 
 
 class InverseSquareRoot(LRScheduler):
-    """The learning rate divided by the square root of the epoch, which counts from 1.
+    """Divides the learning rate by the square root of the epoch, which is counted from 1.
 
     Args:
-        optimizer: the optimizer.
+        optimizer: whose learning rate is scheduled.
         last_epoch: -1 at the beginning.
     """
 
@@ -60,5 +63,5 @@ class InverseSquareRoot(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[Any]:
-        """The learning rate of every parameter group."""
+        """Return the learning rate of every parameter group."""
         return [rate / sqrt(self.last_epoch + 1) for rate in self.base_lrs]

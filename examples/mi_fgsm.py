@@ -19,7 +19,7 @@ class MomentumFGSM(Attack):
         epsilon: radius in units of the pixel range, such as 8/255.
         step_size: length of a step, in the same units.
         steps: the number of steps.
-        decay: how much of the sum stays from step to step.
+        decay: factor of the sum in every step.
         loss: what is maximized; see `attacks.losses`.
     """
 
@@ -32,11 +32,12 @@ class MomentumFGSM(Attack):
     def perturb(
         self, model: Model, images: Tensor, labels: Tensor, generators: Generators
     ) -> Tensor:
-        """The last point."""
-        points, momentum = images, torch.zeros_like(images)
+        """Return the last point."""
+        points = images
+        momentum = torch.zeros_like(images)
         for _ in range(self.steps):
             _, _, gradient = self.value_and_grad(model, points, labels)
-            # an image without a gradient stays without one
+            # not 0 / 0: an image without a gradient does not move
             size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
             momentum = self.decay * momentum + gradient / size
             points = self.threat_model.project(points + self.step_size * momentum.sign(), images)

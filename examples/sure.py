@@ -1,4 +1,4 @@
-"""A metric: how often a network is right and sure of it."""
+"""A metric: how often a network is right and confident."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from base.registry import METRICS
 
 
 def sure(logits: Tensor, labels: Tensor) -> Tensor:
-    """The number of samples whose label has a probability of at least 0.9, without dimensions.
+    """Return the number of samples whose label has a probability of at least 0.9, a 0-dim tensor.
 
     Args:
         logits: `(B, C)`.

@@ -1,5 +1,5 @@
-"""An ordinary PyTorch network, which knows nothing of this project, and images in folders to
-measure it on."""
+"""An ordinary PyTorch network, which does not use this project, and images in folders to measure
+it on."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ TEST_EVERY = 5
 
 
 def build() -> nn.Module:
-    """The network that validate_pgd.py asks for: pixels in `[0, 1]` to logits."""
+    """Return the network, which maps pixels in `[0, 1]` to logits; validate_pgd.py calls this."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, stride=2, padding=1),
         nn.ReLU(),

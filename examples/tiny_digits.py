@@ -1,4 +1,4 @@
-"""A data set: scikit-learn's digits as they are, 8 x 8 pixels with one channel."""
+"""A data set: scikit-learn's digits, 8 x 8 pixels with one channel."""
 
 from typing import Annotated, Literal
 
@@ -12,11 +12,11 @@ from base.registry import DATA_LOADERS
 
 
 class TinyDigits(BaseDataLoader):
-    """Every n-th image is a test image, the others are for training.
+    """Digits, of which every n-th is a test image and the others are for training.
 
     Args:
         test_every: n.
-        part: which of the two.
+        part: which of the two sets.
     """
 
     class_names = tuple("0123456789")
@@ -29,17 +29,17 @@ class TinyDigits(BaseDataLoader):
         digits = load_digits()
         is_test = torch.arange(len(digits.target)) % test_every == 0
         chosen = is_test if part == "test" else ~is_test
-        # gray values from 0 to 16
+        # 16 is the largest gray value
         self.pixels = torch.from_numpy(digits.images).float().unsqueeze(1)[chosen] / 16
         self.labels = torch.from_numpy(digits.target).long()[chosen]
         self.test_every = test_every
 
     def images_at(self, positions: Tensor) -> Tensor:
-        """float32 `(B, 1, 8, 8)` in `[0, 1]`."""
+        """Return float32 `(B, 1, 8, 8)` in `[0, 1]`."""
         return self.pixels[positions]
 
     def test_loader(self) -> "TinyDigits":
-        """The test set."""
+        """Return the test set."""
         return TinyDigits(self.test_every, "test")
 
 

@@ -58,7 +58,6 @@ from base.run_folder.logs import logging_to
 from base.run_folder.names import INFO_LOG
 from base.seeding import seed_global_generators
 from base.tracking.start import start_trackers
-from base.tracking.tracker import tell
 from base.train_state import not_finite
 from data_loader.label_noise import describe_transitions
 from data_loader.own_images import check_first_batch
@@ -374,7 +373,7 @@ class Experiment:
             with self._recorded(trainer, resumed=saved is not None, warnings=warnings):
                 trainer.train()
                 result = conclude(trainer, self.test_loader, self._counts() | self._noise_rate())
-                tell(trainer.trackers, lambda tracker: tracker.log_result(result))
+                trainer.trackers.log_result(result)
         return RunResult(trainer.folder, result)
 
     @classmethod
@@ -435,7 +434,8 @@ class Experiment:
             else:
                 # copies of a model must not drop the same units
                 seed_global_generators(config.seed, f"training {rank()}" if rank() else "training")
-            trainer.trackers = start_trackers(config, folder, state.history) if is_primary() else []
+            if is_primary():
+                trainer.trackers = start_trackers(config, folder, state.history)
             try:
                 if config.system.compile:
                     # training, validation, attacks and averaged weights each ask for their own code
@@ -447,7 +447,7 @@ class Experiment:
                 with trainer.signals.caught(), determinism_explained(), fitting:
                     yield
             finally:
-                tell(trainer.trackers, lambda tracker: tracker.close())
+                trainer.trackers.close()
 
     def build_trainer(self, folder: Path) -> BaseTrainer:
         """The trainer that the config asks for, which will write into `folder`."""

@@ -1,5 +1,5 @@
-"""An attack of a user's own. Importing it registers nothing, so that no test sees the tables of
-another one."""
+"""An attack as a user may write one. Importing it registers nothing, so that no test changes the
+tables of another one."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class MomentumFGSM(Attack):
         norm: linf or l2.
         steps: gradient steps.
         step_size: length of a step; None for epsilon / steps.
-        momentum: part of the last direction that a step keeps.
+        momentum: weight of the last direction in a step.
     """
 
     epsilon: float
@@ -27,7 +27,8 @@ class MomentumFGSM(Attack):
     momentum: float = 1.0
 
     def perturb(self, model, images, labels, generators):
-        points, velocity = images, torch.zeros_like(images)
+        points = images
+        velocity = torch.zeros_like(images)
         size = self.step_size or self.epsilon / self.steps
         for _ in range(self.steps):
             _, _, gradient = self.value_and_grad(model, points, labels)

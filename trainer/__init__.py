@@ -1,4 +1,4 @@
-"""Training methods. Models, loaders and attacks arrive as objects."""
+"""Training methods, each a subclass of `BaseTrainer`."""
 
 from base.registry import TRAINERS
 from trainer.adversarial_trainer import AdversarialTrainer, FGSMTrainer, FreeTrainer, TradesTrainer

@@ -45,36 +45,35 @@ class TrainerWithAdversary(BaseTrainer):
         self.warmup_epochs = warmup_epochs
 
     @property
-    def radius_share(self) -> float:
-        """Shard in [0, 1] of radius and step size for the minibatch at hand: it grows evenly over
-        the first `adversarial.warmup_epochs`, from 0 in the first minibatch to 1 in the first one
-        after them.
+    def radius_scale(self) -> float:
+        """The factor in [0, 1] of radius and step size for the current minibatch: it grows evenly
+        over the first `adversarial.warmup_epochs`, from 0 in the first minibatch to 1 in the first
+        one after them.
 
         The idea is that of Pang et al. ("Bag of Tricks for Adversarial Training", arXiv:2010.00467,
-        section 3.1), the schedule is not: in their code, of N epochs, the radius has the share
-        `min(1, (t + 1) / N)` after t epochs (t counts the minibatch at hand), so it begins at 1 / N
-        and is whole one epoch earlier, and the step size is whole from the beginning.
-
-        A network whose features hardly tell images apart in the beginning (a deep one with
-        GroupNorm) meets an adversary that can hide all of that difference, and learns to answer the
-        same for every image; with the radius growing it does not."""
-        epochs = self.warmup_epochs
+        section 3.1), the schedule is not. In their code, with N epochs, the factor of the radius
+        after t epochs is `min(1, (t + 1) / N)`, where t counts the current minibatch: it begins at
+        1 / N and reaches 1 one epoch earlier. Their step size does not grow.
+        """
+        if self.warmup_epochs == 0:
+            return 1.0
+        # at the beginning the features of a deep network with GroupNorm hardly tell images apart.
+        # An adversary with the whole radius hides all of the difference, and the network learns to
+        # give one answer to every image
         done = self.state.epochs_done + self.state.batches_done / len(self.train_loader)
-        return min(1.0, done / epochs) if epochs else 1.0
+        return min(1.0, done / self.warmup_epochs)
 
 
 class FreeTrainer(TrainerWithAdversary):
     """Free adversarial training (Shafahi et al., arXiv:1904.12843, algorithm 1).
 
-    Each minibatch is trained on `repeats` times; the backward pass of every update also gives the
-    gradient for the images, by which the perturbation takes one step. Cost: `repeats` updates per
-    minibatch, no other pass.
+    Each minibatch is trained on `trainer.adv_repeats` times (m in the paper). The backward pass of
+    every update also gives the gradient for the images, by which the perturbation takes one step.
+    The cost is that of these updates; there is no other pass.
 
     In the paper the perturbation is carried from minibatch to minibatch; ConvNorm begins at zero
-    for each. Values logged are sums over all updates, each counting its samples.
-
-    `trainer.adv_repeats` says how many updates there are for each minibatch, the paper's m. The sum
-    of perturbation and image is clamped to `[0, 1]`, the perturbation itself is not.
+    for each. The sum of perturbation and image is clamped to `[0, 1]`, the perturbation itself is
+    not. Values logged are sums over all updates, each counting its samples.
 
     Args:
         parts: see `TrainerParts`.
@@ -102,20 +101,20 @@ class FreeTrainer(TrainerWithAdversary):
         super().__init__(parts, warmup_epochs=warmup_epochs)
         settings = parts.config.trainer
         if step_size is None:
-            step_size = (
-                in_pixel_range(settings.fgsm_step, "linf")
-                if parts.norm == "linf"
-                else parts.epsilon
-            )
+            step_size = parts.epsilon
+            if parts.norm == "linf":
+                step_size = in_pixel_range(settings.fgsm_step, "linf")
         self.step_size = step_size
         self.repeats = settings.adv_repeats
         self.carry = noise == "carry"
         self._perturbation: Tensor | None = None
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
-        """`repeats` updates, the perturbation moving with each."""
+        """Take `repeats` updates; each also moves the perturbation by one step."""
         shard = self.shard(images)
-        bound = replace(self.threat_model, epsilon=self.radius_share * self.threat_model.epsilon)
+        epsilon = self.radius_scale * self.threat_model.epsilon
+        step_size = self.radius_scale * self.step_size
+        threat_model = replace(self.threat_model, epsilon=epsilon)
         perturbation = self._first_perturbation(images, shard)
         results = []
         for _ in range(self.repeats):
@@ -124,11 +123,10 @@ class FreeTrainer(TrainerWithAdversary):
             losses = self.loss(logits, labels)
             self.update(losses)
             results.append(self.result(losses, logits, labels))
-            moved = bound.step(
-                perturbation.detach(), perturbation.grad, self.radius_share * self.step_size
-            )
-            perturbation = bound.bound(moved)
+            moved = threat_model.step(perturbation.detach(), perturbation.grad, step_size)
+            perturbation = threat_model.bound(moved)
         if self.carry:
+            # where every process computes the whole minibatch, each keeps its own images only
             self._keep(perturbation[shard.own] if shard.copied else perturbation)
         sums = {
             name: torch.stack([result.sums[name] for result in results]).sum()
@@ -137,66 +135,74 @@ class FreeTrainer(TrainerWithAdversary):
         return BatchResult(sums, sum(result.count for result in results))
 
     def _first_perturbation(self, images: Tensor, shard: Shard) -> Tensor:
-        kept = self._of_all_ranks() if shard.copied else self._perturbation
+        """The perturbation with which a minibatch begins, of the shape of `images`."""
+        kept = self._perturbation
+        if shard.copied:
+            kept = self._gather_perturbation()
         if kept is None:
             return torch.zeros_like(images)
-        # where a resumed run's first minibatch was an epoch's short last one
-        missing = len(images) - len(kept)
-        return F.pad(kept[: len(images)], (0, 0, 0, 0, 0, 0, 0, max(0, missing)))
+        # fewer are kept than needed where a resumed run's first minibatch was an epoch's short last
+        # one: the others begin at zero
+        missing = max(0, len(images) - len(kept))
+        return F.pad(kept[: len(images)], (0, 0, 0, 0, 0, 0, 0, missing))
 
     def _keep(self, perturbation: Tensor) -> None:
-        """A short last minibatch changes only as many perturbations as it has images."""
-        if self._perturbation is not None and len(perturbation) < len(self._perturbation):
-            perturbation = torch.cat([perturbation, self._perturbation[len(perturbation) :]])
+        """Keep a perturbation for the next minibatch."""
+        kept = self._perturbation
+        # a short last minibatch replaces only as many perturbations as it has images
+        if kept is not None and len(perturbation) < len(kept):
+            perturbation = torch.cat([perturbation, kept[len(perturbation) :]])
         self._perturbation = perturbation.detach()
 
-    def _of_all_ranks(self) -> Tensor | None:
-        """The perturbations that are carried, in the order of the whole minibatch; None where
-        nothing is."""
+    def _gather_perturbation(self) -> Tensor | None:
+        """The perturbation that is carried, of all processes, in the order of the whole minibatch;
+        None where nothing is."""
         if world_size() == 1 or not self.carry:
             return self._perturbation
-        parts = all_gather_object(None if self._perturbation is None else self._perturbation.cpu())
+        own = None
+        if self._perturbation is not None:
+            own = self._perturbation.cpu()
+        parts = all_gather_object(own)
         if parts[0] is None:
             return None
-        whole = torch.empty(
-            (sum(0 if part is None else len(part) for part in parts), *parts[0].shape[1:])
-        )
+        count = sum(len(part) for part in parts if part is not None)
+        whole = torch.empty((count, *parts[0].shape[1:]))
         for number, part in enumerate(parts):
             if part is not None:
                 whole[number :: len(parts)] = part
         return whole.to(self.device)
 
     def method_state(self) -> dict[str, Any]:
-        kept = self._of_all_ranks()
-        return {} if kept is None else {"perturbation": kept}
+        perturbation = self._gather_perturbation()
+        if perturbation is None:
+            return {}
+        return {"perturbation": perturbation}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        kept = state.get("perturbation") if self.carry else None
-        begun = self.state.epochs_done + self.state.batches_done > 0
-        if kept is None:
-            if self.carry and begun:
-                raise ValueError("'perturbation' is missing, but adversarial.noise carries it on")
-            self._perturbation = None
+        self._perturbation = None
+        if not self.carry:
             return
-        shape = self.train_loader.image_shape
-        if (
-            not isinstance(kept, Tensor)
-            or kept.dtype != torch.float32
-            or kept.shape[1:] != shape
-            or len(kept) == 0
-        ):
-            raise ValueError(f"'perturbation' is not a float32 tensor of images of {tuple(shape)}")
+        kept = state.get("perturbation")
+        if kept is None:
+            # nothing is carried before the first minibatch
+            if self.state.epochs_done or self.state.batches_done:
+                raise ValueError("'perturbation' is missing, but adversarial.noise carries it on")
+            return
+        shape = tuple(self.train_loader.image_shape)
+        fits = isinstance(kept, Tensor) and kept.dtype == torch.float32
+        if not fits or kept.shape[1:] != shape or len(kept) == 0:
+            raise ValueError(f"'perturbation' is not a float32 tensor of images of {shape}")
         self._perturbation = kept[rank() :: world_size()].to(self.device)
 
 
 class AdversarialTrainer(TrainerWithAdversary):
     """Training on images attacked by PGD (Madry et al., arXiv:1706.06083).
 
-    Cost: one forward and one backward pass per attack step, without gradients of the weights, and
-    those of the update. The values logged are those on the attacked images.
+    Every attack step costs one forward and one backward pass, without gradients of the weights; the
+    update costs another pair. The values logged are those on the attacked images.
 
     A method of your own with another loss on attacked images derives from this class, takes its
-    own arguments and hands the others on:
+    own arguments and passes the others on:
     `def __init__(self, parts, *, beta: float = 5.0, **others): super().__init__(parts, **others)`.
 
     Args:
@@ -237,7 +243,7 @@ class AdversarialTrainer(TrainerWithAdversary):
         self.bn_mode = bn_mode or self.default_bn_mode
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
-        """Attack the minibatch, then one update on what came of it."""
+        """Attack the minibatch, then take one update on the attacked images."""
         attacked = self.attacked(images, labels)
         logits = self.forward(attacked)
         losses = self.loss(logits, labels)
@@ -245,32 +251,33 @@ class AdversarialTrainer(TrainerWithAdversary):
         return self.result(losses, logits, labels)
 
     def attacked(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The minibatch under the training attack, which maximizes cross entropy; `images` stay as
-        they are."""
+        """Return the minibatch under the training attack, which maximizes cross entropy; `images`
+        stay as they are."""
+        attack = self.attack.scaled(self.radius_scale)
         generator = self.generator("training attack", images)
         with self.attacking():
-            return self.attack.scaled(self.radius_share).perturb(
-                self.model, images, labels, generator
-            )
+            # perturb, not attack(...), which would put the model into evaluation mode
+            return attack.perturb(self.model, images, labels, generator)
 
     def epoch_warnings(self, log: Mapping[str, Any]) -> list[str]:
-        """Whether the network has collapsed since an earlier epoch, where it is also validated by
-        FGSM (see `overfitting_warnings`)."""
+        """Return a warning if the network has collapsed since an earlier epoch, where it is also
+        validated by FGSM; see `overfitting_warnings`."""
         return overfitting_warnings(log, self.state.history, self.train_loader.num_classes)
 
     @contextmanager
     def attacking(self) -> Iterator[None]:
-        """Within the context parameters ask for no gradients, the mode is `bn_mode`, and forward
-        passes are in the run's precision."""
-        with (
-            frozen(self.model, training=None if self.bn_mode == "train" else False),
-            self.autocast(),
-        ):
+        """Within the context parameters require no gradients, the model is in `bn_mode`, and
+        forward passes are in the run's precision."""
+        # None leaves the modes alone, as a network may hold some of its layers in evaluation mode
+        training = None
+        if self.bn_mode == "eval":
+            training = False
+        with frozen(self.model, training), self.autocast():
             yield
 
 
 class FGSMTrainer(AdversarialTrainer):
-    """Fast FGSM training (Wong et al., arXiv:2001.03994): one step, of 1.25 epsilon from a random
+    """Fast FGSM training (Wong et al., arXiv:2001.03994): one step of 1.25 epsilon, from a random
     start.
 
     Args:
@@ -302,18 +309,16 @@ class FGSMTrainer(AdversarialTrainer):
 
 class TradesTrainer(AdversarialTrainer):
     """TRADES (Zhang et al., arXiv:1901.08573, algorithm 1): `loss(f(x), y) + beta KL(f(x) ||
-    f(x'))`, with x' the point of the ball where the divergence is found largest.
+    f(x'))`, where x' is the point of the ball at which the attack finds the largest divergence.
 
-    The gradient of the divergence for x' is that of the cross entropy with the clean predictions as
-    class probabilities, which is what the attack climbs; it begins at `x + 0.001 N(0, 1)`, as in
-    the paper. `loss` is logged as it is minimized, without the penalty; `top1` counts clean images,
-    `robust_top1` attacked ones.
+    The attack begins at `x + 0.001 N(0, 1)`, as in the paper. `loss` is logged as it is minimized,
+    without the penalty; `top1` counts clean images, `robust_top1` attacked ones.
 
-    The authors' code passes clean images through the network twice in an update, for the loss
-    before the attacked ones and for the divergence after them. To an optimizer both passes are the
-    same, but each moves the running statistics of batch normalization: there attacked images make
-    33 % of them (momentum 0.1), with one clean pass 53 %. One pass is the default here, as it saves
-    a forward and a backward pass; `clean_passes` 2 is the authors' way.
+    The authors' code passes clean images through the network twice in an update: for the loss,
+    before the attacked images, and for the divergence, after them. To an optimizer both passes are
+    the same, but each moves the running statistics of batch normalization: attacked images make
+    33 % of them there (momentum 0.1), and 53 % with one clean pass. One pass is the default here,
+    as it saves a forward and a backward pass; `clean_passes` 2 does as the authors do.
 
     Args:
         parts: see `TrainerParts`.
@@ -344,15 +349,16 @@ class TradesTrainer(AdversarialTrainer):
         self.clean_passes = clean_passes
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
-        """One forward pass for the clean predictions, the attack, then one update on both
-        images."""
+        """Attack the minibatch, then take one update on the clean and the attacked images."""
         attacked = self.attacked(images, labels)
         with self.autocast():
-            logits, attacked_logits = self.network(images), self.network(attacked)
-            compared = logits
+            # in this order, as every pass moves running statistics
+            logits = self.network(images)
+            attacked_logits = self.network(attacked)
+            clean_logits = logits
             if self.clean_passes == 2:
-                compared = self.network(images)
-        log_clean = F.log_softmax(compared.float(), dim=1)
+                clean_logits = self.network(images)
+        log_clean = F.log_softmax(clean_logits.float(), dim=1)
         log_attacked = F.log_softmax(attacked_logits.float(), dim=1)
         divergence = F.kl_div(log_attacked, log_clean, reduction="none", log_target=True).sum(dim=1)
         losses = self.loss(logits, labels) + self.beta * divergence
@@ -365,19 +371,21 @@ class TradesTrainer(AdversarialTrainer):
         return BatchResult({**clean.sums, **robust}, clean.count)
 
     def attacked(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The minibatch at the points where the predictions for it diverge most from those for the
+        """Return the minibatch at the points where the predictions diverge most from those for the
         clean images."""
-        noise = self.START_STD * draw(
-            torch.randn, images, self.generator("training attack", images)
-        )
+        attack = self.attack.scaled(self.radius_scale)
+        generator = self.generator("training attack", images)
+        start = images + self.START_STD * draw(torch.randn, images, generator)
         with self.attacking():
             with torch.no_grad():
                 predictions = self.model(images).float().softmax(dim=1)
-            return self.attack.scaled(self.radius_share).run(
-                self.model, images, predictions, images + noise
-            )
+            # the divergence and the cross entropy with the predictions as class probabilities have
+            # the same gradient for x', as they differ by the predictions' entropy
+            return attack.run(self.model, images, predictions, start)
 
 
 def _within_range(step_size: float, norm: str) -> float:
-    """A default step: under l-inf a step of 1 crosses the whole pixel range."""
-    return min(step_size, LARGEST_LINF) if norm == "linf" else step_size
+    """Bound a default step size: under l-inf a step of 1 crosses the whole pixel range."""
+    if norm == "linf":
+        return min(step_size, LARGEST_LINF)
+    return step_size

@@ -1,4 +1,4 @@
-"""Robust accuracy on a fixed part of the validation set, while training goes on."""
+"""Robust accuracy on a fixed part of the validation set during training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,16 +12,16 @@ from evaluation.robust_accuracy import Autocast, attack_loader
 from evaluation.verdicts import Verdicts
 
 ABOVE_CHANCE = 0.1
-"""PGD accuracy that is not this far above chance has nothing to fall from."""
+"""A network whose PGD accuracy was never this far above chance cannot collapse."""
 
 
 class RobustValidation:
     """Attacks the same images from the same starting points every `period` epochs, and in the last
-    that the config has.
+    epoch of the config.
 
-    `robust_validation(model, epoch)` returns `robust_top1` in the epochs in which it attacks,
-    nothing in the others. For fast FGSM training it also returns `fgsm_top1`, by which
-    `overfitting_warnings` tells catastrophic overfitting.
+    `robust_validation(model, epoch)` returns `robust_top1` in the epochs in which it attacks, and
+    an empty dict in the others. For fast FGSM training it also returns `fgsm_top1`, by which
+    `overfitting_warnings` recognizes catastrophic overfitting.
 
     Args:
         loader: the images, neither shuffled nor augmented; with several processes this one's part
@@ -66,14 +66,15 @@ class RobustValidation:
         return values
 
     def _accuracy(self, model: nn.Module, attack: Attack) -> float:
-        options = {
-            "seed": self.seed,
-            "autocast": self.autocast,
-            "description": f"validating under {type(attack).__name__}",
-        }
-        return Verdicts.joined(
-            all_gather_object(attack_loader(model, self.loader, attack, **options))
-        ).accuracy("robust_top1")
+        verdicts = attack_loader(
+            model,
+            self.loader,
+            attack,
+            seed=self.seed,
+            autocast=self.autocast,
+            description=f"validating under {type(attack).__name__}",
+        )
+        return Verdicts.joined(all_gather_object(verdicts)).accuracy("robust_top1")
 
 
 def overfitting_warnings(
@@ -81,13 +82,13 @@ def overfitting_warnings(
     history: Sequence[Mapping[str, Any]],
     num_classes: int,
 ) -> list[str]:
-    """Warnings of catastrophic overfitting (Wong et al., arXiv:2001.03994, section 5): the network
-    resists the single step it is trained with, while PGD, which it resisted before, breaks it.
+    """Return warnings of catastrophic overfitting (Wong et al., arXiv:2001.03994, section 5): the
+    network resists the single step that it is trained with, and no longer resists PGD.
 
     Args:
-        log: what an epoch logged; of the network and of its averaged weights, where both accuracies
-            are there.
-        history: what the epochs before it logged, also those before a resume.
+        log: the values of an epoch. The network and its averaged weights are judged where both
+            accuracies are among them.
+        history: the values of the epochs before it, also of those before a resume.
         num_classes: in the data set.
     """
     warnings = []
@@ -97,11 +98,12 @@ def overfitting_warnings(
         if not earlier or name not in log or f"{prefix}fgsm_top1" not in log:
             continue
         best = max(earlier, key=lambda entry: entry[name])
-        fgsm, pgd = log[f"{prefix}fgsm_top1"], log[name]
+        fgsm = log[f"{prefix}fgsm_top1"]
+        pgd = log[name]
         if has_collapsed(fgsm, pgd, best[name], num_classes):
             warnings.append(
-                f"catastrophic overfitting: {100 * fgsm:.1f} % of the validation images resist FGSM,"
-                f" {100 * pgd:.1f} % resist PGD, as {100 * best[name]:.1f} % did in epoch"
+                f"catastrophic overfitting: {100 * fgsm:.1f} % of the validation images resist"
+                f" FGSM, {100 * pgd:.1f} % resist PGD, as {100 * best[name]:.1f} % did in epoch"
                 f" {best['epoch']}; try a smaller adversarial.step_size or another method;"
                 " trainer.monitor 'max val_robust_top1' keeps an epoch before"
             )
@@ -109,20 +111,19 @@ def overfitting_warnings(
 
 
 def has_collapsed(fgsm: float, pgd: float, pgd_before: float, num_classes: int) -> bool:
-    """Whether PGD accuracy has fallen from what it was to less than half of it, and to less than
-    half of FGSM accuracy, both having been above chance.
-
-    A network that has learned little yet may resist FGSM better than PGD: that is not a collapse.
-    In healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy; after a collapse it is
-    next to zero.
+    """Return whether PGD accuracy has fallen to less than half of what it was, and to less than
+    half of FGSM accuracy.
 
     Args:
         fgsm, pgd: shares of the images that resist each attack now.
         pgd_before: the largest share that resisted PGD after an earlier epoch.
-        num_classes: in the data set. FGSM accuracy has to be twice chance (with few classes,
-            halfway to 1); a network that gives one answer to all is at chance under every attack.
+        num_classes: in the data set.
     """
     chance = 1 / num_classes
+    # a network that gives one answer to all images is at chance under every attack, and one that
+    # has learned little may resist FGSM better than PGD: neither is a collapse. Twice chance is too
+    # much to ask with few classes
     well_above_chance = min(2 * chance, (1 + chance) / 2)
     has_learned = fgsm > well_above_chance and pgd_before > chance + ABOVE_CHANCE
+    # in healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy, after a collapse near 0
     return has_learned and pgd < 0.5 * min(fgsm, pgd_before)

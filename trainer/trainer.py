@@ -12,7 +12,7 @@ class Trainer(BaseTrainer):
     takes_mixup = True
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
-        """One forward pass, one update."""
+        """Take one forward pass and one update."""
         logits = self.forward(images)
         losses = self.loss(logits, labels)
         self.update(losses)

@@ -4,6 +4,7 @@ gradients."""
 from base.distributed.collectives import (
     all_gather_object,
     all_reduce_max,
+    all_reduce_min,
     barrier,
     broadcast,
     exit_unless_primary,
@@ -24,6 +25,7 @@ __all__ = [
     "ShardedGenerator",
     "all_gather_object",
     "all_reduce_max",
+    "all_reduce_min",
     "barrier",
     "broadcast",
     "distributed_session",

@@ -64,6 +64,16 @@ def all_reduce_max(number: int) -> int:
     return int(tensor)
 
 
+def all_reduce_min(tensor: Tensor) -> Tensor:
+    """Return the elementwise smallest of all ranks' tensors, on every rank; a GPU's host does not
+    wait for it."""
+    if world_size() == 1:
+        return tensor
+    reduced = tensor.clone()
+    dist.all_reduce(reduced, dist.ReduceOp.MIN)
+    return reduced
+
+
 def from_primary(function: Callable[[], T]) -> T:
     """What `function` returns on rank 0, where alone it is called, on every rank; where it raises a
     `ProjectError` there, the other ranks leave without a word."""

@@ -1,1 +1,1 @@
-"""Where logged values go: the run log, TensorBoard, Comet."""
+"""Trackers of a run's values: the run log, TensorBoard, Comet."""

@@ -1,8 +1,10 @@
-"""Where logged values go: the run log (JSON lines) and TensorBoard. Each is a `Tracker`."""
+"""Tracker, the interface of everything that records a run's values; the run log (JSON lines) and
+TensorBoard; and Trackers, the container that a trainer logs to."""
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +16,67 @@ EpochLog = Mapping[str, int | float]
 
 
 class Tracker(ABC):
-    """Receives the values of every epoch and the outcome of the run."""
+    """Records the values of every epoch and the result of the run."""
 
     @abstractmethod
     def log_epoch(self, log: EpochLog) -> None:
-        """Record one epoch; `log["epoch"]` is its number, from 1 on."""
+        """Record one epoch; `log["epoch"]` is its number, counted from 1."""
 
     def log_result(self, result: Mapping[str, Any]) -> None:  # noqa: B027 - optional
-        """Record the outcome of the run."""
+        """Record the result of the run."""
 
     def close(self) -> None:  # noqa: B027 - optional
         """Finish writing."""
 
 
+class Trackers(Tracker):
+    """Several trackers as one.
+
+    A tracker that fails is dropped after a warning. Only a failure of the run log ends a run.
+
+    Args:
+        trackers: any number of them.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self.trackers = list(trackers)
+
+    def log_epoch(self, log: EpochLog) -> None:
+        for tracker in list(self.trackers):
+            with self._dropped_if_it_fails(tracker):
+                tracker.log_epoch(log)
+
+    def log_result(self, result: Mapping[str, Any]) -> None:
+        for tracker in list(self.trackers):
+            with self._dropped_if_it_fails(tracker):
+                tracker.log_result(result)
+
+    def close(self) -> None:
+        for tracker in list(self.trackers):
+            with self._dropped_if_it_fails(tracker):
+                tracker.close()
+
+    @contextmanager
+    def _dropped_if_it_fails(self, tracker: Tracker) -> Iterator[None]:
+        try:
+            yield
+        # any exception: a logging service must never end a training run
+        except Exception as error:
+            if isinstance(tracker, RunLog):
+                raise
+            self.trackers.remove(tracker)
+            name = type(tracker).__name__
+            logger.warning("%s failed (%s): training goes on without it", name, error)
+
+
 class RunLog(Tracker):
-    """`metrics.jsonl`: one JSON object per epoch, nothing in it that two equal runs would not share
-    (no times).
+    """`metrics.jsonl`: one JSON object per epoch, without times, so that two equal runs write the
+    same bytes.
 
     Args:
         path: the file.
-        history: the epochs of the run that is resumed; lines of later epochs, which will be run
-            again, are dropped.
+        history: the epochs of the run that is resumed. Lines of later epochs are dropped, as a
+            resumed run trains those again.
     """
 
     def __init__(self, path: Path, history: Sequence[EpochLog] = ()) -> None:
@@ -50,6 +92,10 @@ class RunLog(Tracker):
 class TensorBoard(Tracker):
     """Event files for TensorBoard.
 
+    Args:
+        folder: of the event files.
+        epochs_done: of the run that is resumed; 0 for a new one.
+
     Raises:
         ImportError: the `tensorboard` package is not installed.
     """
@@ -57,9 +103,9 @@ class TensorBoard(Tracker):
     def __init__(self, folder: Path, epochs_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(
-            str(folder), purge_step=epochs_done + 1 if epochs_done else None
-        )
+        # hides what an interrupted run wrote of epochs that are trained again
+        purge_step = epochs_done + 1 if epochs_done else None
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def log_epoch(self, log: EpochLog) -> None:
         for key, value in log.items():
@@ -69,18 +115,3 @@ class TensorBoard(Tracker):
 
     def close(self) -> None:
         self.writer.close()
-
-
-def tell(trackers: list[Tracker], what: Callable[[Tracker], None]) -> None:
-    """Call `what` for every tracker. One that fails is dropped after a warning; only the run log
-    may end a run."""
-    for tracker in list(trackers):
-        try:
-            what(tracker)
-        except Exception as error:
-            if isinstance(tracker, RunLog):
-                raise
-            trackers.remove(tracker)
-            logger.warning(
-                "%s failed (%s): training goes on without it", type(tracker).__name__, error
-            )

@@ -1,5 +1,5 @@
-"""What every attack promises whatever model and images it is given: functions, models that write
-into their input or answer NaN, answers that are no logits, labels that are no classes, tensors of
+"""What every attack promises for every model and all images: functions, models that write into
+their input or answer NaN, answers that are not logits, labels that are not classes, tensors of
 inference mode."""
 
 from functools import partial
@@ -46,7 +46,7 @@ class OutOfPlace(InPlace):
 
 
 class Constant(nn.Module):
-    """Answers the same whatever it sees, with a weight that asks for gradients."""
+    """Gives one answer to all images, with a weight that requires gradients."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_model_that_writes_into_its_input_is_attacked_as_one_that_does_not(nam
     assert attack.threat_model.distance(found, images).max() <= EPSILON[norm] * (1 + 1e-6)
 
 
-def test_the_attack_of_a_training_step_gives_copies_too():
+def test_the_attack_of_a_training_step_passes_copies_too():
     inner, attack = network(), PGD(0.04, 0.02, 3)
     images, labels = batch(OutOfPlace(inner))
     before = images.clone()
@@ -92,10 +92,10 @@ def test_the_attack_of_a_training_step_gives_copies_too():
 
 def test_verdicts_and_checks_on_a_model_that_writes_into_its_input():
     inner = network()
-    images, labels = batch(
-        OutOfPlace(inner), n=16
-    )  # a whole number of rows: nothing is filled up, and copied thereby
-    before, attack = images.clone(), PGD(0.04, 0.01, 3, early_stop=True)
+    # a whole number of rows: filling up would make a copy
+    images, labels = batch(OutOfPlace(inner), n=16)
+    before = images.clone()
+    attack = PGD(0.04, 0.01, 3, early_stop=True)
     results = []
     for model in (InPlace(inner), OutOfPlace(inner)):
         verdicts, worst = attack_batch(

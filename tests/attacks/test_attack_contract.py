@@ -1,5 +1,5 @@
-"""The contract of Attack: its entries are frozen dataclasses, and it keeps its promises whatever a
-subclass does."""
+"""The contract of Attack: the entries of its table are frozen dataclasses, and the base class keeps
+its promises for every subclass."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def test_variants_keep_the_class_and_everything_else():
     assert attack.confident(0.1).confidence == 0.1
     assert FGSM(0.1, "l2", loss="margin").scaled(0.5) == FGSM(0.05, "l2", loss="margin")
     square = Square(0.1)
-    assert square.confident(0.1) is square, "it asks nothing that could be confident"
+    assert square.confident(0.1) is square, "it has no confidence"
 
 
 def test_fgsm_is_a_pgd_of_which_every_number_can_be_replaced():
@@ -104,7 +104,7 @@ def problem():
 
 @dataclasses.dataclass
 class Careless(Attack):
-    """A dataclass that is not frozen, and leaves everything behind that it can."""
+    """A dataclass that is not frozen, and changes everything that it can reach."""
 
     epsilon: float
     wild: float = 2.0
@@ -118,7 +118,7 @@ class Careless(Attack):
 
 
 class NoDataclass(Attack):
-    """Written with a constructor of its own, which does not call that of the base class."""
+    """With a constructor that does not call that of the base class."""
 
     def __init__(self, reach):
         self.epsilon, self.reach = reach, reach
@@ -130,7 +130,7 @@ class NoDataclass(Attack):
 
 
 class BaseConstructor(Attack):
-    """Written with the base class's constructor."""
+    """With the base class's constructor."""
 
     def perturb(self, model, images, labels, generators):
         own = generators_of(generators, torch.arange(len(images)))
@@ -142,7 +142,7 @@ class BaseConstructor(Attack):
     [Careless(0.1), NoDataclass(0.1), BaseConstructor(0.1, seed=2)],
     ids=lambda attack: type(attack).__name__,
 )
-def test_promises_are_kept_whatever_a_subclass_does(problem, attack):
+def test_promises_are_kept_for_every_subclass(problem, attack):
     model, images, labels = problem
     model.train()
     given, true = images.clone(), labels.clone()
@@ -175,7 +175,8 @@ def test_promises_are_kept_whatever_a_subclass_does(problem, attack):
         (
             lambda images: images[:2],
             ValueError,
-            r"^Returns.perturb: must return images of the shape \(5, 3, 2, 2\), not \(2, 3, 2, 2\)$",
+            r"^Returns.perturb: must return images of the shape \(5, 3, 2, 2\), "
+            r"not \(2, 3, 2, 2\)$",
         ),
     ],
 )
@@ -188,7 +189,7 @@ def test_what_perturb_returns_is_checked(problem, result, error, message):
         Returns(0.1)(*problem)
 
 
-def test_shared_fields_are_checked_in_own_attacks_too():
+def test_shared_fields_are_checked_in_a_users_attacks_too():
     with pytest.raises(ValueError, match="^steps: expected an integer of at least 1, not 0$"):
         MomentumFGSM(0.1, steps=0)
     with pytest.raises(ValueError, match="^step_size: l-inf sizes .* not 2; 2/255\\?$"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attacks.auto_pgd import APGD, _Climb, checkpoints
+from attacks.auto_pgd import APGD, _State, checkpoints
 from attacks.pgd import PGD
 from base.seeding import torch_generator
 
@@ -157,20 +157,20 @@ def test_checkpoints_of_the_paper():
 
 def test_both_conditions_halve_the_step_size():
     start = torch.zeros(3, 1, 1, 1)
-    climb = _Climb(torch.arange(3), start, torch.zeros(3), start, 1.0)
+    state = _State(torch.arange(3), start, torch.zeros(3), start, 1.0)
     # rises: 2 of 2; 1 of 2; none. Then all rise 2 of 2 times, but only the first image goes beyond
     # its largest loss
     for losses in ([0, 0, 0], [1, 9, -1], [2, 8, -2]):
-        climb.points = torch.tensor(losses).float().reshape(3, 1, 1, 1)
-        climb.arrive(torch.tensor(losses).float(), climb.points)
-    climb.adapt(0.75 * 2)
-    assert climb.size.flatten().tolist() == [1, 0.5, 0.5]
-    assert climb.points.flatten().tolist() == climb.gradient.flatten().tolist() == [2, 9, 0]
-    climb.halved = torch.tensor([False, False, True])  # as if the second had not been halved
+        state.points = torch.tensor(losses).float().reshape(3, 1, 1, 1)
+        state.record(torch.tensor(losses).float(), state.points)
+    state.adapt(0.75 * 2)
+    assert state.step_size.flatten().tolist() == [1, 0.5, 0.5]
+    assert state.points.flatten().tolist() == state.gradient.flatten().tolist() == [2, 9, 0]
+    state.halved = torch.tensor([False, False, True])  # as if the second had not been halved
     for losses in ([3, 8.2, -1.5], [4, 8.5, -1]):
-        climb.arrive(torch.tensor(losses), climb.points)
-    climb.adapt(0.75 * 2)
-    assert climb.size.flatten().tolist() == [1, 0.25, 0.5]
+        state.record(torch.tensor(losses), state.points)
+    state.adapt(0.75 * 2)
+    assert state.step_size.flatten().tolist() == [1, 0.25, 0.5]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -171,13 +171,14 @@ def test_restarts_keep_the_worst_point_of_every_image(trained):
     ).detach()
     broken = wrongness(model(many(model, images, labels, generators=generators)), labels) > 0
     generators = [torch_generator(0, "test", index) for index in range(32)]
-    for _ in range(4):  # a generator goes on where the last restart left it
+    # a generator continues where the last restart left it
+    for _ in range(4):
         logits = model(one(model, images, labels, generators=generators)).detach()
         losses = F.cross_entropy(logits, labels, reduction="none")
         assert (losses[~broken] <= worst[~broken] + 1e-5).all()
 
 
-def test_early_stop_leaves_broken_images_alone(trained):
+def test_early_stop_leaves_misclassified_images_alone(trained):
     model, images, labels = trained
     sizes = []
     handle = model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
@@ -187,16 +188,14 @@ def test_early_stop_leaves_broken_images_alone(trained):
     assert sizes[-1] < sizes[0] == 200
     plain = wrongness(model(PGD(2 / 255, 0.5 / 255, 10)(model, images, labels)), labels) > 0
     early = wrongness(model(found), labels) > 0
-    assert (early >= plain).all(), (
-        "what the last point breaks, some point on the way or the last one breaks"
-    )
+    assert (early >= plain).all(), "the last point counts, too"
     rank_two = wrongness(
         model(PGD(8 / 255, 2 / 255, 10, early_stop=2)(model, images, labels)), labels, 2
     )
     assert (rank_two == 2).sum() > (wrongness(model(found), labels, 2) == 2).sum()
 
 
-def test_a_confident_attack_goes_on_until_there_is_a_margin(trained):
+def test_a_confident_attack_continues_until_there_is_a_margin(trained):
     model, images, labels = trained
 
     def margins(attack):
@@ -205,7 +204,8 @@ def test_a_confident_attack_goes_on_until_there_is_a_margin(trained):
         return (logits.amax(1) - own) / logits.abs().amax(1)
 
     attack = PGD(4 / 255, 1 / 255, 10, early_stop=True)
-    sure, plain = margins(attack.confident(0.1)), margins(attack)
+    sure = margins(attack.confident(0.1))
+    plain = margins(attack)
     assert ((plain > 0) & (plain < 0.1)).sum() > 2 * ((sure > 0) & (sure < 0.1)).sum()
     assert ((sure > 0) >= (plain > 0)).all()
     assert attack.confidence == 0, "the attack itself stays as it was"
@@ -253,7 +253,10 @@ def test_losses_against_their_definitions():
         (lambda: PGD(1, 1, 1, early_stop=-1), "early_stop: .* at least 0, not -1"),
         (lambda: PGD(1, 1, 1, seed=0.5), "seed: expected an integer of at least 0, not 0.5"),
         (lambda: FGSM(1, loss="cw"), "loss 'cw' is not one of: ce, margin, dlr"),
-        (lambda: PGD(1, 1, 1, targeted=True, early_stop=5), "a targeted attack has no rank"),
+        (
+            lambda: PGD(1, 1, 1, targeted=True, early_stop=5),
+            "early_stop 5: a targeted attack stops at the target",
+        ),
         (
             lambda: PGD(1, 1, 1, restarts=2, random_start=False),
             "restarts 2: without random_start all of them are the same",

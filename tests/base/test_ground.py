@@ -1,4 +1,4 @@
-"""The smaller parts of base: totals, progress, run folder, lookup, trackers, command line."""
+"""The smaller parts of base: meters, train state, run folder, lookup, trackers, command line."""
 
 import json
 import logging
@@ -35,25 +35,25 @@ from base.run_folder.files import write_json
 from base.secrets import command_without_key
 from base.seeding import torch_generator
 from base.tracking.start import start_trackers
-from base.tracking.tracker import RunLog, Tracker, tell
+from base.tracking.tracker import RunLog, Tracker, Trackers
 from base.train_state import TrainState
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 
 
-def test_totals_are_sums_over_samples_not_means_of_means():
-    totals = Meters()
+def test_meters_hold_sums_over_samples_not_means_of_means():
+    meters = Meters()
     values = torch.rand(7, generator=torch_generator(0, "test"))
     for part in values.split([4, 2, 1]):
-        totals.add(BatchResult({"loss": part.sum()}, len(part)))
-    assert totals.means()["loss"] == pytest.approx(float(values.double().mean()), rel=1e-7)
+        meters.add(BatchResult({"loss": part.sum()}, len(part)))
+    assert meters.means()["loss"] == pytest.approx(float(values.double().mean()), rel=1e-7)
     mean_of_means = sum(float(part.mean()) for part in values.split([4, 2, 1])) / 3
-    assert totals.means()["loss"] != pytest.approx(mean_of_means, rel=1e-3), (
+    assert meters.means()["loss"] != pytest.approx(mean_of_means, rel=1e-3), (
         "the test can tell the two apart"
     )
     resumed = Meters()
-    resumed.load_state_dict(totals.state_dict(), torch.device("cpu"))
-    assert resumed.means() == totals.means()
+    resumed.load_state_dict(meters.state_dict(), torch.device("cpu"))
+    assert resumed.means() == meters.means()
     assert Meters().means() == {}
 
 
@@ -66,12 +66,12 @@ def test_totals_are_sums_over_samples_not_means_of_means():
         ("min val_loss", [nan, 2.0, nan, 3.0], 2, 2),
     ],
 )
-def test_progress_knows_its_best_epoch(monitor, values, best_epoch, without):
-    progress = TrainState(batches_done=5)
+def test_the_train_state_holds_its_best_epoch(monitor, values, best_epoch, without):
+    state = TrainState(batches_done=5)
     for value in values:
-        progress.finish_epoch({"val_top1": value, "val_loss": value}, monitor)
-    assert (progress.best_epoch, progress.epochs_without_improvement) == (best_epoch, without)
-    assert (progress.epochs_done, progress.batches_done, len(progress.history)) == (
+        state.finish_epoch({"val_top1": value, "val_loss": value}, monitor)
+    assert (state.best_epoch, state.epochs_without_improvement) == (best_epoch, without)
+    assert (state.epochs_done, state.batches_done, len(state.history)) == (
         len(values),
         0,
         len(values),
@@ -81,12 +81,12 @@ def test_progress_knows_its_best_epoch(monitor, values, best_epoch, without):
 @pytest.mark.parametrize("monitor", ["off", "max val_top1", "min val_loss"])
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_an_epoch_that_has_diverged_is_never_the_best(monitor, bad):
-    progress = TrainState()
-    assert not progress.finish_epoch({"val_top1": 0.9, "val_loss": 0.1, "loss": bad}, monitor)
-    assert (progress.best_epoch, progress.best_value) == (None, None)
-    assert progress.finish_epoch({"val_top1": 0.2, "val_loss": 3.0, "loss": 1.0}, monitor)
-    assert not progress.finish_epoch({"val_top1": bad, "val_loss": bad, "loss": 1.0}, monitor)
-    assert (progress.best_epoch, progress.epochs_without_improvement) == (2, int(monitor != "off"))
+    state = TrainState()
+    assert not state.finish_epoch({"val_top1": 0.9, "val_loss": 0.1, "loss": bad}, monitor)
+    assert (state.best_epoch, state.best_value) == (None, None)
+    assert state.finish_epoch({"val_top1": 0.2, "val_loss": 3.0, "loss": 1.0}, monitor)
+    assert not state.finish_epoch({"val_top1": bad, "val_loss": bad, "loss": 1.0}, monitor)
+    assert (state.best_epoch, state.epochs_without_improvement) == (2, int(monitor != "off"))
 
 
 def test_json_holds_null_where_a_number_is_not_finite(tmp_path):
@@ -153,7 +153,8 @@ def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
     folder = create_run_folder("unused", "name", str(tmp_path / "run"))
     (folder / "config.json").touch()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    assert not belongs_to_this_job(folder)  # made without torchrun
+    # made without torchrun
+    assert not belongs_to_this_job(folder)
     folder = create_run_folder("unused", "name", str(tmp_path / "given"))
     (folder / "config.json").touch()
     assert belongs_to_this_job(folder)
@@ -169,7 +170,8 @@ def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
             create_run_folder("unused", "name", str(folder))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     (folder / "model_last.pth").touch()
-    with pytest.raises(ConfigError, match="already holds a run"):  # it is to go on there
+    # train.py resumes it instead
+    with pytest.raises(ConfigError, match="already holds a run"):
         create_run_folder("unused", "name", str(folder))
 
 
@@ -218,9 +220,8 @@ def test_run_log_is_cut_back_to_the_resumed_history(tmp_path):
 def test_tensorboard_holds_what_was_logged(tmp_path):
     config = validate({**DIGITS, "trainer": {"tensorboard": True}})
     trackers = start_trackers(config, tmp_path)
-    for tracker in trackers:
-        tracker.log_epoch({"epoch": 3, "val_top1": 0.5})
-        tracker.close()
+    trackers.log_epoch({"epoch": 3, "val_top1": 0.5})
+    trackers.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -233,10 +234,9 @@ def test_comet_offline_writes_a_real_archive(tmp_path, monkeypatch):
     monkeypatch.delenv("COMET_API_KEY", raising=False)
     config = validate({**DIGITS, "name": "my run", "comet": {"api": "secret-key", "offline": True}})
     trackers = start_trackers(config, tmp_path)
-    for tracker in trackers:
-        tracker.log_epoch({"epoch": 1, "val_top1": 0.25})
-        tracker.log_result({"test_top1": 0.5})
-        tracker.close()
+    trackers.log_epoch({"epoch": 1, "val_top1": 0.25})
+    trackers.log_result({"test_top1": 0.5})
+    trackers.close()
     archives = list((tmp_path / "comet").glob("*.zip"))
     assert len(archives) == 1
     with zipfile.ZipFile(archives[0]) as archive:
@@ -255,7 +255,7 @@ def test_absent_tracker_is_one_warning(tmp_path, monkeypatch, caplog, module, tr
     monkeypatch.setitem(sys.modules, module, None)
     with caplog.at_level(logging.WARNING):
         trackers = start_trackers(validate({**DIGITS, **tree}), tmp_path)
-    assert [type(tracker) for tracker in trackers] == [RunLog]
+    assert [type(tracker) for tracker in trackers.trackers] == [RunLog]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "not installed" in caplog.text
 
@@ -265,24 +265,26 @@ def test_a_tracker_that_fails_is_dropped_but_the_run_log_may_not_fail(tmp_path, 
         def log_epoch(self, log):
             raise ConnectionError("no server")
 
-    trackers = [Broken(), RunLog(tmp_path / "metrics.jsonl")]
-    tell(trackers, lambda tracker: tracker.log_epoch({"epoch": 1}))
-    assert [type(tracker) for tracker in trackers] == [RunLog]
+    run_log = RunLog(tmp_path / "metrics.jsonl")
+    trackers = Trackers([Broken(), run_log])
+    trackers.log_epoch({"epoch": 1})
+    assert trackers.trackers == [run_log]
     assert "Broken failed (no server): training goes on without it" in caplog.text
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
-    trackers[0].path = tmp_path
+    run_log.path = tmp_path
     with pytest.raises(IsADirectoryError):
-        tell(trackers, lambda tracker: tracker.log_epoch({"epoch": 2}))
+        trackers.log_epoch({"epoch": 2})
 
 
-def test_comet_key_is_no_part_of_a_dump():
+def test_comets_key_is_not_part_of_a_dump():
     assert "api" not in CometConfig(api="x").model_dump()
 
 
 def test_short_flags_and_settings_become_overrides():
     arguments = config_parser("").parse_args(
         shlex.split(
-            "-c x.json --sym --asym False --lr 0.5 --conv_layer conv --set trainer.epochs=3 --set name=a=b"
+            "-c x.json --sym --asym False --lr 0.5 --conv_layer conv"
+            " --set trainer.epochs=3 --set name=a=b"
         )
     )
     overrides = config_overrides(arguments)
@@ -316,10 +318,16 @@ def test_wrong_command_line_is_one_line(words):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ConfigError("x"), 2), (CheckpointError("x"), 3), (DataError("x"), 4), (NonFiniteError("x"), 5),
-        (Stopped("x", 2), 130), (Stopped("x", 15), 143), (KeyboardInterrupt(), 130), (None, 0),
+        (ConfigError("x"), 2),
+        (CheckpointError("x"), 3),
+        (DataError("x"), 4),
+        (NonFiniteError("x"), 5),
+        (Stopped("x", 2), 130),
+        (Stopped("x", 15), 143),
+        (KeyboardInterrupt(), 130),
+        (None, 0),
     ],
-)  # fmt: skip
+)
 def test_exit_codes(error, code, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
 

@@ -1,4 +1,4 @@
-"""Updates on finite gradients only, whether the host looks before each or now and then."""
+"""Updates on finite gradients only, whether the host waits for the device before each or seldom."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import base.nan_guard as finite_module
+import base.nan_guard
 from base.errors import NonFiniteError
 from base.nan_guard import NanGuard
 from base.train_state import TrainState
@@ -39,31 +39,33 @@ class Reads(TorchDispatchMode):
 
 
 class Run:
-    """A layer, its optimizer and a check, trained on one input at a time; `added` goes to the loss,
-    not to its gradient."""
+    """A small network, its optimizer and a guard, trained on one input at a time; `added` changes
+    the loss and not its gradient."""
 
     def __init__(self, folder, cls=torch.optim.SGD, deferred=True, **args):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         self.optimizer = cls(self.model.parameters(), **{"lr": 0.1, "fused": True, **args})
-        self.check = NanGuard(self.optimizer, folder)
-        self.check.deferred_on = ("cpu",) if deferred else ()
+        self.guard = NanGuard(self.optimizer, folder)
+        self.guard.deferred_on = ("cpu",) if deferred else ()
         self.state = TrainState(epochs_done=3)
 
     def update(self, value, added=0.0):
         self.optimizer.zero_grad()
         loss = self.model(torch.tensor([[value, 1.0]])).square().sum() + added
-        loss.backward(1 + 0 * loss.detach())  # as in BaseTrainer.update
-        self.check.look(self.model, loss, self.state)
+        loss.backward()
+        self.guard.check(self.model, loss, self.state)
         self.optimizer.step()
         self.state.batches_done += 1
 
-    def state(self):
+    def numbers(self):
+        """Weights and the optimizer's state."""
         return deepcopy([list(self.model.parameters()), list(self.optimizer.state.values())])
 
 
-def equal(state, other):
-    (weights, values), (other_weights, other_values) = state, other
+def equal(numbers, others):
+    weights, values = numbers
+    other_weights, other_values = others
     assert len(values) == len(other_values)
     pairs = [(weights, other_weights)]
     pairs += [
@@ -75,13 +77,13 @@ def equal(state, other):
 @pytest.mark.parametrize(("cls", "args"), FUSED)
 def test_finite_updates_are_the_same_bit_for_bit(tmp_path, cls, args):
     later, at_once = Run(tmp_path, cls, **args), Run(tmp_path, cls, deferred=False, **args)
-    before = later.state()
+    before = later.numbers()
     for value in range(6):
         later.update(value)
         at_once.update(value)
-    later.check.read()
-    assert equal(later.state(), at_once.state())
-    assert not torch.equal(before[0][0], later.state()[0][0])
+    later.guard.check_pending()
+    assert equal(later.numbers(), at_once.numbers())
+    assert not torch.equal(before[0][0], later.numbers()[0][0])
 
 
 @pytest.mark.parametrize(("cls", "args"), FUSED)
@@ -90,31 +92,31 @@ def test_nothing_changes_from_the_first_bad_update_on(tmp_path, cls, args, bad):
     run = Run(tmp_path, cls, **args)
     run.update(1.0)
     run.update(2.0)
-    good = run.state()
+    good = run.numbers()
     run.update(*bad)
     for value in (3.0, nan, 4.0):
         run.update(value)
-    assert equal(run.state(), good)
+    assert equal(run.numbers(), good)
     with pytest.raises(
         NonFiniteError,
         match="^epoch 4, batch 3: the loss or the gradient is not finite: training stopped",
     ):
-        run.check.read()
+        run.guard.check_pending()
 
 
 def test_a_bad_first_update_leaves_the_first_weights(tmp_path):
     run = Run(tmp_path, momentum=0.9)
-    before = run.state()
+    before = run.numbers()
     run.update(nan)
     run.update(1.0)
-    assert all(torch.equal(a, b) for a, b in zip(before[0], run.state()[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before[0], run.numbers()[0], strict=True))
     with pytest.raises(NonFiniteError, match="epoch 4, batch 1: the loss or the gradient"):
-        run.check.read()
+        run.guard.check_pending()
 
 
 @pytest.mark.parametrize("read_every", [1, 5, 50])
-def test_the_host_looks_every_so_many_updates(tmp_path, monkeypatch, read_every):
-    monkeypatch.setattr(finite_module, "READ_EVERY", read_every)
+def test_the_host_waits_every_so_many_updates(tmp_path, monkeypatch, read_every):
+    monkeypatch.setattr(base.nan_guard, "READ_EVERY", read_every)
     run = Run(tmp_path)
     with Reads() as reads:
         for _ in range(2 * read_every - 1):
@@ -127,7 +129,7 @@ def test_the_host_looks_every_so_many_updates(tmp_path, monkeypatch, read_every)
         run.update(nan)
 
 
-def test_without_kernels_that_are_told_the_host_looks_before_every_update(tmp_path):
+def test_without_fused_kernels_the_host_waits_before_every_update(tmp_path):
     for options in (
         {"deferred": False},
         {"fused": False},
@@ -139,15 +141,15 @@ def test_without_kernels_that_are_told_the_host_looks_before_every_update(tmp_pa
             for value in (1.0, 2.0):
                 run.update(value)
         assert reads.count >= 2
-        good = run.state()
+        good = run.numbers()
         with pytest.raises(
             NonFiniteError, match="batch 3: the loss is not finite, first in the gradient of 2.bias"
         ):
             run.update(nan)
-        assert equal(run.state(), good)
+        assert equal(run.numbers(), good)
 
 
-def test_a_run_that_began_without_such_kernels_goes_on_without(tmp_path):
+def test_a_run_that_began_without_fused_kernels_goes_on_without(tmp_path):
     run, old = Run(tmp_path), Run(tmp_path, fused=None)
     old.update(1.0)
     run.update(1.0)
@@ -163,30 +165,30 @@ import os, sys
 from pathlib import Path
 from torch.nn.parallel import DistributedDataParallel
 from base.errors import NonFiniteError
-from base.ranks import rank, ranks
+from base.distributed import distributed_session, rank
 from tests.base.test_nan_guard import Run, inf
 
-with ranks(training=True):
+with distributed_session(training=True):
     for deferred in (True, False):
         run = Run(Path(sys.argv[1]), deferred=deferred)
         layers, run.model = run.model, DistributedDataParallel(run.model)
         run.update(1.0 + rank())
         good = layers[0].weight.clone()
-        said = "nothing"
+        message = "nothing"
         try:
             run.update(1.0, added=inf * rank() if rank() else 0.0)  # the gradient is finite on both
             run.update(2.0)
-            run.check.read()
+            run.guard.check_pending()
         except NonFiniteError as error:
-            said = str(error)
+            message = str(error)
         except SystemExit as error:
-            said = f"exit {error.code}"
-        line = f"{deferred} rank {rank()}: {said}; kept {bool((layers[0].weight == good).all())}"
+            message = f"exit {error.code}"
+        line = f"{deferred} rank {rank()}: {message}; kept {bool((layers[0].weight == good).all())}"
         Path(sys.argv[1], f"{deferred} {rank()}").write_text(line)
 """
 
 
-def test_all_processes_agree_on_what_only_one_has_met(tmp_path):
+def test_all_processes_stop_at_a_loss_that_only_one_has_computed(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -198,12 +200,14 @@ def test_all_processes_agree_on_what_only_one_has_met(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    told = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "script.py"}
-    assert "True rank 0: epoch 4, batch 2: the loss or the gradient is not finite" in told["True 0"]
+    printed = {
+        path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "script.py"
+    }
     assert (
-        "False rank 0: epoch 4, batch 2: the gradient is not finite, first in the gradient of module.2.bias"
-        in told["False 0"]
+        "True rank 0: epoch 4, batch 2: the loss or the gradient is not finite" in printed["True 0"]
     )
-    assert all("kept True" in line for line in told.values())
-    assert told["True 1"].startswith("True rank 1: exit 5;")
-    assert told["False 1"].startswith("False rank 1: exit 5;")
+    message = "False rank 0: epoch 4, batch 2: the loss or the gradient is not finite"
+    assert message in printed["False 0"]
+    assert all("kept True" in line for line in printed.values())
+    assert printed["True 1"].startswith("True rank 1: exit 5;")
+    assert printed["False 1"].startswith("False rank 1: exit 5;")

@@ -38,15 +38,22 @@ def files_of_the_clone():
 
 
 def run(command, folder):
-    """What a command of the page prints. Python with PYTHONPATH is a process of its own, everything
-    else a fork, which has the imports done."""
+    """Return what a command of the page prints.
+
+    Python with PYTHONPATH runs in a process of its own, everything else in a fork, which has the
+    imports done.
+    """
     words = shlex.split(command.replace("$CLONE", str(ROOT)))
     if words[0].startswith("PYTHONPATH="):
         key, _, value = words.pop(0).partition("=")
         done = subprocess.run(
-            [sys.executable, *words[1:]], cwd=folder, env={**os.environ, key: value}, capture_output=True, text=True,
+            [sys.executable, *words[1:]],
+            cwd=folder,
+            env={**os.environ, key: value},
+            capture_output=True,
+            text=True,
             timeout=300,
-        )  # fmt: skip
+        )
     else:
         python, file, *arguments = words
         assert python == "python"
@@ -56,8 +63,8 @@ def run(command, folder):
 
 
 def is_shown_as(line, shown):
-    """Whether a line is what the page shows, but for its numbers and for what three dots stand
-    for."""
+    """Return whether a line is what the page shows, except for its numbers and for the places of
+    three dots."""
     parts = [NUMBER.sub("\0", part) for part in shown.split("...")]
     pattern = ".*".join(re.escape(part).replace("\0", NUMBER.pattern) for part in parts)
     return re.fullmatch(pattern, line) is not None

@@ -1,4 +1,4 @@
-"""The formulas of the examples against others."""
+"""The formulas of the examples against other implementations."""
 
 import importlib.util
 import sys

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import base.command_line
-import base.tracking
+import base.tracking.comet
 import run_ablations
 import studies.grid
 import train
@@ -201,11 +201,11 @@ def _dumps_the_key(monkeypatch):
     return "config file", "offline", "config.json|model_"
 
 
-def _passes_complaints_on(monkeypatch):
+def _passes_messages_on(monkeypatch):
     def add(self, message):
         self.last = message
 
-    monkeypatch.setattr(base.tracking.comet._Complaints, "add", add)
+    monkeypatch.setattr(base.tracking.comet._PackageMessages, "add", add)
     return "environment", "online", "printed"
 
 
@@ -215,7 +215,7 @@ def _quotes_the_command(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "break_it", [_writes_the_command, _dumps_the_key, _passes_complaints_on, _quotes_the_command]
+    "break_it", [_writes_the_command, _dumps_the_key, _passes_messages_on, _quotes_the_command]
 )
 def test_the_check_can_fail_for_training(tmp_path, monkeypatch, capfd, server, break_it):
     way, end, place = break_it(monkeypatch)

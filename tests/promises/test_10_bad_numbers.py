@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-import base.nan_guard as finite_module
+import base.nan_guard
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config.tree import merge
@@ -33,7 +33,8 @@ NETWORKS = {"ConvNorm": {}, "wide ResNet": WIDE}
 
 def poison(monkeypatch, layer, step):
     """From that step on one layer answers with a NaN, as a kernel that overflows would."""
-    train, done = BaseTrainer._train_epoch, 0
+    train = BaseTrainer._train_epoch
+    done = 0
 
     def poisoned(self):
         def answer(module, inputs, output):
@@ -68,23 +69,17 @@ def layers_of(config):
 
 def check_stops(folder, config, layer):
     """In the second minibatch of the second epoch, of three."""
+    updates_per_batch = 1
+    if "trainer.adv_repeats" in config.of_method("reads", ()):
+        updates_per_batch = config.trainer.adv_repeats
     with pytest.MonkeyPatch.context() as patch:
-        poison(
-            patch,
-            layer,
-            4
-            * (
-                config.trainer.adv_repeats
-                if "trainer.adv_repeats" in config.of_method("reads", ())
-                else 1
-            ),
-        )
+        poison(patch, layer, 4 * updates_per_batch)
         with pytest.raises(NonFiniteError) as stopped:
             run(folder, config)
-    said = str(stopped.value)
-    assert said.startswith("epoch 2, batch 2: the loss is not finite, first in ")
-    assert f"the output of {layer} (" in said
-    assert f"{folder / 'model_last.pth'} is of the last good epoch" in said
+    message = str(stopped.value)
+    assert message.startswith("epoch 2, batch 2: the loss is not finite, first in ")
+    assert f"the output of {layer} (" in message
+    assert f"{folder / 'model_last.pth'} is of the last good epoch" in message
     saved = load_checkpoint(folder / "model_last.pth")
     assert saved["epoch"] == 1
     assert all(
@@ -100,7 +95,7 @@ def test_the_first_bad_layer_is_named_and_the_last_good_epoch_kept(tmp_path, sma
     run(tmp_path / "whole", config)
     for layer in layers_of(config):
         check_stops(tmp_path / layer, config, layer)
-        # the fault was not its own: it goes on to the same end
+        # the poison is gone: a resumed run comes to the same end
         Experiment.resume(str(tmp_path / layer))
         assert (
             difference(tmp_path / "whole" / "model_last.pth", tmp_path / layer / "model_last.pth")
@@ -111,7 +106,7 @@ def test_the_first_bad_layer_is_named_and_the_last_good_epoch_kept(tmp_path, sma
 @pytest.mark.parametrize(
     "method", [name for name in TRAINERS if TRAINERS[name].attacks_while_training]
 )
-def test_so_it_does_in_every_method(tmp_path, small, method):
+def test_every_method_stops_and_names_the_layer(tmp_path, small, method):
     config = small(
         adversarial={"method": method, "validate_every": 0, "steps": 1}, trainer={"adv_repeats": 2}
     )
@@ -121,10 +116,10 @@ def test_so_it_does_in_every_method(tmp_path, small, method):
 @pytest.mark.parametrize("broken", ["first_bad_layer", "isfinite"])
 def test_the_check_can_fail(tmp_path, small, monkeypatch, broken):
     if broken == "first_bad_layer":
-        monkeypatch.setattr(finite_module, broken, lambda model, images: None)
+        monkeypatch.setattr(base.nan_guard, broken, lambda model, images: None)
     else:
         monkeypatch.setattr(
-            finite_module.NanGuard, "look", lambda self, model, loss, progress, images: None
+            base.nan_guard.NanGuard, "check", lambda self, model, loss, state, images: None
         )
     config = small()
     with pytest.raises((AssertionError, pytest.fail.Exception)):
@@ -137,13 +132,13 @@ def test_the_search_leaves_no_trace_in_the_network(small):
     images, _ = next(iter(experiment.train_loader))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
-    assert finite_module.first_bad_layer(model, images) is None
+    assert base.nan_guard.first_bad_layer(model, images) is None
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(generator, torch.get_rng_state())
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_without_a_good_epoch_none_is_promised(tmp_path, small):
+def test_without_a_good_epoch_the_message_does_not_promise_one(tmp_path, small):
     config = small(optimizer={"args": {"lr": 1e30}})
     message = r"^epoch 1, batch 2: .*model_last.pth holds the weights that training began with"
     with pytest.raises(NonFiniteError, match=message) as stopped:
@@ -191,7 +186,8 @@ def test_weights_that_explode_in_an_epochs_last_update_are_never_saved(
 
 
 def test_a_signal_after_an_update_that_explodes_saves_nothing(tmp_path, small, monkeypatch):
-    update, done = BaseTrainer.update, 0
+    update = BaseTrainer.update
+    done = 0
 
     def counted(self, loss):
         nonlocal done
@@ -222,7 +218,8 @@ def test_a_signal_after_an_update_that_explodes_saves_nothing(tmp_path, small, m
 def test_the_message_says_what_the_last_checkpoint_holds(
     tmp_path, small, monkeypatch, stop_after, explode_at, kept
 ):
-    update, done = BaseTrainer.update, 0
+    update = BaseTrainer.update
+    done = 0
 
     def counted(self, loss):
         nonlocal done
@@ -256,7 +253,7 @@ def test_a_run_that_has_diverged_is_not_continued(tmp_path, small):
 
 
 def test_a_result_that_is_not_finite_is_null_and_exit_code_5(tmp_path, small, monkeypatch):
-    """The validation set was answered well, the test set is not."""
+    """The answers to the validation set are finite, those to the test set are not."""
     monkeypatch.setattr(
         "experiment.final_test._Test.of", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0}
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-import base.tracking
+import base.tracking.comet
 from base.config import validate
 from experiment.experiment import Experiment
 
@@ -34,8 +34,8 @@ TINY = {
 }
 ONLINE = {**TINY, "comet": {"offline": False, "api": KEY}}
 ENDLESS = ("later", "stalls")
-"""Ways to fail that only patience ends. The others come to an end by themselves, on a busy machine
-later than on others."""
+"""Ways to fail that only the end of patience ends. The others end by themselves, later on a busy
+machine."""
 SHORT, LONG = 6.0, 60.0
 """The patience in seconds where it has to run out, and where it must not."""
 
@@ -44,16 +44,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class CometServer:
-    """Answers on this machine as comet_ml 3.58 expects of a Comet server, or fails in one of
-    several ways.
+    """Answers as comet_ml 3.58 expects of a Comet server, or fails in one of several ways.
 
     Args:
-        ways: `well`, `401`, `403`, `unknown key`, `silent`, `later` (asks for patience of an hour),
+        way: `well`, `401`, `403`, `unknown key`, `silent`, `later` (asks for patience of an hour),
             `dies` (with the first metrics that it is sent), `stalls` (keeps silent from then on).
     """
 
     def __init__(self, way):
-        self.way, self.asked, self.server = way, [], None
+        self.way = way
+        self.asked = []
+        self.server = None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -80,10 +81,12 @@ class CometServer:
             do_GET = do_POST = do_PUT = answer  # noqa: N815 - the names that http.server looks for
 
         class Server(ThreadingHTTPServer):
-            daemon_threads, block_on_close = True, False
+            daemon_threads = True
+            block_on_close = False
 
             def handle_error(self, *_):
-                pass  # clients that have left
+                # clients that have left
+                pass
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.leave = threading.Event()
@@ -141,8 +144,8 @@ class CometServer:
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Comet with a second where the product gives it five, so that the test is over soon. Returns
-    what the ends of runs have waited for Comet's thread at most, run by run."""
+    """Comet with shorter timeouts, so that the test is over soon. Returns the timeouts with which
+    the ends of runs have waited for Comet's thread, run by run."""
     for name, value in base.tracking.comet.COMET_DEFAULTS.items():
         monkeypatch.setenv(name, value)
     for name in (
@@ -155,12 +158,12 @@ def impatient(monkeypatch):
     monkeypatch.delenv("COMET_API_KEY", raising=False)
     waited = []
 
-    class Noted(threading.Thread):
+    class Recorded(threading.Thread):
         def join(self, timeout=None):
             waited.append(timeout)
             super().join(timeout)
 
-    monkeypatch.setattr(base.tracking, "Thread", Noted)
+    monkeypatch.setattr(base.tracking.comet, "Thread", Recorded)
     return waited
 
 
@@ -186,7 +189,7 @@ def check_comet(tmp_path, monkeypatch, ways, waited):
     """Returns how many ways a server can fail were tried."""
     expected = run(TINY, tmp_path / "without")
     for way in ways:
-        monkeypatch.setattr(base.tracking, "PATIENCE", patience_for(way))
+        monkeypatch.setattr(base.tracking.comet, "PATIENCE", patience_for(way))
         for name in ("COMET_TIMEOUT_HTTP", "COMET_TIMEOUT_API"):
             monkeypatch.setenv(name, "1" if way in ("silent", *ENDLESS) else "20")
         waited.clear()
@@ -201,9 +204,9 @@ def check_comet(tmp_path, monkeypatch, ways, waited):
         assert metrics == expected, way
         assert (folder / "result.json").exists()
         assert waited == [SHORT if way in ENDLESS else LONG], f"{way}: waited for {waited}"
-        said = warnings_in(folder)
-        assert len(said) == (0 if way == "well" else 1), f"{way}: {said}"
-        assert all("Comet" in line for line in said)
+        warnings = warnings_in(folder)
+        assert len(warnings) == (0 if way == "well" else 1), f"{way}: {warnings}"
+        assert all("Comet" in line for line in warnings)
         archives = list((folder / "comet").glob("*.zip")) if (folder / "comet").exists() else []
         assert len(archives) == (0 if way in ("well", "later") else 1) or way == "stalls", (
             f"{way}: {archives}"
@@ -227,22 +230,22 @@ def _waits_too_long(monkeypatch):
     return "later"
 
 
-def _does_not_look_whether_it_began(monkeypatch):
-    monkeypatch.setattr(base.tracking.comet._Complaints, "tell", lambda self, text: None)
+def _does_not_check_whether_it_began(monkeypatch):
+    monkeypatch.setattr(base.tracking.comet._PackageMessages, "report", lambda self, text: None)
     return "401"
 
 
-def _repeats_every_complaint(monkeypatch):
+def _repeats_every_message(monkeypatch):
     def warn_at_once(self, message):
         logging.getLogger("base.tracking.comet").warning("Comet: %s", message)
         self.last = message
 
-    monkeypatch.setattr(base.tracking.comet._Complaints, "add", warn_at_once)
+    monkeypatch.setattr(base.tracking.comet._PackageMessages, "add", warn_at_once)
     return "no server"
 
 
 @pytest.mark.parametrize(
-    "break_it", [_waits_too_long, _does_not_look_whether_it_began, _repeats_every_complaint]
+    "break_it", [_waits_too_long, _does_not_check_whether_it_began, _repeats_every_message]
 )
 def test_the_check_can_fail_for_comet(tmp_path, monkeypatch, impatient, break_it):
     way = break_it(monkeypatch)

@@ -14,12 +14,12 @@ import pytest
 
 import base.run_folder.logs
 import base.streams
-import base.tracking
 import run_ablations
 import train
 import validate_pgd
 from base.command_line import run_script
 from base.config import files, validate
+from base.tracking.tracker import TensorBoard, Trackers
 from experiment import experiment
 from tiny_runs import write_images
 
@@ -141,9 +141,10 @@ def test_the_check_can_fail_for_packages(tmp_path, monkeypatch, capfd, careless)
     if not careless:  # in this process as in a bare one, then
         assert check_bare(tmp_path, here) == 6
         return
-    tensorboard = base.tracking.tracker.TensorBoard
     monkeypatch.setattr(
-        experiment, "start_trackers", lambda config, folder, history: [tensorboard(folder, 0)]
+        experiment,
+        "start_trackers",
+        lambda config, folder, history: Trackers([TensorBoard(folder, 0)]),
     )
     with pytest.raises(ImportError, match="tensorboard"):
         check_bare(tmp_path, here)

@@ -29,7 +29,7 @@ BASE = {
 
 
 class Batches(BaseDataLoader):
-    """Only what trainers ask for."""
+    """Only what trainers call."""
 
     num_classes = 10
 
@@ -59,9 +59,8 @@ def build(folder, settings, model=None):
 
 def batch(size=6):
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(size, 3, 32, 32, generator=generator), torch.randint(
-        10, (size,), generator=generator
-    )
+    images = torch.rand(size, 3, 32, 32, generator=generator)
+    return images, torch.randint(10, (size,), generator=generator)
 
 
 def same_weights(first, second):
@@ -81,7 +80,8 @@ def test_free_training_follows_the_original(tmp_path, conv, norm):
     trainer.model.load_state_dict(
         {k[5:]: torch.from_numpy(source[k]) for k in source.files if k.startswith("init/")}
     )
-    losses, update = [], trainer.update
+    losses = []
+    update = trainer.update
     trainer.update = lambda each: (losses.append(each.mean().item()), update(each))
     images = torch.from_numpy(golden["images_uint8"]).permute(0, 3, 1, 2) / 255
     for number in range(3):
@@ -110,7 +110,7 @@ def test_free_l2_moves_along_the_gradient_within_the_ball(tmp_path):
     )
 
 
-def test_carried_noise_goes_on_where_it_ended_and_reset_begins_at_zero(tmp_path):
+def test_carried_noise_continues_where_it_ended_and_reset_begins_at_zero(tmp_path):
     first = {}
     for noise in ("carry", "reset"):
         trainer = build(
@@ -128,9 +128,9 @@ def test_carried_noise_goes_on_where_it_ended_and_reset_begins_at_zero(tmp_path)
     assert torch.equal(first["reset"][2], images[:4])
     assert not torch.equal(first["carry"][2], images[:4])
     assert (first["carry"][2] - images[:4]).abs().max() <= 8 / 255 + 1e-6
-    # the images that the short batch did not have keep what the first one left
-    left_over = first["carry"][4][4:] - images[4:]
-    assert left_over.abs().amax() > 0
+    # images that the short minibatch did not have keep the perturbation of the first one
+    kept = first["carry"][4][4:] - images[4:]
+    assert kept.abs().amax() > 0
 
 
 def attack_by_hand(model, images, targets, start, step, epsilon, steps):
@@ -251,7 +251,8 @@ def test_every_forward_pass_is_in_the_runs_precision_and_on_pixels(tmp_path, met
     )
     trainer.train_batch(*batch())
     if method == "trades":
-        seen.pop(1)  # its start, to which the paper adds plain noise
+        # the start of its attack, to which the paper adds unclamped noise
+        seen.pop(1)
     assert all(all(values) for values in seen)
 
 
@@ -279,7 +280,7 @@ def test_ocnns_penalty_is_part_of_every_methods_loss(tmp_path, method):
         )
 
 
-def test_trades_attacks_in_evaluation_mode_unless_told_otherwise(tmp_path):
+def test_trades_attacks_in_evaluation_mode_unless_the_config_says_train(tmp_path):
     for settings, modes in (
         ({}, [False, False, False, True, True]),
         ({"bn_mode": "train"}, [True] * 5),
@@ -306,11 +307,11 @@ def test_the_passes_of_trades_and_what_running_statistics_hold(tmp_path, clean_p
         module for module in trainer.model.modules() if isinstance(module, torch.nn.BatchNorm2d)
     )
 
-    def note(module, inputs, output):
+    def record(module, inputs, output):
         if module.training:
             means.append(inputs[0].detach().mean(dim=(0, 2, 3)))
 
-    norm.register_forward_hook(note)
+    norm.register_forward_hook(record)
     trainer.model.register_forward_pre_hook(
         lambda module, inputs: (
             seen.append("c" if torch.equal(inputs[0], images) else "x") if module.training else None
@@ -377,7 +378,7 @@ def test_every_method_works_with_mixup_ocnn_averaging_and_either_norm(tmp_path, 
     }
     trainer = build(tmp_path, settings)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
-    result = trainer.train_batch(*trainer.mixed(*batch()))
+    result = trainer.train_batch(*trainer.mixup(*batch()))
     updates = trainer.config.trainer.adv_repeats if method == "free" else 1
     assert result.count == 6 * updates
     assert 0 <= float(result.sums["top1"]) <= result.count
@@ -404,7 +405,7 @@ def test_mixups_two_labels_go_through_the_attacks_loss(tmp_path):
     )
     trainer.attack = Recorder(8 / 255, 2 / 255, 1)
     images, labels = batch()
-    trainer.train_batch(*trainer.mixed(images, labels))
+    trainer.train_batch(*trainer.mixup(images, labels))
     mixed, probabilities = seen[0]
     assert not torch.equal(mixed, images)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(6))
@@ -414,18 +415,18 @@ def test_mixups_two_labels_go_through_the_attacks_loss(tmp_path):
 
 def test_the_attack_computes_no_gradient_of_a_weight(tmp_path):
     trainer = build(tmp_path, {"adversarial": {"method": "pgd", "steps": 4}})
-    asked = []
+    requires_grad = []
     trainer.model.register_forward_pre_hook(
-        lambda module, inputs: asked.append(
+        lambda module, inputs: requires_grad.append(
             any(parameter.requires_grad for parameter in module.parameters())
         )
     )
     trainer.train_batch(*batch())
-    assert asked == [False] * 4 + [True], "four steps, one update, no other forward pass"
+    assert requires_grad == [False] * 4 + [True], "four steps, one update, no other forward pass"
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_collapse_is_noticed_across_a_resume(tmp_path, caplog, resumed):
+def test_a_collapse_is_noticed_after_a_resume(tmp_path, caplog, resumed):
     """Epochs of little, much and no robustness; only the third is a fall."""
     accuracies = iter([(0.7, 0.2), (0.9, 0.6), (0.9, 0.05)])
 
@@ -444,7 +445,8 @@ def test_a_collapse_is_noticed_across_a_resume(tmp_path, caplog, resumed):
             trainer.resume(load_checkpoint(last), last)
         assert "catastrophic" not in caplog.text
         trainer._finish_epoch({"epoch": number + 1, "loss": 1.0, **trainer.validate()})
-    assert (
-        "catastrophic overfitting: 90.0 % of the validation images resist FGSM, 5.0 % resist PGD, as 60.0 %"
-        in caplog.text
+    warning = (
+        "catastrophic overfitting: 90.0 % of the validation images resist FGSM, 5.0 % resist PGD,"
+        " as 60.0 %"
     )
+    assert warning in caplog.text

@@ -1,4 +1,4 @@
-"""Training where the host looks only now and then whether all numbers are finite, as on a GPU."""
+"""Training where the host seldom asks whether all numbers are finite, as on a GPU."""
 
 import math
 import signal
@@ -17,7 +17,7 @@ def defer(trainer):
     return trainer
 
 
-def made(folder):
+def new(folder):
     folder.mkdir()
     return folder
 
@@ -39,7 +39,8 @@ class OneBadBatch(TinyLoader):
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_bad_batch_found_later_has_changed_no_weight_and_no_checkpoint(tmp_path, stopped):
-    loader, settings = OneBadBatch(), {"trainer": {"ema_decay": 0.9}}
+    loader = OneBadBatch()
+    settings = {"trainer": {"ema_decay": 0.9}}
     trainer = defer(build(tmp_path, settings, train_loader=loader))
     if stopped:
         loader.then = lambda: setattr(trainer.signals, "asked", signal.SIGTERM)
@@ -50,7 +51,7 @@ def test_a_bad_batch_found_later_has_changed_no_weight_and_no_checkpoint(tmp_pat
     with pytest.raises(NonFiniteError, match=message):
         trainer.train()
     assert trainer.state.batches_done == 3
-    one_batch = build(made(tmp_path / "one"), settings)
+    one_batch = build(new(tmp_path / "one"), settings)
     one_batch.model.train()
     one_batch.train_batch(*next(iter(TinyLoader())))
     for ours, theirs in zip(trainer.model.parameters(), one_batch.model.parameters(), strict=True):
@@ -66,11 +67,9 @@ def test_a_bad_batch_found_later_has_changed_no_weight_and_no_checkpoint(tmp_pat
             trainer.checkpoint()
 
 
-def test_after_a_bad_batch_the_same_trainer_goes_on_from_the_last_checkpoint(tmp_path):
-    trainer, undisturbed = (
-        defer(build(tmp_path, train_loader=OneBadBatch())),
-        build(made(tmp_path / "other")),
-    )
+def test_after_a_bad_batch_the_same_trainer_resumes_the_last_checkpoint(tmp_path):
+    trainer = defer(build(tmp_path, train_loader=OneBadBatch()))
+    undisturbed = build(new(tmp_path / "other"))
     with pytest.raises(NonFiniteError):
         trainer.train()
     trainer.train_loader = TinyLoader()
@@ -81,11 +80,11 @@ def test_after_a_bad_batch_the_same_trainer_goes_on_from_the_last_checkpoint(tmp
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_runs_whose_host_looks_later_are_the_same_bit_for_bit(tmp_path):
+def test_runs_whose_host_asks_later_are_the_same_bit_for_bit(tmp_path):
     settings = {"trainer": {"ema_decay": 0.9}}
     trainers = [
-        build(made(tmp_path / "at_once"), settings),
-        defer(build(made(tmp_path / "later"), settings)),
+        build(new(tmp_path / "at_once"), settings),
+        defer(build(new(tmp_path / "later"), settings)),
     ]
     for trainer in trainers:
         trainer.train()
@@ -111,5 +110,5 @@ def test_no_minibatch_is_waited_for(tmp_path):
             trainer.meters.add(trainer.train_batch(images, labels))
             trainer.schedule.step_batch()
         assert reads.count == 0
-        trainer.nan_guard.read()
+        trainer.nan_guard.check_pending()
         assert reads.count == 1, "the count can see what it counts"

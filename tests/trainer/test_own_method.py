@@ -1,5 +1,4 @@
-"""A training method of a user's own: what it takes to write one, and what happens where it does not
-fit."""
+"""A training method that a user writes: what it takes, and what happens where it does not fit."""
 
 from typing import Annotated
 
@@ -112,7 +111,8 @@ def test_an_argument_of_another_method_is_a_warning():
         'without effect in this run: adversarial.noise "carry" (only with adversarial.method free)',
     )
     assert warnings(method="pgd", beta=7) == (
-        "without effect in this run: adversarial.beta 7.0 (only with adversarial.method trades or mart)",
+        "without effect in this run: adversarial.beta 7.0"
+        " (only with adversarial.method trades or mart)",
     )
     assert warnings(method="mart", noise="reset", clean_passes=1) == (), (
         "as resolved configs say it"
@@ -181,7 +181,7 @@ def test_a_class_that_does_not_fit_is_one_line(tmp_path, monkeypatch, entry, mes
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_mixups_probabilities_reach_only_methods_that_take_them(tmp_path, monkeypatch):
+def test_mixup_is_refused_for_methods_that_do_not_take_probabilities(tmp_path, monkeypatch):
     class Plain(BaseTrainer):
         def train_batch(self, images, labels):
             raise NotImplementedError
@@ -196,7 +196,7 @@ def test_mixups_probabilities_reach_only_methods_that_take_them(tmp_path, monkey
 
 
 @pytest.mark.parametrize("method", TRAINERS)
-def test_which_script_trains_a_method_is_said_by_its_class(method):
+def test_the_class_of_a_method_says_which_script_trains_it(method):
     config: Config = config_of(adversarial={"method": method})
     assert (
         config.attacks_while_training

@@ -136,10 +136,19 @@ def test_averaged_weights_are_compared_with_their_own_past():
         (0.9, 0.2, 0.55, 2, False),
     ],
     ids=[
-        "collapsed", "healthy", "learning", "FGSM, too", "near chance", "above chance", "nothing to fall from",
-        "of many classes", "two classes", "two classes near chance", "two classes, nothing to fall from",
+        "collapsed",
+        "healthy",
+        "learning",
+        "FGSM, too",
+        "near chance",
+        "above chance",
+        "never robust",
+        "of many classes",
+        "two classes",
+        "two classes near chance",
+        "two classes, never robust",
     ],
-)  # fmt: skip
+)
 def test_what_counts_as_a_collapse(fgsm, pgd, before, classes, expected):
     assert has_collapsed(fgsm, pgd, before, classes) is expected
 

@@ -21,7 +21,7 @@ from base.config import validate
 from base.config.tree import merge
 from base.errors import CheckpointError, NonFiniteError
 from base.optim import Schedule, build_optimizer
-from base.tracking.tracker import RunLog
+from base.tracking.tracker import RunLog, Trackers
 from evaluation.accuracy import evaluate
 from evaluation.class_scores import predict
 from models.losses import LOSSES
@@ -86,7 +86,7 @@ def evaluate_tiny(model, loader):
 
 
 class Elsewhere:
-    """A tensor that is not where the model is until it is moved there."""
+    """A tensor that has to be moved to the model's device before use."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -101,7 +101,7 @@ class LoaderElsewhere(TinyLoader):
         return ((Elsewhere(images), Elsewhere(labels)) for images, labels in super().__iter__())
 
 
-def test_batches_are_moved_to_where_the_model_is(tmp_path):
+def test_batches_are_moved_to_the_models_device(tmp_path):
     trainer = build(tmp_path, train_loader=LoaderElsewhere(), validation_loader=LoaderElsewhere())
     trainer.train()
     assert trainer.state.history[-1]["val_loss"] > 0
@@ -143,7 +143,7 @@ def build(
         **options,
     )
     trainer = Trainer(parts)
-    trainer.trackers = [RunLog(folder / "metrics.jsonl")]
+    trainer.trackers = Trackers([RunLog(folder / "metrics.jsonl")])
     return trainer
 
 
@@ -219,7 +219,7 @@ def scripted(values):
     return lambda model, epoch: {} if (value := next(remaining)) is None else {"top1": value}
 
 
-def test_best_is_saved_the_epoch_it_happens_whatever_the_save_period(tmp_path):
+def test_the_best_model_is_saved_in_its_epoch_with_every_save_period(tmp_path):
     settings = {"trainer": {"epochs": 5, "save_period": 2, "keep_checkpoints": 0}}
     build(tmp_path, settings, validate=scripted([0.1, 0.6, 0.6, 0.2, 0.3])).train()
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 3
@@ -278,7 +278,7 @@ def test_the_best_model_is_found_among_the_numbered_ones(tmp_path):
     assert load_checkpoint(tmp_path / "model_best.pth")["epoch"] == 1
 
 
-def test_a_best_model_of_an_epoch_that_comes_again_is_chosen_anew(tmp_path):
+def test_a_best_model_of_an_epoch_that_is_trained_again_is_chosen_again(tmp_path):
     trainer, checkpoint, path = rewound(tmp_path)
     assert "the best model so far, of epoch 1, has been replaced by a better one" in trainer.resume(
         checkpoint, path
@@ -288,7 +288,7 @@ def test_a_best_model_of_an_epoch_that_comes_again_is_chosen_anew(tmp_path):
 
 
 @pytest.mark.parametrize("deleted", ["model_last.pth", "model_epoch_3.pth"])
-def test_a_best_model_whose_names_are_of_one_damaged_file_is_chosen_anew(tmp_path, deleted):
+def test_a_best_model_whose_names_share_a_damaged_file_is_chosen_again(tmp_path, deleted):
     trainer, checkpoint, path = rewound(tmp_path)
     best = tmp_path / "model_best.pth"
     assert best.samefile(tmp_path / "model_last.pth")
@@ -308,7 +308,8 @@ def test_a_best_model_whose_names_are_of_one_damaged_file_is_chosen_anew(tmp_pat
 def test_a_lost_best_model_is_chosen_among_the_epochs_that_follow(tmp_path, damage):
     trainer, checkpoint, path = rewound(tmp_path)
     best = tmp_path / "model_best.pth"
-    best.unlink()  # of one file with the last
+    # its own file, not the one that it shares with model_last.pth
+    best.unlink()
     best.touch()
     damage(best)
     assert trainer.resume(checkpoint, path).endswith(
@@ -319,7 +320,7 @@ def test_a_lost_best_model_is_chosen_among_the_epochs_that_follow(tmp_path, dama
     assert load_checkpoint(best)["progress"]["best_since"] == 3
 
 
-def test_a_best_model_that_does_not_come_again_is_lost(tmp_path):
+def test_a_best_model_that_is_not_trained_again_is_lost(tmp_path):
     trainer, checkpoint, path = rewound(tmp_path, {"trainer": {"epochs": 2}})
     with pytest.raises(
         CheckpointError, match="its best model so far is of epoch 1, but .*model_best.pth is not"
@@ -358,7 +359,10 @@ def test_non_finite_numbers_stop_before_the_update(tmp_path, what, deferred):
     else:
         # the square root's slope at zero: a finite loss with an infinite gradient
         trainer.loss = lambda logits, labels: (logits - logits.detach()).square().sum(1).sqrt()
-    message = f"epoch 2, batch 1: the {what} is not finite, first in the gradient of linear.bias: .*model_last.pth"
+    message = (
+        f"epoch 2, batch 1: the {what} is not finite, first in the gradient of linear.bias: "
+        ".*model_last.pth"
+    )
     with pytest.raises(NonFiniteError, match=message):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
@@ -369,13 +373,13 @@ def test_non_finite_numbers_stop_before_the_update(tmp_path, what, deferred):
 
 
 def test_penalty_is_added_to_the_loss_but_not_to_its_log(tmp_path):
-    plain, penalised = (
+    plain, penalized = (
         build(tmp_path, penalty=p) for p in (None, lambda model: 3 * model.linear.bias.sum())
     )
     images, labels = next(iter(TinyLoader()))
-    results = [trainer.train_batch(images, labels) for trainer in (plain, penalised)]
+    results = [trainer.train_batch(images, labels) for trainer in (plain, penalized)]
     assert torch.equal(results[0].sums["loss"], results[1].sums["loss"])
-    difference = plain.model.linear.bias - penalised.model.linear.bias
+    difference = plain.model.linear.bias - penalized.model.linear.bias
     # one SGD step of lr 0.5 on a gradient of 3
     torch.testing.assert_close(difference, torch.full((7,), 0.5 * 3))
 
@@ -391,7 +395,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
     trainer = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
     trainer.model = trainer.network = Recorder()
     images, labels = next(iter(TinyLoader()))
-    result = trainer.train_batch(*trainer.mixed(images, labels))
+    result = trainer.train_batch(*trainer.mixup(images, labels))
     # find weight and partners from what the model saw: x' = w x + (1 - w) x[p]
     candidates = []
     for i in range(4):
@@ -423,7 +427,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
     )
     again = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
     again.model = again.network = Recorder()
-    again.train_batch(*again.mixed(images, labels))
+    again.train_batch(*again.mixup(images, labels))
     assert torch.equal(seen[0], seen[1]), "the draw is a function of seed, epoch and batch"
 
 
