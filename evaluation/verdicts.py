@@ -80,6 +80,15 @@ def known_verdicts(partial: Path | None) -> Verdicts | None:
         return None
 
 
+def attack_rank(num_classes: int) -> int:
+    """The rank that an attack has to push the label out of, so that its verdicts decide top-1 and,
+    with more than five classes, top-5 accuracy: 5 or 1."""
+    # With five classes or fewer, every label is among the five largest logits whatever is found.
+    if num_classes > 5:
+        return 5
+    return 1
+
+
 def knows_top5(attack: Attack, num_classes: int) -> bool:
     """Whether `robust_top5` can be read after this attack."""
     return attack.rank >= 5 or num_classes <= 5

@@ -33,6 +33,7 @@ from evaluation.partial import partial_file, remove_partials
 from evaluation.reliability import DoctorReport, doctor
 from evaluation.report import RobustnessReport, file_stem, title
 from evaluation.robust_accuracy import Autocast, attack_batch, check_images_file, robust_accuracy
+from evaluation.verdicts import attack_rank
 from experiment import build_attacks
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
 from experiment.loading import Evaluation, load_evaluation
@@ -331,7 +332,7 @@ def _attack(config: Config, num_classes: int, options: AttackOptions) -> Attack:
     for flag in options.flags:
         if flag in OF_ATTACKS and not takes(kind, OF_ATTACKS[flag]):
             raise ConfigError(f"{flag}: {name} has no such setting")
-    attack = build_attacks.build_attack(config, num_classes, 5 if num_classes > 5 else 1)
+    attack = build_attacks.build_attack(config, num_classes, attack_rank(num_classes))
     if options.doctor is not None and attack.epsilon == 0:
         raise ConfigError("--doctor: with an epsilon of 0 there is nothing to examine")
     return attack

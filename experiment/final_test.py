@@ -33,6 +33,7 @@ from base.train_state import not_finite
 from data_loader.splits import some_of_every_class
 from evaluation.partial import partial_file, remove_partials
 from evaluation.robust_accuracy import robust_accuracy
+from evaluation.verdicts import attack_rank
 from experiment import build, build_attacks
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class _Test:
             self.loader, self.config.adversarial.report_images or self.loader.n_samples
         )
         classes = self.loader.num_classes
-        attack = build_attacks.build_attack(self.config, classes, 5 if classes > 5 else 1)
+        attack = build_attacks.build_attack(self.config, classes, attack_rank(classes))
         kind = self.config.pgd_attack.type
         target = files[0].parent / EVALUATIONS / f"{kind}_{names[0]}.json"
         report = robust_accuracy(
