@@ -1,9 +1,7 @@
 """The device, the precision and the memory that a process computes with."""
 
-import ctypes
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -11,9 +9,6 @@ import torch
 
 from base.errors import ConfigError
 from base.text import one_line
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's `mallopt`, numbered as in malloc.h."""
 
 NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE
@@ -101,24 +96,6 @@ def set_determinism(deterministic: bool, num_threads: int | None) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Where tensors are in the CPU's memory: let this process keep what they free for those that
-    come next.
-
-    glibc takes large blocks from the system one by one and gives each back at once, and the system
-    clears every page of the next one: a tensor of 32 MiB, what a ResNet's first layers make of 128
-    images, then takes 15 ms to fill instead of 2, and a training step with ConvNorm a quarter to a
-    half longer. The peak of resident memory stays as it is; below the peak nothing is given back
-    before the process ends. Other C libraries, and an environment that sets `MALLOC_...` itself,
-    are left alone."""
-    chosen = any(name.startswith("MALLOC_") for name in os.environ)
-    if device.type == "cpu" and sys.platform == "linux" and not chosen:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_MMAP_MAX, 0)  # no block comes from the system by itself
-            mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.config import Config
-from base.device import autocast, choose_precision, keep_freed_memory, set_determinism
+from base.device import autocast, choose_precision, set_determinism
 from base.distributed.launch import own_device
 from base.errors import DataError
 from data_loader.splits import some_of_every_class
@@ -68,9 +68,7 @@ class Evaluation:
 def prepare_machine(config: Config) -> torch.device:
     """Set this process up as the config says; its device."""
     set_determinism(config.system.deterministic, config.system.num_threads)
-    device = own_device(config)
-    keep_freed_memory(device)
-    return device
+    return own_device(config)
 
 
 def some_images(loader: BaseDataLoader, limit: int | None, batch_size: int) -> BaseDataLoader:

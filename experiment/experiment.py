@@ -37,7 +37,6 @@ from base.device import (
     autocast,
     choose_precision,
     determinism_explained,
-    keep_freed_memory,
     memory_explained,
     set_determinism,
 )
@@ -340,7 +339,6 @@ class Experiment:
         build.check_method(config)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = own_device(config)
-        keep_freed_memory(device)
         train_loader = build.build_data_loader(config, device)
         # mixup's partners are anywhere in the minibatch
         train_loader.shard_batches = config.augmentation.mixup_alpha == 0

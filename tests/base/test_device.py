@@ -45,9 +45,9 @@ def test_memory_that_tensors_free_is_kept_for_the_next_ones(environment, kept):
     otherwise."""
     program = """
 import resource, torch
-from base.runtime import keep_freed_memory
-keep_freed_memory(torch.device("cpu"))
-for _ in range(20):  # the heap grows until an aligned block fits into what is free
+from base.allocator import keep_freed_memory
+keep_freed_memory()
+for _ in range(20):  # the heap grows until an aligned block fits into its free part
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**24)
