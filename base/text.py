@@ -53,3 +53,13 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return one_line(super().format(record))
+
+
+class TerminalFormatter(LineFormatter):
+    """Writes a log record as one line, which begins with `warning: ` or `error: ` if it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if record.levelno < logging.WARNING:
+            return line
+        return f"{record.levelname.lower()}: {line}"

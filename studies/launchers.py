@@ -212,7 +212,8 @@ def _reason(error: str, name: str) -> str:
     _, is_study, reason = "".join(said).partition(f"failed: {name} (")
     if is_study:
         return reason.removesuffix(")")
-    return "".join(said).rpartition("FailedJobError: ")[2] or "its job says nothing"
+    last = "".join(said).rpartition("FailedJobError: ")[2].removeprefix("error: ")
+    return last or "its job says nothing"
 
 
 def command_of_job(run: Run) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from base.errors import ProjectError
 from base.meters import is_accuracy
-from base.text import LineFormatter
+from base.text import LineFormatter, TerminalFormatter
 
 
 class _LogFile(logging.FileHandler):
@@ -27,7 +27,7 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
     level = root.level
     log_file = _LogFile(file, encoding="utf-8")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), log_file]
-    handlers[0].setFormatter(LineFormatter())
+    handlers[0].setFormatter(TerminalFormatter())
     handlers[1].setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         root.addHandler(handler)

@@ -74,7 +74,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(tmp_path, monkeypatch, c
         assert sys.stdout is full, "streams are what they were"
     assert capfd.readouterr() == (
         "",
-        "standard output: cannot be written: No space left on device\n",
+        "error: standard output: cannot be written: No space left on device\n",
     )
 
 
@@ -88,7 +88,7 @@ def test_an_error_keeps_its_exit_code_and_is_one_line(monkeypatch, capfd):
             with pytest.raises(SystemExit) as end:
                 run_script(main)
         assert end.value.code == 2
-        assert capfd.readouterr() == ("", "name\\n\\x1b[2Jof a file\n")
+        assert capfd.readouterr() == ("", "error: name\\n\\x1b[2Jof a file\n")
 
 
 def test_python_itself_is_stopped_by_them(tmp_path):
