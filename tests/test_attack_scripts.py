@@ -192,7 +192,7 @@ def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
     report = json.loads((tmp_path / "a.json").read_text())
     assert "of 12 images, " in next(check["detail"] for check in report["checks"])
     none = script("validate_pgd.py", *words, "--doctor", 0, cwd=tmp_path)
-    assert (none.returncode, none.stderr) == (2, "--doctor: expected at least 1, not 0\n")
+    assert (none.returncode, none.stderr) == (2, "error: --doctor: expected at least 1, not 0\n")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_images_that_the_network_cannot_take_are_one_line(robust_run, tmp_path):
         done = script(command, *words, "--json", tmp_path / "a.json", cwd=tmp_path)
         assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
         expected = "images of 9x4 pixels with 3 channels, which simpleCNN cannot take: "
-        assert done.stderr.startswith(f"{tmp_path / 'few'}: {expected}")
+        assert done.stderr.startswith(f"error: {tmp_path / 'few'}: {expected}")
 
 
 def bad_inputs(folder, tmp_path):
@@ -367,7 +367,7 @@ def bad_inputs(folder, tmp_path):
             2,
             "--name ../x: expected the beginning of a file's name",
         ),
-        "devices": (["-s", folder, "-d", "0,1"], 2, "-d 0,1: there is no such CUDA device"),
+        "devices": (["-s", folder, "-d", "0,1"], 2, "-d 0,1: asks for 2 CUDA devices, of which 0 exist"),
         "json under a file": (
             ["-s", folder, "--json", tmp_path / "bare.pth" / "a.json"],
             2,
@@ -479,7 +479,7 @@ def test_a_full_device_costs_the_report_but_not_its_numbers(robust_run, tmp_path
     )
     assert (done.returncode, done.stderr) == (
         2,
-        "/dev/full: cannot be written: No space left on device\n",
+        "error: /dev/full: cannot be written: No space left on device\n",
     )
     assert done.stdout.splitlines()[-1].startswith("FGSM, linf 8/255 on 10 images: clean ")
 
@@ -493,7 +493,7 @@ def test_a_run_folder_that_may_only_be_read_asks_for_a_file(robust_run, tmp_path
     words = ["-s", folder, "--limit", 10]
     done = script("fgsm.py", *words, cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"{folder / 'eval'}: may not be written (")
+    assert done.stderr.startswith(f"error: {folder / 'eval'}: may not be written (")
     assert done.stderr.endswith("; name a file for the report with --json FILE\n")
     done = script("fgsm.py", *words, "--json", "a.json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -557,7 +557,10 @@ def test_an_attack_that_returns_another_shape_is_one_line(robust_run, tmp_path):
     done = script("validate_pgd.py", *words, cwd=tmp_path)
     assert done.returncode == 2
     # only images that are classified correctly are attacked
-    line = r"MomentumFGSM.perturb: must return images of the shape \((\d), 3, 32, 32\), not \(\1, 3, 31, 32\)\n"
+    line = (
+        r"error: MomentumFGSM.perturb: must return images of the shape \((\d), 3, 32, 32\),"
+        r" not \(\1, 3, 31, 32\)\n"
+    )
     assert re.fullmatch(line, done.stderr)
 
 

@@ -133,7 +133,7 @@ def runs(tmp_path_factory):
     """The folders of the same runs in one and in two processes."""
     folder = tmp_path_factory.mktemp("runs")
     script = (
-        "import sys, pathlib; from base.ranks import distributed_session; from tests.test_distributed import train_all\n"
+        "import sys, pathlib; from base.distributed import distributed_session; from tests.test_distributed import train_all\n"
         "with distributed_session(training=True): train_all(pathlib.Path(sys.argv[1]))\n"
     )
     (folder / "train_all.py").write_text(script)
@@ -328,7 +328,7 @@ def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_p
 def test_what_all_processes_refuse_is_said_once(tmp_path):
     script = (
         "from base.command_line import run_script; from base.errors import DataError\n"
-        "from base.ranks import distributed_session\n"
+        "from base.distributed import distributed_session\n"
         "def main():\n"
         "    with distributed_session():\n"
         "        raise DataError('no such images')\n"
@@ -338,7 +338,7 @@ def test_what_all_processes_refuse_is_said_once(tmp_path):
     words = [*TORCHRUN, str(tmp_path / "script.py")]
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert done.stderr.splitlines().count("no such images") == 1
+    assert done.stderr.splitlines().count("error: no such images") == 1
 
 
 def test_what_cannot_be_shared_out_is_refused(monkeypatch):

@@ -347,10 +347,10 @@ def test_flags_of_own_networks_need_one(tmp_path):
     done = script("fgsm.py", "-s", "m.pth", "--data", "images", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        "--data: belongs to a network of --model, which is not given\n",
+        "error: --data: belongs to a network of --model, which is not given\n",
     )
     done = script("fgsm.py", "--model", "my.py:build", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        "--data: required with --model: the folder of the test images\n",
+        "error: --data: required with --model: the folder of the test images\n",
     )

@@ -212,7 +212,7 @@ def test_a_failure_is_reported_at_the_end_and_stops_nothing(grid, tmp_path):
         "--grid", grid, "--config", "bad", "bn", "--save_dir", tmp_path / "out", cwd=tmp_path
     )
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert done.stderr.startswith("failed: bad seed 0 (exit code 5: epoch ")
+    assert done.stderr.startswith("error: failed: bad seed 0 (exit code 5: epoch ")
     assert "is not finite" in done.stderr
     assert "1 of 2 runs are finished" in done.stdout
 

@@ -163,10 +163,10 @@ import os, sys
 from pathlib import Path
 from torch.nn.parallel import DistributedDataParallel
 from base.errors import NonFiniteError
-from base.ranks import rank, ranks
+from base.distributed import distributed_session, rank
 from tests.base.test_nan_guard import Run, inf
 
-with ranks(training=True):
+with distributed_session(training=True):
     for deferred in (True, False):
         run = Run(Path(sys.argv[1]), deferred=deferred)
         layers, run.model = run.model, DistributedDataParallel(run.model)

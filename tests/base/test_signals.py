@@ -11,7 +11,7 @@ import sys, time
 import torch
 import base.signals
 from base.command_line import run_script
-from base.ranks import all_gather_object, rank, distributed_session
+from base.distributed import all_gather_object, rank, distributed_session
 from base.distributed.ddp import wrap_ddp
 from base.signals import StopSignals
 

@@ -60,10 +60,13 @@ def run(tmp_path):
             "Job 7 has not produced any output\nlook at:\n- x.out",
             "Job 7 has not produced any output",
         ),
-        (TRACE.format(said="warning: x\ngrid.json: no such file"), "grid.json: no such file"),
-        (TRACE.format(said="grid.json: no such file"), "grid.json: no such file"),
         (
-            TRACE.format(said="failed: plain bn seed 4 (exit code 5: epoch 1)"),
+            TRACE.format(said="warning: x\nerror: grid.json: no such file"),
+            "grid.json: no such file",
+        ),
+        (TRACE.format(said="error: grid.json: no such file"), "grid.json: no such file"),
+        (
+            TRACE.format(said="error: failed: plain bn seed 4 (exit code 5: epoch 1)"),
             "exit code 5: epoch 1",
         ),
     ],

@@ -25,7 +25,7 @@ from experiment.attack_command import attack_parser, evaluate_checkpoint
 from base.command_line import run_script
 from base.config.files import merge, validate
 from base.errors import ProjectError
-from base.ranks import rank, distributed_session
+from base.distributed import rank, distributed_session
 from experiment.experiment import Experiment
 
 def main():
@@ -153,7 +153,7 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
         assert message in told[0][name][1], name
         assert "\n" not in told[0][name][1]
     assert codes == [3, 3], errors
-    assert errors[0].splitlines()[-1] == "rank 1 and rank 0 have different checkpoints"
+    assert errors[0].splitlines()[-1] == "error: rank 1 and rank 0 have different checkpoints"
     assert "different" not in errors[1]
 
 

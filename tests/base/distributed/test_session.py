@@ -147,7 +147,7 @@ def test_the_cause_of_a_failed_connection_is_kept(monkeypatch):
 FAILS_ALONE = """
 from base.command_line import run_script
 from base.errors import DataError
-from base.ranks import all_gather_object, rank, distributed_session
+from base.distributed import all_gather_object, rank, distributed_session
 
 def main():
     with distributed_session():
@@ -164,5 +164,5 @@ def test_where_one_process_fails_all_end_with_its_exit_code(tmp_path):
     (tmp_path / "script.py").write_text(FAILS_ALONE)
     codes, errors = ended(start_two(tmp_path / "script.py"))
     assert codes == [4, 4]
-    assert errors[1].splitlines()[-1] == "only here an image is broken"
+    assert errors[1].splitlines()[-1] == "error: only here an image is broken"
     assert "another process" not in errors[0], "one process says why"
