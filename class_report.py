@@ -1,7 +1,7 @@
-"""How well a network recognizes each class of the test set, and what it takes it for.
+"""How well a network recognizes each class of the test set, and which classes it confuses.
 
-python class_report.py -s saved/cifar10/20260101-120000-000000 --figure confusion.png --json classes.json
-python class_report.py -c config.json -s model_best.pth --csv predictions.csv
+python class_report.py -s saved/cifar10/20260101-120000-000000 --figure confusion.png
+python class_report.py -c config.json -s model_best.pth --json classes.json --csv predictions.csv
 python class_report.py --model my_model.py:build -s weights.pth --data my/images
 """
 

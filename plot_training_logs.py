@@ -1,8 +1,8 @@
 """Curves and tables from run folders: means and spreads over seeds.
 
-python plot_training_logs.py saved/norms --metric val_top1 val_robust_top1 --group-by arch.args.norm_layer_type --out curves.png
-python plot_training_logs.py saved/noise --group-by arch.args.conv_layer_type --against trainer.percent --out noise.pdf
-python plot_training_logs.py saved/norms --group-by arch.args.norm_layer_type --table results.tex --baseline bn
+python plot_training_logs.py saved/norms --group-by arch.args.norm_layer_type --out curves.png
+python plot_training_logs.py saved/noise --against trainer.percent --out noise.pdf
+python plot_training_logs.py saved/norms --table results.tex --baseline bn
 python plot_training_logs.py saved/conv_norm_robust --table attacks.md --eval pgd-20 fgsm
 """
 
@@ -11,14 +11,16 @@ from reports.command import write_reports
 
 
 def main() -> None:
-    what = "Curves and tables from run folders: means and spreads over seeds."
-    parser = Parser(description=what, allow_abbrev=False)
+    parser = Parser(
+        description="Curves and tables from run folders: means and spreads over seeds.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add(
         "paths",
         nargs="+",
         metavar="RUN_OR_FOLDER",
-        help="run folders, or folders with some below them",
+        help="run folders, or folders that contain some",
     )
     add("--group-by", nargs="+", default=[], metavar="KEY", help="config keys or axes of a study")
     add("--out", metavar="FILE", help="picture to write: .png, .pdf or .svg")

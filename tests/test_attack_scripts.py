@@ -383,8 +383,8 @@ def bad_inputs(folder, tmp_path):
             2,
             "--steps: autoattack has no such setting",
         ),
-        "two attacks": (["-s", folder, "--apgd", "--autoattack"], 2, "one attack at a time"),
-        "three attacks": (["-s", folder, "--apgd", "--attack", "pgd"], 2, "one attack at a time"),
+        "two attacks": (["-s", folder, "--apgd", "--autoattack"], 2, "not allowed with argument"),
+        "three attacks": (["-s", folder, "--apgd", "--attack", "pgd"], 2, "not allowed with argument"),
         "no attack": (
             ["-s", folder, "--attack", "apdg"],
             2,

@@ -99,10 +99,3 @@ def test_a_command_that_only_looks_at_its_words_imports_nothing_slow():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
-
-
-@pytest.mark.parametrize(
-    "file", [file for file in FILES if room_of(file) == "script"], ids=lambda file: file.name
-)
-def test_scripts_are_short(file):
-    assert len(file.read_text().splitlines()) < 80
