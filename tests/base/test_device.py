@@ -30,7 +30,7 @@ def test_devices_and_precision():
     assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="system.device: 'gpu' is not a device"):
         choose_device("gpu")
-    with pytest.raises(ConfigError, match="system.device: 'cuda:99' asked for, but"):
+    with pytest.raises(ConfigError, match="system.device: 'cuda:99' is asked for, but"):
         choose_device("cuda:99")
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
     assert choose_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
