@@ -11,6 +11,7 @@ from experiment.class_report_command import class_report_parser, report_classes
 
 def main() -> None:
     arguments = class_report_parser().parse_args()
+    # CUDA reads the choice once, so it is made before anything else uses a device.
     select_device_to_evaluate(arguments.device)
     report_classes(arguments)
 

@@ -13,6 +13,7 @@ def main() -> None:
         "Robust accuracy of a checkpoint under FGSM.", ("--norm", "--epsilon", "--loss")
     )
     arguments = parser.parse_args()
+    # CUDA reads the choice once, so it is made before anything else uses a device.
     select_device_to_evaluate(arguments.device)
     evaluate_checkpoint(arguments, "fgsm")
 

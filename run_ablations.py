@@ -74,6 +74,7 @@ def arguments_parser() -> Parser:
 
 def main() -> None:
     arguments = arguments_parser().parse_args()
+    # All configs are checked here, so that the last run does not fail after days.
     runs = plan(
         arguments.grid,
         arguments.config,

@@ -11,6 +11,7 @@ from experiment.spectrum_command import report_spectra, spectrum_parser
 
 def main() -> None:
     arguments = spectrum_parser().parse_args()
+    # CUDA reads the choice once, so it is made before anything else uses a device.
     select_device_to_evaluate(arguments.device)
     report_spectra(arguments)
 

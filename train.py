@@ -14,6 +14,7 @@ from experiment import resume, train
 def main() -> None:
     arguments = config_parser("Train on clean images from a JSON config.").parse_args()
     overrides = training_overrides(arguments)
+    # An n_gpu above 1 runs this command line again, in that many processes.
     options = {"imports": arguments.imports, "relaunch": True}
     if arguments.print_config:
         print_config(arguments, overrides)

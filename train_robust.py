@@ -20,6 +20,7 @@ def main() -> None:
     description = "Train adversarially from a JSON config, then attack the model on the test set."
     arguments = config_parser(description).parse_args()
     overrides = training_overrides(arguments)
+    # An n_gpu above 1 runs this command line again, in that many processes.
     options = {"imports": arguments.imports, "relaunch": True}
     if arguments.print_config:
         print_config(arguments, overrides)

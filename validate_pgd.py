@@ -38,6 +38,7 @@ def main() -> None:
         help="standard AutoAttack (needs the package pyautoattack)",
     )
     arguments = parser.parse_args()
+    # CUDA reads the choice once, so it is made before anything else uses a device.
     select_device_to_evaluate(arguments.device)
     evaluate_checkpoint(arguments, arguments.attack)
 

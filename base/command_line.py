@@ -45,8 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def config_parser(description: str) -> Parser:
-    """Return the parser of a command that trains: `-c -r -d --run_dir --set`, and ConvNorm's short
-    flags."""
+    """Return the parser of a command that trains, with ConvNorm's short flags."""
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("-c", "--config", type=path_word, help="config file")
     parser.add_argument(
@@ -101,7 +100,7 @@ def add_imports_flag(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=path_word,
         metavar="FILE_OR_MODULE",
-        help="run your own code, such as my_layers.py, before the config is checked; may be repeated",
+        help="import your own code, such as my_layers.py, before the config is checked; repeatable",
     )
 
 
@@ -121,7 +120,7 @@ class KeyFlag(argparse.Action):
 
 
 def key_flags(arguments: argparse.Namespace, keys: Iterable[str]) -> list[Override]:
-    """Return the overrides given by flags of config keys (see `KeyFlag`), in the order of `keys`."""
+    """Return the overrides from flags of config keys (see `KeyFlag`), in the order of `keys`."""
     values = vars(arguments)
     written = getattr(arguments, "written", {})
     given = [key for key in keys if values.get(key) is not None]

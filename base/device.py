@@ -84,7 +84,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def set_determinism(deterministic: bool, num_threads: int | None) -> None:
-    """Apply `system.deterministic` and `system.num_threads` to this process, and switch off TF32."""
+    """Apply `system.deterministic` and `system.num_threads`, and switch off TF32."""
     # By default torch convolves float32 in TF32, which keeps 10 of its 23 bits.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False

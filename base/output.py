@@ -66,7 +66,7 @@ def descriptor_of(path: str | Path) -> int | None:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether `path` is a descriptor, a pipe or a device, so that nothing can be written beside it."""
+    """Whether `path` is a descriptor, a pipe or a device. Nothing can be written beside it then."""
     if descriptor_of(path) is not None:
         return True
     try:

@@ -36,7 +36,7 @@ def first_line(error: Exception) -> str:
 
 
 def csv_text(value: Any) -> str:
-    """Return a text cell of a CSV file: one line, which a spreadsheet does not take for a formula."""
+    """Return a text cell of a CSV file: one line that spreadsheets do not take for a formula."""
     text = one_line(value)
     if text.startswith(FORMULA_SIGNS):
         # The apostrophe tells spreadsheets that the cell is text; they do not show it.
