@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from base.distributed.session import is_of_connection
+from base.distributed.session import is_connection_error
 from base.errors import DataError, ProjectError
 
 
@@ -28,7 +28,7 @@ def asking(where: str) -> Iterator[None]:
     except ProjectError:
         raise
     except Exception as error:
-        if is_of_connection(error):
+        if is_connection_error(error):
             raise
         lines = str(error).splitlines() or [""]
         raise DataError(f"{where}: {type(error).__name__}: {lines[0]}") from error

@@ -108,7 +108,7 @@ class ImageDataLoader(BaseDataLoader):
 
         Where the pixels do not stay in memory, rank 0 does it for all processes. It does not tell
         them here: one that has failed before would not hear it. See
-        `base.distributed.agreement.agreed`.
+        `base.distributed.agreement.prepare_on_all_ranks`.
 
         Raises:
             DataError: a file cannot be decoded, or images are not such.
