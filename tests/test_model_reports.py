@@ -1,5 +1,7 @@
-"""spectrum.py and class_report.py as a user runs them: in their own processes, from another folder.
-What they share with the attack scripts is tested there."""
+"""spectrum.py and class_report.py as a user runs them, from another folder.
+
+tests/test_attack_scripts.py tests the flags that they share with the attack commands.
+"""
 
 import json
 import os
@@ -107,7 +109,7 @@ def test_classes_of_a_run(digits_run, tmp_path):
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
 
 
-def test_averaged_weights_are_others(digits_run, tmp_path):
+def test_averaged_weights_differ(digits_run, tmp_path):
     for name, words in (("last", []), ("ema", ["--ema"])):
         done = script(
             "spectrum.py",
@@ -127,13 +129,17 @@ def test_averaged_weights_are_others(digits_run, tmp_path):
 @pytest.mark.parametrize("name", ["spectrum.py", "class_report.py"])
 def test_an_original_checkpoint_with_its_config(name, tmp_path):
     config = {
-        "name": "robust_training", "n_gpu": 1, "num_classes": 10, "arch": {
+        "name": "robust_training",
+        "n_gpu": 1,
+        "num_classes": 10,
+        "arch": {
             "type": "simpleCNN",
             "args": {"num_classes": 10, "norm_layer_type": "no", "conv_layer_type": "prec_conv"},
         },
         "data_loader": {"type": "CIFAR10DataLoader", "args": {"data_dir": "**data dir**"}},
-        "trainer": {"monitor": "max val_my_metric", "do_adv": True, "adv_clip_eps": 8}, "pgd_attack": {"K": 2, "step": 2},
-    }  # fmt: skip
+        "trainer": {"monitor": "max val_my_metric", "do_adv": True, "adv_clip_eps": 8},
+        "pgd_attack": {"K": 2, "step": 2},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     digits = [
         "--set",

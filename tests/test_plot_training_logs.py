@@ -1,4 +1,4 @@
-"""plot_training_logs.py as a user runs it: in its own process, from another folder."""
+"""plot_training_logs.py as a user runs it, in a new process and from another folder."""
 
 import csv
 import json
@@ -57,8 +57,20 @@ def saved(tmp_path_factory):
 
 def test_curves_and_table(saved, tmp_path):
     by_norm = ["--group-by", "arch.args.norm_layer_type"]
-    done = run(saved / "norms", *by_norm, "--metric", "val_robust_top1", "val_top1", "--out", "a.png", "--table", "a.csv",
-               "--baseline", "bn", cwd=tmp_path)  # fmt: skip
+    done = run(
+        saved / "norms",
+        *by_norm,
+        "--metric",
+        "val_robust_top1",
+        "val_top1",
+        "--out",
+        "a.png",
+        "--table",
+        "a.csv",
+        "--baseline",
+        "bn",
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "wrote a.png: 6 runs in 2 groups\nwrote a.csv: 6 runs in 2 groups\n"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -80,8 +92,8 @@ def test_final_values_against_noise(saved, tmp_path):
     done = run(saved / "noise", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
-        done.stderr
-        == f"{saved / 'noise' / 'unfinished'}: not finished after epoch 3: its results are left out\n"
+        done.stderr == f"warning: {saved / 'noise' / 'unfinished'}: not finished after epoch 3:"
+        " its results are left out\n"
     )
     assert (
         done.stdout == "wrote noise.svg: 2 runs in 2 groups\nwrote noise.md: 2 runs in 2 groups\n"
@@ -113,7 +125,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(saved, tmp_path):
         ),
         "last epoch": (
             [norms, *by_norm, "--table", "a.md", "--last-epoch", "val_topp1"],
-            "--last-epoch val_topp1: no run logs it in its last epoch; there are: epoch, val_top1, val_robust_top1; did you",
+            "--last-epoch val_topp1: no run logs it in its last epoch; there are: epoch, val_top1,"
+            " val_robust_top1; did you",
         ),
         "report": (
             [norms, *by_norm, "--table", "a.md", "--eval", "pgd"],

@@ -1,5 +1,4 @@
-"""run_ablations.py as a user runs it: list, dry run, a study that is killed and started again,
-failures, submitit."""
+"""run_ablations.py as a user runs it: list, dry run, a killed study, failures, submitit."""
 
 import json
 import os
@@ -16,9 +15,12 @@ from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
-    "data_loader.args.num_batches": 4, "data_loader.args.batch_size": 16, "trainer.monitor": "max val_top1",
-    "system.num_threads": 1, "trainer.epochs": 3,
-}  # fmt: skip
+    "data_loader.args.num_batches": 4,
+    "data_loader.args.batch_size": 16,
+    "trainer.monitor": "max val_top1",
+    "system.num_threads": 1,
+    "trainer.epochs": 3,
+}
 
 
 def command(*words):
@@ -52,8 +54,15 @@ def grid(tmp_path):
 def test_the_ablation_studys_own_commands(tmp_path):
     listed = study("--list", cwd=tmp_path)
     assert [line.partition(":")[0] for line in listed.stdout.splitlines()] == [
-        "baseline", "resnet34", "resnet50", "no_batchnorm", "cosine_schedule", "no_schedule", "small_batch", "large_batch",
-    ]  # fmt: skip
+        "baseline",
+        "resnet34",
+        "resnet50",
+        "no_batchnorm",
+        "cosine_schedule",
+        "no_schedule",
+        "small_batch",
+        "large_batch",
+    ]
     assert (
         "data_loader.args.batch_size=1024, optimizer.args.lr=0.2, "
         in listed.stdout.splitlines()[-1]
@@ -108,9 +117,12 @@ def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
         "augmentation.flip=false",
     ]
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_ITS_FIRST_RUN, *map(str, words)], cwd=tmp_path, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-c", KILLED_AT_ITS_FIRST_RUN, *map(str, words)],
+        cwd=tmp_path,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
     assert killed.returncode == -signal.SIGKILL
     before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*/result.json")}
     assert len(before) < 2
@@ -204,7 +216,7 @@ def test_a_narrow_and_low_terminal(monkeypatch, capsys):
     ]
 
 
-def test_a_failure_is_reported_at_the_end_and_stops_nothing(grid, tmp_path):
+def test_a_failure_is_reported_at_the_end_and_stops_no_other_run(grid, tmp_path):
     tree = json.loads(grid.read_text())
     tree["variants"] = {"bad": {**SETTINGS, "optimizer.args.lr": 1e30}}
     grid.write_text(json.dumps({**tree, "seeds": [0]}))

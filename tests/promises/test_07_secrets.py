@@ -1,5 +1,4 @@
-"""Comet's key reaches no file and no log, however it is given, and whether the run ends well or
-badly.
+"""Promise 7: Comet's key is in no file and no log, in whichever form it was given.
 
 The working directory is searched, with zips unpacked, and all that was printed. The rest of promise
 7 is elsewhere."""
@@ -298,9 +297,12 @@ def processes(tmp_path, script, *words):
     }
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, words)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**kept, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -317,11 +319,17 @@ def test_in_several_processes(tmp_path):
     two = ["-c", config, "--run_dir"]
     commands = {
         "two processes": (["train.py", *two, "two", "--key", KEY], 0),
-        "two processes that fail early": (["train.py", *two, "no", "--set", f"comet.api={KEY}", "--bs", "1"], 2),
-        "two processes that diverge": (["train.py", *two, "nan", f"--key={KEY}", "--lr", "1e30"], 5),
+        "two processes that fail early": (
+            ["train.py", *two, "no", "--set", f"comet.api={KEY}", "--bs", "1"],
+            2,
+        ),
+        "two processes that diverge": (
+            ["train.py", *two, "nan", f"--key={KEY}", "--lr", "1e30"],
+            5,
+        ),
         "a study": ([*study, "--seed", "0"], 0),
         "a study by submitit": ([*study, "--seed", "1", "--launcher", "local"], 0),
-    }  # fmt: skip
+    }
     for name, (words, expected) in commands.items():
         code, printed = processes(work, *words)
         assert code == expected, (name, printed)

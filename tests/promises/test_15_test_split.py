@@ -75,7 +75,7 @@ def write_part(folder, per_class, seed):
 def looking_on(test_images):
     """Counts the test images that are handed out, `[while training, afterwards]`."""
     handed_out, phase = [0, 0], 0
-    batches, conclude = MemoryImages.batches, experiment.conclude
+    batches, final_test = MemoryImages.batches, experiment.run_final_test
 
     def watched(images, positions):
         for pixels in batches(images, positions):
@@ -85,11 +85,11 @@ def looking_on(test_images):
     def begun(*arguments):
         nonlocal phase
         phase = 1
-        return conclude(*arguments)
+        return final_test(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemoryImages, "batches", watched)
-        patch.setattr(experiment, "conclude", begun)
+        patch.setattr(experiment, "run_final_test", begun)
         yield handed_out
 
 
