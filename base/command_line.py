@@ -190,7 +190,7 @@ def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -
         ConfigError, CheckpointError: the config or the checkpoint is wrong or cannot be read.
     """
     if arguments.resume:
-        # At the top it would make every command import torch, even to print its help.
+        # At the top of the file it would make every command import torch.
         from base.checkpoint.resume import saved_run
 
         config = saved_run(arguments.resume, arguments.config, overrides, arguments.imports).config
@@ -222,7 +222,7 @@ def select_device(devices: str | None) -> int:
             f"-d {devices}: expected the index of a CUDA device, such as 0, or several, such as 0,1"
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(indices)
-    # torch reads the variable once, so it is imported only now.
+    # CUDA reads the variable once, when torch first asks for its devices.
     import torch
 
     found = torch.cuda.device_count()
@@ -292,7 +292,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
 
 
 def error_line(error: ProjectError) -> str:
-    """The line that a command prints for an error, without the keys of its command line."""
+    """Return the line that a command prints for an error, without the keys of its command line."""
     line = one_line(without_keys(str(error), sys.argv))
     if isinstance(error, Stopped):
         # The run ended as it was asked to.

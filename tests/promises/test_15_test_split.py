@@ -119,8 +119,8 @@ def difference(first, second, where=""):
 
 
 def check_training_is_blind_to_the_test_split(folder, sections, looking=True):
-    """Two runs from one folder, whose test images are replaced in between: other pixels, and
-    another number of them."""
+    """Run twice on one folder, whose test images are replaced in between: other pixels, another
+    number."""
     data = folder / "data"
     write_part(data / "train", 16, seed=0)
     tree = merge(merge(RUN, sections), {"data_loader": {"args": {"data_dir": str(data)}}})
@@ -208,8 +208,8 @@ def test_the_check_can_fail_by_a_look(tmp_path, monkeypatch, broken):
 
 
 def check_statistics_are_blind_to_the_size_of_the_test_split(folder, monkeypatch):
-    """Mean and standard deviation are of all images where they are in memory, else of a sample:
-    test images must not decide that."""
+    """Mean and standard deviation come from all images if these are in memory, otherwise from a
+    sample. The number of test images must not decide which."""
     monkeypatch.setattr(training_data_loader, "STATISTICS_SAMPLE", 10)
     write_part(folder / "train", 16, seed=0)
     cases = 0
