@@ -39,7 +39,7 @@ def evaluation_parser(
         "-c",
         "--config",
         type=path_word,
-        help="config file; not needed where the checkpoint holds its own",
+        help="config file; not needed if the checkpoint holds its own",
     )
     parser.add_argument(
         "-d",

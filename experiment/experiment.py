@@ -184,7 +184,7 @@ def resume(
         stack.enter_context(origins_named(saved.config))
         _check_processes(saved.config, relaunch)
         from_primary(lambda: stack.enter_context(only_run_in(saved.file.parent)))
-        return Experiment.from_config(saved.config, begun=True).run(saved=saved)
+        return Experiment.from_config(saved.config, resumed=True).run(saved=saved)
 
 
 def _resolve(
@@ -282,7 +282,7 @@ class Experiment:
     precision: str
 
     @classmethod
-    def from_config(cls, config: Config, begun: bool = False) -> "Experiment":
+    def from_config(cls, config: Config, resumed: bool = False) -> "Experiment":
         """Check the config, read the data, and build the model and its optimizer.
 
         It writes no file. Several processes check that they have the same config, code and data
@@ -290,7 +290,7 @@ class Experiment:
 
         Args:
             config: the resolved config.
-            begun: whether it belongs to a run that is continued; see `check_optimization`.
+            resumed: whether it belongs to a resumed run; see `check_optimization`.
 
         Raises:
             ConfigError, DataError: one line that names the key or the file, or what differs between
@@ -308,7 +308,7 @@ class Experiment:
             return {**config_facts(config), **data}
 
         device, train_loader, validation_loader, test_loader = prepare_on_all_ranks(
-            lambda: cls._read(config, begun), facts
+            lambda: cls._read(config, resumed), facts
         )
         # From here on the config is enough to build the model without the data.
         config = build.completed_config(config, train_loader)
@@ -334,11 +334,11 @@ class Experiment:
 
     @staticmethod
     def _read(
-        config: Config, begun: bool
+        config: Config, resumed: bool
     ) -> tuple[torch.device, BaseDataLoader, BaseDataLoader | None, BaseDataLoader]:
         """Return this process's device, and the training, validation and test images."""
         # Everything that needs no images is checked first, because reading them may take minutes.
-        check_optimization(config.optimizer, config.lr_scheduler, begun)
+        check_optimization(config.optimizer, config.lr_scheduler, resumed)
         build.check_method(config)
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = local_device(config)
