@@ -281,7 +281,7 @@ def _evaluation_config(
     elif "config" in checkpoint:
         source = str(file)
         layers = [Layer(source, checkpoint["config"])]
-        # A checkpoint's code is only compared with `imports`, never run because it is named there.
+        # Code that only the checkpoint names is not run: `imports` has to name it, too.
         recorded = recorded_imports(checkpoint["config"], file)
         needed = {code.name: code for code in [*imported_for(recorded, source), *own]}
         own = list(needed.values())
