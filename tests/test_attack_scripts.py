@@ -18,7 +18,7 @@ from PIL import Image
 from attacks import PGD
 from base.checkpoint import save_checkpoint
 from evaluation import DoctorReport, RobustnessReport
-from experiment.attack_command import _conclusion
+from experiment.attack_command import _verdict_on_reliability
 from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
@@ -236,7 +236,7 @@ def test_the_doctors_last_line(reliable, needed, line):
     }
     judged = {"reliable": reliable, "images_needed": needed, "warnings": (), "verdicts": None}
     report = RobustnessReport(attack, 0, **numbers, **cost, **judged)
-    assert _conclusion(report, DoctorReport((), attack, (), 200, 10)) == line
+    assert _verdict_on_reliability(report, DoctorReport((), attack, (), 200, 10)) == line
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,6 @@ def test_halves_of_dead_processes_are_swept_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("broken", [lambda process: True, lambda process: False])
 def test_the_check_of_sweeping_can_fail(tmp_path, monkeypatch, broken):
-    monkeypatch.setattr(atomic_module, "_alive", broken)
+    monkeypatch.setattr(atomic_module, "_is_alive", broken)
     with pytest.raises(AssertionError):
         check_sweeping(tmp_path)

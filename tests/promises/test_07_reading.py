@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from base.checkpoint import save_checkpoint
-from base.checkpoint.checkpoint import resume as resuming
+from base.checkpoint import resume as resuming
 from base.config import Config, imports, load_config, validate
 from base.errors import CheckpointError, ConfigError
 from base.optim import check_optimization
