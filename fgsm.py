@@ -9,9 +9,11 @@ from experiment.attack_command import attack_parser, evaluate_checkpoint
 
 
 def main() -> None:
-    arguments = attack_parser(
+    parser = attack_parser(
         "Robust accuracy of a checkpoint under FGSM.", ("--norm", "--epsilon", "--loss")
-    ).parse_args()
+    )
+    arguments = parser.parse_args()
+    # CUDA reads the choice once, so it is made before anything else uses a device.
     select_device_to_evaluate(arguments.device)
     evaluate_checkpoint(arguments, "fgsm")
 

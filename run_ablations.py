@@ -1,14 +1,17 @@
-"""Run a study: every variant and seed of a grid file. What is finished is skipped, what was broken
-off is continued.
+"""Run a study: every variant and seed of a grid file.
 
-python run_ablations.py --config baseline cosine_schedule no_batchnorm --jobs 2    # --list shows the names
+Finished runs are skipped, interrupted ones are continued.
+
+python run_ablations.py --list
+python run_ablations.py --config baseline cosine_schedule no_batchnorm --jobs 2
 python run_ablations.py --all --seed 42 --dry-run
-python run_ablations.py --grid configs/ablations/label_noise.json --all --launcher slurm --parameter timeout_min=600
+python run_ablations.py --grid configs/ablations/label_noise.json --all --launcher slurm
 """
 
 from pathlib import Path
 
-import experiment  # noqa: F401 - it fills the tables that configs are checked against
+# It fills the tables that configs are checked against.
+import experiment  # noqa: F401
 from base.command_line import Parser, add_imports_flag, run_script, set_overrides
 from base.errors import ConfigError, ProjectError
 from base.text import say
@@ -16,22 +19,22 @@ from studies.grid import describe, plan, record
 from studies.launchers import LAUNCHERS, format_command, launcher
 from studies.work import Study
 
-DEFAULT = Path(__file__).parent / "configs" / "ablations" / "resnet.json"
+DEFAULT_GRID = Path(__file__).parent / "configs" / "ablations" / "resnet.json"
 
 
 def arguments_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(description="Run every variant and seed of a grid file.", allow_abbrev=False)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--grid",
         type=Path,
-        default=DEFAULT,
+        default=DEFAULT_GRID,
         metavar="FILE",
-        help="grid file (the ResNet ablations)",
+        help="grid file (default: the ResNet ablations)",
     )
-    parser.add_argument(
-        "--list", action="store_true", help="print a line per variant, with what it sets"
-    )
-    parser.add_argument(
+    add("--list", action="store_true", help="print a line per variant, with what it sets")
+    add(
         "--config",
         nargs="+",
         action="extend",
@@ -39,37 +42,47 @@ def arguments_parser() -> Parser:
         metavar="NAME",
         help="run these variants",
     )
-    parser.add_argument("--all", action="store_true", help="run all variants")
-    parser.add_argument(
-        "--seed", type=int, nargs="+", default=[], help="instead of the grid's seeds"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="in all variants"
+    add("--all", action="store_true", help="run all variants")
+    add("--seed", type=int, nargs="+", default=[], help="seeds to use instead of the grid's")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a config value in all variants",
     )
     add_imports_flag(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many runs at once")
-    parser.add_argument(
-        "--save_dir", type=Path, metavar="DIR", help="instead of <trainer.save_dir>/<grid's name>"
+    add("--dry-run", action="store_true", help="print the commands and run nothing")
+    add("--jobs", type=int, default=1, metavar="N", help="how many runs at once")
+    add(
+        "--save_dir",
+        type=Path,
+        metavar="DIR",
+        help="write here instead of <trainer.save_dir>/<grid's name>",
     )
-    parser.add_argument(
-        "--launcher", choices=LAUNCHERS, default="process", help="here, or by submitit"
-    )
-    parser.add_argument(
+    add("--launcher", choices=LAUNCHERS, default="process", help="here, or by submitit")
+    add(
         "--parameter",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of submitit's executor",
+        help="parameter of submitit's executor, such as timeout_min=600",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main() -> None:
     arguments = arguments_parser().parse_args()
-    grid, names, overrides = arguments.grid, arguments.config, set_overrides(arguments.set)
-    runs = plan(grid, names, arguments.seed, arguments.save_dir, overrides, arguments.imports)
+    # All configs are checked here, so that the last run does not fail after days.
+    runs = plan(
+        arguments.grid,
+        arguments.config,
+        arguments.seed,
+        arguments.save_dir,
+        set_overrides(arguments.set),
+        arguments.imports,
+    )
     if arguments.list:
         say(*describe(runs))
         return
@@ -80,14 +93,14 @@ def main() -> None:
     if arguments.dry_run:
         say(*map(format_command, runs))
         return
-    launch = launcher(arguments.launcher, runs[0].folder.parent / "jobs", arguments.parameter)
+    folder = runs[0].folder.parent
+    launch = launcher(arguments.launcher, folder / "jobs", arguments.parameter)
     record(runs)
     failures = Study(runs, launch, arguments.jobs).work()
-    say(f"{len(runs) - len(failures)} of {len(runs)} runs are finished, in {runs[0].folder.parent}")
+    say(f"{len(runs) - len(failures)} of {len(runs)} runs are finished, in {folder}")
     if failures:
-        raise ProjectError(
-            "failed: " + "; ".join(f"{run.name} ({reason})" for run, reason in failures.items())
-        )
+        reasons = "; ".join(f"{run.name} ({reason})" for run, reason in failures.items())
+        raise ProjectError(f"failed: {reasons}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Standard training from a JSON config, with validation, checkpoints and a final test.
+"""Train on clean images from a JSON config, with validation, checkpoints and a final test.
 
 python train.py -c configs/quickstart.json
 python train.py -c configs/quickstart.json --conv conv --norm bn --seed 1 --set trainer.epochs=5
@@ -12,28 +12,27 @@ from experiment import resume, train
 
 
 def main() -> None:
-    arguments = config_parser("Standard training from a JSON config.").parse_args()
+    arguments = config_parser("Train on clean images from a JSON config.").parse_args()
     overrides = training_overrides(arguments)
-    own = {"imports": arguments.imports, "relaunch": True}
+    # An n_gpu above 1 runs this command line again, in that many processes.
+    options = {"imports": arguments.imports, "relaunch": True}
     if arguments.print_config:
         print_config(arguments, overrides)
     elif arguments.resume:
-        resume(arguments.resume, overrides, config_file=arguments.config, **own)
+        resume(arguments.resume, overrides, config_file=arguments.config, **options)
     else:
-        train(arguments.config, overrides, arguments.run_dir, check=refuse, **own)
+        train(arguments.config, overrides, arguments.run_dir, check=check_config, **options)
 
 
-def refuse(config: Config) -> None:
-    """Refuse configs that the other script is for.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if config.attacks_while_training:
-        key = "adversarial.method" if config.adversarial.method else "trainer.do_adv"
-        raise ConfigError(
-            f"{key}: asks for adversarial training, but train.py trains on clean images: use train_robust.py"
-        )
+def check_config(config: Config) -> None:
+    """Raise a `ConfigError` for a config that train_robust.py is for."""
+    if not config.attacks_while_training:
+        return
+    key = "adversarial.method" if config.adversarial.method else "trainer.do_adv"
+    raise ConfigError(
+        f"{key}: asks for adversarial training, but train.py trains on clean images:"
+        " use train_robust.py"
+    )
 
 
 if __name__ == "__main__":

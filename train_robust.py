@@ -1,9 +1,12 @@
-"""Adversarial training from a JSON config, then an attack on the test set.
+"""Train adversarially from a JSON config, then attack the model on the test set.
 
 python train_robust.py -c configs/cifar10_free.json
 python train_robust.py -c configs/cifar10_pgd_l2.json --conv conv_norm --norm no
-python train_robust.py -c configs/cifar10.json --set adversarial.method=none    # standard training, same attack
 python train_robust.py -r saved/cifar10_free/20260101-120000-000000
+
+Standard training with the same attack at the end:
+
+python train_robust.py -c configs/cifar10.json --set adversarial.method=none
 """
 
 from base.command_line import config_parser, print_config, run_script, training_overrides
@@ -14,30 +17,28 @@ from experiment import resume, train
 
 
 def main() -> None:
-    arguments = config_parser(
-        "Adversarial training from a JSON config, then an attack on the test set."
-    ).parse_args()
+    description = "Train adversarially from a JSON config, then attack the model on the test set."
+    arguments = config_parser(description).parse_args()
     overrides = training_overrides(arguments)
-    own = {"imports": arguments.imports, "relaunch": True}
+    # An n_gpu above 1 runs this command line again, in that many processes.
+    options = {"imports": arguments.imports, "relaunch": True}
     if arguments.print_config:
         print_config(arguments, overrides)
     elif arguments.resume:
-        resume(arguments.resume, overrides, config_file=arguments.config, **own)
+        resume(arguments.resume, overrides, config_file=arguments.config, **options)
     else:
-        train(arguments.config, overrides, arguments.run_dir, check=refuse, **own)
+        train(arguments.config, overrides, arguments.run_dir, check=check_config, **options)
 
 
-def refuse(config: Config) -> None:
-    """Refuse configs that the other script is for.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if not config.trainer.do_adv and config.adversarial.method is None:
-        raise ConfigError(
-            "adversarial.method: not given, and trainer.do_adv is false: add --set adversarial.method=NAME, with one of"
-            f" {', '.join(TRAINERS)} (none for standard training and the attack)"
-        )
+def check_config(config: Config) -> None:
+    """Raise a `ConfigError` for a config that names no training method."""
+    if config.trainer.do_adv or config.adversarial.method is not None:
+        return
+    raise ConfigError(
+        "adversarial.method: not given, and trainer.do_adv is false:"
+        f" add --set adversarial.method=NAME, with one of {', '.join(TRAINERS)}"
+        " (none for standard training and the attack)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Files that are at every moment either the old one or the new one, complete, even if the process
-or the machine dies."""
+"""Files that are replaced atomically: a reader, or a crash, finds the old or the new one."""
 
 import os
 import re
@@ -9,25 +8,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = re.compile(r"\..+\.(?P<process>\d+)\.incomplete")
-"""Names of files that are not complete yet; the number is of the process that writes."""
+"""Names of files that are not complete yet, with the id of the process that writes them."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, open for reading and writing, that takes the place of `path` in one step when the
-    block ends.
+    """Open a new file for reading and writing; it replaces `path` when the block ends.
 
-    It is written beside `path`, flushed to the disk, renamed, and the rename flushed, too. Where
-    the block raises, `path` stays what it was and nothing else is left.
+    The file is written beside `path`, flushed to the disk and renamed, and the rename is flushed,
+    too. If the block raises, `path` is unchanged and the new file is removed.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    temporary = _beside(path)
+    temporary = _temporary_of(path)
     try:
         with temporary.open("w+b") as file:
             yield file
             file.flush()
+            # Without it the rename can reach the disk before the contents do.
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
@@ -38,20 +37,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Let `target` hold in one step what `source` holds: by a hard link where the file system has
-    them, by a copy elsewhere.
+    """Replace `target` by the contents of `source`: by a hard link if the file system has them,
+    otherwise by a copy.
 
-    Only for files that are replaced as a whole and never written in place.
+    Both files must always be replaced as a whole, never written in place.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    temporary = _beside(target)
+    temporary = _temporary_of(target)
     try:
         temporary.unlink(missing_ok=True)
         temporary.hardlink_to(source)
         temporary.replace(target)
-        # replacing a link by another one to the same file does nothing
+        # POSIX renames nothing if both names are links to the same file, so one may remain.
         temporary.unlink(missing_ok=True)
     except OSError:
         with suppress(OSError):
@@ -62,17 +61,17 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes of this machine that are dead have left incomplete in `folder`; nothing
-    else is touched."""
+    """Remove the incomplete files that dead processes of this machine left in `folder`."""
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
-        if match and not _alive(int(match["process"])):
-            with suppress(OSError):  # another process may be sweeping, too
+        if match and not _is_alive(int(match["process"])):
+            # Another process may be sweeping the same folder.
+            with suppress(OSError):
                 path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in `folder` survive a power failure."""
+    """Flush the names in `folder` to the disk, so that they survive a power failure."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -82,17 +81,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
+def _temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.incomplete")
 
 
-def _alive(process: int) -> bool:
-    if os.name != "posix":  # there signal 0 is not a question
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":
+        # Windows would end the process: signal 0 only tests for one on POSIX.
         return True
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
+        # It belongs to another user.
         return True
     return True

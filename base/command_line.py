@@ -1,5 +1,4 @@
-"""What every script's command line shares: config flags, overrides, errors as one line and an exit
-code."""
+"""What the commands share: flags of config keys, overrides, errors as one line, exit codes."""
 
 import argparse
 import logging
@@ -9,14 +8,15 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+from base.allocator import keep_freed_memory
 from base.config import Override, load_config
 from base.config.files import check_optimization_of
 from base.config.imports import FLAG
 from base.config.origins import Flag
-from base.errors import ConfigError, ProjectError
+from base.errors import ConfigError, ProjectError, Stopped
 from base.secrets import without_keys
 from base.streams import forgiving_streams
-from base.text import LineFormatter, one_line
+from base.text import TerminalFormatter, one_line
 
 SHORT_FLAGS = (
     (("--lr", "--learning_rate"), "optimizer.args.lr", "learning rate"),
@@ -38,15 +38,14 @@ BOOLEANS = ("trainer.sym", "trainer.asym", "trainer.OCNN", "comet.offline")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like every other error of the project."""
+    """An argument parser that raises `ConfigError`, so that its errors are reported like others."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def config_parser(description: str) -> Parser:
-    """A parser for scripts that run a config: `-c -r -d --run_dir --set` and ConvNorm's short
-    flags."""
+    """Return the parser of a command that trains, with ConvNorm's short flags."""
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("-c", "--config", type=path_word, help="config file")
     parser.add_argument(
@@ -62,8 +61,12 @@ def config_parser(description: str) -> Parser:
         metavar="INDEX",
         help="CUDA device to use, such as 0; with several, such as 0,1, a process on each (n_gpu)",
     )
-    about = "write exactly here instead of <save_dir>/<name>/<run id>"
-    parser.add_argument("--run_dir", metavar="DIR", type=path_word, help=about)
+    parser.add_argument(
+        "--run_dir",
+        metavar="DIR",
+        type=path_word,
+        help="write exactly here instead of <save_dir>/<name>/<run id>",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -72,31 +75,37 @@ def config_parser(description: str) -> Parser:
         help="replace a config value, such as trainer.epochs=10",
     )
     add_imports_flag(parser)
-    about = "print the resolved config and where each value came from, and do nothing else"
-    parser.add_argument("--print-config", action="store_true", help=about)
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the resolved config and where each value came from, and do nothing else",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for flags, key, text in SHORT_FLAGS:
-        optional = {"nargs": "?", "const": "true"} if key in BOOLEANS else {}
-        parser.add_argument(
-            *flags, dest=key, metavar="VALUE", help=f"{text} ({key})", action=KeyFlag, **optional
+        flag = parser.add_argument(
+            *flags, dest=key, metavar="VALUE", help=f"{text} ({key})", action=KeyFlag
         )
+        if key in BOOLEANS:
+            # `--sym` alone means `--sym true`.
+            flag.nargs = "?"
+            flag.const = "true"
     return parser
 
 
 def add_imports_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag `--imports`, for every script that reads a config or a checkpoint."""
+    """Add the flag `--imports`, which every command has that reads a config or a checkpoint."""
     parser.add_argument(
         FLAG,
         action="append",
         default=[],
         type=path_word,
         metavar="FILE_OR_MODULE",
-        help="run your own code, such as my_layers.py, before the config is checked; may be repeated",
+        help="import your own code, such as my_layers.py, before the config is checked; repeatable",
     )
 
 
 class KeyFlag(argparse.Action):
-    """Stores a flag of a config key, and how it was written, which messages name."""
+    """Stores the value of a config key, and the flag as the user typed it, for messages."""
 
     def __call__(
         self,
@@ -111,26 +120,27 @@ class KeyFlag(argparse.Action):
 
 
 def key_flags(arguments: argparse.Namespace, keys: Iterable[str]) -> list[Override]:
-    """The overrides that flags of config keys (see `KeyFlag`) stand for, in the order of `keys`."""
-    values, written = vars(arguments), getattr(arguments, "written", {})
+    """Return the overrides from flags of config keys (see `KeyFlag`), in the order of `keys`."""
+    values = vars(arguments)
+    written = getattr(arguments, "written", {})
     given = [key for key in keys if values.get(key) is not None]
     return [Flag((key, values[key]), written.get(key, "")) for key in given]
 
 
 def path_word(word: str) -> str:
-    """A path on the command line, with its home folder, as the shell does not do it behind an
-    equals sign or within quotes.
+    """Return a path of the command line with `~` expanded.
 
-    An empty word is what a script with an unset variable hands over: it does not mean that the flag
-    was left out."""
+    The shell does not expand it behind an equals sign or within quotes.
+    """
     if not word:
+        # A shell script with an unset variable passes "". That is not the same as no flag.
         raise argparse.ArgumentTypeError("expected a path, not an empty word")
-    return os.path.expanduser(word)  # noqa: PTH111 - unlike Path's, it leaves the name of a user that is not here
+    # Path.expanduser raises for an unknown user; this leaves the path unchanged.
+    return os.path.expanduser(word)  # noqa: PTH111
 
 
 def config_overrides(arguments: argparse.Namespace) -> list[Override]:
-    """The config overrides of a parsed command line: `--set` in the order given, then the short
-    flags.
+    """Return the config overrides of a parsed command line: those of `--set`, then short flags.
 
     Raises:
         ConfigError: a setting without a value, or flags that contradict each other.
@@ -141,7 +151,7 @@ def config_overrides(arguments: argparse.Namespace) -> list[Override]:
 
 
 def set_overrides(settings: Iterable[str], flag: str = "--set") -> list[Override]:
-    """The overrides that `--set KEY=VALUE` arguments, or those of another flag, stand for.
+    """Return the overrides given by `--set KEY=VALUE`, or by another flag of the same form.
 
     Raises:
         ConfigError: a setting without a value.
@@ -156,11 +166,12 @@ def set_overrides(settings: Iterable[str], flag: str = "--set") -> list[Override
 
 
 def training_overrides(arguments: argparse.Namespace) -> list[Override]:
-    """`config_overrides` for training, with the devices of `-d` made the only ones that there are:
-    `-d 0,1` means a process on each of the two, as the original's DataParallel would use them.
+    """Return `config_overrides` for training, after showing torch only the devices of `-d`.
+
+    `-d 0,1` starts a process on each of the two, where the original used DataParallel.
 
     Raises:
-        ConfigError: neither a config nor a run to continue is named, or see `config_overrides` and
+        ConfigError: neither a config nor a run to continue is named; or see `config_overrides` and
             `select_device`.
     """
     devices = select_device(arguments.device)
@@ -173,14 +184,13 @@ def training_overrides(arguments: argparse.Namespace) -> list[Override]:
 
 
 def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -> None:
-    """Print the config that a run would have, and where each of its values came from: what
-    `--print-config` asks for.
+    """Print the config that a run would have, and where each of its values came from.
 
     Raises:
         ConfigError, CheckpointError: the config or the checkpoint is wrong or cannot be read.
     """
     if arguments.resume:
-        # here and not above: it brings torch
+        # At the top of the file it would make every command import torch.
         from base.checkpoint.resume import saved_run
 
         config = saved_run(arguments.resume, arguments.config, overrides, arguments.imports).config
@@ -194,14 +204,15 @@ def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -
 
 
 def select_device(devices: str | None) -> int:
-    """Show only these CUDA devices to torch, such as `"0"` or `"0,1"`; call it before anything uses
-    CUDA.
+    """Show only these CUDA devices to torch, such as `"0"` or `"0,1"`.
+
+    It must be called before anything uses CUDA.
 
     Returns:
-        How many they are; 0 where none is named.
+        The number of devices; 0 for None.
 
     Raises:
-        ConfigError: they are no indices of devices that are there.
+        ConfigError: `devices` are not indices, or this machine does not have them.
     """
     if devices is None:
         return 0
@@ -211,19 +222,19 @@ def select_device(devices: str | None) -> int:
             f"-d {devices}: expected the index of a CUDA device, such as 0, or several, such as 0,1"
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(indices)
+    # CUDA reads the variable once, when torch first asks for its devices.
     import torch
 
     found = torch.cuda.device_count()
     if found < len(indices):
         raise ConfigError(
-            f"-d {devices}: there is no such CUDA device"
-            + (f" (only {found} of them)" if found else "")
+            f"-d {devices}: asks for {len(indices)} CUDA devices, of which {found} exist"
         )
     return len(indices)
 
 
 def select_device_to_evaluate(devices: str | None) -> None:
-    """`select_device` for a script that uses one device, or under torchrun one for each process.
+    """Call `select_device` for a command that uses one device, or one per process of torchrun.
 
     Raises:
         ConfigError: more devices than processes.
@@ -231,23 +242,25 @@ def select_device_to_evaluate(devices: str | None) -> None:
     count = select_device(devices)
     if count > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         raise ConfigError(
-            f"-d {devices}: a process that evaluates uses one device; validate_pgd.py and fgsm.py share"
-            f" out their images under torchrun --nproc_per_node {count}"
+            f"-d {devices}: a process that evaluates uses one device; to divide the images of"
+            f" validate_pgd.py or fgsm.py, start it with torchrun --nproc_per_node {count}"
         )
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: a `ProjectError` becomes one line on stderr and its exit code; `--debug`
-    keeps the traceback.
+    """Run `main` and exit with 0, or with the exit code of the `ProjectError` that it raised.
 
-    Ctrl-C during `main` is exit code 130; once it has ended, only its own exit code counts.
-    Whatever becomes of stdout and stderr (see `forgiving_streams`), the work is done to its end.
-    Where stdout was closed, nothing is said of that. Where its reader has left, such as `head`, or
-    the disk behind it is full, the exit code is 1; the disk is told in one line.
+    The error is one line on stderr that begins with `error: `; with `--debug` it is a traceback.
+    Ctrl-C during `main` exits with 130. Once `main` has ended, Ctrl-C no longer changes the code.
+
+    A closed or broken stdout or stderr does not stop the work (see `forgiving_streams`). The exit
+    code is 1 if the reader of stdout has left, such as `head`, or if its disk is full; only the
+    full disk is reported. A stdout that was closed from the start is not an error.
     """
+    keep_freed_memory()
     if logging.lastResort is not None:
-        # warnings of scripts without a log go straight to stderr
-        logging.lastResort.setFormatter(LineFormatter())
+        # A command without a log of its own sends its warnings to stderr through this handler.
+        logging.lastResort.setFormatter(TerminalFormatter())
     code = 0
     with forgiving_streams() as streams:
         try:
@@ -255,13 +268,13 @@ def run_script(main: Callable[[], None]) -> NoReturn:
                 main()
                 sys.stdout.flush()
             except ProjectError as error:
-                # a run that has saved and stopped says so, even when it is asked again
-                _forget_ctrl_c()
+                # A run that has saved and stopped must say so, even if Ctrl-C comes again.
+                _ignore_ctrl_c()
                 if "--debug" in sys.argv:
                     raise
-                print(one_line(without_keys(f"{error}", sys.argv)), file=sys.stderr)
+                print(error_line(error), file=sys.stderr)
                 code = error.exit_code
-            _forget_ctrl_c()
+            _ignore_ctrl_c()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = 130
@@ -269,13 +282,24 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         if problem is not None:
             code = code or 1
             if not isinstance(problem, BrokenPipeError):
-                print(f"standard output: cannot be written: {problem.strerror}", file=sys.stderr)
-    ranks = sys.modules.get("base.distributed.session")
-    if ranks is not None and ranks.world_size() > 1:
-        ranks.end_process(code)
+                reason = f"standard output: cannot be written: {problem.strerror}"
+                print(f"error: {reason}", file=sys.stderr)
+    # Importing `session` would import torch; without it there is only one process.
+    session = sys.modules.get("base.distributed.session")
+    if session is not None and session.world_size() > 1:
+        session.end_process(code)
     sys.exit(code)
 
 
-def _forget_ctrl_c() -> None:
-    # unlike SIG_IGN, not for processes that are still started
+def error_line(error: ProjectError) -> str:
+    """Return the line that a command prints for an error, without the keys of its command line."""
+    line = one_line(without_keys(str(error), sys.argv))
+    if isinstance(error, Stopped):
+        # The run ended as it was asked to.
+        return line
+    return f"error: {line}"
+
+
+def _ignore_ctrl_c() -> None:
+    # Processes that are started later would inherit SIG_IGN; they do not inherit a handler.
     signal.signal(signal.SIGINT, lambda *_: None)

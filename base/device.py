@@ -1,49 +1,42 @@
-"""The device, the precision and the memory that a process computes with."""
+"""The device and the precision that a process computes with, and errors that explain them."""
 
-import ctypes
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from base.errors import ConfigError
-from base.text import one_line
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's `mallopt`, numbered as in malloc.h."""
+from base.text import first_line, one_line
 
 NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE
 )
-"""What torch says, of any device, when it gets no memory."""
+"""torch's messages, for any device, when an allocation fails."""
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on `device`, for which the host does not wait: a copy to a CUDA device
-    from ordinary memory waits for everything that the device still has to do."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    """Return a CPU tensor on `device`, without waiting for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    # A copy from memory that is not pinned would wait for all work that the device still has.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def choose_device(device: str, n_gpu: int = 1) -> torch.device:
-    """The `torch.device` for the config's `system.device` and `n_gpu`.
+    """Return the `torch.device` for the config's `system.device` and `n_gpu`.
 
-    `"auto"` takes the first CUDA device, then Apple's, then the CPU; `n_gpu` 0 asks for the CPU.
-    Under torchrun each process takes its own CUDA device, for `"cuda"`, too.
+    `"auto"` takes the first CUDA device, then Apple's, then the CPU; an `n_gpu` of 0 means the CPU.
+    Under torchrun, `"auto"` and `"cuda"` give each process its own CUDA device.
 
     Raises:
-        ConfigError: the device is named but is not there.
+        ConfigError: this machine does not have the device, or it is not supported.
     """
-    own = os.environ.get("LOCAL_RANK")
+    local_rank = os.environ.get("LOCAL_RANK")
     if device == "auto":
         if n_gpu > 0 and torch.cuda.is_available():
-            return torch.device("cuda", int(own or "0") % torch.cuda.device_count())
+            return torch.device("cuda", int(local_rank or "0") % torch.cuda.device_count())
         if n_gpu > 0 and torch.backends.mps.is_available():
             return torch.device("mps")
         return torch.device("cpu")
@@ -59,20 +52,21 @@ def choose_device(device: str, n_gpu: int = 1) -> torch.device:
         )
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"system.device: {device!r} asked for, but {torch.cuda.device_count()} CUDA devices are visible"
+            f"system.device: {device!r} is asked for, but {torch.cuda.device_count()} CUDA devices"
+            " are visible"
         )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("system.device: 'mps' asked for, but this machine has none")
-    return (
-        torch.device("cuda", int(own) % torch.cuda.device_count())
-        if device == "cuda" and own
-        else chosen
-    )
+        raise ConfigError("system.device: 'mps' is asked for, but this machine has none")
+    if device == "cuda" and local_rank:
+        return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
+    return chosen
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`"fp32"` or `"bf16"` for the config's `system.precision`; `"auto"` is bf16 where the hardware
-    multiplies it natively."""
+    """Return `"fp32"` or `"bf16"` for the config's `system.precision`.
+
+    `"auto"` is bf16 if the hardware multiplies it natively.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -83,47 +77,30 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which forward passes run: bf16 autocast, or nothing for fp32."""
+    """Return the context in which forward passes run: bf16 autocast, or nothing for fp32."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 
 
 def set_determinism(deterministic: bool, num_threads: int | None) -> None:
-    """Apply `system.deterministic` and `system.num_threads` to this process. Float32 then means
-    float32 on every device: torch would convolve in TF32, which keeps 10 bits of 23."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """Apply `system.deterministic` and `system.num_threads`, and switch off TF32."""
+    # By default torch convolves float32 in TF32, which keeps 10 of its 23 bits.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if deterministic:
-        # without it cuBLAS has no deterministic algorithms
+        # Without it cuBLAS has no deterministic algorithms.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=False)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """Where tensors are in the CPU's memory: let this process keep what they free for those that
-    come next.
-
-    glibc takes large blocks from the system one by one and gives each back at once, and the system
-    clears every page of the next one: a tensor of 32 MiB, what a ResNet's first layers make of 128
-    images, then takes 15 ms to fill instead of 2, and a training step with ConvNorm a quarter to a
-    half longer. The peak of resident memory stays as it is; below the peak nothing is given back
-    before the process ends. Other C libraries, and an environment that sets `MALLOC_...` itself,
-    are left alone."""
-    chosen = any(name.startswith("MALLOC_") for name in os.environ)
-    if device.type == "cpu" and sys.platform == "linux" and not chosen:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_MMAP_MAX, 0)  # no block comes from the system by itself
-            mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
-
-
 @contextmanager
 def determinism_explained() -> Iterator[None]:
-    """Turn torch's refusal of an operation, where `system.deterministic` is true, into one line.
+    """Turn torch's error about an operation without a deterministic algorithm into one line.
 
     Raises:
         ConfigError: naming the operation.
@@ -135,16 +112,17 @@ def determinism_explained() -> Iterator[None]:
         if match is None:
             raise
         raise ConfigError(
-            f"system.deterministic: {match[1]} has no deterministic algorithm here; false allows it"
+            f"system.deterministic: {match[1]} has no deterministic algorithm on this device;"
+            " set it to false"
         ) from None
 
 
 @contextmanager
 def memory_explained(key: str, batch_size: int) -> Iterator[None]:
-    """Turn the failure to get memory, on any device, into one line.
+    """Turn a failed allocation, on any device, into one line.
 
     Args:
-        key: the config key or flag that decides how much is needed.
+        key: the config key or flag of the batch size.
         batch_size: its value.
 
     Raises:
@@ -155,7 +133,7 @@ def memory_explained(key: str, batch_size: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and NO_MEMORY.search(str(error)) is None:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(first_line(error), 200)
         raise ConfigError(
-            f"{key}: batches of {batch_size} images do not fit into memory: {one_line(reason, 200)}"
+            f"{key}: batches of {batch_size} images do not fit into memory: {reason}"
         ) from None

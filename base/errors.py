@@ -1,19 +1,19 @@
-"""The errors a user can cause. Each carries the exit code that the scripts return for it.
+"""The errors that a user can cause, each with the exit code that commands return for it.
 
-The message is one line: where (file or dotted config key), what was found, what was expected, and
-the nearest valid name."""
+A message is one line that names the place (file, dotted config key or flag), the value, what was
+expected and the nearest valid name. `run_script` prints `error: ` before it.
+"""
 
 from collections.abc import Sequence
 
 
 def all_of(problems: Sequence[str]) -> str:
-    """Several problems in one line; a single one as it is."""
-    first, *others = problems
-    return f"{first}; also: {'; also: '.join(others)}" if others else first
+    """Return one or more problems as one line."""
+    return "; also: ".join(problems)
 
 
 class ProjectError(Exception):
-    """Base of every error that is reported as one line, without a traceback."""
+    """The base of all errors that are reported as one line, without a traceback."""
 
     exit_code = 1
 
@@ -42,9 +42,12 @@ class NonFiniteError(ProjectError):
     exit_code = 5
 
 
-class Stopped(ProjectError):  # noqa: N818 - not an error: the run ended as it was asked to
-    """Training was stopped by a signal after saving; the exit code is 128 plus the signal's
-    number."""
+# The name does not end in "Error", because the run ended as it was asked to.
+class Stopped(ProjectError):  # noqa: N818
+    """A signal stopped the training after it had saved.
+
+    The exit code is 128 plus the number of the signal.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -1,9 +1,8 @@
-"""The files that a command line names for reports, pictures and tables: checked before the work,
-written after it.
+"""The files that a command line names for reports, pictures and tables.
 
-A path may also be `-` (standard output), a device, a named pipe or `>(command)`: these are written
-to, never replaced, and have no suffix that would decide the format, so the first one of those that
-there are is taken.
+They are checked before the work and written after it. A path may also be `-` (standard output), a
+device, a named pipe or `>(command)`. These are written to, never replaced. They have no suffix that
+would choose the format, so the first possible format is taken.
 """
 
 import logging
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 PICTURES = ("png", "pdf", "svg")
 ARRAYS = ("npz",)
 KINDS = {PICTURES: "pictures", ARRAYS: "arrays"}
-"""What files of these formats hold, in words."""
+"""Formats -> what their files hold, for messages."""
 DPI = 160
 STDOUT = 1
 DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/(?:self|thread-self|\d+)/fd/(\d+)")
@@ -38,24 +37,24 @@ OWN_FILES = re.compile(
     "|".join(map(re.escape, (CONFIG, RESULT, ENVIRONMENT, STUDY_INDEX, METRICS, LABELS, LOCK)))
     + r"|.*\.(log|pth)"
 )
-"""What a run writes into its folder, and a study beside it. Reports may lie there, too, under other
-names."""
+"""The files that a run writes into its folder, and a study beside it. Reports may be written there
+under other names."""
 
 
 class Picture(Protocol):
     """A `matplotlib.figure.Figure`."""
 
     def savefig(self, file: Any, /, **options: Any) -> None:
-        """Write the picture to an open file."""
+        """Write the picture to an open binary file."""
 
 
 def descriptor_of(path: str | Path) -> int | None:
-    """The open file of this process that a path stands for, such as 1 for `-` and `/dev/stdout`;
-    None for all other paths."""
+    """Return the descriptor of this process that a path stands for, such as 1 for `-` and
+    `/dev/stdout`; None for other paths."""
     if str(path) == "-":
         return STDOUT
     place = Path(path)
-    # a link to a link to a link ...
+    # /dev/stdout is a link to a link. 40 is Linux's own limit for a chain of them.
     for _ in range(40):
         match = DESCRIPTOR.fullmatch(str(place))
         if match:
@@ -67,8 +66,7 @@ def descriptor_of(path: str | Path) -> int | None:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether what is written to `path` goes on to somewhere else instead of lying there: it is a
-    descriptor, a pipe or a device. Nothing can then be written beside it."""
+    """Whether `path` is a descriptor, a pipe or a device. Nothing can be written beside it then."""
     if descriptor_of(path) is not None:
         return True
     try:
@@ -79,11 +77,11 @@ def is_stream(path: str | Path) -> bool:
 
 
 def format_of(path: str | Path, formats: Sequence[str]) -> str:
-    """The format of a path by its suffix, one of `formats`; the first of them for a stream without
-    such a suffix.
+    """Return the format of a path, one of `formats`, by its suffix. A stream without such a suffix
+    gets the first format.
 
     Raises:
-        ConfigError: another suffix.
+        ConfigError: the suffix is not one of `formats`.
     """
     suffix = Path(path).suffix.lower().removeprefix(".")
     if suffix not in formats and is_stream(path):
@@ -103,17 +101,17 @@ def check_outputs(
     files: Iterable[str | Path] = (),
     folders: Iterable[str | Path] = (),
 ) -> None:
-    """Refuse outputs that cannot or must not be written, before the work; missing folders are made.
+    """Check that all outputs can and may be written, and make missing folders.
 
-    Where one of them is standard output, everything else that the script prints goes to stderr from
+    If one of them is standard output, everything else that the command prints goes to stderr from
     now on, until `run_script` ends.
 
     Args:
-        outputs: flag -> path, or None where the flag was not given.
-        formats: flag -> suffixes that its path may have; flags of any suffix are left out.
-        files: that are being read, so that none of them is written over.
-        folders: run folders that are being read, whose own files are not written over, be they
-            there or not.
+        outputs: flag -> path, or None if the flag was not given.
+        formats: flag -> suffixes that its path may have. A flag that is not listed may have any.
+        files: input files, which must not be overwritten.
+        folders: run folders that are input. The names of a run's own files in them are refused,
+            whether or not the file exists.
 
     Raises:
         ConfigError: naming the flag and the path.
@@ -139,10 +137,10 @@ def check_outputs(
 
 
 def write_output(path: str | Path, data: bytes) -> None:
-    """Write `data` to a path: through a link, a pipe or a device; a file is either the old or the
-    new one at every moment. Missing folders are made.
+    """Write `data` to a path, through links, pipes and devices, and make missing folders.
 
-    A pipe whose reader has left, such as `head`, has had enough.
+    A file is replaced atomically. It is not an error if the reader of a pipe has left, such as
+    `head`.
 
     Raises:
         OSError: it cannot be written.
@@ -154,33 +152,38 @@ def write_output(path: str | Path, data: bytes) -> None:
         with replacing(place) as file:
             file.write(data)
         return
-    # what was printed before stands before
+    # Text that was printed before has to come first.
     sys.stdout.flush()
     try:
-        # opening /dev/fd/N would begin at the start of a file that others are writing to, too
-        place = path if number is None else os.dup(number)
+        place: str | Path | int = path
+        if number is not None:
+            # Opening /dev/fd/N would begin at the start of the file; others write to it, too.
+            place = os.dup(number)
+        # Path.open takes no descriptor.
         with open(place, "wb", buffering=0) as stream:  # noqa: PTH123
-            rest = memoryview(data)
-            while rest:
-                rest = rest[stream.write(rest) :]
+            remaining = memoryview(data)
+            # A raw file may write less than it is given.
+            while remaining:
+                remaining = remaining[stream.write(remaining) :]
     except BrokenPipeError:
         return
 
 
 def save_figure(figure: Picture, path: str | Path) -> None:
-    """Write a matplotlib figure in the format of the path's suffix; missing folders are made.
+    """Write a matplotlib figure in the format of the path's suffix, and make missing folders.
 
     Raises:
-        ConfigError: the suffix is not a format of pictures, or the path cannot be written.
+        ConfigError: the suffix is not that of a picture, or the path cannot be written.
     """
     picture = BytesIO()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", message="Glyph .* missing")
         figure.savefig(picture, format=format_of(path, PICTURES), dpi=DPI)
-    glyphs = [one for one in told if str(one.message).startswith("Glyph")]
+    # matplotlib warns about each missing letter; one line for all of them is enough.
+    glyphs = [one for one in caught if str(one.message).startswith("Glyph")]
     if glyphs:
-        logger.warning("%s: its font lacks letters of some names, which are boxes there", path)
-    for other in told:
+        logger.warning("%s: the font lacks letters of some names, which appear as boxes", path)
+    for other in caught:
         if other not in glyphs:
             warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     with writing(path):
@@ -188,7 +191,7 @@ def save_figure(figure: Picture, path: str | Path) -> None:
 
 
 def save_json(path: str | Path, values: Any) -> None:
-    """Write plain values as indented JSON; missing folders are made.
+    """Write plain values as indented JSON, and make missing folders.
 
     Raises:
         ConfigError: the path cannot be written.
@@ -198,16 +201,16 @@ def save_json(path: str | Path, values: Any) -> None:
 
 
 def as_json(values: Any) -> bytes:
-    """The contents of a JSON file of ours; numbers that are infinite or NaN are null."""
+    """Return the contents of a JSON file; numbers that are infinite or NaN become null."""
     return f"{json_text(values, indent=2)}\n".encode()
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Around the writing of a file.
+    """Turn an `OSError` of writing `path` into one line.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     try:
         yield
@@ -216,7 +219,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure that files can be written into a folder, which is made if it is missing.
+    """Make a folder if it is missing, and check that files can be written into it.
 
     Raises:
         OSError: they cannot.
@@ -234,7 +237,7 @@ def _check(path: str | Path, files: Sequence[Path], folders: Sequence[Path]) -> 
         try:
             from fcntl import F_GETFL, fcntl
         except ImportError:
-            # Windows
+            # Windows has no fcntl.
             return
         if fcntl(number, F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise OSError("not open for writing")

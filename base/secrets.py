@@ -1,36 +1,46 @@
-"""Comet's key on a command line, and texts without it."""
+"""Comet's API key on a command line, and texts without it."""
 
 import re
 from collections.abc import Sequence
 
-GIVEN = re.compile(r"(--key|--comet_key|(--set=)?comet(\.api)?)(\W(?P<key>.*))?", re.DOTALL)
-"""A word of a command line that holds the key, or is followed by it. Everything in the section
-`comet` counts."""
-SHORTEST = 4
-"""Characters; shorter ones are no keys, and would be found in any text."""
+KEY_WORD = re.compile(r"(--key|--comet_key|(--set=)?comet(\.api)?)(\W(?P<key>.*))?", re.DOTALL)
+"""A word of a command line that holds the key, or is followed by it. Every value in the section
+`comet` is treated as the key."""
+
+SHORTEST_KEY = 4
+"""Characters. Shorter values are not keys, and would be found in any text."""
 
 
 def command_without_key(command: Sequence[str]) -> list[str]:
-    """A command line with the key replaced by `***`, however it was given."""
-    cleaned, follows = [], False
+    """Return a command line with the key replaced by `***`, in whichever form it was given."""
+    cleaned = []
+    key_follows = False
     for word in command:
-        given = None if follows else GIVEN.fullmatch(word)
-        if follows:
+        if key_follows:
             cleaned.append("***")
-        elif given and given["key"] is not None:
-            cleaned.append(f"{word[: given.start('key')]}***")
-        else:
+            key_follows = False
+            continue
+        match = KEY_WORD.fullmatch(word)
+        if match is None:
             cleaned.append(word)
-        follows = given is not None and given["key"] is None
+        elif match["key"] is None:
+            cleaned.append(word)
+            key_follows = True
+        else:
+            cleaned.append(f"{word[: match.start('key')]}***")
     return cleaned
 
 
 def without_keys(message: str, command: Sequence[str]) -> str:
-    """A message with the keys of the command line replaced by `***`, also of one that is not
-    well-formed."""
-    for word, after in zip(command, [*command[1:], ""], strict=True):
-        given = GIVEN.fullmatch(word)
-        key = (given["key"] or after) if given else ""
-        if len(key) >= SHORTEST:
+    """Return a message with the keys of a command line replaced by `***`.
+
+    The command line may be malformed: a parser's message may quote any part of it.
+    """
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        match = KEY_WORD.fullmatch(word)
+        if match is None:
+            continue
+        key = match["key"] or following
+        if len(key) >= SHORTEST_KEY:
             message = message.replace(key, "***")
     return message

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, which ask a long job to save and leave."""
+"""SIGINT and SIGTERM, which ask a long job to save and exit."""
 
 import _thread
 import select
@@ -10,36 +10,44 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
+from typing import NoReturn
 
 from base.distributed import rank, world_size
-from base.distributed.collectives import LOOK_EVERY
+from base.distributed.collectives import SIGNAL_INTERVAL
 from base.distributed.session import (
-    ask_all_to_stop,
-    asked_to_stop,
+    activity,
+    announce_failure,
+    count_activity,
     end_process,
-    moments_computed,
-    tell_failure,
+    request_stop,
+    requested_stop,
 )
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-OVER = 0
-"""What a watch is told when there is nothing to watch any more; no signal has this number."""
-PATIENCE, LAST_PATIENCE = 20.0, 120.0
-"""Seconds that a process which has been asked to stop waits for others that do nothing, and for
-others that compute; torchrun and SLURM kill after 30 unless they are told otherwise."""
+
+END = 0
+"""The byte that ends a watch. Signals are numbered from 1."""
+
+PATIENCE = 20.0
+"""Seconds that a process which has been asked to stop waits for others that do nothing. torchrun
+and SLURM kill a process after 30 s by default."""
+
+LAST_PATIENCE = 120.0
+"""Seconds that such a process waits for others that compute."""
+
 BUSY = 0.05
-"""Share of the time in which a process has to compute not to be taken for one that only waits."""
+"""A process computes, rather than waits, if it uses more than this share of the time."""
 
 
 class Interrupted(BaseException):
-    """A signal came where work may be given up at once."""
+    """A signal came during work that may be given up at once."""
 
 
 class StopSignals:
-    """Remembers the signal that asked for the stop.
+    """Remembers the signal that asked this process to stop.
 
     Attributes:
-        asked: the number of the first one; None as long as there was none.
+        asked: the number of the first such signal; None before.
     """
 
     def __init__(self) -> None:
@@ -49,25 +57,25 @@ class StopSignals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Meanwhile both signals only set `asked` (in the main thread; elsewhere Python allows no
-        handlers).
+        """Let both signals only set `asked`, inside the context.
 
-        Where several processes work together, a signal to one of them reaches all, and one that has
-        been asked to stop, but waits for another that does not answer, ends (see `_Watch`).
+        With several processes, a signal to one of them reaches all. A process that has been asked
+        to stop and waits in vain for another ends (see `_Watch`). Threads other than the main
+        thread cannot handle signals, so there the context does nothing.
         """
         if self._caught or threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def note(number: int, frame: FrameType | None) -> None:
-            # the first one counts, whatever comes while it is obeyed
+        def handle(number: int, frame: FrameType | None) -> None:
+            # Later signals, such as a second Ctrl-C, do not change the exit code.
             self.asked = self.asked or number
-            if self._may_interrupt and not _in_finaliser(frame):
+            if self._may_interrupt and not _in_finalizer(frame):
                 self._may_interrupt = False
                 raise Interrupted
 
         self._caught = True
-        previous = {number: signal.signal(number, note) for number in STOPPING}
+        previous = {number: signal.signal(number, handle) for number in STOPPING}
         try:
             with _Watch() if world_size() > 1 else nullcontext():
                 yield
@@ -78,8 +86,10 @@ class StopSignals:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Meanwhile, inside `caught`, the first of them raises `Interrupted`, too, at once where it
-        has come already: for work that changes nothing."""
+        """Let a signal also raise `Interrupted`, inside this context and inside `caught`.
+
+        It is raised at once if a signal has come before. This is for work that changes nothing.
+        """
         try:
             self._may_interrupt = True
             if self.asked:
@@ -90,73 +100,91 @@ class StopSignals:
 
 
 class _Watch:
-    """A thread that hears signals while Python cannot: inside a collective the main thread waits in
-    code of gloo or of DistributedDataParallel, and handlers of Python have to wait with it.
+    """A thread that receives signals while the main thread waits for other processes.
 
-    It passes a signal on to the other processes, and hands theirs to the main thread. From a signal
-    on all tell each other whether they still compute. Where this one only waits and none has
-    computed for `PATIENCE` seconds, one of them is gone or stuck: nothing can be agreed on any
-    more, and this one ends with the signal's exit code. It does so, too, after `LAST_PATIENCE`
-    seconds of waiting for others that compute."""
+    Inside a collective the main thread runs code of gloo or DistributedDataParallel, and Python's
+    signal handlers have to wait. The thread passes a signal on to the other processes, and the
+    signals of others to the main thread. After a signal, all processes count their activity. If
+    this process only waits, it ends with the signal's exit code when nobody has computed for
+    `PATIENCE` seconds, because another process is then dead or stuck, or after `LAST_PATIENCE`
+    seconds if others compute.
+    """
 
     def __enter__(self) -> None:
-        self._ears, self._mouth = socket.socketpair()
-        for end in (self._ears, self._mouth):
+        self._receiver, self._sender = socket.socketpair()
+        for end in (self._receiver, self._sender):
             end.setblocking(False)
-        self._before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        # Python's C code writes the number of each signal into the socket, in every thread.
+        self._before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._work, name="signals", daemon=True)
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._before)
-        self._mouth.send(bytes([OVER]))
+        self._sender.send(bytes([END]))
         self._thread.join()
-        self._ears.close()
-        self._mouth.close()
+        self._receiver.close()
+        self._sender.close()
 
     def _work(self) -> None:
-        asked = 0
-        while not asked:
-            numbers = self._heard()
-            if OVER in numbers:
-                return
-            asked = next((number for number in numbers if number in STOPPING), 0)
-            if asked:
-                ask_all_to_stop(asked)
-            else:
-                asked = asked_to_stop()
-                if asked:
-                    _thread.interrupt_main(asked)  # as if it had come to this process
-        now, computed, moments = time.monotonic(), time.process_time(), moments_computed(0)
+        number = self._wait_for_signal()
+        if number is not None:
+            self._wait_for_end(number)
+
+    def _wait_for_signal(self) -> int | None:
+        """Return the number of the first signal to any process; None if the watch ended before."""
+        while True:
+            received = self._received()
+            if END in received:
+                return None
+            for number in received:
+                if number in STOPPING:
+                    request_stop(number)
+                    return number
+            number = requested_stop()
+            if number:
+                # Run this process's handler, as if the signal had been sent to it.
+                _thread.interrupt_main(number)
+                return number
+
+    def _wait_for_end(self, number: int) -> None:
+        """End the process if it waits in vain for others, after the signal `number`."""
+        now = time.monotonic()
+        computed = time.process_time()
+        count = activity()
         own_last = any_last = now
-        while OVER not in self._heard():
+        while END not in self._received():
             before, now = now, time.monotonic()
             computed_before, computed = computed, time.process_time()
             if computed - computed_before > BUSY * (now - before):
-                moments_computed(1)
+                count_activity()
                 own_last = now
-            moments_before, moments = moments, moments_computed(0)
-            if moments != moments_before:
+            count_before, count = count, activity()
+            if count != count_before:
                 any_last = now
-            if min(now - own_last, now - any_last) > PATIENCE or now - own_last > LAST_PATIENCE:
-                name = signal.Signals(asked).name
-                print(
-                    f"rank {rank()}: stopped by {name} while it waited for another process, which has not answered for"
-                    f" {now - own_last:.0f} s: what was done since the last checkpoint is lost",
-                    file=sys.stderr,
-                )
-                tell_failure(128 + asked)
-                end_process(128 + asked)
+            waited = now - own_last
+            if min(waited, now - any_last) > PATIENCE or waited > LAST_PATIENCE:
+                _give_up(number, waited)
 
-    def _heard(self) -> bytes:
-        """The numbers of the signals that have come, after waiting for them a moment."""
-        ready, _, _ = select.select([self._ears], [], [], LOOK_EVERY)
-        return self._ears.recv(64) if ready else b""
+    def _received(self) -> bytes:
+        """Wait a moment, and return the numbers of the signals that have come."""
+        ready, _, _ = select.select([self._receiver], [], [], SIGNAL_INTERVAL)
+        return self._receiver.recv(64) if ready else b""
 
 
-def _in_finaliser(frame: FrameType | None) -> bool:
-    """Whether an object is just being cleared away, where Python would print an exception and
-    forget it."""
+def _give_up(number: int, waited: float) -> NoReturn:
+    name = signal.Signals(number).name
+    print(
+        f"error: rank {rank()}: stopped by {name} while it waited for another process, which has"
+        f" not answered for {waited:.0f} s: the work since the last checkpoint is lost",
+        file=sys.stderr,
+    )
+    announce_failure(128 + number)
+    end_process(128 + number)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether an object is being finalized. Python would print and drop an exception there."""
     while frame is not None:
         if frame.f_code.co_name == "__del__":
             return True

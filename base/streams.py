@@ -1,5 +1,4 @@
-"""Standard streams that cannot stop the work: closed ones, ones whose reader has left, and ones on
-a full disk."""
+"""Standard streams that cannot stop the work when they are closed, broken or on a full disk."""
 
 import os
 import sys
@@ -11,23 +10,22 @@ from typing import TextIO, TypeAlias
 
 Readable: TypeAlias = bytes | bytearray | memoryview
 
-
 closed_at_start: set[int] = set()
-"""Descriptors 0 to 2 that were closed when `forgiving_streams` began: what is written there is
-lost."""
+"""Those of the descriptors 0 to 2 that were closed when `forgiving_streams` began. Anything written
+there is lost."""
 
 
 class _Forgiving(FileIO):
-    """Writes until that fails for the first time, and drops everything from then on.
+    """A file that drops everything after the first failed write.
 
     Attributes:
-        problem: why writing has failed; None as long as it has not.
+        problem: the error of that write; None before.
     """
 
     problem: OSError | None = None
 
     def write(self, data: Readable) -> int | None:
-        """Like `FileIO.write`, but never raises an `OSError`."""
+        """Write like `FileIO.write`, but never raise an `OSError`."""
         if self.problem is None:
             try:
                 return super().write(data)
@@ -37,21 +35,22 @@ class _Forgiving(FileIO):
 
 
 class StandardStreams:
-    """What has become of stdout and stderr inside `forgiving_streams`."""
+    """Replacements of stdout and stderr, and whether stdout could be written."""
 
     def __init__(self) -> None:
         self._raw: dict[str, _Forgiving] = {}
 
     def problem(self) -> OSError | None:
-        """Why stdout could not be written to its end; None where it could, or was closed."""
-        raw = self._raw.get("stdout")
-        return None if raw is None else raw.problem
+        """Return the error of writing stdout; None if there was none, or if it was closed."""
+        if "stdout" not in self._raw:
+            return None
+        return self._raw["stdout"].problem
 
     def forgiving(self, name: str) -> TextIO:
-        """A stream in place of `sys.stdout` or `sys.stderr`."""
+        """Return a stream that replaces `sys.stdout` or `sys.stderr`, whose name is `name`."""
         stream = getattr(sys, name)
         if stream is None:
-            # Python has found it closed
+            # Python found it closed at its start.
             return Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace")
         if not isinstance(stream, TextIOWrapper):
             return stream
@@ -59,7 +58,7 @@ class StandardStreams:
         try:
             self._raw[name] = _Forgiving(stream.fileno(), "wb", closefd=False)
         except OSError:
-            # a test's stream, which lies in memory
+            # It has no descriptor, such as a stream in memory in a test.
             stream.reconfigure(errors="backslashreplace")
             return stream
         return TextIOWrapper(
@@ -73,21 +72,22 @@ class StandardStreams:
 
 @contextmanager
 def forgiving_streams() -> Iterator[StandardStreams]:
-    """While this lasts, stdout and stderr take everything: a closed stream, a reader that has left
-    and a full disk raise nothing. Letters that the encoding does not have are written as escapes.
+    """Replace stdout and stderr by streams that accept everything, inside the context.
 
-    Descriptors 0 to 2 that are closed lead to nothing afterwards, too: the next file that is opened
-    would get their number otherwise, and with it whatever a library prints.
+    A closed stream, a reader that has left and a full disk raise nothing. Characters that the
+    encoding does not have are written as escapes. Closed descriptors 0 to 2 are opened to the null
+    device, also after the context.
     """
     for number in range(3):
-        _occupy(number)
-    streams, before = StandardStreams(), (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = streams.forgiving("stdout"), streams.forgiving("stderr")
-    mine = sys.stdout, sys.stderr
+        _open_if_closed(number)
+    streams = StandardStreams()
+    before = (sys.stdout, sys.stderr)
+    replaced = (streams.forgiving("stdout"), streams.forgiving("stderr"))
+    sys.stdout, sys.stderr = replaced
     try:
         yield streams
     finally:
-        for stream, old in zip(mine, before, strict=True):
+        for stream, old in zip(replaced, before, strict=True):
             if old is None:
                 stream.close()
             else:
@@ -95,13 +95,17 @@ def forgiving_streams() -> Iterator[StandardStreams]:
         sys.stdout, sys.stderr = before
 
 
-def _occupy(number: int) -> None:
+def _open_if_closed(number: int) -> None:
+    """Open a descriptor to the null device if it is closed."""
     try:
         os.fstat(number)
+        return
     except OSError:
         closed_at_start.add(number)
-        nothing = os.open(os.devnull, os.O_RDWR)
-        if nothing != number:
-            os.dup2(nothing, number)
-            os.close(nothing)
-        os.set_inheritable(number, True)
+    # Otherwise the next file that is opened gets this number, and the output of every library that
+    # prints to it.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    if nothing != number:
+        os.dup2(nothing, number)
+        os.close(nothing)
+    os.set_inheritable(number, True)

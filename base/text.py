@@ -1,27 +1,27 @@
-"""Text that others have written, such as names of classes and files, on its way to terminals, logs,
-pictures and tables.
+"""Text of unknown origin, such as names of classes and files, made safe to show.
 
-Everything that is shown goes through `one_line`, so that no name can move a cursor, break a row or
-reverse what stands behind it.
+Everything that is shown on terminals and in logs, pictures and tables goes through `one_line`. A
+name can then not move a cursor, break a row or reverse the text behind it.
 """
 
 import logging
 from typing import Any
 
 FORMULA_SIGNS = ("=", "+", "-", "@")
-"""A cell that begins with one of these is a formula to spreadsheets."""
+"""Spreadsheets take a cell that begins with one of these for a formula."""
 
 
 def one_line(value: Any, longest: int | None = None) -> str:
-    """A value's text as one line that shows all that is in it.
+    """Return a value's text as one line in which every character is visible.
 
-    Line breaks, control characters (C0, C1, DEL), signs that change the direction of writing, and
-    whatever else a terminal does not show become escapes such as `\\n`, `\\x1b` and `\\u202e`; half
-    a surrogate pair, which is how Python hands over bytes that are no UTF-8, becomes `\\udcff`.
+    Line breaks, control characters (C0, C1, DEL), marks that change the direction of writing, and
+    other characters that a terminal does not show become escapes such as `\\n`, `\\x1b` and
+    `\\u202e`. Half a surrogate pair, by which Python represents bytes that are not UTF-8, becomes
+    `\\udcff`.
 
     Args:
-        value: anything with a text.
-        longest: cut the text where it is longer.
+        value: its `str` is the text.
+        longest: characters; a longer text is cut and ends with `...`.
     """
     text = str(value)
     if longest is not None and len(text) > longest:
@@ -30,16 +30,18 @@ def one_line(value: Any, longest: int | None = None) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message; the name of its class where it has none."""
+    """Return the first line of an exception's message, or the name of its class without one."""
     lines = str(error).splitlines() or [type(error).__name__]
     return one_line(lines[0])
 
 
 def csv_text(value: Any) -> str:
-    """A text cell of a CSV file: one line, with an apostrophe before what a spreadsheet would
-    compute."""
+    """Return a text cell of a CSV file: one line that spreadsheets do not take for a formula."""
     text = one_line(value)
-    return f"'{text}" if text.startswith(FORMULA_SIGNS) else text
+    if text.startswith(FORMULA_SIGNS):
+        # The apostrophe tells spreadsheets that the cell is text; they do not show it.
+        return f"'{text}"
+    return text
 
 
 def say(*values: Any) -> None:
@@ -53,3 +55,13 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return one_line(super().format(record))
+
+
+class TerminalFormatter(LineFormatter):
+    """Writes a log record as one line, which begins with `warning: ` or `error: ` if it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if record.levelno < logging.WARNING:
+            return line
+        return f"{record.levelname.lower()}: {line}"

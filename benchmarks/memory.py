@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from base.allocator import keep_freed_memory
 from base.base_trainer import BaseTrainer
 from benchmarks.processes import python
 from benchmarks.rows import Row, Settings, cost_row
@@ -141,6 +142,8 @@ def _reset_peak() -> None:
 
 
 if __name__ == "__main__":
+    # As every command does: the resident memory depends on it.
+    keep_freed_memory()
     device, threads, smoke, *side = sys.argv[1:]
     print(
         json.dumps(

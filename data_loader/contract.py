@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from base.distributed.session import is_of_connection
+from base.distributed.session import is_connection_error
 from base.errors import DataError, ProjectError
 
 
@@ -33,7 +33,7 @@ def loader_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         # A lost connection between processes is not the loader's fault, and is handled elsewhere.
-        if is_of_connection(error):
+        if is_connection_error(error):
             raise
         lines = str(error).splitlines() or [""]
         raise DataError(f"{where}: {type(error).__name__}: {lines[0]}") from error

@@ -1,5 +1,4 @@
-"""The path that validate_pgd.py and fgsm.py share: checkpoint and config -> test images, model,
-attack -> report."""
+"""The function of validate_pgd.py and fgsm.py: model, test images, attack -> report."""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +19,9 @@ from base.config.arguments import takes
 from base.config.origins import Flag
 from base.device import memory_explained
 from base.distributed import distributed_session, from_primary, is_primary, world_size
-from base.distributed.agreement import Facts, agreed, config_facts, data_facts
+from base.distributed.agreement import Facts, config_facts, data_facts, prepare_on_all_ranks
 from base.errors import CheckpointError, ConfigError
-from base.output import check_folder, format_of, is_stream, writing
+from base.output import PICTURES, check_folder, format_of, is_stream, writing
 from base.registry import lookup
 from base.run_folder.names import EVALUATIONS
 from base.text import say
@@ -39,7 +38,11 @@ from experiment.evaluation_flags import check_evaluation_outputs, evaluation_par
 from experiment.loading import Evaluation, load_evaluation
 
 DOCTOR_IMAGES = 200
+"""Images that `--doctor` examines by default."""
+
 EXAMPLES = 8
+"""Images in the figure of examples."""
+
 SIZES = (
     ("--norm", "adversarial.norm", "linf or l2"),
     (
@@ -52,18 +55,24 @@ SIZES = (
     ("--restarts", "pgd_attack.restarts", "random starts"),
     ("--loss", "pgd_attack.loss", "ce, margin or dlr"),
 )
-OF_ATTACKS = {
+"""Flags of attacks, the config keys that they set, and their help texts."""
+
+ATTACK_ARGUMENTS = {
     "--steps": "steps",
     "--step_size": "step_size",
     "--restarts": "restarts",
     "--loss": "loss",
 }
-"""Flags of `SIZES` that not every attack has a use for -> the argument of its constructor."""
+"""Those of the flags that not every attack has -> the argument of the attack's constructor."""
 
 
 @dataclass(frozen=True)
 class AttackOptions:
-    """How an attack command measures and where it writes; what its flags of the same names say."""
+    """How an attack command measures and where it writes.
+
+    The fields are the values of the flags of the same names. `flags` are those of `SIZES` that were
+    given.
+    """
 
     seed: int = 0
     limit: int | None = None
@@ -77,36 +86,39 @@ class AttackOptions:
     result_dir: Path | None = None
     name: str | None = None
     flags: tuple[str, ...] = ()
-    """The flags of `SIZES` that are given."""
 
 
 def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
-    """The command line of an attack script; `sizes` are the flags of `SIZES` that its attack
-    has."""
-    written = "write the report here, and a verdict per image beside it"
+    """Return the parser of an attack command; `sizes` are the flags of `SIZES` of its attack."""
     parser = evaluation_parser(
-        description, json=written, figure="draw clean and adversarial images"
+        description,
+        json="write the report here, and a verdict per image beside it",
+        figure="draw clean and adversarial images",
     )
     parser.add_argument(
         "--result_dir",
         type=Path,
         metavar="DIR",
-        help="folder for the report, where --json names no file",
+        help="write the report into this folder, if --json names no file",
     )
     parser.add_argument(
-        "--name", help="begins the name of the report's file, where --json names none"
+        "--name", help="first part of the name of the report's file, if --json names no file"
     )
     parser.add_argument(
         "--csv",
         type=Path,
         metavar="FILE",
-        help="write a line for each image here; - is standard output",
+        help="write a table with a line for each image here; - is standard output",
     )
-    images = "write the adversarial images here (npz), float32 as they were attacked, with labels and predictions"
-    parser.add_argument("--save_images", type=Path, metavar="FILE", help=images)
+    parser.add_argument(
+        "--save_images",
+        type=Path,
+        metavar="FILE",
+        help="write the adversarial images (float32), labels and predictions here (npz)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random starts")
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="attack N test images only, the first of every class"
+        "--limit", type=int, metavar="N", help="attack only N test images, the first of every class"
     )
     parser.add_argument(
         "--batch_size", type=int, default=250, metavar="N", help="images attacked at a time"
@@ -122,63 +134,66 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
         nargs="?",
         const=DOCTOR_IMAGES,
         metavar="N",
-        help=f"check on N images ({DOCTOR_IMAGES}) whether the number can be believed",
+        help=f"check on N images ({DOCTOR_IMAGES}) whether the result is reliable",
     )
     return parser
 
 
 def evaluate_checkpoint(arguments: argparse.Namespace, attack: str | None = None) -> None:
-    """Attack the network that the command line names; the last line printed holds the accuracies.
+    """Attack the network that the command line names; the last printed line has the accuracies.
 
     Args:
-        arguments: of an `attack_parser`.
-        attack: a name in `ATTACKS`; None for that of the config.
+        arguments: parsed by an `attack_parser`.
+        attack: a name in `ATTACKS`; None for the config's.
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything is attacked.
     """
     given = vars(arguments)
-    fields_of_options = [field.name for field in fields(AttackOptions) if field.name in given]
+    names = [field.name for field in fields(AttackOptions) if field.name in given]
     options = AttackOptions(
-        **{name: given[name] for name in fields_of_options},
+        **{name: given[name] for name in names},
         flags=tuple(flag for flag, key, _ in SIZES if given.get(key) is not None),
     )
-    _check(options)
+    _check_options(options)
     check_evaluation_outputs(arguments, csv=options.csv, save_images=options.save_images)
     overrides = key_flags(arguments, [key for _, key, _ in SIZES])
     if attack is not None:
         overrides.insert(0, Flag(("pgd_attack.type", attack), f"--attack {attack}"))
     if "system.precision" not in dict(set_overrides(arguments.set)):
-        # an attack in bf16 finds a little less, whatever the training was in
+        # In bf16 an attack finds a little less, whatever the precision of the training was.
         overrides.append(("system.precision", "fp32"))
     limits = {"limit": options.limit, "batch_size": options.batch_size}
     attack_evaluation(partial(load_evaluation, arguments, overrides, **limits), options)
 
 
 def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) -> None:
-    """Attack what `load` returns, write the report and print it.
+    """Attack the model that `load` returns, write the report and print it.
 
-    Under torchrun the images are shared out over the processes; rank 0 writes and prints.
+    Under torchrun the images are divided among the processes; rank 0 writes and prints.
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything is attacked.
     """
+    # Loading is inside the session, so that a process that fails does not leave others waiting.
     with distributed_session():
-        evaluation = agreed(load, lambda evaluation: _facts(evaluation, options))
+        evaluation = prepare_on_all_ranks(load, lambda evaluation: _facts(evaluation, options))
         config, loader, model = evaluation.config, evaluation.loader, evaluation.model
         if loader.n_samples < world_size():
             raise ConfigError(
-                f"--limit: {loader.n_samples} images cannot be shared out over {world_size()} processes"
+                f"--limit: {loader.n_samples} images cannot be divided among {world_size()}"
+                " processes"
             )
-        attack = _attack(config, loader.num_classes, options)
+        attack = _build_attack(config, loader.num_classes, options)
         context: dict[str, Any] = {"seed": options.seed, "autocast": evaluation.autocast}
         target = options.json or _default_target(evaluation.run_folder, attack, options)
         from_primary(lambda: _check_target(target, options))
+        # Verdicts are kept beside the report, so that an interrupted attack can continue.
         kept = None
         if target is not None and not is_stream(target):
             settings = (config.dump(), evaluation.provenance, options.seed, options.batch_size)
             kept = partial_file(target, model, loader, attack, settings)
-        with memory_explained("--batch_size", options.batch_size), _misfit_explained():
+        with memory_explained("--batch_size", options.batch_size), _contract_explained():
             report = robust_accuracy(
                 model,
                 loader,
@@ -189,37 +204,43 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
                 provenance={**evaluation.provenance, "data": evaluation.data},
                 **context,
             )
-        is_first = is_primary()
+        # Outside the session every process is the primary one.
+        was_primary = is_primary()
         if options.csv is not None:
             from_primary(lambda: _save_csv(report, loader, options.csv))
         if target is not None and not is_stream(target):
             from_primary(lambda: _save(report, target))
-            # from here on the report is safe, and nobody needs what was kept for an interruption
+            # Only now is the report on the disk.
             remove_partials(target)
-    if is_first:
-        _conclude(report, evaluation, attack, target, options, context)
+    if was_primary:
+        _finish(report, evaluation, attack, target, options, context)
 
 
 def _facts(evaluation: Evaluation, options: AttackOptions) -> Facts:
-    """What processes that share an evaluation have to have alike."""
-    asked = {name: getattr(options, name) for name in ("seed", "batch_size", "ema")}
+    """Return what the processes that share an evaluation must have in common."""
+    command = {
+        "attack": evaluation.config.pgd_attack.type,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "ema": options.ema,
+    }
     return {
-        "command lines": (ConfigError, {"attack": evaluation.config.pgd_attack.type, **asked}),
+        "command lines": (ConfigError, command),
         **config_facts(evaluation.config),
         "checkpoints": (CheckpointError, evaluation.weights_digest()),
         **data_facts(test=evaluation.loader),
     }
 
 
-def _check(options: AttackOptions) -> None:
-    """Refuse what would fail after the attack."""
+def _check_options(options: AttackOptions) -> None:
+    """Check, before the attack, what would otherwise fail after it."""
     for name in ("limit", "batch_size", "doctor"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name}: expected at least 1, not {value}")
     name = options.name
     if name is not None and (not name or Path(name).name != name):
-        raise ConfigError(f"--name {name}: expected the beginning of a file's name")
+        raise ConfigError(f"--name {name}: expected the first part of a file's name")
     if options.csv is not None:
         format_of(options.csv, ("csv",))
     if options.save_images is not None:
@@ -227,14 +248,15 @@ def _check(options: AttackOptions) -> None:
 
 
 def _check_target(target: Path | None, options: AttackOptions) -> None:
-    """Refuse to attack where report and verdicts could not be written, such as in a run folder that
-    may only be read."""
+    """Check that report and verdicts can be written, for example not into a read-only folder."""
     if target is None or is_stream(target):
         return
     try:
         check_folder(target.parent)
     except OSError as error:
-        instead = "" if options.json else "; name a file for the report with --json FILE"
+        instead = ""
+        if options.json is None:
+            instead = "; name a file for the report with --json FILE"
         raise ConfigError(
             f"{target.parent}: may not be written ({error.strerror}){instead}"
         ) from None
@@ -246,9 +268,8 @@ def _save(report: RobustnessReport, target: Path) -> None:
 
 
 @contextmanager
-def _misfit_explained() -> Iterator[None]:
-    """An attack or a network of the user's own that breaks its contract is one line, not a
-    traceback."""
+def _contract_explained() -> Iterator[None]:
+    """Report a user's attack or network that breaks its contract in one line."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -257,16 +278,16 @@ def _misfit_explained() -> Iterator[None]:
 
 def _save_csv(report: RobustnessReport, loader: BaseDataLoader, path: Path) -> None:
     names = loader.sample_names()
-    positions = loader.positions.tolist()
-    file_names = None if names is None else dict(zip(positions, names, strict=True))
+    file_names = None
+    if names is not None:
+        file_names = dict(zip(loader.positions.tolist(), names, strict=True))
     with _report_printed_on_failure(report), writing(path):
         report.save_csv(path, loader.class_names, file_names)
 
 
 @contextmanager
 def _report_printed_on_failure(report: RobustnessReport) -> Iterator[None]:
-    """A file that cannot be written does not cost the numbers: they are printed before the
-    error."""
+    """Print the report if a file cannot be written, so that its numbers are not lost."""
     try:
         yield
     except ConfigError:
@@ -274,7 +295,7 @@ def _report_printed_on_failure(report: RobustnessReport) -> Iterator[None]:
         raise
 
 
-def _conclude(
+def _finish(
     report: RobustnessReport,
     evaluation: Evaluation,
     attack: Attack,
@@ -282,9 +303,9 @@ def _conclude(
     options: AttackOptions,
     context: Mapping[str, Any],
 ) -> None:
-    """Doctor, files, pictures, and the report itself as the last line, also where a file cannot be
-    written."""
+    """Examine the report's reliability, write the other files, and print the report last."""
     model, loader = evaluation.model, evaluation.loader
+    # The checks attack each image many times, so they use few images.
     if options.doctor:
         few = some_of_every_class(loader, options.doctor)
         found = doctor(model, few, attack, **context)
@@ -293,12 +314,13 @@ def _conclude(
         with _report_printed_on_failure(report):
             _draw_curve(found, report, options.figure or target)
     if target is not None:
+        # A file was written before the reliability was known, a stream was not.
         if options.doctor or is_stream(target):
             _save(report, target)
-        say(
-            f"report {target}"
-            + ("" if is_stream(target) else f", verdicts {target.with_suffix('.verdicts.npz')}")
-        )
+        line = f"report {target}"
+        if not is_stream(target):
+            line += f", verdicts {target.with_suffix('.verdicts.npz')}"
+        say(line)
     if options.csv is not None:
         say(f"table {options.csv}")
     if options.save_images is not None:
@@ -309,12 +331,12 @@ def _conclude(
         say(f"figure {options.figure}")
     say(*(f"warning: {warning}" for warning in report.warnings))
     if report.doctor is not None:
-        print(_conclusion(report, report.doctor))
+        print(_verdict_on_reliability(report, report.doctor))
     print(report)
 
 
-def _conclusion(report: RobustnessReport, found: DoctorReport) -> str:
-    """What the doctor's checks come to, in one line."""
+def _verdict_on_reliability(report: RobustnessReport, found: DoctorReport) -> str:
+    """Return the outcome of all checks in one line."""
     needed = report.images_needed
     if report.reliable is False:
         return "NOT RELIABLE: see the warnings"
@@ -324,40 +346,58 @@ def _conclusion(report: RobustnessReport, found: DoctorReport) -> str:
     return f"every check passed (examined: {title(found.examined)})"
 
 
-def _attack(config: Config, num_classes: int, options: AttackOptions) -> Attack:
-    """The config's attack, which goes on until a label has left the top five where there are more
-    classes than that."""
+def _build_attack(config: Config, num_classes: int, options: AttackOptions) -> Attack:
+    """Return the config's attack, after checking the flags that it was given."""
     name = config.pgd_attack.type
     kind = lookup(ATTACKS, name, "pgd_attack.type")
     for flag in options.flags:
-        if flag in OF_ATTACKS and not takes(kind, OF_ATTACKS[flag]):
-            raise ConfigError(f"{flag}: {name} has no such setting")
+        if flag in ATTACK_ARGUMENTS and not takes(kind, ATTACK_ARGUMENTS[flag]):
+            raise ConfigError(f"{flag}: has no effect on the attack {name}")
     attack = build_attacks.build_attack(config, num_classes, attack_rank(num_classes))
     if options.doctor is not None and attack.epsilon == 0:
-        raise ConfigError("--doctor: with an epsilon of 0 there is nothing to examine")
+        raise ConfigError("--doctor: needs an epsilon above 0")
     return attack
 
 
 def _default_target(run_folder: Path | None, attack: Attack, options: AttackOptions) -> Path | None:
-    """Reports on a run folder go into it, or into `--result_dir`; everything else is reported on
-    only where `--json` or `--result_dir` says so."""
-    folder = options.result_dir or (run_folder and run_folder / EVALUATIONS)
-    if folder is None:
+    """Return the file of the report if `--json` does not name one.
+
+    It is in `--result_dir`, or in the run folder. For a single checkpoint there is no report.
+    """
+    if options.result_dir is not None:
+        folder = options.result_dir
+    elif run_folder is not None:
+        folder = run_folder / EVALUATIONS
+    else:
         return None
-    limit = [] if options.limit is None else [f"n{options.limit}"]
-    extra = ["ema"] * options.ema + limit + [f"seed{options.seed}"]
-    name = [] if options.name is None else [options.name]
-    return folder / ("_".join([*name, file_stem(attack), *extra]) + ".json")
+    words = [file_stem(attack)]
+    if options.name is not None:
+        words.insert(0, options.name)
+    if options.ema:
+        words.append("ema")
+    if options.limit is not None:
+        words.append(f"n{options.limit}")
+    words.append(f"seed{options.seed}")
+    return folder / f"{'_'.join(words)}.json"
 
 
 def _draw_curve(found: DoctorReport, report: RobustnessReport, beside: Path | None) -> None:
     if beside is None or is_stream(beside):
         return
-    suffix = beside.suffix if beside.suffix in (".png", ".pdf", ".svg") else ".png"
-    path, attack = beside.with_name(f"{beside.stem}_epsilon{suffix}"), found.examined
-    heading = f"{Path(report.checkpoint).name} under PGD on {found.n} images"
-    chance, clean = 1 / found.num_classes, found.curve[0][1]
-    draw_epsilon_curve(path, found.curve, attack.norm, clean, chance, attack.epsilon, heading)
+    suffix = ".png"
+    if beside.suffix.removeprefix(".") in PICTURES:
+        suffix = beside.suffix
+    path = beside.with_name(f"{beside.stem}_epsilon{suffix}")
+    attack = found.examined
+    draw_epsilon_curve(
+        path,
+        found.curve,
+        attack.norm,
+        clean=found.curve[0][1],
+        chance=1 / found.num_classes,
+        epsilon=attack.epsilon,
+        title=f"{Path(report.checkpoint).name} under PGD on {found.n} images",
+    )
     say(f"accuracy against epsilon {path}")
 
 
@@ -371,12 +411,16 @@ def _draw_examples(
     seed: int,
     autocast: Autocast,
 ) -> None:
-    """Draw images that the attack broke, or else any. PGD finds the same points again, as its
-    starts depend on the image only; AutoAttack draws for a batch as a whole and may find others."""
+    """Draw images that the attack broke, or any if it broke none.
+
+    The images are attacked again. PGD finds the same points, because its starts depend on the image
+    only. AutoAttack draws for a batch as a whole, and may find others.
+    """
     verdicts = report.verdicts
     broken = (verdicts.clean_top1 & ~verdicts.robust_top1).nonzero().squeeze(1)
-    chosen = broken if len(broken) else torch.arange(len(verdicts))
-    few = some_of_every_class(loader.subset(chosen), EXAMPLES)
+    if len(broken) == 0:
+        broken = torch.arange(len(verdicts))
+    few = some_of_every_class(loader.subset(broken), EXAMPLES)
     few.batch_size = EXAMPLES
     device = device_of(model)
     images, labels = (tensor.to(device) for tensor in next(iter(few)))

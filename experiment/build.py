@@ -1,4 +1,4 @@
-"""From a config to its parts: data loader, model, trainer. `experiment` puts them together."""
+"""The parts that a config describes: data loader, model, trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,9 +17,10 @@ from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts, Validate
 from base.config import Config
 from base.config.names import ALWAYS
+from base.config.training import TrainerConfig
 from base.device import determinism_explained
 from base.distributed import Shard, world_size
-from base.distributed.session import is_of_connection
+from base.distributed.session import is_connection_error
 from base.distributed.sync_batch_norm import convert_sync_batchnorm
 from base.errors import ConfigError
 from base.optim import Schedule
@@ -40,32 +41,25 @@ HELD_OUT_BY_DEFAULT = 0.1
 
 
 def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
-    """The training loader of a config.
+    """Return the training loader of a config.
 
-    It holds out a tenth of every class where the config needs validation images, for a `val_`
-    monitor or robust validation, and asks for no validation split."""
-    settings, args = config.trainer, config.data_loader.args.model_dump(exclude_none=True)
+    If the config asks for no validation split, but needs validation images for a `val_` monitor or
+    for robust validation, the loader holds out a tenth of every class.
+    """
+    settings = config.trainer
+    args = config.data_loader.args.model_dump(exclude_none=True)
     monitors = settings.monitor + (config.lr_scheduler.monitor or "")
     if ("val_" in monitors or config.adversarial.validate_every) and args["validation_split"] == 0:
         args["validation_split"] = HELD_OUT_BY_DEFAULT
-    kind = (
-        "sym"
-        if settings.sym
-        else "asym"
-        if settings.asym
-        else "file"
-        if settings.noise_file
-        else "none"
-    )
     noise = LabelNoise(
-        kind=kind,
+        kind=_noise_kind(settings),
         percent=settings.percent,
         law=settings.noise_law,
         file=settings.noise_file,
         key=settings.noise_key,
         on_validation=settings.noisy_validation,
     )
-    # mixup is done by the trainer
+    # The trainer does the mixup.
     augmentation = config.augmentation.model_dump(exclude={"mixup_alpha"})
     name = config.data_loader.type
     arguments = {
@@ -79,9 +73,20 @@ def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
     return build_loader(name, lookup(DATA_LOADERS, name, "data_loader.type"), arguments)
 
 
+def _noise_kind(settings: TrainerConfig) -> str:
+    if settings.sym:
+        return "sym"
+    if settings.asym:
+        return "asym"
+    if settings.noise_file:
+        return "file"
+    return "none"
+
+
 def completed_config(config: Config, loader: BaseDataLoader) -> Config:
-    """The config with what its data set decides, `FILLED_FROM_DATA`: it is enough to build the
-    model without the data.
+    """Return the config with the classes and channels of its data set.
+
+    This config is enough to build the model without the data.
 
     Raises:
         ConfigError: the config asks for other classes or channels than the data set has.
@@ -103,7 +108,7 @@ def completed_config(config: Config, loader: BaseDataLoader) -> Config:
 
 
 def with_shape(config: Config, num_classes: int, channels: int) -> Config:
-    """The config with a number of classes and of channels, as far as its model takes them."""
+    """Return the config with these classes and channels, if its model has such arguments."""
     facts = {"num_classes": num_classes, "in_channels": channels}
     taken = arguments_of(lookup(MODELS, config.arch.type, "arch.type"))
     filled = {name: value for name, value in facts.items() if name in taken}
@@ -114,18 +119,17 @@ def with_shape(config: Config, num_classes: int, channels: int) -> Config:
 def build_experiment_model(
     config: Config, loader: BaseDataLoader, device: torch.device
 ) -> BaseModel:
-    """The config's model for the loader's classes and channels, with the loader's mean and std, on
-    the device."""
+    """Return the config's model for the loader's classes, channels, mean and std."""
     config = completed_config(config, loader)
-    return build_network(config, mean=loader.mean, std=loader.std, device=device)
+    return build_completed_model(config, mean=loader.mean, std=loader.std, device=device)
 
 
-def build_network(
+def build_completed_model(
     config: Config, *, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> BaseModel:
-    """The model of a config that says its classes and channels, with weights of the config's
-    seed."""
+    """Return the model of a completed config, with weights drawn from the config's seed."""
     arch = config.arch.model_dump(exclude_none=True)
+    # Drawn on the CPU, the weights are the same whatever the device.
     seed_global_generators(config.seed, "weights")
     model = build_model(arch, mean=mean, std=std).to(device)
     if config.system.sync_bn and world_size() > 1:
@@ -135,23 +139,24 @@ def build_network(
     return model
 
 
-def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> None:
-    """Try one forward pass in training mode, on a copy, with the smallest batch that will occur in
-    a process (two images are enough).
+def check_images_fit(model: BaseModel, loader: BaseDataLoader, name: str) -> None:
+    """Run one forward pass in training mode with the smallest batch that a process will get.
 
     Raises:
-        ConfigError: the network cannot take images of that size, or so few.
+        ConfigError: the network cannot take images of that size, or so few of them.
     """
+    # The last rank has the smallest shard. Two images are enough: batch normalization fails on one.
     smallest = loader.n_samples % loader.batch_size or loader.batch_size
     shard = Shard(smallest, world_size() - 1, world_size())
     count = min(2, len(range(smallest)[shard.part]))
     images = torch.zeros(count, *loader.image_shape, device=next(model.parameters()).device)
     try:
         with torch.no_grad(), determinism_explained():
+            # A copy, because training mode changes running statistics.
             deepcopy(model).train()(images)
     except (RuntimeError, ValueError, TypeError) as error:
-        # synchronized batch normalization asks the other processes, which may have ended
-        if is_of_connection(error):
+        # Synchronized batch normalization communicates, and another process may have ended.
+        if is_connection_error(error):
             raise
         size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
         reason = first_line(error)
@@ -160,28 +165,32 @@ def refuse_unfit_images(model: BaseModel, loader: BaseDataLoader, name: str) -> 
         ) from None
 
 
-def refuse_too_few_images(
-    config: Config, training: BaseDataLoader, *others: BaseDataLoader | None
+def check_image_counts(
+    config: Config,
+    training: BaseDataLoader,
+    validation: BaseDataLoader | None,
+    test: BaseDataLoader,
 ) -> None:
-    """Refuse what cannot be shared out over all processes.
+    """Check that there is an image for each process in everything that they share.
 
     Raises:
         ConfigError: naming the key.
     """
-    adversarial, held_out, test = config.adversarial, *others
-    attacked = adversarial.validate_images if config.robust_validation_period else None
-    reported = adversarial.report_images if config.reports_robustness else None
-    numbers = {
+    counts: dict[str, int | None] = {
         "data_loader.args.batch_size": training.batch_size,
-        "the validation set": None if held_out is None else held_out.n_samples,
         "the test set": test.n_samples,
-        "adversarial.validate_images": attacked,
-        "adversarial.report_images": reported,
     }
-    for name, number in numbers.items():
+    if validation is not None:
+        counts["the validation set"] = validation.n_samples
+    if config.robust_validation_period:
+        counts["adversarial.validate_images"] = config.adversarial.validate_images
+    if config.reports_robustness:
+        # None stands for the whole test set.
+        counts["adversarial.report_images"] = config.adversarial.report_images
+    for name, number in counts.items():
         if number is not None and number < world_size():
             raise ConfigError(
-                f"{name}: {number} images cannot be shared out over {world_size()} processes"
+                f"{name}: {number} images cannot be divided among {world_size()} processes"
             )
 
 
@@ -197,11 +206,11 @@ def build_trainer(
     folder: Path,
     metadata: Mapping[str, Any],
 ) -> BaseTrainer:
-    """The trainer of the config's training method, with its arguments; the others are those of
+    """Return the trainer of the config's training method; the arguments are those of
     `TrainerParts`.
 
     Raises:
-        ConfigError: the method does not take them.
+        ConfigError: the method does not accept the config's arguments for it.
     """
     threat = build_attacks.threat_model(config)
     parts = TrainerParts(
@@ -221,6 +230,7 @@ def build_trainer(
         metadata=metadata,
     )
     method = check_method(config)
+    # A trainer's constructor raises ValueError for arguments out of range.
     try:
         return method(parts, **method_arguments(config))
     except ValueError as error:
@@ -228,15 +238,15 @@ def build_trainer(
 
 
 def check_method(config: Config) -> type[BaseTrainer]:
-    """The class of the config's training method, which is one that can be called as the project
-    calls it.
+    """Return the class of the config's training method, after checking that it can be built.
 
     Raises:
-        ConfigError: naming the method and what does not fit.
+        ConfigError: naming the method and what is wrong with it.
     """
     name = config.adversarial_method
     method = lookup(TRAINERS, name, "adversarial.method")
     key = f"adversarial.method: {name!r}"
+    # A user's own code can put anything into the table.
     if not isinstance(method, type) or not issubclass(method, BaseTrainer):
         raise ConfigError(f"{key} is not a subclass of base.base_trainer.BaseTrainer")
     if isabstract(method):
@@ -245,7 +255,8 @@ def check_method(config: Config) -> type[BaseTrainer]:
         )
     if config.augmentation.mixup_alpha > 0 and not method.takes_mixup:
         raise ConfigError(
-            f"augmentation.mixup_alpha: {method.__name__} takes labels, not mixup's class probabilities"
+            f"augmentation.mixup_alpha: {method.__name__} takes labels, not mixup's class"
+            " probabilities"
         )
     try:
         signature(method).bind("parts", **method_arguments(config))
@@ -255,29 +266,28 @@ def check_method(config: Config) -> type[BaseTrainer]:
 
 
 def method_arguments(config: Config) -> dict[str, Any]:
-    """The arguments of the config's training method, sizes in units of the pixel range."""
-    return build_attacks.own_arguments(
+    """Return the arguments of the config's training method, sizes in units of the pixel range."""
+    return build_attacks.entry_arguments(
         config.adversarial, config.adversarial_method, config.adversarial.norm
     )
 
 
 def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """The config's metrics, and always the two that results are reported in."""
+    """Return the config's metrics, and always top-1 and top-5, which results are reported in."""
     return {name: METRICS[name] for name in dict.fromkeys([*ALWAYS, *config.metrics])}
 
 
 def evaluator(
     config: Config, autocast: Callable[[], AbstractContextManager]
 ) -> Callable[..., dict[str, float]]:
-    """`(model, loader, description=...) -> mean loss and accuracies`, with the config's loss and
-    metrics; see `evaluate`."""
+    """Return `evaluate(model, loader, description=...)` with the config's loss and metrics."""
     return partial(
         evaluate, loss=LOSSES[config.val_loss], metrics=metrics(config), autocast=autocast
     )
 
 
 def ocnn_penalty(config: Config) -> Callable[[nn.Module], Tensor] | None:
-    """OCNN's weighted penalty, where the config asks for it."""
+    """Return OCNN's weighted penalty, if the config asks for it."""
     if not config.trainer.OCNN:
         return None
     return lambda model: config.trainer.lamb_ocnn * penalty(model)

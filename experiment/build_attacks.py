@@ -1,5 +1,7 @@
-"""The attacks that a config describes. Here, and nowhere else, its sizes become those of the pixel
-range `[0, 1]`."""
+"""The attacks that a config describes.
+
+Only this module converts a config's sizes to the pixel range `[0, 1]`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,27 +19,30 @@ from base.text import one_line
 
 
 def threat_model(config: Config) -> ThreatModel:
-    """Norm and radius of training and of attacks."""
+    """Return the norm and the radius of training and of attacks."""
     norm = config.adversarial.norm
     return ThreatModel(norm, in_pixel_range(config.attack_epsilon, norm))
 
 
 def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Attack:
-    """The attack of `pgd_attack`, for robust validation and reports. Its constructor gets what the
-    config offers, as far as it takes it: epsilon, norm, steps, step_size, restarts, loss,
-    early_stop and seed; and the section's keys of its own.
+    """Return the attack of `pgd_attack`, for robust validation and reports.
+
+    Its constructor gets those of the following arguments that it has: epsilon, norm, steps,
+    step_size, restarts, loss, early_stop and seed. It also gets the arguments of its own that stand
+    in the section.
 
     Args:
         config: the resolved config.
         num_classes: of the data set.
-        stop_at_rank: `early_stop` where the config leaves it open: an image is attacked until its
+        stop_at_rank: `early_stop` if the config does not set it. An image is attacked until its
             label is not among that many of the largest logits.
 
     Raises:
-        ConfigError: the attack refuses its arguments or needs more classes, or the package that it
-            needs is missing.
+        ConfigError: the attack does not accept its arguments or needs more classes, or a package is
+            missing.
     """
-    threat, settings = threat_model(config), config.pgd_attack
+    threat = threat_model(config)
+    settings = config.pgd_attack
     kind = lookup(ATTACKS, settings.type, "pgd_attack.type")
     offered: dict[str, Any] = {
         "epsilon": threat.epsilon,
@@ -49,30 +54,39 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
         "seed": config.seed,
     }
     taken = {parameter.name: parameter for parameter in parameters_of(kind)}
-    own_step = "step_size" in taken and taken["step_size"].default is not taken["step_size"].empty
-    if settings.step is not None or not own_step:
+    # An attack that has a default step knows better than the default here, which is PGD's.
+    has_default_step = (
+        "step_size" in taken and taken["step_size"].default is not taken["step_size"].empty
+    )
+    if settings.step is not None or not has_default_step:
         offered["step_size"] = _step_size(settings, threat)
+    # Attacks differ in what they have: FGSM takes no steps, Square no step size.
     given = {name: value for name, value in offered.items() if name in taken}
-    own = own_arguments(settings, settings.type, threat.norm)
+    given |= entry_arguments(settings, settings.type, threat.norm)
     try:
-        attack = kind(**given, **own)
+        attack = kind(**given)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"pgd_attack: {settings.type}: {one_line(error)}") from None
     if not isinstance(attack, Attack):
-        what = type(attack).__name__
         raise ConfigError(
-            f"pgd_attack.type: {settings.type}: expected a subclass of attacks.Attack, not {what}"
+            f"pgd_attack.type: {settings.type}: expected a subclass of attacks.Attack, not"
+            f" {type(attack).__name__}"
         )
     if num_classes < attack.min_classes:
+        # Where an attack has a choice of losses, the loss is what needs more classes.
         choice = f"loss: {attack.loss}" if "loss" in taken else f"type: {settings.type}"
-        needs = f"needs at least {attack.min_classes} classes, this data set has {num_classes}"
-        raise ConfigError(f"pgd_attack.{choice} {needs}")
+        raise ConfigError(
+            f"pgd_attack.{choice} needs at least {attack.min_classes} classes, this data set has"
+            f" {num_classes}"
+        )
     return attack
 
 
-def own_arguments(section: OpenSection, name: str, norm: str) -> dict[str, Any]:
-    """The arguments of the entry `name` that stand in a section of one table, sizes in units of the
-    pixel range."""
+def entry_arguments(section: OpenSection, name: str, norm: str) -> dict[str, Any]:
+    """Return the arguments in a section that belong to the entry `name` of its table.
+
+    Sizes are in units of the pixel range.
+    """
     (choice,) = section.choices
     given = section.arguments_for(choice.key, name)
     for argument in choice.arguments(name).values():
@@ -81,13 +95,15 @@ def own_arguments(section: OpenSection, name: str, norm: str) -> dict[str, Any]:
     return given
 
 
-def other_attack(section: Mapping[str, Any], name: str) -> dict[str, None]:
-    """The keys that a config's section `pgd_attack` loses where another attack takes the place of
-    the one that it describes: that one's sizes and arguments, and values at their default.
+def keys_of_other_attack(section: Mapping[str, Any], name: str) -> dict[str, None]:
+    """Return the keys of `pgd_attack`, each with None, that have no meaning for another attack.
+
+    These are the sizes and arguments of the attack that the section describes. `restarts` and
+    `loss` are kept if they differ from that attack's defaults.
 
     Args:
-        section: the section, as written.
-        name: the new attack.
+        section: as it stands in the config.
+        name: the other attack.
     """
     before = section.get("type", "pgd")
     if name == before:
@@ -102,16 +118,19 @@ def other_attack(section: Mapping[str, Any], name: str) -> dict[str, None]:
 def _step_size(settings: PGDAttackConfig, threat: ThreatModel) -> float:
     if settings.step is not None:
         return in_pixel_range(settings.step, threat.norm)
-    return in_pixel_range(2, "linf") if threat.norm == "linf" else 2.5 * threat.epsilon / settings.K
+    if threat.norm == "linf":
+        # The step of Madry et al. on CIFAR-10.
+        return in_pixel_range(2, "linf")
+    # As in Madry et al. for l2: all steps together can cross the ball, whatever the start.
+    return 2.5 * threat.epsilon / settings.K
 
 
 def fgsm(config: Config) -> FGSM:
-    """FGSM with the config's norm, radius and loss, which watches fast FGSM training for
-    overfitting.
-
-    It climbs cross entropy where a user's own attack has a loss that FGSM does not know.
-    """
-    threat, loss = threat_model(config), config.pgd_attack.loss
-    return FGSM(
-        threat.epsilon, threat.norm, early_stop=1, loss=loss if loss in ATTACK_LOSSES else "ce"
-    )
+    """Return FGSM with the config's norm, radius and loss, which detects overfitting of FGSM
+    training."""
+    threat = threat_model(config)
+    loss = config.pgd_attack.loss
+    if loss not in ATTACK_LOSSES:
+        # A user's own attack may have a loss that FGSM does not have.
+        loss = "ce"
+    return FGSM(threat.epsilon, threat.norm, early_stop=1, loss=loss)

@@ -1,4 +1,4 @@
-"""What class_report.py does: network and test images -> predictions -> scores of every class."""
+"""The function of class_report.py: network, test images -> predictions -> scores per class."""
 
 import argparse
 import csv
@@ -22,7 +22,7 @@ COLUMNS = ("position", "file", "label", "prediction", "confidence")
 
 
 def class_report_parser() -> Parser:
-    """The command line of class_report.py."""
+    """Return the parser of class_report.py."""
     parser = evaluation_parser("Precision, recall and confusions of every class of the test set.")
     parser.add_argument(
         "--csv",
@@ -34,7 +34,7 @@ def class_report_parser() -> Parser:
 
 
 def report_classes(arguments: argparse.Namespace) -> None:
-    """Evaluate the network that the command line names, print a table, write what is asked for.
+    """Evaluate the network that the command line names, print a table and write the reports.
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything is predicted.
@@ -71,9 +71,12 @@ def report_classes(arguments: argparse.Namespace) -> None:
 
 
 def predictions_csv(predictions: Predictions, loader: BaseDataLoader) -> str:
-    """A line for every image: its place in the test set, its file, the names of its class and of
-    the one predicted, and the probability of that. Where the model answers NaN the last two are
-    empty."""
+    """Return a CSV table with a line for each image.
+
+    Its columns are the image's position in the test set, its file, the names of its class and of
+    the predicted class, and the probability of the latter. If the model returns NaN, the last two
+    are empty.
+    """
     names: Sequence[str] = loader.class_names
     text = StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -87,8 +90,8 @@ def predictions_csv(predictions: Predictions, loader: BaseDataLoader) -> str:
         strict=True,
     )
     for position, file, label, prediction, confidence in rows:
-        answer = (
-            ["", ""] if isnan(confidence) else [csv_text(names[prediction]), f"{confidence:.6g}"]
-        )
+        answer = ["", ""]
+        if not isnan(confidence):
+            answer = [csv_text(names[prediction]), f"{confidence:.6g}"]
         table.writerow([position, csv_text(file), csv_text(names[label]), *answer])
     return text.getvalue()

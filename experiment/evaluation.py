@@ -1,5 +1,4 @@
-"""Evaluation: a network and the images that it is measured on, for every command that measures
-one."""
+"""A network together with the images that it is measured on."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,9 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.config import Config
-from base.device import autocast, choose_precision, keep_freed_memory, set_determinism
-from base.distributed.launch import own_device
+from base.device import autocast, choose_precision, set_determinism
+from base.distributed.launch import local_device
 from base.errors import DataError
-from data_loader.splits import some_of_every_class
 
 
 @dataclass(frozen=True)
@@ -25,16 +23,18 @@ class Evaluation:
 
     Attributes:
         model: in evaluation mode, on `device`.
-        loader: the test images, or the part of them that was asked for.
+        loader: the test images.
         config: how it is measured: the sections `adversarial`, `pgd_attack` and `system`, and the
-            seed. Of a network of the user's own, `arch` and everything else means nothing.
-        device: where model and images are.
-        source: what reports call the model: the file of a checkpoint, or the word after `--model`.
-        described: the network and where it comes from, in a few words, for titles.
-        data: the data set's folder; where it has none, its loader's name.
-        provenance: what every report says of its model: the checkpoint, what the pixels are
-            normalized by, and what was assumed.
-        run_folder: the run folder that was named, which reports go into; None for everything else.
+            seed. For a network of the user's own, all other sections are meaningless.
+        device: of model and images.
+        source: the name of the model in reports: the file of a checkpoint, or the value of
+            `--model`.
+        described: the network and its origin in a few words, for titles.
+        data: the data set's folder, or the name of its loader if it has none.
+        provenance: what every report says about its model: the checkpoint, the normalization of
+            pixels, and assumptions.
+        run_folder: the run folder that the user named, which reports are written into; otherwise
+            None.
     """
 
     model: nn.Module
@@ -49,44 +49,38 @@ class Evaluation:
 
     @property
     def assumed(self) -> dict[str, str]:
-        """What was assumed because nothing says it: what about -> a sentence."""
+        """Assumptions about what no file says: subject -> a sentence."""
         return self.provenance["assumed"]
 
     def autocast(self) -> AbstractContextManager:
-        """The context of forward passes in the config's precision."""
+        """Return the context of forward passes in the config's precision."""
         return autocast(self.device, choose_precision(self.config.system.precision, self.device))
 
     def weights_digest(self) -> str:
-        """SHA-256 of the model's parameters and buffers, hexadecimal."""
+        """Return the SHA-256 of the model's parameters and buffers, hexadecimal."""
         digest = hashlib.sha256()
         for value in (*self.model.parameters(), *self.model.buffers()):
+            # NumPy has no bfloat16, so the bytes are hashed.
             content = value.detach().cpu().contiguous().flatten()
             digest.update(content.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
 def prepare_machine(config: Config) -> torch.device:
-    """Set this process up as the config says; its device."""
+    """Set up this process as the config says, and return its device."""
     set_determinism(config.system.deterministic, config.system.num_threads)
-    device = own_device(config)
-    keep_freed_memory(device)
-    return device
-
-
-def some_images(loader: BaseDataLoader, limit: int | None, batch_size: int) -> BaseDataLoader:
-    """The first `limit` images of every class, taken together; all of them where it is None."""
-    loader = some_of_every_class(loader, limit or loader.n_samples)
-    loader.batch_size = batch_size
-    return loader
+    return local_device(config)
 
 
 def check_class_names(checkpoint: Mapping[str, Any], found: Sequence[str], data: str) -> None:
-    """Refuse images of other classes than a checkpoint names.
+    """Check that images have the classes that a checkpoint names, if it does.
 
     Raises:
         DataError: naming both.
     """
-    known = checkpoint.get("class_names")
-    if known is not None and list(known) != list(found):
-        there, trained = ", ".join(found), ", ".join(known)
-        raise DataError(f"{data}: has the classes {there}; the model was trained on {trained}")
+    trained = checkpoint.get("class_names")
+    if trained is not None and list(trained) != list(found):
+        raise DataError(
+            f"{data}: has the classes {', '.join(found)};"
+            f" the model was trained on {', '.join(trained)}"
+        )

@@ -1,4 +1,4 @@
-"""The flags of every command that evaluates a checkpoint, or a network of the user's own."""
+"""The flags of the commands that evaluate a checkpoint, or a network of the user's own."""
 
 import argparse
 from pathlib import Path
@@ -13,16 +13,19 @@ from base.output import PICTURES, check_outputs
 from base.run_folder.names import METRICS
 from base.text import one_line
 
-OF_NETWORKS = ("data", "model_args", "mean", "std", "image_size")
-"""Flags that only a network of the user's own has."""
+NETWORK_FLAGS = ("data", "model_args", "mean", "std", "image_size")
+"""Flags that need `--model`."""
+
 LARGEST_SIDE = 8192
 
 
 def evaluation_parser(
     description: str, *, json: str = "write the report here", figure: str = "draw the picture here"
 ) -> Parser:
-    """The flags of every script that evaluates a checkpoint or a network of the user's own; `json`
-    and `figure` say what is written."""
+    """Return a parser with the flags that all these commands share.
+
+    `json` and `figure` are the help texts of these flags.
+    """
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument(
         "-s",
@@ -36,7 +39,7 @@ def evaluation_parser(
         "-c",
         "--config",
         type=path_word,
-        help="config file; not needed where the checkpoint holds its own",
+        help="config file; not needed if the checkpoint holds its own",
     )
     parser.add_argument(
         "-d",
@@ -44,9 +47,12 @@ def evaluation_parser(
         metavar="INDEX",
         help="CUDA device to use, such as 0; with torchrun several",
     )
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
-    several = "which weights, where another code's file holds several sets"
-    parser.add_argument("--weights", metavar="NAME", help=several)
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights")
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="which weights, if a file of other code holds several sets",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value"
     )
@@ -59,7 +65,7 @@ def evaluation_parser(
 
 
 def _checkpoint_word(word: str) -> str:
-    """As `path_word`; a folder above a single run becomes that run's, where reports then go."""
+    """Return `path_word(word)`; a folder that contains a single run becomes the run's folder."""
     return str(find_run(path_word(word)))
 
 
@@ -87,15 +93,15 @@ def _add_network_flags(parser: Parser) -> None:
         help="test images: test/<class>/, or <class>/, or a folder of CIFAR's own files",
     )
     own.add_argument(
-        "--image_size", type=_side, metavar="N", help="side to resize and crop them to"
+        "--image_size", type=_side, metavar="N", help="side that they are resized and cropped to"
     )
     own.add_argument(
         "--mean",
         type=_mean,
         metavar="R,G,B",
-        help="what the pixels are normalized by, where the network does not do it itself",
+        help="normalize the pixels by these, if the network does not do it itself",
     )
-    own.add_argument("--std", type=_std, metavar="R,G,B", help="likewise")
+    own.add_argument("--std", type=_std, metavar="R,G,B", help="see --mean")
 
 
 def _named_value(word: str) -> tuple[str, Any]:
@@ -105,7 +111,7 @@ def _named_value(word: str) -> tuple[str, Any]:
     try:
         return name, parse_json(text)
     except JSONError:
-        # a bare word is a string
+        # A word that is not JSON is a string, so that users need not quote quotes.
         return name, text
 
 
@@ -144,7 +150,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def check_network_flags(arguments: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other, and the lack of a network.
+    """Check that a network is named, and that no flags contradict each other.
 
     Raises:
         ConfigError: naming the flags.
@@ -152,7 +158,7 @@ def check_network_flags(arguments: argparse.Namespace) -> None:
     if arguments.model is None:
         if arguments.checkpoint is None:
             raise ConfigError("-s/--checkpoint or --model: required (see --help)")
-        for name in OF_NETWORKS:
+        for name in NETWORK_FLAGS:
             if getattr(arguments, name):
                 raise ConfigError(f"--{name}: belongs to a network of --model, which is not given")
         return
@@ -173,24 +179,28 @@ def check_network_flags(arguments: argparse.Namespace) -> None:
 
 
 def check_evaluation_outputs(arguments: argparse.Namespace, **outputs: str | Path | None) -> None:
-    """Refuse flags that contradict each other, and a `--json` or `--figure` that cannot be written,
-    or is a file that is being read, before the work.
+    """Check the flags, before the work: that they fit each other, and that outputs can be written.
+
+    An output must not be a file that is being read.
 
     Args:
-        arguments: of an `evaluation_parser`.
-        outputs: more flags with a file to write, without their dashes.
+        arguments: parsed by an `evaluation_parser`.
+        outputs: other flags that name a file to write, without their dashes.
 
     Raises:
         ConfigError: naming the flag.
     """
     check_network_flags(arguments)
+    # A config's parents are input, too.
     read = list(config_chain(arguments.config)) if arguments.config else []
     folders = []
     if arguments.checkpoint is not None:
         source = Path(arguments.checkpoint)
         read.append(source)
-        # a checkpoint that lies in its run folder
-        folders.append(source if source.is_dir() else source.parent)
+        if not source.is_dir():
+            # A checkpoint usually lies in its run folder.
+            source = source.parent
+        folders.append(source)
     if arguments.model is not None:
         read.append(Path(arguments.model.rpartition(":")[0]))
     more = {f"--{name}": path for name, path in outputs.items()}

@@ -1,5 +1,5 @@
-"""What a finished run came to: its last and its best model, and their averages, on the test set,
-clean and under attack."""
+"""The final test of a run: its last and its best model, and their averages, on the test set, clean
+and under attack."""
 
 import logging
 import signal
@@ -32,6 +32,7 @@ from base.signals import Interrupted
 from base.train_state import not_finite
 from data_loader.splits import some_of_every_class
 from evaluation.partial import partial_file, remove_partials
+from evaluation.report import RobustnessReport
 from evaluation.robust_accuracy import robust_accuracy
 from evaluation.verdicts import attack_rank
 from experiment import build, build_attacks
@@ -39,66 +40,59 @@ from experiment import build, build_attacks
 logger = logging.getLogger(__name__)
 
 
-def conclude(
+def run_final_test(
     trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Test the models of a finished run, attack them where the config asks for it, and write
+    """Test the models of a finished run, attack them if the config asks for it, and write
     `result.json` and `eval/`.
 
     Args:
-        trainer: when training has ended. Its model has the weights of the best epoch afterwards.
+        trainer: after training. Its model has the weights of the best epoch afterwards.
         test_loader: the test set.
-        counts: how many images there were to train on, to validate and to test, and the rate of
-            label noise, by name.
+        counts: the numbers of training, validation and test images and the rate of label noise, by
+            name.
 
     Returns:
-        What `result.json` holds: values of the best model by their names (`test_top1`,
-        `test_robust_top1`), those of the last one with `last_` before them, those of averaged
-        weights with `ema_`, and `PROVENANCE`. `best_since_epoch` is there only where the best
-        model of the epochs before that was lost.
+        The contents of `result.json`: values of the best model (`test_top1`, `test_robust_top1`),
+        of the last model with the prefix `last_`, of averaged weights with `ema_`, and the
+        provenance. `best_since_epoch` is there only if the best model of the epochs before it was
+        lost.
 
     Raises:
-        NonFiniteError: a value is infinite or NaN; all are written, that one as null.
-        Stopped: a signal asked for it. The verdicts so far are kept, and a resume goes on from
-            them.
+        NonFiniteError: a value is infinite or NaN. All are written, that one as null.
+        Stopped: a signal stopped the test. A resume continues it from the verdicts so far.
     """
     try:
         with trainer.signals.caught(), trainer.signals.interrupting():
-            return _conclude(trainer, test_loader, counts)
+            return _test_and_write(trainer, test_loader, counts)
     except Interrupted:
         number = trainer.signals.asked
         exit_unless_primary(128 + number)
-        what = (
-            "attack, whose verdicts so far are kept"
-            if trainer.config.reports_robustness
-            else "test"
+        what = "test"
+        if trainer.config.reports_robustness:
+            what = "attack, whose verdicts so far are kept"
+        message = (
+            f"stopped by {signal.Signals(number).name} after training, in the final {what};"
+            f" continue with -r {trainer.folder}"
         )
-        name = signal.Signals(number).name
-        message = f"stopped by {name} after training, in the final {what}; continue with -r {trainer.folder}"
         raise Stopped(message, number) from None
 
 
-def _conclude(
-    trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, int]
+def _test_and_write(
+    trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, float]
 ) -> dict[str, Any]:
     config, state, folder = trainer.config, trainer.state, trainer.folder
     test = _Test(config, test_loader, test_loader.shard(rank(), world_size()), trainer.autocast)
+    # Without a monitor there is no best epoch, and the last model counts as the best.
     last_is_best = state.best_epoch in (None, state.epochs_done) and state.batches_done == 0
-    files = [LAST, BEST] if last_is_best else [LAST]
-    best = last = test.of_both(
-        trainer.model, trainer.ema.model if trainer.ema else None, [folder / name for name in files]
-    )
-    if not last_is_best:
-        saved, averaged = from_primary(lambda: load_checkpoint(folder / BEST)), None
-        load_weights(trainer.model, saved["state_dict"], folder / BEST)
-        if trainer.ema:
-            if "ema_state_dict" not in saved:
-                raise CheckpointError(
-                    f"{folder / BEST}: holds no averaged weights, but trainer.ema_decay asks for them"
-                )
-            averaged = deepcopy(trainer.model)
-            load_weights(averaged, saved["ema_state_dict"], folder / BEST)
-        best = test.of_both(trainer.model, averaged, [folder / BEST])
+    averaged = trainer.ema.model if trainer.ema else None
+    if last_is_best:
+        best = last = test.with_average(trainer.model, averaged, [folder / LAST, folder / BEST])
+    else:
+        last = test.with_average(trainer.model, averaged, [folder / LAST])
+        averaged = _load_best(trainer)
+        best = test.with_average(trainer.model, averaged, [folder / BEST])
+    # Validation values are those of the epoch whose weights are reported.
     log = state.history[(state.best_epoch or state.epochs_done) - 1]
     result = {
         **best,
@@ -110,7 +104,10 @@ def _conclude(
             if key.startswith(("val_clean_", "val_ema_", "val_robust_"))
         },
         "best_epoch": state.best_epoch,
-        **({"best_since_epoch": state.best_since} if state.best_since > 1 else {}),
+    }
+    if state.best_since > 1:
+        result["best_since_epoch"] = state.best_since
+    result |= {
         "epochs": state.epochs_done,
         "train_seconds": state.train_seconds,
         "images_per_second": state.images_seen / state.train_seconds,
@@ -124,76 +121,103 @@ def _conclude(
     if bad:
         exit_unless_primary(NonFiniteError.exit_code)
         raise NonFiniteError(
-            f"{folder / 'result.json'}: {bad[0]} is not finite, null there: the model has diverged"
+            f"{folder / RESULT}: {bad[0]} is not finite, and null there: the model has diverged"
         )
     logger.info("done: %s", describe(result))
     return result | provenance(config)
 
 
+def _load_best(trainer: BaseTrainer) -> BaseModel | None:
+    """Load the weights of the best epoch into the trainer's model; return their average, if the
+    run keeps one."""
+    file = trainer.folder / BEST
+    # Other machines may not see the run folder, so rank 0 reads the file for all.
+    saved = from_primary(lambda: load_checkpoint(file))
+    load_weights(trainer.model, saved["state_dict"], file)
+    if not trainer.ema:
+        return None
+    if "ema_state_dict" not in saved:
+        raise CheckpointError(
+            f"{file}: holds no averaged weights, but trainer.ema_decay asks for them"
+        )
+    averaged = deepcopy(trainer.model)
+    load_weights(averaged, saved["ema_state_dict"], file)
+    return averaged
+
+
 @dataclass(frozen=True)
 class _Test:
-    """The test that every model of a run is put to, by all processes together, each with its `own`
-    images of the `loader`."""
+    """The test of one model, by all processes together.
+
+    Attributes:
+        config: of the run.
+        loader: the test set.
+        shard: the images of this process.
+        autocast: the context of forward passes on clean images.
+    """
 
     config: Config
     loader: BaseDataLoader
-    own: BaseDataLoader
+    shard: BaseDataLoader
     autocast: Callable[[], AbstractContextManager]
 
-    def of_both(
+    def with_average(
         self, model: BaseModel, averaged: BaseModel | None, files: list[Path]
     ) -> dict[str, float]:
-        """Values of a model, prefixed with `test_`, and of its average, prefixed with `ema_test_`;
-        `files` hold both."""
+        """Return the values of a model, and those of its average with the prefix `ema_`.
+
+        `files` are the checkpoints that hold both.
+        """
         values = self.of(model, files, "")
         if averaged is not None:
-            values |= {
-                f"ema_{key}": value for key, value in self.of(averaged, files, "_ema").items()
-            }
+            for key, value in self.of(averaged, files, "_ema").items():
+                values[f"ema_{key}"] = value
         return values
 
     def of(self, model: BaseModel, files: list[Path], suffix: str) -> dict[str, float]:
-        """Values of one model; a report on its robustness goes to `eval/` for each of the
-        checkpoints that hold it."""
+        """Return the values of one model, with the prefix `test_`.
+
+        A report on its robustness is written to `eval/` for each of the checkpoints `files`.
+        """
         evaluate = build.evaluator(self.config, self.autocast)
-        values = {
-            f"test_{key}": value
-            for key, value in evaluate(model, self.own, description="testing").items()
-        }
-        if not self.config.reports_robustness:
-            return values
+        clean = evaluate(model, self.shard, description="testing")
+        values = {f"test_{key}": value for key, value in clean.items()}
+        if self.config.reports_robustness:
+            report = self._attack(model, files, suffix)
+            values["test_robust_top1"] = report.robust_top1
+            if report.robust_top5 is not None:
+                values["test_robust_top5"] = report.robust_top5
+        return values
+
+    def _attack(self, model: BaseModel, files: list[Path], suffix: str) -> RobustnessReport:
+        """Attack one model, and write a report for each of its checkpoints."""
+        config = self.config
+        folder = files[0].parent / EVALUATIONS
         names = [file.stem.removeprefix("model_") + suffix for file in files]
-        images = some_of_every_class(
-            self.loader, self.config.adversarial.report_images or self.loader.n_samples
-        )
+        targets = [folder / f"{config.pgd_attack.type}_{name}.json" for name in names]
+        count = config.adversarial.report_images or self.loader.n_samples
+        images = some_of_every_class(self.loader, count)
         classes = self.loader.num_classes
-        attack = build_attacks.build_attack(self.config, classes, attack_rank(classes))
-        kind = self.config.pgd_attack.type
-        target = files[0].parent / EVALUATIONS / f"{kind}_{names[0]}.json"
+        attack = build_attacks.build_attack(config, classes, attack_rank(classes))
+        settings = (config.seed, images.batch_size)
         report = robust_accuracy(
             model,
             images,
             attack,
-            seed=self.config.seed,
-            autocast=nullcontext,  # float32, whatever the training was in
-            partial=partial_file(
-                target, model, images, attack, (self.config.seed, images.batch_size)
-            ),
+            seed=config.seed,
+            # Always float32: in bf16 an attack finds a little less.
+            autocast=nullcontext,
+            partial=partial_file(targets[0], model, images, attack, settings),
             description=f"attacking the {names[0]} model",
         )
-        for file, name in zip(files, names, strict=True):
-            if not is_primary():
-                break
-            checkpoint = f"{file}{' (averaged weights)' if suffix else ''}"
-            replace(report, checkpoint=checkpoint).save(
-                file.parent / EVALUATIONS / f"{kind}_{name}.json"
-            )
-        barrier()  # from here on the report is safe
-        remove_partials(target)
+        if is_primary():
+            for file, target in zip(files, targets, strict=True):
+                checkpoint = f"{file} (averaged weights)" if suffix else str(file)
+                replace(report, checkpoint=checkpoint).save(target)
+        # Partial verdicts may be removed only when the report is on the disk.
+        barrier()
+        remove_partials(targets[0])
         logger.info("%s model: %s", " and ".join(names), report)
         for warning in report.warnings:
             logger.warning("%s model: %s", names[0], warning)
-        values["test_robust_top1"] = report.robust_top1
-        if report.robust_top5 is not None:
-            values["test_robust_top5"] = report.robust_top5
-        return values
+        return report

@@ -1,8 +1,9 @@
-"""Checkpoint -> model, with or without its test images; and what every evaluation begins with."""
+"""Checkpoint -> model, with or without its test images."""
 
 import argparse
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ from base.text import first_line
 from data_loader import DATA_LOADERS
 from data_loader.data_loaders import CIFAR10_MEAN, CIFAR10_STD
 from data_loader.own_images import build_loader
+from data_loader.splits import some_of_every_class
 from experiment import build, build_attacks
-from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images
+from experiment.evaluation import Evaluation, check_class_names, prepare_machine
 from experiment.evaluation_flags import check_network_flags
-from experiment.own_evaluation import evaluation_of_network
+from experiment.own_evaluation import evaluation_of_network, flags_named
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,8 @@ EVALUATED = (
     "pgd_attack",
     "system",
 )
-"""The sections of a config that evaluation needs; whatever else is in it (label noise, schedules)
-does not matter here."""
+"""The sections of a config that an evaluation needs. Others, such as label noise and schedules,
+are not checked."""
 
 
 def load_evaluation(
@@ -67,15 +69,14 @@ def load_evaluation(
     limit: int | None = None,
     batch_size: int = 250,
 ) -> Evaluation:
-    """What the arguments of an `evaluation_parser` name: a checkpoint, or a network of the user's
-    own.
+    """Load the checkpoint, or the user's own network, that a command line names, and test images.
 
-    What was assumed is printed. Determinism and number of threads are set as the config says.
+    Assumptions are printed. Determinism and the number of threads are set as the config says.
 
     Args:
-        arguments: parsed.
-        overrides: config values of a script's own flags, which come after `--set`.
-        limit: take that many test images only, the first of every class.
+        arguments: parsed by an `evaluation_parser`.
+        overrides: config values of the command's other flags, which take precedence over `--set`.
+        limit: the number of test images, the first of every class; None for all.
         batch_size: of the loader.
 
     Raises:
@@ -87,8 +88,6 @@ def load_evaluation(
         "overrides": [*set_overrides(arguments.set), *overrides],
         "imports": arguments.imports,
         "weights": arguments.weights,
-        "limit": limit,
-        "batch_size": batch_size,
     }
     if arguments.model is None:
         evaluation = evaluation_of_checkpoint(
@@ -105,6 +104,13 @@ def load_evaluation(
             image_size=arguments.image_size,
             **options,
         )
+    loader = some_of_every_class(evaluation.loader, limit or evaluation.loader.n_samples)
+    loader.batch_size = batch_size
+    evaluation = replace(evaluation, loader=loader)
+    if arguments.model is not None:
+        # A broken file among the user's images is found before the work begins.
+        with flags_named():
+            loader.prepare()
     if is_primary():
         for about, sentence in evaluation.assumed.items():
             print(f"assumed: {about}: {sentence}")
@@ -119,35 +125,31 @@ def evaluation_of_checkpoint(
     imports: Iterable[str | Path] = (),
     weights: str | None = None,
     ema: bool = False,
-    limit: int | None = None,
-    batch_size: int = 250,
 ) -> Evaluation:
-    """The model of a checkpoint, and the test images of its config.
+    """Load the model of a checkpoint, and the test images of its config.
 
-    Mean and std are the checkpoint's where it has them.
+    Mean and std come from the checkpoint, if it has them.
 
     Args:
         checkpoint: the file, or a run folder, which stands for its best model.
-        config_file: the config; None for the checkpoint's own.
+        config_file: the config; None for the one in the checkpoint.
         overrides: config values that replace the file's.
-        imports: the user's own code to import, as `--imports` names it, beside what `config_file`
-            names.
-        weights: which of several sets of weights in another code's file.
-        ema: take the averaged weights.
-        limit: take that many test images only, the first of every class.
-        batch_size: of the loader.
+        imports: the user's own code to import, as `--imports` names it, in addition to what
+            `config_file` names.
+        weights: the name of one of several sets of weights in a file of other code.
+        ema: load the averaged weights.
 
     Raises:
-        ConfigError, CheckpointError, DataError: one of the three cannot be read, or they do not
-            fit each other.
+        ConfigError, CheckpointError, DataError: config, checkpoint or images cannot be read, or
+            they do not fit each other.
     """
     file = find_checkpoint(checkpoint)
     contents = load_checkpoint(file, weights)
-    config = _config(contents, file, config_file, list(overrides), imports)
-    config, untold = _with_untold(config, contents, str(file))
+    # The images come last, because reading them can take longer than everything before.
+    config = _evaluation_config(contents, file, config_file, list(overrides), imports)
+    config, assumed_args = _with_assumed_args(config, contents, str(file))
     device = prepare_machine(config)
-    loader, normalization = _test_images(config, contents, device)
-    loader = some_images(loader, limit, batch_size)
+    loader, assumed_normalization = _test_images(config, contents, device)
     model, fitted = _model(config, loader, contents, file, device, ema=ema)
     args = config.arch.args
     return Evaluation(
@@ -164,8 +166,13 @@ def evaluation_of_checkpoint(
         provenance={
             "checkpoint": str(file),
             "normalization": {"mean": _plain(model.mean), "std": _plain(model.std)},
-            # a normalization in the file comes last and wins
-            "assumed": untold | normalization | contents.get("assumed", {}) | fitted,
+            # Later entries win: what the file says about its normalization replaces a guess.
+            "assumed": {
+                **assumed_args,
+                **assumed_normalization,
+                **contents.get("assumed", {}),
+                **fitted,
+            },
         },
         run_folder=Path(checkpoint) if Path(checkpoint).is_dir() else None,
     )
@@ -178,16 +185,17 @@ def load_model(
     device: str | torch.device | None = None,
     imports: Iterable[str | Path] = (),
 ) -> BaseModel:
-    """The model of a run or checkpoint, in evaluation mode. Its data set is not needed.
+    """Load the model of a run or checkpoint, in evaluation mode. Its data set is not needed.
 
         model = load_model("saved/quickstart/20260101-120000-000000")
         logits = model(images)  # (B, C, H, W) in [0, 1] -> (B, classes)
 
     Args:
         run_or_checkpoint: a run folder, which stands for its best model, or a checkpoint file.
-        ema: take the averaged weights.
-        device: where the model is; None for the CPU.
-        imports: files and modules of your own that the checkpoint asks for. It runs none itself.
+        ema: load the averaged weights.
+        device: of the model; None for the CPU.
+        imports: files and modules of your own that the checkpoint asks for. Code that is not listed
+            here is not run.
 
     Raises:
         CheckpointError: the checkpoint does not exist, does not name its network (files of other
@@ -198,74 +206,82 @@ def load_model(
     checkpoint = load_checkpoint(file)
     if "config" not in checkpoint:
         checkpoint = {**checkpoint, "config": _config_beside(file, checkpoint)}
-    config = _config(checkpoint, file, None, [], imports)
-    config, _ = _with_untold(config, checkpoint, str(file))
+    config = _evaluation_config(checkpoint, file, None, [], imports)
+    config, _ = _with_assumed_args(config, checkpoint, str(file))
     if "mean" in checkpoint:
         normalization = {"mean": checkpoint["mean"], "std": checkpoint["std"]}
     else:
         channels = config.arch.args.in_channels or len(CIFAR10_MEAN)
         if channels != len(CIFAR10_MEAN):
-            raise CheckpointError(
-                f"{file}: does not say by which mean and std its network normalizes"
-            )
+            raise CheckpointError(f"{file}: holds no mean and std for {channels} channels")
         make = lookup(DATA_LOADERS, config.data_loader.type, "data_loader.type")
-        normalization, _ = _untold_normalization(make, channels, config, checkpoint)
+        normalization, _ = _assumed_normalization(make, channels, config, checkpoint)
     classes = config.arch.args.num_classes or config.num_classes
     if classes is None:
         classes = len(checkpoint.get("class_names", ()))
     if not classes:
-        raise CheckpointError(f"{file}: does not say how many classes its network tells apart")
+        raise CheckpointError(f"{file}: does not say how many classes its network has")
     config = build.with_shape(config, classes, len(normalization["mean"]))
-    # the weights that it begins with are replaced, and the caller's generators are not ours
+    # Drawing the first weights would change the caller's global generator, for weights that are
+    # replaced at once.
     with torch.random.fork_rng(devices=[]):
-        model = build.build_network(config, **normalization, device=torch.device(device or "cpu"))
+        model = build.build_completed_model(
+            config, **normalization, device=torch.device(device or "cpu")
+        )
     load_weights(model, _weights_of(checkpoint, file, ema), file)
     return model.eval()
 
 
 def _config_beside(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The config in the folder of a checkpoint of the original ConvNorm, which holds none itself.
+    """Return the config beside a checkpoint of the original ConvNorm, which holds none itself.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the file is not the original's, or there is no config beside it.
     """
     beside = file.with_name(CONFIG)
     if "monitor_best" not in checkpoint or not beside.is_file():
         raise CheckpointError(
-            f"{file}: holds no config of this project, so nothing says what network it is of:"
-            " build that with models.build_model, and fill it with base.checkpoint.load_weights"
+            f"{file}: holds no config of this project, so its network is unknown:"
+            " build it with models.build_model and load the weights with"
+            " base.checkpoint.load_weights"
         )
-    # the folder of its data may be a placeholder
+    # The data is not read, but a config with a folder that does not exist would be refused.
     return merge(read_tree(beside), {"data_loader": {"args": {"data_dir": str(file.parent)}}})
 
 
 def _weights_of(checkpoint: Mapping[str, Any], file: Path, ema: bool) -> dict[str, Tensor]:
-    if ema and "ema_state_dict" not in checkpoint:
+    if not ema:
+        return checkpoint["state_dict"]
+    if "ema_state_dict" not in checkpoint:
         raise CheckpointError(
             f"--ema: {file} holds no averaged weights (trainer.ema_decay was not set)"
         )
-    return checkpoint["ema_state_dict" if ema else "state_dict"]
+    return checkpoint["ema_state_dict"]
 
 
 def _plain(values: Tensor) -> list[float]:
     return [round(value, 6) for value in values.flatten().tolist()]
 
 
-def _config(
+def _evaluation_config(
     checkpoint: Mapping[str, Any],
     file: Path,
     config_file: str | Path | None,
     overrides: list[Override],
     imports: Iterable[str | Path],
 ) -> Config:
-    """The config's part that matters for an evaluation, with the command line's values. The code
-    that `config_file` and `imports` name is imported."""
+    """Return the sections of the config that an evaluation needs, with the command line's values.
+
+    The code that `config_file` and `imports` name is imported.
+    """
     layers = read_layers(config_file) if config_file else []
     recorded, own = run_imports(layers, imports)
     if config_file:
         source = str(config_file)
     elif "config" in checkpoint:
-        layers, source = [Layer(str(file), checkpoint["config"])], str(file)
+        source = str(file)
+        layers = [Layer(source, checkpoint["config"])]
+        # Code that only the checkpoint names is not run: `imports` has to name it, too.
         recorded = recorded_imports(checkpoint["config"], file)
         needed = {code.name: code for code in [*imported_for(recorded, source), *own]}
         own = list(needed.values())
@@ -277,28 +293,37 @@ def _config(
     adversarial, attack = merged.get("adversarial", {}), merged.get("pgd_attack", {})
     before = adversarial.get("norm", "linf") if isinstance(adversarial, dict) else "linf"
     if dict(overrides).get("adversarial.norm", before) != before:
-        # sizes of the other norm mean nothing in this one
+        # The sizes in the config are in units of its own norm.
         sizes = {"adversarial": {"epsilon": None, "step_size": None}, "pgd_attack": {"step": None}}
         layers = [*layers, Layer(source, sizes)]
     if "pgd_attack.type" in dict(overrides) and isinstance(attack, dict):
-        left = build_attacks.other_attack(attack, dict(overrides)["pgd_attack.type"])
-        layers = [*layers, Layer(source, {"pgd_attack": left})]
+        dropped = build_attacks.keys_of_other_attack(attack, dict(overrides)["pgd_attack.type"])
+        layers = [*layers, Layer(source, {"pgd_attack": dropped})]
     config = validate_layers([*layers, *override_layers(overrides)], own, source)
+    # Parts of training that are irrelevant here must not be able to fail, such as noise files.
     kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
     trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv}
+    # A `val_` monitor would hold out validation images.
     return validate({**kept, "trainer": {**trainer, "monitor": "off"}}, source)
 
 
-def _with_untold(
+def _with_assumed_args(
     config: Config, checkpoint: Mapping[str, Any], source: str
 ) -> tuple[Config, dict[str, str]]:
-    """The config with the arguments that it leaves open and that no key of the weights tells (see
-    `untold` at `base.registry.MODELS`), and a sentence about each that is assumed: the checkpoint's
-    own config tells them, or else whether it is this project's."""
+    """Fill in arguments of the network that neither the config nor the names of the weights say.
+
+    These are the arguments `untold` (see `base.registry.MODELS`). They come from the config in the
+    checkpoint, or else depend on whether this project wrote the checkpoint.
+
+    Returns:
+        The config, and a sentence about each argument that is assumed.
+    """
     saved: Any = checkpoint
     for section in ("config", "arch", "args"):
-        saved = saved.get(section) if isinstance(saved, dict) else None
-    saved, assumed = saved if isinstance(saved, dict) else {}, {}
+        saved = saved.get(section, {}) if isinstance(saved, dict) else {}
+    if not isinstance(saved, dict):
+        saved = {}
+    assumed = {}
     args, chosen = config.arch.args, config.arch.chosen
     for choice in args.choices:
         part = chosen[choice.key]
@@ -317,24 +342,24 @@ def _with_untold(
 def _test_images(
     config: Config, checkpoint: Mapping[str, Any], device: torch.device
 ) -> tuple[BaseDataLoader, dict[str, str]]:
-    """The test images, with the mean and std of the model, and a sentence about those where they
-    are assumed."""
-    args = config.data_loader.args.model_dump(exclude_none=True) | {
-        "validation_split": 0.0,
-        "num_batches": 0,
-    }
-    name, assumed = config.data_loader.type, {}
-    told = "mean" in checkpoint or ("mean" in args and "std" in args)
+    """Return the test images with the model's mean and std, and a sentence if these are assumed."""
+    args = config.data_loader.args.model_dump(exclude_none=True)
+    # Only the test set is used, so nothing is held out.
+    args |= {"validation_split": 0.0, "num_batches": 0}
+    name = config.data_loader.type
+    assumed = {}
+    known = "mean" in checkpoint or ("mean" in args and "std" in args)
     if "mean" in checkpoint:
         args |= {"mean": checkpoint["mean"], "std": checkpoint["std"]}
     make = lookup(DATA_LOADERS, name, "data_loader.type")
     training = build_loader(name, make, {**args, "device": device})
-    if not told:
+    if not known:
         channels = training.image_shape[0]
-        untold, assumed["normalization"] = _untold_normalization(
+        normalization, assumed["normalization"] = _assumed_normalization(
             training, channels, config, checkpoint
         )
-        training.mean, training.std = (tuple(args.get(key, untold[key])) for key in ("mean", "std"))
+        training.mean = tuple(args.get("mean", normalization["mean"]))
+        training.std = tuple(args.get("std", normalization["std"]))
     loader = training.test_loader()
     if loader.n_samples == 0:
         raise DataError(f"{args.get('data_dir')}: the test set is empty")
@@ -342,25 +367,25 @@ def _test_images(
     return loader, assumed
 
 
-def _untold_normalization(
+def _assumed_normalization(
     training: Any, channels: int, config: Config, checkpoint: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[float, ...]], str]:
-    """Mean and std for a file that holds none, under a config that leaves them open, and a sentence
-    about them.
+    """Return mean and std for a checkpoint and a config that hold none, and a sentence about them.
 
-    They are those of the data set, as in the original's standard training, and CIFAR-10's for a
-    data set without published ones; where images are not of three channels, the mean and std of the
-    training images. The original's adversarial training normalizes by CIFAR-10's
-    whatever the data set, and on CIFAR-100 does so a second time, after its loader has normalized
-    by CIFAR-100's and a clamp to [0, 1].
+    They are those of the data set, as in the original's standard training, or CIFAR-10's for a data
+    set without published ones. For images that do not have three channels, they are those of the
+    training images. The original's adversarial training always normalizes by CIFAR-10's. On
+    CIFAR-100 it does so a second time, after its loader has normalized by CIFAR-100's and a clamp
+    to [0, 1].
 
     Args:
-        training: the training images; their class does where they have three channels.
+        training: the loader of the training images, or its class if they have three channels.
         channels: of the images.
         config: of the evaluation.
         checkpoint: its contents.
     """
     original = "monitor_best" in checkpoint
+    # Published values exist for color images only.
     if channels != len(CIFAR10_MEAN):
         sentence = (
             "the checkpoint holds no mean and std: normalizing by those of the training images;"
@@ -394,9 +419,10 @@ def _model(
     *,
     ema: bool,
 ) -> tuple[BaseModel, dict[str, str]]:
-    """The model, and what was assumed to fit the weights to it."""
+    """Return the model with the checkpoint's weights, and the assumptions of loading them."""
     model = build.build_experiment_model(config, loader, device)
     assumed = load_weights(model, _weights_of(checkpoint, file, ema), file)
+    # Without this, images that do not fit would fail inside the first attack.
     _check_images_fit(model.eval(), config, loader, device)
     return model, assumed
 
@@ -404,10 +430,10 @@ def _model(
 def _check_images_fit(
     model: BaseModel, config: Config, loader: BaseDataLoader, device: torch.device
 ) -> None:
-    """Ask the network about one image of the test set's shape.
+    """Check that the network accepts an image of the test set's shape.
 
     Raises:
-        DataError: it cannot take such images: too small, or of other channels.
+        DataError: the images are too small, or have another number of channels.
     """
     channels, height, width = loader.image_shape
     try:

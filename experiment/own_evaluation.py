@@ -18,20 +18,20 @@ from base.errors import ConfigError, DataError
 from base.seeding import seed_global_generators
 from data_loader.datasets import LabeledImages
 from data_loader.folder_test_set import read_test_images, unshuffled_loader, with_channels
-from experiment.evaluation import Evaluation, check_class_names, prepare_machine, some_images
+from experiment.evaluation import Evaluation, check_class_names, prepare_machine
 from experiment.own_network import Normalized, build_network, count_logits
 
 OWN_SETTINGS = ("adversarial", "pgd_attack", "system", "seed")
-"""Config keys and sections that say how a network is measured, wherever it comes from."""
+"""Config keys and sections that say how a network is measured."""
 
 FLAGS_OF_KEYS = {
     "data_loader.args.data_dir": "--data",
     "data_loader.args.image_size": "--image_size",
 }
-"""Where the values of these config keys come from here."""
+"""Config keys in messages -> the flags that set them for a network of the user's own."""
 
 HOW_TO_CHOOSE = "--model and --model_args"
-"""What decides which network the weights have to fit."""
+"""The flags that choose the network, for the message if the weights do not fit it."""
 
 
 def evaluation_of_network(
@@ -46,10 +46,8 @@ def evaluation_of_network(
     overrides: Iterable[Override] = (),
     imports: Iterable[str | Path] = (),
     weights: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 250,
 ) -> Evaluation:
-    """A network of the user's own, and the test images of a folder.
+    """Build a network of the user's own, and read the test images of a folder.
 
     Args:
         model: the function that returns the network, `FILE.py:NAME` or `MODULE:NAME`; see
@@ -57,25 +55,24 @@ def evaluation_of_network(
         data: the folder; see `data_loader.folder_test_set.read_test_images`.
         model_args: keyword arguments of the function.
         checkpoint: a file with the network's weights, in any form that
-            `base.checkpoint.foreign_weights` knows; None where the function loads them itself.
-        mean, std: what the pixels are normalized by before the network gets them, a number in
-            `[0, 1]` for each channel; None where it normalizes itself.
+            `base.checkpoint.foreign_weights` knows; None if the function loads them itself.
+        mean, std: the pixels are normalized by these before the network gets them, a number in
+            `[0, 1]` for each channel; None if the network normalizes them itself.
         image_size: side that images are resized and cropped to; None if all have one size.
         overrides: config values of `OWN_SETTINGS`.
         imports: the user's own code to import, as `--imports` names it.
-        weights: which of several sets of weights in the file.
-        limit: take that many test images only, the first of every class.
-        batch_size: of the loader.
+        weights: the name of one of several sets of weights in the file.
 
     Raises:
         ConfigError, CheckpointError, DataError: network, weights or images cannot be read, or
             they do not fit each other.
     """
     import_own_code(requests_of_flag(imports))
-    config = _config_of_own(data, overrides)
+    config = _config_of_flags(data, overrides)
     device = prepare_machine(config)
-    with _flags_named():
+    with flags_named():
         part = read_test_images(data, image_size)
+    # A function that loads no weights draws them, and they should be the same in every process.
     seed_global_generators(config.seed, "weights")
     network = build_network(model, model_args or {})
     file = None if checkpoint is None else find_checkpoint(checkpoint)
@@ -101,13 +98,9 @@ def evaluation_of_network(
         assumed["channels"] = (
             f"the first image file has {channels}; the network gets {part.images.shape[0]}"
         )
-    loader = some_images(unshuffled_loader(part, device), limit, batch_size)
-    with _flags_named():
-        # a broken file is found before the work
-        loader.prepare()
     return Evaluation(
         model=network,
-        loader=loader,
+        loader=unshuffled_loader(part, device),
         config=config,
         device=device,
         source=model,
@@ -130,16 +123,21 @@ def _fitting_images(
     channels: int | None,
     data: str,
 ) -> LabeledImages:
-    """The images with as many channels as the network takes: files that are gray can have three.
+    """Return the images with as many channels as the network takes.
+
+    Gray images can be given three equal channels.
 
     Raises:
-        ConfigError: the network does not answer with logits.
-        DataError: it cannot take the images, or tells other classes apart.
+        ConfigError: the network does not return logits.
+        DataError: the network cannot take the images, or has another number of classes.
     """
     found = part.images.shape[0]
-    candidates = [found] if channels is None else [channels]
-    if channels is None and found == 1:
-        candidates.append(3)
+    if channels is not None:
+        candidates = [channels]
+    elif found == 1:
+        candidates = [1, 3]
+    else:
+        candidates = [found]
     failures: list[DataError] = []
     for number in candidates:
         images = with_channels(part, number)
@@ -158,23 +156,24 @@ def _fitting_images(
     raise DataError(f"--data {data}: {failures[0]}") from failures[0]
 
 
-def _config_of_own(data: str | Path, overrides: Iterable[Override]) -> Config:
-    """The settings that a network of the user's own is measured with."""
+def _config_of_flags(data: str | Path, overrides: Iterable[Override]) -> Config:
+    """Return the settings that a network of the user's own is measured with."""
     given = list(overrides)
     for override in given:
         if not lies_in(override[0], OWN_SETTINGS):
             raise ConfigError(
-                f"{origin_of_override(override)}: has no effect on the network of --model; expected a"
-                f" key of {', '.join(OWN_SETTINGS)}"
+                f"{origin_of_override(override)}: has no effect on the network of --model;"
+                f" expected a key of {', '.join(OWN_SETTINGS)}"
             )
     loader = {"type": "ImageFolderDataLoader", "args": {"data_dir": str(data)}}
+    # A monitor would hold out validation images.
     tree = {"data_loader": loader, "trainer": {"monitor": "off"}}
     return validate_layers([Layer("--data", tree), *override_layers(given)], [], "--data")
 
 
 @contextmanager
-def _flags_named() -> Iterator[None]:
-    """An error about the images names the flag that they come from, instead of a config's key."""
+def flags_named() -> Iterator[None]:
+    """Let errors about the images name the flag that sets them, instead of a config key."""
     try:
         yield
     except DataError as error:

@@ -3,7 +3,7 @@
     network = build_network("my_model.py:build", {"width": 16})
     network = build_network("torchvision.models:resnet18", {"num_classes": 10})
 
-The user names the code on the command line, so it is run.
+The code is run, because the user names it on the command line.
 """
 
 import inspect
@@ -24,11 +24,11 @@ from base.registry import did_you_mean
 from base.text import one_line
 
 MOST_NAMES = 8
-"""The number of a module's names that a message lists at most."""
+"""How many of a module's names a message lists at most."""
 
 
 class Normalized(nn.Module):
-    """A network behind `(images - mean) / std`, for one that does not normalize the pixels itself.
+    """A network that gets `(images - mean) / std`, for one that does not normalize pixels itself.
 
     Args:
         network: maps normalized images to logits.
@@ -47,16 +47,16 @@ class Normalized(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(B, classes)` of `images` `(B, C, H, W)` in `[0, 1]`."""
+        """Return logits `(B, classes)` of `images` `(B, C, H, W)` in `[0, 1]`."""
         return self.network((images - self.mean) / self.std)
 
 
 def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The network that a function or class returns.
+    """Return the network that a function or class builds.
 
     Args:
-        place: `FILE.py:NAME` or `MODULE:NAME`. Modules beside the file can be imported by it. NAME
-            may also be a network itself.
+        place: `FILE.py:NAME` or `MODULE:NAME`. The file can import modules beside it. NAME may also
+            be a network itself.
         arguments: keyword arguments of the function.
 
     Raises:
@@ -69,7 +69,7 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
             " such as my_model.py:build or torchvision.models:resnet18"
         )
     flag = f"--model {one_line(place)}"
-    module = _imported(source)
+    module = _import_module(source)
     if not hasattr(module, name):
         raise ConfigError(f"{flag}: {one_line(source)} has no {name}{_names_in(module, name)}")
     build = getattr(module, name)
@@ -84,7 +84,7 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         network = build(**arguments)
     except Exception as error:
-        raise ConfigError(f"{flag}: {name}() failed: {_told(error)}") from error
+        raise ConfigError(f"{flag}: {name}() failed: {_describe(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"{flag}: {name}() returned a {type(network).__name__}; expected a torch.nn.Module"
@@ -92,14 +92,14 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _imported(source: str) -> ModuleType:
-    """The module that a file or a dotted name stands for, imported once."""
+def _import_module(source: str) -> ModuleType:
+    """Import a module by its file or its dotted name."""
     (code,) = import_own_code(requests_of([source], "--model", Path.cwd()))
     return sys.modules[code.name]
 
 
 def _names_in(module: ModuleType, name: str) -> str:
-    """The functions and classes that a module offers, for a name that it does not."""
+    """Return a hint with the functions and classes of a module, for a name that it lacks."""
     offered = [
         other
         for other, value in vars(module).items()
@@ -110,20 +110,23 @@ def _names_in(module: ModuleType, name: str) -> str:
         for other in offered
         if getattr(vars(module)[other], "__module__", None) == module.__name__
     ]
-    shown = (own or offered)[:MOST_NAMES]
-    more = ", ..." if len(own or offered) > MOST_NAMES else ""
-    there = f" (there are: {', '.join(shown)}{more})" if shown else ""
-    return f"{did_you_mean(name, offered)}{there}"
+    # Names that it has imported from elsewhere only matter if it defines none.
+    names = own or offered
+    hint = did_you_mean(name, offered)
+    if names:
+        more = ", ..." if len(names) > MOST_NAMES else ""
+        hint += f" (it has: {', '.join(names[:MOST_NAMES])}{more})"
+    return hint
 
 
 def _check_arguments(
     build: Callable[..., Any], name: str, arguments: Mapping[str, Any], flag: str
 ) -> None:
-    """Refuse arguments that the function does not take, and the lack of those that it needs."""
+    """Check that the function takes all arguments, and that none is missing."""
     try:
         parameters = inspect.signature(build).parameters.values()
     except (TypeError, ValueError):
-        # of a function in C, which says itself what it lacks
+        # A function written in C may have no signature. Calling it will report the error.
         return
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {
@@ -131,6 +134,7 @@ def _check_arguments(
     }
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     for given in arguments:
+        # Checked here, because a TypeError from inside the function would look the same.
         if given not in named and not takes_any:
             takes = f" (it takes: {', '.join(named)})" if named else ""
             raise ConfigError(
@@ -148,10 +152,10 @@ def _check_arguments(
 
 
 def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.device) -> int:
-    """How many logits a network in evaluation mode gives for an image of a shape.
+    """Return how many logits a network in evaluation mode gives for an image of a shape.
 
     Raises:
-        ConfigError: it does not answer with logits of at least two classes.
+        ConfigError: it does not return logits of at least two classes.
         DataError: it cannot take such an image.
     """
     image = torch.zeros(1, *image_shape, device=device)
@@ -167,7 +171,7 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
         except Exception as error:
             raise DataError(
                 f"images of {width}x{height} pixels with {channels} channels, which {kind} cannot"
-                f" take: {_told(error)}"
+                f" take: {_describe(error)}"
             ) from error
 
     try:
@@ -177,7 +181,10 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
         raise ConfigError(f"{kind}: {error}") from error
 
 
-def _told(error: Exception) -> str:
-    """An exception in one line."""
+def _describe(error: Exception) -> str:
+    """Return an exception's class and the first line of its message."""
+    name = type(error).__name__
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {one_line(lines[0], 200)}" if lines else type(error).__name__
+    if not lines:
+        return name
+    return f"{name}: {one_line(lines[0], 200)}"

@@ -1,4 +1,4 @@
-"""What spectrum.py does: network -> spectra of its layers -> report."""
+"""The function of spectrum.py: network -> spectra of its layers -> report."""
 
 import argparse
 
@@ -17,7 +17,7 @@ from reports.spectrum_table import spectrum_summary, spectrum_table
 
 
 def spectrum_parser() -> Parser:
-    """The command line of spectrum.py."""
+    """Return the parser of spectrum.py."""
     parser = evaluation_parser(
         "Spectral norms and distances from orthogonality of a network's layers."
     )
@@ -26,14 +26,14 @@ def spectrum_parser() -> Parser:
         type=float,
         default=1e-4,
         metavar="X",
-        help="of the power iteration's residual",
+        help="the largest residual of the power iteration",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of first vectors and probes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of start vectors and probes")
     return parser
 
 
 def report_spectra(arguments: argparse.Namespace) -> None:
-    """Measure the network that the command line names, print a table, write what is asked for.
+    """Measure the network that the command line names, print a table and write the reports.
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything is measured.
@@ -44,14 +44,18 @@ def report_spectra(arguments: argparse.Namespace) -> None:
             f"--tolerance: expected a number between 0 and 1, not {arguments.tolerance}"
         )
     check_evaluation_outputs(arguments)
+    # Only the shape of an image is needed.
     evaluation = load_evaluation(arguments, limit=1)
+    dtype = torch.float64
+    if evaluation.device.type == "mps":
+        # Apple's devices have no float64.
+        dtype = torch.float32
     spectra = layer_spectra(
         evaluation.model,
         evaluation.loader.image_shape,
         tolerance=arguments.tolerance,
         seed=arguments.seed,
-        # Apple's devices have no float64
-        dtype=torch.float32 if evaluation.device.type == "mps" else torch.float64,
+        dtype=dtype,
     )
     if not spectra.layers:
         raise ConfigError(f"{evaluation.source}: its network calls no convolution or linear layer")

@@ -1,5 +1,4 @@
-"""What every room needs: one thread per process, signals as in a terminal, tiny data sets on
-disk."""
+"""Shared by all tests: one thread per process, signals as in a terminal, tiny data sets."""
 
 import hashlib
 import os
@@ -10,7 +9,7 @@ import tarfile
 import urllib.error
 
 # torch reads it when it is first imported. Tests and the processes that they start share the
-# machine's cores, and several threads in each would only get into each other's way.
+# machine's cores; with several threads in each process they would all be slower.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -18,12 +17,11 @@ import pytest
 import torchvision.datasets
 import torchvision.datasets.utils
 
-# whose rooms fill the tables that configs are checked against
+# It fills the tables that configs are checked against.
 import experiment as experiment
 from base.config import imports
 
-# Who starts the tests in the background, or with nohup, has signals ignored, and processes inherit
-# that.
+# If the tests run in the background or with nohup, signals are ignored, and processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in ("SIGTERM", "SIGHUP", "SIGQUIT"):
     if hasattr(signal, name):
@@ -45,7 +43,7 @@ CIFAR10_NAMES = [
 
 @pytest.fixture(autouse=True)
 def ctrl_c_ends_the_tests():
-    """Also after `run_script` was called, which ends what it is told in peace."""
+    """Restore the handler of Ctrl-C, which `run_script` replaces when a command has ended."""
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
@@ -53,7 +51,7 @@ def ctrl_c_ends_the_tests():
 
 @pytest.fixture
 def own_code(monkeypatch):
-    """Whatever a test imports as a user's own code is forgotten after it."""
+    """Forget the user's own code that a test imports, after the test."""
     tables = {name: dict(table) for name, table in imports.tables().items()}
     modules = set(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -75,8 +73,8 @@ def _cifar_entry(n: int, num_classes: int, label_key: str, seed: int) -> dict:
 
 @pytest.fixture
 def fake_cifar(tmp_path, monkeypatch):
-    """Archives with the layout of CIFAR-10 (100 + 10 images) and CIFAR-100 (200 + 100), whose md5
-    sums torchvision believes."""
+    """Write archives with the layout of CIFAR-10 (100 + 10 images) and CIFAR-100 (200 + 100), and
+    let torchvision accept their md5 sums."""
 
     def publish(source: type, files: dict[str, dict], meta: dict) -> None:
         base = tmp_path / "build" / source.base_folder
@@ -113,7 +111,7 @@ def fake_cifar(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Whatever torchvision wants to download cannot be reached."""
+    """Let every download of torchvision fail."""
 
     def refuse(*_, **__):
         raise urllib.error.URLError("network is unreachable")

@@ -1,5 +1,4 @@
-"""train_robust.py, validate_pgd.py and fgsm.py as a user runs them: in their own processes, from
-another folder."""
+"""train_robust.py, validate_pgd.py and fgsm.py as a user runs them, from another folder."""
 
 import csv
 import json
@@ -20,15 +19,26 @@ from attacks import PGD
 from base.checkpoint import save_checkpoint
 from evaluation import DoctorReport, RobustnessReport
 from evaluation.checks import Check
-from experiment.attack_command import _conclusion
+from experiment.attack_command import _verdict_on_reliability
 from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
-    "--set", "trainer.epochs=2", "--set", "data_loader.args.num_batches=6", "--set", "system.num_threads=1",
-    "--set", "adversarial.steps=2", "--set", "pgd_attack.K=2", "--set", "adversarial.validate_images=40",
-    "--set", "adversarial.report_images=40",
-]  # fmt: skip
+    "--set",
+    "trainer.epochs=2",
+    "--set",
+    "data_loader.args.num_batches=6",
+    "--set",
+    "system.num_threads=1",
+    "--set",
+    "adversarial.steps=2",
+    "--set",
+    "pgd_attack.K=2",
+    "--set",
+    "adversarial.validate_images=40",
+    "--set",
+    "adversarial.report_images=40",
+]
 
 
 def run(script, *words, cwd, launcher=()):
@@ -164,13 +174,17 @@ def test_doctor_figure_and_l2(robust_run, tmp_path):
 def test_an_original_checkpoint_with_its_original_config(tmp_path):
     source = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv"
     config = {
-        "name": "robust_training", "n_gpu": 1, "num_classes": 10, "arch": {
+        "name": "robust_training",
+        "n_gpu": 1,
+        "num_classes": 10,
+        "arch": {
             "type": "simpleCNN",
             "args": {"num_classes": 10, "norm_layer_type": "no", "conv_layer_type": "prec_conv"},
         },
         "data_loader": {"type": "CIFAR10DataLoader", "args": {"data_dir": "**data dir**"}},
-        "trainer": {"monitor": "max val_my_metric", "do_adv": True, "adv_clip_eps": 8}, "pgd_attack": {"K": 2, "step": 2},
-    }  # fmt: skip
+        "trainer": {"monitor": "max val_my_metric", "do_adv": True, "adv_clip_eps": 8},
+        "pgd_attack": {"K": 2, "step": 2},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     words = ["-c", tmp_path / "config.json", "-s", source / "model_best.pth", "--limit", 20]
     digits = [
@@ -193,7 +207,7 @@ def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
     report = json.loads((tmp_path / "a.json").read_text())
     assert "of 12 images, " in next(check["detail"] for check in report["checks"])
     none = script("validate_pgd.py", *words, "--doctor", 0, cwd=tmp_path)
-    assert (none.returncode, none.stderr) == (2, "--doctor: expected at least 1, not 0\n")
+    assert (none.returncode, none.stderr) == (2, "error: --doctor: expected at least 1, not 0\n")
 
 
 PASSED = Check("passed", True, "")
@@ -238,7 +252,7 @@ def test_the_doctors_last_line(check, attack_warnings, reliable, line):
         doctor=DoctorReport((check,), attack, (), 200, 10),
     )
     assert report.reliable is reliable
-    assert _conclusion(report, report.doctor) == line
+    assert _verdict_on_reliability(report, report.doctor) == line
 
 
 @pytest.mark.parametrize(
@@ -293,7 +307,7 @@ def test_images_that_the_network_cannot_take_are_one_line(robust_run, tmp_path):
         done = script(command, *words, "--json", tmp_path / "a.json", cwd=tmp_path)
         assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
         expected = "images of 9x4 pixels with 3 channels, which simpleCNN cannot take: "
-        assert done.stderr.startswith(f"{tmp_path / 'few'}: {expected}")
+        assert done.stderr.startswith(f"error: {tmp_path / 'few'}: {expected}")
 
 
 def bad_inputs(folder, tmp_path):
@@ -381,9 +395,13 @@ def bad_inputs(folder, tmp_path):
         "name": (
             ["-s", folder, "--name", "../x"],
             2,
-            "--name ../x: expected the beginning of a file's name",
+            "--name ../x: expected the first part of a file's name",
         ),
-        "devices": (["-s", folder, "-d", "0,1"], 2, "-d 0,1: there is no such CUDA device"),
+        "devices": (
+            ["-s", folder, "-d", "0,1"],
+            2,
+            "-d 0,1: asks for 2 CUDA devices, of which 0 exist",
+        ),
         "json under a file": (
             ["-s", folder, "--json", tmp_path / "bare.pth" / "a.json"],
             2,
@@ -397,10 +415,14 @@ def bad_inputs(folder, tmp_path):
         "a setting it does not have": (
             ["-s", folder, "--autoattack", "--steps", "3"],
             2,
-            "--steps: autoattack has no such setting",
+            "--steps: has no effect on the attack autoattack",
         ),
-        "two attacks": (["-s", folder, "--apgd", "--autoattack"], 2, "one attack at a time"),
-        "three attacks": (["-s", folder, "--apgd", "--attack", "pgd"], 2, "one attack at a time"),
+        "two attacks": (["-s", folder, "--apgd", "--autoattack"], 2, "not allowed with argument"),
+        "three attacks": (
+            ["-s", folder, "--apgd", "--attack", "pgd"],
+            2,
+            "not allowed with argument",
+        ),
         "no attack": (
             ["-s", folder, "--attack", "apdg"],
             2,
@@ -439,7 +461,7 @@ def test_bad_input_is_one_line_and_an_exit_code(robust_run, tmp_path):
         assert sorted(path.name for path in folder.rglob("*")) == before, name
 
 
-def test_a_report_on_standard_output_is_alone_there(robust_run, tmp_path):
+def test_a_report_on_standard_output_is_the_only_output_there(robust_run, tmp_path):
     folder, _ = robust_run
     before = sorted(path.name for path in folder.rglob("*"))
     cases = {
@@ -470,7 +492,7 @@ def test_a_link_gets_the_report_and_its_verdicts_beside_it(robust_run, tmp_path)
 
 
 @pytest.mark.parametrize("room", [200, 900])
-def test_a_full_disk_is_one_line_and_leaves_no_halves(robust_run, tmp_path, room):
+def test_a_full_disk_is_one_line_and_leaves_no_incomplete_file(robust_run, tmp_path, room):
     folder, _ = robust_run
     (tmp_path / "a.json").write_text("old")
 
@@ -489,18 +511,18 @@ def test_a_full_disk_is_one_line_and_leaves_no_halves(robust_run, tmp_path, room
     assert not list(tmp_path.glob("*.incomplete"))
 
 
-def test_a_full_device_costs_the_report_but_not_its_numbers(robust_run, tmp_path):
+def test_a_full_device_still_prints_the_numbers(robust_run, tmp_path):
     done = script(
         "fgsm.py", "-s", robust_run[0], "--limit", 10, "--json", "/dev/full", cwd=tmp_path
     )
     assert (done.returncode, done.stderr) == (
         2,
-        "/dev/full: cannot be written: No space left on device\n",
+        "error: /dev/full: cannot be written: No space left on device\n",
     )
     assert done.stdout.splitlines()[-1].startswith("FGSM, linf 8/255 on 10 images: clean ")
 
 
-def test_a_run_folder_that_may_only_be_read_asks_for_a_file(robust_run, tmp_path):
+def test_a_read_only_run_folder_asks_for_a_file(robust_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(robust_run[0], folder)
     shutil.rmtree(folder / "eval")
@@ -509,7 +531,7 @@ def test_a_run_folder_that_may_only_be_read_asks_for_a_file(robust_run, tmp_path
     words = ["-s", folder, "--limit", 10]
     done = script("fgsm.py", *words, cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"{folder / 'eval'}: may not be written (")
+    assert done.stderr.startswith(f"error: {folder / 'eval'}: may not be written (")
     assert done.stderr.endswith("; name a file for the report with --json FILE\n")
     done = script("fgsm.py", *words, "--json", "a.json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -573,7 +595,10 @@ def test_an_attack_that_returns_another_shape_is_one_line(robust_run, tmp_path):
     done = script("validate_pgd.py", *words, cwd=tmp_path)
     assert done.returncode == 2
     # only images that are classified correctly are attacked
-    line = r"MomentumFGSM.perturb: must return images of the shape \((\d), 3, 32, 32\), not \(\1, 3, 31, 32\)\n"
+    line = (
+        r"error: MomentumFGSM.perturb: must return images of the shape \((\d), 3, 32, 32\),"
+        r" not \(\1, 3, 31, 32\)\n"
+    )
     assert re.fullmatch(line, done.stderr)
 
 
@@ -592,8 +617,9 @@ def test_the_originals_long_flags(robust_run, tmp_path):
     done = script("fgsm.py", *words, "--result_dir", "saved", "--name", "mine", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
-        "mine_fgsm_linf_8_n10_seed6.json", "mine_fgsm_linf_8_n10_seed6.verdicts.npz",
-    ]  # fmt: skip
+        "mine_fgsm_linf_8_n10_seed6.json",
+        "mine_fgsm_linf_8_n10_seed6.verdicts.npz",
+    ]
 
 
 def test_attacks_on_runs_become_columns(robust_run, tmp_path):
@@ -639,7 +665,7 @@ def test_attacks_on_runs_become_columns(robust_run, tmp_path):
     assert float(row["last_epoch.val_top1_mean"]) == last["val_top1"]
 
 
-def test_scripts_send_each_other_the_configs_they_do_not_train(tmp_path):
+def test_each_training_command_names_the_other_for_its_configs(tmp_path):
     config = ROOT / "configs" / "quickstart.json"
     none = script("train_robust.py", "-c", config, cwd=tmp_path)
     assert (none.returncode, len(none.stderr.splitlines())) == (2, 1)

@@ -1,4 +1,4 @@
-"""Training in two processes equals training in one; what dies, stops, is resumed and is refused."""
+"""Training in two processes equals training in one, also when it fails, stops or is resumed."""
 
 import json
 import os
@@ -133,7 +133,8 @@ def runs(tmp_path_factory):
     """The folders of the same runs in one and in two processes."""
     folder = tmp_path_factory.mktemp("runs")
     script = (
-        "import sys, pathlib; from base.ranks import distributed_session; from tests.test_distributed import train_all\n"
+        "import sys, pathlib; from base.distributed import distributed_session\n"
+        "from tests.test_distributed import train_all\n"
         "with distributed_session(training=True): train_all(pathlib.Path(sys.argv[1]))\n"
     )
     (folder / "train_all.py").write_text(script)
@@ -176,7 +177,7 @@ def test_two_processes_equal_one(runs, method):
 
 
 @pytest.mark.parametrize("processes", ["one", "two"])
-def test_own_data_trains_as_data_that_is_known(runs, processes):
+def test_own_data_trains_like_a_known_data_set(runs, processes):
     own, known = (runs / processes / name for name in ("own data", "standard"))
     assert largest_difference(own / "model_last.pth", known / "model_last.pth") == 0
 
@@ -190,14 +191,14 @@ def test_the_comparison_can_fail(runs):
     )
 
 
-def test_what_a_checkpoint_holds_does_not_depend_on_the_number_of_processes(runs):
+def test_checkpoints_do_not_depend_on_the_number_of_processes(runs):
     one, two = (load_checkpoint(runs / name / "free" / "model_last.pth") for name in ("one", "two"))
     assert torch.equal(one["method"]["perturbation"], two["method"]["perturbation"])
     assert len(one["method"]["perturbation"]) == 37
     assert one["progress"]["images_seen"] == two["progress"]["images_seen"] == 2 * 75
 
 
-def test_a_run_stopped_in_two_processes_goes_on_in_one(runs):
+def test_a_run_stopped_in_two_processes_continues_in_one(runs):
     progress = load_checkpoint(runs / "two" / "stopped" / "model_last.pth")["progress"]
     assert (progress["epochs_done"], progress["batches_done"]) == (1, 1)
     with double_precision():
@@ -295,7 +296,7 @@ def machine(folder, job, port):
     ]
 
 
-def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_path):
+def test_two_machines_restart_after_a_failure_and_leave_other_jobs_alone(tmp_path):
     with socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -325,10 +326,10 @@ def test_two_machines_start_again_after_a_death_and_leave_other_jobs_alone(tmp_p
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
 
 
-def test_what_all_processes_refuse_is_said_once(tmp_path):
+def test_an_error_of_all_processes_is_printed_once(tmp_path):
     script = (
         "from base.command_line import run_script; from base.errors import DataError\n"
-        "from base.ranks import distributed_session\n"
+        "from base.distributed import distributed_session\n"
         "def main():\n"
         "    with distributed_session():\n"
         "        raise DataError('no such images')\n"
@@ -338,10 +339,10 @@ def test_what_all_processes_refuse_is_said_once(tmp_path):
     words = [*TORCHRUN, str(tmp_path / "script.py")]
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert done.stderr.splitlines().count("no such images") == 1
+    assert done.stderr.splitlines().count("error: no such images") == 1
 
 
-def test_what_cannot_be_shared_out_is_refused(monkeypatch):
+def test_fewer_images_than_processes_are_refused(monkeypatch):
     monkeypatch.setattr(build, "world_size", lambda: 40)
     loader = BaseDataLoader.__new__(
         type("Loader", (BaseDataLoader,), dict.fromkeys(BaseDataLoader.__abstractmethods__))
@@ -357,24 +358,25 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch):
         (
             validate(TINY),
             (loader, few, loader),
-            "the validation set: 39 images cannot be shared out over 40 processes",
+            "the validation set: 39 images cannot be divided among 40 processes",
         ),
         (validate(TINY), (loader, None, few), "the test set: 39 images"),
         (attacked, (loader, loader, loader), "adversarial.validate_images: 21 images"),
         (reported, (loader, None, loader), "adversarial.report_images: 21 images"),
     ):
         with pytest.raises(ConfigError, match=message):
-            build.refuse_too_few_images(config, *loaders)
+            build.check_image_counts(config, *loaders)
     loader.batch_size = 39
     with pytest.raises(ConfigError, match=r"data_loader.args.batch_size: 39 images"):
-        build.refuse_too_few_images(validate(TINY), loader, None, loader)
+        build.check_image_counts(validate(TINY), loader, None, loader)
 
 
 def test_a_lost_process_does_not_make_a_network_unfit():
     class Synchronized(torch.nn.Linear):
         def forward(self, images):
             raise RuntimeError(
-                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]"
+                " Connection closed by peer"
             )
 
     loader = BaseDataLoader.__new__(
@@ -382,7 +384,7 @@ def test_a_lost_process_does_not_make_a_network_unfit():
     )
     loader.batch_size, loader.n_samples, loader.image_shape = 8, 8, (3, 4, 4)
     with pytest.raises(RuntimeError, match="closed by peer"):
-        build.refuse_unfit_images(Synchronized(1, 1), loader, "resnet18")
+        build.check_images_fit(Synchronized(1, 1), loader, "resnet18")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""Other codes' files under the commands: the formats of docs/checkpoints.md, and what the
-evaluations assume and report."""
+"""Checkpoints of other code: the formats of docs/checkpoints.md, and the assumptions reported."""
 
 import json
 import re
@@ -144,7 +143,7 @@ def evaluate(path, config, *words):
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 
 
-def test_onis_rule_is_that_of_who_wrote_the_checkpoint(tmp_path):
+def test_onis_rule_depends_on_who_wrote_the_checkpoint(tmp_path):
     arch = {"type": "simpleCNN2", "args": {"conv_layer_type": "oni_conv"}}
     state = build_model(arch).state_dict()
     path = tmp_path / "model.pth"
@@ -173,7 +172,7 @@ def test_onis_rule_is_that_of_who_wrote_the_checkpoint(tmp_path):
     assert rule("--set", "arch.args.oni_rule=paper") == ("paper", None)
 
 
-def test_the_shortcuts_input_is_told_where_it_is_assumed(tmp_path):
+def test_an_assumed_shortcut_input_is_reported(tmp_path):
     arch = {"type": "preact_resnet18"}
     path = tmp_path / "model.pth"
     torch.save(
@@ -213,7 +212,8 @@ CIFAR10, CIFAR100 = (
             100,
             True,
             CIFAR10,
-            "its adversarial training on CIFAR-100 normalizes twice, which no mean and std can stand for;",
+            "its adversarial training on CIFAR-100 normalizes twice,"
+            " which no mean and std can stand for;",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""How far it is from a script to one optimizer step: what a reader has to step through."""
+"""The number of frames and files from a command to one optimizer step."""
 
 import json
 import traceback

@@ -1,5 +1,7 @@
-"""spectrum.py and class_report.py as a user runs them: in their own processes, from another folder.
-What they share with the attack scripts is tested there."""
+"""spectrum.py and class_report.py as a user runs them, from another folder.
+
+tests/test_attack_scripts.py tests the flags that they share with the attack commands.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run folder that an older version wrote is resumed, validated and tabled by this one.
+"""A run folder of an older version can be resumed, evaluated and put into a table.
 
 `tests/golden/old_run` was stopped by SIGTERM after one minibatch of its third epoch, and
 `tests/golden/old_run_finished` is how the same version finished it.
@@ -56,7 +56,7 @@ def test_an_old_run_is_validated(old_run):
     assert report["robust_top1"] == pytest.approx(0.1, abs=ROUNDING)
 
 
-def test_an_old_run_is_tabled(tmp_path):
+def test_an_old_run_appears_in_a_table(tmp_path):
     shutil.copytree(FINISHED, tmp_path / "cwd" / "finished")
     words = ["finished", "--table", "table.csv", "--result", "test_top1", "test_robust_top1"]
     done = script("plot_training_logs.py", *words, cwd=tmp_path / "cwd")

@@ -1,5 +1,4 @@
-"""Networks that know nothing of this project, measured by one command each, from a folder outside
-the clone; and against foolbox."""
+"""Networks of other code are measured by one command each, and compared with foolbox."""
 
 import csv
 import json
@@ -46,7 +45,8 @@ TINY = """from torch import nn
 
 def build(width=3, classes=10):
     head = nn.Linear(16 * width, classes)
-    return nn.Sequential(nn.Conv2d(1, width, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), head)
+    first = nn.Conv2d(1, width, 3, stride=2)
+    return nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), head)
 
 
 def needs(depth):
@@ -188,7 +188,7 @@ def verdicts_of(folder):
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-def test_at_the_last_iterate_from_the_image_verdicts_are_foolboxs(measured):
+def test_verdicts_at_the_last_iterate_from_the_image_equal_foolboxs(measured):
     network, images, labels, words, folder = measured
     same = ["--set", "pgd_attack.random_start=false", "--set", "pgd_attack.early_stop=0"]
     done = run(*words, *attack_words(), *same, cwd=folder)
@@ -302,28 +302,84 @@ def test_spectra_of_an_own_network(tiny):
 
 
 BAD_INPUT = {
-    "a misspelt function": (["--model", "tiny_network.py:bild"], 2, "has no bild; did you mean 'build'?"),
-    "no function": (["--model", "tiny_network.py"], 2, "expected FILE.py:FUNCTION or MODULE:FUNCTION"),
+    "a misspelt function": (
+        ["--model", "tiny_network.py:bild"],
+        2,
+        "has no bild; did you mean 'build'?",
+    ),
+    "no function": (
+        ["--model", "tiny_network.py"],
+        2,
+        "expected FILE.py:FUNCTION or MODULE:FUNCTION",
+    ),
     "no file": (["--model", "tiny.py:build"], 2, "tiny.py: no such file"),
-    "no module": (["--model", "torchvsion.models:resnet18"], 2, "torchvsion.models: no such module"),
-    "code that fails": (["--model", "broken_code.py:build"], 2, "broken_code.py: line 1: SyntaxError"),
-    "arguments missing": (["--model", "tiny_network.py:needs"], 2, "needs() needs arguments: give --model_args depth=VALUE"),
-    "unknown argument": (["--model_args", "wdth=3"], 2, "takes no such argument; did you mean 'width'?"),
-    "a failing function": (["--model", "tiny_network.py:fails"], 2, "fails() failed: RuntimeError: out of luck"),
-    "no network": (["--model", "tiny_network.py:no_network"], 2, "returned a dict; expected a torch.nn.Module"),
-    "one output": (["--model_args", "classes=1"], 2, "logits (B, classes) of at least 2 classes, not of 1"),
-    "other classes": (["--model_args", "classes=7"], 4, "has 10 classes, but the network of --model gives 7 logits"),
-    "images that do not fit": (["--mean", "0.5,0.5,0.5", "--std", "1,1,1"], 4, "3 channels, which Normalized cannot take"),
-    "other weights": (["--model_args", "width=5", "-s", "weights.pth"], 3, "--model and --model_args"),
-    "keys that are missing": (["-s", "half.pth", "--model_args", "width=4"], 3, "lacks 2 of the model's keys"),
+    "no module": (
+        ["--model", "torchvsion.models:resnet18"],
+        2,
+        "torchvsion.models: no such module",
+    ),
+    "code that fails": (
+        ["--model", "broken_code.py:build"],
+        2,
+        "broken_code.py: line 1: SyntaxError",
+    ),
+    "arguments missing": (
+        ["--model", "tiny_network.py:needs"],
+        2,
+        "needs() needs arguments: give --model_args depth=VALUE",
+    ),
+    "unknown argument": (
+        ["--model_args", "wdth=3"],
+        2,
+        "takes no such argument; did you mean 'width'?",
+    ),
+    "a failing function": (
+        ["--model", "tiny_network.py:fails"],
+        2,
+        "fails() failed: RuntimeError: out of luck",
+    ),
+    "no network": (
+        ["--model", "tiny_network.py:no_network"],
+        2,
+        "returned a dict; expected a torch.nn.Module",
+    ),
+    "one output": (
+        ["--model_args", "classes=1"],
+        2,
+        "logits (B, classes) of at least 2 classes, not of 1",
+    ),
+    "other classes": (
+        ["--model_args", "classes=7"],
+        4,
+        "has 10 classes, but the network of --model gives 7 logits",
+    ),
+    "images that do not fit": (
+        ["--mean", "0.5,0.5,0.5", "--std", "1,1,1"],
+        4,
+        "3 channels, which Normalized cannot take",
+    ),
+    "other weights": (
+        ["--model_args", "width=5", "-s", "weights.pth"],
+        3,
+        "--model and --model_args",
+    ),
+    "keys that are missing": (
+        ["-s", "half.pth", "--model_args", "width=4"],
+        3,
+        "lacks 2 of the model's keys",
+    ),
     "no data": (["--data", "nowhere"], 4, "--data: 'nowhere' is not a folder"),
     "config and model": (["-c", "config.json"], 2, "-c and --model"),
     "averaged weights": (["--ema"], 2, "--ema and --model"),
     "mean alone": (["--mean", "0.5"], 2, "--mean: needs --std, too"),
     "as many": (["--mean", "0.5", "--std", "1,1,1"], 2, "1 and 3 numbers"),
     "std of 0": (["--mean", "0.5", "--std", "0"], 2, "above 0"),
-    "another network's setting": (["--set", "arch.type=vgg16"], 2, "--set arch.type=vgg16: has no effect"),
-}  # fmt: skip
+    "another network's setting": (
+        ["--set", "arch.type=vgg16"],
+        2,
+        "--set arch.type=vgg16: has no effect",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
@@ -347,10 +403,10 @@ def test_flags_of_own_networks_need_one(tmp_path):
     done = script("fgsm.py", "-s", "m.pth", "--data", "images", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        "--data: belongs to a network of --model, which is not given\n",
+        "error: --data: belongs to a network of --model, which is not given\n",
     )
     done = script("fgsm.py", "--model", "my.py:build", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        "--data: required with --model: the folder of the test images\n",
+        "error: --data: required with --model: the folder of the test images\n",
     )

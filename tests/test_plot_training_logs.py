@@ -1,4 +1,4 @@
-"""plot_training_logs.py as a user runs it: in its own process, from another folder."""
+"""plot_training_logs.py as a user runs it, in a new process and from another folder."""
 
 import csv
 import json
@@ -92,7 +92,7 @@ def test_final_values_against_noise(saved, tmp_path):
     done = run(saved / "noise", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     unfinished = saved / "noise" / "unfinished"
-    warning = f"{unfinished}: not finished after epoch 3: its results are left out\n"
+    warning = f"warning: {unfinished}: not finished after epoch 3: its results are left out\n"
     assert done.stderr == warning
     assert (
         done.stdout == "wrote noise.svg: 2 runs in 2 groups\nwrote noise.md: 2 runs in 2 groups\n"

@@ -1,4 +1,4 @@
-"""Who may call whom: one walk over every import of every room."""
+"""Packages import only those that they may import."""
 
 import ast
 import subprocess
@@ -89,7 +89,7 @@ def test_the_installed_package_needs_torch_alone(file):
         assert top == "torch" or top in sys.stdlib_module_names, f"{file.name} imports {name}"
 
 
-def test_a_command_that_only_looks_at_its_words_imports_nothing_slow():
+def test_a_command_with_a_wrong_flag_imports_nothing_slow():
     code = (
         "import runpy, sys; sys.argv = ['train.py', '--debug', '--set', 'x']\n"
         "try: runpy.run_path('train.py', run_name='__main__')\n"
@@ -99,10 +99,3 @@ def test_a_command_that_only_looks_at_its_words_imports_nothing_slow():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
-
-
-@pytest.mark.parametrize(
-    "file", [file for file in FILES if room_of(file) == "script"], ids=lambda file: file.name
-)
-def test_scripts_are_short(file):
-    assert len(file.read_text().splitlines()) < 80

@@ -1,5 +1,4 @@
-"""run_ablations.py as a user runs it: list, dry run, a study that is killed and started again,
-failures, submitit."""
+"""run_ablations.py as a user runs it: list, dry run, a killed study, failures, submitit."""
 
 import json
 import os
@@ -19,9 +18,12 @@ from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
-    "data_loader.args.num_batches": 4, "data_loader.args.batch_size": 16, "trainer.monitor": "max val_top1",
-    "system.num_threads": 1, "trainer.epochs": 3,
-}  # fmt: skip
+    "data_loader.args.num_batches": 4,
+    "data_loader.args.batch_size": 16,
+    "trainer.monitor": "max val_top1",
+    "system.num_threads": 1,
+    "trainer.epochs": 3,
+}
 
 
 def command(*words):
@@ -55,8 +57,15 @@ def grid(tmp_path):
 def test_the_ablation_studys_own_commands(tmp_path):
     listed = study("--list", cwd=tmp_path)
     assert [line.partition(":")[0] for line in listed.stdout.splitlines()] == [
-        "baseline", "resnet34", "resnet50", "no_batchnorm", "cosine_schedule", "no_schedule", "small_batch", "large_batch",
-    ]  # fmt: skip
+        "baseline",
+        "resnet34",
+        "resnet50",
+        "no_batchnorm",
+        "cosine_schedule",
+        "no_schedule",
+        "small_batch",
+        "large_batch",
+    ]
     assert (
         "data_loader.args.batch_size=1024, optimizer.args.lr=0.2, "
         in listed.stdout.splitlines()[-1]
@@ -111,9 +120,12 @@ def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
         "augmentation.flip=false",
     ]
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_ITS_FIRST_RUN, *map(str, words)], cwd=tmp_path, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-c", KILLED_AT_ITS_FIRST_RUN, *map(str, words)],
+        cwd=tmp_path,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
     assert killed.returncode == -signal.SIGKILL
     before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*/result.json")}
     assert len(before) < 2
@@ -232,7 +244,7 @@ def test_a_file_gets_a_line_for_every_new_state(capsys):
     ]
 
 
-def test_a_failure_is_reported_at_the_end_and_stops_nothing(grid, tmp_path):
+def test_a_failure_is_reported_at_the_end_and_stops_no_other_run(grid, tmp_path):
     tree = json.loads(grid.read_text())
     tree["variants"] = {"bad": {**SETTINGS, "optimizer.args.lr": 1e30}}
     grid.write_text(json.dumps({**tree, "seeds": [0]}))
@@ -240,7 +252,7 @@ def test_a_failure_is_reported_at_the_end_and_stops_nothing(grid, tmp_path):
         "--grid", grid, "--config", "bad", "bn", "--save_dir", tmp_path / "out", cwd=tmp_path
     )
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert done.stderr.startswith("failed: bad seed 0 (exit code 5: epoch ")
+    assert done.stderr.startswith("error: failed: bad seed 0 (exit code 5: epoch ")
     assert "is not finite" in done.stderr
     assert "1 of 2 runs are finished" in done.stdout
 

@@ -1,4 +1,4 @@
-"""train.py as a user runs it: in its own process, from another folder."""
+"""train.py as a user runs it, in a new process and from another folder."""
 
 import json
 import os
@@ -154,10 +154,19 @@ def bad_inputs(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "misspelt key", "wrong type", "unknown layer", "unknown optimizer argument", "adversarial", "no config",
-        "missing data folder", "truncated image", "truncated test image", "image too small", "damaged checkpoint",
+        "misspelt key",
+        "wrong type",
+        "unknown layer",
+        "unknown optimizer argument",
+        "adversarial",
+        "no config",
+        "missing data folder",
+        "truncated image",
+        "truncated test image",
+        "image too small",
+        "damaged checkpoint",
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_an_exit_code_and_nothing_written(tmp_path, name):
     tree, words, code, message = bad_inputs(tmp_path)[name]
     if tree is not None:
@@ -192,7 +201,7 @@ def test_checkpoint_of_another_architecture_is_refused_and_kept(finished_run, tm
     done = script("train.py", "-c", "other.json", "-r", folder, cwd=tmp_path)
     assert done.returncode == 3
     assert (
-        "model_last.pth: is of another architecture: arch.type is 'simpleCNN' there and 'resnet18' in"
+        "model_last.pth: is of another architecture: arch.type is 'simpleCNN' there and 'resnet18'"
         in done.stderr
     )
     assert len(done.stderr.splitlines()) == 1
@@ -256,9 +265,19 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole_run, tmp_path, numb
     there = tmp_path / "in the second epoch"
     program = WAITING_FOR_A_SIGNAL.format(script=str(ROOT / "train.py"), there=str(there))
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, THREE_EPOCHS), "--run_dir", str(tmp_path / "killed")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            program,
+            *map(str, THREE_EPOCHS),
+            "--run_dir",
+            str(tmp_path / "killed"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(there.exists, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=HANG)
@@ -297,8 +316,11 @@ def test_sigterm_to_the_whole_process_group_saves_although_workers_get_it_too(tm
     (tmp_path / "config.json").write_text(json.dumps(tree))
     process = subprocess.Popen(
         command("-c", tmp_path / "config.json", "--run_dir", tmp_path / "run"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)
     os.killpg(process.pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Runs of a second, for tests of everything around training."""
+"""Runs of about a second, for tests of everything around training."""
 
 import os
 import runpy
@@ -68,7 +68,7 @@ def interrupt(monkeypatch, folder, config, after):
 
 
 def difference(first, second):
-    """Names of everything that differs between two checkpoints, wall-clock time aside."""
+    """Return the names of all values that differ between two checkpoints, wall-clock time aside."""
     different = []
 
     def walk(a, b, path):
@@ -96,16 +96,20 @@ def difference(first, second):
 
 
 def forked(function):
-    """The number of a new process that calls `function` and exits as a script would: 0, or a
-    `ProjectError`'s exit code."""
+    """Start a process that calls `function` and exits with 0, or with a `ProjectError`'s code.
+
+    Returns the process's id.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that forking is not for everyone
+        # Python warns that forking a process with threads may deadlock.
+        warnings.simplefilter("ignore")
         process = os.fork()
     if process:
         return process
     code = 99
     try:
-        torch.set_num_threads(1)  # threads of the old process are not in this one
+        # The threads of the parent do not exist in this process.
+        torch.set_num_threads(1)
         function()
         code = 0
     except ProjectError as error:
@@ -117,14 +121,15 @@ def forked(function):
 
 
 def exit_code(process):
-    """Of a process from `forked`, when it has ended; minus the signal's number where one ended
-    it."""
+    """Wait for a process from `forked`; return its exit code, or minus the number of a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def script(name, *words, cwd, before=None):
-    """Run a script with these words in a process of its own, forked: as a user does, but for the
-    imports, which are done. `before` is called in it first."""
+    """Run a command with these words in a forked process, which saves the time for imports.
+
+    `before` is called in the process first.
+    """
     streams = {
         1: Path(cwd).parent / f"{os.getpid()}.out",
         2: Path(cwd).parent / f"{os.getpid()}.err",
@@ -145,8 +150,8 @@ def script(name, *words, cwd, before=None):
             sys.stderr.flush()
 
     code = exit_code(forked(become))
-    said, complained = (file.read_text() for file in streams.values())
-    return CompletedProcess([name, *words], code, said, complained)
+    stdout, stderr = (file.read_text() for file in streams.values())
+    return CompletedProcess([name, *words], code, stdout, stderr)
 
 
 class Patience(float):
@@ -181,8 +186,10 @@ def impatient_workers(monkeypatch, position):
 def write_images(
     folder: Path, classes: dict[str, int], size: tuple[int, int] = (8, 8), suffix: str = "png"
 ) -> None:
-    """Random images of `size` (width, height) in one folder per class, as many as `classes`
-    says."""
+    """Write random images of `size` (width, height) into a folder per class.
+
+    `classes` maps the name of a class to its number of images.
+    """
     for number, (name, count) in enumerate(classes.items()):
         (folder / name).mkdir(parents=True)
         for i in range(count):

@@ -1,4 +1,4 @@
-"""What several processes make sure of before their first step: that they work on the same thing."""
+"""The check, before the first step, that all processes work on the same config, code and data."""
 
 import hashlib
 import platform
@@ -17,69 +17,81 @@ from base.run_folder.environment import package_versions, project_version
 from base.text import one_line
 
 T = TypeVar("T")
+
 Facts = Mapping[str, tuple[type[ProjectError], Any]]
-"""What has to be alike -> the error that a difference is, and a plain value to compare. The first
-difference is told, so what explains others comes first."""
+"""What all processes must have in common -> the error for a difference, and a plain value to
+compare. Only the first difference is reported, so causes come before their effects."""
 
 ROUNDED_ALIKE = ("system.device", "system.compile", "system.channels_last", "system.deterministic")
-"""Config keys that change no result but for rounding, which processes of one job share."""
+"""Config keys that only change how results are rounded. All processes of a job share them."""
+
 MAY_DIFFER = tuple(key for key in WHERE_AND_HOW if key not in ROUNDED_ALIKE)
-"""Config keys that say where a machine has its files, or what only rank 0 asks for."""
+"""Config keys that say where a machine has its files, or that only rank 0 uses."""
+
 LONGEST = 60
-"""Characters of a value that is shown."""
+"""Characters of a value in a message."""
 
 
-def agreed(prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:
-    """What `prepare` returns, when all processes have prepared the same, which they tell each other
-    in one gather.
+def prepare_on_all_ranks(prepare: Callable[[], T], facts: Callable[[T], Facts]) -> T:
+    """Return `prepare()`, after checking that its `facts` are the same on all ranks.
 
     Raises:
-        ProjectError: what they have prepared differs, or `prepare` has raised it on any of them.
-            Rank 0 says so, the others leave with the same exit code.
+        ProjectError: the facts differ, or `prepare` raised an error on any rank. Rank 0 raises it,
+            and the other ranks end silently with the same exit code.
     """
     if world_size() == 1:
         return prepare()
-    failure, own = None, {}
+    failure = None
+    failed = None
+    own_facts: dict[str, tuple[type[ProjectError], Any]] = {}
     try:
         prepared = prepare()
-        own = dict(facts(prepared))
+        own_facts = dict(facts(prepared))
     except ProjectError as error:
         failure = error
-    told = all_gather_object((failure and (failure.exit_code, str(failure)), own))
-    failures = [(number, failed) for number, (failed, _) in enumerate(told) if failed]
-    if failures:
-        number, (code, message) = failures[0]
-        exit_unless_primary(code)
-        raise failure or _error_of(code)(f"rank {number}: {message}")
-    difference = first_difference([facts_of_rank for _, facts_of_rank in told])
+        failed = (error.exit_code, str(error))
+    # One message for failures and facts: a rank that failed would not reach a second one.
+    gathered = all_gather_object((failed, own_facts))
+    for number, (failed, _) in enumerate(gathered):
+        if failed is None:
+            continue
+        exit_code, message = failed
+        exit_unless_primary(exit_code)
+        if failure is not None:
+            raise failure
+        raise _error_class(exit_code)(f"rank {number}: {message}")
+    difference = first_difference([facts_of_rank for _, facts_of_rank in gathered])
     if difference is not None:
         exit_unless_primary(difference.exit_code)
         raise difference
     return prepared
 
 
-def first_difference(told: Sequence[Facts]) -> ProjectError | None:
-    """The error that the first fact in which a process differs from rank 0 amounts to; None where
-    there is none. `told` has one entry per rank."""
-    for name, (error, ours) in told[0].items():
-        others = [
-            number for number, facts in enumerate(told) if facts.get(name, (error, None))[1] != ours
-        ]
-        if others:
-            theirs = told[others[0]].get(name, (error, None))[1]
-            ranks = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
-            return error(
-                f"{ranks} and rank 0 have different {_described(name, theirs, ours, others[0])}"
-            )
+def first_difference(facts: Sequence[Facts]) -> ProjectError | None:
+    """Return the error for the first fact in which a rank differs from rank 0, or None.
+
+    Args:
+        facts: of every rank, in their order.
+    """
+    for name, (error, expected) in facts[0].items():
+        values = [facts_of_rank.get(name, (error, None))[1] for facts_of_rank in facts]
+        others = [number for number, value in enumerate(values) if value != expected]
+        if not others:
+            continue
+        first = others[0]
+        ranks = "rank" if len(others) == 1 else "ranks"
+        ranks = f"{ranks} {', '.join(map(str, others))}"
+        different = _describe_difference(name, values[first], expected, first)
+        return error(f"{ranks} and rank 0 have different {different}")
     return None
 
 
 def config_facts(config: Config) -> Facts:
-    """The config, but for what may differ, and the code that is run with it."""
+    """Return the config, without the keys that may differ, and the code that it runs with."""
     tree = dict(_leaves(config.dump()))
     compared = {key: value for key, value in tree.items() if not lies_in(key, MAY_DIFFER)}
     return {
-        # what the names in a config mean depends on the user's code
+        # The user's code decides what the names in a config mean, so it comes first.
         "your own code (imports)": (ConfigError, digests(tree.get(IMPORTS, []))),
         "config": (ConfigError, compared),
         "code": (ConfigError, code_digest()),
@@ -88,8 +100,10 @@ def config_facts(config: Config) -> Facts:
 
 
 def data_facts(**parts: BaseDataLoader | None) -> Facts:
-    """Classes, number, labels, pixels and normalization of each part of a data set that is
-    there."""
+    """Return classes, counts, labels, pixels, mean and std of each part of a data set.
+
+    Parts that are None are left out.
+    """
     facts: dict[str, tuple[type[ProjectError], Any]] = {}
     for part, loader in parts.items():
         if loader is None:
@@ -106,55 +120,55 @@ def data_facts(**parts: BaseDataLoader | None) -> Facts:
 
 
 def code_digest() -> str:
-    """SHA-256 of this project's code: the modules at its root and those of its rooms, tests aside.
-    Where it is installed, its version: other projects' modules lie beside its own there."""
+    """Return the SHA-256 of this project's code, without tests: the files at its root and those of
+    its packages. If the project is installed, return its version instead."""
     if not (ROOT / "pyproject.toml").is_file():
+        # In site-packages, the modules of other projects are beside ours.
         return f"version {project_version()}"
-    rooms = [
-        folder
-        for folder in sorted(ROOT.iterdir())
-        if (folder / "__init__.py").is_file() and folder.name != "tests"
-    ]
+    files = sorted(ROOT.glob("*.py"))
+    for folder in sorted(ROOT.iterdir()):
+        if (folder / "__init__.py").is_file() and folder.name != "tests":
+            files += sorted(folder.rglob("*.py"))
     digest = hashlib.sha256()
-    for file in [
-        *sorted(ROOT.glob("*.py")),
-        *(file for room in rooms for file in sorted(room.rglob("*.py"))),
-    ]:
+    for file in files:
         digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
-def _described(name: str, theirs: Any, ours: Any, number: int) -> str:
-    """What differs, with both values where they can be read."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        key = next(
-            key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
-        )
-        return f"{name}: {key} is {_shown(theirs.get(key))} on rank {number} and {_shown(ours.get(key))} on rank 0"
-    is_digest = isinstance(ours, str)
-    return (
-        name
-        if is_digest
-        else f"{name}: {_shown(theirs)} on rank {number} and {_shown(ours)} on rank 0"
-    )
+def _describe_difference(name: str, value: Any, expected: Any, number: int) -> str:
+    """Describe the difference between rank `number` and rank 0, with both values if a person can
+    read them."""
+    if isinstance(expected, str):
+        # A digest.
+        return name
+    if isinstance(expected, Mapping) and isinstance(value, Mapping):
+        keys = sorted(expected.keys() | value.keys())
+        key = next(key for key in keys if expected.get(key) != value.get(key))
+        name = f"{name}: {key} is"
+        value = value.get(key)
+        expected = expected.get(key)
+    else:
+        name = f"{name}:"
+    return f"{name} {_shorten(value)} on rank {number} and {_shorten(expected)} on rank 0"
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return one_line(repr(value), LONGEST)
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys and values of a config tree."""
+    """Return the dotted keys and values of a config tree."""
     leaves = []
     for key, value in tree.items():
-        leaves += (
-            _leaves(value, f"{path}{key}.")
-            if isinstance(value, Mapping)
-            else [(f"{path}{key}", value)]
-        )
+        if isinstance(value, Mapping):
+            leaves += _leaves(value, f"{path}{key}.")
+        else:
+            leaves.append((f"{path}{key}", value))
     return leaves
 
 
-def _error_of(exit_code: int) -> type[ProjectError]:
-    kinds = (ConfigError, CheckpointError, DataError, NonFiniteError)
-    return next((kind for kind in kinds if kind.exit_code == exit_code), ProjectError)
+def _error_class(exit_code: int) -> type[ProjectError]:
+    for error in (ConfigError, CheckpointError, DataError, NonFiniteError):
+        if error.exit_code == exit_code:
+            return error
+    return ProjectError

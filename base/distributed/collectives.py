@@ -1,4 +1,4 @@
-"""What all processes of a run exchange; with one process each function returns at once."""
+"""Values that all processes of a run exchange. With one process, each function returns at once."""
 
 import pickle
 from collections.abc import Callable, Sequence
@@ -13,54 +13,58 @@ from base.distributed.process_group import is_primary, world_size
 from base.errors import ProjectError
 
 T = TypeVar("T")
-LOOK_EVERY = 0.5
-"""Seconds between two looks at signals, where a process waits for others."""
+
+SIGNAL_INTERVAL = 0.5
+"""Seconds after which a process that waits for others lets Python handle signals."""
 
 
 def all_gather_object(value: T) -> list[T]:
-    """The values of all ranks, in their order, on every rank."""
+    """Return the values of all ranks, in their order, on every rank."""
     if world_size() == 1:
         return [value]
-    words = _as_bytes(value)
+    data = _pickled(value)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    _finish(dist.all_gather(sizes, torch.tensor([len(words)]), async_op=True))
+    _wait(dist.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
+    # all_gather needs tensors of one size.
     longest = int(max(sizes))
-    padded = torch.cat([words, words.new_zeros(longest - len(words))])
+    padded = torch.cat([data, data.new_zeros(longest - len(data))])
     parts = [torch.empty_like(padded) for _ in sizes]
-    _finish(dist.all_gather(parts, padded, async_op=True))
-    return [_from_bytes(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+    _wait(dist.all_gather(parts, padded, async_op=True))
+    return [_unpickled(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _as_bytes(value: Any) -> Tensor:
+def _pickled(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
 
 
-def _from_bytes(words: Tensor) -> Any:
-    return pickle.loads(words.numpy().tobytes())  # noqa: S301 - of a process of the same job
+def _unpickled(data: Tensor) -> Any:
+    # The bytes come from a process of the same job.
+    return pickle.loads(data.numpy().tobytes())  # noqa: S301
 
 
-def _finish(work: dist.Work) -> None:
-    """Wait until all processes have taken part, and let Python see to signals in between: a process
-    that waits in gloo's own code would not hear them."""
+def _wait(work: dist.Work) -> None:
+    """Wait until all processes have taken part, and let Python handle signals in between."""
+    # A process that waits inside gloo's own code would not run Python's signal handlers.
     while not work.is_completed():
         try:
-            work.wait(timedelta(seconds=LOOK_EVERY))
-        except RuntimeError:  # time is up, or the connection has failed, which the last line tells
+            work.wait(timedelta(seconds=SIGNAL_INTERVAL))
+        except RuntimeError:
+            # Time is up, or the connection has failed; the last wait raises in the second case.
             continue
     work.wait()
 
 
 def barrier() -> None:
-    """Wait until every process has come to this point."""
+    """Wait until every process has called this function."""
     all_gather_object(None)
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of all ranks' numbers, on every rank."""
+    """Return the largest number of all ranks, on every rank."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number)
-    _finish(dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True))
+    _wait(dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True))
     return int(tensor)
 
 
@@ -75,23 +79,27 @@ def all_reduce_min(tensor: Tensor) -> Tensor:
 
 
 def from_primary(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, where alone it is called, on every rank; where it raises a
-    `ProjectError` there, the other ranks leave without a word."""
+    """Call `function` on rank 0 only, and return its value on every rank.
+
+    If it raises a `ProjectError`, the other ranks end silently with the same exit code.
+    """
     if world_size() == 1:
         return function()
-    failure, value = None, None
+    failure = None
+    value = None
     if is_primary():
         try:
             value = function()
         except ProjectError as error:
             failure = error
-    words = _as_bytes((failure and failure.exit_code, value))
-    size = torch.tensor([len(words)])
-    _finish(dist.broadcast(size, 0, async_op=True))
+    exit_code = 0 if failure is None else failure.exit_code
+    data = _pickled((exit_code, value))
+    size = torch.tensor([len(data)])
+    _wait(dist.broadcast(size, 0, async_op=True))
     if not is_primary():
-        words = torch.empty(int(size), dtype=torch.uint8)
-    _finish(dist.broadcast(words, 0, async_op=True))
-    exit_code, value = _from_bytes(words)
+        data = torch.empty(int(size), dtype=torch.uint8)
+    _wait(dist.broadcast(data, 0, async_op=True))
+    exit_code, value = _unpickled(data)
     if exit_code:
         exit_unless_primary(exit_code)
     if failure is not None:
@@ -100,24 +108,24 @@ def from_primary(function: Callable[[], T]) -> T:
 
 
 def exit_unless_primary(exit_code: int) -> None:
-    """On every rank but 0: end this process quietly, because rank 0 says why all end, with this
-    exit code (see `_wait_for_the_word_of`)."""
+    """End this process silently with an exit code, unless it is rank 0, which prints the reason."""
     if not is_primary():
         raise SystemExit(exit_code)
 
 
 @torch.no_grad()
 def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Overwrite these tensors, which are of the same shapes on every rank, by those of rank 0, in
-    one message per type."""
+    """Overwrite tensors by those of rank 0, in one message per dtype.
+
+    Their shapes must be the same on every rank.
+    """
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         of_type = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in of_type])
         if flat.device.type == "cpu":
-            _finish(dist.broadcast(flat, 0, async_op=True))
+            _wait(dist.broadcast(flat, 0, async_op=True))
         else:
             dist.broadcast(flat, 0)
-        for tensor, values in zip(
-            of_type, flat.split([tensor.numel() for tensor in of_type]), strict=True
-        ):
+        sizes = [tensor.numel() for tensor in of_type]
+        for tensor, values in zip(of_type, flat.split(sizes), strict=True):
             tensor.copy_(values.view_as(tensor))

@@ -1,4 +1,4 @@
-"""Which process this is, of how many; without torchrun there is one, rank 0 of 1."""
+"""The rank of this process, and how many there are. Without torchrun it is rank 0 of 1."""
 
 import os
 
@@ -6,17 +6,21 @@ import torch.distributed as dist
 
 
 def rank() -> int:
-    """The number of this process, from 0 on."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """Return the number of this process, from 0."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return 0
 
 
 def world_size() -> int:
-    """How many processes share the work."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return how many processes share the work."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def started_processes() -> int:
-    """How many processes torchrun has started, whether they have met yet or not; 1 without
+    """Return how many processes torchrun has started, whether or not they have joined; 1 without
     torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -27,5 +31,8 @@ def is_primary() -> bool:
 
 
 def hide_progress_bar() -> bool | None:
-    """The argument `disable` of tqdm: rank 0 alone draws bars, and only on a terminal (None)."""
-    return None if is_primary() else True
+    """Return the argument `disable` of tqdm: only rank 0 draws bars, and only on a terminal."""
+    if not is_primary():
+        return True
+    # tqdm itself hides the bar if stderr is not a terminal.
+    return None

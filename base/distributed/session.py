@@ -1,5 +1,4 @@
-"""Joining and leaving the processes that torchrun has started, and ending together when one
-fails."""
+"""Joining the processes that torchrun has started, and ending together when one of them fails."""
 
 import gc
 import os
@@ -22,22 +21,22 @@ from base.distributed.process_group import started_processes, world_size
 from base.errors import ProjectError
 
 _store: dist.Store | None = None
-"""What all processes of the job can write to and read, as long as they are joined."""
+"""A key-value store that all processes of the job read and write; None outside a session."""
 
 
 @contextmanager
 def distributed_session(training: bool = False) -> Iterator[None]:
-    """Join the other processes that torchrun has started, for as long as the context lasts; inside
-    another such context nothing is left to do.
+    """Join the other processes that torchrun has started; they part when the context ends.
 
-    Plain values and tensors on the CPU are exchanged by gloo, which serves every device; `training`
-    adds NCCL for gradients on CUDA devices.
+    Inside another session, or without torchrun, it does nothing. If one process fails, all of them
+    end with its exit code.
 
-    Where one of them fails, all end with its exit code.
+    Args:
+        training: use NCCL, if there is CUDA, for gradients on CUDA devices. Plain values and
+            tensors on the CPU always go through gloo.
 
     Raises:
-        ProjectError: another process has ended in the middle of the work, or the connection has
-            failed.
+        ProjectError: another process has ended, or the connection has failed.
     """
     if started_processes() == world_size():
         yield
@@ -45,10 +44,10 @@ def distributed_session(training: bool = False) -> Iterator[None]:
     with_cuda = training and torch.cuda.is_available() and dist.is_nccl_available()
     global _store
     rendezvous, number, size = next(dist.rendezvous("env://"))
-    _store = _meet(rendezvous, number, size)
-    # the first to finish its shard waits for the last, however long that takes; torchrun ends all
-    # when a process dies, but for a machine that vanishes without closing its connections they wait
-    # until this timeout
+    _store = _fresh_store(rendezvous, number, size)
+    # The first process to finish its shard waits for the last, which may take hours. torchrun ends
+    # all when a process dies; the timeout is only for a machine that vanishes without closing its
+    # connections.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if with_cuda else "gloo",
         store=_store,
@@ -57,48 +56,55 @@ def distributed_session(training: bool = False) -> Iterator[None]:
         timeout=timedelta(days=7),
     )
     try:
-        # Where it raises, the group stays until the process ends: the others take that for the
-        # sign that all is said.
+        # After an error the group is not destroyed before the process ends: the others take a
+        # closed connection for the sign that the message has been printed.
         yield
     except RuntimeError as error:
-        if not is_of_connection(error):
+        if not is_connection_error(error):
             raise
-        exit_code = _told("failed")
-        if exit_code:  # and the process that has failed has said why
+        exit_code = _read_number("failed")
+        if exit_code:
+            # The process that failed has printed why.
             end_process(exit_code)
-        raise ProjectError(f"rank {number}: {_explained(error)}") from error
-    except SystemExit as leaving:  # see `exit_unless_primary`
-        _wait_for_the_word_of(0)
+        raise ProjectError(f"rank {number}: {_explain(error)}") from error
+    except SystemExit as leaving:
+        # Raised by `exit_unless_primary`: rank 0 prints why all end.
+        _wait_until_reported(0)
         end_process(int(leaving.code or 0))
     except ProjectError as error:
-        _tell("failed", error.exit_code)
-        speaker = _first_to_fail(number)
-        if speaker != number:
-            # all have read the same file or command line, and one of them says what is wrong
-            _wait_for_the_word_of(speaker)
+        _write_number("failed", error.exit_code)
+        reporter = _first_to_fail(number)
+        if reporter != number:
+            # All read the same file or command line, and one message about it is enough.
+            _wait_until_reported(reporter)
             end_process(error.exit_code)
         raise
     barrier()
-    gc.collect()  # models in reference cycles hold on to the group
+    # Models in reference cycles hold on to the group, which would then never close.
+    gc.collect()
     dist.destroy_process_group()
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit at once: a group whose work was broken off has threads that wait for the others, and
-    Python would wait for them."""
+    """Exit at once, without Python's clean-up.
+
+    A group whose work was broken off has threads that wait for other processes, and Python would
+    wait for these threads.
+    """
     for stream in (sys.stdout, sys.stderr):
-        # None where it was closed before Python began
+        # It is None if it was closed before Python began.
         if stream is not None:
             stream.flush()
     os._exit(code)
 
 
-def _meet(store: dist.Store, number: int, size: int) -> dist.Store:
-    """A part of `store` that nobody has written to before.
+def _fresh_store(store: dist.Store, number: int, size: int) -> dist.Store:
+    """Return a part of `store` that nobody has written to before.
 
-    torchrun keeps its store when it starts processes anew (`--max-restarts`), with the addresses of those that died, and a
-    process that reads before the new address is written would call a dead one. So all agree on a fresh name first: each asks
-    with a token of its own, and rank 0 answers, perhaps the tokens of the dead, too, until all have taken up its name.
+    torchrun keeps its store when it restarts processes (`--max-restarts`), with the addresses of
+    the dead ones. A process that reads before the new address is written would call a dead process.
+    So all agree on a fresh prefix first. Each process asks with its own token, and rank 0 answers
+    (perhaps the tokens of dead processes, too) until all have confirmed its prefix.
     """
     if number > 0:
         token = uuid4().hex
@@ -115,81 +121,95 @@ def _meet(store: dist.Store, number: int, size: int) -> dist.Store:
     return dist.PrefixStore(name, store)
 
 
-def _wait_for_the_word_of(speaker: int) -> None:
-    """Wait until this rank has said why all end: torchrun ends it in the middle of its sentence
-    when another process fails, and ends this one when the speaker has failed."""
+def _wait_until_reported(reporter: int) -> None:
+    """Wait until a rank has printed why all processes end."""
     if threading.current_thread() is threading.main_thread():
+        # torchrun sends SIGTERM as soon as one process has failed.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    with suppress(RuntimeError):  # it sends nothing, and its connection closes when it ends
-        dist.irecv(torch.empty(1), src=speaker).wait(timedelta(minutes=1))
-    sleep(1)  # until torchrun has seen that it has
+    # The rank sends nothing. Waiting ends with an error when its connection closes as it ends.
+    with suppress(RuntimeError):
+        dist.irecv(torch.empty(1), src=reporter).wait(timedelta(minutes=1))
+    # torchrun reports the process that it sees failing first; let that be the reporter.
+    sleep(1)
 
 
 def _first_to_fail(number: int) -> int:
-    """The first rank that has asked this; `number` is this one's. Where torchrun does not keep the
-    store, each is the first: to ask a store that has ended makes torch print its own stack."""
+    """Return the first rank that has called this function; `number` is this process's rank."""
+    # If torchrun does not keep the store, it may have ended, and asking it would make torch print
+    # a stack trace. Then every rank reports its own error.
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         with suppress(RuntimeError):
             return int(_store.compare_set("first to fail", "", str(number)))
     return number
 
 
-def ask_all_to_stop(number: int) -> None:
-    """Tell the other processes of the signal that has reached this one; see `asked_to_stop`."""
-    _tell("stop", number)
+def request_stop(signal_number: int) -> None:
+    """Tell the other processes that this one has received a signal; see `requested_stop`."""
+    _write_number("stop", signal_number)
 
 
-def asked_to_stop() -> int:
-    """The number of the signal that has reached any process; 0 as long as none has. Waits for
-    nobody."""
-    return _told("stop")
+def requested_stop() -> int:
+    """Return the number of the signal that any process has received, or 0. It does not wait."""
+    return _read_number("stop")
 
 
-def tell_failure(exit_code: int) -> None:
-    """Let the processes that lose their connection to this one end with the same exit code, and
-    without a word: this one has said why."""
-    _tell("failed", exit_code)
+def announce_failure(exit_code: int) -> None:
+    """Let the processes that lose their connection to this one end silently with its exit code,
+    because this process has printed the error."""
+    _write_number("failed", exit_code)
 
 
-def _tell(what: str, number: int) -> None:
-    """Let all processes know a number; see `_told`."""
+def count_activity() -> None:
+    """Tell the other processes that this one is computing; see `activity`."""
+    _add_activity(1)
+
+
+def activity() -> int:
+    """Return how often any process has called `count_activity`. It does not wait."""
+    return _add_activity(0)
+
+
+def _add_activity(amount: int) -> int:
     if _store is not None:
-        with suppress(RuntimeError):  # whoever keeps the store has ended
-            _store.set(what, str(number))
-
-
-def _told(what: str) -> int:
-    """The number that a process has told last; 0 where none has. Waits for nobody."""
-    with suppress(RuntimeError):
-        if _store is not None and _store.check([what]):
-            return int(_store.get(what))
+        with suppress(RuntimeError):
+            return _store.add("computed", amount)
     return 0
 
 
-def moments_computed(more: int) -> int:
-    """How often any process has said that it still computes; `more` is 1 to say so, 0 to ask. Waits
-    for nobody."""
+def _write_number(key: str, number: int) -> None:
+    """Write a number for all processes; see `_read_number`."""
+    if _store is not None:
+        # The process that keeps the store may have ended.
+        with suppress(RuntimeError):
+            _store.set(key, str(number))
+
+
+def _read_number(key: str) -> int:
+    """Return the number that a process has written last, or 0. It does not wait."""
     with suppress(RuntimeError):
-        return 0 if _store is None else _store.add("computed", more)
+        if _store is not None and _store.check([key]):
+            return int(_store.get(key))
     return 0
 
 
-def is_of_connection(error: Exception) -> bool:
-    """Whether gloo, NCCL or torch's store raised it; gloo's are plain `RuntimeError`s that name
-    their place."""
+def is_connection_error(error: Exception) -> bool:
+    """Whether gloo, NCCL or torch's store raised an error."""
+    # gloo raises plain `RuntimeError`s, which name a file of its source.
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _explained(error: Exception) -> str:
-    """What gloo or NCCL say, in one line: in short where another process is the cause, all that
-    they know otherwise."""
-    # and then come places in their own code
+def _explain(error: Exception) -> str:
+    """Return the cause of a connection error in one line."""
+    # What follows is a stack trace of torch's C++ code.
     text = str(error).partition("Exception raised from")[0]
     lines = [re.sub(r"^\[[^]]*\] ", "", line).strip() for line in text.splitlines() if line.strip()]
-    lines = lines or [type(error).__name__]
-    if re.search(
+    if not lines:
+        lines = [type(error).__name__]
+    another_ended = re.search(
         "closed by peer|reset by peer|broken pipe|remote process|remote error", text, re.IGNORECASE
-    ):
-        return f"another process has ended ({lines[0].split('. This')[0].rstrip('.')}): this one ends, too"
-    return f"the processes cannot work together: {' '.join(lines)}"
+    )
+    if another_ended:
+        reason = lines[0].split(". This")[0].rstrip(".")
+        return f"another process has ended ({reason}), so this one ends, too"
+    return f"the processes cannot communicate: {' '.join(lines)}"

@@ -11,13 +11,13 @@ from base.distributed.process_group import rank, world_size
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a minibatch that this process computes on: every `processes`-th image from number
+    """The part of a minibatch that this process computes on: every `processes`-th image, from image
     `rank` on.
 
-    A minibatch with fewer images than processes is computed as a whole by each of them, so that
-    none has nothing to do (and nothing to bring to the statistics of batch normalization), and
-    counted by rank 0 only. (Synchronized batch normalization then sees each image several times,
-    which changes nothing but the n / (n - 1) of its running variance.)
+    If a minibatch has fewer images than there are processes, each process computes all of it, and
+    only rank 0 counts it. Otherwise some processes would have no image for batch normalization.
+    Synchronized batch normalization then sees each image several times, which changes only the
+    factor n / (n - 1) of its running variance.
 
     Attributes:
         total: images in the whole minibatch.
@@ -37,41 +37,47 @@ class Shard:
     @property
     def part(self) -> slice:
         """The images that this process computes on."""
-        return slice(0, self.total) if self.copied else self.own
+        if self.copied:
+            return slice(0, self.total)
+        return self.own
 
     @property
     def own(self) -> slice:
-        """The images that only this process has; none where there are fewer images than processes
-        before it."""
+        """The images that belong to this process only. It can be empty if `copied`."""
         return slice(self.rank, self.total, self.processes)
 
     @property
     def counts(self) -> bool:
-        """Whether what this process computes belongs into sums over all processes."""
+        """Whether the results of this process belong in sums over all processes."""
         return self.rank == 0 or not self.copied
 
     def mean(self, losses: Tensor) -> Tensor:
-        """What this process contributes to the minibatch's mean of `losses` `(B,)`: the average
-        over all processes, which DistributedDataParallel takes of its gradients, is the mean over
-        the whole minibatch, however uneven the shards are."""
+        """Return what this process contributes to the mean of `losses` `(B,)` over the minibatch.
+
+        The average of all processes' values is the mean over the whole minibatch, also if the
+        shards differ in size.
+        """
         if self.processes == 1 or self.copied:
             return losses.mean()
+        # DistributedDataParallel divides the sum of gradients by the number of processes.
         return losses.sum() * (self.processes / self.total)
 
 
 def shard_of(total: int) -> Shard:
-    """This process's shard of a minibatch of `total` images."""
+    """Return this process's shard of a minibatch of `total` images."""
     return Shard(total, rank(), world_size())
 
 
 @dataclass(frozen=True)
 class ShardedGenerator:
-    """Draws for a whole minibatch, from the same state in every process, of which each takes its
-    shard's part: the number of processes then changes no draw."""
+    """Draws for a whole minibatch and returns the part of a shard.
+
+    The generator has the same state in every process, so the number of processes changes no draw.
+    """
 
     generator: torch.Generator
     shard: Shard
 
     def draw(self, distribution: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
-        """`distribution((B, *shape), generator=...)` of the shard's images."""
+        """Return the shard's part of `distribution((total, *shape), generator=...)`."""
         return distribution((self.shard.total, *shape), generator=self.generator)[self.shard.part]

@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """`model` with batch normalization by the statistics of the whole minibatch, all processes'
-    shards together, ConvNorm's inner ones included. Weights, statistics and their names stay.
+    """Let the batch normalization of `model` use the statistics of the whole minibatch.
 
-    On CUDA it is torch's own `SyncBatchNorm`, which exists for no other device; elsewhere
-    `SynchronizedBatchNorm2d`."""
+    The inner batch normalization of ConvNorm is converted, too. Parameters, buffers and their names
+    stay the same.
+    """
     if any(parameter.is_cuda for parameter in model.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # torch's own class raises an error for tensors on the CPU.
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SynchronizedBatchNorm2d
@@ -20,55 +21,59 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
 
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose mean and variance, in training, are those of the `(B, H, W)` of every
-    process.
+    """`nn.BatchNorm2d` whose mean and variance, in training, are those of all processes' images.
 
-    `y = (x - mean) / sqrt(var + eps) * weight + bias` with the biased variance; the running
-    variance follows the unbiased one. The gradient flows through mean and variance, into the inputs
-    of every process. Every process has to call it equally often. Computed in float32 at least; no
-    faster than its two sums over all processes."""
+    `y = (x - mean) / sqrt(var + eps) * weight + bias`, with the mean and the biased variance over
+    `(B, H, W)` of every process. The running variance follows the unbiased one. The gradient flows
+    through mean and variance into the inputs of every process. All processes must call it equally
+    often. It computes in float32, or float64 for such inputs.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        """`(B, C, H, W)` -> the same shape."""
+        """Map `(B, C, H, W)` to the same shape."""
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
         values = input if input.dtype == torch.float64 else input.float()
+        # Shards differ in size, so the count is summed together with the values.
         count = values.new_tensor([values.numel() / values.shape[1]])
         sums = _SumOverProcesses.apply(torch.cat([values.sum(dim=(0, 2, 3)), count]))
         total = sums[-1].detach()
         mean = sums[:-1] / total
+        # A second sum, of centered values: E[x^2] - E[x]^2 would lose digits to cancellation.
         centered = values - mean.reshape(1, -1, 1, 1)
         variance = _SumOverProcesses.apply(centered.square().sum(dim=(0, 2, 3))) / total
         if self.track_running_stats:
-            self._follow(mean.detach(), variance.detach() * total / (total - 1))
+            self._update_running_stats(mean.detach(), variance.detach() * total / (total - 1))
         output = centered * (variance + self.eps).rsqrt().reshape(1, -1, 1, 1)
         if self.affine:
             output = output * self.weight.reshape(1, -1, 1, 1) + self.bias.reshape(1, -1, 1, 1)
         return output.to(input.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
         self.num_batches_tracked.add_(1)
-        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        factor = self.momentum
+        if factor is None:
+            # As in torch: a cumulative average instead of an exponential one.
+            factor = 1 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean, factor)
         self.running_var.lerp_(variance, factor)
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of all processes' tensors. What each does with it matters to all: the gradient is the
-    sum of theirs."""
+    """The sum of all processes' tensors; its gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx: object, tensor: Tensor) -> Tensor:
-        return _summed(tensor)
+        return _all_reduce_sum(tensor)
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return _summed(gradient)
+        return _all_reduce_sum(gradient)
 
 
-def _summed(tensor: Tensor) -> Tensor:
+def _all_reduce_sum(tensor: Tensor) -> Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
     if dist.is_initialized():
         dist.all_reduce(total)

@@ -10,7 +10,7 @@ from typing import Any
 from base.distributed import is_primary
 from base.errors import ProjectError
 from base.meters import is_accuracy
-from base.text import LineFormatter
+from base.text import LineFormatter, TerminalFormatter
 
 
 class _LogFile(logging.FileHandler):
@@ -35,7 +35,7 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
     handlers: list[logging.Handler] = [logging.NullHandler()]
     if is_primary():
         terminal = logging.StreamHandler(sys.stdout)
-        terminal.setFormatter(LineFormatter())
+        terminal.setFormatter(TerminalFormatter())
         log_file = _LogFile(file, encoding="utf-8")
         log_file.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
         handlers = [terminal, log_file]

@@ -1,4 +1,4 @@
-"""What a run stands on: generators, devices, precision, memory."""
+"""Generators, devices, precision and memory."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ def test_devices_and_precision():
     assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="system.device: 'gpu' is not a device"):
         choose_device("gpu")
-    with pytest.raises(ConfigError, match="system.device: 'cuda:99' asked for, but"):
+    with pytest.raises(ConfigError, match="system.device: 'cuda:99' is asked for, but"):
         choose_device("cuda:99")
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
     assert choose_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
@@ -40,14 +40,13 @@ def test_devices_and_precision():
 @pytest.mark.parametrize(
     ("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)]
 )
-def test_memory_that_tensors_free_is_kept_for_the_next_ones(environment, kept):
-    """64 MiB, that is 16,384 pages which the system would clear again, unless the user has chosen
-    otherwise."""
+def test_freed_memory_is_kept(environment, kept):
+    """A tensor of 64 MiB takes 16,384 pages, which the system would clear again."""
     program = """
 import resource, torch
-from base.runtime import keep_freed_memory
-keep_freed_memory(torch.device("cpu"))
-for _ in range(20):  # the heap grows until an aligned block fits into what is free
+from base.allocator import keep_freed_memory
+keep_freed_memory()
+for _ in range(20):  # the heap grows until an aligned block fits into its free part
     torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(2**24)
@@ -67,7 +66,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     "error",
     [
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"
+            " memory: you tried"
         ),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore"),
         RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
@@ -84,7 +84,7 @@ def test_a_batch_that_does_not_fit_into_memory_names_its_key(error):
     assert "\n" not in str(caught.value)
 
 
-def test_memory_that_there_is_not_is_noticed_and_other_errors_are_left_alone():
+def test_a_failed_allocation_is_recognized_and_other_errors_are_not():
     with (
         pytest.raises(ConfigError, match="--batch_size: batches of 3"),
         memory_explained("--batch_size", 3),

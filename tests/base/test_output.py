@@ -1,4 +1,4 @@
-"""Outputs are written through links, pipes and devices, and never over what is being read."""
+"""Outputs are written through links, pipes and devices, and never replace an input file."""
 
 import os
 import stat
@@ -102,7 +102,7 @@ def test_a_descriptor_is_written_where_it_stands(tmp_path, pipe):
     assert os.read(pipe[0], 100) == b"report"
 
 
-def test_a_reader_that_has_left_has_seen_enough(pipe):
+def test_a_reader_that_has_left_is_not_an_error(pipe):
     os.close(pipe[0])
     write_output(f"/dev/fd/{pipe[1]}", b"x")
 
@@ -146,7 +146,7 @@ def test_formats_of_streams_are_the_first(tmp_path):
         format_of("a.tsv", TABLES)
 
 
-def test_what_is_being_read_is_not_written_over(tmp_path):
+def test_input_files_are_not_overwritten(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     checkpoint, config = run / "model_best.pth", tmp_path / "config.json"
@@ -177,7 +177,7 @@ def test_what_is_being_read_is_not_written_over(tmp_path):
         check(path, **read)
 
 
-def test_two_outputs_have_two_places(tmp_path):
+def test_two_outputs_cannot_be_one_file(tmp_path):
     (tmp_path / "link.png").symlink_to("a.png")
     with pytest.raises(ConfigError, match=r"^--figure .*link.png: --json is written there, too$"):
         check_outputs({"--json": tmp_path / "a.png", "--figure": tmp_path / "link.png"}, {})

@@ -1,4 +1,4 @@
-"""Signals end a process that waits for another one, which does not come."""
+"""A signal ends a process that waits in vain for another one."""
 
 import signal
 
@@ -11,7 +11,7 @@ import sys, time
 import torch
 import base.signals
 from base.command_line import run_script
-from base.ranks import all_gather_object, rank, distributed_session
+from base.distributed import all_gather_object, rank, distributed_session
 from base.distributed.ddp import wrap_ddp
 from base.signals import StopSignals
 
@@ -63,8 +63,8 @@ def test_a_process_that_waits_in_a_collective_ends_with_its_exit_code(
         assert codes == [code]
         assert "Traceback" not in errors[0]
         if place == "update":
-            # the signal has reached the other one, too, which neither computes nor answers: either
-            # of them may be the first to say so
+            # The signal has reached the other process, too, which neither computes nor answers.
+            # Either of them may report it first.
             other_codes, other_errors = ended(processes[1:])
             assert other_codes == [code]
             errors += other_errors

@@ -1,5 +1,4 @@
-"""Closed streams, readers that leave and full disks behind a stream do not stop a script, and leave
-its files alone."""
+"""Closed streams, readers that leave and full disks do not stop a command or damage its files."""
 
 import subprocess
 import sys
@@ -52,7 +51,7 @@ def shell(folder, line):
         ("{} 2>/dev/full >/dev/null", 0, None),
     ],
 )
-def test_the_work_is_done_whatever_becomes_of_the_streams(tmp_path, line, code, last):
+def test_broken_streams_do_not_stop_the_work(tmp_path, line, code, last):
     done = shell(tmp_path, line)
     assert done.returncode == code, done.stderr
     assert done.stderr == ""
@@ -74,7 +73,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(tmp_path, monkeypatch, c
         assert sys.stdout is full, "streams are what they were"
     assert capfd.readouterr() == (
         "",
-        "standard output: cannot be written: No space left on device\n",
+        "error: standard output: cannot be written: No space left on device\n",
     )
 
 
@@ -88,10 +87,10 @@ def test_an_error_keeps_its_exit_code_and_is_one_line(monkeypatch, capfd):
             with pytest.raises(SystemExit) as end:
                 run_script(main)
         assert end.value.code == 2
-        assert capfd.readouterr() == ("", "name\\n\\x1b[2Jof a file\n")
+        assert capfd.readouterr() == ("", "error: name\\n\\x1b[2Jof a file\n")
 
 
-def test_python_itself_is_stopped_by_them(tmp_path):
+def test_python_itself_is_stopped_by_a_broken_pipe(tmp_path):
     (tmp_path / "kept").write_text("x" * 2000)
     line = f"set -o pipefail; {sys.executable} -c 'for i in range(99999): print(i)' | head -n 1"
     done = subprocess.run(

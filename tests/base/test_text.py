@@ -1,4 +1,4 @@
-"""Foreign text reaches people as one line that shows what is in it."""
+"""Text of unknown origin is shown as one line in which every character is visible."""
 
 import logging
 
@@ -7,14 +7,23 @@ import pytest
 from base.text import LineFormatter, csv_text, one_line, say
 
 HOSTILE = {
-    "a\nb": r"a\nb", "a\r\n": r"a\r\n", "\x1b[2J": r"\x1b[2J", "\x9b1m": r"\x9b1m", "\x7f": r"\x7f", "\x00": r"\x00",
-    "\u202egnp.exe": r"\u202egnp.exe", "\u2066x\u2069": r"\u2066x\u2069", "\u2028": r"\u2028", "\x85": r"\x85",
-    "caf\udce9": r"caf\udce9", "a\tb": r"a\tb",
-}  # fmt: skip
+    "a\nb": r"a\nb",
+    "a\r\n": r"a\r\n",
+    "\x1b[2J": r"\x1b[2J",
+    "\x9b1m": r"\x9b1m",
+    "\x7f": r"\x7f",
+    "\x00": r"\x00",
+    "\u202egnp.exe": r"\u202egnp.exe",
+    "\u2066x\u2069": r"\u2066x\u2069",
+    "\u2028": r"\u2028",
+    "\x85": r"\x85",
+    "caf\udce9": r"caf\udce9",
+    "a\tb": r"a\tb",
+}
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_is_not_shown_is_escaped(text, capsys):
+def test_invisible_characters_are_escaped(text, capsys):
     assert one_line(text) == HOSTILE[text]
     say(text)
     assert capsys.readouterr().out == f"{HOSTILE[text]}\n"
@@ -23,7 +32,7 @@ def test_what_is_not_shown_is_escaped(text, capsys):
 
 
 @pytest.mark.parametrize("text", ["кот 猫 🙂 naïve", "a|b*_c_ $x$ <b> \"q\" 'p' \\n"])
-def test_letters_and_signs_stay(text):
+def test_visible_characters_are_unchanged(text):
     assert one_line(text) == text
 
 

@@ -104,6 +104,6 @@ def test_hardware_is_described_without_names_of_machines_and_folders(smoke):
 def test_errors_are_one_line(words, code, message):
     done = benchmarks(*words)
     assert done.returncode == code
-    assert done.stderr.startswith(message), done.stderr
+    assert done.stderr.startswith(f"error: {message}"), done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""

@@ -1,5 +1,4 @@
-"""From a config to its attack: any entry of the table, with what it takes of what the config
-offers."""
+"""The attack of a config: any entry of the table, with the arguments that it has."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +11,7 @@ from base.config import validate
 from base.config.adversarial import PGDAttackConfig, Size
 from base.config.tree import merge
 from base.errors import ConfigError
-from experiment.build_attacks import build_attack, fgsm, other_attack
+from experiment.build_attacks import build_attack, fgsm, keys_of_other_attack
 from tiny_runs import config_of
 
 
@@ -62,7 +61,7 @@ PLAIN = PGD(8 / 255, 2 / 255, 10, early_stop=5, seed=3)
         ({"type": "windowed", "window": "16/255"}, Windowed(8 / 255, window=16 / 255)),
     ],
 )
-def test_an_attack_gets_what_it_takes(own, section, expected):
+def test_an_attack_gets_the_arguments_that_it_has(own, section, expected):
     assert attack_of(**section) == expected
 
 
@@ -87,7 +86,7 @@ def test_a_config_builds_every_attack_and_is_stable(name):
         ),
     ],
 )
-def test_what_an_attack_does_not_take_is_one_line(section, message):
+def test_an_argument_that_an_attack_lacks_is_one_line(section, message):
     with pytest.raises(ConfigError, match=message) as raised:
         attack_of(**section)
     assert "\n" not in str(raised.value)
@@ -122,19 +121,19 @@ def test_an_entry_that_builds_something_else_is_one_line(monkeypatch):
         attack_of(type="none")
 
 
-def test_another_attack_takes_over_what_was_chosen_and_no_defaults():
+def test_another_attack_keeps_chosen_values_and_drops_defaults():
     written = config_of(pgd_attack={"K": 20, "random_start": False}).dump()["pgd_attack"]
     assert (
         written.keys()
-        > other_attack(written, "square").keys()
+        > keys_of_other_attack(written, "square").keys()
         == {"K", "restarts", "loss", "random_start"}
     )
     chosen = {"type": "square", "loss": "dlr", "queries": 7, "restarts": 3}
-    left = merge({"pgd_attack": chosen}, {"pgd_attack": other_attack(chosen, "apgd")})
+    left = merge({"pgd_attack": chosen}, {"pgd_attack": keys_of_other_attack(chosen, "apgd")})
     assert {key: value for key, value in left["pgd_attack"].items() if value is not None} == {
         "type": "square", "loss": "dlr", "restarts": 3,
     }  # fmt: skip
-    assert other_attack(chosen, "square") == {}
+    assert keys_of_other_attack(chosen, "square") == {}
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class OnOneLoss(OnOwnLoss):
     loss: str = "last"
 
 
-def test_an_own_attack_may_have_losses_of_its_own(monkeypatch):
+def test_a_users_attack_may_have_its_own_losses(monkeypatch):
     monkeypatch.setitem(ATTACKS, "own_losses", OnOwnLoss)
     monkeypatch.setitem(ATTACKS, "one_loss", OnOneLoss)
     assert attack_of(type="own_losses").loss == attack_of(type="one_loss").loss == "last"

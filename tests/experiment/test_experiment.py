@@ -1,4 +1,4 @@
-"""From a config to a run folder, and back into the middle of it, bit for bit."""
+"""A run writes its folder, and continues from it bit for bit."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_fewer_epochs_in_the_middle_of_one_report_the_best_finished_one(tmp_path
     assert result["last_test_loss"] != whole["test_loss"]
 
 
-def test_dropout_does_not_depend_on_what_else_the_process_did(tmp_path):
+def test_dropout_does_not_depend_on_earlier_draws(tmp_path):
     args = {
         "conv_layer_type": "conv",
         "norm_layer_type": "bn",
@@ -89,9 +89,18 @@ def test_run_folder_holds_everything(tmp_path):
     result = run(tmp_path / "run", config)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "result.json", "info.log", "environment.json", "labels.npz", "tensorboard",
-        "model_best.pth", "model_last.pth", "model_epoch_2.pth", ".lock",
-    }  # fmt: skip
+        "config.json",
+        "metrics.jsonl",
+        "result.json",
+        "info.log",
+        "environment.json",
+        "labels.npz",
+        "tensorboard",
+        "model_best.pth",
+        "model_last.pth",
+        "model_epoch_2.pth",
+        ".lock",
+    }
     read = {path.name: json.loads(path.read_text()) for path in (tmp_path / "run").glob("*.json")}
     # complete: a checkpoint can be loaded without the data
     filled = {"arch": {"args": {"num_classes": 10, "in_channels": 3}}}
@@ -215,7 +224,7 @@ def test_a_signal_ends_validation_at_once_and_loses_nothing(tmp_path, monkeypatc
     ).read_bytes()
 
 
-def test_what_asks_for_validation_gets_images_for_it(tmp_path, caplog):
+def test_validation_images_are_held_out_if_the_config_needs_them(tmp_path, caplog):
     nothing = {
         "data_loader": {"args": {"validation_split": 0.0}},
         "trainer": {"monitor": "off", "epochs": 1, "verbosity": 1},
@@ -240,7 +249,7 @@ def test_processes_of_torchrun_must_have_met(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ConfigError,
-        match=r"torchrun: the processes have not met: train inside `with base.distributed.distributed_session",
+        match=r"torchrun: the processes have not met: train inside `with base.distributed.",
     ):
         Experiment.from_config(config_of())
 
@@ -421,7 +430,7 @@ def test_the_realized_noise_rate_is_recorded_and_a_surprising_one_warned_of_once
     assert "noise_rate" not in run(tmp_path / "clean", folder_config(tmp_path / "set", 0.2))
 
 
-def test_a_run_says_what_it_took_of_a_folder(tmp_path, caplog):
+def test_a_run_logs_which_images_of_a_folder_it_uses(tmp_path, caplog):
     for part, count in (("train", 8), ("val", 5), ("test", 3)):
         write_images(tmp_path / "set" / part, {"a": count, "b": count, "c": count})
     (tmp_path / "set" / "train" / "a" / "Thumbs.db").touch()

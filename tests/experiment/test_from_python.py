@@ -88,7 +88,7 @@ def test_a_new_folder_is_made_where_none_is_named(tmp_path):
         ),
         (
             {"n_gpu": 2},
-            r"n_gpu: 2 processes are asked for, and this is one: train with train\.py, or under torchrun",
+            r"n_gpu: 2 processes are asked for, and this is one: train with train\.py, or under",
         ),
     ],
 )
@@ -119,7 +119,7 @@ def test_ctrl_c_saves_and_is_an_exception(tmp_path, monkeypatch):
     )
 
 
-def test_a_script_of_a_users_own_reads_no_command_line(tmp_path, monkeypatch):
+def test_training_from_python_reads_no_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.chdir(tmp_path)
     result = experiment.train(TINY, {"trainer.epochs": 1}, run_dir="here")

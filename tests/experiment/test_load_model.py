@@ -1,4 +1,4 @@
-"""`load_model`: the trainer's model, from nothing but the path of its run or checkpoint."""
+"""`load_model` needs only the path of a run or checkpoint."""
 
 import shutil
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Data sets of a user's own, of any number of channels, from training to the pictures of an
-attack."""
+"""A user's own data sets, with any number of channels, from training to the figures."""
 
 import json
 import re

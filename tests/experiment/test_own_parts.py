@@ -1,5 +1,4 @@
-"""A norm, a network, a loss and a metric of the user's own: registered by an assignment, and
-nothing else is edited."""
+"""A user's own norm, network, loss and metric need one assignment each and no other change."""
 
 import json
 from pathlib import Path
@@ -147,7 +146,7 @@ def test_a_run_of_own_parts_trains_and_is_reported_without_their_code(own, monke
         ),
     ],
 )
-def test_what_is_wrong_with_an_own_part_is_one_line_that_knows_it(own, change, message):
+def test_an_error_in_a_users_part_is_one_line_that_names_it(own, change, message):
     tree = json.loads(json.dumps(OWN))
     for section, values in change.items():
         if section == "arch":
@@ -158,11 +157,11 @@ def test_what_is_wrong_with_an_own_part_is_one_line_that_knows_it(own, change, m
         config_of(**tree)
 
 
-def test_an_argument_of_an_own_layer_is_without_effect_beside_another_layer(own):
+def test_an_argument_of_a_users_layer_has_no_effect_on_other_layers(own):
     (warning,) = config_of(arch={"args": {"eps": 0.5, "norm_layer_type": "no"}}).warnings
     assert (
-        warning
-        == "without effect in this run: arch.args.eps 0.5 (only with arch.args.norm_layer_type response)"
+        warning == "without effect in this run: arch.args.eps 0.5"
+        " (only with arch.args.norm_layer_type response)"
     )
 
 

@@ -168,6 +168,6 @@ def test_incomplete_files_of_dead_processes_are_removed_and_nothing_else(tmp_pat
 
 @pytest.mark.parametrize("broken", [lambda process: True, lambda process: False])
 def test_the_check_of_removal_can_fail(tmp_path, monkeypatch, broken):
-    monkeypatch.setattr(atomic_module, "_alive", broken)
+    monkeypatch.setattr(atomic_module, "_is_alive", broken)
     with pytest.raises(AssertionError):
         check_sweep(tmp_path)

@@ -25,7 +25,7 @@ STEPS = 9
 
 
 def check_signals(folder, monkeypatch, config):
-    """A signal after every step, and several more while the checkpoint is written."""
+    """Send a signal after every step, and more signals while the checkpoint is written."""
     run(folder / "whole", config)
     update, save = BaseTrainer.update, checkpoint_module.torch.save
     done = after = number = 0
@@ -72,7 +72,7 @@ def test_every_step_can_be_the_last(tmp_path, monkeypatch, small):
 
 
 def test_the_check_can_fail(tmp_path, monkeypatch, small):
-    """A second signal that ends what is going on, as Python's own handler would."""
+    """A second signal raises an exception, as Python's own handler would."""
 
     class Hasty(signals_module.StopSignals):
         def __setattr__(self, name, value):
@@ -85,8 +85,8 @@ def test_the_check_can_fail(tmp_path, monkeypatch, small):
         check_signals(tmp_path, monkeypatch, small())
 
 
-def test_no_exception_is_raised_where_python_would_forget_it():
-    """In a finaliser; the signal is remembered all the same, and the next one interrupts."""
+def test_no_exception_is_raised_where_python_would_drop_it():
+    """In a finalizer a signal is only remembered, and the next signal interrupts."""
     signals = StopSignals()
 
     class Cleared:
@@ -102,7 +102,7 @@ def test_no_exception_is_raised_where_python_would_forget_it():
 
 
 def reported(small):
-    """A run whose test set of nine images is attacked in three batches in the end."""
+    """A run that attacks its test set of nine images in three batches at the end."""
     return small(
         adversarial={"method": "none", "report": True, "validate_every": 0},
         pgd_attack={"K": 2},
@@ -112,8 +112,7 @@ def reported(small):
 
 
 def check_final_attack(folder, monkeypatch, config, number, code):
-    """A signal in the second batch: the verdicts on the first are kept, and a resume begins with
-    the second."""
+    """Send a signal in the second batch; a resume keeps the verdicts of the first one."""
     monkeypatch.setattr("data_loader.training_data_loader.EVALUATION_BATCH", 4)
     run(folder / "whole", config)
     attack, attacked = robustness_module.attack_batch, []
@@ -155,7 +154,7 @@ def check_final_attack(folder, monkeypatch, config, number, code):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_final_attack_says_so_and_loses_no_verdicts(tmp_path, monkeypatch, small, number, code):
+def test_a_signal_in_the_final_attack_loses_no_verdicts(tmp_path, monkeypatch, small, number, code):
     check_final_attack(tmp_path, monkeypatch, reported(small), number, code)
 
 

@@ -36,7 +36,7 @@ class Malicious:
 
 
 def malicious_files(folder):
-    """Files that make a folder when they are unpickled, in every form that pickles travel in."""
+    """Write files that make a folder when they are unpickled, in every format that uses pickle."""
     contents = {"state_dict": {"weight": torch.zeros(1)}, "epoch": 1, "config": Malicious()}
     torch.save(contents, folder / "zip.pth")
     torch.save(contents, folder / "legacy.pth", _use_new_zipfile_serialization=False)
@@ -52,7 +52,7 @@ def malicious_files(folder):
 
 
 def entry_points(folder, config):
-    """Every command line that is given a file which may come from elsewhere."""
+    """Return every command line that reads a file which may come from others."""
     for file in malicious_files(folder):
         yield ["train.py", "-r", file]
         yield ["train_robust.py", "-r", file]
@@ -146,7 +146,9 @@ def test_no_entry_point_runs_code_that_a_run_asks_for(tmp_path, monkeypatch, sma
 
 def test_the_check_of_code_that_is_asked_for_can_fail(tmp_path, monkeypatch, small, own_code):
     def run(recorded, source):
-        return imports.import_own_code(imports.requests_of_flag([code.file_or_module for code in recorded]))
+        return imports.import_own_code(
+            imports.requests_of_flag([code.file_or_module for code in recorded])
+        )
 
     monkeypatch.setattr(resuming, "imported_for", run)
     with pytest.raises(AssertionError, match="has run what the checkpoint asks for"):
@@ -155,7 +157,7 @@ def test_the_check_of_code_that_is_asked_for_can_fail(tmp_path, monkeypatch, sma
 
 
 def unsafe_calls(text):
-    """Calls in Python source that unpickle or run what they are given."""
+    """Return the calls in Python source that unpickle or run their arguments."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Call):
@@ -180,7 +182,7 @@ def unsafe_calls(text):
 
 
 BETWEEN_PROCESSES = {"base/distributed/collectives.py": ["pickle.loads"]}
-"""Processes of one job send each other objects; no file and nobody else is read that way."""
+"""Processes of one job send each other pickled objects. Nothing else is unpickled."""
 
 
 def test_no_source_unpickles_or_evaluates():

@@ -1,5 +1,4 @@
-"""Comet's key reaches no file and no log, however it is given, and whether the run ends well or
-badly.
+"""Promise 7: Comet's key is in no file and no log, in whichever form it was given.
 
 The working directory is searched, with zips unpacked, and all that was printed. The rest of promise
 7 is elsewhere."""
@@ -51,7 +50,7 @@ WAYS = {
 }
 ENDS = {
     "offline": ([], 0),
-    # to a server that does not know the key, and comet_ml names such a one in full
+    # to a server that does not know the key; comet_ml prints such a key in full
     "online": (["--offline", "False"], 0),
     "wrong value": (["--set", "trainer.epochs=many"], 2),
     "wrong value of comet": (["--set", "comet.offline=perhaps"], 2),
@@ -72,7 +71,8 @@ NO_WAY = {
     "two": ["--key", KEY, "x", KEY],
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # comet_ml's own imports warn
+# comet_ml's own imports warn.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def server(monkeypatch):
                 ).encode()
             )
 
-        do_GET = do_POST = answer  # noqa: N815 - the names that http.server looks for
+        do_GET = do_POST = answer  # noqa: N815 - names that http.server requires
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(
@@ -134,11 +134,11 @@ def unpacked(name, content):
 
 
 def train_here(tmp_path, monkeypatch, capfd, way, words):
-    """The exit code of train.py with the key given in that way, and what it printed."""
+    """Return the exit code of train.py with the key given in that way, and its output."""
     folder = tmp_path / f"{way} {len(list(tmp_path.iterdir()))}"
     folder.mkdir()
     comet = {"project": "test"} | ({"api": KEY} if way == "config file" else {})
-    # the one file that may hold it, outside of what is searched
+    # the only file that may hold the key, outside the folder that is searched
     config = tmp_path.parent / f"{tmp_path.name} config.json"
     config.write_text(json.dumps({**TINY, "comet": comet}))
     monkeypatch.chdir(folder)
@@ -154,7 +154,7 @@ def train_here(tmp_path, monkeypatch, capfd, way, words):
 
 
 def check_training(tmp_path, monkeypatch, capfd, ways, ends):
-    """Returns how many runs left no key behind."""
+    """Return how many runs left no key behind."""
     count = 0
     for way, given in ways.items():
         for end, (words, expected) in ends.items():
@@ -290,7 +290,7 @@ def test_the_check_can_fail_for_studies(tmp_path, monkeypatch, capfd, break_it):
 
 
 def processes(tmp_path, script, *words):
-    """Run a script in other processes; returns its exit code and what it printed."""
+    """Run a command in other processes; return its exit code and its output."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -298,9 +298,12 @@ def processes(tmp_path, script, *words):
     }
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, words)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**kept, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -317,11 +320,17 @@ def test_in_several_processes(tmp_path):
     two = ["-c", config, "--run_dir"]
     commands = {
         "two processes": (["train.py", *two, "two", "--key", KEY], 0),
-        "two processes that fail early": (["train.py", *two, "no", "--set", f"comet.api={KEY}", "--bs", "1"], 2),
-        "two processes that diverge": (["train.py", *two, "nan", f"--key={KEY}", "--lr", "1e30"], 5),
+        "two processes that fail early": (
+            ["train.py", *two, "no", "--set", f"comet.api={KEY}", "--bs", "1"],
+            2,
+        ),
+        "two processes that diverge": (
+            ["train.py", *two, "nan", f"--key={KEY}", "--lr", "1e30"],
+            5,
+        ),
         "a study": ([*study, "--seed", "0"], 0),
         "a study by submitit": ([*study, "--seed", "1", "--launcher", "local"], 0),
-    }  # fmt: skip
+    }
     for name, (words, expected) in commands.items():
         code, printed = processes(work, *words)
         assert code == expected, (name, printed)

@@ -1,5 +1,5 @@
-"""Training completes, with the same `metrics.jsonl`, without a GPU or any optional package, in
-folders of any name, and with a terminal that knows ASCII only."""
+"""Promise 13: training completes, with the same `metrics.jsonl`, without a GPU or any optional
+package, in folders of any name, and with a terminal that can only show ASCII."""
 
 import io
 import json
@@ -34,7 +34,8 @@ TINY = {
     "system": {"num_threads": 1, "device": "cpu"},
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # tensorboard's and comet_ml's imports warn
+# The imports of tensorboard and comet_ml warn.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def warnings_in(folder):
@@ -46,7 +47,7 @@ def warnings_in(folder):
 
 
 def in_other_process(words, cwd):
-    """Run Python with `words`; returns exit code, stdout and stderr."""
+    """Run Python with `words`; return exit code, stdout and stderr."""
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(("COMET", "PYTHON"))
     }
@@ -86,9 +87,11 @@ print("\\n" + json.dumps(codes))
 
 
 def check_bare(tmp_path, start):
-    """Train, attack and start a study where no optional package is; `start` runs scripts and
-    returns their exit codes and what they wrote to stderr. Returns how many packages were
-    absent."""
+    """Train, attack and start a study without any optional package.
+
+    `start` runs commands and returns their exit codes and stderr. Returns how many packages were
+    missing.
+    """
     tree = {**TINY, "comet": {}, "trainer": {"epochs": 2, "tensorboard": True}}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     (tmp_path / "grid.json").write_text(json.dumps({"variants": {"only": "config.json"}}))
@@ -169,7 +172,7 @@ def tree_of_images(data_dir, **rest):
 
 
 def call(monkeypatch, script, *words):
-    """The exit code of a script, run in this process."""
+    """Run a command in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
     with pytest.raises(SystemExit) as end:
         run_script(script.main)
@@ -262,7 +265,7 @@ def check_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", errors)
     before = locale.setlocale(locale.LC_CTYPE)
-    # from now on open() means ASCII where it is not told otherwise
+    # From now on open() uses ASCII by default.
     locale.setlocale(locale.LC_CTYPE, "C")
     try:
         with pytest.raises(SystemExit) as end:

@@ -61,7 +61,7 @@ FGSM = {
 
 
 def write_part(folder, per_class, seed):
-    """Classes that differ in color, under noise."""
+    """Write classes of noisy images that differ in color."""
     shutil.rmtree(folder, ignore_errors=True)
     for number, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
@@ -73,9 +73,9 @@ def write_part(folder, per_class, seed):
 
 @contextmanager
 def looking_on(test_images):
-    """Counts the test images that are handed out, `[while training, afterwards]`."""
+    """Count the test images that the loaders yield, `[during training, afterwards]`."""
     handed_out, phase = [0, 0], 0
-    batches, conclude = MemoryImages.batches, experiment.conclude
+    batches, final_test = MemoryImages.batches, experiment.run_final_test
 
     def watched(images, positions):
         for pixels in batches(images, positions):
@@ -85,11 +85,11 @@ def looking_on(test_images):
     def begun(*arguments):
         nonlocal phase
         phase = 1
-        return conclude(*arguments)
+        return final_test(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemoryImages, "batches", watched)
-        patch.setattr(experiment, "conclude", begun)
+        patch.setattr(experiment, "run_final_test", begun)
         yield handed_out
 
 
@@ -98,7 +98,7 @@ def files_of(run):
 
 
 def difference(first, second, where=""):
-    """Names of what differs between two checkpoints, wall-clock time aside."""
+    """Return the names of values that differ between two checkpoints, wall-clock time aside."""
     if isinstance(first, dict):
         if first.keys() != second.keys():
             return [where]
@@ -119,8 +119,8 @@ def difference(first, second, where=""):
 
 
 def check_training_is_blind_to_the_test_split(folder, sections, looking=True):
-    """Two runs from one folder, whose test images are replaced in between: other pixels, and
-    another number of them."""
+    """Run twice on one folder, whose test images are replaced in between: other pixels, another
+    number."""
     data = folder / "data"
     write_part(data / "train", 16, seed=0)
     tree = merge(merge(RUN, sections), {"data_loader": {"args": {"data_dir": str(data)}}})
@@ -142,7 +142,7 @@ def check_training_is_blind_to_the_test_split(folder, sections, looking=True):
     )
     assert files_of(first).keys() == files_of(second).keys() >= {"model_last.pth", "model_best.pth"}
     for name, path in files_of(first).items():
-        # which test set a run belongs to is written down, and read again by nobody but a resume
+        # The digest of the test set is saved, but only a resume reads it.
         told = difference(load_checkpoint(path), load_checkpoint(second / name))
         assert told == [".image_fingerprints.test images"], name
     named = {"labels.npz": np.load, "config.json": lambda path: json.loads(path.read_text())}
@@ -181,7 +181,7 @@ def statistics_of_test(patch):
 
 
 def a_look_at_test(patch):
-    """Nothing comes of it, but it is one."""
+    """A look at the test images counts even if it changes nothing."""
     statistics = TrainingDataLoader._statistics.func
 
     def look_first(loader):
@@ -208,8 +208,8 @@ def test_the_check_can_fail_by_a_look(tmp_path, monkeypatch, broken):
 
 
 def check_statistics_are_blind_to_the_size_of_the_test_split(folder, monkeypatch):
-    """Mean and standard deviation are of all images where they are in memory, else of a sample:
-    test images must not decide that."""
+    """Mean and standard deviation come from all images if these are in memory, otherwise from a
+    sample. The number of test images must not decide which."""
     monkeypatch.setattr(training_data_loader, "STATISTICS_SAMPLE", 10)
     write_part(folder / "train", 16, seed=0)
     cases = 0

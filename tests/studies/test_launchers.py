@@ -61,10 +61,13 @@ def run(tmp_path):
             "Job 7 has not produced any output\nlook at:\n- x.out",
             "Job 7 has not produced any output",
         ),
-        (TRACE.format(output="warning: x\ngrid.json: no such file"), "grid.json: no such file"),
-        (TRACE.format(output="grid.json: no such file"), "grid.json: no such file"),
         (
-            TRACE.format(output="failed: plain bn seed 4 (exit code 5: epoch 1)"),
+            TRACE.format(output="warning: x\nerror: grid.json: no such file"),
+            "grid.json: no such file",
+        ),
+        (TRACE.format(output="error: grid.json: no such file"), "grid.json: no such file"),
+        (
+            TRACE.format(output="error: failed: plain bn seed 4 (exit code 5: epoch 1)"),
             "exit code 5: epoch 1",
         ),
     ],

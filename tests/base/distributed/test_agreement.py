@@ -1,4 +1,4 @@
-"""Processes that work together begin only with the same config, code, data and checkpoint."""
+"""All processes must have the same config, code, data and checkpoint before they begin."""
 
 import json
 import shutil
@@ -17,36 +17,34 @@ from tiny_runs import write_images
 
 SCRIPT = """
 import json, sys
-from contextlib import nullcontext
 from pathlib import Path
 import base.distributed.agreement
-from experiment import attack_command
 from experiment.attack_command import attack_parser, evaluate_checkpoint
 from base.command_line import run_script
 from base.config.files import validate
 from base.config.tree import merge
 from base.errors import ProjectError
-from base.ranks import rank, distributed_session
+from base.distributed import rank, distributed_session
 from experiment.experiment import Experiment
 
 def main():
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[1], "cases.json").read_text())
-    told, digest = {}, base.distributed.agreement.code_digest
+    reported, digest = {}, base.distributed.agreement.code_digest
     with distributed_session(training=True):
         for name, trees in cases.items():
             if name == "code" and rank() == 1:
                 base.distributed.agreement.code_digest = lambda: "other"
             try:
                 Experiment.from_config(validate(trees[rank()]))
-                told[name] = [0, ""]
+                reported[name] = [0, ""]
             except ProjectError as error:
-                told[name] = [error.exit_code, str(error)]
+                reported[name] = [error.exit_code, str(error)]
             except SystemExit as end:
-                told[name] = [end.code, ""]
+                reported[name] = [end.code, ""]
             base.distributed.agreement.code_digest = digest
-        (folder / f"told {rank()}.json").write_text(json.dumps(told))
-        attack_command.ranks = nullcontext
-        words = ["-s", str(folder / f"{rank()}.pth"), "-c", str(folder / "config.json"), "--limit", "10"]
+        (folder / f"reported {rank()}.json").write_text(json.dumps(reported))
+        words = ["-s", str(folder / f"{rank()}.pth"), "-c", str(folder / "config.json")]
+        words += ["--limit", "10"]
         evaluate_checkpoint(attack_parser("", ()).parse_args(words), "fgsm")
 
 run_script(main)
@@ -82,7 +80,7 @@ def changed(folder, name, change):
     return copy
 
 
-def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
+def test_any_difference_is_one_line_and_the_exit_code_of_all(tmp_path):
     data = write_data(tmp_path / "data")
 
     def other_pixels(part):
@@ -128,13 +126,16 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
 
     codes, errors = ended(start_two(tmp_path / "script.py", tmp_path))
-    told = [json.loads((tmp_path / f"told {number}.json").read_text()) for number in range(2)]
+    reported = [
+        json.loads((tmp_path / f"reported {number}.json").read_text()) for number in range(2)
+    ]
     expected = {
         "training pixels": (4, "rank 1 and rank 0 have different training images"),
         "test pixels": (4, "rank 1 and rank 0 have different test images"),
         "classes": (
             4,
-            "class names of the training images: ['ape', 'bee', 'dog'] on rank 1 and ['ape', 'bee', 'cow']",
+            "class names of the training images: ['ape', 'bee', 'dog'] on rank 1"
+            " and ['ape', 'bee', 'cow']",
         ),
         "counts": (4, "different numbers of test images: 5 on rank 1 and 6 on rank 0"),
         "missing": (4, f"rank 1: data_loader.args.data_dir: '{tmp_path / 'nowhere'}' is"),
@@ -144,17 +145,17 @@ def test_any_difference_is_one_line_and_an_exit_code_of_all(tmp_path):
         "config": (2, "different config: optimizer.args.lr is 0.25 on rank 1 and 0.1 on rank 0"),
         "code": (2, "rank 1 and rank 0 have different code"),
     }
-    assert {name: code for name, (code, _) in told[0].items()} == {
+    assert {name: code for name, (code, _) in reported[0].items()} == {
         name: code for name, (code, _) in expected.items()
     }
-    assert told[1] == {name: [code, ""] for name, (code, _) in expected.items()}, (
-        "rank 0 speaks, all end alike"
+    assert reported[1] == {name: [code, ""] for name, (code, _) in expected.items()}, (
+        "only rank 0 reports the error, but all end with its code"
     )
     for name, (_, message) in expected.items():
-        assert message in told[0][name][1], name
-        assert "\n" not in told[0][name][1]
+        assert message in reported[0][name][1], name
+        assert "\n" not in reported[0][name][1]
     assert codes == [3, 3], errors
-    assert errors[0].splitlines()[-1] == "rank 1 and rank 0 have different checkpoints"
+    assert errors[0].splitlines()[-1] == "error: rank 1 and rank 0 have different checkpoints"
     assert "different" not in errors[1]
 
 
@@ -162,7 +163,7 @@ def digits(**args):
     return DATA_LOADERS["DigitsDataLoader"](batch_size=16, **args).test_loader()
 
 
-def test_what_is_compared_and_which_difference_is_told_first():
+def test_the_first_difference_is_reported():
     tree = {"arch": {"type": "simpleCNN"}, "data_loader": {"type": "DigitsDataLoader"}, "seed": 2}
     facts = config_facts(validate(tree))
     others = {"name": "other", "trainer": {"save_dir": "elsewhere"}, "system": {"num_threads": 3}}

@@ -1,4 +1,4 @@
-"""Which buffers of a layer several processes exchange after every update."""
+"""The buffers of a layer that processes exchange after every update."""
 
 from copy import deepcopy
 

@@ -1,4 +1,4 @@
-"""How many processes a machine has room for, and which device each takes."""
+"""How many processes a machine can run, and the device of each."""
 
 import os
 
@@ -8,7 +8,7 @@ import torch
 from base.config import validate
 from base.config.tree import merge
 from base.device import choose_device
-from base.distributed.launch import available_cpus, refuse_missing_devices
+from base.distributed.launch import available_cpus, check_device_count
 from base.errors import ConfigError
 
 MINIMAL = {"arch": {"type": "simpleCNN"}, "data_loader": {"type": "DigitsDataLoader"}}
@@ -23,10 +23,10 @@ def test_more_processes_than_devices_are_refused(monkeypatch, device, visible):
     with pytest.raises(
         ConfigError, match=f"n_gpu: asks for 3 processes, but {visible} CUDA devices are visible"
     ):
-        refuse_missing_devices(config, 3, "n_gpu")
+        check_device_count(config, 3, "n_gpu")
     on_cpu = validate(merge(MINIMAL, {"n_gpu": 3, "system": {"device": "cpu"}}))
-    refuse_missing_devices(on_cpu, 3, "n_gpu")
-    refuse_missing_devices(config, visible, "torchrun")
+    check_device_count(on_cpu, 3, "n_gpu")
+    check_device_count(config, visible, "torchrun")
 
 
 def test_one_device_is_not_enough_for_two(monkeypatch):
@@ -34,10 +34,11 @@ def test_one_device_is_not_enough_for_two(monkeypatch):
     config = validate(merge(MINIMAL, {"n_gpu": 2, "system": {"device": "cuda:1"}}))
     with pytest.raises(
         ConfigError,
-        match="system.device: cuda:1 is one device, n_gpu asks for 2 processes .system.device=cuda",
+        match="system.device: cuda:1 is one device, but n_gpu asks for 2 processes .system.device",
     ):
-        refuse_missing_devices(config, 2, "n_gpu")
-    refuse_missing_devices(config, 1, "torchrun")  # on each of several machines
+        check_device_count(config, 2, "n_gpu")
+    # torchrun may start one process on each of several machines
+    check_device_count(config, 1, "torchrun")
 
 
 def test_every_process_takes_its_own_device(monkeypatch):
@@ -56,4 +57,5 @@ def test_cpus_that_this_process_may_not_use_do_not_count(monkeypatch):
         finally:
             os.sched_setaffinity(0, before)
         monkeypatch.delattr(os, "sched_getaffinity")
-    assert available_cpus() == os.cpu_count()  # where it cannot be asked
+    # a system that cannot say which CPUs a process may use
+    assert available_cpus() == os.cpu_count()

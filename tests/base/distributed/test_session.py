@@ -1,5 +1,4 @@
-"""How a minibatch is shared out: every image once, the same numbers drawn, the mean of the
-whole."""
+"""Shards of a minibatch, and what happens to all processes when one of them fails."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,76 +15,77 @@ from base.distributed import (
     from_primary,
     shard_of,
 )
-from base.distributed.session import _explained, _meet
+from base.distributed.session import _explain, _fresh_store
 from base.errors import ProjectError
 from tests.base.distributed.two_processes import ended, start_two
 
 
-def shares(total, processes):
+def shards_of(total, processes):
     return [Shard(total, rank, processes) for rank in range(processes)]
 
 
 @pytest.mark.parametrize(("total", "processes"), [(9, 2), (8, 2), (7, 3), (3, 3), (5, 1)])
-def test_every_image_is_computed_once_and_the_gradients_average_is_that_of_the_mean(
-    total, processes
-):
+def test_each_image_is_in_one_shard_and_the_average_of_shards_is_the_mean(total, processes):
     images = torch.arange(total)
-    parts = [images[share.part] for share in shares(total, processes)]
+    parts = [images[shard.part] for shard in shards_of(total, processes)]
     assert sorted(torch.cat(parts).tolist()) == images.tolist()
     assert all(
-        share.counts and len(part)
-        for share, part in zip(shares(total, processes), parts, strict=True)
+        shard.counts and len(part)
+        for shard, part in zip(shards_of(total, processes), parts, strict=True)
     )
     losses = torch.rand(total, dtype=torch.float64)
-    averaged = sum(share.mean(losses[share.part]) for share in shares(total, processes)) / processes
+    averaged = (
+        sum(shard.mean(losses[shard.part]) for shard in shards_of(total, processes)) / processes
+    )
     assert float(averaged) == pytest.approx(float(losses.mean()), rel=1e-12)
 
 
 @pytest.mark.parametrize("total", [1, 2])
-def test_fewer_images_than_processes_are_computed_by_all_and_counted_by_one(total):
+def test_fewer_images_than_processes_are_computed_by_all_and_counted_once(total):
     losses = torch.rand(total)
-    for share in shares(total, 3):
-        assert share.copied
-        assert torch.equal(losses[share.part], losses)
-        assert float(share.mean(losses)) == float(losses.mean())
-        assert share.counts == (share.rank == 0)
-    own = torch.cat([torch.arange(total)[share.own] for share in shares(total, 3)])
-    assert own.tolist() == list(range(total)), "what is carried on has one owner"
+    for shard in shards_of(total, 3):
+        assert shard.copied
+        assert torch.equal(losses[shard.part], losses)
+        assert float(shard.mean(losses)) == float(losses.mean())
+        assert shard.counts == (shard.rank == 0)
+    own = torch.cat([torch.arange(total)[shard.own] for shard in shards_of(total, 3)])
+    assert own.tolist() == list(range(total)), "each image has one owner"
 
 
 def test_draws_do_not_depend_on_the_number_of_processes():
     whole = torch.randn(7, 2, generator=torch.Generator().manual_seed(1))
-    for share in shares(7, 3):
-        drawn = ShardedGenerator(torch.Generator().manual_seed(1), share).draw(torch.randn, (2,))
-        assert torch.equal(drawn, whole[share.part])
+    for shard in shards_of(7, 3):
+        drawn = ShardedGenerator(torch.Generator().manual_seed(1), shard).draw(torch.randn, (2,))
+        assert torch.equal(drawn, whole[shard.part])
 
 
-def test_one_process_has_all_and_says_what_it_says():
+def test_one_process_computes_everything():
     with distributed_session(training=True):
         assert shard_of(5) == Shard(5, 0, 1)
         assert (all_gather_object("a"), all_reduce_max(3), from_primary(lambda: 7)) == (["a"], 3, 7)
 
 
-def test_processes_meet_although_the_store_holds_what_dead_ones_said():
+def test_a_fresh_store_has_no_values_of_dead_processes():
     store = dist.HashStore()
     store.set("asks 1", "token of a dead process")
     store.set("asks 2", "token of another")
     with ThreadPoolExecutor(3) as pool:
-        # the first comes first and finds only the words of the dead
-        met = [pool.submit(_meet, store, number, 3) for number in range(3)]
+        # rank 0 comes first and finds only the tokens of dead processes
+        met = [pool.submit(_fresh_store, store, number, 3) for number in range(3)]
         parts = [part.result(timeout=200) for part in met]
     parts[0].set("key", "new")
     assert [part.get("key") for part in parts] == [b"new"] * 3
     with ThreadPoolExecutor(3) as pool:
         again = [
             part.result(timeout=200)
-            for part in [pool.submit(_meet, store, number, 3) for number in range(3)]
+            for part in [pool.submit(_fresh_store, store, number, 3) for number in range(3)]
         ]
-    assert not again[1].check(["key"]), "the next attempt has a part of its own"
+    assert not again[1].check(["key"]), "the next attempt has another prefix"
 
 
 NCCL = (
-    "NCCL error in: /pytorch/torch/csrc/NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details)\n"
+    "NCCL error in: /pytorch/torch/csrc/NCCLUtils.cpp:94, invalid usage"
+    " (run with NCCL_DEBUG=WARN for details)\n"
     "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
     "Last error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000"
 )
@@ -112,7 +112,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
         ),
         (
             NCCL,
-            "the processes cannot work together: NCCL error in: ",
+            "the processes cannot communicate: NCCL error in: ",
             "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
         ),
         (
@@ -120,11 +120,11 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
             "the processes cannot",
             "18ms for recv",
         ),
-        ("", "the processes cannot work together: ", "DistBackendError"),
+        ("", "the processes cannot communicate: ", "DistBackendError"),
     ],
 )
-def test_only_an_end_is_called_one_and_no_cause_is_lost(said, beginning, end):
-    sentence = _explained(dist.DistBackendError(said))
+def test_only_the_end_of_a_process_is_reported_as_such(said, beginning, end):
+    sentence = _explain(dist.DistBackendError(said))
     assert sentence.startswith(beginning)
     assert sentence.endswith(end)
     assert "\n" not in sentence
@@ -134,10 +134,10 @@ def test_the_cause_of_a_failed_connection_is_kept(monkeypatch):
     cause = dist.DistBackendError(NCCL)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(None, 1, 2)]))
-    monkeypatch.setattr("base.distributed.session._meet", lambda *_: None)
+    monkeypatch.setattr("base.distributed.session._fresh_store", lambda *_: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     with (
-        pytest.raises(ProjectError, match="rank 1: the processes cannot work together") as caught,
+        pytest.raises(ProjectError, match="rank 1: the processes cannot communicate") as caught,
         distributed_session(),
     ):
         raise cause
@@ -147,7 +147,7 @@ def test_the_cause_of_a_failed_connection_is_kept(monkeypatch):
 FAILS_ALONE = """
 from base.command_line import run_script
 from base.errors import DataError
-from base.ranks import all_gather_object, rank, distributed_session
+from base.distributed import all_gather_object, rank, distributed_session
 
 def main():
     with distributed_session():
@@ -160,9 +160,9 @@ run_script(main)
 """
 
 
-def test_where_one_process_fails_all_end_with_its_exit_code(tmp_path):
+def test_if_one_process_fails_all_end_with_its_exit_code(tmp_path):
     (tmp_path / "script.py").write_text(FAILS_ALONE)
     codes, errors = ended(start_two(tmp_path / "script.py"))
     assert codes == [4, 4]
-    assert errors[1].splitlines()[-1] == "only here an image is broken"
-    assert "another process" not in errors[0], "one process says why"
+    assert errors[1].splitlines()[-1] == "error: only here an image is broken"
+    assert "another process" not in errors[0], "only one process reports the error"

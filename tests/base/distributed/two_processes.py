@@ -1,4 +1,4 @@
-"""Two processes of one job, started by hand: what each says and how it ends."""
+"""Two processes of one job, as torchrun would start them."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def start_two(script, *words):
-    """The processes, by rank, each with pipes for what it says and what it complains of."""
+    """Start a script as two processes; return them by rank, with pipes for stdout and stderr."""
     with socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -34,6 +34,6 @@ def start_two(script, *words):
 
 
 def ended(processes):
-    """Exit codes and what was complained of, by rank."""
+    """Wait for processes; return their exit codes and what they wrote to stderr."""
     errors = [process.communicate(timeout=240)[1] for process in processes]
     return [process.returncode for process in processes], errors

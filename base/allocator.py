@@ -1,0 +1,32 @@
+"""The C library's memory allocator, set up for a process that computes on the CPU."""
+
+import ctypes
+import os
+import sys
+
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+"""Parameters of glibc's `mallopt`, numbered as in malloc.h."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that tensors free, for the tensors that come next.
+
+    By default glibc takes each large block from the system and gives it back at once, and the
+    system clears every page of the next one. A tensor of 32 MiB (the first layers of a ResNet on
+    128 images) then takes 15 ms to fill instead of 2, and a training step with ConvNorm a quarter
+    to a half longer. The peak of resident memory stays the same; below the peak, nothing is given
+    back before the process ends.
+
+    This changes the whole process, so only commands call it, not functions that others import.
+    Other C libraries, and an environment that sets `MALLOC_...` itself, are left alone.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    # Never take a single block from the system ...
+    mallopt(M_MMAP_MAX, 0)
+    # ... and never shrink the heap.
+    mallopt(M_TRIM_THRESHOLD, -1)
