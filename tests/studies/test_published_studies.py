@@ -216,10 +216,12 @@ def test_the_comparisons_grid():
 
 
 def mapped_commands():
-    """Command of a continued study -> ours, from the table of docs/migration.md."""
-    page = (ROOT / "docs" / "migration.md").read_text()
-    table = page.split("## From the studies")[1]
-    rows = re.findall(r"^\| `([^`]+)`[^|]*\| `python ([^`]+)`", table, re.MULTILINE)
+    """Command of a continued study -> ours, from README's table."""
+    rows = re.findall(
+        r"^\| `([^`]+)`[^|]*\| `python ([^`]+)`",
+        (ROOT / "docs" / "migration.md").read_text(),
+        re.MULTILINE,
+    )
     return dict(rows)
 
 
@@ -228,7 +230,7 @@ def config_of_command(words):
     return load_config(ROOT / arguments.config, config_overrides(arguments))
 
 
-def test_the_migration_tables_commands_mean_what_they_do_there():
+def test_readmes_commands_mean_what_they_do_there():
     commands = mapped_commands()
     standard = config_of_command(commands["train.py --model resnet50"])
     assert (standard.arch.type, standard.arch.args.norm_layer_type) == ("resnet50", "gn")
