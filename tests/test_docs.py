@@ -5,6 +5,7 @@ import ast
 import importlib
 import re
 import shlex
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -81,7 +82,11 @@ def flags_of(command):
     """The flags that `--help` of a script, or of `-m module`, names."""
     module = command.removeprefix("-m ")
     file = ROOT / command if module == command else module_file(module)
-    done = script(file, "--help", cwd=ROOT / "tests")
+    with tempfile.TemporaryDirectory() as folder:
+        # streams of the process are written beside its working directory
+        inner = Path(folder, "inner")
+        inner.mkdir()
+        done = script(file, "--help", cwd=inner)
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", done.stdout))
 
