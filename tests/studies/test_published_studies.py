@@ -229,7 +229,9 @@ def test_the_comparisons_grid():
 def mapped_commands():
     """Return command of a published study -> this project's command, from README's table."""
     rows = re.findall(
-        r"^\| `([^`]+)`[^|]*\| `python ([^`]+)`", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\| `([^`]+)`[^|]*\| `python ([^`]+)`",
+        (ROOT / "docs" / "migration.md").read_text(),
+        re.MULTILINE,
     )
     return dict(rows)
 
