@@ -225,7 +225,7 @@ def _read_fraction(text: str, unit: int) -> float | str:
     found = FRACTION_OF_RANGE.fullmatch(text)
     if found is None or float(found[2]) == 0:
         return text
-    # the product first: 8 * 255 / 255 is exactly 8
+    # the product first: 63.9 / 255 * 255 is not exactly 63.9
     return float(found[1]) * unit / float(found[2])
 
 
