@@ -202,6 +202,15 @@ def test_every_new_module_of_the_migration_table_exists():
         assert module_file(module), module
 
 
+def test_every_new_name_of_the_migration_table_is_defined():
+    table = TEXT["docs/migration.md"].split("### Names")[1].split("\n##")[0]
+    names = set(re.findall(r"`([A-Za-z_]+)`", table))
+    assert len(names) > 10
+    rooms = [ROOT / folder for folder in FOLDERS.split() if folder not in ("docs", "tests")]
+    code = "".join(file.read_text() for room in rooms for file in room.rglob("*.py"))
+    assert names <= set(re.findall(r"^ *(?:class|def) (\w+)", code, re.MULTILINE))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_that_an_example_imports_exists(name):
     for block in blocks(TEXT[name], "python"):
