@@ -1,5 +1,6 @@
 """PGD-10 adversarial training: this project's trainer against the loop of robust_overfitting (Rice
-et al.)."""
+et al.).
+"""
 
 from collections.abc import Callable
 

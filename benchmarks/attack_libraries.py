@@ -1,5 +1,6 @@
 """Attacks on robustly trained networks: time and robust accuracy of this project against
-torchattacks and foolbox."""
+torchattacks and foolbox.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -189,7 +190,8 @@ def _ours(sides: dict[str, Attacker]) -> list[str]:
 
 def _accuracy_rows(setting: str, sides: dict[str, Attacker], lowest: str) -> list[Row]:
     """The robust accuracies of our sides in percentage points, and how far they are above that of
-    the library with the lowest."""
+    the library with the lowest.
+    """
     rows = []
     for name in _ours(sides):
         passes = min(len(sides[name].accuracies), len(sides[lowest].accuracies))

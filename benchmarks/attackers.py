@@ -23,7 +23,8 @@ from experiment.loading import Evaluation
 
 Correct = Callable[[Tensor, Tensor, int], Tensor]
 """`(images, labels, seed) -> whether the label survived the attack (B,)`. The libraries draw from
-torch's global generator."""
+torch's global generator.
+"""
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """ConvNorm against convolution with BatchNorm, and against the original's algorithm: training step,
-evaluation, attack."""
+evaluation, attack.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -24,7 +25,8 @@ from experiment.build import evaluator
 
 BATCHES = (128, 32)
 """The shipped configs' minibatch, and a small one, in which costs that do not grow with it weigh
-more."""
+more.
+"""
 EVALUATED = 64
 ATTACKED = 32
 ATTACK_STEPS = 2
@@ -32,7 +34,8 @@ ATTACK_STEPS = 2
 
 def measure(settings: Settings) -> list[Row]:
     """For each precision, training steps, evaluation and attack, against BatchNorm and against the
-    original's algorithm."""
+    original's algorithm.
+    """
     return [
         row
         for precision, system in systems(settings).items()
@@ -86,7 +89,8 @@ def _compared(
     at_least: float | None = None,
 ) -> list[Row]:
     """A row against BatchNorm with the goal `at_most`, and, where the original is among the
-    trainers, one against it with the goal `at_least`."""
+    trainers, one against it with the goal `at_least`.
+    """
     sides = {layers: side(trainer) for layers, trainer in trainers.items()}
 
     # Each pair takes turns by itself, without a slow third side between two turns.

@@ -1,5 +1,6 @@
 """How the cost of one training step grows with batch, image size, width and PGD steps, for ConvNorm
-and for BatchNorm."""
+and for BatchNorm.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

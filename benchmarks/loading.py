@@ -1,5 +1,6 @@
 """Loading and augmentation: batches on the device against torchvision's transforms image by image,
-and the share of a training step."""
+and the share of a training step.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -93,7 +94,8 @@ def _share_of_step(
     settings: Settings, pixels: torch.Tensor, labels: torch.Tensor, batch: int
 ) -> Row:
     """The time of loading a batch over that of the training step on it, in the precision that
-    `auto` picks."""
+    `auto` picks.
+    """
     precision, system = list(systems(settings).items())[-1]
     size = [("data_loader.args.batch_size", str(batch))]
     trainer = build_trainer(step_config(settings, [*LAYERS[BATCH_NORM], *size, *system]))

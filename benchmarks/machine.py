@@ -14,7 +14,8 @@ PEERS = ("torchvision", "torchattacks", "foolbox")
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """Processor, cores, threads in use, memory in GiB, GPU, whether bf16 is native, versions and
-    commit, as plain values."""
+    commit, as plain values.
+    """
     found = environment()
     # The cores that this process may use. macOS and Windows cannot tell.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

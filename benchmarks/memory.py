@@ -1,5 +1,6 @@
 """Peak memory of training steps, ConvNorm against BatchNorm, each measured in a process of its
-own."""
+own.
+"""
 
 import json
 import sys
@@ -87,7 +88,8 @@ def _in_new_process(settings: Settings, layers: str, precision: str) -> dict[str
 
 def bytes_of_training(settings: Settings, layers: str, precision: str) -> dict[str, int]:
     """Bytes that training steps of this process need at their peak, for those kinds of `MEANING`
-    that are known on this system."""
+    that are known on this system.
+    """
     size = [("data_loader.args.batch_size", str(settings.size(BATCH, 4)))]
     trainer = build_trainer(
         step_config(settings, [*LAYERS[layers], *size, *systems(settings)[precision]]), layers
@@ -110,7 +112,8 @@ def bytes_of_training(settings: Settings, layers: str, precision: str) -> dict[s
 
 def _tensors_at_peak(trainer: BaseTrainer, step: Callable[[], object]) -> int:
     """The tensors before a step, plus the peak of what the step allocates and frees, as torch's
-    profiler counts it."""
+    profiler counts it.
+    """
     trainer.optimizer.zero_grad(set_to_none=True)
     model = trainer.model
     moments = [

@@ -75,7 +75,8 @@ class OriginalConvNorm(nn.Module):
 
 def use_original_conv_norm(model: nn.Module) -> nn.Module:
     """Replace every `ConvNorm2d` of a network by an `OriginalConvNorm` on the same parameters, in
-    place."""
+    place.
+    """
     for name, child in model.named_children():
         if isinstance(child, nn.Conv2d) and hasattr(child, "running_V"):
             setattr(model, name, OriginalConvNorm(child).train(child.training))

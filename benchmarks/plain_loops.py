@@ -45,7 +45,8 @@ def plain_loader(
     workers: int,
 ) -> DataLoader:
     """Random crops with 4 pixels of padding, flips, ToTensor and Normalize per image, in a
-    shuffling DataLoader."""
+    shuffling DataLoader.
+    """
     from torchvision import transforms
 
     transform = transforms.Compose(
@@ -88,7 +89,8 @@ def attack_by_backward(
     model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, step_size: float, steps: int
 ) -> Tensor:
     """The l-inf PGD of Rice et al. ("Overfitting in adversarially robust deep learning",
-    arXiv:2002.11569): the perturbation `(B, C, H, W)`."""
+    arXiv:2002.11569): the perturbation `(B, C, H, W)`.
+    """
     delta = torch.empty_like(images).uniform_(-epsilon, epsilon)
     delta = torch.clamp(delta, -images, 1 - images).requires_grad_()
     for _ in range(steps):

@@ -1,5 +1,6 @@
 """Seconds from the quickstart's command to its first training step, and the packages that it has
-imported by then."""
+imported by then.
+"""
 
 import json
 from pathlib import Path

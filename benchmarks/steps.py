@@ -1,5 +1,6 @@
 """Training steps to be measured: a shipped config's own trainer, on images that need no
-download."""
+download.
+"""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,7 +35,8 @@ NO_DOWNLOAD: list[Override] = [
     ("optimizer.args.lr", "0.001"),
 ]
 """scikit-learn's digits, 32 x 32 RGB like CIFAR-10's images: the time of a step does not depend on
-their content."""
+their content.
+"""
 
 
 def systems(settings: Settings) -> dict[str, list[Override]]:
@@ -78,7 +80,8 @@ def build_trainer(config: Config, layers: str = "") -> BaseTrainer:
 
 def step_of(trainer: BaseTrainer, images: Tensor | None = None) -> Callable[[], object]:
     """One training step, on the first minibatch of the trainer's loader, or on `images` with the
-    label 0."""
+    label 0.
+    """
     if images is None:
         images, labels = next(iter(trainer.train_loader))
     else:

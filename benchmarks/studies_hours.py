@@ -1,5 +1,6 @@
 """Hours that every shipped study and recipe would take on this hardware, computed from measured
-training steps."""
+training steps.
+"""
 
 import json
 from pathlib import Path

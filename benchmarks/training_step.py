@@ -1,5 +1,6 @@
 """Standard training of a ResNet-18, loading included: this project's trainer against a plain
-loop."""
+loop.
+"""
 
 from collections.abc import Callable
 

@@ -43,7 +43,8 @@ MODELS.update(
 
 INITIALIZATION = ("init", "zero_init_residual")
 """The `arch.args` that every model has and no constructor takes: they choose the initial
-weights."""
+weights.
+"""
 
 
 def build_model(
@@ -110,6 +111,7 @@ def _check_arguments(
 
 def arguments_of(model: Callable[..., BaseModel]) -> list[str]:
     """The `arch.args` that an entry of MODELS takes: its own, those that it passes on to
-    `BaseModel`, and INITIALIZATION."""
+    `BaseModel`, and INITIALIZATION.
+    """
     own = [key for key in constructor_arguments(model) if key not in ("mean", "std")]
     return [*own, *INITIALIZATION]

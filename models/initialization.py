@@ -70,13 +70,15 @@ def zero_residual_branches(model: nn.Module, name: str) -> None:
 
 def normalizes_weights(layer: nn.Module) -> bool:
     """Whether a layer normalizes its weights, so that their size has no meaning; a property of
-    the layer's class, see `base.registry.CONV_LAYERS`."""
+    the layer's class, see `base.registry.CONV_LAYERS`.
+    """
     return getattr(layer, "normalizes_weights", False)
 
 
 def _initialize_convolutions(model: nn.Module) -> None:
     """Draw the weights of plain convolutions from the normal distribution with variance `2 / (k_h *
-    k_w * C_out)`."""
+    k_w * C_out)`.
+    """
     for module in model.modules():
         # A convolution that normalizes its weights does not depend on their variance. ConvNorm's
         # depthwise `bpconv` is an affine map, not a layer before a ReLU.

@@ -41,7 +41,8 @@ TIMES = ("seconds", "images_per_second")
 
 def config(method: str, layers: str) -> dict[str, Any]:
     """The config of one run: two epochs of three minibatches, which two processes share
-    unevenly."""
+    unevenly.
+    """
     own = METHODS[method]
     attack = {"steps": 2, "validate_images": 20, "report_images": 20}
     adversarial = {**attack, **own["adversarial"]} if "adversarial" in own else None

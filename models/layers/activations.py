@@ -15,7 +15,7 @@ def relu(channels: int, inplace: bool = True) -> nn.ReLU:
 class SReLU(nn.Module):
     """`max(x, b) = relu(x - b) + b` with one learned threshold b per channel.
 
-    State: `srelu_bias` `(1, channels, 1, 1)`, -1 at first.
+    State: `srelu_bias` `(1, channels, 1, 1)`, initially -1.
 
     Args:
         channels: the number of channels.

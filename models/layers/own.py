@@ -18,7 +18,8 @@ from models.layers.conv_norm.precision import without_autocast
 
 MAX_GROUP_SIZE = 64
 """The largest number of output channels in one orthogonal group. The cost of the eigendecomposition
-grows with its third power. The paper uses 64."""
+grows with its third power. The paper uses 64.
+"""
 
 
 class _InverseSquareRoot(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """The plain reference computes the numbers recorded from the original's code, and the same as the
-fast layer."""
+fast layer.
+"""
 
 import json
 from copy import deepcopy

@@ -1,5 +1,6 @@
 """ConvNorm2d against the original's numbers and against a dense oracle in numpy that shares no code
-with it."""
+with it.
+"""
 
 import json
 from pathlib import Path
@@ -34,7 +35,8 @@ def dense_filter(
     x, weight, bias, inverse_root, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
 ):
     """Full correlation tap by tap, dense DFT matrices, product with a given V (on the whole
-    spectrum), crop, stride."""
+    spectrum), crop, stride.
+    """
     extent = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     pad = [max(p, e) for p, e in zip(padding, extent, strict=True)]
     size = [n + 2 * p - e for n, p, e in zip(x.shape[2:], pad, extent, strict=True)]

@@ -172,7 +172,8 @@ def test_replace_in_a_torchvision_resnet():
 
 def test_replace_keeps_the_function_of_an_orthogonal_convolution():
     """A kernel with a flat spectrum has V = 1. With an identity in bpconv the new layer then
-    computes the same as the old one, if everything else is copied."""
+    computes the same as the old one, if everything else is copied.
+    """
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 4, 3, stride=2, padding=2, dilation=2, padding_mode="reflect")
     with torch.no_grad():

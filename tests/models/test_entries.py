@@ -1,5 +1,6 @@
 """Every entry of the tables of models, layers, losses and metrics keeps its table's contract. New
-entries are tested without being listed here."""
+entries are tested without being listed here.
+"""
 
 from collections import Counter
 
@@ -22,7 +23,8 @@ from models import build_model
 
 SMALL = 10**6
 """The largest number of parameters with which a network takes a real step here. Larger ones run on
-the meta device only."""
+the meta device only.
+"""
 LAYERS = {
     "norm": (NORM_LAYERS, lambda make: make(6)),
     "conv": (CONV_LAYERS, lambda make: make(6, 8, kernel_size=3, stride=2, padding=1, bias=False)),

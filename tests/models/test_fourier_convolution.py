@@ -1,5 +1,6 @@
 """The Fourier engine of ConvNorm2d against its plain steps, which float64 always takes and float32
-takes in small batches."""
+takes in small batches.
+"""
 
 import copy
 
@@ -69,7 +70,8 @@ def test_an_unsupported_geometry_has_no_plan():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_whole_layer_is_the_same_with_and_without_the_engine(monkeypatch, stride):
     """In blocks of four frequencies, the last of them of two or one, with bias and depthwise
-    convolution."""
+    convolution.
+    """
     monkeypatch.setattr(fourier_plan, "BLOCK_BYTES", 1)
     monkeypatch.setattr(fourier_plan, "BLOCK_FREQUENCIES", 4)
     torch.manual_seed(0)
@@ -171,7 +173,8 @@ def test_bfloat16_is_off_by_less_than_a_hundredth(smooth, monkeypatch):
 
 def test_gradients_of_kernels_add_up_in_float32_under_bfloat16(monkeypatch):
     """A sum over many blocks is as exact as one over a single block. In bfloat16 it would be
-    coarser with every block."""
+    coarser with every block.
+    """
     torch.manual_seed(0)
     layer = ConvNorm2d(8, 8, 3, padding=1, affine=False, bn=False)
     images = torch.rand(FOURIER_BATCH, 8, 20, 20)

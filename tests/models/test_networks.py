@@ -1,5 +1,6 @@
 """The networks: sizes, keys, gradients with every combination of layers, the original's training,
-error messages."""
+error messages.
+"""
 
 import itertools
 from pathlib import Path

@@ -1,5 +1,6 @@
 """Spectral norm, ONI, OWN and OCNN against the original's numbers and against numpy's singular
-value decomposition."""
+value decomposition.
+"""
 
 import copy
 import warnings
@@ -174,7 +175,8 @@ def test_gradcheck(make, out_channels):
 
 def test_own_gradient_at_equal_eigenvalues():
     """Where all eigenvalues of Z Z^T are equal, the gradient of an eigendecomposition would be 0 /
-    0."""
+    0.
+    """
     basis = torch.linalg.qr(torch.cat([torch.ones(9, 1), torch.eye(9)[:, :4]], 1).double())[0][
         :, 1:
     ].mT.contiguous()
@@ -304,7 +306,8 @@ def test_ocnn_agrees_with_the_original():
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_ocnn_measures_the_rows_of_the_convolution_operator(stride):
     """The distance is that of the Gram matrix of shifted filters, built here by sliding them over a
-    large zero canvas."""
+    large zero canvas.
+    """
     kernel = np.random.default_rng(0).standard_normal((3, 2, 3, 4))
     shifts = [(i * stride, j * stride) for i in range(-3, 4) for j in range(-3, 4)]
 

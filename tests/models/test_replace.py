@@ -1,5 +1,6 @@
 """replace_with_conv_norm pairs convolutions and batch norms by the flow of data, or warns that it
-cannot."""
+cannot.
+"""
 
 import warnings
 

@@ -22,23 +22,27 @@ from .dft import dft
 
 FOURIER_BATCH = 16
 """The smallest batch for which the Fourier domain is faster on a CPU: the spectra of the kernels
-cost the same whatever the batch."""
+cost the same whatever the batch.
+"""
 
 FOURIER_SIZE = 50
 """Side of the largest image that is transformed by matrices: their cost grows with its third power,
-an FFT's with the second."""
+an FFT's with the second.
+"""
 
 BLOCK_BYTES = 2**18
 """Bytes of the kernels' spectra in one block of frequencies, per image. The spectra and products of
 a block stay in the cache. With more images more products use a kernel's spectrum, and the cache
-matters less."""
+matters less.
+"""
 
 BLOCK_FREQUENCIES = 12
 """The smallest number of frequencies in a block: every block reads all weights again."""
 
 SMALL_GRID = 10
 """The largest number of rows of a grid whose redundant frequencies are left out. They are a sixth
-of a 6 x 6 grid. On larger grids they are too few to pay for the rearrangement."""
+of a 6 x 6 grid. On larger grids they are too few to pay for the rearrangement.
+"""
 
 
 class Axis(NamedTuple):
@@ -162,7 +166,8 @@ class Plan:
 
     def output(self, spectrum: Tensor) -> Tensor:
         """The cropped inverse DFT on the strided grid, `(B, 2, g, C)` -> `(B, C, H', W')`, channels
-        last."""
+        last.
+        """
         batch, channels = len(spectrum), spectrum.shape[-1]
         half = _left_multiply(self.inverse_dft_h, self._restore_redundant(spectrum.unsqueeze(2)))
         half = half.view(-1, self.inverse_dft_w.shape[1], channels)
@@ -245,7 +250,8 @@ class Plan:
 
     def _restore_redundant(self, spectrum: Tensor) -> Tensor:
         """`(B, 2, a_h, g, n)` -> `(B, 2 * a_h * g_h, g_w * n)`, the adjoint of `_drop_redundant`:
-        zeros in place of the frequencies that were left out."""
+        zeros in place of the frequencies that were left out.
+        """
         grid = (self.rows.strided_size, self.columns.strided_size // 2 + 1)
         if self.frequencies == grid[0] * grid[1]:
             return spectrum.view(len(spectrum), -1, grid[1] * spectrum.shape[-1])
@@ -256,7 +262,8 @@ class Plan:
 
     def _matching_parts(self, spectrum: Tensor, full: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Views of a `spectrum` `(B, 2, a_h, g, n)`, each with the view of a `full` one `(B, 2,
-        a_h, g_h, g_w, n)` that holds the same frequencies."""
+        a_h, g_h, g_w, n)` that holds the same frequencies.
+        """
         whole_rows, columns = _computed_region(self.rows, self.columns)
         of_full = [full[:, :, :, :whole_rows], full[:, :, :, whole_rows:, columns]]
         sizes = [part.shape[3] * part.shape[4] for part in of_full]
@@ -269,7 +276,8 @@ class Plan:
 
 def plan_for_layer(layer: nn.Conv2d, input: Tensor) -> Plan | None:
     """The plan for a layer's forward pass; None where the Fourier domain is slower or the layer
-    unsupported."""
+    unsupported.
+    """
     # The compiler comes first: where an exported network may take any batch, asking for the size of
     # the batch would fix it.
     if torch.compiler.is_compiling():
@@ -351,7 +359,8 @@ def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.devi
 
 def _computed_region(rows: Axis, columns: Axis) -> tuple[int, slice]:
     """The number of rows of the strided grid's half spectrum in which all columns are computed, and
-    the columns that are computed in the rows after them."""
+    the columns that are computed in the rows after them.
+    """
     if rows.strided_size > SMALL_GRID:
         return rows.strided_size, slice(None)
     # Row -g is the conjugate of row g in the columns that are their own opposites: the first one
@@ -361,7 +370,8 @@ def _computed_region(rows: Axis, columns: Axis) -> tuple[int, slice]:
 
 def _computed_frequencies(rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
     """The frequencies g that are computed, as indices of the flattened half spectrum of the strided
-    grid, and `Plan.multiplicity`."""
+    grid, and `Plan.multiplicity`.
+    """
     whole_rows, between = _computed_region(rows, columns)
     indices = torch.arange(rows.strided_size * (columns.strided_size // 2 + 1))
     indices = indices.view(rows.strided_size, -1)
@@ -376,7 +386,8 @@ def _computed_frequencies(rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
 
 def _complex_product(real: Tensor, imaginary: Tensor) -> Tensor:
     """The matrix of the product with a complex `(m, n)` matrix, on pairs of real numbers: `(2, 2,
-    m, n)`, the part of the result first, the part of the operand second."""
+    m, n)`, the part of the result first, the part of the operand second.
+    """
     to_real = torch.stack([real, -imaginary])
     to_imaginary = torch.stack([imaginary, real])
     return torch.stack([to_real, to_imaginary])

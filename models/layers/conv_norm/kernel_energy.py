@@ -1,5 +1,6 @@
 """The energy of convolution kernels at every frequency, by whose root ConvNorm divides
-(arXiv:2103.00673, section 3)."""
+(arXiv:2103.00673, section 3).
+"""
 
 from functools import lru_cache
 
@@ -87,7 +88,8 @@ def _tables(
     device: torch.device,
 ) -> tuple[Tensor, CosSin, CosSin]:
     """What depends on the geometry alone: the lag of each entry of a Gram matrix, as an index, and
-    the DFT of the lags along each axis."""
+    the DFT of the lags along each axis.
+    """
     arguments = (kernel, size, dilation, dtype, device)
     # A compiler folds the tables into its graph, and a tensor of its tracing must not stay in the
     # cache.
@@ -123,6 +125,7 @@ def _lag_dft(
     taps: int, size: int, frequencies: int, dilation: int, dtype: torch.dtype, device: torch.device
 ) -> CosSin:
     """The DFT of all lags of `taps` taps at the first `frequencies`, `(frequencies, 2 * taps -
-    1)`."""
+    1)`.
+    """
     lags = torch.arange(1 - taps, taps, device=device) * dilation
     return dft(torch.arange(frequencies, device=device), lags, size, dtype)

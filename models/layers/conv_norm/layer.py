@@ -21,7 +21,8 @@ from .spectral_filter import spectral_filter
 
 RAMPDOWN_STEPS = 40000
 """Training steps over which the weight of the newest V in `running_V` falls from 1 to `MIN_FACTOR`
-along a cosine."""
+along a cosine.
+"""
 
 MIN_FACTOR = 0.01
 
@@ -187,7 +188,8 @@ class ConvNorm2d(nn.Conv2d):
 
     def _full_convolution(self, input: Tensor) -> tuple[Tensor, tuple[Any, slice, slice]]:
         """`w * x + bias` at stride 1, `(B, C_out, S_h, S_w)`, and the index of the rows and columns
-        that the layer keeps of it."""
+        that the layer keeps of it.
+        """
         input_size = tuple(input.shape[-2:])
         extent = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         before, after = self._padding_per_side(extent)
@@ -229,7 +231,8 @@ class ConvNorm2d(nn.Conv2d):
     @torch.no_grad()
     def _inverse_root(self, size: tuple[int, int]) -> Tensor:
         """V for this forward pass, `(C_out, S_h, S_w // 2 + 1)`; in training it also advances
-        `running_V`."""
+        `running_V`.
+        """
         shape = (self.out_channels, size[0], size[1] // 2 + 1)
         if self.track_running_stats and not self.training and self.running_V.shape == shape:
             return self.running_V
@@ -261,7 +264,8 @@ class ConvNorm2d(nn.Conv2d):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a `running_V` of any size, and count from 0 where there is no counter, as in the
-        original's checkpoints."""
+        original's checkpoints.
+        """
         stored = state_dict.get(prefix + "running_V")
         if isinstance(stored, Tensor) and stored.shape != self.running_V.shape:
             self.running_V.resize_(stored.shape)

@@ -130,7 +130,8 @@ class _DataFlow:
 
     def batch_norm_behind(self, conv: nn.Conv2d) -> nn.BatchNorm2d | None:
         """The batch norm that takes the convolution's output and nothing else's in every call; None
-        if there is not exactly one."""
+        if there is not exactly one.
+        """
         for norm in self.consumers[conv]:
             if norm is None:
                 continue
@@ -141,7 +142,8 @@ class _DataFlow:
 
 class _Tracer(fx.Tracer):
     """Traces into every module that holds a convolution, torch's own wrappers included, but not
-    into convolutions."""
+    into convolutions.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Conv2d):
@@ -210,7 +212,8 @@ def _parents(module: nn.Module) -> Iterator[nn.Module]:
 
 def _registered_neighbors(module: nn.Module) -> dict[nn.Conv2d, nn.BatchNorm2d | None]:
     """Plain convolution -> the plain batch norm of its width that is registered next to it, or
-    None."""
+    None.
+    """
     found: dict[nn.Conv2d, nn.BatchNorm2d | None] = {}
     for parent in _parents(module):
         # `_modules` holds repeated layers, which named_children() leaves out.
