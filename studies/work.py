@@ -190,4 +190,5 @@ def _last_line(run: Run) -> str:
     """What the run said last, which is its error."""
     file = run.folder / "output.log"
     lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    return last.removeprefix("error: ")
