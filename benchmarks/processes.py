@@ -21,6 +21,7 @@ def python(words: Sequence[str], threads: int) -> str:
     )
     if done.returncode != 0:
         reason = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        reason = reason.removeprefix("error: ")
         raise ConfigError(
             f"{' '.join(words[:2])}: ended with exit code {done.returncode}: {reason}"
         )
