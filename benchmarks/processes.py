@@ -21,6 +21,7 @@ def python(arguments: Sequence[str], threads: int) -> str:
     )
     if done.returncode != 0:
         reason = (done.stderr.strip() or "it printed no reason").splitlines()[-1]
+        reason = reason.removeprefix("error: ")
         raise ConfigError(
             f"{' '.join(arguments[:2])}: ended with exit code {done.returncode}: {reason}"
         )

@@ -54,7 +54,7 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
         "seed": config.seed,
     }
     taken = {parameter.name: parameter for parameter in parameters_of(kind)}
-    # An attack that has a default step knows better than the default here, which is PGD's.
+    # An attack's own default step takes precedence over the default here, which is PGD's.
     has_default_step = (
         "step_size" in taken and taken["step_size"].default is not taken["step_size"].empty
     )
