@@ -181,10 +181,7 @@ def test_it_is_resumed_with_code_that_has_moved_and_changed(trained):
     words = ["-r", "run", "--set", "trainer.epochs=2", "--imports", "moved/my_parts.py"]
     done = script("train_robust.py", *words, cwd=trained)
     assert done.returncode == 0, done.stderr
-    assert (
-        f"imports: {moved / 'my_parts.py'}: has changed since the run started"
-        in done.stdout
-    )
+    assert f"imports: {moved / 'my_parts.py'}: has changed since the run started" in done.stdout
     assert json.loads((trained / "run" / "config.json").read_text())["imports"][0]["file"] == str(
         moved / "my_parts.py"
     )

@@ -146,7 +146,9 @@ def test_no_entry_point_runs_code_that_a_run_asks_for(tmp_path, monkeypatch, sma
 
 def test_the_check_of_code_that_is_asked_for_can_fail(tmp_path, monkeypatch, small, own_code):
     def run(recorded, source):
-        return imports.import_own_code(imports.requests_of_flag([code.file_or_module for code in recorded]))
+        return imports.import_own_code(
+            imports.requests_of_flag([code.file_or_module for code in recorded])
+        )
 
     monkeypatch.setattr(resuming, "imported_for", run)
     with pytest.raises(AssertionError, match="has run what the checkpoint asks for"):
