@@ -144,7 +144,7 @@ class RobustnessReport:
             return False
         if self.doctor is None:
             return None
-        # False or None
+        # not reliable, or not known to be
         if not self.doctor.reliable:
             return self.doctor.reliable
         if self.attack_warnings or title(self.doctor.examined) != self.title:
@@ -285,7 +285,7 @@ def describe_attack(attack: Attack) -> dict[str, Any]:
     described["norm"] = attack.norm
     described["epsilon"] = attack.epsilon
     described["loss"] = plain(attack.loss)
-    # A description stands for an ensemble, which has no loss of its own.
+    # An attack with a description, such as AutoAttack, has several losses.
     if attack.description:
         described["loss"] = None
     # Every report has these keys, so that reports of different attacks have the same columns.

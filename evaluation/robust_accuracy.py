@@ -275,7 +275,7 @@ def _attack_batches(
         leave=False,
     )
     for batch in bar:
-        # The copy costs two passes, which a single step would not win back.
+        # The copy costs a few passes, which an attack of a single step would not win back.
         if fused is None and not attack.single_step:
             fused = fuse_conv_bn(model, batch.images[:ROWS])
         verdicts, worst = attack_batch(

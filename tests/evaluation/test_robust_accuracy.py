@@ -62,7 +62,7 @@ def test_batch_size_and_number_of_shards_do_not_change_a_verdict(digits):
     assert equal(Verdicts.joined(shards), whole)
 
 
-def test_the_seed_alone_decides_where_an_attack_ends(digits):
+def test_the_seed_decides_where_an_attack_ends(digits):
     model, loader = digits
     images, labels = next(iter(loader))
     run = partial(attack_batch, model, images, labels, ATTACK, positions=loader.positions)
@@ -91,28 +91,29 @@ def test_attacks_of_several_steps_search_the_fused_copy_and_the_model_gives_the_
     digits, monkeypatch
 ):
     model, loader = digits
-    asked = []
+    calls = []
 
     def spied(original, images):
         assert original is model
         copy = fuse_conv_bn(original, images)
         assert copy is not model
-        copy._forward_hooks.clear()  # the model's own, which was copied, too
-        copy.register_forward_hook(lambda *call: asked.append("copy"))
+        # the hook of the model, which was copied, too
+        copy._forward_hooks.clear()
+        copy.register_forward_hook(lambda *call: calls.append("copy"))
         return copy
 
     monkeypatch.setattr(import_module("evaluation.robust_accuracy"), "fuse_conv_bn", spied)
-    hook = model.register_forward_hook(lambda *call: asked.append("model"))
+    hook = model.register_forward_hook(lambda *call: calls.append("model"))
     verdicts = attack_loader(model, loader, PGD(4 / 255, 0.0, 3, early_stop=True), seed=0)
-    searched = asked[-6:]
-    asked.clear()
+    searched = calls[-6:]
+    calls.clear()
     attack_loader(model, loader, FGSM(4 / 255), seed=0)
     hook.remove()
     assert verdicts.robust_top1.any()
     assert searched == ["model", *["copy"] * 4, "model"], (
         "clean; three steps and the last point; the verdict"
     )
-    assert asked == ["model", "model"]
+    assert calls == ["model", "model"]
 
 
 def test_fgsm_never_searches_in_low_precision(digits):
@@ -127,13 +128,13 @@ def test_fgsm_never_searches_in_low_precision(digits):
 def test_fgsm_costs_one_pass_and_its_verdict_one_more(digits):
     model, loader = digits
     images, labels = next(iter(loader))
-    asked = []
-    hook = model.register_forward_hook(lambda *call: asked.append(len(call[1][0])))
+    calls = []
+    hook = model.register_forward_hook(lambda *call: calls.append(len(call[1][0])))
     verdicts, worst = attack_batch(
         model, images, labels, FGSM(4 / 255), positions=loader.positions, seed=0
     )
     hook.remove()
-    assert len(asked) == 2
+    assert len(calls) == 2
     assert torch.equal(verdicts.clean_prediction, model(images).argmax(1))
     assert torch.equal(verdicts.prediction, model(worst).argmax(1))
     right = verdicts.clean_top1
@@ -141,7 +142,7 @@ def test_fgsm_costs_one_pass_and_its_verdict_one_more(digits):
     assert torch.equal(worst[~right], images[~right])
 
 
-def test_images_that_are_wrong_to_begin_with_are_not_attacked(digits):
+def test_misclassified_images_are_not_attacked(digits):
     model, loader = digits
     images, _ = next(iter(loader))
     wrong = (model(images).argmax(1) + 1) % 10
@@ -190,7 +191,7 @@ def test_a_success_that_full_precision_confirms_in_part_is_kept():
             return logits
 
     class Once(Attack):
-        """Finds something in low precision only."""
+        """Finds an image in low precision only."""
 
         rank = 5
 
