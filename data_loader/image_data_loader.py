@@ -124,7 +124,7 @@ class ImageDataLoader(BaseDataLoader):
         """
         images = self.images
         # One process checks for all. It does not report the result here, because a process that has
-        # failed already would not receive it; see `base.distributed.agreement.prepare_on_all_ranks`.
+        # failed already would not receive it; see `agreement.prepare_on_all_ranks`.
         if is_primary():
             images.check()
 
