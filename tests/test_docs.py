@@ -255,3 +255,20 @@ def test_every_page_is_linked_from_the_readme_or_from_a_page_that_is():
 
 def test_the_readme_has_at_most_200_lines():
     assert len(TEXT["README.md"].splitlines()) <= 200
+
+
+WALK = re.compile(r"\| `([\w/]+\.py)` \| `([\w.]+)` \|")
+STOPS = WALK.findall((ROOT / "docs" / "ARCHITECTURE.md").read_text())
+
+
+def test_the_architecture_has_three_walks():
+    assert len(STOPS) > 25
+
+
+@pytest.mark.parametrize(("file", "name"), STOPS, ids=lambda part: part)
+def test_every_function_of_a_walk_stands_in_its_file(file, name):
+    node = ast.parse((ROOT / file).read_text())
+    for part in name.split("."):
+        definitions = [inner for inner in node.body if getattr(inner, "name", None) == part]
+        assert definitions, f"{file} has no {name}"
+        node = definitions[0]
