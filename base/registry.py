@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 Constructor = Callable[..., Any]
 T = TypeVar("T")
 MIN_SIMILARITY = 0.6
-"""The least `SequenceMatcher.ratio` of two names of which one may be a misspelling of the other."""
+"""The least `SequenceMatcher.ratio` of a name and its misspelling."""
 MAX_NAME = 80
 """How many characters of a name are compared and shown."""
 
 MODELS: dict[str, Constructor] = {}
-"""`arch.type`: called with keyword arguments: `num_classes`, `in_channels`, `mean`, `std` and the
-four names of layer types, those that it takes, and its own arguments from `arch.args`. Returns a
+"""`arch.type`: called with keyword arguments: those of `num_classes`, `in_channels`, `mean`, `std`
+and the four names of layer types that it takes, and its own arguments from `arch.args`. Returns a
 `base.base_model.BaseModel`.
 
 `untold` (empty): arguments that change the network but leave no trace in the names or shapes of its
@@ -153,7 +153,7 @@ def format_hint(nearest: str | None) -> str:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that `name` was probably meant to be; None where that is a guess.
+    """Return the known name that `name` was probably meant to be; None if it is hard to tell.
 
     A misspelling has few letters missing, added, swapped or replaced: one, or one in four. Case and
     underscores do not count. If no known name is that close, the only one that shares all words
@@ -189,8 +189,8 @@ def _plain(name: str) -> str:
 
 
 def _edit_distance(first: str, second: str) -> int:
-    """The optimal string alignment distance: the least number of letters to add, drop, replace or
-    swap with their neighbor that turns one text into the other."""
+    """Return the optimal string alignment distance: how many letters must be added, dropped,
+    replaced or swapped with their neighbor to turn one text into the other."""
     # difflib has no edit distance, and its ratio ranks a swapped pair below unrelated names
     previous: list[int] = []
     above = list(range(len(second) + 1))

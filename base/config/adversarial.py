@@ -49,7 +49,7 @@ LINF_SIZES = (("trainer", "adv_clip_eps"), ("trainer", "fgsm_step"))
 DEFAULT_L2 = 0.5
 """The radius under l2 if the config gives none: about 128/255, the usual one on CIFAR."""
 
-# Sizes beyond these limits were meant in the other norm's units.
+# A size beyond these limits was meant in the other norm's units.
 MIN_LINF_EPSILON = 0.5
 """In 1/255 of the pixel range. No published attack is so weak."""
 MIN_LINF_STEP = 0.05

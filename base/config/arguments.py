@@ -68,7 +68,7 @@ class Argument:
 def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
     """Return the arguments of a constructor that JSON can hold, in the order of its signature.
 
-    A class that passes `**others` on also has the arguments of its base classes; arguments that a
+    A class that passes `**others` on also has the arguments of its base classes. Arguments that a
     `functools.partial` gives by position are left out. The entry's attribute `config_names` lists
     arguments that have another name in configs, or that configs may not give; see `base.registry`.
 
@@ -113,10 +113,10 @@ def takes(entry: Constructor, name: str) -> bool:
     return any(parameter.name == name for parameter in parameters_of(entry))
 
 
-def hands_on(entry: Constructor) -> bool:
-    """Whether a constructor passes on, as `**others`, every argument that it does not name."""
+def accepts_any_keyword(entry: Constructor) -> bool:
+    """Whether a constructor, with the base classes that it passes `**others` to, takes any name."""
     *_, last = _functions(entry)
-    return _hands_on(last)
+    return _has_var_keyword(last)
 
 
 def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
@@ -127,17 +127,17 @@ def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
     while isinstance(entry, partial):
         entry = entry.func
     yield whole
-    if not inspect.isclass(entry) or not _hands_on(whole):
+    if not inspect.isclass(entry) or not _has_var_keyword(whole):
         return
     # the last class of every __mro__ is `object`, which takes no arguments
     initialized = [base for base in entry.__mro__[:-1] if "__init__" in vars(base)]
     for base in initialized[1:]:
         yield base.__init__
-        if not _hands_on(base.__init__):
+        if not _has_var_keyword(base.__init__):
             return
 
 
-def _hands_on(function: Callable[..., Any]) -> bool:
+def _has_var_keyword(function: Callable[..., Any]) -> bool:
     return any(
         parameter.kind is parameter.VAR_KEYWORD
         for parameter in inspect.signature(function).parameters.values()
@@ -400,7 +400,7 @@ class OpenSection(Section):
             raise ValidationError.from_exception_data(type(self).__name__, problems)
 
     def _checked(self, key: str, value: Any, chosen: Mapping[str, str]) -> Any:
-        """The value of a key, converted by the chosen entries that take it, or by others."""
+        """Return the value of a key, converted by the chosen entries that take it, or by others."""
         owners = {choice: choice.owners(key) for choice in self.choices}
         takers = [
             owners[choice][chosen[choice.key]]
@@ -413,7 +413,7 @@ class OpenSection(Section):
             return values[0]
         knowing = [choice for choice in self.choices if owners[choice]]
         for choice in knowing:
-            # an error only if no table could still accept or ignore the key
+            # it is an error only if no table can still accept or ignore the key
             if choice.others == "ignored" or choice.key not in chosen:
                 adapters = [argument.adapter for argument in owners[choice].values()]
                 return _first_fit(adapters, value)
@@ -421,7 +421,7 @@ class OpenSection(Section):
         others = " and ".join(owners[choice])
         verb = "take" if len(owners[choice]) > 1 else "takes"
         text = f"only {others} {verb} it, not {chosen[choice.key]}"
-        # pydantic fills in the braces of a message, which a name of an entry may contain
+        # pydantic replaces braces in a message, and an entry's name may contain some
         raise PydanticCustomError(ARGUMENT_OF_OTHERS, "{text}", {"text": text})
 
     def _missing(self, chosen: Mapping[str, str]) -> Iterator[str]:
@@ -444,7 +444,7 @@ class OpenSection(Section):
             if any(chosen.get(choice.key) in takers for choice, takers in owners.items()):
                 continue
             arguments = [argument for takers in owners.values() for argument in takers.values()]
-            # a default is no sign of a mistake: resolved configs hold the defaults of all entries
+            # a default is not a mistake: resolved configs hold the defaults of all entries
             if arguments and all(argument.field.default != value for argument in arguments):
                 names = [f"{choice.key} {' or '.join(takers)}" for choice, takers in owners.items()]
                 yield key, value, " or ".join(names)
@@ -463,7 +463,11 @@ class OpenSection(Section):
 
 
 def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
-    """The value, converted by the first type that accepts it; otherwise the first type's error."""
+    """Return the value as the first type that accepts it converts it.
+
+    Raises:
+        ValidationError: the first type's, if none accepts the value.
+    """
     errors: list[ValidationError] = []
     for adapter in adapters:
         try:
@@ -474,7 +478,7 @@ def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
 
 
 def _moved(problem: ErrorDetails, place: tuple[str, ...]) -> InitErrorDetails:
-    """A problem in a value as a problem of the tree that holds the value at `place`."""
+    """Return a problem in a value as a problem of the tree that holds the value at `place`."""
     location = (*place, *problem["loc"])
     details = InitErrorDetails(type=problem["type"], loc=location, input=problem["input"])
     # pydantic builds the message again from type and context

@@ -6,7 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from base.config.adversarial import Size
 from base.config.arguments import checks_names
-from base.config.names import logged_value, logged_values
+from base.config.names import describe_logged_values, logged_value
 from base.config.section import Count, FilePath, Fraction, InputPath, Needs, Positive, Section
 
 A_SCHEDULE = Needs("an lr_scheduler.type", lambda config: config.lr_scheduler.type != "none")
@@ -76,7 +76,7 @@ class SchedulerConfig(Section):
             return name
         known = logged_value(name)
         if known is None:
-            raise ValueError(f"{name!r} is not a logged value: {logged_values()}")
+            raise ValueError(f"{name!r} is not a logged value: {describe_logged_values()}")
         return known
 
     @model_validator(mode="after")
@@ -161,7 +161,7 @@ class TrainerConfig(Section):
         if mode not in ("min", "max") or name is None:
             raise ValueError(
                 f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value:"
-                f" {logged_values()}"
+                f" {describe_logged_values()}"
             )
         return f"{mode} {name}"
 
