@@ -7,7 +7,7 @@ that `base` can check configs against them. The rooms fill them (`models`, `data
 
 What a config may say about an entry follows from its signature, its type hints and the `Args:` of
 its docstring; see `base.config.arguments`. Everything else that the project asks of an entry is an
-attribute of the class or function; see `property_of`. Each table lists the attributes that its
+attribute of the class or function; see `attribute_of`. Each table lists the attributes that its
 entries may have, with their defaults. Entries of every table may have `config_names`, a dictionary:
 argument -> its name in configs if that is another one, or None if configs may not give it. Classes
 of layers may have `no_weight_decay`, the names of parameters that are exempt from weight decay, and
@@ -96,7 +96,7 @@ of the fields `epsilon, norm, step_size, steps, restarts, loss, early_stop, seed
 sizes in units of the pixel range `[0, 1]`, and with their own from `pgd_attack`."""
 
 
-def property_of(entry: Constructor, name: str, default: Any) -> Any:
+def attribute_of(entry: Constructor, name: str, default: Any) -> Any:
     """Return an attribute of a table's entry, or `default` if the entry does not have it.
 
     The attributes of a `functools.partial` are those of its class or function.
@@ -106,11 +106,11 @@ def property_of(entry: Constructor, name: str, default: Any) -> Any:
     return getattr(entry, name, default)
 
 
-def with_properties(**properties: Any) -> Callable[[T], T]:
-    """Return a decorator that sets attributes of a function, for `property_of`."""
+def with_attributes(**attributes: Any) -> Callable[[T], T]:
+    """Return a decorator that sets attributes of a function, for `attribute_of`."""
 
     def decorate(function: T) -> T:
-        for name, value in properties.items():
+        for name, value in attributes.items():
             setattr(function, name, value)
         return function
 

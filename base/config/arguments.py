@@ -37,7 +37,7 @@ from pydantic_core import (
 )
 
 from base.config.section import Section
-from base.registry import Constructor, not_one_of, property_of
+from base.registry import Constructor, attribute_of, not_one_of
 
 STRICT = ConfigDict(strict=True)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -80,7 +80,7 @@ def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
     """
     hints = _hints(entry)
     texts = _descriptions(entry)
-    names = property_of(entry, "config_names", {})
+    names = attribute_of(entry, "config_names", {})
     arguments = {}
     for parameter in parameters_of(entry):
         key = names.get(parameter.name, parameter.name)
@@ -462,6 +462,14 @@ class OpenSection(Section):
         return reference
 
 
+def describe_argument(owners: Mapping[str, Argument]) -> str:
+    """Return the entries that take an argument, and the first description that one of them has."""
+    for argument in owners.values():
+        if argument.field.description:
+            return f"{', '.join(owners)}: {argument.field.description}"
+    return ", ".join(owners)
+
+
 def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
     """Return the value as the first type that accepts it converts it.
 
@@ -488,7 +496,7 @@ def _moved(problem: ErrorDetails, place: tuple[str, ...]) -> InitErrorDetails:
 
 
 def _property(owners: Mapping[str, Argument]) -> dict[str, Any]:
-    """The JSON Schema of an argument of one or several entries."""
+    """Return the JSON Schema of an argument that one or several entries take."""
     kinds: list[dict[str, Any]] = []
     for argument in owners.values():
         kind = argument.adapter.json_schema()
@@ -496,16 +504,8 @@ def _property(owners: Mapping[str, Argument]) -> dict[str, Any]:
             kinds.append(kind)
     # entries may take the same key with different types
     schema = dict(kinds[0]) if len(kinds) == 1 else {"anyOf": kinds}
-    schema["description"] = describe(owners)
+    schema["description"] = describe_argument(owners)
     return schema
-
-
-def describe(owners: Mapping[str, Argument]) -> str:
-    """Return the entries that take an argument, and the first description that one of them has."""
-    for argument in owners.values():
-        if argument.field.description:
-            return f"{', '.join(owners)}: {argument.field.description}"
-    return ", ".join(owners)
 
 
 @dataclass(frozen=True, eq=False)

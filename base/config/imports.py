@@ -29,7 +29,6 @@ from base.rooms import ROOMS, ROOT
 from base.text import one_line
 
 FLAG = "--imports"
-EXPECTED = "expected a list of Python files and names of modules"
 
 
 class OwnCode(Section):
@@ -113,7 +112,9 @@ def requests_of(value: Any, source: str, folder: Path) -> list[Request]:
         reason = ""
         if problem["type"] == "value_error":
             reason = f": {problem['ctx']['error']}"
-        raise ConfigError(f"{source}: {index}{EXPECTED}{reason}") from None
+        raise ConfigError(
+            f"{source}: {index}expected a list of Python files and names of modules{reason}"
+        ) from None
     return [Request(code, source, folder) for code in codes]
 
 
@@ -180,12 +181,6 @@ def changes(recorded: Iterable[OwnCode], now: Iterable[OwnCode]) -> list[str]:
     ]
 
 
-def is_imported(module: str) -> bool:
-    """Whether a module, or another one of its package, was imported as a user's own code."""
-    package = module.partition(".")[0]
-    return any(name.partition(".")[0] == package for name in _imported)
-
-
 def own_class(name: str, kind: type, key: str) -> type:
     """Return the class of a dotted name, such as `my_module.Lion`, from a user's own code.
 
@@ -200,7 +195,7 @@ def own_class(name: str, kind: type, key: str) -> type:
     module, _, short = name.rpartition(".")
     shown = repr(one_line(name, 80))
     # a config must not reach classes of other modules: constructing one could run any code
-    if module not in sys.modules or not is_imported(module):
+    if module not in sys.modules or not _is_imported(module):
         raise ConfigError(
             f"{key}: {shown}: the module {one_line(module, 80)} is not among the imports"
         )
@@ -213,6 +208,12 @@ def own_class(name: str, kind: type, key: str) -> type:
             f"{key}: {shown}: expected a subclass of {kind.__name__} in {module}{hint}"
         )
     return cls
+
+
+def _is_imported(module: str) -> bool:
+    """Whether a module, or another one of its package, was imported as a user's own code."""
+    package = module.partition(".")[0]
+    return any(name.partition(".")[0] == package for name in _imported)
 
 
 def _import(request: Request) -> OwnCode:

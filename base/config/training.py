@@ -27,7 +27,7 @@ NOISE = Needs(
 A_PENALTY = Needs("trainer.OCNN", lambda config: config.trainer.OCNN)
 FREE = Needs(
     "free adversarial training",
-    lambda config: "trainer.adv_repeats" in config.of_method("reads", ()),
+    lambda config: "trainer.adv_repeats" in config.method_attribute("reads", ()),
 )
 FREE_STEP = Needs(
     "free adversarial training under linf and without adversarial.step_size",
@@ -49,7 +49,7 @@ class OptimizerConfig(Section):
     type: str = "SGD"
     """Name of a class of torch.optim, or module.Class of your own imported code."""
     args: dict[str, Any] = Field(default={})
-    """Its arguments, which are checked against its signature; the others have torch's defaults."""
+    """Its arguments, checked against its signature. Those that are not given have its defaults."""
 
 
 class SchedulerConfig(Section):
@@ -106,7 +106,7 @@ class TrainerConfig(Section):
     verbosity: Annotated[int, Field(ge=0, le=2)] = 2
     """0: warnings only; 1 and 2: one line per epoch."""
     label_dir: str | None = None
-    """ConvNorm's key, accepted and not used: labels.npz is written to the run folder."""
+    """ConvNorm's key, accepted but not used: labels.npz is written to the run folder."""
     monitor: str = "max val_top1"
     """How the best model is chosen: 'min' or 'max' and a logged value, or 'off'."""
     early_stop: Annotated[Positive | None, A_MONITOR] = None
@@ -142,7 +142,7 @@ class TrainerConfig(Section):
     saved in addition to them; null: no average."""
     do_adv: bool = False
     """Adversarial training by train_robust.py: free, unless adversarial.method names another
-    one."""
+    method."""
     fgsm_step: Annotated[Size, FREE_STEP] = 8
     """Step size of free adversarial training under linf, in 1/255 of the pixel range."""
     adv_clip_eps: Annotated[Size, NO_EPSILON] = 8
