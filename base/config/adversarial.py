@@ -86,7 +86,7 @@ class AdversarialConfig(OpenSection):
     """How many validation images are attacked: the first of every class, the same in every
     epoch."""
     report: bool | None = None
-    """Attack the test set after training; null: true if a method is given, even if it is none."""
+    """Attack the test set after training; null: true if a method is given, even the method none."""
     report_images: Annotated[Positive | None, REPORT] = None
     """How many test images the report attacks: the first of every class; null for all."""
 

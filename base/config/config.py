@@ -290,7 +290,7 @@ class CometConfig(Section):
     """Logging to Comet; without this section nothing is logged there."""
 
     api: str | None = Field(default=None, exclude=True, repr=False)
-    """API key, which is never written to a file. Better set COMET_API_KEY in the environment."""
+    """API key, which is never written to a file. Prefer the environment variable COMET_API_KEY."""
     offline: bool = True
     """Write a zip file to the run folder instead of sending data to the server."""
     project: str = "convnorm"
@@ -385,7 +385,7 @@ class Config(Section):
     def _check_method_arguments(self, info: ValidationInfo) -> Self:
         if not checks_names(info.context):
             return self
-        # here and not in the section's own validator: trainer.do_adv may choose the method
+        # not in the section's own validator, because trainer.do_adv may choose the method
         adversarial = self.adversarial
         adversarial.check(adversarial.chosen(self), ("adversarial",))
         adversarial.fill_defaults(adversarial.chosen(self))

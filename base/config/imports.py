@@ -221,7 +221,8 @@ def _import(request: Request) -> OwnCode:
     if code.file is None:
         return _import_module(request)
     # not Path.resolve(), which follows links: the module is named after the link
-    file = Path(os.path.abspath(request.folder / os.path.expanduser(code.file)))  # noqa: PTH100, PTH111
+    path = request.folder / os.path.expanduser(code.file)  # noqa: PTH111
+    file = Path(os.path.abspath(path))  # noqa: PTH100
     known = _imported.get(file.stem)
     if known is not None:
         if known.file is not None and Path(known.file).resolve() == file.resolve():
@@ -257,11 +258,12 @@ def _import_file(request: Request, file: Path) -> OwnCode:
         sys.path.append(str(file.parent))
 
     def run() -> None:
-        spec = spec_from_file_location(name, file, loader=_Source(file, source))
-        assert spec is not None and spec.loader is not None, "a loader was given"  # noqa: S101, PT018
+        loader = _Source(file, source)
+        spec = spec_from_file_location(name, file, loader=loader)
+        assert spec is not None, "a loader was given"  # noqa: S101
         # registered before it runs, because dataclasses and pickle look up the module by name
         sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        loader.exec_module(sys.modules[name])
 
     _run(request, code, file, run)
     return _remember(code)

@@ -66,7 +66,8 @@ def reference() -> str:
             if section_at([*path, name]) is None:
                 lines.append(_row(section, name, field))
     lines += ["", "## Choices", ""]
-    lines += ["The meaning of the names in these tables. You may register your own parts.", ""]
+    lines += ["What the names in the tables above mean. You can register your own parts; see"]
+    lines += ["docs/extending.md.", ""]
     lines += ["| key | name | meaning |", "|---|---|---|"]
     for keys, table in choices():
         for names, meaning in _summaries(table):
