@@ -44,8 +44,8 @@ def _warn_of_normalization(
     config: Config, files: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> str | None:
     args = config.arch.args
-    # files that name both layers intend the pair, and so do flags that name both. A flag for one
-    # of them may leave the other as an oversight
+    # files that name both layers intend the pair, and so do flags that name both. Who gives a flag
+    # for only one of them may have forgotten the other
     if _layers_in(files) == [args.conv_layer_type, args.norm_layer_type]:
         return None
     if None not in _layers_in(flags):
