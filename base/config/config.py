@@ -397,19 +397,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_attack_sizes(self) -> Self:
+    def _check_attack_sizes(self, info: ValidationInfo) -> Self:
         adversarial = self.adversarial
         trainer = self.trainer
         check_epsilon_units("trainer.adv_clip_eps", trainer.adv_clip_eps, "linf")
         check_epsilon_units("adversarial.epsilon", adversarial.epsilon, adversarial.norm)
         epsilon = self.attack_epsilon
         check_step_units("trainer.fgsm_step", trainer.fgsm_step, "linf", trainer.adv_clip_eps)
-        for key, field in adversarial.known_fields().items():
-            if is_size(field) and key != "epsilon":
-                check_step_units(
-                    f"adversarial.{key}", adversarial.get(key), adversarial.norm, epsilon
-                )
         check_step_units("pgd_attack.step", self.pgd_attack.step, adversarial.norm, epsilon)
+        # the method's own sizes may have any type where names are not checked
+        if checks_names(info.context):
+            for key, field in adversarial.known_fields().items():
+                if is_size(field) and key != "epsilon":
+                    check_step_units(
+                        f"adversarial.{key}", adversarial.get(key), adversarial.norm, epsilon
+                    )
         return self
 
     @property

@@ -135,7 +135,8 @@ def _hint_for_inherited(name: str, key: str, others: Iterable[type]) -> str:
 def _problem_with_value(name: str, value: Any, annotation: Any) -> str | None:
     """Return what an argument's type or range requires; None if the value meets both."""
     if not _has_type(value, annotation):
-        return f"expected {_describe_type(annotation)}"
+        words = _describe_type(annotation) or "a Python object, which JSON cannot hold"
+        return f"expected {words}"
     values = value if isinstance(value, list) else [value]
     numbers = [each for each in values if isinstance(each, int | float)]
     expected, is_in_range = RANGES.get(name, ("", None))

@@ -285,10 +285,16 @@ def _check_cycle_length(scheduler: Any, steps: int) -> None:
 
 
 def _parts(value: Any, key: str) -> list[Part]:
-    if isinstance(value, list) and value and all(_is_part(part) for part in value):
-        return [(f"{key}.{index}", part) for index, part in enumerate(value)]
-    expected = 'expected a list of {"type": ..., "args": ...}'
-    raise ConfigError(f"{key}: {expected}, not {format_json(value)}")
+    if not isinstance(value, list) or not value or not all(_is_part(part) for part in value):
+        expected = 'expected a list of {"type": ..., "args": ...}'
+        raise ConfigError(f"{key}: {expected}, not {format_json(value)}")
+    for index, part in enumerate(value):
+        # torch's error for it would name no key
+        if part["type"] == "ReduceLROnPlateau":
+            raise ConfigError(
+                f"{key}.{index}.type: ReduceLROnPlateau cannot be part of another schedule"
+            )
+    return [(f"{key}.{index}", part) for index, part in enumerate(value)]
 
 
 def _is_part(value: Any) -> bool:

@@ -691,6 +691,11 @@ def test_unchecked_names_leave_optimizer_and_schedule_unchecked():
         validate(tree, check_names=False)
 
 
+def test_arguments_of_unchecked_entries_may_have_any_type():
+    config = validate({**DIGITS, "adversarial": {"step_size": "own"}}, check_names=False)
+    assert config.adversarial.step_size == "own"
+
+
 def test_a_single_problem_is_reported_alone():
     for broken in ({"trainer": {"epochs": 0}}, {"trainer": {"epocs": 1}}, {"seed": "a"}):
         with pytest.raises(ConfigError) as caught:

@@ -433,6 +433,19 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
         ),
         (
             None,
+            (
+                "SequentialLR",
+                {"schedulers": [PARTS[0], {"type": "ReduceLROnPlateau"}], "milestones": [2]},
+            ),
+            "lr_scheduler.args.schedulers.1.type: ReduceLROnPlateau cannot be part of another",
+        ),
+        (
+            None,
+            ("CyclicLR", {"base_lr": 0.1, "max_lr": 0.2, "scale_fn": "x"}),
+            "lr_scheduler.args.scale_fn: expected a Python object, which JSON cannot hold, not",
+        ),
+        (
+            None,
             ("SequentialLR", {"schedulers": PARTS, "milestones": [2, 4]}),
             "lr_scheduler.args.*: SequentialLR does not",
         ),
