@@ -7,7 +7,7 @@ that `base` can check configs against them. The rooms fill them (`models`, `data
 
 What a config may say about an entry follows from its signature, its type hints and the `Args:` of
 its docstring; see `base.config.arguments`. Everything else that the project asks of an entry is an
-attribute of the class or function; see `property_of`. Each table lists the attributes that its
+attribute of the class or function; see `attribute_of`. Each table lists the attributes that its
 entries may have, with their defaults. Entries of every table may have `config_names`, a dictionary:
 argument -> its name in configs if that is another one, or None if configs may not give it. Classes
 of layers may have `no_weight_decay`, the names of parameters that are exempt from weight decay, and
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 Constructor = Callable[..., Any]
 T = TypeVar("T")
 MIN_SIMILARITY = 0.6
-"""The least `SequenceMatcher.ratio` of two names of which one may be a misspelling of the other."""
+"""The least `SequenceMatcher.ratio` of a name and its misspelling."""
 MAX_NAME = 80
 """How many characters of a name are compared and shown."""
 
 MODELS: dict[str, Constructor] = {}
-"""`arch.type`: called with keyword arguments: `num_classes`, `in_channels`, `mean`, `std` and the
-four names of layer types, those that it takes, and its own arguments from `arch.args`. Returns a
+"""`arch.type`: called with keyword arguments: those of `num_classes`, `in_channels`, `mean`, `std`
+and the four names of layer types that it takes, and its own arguments from `arch.args`. Returns a
 `base.base_model.BaseModel`.
 
 `untold` (empty): arguments that change the network but leave no trace in the names or shapes of its
@@ -96,7 +96,7 @@ of the fields `epsilon, norm, step_size, steps, restarts, loss, early_stop, seed
 sizes in units of the pixel range `[0, 1]`, and with their own from `pgd_attack`."""
 
 
-def property_of(entry: Constructor, name: str, default: Any) -> Any:
+def attribute_of(entry: Constructor, name: str, default: Any) -> Any:
     """Return an attribute of a table's entry, or `default` if the entry does not have it.
 
     The attributes of a `functools.partial` are those of its class or function.
@@ -106,11 +106,11 @@ def property_of(entry: Constructor, name: str, default: Any) -> Any:
     return getattr(entry, name, default)
 
 
-def with_properties(**properties: Any) -> Callable[[T], T]:
-    """Return a decorator that sets attributes of a function, for `property_of`."""
+def with_attributes(**attributes: Any) -> Callable[[T], T]:
+    """Return a decorator that sets attributes of a function, for `attribute_of`."""
 
     def decorate(function: T) -> T:
-        for name, value in properties.items():
+        for name, value in attributes.items():
             setattr(function, name, value)
         return function
 
@@ -153,7 +153,7 @@ def format_hint(nearest: str | None) -> str:
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that `name` was probably meant to be; None where that is a guess.
+    """Return the known name that `name` was probably meant to be; None if it is hard to tell.
 
     A misspelling has few letters missing, added, swapped or replaced: one, or one in four. Case and
     underscores do not count. If no known name is that close, the only one that shares all words
@@ -189,8 +189,8 @@ def _plain(name: str) -> str:
 
 
 def _edit_distance(first: str, second: str) -> int:
-    """The optimal string alignment distance: the least number of letters to add, drop, replace or
-    swap with their neighbor that turns one text into the other."""
+    """Return the optimal string alignment distance: how many letters must be added, dropped,
+    replaced or swapped with their neighbor to turn one text into the other."""
     # difflib has no edit distance, and its ratio ranks a swapped pair below unrelated names
     previous: list[int] = []
     above = list(range(len(second) + 1))

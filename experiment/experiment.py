@@ -521,7 +521,7 @@ class Experiment:
         # The same images in every epoch, so that the epochs can be compared.
         images = some_of_every_class(loader, config.adversarial.validate_images)
         fgsm = None
-        if config.of_method("validated_by_fgsm", False):
+        if config.method_attribute("validated_by_fgsm", False):
             fgsm = build_attacks.fgsm(config)
         return RobustValidation(
             images.shard(rank(), world_size()),

@@ -31,7 +31,7 @@ from base.config.tree import merge
 from base.device import determinism_explained
 from base.distributed import is_primary
 from base.errors import CheckpointError, ConfigError, DataError
-from base.registry import lookup, property_of
+from base.registry import attribute_of, lookup
 from base.run_folder.names import CONFIG
 from base.text import first_line
 from data_loader import DATA_LOADERS
@@ -327,7 +327,7 @@ def _with_assumed_args(
     args, chosen = config.arch.args, config.arch.chosen
     for choice in args.choices:
         part = chosen[choice.key]
-        untold = property_of(choice.table[part], "untold", {})
+        untold = attribute_of(choice.table[part], "untold", {})
         for key, (foreign, why) in untold.items():
             if args.get(key) is not None:
                 continue

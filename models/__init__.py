@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from base.base_model import BaseModel
+from base.config.arguments import accepts_any_keyword
 from base.config.arguments import arguments_of as constructor_arguments
-from base.config.arguments import hands_on
 from base.config.config import LAYER_CHOICES, LAYER_TYPES, ArchArgs
 from base.errors import ConfigError
 from base.registry import MODELS, did_you_mean, lookup
@@ -70,7 +70,7 @@ def build_model(
     own = constructor_arguments(model)
     for key, value in (("mean", mean), ("std", std)):
         # A network that is not a BaseModel may do without them.
-        if key in own or hands_on(model):
+        if key in own or accepts_any_keyword(model):
             args[key] = value
     # A config may use other names than the constructor, as for layers (`config_names`).
     network = model(**{own[key].name if key in own else key: args[key] for key in args})
@@ -98,7 +98,7 @@ def _check_arguments(
         key: value for key, value in args.items() if key not in defaults or value != defaults[key]
     }
     of_layers: set[str] = set()
-    if hands_on(model):
+    if accepts_any_keyword(model):
         of_layers = {key for choice in LAYER_CHOICES for key in choice.known_keys()}
     for key in args:
         if key not in known and key not in of_layers:

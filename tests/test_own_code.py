@@ -169,7 +169,7 @@ def test_a_checkpoint_that_asks_for_code_is_refused_and_shows_the_flag(trained, 
     assert done.returncode == 3
     assert "runs my_parts" not in done.stdout
     (line,) = done.stderr.splitlines()
-    assert re.match(r"error: run/model_(best|last).pth: needs code of a user's own", line)
+    assert re.match(r"error: run/model_(best|last).pth: needs a user's own code", line)
     assert f"add --imports {trained / 'parts' / 'my_parts.py'}" in line
 
 

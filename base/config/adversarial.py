@@ -49,7 +49,7 @@ LINF_SIZES = (("trainer", "adv_clip_eps"), ("trainer", "fgsm_step"))
 DEFAULT_L2 = 0.5
 """The radius under l2 if the config gives none: about 128/255, the usual one on CIFAR."""
 
-# Sizes beyond these limits were meant in the other norm's units.
+# A size beyond these limits was meant in the other norm's units.
 MIN_LINF_EPSILON = 0.5
 """In 1/255 of the pixel range. No published attack is so weak."""
 MIN_LINF_STEP = 0.05
@@ -83,11 +83,12 @@ class AdversarialConfig(OpenSection):
     """Epochs from one robust validation (the attack of pgd_attack) to the next; 0 for none; null: 1
     for a method that attacks images, otherwise 0."""
     validate_images: Annotated[Positive, VALIDATION] = 1000
-    """How many validation images it attacks: the first of every class, the same in every epoch."""
+    """How many validation images are attacked: the first of every class, the same in every
+    epoch."""
     report: bool | None = None
-    """Attack the test set after training; null: true if a method is given, even if it is none."""
+    """Attack the test set after training; null: true if a method is given, even the method none."""
     report_images: Annotated[Positive | None, REPORT] = None
-    """How many test images the report attacks, the first of every class; null for all."""
+    """How many test images the report attacks: the first of every class; null for all."""
 
     @classmethod
     def chosen(cls, config: Any) -> dict[str, str]:
@@ -158,8 +159,8 @@ class PGDAttackConfig(OpenSection):
     attack."""
     early_stop: Annotated[Count | None, _attack_with("early_stop")] = None
     """Stop attacking an image once its label is not among this many of the largest logits. 0: never
-    stop, and with one start the last point of PGD counts. null: 1, or 5 in a report on more than
-    five classes."""
+    stop; with one start, PGD's last point counts then. null: 1, or 5 in a report on more than five
+    classes."""
 
     @model_validator(mode="before")
     @classmethod

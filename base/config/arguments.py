@@ -37,7 +37,7 @@ from pydantic_core import (
 )
 
 from base.config.section import Section
-from base.registry import Constructor, not_one_of, property_of
+from base.registry import Constructor, attribute_of, not_one_of
 
 STRICT = ConfigDict(strict=True)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -68,7 +68,7 @@ class Argument:
 def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
     """Return the arguments of a constructor that JSON can hold, in the order of its signature.
 
-    A class that passes `**others` on also has the arguments of its base classes; arguments that a
+    A class that passes `**others` on also has the arguments of its base classes. Arguments that a
     `functools.partial` gives by position are left out. The entry's attribute `config_names` lists
     arguments that have another name in configs, or that configs may not give; see `base.registry`.
 
@@ -80,7 +80,7 @@ def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
     """
     hints = _hints(entry)
     texts = _descriptions(entry)
-    names = property_of(entry, "config_names", {})
+    names = attribute_of(entry, "config_names", {})
     arguments = {}
     for parameter in parameters_of(entry):
         key = names.get(parameter.name, parameter.name)
@@ -113,10 +113,10 @@ def takes(entry: Constructor, name: str) -> bool:
     return any(parameter.name == name for parameter in parameters_of(entry))
 
 
-def hands_on(entry: Constructor) -> bool:
-    """Whether a constructor passes on, as `**others`, every argument that it does not name."""
+def accepts_any_keyword(entry: Constructor) -> bool:
+    """Whether a constructor, with the base classes that it passes `**others` to, takes any name."""
     *_, last = _functions(entry)
-    return _hands_on(last)
+    return _has_var_keyword(last)
 
 
 def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
@@ -127,17 +127,17 @@ def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
     while isinstance(entry, partial):
         entry = entry.func
     yield whole
-    if not inspect.isclass(entry) or not _hands_on(whole):
+    if not inspect.isclass(entry) or not _has_var_keyword(whole):
         return
     # the last class of every __mro__ is `object`, which takes no arguments
     initialized = [base for base in entry.__mro__[:-1] if "__init__" in vars(base)]
     for base in initialized[1:]:
         yield base.__init__
-        if not _hands_on(base.__init__):
+        if not _has_var_keyword(base.__init__):
             return
 
 
-def _hands_on(function: Callable[..., Any]) -> bool:
+def _has_var_keyword(function: Callable[..., Any]) -> bool:
     return any(
         parameter.kind is parameter.VAR_KEYWORD
         for parameter in inspect.signature(function).parameters.values()
@@ -400,7 +400,7 @@ class OpenSection(Section):
             raise ValidationError.from_exception_data(type(self).__name__, problems)
 
     def _checked(self, key: str, value: Any, chosen: Mapping[str, str]) -> Any:
-        """The value of a key, converted by the chosen entries that take it, or by others."""
+        """Return the value of a key, converted by the chosen entries that take it, or by others."""
         owners = {choice: choice.owners(key) for choice in self.choices}
         takers = [
             owners[choice][chosen[choice.key]]
@@ -413,7 +413,7 @@ class OpenSection(Section):
             return values[0]
         knowing = [choice for choice in self.choices if owners[choice]]
         for choice in knowing:
-            # an error only if no table could still accept or ignore the key
+            # it is an error only if no table can still accept or ignore the key
             if choice.others == "ignored" or choice.key not in chosen:
                 adapters = [argument.adapter for argument in owners[choice].values()]
                 return _first_fit(adapters, value)
@@ -421,7 +421,7 @@ class OpenSection(Section):
         others = " and ".join(owners[choice])
         verb = "take" if len(owners[choice]) > 1 else "takes"
         text = f"only {others} {verb} it, not {chosen[choice.key]}"
-        # pydantic fills in the braces of a message, which a name of an entry may contain
+        # pydantic replaces braces in a message, and an entry's name may contain some
         raise PydanticCustomError(ARGUMENT_OF_OTHERS, "{text}", {"text": text})
 
     def _missing(self, chosen: Mapping[str, str]) -> Iterator[str]:
@@ -444,7 +444,7 @@ class OpenSection(Section):
             if any(chosen.get(choice.key) in takers for choice, takers in owners.items()):
                 continue
             arguments = [argument for takers in owners.values() for argument in takers.values()]
-            # a default is no sign of a mistake: resolved configs hold the defaults of all entries
+            # a default is not a mistake: resolved configs hold the defaults of all entries
             if arguments and all(argument.field.default != value for argument in arguments):
                 names = [f"{choice.key} {' or '.join(takers)}" for choice, takers in owners.items()]
                 yield key, value, " or ".join(names)
@@ -462,8 +462,20 @@ class OpenSection(Section):
         return reference
 
 
+def describe_argument(owners: Mapping[str, Argument]) -> str:
+    """Return the entries that take an argument, and the first description that one of them has."""
+    for argument in owners.values():
+        if argument.field.description:
+            return f"{', '.join(owners)}: {argument.field.description}"
+    return ", ".join(owners)
+
+
 def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
-    """The value, converted by the first type that accepts it; otherwise the first type's error."""
+    """Return the value as the first type that accepts it converts it.
+
+    Raises:
+        ValidationError: the first type's, if none accepts the value.
+    """
     errors: list[ValidationError] = []
     for adapter in adapters:
         try:
@@ -474,7 +486,7 @@ def _first_fit(adapters: Iterable[TypeAdapter[Any]], value: Any) -> Any:
 
 
 def _moved(problem: ErrorDetails, place: tuple[str, ...]) -> InitErrorDetails:
-    """A problem in a value as a problem of the tree that holds the value at `place`."""
+    """Return a problem in a value as a problem of the tree that holds the value at `place`."""
     location = (*place, *problem["loc"])
     details = InitErrorDetails(type=problem["type"], loc=location, input=problem["input"])
     # pydantic builds the message again from type and context
@@ -484,7 +496,7 @@ def _moved(problem: ErrorDetails, place: tuple[str, ...]) -> InitErrorDetails:
 
 
 def _property(owners: Mapping[str, Argument]) -> dict[str, Any]:
-    """The JSON Schema of an argument of one or several entries."""
+    """Return the JSON Schema of an argument that one or several entries take."""
     kinds: list[dict[str, Any]] = []
     for argument in owners.values():
         kind = argument.adapter.json_schema()
@@ -492,16 +504,8 @@ def _property(owners: Mapping[str, Argument]) -> dict[str, Any]:
             kinds.append(kind)
     # entries may take the same key with different types
     schema = dict(kinds[0]) if len(kinds) == 1 else {"anyOf": kinds}
-    schema["description"] = describe(owners)
+    schema["description"] = describe_argument(owners)
     return schema
-
-
-def describe(owners: Mapping[str, Argument]) -> str:
-    """Return the entries that take an argument, and the first description that one of them has."""
-    for argument in owners.values():
-        if argument.field.description:
-            return f"{', '.join(owners)}: {argument.field.description}"
-    return ", ".join(owners)
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,12 +41,12 @@ from base.registry import (
     MODELS,
     NORM_LAYERS,
     TRAINERS,
-    property_of,
+    attribute_of,
 )
 
 DEVICE = re.compile(r"auto|(cpu|cuda|mps)(:[0-9]{1,2})?")
 MAX_NAME_BYTES = 255
-"""The longest name of a folder on all common file systems."""
+"""The longest name of a folder that all common file systems allow."""
 
 
 def _check_device(text: str) -> str:
@@ -63,7 +63,7 @@ def _check_folder_name(text: str) -> str:
     if text in ("", ".", "..") or has_separator or has_control or is_too_long:
         raise ValueError(
             f"{text[:80]!r} is not the name of a folder: expected 1 to {MAX_NAME_BYTES} bytes"
-            " without slashes and line breaks"
+            " without slashes or line breaks"
         )
     return text
 
@@ -155,22 +155,22 @@ class ArchArgs(OpenSection):
     def normalizations(self) -> list[str]:
         """The types of the layers that normalize in each block: convolution, norm layer."""
         found = []
-        if property_of(CONV_LAYERS[self.conv_layer_type], "normalizes", False):
+        if attribute_of(CONV_LAYERS[self.conv_layer_type], "normalizes", False):
             found.append(self.conv_layer_type)
-        if property_of(NORM_LAYERS[self.norm_layer_type], "normalizes", True):
+        if attribute_of(NORM_LAYERS[self.norm_layer_type], "normalizes", True):
             found.append(self.norm_layer_type)
         return found
 
     @property
     def normalizes_weights(self) -> bool:
         """Whether the convolution normalizes its weights."""
-        return property_of(CONV_LAYERS[self.conv_layer_type], "normalizes_weights", False)
+        return attribute_of(CONV_LAYERS[self.conv_layer_type], "normalizes_weights", False)
 
     @property
     def uses_batch_statistics(self) -> bool:
         """Whether the output of a layer in training depends on the other images of the batch."""
         layers = (CONV_LAYERS[self.conv_layer_type], NORM_LAYERS[self.norm_layer_type])
-        return any(property_of(layer, "batch_statistics", False) for layer in layers)
+        return any(attribute_of(layer, "batch_statistics", False) for layer in layers)
 
 
 class ArchConfig(Section):
@@ -224,7 +224,7 @@ class DataLoaderArgs(OpenSection):
     num_batches: Count = 0
     """If above 0, a training epoch ends after that many batches."""
     mean: Channels | None = None
-    """Mean of each channel in [0, 1]; null takes the published one for CIFAR, and that of the
+    """Mean of each channel in [0, 1]; null takes the published values for CIFAR, and those of the
     training set for other data."""
     std: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
     """Standard deviation of each channel in [0, 1]; null as for mean."""
@@ -259,7 +259,8 @@ class AugmentationConfig(Section):
     cutout_inside: Annotated[bool, CUTOUT] = False
     """Keep the whole square inside the image; false: only its center, as in the paper."""
     cutout_fill: Annotated[Literal["mean", "black"], CUTOUT] = "mean"
-    """Color of the square: the data's mean (0 after normalization, as in the paper), or black."""
+    """Color of the square: the mean of the data (0 after normalization, as in the paper), or
+    black."""
     mixup_alpha: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Both parameters of the Beta distribution from which mixup draws its weight; 0 for no
     mixup."""
@@ -281,16 +282,15 @@ class SystemConfig(Section):
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of torch; null leaves the choice to torch."""
     sync_bn: Annotated[bool, BATCH_STATISTICS] = False
-    """If several processes train, batch normalization uses the statistics of the images of all of
-    them; false: each process uses its own."""
+    """With several processes, batch normalization uses the statistics of the images of all of them;
+    false: each process uses those of its own images."""
 
 
 class CometConfig(Section):
     """Logging to Comet; without this section nothing is logged there."""
 
     api: str | None = Field(default=None, exclude=True, repr=False)
-    """API key. It is better given in the environment as COMET_API_KEY. It is never written to a
-    file."""
+    """API key, which is never written to a file. Prefer the environment variable COMET_API_KEY."""
     offline: bool = True
     """Write a zip file to the run folder instead of sending data to the server."""
     project: str = "convnorm"
@@ -307,16 +307,16 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
     n_gpu: Annotated[int, Field(ge=0, le=1024)] = 1
-    """Number of this machine's GPUs to train on, with one process on each; 0 for the CPU. Without
-    GPUs the CPU is used. torchrun overrides it."""
+    """Number of this machine's GPUs to train on, with one process on each; 0 for the CPU. A machine
+    without GPUs uses the CPU. torchrun overrides it."""
     num_classes: Positive | None = None
     """ConvNorm's second key for arch.args.num_classes; both must agree."""
     exper_name: str | None = None
-    """ConvNorm writes it to its run folders; accepted and not used."""
+    """ConvNorm writes it to its run folders; accepted, but not used."""
     imports: list[Import] = Field(default=[])
     """Your own code, which is imported before the rest of the config is read: Python files,
-    relative to the config that names them, and names of modules. Those of parents come first. The
-    config in a run folder adds a digest; see docs/extending.md."""
+    relative to the config that names them, and names of modules. Those of parent configs come
+    first. The config in a run folder adds a digest; see docs/extending.md."""
     arch: ArchConfig = ArchConfig()
     data_loader: DataLoaderConfig
     augmentation: AugmentationConfig = AugmentationConfig()
@@ -327,7 +327,7 @@ class Config(Section):
     train_loss: LossName = "cross_entropy"
     """Loss in training."""
     val_loss: LossName = "cross_entropy"
-    """Loss that is reported on the validation and test set."""
+    """Loss that is reported on the validation and test sets."""
     metrics: list[MetricName] = Field(default=["top1", "top5"])
     """Metrics in the progress bar and the logs. If a metric has two names, the first is logged."""
     trainer: TrainerConfig = TrainerConfig()
@@ -385,7 +385,7 @@ class Config(Section):
     def _check_method_arguments(self, info: ValidationInfo) -> Self:
         if not checks_names(info.context):
             return self
-        # here and not in the section's own validator: trainer.do_adv may choose the method
+        # not in the section's own validator, because trainer.do_adv may choose the method
         adversarial = self.adversarial
         adversarial.check(adversarial.chosen(self), ("adversarial",))
         adversarial.fill_defaults(adversarial.chosen(self))
@@ -397,19 +397,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_attack_sizes(self) -> Self:
+    def _check_attack_sizes(self, info: ValidationInfo) -> Self:
         adversarial = self.adversarial
         trainer = self.trainer
         check_epsilon_units("trainer.adv_clip_eps", trainer.adv_clip_eps, "linf")
         check_epsilon_units("adversarial.epsilon", adversarial.epsilon, adversarial.norm)
         epsilon = self.attack_epsilon
         check_step_units("trainer.fgsm_step", trainer.fgsm_step, "linf", trainer.adv_clip_eps)
-        for key, field in adversarial.known_fields().items():
-            if is_size(field) and key != "epsilon":
-                check_step_units(
-                    f"adversarial.{key}", adversarial.get(key), adversarial.norm, epsilon
-                )
         check_step_units("pgd_attack.step", self.pgd_attack.step, adversarial.norm, epsilon)
+        # the method's own sizes may have any type where names are not checked
+        if checks_names(info.context):
+            for key, field in adversarial.known_fields().items():
+                if is_size(field) and key != "epsilon":
+                    check_step_units(
+                        f"adversarial.{key}", adversarial.get(key), adversarial.norm, epsilon
+                    )
         return self
 
     @property
@@ -420,23 +422,25 @@ class Config(Section):
         # ConvNorm has one method, which do_adv switches on
         return "free" if self.trainer.do_adv else "none"
 
-    def of_method(self, name: str, default: Any) -> Any:
+    def method_attribute(self, name: str, default: Any) -> Any:
         """Return an attribute of the training method's class.
 
         Args:
             name: the attribute.
-            default: the answer if the class does not have it, or is not registered.
+            default: the value if the class does not have it, or is not registered.
         """
         entry = TRAINERS.get(self.adversarial_method)
         if entry is None:
             return default
-        return property_of(entry, name, default)
+        return attribute_of(entry, name, default)
 
     @property
     def attacks_while_training(self) -> bool:
         """Whether the training method attacks images, so that train_robust.py is its command."""
-        # reports read configs of methods that are not registered; most methods attack
-        return self.of_method("attacks_while_training", self.adversarial_method not in TRAINERS)
+        # reports read configs of methods that are not registered, and most methods attack
+        return self.method_attribute(
+            "attacks_while_training", self.adversarial_method not in TRAINERS
+        )
 
     @property
     def attack_epsilon(self) -> float:
@@ -450,7 +454,7 @@ class Config(Section):
     def attack_bn_mode(self) -> str | None:
         """The mode of the model during an attack in training, `train` or `eval`; None if the method
         has no such mode."""
-        return self.adversarial.get("bn_mode") or self.of_method("default_bn_mode", None)
+        return self.adversarial.get("bn_mode") or self.method_attribute("default_bn_mode", None)
 
     @property
     def robust_validation_period(self) -> int:

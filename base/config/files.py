@@ -43,10 +43,9 @@ from base.config.origins import (
     record,
 )
 from base.config.problems import (
-    DOTTED_KEY,
     Problem,
+    format_for_message,
     format_problems,
-    format_value,
     is_secret,
     origin_of_first_key,
     problems_of,
@@ -114,10 +113,10 @@ def read_layers(path: str | Path) -> list[Layer]:
             tree = read_json_object(file)
         except ConfigError as error:
             raise ConfigError(f"{context}{error}") from None
-        # it looks like a comment here, so the parent would be ignored without a message
+        # the key begins like a comment, so the parent would be ignored without a message
         if MMENGINE_PARENT in tree:
             raise ConfigError(
-                f"{context}{one_line(file)}: {MMENGINE_PARENT}: a parent is named in extends here"
+                f"{context}{one_line(file)}: {MMENGINE_PARENT}: name the parent in extends instead"
             )
         parent = tree.pop("extends", None)
         folder = target.parent if file.is_symlink() else file.parent
@@ -126,7 +125,7 @@ def read_layers(path: str | Path) -> list[Layer]:
             return layers[::-1]
         context = f"{one_line(file)}: extends: "
         if not isinstance(parent, str):
-            found = format_value(parent)
+            found = format_for_message(parent)
             raise ConfigError(f"{context}expected the path of a config file, not {found}")
         child = f" (extended by {one_line(file.name)})"
         file = folder / parent
@@ -144,13 +143,8 @@ def run_imports(
         ConfigError: one line that names the file or the flag, and what could not be imported.
     """
     requests: list[Request] = []
-    for layer in layers:
-        named = layer.tree.get(IMPORTS, [])
-        if named is None:
-            # null deletes what the parents name
-            requests = []
-        else:
-            requests += requests_of(named, f"{layer.origin}: {IMPORTS}", layer.folder)
+    for layer in _layers_with_imports(layers):
+        requests += requests_of(layer.tree[IMPORTS], f"{layer.origin}: {IMPORTS}", layer.folder)
     requests += requests_of_flag(names)
     return [request.code for request in requests], import_own_code(requests)
 
@@ -224,9 +218,9 @@ def validate_layers(layers: Sequence[Layer], own: Sequence[OwnCode], source: str
         tree[IMPORTS] = [code.model_dump(exclude_none=True) for code in own]
         # lists of imports are added up, whereas other values replace each other, so several layers
         # may have given this one
-        naming = [layer for layer in layers if layer.tree.get(IMPORTS)]
+        naming = _layers_with_imports(layers)
         named = sum(len(layer.tree[IMPORTS]) for layer in naming)
-        sources = [layer.origin for layer in naming]
+        sources = [layer.origin for layer in naming if layer.tree[IMPORTS]]
         if len(own) > named:
             sources.append(FLAG)
         origins[IMPORTS,] = ", ".join(sources)
@@ -266,7 +260,9 @@ def validate(
         # as JSON, because pydantic's strict mode accepts a list for a tuple only there
         config = Config.model_validate_json(json.dumps(read_sizes(tree)), context=context)
     except ValidationError as error:
-        problems = [*problems_of(error, origins), *_problems_of_optimization(tree, error, origins)]
+        problems = problems_of(error, origins)
+        if check_names:
+            problems += _problems_of_optimization(tree, error, origins)
         raise ConfigError(format_problems(problems, source)) from None
     config._provenance = Provenance(origins)
     if not check_names:
@@ -325,10 +321,7 @@ def origins_named(config: Config) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        key, colon, _ = str(error).partition(": ")
-        origin = None
-        if colon and DOTTED_KEY.fullmatch(key):
-            origin = origin_of(config.origins, key.split("."))
+        origin = origin_of_first_key(str(error), config.origins)
         if origin is None:
             raise
         raise ConfigError(f"{origin}: {error}") from error
@@ -347,12 +340,21 @@ def check_optimization_of(config: Config) -> None:
         check_optimization(config.optimizer, config.lr_scheduler)
 
 
+def _layers_with_imports(layers: Iterable[Layer]) -> list[Layer]:
+    """Return the layers whose `imports` count: null deletes those of the layers before it."""
+    found: list[Layer] = []
+    for layer in layers:
+        if IMPORTS in layer.tree:
+            found = [] if layer.tree[IMPORTS] is None else [*found, layer]
+    return found
+
+
 def _problems_of_optimization(
     tree: Tree, error: ValidationError, origins: Origins
 ) -> list[Problem]:
-    """What is wrong with the arguments of optimizer and schedule.
+    """Return what is wrong with the arguments of optimizer and schedule.
 
-    They are normally checked once the tree is valid. Here it is not, and a user should see all
+    They are normally checked once the tree is valid. This tree is not, but a user should see all
     problems at once.
     """
     wrong_sections = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
@@ -367,7 +369,7 @@ def _problems_of_optimization(
 
 @lru_cache(maxsize=64)
 def _problem_of_optimization(key: str, section: str) -> str | None:
-    """Check one of the two sections, given as JSON, together with the default of the other one."""
+    """Return what is wrong with one of the two sections, given as JSON; None if it is valid."""
     # imported here because it brings torch, which a config without mistakes does not need
     from base.optim import check_optimization
 
@@ -403,7 +405,7 @@ def _check_text(value: Any, source: str, origins: Origins, path: tuple[str, ...]
             reason = "not UTF-8 text"
         else:
             return
-        content = "" if is_secret(path) else f": {format_value(value)}"
+        content = "" if is_secret(path) else f": {format_for_message(value)}"
         blamed = origin_of(origins, path) or source
         raise ConfigError(f"{blamed}: {one_line('.'.join(path))}: {reason}{content}")
     if isinstance(value, dict):
@@ -416,7 +418,7 @@ def _check_text(value: Any, source: str, origins: Origins, path: tuple[str, ...]
 
 
 def _parse_override(text: str, path: list[str]) -> Any:
-    """The value of a text on the command line for the field at `path`."""
+    """Return the value of a text on the command line for the field at `path`."""
     types = _types_of(annotation_at(path))
     # Python's spelling, too, as on ConvNorm's command line
     if bool in types and text.lower() in ("true", "false"):
@@ -444,7 +446,7 @@ def _handle_placeholders(tree: Tree, source: str) -> Tree:
     data_dir = _value_at(tree, ("data_loader", "args", "data_dir"))
     if isinstance(data_dir, str) and PLACEHOLDER.fullmatch(data_dir):
         raise ConfigError(
-            f"{source}: data_loader.args.data_dir: {format_value(data_dir, repr)} is the published"
+            f"{source}: data_loader.args.data_dir: {one_line(repr(data_dir), 80)} is the published"
             " config's placeholder: put the folder of the data set there, or add"
             " --set data_loader.args.data_dir=FOLDER"
         )

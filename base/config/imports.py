@@ -29,7 +29,6 @@ from base.rooms import ROOMS, ROOT
 from base.text import one_line
 
 FLAG = "--imports"
-EXPECTED = "expected a list of Python files and names of modules"
 
 
 class OwnCode(Section):
@@ -113,7 +112,9 @@ def requests_of(value: Any, source: str, folder: Path) -> list[Request]:
         reason = ""
         if problem["type"] == "value_error":
             reason = f": {problem['ctx']['error']}"
-        raise ConfigError(f"{source}: {index}{EXPECTED}{reason}") from None
+        raise ConfigError(
+            f"{source}: {index}expected a list of Python files and names of modules{reason}"
+        ) from None
     return [Request(code, source, folder) for code in codes]
 
 
@@ -163,7 +164,7 @@ def imported_for(recorded: Iterable[OwnCode], source: str) -> list[OwnCode]:
         if gone:
             moved = f" (no longer there: {', '.join(gone)}; give its new path)"
         raise CheckpointError(
-            f"{source}: needs code of a user's own, which only a flag or -c can run:"
+            f"{source}: needs a user's own code, which only a flag or -c can run:"
             f" add {one_line(flags, 400)}{moved}"
         )
     # a program may have imported a module itself, without this function
@@ -180,12 +181,6 @@ def changes(recorded: Iterable[OwnCode], now: Iterable[OwnCode]) -> list[str]:
     ]
 
 
-def is_imported(module: str) -> bool:
-    """Whether a module, or another one of its package, was imported as a user's own code."""
-    package = module.partition(".")[0]
-    return any(name.partition(".")[0] == package for name in _imported)
-
-
 def own_class(name: str, kind: type, key: str) -> type:
     """Return the class of a dotted name, such as `my_module.Lion`, from a user's own code.
 
@@ -200,7 +195,7 @@ def own_class(name: str, kind: type, key: str) -> type:
     module, _, short = name.rpartition(".")
     shown = repr(one_line(name, 80))
     # a config must not reach classes of other modules: constructing one could run any code
-    if module not in sys.modules or not is_imported(module):
+    if module not in sys.modules or not _is_imported(module):
         raise ConfigError(
             f"{key}: {shown}: the module {one_line(module, 80)} is not among the imports"
         )
@@ -215,12 +210,19 @@ def own_class(name: str, kind: type, key: str) -> type:
     return cls
 
 
+def _is_imported(module: str) -> bool:
+    """Whether a module, or another one of its package, was imported as a user's own code."""
+    package = module.partition(".")[0]
+    return any(name.partition(".")[0] == package for name in _imported)
+
+
 def _import(request: Request) -> OwnCode:
     code = request.code
     if code.file is None:
         return _import_module(request)
     # not Path.resolve(), which follows links: the module is named after the link
-    file = Path(os.path.abspath(request.folder / os.path.expanduser(code.file)))  # noqa: PTH100, PTH111
+    path = request.folder / os.path.expanduser(code.file)  # noqa: PTH111
+    file = Path(os.path.abspath(path))  # noqa: PTH100
     known = _imported.get(file.stem)
     if known is not None:
         if known.file is not None and Path(known.file).resolve() == file.resolve():
@@ -246,21 +248,22 @@ def _import_file(request: Request, file: Path) -> OwnCode:
     code = OwnCode(file=str(file), sha256=digest)
     loaded = sys.modules.get(name)
     if loaded is not None and _file_of(loaded) == file.resolve():
-        # a user's program has imported the file itself
+        # the user's program has imported the file itself
         return _remember(code)
     hidden = _hidden_by(name, file)
     if hidden is not None:
         raise _error(request, f"would hide {hidden}: rename the file")
-    # so that the file can import its neighbors; at the end, where it hides no other module
+    # so that the file can import its neighbors. At the end of the path they hide no other module
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
 
     def run() -> None:
-        spec = spec_from_file_location(name, file, loader=_Source(file, source))
-        assert spec is not None and spec.loader is not None, "a loader was given"  # noqa: S101, PT018
-        # registered before it runs, as dataclasses and pickle look their own module up
+        loader = _Source(file, source)
+        spec = spec_from_file_location(name, file, loader=loader)
+        assert spec is not None, "a loader was given"  # noqa: S101
+        # registered before it runs, because dataclasses and pickle look up the module by name
         sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        loader.exec_module(sys.modules[name])
 
     _run(request, code, file, run)
     return _remember(code)
@@ -316,7 +319,7 @@ def _hidden_by(name: str, file: Path) -> str | None:
 
 
 class _Source(SourceLoader):
-    """A loader that runs the bytes of which the digest was computed, even if the file changes."""
+    """A loader that runs exactly the bytes that were hashed, even if the file has changed since."""
 
     def __init__(self, file: Path, source: bytes) -> None:
         self.file = file
@@ -363,7 +366,7 @@ def tables() -> dict[str, dict[Any, Any]]:
 
 
 def _problem_with_tables(before: Mapping[str, Mapping[Any, Any]]) -> str | None:
-    """What the code has done wrong to the tables; None if it has only added valid entries."""
+    """Return what the code has done wrong to the tables; None if it only added valid entries."""
     for name, table in tables().items():
         for entry, old in before[name].items():
             if table.get(entry) is not old:
@@ -377,8 +380,8 @@ def _problem_with_tables(before: Mapping[str, Mapping[Any, Any]]) -> str | None:
                 inspect.signature(table[entry])
             except (TypeError, ValueError):
                 return (
-                    f"{name}[{entry!r}]: has no signature that tells its arguments;"
-                    " wrap it in a function"
+                    f"{name}[{entry!r}]: Python cannot tell its arguments;"
+                    " wrap it in a function that names them"
                 )
     return None
 
@@ -404,17 +407,17 @@ def _error(request: Request, problem: str) -> ConfigError:
 
 
 def _reason(error: BaseException, code: OwnCode, file: Path | None) -> str:
-    """Line, type and message of an error that the code has raised."""
+    """Return the line, type and message of an error that the code has raised."""
     if isinstance(error, SyntaxError):
         where = f"line {error.lineno}"
-        # another file that the code imports
+        # the error may be in another file that the code imports
         if error.filename not in (None, str(file)):
             where = f"{error.filename}, {where}"
         return f"{where}: {type(error).__name__}: {error.msg}"
     missing = ""
     if isinstance(error, ModuleNotFoundError):
         missing = error.name or ""
-    # the module itself is missing, or a package that holds it, not one that it imports
+    # here the module itself is missing, or a package that holds it, not one that it imports
     if file is None and missing and f"{code.name}.".startswith(f"{missing}."):
         return "no such module; a folder of modules is searched if PYTHONPATH names it"
     place = ""

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from base.config.arguments import NameIn, OpenSection, describe
+from base.config.arguments import NameIn, OpenSection, describe_argument
 from base.config.config import Config
 from base.config.imports import OwnCode
 from base.config.section import LARGEST, Section
@@ -66,7 +66,8 @@ def reference() -> str:
             if section_at([*path, name]) is None:
                 lines.append(_row(section, name, field))
     lines += ["", "## Choices", ""]
-    lines += ["The meaning of the names in these tables. You may register your own parts.", ""]
+    lines += ["What the names in the tables above mean. You can register your own parts; see"]
+    lines += ["docs/extending.md.", ""]
     lines += ["| key | name | meaning |", "|---|---|---|"]
     for keys, table in choices():
         for names, meaning in _summaries(table):
@@ -147,15 +148,15 @@ def _sections(section: type[Section], path: list[str]) -> Iterator[tuple[list[st
 
 
 def _meaning(section: type[Section], name: str, field: FieldInfo) -> str:
-    """The description of a key, after the entries that take it if it is their argument."""
+    """Return the description of a key, for an argument after the entries that take it."""
     text = field.description or ""
     if name not in section.model_fields and issubclass(section, OpenSection):
-        text = describe(section.owners(name))
+        text = describe_argument(section.owners(name))
     return " ".join(text.replace("|", "\\|").split())
 
 
 def _describe(annotation: Any, metadata: list[Any]) -> str:
-    """A type in words, such as `integer ≥ 1` or `bn, gn, in, no`."""
+    """Return a type in words, such as `integer ≥ 1` or `bn, gn, in, no`."""
     origin = get_origin(annotation)
     arguments = get_args(annotation)
     if origin is Annotated:
@@ -188,8 +189,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
 
 
 def _allow_comments_and_nulls(node: Any) -> None:
-    """Let every object of the schema hold comments, omit keys, and set them to null (the
-    default)."""
+    """Let every object of the schema hold comments, omit keys, and set them to null."""
     if isinstance(node, dict):
         is_closed = node.get("additionalProperties") is False
         is_open_section = node.get("additionalProperties") is True and "properties" in node
@@ -214,7 +214,7 @@ def _with_null(value: dict[str, Any]) -> dict[str, Any]:
             value["anyOf"].append(null)
         return value
     if not {"type", "$ref", "enum"} & value.keys():
-        # without a type it takes everything
+        # a schema without a type accepts null already
         return value
     # editors show description and default only at the top of a schema
     shown = {key: value.pop(key) for key in ("description", "default") if key in value}

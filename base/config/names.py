@@ -1,4 +1,4 @@
-"""The names of the values that an epoch logs, as a config may write them."""
+"""The names by which a config may refer to the values that an epoch logs."""
 
 from base.registry import METRICS
 
@@ -37,8 +37,8 @@ def metric_of(value: str) -> str | None:
     return None if rest in ("loss", "robust_top1") else rest
 
 
-def logged_values() -> str:
-    """Return a list of everything that epochs can log, in words."""
+def describe_logged_values() -> str:
+    """Return a list of everything that epochs can log, for messages."""
     metrics = ", ".join(dict.fromkeys(map(metric_name, METRICS)))
     return (
         f"loss, {metrics}, alone or after val_, val_clean_ or val_ema_,"

@@ -96,22 +96,17 @@ def origin_of(origins: Origins, path: Sequence[str]) -> str | None:
 
     For a section it is the one that gave the latest value in it.
     """
-    found = _latest(origins, [tuple(path)])
-    return None if found is None else origins[found]
+    return origin_of_keys(origins, [path])
 
 
 def origin_of_keys(origins: Origins, paths: Iterable[Sequence[str]]) -> str | None:
-    """Return the file or flag that came last of those that gave the values at some paths."""
-    found = _latest(origins, [tuple(path) for path in paths])
-    return None if found is None else origins[found]
-
-
-def _latest(origins: Origins, paths: Sequence[Keys]) -> Keys | None:
-    found = None
-    for known in origins:
-        if any(_is_below(known, path) or _is_below(path, known) for path in paths):
-            found = known
-    return found
+    """Return the file or flag that gave the latest of the values at some paths."""
+    keys = [tuple(path) for path in paths]
+    # later layers are inserted later
+    for known in reversed(origins):
+        if any(_is_below(known, path) or _is_below(path, known) for path in keys):
+            return origins[known]
+    return None
 
 
 def _is_below(path: Keys, other: Keys) -> bool:

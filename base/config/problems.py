@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -62,9 +62,14 @@ def problems_of(error: ValidationError, origins: Origins) -> list[Problem]:
 
 
 def origin_of_first_key(text: str, origins: Origins) -> str | None:
-    """Return the file or flag that gave the value of the dotted key with which a message begins."""
-    key = DOTTED_KEY.match(text)
-    return None if key is None else origin_of(origins, key[0].split("."))
+    """Return the file or flag that gave the value of the key that a message begins with.
+
+    That is None for a default, and for a message that does not begin with a dotted key.
+    """
+    key, colon, _ = text.partition(": ")
+    if not colon or not DOTTED_KEY.fullmatch(key):
+        return None
+    return origin_of(origins, key.split("."))
 
 
 def is_secret(path: Sequence[str]) -> bool:
@@ -72,9 +77,9 @@ def is_secret(path: Sequence[str]) -> bool:
     return list(path[:1]) == ["comet"]
 
 
-def format_value(value: Any, to_text: Callable[[Any], str] = json.dumps) -> str:
-    """Return a config value for a message: as JSON by default, cut to 80 characters."""
-    text = to_text(value)
+def format_for_message(value: Any) -> str:
+    """Return a config value as JSON, cut to 80 characters and without secrets."""
+    text = json.dumps(value)
     # an object in the wrong place may be the section that holds the Comet key
     if isinstance(value, dict | list) and "{" in text:
         return TYPE_NAMES[type(value)]
@@ -96,7 +101,7 @@ def _blamed_origin(problem: Any, text: str, origins: Origins) -> str | None:
     if problem["type"] != "value_error" or path in origins:
         return origin_of(origins, path)
     # Several values contradict each other. The message names their keys, some of them relative to
-    # the section; to blame is the value that was given last.
+    # the section. The value that was given last is to blame.
     words = [tuple(word.split(".")) for word in DOTTED_KEY.findall(text)]
     candidates = [word for word in words if len(word) > 1] + words[:1]
     if path:
@@ -123,13 +128,13 @@ def _message(problem: Any) -> str:
         return f"{key}: {problem['msg']} (the value is not shown)"
     if tuple(path) in size_keys() and isinstance(value, str):
         expected = 'expected a number, or a fraction of the pixel range such as "8/255"'
-        return f"{key}: {expected}, not {format_value(value)}"
+        return f"{key}: {expected}, not {format_for_message(value)}"
     if problem["type"] == "literal_error" and isinstance(value, str):
         # pydantic gives the names as one text: 'a', 'b' or 'c'
         expected = problem["ctx"]["expected"].replace(" or ", ", ")
         names = [name.strip("'") for name in expected.split(", ")]
         return f"{key}: {not_one_of(value, names)}"
-    return f"{key}: {problem['msg']}, not {format_value(value)}"
+    return f"{key}: {problem['msg']}, not {format_for_message(value)}"
 
 
 def _message_of_validator(key: str, message: str) -> str:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 LARGEST = 10**9
-"""The upper bound of integers for which no other one is given, except the seed. A larger one is a
+"""The upper bound of every integer that has no other one, except the seed. A larger number is a
 typing error, and torch would fail with an overflow."""
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -28,7 +28,7 @@ def _number(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_number)]
 """An integer or a float; infinite numbers and NaN are included."""
 FilePath = Annotated[str, Field(min_length=1)]
-"""The path of a file or folder; the current folder is a dot."""
+"""The path of a file or folder. It is not empty: the current folder is a dot."""
 
 
 def _check_home(text: str) -> str:

@@ -17,6 +17,7 @@ from base.text import one_line
 
 MAX_DEPTH = 100
 """The largest number of nested objects and lists. Configs have fewer than ten."""
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a surrogate pair. Python merges the two halves of a whole one into one character."""
 TYPE_NAMES = {
@@ -29,9 +30,6 @@ TYPE_NAMES = {
     type(None): "null",
 }
 """The names of JSON's types in messages."""
-
-
-_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 
 
 class JSONError(ValueError):
@@ -95,7 +93,7 @@ def parse_json(text: str) -> Any:
         raise JSONError(reason, place, is_syntax_error=True) from None
     except RecursionError:
         # the depth at which json itself gives up depends on the version of Python
-        raise JSONError(_TOO_DEEP) from None
+        raise JSONError(TOO_DEEP) from None
     _check_text_and_depth(value, 0)
     return value
 
@@ -146,8 +144,7 @@ def _reject_constant(name: str) -> NoReturn:
 def _parse_float(text: str) -> float:
     number = float(text)
     if isinf(number):
-        shown = one_line(text, 20)
-        raise JSONError(f"{shown} is too large a number: expected at most 1.8e308")
+        raise JSONError(f"{one_line(text, 20)} is too large a number: expected at most 1.8e308")
     return number
 
 
@@ -164,7 +161,7 @@ def _check_text_and_depth(value: Any, depth: int) -> None:
             raise JSONError("half a surrogate pair is not text")
     elif isinstance(value, dict | list):
         if depth == MAX_DEPTH:
-            raise JSONError(_TOO_DEEP)
+            raise JSONError(TOO_DEEP)
         for item in value:
             _check_text_and_depth(item, depth + 1)
         if isinstance(value, dict):

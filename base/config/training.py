@@ -6,7 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from base.config.adversarial import Size
 from base.config.arguments import checks_names
-from base.config.names import logged_value, logged_values
+from base.config.names import describe_logged_values, logged_value
 from base.config.section import Count, FilePath, Fraction, InputPath, Needs, Positive, Section
 
 A_SCHEDULE = Needs("an lr_scheduler.type", lambda config: config.lr_scheduler.type != "none")
@@ -27,7 +27,7 @@ NOISE = Needs(
 A_PENALTY = Needs("trainer.OCNN", lambda config: config.trainer.OCNN)
 FREE = Needs(
     "free adversarial training",
-    lambda config: "trainer.adv_repeats" in config.of_method("reads", ()),
+    lambda config: "trainer.adv_repeats" in config.method_attribute("reads", ()),
 )
 FREE_STEP = Needs(
     "free adversarial training under linf and without adversarial.step_size",
@@ -49,7 +49,7 @@ class OptimizerConfig(Section):
     type: str = "SGD"
     """Name of a class of torch.optim, or module.Class of your own imported code."""
     args: dict[str, Any] = Field(default={})
-    """Its arguments, which are checked against its signature; the others have torch's defaults."""
+    """Its arguments, checked against its signature. Those that are not given have its defaults."""
 
 
 class SchedulerConfig(Section):
@@ -76,7 +76,7 @@ class SchedulerConfig(Section):
             return name
         known = logged_value(name)
         if known is None:
-            raise ValueError(f"{name!r} is not a logged value: {logged_values()}")
+            raise ValueError(f"{name!r} is not a logged value: {describe_logged_values()}")
         return known
 
     @model_validator(mode="after")
@@ -106,7 +106,7 @@ class TrainerConfig(Section):
     verbosity: Annotated[int, Field(ge=0, le=2)] = 2
     """0: warnings only; 1 and 2: one line per epoch."""
     label_dir: str | None = None
-    """ConvNorm's key, accepted and not used: labels.npz is written to the run folder."""
+    """ConvNorm's key, accepted but not used: labels.npz is written to the run folder."""
     monitor: str = "max val_top1"
     """How the best model is chosen: 'min' or 'max' and a logged value, or 'off'."""
     early_stop: Annotated[Positive | None, A_MONITOR] = None
@@ -142,7 +142,7 @@ class TrainerConfig(Section):
     saved in addition to them; null: no average."""
     do_adv: bool = False
     """Adversarial training by train_robust.py: free, unless adversarial.method names another
-    one."""
+    method."""
     fgsm_step: Annotated[Size, FREE_STEP] = 8
     """Step size of free adversarial training under linf, in 1/255 of the pixel range."""
     adv_clip_eps: Annotated[Size, NO_EPSILON] = 8
@@ -161,7 +161,7 @@ class TrainerConfig(Section):
         if mode not in ("min", "max") or name is None:
             raise ValueError(
                 f"{text!r} is neither 'off' nor 'min' or 'max' followed by a logged value:"
-                f" {logged_values()}"
+                f" {describe_logged_values()}"
             )
         return f"{mode} {name}"
 

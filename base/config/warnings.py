@@ -21,8 +21,8 @@ def warnings_of(
     config: Config,
     files: Mapping[str, Any],
     flags: Mapping[str, Any],
-    silenced: Any = None,
-    origins: Origins | None = None,
+    silenced: Any,
+    origins: Origins,
 ) -> tuple[str, ...]:
     """Return the warnings about a config, each in one line.
 
@@ -35,7 +35,7 @@ def warnings_of(
     """
     found = (
         _warn_of_normalization(config, files, flags),
-        _warn_of_unused_keys(config, silenced, origins or {}),
+        _warn_of_unused_keys(config, silenced, origins),
     )
     return tuple(warning for warning in found if warning is not None)
 
@@ -44,8 +44,8 @@ def _warn_of_normalization(
     config: Config, files: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> str | None:
     args = config.arch.args
-    # files that name both layers mean the pair, and so do flags that name both; somebody who gives
-    # a flag for one of them may have forgotten the other
+    # files that name both layers intend the pair, and so do flags that name both. Who gives a flag
+    # for only one of them may have forgotten the other
     if _layers_in(files) == [args.conv_layer_type, args.norm_layer_type]:
         return None
     if None not in _layers_in(flags):
@@ -59,7 +59,7 @@ def _warn_of_normalization(
     if not args.normalizations and not args.normalizes_weights:
         return (
             f"{names} is a network without any normalization;"
-            " a config file that intends this names both"
+            " if you intend this, name both in the config file"
         )
     return None
 

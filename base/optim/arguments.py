@@ -4,7 +4,6 @@ Names and types are compared with the signature of the class. torch itself raise
 values out of range; `RANGES` holds those that it accepts silently.
 """
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,12 +13,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
+from base.config.arguments import parameters_of, takes
 from base.errors import ConfigError, all_of
 from base.registry import did_you_mean
 from base.text import one_line
 
 Range = tuple[str, Callable[[float], bool]]
-"""What is expected, in words, and a test whether a number meets it."""
+"""What is expected, in words, and a function that tests a number."""
 FROM_0: Range = ("at least 0", lambda number: number >= 0)
 FROM_1: Range = ("at least 1", lambda number: number >= 1)
 ABOVE_0: Range = ("above 0", lambda number: number > 0)
@@ -75,7 +75,7 @@ def check_arguments(
         ConfigError: one line that names every argument that is unknown, missing, of the wrong type
             or out of its range.
     """
-    parameters = list(inspect.signature(cls).parameters.values())[positional:]
+    parameters = parameters_of(cls)[positional:]
     parameters = [each for each in parameters if each.name not in NOT_FROM_CONFIG]
     names = [each.name for each in parameters]
     problems = []
@@ -123,9 +123,9 @@ def format_json(value: Any) -> str:
 
 
 def _hint_for_inherited(name: str, key: str, others: Iterable[type]) -> str:
-    """How to leave out an argument of another class, which a parent config may have given."""
-    is_taken = any(name in inspect.signature(other).parameters for other in others)
-    # --set does not reach the elements of a list
+    """Return how to drop an argument of another class, which a parent config may have given."""
+    is_taken = any(takes(other, name) for other in others)
+    # --set cannot change an element of a list
     in_list = any(part.isdecimal() for part in key.split("."))
     if not is_taken or in_list:
         return ""
@@ -133,9 +133,10 @@ def _hint_for_inherited(name: str, key: str, others: Iterable[type]) -> str:
 
 
 def _problem_with_value(name: str, value: Any, annotation: Any) -> str | None:
-    """What the type and range of an argument require; None if the value meets it."""
+    """Return what an argument's type or range requires; None if the value meets both."""
     if not _has_type(value, annotation):
-        return f"expected {_describe_type(annotation)}"
+        words = _describe_type(annotation) or "a Python object, which JSON cannot hold"
+        return f"expected {words}"
     values = value if isinstance(value, list) else [value]
     numbers = [each for each in values if isinstance(each, int | float)]
     expected, is_in_range = RANGES.get(name, ("", None))
@@ -149,10 +150,10 @@ def _problem_with_value(name: str, value: Any, annotation: Any) -> str | None:
 
 
 def _argument_types(cls: type) -> dict[str, Any]:
-    """Argument -> annotation; empty if this version of torch has some that cannot be resolved."""
+    """Return argument -> annotation; empty if an annotation cannot be resolved."""
     try:
         return get_type_hints(cls.__init__, localns=TYPES_IN_ANNOTATIONS) | WIDER_TYPES
-    except NameError:
+    except (NameError, TypeError, AttributeError):
         return {}
 
 
@@ -170,7 +171,7 @@ def _has_type(value: Any, annotation: Any) -> bool:
 
 @lru_cache(maxsize=256)
 def _type_adapter(annotation: Any) -> TypeAdapter[Any] | None:
-    # tensors are arbitrary types: no JSON value is one
+    # annotations may name tensors, which no JSON value is
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
     try:
         return TypeAdapter(annotation, config=config)

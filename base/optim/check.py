@@ -1,4 +1,4 @@
-"""A trial of the optimizer and the schedule on a small layer, before any data is read."""
+"""A trial step of the optimizer and the schedule on a small layer, before any data is read."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -80,7 +80,7 @@ def find_class(table: Mapping[str, type], name: str, key: str, kind: type) -> ty
         kind: the base class that an imported class must have.
 
     Raises:
-        ConfigError: there is no such class, or a config cannot use it.
+        ConfigError: the class does not exist, or a config cannot use it.
     """
     if "." in name:
         return own_class(name, kind, key)
@@ -127,13 +127,13 @@ def _can_fuse(cls: Callable[..., Optimizer], args: Mapping[str, Any], device: to
         return False
     if "fused" in args or "foreach" in args:
         return False
-    # a step on one number, as no function of torch tells: it depends on the optimizer, its
-    # arguments, the device and the version
+    # torch has no function for this, and the answer depends on the optimizer, its arguments, the
+    # device and the version of torch. So take a step with one number
     number = nn.Parameter(torch.zeros(1, device=device))
     number.grad = torch.zeros_like(number)
     try:
         cls([number], **args, fused=True).step()
-    # wrong arguments fail here, too; they fail again without fused and are reported then
+    # wrong arguments fail here, too, and are reported when they fail again without fused
     except Exception:
         return False
     return True

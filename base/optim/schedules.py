@@ -3,7 +3,6 @@
 import inspect
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -30,10 +29,10 @@ LENGTH_ARGUMENTS = {
     "OneCycleLR": "total_steps",
     "PolynomialLR": "total_iters",
 }
-"""The argument that defaults to the number of steps that the schedule has: those of the whole run,
-or, inside a SequentialLR, those between its milestones."""
+"""The argument that defaults to the number of the schedule's steps: those of the whole run, or,
+inside a SequentialLR, those between its milestones."""
 Part = tuple[str, Mapping[str, Any]]
-"""One of the schedules of which another consists: its dotted key, and its `type` and `args`."""
+"""One of the schedules that another consists of: its dotted key, and its `type` and `args`."""
 
 
 def check_plateau_mode(scheduler: SchedulerConfig) -> None:
@@ -76,9 +75,9 @@ def build_scheduler(config: SchedulerConfig, optimizer: Optimizer, steps: int) -
     """Build torch's schedule.
 
     Args:
-        config: the type, its arguments and what it watches.
-        optimizer: whose learning rates it sets.
-        steps: how often it will be stepped in the whole run.
+        config: the type, its arguments and the value that it watches.
+        optimizer: the optimizer whose learning rates it sets.
+        steps: the number of its steps in the whole run.
 
     Returns:
         torch's schedule; None for the type `none`.
@@ -103,9 +102,9 @@ class Schedule:
     """A learning-rate schedule that knows whether to step after every batch or every epoch.
 
     Args:
-        config: the type, its arguments, the interval.
-        optimizer: whose learning rates it sets.
-        epochs: epochs of the whole run.
+        config: the type, its arguments and the interval.
+        optimizer: the optimizer whose learning rates it sets.
+        epochs: epochs in the whole run.
         batches_per_epoch: minibatches in one epoch.
         has_validation: whether `val_loss` will be logged; ReduceLROnPlateau watches it by default,
             and `loss` otherwise.
@@ -168,7 +167,7 @@ class Schedule:
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state.
+        """Continue from a state that `base.optim.state.checked_schedule_state` returned.
 
         The learning rates are in the optimizer's state. Lengths and the plateau's mode are in this
         one: a run keeps those that it started with, even if the defaults have changed.
@@ -176,7 +175,7 @@ class Schedule:
         if self.scheduler is None:
             return
         default_mode = getattr(self.scheduler, "mode", None)
-        self.scheduler.load_state_dict(_restore_counters(self.scheduler, state))
+        self.scheduler.load_state_dict(state)
         if self.on_plateau and self.scheduler.mode != default_mode:
             logger.warning(
                 "lr_scheduler: the run started with mode %r for %s and keeps it; new runs have %r",
@@ -187,13 +186,13 @@ class Schedule:
 
 
 def _build(name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int, key: str) -> Any:
-    """Build one schedule, and first those of which it consists.
+    """Build one schedule, after the schedules that it consists of.
 
     Args:
         name: the type.
         args: its arguments.
-        optimizer: whose learning rates it sets.
-        steps: how often it will be stepped.
+        optimizer: the optimizer whose learning rates it sets.
+        steps: the number of its steps.
         key: the dotted key of the schedule.
     """
     cls = find_class(SCHEDULERS, name, f"{key}.type", lr_scheduler.LRScheduler)
@@ -286,10 +285,16 @@ def _check_cycle_length(scheduler: Any, steps: int) -> None:
 
 
 def _parts(value: Any, key: str) -> list[Part]:
-    if isinstance(value, list) and value and all(_is_part(part) for part in value):
-        return [(f"{key}.{index}", part) for index, part in enumerate(value)]
-    expected = 'expected a list of {"type": ..., "args": ...}'
-    raise ConfigError(f"{key}: {expected}, not {format_json(value)}")
+    if not isinstance(value, list) or not value or not all(_is_part(part) for part in value):
+        expected = 'expected a list of {"type": ..., "args": ...}'
+        raise ConfigError(f"{key}: {expected}, not {format_json(value)}")
+    for index, part in enumerate(value):
+        # torch's error for it would name no key
+        if part["type"] == "ReduceLROnPlateau":
+            raise ConfigError(
+                f"{key}.{index}.type: ReduceLROnPlateau cannot be part of another schedule"
+            )
+    return [(f"{key}.{index}", part) for index, part in enumerate(value)]
 
 
 def _is_part(value: Any) -> bool:
@@ -298,17 +303,3 @@ def _is_part(value: Any) -> bool:
         and isinstance(value.get("type"), str)
         and isinstance(value.get("args", {}), dict)
     )
-
-
-def _restore_counters(scheduler: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Turn the plain dicts of a checkpoint into the Counters that MultiStepLR uses."""
-    restored = dict(state)
-    for key, value in state.items():
-        if isinstance(getattr(scheduler, key, None), Counter):
-            restored[key] = Counter(value)
-    if "_schedulers" in state:
-        pairs = zip(scheduler._schedulers, state["_schedulers"], strict=True)
-        restored["_schedulers"] = [
-            _restore_counters(part, part_state) for part, part_state in pairs
-        ]
-    return restored

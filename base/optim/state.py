@@ -1,9 +1,9 @@
 """The state of optimizer and schedule in a checkpoint, checked before it is used.
 
-torch numbers the parameters of an optimizer and trusts a file in what it says about each number;
-its fused kernels then read as many values as the parameter has, whether they are there or not. Here
-the state of a parameter is stored under its name, with a checksum of name and values. Older
-checkpoints (numbers, no checksums) are checked by shape.
+torch numbers the parameters of an optimizer, and does not check what a file says about each number.
+Its fused kernels then read as many values as the parameter has, even beyond the end of a shorter
+tensor. Here the state of a parameter is stored under its name, with a checksum of name and values.
+Older checkpoints (numbers, no checksums) are checked by shape.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from base.text import one_line
 CHECKSUM = "checksum"
 """The key of the checksum in the entry of a parameter."""
 KERNELS = ("fused", "foreach")
-"""Settings of an optimizer that choose its kernels. A run keeps those that it started with if this
-device has them."""
+"""Settings of an optimizer that choose its kernels. A resumed run keeps them if this device has
+these kernels."""
 
 # Training changes the following keys of an optimizer's groups and of a schedule's state. All others
 # are settings, which a resumed run must share with its checkpoint.
@@ -35,12 +35,12 @@ FRACTIONS = ("momentum", "betas")
 """Numbers in `[0, 1)`."""
 COUNTS = ("_step_count", "T_cur", "num_bad_epochs", "cooldown_counter")
 """Integers from 0 on. (`last_epoch` is one from -1 on.)"""
-
-# Settings may differ where their default has changed between versions of this code.
-LENGTHS = ("T_i", "T_max", "total_iters")
-"""Numbers above 0."""
 BESTS = ("best", "mode_worse")
 """Any numbers except NaN."""
+
+# These settings may differ, because their defaults have changed between versions of this code.
+LENGTHS = ("T_i", "T_max", "total_iters")
+"""Numbers above 0."""
 DIRECTIONS = ("mode",)
 """`"min"` or `"max"`."""
 
@@ -171,11 +171,12 @@ def _checksum(name: str, entry: Mapping[str, Any]) -> str:
 def _after_a_step(
     kind: Callable[..., Optimizer], group: Mapping[str, Any], shape: torch.Size
 ) -> dict[str, Any]:
-    """The state that an optimizer keeps for a parameter of this shape."""
-    # torch has no function that tells the state without a step
+    """Return the state that an optimizer keeps for a parameter of this shape."""
+    # only a step creates the state
     parameter = torch.zeros(shape, requires_grad=True)
     parameter.grad = torch.zeros_like(parameter)
-    trial = kind([parameter], lr=0.0)
+    # a user's own class may not accept 0
+    trial = kind([parameter], lr=group["lr"])
     trial.param_groups[0].update(
         {key: value for key, value in group.items() if key not in ("params", *KERNELS)}
     )
@@ -279,7 +280,7 @@ def _check_mapping(value: Any, own: Mapping[str, Any], where: str) -> dict[str, 
         raise CheckpointError(f"{where}: is {_format(value)}; expected an object")
     state = {}
     for key, initial in own.items():
-        # flags of torch's own come and go with its versions
+        # torch's internal flags come and go with its versions
         if key not in value and not isinstance(initial, bool):
             raise CheckpointError(f"{where}: {key!r} is missing")
         state[key] = _check_value(value.get(key, initial), initial, f"{where}.{key}", key)
@@ -310,7 +311,7 @@ def _is_possible(value: Any, own: Any, key: str) -> bool:
 
 
 def _check_last_epoch(state: Mapping[str, Any], steps_done: int, where: str) -> None:
-    """Check that no schedule, alone or within another, has taken more steps than the run."""
+    """Check that neither the schedule nor one inside it has taken more steps than the run."""
     if state.get("last_epoch", 0) > steps_done:
         raise CheckpointError(
             f"{where}.last_epoch: is {state['last_epoch']} after {steps_done} steps of the run"

@@ -3,10 +3,10 @@
 from torch import nn
 
 from base.config.section import Positive
-from base.registry import with_properties
+from base.registry import with_attributes
 
 
-@with_properties(batch_statistics=True)
+@with_attributes(batch_statistics=True)
 def batch_norm(channels: int, affine: bool = True) -> nn.BatchNorm2d:
     """Batch normalization over (B, H, W)."""
     return nn.BatchNorm2d(channels, affine=affine)
@@ -31,7 +31,7 @@ def instance_norm(channels: int, affine: bool = True) -> nn.InstanceNorm2d:
     return nn.InstanceNorm2d(channels, affine=affine)
 
 
-@with_properties(normalizes=False)
+@with_attributes(normalizes=False)
 def no_norm(channels: int, affine: bool = True) -> nn.Identity:
     """The identity, for convolutions that normalize themselves; every argument is ignored."""
     return nn.Identity()

@@ -70,7 +70,7 @@ def layers_of(config):
 def check_stops(folder, config, layer):
     """In the second minibatch of the second epoch, of three."""
     updates_per_batch = 1
-    if "trainer.adv_repeats" in config.of_method("reads", ()):
+    if "trainer.adv_repeats" in config.method_attribute("reads", ()):
         updates_per_batch = config.trainer.adv_repeats
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, layer, 4 * updates_per_batch)

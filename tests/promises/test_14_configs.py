@@ -53,12 +53,11 @@ NAMED_INSTEAD = {
         "only logged with adversarial.validate_every above 0",
     ),
 }
-"""Without these keys some configs contradict themselves or cannot do: the key that is named then,
-and what is said."""
+"""Keys that some configs need -> the key that the error names if they are missing, its message."""
 
 
 def check_deleted(load):
-    """Without a leaf or a section: the documented defaults, or a line that names what is missed."""
+    """Without a leaf or a section: the documented default, or a line that names what is missing."""
     for tree in trees().values():
         for key in keys_of(tree):
             left = changed(tree, key, lambda section, name: section.pop(name))
@@ -72,7 +71,7 @@ def check_deleted(load):
             if section in ("optimizer.args", "lr_scheduler.args"):
                 check_default_of_torch(config, section, name)
             for row in ROWS:
-                # without that section there is none
+                # comet is null without its section, so its keys have no defaults
                 if row == key or (row.startswith(f"{key}.") and key != "comet"):
                     check_default(row, value_at(config.model_dump(), row))
 

@@ -598,7 +598,7 @@ def test_broken_json_is_one_line_with_line_and_column(tmp_path, text, place, mes
         (DEEP + "1" + "}" * 10_000, "nested deeper than 100 levels"),
     ],
 )
-def test_json_that_only_the_strict_reader_refuses_is_one_line_that_names_the_file(
+def test_json_that_only_the_strict_reader_rejects_is_one_line_that_names_the_file(
     tmp_path, text, message
 ):
     file = tmp_path / "config.json"
@@ -622,12 +622,12 @@ def test_comments_may_share_a_key_at_any_level(tmp_path):
         load_config(file)
 
 
-def test_the_base_key_of_mmengine_is_refused_in_a_child_and_in_a_parent(tmp_path):
+def test_the_base_key_of_mmengine_is_an_error_in_a_child_and_in_a_parent(tmp_path):
     write(tmp_path / "parent.json", {"_base_": ["a.py"], **DIGITS})
     write(tmp_path / "child.json", {"extends": "parent.json"})
     for name in ("parent", "child"):
         with pytest.raises(
-            ConfigError, match=r"parent.json: _base_: a parent is named in extends here$"
+            ConfigError, match=r"parent.json: _base_: name the parent in extends instead$"
         ):
             load_config(tmp_path / f"{name}.json")
 
@@ -670,12 +670,30 @@ def test_all_problems_are_reported_at_once_in_one_line():
     assert set(keys[:5]) == unknown, "unknown keys come first"
     assert "loss: unknown key; did you mean 'train_loss'?" in message
     assert "trainer.len_epoch: unknown key; did you mean 'data_loader.args.num_batches'?" in message
-    assert "trainer.grad_clip: unknown key; also: " in message, "nothing here clips gradients"
+    assert "trainer.grad_clip: unknown key; also: " in message, (
+        "this project does not clip gradients"
+    )
     assert message.count("known here: name, ") == message.count("known here: epochs, ") == 1
     assert (
         "Adam takes no such argument; to leave it out: --set optimizer.args.momentum=null"
         in message
     )
+
+
+def test_unchecked_names_leave_optimizer_and_schedule_unchecked():
+    tree = {
+        **DIGITS,
+        "seed": -1,
+        "optimizer": {"type": "lion.Lion"},
+        "lr_scheduler": {"type": "ReduceLROnPlateau", "monitor": "val_nll"},
+    }
+    with pytest.raises(ConfigError, match=r"^config: seed: [^;]*$"):
+        validate(tree, check_names=False)
+
+
+def test_arguments_of_unchecked_entries_may_have_any_type():
+    config = validate({**DIGITS, "adversarial": {"step_size": "own"}}, check_names=False)
+    assert config.adversarial.step_size == "own"
 
 
 def test_a_single_problem_is_reported_alone():

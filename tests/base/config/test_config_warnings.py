@@ -17,7 +17,7 @@ from base.config.tree import section_at
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
 CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}
 
-IN_VAIN = {
+WITHOUT_EFFECT = {
     "augmentation.padding_mode": ("reflect", {"augmentation.crop_padding": 0}, {}),
     "augmentation.cutout_inside": (True, {}, {"augmentation.cutout": 5}),
     "augmentation.cutout_fill": ("black", {}, {"augmentation.cutout": 5}),
@@ -103,12 +103,12 @@ def test_the_cases_cover_every_key_that_has_a_condition():
     arguments = {
         f"adversarial.{key}" for choice in AdversarialConfig.choices for key in choice.known_keys()
     }
-    assert {key for key in dotted_keys(Config) if needs(key)} | arguments == IN_VAIN.keys()
+    assert {key for key in dotted_keys(Config) if needs(key)} | arguments == WITHOUT_EFFECT.keys()
 
 
-@pytest.mark.parametrize("key", IN_VAIN)
+@pytest.mark.parametrize("key", WITHOUT_EFFECT)
 def test_a_key_without_effect_is_named_and_one_with_effect_is_not(key):
-    value, without, having = IN_VAIN[key]
+    value, without, having = WITHOUT_EFFECT[key]
     (warning,) = validate(tree(without, {key: value})).warnings
     assert warning.startswith(f"without effect in this run: {key} ")
     assert " (only with " in warning
@@ -117,9 +117,7 @@ def test_a_key_without_effect_is_named_and_one_with_effect_is_not(key):
     default = validate(tree(without)).model_dump()
     for name in key.split("."):
         default = default.get(name)
-    assert validate(tree(without, {key: default})).warnings == (), (
-        "the default was not asked for in vain"
-    )
+    assert validate(tree(without, {key: default})).warnings == (), "a default never warns"
     for quiet in (True, key, [key], [key.partition(".")[0]]):
         assert validate(tree(without, {key: value, "_unused_ok": quiet})).warnings == ()
     assert (
@@ -164,14 +162,14 @@ def test_an_argument_that_no_chosen_layer_takes_is_without_effect(choice, name, 
     assert owners in warning
     if argument.field.default is not None:
         assert validate(tree({place: argument.field.default})).warnings == (), (
-            "the default was not asked for in vain"
+            "a default never warns"
         )
     assert validate(tree({place: None})).warnings == ()
 
 
 def test_several_unused_keys_are_one_warning_and_the_comment_key_is_inherited(tmp_path):
     values = {
-        key: IN_VAIN[key][0]
+        key: WITHOUT_EFFECT[key][0]
         for key in ("adversarial.beta", "trainer.adv_repeats", "trainer.lamb_ocnn")
     }
     (tmp_path / "parent.json").write_text(json.dumps(tree(values)))

@@ -29,8 +29,8 @@ REGISTERS = (
 )
 
 
-def own(*words):
-    return import_own_code(requests_of_flag(words))
+def own(*names):
+    return import_own_code(requests_of_flag(names))
 
 
 def config_file(path, **tree):
@@ -43,12 +43,12 @@ def test_a_file_runs_once_however_it_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "once_only.py").write_text(f"{REGISTERS}import os\nos.mkdir('ran')\n")
     (tmp_path / "link").symlink_to(tmp_path)
-    words = ["once_only.py", "./once_only.py", tmp_path / "once_only.py", "link/once_only.py"]
-    (code,) = own(*words)
-    assert own(*words) == [code]
+    names = ["once_only.py", "./once_only.py", tmp_path / "once_only.py", "link/once_only.py"]
+    (code,) = own(*names)
+    assert own(*names) == [code]
     assert (code.file, code.name) == (str(tmp_path / "once_only.py"), "once_only")
     assert "frn" in NORM_LAYERS
-    assert sys.path[-1] == str(tmp_path), "behind the clone"
+    assert sys.path[-1] == str(tmp_path), "after the clone, which it must not hide"
 
 
 def test_files_of_parents_come_first_and_null_deletes_them(tmp_path):
@@ -61,11 +61,13 @@ def test_files_of_parents_come_first_and_null_deletes_them(tmp_path):
     )
     third = config_file(tmp_path / "c.json", extends="second_one/b.json", imports=None)
 
-    def names(path, *words):
-        return [code.name for code in load_config(path, imports=words).imports]
+    def names(path, *flags):
+        return [code.name for code in load_config(path, imports=flags).imports]
 
     assert names(third) == []
     assert "first_one" not in sys.modules
+    by_flag = load_config(third, imports=[tmp_path / "third_one" / "third_one.py"])
+    assert by_flag.origins["imports",] == FLAG, "not the files whose imports are deleted"
     assert names(second) == ["first_one", "second_one"]
     assert names(second, tmp_path / "third_one" / "third_one.py") == [
         "first_one",
@@ -112,7 +114,8 @@ BROKEN = {
     ),
     "builtin.py": (
         "from base.registry import NORM_LAYERS\nNORM_LAYERS['mine'] = dict\n",
-        r"NORM_LAYERS\['mine'\]: has no signature that tells its arguments; wrap it in a function",
+        r"NORM_LAYERS\['mine'\]: Python cannot tell its arguments;"
+        " wrap it in a function that names them",
     ),
     "models.py": ("", "would hide models of this project: rename the file"),
     "train.py": ("", "would hide train of this project: rename the file"),
@@ -141,7 +144,7 @@ def test_code_that_cannot_run_is_one_line_and_leaves_nothing(tmp_path, name):
     assert imports.tables() == before
     if name in ("syntax.py", "raises.py", "replaces.py"):
         (tmp_path / name).write_text(REGISTERS)
-        assert own(tmp_path / name), "once it is mended it runs"
+        assert own(tmp_path / name), "once it is fixed it runs"
 
 
 def test_an_entry_that_two_files_register_names_both(tmp_path):
@@ -233,7 +236,7 @@ def test_only_classes_of_imported_modules_can_be_named(tmp_path):
         own_class("own_classes.Lino", dict, "optimizer.type")
 
 
-def test_a_run_depends_on_its_code_and_not_on_the_path_of_it(tmp_path, monkeypatch):
+def test_a_run_depends_on_its_code_and_not_on_the_path(tmp_path, monkeypatch):
     def hashes(folder, text):
         monkeypatch.setattr(imports, "_imported", {})
         sys.modules.pop("my_code", None)

@@ -156,7 +156,7 @@ def test_the_printed_config_is_a_config_and_names_every_origin(tmp_path):
     assert "early_stop" not in tree["trainer"]
 
 
-def test_a_config_that_a_run_would_refuse_is_not_printed(tmp_path, capsys):
+def test_a_config_that_a_run_would_reject_is_not_printed(tmp_path, capsys):
     (tmp_path / "digits.json").write_text('{"data_loader": {"type": "DigitsDataLoader"}}')
     arguments = config_parser("").parse_args(["-c", str(tmp_path / "digits.json"), "--lr", "fast"])
     with pytest.raises(ConfigError, match="^--lr fast: optimizer.args.lr: expected a number"):

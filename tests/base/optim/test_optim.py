@@ -3,6 +3,7 @@ resumed exactly."""
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from base.optim import (
 from base.optim.arguments import NOT_FROM_CONFIG, check_arguments
 from base.optim.optimizers import UNUSABLE
 from base.optim.schedules import spans_whole_run
+from base.optim.state import checked_optimizer_state, named_optimizer_state
 from base.registry import ACTIVATION_LAYERS
 
 SGD = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9})
@@ -83,7 +85,7 @@ def test_every_scheduler_resumes_exactly_through_a_checkpoint_file(name, tmp_pat
     assert torch.equal(second[0].weight, uninterrupted[0].weight)
     if name != "none":
         assert len(set(rates)) > 1 or name == "ConstantLR", (
-            "a schedule that changes nothing shows nothing"
+            "a constant rate would not test the resume"
         )
 
 
@@ -99,8 +101,8 @@ def test_rates_by_hand():
     one_cycle = train(*start("OneCycleLR"), range(5))
     assert max(one_cycle) == pytest.approx(0.3)
     assert one_cycle.index(max(one_cycle)) == 2
-    # the loss of this run rises from the second epoch on: without patience every epoch divides by
-    # ten
+    # the loss of this run rises from the second epoch on, so without patience every epoch divides
+    # the rate by ten
     assert train(*start("ReduceLROnPlateau"), range(4))[::2] == pytest.approx(
         [0.1, 0.1, 0.01, 0.001]
     )
@@ -431,6 +433,19 @@ def test_which_schedules_have_the_length_of_the_run(scheduler, spans):
         ),
         (
             None,
+            (
+                "SequentialLR",
+                {"schedulers": [PARTS[0], {"type": "ReduceLROnPlateau"}], "milestones": [2]},
+            ),
+            "lr_scheduler.args.schedulers.1.type: ReduceLROnPlateau cannot be part of another",
+        ),
+        (
+            None,
+            ("CyclicLR", {"base_lr": 0.1, "max_lr": 0.2, "scale_fn": "x"}),
+            "lr_scheduler.args.scale_fn: expected a Python object, which JSON cannot hold, not",
+        ),
+        (
+            None,
             ("SequentialLR", {"schedulers": PARTS, "milestones": [2, 4]}),
             "lr_scheduler.args.*: SequentialLR does not",
         ),
@@ -614,6 +629,27 @@ def test_a_resumed_run_keeps_the_mode_that_its_plateau_started_with(caplog):
     assert "the run started with mode 'min' for val_top1 and keeps it" in caplog.text
 
 
+class PickySGD(torch.optim.SGD):
+    """A user's own optimizer that passes its arguments on, and does not accept the rate 0."""
+
+    def __init__(self, params, **others):
+        assert others["lr"] > 0
+        super().__init__(params, **others)
+
+
+def test_an_optimizer_of_a_user_may_pass_its_arguments_on(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "PickySGD", PickySGD)
+    config = OptimizerConfig(type="PickySGD", args={"lr": 0.1, "momentum": 0.9})
+    check_optimization(config, SchedulerConfig())
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(config, model)
+    saved = named_optimizer_state(optimizer, model)
+    assert checked_optimizer_state(optimizer, model, saved, Path("file.pth"))["state"] == {}
+    wrong = OptimizerConfig(type="PickySGD", args={"momentun": 0.9})
+    with pytest.raises(ConfigError, match=r"PickySGD takes no such argument; did you mean 'mom"):
+        check_optimization(wrong, SchedulerConfig())
+
+
 class Thresholds(nn.Module):
     no_weight_decay = ("threshold",)
 
@@ -685,11 +721,11 @@ def test_fused_updates_are_the_default_and_equal_the_plain_formula(name, args):
 
 
 @pytest.mark.parametrize(
-    "said", [{"fused": False}, {"fused": None}, {"foreach": True}, {"foreach": False}]
+    "given", [{"fused": False}, {"fused": None}, {"foreach": True}, {"foreach": False}]
 )
-def test_settings_of_kernels_in_a_config_are_kept(said):
-    optimizer = build_optimizer(OptimizerConfig(type="SGD", args={"lr": 0.1, **said}), network())
-    assert flags(optimizer) == {(said.get("fused"), said.get("foreach"))}
+def test_settings_of_kernels_in_a_config_are_kept(given):
+    optimizer = build_optimizer(OptimizerConfig(type="SGD", args={"lr": 0.1, **given}), network())
+    assert flags(optimizer) == {(given.get("fused"), given.get("foreach"))}
 
 
 def test_without_a_fused_kernel_the_plain_one_is_used():

@@ -103,7 +103,7 @@ def another_shape(state):
     entry[buffer(entry)] = torch.zeros(5, 5, 9)
 
 
-def no_tensor(state):
+def not_a_tensor(state):
     entry = state["second.weight"]
     entry[buffer(entry)] = 3.0
 
@@ -125,7 +125,7 @@ SPOILED = {
         another_shape,
         r"second.weight.\w+: is of shape \(5, 5, 9\), but \(5, 5, 3, 3\) was expected",
     ),
-    "kind": (no_tensor, r"second.weight.\w+: is of type float; expected Tensor"),
+    "kind": (not_a_tensor, r"second.weight.\w+: is of type float; expected Tensor"),
     "lost": (lambda state: state.pop("unused.bias"), r"optimizer.state: 'unused.bias' is missing"),
     "lost values": (
         lambda state: state["first.bias"].clear(),
@@ -147,15 +147,15 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_the_state_of_another_parameter_is_refused_by_name(tmp_path, what):
+def test_the_state_of_another_parameter_is_an_error_that_names_it(tmp_path, what):
     spoil, message = SPOILED[what]
     model, optimizer = trained("AdamW", steps=3)
     saved = stored(tmp_path, named_optimizer_state(optimizer, model))
     checked_optimizer_state(optimizer, model, saved, SOURCE)
     spoil(saved["state"])
-    with pytest.raises(CheckpointError, match=f"^file.pth: .*{message}") as refused:
+    with pytest.raises(CheckpointError, match=f"^file.pth: .*{message}") as caught:
         checked_optimizer_state(optimizer, model, saved, SOURCE)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5, 5, 3), (3, 5, 3, 3)])
@@ -201,7 +201,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("what", GROUPS)
-def test_odd_settings_are_refused(what):
+def test_odd_settings_are_an_error(what):
     spoil, message = GROUPS[what]
     model, optimizer = trained("SGD")
     saved = deepcopy(named_optimizer_state(optimizer, model))
