@@ -247,9 +247,7 @@ class BaseTrainer(ABC):
         """Epoch and number of the current minibatch, from which its random draws are derived."""
         return self.state.epochs_done + 1, self.state.batches_done
 
-    def generator(
-        self, purpose: str, images: Tensor
-    ) -> torch.Generator | Callable[..., Tensor]:
+    def generator(self, purpose: str, images: Tensor) -> torch.Generator | Callable[..., Tensor]:
         """Return the source of the current minibatch's random numbers for `purpose`.
 
         With several processes it is a function (see `attacks.threat_model.Draw`), so that the
