@@ -15,8 +15,8 @@ def keep_freed_memory() -> None:
     By default glibc takes each large block from the system and gives it back as soon as it is
     freed, and the system clears every page of the next one. A tensor of 32 MiB (the first layers of
     a ResNet on 128 images) then takes 15 ms to fill instead of 2, and a training step with ConvNorm
-    a quarter to a half longer. The peak of resident memory stays the same; below the peak, nothing
-    is given back before the process ends.
+    a quarter longer (see benchmarks/README.md). The peak of resident memory stays the same; below
+    the peak, nothing is given back before the process ends.
 
     This changes the whole process, so only commands call it, not functions that others import.
     Other C libraries are left alone, and so is an environment that sets up the allocator itself,
