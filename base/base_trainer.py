@@ -58,8 +58,6 @@ from base.train_state import TrainState
 logger = logging.getLogger(__name__)
 
 Validate = Callable[[BaseModel, int], dict[str, float]]
-Penalty = Callable[[nn.Module], Tensor]
-RandomSource = torch.Generator | Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class TrainerParts:
     validate: Validate
     loss: Loss
     metrics: Mapping[str, Metric]
-    penalty: Penalty | None
+    penalty: Callable[[nn.Module], Tensor] | None
     norm: str
     epsilon: float
     precision: str
@@ -249,11 +247,11 @@ class BaseTrainer(ABC):
         """Epoch and number of the current minibatch, from which its random draws are derived."""
         return self.state.epochs_done + 1, self.state.batches_done
 
-    def generator(self, purpose: str, images: Tensor) -> RandomSource:
+    def generator(self, purpose: str, images: Tensor) -> torch.Generator | Callable[..., Tensor]:
         """Return the source of the current minibatch's random numbers for `purpose`.
 
         With several processes it is a function (see `attacks.threat_model.Draw`), so that the
-        numbers do not depend on their number.
+        numbers do not depend on how many processes there are.
         """
         generator = torch_generator(self.config.seed, purpose, *self.minibatch)
         shard = self.shard(images)
@@ -341,12 +339,12 @@ class BaseTrainer(ABC):
         """Average pairs of images, and of their labels, with one Beta(alpha, alpha) weight per
         minibatch (mixup, Zhang et al., arXiv:1710.09412), where the config asks for it.
 
-        Cross entropy is linear in the probabilities, so it is that of both labels with their
-        weights, in training and inside every attack.
+        Cross entropy is linear in the probabilities, so it is the weighted sum of the cross
+        entropies with the two labels, in training and inside every attack.
 
         Args:
-            images: `(B, C, H, W)`. With several processes the whole minibatch, as the partner of an
-                image may be any of it.
+            images: `(B, C, H, W)`. With several processes the whole minibatch, as any image of it
+                may be the partner of another.
             labels: int64 `(B,)`.
 
         Returns:
@@ -399,19 +397,16 @@ class BaseTrainer(ABC):
             logger.warning(warning)
         improved = self.state.finish_epoch(log, self.config.trainer.monitor)
         self.checkpoints.save_epoch(self.checkpoint(), self.state.epochs_done, improved)
-        # after the checkpoint: a run that is killed before it trains the epoch again, and would log
-        # it twice
+        # after the checkpoint: a run that is killed before it is saved trains the epoch again, and
+        # would log it twice
         self.trackers.log_epoch(log)
-        best = ""
-        if improved:
-            best = "  (best)"
-        logger.info("%s%s", describe(log), best)
+        logger.info("%s%s", describe(log), "  (best)" if improved else "")
 
     # Validation
 
     def validate(self) -> dict[str, float]:
-        """Return values on the held-out images, their names prefixed with `val_`, and with
-        `val_ema_` for the averaged weights."""
+        """Return values on the held-out images. Their names begin with `val_`, and for the averaged
+        weights with `val_ema_`."""
         epoch = self.state.epochs_done + 1
         values = {}
         for name, value in self.validate_model(self.model, epoch).items():
@@ -422,11 +417,12 @@ class BaseTrainer(ABC):
         return values
 
     def _validate_epoch(self) -> dict[str, float]:
-        """`validate`, ended at once by a signal, as an attack may take longer than a cluster waits.
+        """Call `validate`; a signal ends it at once, as an attack may take longer than a cluster
+        waits.
 
         The state after the epoch's last minibatch is saved then, and a resumed run validates again.
         """
-        # a process that left alone would let the others wait for it
+        # a process that left alone would leave the others waiting
         if world_size() > 1:
             return self.validate()
         try:
@@ -502,7 +498,7 @@ class BaseTrainer(ABC):
     def resume(self, checkpoint: Mapping[str, Any], source: Path) -> str | None:
         """Continue from a checkpoint of this run; return what there is to warn of.
 
-        Nothing is written before everything has been checked.
+        No file is written before everything has been checked.
 
         Args:
             checkpoint: as `base.checkpoint.schema.check_training_state` has checked it.

@@ -93,7 +93,7 @@ def set_determinism(deterministic: bool, num_threads: int | None) -> None:
     if deterministic:
         # Without it cuBLAS has no deterministic algorithms.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic, warn_only=False)
+    torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
 

@@ -59,9 +59,7 @@ class Meters:
         """Add one batch."""
         for name, value in result.sums.items():
             value = value.detach()
-            # in float32 the rounding would grow with the epoch; Apple's GPUs have no float64
-            if value.device.type != "mps":
-                value = value.double()
+            value = value.to(_sum_dtype(value.device))
             if name in self.sums:
                 value = self.sums[name] + value
             self.sums[name] = value
@@ -90,5 +88,13 @@ class Meters:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue from saved sums."""
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        # the type first: a run from a CPU may go on on a device without float64
+        self.sums = {
+            name: value.to(_sum_dtype(device)).to(device) for name, value in state["sums"].items()
+        }
         self.count = state["count"]
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """In float32 the rounding would grow with the epoch, but Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

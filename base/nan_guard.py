@@ -1,22 +1,23 @@
-"""NanGuard: no update on numbers that are infinite or NaN, no checkpoint of a model that answers
-with them, and no waiting for the GPU in every step."""
+"""NanGuard: it stops training before numbers that are infinite or NaN reach an update or a
+checkpoint, and does not wait for the GPU in every step."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from base.distributed import all_reduce_max, all_reduce_min, exit_unless_primary
 from base.errors import NonFiniteError
 from base.run_folder.names import LAST
+from base.seeding import get_rng_state, set_rng_state
 from base.train_state import TrainState, not_finite
 
 READ_EVERY = 50
-"""Updates between two moments at which the host waits for the device, where it may wait seldom."""
+"""Updates after which the host waits for the device, where it need not wait for each of them."""
 OF_LAST_EPOCH = "is of the last good epoch"
 """What messages say of `model_last.pth` after an epoch."""
 
@@ -26,8 +27,8 @@ class NanGuard:
 
     On the CPU it judges every update before it happens. On a GPU the host would have to wait for
     the device in every step. There the guard sets the optimizer's `found_inf`, as torch's own loss
-    scaling does: from the first bad update on a fused optimizer changes neither weights nor its own
-    state. The host asks every `READ_EVERY` updates, at the end of an epoch and before every
+    scaling does, and from the first bad update on, a fused optimizer changes neither weights nor
+    its own state. The host asks every `READ_EVERY` updates, at the end of an epoch and before every
     checkpoint. Running statistics and averaged weights do move until then, but are not saved.
 
     An optimizer without fused kernels is guarded as on the CPU.
@@ -68,6 +69,7 @@ class NanGuard:
         gradients = [
             parameter.grad for parameter in model.parameters() if parameter.grad is not None
         ]
+        # one number for all gradients: a single bad one makes their norm infinite or NaN
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
         # gradients are averages over all processes, but each process knows only its own loss, and
@@ -100,9 +102,9 @@ class NanGuard:
 
         Raises:
             NonFiniteError: the loss or a gradient was infinite or NaN. The message names the first
-                such batch and the layer where the bad numbers began. Later passes with the same
-                weights may have replaced the gradients of that batch by good ones; then the
-                message names the batch only.
+                such batch and the layer where the bad numbers began. The layer is searched for with
+                the images and gradients of the last update; if these are good, the message names
+                the batch only.
         """
         if self._pending == 0:
             return
@@ -110,7 +112,7 @@ class NanGuard:
         if batch == 0:
             self._pending = 0
             return
-        # _pending stays: no later call may find a good state
+        # _pending is not reset, so that every later call fails, too
         model, loss, epoch, images = self._last
         where = first_bad_layer(model, images)
         if where is None:
@@ -164,9 +166,7 @@ class NanGuard:
         if not bad:
             return
         where = _first_bad_output_in_evaluation(model, images)
-        place = ""
-        if where is not None:
-            place = f", first in {where}"
+        place = f", first in {where}" if where else ""
         self._stop_after_update(state, f"{bad[0]} is not finite after its update{place}")
 
     def _stop_after_update(self, state: TrainState, what: str) -> NoReturn:
@@ -196,16 +196,16 @@ class NanGuard:
 
 
 def first_bad_layer(model: nn.Module, images: Tensor | None) -> str | None:
-    """Return where numbers first became infinite or NaN, on the way from the pixels to the logits
-    and back; such as `the output of layer1.0.bn1 (BatchNorm2d)`. None where all are finite.
+    """Return where numbers first became infinite or NaN on the way from the pixels to the logits
+    and back, such as `the output of layer1.0.bn1 (BatchNorm2d)`; None where all are finite.
 
     The images go through the network once more, which leaves no trace in it. Where all outputs are
-    finite, or there are no images, the gradients are asked, from the loss down.
+    finite, or there are no images, the gradients are searched, from the last layer to the first.
 
     Args:
         model: after the backward pass.
-        images: `(B, C, H, W)` of the minibatch. They are the clean ones in adversarial training,
-            where bad numbers may begin at perturbed images only, and those before mixup.
+        images: `(B, C, H, W)` of the minibatch as it was loaded. Where bad numbers begin only at
+            attacked or mixed images, all outputs for these are finite.
     """
     if images is not None:
         output = first_bad_output(model, images)
@@ -231,22 +231,22 @@ def first_bad_output(model: nn.Module, images: Tensor) -> str | None:
     """Return the first layer whose output for these images `(B, C, H, W)` is not finite, such as
     `the output of conv1 (Conv2d)`; None where all are finite.
 
-    Layers that contain others are left out. The model keeps its mode, and the pass leaves no trace
-    in it.
+    Layers that contain others are left out. The pass leaves no trace in the model, whose mode it
+    keeps, nor in torch's generators.
     """
     bad: list[str] = []
 
-    def watch(name: str) -> RemovableHandle:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if not bad and isinstance(output, Tensor) and not torch.isfinite(output).all():
-                bad.append(f"the output of {name} ({type(module).__name__})")
+    def look(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        if not bad and isinstance(output, Tensor) and not torch.isfinite(output).all():
+            bad.append(f"the output of {name} ({type(module).__name__})")
 
-        return model.get_submodule(name).register_forward_hook(hook)
-
-    leaves = [name for name, module in model.named_modules() if name and not any(module.children())]
-    handles = [watch(name) for name in leaves]
+    handles = [
+        module.register_forward_hook(partial(look, name))
+        for name, module in model.named_modules()
+        if name and not any(module.children())
+    ]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    rng_state = torch.get_rng_state()
+    rng_state = get_rng_state()
     try:
         # not model(images), which may be compiled and then calls no hooks
         model.forward(images)
@@ -255,7 +255,7 @@ def first_bad_output(model: nn.Module, images: Tensor) -> str | None:
             handle.remove()
         for buffer, before in buffers:
             buffer.copy_(before)
-        torch.set_rng_state(rng_state)
+        set_rng_state(rng_state)
     return next(iter(bad), None)
 
 

@@ -36,7 +36,8 @@ LAST_PATIENCE = 120.0
 """Seconds that such a process waits for others that compute."""
 
 BUSY = 0.05
-"""A process computes, rather than waits, if it uses more than this share of the time."""
+"""A process computes, rather than waits, if it uses more than this share of the time. CUDA may use
+all of it to wait for a GPU; torchrun then ends such a process."""
 
 
 class Interrupted(BaseException):

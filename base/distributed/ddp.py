@@ -14,7 +14,8 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     """Return `model` in DistributedDataParallel, which averages gradients over all processes in
     every backward pass, or `model` itself in a single process.
 
-    All copies start with the weights of rank 0. Buffers are left to `distribute_bn`.
+    All copies start with the weights of rank 0. Buffers are left to `distribute_bn` and
+    `broadcast_buffers`.
     """
     if world_size() == 1:
         return model

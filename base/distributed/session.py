@@ -21,7 +21,7 @@ from base.distributed.process_group import started_processes, world_size
 from base.errors import ProjectError
 
 _store: dist.Store | None = None
-"""A key-value store that all processes of the job read and write; None outside a session."""
+"""A key-value store that all processes of the job read and write; None before a session."""
 
 
 @contextmanager

@@ -9,7 +9,8 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Let the batch normalization of `model` use the statistics of the whole minibatch.
 
     The inner batch normalization of ConvNorm is converted, too. Parameters, buffers and their names
-    stay the same.
+    stay the same. On a GPU it is torch's own class, for which the host waits for the device in
+    every layer.
     """
     if any(parameter.is_cuda for parameter in model.parameters()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -38,7 +38,12 @@ def test_devices_and_precision():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
 @pytest.mark.parametrize(
-    ("environment", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)]
+    ("environment", "kept"),
+    [
+        ({}, True),
+        ({"MALLOC_TRIM_THRESHOLD_": "0"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=0"}, False),
+    ],
 )
 def test_freed_memory_is_kept(environment, kept):
     """A tensor of 64 MiB takes 16,384 pages, which the system would clear again."""
@@ -53,7 +58,9 @@ torch.ones(2**24)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))
     }
     command = [sys.executable, "-c", program]
     done = subprocess.run(

@@ -57,6 +57,18 @@ def test_meters_hold_sums_over_samples_not_means_of_means():
     assert Meters().means() == {}
 
 
+def test_sums_from_a_cpu_go_on_on_a_device_without_float64():
+    asked = []
+
+    class Sum:
+        def to(self, target):
+            asked.append(target)
+            return self
+
+    Meters().load_state_dict({"sums": {"loss": Sum()}, "count": 3}, torch.device("mps"))
+    assert asked == [torch.float32, torch.device("mps")]
+
+
 @pytest.mark.parametrize(
     ("monitor", "values", "best_epoch", "without"),
     [

@@ -110,8 +110,8 @@ def server(monkeypatch):
 
 
 def holders(folder):
-    """What below `folder` holds the key, in name or contents, also inside of zips, and how many
-    things were searched."""
+    """Return what below `folder` holds the key in its name or contents, with zips unpacked, and how
+    many things were searched."""
     found, searched = [], 0
     for path in folder.rglob("*"):
         contents = {str(path): b""}

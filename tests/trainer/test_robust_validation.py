@@ -1,5 +1,5 @@
-"""Robust validation: when it attacks, always the same, without a trace in training; and the alarm
-of fast FGSM training."""
+"""Robust validation attacks always in the same way and leaves no trace in training; and the warning
+of catastrophic overfitting in fast FGSM training."""
 
 from contextlib import nullcontext
 
@@ -18,12 +18,11 @@ def images():
 
 
 class Linear(nn.Module):
-    """A classifier by class means, with an input that a single gradient step is fooled by on
-    demand.
+    """A classifier by class means.
 
-    `masked`: the gradient at the images themselves points the wrong way, elsewhere it is true, so
-    FGSM without a random start raises the right logit, and PGD finds the way after its first step:
-    catastrophic overfitting, built in."""
+    Where it is `masked`, it shows catastrophic overfitting: its gradient points the wrong way at
+    the images themselves and is true elsewhere. FGSM without a random start then raises the right
+    logit, and PGD finds the way after its first step."""
 
     def __init__(self, loader, masked):
         super().__init__()
