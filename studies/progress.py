@@ -8,6 +8,7 @@ from typing import Any
 from base.checkpoint import has_checkpoint
 from base.checkpoint.resume import WHERE_AND_HOW, check_same_experiment
 from base.config import Override
+from base.config.tree import value_at
 from base.errors import ConfigError, ProjectError
 from base.meters import is_accuracy
 from base.run_folder.files import RunFolder
@@ -102,8 +103,8 @@ def changed_places(run: StudyRun) -> list[Override]:
     now = run.config.dump()
     changes = []
     for key in WHERE_AND_HOW:
-        new = _value_at(now, key)
-        if new != _value_at(before, key):
+        new = value_at(now, key)
+        if new != value_at(before, key):
             changes.append((key, format_value(new)))
     return changes
 
@@ -156,15 +157,6 @@ def _config_of_folder(run: StudyRun) -> dict[str, Any]:
 
 def _with_remedy(error: ConfigError, run: StudyRun) -> ConfigError:
     return ConfigError(f"{error}; move {run.folder} away to begin again")
-
-
-def _value_at(tree: Any, key: str) -> Any:
-    """Return the value at a dotted key; None if there is none."""
-    for name in key.split("."):
-        if not isinstance(tree, dict):
-            return None
-        tree = tree.get(name)
-    return tree
 
 
 def _check_same_run(run: StudyRun) -> None:
