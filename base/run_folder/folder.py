@@ -36,7 +36,7 @@ def create(save_dir: str, name: str, run_dir: str | None = None) -> Iterator[Pat
 
     Args:
         save_dir: folder of all runs.
-        name: folder in it, in which a new folder is made that is named after the time.
+        name: folder in it. The run folder is made there and named after the time.
         run_dir: the run folder itself, instead of `save_dir` and `name`.
 
     Raises:
@@ -99,7 +99,7 @@ def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
             )
         job = torchrun_job()
         if job:
-            # written first, because the next attempt looks here whether the folder is its own
+            # written first, because the next attempt finds out here whether the folder is its own
             write_json(folder / ENVIRONMENT, {"job": job})
         yield folder
 
