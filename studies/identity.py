@@ -28,9 +28,9 @@ HASHED_AT_DEFAULT = (
 )  # fmt: skip
 """Keys that are hashed whatever their values are.
 
-They had a default other than null when the folders of runs got these names. The list does not grow:
-a newer key is hashed only if its value is not the default, so that folders of earlier studies keep
-their names.
+They had a default other than null when run folders were first named this way. The list does not
+grow: a newer key is hashed only if its value is not the default, so that folders of earlier studies
+keep their names.
 """
 
 

@@ -83,6 +83,14 @@ def read_progress(run: StudyRun) -> Progress:
     return Progress(state, len(epochs), _best_value(run, epochs))
 
 
+def _check_same_run(run: StudyRun) -> None:
+    before = _config_of_folder(run)
+    try:
+        check_same_experiment(before, run.config, run.folder / LAST)
+    except ProjectError as error:
+        raise ConfigError(f"{run.folder}: holds another run than {run.name}: {error}") from None
+
+
 def _best_value(run: StudyRun, epochs: Sequence[dict[str, Any]]) -> float | None:
     mode, _, name = run.config.trainer.monitor.partition(" ")
     values = [values[name] for values in epochs if values.get(name) is not None]
@@ -146,7 +154,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _config_of_folder(run: StudyRun) -> dict[str, Any]:
-    """Return the resolved config that the run's folder holds."""
+    """Return the resolved config in the run's folder."""
     if not (run.folder / CONFIG).exists():
         raise ConfigError(f"{run.folder}: holds a checkpoint, but no config.json; move it away")
     try:
@@ -157,11 +165,3 @@ def _config_of_folder(run: StudyRun) -> dict[str, Any]:
 
 def _with_remedy(error: ConfigError, run: StudyRun) -> ConfigError:
     return ConfigError(f"{error}; move {run.folder} away to begin again")
-
-
-def _check_same_run(run: StudyRun) -> None:
-    before = _config_of_folder(run)
-    try:
-        check_same_experiment(before, run.config, run.folder / LAST)
-    except ProjectError as error:
-        raise ConfigError(f"{run.folder}: holds another run than {run.name}: {error}") from None
