@@ -75,6 +75,7 @@ def write_description(
 @contextmanager
 def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
     folder = Path(run_dir or save_dir)
+    given = f"--run_dir {folder}" if run_dir else f"trainer.save_dir: {folder}"
     try:
         # before `name` is added, in which a tilde is an ordinary character
         folder = folder.expanduser()
@@ -85,7 +86,7 @@ def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
         with NamedTemporaryFile(dir=folder):
             pass
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{folder}: the run folder cannot be made or written: {error}") from None
+        raise ConfigError(f"{given}: the run folder cannot be made or written: {error}") from None
     with _locked(folder):
         if has_checkpoint(folder):
             raise ConfigError(
