@@ -463,8 +463,8 @@ def _check_distinct(runs: Sequence[StudyRun], path: Path) -> None:
             if run.overrides:
                 with_set = " ".join([" with", *set_words(run.overrides)])
             raise ConfigError(
-                f"{path}: {twin.variant} and {run.variant} are the same config{with_set}:"
-                " one name is enough"
+                f"{path}: {twin.variant} and {run.variant} are the same config{with_set};"
+                " remove one"
             )
 
 
