@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from base.checkpoint.resume import IMPORTS, digests
 from base.config import Config
 from base.config.arguments import OpenSection
+from base.config.same_experiment import IMPORTS, digests
 from base.config.section import Section
 from base.config.tree import leaves
 from base.errors import ConfigError

@@ -5,8 +5,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from base.checkpoint.resume import WHERE_AND_HOW, remove_place
 from base.config import Config
+from base.config.same_experiment import WHERE_AND_HOW, remove_place
 from base.config.section import lies_in
 from base.config.tree import section_at
 

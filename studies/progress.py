@@ -6,8 +6,8 @@ from enum import StrEnum
 from typing import Any
 
 from base.checkpoint import has_checkpoint
-from base.checkpoint.resume import WHERE_AND_HOW, check_same_experiment
 from base.config import Override
+from base.config.same_experiment import WHERE_AND_HOW, check_same_experiment
 from base.config.tree import value_at
 from base.errors import ConfigError, ProjectError
 from base.meters import is_accuracy

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from base.base_data_loader import BaseDataLoader
-from base.checkpoint.resume import IMPORTS, WHERE_AND_HOW, digests
 from base.config import Config
+from base.config.same_experiment import IMPORTS, WHERE_AND_HOW, digests
 from base.config.section import lies_in
 from base.config.tree import leaves
 from base.distributed.collectives import all_gather_object, exit_unless_primary

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from base.checkpoint.resume import config_hash
 from base.config import Config
+from base.config.same_experiment import config_hash
 from base.distributed import world_size
 from base.rooms import ROOT
 from base.run_folder.files import RunFolder, write_json

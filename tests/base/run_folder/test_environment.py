@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import base.run_folder.environment as environment_module
-from base.checkpoint.resume import config_hash
 from base.config import validate
+from base.config.same_experiment import config_hash
 from base.config.tree import merge
 from base.run_folder.environment import PROVENANCE, project_version, provenance
 
