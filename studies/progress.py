@@ -7,7 +7,7 @@ from typing import Any
 
 from base.checkpoint import has_checkpoint
 from base.config import Override
-from base.config.same_experiment import WHERE_AND_HOW, check_same_experiment
+from base.config.same_experiment import IMPORTS, WHERE_AND_HOW, check_same_experiment
 from base.config.tree import value_at
 from base.errors import ConfigError, ProjectError
 from base.meters import is_accuracy
@@ -104,6 +104,9 @@ def _best_value(run: StudyRun, epochs: Sequence[dict[str, Any]]) -> float | None
 def changed_places(run: StudyRun) -> list[Override]:
     """Return the new values of keys in `WHERE_AND_HOW` that have changed since the run started.
 
+    The user's own code is not among them, because `--set` does not take it; see
+    `StudyRun.words_to_resume`.
+
     Raises:
         ConfigError: the run's config.json is missing or damaged.
     """
@@ -111,6 +114,8 @@ def changed_places(run: StudyRun) -> list[Override]:
     now = run.config.dump()
     changes = []
     for key in WHERE_AND_HOW:
+        if key == IMPORTS:
+            continue
         new = value_at(now, key)
         if new != value_at(before, key):
             changes.append((key, format_value(new)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from base.config.config import Config
+from base.config.files import IMPORTS
 from base.config.section import lies_in
 from base.errors import CheckpointError, ConfigError
 from base.optim.schedules import spans_whole_run
@@ -35,7 +36,6 @@ CHANGE_NO_RESULT = (
 """Config keys and sections that change no result beyond rounding, whatever their values."""
 
 DATA_DIR, NOISE_FILE = "data_loader.args.data_dir", "trainer.noise_file"
-IMPORTS = "imports"
 WHERE_AND_HOW = (*CHANGE_NO_RESULT, DATA_DIR, NOISE_FILE, IMPORTS)
 """Config keys and sections that say where and how a run computes, not what.
 
