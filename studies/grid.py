@@ -47,6 +47,7 @@ from base.config.strict_json import read_json_object
 from base.config.tree import is_comment, leaves, without_comments
 from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
+from base.output import writing
 from base.registry import did_you_mean
 from base.run_folder.study_index import StudyEntry, write_study_index
 from base.text import one_line
@@ -480,13 +481,18 @@ def _of_variant(error: ConfigError, path: Path, variant: str) -> ConfigError:
 
 
 def record(runs: Sequence[StudyRun]) -> None:
-    """Write the variant of each run into the study index beside its folder, for the reports."""
+    """Write the variant of each run into the study index beside its folder, for the reports.
+
+    Raises:
+        ConfigError: the folder of the study cannot be written.
+    """
     by_parent: dict[Path, dict[str, StudyEntry]] = {}
     for run in runs:
         entry = StudyEntry(run.variant, run.position, run.labels)
         by_parent.setdefault(run.folder.parent, {})[run.folder.name] = entry
     for parent, entries in by_parent.items():
-        write_study_index(parent, entries)
+        with writing(parent):
+            write_study_index(parent, entries)
 
 
 def describe(runs: Sequence[StudyRun]) -> list[str]:

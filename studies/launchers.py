@@ -17,6 +17,7 @@ import torch
 from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
 from base.errors import ConfigError
+from base.output import writing
 from base.rooms import ROOT
 from base.run_folder.locks import lock_descriptor
 from base.run_folder.names import CONFIG, OUTPUT_LOG, RESULT
@@ -69,13 +70,14 @@ class LocalJob(Job):
 
     Raises:
         BusyError: another process works on the run.
-        ConfigError: the folder holds another run.
+        ConfigError: the folder holds another run, or cannot be written.
     """
 
     def __init__(self, run: StudyRun, slot: int) -> None:
-        run.folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self.output: int | None = os.open(run.folder / OUTPUT_LOG, flags, 0o644)
+        with writing(run.folder):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            self.output: int | None = os.open(run.folder / OUTPUT_LOG, flags, 0o644)
         self.process: subprocess.Popen[bytes] | None = None
         try:
             if not lock_descriptor(self.output, wait=False):
