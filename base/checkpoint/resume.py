@@ -103,8 +103,8 @@ def saved_run(
 def _read(path: str) -> tuple[Path, dict[str, Any], str | None, Config]:
     """Return what `load_to_resume` returns, checked, and the checkpoint's own config."""
     file, checkpoint, problem = load_to_resume(path)
+    imported_for(recorded_imports(checkpoint.get("config"), file), str(file))
     check_training_state(checkpoint, file)
-    imported_for(recorded_imports(checkpoint["config"], file), str(file))
     try:
         config = validate(checkpoint["config"], str(file))
     except ConfigError as error:
