@@ -103,12 +103,16 @@ def saved_run(
 def _read(path: str) -> tuple[Path, dict[str, Any], str | None, Config]:
     """Return what `load_to_resume` returns, checked, and the checkpoint's own config."""
     file, checkpoint, problem = load_to_resume(path)
-    imported_for(recorded_imports(checkpoint.get("config"), file), str(file))
-    check_training_state(checkpoint, file)
+    if "config" not in checkpoint:
+        raise CheckpointError(
+            f"{file}: holds no config of this project: it can be evaluated, not resumed"
+        )
+    imported_for(recorded_imports(checkpoint["config"], file), str(file))
     try:
         config = validate(checkpoint["config"], str(file))
     except ConfigError as error:
         raise CheckpointError(f"{error}: the checkpoint's own config cannot be used") from None
+    check_training_state(checkpoint, file)
     return file, checkpoint, problem, config
 
 
