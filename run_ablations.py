@@ -60,7 +60,12 @@ def arguments_parser() -> Parser:
         metavar="DIR",
         help="write here instead of <trainer.save_dir>/<grid's name>",
     )
-    add("--launcher", choices=LAUNCHERS, default="process", help="here, or by submitit")
+    add(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="process",
+        help="processes of this machine, or jobs of submitit (default: process)",
+    )
     add(
         "--parameter",
         action="append",

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from base.checkpoint.resume import DATA_DIR, FILLED_FROM_DATA, IMPORTS, NOISE_FILE, WHERE_AND_HOW
+from base.config.same_experiment import (
+    DATA_DIR,
+    FILLED_FROM_DATA,
+    IMPORTS,
+    NOISE_FILE,
+    WHERE_AND_HOW,
+)
 from base.config.section import lies_in
 from base.errors import ConfigError
 from base.registry import did_you_mean

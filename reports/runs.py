@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from base.checkpoint.resume import IMPORTS, digests
 from base.config import Config
 from base.config.arguments import OpenSection
+from base.config.same_experiment import IMPORTS, digests
 from base.config.section import Section
+from base.config.tree import leaves
 from base.errors import ConfigError
 from base.registry import did_you_mean
 from base.run_folder.files import RunFolder
@@ -223,7 +224,7 @@ def read_run(folder: Path) -> Run:
 
 def resolved_settings(config: Config) -> dict[str, Any]:
     """Return dotted key -> value, for every key of a config; see `Run.settings`."""
-    given = _flat(config.model_dump(mode="json"))
+    given = leaves(config.model_dump(mode="json"))
     return {
         **given,
         # so that a run that gives an argument differs from one that leaves it out
@@ -318,14 +319,3 @@ def _number(value: Any, name: str, file: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{file}: {name}: {value!r} is not a number")
     return float(value)
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Return dotted key -> value, for every leaf of a tree."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= _flat(value, f"{path}{key}.")
-        else:
-            leaves[f"{path}{key}"] = value
-    return leaves

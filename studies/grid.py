@@ -30,7 +30,7 @@ named them. The optional key `_unused_ok` is passed on to every run: see `base.c
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -44,9 +44,10 @@ from base.config.imports import FLAG
 from base.config.origins import Flag
 from base.config.section import Count, Section, lies_in
 from base.config.strict_json import read_json_object
-from base.config.tree import is_comment
+from base.config.tree import is_comment, leaves, without_comments
 from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
+from base.output import writing
 from base.registry import did_you_mean
 from base.run_folder.study_index import StudyEntry, write_study_index
 from base.text import one_line
@@ -82,7 +83,7 @@ def read_grid(path: Path) -> Grid:
         grid = Grid.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError(f"{path}: {_describe_problem(error)}") from None
-    # a comment to every other reader, so it is not among the keys of a grid
+    # every other reader takes this key for a comment, so it is not a field of Grid
     grid._unused_ok = whole.get(UNUSED_OK)
     if not grid.axes and not grid.variants:
         raise ConfigError(f"{path}: neither axes nor variants: there is nothing to run")
@@ -112,14 +113,14 @@ class Variant:
     Attributes:
         config_file: the config that its runs start from.
         settings: the values that are put on top of it.
-        places: dotted key of a setting -> where it stands in the grid file, such as
+        origins: dotted key of a setting -> where it stands in the grid file, such as
             `axes.norm.GroupNorm`.
         labels: its label on each axis.
     """
 
     config_file: Path
     settings: Settings
-    places: Mapping[str, str]
+    origins: Mapping[str, str]
     labels: Mapping[str, str]
 
     def overrides(self, path: Path) -> list[Override]:
@@ -127,8 +128,8 @@ class Variant:
         overrides = []
         for key, value in self.settings.items():
             origin = str(path)
-            if key in self.places:
-                origin = f"{path}: {self.places[key]}"
+            if key in self.origins:
+                origin = f"{path}: {self.origins[key]}"
             overrides.append(Flag((key, format_value(value)), origin))
         return overrides
 
@@ -162,21 +163,22 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
 
 def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant]]:
     """Return name and variant of every combination of one label from each axis."""
+    # without axes, product() would yield one combination of no labels
     if not grid.axes:
         return []
     combinations = []
     for chosen in product(*(axis.items() for axis in grid.axes.values())):
         settings: Settings = {}
-        places: dict[str, str] = {}
+        origins: dict[str, str] = {}
         labels: dict[str, str] = {}
         for axis, (label, part) in zip(grid.axes, chosen, strict=True):
             twice = settings.keys() & part.keys()
             if twice:
                 raise ConfigError(f"{path}: axes: two of them set {min(twice)}")
             settings |= part
-            places |= dict.fromkeys(part, f"axes.{axis}.{label}")
+            origins |= dict.fromkeys(part, f"axes.{axis}.{label}")
             labels[axis] = label
-        combinations.append(("_".join(labels.values()), Variant(base, settings, places, labels)))
+        combinations.append(("_".join(labels.values()), Variant(base, settings, origins, labels)))
     return combinations
 
 
@@ -187,10 +189,10 @@ def _check_variant(name: str, settings: Settings, path: Path) -> None:
             f"{path}: {name!r}: a variant's name may hold letters, digits, spaces and _ . + = % -"
         )
     if "seed" in settings:
-        raise ConfigError(f"{path}: {name}: seed: belongs into the grid's seeds")
+        raise ConfigError(f"{path}: {name}: seed: belongs in the grid's seeds")
     # code is imported before the variants are read
     if any(lies_in(key, ["imports"]) for key in settings):
-        raise ConfigError(f"{path}: {name}: imports: belongs into the base config, or after {FLAG}")
+        raise ConfigError(f"{path}: {name}: imports: belongs in the base config, or after {FLAG}")
     if _holds_key(settings):
         raise ConfigError(
             f"{path}: {name}: comet.api: would be shown and stored with the run's command;"
@@ -443,7 +445,7 @@ def _tree_of(path: Path, name: str, variant: Variant) -> Settings:
     """Return dotted key -> value of everything that the files and the grid set for a variant."""
     settings = [setting for setting in variant.overrides(path) if not is_comment(setting[0])]
     try:
-        return dict(_leaves(override(read_tree(variant.config_file), settings)))
+        return leaves(without_comments(override(read_tree(variant.config_file), settings)))
     except ConfigError as error:
         raise _of_variant(error, path, name) from None
 
@@ -462,8 +464,8 @@ def _check_distinct(runs: Sequence[StudyRun], path: Path) -> None:
             if run.overrides:
                 with_set = " ".join([" with", *set_words(run.overrides)])
             raise ConfigError(
-                f"{path}: {twin.variant} and {run.variant} are the same config{with_set}:"
-                " one name is enough"
+                f"{path}: {twin.variant} and {run.variant} are the same config{with_set};"
+                " remove one"
             )
 
 
@@ -479,13 +481,18 @@ def _of_variant(error: ConfigError, path: Path, variant: str) -> ConfigError:
 
 
 def record(runs: Sequence[StudyRun]) -> None:
-    """Write the variant of each run into the study index beside its folder, for the reports."""
+    """Write the variant of each run into the study index beside its folder, for the reports.
+
+    Raises:
+        ConfigError: the folder of the study cannot be written.
+    """
     by_parent: dict[Path, dict[str, StudyEntry]] = {}
     for run in runs:
         entry = StudyEntry(run.variant, run.position, run.labels)
         by_parent.setdefault(run.folder.parent, {})[run.folder.name] = entry
     for parent, entries in by_parent.items():
-        write_study_index(parent, entries)
+        with writing(parent):
+            write_study_index(parent, entries)
 
 
 def describe(runs: Sequence[StudyRun]) -> list[str]:
@@ -497,11 +504,13 @@ def describe(runs: Sequence[StudyRun]) -> list[str]:
     first_runs: dict[str, StudyRun] = {}
     for run in runs:
         first_runs.setdefault(run.variant, run)
-    values = {variant: dict(_leaves(run.config.dump())) for variant, run in first_runs.items()}
+    values = {
+        variant: leaves(without_comments(run.config.dump())) for variant, run in first_runs.items()
+    }
     varied = {
         key
-        for leaves in values.values()
-        for key, value in leaves.items()
+        for own in values.values()
+        for key, value in own.items()
         if not is_place(key) and any(other.get(key) != value for other in values.values())
     }
     lines = []
@@ -519,15 +528,6 @@ def describe(runs: Sequence[StudyRun]) -> list[str]:
 
 def _own_keys(file: Path, resolved: Mapping[str, Any]) -> Settings:
     """Return what a config file sets itself, without its parents and without secrets."""
-    own = dict(_leaves(read_json_object(file)))
+    own = leaves(without_comments(read_json_object(file)))
     # the leaves of the resolved config hold no secrets
     return {key: value for key, value in own.items() if key in resolved or value is None}
-
-
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted key and value of everything in a tree but objects and comments."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{path}{key}.")
-        elif not is_comment(key):
-            yield path + key, value

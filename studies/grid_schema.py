@@ -51,9 +51,9 @@ def _settings() -> dict[str, Any]:
     keys = {}
     # keys that begin with an underscore are comments
     open_sections = {"^_": {}}
-    for key, place, node in _keys(whole, whole, "", "#"):
+    for key, pointer, node in _keys(whole, whole, "", "#"):
         if key not in NOT_IN_GRIDS and key not in json_schema.FILE_KEYS:
-            keys[key] = {"$ref": f"{CONFIG_SCHEMA}{place}"}
+            keys[key] = {"$ref": f"{CONFIG_SCHEMA}{pointer}"}
         if _is_open(node):
             open_sections[f"^{re.escape(key)}\\."] = {}
     return {
@@ -68,11 +68,11 @@ def _settings() -> dict[str, Any]:
 
 
 def _keys(
-    whole: dict[str, Any], section: dict[str, Any], path: str, place: str
+    whole: dict[str, Any], section: dict[str, Any], path: str, pointer: str
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield dotted key, JSON pointer and schema of everything below a section."""
     for name, node in section.get("properties", {}).items():
-        here = f"{place}/properties/{name}"
+        here = f"{pointer}/properties/{name}"
         # an optional section has a schema for its values and one for null
         value = next((kind for kind in node.get("anyOf", []) if kind.get("type") != "null"), node)
         below = here

@@ -5,8 +5,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from base.checkpoint.resume import WHERE_AND_HOW, remove_place
 from base.config import Config
+from base.config.same_experiment import WHERE_AND_HOW, remove_place
 from base.config.section import lies_in
 from base.config.tree import section_at
 
@@ -28,9 +28,9 @@ HASHED_AT_DEFAULT = (
 )  # fmt: skip
 """Keys that are hashed whatever their values are.
 
-They had a default other than null when the folders of runs got these names. The list does not grow:
-a newer key is hashed only if its value is not the default, so that folders of earlier studies keep
-their names.
+They had a default other than null when run folders were first named this way. The list does not
+grow: a newer key is hashed only if its value is not the default, so that folders of earlier studies
+keep their names.
 """
 
 

@@ -17,6 +17,7 @@ import torch
 from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
 from base.errors import ConfigError
+from base.output import writing
 from base.rooms import ROOT
 from base.run_folder.locks import lock_descriptor
 from base.run_folder.names import CONFIG, OUTPUT_LOG, RESULT
@@ -47,11 +48,11 @@ class Job(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Ask the job to save and leave."""
+        """Ask the job to save and exit."""
 
     @abstractmethod
     def wait(self) -> None:
-        """Wait until a stopped job has left."""
+        """Wait until a stopped job has exited."""
 
     def error(self) -> str | None:
         """Return why the job failed, if the run itself could not report it."""
@@ -69,18 +70,19 @@ class LocalJob(Job):
 
     Raises:
         BusyError: another process works on the run.
-        ConfigError: the folder holds another run.
+        ConfigError: the folder holds another run, or cannot be written.
     """
 
     def __init__(self, run: StudyRun, slot: int) -> None:
-        run.folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self.output: int | None = os.open(run.folder / OUTPUT_LOG, flags, 0o644)
+        with writing(run.folder):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            self.output: int | None = os.open(run.folder / OUTPUT_LOG, flags, 0o644)
         self.process: subprocess.Popen[bytes] | None = None
         try:
             if not lock_descriptor(self.output, wait=False):
                 raise BusyError(f"{run.folder}: another process works on {run.name}")
-            # only now it is certain that no other launcher finishes the run at the same time
+            # read only now, because another launcher may have finished the run before the lock
             if read_progress(run).state is not State.FINISHED:
                 self.process = self._start(run, slot)
         except BaseException:
@@ -203,7 +205,7 @@ def launcher(name: str, folder: Path, settings: Sequence[str]) -> Launch:
 def command(run: StudyRun) -> list[str]:
     """Return the command that starts a run, or continues it if its folder holds a checkpoint.
 
-    The command that continues a run overrides what has changed of where and how it computes.
+    The command that continues a run overrides those keys of `WHERE_AND_HOW` that have changed.
     """
     if has_checkpoint(run.folder):
         script, *words = run.words_to_resume(changed_places(run))
@@ -231,8 +233,8 @@ def _quoted(word: str) -> str:
 
 def command_of_job(run: StudyRun) -> list[str]:
     """Return the command of a cluster's job: a study of this run alone."""
-    # Not the command of the run itself: only when the job starts, perhaps again after a
-    # preemption, is it known whether the run has a checkpoint to continue from.
+    # The command of the run itself would not do: whether the run has a checkpoint to continue from
+    # is known only when the job starts, perhaps again after a preemption.
     return [sys.executable, str(ROOT / "run_ablations.py"), *run.words_of_study()]
 
 
@@ -240,7 +242,7 @@ def work_of_job(run: StudyRun) -> Any:
     """Return what submitit runs for a run: its command, in the current folder."""
     from submitit.helpers import CommandFunction, DelayedSubmission
 
-    # Not a function of this project: to unpickle it, the job would have to find its modules.
+    # A function of this project would not do: to unpickle it, the job has to find its module.
     work = CommandFunction(command_of_job(run), cwd=Path.cwd())
     # submitit calls this when a job is preempted or at its time limit, and queues the result
     work.checkpoint = partial(DelayedSubmission, work)
@@ -265,9 +267,9 @@ def _reason(error: str, name: str) -> str:
 
 
 def _environment(run: StudyRun, slot: int) -> dict[str, str]:
-    """Return this process's environment; with several runs at once each one sees a GPU of its own.
+    """Return this process's environment, in which a run sees only the GPU of its slot.
 
-    A run on several GPUs sees all of them.
+    A run on several GPUs sees all of them. If there are more slots than GPUs, runs share GPUs.
     """
     environment = dict(os.environ)
     asked = environment.get("CUDA_VISIBLE_DEVICES")
@@ -283,7 +285,7 @@ def _environment(run: StudyRun, slot: int) -> dict[str, str]:
 def _terminate_with_parent() -> None:
     """Make Linux send this process SIGTERM when its parent dies.
 
-    It is called in the new process, so that a killed study leaves no run behind.
+    The new process calls it, so that a killed study leaves no run behind.
     """
     # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)

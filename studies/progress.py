@@ -6,8 +6,9 @@ from enum import StrEnum
 from typing import Any
 
 from base.checkpoint import has_checkpoint
-from base.checkpoint.resume import WHERE_AND_HOW, check_same_experiment
 from base.config import Override
+from base.config.same_experiment import IMPORTS, WHERE_AND_HOW, check_same_experiment
+from base.config.tree import value_at
 from base.errors import ConfigError, ProjectError
 from base.meters import is_accuracy
 from base.run_folder.files import RunFolder
@@ -82,6 +83,14 @@ def read_progress(run: StudyRun) -> Progress:
     return Progress(state, len(epochs), _best_value(run, epochs))
 
 
+def _check_same_run(run: StudyRun) -> None:
+    before = _config_of_folder(run)
+    try:
+        check_same_experiment(before, run.config, run.folder / LAST)
+    except ProjectError as error:
+        raise ConfigError(f"{run.folder}: holds another run than {run.name}: {error}") from None
+
+
 def _best_value(run: StudyRun, epochs: Sequence[dict[str, Any]]) -> float | None:
     mode, _, name = run.config.trainer.monitor.partition(" ")
     values = [values[name] for values in epochs if values.get(name) is not None]
@@ -95,6 +104,9 @@ def _best_value(run: StudyRun, epochs: Sequence[dict[str, Any]]) -> float | None
 def changed_places(run: StudyRun) -> list[Override]:
     """Return the new values of keys in `WHERE_AND_HOW` that have changed since the run started.
 
+    The user's own code is not among them, because `--set` does not take it; see
+    `StudyRun.words_to_resume`.
+
     Raises:
         ConfigError: the run's config.json is missing or damaged.
     """
@@ -102,8 +114,10 @@ def changed_places(run: StudyRun) -> list[Override]:
     now = run.config.dump()
     changes = []
     for key in WHERE_AND_HOW:
-        new = _value_at(now, key)
-        if new != _value_at(before, key):
+        if key == IMPORTS:
+            continue
+        new = value_at(now, key)
+        if new != value_at(before, key):
             changes.append((key, format_value(new)))
     return changes
 
@@ -145,7 +159,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _config_of_folder(run: StudyRun) -> dict[str, Any]:
-    """Return the resolved config that the run's folder holds."""
+    """Return the resolved config in the run's folder."""
     if not (run.folder / CONFIG).exists():
         raise ConfigError(f"{run.folder}: holds a checkpoint, but no config.json; move it away")
     try:
@@ -156,20 +170,3 @@ def _config_of_folder(run: StudyRun) -> dict[str, Any]:
 
 def _with_remedy(error: ConfigError, run: StudyRun) -> ConfigError:
     return ConfigError(f"{error}; move {run.folder} away to begin again")
-
-
-def _value_at(tree: Any, key: str) -> Any:
-    """Return the value at a dotted key; None if there is none."""
-    for name in key.split("."):
-        if not isinstance(tree, dict):
-            return None
-        tree = tree.get(name)
-    return tree
-
-
-def _check_same_run(run: StudyRun) -> None:
-    before = _config_of_folder(run)
-    try:
-        check_same_experiment(before, run.config, run.folder / LAST)
-    except ProjectError as error:
-        raise ConfigError(f"{run.folder}: holds another run than {run.name}: {error}") from None

@@ -22,7 +22,7 @@ POLL_SECONDS = 1.0
 
 
 class Study:
-    """The runs of one call, and how far they are.
+    """The runs of a study that one call works on, and their progress.
 
     Args:
         runs: the runs, in the order in which they are started.
@@ -44,10 +44,10 @@ class Study:
         self.signals = StopSignals()
 
     def work(self) -> dict[StudyRun, str]:
-        """Work until every run has finished or failed; return the reasons of the failed ones.
+        """Work until every run has finished or failed; return failed run -> reason.
 
         Raises:
-            Stopped: a signal came. The runs have saved and left; the same call continues them.
+            Stopped: a signal came. The runs have saved and exited; the same call continues them.
         """
         display = _Display()
         with self.signals.caught():
@@ -88,7 +88,7 @@ class Study:
             self.waiting.remove(run)
 
     def _poll(self) -> None:
-        """Update the progress of active runs, and take those away that have ended."""
+        """Update the progress of active runs, and remove those that have ended."""
         for run, active in list(self.active.items()):
             code = active.job.exit_code()
             if code is None:
@@ -162,10 +162,10 @@ class _ActiveRun:
 
 
 class _Display:
-    """Shows the table of runs: redrawn in place in a terminal, elsewhere only rows that change."""
+    """Shows the table of runs: redrawn in place in a terminal, elsewhere a line per new state."""
 
     def __init__(self) -> None:
-        self.last_states: set[tuple[str, State]] = set()
+        self.printed: set[tuple[str, State]] = set()
         self.lines_drawn = 0
 
     def show(self, rows: Sequence[StatusRow]) -> None:
@@ -176,12 +176,12 @@ class _Display:
 
     def _print_changes(self, rows: Sequence[StatusRow]) -> None:
         header, *lines = format_table(rows)
-        if not self.last_states:
+        if not self.printed:
             print(header, flush=True)
         for row, line in zip(rows, lines, strict=True):
             state = (row.run.name, row.progress.state)
-            if state not in self.last_states:
-                self.last_states.add(state)
+            if state not in self.printed:
+                self.printed.add(state)
                 print(line, flush=True)
 
     def _redraw(self, rows: Sequence[StatusRow]) -> None:

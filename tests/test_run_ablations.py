@@ -307,6 +307,10 @@ def test_bad_input_is_one_line(grid, tmp_path):
             "--parameter a: expected KEY=VALUE",
         ),
         "no jobs": (["--grid", grid, "--all", "--jobs", "0"], "--jobs: expected at least 1"),
+        "no folder": (
+            ["--grid", grid, "--all", "--save_dir", grid],
+            "grid.json: cannot be written",
+        ),
     }
     for name, (words, message) in cases.items():
         done = script("run_ablations.py", *words, cwd=tmp_path)

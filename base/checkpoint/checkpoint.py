@@ -47,9 +47,9 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
 def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, Any]:
     """Return the contents of a checkpoint with all tensors on the CPU.
 
-    The weights of a file that another code base has written are under "state_dict", too, wherever
-    they lie in the file (see `base.checkpoint.foreign_weights`). What was assumed about such a file
-    is under "assumed": subject -> a sentence.
+    If another code base has written the file, its weights are under "state_dict" too, wherever they
+    lie in the file (see `base.checkpoint.foreign_weights`). "assumed" then maps subjects to
+    sentences on what was assumed about the file.
 
     Args:
         path: a checkpoint file, or a run folder for its best model.

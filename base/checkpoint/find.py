@@ -1,12 +1,11 @@
 """Find checkpoints by their names, in a run folder or below a folder of runs."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from base.errors import CheckpointError
 from base.run_folder.names import BEST, LAST, NUMBERED
-from base.text import one_line
+from base.text import first_line, one_line
 
 LEVELS_TO_RUNS = 3
 """How deep below a folder its runs are searched: `<save_dir>/<name>/<run id>` is two levels."""
@@ -59,11 +58,14 @@ def find_run(path: str | Path) -> Path:
         a file or if there are no runs below it.
 
     Raises:
-        CheckpointError: several runs lie below it.
+        CheckpointError: it cannot be read, or several runs lie below it.
     """
     path = Path(path)
-    if not path.is_dir() or has_checkpoint(path):
-        return path
+    try:
+        if not path.is_dir() or has_checkpoint(path):
+            return path
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {first_line(error)}") from None
     runs = _runs_below(path)
     if not runs:
         return path
@@ -85,17 +87,16 @@ def _runs_below(folder: Path) -> list[Path]:
     return [run for _, run in sorted(ages.values())]
 
 
-def _folders_with_checkpoints(folder: Path, levels: int) -> Iterator[Path]:
+def _folders_with_checkpoints(folder: Path, levels: int) -> list[Path]:
     try:
-        # links come last, so that a run which lies here gets its own name and not a link's
-        children = sorted(folder.iterdir(), key=lambda child: (child.is_symlink(), child.name))
-        for child in children:
-            if not child.is_dir():
-                continue
-            if has_checkpoint(child):
-                yield child
-            elif levels > 1:
-                yield from _folders_with_checkpoints(child, levels - 1)
+        if has_checkpoint(folder):
+            return [folder]
+        if levels == 0:
+            return []
+        children = [child for child in folder.iterdir() if child.is_dir()]
     except OSError:
         # a run below a folder that cannot be listed could not be read either
-        return
+        return []
+    # links come last, so that a run which lies here gets its own name and not a link's
+    children.sort(key=lambda child: (child.is_symlink(), child.name))
+    return [run for child in children for run in _folders_with_checkpoints(child, levels - 1)]

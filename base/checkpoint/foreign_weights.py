@@ -37,8 +37,8 @@ def find_weights(
             the prefix of its keys.
 
     Returns:
-        The weights under their keys in the file, and, if there was a choice, a sentence about it
-        under "weights".
+        The weights under their keys in the file; and a sentence about the choice under "weights",
+        if there was one.
 
     Raises:
         CheckpointError: there are no weights, or several sets of which `name` names none.
@@ -97,7 +97,7 @@ def _weight_sets(contents: Any) -> dict[str, dict[str, Tensor]]:
 def _are_weights(part: dict[Any, Any], name: str) -> bool:
     """Return whether a dictionary is a state dict.
 
-    That is names with tensors, at least one of them of floating-point numbers and not a scalar.
+    A state dict maps names to tensors, at least one of which is floating-point and not a scalar.
     """
     values = part.values()
     # a broken "state_dict" is still one: comparing it with the model's keys gives the better error

@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: which are written when, and that the best one is the best."""
+"""Write and delete the checkpoints of a run folder, and restore its best one on resume."""
 
 import shutil
 from collections.abc import Mapping
@@ -72,11 +72,11 @@ class CheckpointManager:
             keep_newest(self.folder, self.settings.keep_checkpoints, epoch)
 
     def restore_best(self, state: TrainState, source: Path, *, finished: bool) -> str | None:
-        """Make sure that `model_best.pth` is the best model of the resumed part of a run.
+        """Make sure that `model_best.pth` is the best model of the epochs done up to `source`.
 
-        The file may be of an epoch after `source`, which the run will do again, or it may be lost.
-        In both cases `state` forgets its best model: then the best is one of the epochs that
-        follow. If it is lost, `state.best_since` says so.
+        The file may be lost, or be of an epoch after `source`, which the run will do again. In both
+        cases `state` forgets its best model, and the best is chosen among the epochs that follow.
+        If it is lost, `state.best_since` records the first of them.
 
         Args:
             state: of the checkpoint `source`.
@@ -84,7 +84,7 @@ class CheckpointManager:
             finished: whether no epoch follows.
 
         Returns:
-            A warning in these two cases.
+            A warning in these two cases, otherwise None.
 
         Raises:
             CheckpointError: the best model of a finished run is lost.
@@ -96,8 +96,8 @@ class CheckpointManager:
         if found is _Best.REPLACED:
             warning = (
                 f"the best model so far, of epoch {best_epoch}, has been replaced by a better one,"
-                " of an epoch that is done again: until then the best model is chosen among the"
-                " epochs that follow"
+                " of an epoch that is done again: the best model is now chosen among the epochs"
+                " that follow"
             )
         else:
             lost = (

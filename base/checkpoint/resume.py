@@ -4,10 +4,8 @@ A resumed run may change where and how it computes, but not what: a value that w
 experiment is refused.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,56 +23,11 @@ from base.config.files import (
 )
 from base.config.imports import OwnCode, changes, imported_for, requests_of
 from base.config.origins import Layer
-from base.config.section import lies_in
+from base.config.same_experiment import IMPORTS, check_same_experiment
 from base.distributed import from_primary
 from base.errors import CheckpointError, ConfigError
-from base.optim.schedules import spans_whole_run
 from base.run_folder.names import BEST, LAST
 from base.text import first_line
-
-CHANGE_NO_RESULT = (
-    "name",
-    "exper_name",
-    "comet",
-    "trainer.save_dir",
-    "trainer.save_period",
-    "trainer.keep_checkpoints",
-    "trainer.verbosity",
-    "trainer.label_dir",
-    "trainer.tensorboard",
-    "data_loader.args.num_workers",
-    "data_loader.args.pin_memory",
-    "system.device",
-    "system.num_threads",
-    "system.compile",
-    "system.channels_last",
-    "system.deterministic",
-)
-"""Config keys and sections that change no result beyond rounding, whatever their values."""
-
-DATA_DIR, NOISE_FILE = "data_loader.args.data_dir", "trainer.noise_file"
-IMPORTS = "imports"
-WHERE_AND_HOW = (*CHANGE_NO_RESULT, DATA_DIR, NOISE_FILE, IMPORTS)
-"""Config keys and sections that say where and how a run computes, not what.
-
-Images, noisy labels and the user's own code may lie elsewhere: a resumed run compares their
-contents with those it started with.
-"""
-
-FILLED_FROM_DATA = ("arch.args.num_classes", "arch.args.in_channels")
-"""Config keys that the data set decides. A run fills them into its config if they are missing, so
-that its checkpoints can be loaded without the data."""
-
-MAY_CHANGE_ON_RESUME = (
-    *WHERE_AND_HOW,
-    "trainer.epochs",
-    "trainer.early_stop",
-    "n_gpu",
-    "adversarial.report",
-    "adversarial.report_images",
-)
-"""Config keys that a resumed run may have other values for. None of them changes what is learned,
-beyond rounding."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +101,11 @@ def saved_run(
 
 
 def _read(path: str) -> tuple[Path, dict[str, Any], str | None, Config]:
-    """Return what `load_to_resume` does, checked, and the checkpoint's own config."""
+    """Return what `load_to_resume` returns, checked, and the checkpoint's own config."""
     file, checkpoint, problem = load_to_resume(path)
     if "config" not in checkpoint:
         raise CheckpointError(
-            f"{file}: holds no config (ConvNorm's own format): it can be evaluated, not resumed"
+            f"{file}: holds no config of this project: it can be evaluated, not resumed"
         )
     imported_for(recorded_imports(checkpoint["config"], file), str(file))
     try:
@@ -258,96 +211,3 @@ def check_epochs(checkpoint: Mapping[str, Any], config: Config, source: Path) ->
         raise ConfigError(
             f"trainer.epochs: {config.trainer.epochs}, but {source} has done {done} epochs already"
         )
-
-
-def check_same_experiment(before: Mapping[str, Any], config: Config, source: Path) -> None:
-    """Check that no value of the config would make a resumed run another experiment.
-
-    Args:
-        before: the config's tree in the checkpoint.
-        config: the config to continue with.
-        source: the checkpoint's file.
-
-    Raises:
-        CheckpointError: the architecture differs.
-        ConfigError: another value differs that may not change.
-    """
-    for key, old, new in _differences(before, config.dump()):
-        if key in FILLED_FROM_DATA and new is None:
-            continue
-        if key.startswith("arch."):
-            raise CheckpointError(
-                f"{source}: is of another architecture: {key} is {old!r} there"
-                f" and {new!r} in this config"
-            )
-        # with such a schedule, another number of epochs changes every learning rate
-        spans_run = key == "trainer.epochs" and spans_whole_run(config.lr_scheduler)
-        if spans_run or not lies_in(key, MAY_CHANGE_ON_RESUME):
-            why = f"; {config.lr_scheduler.type} spans the whole run" if spans_run else ""
-            raise ConfigError(
-                f"{key}: the run was started with {old!r};"
-                f" {new!r} would make it another experiment{why}"
-            )
-
-
-def config_hash(config: Config) -> str:
-    """Return a SHA-256 hash of all config values that say what a run computes, its seed included.
-
-    Values at their default are left out, so that a key that is added later changes no hash. So are
-    `WHERE_AND_HOW` and the values that the data set decides, which a run may have filled in.
-    """
-    tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-    # each adversarial method has its own defaults, which pydantic does not know
-    defaults = config.adversarial.defaults(config.adversarial.chosen(config))
-    for key, default in defaults.items():
-        if tree.get("adversarial", {}).get(key) == default:
-            del tree["adversarial"][key]
-    for key in (*WHERE_AND_HOW, *FILLED_FROM_DATA):
-        remove_place(tree, key)
-    filled = _without_empty_sections(tree)
-    return hashlib.sha256(json.dumps(filled, sort_keys=True).encode()).hexdigest()
-
-
-def remove_place(tree: dict[str, Any], key: str) -> None:
-    """Remove a key of `WHERE_AND_HOW` from a config's tree, but not what decides the results."""
-    *sections, name = key.split(".")
-    for section in sections:
-        tree = tree.get(section, {})
-    if key == IMPORTS and tree.get(name):
-        # the code itself matters, and its place does not
-        tree[name] = digests(tree[name])
-    elif key == NOISE_FILE and tree.get(name) is not None:
-        # it matters that there is one
-        tree[name] = ""
-    else:
-        tree.pop(name, None)
-
-
-def digests(imports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what identifies the user's code wherever it lies.
-
-    This is the digest of each file, or the name of a module that has none.
-    """
-    return [code.get("sha256") or code.get("module") or "" for code in imports]
-
-
-def _without_empty_sections(tree: dict[str, Any]) -> dict[str, Any]:
-    filled = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            value = _without_empty_sections(value)
-        if value != {}:
-            filled[key] = value
-    return filled
-
-
-def _differences(
-    before: Mapping[str, Any], after: Mapping[str, Any], path: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield dotted key, old and new value of every leaf in which two trees differ."""
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{path}{key}.")
-        elif old != new:
-            yield f"{path}{key}", old, new

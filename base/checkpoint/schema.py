@@ -58,13 +58,13 @@ def _plain_tensor(tensor: Tensor) -> Tensor:
 
 def _generator_state(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
-        raise ValueError(f"expected a list of bytes, not {_described(tensor)}")
+        raise ValueError(f"expected a list of bytes, not {_type_and_shape(tensor)}")
     return tensor
 
 
 def _one_number(tensor: Tensor) -> Tensor:
     if tensor.ndim != 0 or not tensor.is_floating_point():
-        raise ValueError(f"expected one floating-point number, not {_described(tensor)}")
+        raise ValueError(f"expected one floating-point number, not {_type_and_shape(tensor)}")
     return tensor
 
 
@@ -200,9 +200,9 @@ def check_readable(contents: Mapping[str, Any], file: Path) -> None:
 
 
 def without_unreadable(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of another code base's file, without keys that mean something else there.
+    """Return the entries of another code base's file without keys that mean something else there.
 
-    A key means something else if its value is of another type than here.
+    A key means something else if its value has another type than here.
     """
     try:
         AnyCheckpoint.model_validate(dict(contents))
@@ -286,5 +286,5 @@ def _contradiction(contents: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _described(tensor: Tensor) -> str:
+def _type_and_shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

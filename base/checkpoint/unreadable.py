@@ -1,7 +1,7 @@
 """Explain why torch cannot read a file as a checkpoint, and what would make it readable.
 
-torch's own messages are not shown if they mention `weights_only`: they advise to read the file in
-the way that may run code from it.
+torch's own messages are not shown if they mention `weights_only`, because they advise reading the
+file in a way that may run code from it.
 """
 
 import re
@@ -15,13 +15,13 @@ from base.text import first_line, one_line
 HEAD_BYTES = 4096
 """The number of bytes that are read to recognize the kind of a file."""
 SIGNATURES = {
-    b"version https://git-lfs": "a git-lfs pointer; fetch the file itself by `git lfs pull`",
+    b"version https://git-lfs": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"BZh": "a bzip2 archive; unpack it",
     b"\xfd7zXZ": "an xz archive; unpack it",
     b"7z\xbc\xaf": "a 7z archive; unpack it",
-    b"\x89HDF": "an HDF5 file, as Keras writes it; only files of torch.save are read",
-    b"\x93NUMPY": "a NumPy array; only files of torch.save are read",
+    b"\x89HDF": "an HDF5 file, as Keras writes it; only files written by torch.save are read",
+    b"\x93NUMPY": "a NumPy array; only files written by torch.save are read",
 }
 """The first bytes of files that people mistake for checkpoints, and descriptions of the files."""
 SAVE_WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
@@ -32,16 +32,13 @@ NEWEST_PROTOCOL = 2
 
 
 def explain(file: BinaryIO, error: Exception) -> str:
-    """Explain in one sentence why `torch.load` has refused an open file with `error`.
-
-    The sentence begins with "it".
-    """
+    """Explain why `torch.load` raised `error` for an open file, in one sentence about "it"."""
     file.seek(0)
     head = file.read(HEAD_BYTES)
     if not head:
         return "it is empty; copy or fetch it again"
     if not any(head) and _is_zero(file):
-        return "it holds nothing but zero bytes, as an interrupted copy leaves it; fetch it again"
+        return "it holds only zero bytes, as an interrupted copy does; fetch it again"
     for signature, what in SIGNATURES.items():
         if head.startswith(signature):
             return f"it is {what}"
@@ -81,7 +78,7 @@ def explain(file: BinaryIO, error: Exception) -> str:
     is_torchs = isinstance(error, RuntimeError | MemoryError)
     if is_torchs and str(error) and "weights_only" not in str(error):
         reason = f" ({one_line(first_line(error), 200)})"
-    return f"it is damaged, or torch.save has not written it{reason}; copy or fetch it again"
+    return f"it is damaged, or torch.save did not write it{reason}; copy or fetch it again"
 
 
 def _is_zero(file: BinaryIO) -> bool:
@@ -112,7 +109,9 @@ def _explain_text(text: str) -> str:
         return "it is an HTML page, such as a download's login page; fetch the file itself"
     lines = text.splitlines() or [""]
     first = one_line(lines[0], 40)
-    return f"it is a text file that begins with {first!r}; only files of torch.save are read"
+    return (
+        f"it is a text file that begins with {first!r}; only files written by torch.save are read"
+    )
 
 
 def _names_in_zip(file: BinaryIO) -> list[str]:
@@ -141,7 +140,7 @@ def _unsafe_classes(file: BinaryIO, error: Exception) -> list[str]:
 
 
 def _holds_whole_names(file: BinaryIO, names: list[str]) -> bool:
-    """Return whether a pickle holds these names with their ends, so was not cut within them."""
+    """Return whether a pickle holds these names to their ends, and was not cut within one."""
     contents = file.read()
     # pickle ends the name of a class with a line break
     return all(f"{name.rpartition('.')[2]}\n".encode() in contents for name in names)
@@ -152,8 +151,8 @@ def _explain_classes(classes: list[str]) -> str:
     if len(classes) > MAX_NAMES:
         names += f" and {len(classes) - MAX_NAMES} more"
     found = (
-        f"it holds objects of {names}; only tensors and plain values are read, as all else may run"
-        " code, and nothing of it was run"
+        f"it holds objects of {names}; only tensors and plain values are read, because anything"
+        " else could run code, and none of it was run"
     )
     if classes == ["argparse.Namespace"]:
         return (

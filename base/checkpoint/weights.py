@@ -30,7 +30,7 @@ def load_weights(
         how_to_choose: how the user chooses another network, for errors.
 
     Returns:
-        What was assumed, subject -> a sentence; empty if the keys are exactly the model's.
+        Subject -> a sentence on what was assumed; empty if the keys are exactly the model's.
 
     Raises:
         CheckpointError: the weights belong to another architecture; the message names the first

@@ -53,7 +53,14 @@ from base.config.problems import (
 from base.config.section import Section
 from base.config.strict_json import LONE_SURROGATE, JSONError, parse_json, read_json_object
 from base.config.training import OptimizerConfig, SchedulerConfig
-from base.config.tree import Tree, annotation_at, merge, without_comments, without_nulls
+from base.config.tree import (
+    Tree,
+    annotation_at,
+    merge,
+    value_at,
+    without_comments,
+    without_nulls,
+)
 from base.config.warnings import UNUSED_OK, warnings_of
 from base.errors import ConfigError
 from base.text import one_line
@@ -443,23 +450,15 @@ def _types_of(annotation: Any) -> set[Any]:
 
 
 def _handle_placeholders(tree: Tree, source: str) -> Tree:
-    data_dir = _value_at(tree, ("data_loader", "args", "data_dir"))
+    data_dir = value_at(tree, "data_loader.args.data_dir")
     if isinstance(data_dir, str) and PLACEHOLDER.fullmatch(data_dir):
         raise ConfigError(
             f"{source}: data_loader.args.data_dir: {one_line(repr(data_dir), 80)} is the published"
             " config's placeholder: put the folder of the data set there, or add"
             " --set data_loader.args.data_dir=FOLDER"
         )
-    comet_key = _value_at(tree, ("comet", "api"))
+    comet_key = value_at(tree, "comet.api")
     if isinstance(comet_key, str) and PLACEHOLDER.fullmatch(comet_key):
         # without a key the run is logged offline, or with COMET_API_KEY
         return merge(tree, {"comet": {"api": None}})
-    return tree
-
-
-def _value_at(tree: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        if not isinstance(tree, dict):
-            return None
-        tree = tree.get(key)
     return tree

@@ -62,6 +62,26 @@ def without_nulls(tree: Tree, path: tuple[str, ...] = ()) -> Tree:
     return kept
 
 
+def leaves(tree: Tree, path: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of everything in a tree except its objects."""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= leaves(value, f"{path}{key}.")
+        else:
+            found[f"{path}{key}"] = value
+    return found
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """Return the value at a dotted key; None if the tree does not have the key."""
+    for name in key.split("."):
+        if not isinstance(tree, dict):
+            return None
+        tree = tree.get(name)
+    return tree
+
+
 def is_comment(key: str) -> bool:
     """Whether a key of a file is a comment, for people and editors."""
     return key.startswith("_") or key == "$schema"

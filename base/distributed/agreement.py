@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from base.base_data_loader import BaseDataLoader
-from base.checkpoint.resume import IMPORTS, WHERE_AND_HOW, digests
 from base.config import Config
+from base.config.same_experiment import IMPORTS, WHERE_AND_HOW, digests
 from base.config.section import lies_in
+from base.config.tree import leaves
 from base.distributed.collectives import all_gather_object, exit_unless_primary
 from base.distributed.process_group import world_size
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
@@ -88,7 +89,7 @@ def first_difference(facts: Sequence[Facts]) -> ProjectError | None:
 
 def config_facts(config: Config) -> Facts:
     """Return the config, without the keys that may differ, and the code that it runs with."""
-    tree = dict(_leaves(config.dump()))
+    tree = leaves(config.dump())
     compared = {key: value for key, value in tree.items() if not lies_in(key, MAY_DIFFER)}
     return {
         # The user's code decides what the names in a config mean, so it comes first.
@@ -154,17 +155,6 @@ def _describe_difference(name: str, value: Any, expected: Any, number: int) -> s
 
 def _shorten(value: Any) -> str:
     return one_line(repr(value), LONGEST)
-
-
-def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    """Return the dotted keys and values of a config tree."""
-    leaves = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves += _leaves(value, f"{path}{key}.")
-        else:
-            leaves.append((f"{path}{key}", value))
-    return leaves
 
 
 def _error_class(exit_code: int) -> type[ProjectError]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from base.checkpoint.resume import config_hash
 from base.config import Config
+from base.config.same_experiment import config_hash
 from base.distributed import world_size
 from base.rooms import ROOT
 from base.run_folder.files import RunFolder, write_json
@@ -22,7 +22,7 @@ from base.secrets import command_without_key
 
 PROJECT = "convnorm-trainer"
 PROVENANCE = ("version", "commit", "versions", "config_hash")
-"""The keys of `result.json` that say how its numbers came about."""
+"""The keys of `result.json` that `provenance` fills."""
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "pydantic")
 
 
@@ -78,8 +78,8 @@ def torchrun_job() -> str | None:
 
     It is the job's `--rdzv_id`, or the launcher's process if none was given. None without torchrun.
     """
-    # torchrun's number of the attempt would not do: each machine's launcher counts only the
-    # failures that it has seen itself
+    # TORCHELASTIC_RESTART_COUNT does not tell attempts apart: the launcher of each machine counts
+    # only the failures that it has seen itself
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name == "none":
         return f"process {os.getppid()} of {platform.node()}"
@@ -93,10 +93,9 @@ def belongs_to_this_job(folder: Path) -> bool:
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """Return how the numbers in `result.json` came about, under the keys `PROVENANCE`.
+    """Return the versions, the commit and the config's hash behind the numbers of `result.json`.
 
-    The commit ends in `-dirty` if tracked files have changed since; for the hash of the config see
-    `config_hash`.
+    The commit ends in `-dirty` if tracked files have changed since.
     """
     commit = _git("rev-parse", "HEAD")
     if commit and _git("status", "--porcelain", "--untracked-files=no"):

@@ -19,7 +19,7 @@ from base.text import first_line
 class RunFolder:
     """The files of one run folder. Every method reads its file again, as the run may still write.
 
-    All methods but `environment` raise a `ConfigError` with one line that names the damaged file.
+    A damaged file raises a `ConfigError` of one line that names it, except for `environment`.
 
     Args:
         path: the folder.
@@ -62,15 +62,12 @@ class RunFolder:
             epochs.append(values)
         return epochs
 
-    def is_finished(self) -> bool:
-        """Return whether the run has written its result."""
-        return (self.path / RESULT).exists()
-
     def result(self) -> dict[str, Any] | None:
         """Return what `result.json` holds; None while the run is not finished."""
-        if not self.is_finished():
+        file = self.path / RESULT
+        if not file.exists():
             return None
-        return _read_object(self.path / RESULT)
+        return _read_object(file)
 
     def environment(self) -> dict[str, Any]:
         """Return what `environment.json` holds; an empty dictionary if it is missing or damaged."""
@@ -80,12 +77,12 @@ class RunFolder:
             return {}
 
     def evaluations(self) -> dict[Path, dict[str, Any]]:
-        """Return the contents of every report in `eval/`, by its file."""
+        """Return file -> contents of every report in `eval/`."""
         files = sorted((self.path / EVALUATIONS).glob("*.json"))
         return {file: _read_object(file) for file in files}
 
     def has_labels(self) -> bool:
-        """Return whether the run has stored its labels, which the oldest runs have not."""
+        """Return whether the run has stored its labels; the oldest runs did not."""
         return (self.path / LABELS).exists()
 
     def labels(self, names: Sequence[str]) -> list[np.ndarray]:
@@ -120,7 +117,7 @@ def _read_text(file: Path) -> str:
 
 
 def _parse(text: str) -> Any:
-    """Return what a JSON text stands for; None if it is not JSON."""
+    """Return the value of a JSON text; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

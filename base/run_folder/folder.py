@@ -36,7 +36,7 @@ def create(save_dir: str, name: str, run_dir: str | None = None) -> Iterator[Pat
 
     Args:
         save_dir: folder of all runs.
-        name: folder in it, in which a new folder is made that is named after the time.
+        name: folder in it. The run folder is made there and named after the time.
         run_dir: the run folder itself, instead of `save_dir` and `name`.
 
     Raises:
@@ -75,6 +75,7 @@ def write_description(
 @contextmanager
 def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
     folder = Path(run_dir or save_dir)
+    given = f"--run_dir {folder}" if run_dir else f"trainer.save_dir: {folder}"
     try:
         # before `name` is added, in which a tilde is an ordinary character
         folder = folder.expanduser()
@@ -85,7 +86,7 @@ def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
         with NamedTemporaryFile(dir=folder):
             pass
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{folder}: the run folder cannot be made or written: {error}") from None
+        raise ConfigError(f"{given}: the run folder cannot be made or written: {error}") from None
     with _locked(folder):
         if has_checkpoint(folder):
             raise ConfigError(
@@ -99,7 +100,7 @@ def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
             )
         job = torchrun_job()
         if job:
-            # written first, because the next attempt looks here whether the folder is its own
+            # written first, because the next attempt finds out here whether the folder is its own
             write_json(folder / ENVIRONMENT, {"job": job})
         yield folder
 

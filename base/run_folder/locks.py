@@ -1,4 +1,4 @@
-"""Locks between processes. No other file calls `fcntl`.
+"""Locks between processes. No other file of the project takes locks.
 
 The operating system releases these locks when their process dies, however it dies, and they also
 hold between machines that share a file system. Where there are no locks (Windows, some file
@@ -6,7 +6,7 @@ systems), every process gets the lock.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 try:
@@ -35,6 +35,7 @@ def process_lock(file: Path) -> Iterator[bool]:
     if fcntl is None:
         yield True
         return
+    # closing the file releases the lock
     with file.open("a+b") as opened:
         has_lock = True
         try:
@@ -47,9 +48,6 @@ def process_lock(file: Path) -> Iterator[bool]:
             # this file system has no locks
             pass
         yield has_lock
-        if has_lock:
-            with suppress(OSError):
-                fcntl.lockf(opened, fcntl.LOCK_UN)
 
 
 def lock_descriptor(descriptor: int, *, wait: bool) -> bool:

@@ -28,14 +28,14 @@ class StudyEntry:
 
 
 def write_study_index(folder: Path, entries: Mapping[str, StudyEntry]) -> None:
-    """Add entries, by the names of run folders, to the study index in `folder`, atomically."""
+    """Add entries (run folder's name -> entry) to the study index in `folder`, atomically."""
     merged = {**read_study_index(folder), **entries}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STUDY_INDEX, {name: asdict(entry) for name, entry in merged.items()})
 
 
 def read_study_index(folder: Path) -> dict[str, StudyEntry]:
-    """Return the entries by the name of their run folder; empty if there is no readable index."""
+    """Return run folder's name -> entry; empty if `folder` has no readable study index."""
     # reports work without an index, so a damaged one is not worth an error
     try:
         entries = json.loads((folder / STUDY_INDEX).read_text())

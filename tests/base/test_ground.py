@@ -1,4 +1,4 @@
-"""The smaller parts of base: meters, train state, run folder, lookup, trackers, command line."""
+"""The smaller parts of base: meters, train state, lookup, trackers, command line."""
 
 import json
 import logging
@@ -29,8 +29,6 @@ from base.config.tree import annotation_at
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from base.meters import BatchResult, Meters
 from base.registry import lookup
-from base.run_folder import folder as run_folder
-from base.run_folder.environment import belongs_to_this_job, record_environment
 from base.run_folder.files import write_json
 from base.secrets import command_without_key
 from base.seeding import torch_generator
@@ -140,51 +138,6 @@ def test_model_normalizes_pixels_with_buffers_outside_its_state():
         ConfigError, match=r"arch.args.norm_layer_type: 'bnn' .*did you mean 'bn'\?"
     ):
         Identity(norm_layer_type="bnn")
-
-
-def create_run_folder(*place):
-    with run_folder.create(*place) as folder:
-        return folder
-
-
-def test_run_folders_are_new_and_never_shared(tmp_path):
-    first, second = (create_run_folder(str(tmp_path), "name") for _ in range(2))
-    assert first != second
-    assert first.parent == second.parent == tmp_path / "name"
-    named = create_run_folder("unused", "name", str(tmp_path / "given"))
-    assert named == tmp_path / "given"
-    (named / "config.json").touch()
-    with pytest.raises(ConfigError, match="holds a run without a checkpoint; remove it"):
-        create_run_folder("unused", "name", str(named))
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="the run folder cannot be made or written"):
-        create_run_folder(str(tmp_path / "file"), "name")
-
-
-def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
-    folder = create_run_folder("unused", "name", str(tmp_path / "run"))
-    (folder / "config.json").touch()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    # made without torchrun
-    assert not belongs_to_this_job(folder)
-    folder = create_run_folder("unused", "name", str(tmp_path / "given"))
-    (folder / "config.json").touch()
-    assert belongs_to_this_job(folder)
-    # died before its first checkpoint
-    assert create_run_folder("unused", "name", str(folder)) == folder
-    record_environment(folder, resumed=False)
-    record_environment(folder, resumed=True)
-    assert belongs_to_this_job(folder)
-    for name in ("8", "none"):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-        assert not belongs_to_this_job(folder)
-        with pytest.raises(ConfigError, match="holds a run without a checkpoint"):
-            create_run_folder("unused", "name", str(folder))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    (folder / "model_last.pth").touch()
-    # train.py resumes it instead
-    with pytest.raises(ConfigError, match="already holds a run"):
-        create_run_folder("unused", "name", str(folder))
 
 
 def test_secrets_are_cut_from_the_command():

@@ -10,8 +10,8 @@ import torch
 
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint, save_checkpoint
-from base.checkpoint.resume import config_hash
 from base.config import validate
+from base.config.same_experiment import config_hash
 from base.config.tree import merge
 from base.errors import CheckpointError, ConfigError, DataError, Stopped
 from base.run_folder.environment import project_version

@@ -19,10 +19,8 @@ def test_the_table_names_exactly_the_existing_tests():
 
 def test_every_promise_has_a_test_that_its_check_can_fail():
     for file in Path(__file__).parent.glob("test_[0-9][0-9]_*.py"):
-        if file.name not in (Path(__file__).name,):
-            assert re.search(
-                r"def test_the_checks?_\w*can_fail|def test_the_check_can_fail", file.read_text()
-            ), file.name
+        if file.name != Path(__file__).name:
+            assert re.search(r"def test_the_checks?_\w*can_fail", file.read_text()), file.name
     assert re.findall(r"^\| (\d+) \|", TABLE, re.MULTILINE) == [
         str(number) for number in range(1, 16)
     ]

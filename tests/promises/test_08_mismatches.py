@@ -148,7 +148,7 @@ REFUSED = {
         [],
         r"optimizer.state.*: is not what was saved for this parameter",
     ),
-    "place of the schedule": (
+    "number of epochs": (
         [change("epoch", 2)],
         [],
         r"epoch 2 and batch 1, but 'progress' is 1 epochs and 1 batches",

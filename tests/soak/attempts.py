@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from multiprocessing.util import _exit_function
 from pathlib import Path
@@ -68,7 +69,10 @@ def attempt(
     """
     # SIGINT is blocked until the new process runs the script
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-    process = os.fork()
+    with warnings.catch_warnings():
+        # since 3.12 Python warns that forking a process with threads may deadlock
+        warnings.simplefilter("ignore")
+        process = os.fork()
     if process == 0:
         _become_script(words, log, limit)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))

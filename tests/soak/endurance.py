@@ -1,6 +1,4 @@
-"""Runs that are ended at random moments and resumed until they finish, and a check that nothing is
-lost.
-"""
+"""Runs that are ended at random moments and resumed until they finish, without losing anything."""
 
 import json
 import re
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 
 from base.checkpoint import load_checkpoint
-from base.run_folder.names import LAST
+from base.run_folder.names import BEST, LAST, METRICS, RESULT
 from tests.soak.attempts import ENDINGS, Attempt, attempt, checkpoints, damage, position
 from tests.soak.scenarios import tree_of
 
@@ -95,9 +93,9 @@ class Endurance:
         found = outcome(run)
         for what, value in self.expected.items():
             if not same(found[what], value):
-                self._fail(run, f"{what} differs from the undisturbed run")
+                self._fail(f"{what} differs from the undisturbed run")
         if list(run.rglob("*.incomplete")):
-            self._fail(run, "incomplete files are left")
+            self._fail("incomplete files are left")
         counts["runs"] += 1
         counts["epochs"] += found["epochs"]
         counts["minibatches"] += found["minibatches"]
@@ -118,11 +116,9 @@ class Endurance:
             before = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
             done = self._attempt(run, None, None)
             if done.code != 3 or len(done.output.splitlines()) != 1:
-                self._fail(
-                    run, f"without a good checkpoint: exit {done.code}: {done.output[-500:]}"
-                )
+                self._fail(f"without a good checkpoint: exit {done.code}: {done.output[-500:]}")
             if any(file.read_bytes() != data for file, data in before.items()):
-                self._fail(run, "a refused resume has changed something")
+                self._fail("a refused resume has changed something")
             self.tally.counts["refused, as no checkpoint was good"] += 1
         elif run.exists():
             self.tally.counts["ended before the first checkpoint"] += 1
@@ -134,39 +130,39 @@ class Endurance:
         if stopped:
             self.tally.counts["saved at the step of the signal"] += 1
             if (int(stopped[1]), int(stopped[2])) != after:
-                self._fail(run, f"said {stopped[0]}, but saved {after}")
+                self._fail(f"said {stopped[0]}, but saved {after}")
         expected = {0} if done.ending is None else {0, -9, -15, 130, 143}
         if done.code not in (expected | {3, 4} if limit else expected):
-            self._fail(run, f"{done.ending}: exit {done.code}: {done.output[-1000:]}")
+            self._fail(f"{done.ending}: exit {done.code}: {done.output[-1000:]}")
         if limit and done.code in (3, 4) and not any(word in done.output for word in FULL):
-            self._fail(run, f"full disk: {done.output[-500:]}")
+            self._fail(f"full disk: {done.output[-500:]}")
         # a KeyboardInterrupt within the imports, before any work, is not an error
         if "Traceback" in done.output and "KeyboardInterrupt" not in done.output:
             place = done.output.index("Traceback")
             shown = done.output[max(0, place - 300) : place + 2000]
-            self._fail(run, f"{done.ending}: exit {done.code}: {shown}")
+            self._fail(f"{done.ending}: exit {done.code}: {shown}")
         if after < before:
-            self._fail(run, f"{done.ending}: went back from {before} to {after}")
+            self._fail(f"{done.ending}: went back from {before} to {after}")
         # a run that resumes from an older checkpoint cuts its log
         if after[0] < logged and not self.damaged:
-            self._fail(run, f"{done.ending}: {logged} epochs are logged, {after[0]} saved")
+            self._fail(f"{done.ending}: {logged} epochs are logged, {after[0]} saved")
         if "instead" in done.output:
             self.tally.counts["went on from an older checkpoint"] += 1
 
-    def _fail(self, run: Path, what: str) -> None:
+    def _fail(self, what: str) -> None:
         self.tally.failures.append(f"{self.name}: {what}")
 
 
 def outcome(run: Path) -> dict[str, Any]:
     """Return everything about a finished run that must not depend on interruptions."""
-    last, result = load_checkpoint(run / LAST), json.loads((run / "result.json").read_text())
+    last, result = load_checkpoint(run / LAST), json.loads((run / RESULT).read_text())
     batch_size = last["config"]["data_loader"]["args"]["batch_size"]
     return {
-        "metrics.jsonl": (run / "metrics.jsonl").read_bytes(),
+        "metrics.jsonl": (run / METRICS).read_bytes(),
         "the last model": last["state_dict"],
         "the averaged model": last.get("ema_state_dict"),
         "the optimizer": last["optimizer"],
-        "the best model": load_checkpoint(run / "model_best.pth")["state_dict"],
+        "the best model": load_checkpoint(run / BEST)["state_dict"],
         "result.json": {key: value for key, value in result.items() if key not in TIMES},
         "epochs": last["epoch"],
         "minibatches": last["epoch"]
@@ -176,7 +172,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def logged_epochs(run: Path) -> int:
     """Return the number of complete lines of `metrics.jsonl`."""
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 

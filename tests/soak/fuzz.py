@@ -40,7 +40,7 @@ def fuzz_bytes(folder: Path, arguments: argparse.Namespace) -> None:
     import atheris
 
     with atheris.instrument_imports(
-        include=["base", "soak.targets", "torch._weights_only_unpickler"]
+        include=["base", "tests.soak.targets", "torch._weights_only_unpickler"]
     ):
         from tests.soak.targets import TARGETS, examine
     file, corpus = folder / "input", folder / "corpus"
@@ -58,8 +58,6 @@ def fuzz_bytes(folder: Path, arguments: argparse.Namespace) -> None:
         f"-seed={arguments.seed}",
         "-print_final_stats=1",
         "-rss_limit_mb=8000",
-    ]
-    options += [
         f"-max_len={max(map(len, seeds))}",
         "-timeout=20",
         f"-artifact_prefix={arguments.findings}/",

@@ -1,6 +1,4 @@
-"""Corrupt files: byte by byte, as disks and transfers do, or value by value, as people and other
-programs do.
-"""
+"""Corrupt files byte by byte, as disks do, or value by value, as other programs do."""
 
 from collections.abc import Iterator, MutableMapping, MutableSequence
 from copy import deepcopy

@@ -31,7 +31,7 @@ from tests.soak.mutations import corrupted
 from tests.soak.scenarios import write_images
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = {
+FUZZED = {
     "name": "fuzz",
     "arch": {"type": "simpleCNN", "args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
     "data_loader": {
@@ -45,7 +45,7 @@ SMALL = {
     "system": {"num_threads": 1},
 }
 BATCHES = 3
-"""Minibatches in an epoch of such a run."""
+"""The number of minibatches in an epoch of such a run."""
 
 
 class _StepDone(Exception):  # noqa: N818 - not an error: a resumed run can train
@@ -118,7 +118,7 @@ def resumable() -> dict[str, Any]:
     place = Path(tempfile.mkdtemp())
     atexit.register(rmtree, place, ignore_errors=True)
     write_images(place / "images", training=4, test=1, side=8)
-    config = merge(SMALL, {"data_loader": {"args": {"data_dir": str(place / "images")}}})
+    config = merge(FUZZED, {"data_loader": {"args": {"data_dir": str(place / "images")}}})
     (place / "config.json").write_text(json.dumps(config))
     update, updates = BaseTrainer.update, count(1)
 

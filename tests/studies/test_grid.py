@@ -9,7 +9,8 @@ import pytest
 from base.config import imports
 from base.errors import ConfigError
 from base.registry import NORM_LAYERS
-from studies.grid import describe, format_value, identity, plan
+from studies.grid import describe, format_value, plan
+from studies.identity import identity
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NORMS = {"bn": {"arch.args.norm_layer_type": "bn"}, "gn": {"arch.args.norm_layer_type": "gn"}}
@@ -339,7 +340,7 @@ def test_a_formatted_value_means_the_same(value):
         ),
         (
             {"variants": {"a": {}, "b": {"seed": 0}}},
-            "study.json: b: seed: belongs into the grid's seeds",
+            "study.json: b: seed: belongs in the grid's seeds",
         ),
         ({"variants": {"a": {}, "b": {"trainer.percent": 0}}}, "a and b are the same config"),
         (
@@ -354,7 +355,7 @@ def test_a_formatted_value_means_the_same(value):
         ),
         (
             {"variants": {"a": {"imports": ["x.py"]}}},
-            "json: a: imports: belongs into the base config, or after --imports",
+            "json: a: imports: belongs in the base config, or after --imports",
         ),
         ({"variants": {"a": 5}}, r"json: variants\.a: .*object, not 5"),
     ],

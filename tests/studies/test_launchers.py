@@ -26,7 +26,7 @@ You can check full logs with 'job.stderr(0)' and 'job.stdout(0)'or at paths:
   - x_0_log.err"""
 
 
-class Job:
+class EndedJob:
     """A finished job of submitit, with or without an exception."""
 
     def __init__(self, exception):
@@ -73,12 +73,12 @@ def run(tmp_path):
     ],
 )
 def test_a_failed_job_is_reported_with_its_reason_if_it_has_one(run, output, error):
-    job = ClusterJob(Job(RuntimeError(output)), run)
+    job = ClusterJob(EndedJob(RuntimeError(output)), run)
     assert (job.exit_code(), job.error()) == (1, error)
 
 
 def test_a_job_has_succeeded_only_if_its_run_is_finished(run):
-    job = ClusterJob(Job(None), run)
+    job = ClusterJob(EndedJob(None), run)
     assert job.exit_code() == 1
     assert "has changed" in job.error()
     run.folder.mkdir(parents=True)

@@ -71,6 +71,8 @@ def test_a_continued_run_gets_the_places_that_have_changed(run):
     saved["data_loader"]["args"]["data_dir"] = "/old place"
     saved["system"] |= {"num_threads": 2, "device": "cpu"}
     saved["comet"] = {"offline": True, "project": "p"}
+    # --imports names the user's own code; --set would be refused
+    saved["imports"] = [{"file": "/old place/own.py", "sha256": "0" * 64}]
     (run.folder / "config.json").write_text(json.dumps(saved))
     (run.folder / "model_last.pth").touch()
     assert read_progress(run).state is State.INTERRUPTED, "other places do not make it another run"

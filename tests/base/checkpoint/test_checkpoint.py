@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import base.checkpoint.checkpoint as checkpoint_module
+import base.checkpoint.find as find_module
 from base.checkpoint import find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from base.checkpoint.checkpoint import SCHEMA_VERSION, plain
 from base.checkpoint.manager import keep_newest, publish_copy
@@ -107,6 +108,23 @@ def test_a_folder_above_several_runs_names_the_newest_last(tmp_path):
             str(caught.value)
             == f"{tmp_path}: holds 6 runs: name one, such as (newest last) {newest}"
         )
+
+
+def test_a_folder_that_cannot_be_read_hides_no_run_beside_it(tmp_path, monkeypatch):
+    for name in ("lost+found", "run"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(tmp_path / "run" / "model_last.pth", CONTENTS)
+    has_checkpoint = find_module.has_checkpoint
+
+    def denied(folder):
+        if folder.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return has_checkpoint(folder)
+
+    monkeypatch.setattr(find_module, "has_checkpoint", denied)
+    assert find_checkpoint(tmp_path) == tmp_path / "run" / "model_last.pth"
+    with pytest.raises(CheckpointError, match="lost.found: cannot be read: .*Permission denied"):
+        find_checkpoint(tmp_path / "lost+found")
 
 
 class Malicious:

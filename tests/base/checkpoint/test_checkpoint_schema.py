@@ -63,8 +63,8 @@ OPTIONAL = {
     "method",
     "image_fingerprints",
     "versions",
+    "monitor_best",
 }
-OPTIONAL |= {"monitor_best"}
 ODD = (
     None,
     True,

@@ -73,7 +73,7 @@ def array(path):
 HEADER = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
 CASES = {
     "empty": (bytes_of(b""), "it is empty"),
-    "zeros": (bytes_of(b"\0" * 3_000_000), "it holds nothing but zero bytes"),
+    "zeros": (bytes_of(b"\0" * 3_000_000), "it holds only zero bytes"),
     "text": (bytes_of(b"lr: 0.1\nepochs: 3\n"), "it is a text file that begins with 'lr: 0.1'"),
     "text with controls": (
         bytes_of("größe\n\x0c".encode() * 900),
@@ -98,20 +98,20 @@ CASES = {
     "script": (scripted, "it is a TorchScript archive"),
     "noise": (
         bytes_of(np.random.default_rng(0).bytes(5000)),
-        "it is damaged, or torch.save has not written it",
+        "it is damaged, or torch.save did not write it",
     ),
     "truncated": (cut(0.6), "is damaged: its end is missing"),
     "truncated, old format": (
         cut(0.6, _use_new_zipfile_serialization=False),
-        "it is damaged, or torch.save has not",
+        "it is damaged, or torch.save did not write it",
     ),
     "cut in a name": (
         cut(0.05, _use_new_zipfile_serialization=False),
-        "it is damaged, or torch.save has not",
+        "it is damaged, or torch.save did not write it",
     ),
     "cut behind a dot": (
         cut_at(b"_rebuild_tensor_v2", 5),
-        "it is damaged, or torch.save has not",
+        "it is damaged, or torch.save did not write it",
     ),
     "class": (
         saved({"state_dict": WEIGHTS, "log": collections.UserDict()}),

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 import experiment  # noqa: F401 - fills the tables
-from base.checkpoint.resume import config_hash
 from base.config import imports, load_config
 from base.config.imports import (
     FLAG,
@@ -18,6 +17,7 @@ from base.config.imports import (
     own_class,
     requests_of_flag,
 )
+from base.config.same_experiment import config_hash
 from base.errors import CheckpointError, ConfigError
 from base.registry import METRICS, NORM_LAYERS
 from studies.identity import identity

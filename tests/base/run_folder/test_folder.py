@@ -1,67 +1,52 @@
-"""The environment and the provenance that a run records."""
-
-import tomllib
-from pathlib import Path
+"""A run folder is new, or belongs to the same job."""
 
 import pytest
 
-import base.run_folder.environment as environment_module
-from base.checkpoint.resume import config_hash
-from base.config import validate
-from base.config.tree import merge
-from base.run_folder.environment import PROVENANCE, project_version, provenance
-
-TREE = {
-    "arch": {"type": "simpleCNN"},
-    "data_loader": {"type": "ImageFolderDataLoader", "args": {"data_dir": "a"}},
-    "trainer": {"noise_file": "noise.npy"},
-    "seed": 2,
-}
+from base.errors import ConfigError
+from base.run_folder import folder as run_folder
+from base.run_folder.environment import belongs_to_this_job, record_environment
 
 
-def test_the_version_is_that_of_the_clone(monkeypatch, tmp_path):
-    declared = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
-    monkeypatch.setattr(environment_module, "version", lambda name: f"installed {name}")
-    assert project_version() == declared["version"]
-    monkeypatch.setattr(environment_module, "ROOT", tmp_path)
-    assert project_version() == f"installed {declared['name']}", "without a clone"
-    for other in ("[project]\nname = 'another'\nversion = '9'", "[tool]", "= no toml"):
-        (tmp_path / "pyproject.toml").write_text(other)
-        assert project_version() == f"installed {declared['name']}"
+def create_run_folder(*place):
+    with run_folder.create(*place) as folder:
+        return folder
 
 
-def test_a_commit_with_changes_says_so(monkeypatch):
-    answers = {"rev-parse": "abc", "status": " M train.py"}
-    monkeypatch.setattr(environment_module, "_git", lambda command, *_: answers[command])
-    values = provenance(validate(TREE))
-    assert tuple(values) == PROVENANCE
-    assert values["commit"] == "abc-dirty"
-    answers["status"] = ""
-    assert provenance(validate(TREE))["commit"] == "abc"
-    answers |= {"rev-parse": None, "status": None}
-    assert provenance(validate(TREE))["commit"] is None
+def test_run_folders_are_new_and_never_shared(tmp_path):
+    first, second = (create_run_folder(str(tmp_path), "name") for _ in range(2))
+    assert first != second
+    assert first.parent == second.parent == tmp_path / "name"
+    named = create_run_folder("unused", "name", str(tmp_path / "given"))
+    assert named == tmp_path / "given"
+    (named / "config.json").touch()
+    with pytest.raises(ConfigError, match="holds a run without a checkpoint; remove it"):
+        create_run_folder("unused", "name", str(named))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="save_dir: .*: the run folder cannot be made or written"):
+        create_run_folder(str(tmp_path / "file"), "name")
 
 
-def test_a_commit_made_during_a_run_is_not_the_runs(monkeypatch, tmp_path):
-    before = provenance(validate(TREE))["commit"]
-    monkeypatch.setattr(environment_module, "ROOT", tmp_path)
-    assert provenance(validate(TREE))["commit"] == before
-
-
-@pytest.mark.parametrize(
-    ("change", "same"),
-    [
-        ({"data_loader": {"args": {"data_dir": "b"}}, "trainer": {"noise_file": "c.npy"}}, True),
-        ({"name": "other", "system": {"num_threads": 3}}, True),
-        ({"trainer": {"epochs": 200, "OCNN": False}}, True),
-        ({"arch": {"args": {"num_classes": 10, "in_channels": 3}}}, True),
-        ({"trainer": {"epochs": 3}}, False),
-        ({"trainer": {"noise_file": None}}, False),
-        ({"seed": 3}, False),
-        ({"optimizer": {"type": "SGD", "args": {"lr": 0.25}}}, False),
-    ],
-)
-def test_the_hash_depends_only_on_what_is_computed(change, same):
-    other = config_hash(validate(merge(TREE, change)))
-    assert (other == config_hash(validate(TREE))) is same
-    assert len(other) == 64
+def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
+    folder = create_run_folder("unused", "name", str(tmp_path / "run"))
+    (folder / "config.json").touch()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    # made without torchrun
+    assert not belongs_to_this_job(folder)
+    folder = create_run_folder("unused", "name", str(tmp_path / "given"))
+    (folder / "config.json").touch()
+    assert belongs_to_this_job(folder)
+    # died before its first checkpoint
+    assert create_run_folder("unused", "name", str(folder)) == folder
+    record_environment(folder, resumed=False)
+    record_environment(folder, resumed=True)
+    assert belongs_to_this_job(folder)
+    for name in ("8", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        assert not belongs_to_this_job(folder)
+        with pytest.raises(ConfigError, match="holds a run without a checkpoint"):
+            create_run_folder("unused", "name", str(folder))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    (folder / "model_last.pth").touch()
+    # train.py resumes it instead
+    with pytest.raises(ConfigError, match="already holds a run"):
+        create_run_folder("unused", "name", str(folder))
