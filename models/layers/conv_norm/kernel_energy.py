@@ -1,4 +1,4 @@
-"""The energy of convolution kernels at every frequency, by whose root ConvNorm divides
+"""The energy of convolution kernels at every frequency; ConvNorm divides by its square root
 (arXiv:2103.00673, section 3).
 """
 
@@ -87,11 +87,12 @@ def _tables(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, CosSin, CosSin]:
-    """What depends on the geometry alone: the lag of each entry of a Gram matrix, as an index, and
-    the DFT of the lags along each axis.
+    """The lag of each entry of a Gram matrix, as an index, and the DFT of the lags along each axis.
+
+    They depend on the geometry alone.
     """
     arguments = (kernel, size, dilation, dtype, device)
-    # A compiler folds the tables into its graph, and a tensor of its tracing must not stay in the
+    # A compiler folds the tables into its graph. A tensor from its tracing must not stay in the
     # cache.
     if torch.compiler.is_compiling():
         return _make_tables(*arguments)
@@ -112,7 +113,7 @@ def _make_tables(
     lag_h = rows[None] - rows[:, None] + height - 1
     lag_w = columns[None] - columns[:, None] + width - 1
     lag_index = (lag_h * (2 * width - 1) + lag_w).flatten()
-    # Along W the half spectrum is enough, as the energy of real kernels is symmetric.
+    # Along W the half spectrum is enough, because the energy of real kernels is symmetric.
     dft_h = _lag_dft(height, size[0], size[0], dilation[0], dtype, device)
     dft_w = _lag_dft(width, size[1], size[1] // 2 + 1, dilation[1], dtype, device)
     return lag_index, dft_h, dft_w
