@@ -35,10 +35,10 @@ from benchmarks import (
     studies_hours,
     training_step,
 )
-from benchmarks.rows import Row, Settings, Table
+from benchmarks.rows import BenchmarkRow, BenchmarkTable, Settings
 from benchmarks.table import format_markdown, format_text, summary
 
-COMPARISONS: dict[str, Callable[[Settings], Sequence[Row | Table]]] = {
+COMPARISONS: dict[str, Callable[[Settings], Sequence[BenchmarkRow | BenchmarkTable]]] = {
     "conv_norm_step": conv_norm_step.measure,
     "memory": memory.measure,
     "training_step": training_step.measure,
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     settings = _settings(arguments)
     hardware = machine.hardware(settings.device)
-    results: dict[str, list[Row | Table]] = {}
+    results: dict[str, list[BenchmarkRow | BenchmarkTable]] = {}
     seconds: dict[str, float] = {}
     # A name that is given twice is measured once.
     names = dict.fromkeys(arguments.only or COMPARISONS)
@@ -153,9 +153,11 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     )
 
 
-def _without_goal(item: Row | Table, settings: Settings) -> Row | Table:
+def _without_goal(
+    item: BenchmarkRow | BenchmarkTable, settings: Settings
+) -> BenchmarkRow | BenchmarkTable:
     # The goals are for real networks, not for the tiny ones of --smoke.
-    if settings.smoke and isinstance(item, Row):
+    if settings.smoke and isinstance(item, BenchmarkRow):
         return replace(item, goal=None)
     return item
 

@@ -9,16 +9,16 @@ import torch
 from attacks import PGD
 from base.base_trainer import BaseTrainer
 from base.config import Override
-from benchmarks.rows import Row, Settings, cost_row, speed_row
+from benchmarks.rows import BenchmarkRow, Settings, cost_row, speed_row
 from benchmarks.steps import (
     BATCH_NORM,
     CONV_NORM,
     LAYERS,
     ORIGINAL,
     build_trainer,
+    precisions,
     step_config,
     step_of,
-    systems,
 )
 from benchmarks.timing import Paired, compare
 from experiment.build import evaluator
@@ -32,18 +32,18 @@ ATTACKED = 32
 ATTACK_STEPS = 2
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> list[BenchmarkRow]:
     """For each precision, training steps, evaluation and attack, against BatchNorm and against the
     original's algorithm.
     """
     return [
         row
-        for precision, system in systems(settings).items()
+        for precision, system in precisions(settings).items()
         for row in _rows(settings, precision, system)
     ]
 
 
-def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Row]:
+def _rows(settings: Settings, precision: str, system: list[Override]) -> list[BenchmarkRow]:
     cost, speed = None, None
     if settings.device.type == "cuda":
         cost = 1.5
@@ -87,7 +87,7 @@ def _compared(
     side: Callable[[BaseTrainer], Callable[[], object]],
     at_most: float | None = None,
     at_least: float | None = None,
-) -> list[Row]:
+) -> list[BenchmarkRow]:
     """A row against BatchNorm with the goal `at_most`, and, where the original is among the
     trainers, one against it with the goal `at_least`.
     """

@@ -65,7 +65,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One comparison of two sides, or of one side with a limit.
 
     Attributes:
@@ -108,7 +108,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class BenchmarkTable:
     """Text in columns, of which the first names the line."""
 
     title: str
@@ -130,7 +130,7 @@ def cost_row(
     *,
     unit: str = "s",
     note: str = "",
-) -> Row:
+) -> BenchmarkRow:
     """The cost of our side over that of the other side; with the unit "MiB", `pairs` are bytes."""
     if unit == "MiB":
         pairs = Paired(
@@ -138,7 +138,7 @@ def cost_row(
         )
     goal = None if at_most is None else Goal(at_most, at_least=False)
     values = {"ours_value": pairs.spread(ours), "other_value": pairs.spread(other)}
-    return Row(
+    return BenchmarkRow(
         setting, ours, pairs.ratio(ours, other), COST, other, unit, **values, goal=goal, note=note
     )
 
@@ -152,7 +152,7 @@ def speed_row(
     *,
     images: int | None = None,
     note: str = "",
-) -> Row:
+) -> BenchmarkRow:
     """How many times as fast as the other side ours is.
 
     The sides' values are seconds; images per second where `images`, their number in a round, is
@@ -165,6 +165,6 @@ def speed_row(
         unit = "images/s"
         values = {"ours_value": times.rate(ours, images), "other_value": times.rate(other, images)}
     goal = None if at_least is None else Goal(at_least, at_least=True)
-    return Row(
+    return BenchmarkRow(
         setting, ours, times.ratio(other, ours), SPEED, other, unit, **values, goal=goal, note=note
     )

@@ -39,7 +39,7 @@ their content.
 """
 
 
-def systems(settings: Settings) -> dict[str, list[Override]]:
+def precisions(settings: Settings) -> dict[str, list[Override]]:
     """Precision -> config values: fp32, and what `auto` picks on this device, if it is another."""
     automatic = choose_precision("auto", settings.device)
     return {

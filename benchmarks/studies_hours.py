@@ -8,7 +8,7 @@ from pathlib import Path
 from base.config import Config, Override, load_config, validate
 from base.config.files import override
 from base.registry import CONV_LAYERS
-from benchmarks.rows import Settings, Table
+from benchmarks.rows import BenchmarkTable, Settings
 from benchmarks.steps import NO_DOWNLOAD, ROOT, build_trainer, random_images, step_of
 from benchmarks.table import format_number
 from benchmarks.timing import seconds_of
@@ -41,7 +41,7 @@ NO_DATA: list[Override] = [
 ]
 
 
-def measure(settings: Settings) -> list[Table]:
+def measure(settings: Settings) -> list[BenchmarkTable]:
     """A line for each grid of `configs/ablations` and for each config of a single run."""
     configs = ROOT / "configs"
     grids = sorted((configs / "ablations").glob("*.json"))
@@ -64,7 +64,7 @@ def measure(settings: Settings) -> list[Table]:
         "hours on this hardware",
     )
     note = _note(settings, len(seconds_per_step))
-    return [Table("Hours of every shipped study", heads, tuple(lines), note)]
+    return [BenchmarkTable("Hours of every shipped study", heads, tuple(lines), note)]
 
 
 def _few(settings: Settings, files: list[Path]) -> list[Path]:
