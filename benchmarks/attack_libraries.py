@@ -10,9 +10,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from base.config import Override, load_config
+from base.rooms import ROOT
 from benchmarks.attackers import Attacker, attackers
 from benchmarks.rows import BenchmarkRow, Goal, Settings, speed_row
-from benchmarks.steps import ROOT
 from benchmarks.timing import Paired, compare
 from experiment.evaluation_flags import evaluation_parser
 from experiment.experiment import Experiment
@@ -32,7 +32,7 @@ class Network:
             half as accurate as without an attack.
         passes: PGD's passes over the images for the comparison of robust accuracies. From one pass
             to the next, random starts alone change the verdicts of one to three images.
-        direct: whether the attack alone is timed, too.
+        direct: whether a direct call of the attack is timed, too.
     """
 
     name: str
@@ -172,7 +172,7 @@ def _rows(settings: Settings, evaluation: Evaluation, network: Network) -> list[
         for name in _ours(sides):
             at_least = goal if name.startswith(WITH_GOAL) else None
             rows.append(speed_row(setting, times, name, faster, at_least, images=images, note=NOTE))
-        # Of equally strong libraries the faster one, which has made more passes.
+        # If both are equally strong, the faster one: it has made more passes.
         lowest = min(LIBRARIES, key=lambda name: (median(sides[name].accuracies), name != faster))
         if steps:
             for name, side in sides.items():

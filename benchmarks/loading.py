@@ -4,7 +4,6 @@ and the share of a training step.
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 
 from benchmarks.plain_loops import plain_loader
@@ -49,21 +48,18 @@ def measure(settings: Settings) -> list[BenchmarkRow]:
 def _our_loader(
     pixels: torch.Tensor, labels: torch.Tensor, batch: int, device: torch.device
 ) -> ImageDataLoader:
-    sizes = {
-        "batch_size": batch,
-        "mean": CIFAR10_MEAN,
-        "std": CIFAR10_STD,
-        "crop_padding": 4,
-        "flip": True,
-    }
     names = [str(label) for label in range(10)]
     return ImageDataLoader(
         MemoryImages(pixels),
-        labels.numpy().astype(np.int64),
+        labels.numpy(),
         names,
+        batch_size=batch,
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+        crop_padding=4,
+        flip=True,
         shuffle=True,
         device=device,
-        **sizes,
     )
 
 
@@ -75,7 +71,7 @@ def _ours(loader: ImageDataLoader) -> Callable[[], object]:
 
     def side() -> None:
         for images, _ in loader:
-            # The model does this first; on the other side the transform Normalize does.
+            # Our models normalize; on the other side the transform Normalize does.
             (images - mean) / std
 
     return side

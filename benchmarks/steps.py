@@ -11,11 +11,11 @@ from torch import Tensor
 from base.base_trainer import BaseTrainer
 from base.config import Config, Override, load_config
 from base.device import choose_precision
+from base.rooms import ROOT
 from benchmarks.original_conv_norm import use_original_conv_norm
 from benchmarks.rows import Settings
 from experiment.experiment import Experiment
 
-ROOT = Path(__file__).parents[1]
 BATCH_NORM, CONV_NORM, ORIGINAL = "BatchNorm", "ConvNorm", "ConvNorm as published"
 LAYERS: dict[str, list[Override]] = {
     BATCH_NORM: [("arch.args.conv_layer_type", "conv"), ("arch.args.norm_layer_type", "bn")],
@@ -34,13 +34,13 @@ NO_DOWNLOAD: list[Override] = [
     # The same few images come again and again, which must not make the weights diverge.
     ("optimizer.args.lr", "0.001"),
 ]
-"""scikit-learn's digits, 32 x 32 RGB like CIFAR-10's images: the time of a step does not depend on
-their content.
+"""scikit-learn's digits at 32 x 32 RGB in place of CIFAR-10's images: the time of a step does not
+depend on their content.
 """
 
 
 def precisions(settings: Settings) -> dict[str, list[Override]]:
-    """Precision -> config values: fp32, and what `auto` picks on this device, if it is another."""
+    """Precision -> config values, for fp32 and then for what `auto` picks, if that differs."""
     automatic = choose_precision("auto", settings.device)
     return {
         precision: [("system.precision", precision)]

@@ -8,8 +8,9 @@ from pathlib import Path
 from base.config import Config, Override, load_config, validate
 from base.config.files import override
 from base.registry import CONV_LAYERS
+from base.rooms import ROOT
 from benchmarks.rows import BenchmarkTable, Settings
-from benchmarks.steps import NO_DOWNLOAD, ROOT, build_trainer, random_images, step_of
+from benchmarks.steps import NO_DOWNLOAD, build_trainer, random_images, step_of
 from benchmarks.table import format_number
 from benchmarks.timing import seconds_of
 from models.layers.conv_norm.fourier_plan import FOURIER_BATCH
@@ -150,8 +151,8 @@ def _measure_step(settings: Settings, config: Config, batch: int, side: int) -> 
 
     few = FEW_IMAGES
     if CONV_LAYERS[config.arch.args.conv_layer_type] is ConvNorm2d:
-        # From FOURIER_BATCH images on ConvNorm computes in another way. Half of these images must
-        # be enough for it, as a whole minibatch is.
+        # From FOURIER_BATCH images on, ConvNorm computes in another way. Half of the images must
+        # be enough for it, because whole minibatches are computed in that way.
         few = 2 * FOURIER_BATCH
     few = min(few, batch)
     # The warm-up.
@@ -168,8 +169,8 @@ def _measure_step(settings: Settings, config: Config, batch: int, side: int) -> 
         seconds_of_images = seconds(images)
     if images == batch:
         return seconds_of_images
-    # A line and not a proportion: OCNN's penalty and the spectra of ConvNorm's kernels cost the
-    # same for any minibatch, and are counted once.
+    # A line, not a proportion: OCNN's penalty and the spectra of ConvNorm's kernels cost the same
+    # for any minibatch.
     half = images // 2
     slope = max(0.0, seconds_of_images - seconds(half)) / (images - half)
     return seconds_of_images + (batch - images) * slope
