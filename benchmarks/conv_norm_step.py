@@ -44,16 +44,19 @@ def measure(settings: Settings) -> list[BenchmarkRow]:
 
 
 def _rows(settings: Settings, precision: str, system: list[Override]) -> list[BenchmarkRow]:
-    cost, speed = None, None
+    cost = None
+    speed = None
     if settings.device.type == "cuda":
         cost = 1.5
     elif precision == "fp32":
-        cost, speed = 1.6, 2.3
-    evaluated, attacked = settings.size(EVALUATED, 4), settings.size(ATTACKED, 4)
+        cost = 1.6
+        speed = 2.3
+    evaluated = settings.size(EVALUATED, 4)
+    attacked = settings.size(ATTACKED, 4)
     rows = []
     for batch in [settings.size(batch, 4) for batch in BATCHES]:
         size = [("data_loader.args.batch_size", str(batch))]
-        # The original's algorithm is timed in fp32 only: there is no goal in another precision.
+        # The original's algorithm is timed in fp32 only, because no other precision has a goal.
         names = LAYERS if precision == "fp32" else (CONV_NORM, BATCH_NORM)
         trainers = {
             name: build_trainer(step_config(settings, [*LAYERS[name], *size, *system]), name)
@@ -66,7 +69,8 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Be
     def evaluation(trainer: BaseTrainer) -> Callable[[], object]:
         return _evaluation(trainer, evaluated)
 
-    # Nor is there a goal against the original in evaluation.
+    # Evaluation and attack use the last trainers, those with the small minibatch. They have no goal
+    # against the original.
     trainers.pop(ORIGINAL, None)
     rows += _compared(
         settings, f"evaluation, {evaluated} images, {precision}", trainers, evaluation

@@ -1,6 +1,4 @@
-"""Peak memory of training steps, ConvNorm against BatchNorm, each measured in a process of its
-own.
-"""
+"""Peak memory of training steps, ConvNorm against BatchNorm, each in a process of its own."""
 
 import json
 import sys
@@ -31,6 +29,7 @@ STEPS = 2
 ALLOWED = 1.5
 REPEATS = 2
 """Processes of each side: peaks hardly vary, and a process takes ten seconds to start."""
+
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MEANING = {
     "tensors": "all tensors that are alive at the peak of a training step: weights, momentum,"
@@ -145,7 +144,7 @@ def _reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    # As every command does: the resident memory depends on it.
+    # Every command does this, and the resident memory depends on it.
     keep_freed_memory()
     device, threads, smoke, *side = sys.argv[1:]
     print(

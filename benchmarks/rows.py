@@ -19,7 +19,7 @@ class Settings:
         device: where the networks are.
         threads: CPU threads of torch, in this process and in the processes that are started.
         smoke: use tiny networks, batches and images, and one repeat, to show that everything runs.
-        checkpoint: run or checkpoint of a robust network that is attacked, too; None for none.
+        checkpoint: run or checkpoint of another robust network to attack; None for none.
         images: how many of its test images are attacked.
     """
 
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Goal:
-    """A number to reach from below (`at_least`) or to stay under."""
+    """The least value that meets it (`at_least`), or the largest."""
 
     value: float
     at_least: bool
@@ -71,15 +71,15 @@ class BenchmarkRow:
     Attributes:
         setting: what is measured, in a few words.
         ours: the name of our side.
-        result: what the goal is about, in units of `measure`: a ratio round by round, a difference,
-            or the value itself.
+        result: the number with the goal, in units of `measure`: a ratio round by round, a
+            difference, or the value itself.
         measure: `COST`, `SPEED`, or a unit.
         other: the name of the other side; None where there is none.
         unit: the unit of both sides' values.
         ours_value: median and spread of our side.
         other_value: median and spread of the other side.
         goal: a goal for `result.median`; None where the row is for information.
-        note: what a reader has to know.
+        note: an explanation below the table.
         skipped: why nothing was measured; then there are no values.
     """
 
@@ -109,7 +109,7 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class BenchmarkTable:
-    """Text in columns, of which the first names the line."""
+    """Text in columns; the first column names the line."""
 
     title: str
     heads: tuple[str, ...]

@@ -15,8 +15,9 @@ from benchmarks.timing import Spread
 GOAL = 6
 UNUSED = ("comet_ml", "tensorboard", "matplotlib")
 """Packages that the quickstart does not use."""
+
 NOTE = (
-    "a new process each time; from before it is started to the end of the first train_batch,"
+    "a new process each time; from just before it starts to the end of the first train_batch,"
     " imports included"
 )
 

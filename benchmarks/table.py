@@ -28,7 +28,7 @@ def format_text(results: Results) -> str:
 
 
 def format_markdown(results: Results) -> str:
-    """The same for a README: one table of all rows with their comparison, then the tables."""
+    """The same for a README: one table with the rows of all comparisons, then the other tables."""
     rows = [
         (name, row)
         for name, found in results.items()
