@@ -3,7 +3,7 @@ and back.
 
 Notation: f is a frequency of the full convolution's grid, of `size` points per axis. A stride s
 keeps every s-th point, so the output has a grid of `size / s` points. Its frequencies are called g.
-Subsampling in space adds up in frequency, for the DFT Z of the full and Y of the strided output:
+Subsampling adds up frequencies: with Z the DFT of the full output and Y that of the strided one,
 
     Y[g] = 1 / s * sum_a Z[g + a * size / s],    a = 0 ... s - 1
 
@@ -22,7 +22,7 @@ from .dft import dft
 
 FOURIER_BATCH = 16
 """The smallest batch for which the Fourier domain is faster on a CPU: the spectra of the kernels
-cost the same whatever the batch.
+cost the same for any batch.
 """
 
 FOURIER_SIZE = 50
@@ -88,7 +88,7 @@ class Axis(NamedTuple):
 
     @property
     def supported(self) -> bool:
-        """Whether a `Plan` can compute it."""
+        """Whether a `Plan` can handle this axis."""
         # A padding beyond the kernel's reach needs a larger grid than the full convolution's, and
         # aliases fall on one another only where the stride divides the grid.
         return 0 <= self.padding <= self.extent and self.size % self.stride == 0 and self.output > 0

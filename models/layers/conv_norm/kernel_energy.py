@@ -13,6 +13,8 @@ from .precision import without_autocast
 RELATIVE_FLOOR = 1e-6
 ABSOLUTE_FLOOR = 1e-12
 
+CosSin = tuple[Tensor, Tensor]
+
 
 def kernel_energy(
     weight: Tensor, size: tuple[int, int], dilation: tuple[int, int] = (1, 1)
@@ -75,9 +77,6 @@ def _energy_and_mean(
         # By Parseval the autocorrelation at lag 0 is the mean energy, on a grid no smaller than the
         # kernel. On a smaller one it is still a good scale.
         return energy, lags[:, height - 1 : height, width - 1 : width]
-
-
-CosSin = tuple[Tensor, Tensor]
 
 
 def _tables(

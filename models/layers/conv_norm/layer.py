@@ -32,7 +32,7 @@ class ConvNorm2d(nn.Conv2d):
     depthwise affine map and batch norm.
 
     For an input `x` `(B, C_in, H, W)` and a weight `w`, with `S = H + dilation * (k - 1)` per axis
-    (more if `padding` exceeds `dilation * (k - 1)` or pads with other values than zero):
+    (more if `padding` exceeds `dilation * (k - 1)`, or if `padding_mode` is not zeros):
 
     1. full convolution at stride 1, `z = w * x + bias`, `(B, C_out, S_h, S_w)`;
     2. filter, `z <- IDFT(V . DFT(z))` with `V = 1 / sqrt(sum_c |w^_c(f)|^2)` per output channel and
