@@ -48,20 +48,17 @@ def precisions(settings: Settings) -> dict[str, list[Override]]:
     }
 
 
-def step_overrides(settings: Settings, overrides: Iterable[Override] = ()) -> list[Override]:
-    """The settings' device, threads and network, digits, and then `overrides`."""
-    machine = [
-        ("system.device", str(settings.device)),
-        ("system.num_threads", str(settings.threads)),
-    ]
-    return [*NO_DOWNLOAD, *machine, ("arch.type", settings.network), *overrides]
-
-
 def step_config(
     settings: Settings, overrides: Iterable[Override] = (), file: str = "cifar10.json"
 ) -> Config:
-    """A shipped config with `step_overrides`."""
-    return load_config(ROOT / "configs" / file, step_overrides(settings, overrides))
+    """A shipped config on digits, with the device, threads and network of the settings."""
+    base = [
+        *NO_DOWNLOAD,
+        ("system.device", str(settings.device)),
+        ("system.num_threads", str(settings.threads)),
+        ("arch.type", settings.network),
+    ]
+    return load_config(ROOT / "configs" / file, [*base, *overrides])
 
 
 def build_trainer(config: Config, layers: str = "") -> BaseTrainer:
