@@ -140,8 +140,8 @@ def _seconds_per_step(settings: Settings, config: Config, measured: dict[str, fl
 def _measure_step(settings: Settings, config: Config, batch: int, side: int) -> float:
     """Seconds of a training step on a whole minibatch.
 
-    On a CPU a step that takes longer than `MEASURED_SECONDS` is computed from a line through the
-    times of as many images as take that long and of half as many.
+    On a CPU a step that takes longer than `MEASURED_SECONDS` is extrapolated from the times of as
+    many images as take that long and of half as many.
     """
     trainer = build_trainer(config)
 

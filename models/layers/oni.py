@@ -81,10 +81,9 @@ class ONIConv2d(nn.Conv2d):
 
     State: `weight`, `bias`, `WNScale` `(C_out, 1, 1, 1)`, a trainable factor per output channel.
 
-    Deviation: the original ConvNorm follows a rule of its own where C_out exceeds the fan-in, as in
-    a first layer and in the 1x1 convolutions that widen a shortcut (four layers of a ResNet-18).
-    Here the rule is the paper's unless `rule` says otherwise. Checkpoints of the original need the
-    original's.
+    Deviation: the original ConvNorm departs from the paper where C_out exceeds the fan-in. That is
+    the case in a first layer and in the 1x1 convolutions that widen a shortcut (four layers of a
+    ResNet-18). Here the paper's rule is the default. Checkpoints of the original need its own.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,

@@ -24,9 +24,9 @@ def kernel_energy(
 
     `w^_oc` is the two-dimensional DFT of kernel `(o, c)`, padded with zeros to `size` (or wrapped
     around, where it is larger). E is computed as the DFT of the kernel's autocorrelation, so no
-    padded kernel is ever transformed. An autocorrelation has only `2k-1` lags per axis. Summed over
-    the input channels they are sums along the diagonals of the `k^2 x k^2` Gram matrix of the
-    kernel's taps, so the cost does not grow with `size` times the number of input channels.
+    padded kernel is ever transformed. An autocorrelation has only `2k-1` lags per axis. Their sums
+    over the input channels are sums along the diagonals of the `k^2 x k^2` Gram matrix of the
+    kernel's taps. The cost therefore does not grow with `size` times the number of input channels.
 
     Args:
         weight: `(C_out, C_in / groups, k_h, k_w)`. No gradient flows back to it.
