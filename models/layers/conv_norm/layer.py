@@ -49,8 +49,8 @@ class ConvNorm2d(nn.Conv2d):
 
     Train and eval: in training V comes from the weights, and `running_V` follows it, `running_V <-
     f V + (1 - f) running_V`. The factor f is `momentum`; if that is None, it is `max(cosine
-    ramp-down over 40000 steps, 0.01)`. In eval V is `running_V`. Where that was never set or belongs
-    to another input size, V comes from the weights in eval, too.
+    ramp-down over 40000 steps, 0.01)`. In eval V is `running_V`. Where that was never set or
+    belongs to another input size, V comes from the weights in eval, too.
 
     Precision: also under autocast, V is computed in float64 (float32 on MPS), and the FFT runs in
     float32 at least. Where a CPU replaces the FFT by products with DFT matrices, these run in the
