@@ -21,8 +21,8 @@ from base.checkpoint import find_checkpoint
 from base.command_line import Parser, run_script
 from base.device import choose_device
 from base.errors import ConfigError
+from base.output import check_outputs, save_json, write_output, writing
 from base.registry import lookup
-from base.run_folder.files import write_json
 from benchmarks import (
     adversarial_step,
     attack_libraries,
@@ -35,10 +35,10 @@ from benchmarks import (
     studies_hours,
     training_step,
 )
-from benchmarks.rows import Row, Settings, Table
+from benchmarks.rows import BenchmarkRow, BenchmarkTable, Settings
 from benchmarks.table import format_markdown, format_text, summary
 
-COMPARISONS: dict[str, Callable[[Settings], Sequence[Row | Table]]] = {
+COMPARISONS: dict[str, Callable[[Settings], Sequence[BenchmarkRow | BenchmarkTable]]] = {
     "conv_norm_step": conv_norm_step.measure,
     "memory": memory.measure,
     "training_step": training_step.measure,
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     settings = _settings(arguments)
     hardware = machine.hardware(settings.device)
-    results: dict[str, list[Row | Table]] = {}
+    results: dict[str, list[BenchmarkRow | BenchmarkTable]] = {}
     seconds: dict[str, float] = {}
     # A name that is given twice is measured once.
     names = dict.fromkeys(arguments.only or COMPARISONS)
@@ -75,7 +75,7 @@ def main() -> None:
                     name: [item.as_dict() for item in found] for name, found in results.items()
                 },
             }
-            write_json(arguments.json, report)
+            save_json(arguments.json, report)
     lines = [
         machine.describe(hardware),
         f"{summary(results)}, in {sum(seconds.values()) / 60:.1f} minutes",
@@ -85,7 +85,9 @@ def main() -> None:
             "--smoke: tiny networks and images, one repeat; these numbers say nothing about speed"
         )
     if arguments.table:
-        arguments.table.write_text("\n\n".join([*lines, format_markdown(results)]))
+        text = "\n\n".join([*lines, format_markdown(results)])
+        with writing(arguments.table):
+            write_output(arguments.table, text.encode())
     print(format_text(results), *lines, sep="\n\n")
 
 
@@ -111,7 +113,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--checkpoint",
         metavar="RUN",
-        help="run or checkpoint of a robust network that is attacked, too",
+        help="run or checkpoint of a robust network to attack in addition",
     )
     parser.add_argument(
         "--images",
@@ -143,8 +145,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise ConfigError("--device cuda: no CUDA device is visible")
     if arguments.checkpoint:
         find_checkpoint(arguments.checkpoint)
-    for flag in ("json", "table"):
-        _check_writable(f"--{flag}", getattr(arguments, flag))
+    check_outputs({"--json": arguments.json, "--table": arguments.table}, {})
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
@@ -153,21 +154,13 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     )
 
 
-def _without_goal(item: Row | Table, settings: Settings) -> Row | Table:
+def _without_goal(
+    item: BenchmarkRow | BenchmarkTable, settings: Settings
+) -> BenchmarkRow | BenchmarkTable:
     # The goals are for real networks, not for the tiny ones of --smoke.
-    if settings.smoke and isinstance(item, Row):
+    if settings.smoke and isinstance(item, BenchmarkRow):
         return replace(item, goal=None)
     return item
-
-
-def _check_writable(flag: str, path: Path | None) -> None:
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

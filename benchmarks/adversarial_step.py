@@ -9,8 +9,8 @@ import torch
 from base.base_trainer import BaseTrainer
 from base.config import Override
 from benchmarks.plain_loops import adversarial_step
-from benchmarks.rows import Row, Settings, speed_row
-from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, step_of, systems
+from benchmarks.rows import BenchmarkRow, Settings, speed_row
+from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, precisions, step_config, step_of
 from benchmarks.timing import compare
 
 BATCH = 16
@@ -23,15 +23,15 @@ NOTE = (
 )
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> list[BenchmarkRow]:
     """A row for each precision."""
     return [
         _row(settings, precision, [*LAYERS[BATCH_NORM], *system])
-        for precision, system in systems(settings).items()
+        for precision, system in precisions(settings).items()
     ]
 
 
-def _row(settings: Settings, precision: str, overrides: list[Override]) -> Row:
+def _row(settings: Settings, precision: str, overrides: list[Override]) -> BenchmarkRow:
     batch, steps = settings.size(BATCH, 4), settings.size(10, 2)
     size = [("data_loader.args.batch_size", str(batch)), ("adversarial.steps", str(steps))]
     # Their loop averages no weights.

@@ -10,9 +10,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from base.config import Override, load_config
+from base.rooms import ROOT
 from benchmarks.attackers import Attacker, attackers
-from benchmarks.rows import Goal, Row, Settings, speed_row
-from benchmarks.steps import ROOT
+from benchmarks.rows import BenchmarkRow, Goal, Settings, speed_row
 from benchmarks.timing import Paired, compare
 from experiment.evaluation_flags import evaluation_parser
 from experiment.experiment import Experiment
@@ -32,7 +32,7 @@ class Network:
             half as accurate as without an attack.
         passes: PGD's passes over the images for the comparison of robust accuracies. From one pass
             to the next, random starts alone change the verdicts of one to three images.
-        direct: whether the attack alone is timed, too.
+        direct: whether a direct call of the attack is timed, too.
     """
 
     name: str
@@ -103,12 +103,12 @@ NOTE = (
 )
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> list[BenchmarkRow]:
     """Rows for two networks that are trained here, and for the network of `--checkpoint`."""
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         reason = f"{' and '.join(missing)} not installed: pip install -e '.[benchmarks]'"
-        return [Row("attacks on a robust network", WITH_GOAL, skipped=reason)]
+        return [BenchmarkRow("attacks on a robust network", WITH_GOAL, skipped=reason)]
     rows = []
     large = replace(LARGE, overrides=(*LARGE.overrides, ("arch.type", settings.network)))
     for network in (SMALL, large):
@@ -150,7 +150,7 @@ def _evaluation(run: str, settings: Settings, images: int | None) -> Evaluation:
     return load_evaluation(arguments, overrides, limit=limit, batch_size=250)
 
 
-def _rows(settings: Settings, evaluation: Evaluation, network: Network) -> list[Row]:
+def _rows(settings: Settings, evaluation: Evaluation, network: Network) -> list[BenchmarkRow]:
     rows = []
     for attack, (steps, norm, goal) in ATTACKS.items():
         epsilon, step = network.sizes[norm]
@@ -172,7 +172,7 @@ def _rows(settings: Settings, evaluation: Evaluation, network: Network) -> list[
         for name in _ours(sides):
             at_least = goal if name.startswith(WITH_GOAL) else None
             rows.append(speed_row(setting, times, name, faster, at_least, images=images, note=NOTE))
-        # Of equally strong libraries the faster one, which has made more passes.
+        # If both are equally strong, the faster one: it has made more passes.
         lowest = min(LIBRARIES, key=lambda name: (median(sides[name].accuracies), name != faster))
         if steps:
             for name, side in sides.items():
@@ -188,7 +188,7 @@ def _ours(sides: dict[str, Attacker]) -> list[str]:
     return [name for name in sides if name not in LIBRARIES]
 
 
-def _accuracy_rows(setting: str, sides: dict[str, Attacker], lowest: str) -> list[Row]:
+def _accuracy_rows(setting: str, sides: dict[str, Attacker], lowest: str) -> list[BenchmarkRow]:
     """The robust accuracies of our sides in percentage points, and how far they are above that of
     the library with the lowest.
     """
@@ -201,7 +201,7 @@ def _accuracy_rows(setting: str, sides: dict[str, Attacker], lowest: str) -> lis
         }
         points = Paired(values)
         rows.append(
-            Row(
+            BenchmarkRow(
                 f"{setting}: robust accuracy",
                 name,
                 points.difference(name, lowest),

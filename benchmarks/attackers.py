@@ -21,9 +21,9 @@ from base.seeding import torch_generator
 from evaluation.robust_accuracy import attack_loader
 from experiment.loading import Evaluation
 
-Correct = Callable[[Tensor, Tensor, int], Tensor]
-"""`(images, labels, seed) -> whether the label survived the attack (B,)`. The libraries draw from
-torch's global generator.
+Survives = Callable[[Tensor, Tensor, int], Tensor]
+"""`(images, labels, seed) -> whether each prediction survived the attack (B,)`. The libraries draw
+from torch's global generator instead of the seed's.
 """
 
 
@@ -81,7 +81,7 @@ def attackers(
     return {name: Attacker(accuracy) for name, accuracy in passes.items()}
 
 
-def _direct(model: nn.Module, attack: Attack) -> Correct:
+def _direct(model: nn.Module, attack: Attack) -> Survives:
     def survives(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         generator = torch_generator(seed, "attack")
         return _is_right(model, attack(model, images, labels, generators=generator), labels)
@@ -108,14 +108,14 @@ def _torchattacks(model: nn.Module, steps: int, norm: str, epsilon: float, step_
     if norm == "l2":
         if steps:
             return torchattacks.PGDL2(model, epsilon, step_size, steps=steps)
-        # torchattacks has no FGSM for l2: one full step of its PGD from the image stands for it.
+        # torchattacks has no FGSM for l2. One full step of its PGD from the image is the same.
         return torchattacks.PGDL2(model, epsilon, step_size, steps=1, random_start=False)
     if steps:
         return torchattacks.PGD(model, epsilon, step_size, steps)
     return torchattacks.FGSM(model, epsilon)
 
 
-def _foolbox(model: nn.Module, steps: int, norm: str, epsilon: float, step_size: float) -> Correct:
+def _foolbox(model: nn.Module, steps: int, norm: str, epsilon: float, step_size: float) -> Survives:
     import foolbox
 
     kinds = {
@@ -142,7 +142,7 @@ def _is_right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return model(images).argmax(dim=1) == labels
 
 
-def _over_batches(evaluation: Evaluation, survives: Correct) -> Callable[[int], float]:
+def _over_batches(evaluation: Evaluation, survives: Survives) -> Callable[[int], float]:
     def accuracy(seed: int) -> float:
         right = [survives(images, labels, seed) for images, labels in evaluation.loader]
         return float(sum(part.sum() for part in right)) / evaluation.loader.n_samples

@@ -9,16 +9,16 @@ import torch
 from attacks import PGD
 from base.base_trainer import BaseTrainer
 from base.config import Override
-from benchmarks.rows import Row, Settings, cost_row, speed_row
+from benchmarks.rows import BenchmarkRow, Settings, cost_row, speed_row
 from benchmarks.steps import (
     BATCH_NORM,
     CONV_NORM,
     LAYERS,
     ORIGINAL,
     build_trainer,
+    precisions,
     step_config,
     step_of,
-    systems,
 )
 from benchmarks.timing import Paired, compare
 from experiment.build import evaluator
@@ -32,28 +32,31 @@ ATTACKED = 32
 ATTACK_STEPS = 2
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> list[BenchmarkRow]:
     """For each precision, training steps, evaluation and attack, against BatchNorm and against the
     original's algorithm.
     """
     return [
         row
-        for precision, system in systems(settings).items()
+        for precision, system in precisions(settings).items()
         for row in _rows(settings, precision, system)
     ]
 
 
-def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Row]:
-    cost, speed = None, None
+def _rows(settings: Settings, precision: str, system: list[Override]) -> list[BenchmarkRow]:
+    cost = None
+    speed = None
     if settings.device.type == "cuda":
         cost = 1.5
     elif precision == "fp32":
-        cost, speed = 1.6, 2.3
-    evaluated, attacked = settings.size(EVALUATED, 4), settings.size(ATTACKED, 4)
+        cost = 1.6
+        speed = 2.3
+    evaluated = settings.size(EVALUATED, 4)
+    attacked = settings.size(ATTACKED, 4)
     rows = []
     for batch in [settings.size(batch, 4) for batch in BATCHES]:
         size = [("data_loader.args.batch_size", str(batch))]
-        # The original's algorithm is timed in fp32 only: there is no goal in another precision.
+        # The original's algorithm is timed in fp32 only, because no other precision has a goal.
         names = LAYERS if precision == "fp32" else (CONV_NORM, BATCH_NORM)
         trainers = {
             name: build_trainer(step_config(settings, [*LAYERS[name], *size, *system]), name)
@@ -66,7 +69,8 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Ro
     def evaluation(trainer: BaseTrainer) -> Callable[[], object]:
         return _evaluation(trainer, evaluated)
 
-    # Nor is there a goal against the original in evaluation.
+    # Evaluation and attack use the last trainers, those with the small minibatch. They have no goal
+    # against the original.
     trainers.pop(ORIGINAL, None)
     rows += _compared(
         settings, f"evaluation, {evaluated} images, {precision}", trainers, evaluation
@@ -87,7 +91,7 @@ def _compared(
     side: Callable[[BaseTrainer], Callable[[], object]],
     at_most: float | None = None,
     at_least: float | None = None,
-) -> list[Row]:
+) -> list[BenchmarkRow]:
     """A row against BatchNorm with the goal `at_most`, and, where the original is among the
     trainers, one against it with the goal `at_least`.
     """

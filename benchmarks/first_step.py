@@ -3,8 +3,8 @@
     python -m benchmarks.first_step PACKAGE,PACKAGE -c CONFIG --run_dir DIR ...
 
 The last line printed says when the step was finished, in seconds of the clock that all processes
-share, and which of the packages were imported. This module must not import anything that train.py
-does not import itself.
+share, and which of the packages were imported. This module must import only what train.py imports
+itself.
 """
 
 import json

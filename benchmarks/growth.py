@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from base.base_trainer import BaseTrainer
 from base.config import Override
-from benchmarks.rows import Settings, Table
+from benchmarks.rows import BenchmarkTable, Settings
 from benchmarks.steps import (
     BATCH_NORM,
     CONV_NORM,
     LAYERS,
     build_trainer,
+    precisions,
     random_images,
     step_config,
     step_of,
-    systems,
 )
 from benchmarks.table import format_number
 from benchmarks.timing import seconds_of
@@ -49,9 +49,9 @@ class Growth:
     steps: Callable[[str], Mapping[int, Step]]
 
 
-def measure(settings: Settings) -> list[Table]:
+def measure(settings: Settings) -> list[BenchmarkTable]:
     """A table for each size, in the precision that `auto` picks."""
-    precision, system = list(systems(settings).items())[-1]
+    precision, system = list(precisions(settings).items())[-1]
     return [_table(settings, growth) for growth in _growths(settings, system, precision)]
 
 
@@ -108,7 +108,7 @@ def _growths(settings: Settings, system: list[Override], precision: str) -> list
     ]
 
 
-def _table(settings: Settings, growth: Growth) -> Table:
+def _table(settings: Settings, growth: Growth) -> BenchmarkTable:
     seconds: dict[str, list[float]] = {}
     for layers in COMPARED:
         steps = growth.steps(layers)
@@ -125,7 +125,7 @@ def _table(settings: Settings, growth: Growth) -> Table:
             cells += [format_number(taken), format_number(1000 * taken / images)]
         ratio = seconds[CONV_NORM][position] / seconds[BATCH_NORM][position]
         lines.append((*cells, format_number(ratio)))
-    return Table(growth.title, (*heads, "ConvNorm / BatchNorm"), tuple(lines))
+    return BenchmarkTable(growth.title, (*heads, "ConvNorm / BatchNorm"), tuple(lines))
 
 
 def _seconds(settings: Settings, step: Step) -> float:

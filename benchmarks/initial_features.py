@@ -1,4 +1,5 @@
-"""How far apart images are in the last features of untrained networks, and how far PGD moves them.
+"""How far apart images lie in the last features of untrained networks, and how far an attack moves
+them.
 
     python -m benchmarks.initial_features configs/small_wide_resnet.json 0 1 2 3
 
@@ -34,7 +35,10 @@ def main() -> None:
         pairs = [share_and_movement(file, [*overrides, ("seed", seed)]) for seed in seeds]
         shares = ", ".join(f"{share:.1%}" for share, _ in pairs)
         movements = ", ".join(f"{movement:.2f}" for _, movement in pairs)
-        print(f"{name}: {shares} lie between images, the attack moves them by {movements} of that")
+        print(
+            f"{name}: {shares} of the mean square is variance between images; the attack moves the"
+            f" features by {movements} times that variance"
+        )
 
 
 def share_and_movement(file: str, overrides: list[Override]) -> tuple[float, float]:

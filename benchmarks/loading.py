@@ -4,12 +4,11 @@ and the share of a training step.
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 
 from benchmarks.plain_loops import plain_loader
-from benchmarks.rows import Goal, Row, Settings, speed_row
-from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, step_of, systems
+from benchmarks.rows import BenchmarkRow, Goal, Settings, speed_row
+from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, precisions, step_config, step_of
 from benchmarks.timing import Paired, compare
 from data_loader.data_loaders import CIFAR10_MEAN, CIFAR10_STD
 from data_loader.image_data_loader import ImageDataLoader
@@ -25,7 +24,7 @@ NOTE = (
 )
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> list[BenchmarkRow]:
     """Rows against two workers and against none, and one of the share of a training step."""
     count, batch = settings.size(IMAGES, 64), settings.size(BATCH, 16)
     pixels = torch.randint(
@@ -49,21 +48,18 @@ def measure(settings: Settings) -> list[Row]:
 def _our_loader(
     pixels: torch.Tensor, labels: torch.Tensor, batch: int, device: torch.device
 ) -> ImageDataLoader:
-    sizes = {
-        "batch_size": batch,
-        "mean": CIFAR10_MEAN,
-        "std": CIFAR10_STD,
-        "crop_padding": 4,
-        "flip": True,
-    }
     names = [str(label) for label in range(10)]
     return ImageDataLoader(
         MemoryImages(pixels),
-        labels.numpy().astype(np.int64),
+        labels.numpy(),
         names,
+        batch_size=batch,
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+        crop_padding=4,
+        flip=True,
         shuffle=True,
         device=device,
-        **sizes,
     )
 
 
@@ -75,7 +71,7 @@ def _ours(loader: ImageDataLoader) -> Callable[[], object]:
 
     def side() -> None:
         for images, _ in loader:
-            # The model does this first; on the other side the transform Normalize does.
+            # Our models normalize; on the other side the transform Normalize does.
             (images - mean) / std
 
     return side
@@ -92,11 +88,11 @@ def _theirs(loader: Iterable, device: torch.device) -> Callable[[], object]:
 
 def _share_of_step(
     settings: Settings, pixels: torch.Tensor, labels: torch.Tensor, batch: int
-) -> Row:
+) -> BenchmarkRow:
     """The time of loading a batch over that of the training step on it, in the precision that
     `auto` picks.
     """
-    precision, system = list(systems(settings).items())[-1]
+    precision, system = list(precisions(settings).items())[-1]
     size = [("data_loader.args.batch_size", str(batch))]
     trainer = build_trainer(step_config(settings, [*LAYERS[BATCH_NORM], *size, *system]))
     loader = _our_loader(pixels, labels, batch, settings.device)
@@ -110,7 +106,7 @@ def _share_of_step(
     values = {"ours_value": times.spread("loading"), "other_value": times.spread("step")}
     share = times.ratio("loading", "step")
     title = f"batch of {batch}, BatchNorm, {precision}"
-    return Row(
+    return BenchmarkRow(
         title,
         "loading",
         share,

@@ -1,4 +1,4 @@
-"""The hardware and the versions of a measurement, without names of machines, users or folders."""
+"""The hardware and versions of a measurement, without the names of machines, users or folders."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from base.device import choose_precision
+from base.distributed.launch import available_cpus
 from base.run_folder.environment import environment
 
 PEERS = ("torchvision", "torchattacks", "foolbox")
@@ -17,11 +18,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
     commit, as plain values.
     """
     found = environment()
-    # The cores that this process may use. macOS and Windows cannot tell.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": found["cpu"],
-        "cores": cores,
+        "cores": available_cpus(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory(),
         "device": device.type,

@@ -1,6 +1,4 @@
-"""Peak memory of training steps, ConvNorm against BatchNorm, each measured in a process of its
-own.
-"""
+"""Peak memory of training steps, ConvNorm against BatchNorm, each in a process of its own."""
 
 import json
 import sys
@@ -14,15 +12,15 @@ from torch.profiler import ProfilerActivity, profile
 from base.allocator import keep_freed_memory
 from base.base_trainer import BaseTrainer
 from benchmarks.processes import python
-from benchmarks.rows import Row, Settings, cost_row
+from benchmarks.rows import BenchmarkRow, Settings, cost_row
 from benchmarks.steps import (
     BATCH_NORM,
     CONV_NORM,
     LAYERS,
     build_trainer,
+    precisions,
     step_config,
     step_of,
-    systems,
 )
 from benchmarks.timing import Paired
 
@@ -31,6 +29,7 @@ STEPS = 2
 ALLOWED = 1.5
 REPEATS = 2
 """Processes of each side: peaks hardly vary, and a process takes ten seconds to start."""
+
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MEANING = {
     "tensors": "all tensors that are alive at the peak of a training step: weights, momentum,"
@@ -40,10 +39,10 @@ MEANING = {
 }
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> list[BenchmarkRow]:
     """For each precision a row of tensors and, on a CPU, one of resident memory."""
     rows = []
-    for precision in systems(settings):
+    for precision in precisions(settings):
         used: dict[str, dict[str, list[float]]] = {
             kind: {CONV_NORM: [], BATCH_NORM: []} for kind in MEANING
         }
@@ -64,7 +63,7 @@ def measure(settings: Settings) -> list[Row]:
                     note=MEANING[kind],
                 )
             else:
-                row = Row(
+                row = BenchmarkRow(
                     title,
                     CONV_NORM,
                     other=BATCH_NORM,
@@ -92,7 +91,7 @@ def bytes_of_training(settings: Settings, layers: str, precision: str) -> dict[s
     """
     size = [("data_loader.args.batch_size", str(settings.size(BATCH, 4)))]
     trainer = build_trainer(
-        step_config(settings, [*LAYERS[layers], *size, *systems(settings)[precision]]), layers
+        step_config(settings, [*LAYERS[layers], *size, *precisions(settings)[precision]]), layers
     )
     step = step_of(trainer)
     if settings.device.type == "cuda":
@@ -145,7 +144,7 @@ def _reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    # As every command does: the resident memory depends on it.
+    # Every command does this, and the resident memory depends on it.
     keep_freed_memory()
     device, threads, smoke, *side = sys.argv[1:]
     print(

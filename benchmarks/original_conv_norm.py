@@ -16,9 +16,9 @@ class OriginalConvNorm(nn.Module):
 
     Every forward pass in training transforms all `C_out x C_in` kernels, padded with zeros to the
     size of the full convolution, and sums their squared magnitudes over the inputs: `V = 1 /
-    sqrt(sum_c |w^_c|^2)`, a constant for the gradient. The output of the full convolution, at
-    stride 1 whatever the stride is, is transformed, multiplied by V, transformed back and cropped;
-    of it every `stride`-th row and column is kept. A depthwise affine convolution and a batch
+    sqrt(sum_c |w^_c|^2)`, a constant for the gradient. The full convolution has stride 1 whatever
+    the layer's stride. Its output is transformed, multiplied by V, transformed back and cropped,
+    and every `stride`-th row and column is kept. A depthwise affine convolution and a batch
     normalization follow.
 
     A 1x1 kernel has the same energy at every frequency, so V is one number per channel, and nothing
@@ -86,5 +86,5 @@ def use_original_conv_norm(model: nn.Module) -> nn.Module:
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    # There is no FFT of bf16.
+    # torch has no FFT for bfloat16.
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from base.errors import ConfigError
-from benchmarks.steps import ROOT
+from base.rooms import ROOT
 
 
 def python(arguments: Sequence[str], threads: int) -> str:
-    """Run Python with these arguments in the project's folder, and return what it printed.
+    """Run Python with these arguments in the project's folder, and return its standard output.
 
     Raises:
-        ConfigError: it failed; with the last line of its stderr.
+        ConfigError: it failed; the message holds the last line of its stderr.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(  # noqa: S603 - this interpreter, arguments of this package

@@ -19,7 +19,7 @@ class Settings:
         device: where the networks are.
         threads: CPU threads of torch, in this process and in the processes that are started.
         smoke: use tiny networks, batches and images, and one repeat, to show that everything runs.
-        checkpoint: run or checkpoint of a robust network that is attacked, too; None for none.
+        checkpoint: run or checkpoint of another robust network to attack; None for none.
         images: how many of its test images are attacked.
     """
 
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Goal:
-    """A number to reach from below (`at_least`) or to stay under."""
+    """The least value that meets it (`at_least`), or the largest."""
 
     value: float
     at_least: bool
@@ -65,21 +65,21 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One comparison of two sides, or of one side with a limit.
 
     Attributes:
         setting: what is measured, in a few words.
         ours: the name of our side.
-        result: what the goal is about, in units of `measure`: a ratio round by round, a difference,
-            or the value itself.
+        result: the number with the goal, in units of `measure`: a ratio round by round, a
+            difference, or the value itself.
         measure: `COST`, `SPEED`, or a unit.
         other: the name of the other side; None where there is none.
         unit: the unit of both sides' values.
         ours_value: median and spread of our side.
         other_value: median and spread of the other side.
         goal: a goal for `result.median`; None where the row is for information.
-        note: what a reader has to know.
+        note: an explanation below the table.
         skipped: why nothing was measured; then there are no values.
     """
 
@@ -108,8 +108,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Text in columns, of which the first names the line."""
+class BenchmarkTable:
+    """Text in columns; the first column names the line."""
 
     title: str
     heads: tuple[str, ...]
@@ -130,7 +130,7 @@ def cost_row(
     *,
     unit: str = "s",
     note: str = "",
-) -> Row:
+) -> BenchmarkRow:
     """The cost of our side over that of the other side; with the unit "MiB", `pairs` are bytes."""
     if unit == "MiB":
         pairs = Paired(
@@ -138,7 +138,7 @@ def cost_row(
         )
     goal = None if at_most is None else Goal(at_most, at_least=False)
     values = {"ours_value": pairs.spread(ours), "other_value": pairs.spread(other)}
-    return Row(
+    return BenchmarkRow(
         setting, ours, pairs.ratio(ours, other), COST, other, unit, **values, goal=goal, note=note
     )
 
@@ -152,7 +152,7 @@ def speed_row(
     *,
     images: int | None = None,
     note: str = "",
-) -> Row:
+) -> BenchmarkRow:
     """How many times as fast as the other side ours is.
 
     The sides' values are seconds; images per second where `images`, their number in a round, is
@@ -165,6 +165,6 @@ def speed_row(
         unit = "images/s"
         values = {"ours_value": times.rate(ours, images), "other_value": times.rate(other, images)}
     goal = None if at_least is None else Goal(at_least, at_least=True)
-    return Row(
+    return BenchmarkRow(
         setting, ours, times.ratio(other, ours), SPEED, other, unit, **values, goal=goal, note=note
     )

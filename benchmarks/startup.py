@@ -9,19 +9,20 @@ from time import monotonic
 from typing import Any
 
 from benchmarks.processes import python
-from benchmarks.rows import Goal, Row, Settings
+from benchmarks.rows import BenchmarkRow, Goal, Settings
 from benchmarks.timing import Spread
 
 GOAL = 6
 UNUSED = ("comet_ml", "tensorboard", "matplotlib")
 """Packages that the quickstart does not use."""
+
 NOTE = (
-    "a new process each time; from before it is started to the end of the first train_batch,"
+    "a new process each time; from just before it starts to the end of the first train_batch,"
     " imports included"
 )
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> list[BenchmarkRow]:
     """A row of seconds, and one that counts the packages imported without need."""
     runs = [_first_step(settings) for _ in range(settings.repeats)]
     seconds = Spread.of([run["seconds"] for run in runs])
@@ -30,7 +31,7 @@ def measure(settings: Settings) -> list[Row]:
     found = ", ".join(imported) or "none of them"
     command = "python train.py -c configs/quickstart.json"
     return [
-        Row(
+        BenchmarkRow(
             "from the command to the first step",
             command,
             seconds,
@@ -38,7 +39,7 @@ def measure(settings: Settings) -> list[Row]:
             goal=Goal(GOAL, at_least=False),
             note=NOTE,
         ),
-        Row(
+        BenchmarkRow(
             "packages imported without need",
             command,
             counts,

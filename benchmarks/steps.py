@@ -11,11 +11,11 @@ from torch import Tensor
 from base.base_trainer import BaseTrainer
 from base.config import Config, Override, load_config
 from base.device import choose_precision
+from base.rooms import ROOT
 from benchmarks.original_conv_norm import use_original_conv_norm
 from benchmarks.rows import Settings
 from experiment.experiment import Experiment
 
-ROOT = Path(__file__).parents[1]
 BATCH_NORM, CONV_NORM, ORIGINAL = "BatchNorm", "ConvNorm", "ConvNorm as published"
 LAYERS: dict[str, list[Override]] = {
     BATCH_NORM: [("arch.args.conv_layer_type", "conv"), ("arch.args.norm_layer_type", "bn")],
@@ -34,13 +34,13 @@ NO_DOWNLOAD: list[Override] = [
     # The same few images come again and again, which must not make the weights diverge.
     ("optimizer.args.lr", "0.001"),
 ]
-"""scikit-learn's digits, 32 x 32 RGB like CIFAR-10's images: the time of a step does not depend on
-their content.
+"""scikit-learn's digits at 32 x 32 RGB in place of CIFAR-10's images: the time of a step does not
+depend on their content.
 """
 
 
-def systems(settings: Settings) -> dict[str, list[Override]]:
-    """Precision -> config values: fp32, and what `auto` picks on this device, if it is another."""
+def precisions(settings: Settings) -> dict[str, list[Override]]:
+    """Precision -> config values, for fp32 and then for what `auto` picks, if that differs."""
     automatic = choose_precision("auto", settings.device)
     return {
         precision: [("system.precision", precision)]
@@ -48,20 +48,17 @@ def systems(settings: Settings) -> dict[str, list[Override]]:
     }
 
 
-def step_overrides(settings: Settings, overrides: Iterable[Override] = ()) -> list[Override]:
-    """The settings' device, threads and network, digits, and then `overrides`."""
-    machine = [
-        ("system.device", str(settings.device)),
-        ("system.num_threads", str(settings.threads)),
-    ]
-    return [*NO_DOWNLOAD, *machine, ("arch.type", settings.network), *overrides]
-
-
 def step_config(
     settings: Settings, overrides: Iterable[Override] = (), file: str = "cifar10.json"
 ) -> Config:
-    """A shipped config with `step_overrides`."""
-    return load_config(ROOT / "configs" / file, step_overrides(settings, overrides))
+    """A shipped config on digits, with the device, threads and network of the settings."""
+    base = [
+        *NO_DOWNLOAD,
+        ("system.device", str(settings.device)),
+        ("system.num_threads", str(settings.threads)),
+        ("arch.type", settings.network),
+    ]
+    return load_config(ROOT / "configs" / file, [*base, *overrides])
 
 
 def build_trainer(config: Config, layers: str = "") -> BaseTrainer:

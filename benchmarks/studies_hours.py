@@ -8,8 +8,9 @@ from pathlib import Path
 from base.config import Config, Override, load_config, validate
 from base.config.files import override
 from base.registry import CONV_LAYERS
-from benchmarks.rows import Settings, Table
-from benchmarks.steps import NO_DOWNLOAD, ROOT, build_trainer, random_images, step_of
+from base.rooms import ROOT
+from benchmarks.rows import BenchmarkTable, Settings
+from benchmarks.steps import NO_DOWNLOAD, build_trainer, random_images, step_of
 from benchmarks.table import format_number
 from benchmarks.timing import seconds_of
 from models.layers.conv_norm.fourier_plan import FOURIER_BATCH
@@ -41,7 +42,7 @@ NO_DATA: list[Override] = [
 ]
 
 
-def measure(settings: Settings) -> list[Table]:
+def measure(settings: Settings) -> list[BenchmarkTable]:
     """A line for each grid of `configs/ablations` and for each config of a single run."""
     configs = ROOT / "configs"
     grids = sorted((configs / "ablations").glob("*.json"))
@@ -64,7 +65,7 @@ def measure(settings: Settings) -> list[Table]:
         "hours on this hardware",
     )
     note = _note(settings, len(seconds_per_step))
-    return [Table("Hours of every shipped study", heads, tuple(lines), note)]
+    return [BenchmarkTable("Hours of every shipped study", heads, tuple(lines), note)]
 
 
 def _few(settings: Settings, files: list[Path]) -> list[Path]:
@@ -139,8 +140,8 @@ def _seconds_per_step(settings: Settings, config: Config, measured: dict[str, fl
 def _measure_step(settings: Settings, config: Config, batch: int, side: int) -> float:
     """Seconds of a training step on a whole minibatch.
 
-    On a CPU a step that takes longer than `MEASURED_SECONDS` is computed from a line through the
-    times of as many images as take that long and of half as many.
+    On a CPU a step that takes longer than `MEASURED_SECONDS` is extrapolated from the times of as
+    many images as take that long and of half as many.
     """
     trainer = build_trainer(config)
 
@@ -150,8 +151,8 @@ def _measure_step(settings: Settings, config: Config, batch: int, side: int) -> 
 
     few = FEW_IMAGES
     if CONV_LAYERS[config.arch.args.conv_layer_type] is ConvNorm2d:
-        # From FOURIER_BATCH images on ConvNorm computes in another way. Half of these images must
-        # be enough for it, as a whole minibatch is.
+        # From FOURIER_BATCH images on, ConvNorm computes in another way. Half of the images must
+        # be enough for it, because whole minibatches are computed in that way.
         few = 2 * FOURIER_BATCH
     few = min(few, batch)
     # The warm-up.
@@ -168,8 +169,8 @@ def _measure_step(settings: Settings, config: Config, batch: int, side: int) -> 
         seconds_of_images = seconds(images)
     if images == batch:
         return seconds_of_images
-    # A line and not a proportion: OCNN's penalty and the spectra of ConvNorm's kernels cost the
-    # same for any minibatch, and are counted once.
+    # A line, not a proportion: OCNN's penalty and the spectra of ConvNorm's kernels cost the same
+    # for any minibatch.
     half = images // 2
     slope = max(0.0, seconds_of_images - seconds(half)) / (images - half)
     return seconds_of_images + (batch - images) * slope

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.rows import Row, Table
+from benchmarks.rows import BenchmarkRow, BenchmarkTable
 from benchmarks.timing import Spread
 from reports.text_table import text_table
 
 HEADS = ("what", "ours", "median", "other", "median", "result (quartiles)", "goal", "met", "n")
-Results = Mapping[str, Sequence[Row | Table]]
+Results = Mapping[str, Sequence[BenchmarkRow | BenchmarkTable]]
 """Comparison -> its rows and tables."""
 
 
@@ -15,11 +15,11 @@ def format_text(results: Results) -> str:
     """Every comparison under its name, rows first, then tables, then notes."""
     parts = []
     for name, found in results.items():
-        rows = [item for item in found if isinstance(item, Row)]
+        rows = [item for item in found if isinstance(item, BenchmarkRow)]
         lines = [f"== {name}"]
         if rows:
             lines.append(text_table(HEADS, [_cells(row) for row in rows]))
-        for table in (item for item in found if isinstance(item, Table)):
+        for table in (item for item in found if isinstance(item, BenchmarkTable)):
             lines += ["", table.title, text_table(table.heads, table.lines)]
             if table.note:
                 lines.append(table.note)
@@ -28,9 +28,16 @@ def format_text(results: Results) -> str:
 
 
 def format_markdown(results: Results) -> str:
-    """The same for a README: one table of all rows with their comparison, then the tables."""
-    rows = [(name, row) for name, found in results.items() for row in found if isinstance(row, Row)]
-    tables = [item for found in results.values() for item in found if isinstance(item, Table)]
+    """The same for a README: one table with the rows of all comparisons, then the other tables."""
+    rows = [
+        (name, row)
+        for name, found in results.items()
+        for row in found
+        if isinstance(row, BenchmarkRow)
+    ]
+    tables = [
+        item for found in results.values() for item in found if isinstance(item, BenchmarkTable)
+    ]
     parts = []
     if rows:
         parts.append(_grid(("comparison", *HEADS), [(name, *_cells(row)) for name, row in rows]))
@@ -46,7 +53,7 @@ def summary(results: Results) -> str:
         row.met
         for found in results.values()
         for row in found
-        if isinstance(row, Row) and row.met is not None
+        if isinstance(row, BenchmarkRow) and row.met is not None
     ]
     return f"{sum(verdicts)} of {len(verdicts)} goals met"
 
@@ -59,7 +66,7 @@ def format_number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: BenchmarkRow) -> tuple[str, ...]:
     if row.result is None:
         return (row.setting, row.ours, "", "", "", f"skipped: {row.skipped}", "", "", "")
     goal, met = "", ""
@@ -91,7 +98,7 @@ def _value(value: Spread | None, unit: str) -> str:
     return f"{format_number(value.median)} {unit}"
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[BenchmarkRow]) -> list[str]:
     return list(dict.fromkeys(row.note for row in rows if row.note))
 
 

@@ -95,7 +95,7 @@ def compare(
 def seconds_of(
     side: Callable[[], object], repeats: int, *, warmup: int = 1, device: torch.device | str = "cpu"
 ) -> Spread:
-    """Seconds that one thing takes; see `compare`."""
+    """The seconds that one side takes alone; see `compare`."""
     return compare({"": side}, repeats, warmup=warmup, device=device).spread("")
 
 

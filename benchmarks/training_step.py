@@ -9,8 +9,8 @@ import torch
 from base.base_trainer import BaseTrainer
 from base.meters import Meters
 from benchmarks.plain_loops import plain_loader, train_epoch
-from benchmarks.rows import Row, Settings, speed_row
-from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, systems
+from benchmarks.rows import BenchmarkRow, Settings, speed_row
+from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, precisions, step_config
 from benchmarks.timing import compare
 from models import build_model
 
@@ -25,7 +25,7 @@ NOTE = (
 )
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> list[BenchmarkRow]:
     """One row for each precision of our side; the plain loop is always fp32, NCHW."""
     batch, batches = settings.size(BATCH, 8), settings.size(BATCHES, 1)
     size = [
@@ -36,7 +36,7 @@ def measure(settings: Settings) -> list[Row]:
         f"Trainer, {precision}": build_trainer(
             step_config(settings, [*LAYERS[BATCH_NORM], *size, *system])
         )
-        for precision, system in systems(settings).items()
+        for precision, system in precisions(settings).items()
     }
     # The goal is for the precision that `auto` picks, the last one.
     *others, picked = trainers

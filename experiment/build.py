@@ -32,7 +32,7 @@ from data_loader.label_noise import LabelNoise
 from data_loader.own_images import build_loader
 from evaluation.accuracy import evaluate
 from experiment import build_attacks
-from models import MODELS, arguments_of, build_model
+from models import MODELS, build_model, model_arguments
 from models.losses import LOSSES
 from models.metrics import METRICS
 from models.ocnn import penalty
@@ -110,7 +110,7 @@ def completed_config(config: Config, loader: BaseDataLoader) -> Config:
 def with_shape(config: Config, num_classes: int, channels: int) -> Config:
     """Return the config with these classes and channels, if its model has such arguments."""
     facts = {"num_classes": num_classes, "in_channels": channels}
-    taken = arguments_of(lookup(MODELS, config.arch.type, "arch.type"))
+    taken = model_arguments(lookup(MODELS, config.arch.type, "arch.type"))
     filled = {name: value for name, value in facts.items() if name in taken}
     args = config.arch.args.model_copy(update=filled)
     return config.model_copy(update={"arch": config.arch.model_copy(update={"args": args})})

@@ -5,8 +5,7 @@ from functools import partial
 from typing import Any
 
 from base.base_model import BaseModel
-from base.config.arguments import accepts_any_keyword
-from base.config.arguments import arguments_of as constructor_arguments
+from base.config.arguments import accepts_any_keyword, arguments_of
 from base.config.config import LAYER_CHOICES, LAYER_TYPES, ArchArgs
 from base.errors import ConfigError
 from base.registry import MODELS, did_you_mean, lookup
@@ -19,7 +18,7 @@ from models.simple_cnn import SimpleCNN, SimpleCNN2
 from models.vgg import VGG
 from models.wide_resnet import WideResNet
 
-__all__ = ["MODELS", "build_model"]
+__all__ = ["MODELS", "build_model", "model_arguments"]
 
 MODELS.update(
     {
@@ -42,8 +41,8 @@ MODELS.update(
 )
 
 INITIALIZATION = ("init", "zero_init_residual")
-"""The `arch.args` that every model has and no constructor takes: they choose the initial
-weights.
+"""The `arch.args` that choose the initial weights: every model has them, and no constructor takes
+them.
 """
 
 
@@ -67,9 +66,9 @@ def build_model(
     init = args.pop("init", None)
     zero_init_residual = args.pop("zero_init_residual", None)
     args = _check_arguments(model, name, args)
-    own = constructor_arguments(model)
+    own = arguments_of(model)
     for key, value in (("mean", mean), ("std", std)):
-        # A network that is not a BaseModel may do without them.
+        # A network that is not a BaseModel may not take them.
         if key in own or accepts_any_keyword(model):
             args[key] = value
     # A config may use other names than the constructor, as for layers (`config_names`).
@@ -83,15 +82,23 @@ def build_model(
     return network
 
 
+def model_arguments(model: Callable[..., BaseModel]) -> list[str]:
+    """The `arch.args` that an entry of MODELS takes: its own, those that it passes on to
+    `BaseModel`, and INITIALIZATION.
+    """
+    own = [key for key in arguments_of(model) if key not in ("mean", "std")]
+    return [*own, *INITIALIZATION]
+
+
 def _check_arguments(
     model: Callable[..., BaseModel], name: str, args: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments that the constructor takes.
+    """The arguments without the default layer types that the constructor does not take.
 
     Raises:
         ConfigError: an argument is unknown.
     """
-    known = arguments_of(model)
+    known = model_arguments(model)
     # Every config names layer types, so their defaults are dropped where a network has no choice.
     defaults = {key: ArchArgs.model_fields[key].default for key in LAYER_TYPES if key not in known}
     args = {
@@ -107,11 +114,3 @@ def _check_arguments(
                 f"{did_you_mean(key, known)}"
             )
     return args
-
-
-def arguments_of(model: Callable[..., BaseModel]) -> list[str]:
-    """The `arch.args` that an entry of MODELS takes: its own, those that it passes on to
-    `BaseModel`, and INITIALIZATION.
-    """
-    own = [key for key in constructor_arguments(model) if key not in ("mean", "std")]
-    return [*own, *INITIALIZATION]

@@ -54,7 +54,7 @@ def zero_residual_branches(model: nn.Module, name: str) -> None:
 
     Raises:
         ConfigError: the network has no residual blocks, or the weight of their last layer cannot be
-            zero: the layer has none, or it is divided by its own size.
+            zero: the layer has no weight, or it normalizes its weight.
     """
     ends = _branch_ends(model)
     if not ends:
@@ -69,8 +69,9 @@ def zero_residual_branches(model: nn.Module, name: str) -> None:
 
 
 def normalizes_weights(layer: nn.Module) -> bool:
-    """Whether a layer normalizes its weights, so that their size has no meaning; a property of
-    the layer's class, see `base.registry.CONV_LAYERS`.
+    """Whether a layer normalizes its weights, so that their size has no effect.
+
+    It is a property of the layer's class; see `base.registry.CONV_LAYERS`.
     """
     return getattr(layer, "normalizes_weights", False)
 

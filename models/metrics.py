@@ -38,8 +38,8 @@ def top5(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _count(predictions: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """How many samples have their label among their predictions `(B, K)`, or the sum of the
-    probabilities of these predictions.
+    """The number of samples with their label among the predictions `(B, K)`; for probabilities,
+    their sum over the predictions.
     """
     # argmax and topk rank a NaN first, so without this such a sample could count as right.
     has_nan = logits.isnan().any(dim=1, keepdim=True)

@@ -16,7 +16,7 @@ from models.layers.conv_norm.precision import without_autocast
 def conv_orthogonality(
     kernel: Tensor, stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | None = None
 ) -> Tensor:
-    """How far the rows of the convolution's operator are from orthonormal.
+    """The distance of the rows of the convolution's operator from orthonormal rows.
 
         distance = |conv2d(K, K, stride, padding) - I|_F
 
@@ -27,13 +27,13 @@ def conv_orthogonality(
     Args:
         kernel: `(C_out, C_in, k_h, k_w)`.
         stride: of the convolution, per axis.
-        padding: None for the paper's `floor((k - 1) / stride) * stride`, with which the center is
-            lag zero. The authors' code always takes 1: with a 3x3 kernel at stride 2 it then asks a
+        padding: None for the paper's `floor((k - 1) / stride) * stride`, which makes the center lag
+            zero. The authors' code always takes 1. With a 3x3 kernel at stride 2 it then asks a
             filter to match itself shifted by one pixel.
 
     Returns:
-        A tensor without dimensions, float32 or the kernel's precision, if that is higher. The
-        gradient at distance zero is zero.
+        A tensor without dimensions, in the kernel's precision also under autocast. The gradient at
+        distance zero is zero.
     """
     strides = (stride, stride) if isinstance(stride, int) else stride
     if padding is None:
@@ -47,11 +47,11 @@ def conv_orthogonality(
 
 
 def matrix_orthogonality(matrix: Tensor) -> Tensor:
-    """How far the rows of a matrix, or its columns if they are fewer, are from orthonormal.
+    """The distance of a matrix's rows, or columns if there are fewer, from orthonormal ones.
 
         distance = |W W^T - I|_F    or    |W^T W - I|_F
 
-    The smaller product is taken, because the larger one cannot be the identity.
+    The smaller of the two products is taken, because the larger one cannot be the identity.
 
     Args:
         matrix: `(C_out, ...)`, flattened to `(C_out, fan_in)`; meant for the weights of 1x1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from base.base_model import BaseModel
 from base.errors import ConfigError
-from base.registry import Constructor, lookup
+from base.registry import Constructor, lookup, not_one_of
 
 STEMS = {
     "cifar": {"kernel_size": 3, "stride": 1, "padding": 1},
@@ -95,8 +95,8 @@ class Bottleneck(nn.Module):
         self.conv3 = conv(planes, out_planes, kernel_size=1, bias=False)
         self.norm3 = norm(out_planes)
         self.relu = act(planes)
-        # The original uses `relu` here, too, which fails for an activation with parameters: the sum
-        # has four times the channels.
+        # The original uses `relu` here, too. That fails for an activation with parameters, because
+        # the sum has four times as many channels.
         self.relu_out = act(out_planes)
         self.shortcut = _projection(in_planes, out_planes, stride, conv, norm)
 
@@ -183,7 +183,7 @@ class PreActBlock(nn.Module):
         planes: channels of both convolutions and of the output.
         stride: of the first convolution and of the shortcut.
         conv, norm, act: constructors of the layers, as `BaseModel` resolves them.
-        shortcut_input: what the 1x1 convolution sees: relu(bn(x)) (activated) or x itself (raw).
+        shortcut_input: input of the 1x1 convolution: relu(bn(x)) (activated) or x itself (raw).
     """
 
     expansion = 1
@@ -236,14 +236,15 @@ class PreActResNet(BaseModel):
     (Rice, Wong, Kolter, arXiv:2002.11569): `conv1`, four stages, a last norm `bn` and activation,
     the average, `linear`.
 
-    Networks of that literature have these shapes and differ in what the 1x1 convolution of a
-    shortcut sees, which no key of a checkpoint tells. The weights of one mean nothing in the other:
+    Published networks of this layout differ in the input of the shortcuts' 1x1 convolutions. A
+    checkpoint does not show which one it was trained with, and its weights are useless with the
+    other:
 
     - "activated", `relu(bn(x))`: robust_overfitting (Rice et al., arXiv:2002.11569), AWP (Wu et
       al., arXiv:2004.05884), RobustBench's `PreActBlockV2`; also kuangliu's pytorch-cifar, where
       the layout comes from.
     - "raw", `x`: fast_adversarial (Wong et al., arXiv:2001.03994), GradAlign (Andriushchenko,
-      Flammarion, arXiv:2007.02617), RobustBench's `PreActBlock`, to which its Wong2020Fast belongs.
+      Flammarion, arXiv:2007.02617), RobustBench's `PreActBlock`, which its Wong2020Fast uses.
 
     GradAlign's network also ends without the last norm and activation: `final_norm=False`.
 
@@ -276,8 +277,8 @@ class PreActResNet(BaseModel):
     ) -> None:
         super().__init__(**layer_types)
         if shortcut_input not in SHORTCUT_INPUTS:
-            expected = " or ".join(SHORTCUT_INPUTS)
-            raise ConfigError(f"arch.args.shortcut_input: {shortcut_input!r}, expected {expected}")
+            problem = not_one_of(shortcut_input, SHORTCUT_INPUTS)
+            raise ConfigError(f"arch.args.shortcut_input: {problem}")
         self.conv1 = self.conv_layer(
             self.in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False
         )
@@ -324,7 +325,7 @@ def _make_stage(
 def _projection(
     in_planes: int, planes: int, stride: int, conv: Constructor, norm: Constructor
 ) -> nn.Sequential:
-    """The shortcut: the identity where shapes agree, else a 1x1 convolution and its norm."""
+    """The shortcut: the identity if no shape changes, otherwise a 1x1 convolution and its norm."""
     if stride == 1 and in_planes == planes:
         return nn.Sequential()
     return nn.Sequential(

@@ -30,7 +30,7 @@ class SimpleCNN(BaseModel):
         in_channels = self.in_channels
         for channels in (8, 16, 32):
             for _ in range(2):
-                # `bias` is left at the layer's default, as in the original: plain and ONI
+                # `bias` is left at the layer's default, as in the original: plain, ONI and OWN
                 # convolutions have one although a norm follows.
                 layers += [
                     self.conv_layer(in_channels, channels, kernel_size=3, padding=1),

@@ -42,7 +42,7 @@ class VGG(BaseModel):
         in_channels = self.in_channels
         for stage in STAGES[name]:
             for channels in stage:
-                # `bias` is left at the layer's default, as in the original: plain and ONI
+                # `bias` is left at the layer's default, as in the original: plain, ONI and OWN
                 # convolutions have one although a norm follows.
                 layers += [
                     self.conv_layer(in_channels, channels, kernel_size=3, padding=1),

@@ -16,7 +16,7 @@ from base.registry import Constructor
 
 
 class WideBlock(nn.Module):
-    """Norm, activation and 3x3 convolution, twice, with dropout between, beside a shortcut.
+    """Norm, activation and 3x3 convolution, twice, with dropout in between, beside a shortcut.
 
     Where the shape changes, the shortcut is a 1x1 convolution of the activated input, without a
     norm.
@@ -107,11 +107,11 @@ class WideResNet(BaseModel):
         layer_types: the arguments of `BaseModel`.
 
     Raises:
-        ConfigError: `depth` or `dropout` is impossible, or a layer type is unknown.
+        ConfigError: `depth` or `dropout` is invalid, or a layer type is unknown.
     """
 
-    # TRADES' code registers a second first stage, which its forward pass never calls and its
-    # checkpoints hold.
+    # TRADES' code registers another stage like the first one. Its forward pass never calls it, but
+    # its checkpoints contain it.
     unused_modules: ClassVar = {"sub_block1": "block1"}
 
     def __init__(

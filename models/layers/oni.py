@@ -20,7 +20,7 @@ Rule = Literal["paper", "original"]
 
 
 def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper") -> Tensor:
-    """Rows made approximately orthonormal (columns, where there are fewer of them), by Newton's
+    """Make rows approximately orthonormal (columns, if there are fewer of them) by Newton's
     iteration.
 
         Z   = matrix - mean of each row
@@ -31,18 +31,18 @@ def newton_orthogonalize(matrices: Tensor, iterations: int, rule: Rule = "paper"
         result = B_T Z / sqrt(s)
 
     The result tends to the polar factor `(Z Z^T)^(-1/2) Z`. The number of iterations bounds how far
-    small singular values rise. A matrix with more rows than columns is transposed after it was
-    centered, and the result is transposed back.
+    small singular values rise. A matrix with more rows than columns is transposed after it is
+    centered, and the result is transposed back. A single column is not centered.
 
     The code of the original ConvNorm iterates such a matrix with S itself, `B_t = 1.5 B_(t-1) - 0.5
-    B_(t-1)^3 S`, and divides only the result by `sqrt(s)`. That gives another matrix, far from
-    orthonormal columns, and it diverges where an eigenvalue of S is large: only weights that were
-    trained with this rule should be used with it.
+    B_(t-1)^3 S`, and divides only the result by `sqrt(s)`. The columns are then far from
+    orthonormal, and the iteration diverges where an eigenvalue of S is large. Use this rule only
+    with weights that were trained with it.
 
     Args:
         matrices: `(groups, rows, columns)`.
         iterations: the paper's T; 3 to 7 are usual.
-        rule: "paper" or "original". They differ for more rows than columns only.
+        rule: "paper" or "original". They differ only for more rows than columns.
 
     Returns:
         `(groups, rows, columns)`.
@@ -81,10 +81,9 @@ class ONIConv2d(nn.Conv2d):
 
     State: `weight`, `bias`, `WNScale` `(C_out, 1, 1, 1)`, a trainable factor per output channel.
 
-    Deviation: the original ConvNorm follows a rule of its own where C_out exceeds the fan-in, as in
-    a first layer and in the 1x1 convolutions that widen a shortcut (four layers of a ResNet-18).
-    Here the rule is the paper's unless `rule` says otherwise. Checkpoints of the original need the
-    original's.
+    Deviation: the original ConvNorm departs from the paper where C_out exceeds the fan-in. That is
+    the case in a first layer and in the 1x1 convolutions that widen a shortcut (four layers of a
+    ResNet-18). Here the paper's rule is the default. Checkpoints of the original need its own.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,

@@ -25,7 +25,7 @@ grows with its third power. The paper uses 64.
 class _InverseSquareRoot(torch.autograd.Function):
     """`S^(-1/2)` of symmetric positive semidefinite `(groups, n, n)` matrices.
 
-    Forward, with eigenvalues clamped from below at a multiple of the largest:
+    Forward, with eigenvalues clamped from below at a small fraction of the largest:
 
         S        = U diag(a) U^T
         S^(-1/2) = U diag(a^(-1/2)) U^T
@@ -35,8 +35,6 @@ class _InverseSquareRoot(torch.autograd.Function):
         K_ij  = -1 / (sqrt(a_i) sqrt(a_j) (sqrt(a_i) + sqrt(a_j)))
         dL/dS = U (K . (U^T (G + G^T) / 2 U)) U^T
     """
-
-    # K stays finite for equal eigenvalues, where the gradient of an eigendecomposition has 0 / 0.
 
     @staticmethod
     def forward(ctx: Any, matrices: Tensor) -> Tensor:
@@ -52,19 +50,20 @@ class _InverseSquareRoot(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         vectors, roots = ctx.saved_tensors
         left, right = roots.unsqueeze(-1), roots.unsqueeze(-2)
+        # Finite for equal eigenvalues, where the gradient of an eigendecomposition is 0 / 0.
         differences = -1 / (left * right * (left + right))
         inner = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
         return vectors @ (differences * inner) @ vectors.mT
 
 
 def whiten_rows(matrices: Tensor) -> Tensor:
-    """Rows made orthonormal.
+    """Make rows orthonormal.
 
         Z      = matrix - mean of each row
         result = (Z Z^T)^(-1/2) Z
 
-    No other matrix with orthonormal rows is nearer to Z. Directions in which Z has rank less than
-    `rows` stay zero.
+    No matrix with orthonormal rows is nearer to Z. Where the rank of Z is less than the number of
+    rows, its zero singular values stay zero. A single column is not centered.
 
     Args:
         matrices: `(groups, rows, columns)`.

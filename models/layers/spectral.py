@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from models.layers.conv_norm.precision import without_autocast
 
+EPSILON = 1e-12
+"""Numbers up to this size count as zero."""
+
 POWER_ITERATIONS = 15
 """Power iterations for a new weight, as in PyTorch's own spectral norm."""
 
@@ -29,14 +32,15 @@ class SpectralNormConv2d(nn.Conv2d):
     """Convolution with the weight `W / sigma`, where sigma is the largest singular value of W as a
     `(C_out, C_in / groups * k_h * k_w)` matrix.
 
-    That matrix then has spectral norm 1. The convolution's own operator norm lies between 1 and the
-    kernel's area. sigma is estimated by the power iteration
+    That matrix then has spectral norm 1. With zero padding, one group and stride 1, the operator
+    norm of the convolution itself lies between 1 and `sqrt(k_h * k_w)`, for images no smaller than
+    the kernel. sigma is estimated by the power iteration
 
         v     <- W^T u / |W^T u|
         u     <- W v / |W v|
         sigma  = u^T W v
 
-    which goes on from step to step; u and v are constants for the gradient. In training each
+    which continues from step to step; u and v are constants for the gradient. In training each
     forward pass makes one iteration. In eval the stored u and v are used. A new layer starts with
     15 iterations.
 
@@ -57,7 +61,6 @@ class SpectralNormConv2d(nn.Conv2d):
     buffers_follow_weights: ClassVar = True
     weight_u: Tensor
     weight_v: Tensor
-    eps = 1e-12
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class SpectralNormConv2d(nn.Conv2d):
             u = self.weight_u.clone()
             v = self.weight_v.clone()
             sigma = torch.dot(u, torch.mv(matrix, v))
-            return self.weight / torch.where(sigma.abs() > self.eps, sigma, 1.0)
+            return self.weight / torch.where(sigma.abs() > EPSILON, sigma, 1.0)
 
     @torch.no_grad()
     def buffers_from_weights(self) -> None:
@@ -115,10 +118,8 @@ class SpectralNormConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def _iterate(self, matrix: Tensor) -> None:
-        v = _direction(torch.mv(matrix.mT, self.weight_u), self.weight_v, self.eps)
-        self.weight_v.copy_(v)
-        u = _direction(torch.mv(matrix, self.weight_v), self.weight_u, self.eps)
-        self.weight_u.copy_(u)
+        self.weight_v.copy_(_direction(torch.mv(matrix.mT, self.weight_u), self.weight_v))
+        self.weight_u.copy_(_direction(torch.mv(matrix, self.weight_v), self.weight_u))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Translate the key names of PyTorch's two spectral norms; see the class."""
@@ -131,7 +132,7 @@ class SpectralNormConv2d(nn.Conv2d):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _direction(vector: Tensor, fallback: Tensor, eps: float) -> Tensor:
+def _direction(vector: Tensor, fallback: Tensor) -> Tensor:
     """`vector / |vector|`; `fallback` where the vector is zero."""
     norm = torch.linalg.vector_norm(vector)
-    return torch.where(norm > eps, vector / norm.clamp_min(eps), fallback)
+    return torch.where(norm > EPSILON, vector / norm.clamp_min(EPSILON), fallback)

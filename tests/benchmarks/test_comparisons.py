@@ -16,8 +16,8 @@ from base.errors import ConfigError
 from benchmarks import attack_libraries, growth, memory, studies_hours
 from benchmarks.attackers import attackers
 from benchmarks.processes import python
-from benchmarks.rows import Row, Settings
-from benchmarks.steps import build_trainer, step_config, step_of, systems
+from benchmarks.rows import BenchmarkRow, Settings
+from benchmarks.steps import build_trainer, precisions, step_config, step_of
 from benchmarks.timing import Spread
 from models.layers.conv_norm.fourier_plan import FOURIER_BATCH
 
@@ -197,9 +197,9 @@ def test_a_step_is_the_config_s_own_trainer_on_the_images_given():
 
 def test_precisions_are_fp32_and_what_auto_picks(monkeypatch):
     monkeypatch.setattr("benchmarks.steps.choose_precision", lambda *_: "bf16")
-    assert list(systems(FULL)) == ["fp32", "bf16"]
+    assert list(precisions(FULL)) == ["fp32", "bf16"]
     monkeypatch.setattr("benchmarks.steps.choose_precision", lambda *_: "fp32")
-    assert list(systems(FULL)) == ["fp32"]
+    assert list(precisions(FULL)) == ["fp32"]
 
 
 def test_a_missing_library_gives_a_row_with_the_reason_and_no_numbers(monkeypatch):
@@ -257,7 +257,7 @@ def test_robust_accuracy_is_compared_with_the_lowest_of_the_libraries():
         "foolbox": side(0.55, 0.5, 0.5),
     }
     rows = attack_libraries._accuracy_rows("PGD", sides, "torchattacks")
-    assert all(isinstance(row, Row) and row.other == "torchattacks" for row in rows)
+    assert all(isinstance(row, BenchmarkRow) and row.other == "torchattacks" for row in rows)
     assert [round(row.result.median, 6) for row in rows] == [-5.0, 5.0, 1.0]
     assert [row.met for row in rows] == [True, False, False]
 

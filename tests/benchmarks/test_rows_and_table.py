@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.rows import Goal, Row, Table, cost_row, speed_row
+from benchmarks.rows import BenchmarkRow, BenchmarkTable, Goal, cost_row, speed_row
 from benchmarks.table import format_markdown, format_number, format_text, summary
 from benchmarks.timing import Paired
 
@@ -50,9 +50,9 @@ def test_the_table_names_goals_misses_and_reasons():
     rows = [
         cost_row("training step", TIMES, "ours", "theirs", 0.4, note="on a rainy day"),
         speed_row("attack", TIMES, "ours", "theirs", 2.0),
-        Row("large network", "ours", skipped="no --checkpoint RUN was given"),
+        BenchmarkRow("large network", "ours", skipped="no --checkpoint RUN was given"),
     ]
-    tables = [Table("Batch", ("batch", "s/step"), (("1", "0.1"), ("256", "3.2")), "grows")]
+    tables = [BenchmarkTable("Batch", ("batch", "s/step"), (("1", "0.1"), ("256", "3.2")), "grows")]
     results = {"first": rows, "growth": tables}
     text = format_text(results)
     assert "0.5 x the cost (0.417 to 0.5)  <= 0.4   NO  3" in text

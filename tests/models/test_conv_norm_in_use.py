@@ -69,7 +69,7 @@ def test_channels_last():
     )
 
 
-def test_bf16_autocast_keeps_the_transform_in_float32():
+def test_the_fft_runs_in_float32_under_bf16_autocast():
     torch.manual_seed(0)
     layer = ConvNorm2d(2, 3, 3, padding=1, affine=False, bn=False)
     twin = copy.deepcopy(layer)

@@ -356,6 +356,10 @@ def test_loads_an_original_checkpoint():
             {"type": "resnet18", "args": {"stem": "image-net"}},
             r"arch\.args\.stem: 'image-net' is not one of: cifar, imagenet",
         ),
+        (
+            {"type": "preact_resnet18", "args": {"shortcut_input": "active"}},
+            r"arch\.args\.shortcut_input: 'active' is not one of: activated, raw",
+        ),
         ({"type": "wide_resnet", "args": {"depth": 30}}, r"arch\.args\.depth: 30 is not 6 n \+ 4"),
         (
             {"type": "wide_resnet", "args": {"dropout": 1}},

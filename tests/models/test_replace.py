@@ -158,7 +158,7 @@ def test_a_convolution_that_is_never_called_is_not_replaced():
 
     network = Taken()
     with pytest.warns(
-        UserWarning, match=r"leaves first as it is: Taken takes its weight"
+        UserWarning, match=r"does not replace first: Taken reads the weight without calling"
     ) as caught:
         assert pairs(network) == {"second": "norm"}
     assert (len(caught), caught[0].filename) == (1, __file__)

@@ -1,4 +1,4 @@
-"""ConvNorm: convolutions whose output channels are orthogonal.
+"""ConvNorm: convolutions in which the operator of each output channel is orthogonal.
 
 The package needs torch alone. It may be copied, or installed by itself as `conv_norm`:
 
@@ -6,7 +6,7 @@ The package needs torch alone. It may be copied, or installed by itself as `conv
 
     # in place of nn.Conv2d and nn.BatchNorm2d
     layer = ConvNorm2d(64, 128, kernel_size=3, stride=2, padding=1)
-    # in place of every nn.Conv2d of a network, with the nn.BatchNorm2d behind it
+    # in place of every nn.Conv2d of a network and the nn.BatchNorm2d behind it
     model = replace_with_conv_norm(torchvision.models.resnet18())
 """
 

@@ -20,7 +20,7 @@ def dft(
     Returns:
         The real part and minus the imaginary part of the DFT matrix, `(F, N)` each.
     """
-    # Whole turns are dropped while the numbers are integers, so the angles are exact.
+    # Whole turns are dropped while the numbers are integers: large angles would lose digits.
     turns = torch.outer(frequencies, positions) % size
     angles = turns.to(dtype) * (2 * pi / size)
     return angles.cos(), angles.sin()

@@ -6,8 +6,8 @@ ones, and a 3x3 kernel has nine taps: the products are a quarter of a convolutio
 factor of the kernels' spectra and costs nothing. On a CPU the transforms are matrix products, too:
 sizes such as 34 = 2 x 17 are slow for an FFT and small for a matrix, and products along either axis
 leave the channels innermost, so nothing has to be rearranged in between. A strided layer adds up
-the frequencies that are aliases of one another before the inverse transform. See `fourier_plan` for
-the notation.
+frequencies that are aliases of one another before the inverse transform. See `fourier_plan` for the
+notation.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ def fourier_convolution(
 ) -> Tensor:
     """`IDFT(V . DFT(w * x + bias))` with zero padding, cropped and strided.
 
-    In bfloat16, which is what autocast makes of a convolution, results are off by 0.6 % of their
-    norm for random kernels and by 0.8 to 2 % for smooth ones, 64 to 512 channels. A convolution in
+    Autocast makes this bfloat16, as any convolution. For 64 to 512 channels, results are then off
+    by 0.6 % of their norm for random kernels and by 0.8 to 2 % for smooth ones. A convolution in
     bfloat16 with a filter in float32 behind it is off by 0.3 % and by 2 to 7 %: V raises the small
     frequencies of smooth kernels together with the rounding of the large ones.
 
@@ -59,7 +59,8 @@ class _FourierConvolution(torch.autograd.Function):
         ctx.save_for_backward(images, weight, factors)
         ctx.plan = plan
         # An attribute, because in evaluation V is a buffer that a later training step may change in
-        # place, which autograd would report for a saved tensor although only `factors` is used.
+        # place. For a saved tensor autograd would report that, although the usual backward pass
+        # takes only `factors`.
         ctx.inverse_root = inverse_root
         with without_autocast(images):
             return _output(images.to(plan.dtype), weight.to(plan.dtype), factors, plan)
@@ -69,12 +70,11 @@ class _FourierConvolution(torch.autograd.Function):
         images, weight, factors = ctx.saved_tensors
         plan = ctx.plan
         needs_images, needs_weight, *_ = ctx.needs_input_grad
-        grad_images = None
-        grad_weight = None
         # Gradients are enabled here only where the caller asked for create_graph.
         if torch.is_grad_enabled():
-            grad_images, grad_weight = _differentiable_backward(ctx, grad)
-            return grad_images, grad_weight, None, None
+            return (*_differentiable_backward(ctx, grad), None, None)
+        grad_images = None
+        grad_weight = None
         with without_autocast(images):
             grads = plan.output_adjoint(grad.to(plan.dtype))
             if needs_weight:

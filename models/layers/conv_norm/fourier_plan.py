@@ -3,7 +3,7 @@ and back.
 
 Notation: f is a frequency of the full convolution's grid, of `size` points per axis. A stride s
 keeps every s-th point, so the output has a grid of `size / s` points. Its frequencies are called g.
-Subsampling in space adds up in frequency, for the DFT Z of the full and Y of the strided output:
+Subsampling adds up frequencies: with Z the DFT of the full output and Y that of the strided one,
 
     Y[g] = 1 / s * sum_a Z[g + a * size / s],    a = 0 ... s - 1
 
@@ -22,7 +22,7 @@ from .dft import dft
 
 FOURIER_BATCH = 16
 """The smallest batch for which the Fourier domain is faster on a CPU: the spectra of the kernels
-cost the same whatever the batch.
+cost the same for any batch.
 """
 
 FOURIER_SIZE = 50
@@ -88,7 +88,7 @@ class Axis(NamedTuple):
 
     @property
     def supported(self) -> bool:
-        """Whether a `Plan` can compute it."""
+        """Whether a `Plan` can handle this axis."""
         # A padding beyond the kernel's reach needs a larger grid than the full convolution's, and
         # aliases fall on one another only where the stride divides the grid.
         return 0 <= self.padding <= self.extent and self.size % self.stride == 0 and self.output > 0
@@ -98,11 +98,11 @@ class Axis(NamedTuple):
 class Plan:
     """The matrices of one geometry, in one dtype on one device.
 
-    Complex numbers are pairs of real ones, at index 1 of a spectrum `(B, 2, a_h, g, a_w * C)`,
-    where g runs over the half spectrum of the strided grid, flattened. Channels are the innermost
-    dimension from the images to the output, so nothing is ever rearranged: a transform along W is a
-    matrix product for each row of each image, one along H a matrix product for each image, and for
-    each frequency the spectrum holds a matrix of `(B * 2) x (a_w * C)`, whose rows are far apart in
+    A spectrum is `(B, 2, a_h, g, a_w * C)`. The dimension of size 2 holds real and imaginary parts,
+    and g runs over the half spectrum of the strided grid, flattened. Channels are the innermost
+    dimension from the images to the output, so nothing is ever rearranged. A transform along W is a
+    matrix product for each row of each image, and one along H a matrix product for each image. For
+    each frequency the spectrum holds a matrix of `(B * 2) x (a_w * C)`, with rows far apart in
     memory.
 
     The spectrum of a real image has `Z[-f] = conj(Z[f])`, so half of the columns is enough. The
@@ -278,8 +278,7 @@ def plan_for_layer(layer: nn.Conv2d, input: Tensor) -> Plan | None:
     """The plan for a layer's forward pass; None where the Fourier domain is slower or the layer
     unsupported.
     """
-    # The compiler comes first: where an exported network may take any batch, asking for the size of
-    # the batch would fix it.
+    # This comes first: asking for the size of the batch would fix it in an exported network.
     if torch.compiler.is_compiling():
         return None
     if input.device.type != "cpu":
@@ -364,7 +363,7 @@ def _computed_region(rows: Axis, columns: Axis) -> tuple[int, slice]:
     if rows.strided_size > SMALL_GRID:
         return rows.strided_size, slice(None)
     # Row -g is the conjugate of row g in the columns that are their own opposites: the first one
-    # and, of an even grid, the last one. What lies between them has its opposite in the other half.
+    # and, of an even grid, the last one. The opposites of all other columns are in the other half.
     return rows.strided_size // 2 + 1, slice(1, (columns.strided_size + 1) // 2)
 
 
@@ -394,7 +393,7 @@ def _complex_product(real: Tensor, imaginary: Tensor) -> Tensor:
 
 
 def _half_spectrum_weights(axis: Axis) -> Tensor:
-    """The weights of a half spectrum in the inverse DFT of real numbers."""
+    """The weights of a half spectrum's frequencies in an inverse DFT to real numbers."""
     frequencies = torch.arange(axis.strided_size // 2 + 1)
     # A frequency stands for its conjugate in the other half, too, unless it is its own opposite.
     is_own_opposite = (frequencies == 0) | (2 * frequencies == axis.strided_size)

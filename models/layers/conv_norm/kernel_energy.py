@@ -1,4 +1,4 @@
-"""The energy of convolution kernels at every frequency, by whose root ConvNorm divides
+"""The energy of convolution kernels at every frequency; ConvNorm divides by its square root
 (arXiv:2103.00673, section 3).
 """
 
@@ -13,6 +13,8 @@ from .precision import without_autocast
 RELATIVE_FLOOR = 1e-6
 ABSOLUTE_FLOOR = 1e-12
 
+CosSin = tuple[Tensor, Tensor]
+
 
 def kernel_energy(
     weight: Tensor, size: tuple[int, int], dilation: tuple[int, int] = (1, 1)
@@ -22,9 +24,9 @@ def kernel_energy(
 
     `w^_oc` is the two-dimensional DFT of kernel `(o, c)`, padded with zeros to `size` (or wrapped
     around, where it is larger). E is computed as the DFT of the kernel's autocorrelation, so no
-    padded kernel is ever transformed. An autocorrelation has only `2k-1` lags per axis. Summed over
-    the input channels they are sums along the diagonals of the `k^2 x k^2` Gram matrix of the
-    kernel's taps, so the cost does not grow with `size` times the number of input channels.
+    padded kernel is ever transformed. An autocorrelation has only `2k-1` lags per axis. Their sums
+    over the input channels are sums along the diagonals of the `k^2 x k^2` Gram matrix of the
+    kernel's taps. The cost therefore does not grow with `size` times the number of input channels.
 
     Args:
         weight: `(C_out, C_in / groups, k_h, k_w)`. No gradient flows back to it.
@@ -77,9 +79,6 @@ def _energy_and_mean(
         return energy, lags[:, height - 1 : height, width - 1 : width]
 
 
-CosSin = tuple[Tensor, Tensor]
-
-
 def _tables(
     kernel: tuple[int, int],
     size: tuple[int, int],
@@ -87,11 +86,12 @@ def _tables(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, CosSin, CosSin]:
-    """What depends on the geometry alone: the lag of each entry of a Gram matrix, as an index, and
-    the DFT of the lags along each axis.
+    """The lag of each entry of a Gram matrix, as an index, and the DFT of the lags along each axis.
+
+    They depend on the geometry alone.
     """
     arguments = (kernel, size, dilation, dtype, device)
-    # A compiler folds the tables into its graph, and a tensor of its tracing must not stay in the
+    # A compiler folds the tables into its graph. A tensor from its tracing must not stay in the
     # cache.
     if torch.compiler.is_compiling():
         return _make_tables(*arguments)
@@ -112,7 +112,7 @@ def _make_tables(
     lag_h = rows[None] - rows[:, None] + height - 1
     lag_w = columns[None] - columns[:, None] + width - 1
     lag_index = (lag_h * (2 * width - 1) + lag_w).flatten()
-    # Along W the half spectrum is enough, as the energy of real kernels is symmetric.
+    # Along W the half spectrum is enough, because the energy of real kernels is symmetric.
     dft_h = _lag_dft(height, size[0], size[0], dilation[0], dtype, device)
     dft_w = _lag_dft(width, size[1], size[1] // 2 + 1, dilation[1], dtype, device)
     return lag_index, dft_h, dft_w

@@ -31,13 +31,14 @@ class ConvNorm2d(nn.Conv2d):
     """Convolution whose output channels are divided by the spectra of their kernels, then a
     depthwise affine map and batch norm.
 
-    For an input `x` `(B, C_in, H, W)` and a weight `w`, with `S = H + dilation * (k - 1)` per axis:
+    For an input `x` `(B, C_in, H, W)` and a weight `w`, with `S = H + dilation * (k - 1)` per axis
+    (more if `padding` exceeds `dilation * (k - 1)`, or if `padding_mode` is not zeros):
 
     1. full convolution at stride 1, `z = w * x + bias`, `(B, C_out, S_h, S_w)`;
     2. filter, `z <- IDFT(V . DFT(z))` with `V = 1 / sqrt(sum_c |w^_c(f)|^2)` per output channel and
        frequency f, where `w^_c` is the DFT of the kernel for input channel c. V is a constant for
-       the gradient (the paper's "stop gradient"). The convolution operator of each channel then has
-       orthonormal rows;
+       the gradient (the paper's "stop gradient"). Each channel's operator, as a circular
+       convolution on the `S_h x S_w` grid, then has orthonormal rows;
     3. crop to the size that `padding` asks for, and keep every `stride`-th row and column;
     4. affine map `bpconv`, a depthwise convolution with the same kernel size and a bias (if
        `affine`);
@@ -47,10 +48,13 @@ class ConvNorm2d(nn.Conv2d):
     transform is made.
 
     Train and eval: in training V comes from the weights, and `running_V` follows it, `running_V <-
-    f V + (1 - f) running_V` with `f = momentum`, or, where that is None, `f = max(cosine ramp-down
-    of the step over 40000 steps, 0.01)`. In eval V is `running_V`. Where that was never set or
-    belongs to another input size, V comes from the weights in eval, too. The transform runs in
-    float32 at least, also under autocast.
+    f V + (1 - f) running_V`. The factor f is `momentum`; if that is None, it is `max(cosine
+    ramp-down over 40000 steps, 0.01)`. In eval V is `running_V`. Where that was never set or
+    belongs to another input size, V comes from the weights in eval, too.
+
+    Precision: also under autocast, V is computed in float64 (float32 on MPS), and the FFT runs in
+    float32 at least. Where a CPU replaces the FFT by products with DFT matrices, these run in the
+    convolution's own precision (see `fourier_convolution`).
 
     State: `weight, bias, running_V, num_batches_tracked, bpconv.*, batch_norm.*`. `running_V`
     begins as one zero and takes its real size in the first training step. The buffer object stays
@@ -128,7 +132,7 @@ class ConvNorm2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
         plan = plan_for_layer(self, input)
-        # One name from step to step, so that each result is freed as soon as the next is there.
+        # One name for the result of every step, so that each is freed once the next exists.
         if self.kernel_size == (1, 1):
             # V is the same number at every frequency: it scales the kernel instead of the output.
             z = self._scaled_pointwise(input)
@@ -158,8 +162,8 @@ class ConvNorm2d(nn.Conv2d):
         return z
 
     def linear_part(self) -> "ConvNorm2d":
-        """A copy of the layer in evaluation mode that makes its steps 1 to 3 without the bias: a
-        linear map of its inputs.
+        """A copy of the layer in evaluation mode with only its steps 1 to 3 and no bias: a linear
+        map of its inputs.
 
         No parameter of the copy needs a gradient. Callers recognize the layer by this method,
         because the package may be imported under two names.
@@ -194,7 +198,7 @@ class ConvNorm2d(nn.Conv2d):
         extent = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         before, after = self._padding_per_side(extent)
         if self.padding_mode != "zeros":
-            # Values that are not zero are part of the signal, so they are there before step 1.
+            # Nonzero padding is part of the signal, so it comes before step 1.
             margins = (before[1], after[1], before[0], after[0])
             input = F.pad(input, margins, mode=self.padding_mode)
             before = after = (0, 0)
@@ -250,9 +254,9 @@ class ConvNorm2d(nn.Conv2d):
                 factor = self._rampdown()
             self.running_V.lerp_(newest, factor)
         else:
-            # Another size in the same tensor object. A compiler follows an assignment to `data`,
-            # but not `resize_`. The clone is needed because this pass's V must outlive the next
-            # update.
+            # The buffer stays the same object at another size. A compiler follows an assignment to
+            # `data`, but not `resize_`. The clone is needed because the next update must not change
+            # the V of this pass.
             self.running_V.data = newest.clone()
 
     def _rampdown(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Autocast switched off where a weight is turned into another weight: bf16 is too coarse for it."""
+"""Switches autocast off, for computations on weights for which bf16 is too coarse."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -11,7 +11,8 @@ def recomputed_batch_norm(input: Tensor, depthwise: nn.Conv2d, batch_norm: nn.Mo
     """`batch_norm(depthwise(input))`, which keeps `input` for the backward pass, but not the output
     of the depthwise convolution.
 
-    A depthwise convolution takes little time, and its output as much memory as the whole layer's.
+    A depthwise convolution takes little time, but its output takes as much memory as the
+    layer's own.
     Values and gradients are the same bits as without this function.
     """
     output = depthwise(input)
@@ -30,7 +31,7 @@ def recomputed_batch_norm(input: Tensor, depthwise: nn.Conv2d, batch_norm: nn.Mo
     def unpack(packed: Tensor | None) -> Tensor:
         if packed is not None:
             return packed
-        # The backward pass runs outside of the forward pass's autocast, which is imitated here.
+        # The backward pass runs outside the forward pass's autocast, so its casts are made here.
         with torch.no_grad(), without_autocast(input):
             return F.conv2d(
                 input.to(dtype),

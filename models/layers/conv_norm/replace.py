@@ -1,4 +1,4 @@
-"""Replaces the convolutions of any network by ConvNorm."""
+"""Replaces the convolutions of any network with ConvNorm."""
 
 import inspect
 import warnings
@@ -16,21 +16,21 @@ NAMES_IN_WARNING = 3
 
 
 def replace_with_conv_norm(module: nn.Module) -> nn.Module:
-    """Replace every plain `nn.Conv2d` of a network, with the batch norm behind it, by a
+    """Replace every plain `nn.Conv2d` of a network and the batch norm behind it with a
     `ConvNorm2d`, in place.
 
-    The batch norm behind a convolution is the plain `nn.BatchNorm2d` that takes its output, and
-    that nothing else takes, in every place where either is used. The order in which they are
-    registered does not matter. The batch norm moves, with everything it learned, into the new
-    layer, and an `nn.Identity` takes its place. A convolution without one gets a `ConvNorm2d` with
-    `bn=False`. The convolution's own parameters move too (they stay the same objects), and so do
-    device, dtype and train or eval mode. `bpconv` is new and random.
+    A plain `nn.BatchNorm2d` is behind a convolution if, in every call of either, it alone takes the
+    convolution's output and takes nothing else. The order in which they are registered does not
+    matter. The batch norm moves, with everything it learned, into the new layer, and an
+    `nn.Identity` takes its place. A convolution without one becomes a `ConvNorm2d` with `bn=False`.
+    The convolution's own parameters move, too (they stay the same objects), and the new layer has
+    its device, dtype and mode (training or eval). `bpconv` is new and random.
 
-    The flow of data is read from a symbolic trace of `forward` (`torch.fx`), in training and in
-    eval mode, which needs no input. Where a module's forward cannot be traced, its submodules are
-    traced one by one. A convolution that no trace reaches is paired with the batch norm registered
-    next to it, and a warning names it. A convolution that is never called, because the network
-    takes its weight (`F.conv2d(x, conv.weight)`), is not replaced, and a warning names it, too.
+    The flow of data is read from symbolic traces of `forward` (`torch.fx`) in training and in eval
+    mode, which need no input. Where a module's forward cannot be traced, its submodules are traced
+    one by one. A convolution that no trace reaches is paired with the batch norm registered next to
+    it, and a warning names it if that may be wrong. A convolution that is never called, because the
+    network takes its weight (`F.conv2d(x, conv.weight)`), is not replaced, and a warning names it.
 
     Subclasses of `nn.Conv2d` (`ConvNorm2d` and its parts, the spectral and orthogonal convolutions)
     and convolutions whose weight is computed by a hook are not replaced, so a second call changes
@@ -68,8 +68,8 @@ def replace_with_conv_norm(module: nn.Module) -> nn.Module:
     if uncalled:
         names = [name for name, part in module.named_modules() if part in uncalled]
         warnings.warn(
-            f"replace_with_conv_norm leaves {_format_names(names)} as it is:"
-            f" {type(module).__name__} takes its weight and never calls it",
+            f"replace_with_conv_norm does not replace {_format_names(names)}:"
+            f" {type(module).__name__} reads the weight without calling the layer",
             stacklevel=2,
         )
     _swap_modules(module, pairs)
@@ -84,15 +84,14 @@ def _swap_modules(module: nn.Module, pairs: dict[nn.Conv2d, nn.BatchNorm2d | Non
             replaced[norm] = nn.Identity().train(norm.training)
     # The walk ends before anything changes: it must not enter the new layers.
     for parent in list(_parents(module)):
-        # `_modules` and not `named_children()`, which leaves out the second place of a layer that
-        # is used in two.
+        # `_modules`, because `named_children()` leaves out a layer's second place.
         for name, child in parent._modules.items():
             parent._modules[name] = replaced.get(child, child)
 
 
 @dataclass
 class _DataFlow:
-    """Which layer takes the output of which, as far as traces show.
+    """Which layer takes the output of which other layer, as far as traces show it.
 
     Attributes:
         consumers: plain convolution -> the batch norms that alone take its output, over all calls;
@@ -132,10 +131,9 @@ class _DataFlow:
         """The batch norm that takes the convolution's output and nothing else's in every call; None
         if there is not exactly one.
         """
-        for norm in self.consumers[conv]:
-            if norm is None:
-                continue
-            if self.consumers[conv] == {norm} and self.producers[norm] == {conv}:
+        norms = self.consumers[conv]
+        for norm in norms:
+            if norm is not None and norms == {norm} and self.producers[norm] == {conv}:
                 return norm
         return None
 
@@ -171,12 +169,12 @@ def _trace_into(
 
 def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
     """The calls of a module's forward in one of the modes; None if it cannot be traced."""
-    # A copy is traced, because a forward may change buffers and attributes. Its parameters are the
-    # module's own, to save memory.
+    # A copy is traced, because a forward may change buffers and attributes. The copy shares the
+    # module's parameters, to save memory.
     shared: dict[int, Tensor] = {id(value): value for value in module.parameters()}
     for part in module.modules():
         for value in vars(part).values():
-            # The result of an old weight hook: a tensor with a history cannot be copied.
+            # An old weight hook leaves its result here. A tensor with a history cannot be copied.
             if isinstance(value, Tensor) and not value.is_leaf:
                 shared[id(value)] = value
     try:
@@ -187,7 +185,7 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph | None:
         with warnings.catch_warnings(action="ignore"):
             return _Tracer().trace(deepcopy(module, shared).train(training), defaults)
     except Exception:
-        # Any error may come out of a forward that expects a tensor and gets a symbol.
+        # A forward that expects a tensor and gets a symbol may raise anything.
         return None
 
 
@@ -216,7 +214,6 @@ def _registered_neighbors(module: nn.Module) -> dict[nn.Conv2d, nn.BatchNorm2d |
     """
     found: dict[nn.Conv2d, nn.BatchNorm2d | None] = {}
     for parent in _parents(module):
-        # `_modules` holds repeated layers, which named_children() leaves out.
         children = [child for child in parent._modules.values() if child is not None]
         for child, following in pairwise([*children, None]):
             if _is_plain_conv(child):

@@ -1,4 +1,4 @@
-"""The filter of ConvNorm: every frequency of a signal times a real number."""
+"""The filter of ConvNorm, which multiplies every frequency of a signal by a real number."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def spectral_filter(signal: Tensor, inverse_root: Tensor) -> Tensor:
     Returns:
         The shape of `signal`, in float32 (float64 for a float64 signal).
     """
-    # An FFT needs float32 at least: there is none for bfloat16.
+    # torch has no FFT for bfloat16.
     if signal.dtype != torch.float64:
         signal = signal.float()
     return _SpectralFilter.apply(signal, inverse_root.to(signal.dtype))
