@@ -233,8 +233,8 @@ def _verdicts(
 ) -> Verdicts:
     clean_top1 = wrongness(worst.clean, labels) == 0
     stays_first = wrongness(worst.logits, labels) == 0
-    clean_top5 = wrongness(worst.clean, labels, 5) < 2
-    stays_among_five = wrongness(worst.logits, labels, 5) < 2
+    clean_top5 = wrongness(worst.clean, labels, 5) < DONE
+    stays_among_five = wrongness(worst.logits, labels, 5) < DONE
     known = knows_top5(attack, worst.clean.shape[1])
     return Verdicts(
         position=positions.cpu(),

@@ -18,7 +18,7 @@ from attacks.threat_model import format_size
 from base.output import as_json, is_stream, write_output
 from base.text import csv_text
 from evaluation.checks import Check, all_passed, failures, images_needed
-from evaluation.verdicts import NONE, Verdicts
+from evaluation.verdicts import NONE, Verdicts, wilson_interval
 
 # Fields of an attack that a title has words of its own for, or leaves out.
 IN_TITLES = ("epsilon", "norm", "step_size", "steps", "restarts", "loss", "early_stop", "seed")
@@ -81,17 +81,12 @@ class RobustnessReport:
     Attributes:
         attack: the attack.
         seed: the seed of its random starts.
-        n: the number of images attacked.
-        clean_top1: the share of them that the model classifies correctly.
-        robust_top1: the share that it classifies correctly also under attack.
-        robust_top5: the share whose label is among the five largest logits also under attack; None
-            if the attack did not try to prevent that (see `Verdicts`).
-        interval: the 95 % Wilson score interval of `robust_top1`.
+        verdicts: one for every image.
+        robust_top5: the share of images whose label is among the five largest logits also under
+            attack; None if the attack did not try to prevent that (see `Verdicts`).
         seconds: the duration of the attack.
         images_per_second: its speed.
-        max_perturbation: the largest change, in the attack's norm and units of the pixel range.
         precision: the precision of the search and of the verdicts.
-        verdicts: one for every image.
         quick_checks: the results of the checks on the first batch of every process.
         attack_warnings: what the attack itself noticed against its result, a line each.
         checkpoint: the name of the model.
@@ -102,22 +97,42 @@ class RobustnessReport:
 
     attack: Attack
     seed: int
-    n: int
-    clean_top1: float
-    robust_top1: float
+    verdicts: Verdicts
     robust_top5: float | None
-    interval: tuple[float, float]
     seconds: float
     images_per_second: float
-    max_perturbation: float
     precision: str
-    verdicts: Verdicts
     quick_checks: tuple[Check, ...] = ()
     attack_warnings: tuple[str, ...] = ()
     checkpoint: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     doctor: DoctorReport | None = None
+
+    @property
+    def n(self) -> int:
+        """The number of images attacked."""
+        return len(self.verdicts)
+
+    @property
+    def clean_top1(self) -> float:
+        """The share of images that the model classifies correctly."""
+        return self.verdicts.accuracy("clean_top1")
+
+    @property
+    def robust_top1(self) -> float:
+        """The share of images that the model classifies correctly also under attack."""
+        return self.verdicts.accuracy("robust_top1")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval of `robust_top1`."""
+        return wilson_interval(int(self.verdicts.robust_top1.sum()), self.n)
+
+    @property
+    def max_perturbation(self) -> float:
+        """The largest change, in the attack's norm and units of the pixel range."""
+        return float(self.verdicts.perturbation.max())
 
     @property
     def title(self) -> str:
