@@ -21,21 +21,21 @@ def fuse_conv_bn(model: Model, images: Tensor) -> Model:
     """Return a copy of `model` for evaluation, without the batch norms that directly follow a
     convolution; or `model` itself.
 
-    With running statistics `bn(w * x + b) = (s w) * x + s (b - mean) + beta` per output channel, `s
-    = gamma / sqrt(var + eps)`: another convolution, which saves two passes over the layer's output
-    in each direction. Logits and gradients differ from the model's by rounding, so the model itself
-    has to give the verdicts.
+    With running statistics a batch norm scales each output channel by
+    `s = gamma / sqrt(var + eps)`, and `bn(w * x + b) = (s w) * x + s (b - mean) + beta` is another
+    convolution. That saves two passes over the layer's output in each direction. Logits and
+    gradients differ from the model's by rounding, so the model itself has to give the verdicts.
 
     A pair is fused if, in the autograd graph of one forward pass, only the batch norm takes the
-    output of the convolution. These stay: modules that are called twice or have hooks, and
-    convolutions that compute their weights in every pass (subclasses, parametrizations). The result
-    is `model` itself if there is nothing to fuse, if it cannot be copied, if the logits of the copy
-    differ or are not finite, and if it is compiled, which a copy would not be.
+    output of the convolution. Modules that are called twice or have hooks are left alone, and so
+    are convolutions that compute their weights in every pass (subclasses, parametrizations). The
+    result is `model` itself if there is nothing to fuse, if it cannot be copied, if the logits of
+    the copy differ or are not finite, or if it is compiled, which a copy would not be.
 
     Args:
         model: any module, whose weights and modes are not changed, or a function, which is
             returned.
-        images: `(B, C, H, W)`, a few on which the two are compared.
+        images: `(B, C, H, W)`, a few images on which the two are compared.
     """
     if not isinstance(model, nn.Module) or _compiled(model):
         return model
@@ -46,7 +46,7 @@ def fuse_conv_bn(model: Model, images: Tensor) -> Model:
             return model
         try:
             copy = deepcopy(model).eval()
-        # It holds something that cannot be copied: a lock, a tensor of a graph.
+        # The model holds something that cannot be copied: a lock, a tensor of a graph.
         except (RuntimeError, TypeError):
             return model
         with torch.no_grad():
@@ -70,8 +70,8 @@ def _compiled(model: nn.Module) -> bool:
 
 
 def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
-    """Return the names of a convolution and of the batch norm that alone takes its output, for each
-    pair that can be fused."""
+    """Return the pairs that can be fused: the name of a convolution, and that of the batch norm
+    which alone takes its output."""
     # Name of a module -> the nodes of the graph that its calls end in.
     convolutions: dict[str, list[Node | None]] = {}
     norms: dict[str, list[Node | None]] = {}

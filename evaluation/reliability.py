@@ -45,7 +45,7 @@ from evaluation.report import DoctorReport
 
 # Enough for a black-box search to break the images that hidden gradients protect.
 SQUARE_QUERIES = 500
-# An attack of fewer steps need not break everything at a large epsilon (FGSM does not), so PGD with
+# An attack of fewer steps may leave robust images at a large epsilon (FGSM does), so PGD with
 # `ENOUGH_STEPS` is run beside it.
 FEW_STEPS = 10
 # The epsilons of the curve, as multiples of the attack's own.
@@ -73,7 +73,7 @@ def doctor(
         report.reliable     # True, False, or None if more images are needed
         print(report)
 
-    All verdicts on images are top-1, by copies of the attack that stop there. On robust images it
+    All verdicts are top-1, by variants of the attack that stop at misclassification. A robust image
     costs up to 15 attacks and `SQUARE_QUERIES` forward passes. Most checks ask how many images only
     seem robust: the attack does not break them, and another attack does. They pass if the share of
     such images is at most `HIDDEN` or `FOUND`, by its 95 % interval; see `judge_rate`.
@@ -81,9 +81,9 @@ def doctor(
     Args:
         model, data, device, limit, batch_size, progress: see `robust_accuracy`. 200 images are
             enough for most models; fewer than 73 never are. All of them are held in memory.
-        attack: untargeted. In place of an attack of another kind PGD with `ENOUGH_STEPS` on the
-            same loss is examined. PGD of fewer than `FEW_STEPS` steps, and FGSM, are checked beside
-            PGD with `ENOUGH_STEPS`.
+        attack: untargeted. An attack of another kind than PGD is replaced by PGD with
+            `ENOUGH_STEPS` on the same loss. PGD of fewer than `FEW_STEPS` steps, and FGSM, are
+            checked beside PGD with `ENOUGH_STEPS`.
         seed: the seed of all draws.
         autocast: the context of the attack's forward passes.
 
@@ -101,12 +101,9 @@ def doctor(
         for check in bar:
             bar.set_description_str(f"checking {check.__name__.replace('_', ' ')}")
             results += check(exam)
-    examined = attack
-    if not isinstance(attack, PGD):
-        examined = as_pgd(attack)
     return DoctorReport(
         checks=tuple(results),
-        examined=examined,
+        examined=attack if isinstance(attack, PGD) else as_pgd(attack),
         curve=tuple(exam.curve),
         n=exam.n,
         num_classes=exam.num_classes,
@@ -114,7 +111,7 @@ def doctor(
 
 
 class _Exam:
-    """A model, the images that it is examined on, and the results that several checks share.
+    """A model, the images on which it is examined, and the results that several checks share.
 
     Verdicts are bool `(N,)` on the CPU: whether an image is still classified correctly.
 
@@ -208,7 +205,7 @@ def gradients(exam: _Exam) -> list[Check]:
     Limit: `HIDDEN` for images that zero gradients hide; none may have numbers that are not finite.
     Source: Carlini et al.; Croce and Hein, for cross entropy that saturates with large logits.
     """
-    # under autocast, as the attack: float16 has zeros that float32 has not
+    # under autocast, like the attack: float16 rounds gradients to zero that float32 holds
     with exam.autocast():
         return quick_checks(exam.model, exam.images, exam.labels, exam.attack, exam.size)
 

@@ -284,8 +284,8 @@ def test_a_model_with_a_nan_weight_gets_a_report_that_is_not_reliable(
     report = json.loads(text)
     assert (report["n"], report["clean_top1"], report["robust_top1"]) == (21, 0, 0)
     assert report["reliable"] is False
-    assert report["warnings"] == ["gradients and logits are finite: not for 21 of 21 images"]
-    assert "warning: gradients and logits are finite: not for 21" in done.stdout
+    assert report["warnings"] == ["gradients and logits are finite: not finite for 21 of 21 images"]
+    assert "warning: gradients and logits are finite: not finite for 21" in done.stdout
     verdicts = np.load(tmp_path / "a.verdicts.npz")
     assert (verdicts["prediction"] == -1).all()
     assert not verdicts["robust_top1"].any()

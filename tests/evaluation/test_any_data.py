@@ -149,7 +149,7 @@ def test_plain_pgd_is_examined_beside_an_attack_of_another_kind(problem, hasty):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (lambda images, labels: [], "^data: holds no images to attack$"),
+        (lambda images, labels: [], "^data: contains no images$"),
         (
             lambda images, labels: [((255 * images).byte(), labels)],
             "torch.uint8; divide the pixels by 255$",
@@ -170,7 +170,7 @@ def test_plain_pgd_is_examined_beside_an_attack_of_another_kind(problem, hasty):
         ),
         (
             lambda images, labels: project_loader(images[:0], labels[:0]),
-            "^the loader holds no images to attack$",
+            "^data: contains no images$",
         ),
     ],
 )

@@ -236,7 +236,7 @@ def test_a_targeted_attack_and_an_empty_loader_get_no_verdict(digits):
     model, loader = digits
     with pytest.raises(ValueError, match="verdicts need an untargeted attack"):
         attack_loader(model, loader, PGD(4 / 255, 2 / 255, 1, targeted=True), seed=0)
-    with pytest.raises(ValueError, match="the loader holds no images to attack"):
+    with pytest.raises(ValueError, match="data: contains no images"):
         robust_accuracy(model, loader.subset(torch.arange(0)), ATTACK, seed=0)
 
 
