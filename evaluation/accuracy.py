@@ -26,8 +26,9 @@ def evaluate(
 
     With several processes `loader` is this process's shard, and the means are over all shards. If
     the loader's labels carry noise, `clean_` values against the labels before the noise stand
-    beside those against the noisy ones. The model is put into evaluation mode and restored. No
-    random numbers are drawn, so evaluating does not disturb training.
+    beside those against the noisy ones. The model is put into evaluation mode, and back into
+    training mode if it was in that. No random numbers are drawn, so evaluating does not disturb
+    training.
 
     Args:
         model: maps images `(B, C, H, W)` to logits `(B, classes)`.

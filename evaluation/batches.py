@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.attack import check_batch, frozen
-from attacks.classifier import Model, ask
+from attacks.classifier import Model, checked_logits
 from base.base_data_loader import BaseDataLoader
 from base.distributed import rank, world_size
 
@@ -118,7 +118,7 @@ class Batches:
     def num_classes(self) -> int:
         """The number of the model's classes, counted in its logits for one image."""
         with torch.inference_mode(False), torch.no_grad(), frozen(self._model, training=False):
-            return ask(self._model, self.first.images[:1]).shape[1]
+            return checked_logits(self._model, self.first.images[:1]).shape[1]
 
     def __iter__(self) -> Iterator[Batch]:
         return self.without(torch.empty(0, dtype=torch.int64))

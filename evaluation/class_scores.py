@@ -154,7 +154,7 @@ def class_scores(
             is wrong.
         class_names: in label order.
     """
-    # imported here as it takes a second, which other commands would pay, too
+    # imported here: it takes a second, which other commands need not wait for
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     labels = np.asarray(labels)

@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from attacks.attack import frozen
-from attacks.classifier import Model, ask
+from attacks.classifier import Model, checked_logits
 
 TOLERANCE = 1e-4
 """The largest difference between the logits of the two networks, as a share of the largest logit;
@@ -53,8 +53,8 @@ def fuse_conv_bn(model: Model, images: Tensor) -> Model:
             for convolution, norm in pairs:
                 _fuse(copy.get_submodule(convolution), copy.get_submodule(norm))
                 copy.set_submodule(norm, nn.Identity())
-            expected = ask(model, images)
-            found = ask(copy, images)
+            expected = checked_logits(model, images)
+            found = checked_logits(copy, images)
         largest = float(expected.abs().max())
         if isfinite(largest) and torch.allclose(found, expected, rtol=0, atol=TOLERANCE * largest):
             return copy
@@ -93,7 +93,7 @@ def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
         )
     try:
         with torch.enable_grad():
-            logits = ask(model, images.clone().requires_grad_())
+            logits = checked_logits(model, images.clone().requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()

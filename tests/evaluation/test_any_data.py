@@ -184,7 +184,7 @@ def test_classes_for_objects_are_named(problem):
     model, images, labels = problem
     for measure in (robust_accuracy, doctor):
         with pytest.raises(
-            TypeError, match="^attack: expected one, such as .*, not the class PGD$"
+            TypeError, match="^attack: expected an attack, such as .*, not the class PGD$"
         ):
             measure(model, [(images, labels)], PGD)
     with pytest.raises(
