@@ -114,7 +114,7 @@ def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
     other.unlink()
 
 
-def test_same_verdicts_for_two_processes_and_other_batches(robust_run, tmp_path):
+def test_verdicts_are_the_same_for_two_processes_and_other_batches(robust_run, tmp_path):
     folder, _ = robust_run
     words = ["-s", folder, "--limit", 40, "--seed", 5, "--restarts", 2, "--json"]
     first = script(
@@ -199,7 +199,7 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
     assert "PGD-2, linf 8/255, step 2/255" in done.stdout
 
 
-def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
+def test_the_doctor_examines_as_many_images_as_its_flag_says(robust_run, tmp_path):
     folder, _ = robust_run
     words = ["-s", folder, "--steps", 2, "--limit", 100, "--json", tmp_path / "a.json"]
     done = script("validate_pgd.py", *words, "--doctor", 12, cwd=tmp_path)
@@ -291,7 +291,7 @@ def test_a_model_with_a_nan_weight_gets_a_report_that_is_not_reliable(
     assert not verdicts["robust_top1"].any()
 
 
-def test_images_that_the_network_cannot_take_are_one_line(robust_run, tmp_path):
+def test_images_that_do_not_fit_the_network_are_an_error_of_one_line(robust_run, tmp_path):
     for part in ("train", "test"):
         for digit in range(10):
             (tmp_path / "few" / part / str(digit)).mkdir(parents=True)

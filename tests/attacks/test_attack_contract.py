@@ -67,7 +67,7 @@ def test_variants_keep_the_class_and_everything_else():
     assert square.confident(0.1) is square, "it has no confidence"
 
 
-def test_fgsm_is_a_pgd_of_which_every_number_can_be_replaced():
+def test_fgsm_becomes_a_pgd_of_which_every_argument_can_be_replaced():
     attack = FGSM(0.1, "l2", early_stop=5, loss="margin")
     plain = PGD(0.1, 0.1, 1, "l2", random_start=False, early_stop=5, loss="margin")
     assert attack.as_pgd() == plain
@@ -180,7 +180,7 @@ def test_promises_are_kept_for_every_subclass(problem, attack):
         ),
     ],
 )
-def test_what_perturb_returns_is_checked(problem, result, error, message):
+def test_the_result_of_perturb_is_checked(problem, result, error, message):
     class Returns(Attack):
         def perturb(self, model, images, labels, generators):
             return result(images)

@@ -27,7 +27,7 @@ def situations(draw):
 
 @settings(max_examples=120, deadline=None)
 @given(situations())
-def test_projection_is_into_the_allowed_set_once_and_for_all(situation):
+def test_projection_is_into_the_allowed_set_and_idempotent(situation):
     threat, images, points = situation
     projected = threat.project(points, images)
     assert projected.min() >= 0
