@@ -101,7 +101,8 @@ def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
         folder / "eval" / f".{name}.{'0f' * 8}.partial.npz"
         for name in ("fgsm_linf_8_ema_n30_seed0", "pgd")
     )
-    stale.touch()  # as an attempt with another number of processes leaves it
+    # an attempt with another number of processes leaves such a file
+    stale.touch()
     other.touch()
     done = run("fgsm.py", "-s", folder, "--limit", 30, "--ema", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
@@ -166,7 +167,7 @@ def test_doctor_figure_and_l2(robust_run, tmp_path):
     if "failed" not in verdicts:
         assert f"UNDECIDED: about {report['images_needed']} images would decide\n" in done.stdout
     assert report["checked_attack"] == "PGD-3, l2 0.5, step 0.4167, 1 start"
-    assert not list(tmp_path.glob(".*")), "nothing is left of what was kept for an interruption"
+    assert not list(tmp_path.glob(".*")), "no partial files remain"
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert (tmp_path / "a_epsilon.png").stat().st_size > 1000
 
@@ -405,7 +406,7 @@ def bad_inputs(folder, tmp_path):
         "nothing to examine": (
             ["-s", folder, "--epsilon", "0", "--doctor"],
             2,
-            "--doctor: with an epsilon of 0",
+            "--doctor: needs an epsilon above 0",
         ),
         "a setting it does not have": (
             ["-s", folder, "--autoattack", "--steps", "3"],

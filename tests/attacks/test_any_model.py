@@ -1,5 +1,5 @@
-"""What every attack promises for every model and all images: functions, models that write into
-their input or answer NaN, answers that are not logits, labels that are not classes, tensors of
+"""Attacks keep their promises for every model and all images: functions, models that write into
+their input or answer NaN, answers that are not logits, labels that are not classes, tensors from
 inference mode."""
 
 from functools import partial
