@@ -10,8 +10,8 @@ from torch import nn
 
 from attacks import APGD, FGSM, PGD, Square
 from attacks.losses import wrongness
+from evaluation.attack_batch import attack_batch
 from evaluation.checks import quick_checks
-from evaluation.robust_accuracy import attack_batch
 from evaluation.verdicts import NONE
 
 CLASSES = 6
