@@ -156,7 +156,7 @@ def quick_checks(
         model: maps images in `[0, 1]` to logits.
         images: `(B, C, H, W)` in `[0, 1]`.
         labels: int64 `(B,)`.
-        attack: the attack whose loss is examined.
+        attack: the attack whose loss is examined; untargeted.
         batch_size: images at a time; None for all.
 
     Raises:
@@ -180,14 +180,12 @@ def quick_checks(
             passes.append((logits, repeated, gradient, of_margin))
         logits, repeated, gradient, of_margin = map(torch.cat, zip(*passes, strict=True))
         correct = wrongness(logits, labels) == 0
-        # A targeted attack has to work on the images that are not yet of the target's class.
-        attacked = correct != attack.targeted
-        vanishing = attacked & (gradient <= SATURATED * of_margin)
+        vanishing = correct & (gradient <= SATURATED * of_margin)
         hidden = 0
         for part in parts_of(vanishing, size):
             hidden += _hidden(model, images[part], labels[part], attack)
     n = len(labels)
-    of_attacked = f"{int(vanishing.sum())} of {int(attacked.sum())} images to attack"
+    of_attacked = f"{int(vanishing.sum())} of {int(correct.sum())} images to attack"
     vanishes = f"they vanish for {of_attacked}, and hide from the attack"
     finite = gradient.isfinite() & logits.isfinite().all(dim=1)
     not_finite = n - int(finite.sum())
@@ -250,8 +248,8 @@ def as_pgd(attack: Attack) -> PGD:
 
 
 def plain_pgd(attack: Attack) -> PGD:
-    """Return PGD with `ENOUGH_STEPS` steps and the attack's threat model, loss and goal; on cross
-    entropy if the attack has a loss of its own."""
+    """Return PGD with `ENOUGH_STEPS` steps and the attack's threat model and loss; on cross entropy
+    if the attack has a loss of its own."""
     loss = "ce"
     if attack.loss in ATTACK_LOSSES:
         loss = attack.loss
@@ -262,7 +260,6 @@ def plain_pgd(attack: Attack) -> PGD:
         steps=ENOUGH_STEPS,
         norm=attack.norm,
         early_stop=True,
-        targeted=attack.targeted,
         loss=loss,
     )
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from copy import deepcopy
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +89,11 @@ def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
             norms[name] = nodes
         else:
             continue
-        hooks.append(
-            module.register_forward_hook(lambda *call, nodes=nodes: nodes.append(call[2].grad_fn))
-        )
+
+        def record(_: nn.Module, __: Any, output: Tensor, nodes: list[Node | None] = nodes) -> None:
+            nodes.append(output.grad_fn)
+
+        hooks.append(module.register_forward_hook(record))
     try:
         with torch.enable_grad():
             logits = checked_logits(model, images.clone().requires_grad_())

@@ -92,16 +92,16 @@ def robust_accuracy(
     check_attack(attack)
     if save_images is not None:
         check_images_file("save_images", save_images)
-    batches = Batches(data, model, device=device, batch_size=batch_size, limit=limit, sharded=True)
-
-    # Checks come first, so that a model or data that cannot be measured is an error at once.
     # An attack that is used again still holds the warnings about the model before.
     if isinstance(attack.warnings, list):
         attack.warnings.clear()
+
+    # Checks: a model or data that cannot be measured is an error before the work.
+    batches = Batches(data, model, device=device, batch_size=batch_size, limit=limit, sharded=True)
     first = batches.first
     checks = quick_checks(model, first.images, first.labels, attack)
 
-    # The search: this process attacks its shard, without the images that have verdicts already.
+    # Search: this process attacks its shard, except for images that have verdicts already.
     known = known_verdicts(partial)
     with _open_images(save_images, partial, first.images, known) as images:
         # Verdicts without their images would leave gaps in the file of images.
@@ -120,13 +120,13 @@ def robust_accuracy(
             description=description,
             progress=progress,
         )
-        # The verdicts of all processes, in the order of the images.
+        # Verdicts: those of all processes, in the order of the images.
         verdicts = Verdicts.joined(all_gather_object(own))
         seconds = perf_counter() - begin
         if images is not None:
             images.save(Path(save_images), verdicts, _class_names(data))
 
-    # The report, which every process gets.
+    # Report: every process gets it.
     attacked = len(verdicts) - sum(all_gather_object(len(known)))
     top5_known = knows_top5(attack, batches.num_classes)
     low_precision = uses_low_precision(autocast, attack)
