@@ -124,7 +124,8 @@ class Attack(ABC):
         """
         if "confidence" not in arguments(type(self)):
             return self
-        return replace(self, confidence=confidence)
+        # an attack that was made more confident stays so
+        return replace(self, confidence=max(confidence, self.confidence))
 
     @property
     def rank(self) -> int:

@@ -62,6 +62,7 @@ def test_variants_keep_the_class_and_everything_else():
     assert (half.epsilon, half.step_size) == (0.05, 0.025)
     assert half.scaled(2) == attack
     assert attack.confident(0.1).confidence == 0.1
+    assert attack.confident(0.1).confident(0.02).confidence == 0.1
     assert FGSM(0.1, "l2", loss="margin").scaled(0.5) == FGSM(0.05, "l2", loss="margin")
     square = Square(0.1)
     assert square.confident(0.1) is square, "it has no confidence"
