@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.arguments import check_count, check_size
-from attacks.classifier import Classifier, Model, ask
+from attacks.classifier import Classifier, Model, checked_logits
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.threat_model import Generators, ThreatModel
 from attacks.worst_case import DONE, MISSED
@@ -47,8 +47,7 @@ class Attack(ABC):
         norm: `"linf"` or `"l2"`.
         targeted: `labels` are the classes to lead the model to, instead of the true ones.
         loss: what is maximized: `"ce"`, `"margin"` or `"dlr"`; see `attacks.losses`.
-        seed: of the random starts, where a call brings no generators: every such call draws the
-            same ones.
+        seed: of the random starts of calls without generators, each of which draws the same ones.
 
     Attributes:
         confidence: see `confident`; above 0 only in attacks with a field of this name.
@@ -120,12 +119,13 @@ class Attack(ABC):
         that is measured.
 
         An image counts as misclassified only once the label's logit falls short by `confidence`
-        times the image's largest logit, so that few successes turn out to be none. An attack
-        without a field `confidence` returns itself.
+        times the image's largest logit, so that the model that is measured confirms nearly every
+        success. An attack without a field `confidence` returns itself.
         """
         if "confidence" not in arguments(type(self)):
             return self
-        return replace(self, confidence=confidence)
+        # an attack that was made more confident stays so
+        return replace(self, confidence=max(confidence, self.confidence))
 
     @property
     def rank(self) -> int:
@@ -249,7 +249,7 @@ class Attack(ABC):
         """
         points = points.detach().requires_grad_()
         with torch.enable_grad():
-            logits = ask(model, points)
+            logits = checked_logits(model, points)
             losses = self.losses(logits, labels)
             gradient = None
             if losses.requires_grad:
@@ -266,10 +266,10 @@ def arguments(kind: type[Attack]) -> dict[str, Parameter]:
 
 
 def settings(attack: Attack) -> dict[str, Any]:
-    """Return everything that an attack was made with.
+    """Return everything that an attack was made with, by name.
 
-    These are the fields that count when two attacks are compared, and what else its own constructor
-    keeps under a public name.
+    These are the fields by which attacks are compared, and all other public attributes, such as a
+    constructor without a dataclass may set.
     """
     declared = {}
     if is_dataclass(attack):
@@ -313,7 +313,7 @@ def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
 
 
 def check_attack(attack: Any) -> None:
-    """Check that something is an attack, and not, for example, the class of one.
+    """Check that a value is an attack, and not, for example, the class of one.
 
     Raises:
         TypeError: naming what was found.
@@ -323,7 +323,7 @@ def check_attack(attack: Any) -> None:
     found = repr(attack)
     if isinstance(attack, type):
         found = f"the class {attack.__name__}"
-    raise TypeError(f"attack: expected one, such as PGD(8 / 255, 2 / 255, 20), not {found}")
+    raise TypeError(f"attack: expected an attack, such as PGD(8 / 255, 2 / 255, 20), not {found}")
 
 
 def check_batch(images: Tensor, labels: Tensor) -> None:

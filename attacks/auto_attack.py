@@ -95,7 +95,7 @@ class AutoAttack(Attack):
                 f"the model has {n_classes} classes: {n_classes - 1} targets instead of the"
                 f" standard {STANDARD_TARGETS} in apgd-t and fab-t"
             )
-        # judged here, as the package would take NaN for a class
+        # decided here, as the package would take NaN for a class
         remaining = (wrongness(logits, labels) == 0).nonzero().flatten()
         if len(remaining) == 0:
             return images
@@ -103,9 +103,9 @@ class AutoAttack(Attack):
         if not isinstance(generator, torch.Generator):
             generator = generator[0]
         seed = int(torch.randint(2**31, (), generator=generator))
-        # the package seeds the global generators of all CUDA devices, and a seed for one that is
-        # not in use yet is remembered until it is
-        devices = range(torch.cuda.device_count() if images.is_cuda else 0)
+        # the package seeds the global generators of all CUDA devices, wherever the images are;
+        # asking for their states would start CUDA in a process that does not use it
+        devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
         with torch.random.fork_rng(devices=devices), _keep_tracer(), _collect(self._warn):
             attack = self._build(model, n_classes, seed, images.device)
             found, _ = attack.run_standard_evaluation(

@@ -131,7 +131,7 @@ class APGD(Attack):
                 state.keep(reached < DONE)
                 if len(state.index) == 0:
                     return
-            # the first step has no change before it that could be repeated
+            # before the first step there is no change to repeat
             momentum = MOMENTUM if step > 0 else 1.0
             state.step(self.threat_model, momentum)
         self._judge(model, worst, state.index, state.points, state.labels)
@@ -164,7 +164,7 @@ def checkpoints(steps: int) -> dict[int, int]:
 
 
 class _State:
-    """The images of one restart: where each of them is, and what its step size has come to.
+    """The images of one restart: the current point and step size of each.
 
     The first dimension of every attribute is that of the images, so that `keep` can select.
     """

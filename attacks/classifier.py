@@ -41,7 +41,7 @@ class Classifier:
             self.largest = int(labels.max())
 
     def __call__(self, images: Tensor) -> Tensor:
-        logits = ask(self.model, images)
+        logits = checked_logits(self.model, images)
         classes = logits.shape[1]
         for label in (self.smallest, self.largest):
             if not 0 <= label < classes:
@@ -52,7 +52,7 @@ class Classifier:
         return logits
 
 
-def ask(model: Model, images: Tensor) -> Tensor:
+def checked_logits(model: Model, images: Tensor) -> Tensor:
     """Return the model's logits `(B, classes)` for `images` `(B, C, H, W)`.
 
     Raises:

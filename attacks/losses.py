@@ -54,7 +54,7 @@ ATTACK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def wrongness(logits: Tensor, labels: Tensor, rank: int = 1) -> Tensor:
-    """How far the label has fallen, int64 `(B,)`.
+    """Return how far the label has fallen, int64 `(B,)`.
 
     0: the label is the prediction. 1: it is not. 2: it is not among the `rank` largest logits
     either. With `rank` 1, a misclassified image is at 2 at once.

@@ -143,14 +143,14 @@ class PGD(Attack):
             worst.update(remaining, points, losses, reached)
             if self.early_stop:
                 # an image that is done leaves the batch, so later passes are cheaper
-                going_on = reached < DONE
-                remaining = remaining[going_on]
-                points = points[going_on]
-                gradient = gradient[going_on]
+                unfinished = reached < DONE
+                remaining = remaining[unfinished]
+                points = points[unfinished]
+                gradient = gradient[unfinished]
                 if len(remaining) == 0:
                     return
             points = self.step(points, gradient, images[remaining])
-        # a step's pass judges the point before the step: the last point needs a pass of its own
+        # a step evaluates the point before it, so the last point needs a pass of its own
         with torch.no_grad():
             logits = model(points)
         losses = self.losses(logits, labels[remaining])

@@ -175,7 +175,7 @@ class _Window:
 
     Attributes:
         mask: bool `(n, 1, H, W)`, True inside the window.
-        row: int64 `(n, H)`, the window's row at each of the image's; 0 outside.
+        row: int64 `(n, H)`, the row of the window at each row of the image; 0 outside.
         column: int64 `(n, W)`, the same for columns.
     """
 
@@ -193,8 +193,8 @@ class _Window:
 
 
 def _inside(draws: Tensor, size: int, side: int) -> tuple[Tensor, Tensor]:
-    """For each of `size` rows: whether it is in the window, bool `(n, size)`, and the window's row
-    there, int64 `(n, size)`, 0 outside."""
+    """Return which of `size` rows are in the window, bool `(n, size)`, and the row of the window at
+    each of them, int64 `(n, size)`, 0 outside."""
     first = (draws * (size - side + 1)).long()
     place = torch.arange(size, device=draws.device) - first[:, None]
     inside = (place >= 0) & (place < side)
@@ -216,7 +216,7 @@ def _squares(change: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _norm(change: Tensor) -> Tensor:
-    """The Euclidean length of every channel, `(n, C, 1, 1)`."""
+    """Return the Euclidean length of every channel, `(n, C, 1, 1)`."""
     return _squares(change, (2, 3)).sqrt()
 
 

@@ -134,7 +134,7 @@ def lengths(change: Tensor) -> Tensor:
 
 
 def _largest_entry(change: Tensor) -> Tensor:
-    """The largest absolute value of every image, `(B, 1, 1, 1)`; 1 where all are zero."""
+    """Return the largest absolute value of every image, `(B, 1, 1, 1)`; 1 if all are zero."""
     largest = change.abs().amax(dim=(1, 2, 3), keepdim=True)
     return torch.where(largest > 0, largest, 1)
 

@@ -48,5 +48,5 @@ class WorstCase:
         self.losses[kept] = losses[worse]
 
     def remaining(self) -> Tensor:
-        """The positions, int64 `(n,)`, of the images that are not `DONE`."""
+        """Return the positions, int64 `(n,)`, of the images that are not `DONE`."""
         return (self.reached < DONE).nonzero().squeeze(1)

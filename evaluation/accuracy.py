@@ -1,7 +1,6 @@
 """Loss and metrics of a model on a loader: summed over samples, reduced over processes once."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,6 +9,7 @@ from tqdm import tqdm
 from base.base_data_loader import BaseDataLoader
 from base.distributed import hide_progress_bar
 from base.meters import Loss, Meters, Metric, batch_result
+from evaluation.attack_batch import Autocast
 
 
 @torch.no_grad()
@@ -19,15 +19,16 @@ def evaluate(
     *,
     loss: Loss,
     metrics: Mapping[str, Metric],
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Autocast,
     description: str = "evaluating",
 ) -> dict[str, float]:
     """Return the mean loss and metrics over every sample of `loader`, metrics as fractions.
 
     With several processes `loader` is this process's shard, and the means are over all shards. If
     the loader's labels carry noise, `clean_` values against the labels before the noise stand
-    beside those against the noisy ones. The model is put into evaluation mode and restored. No
-    random numbers are drawn, so evaluating does not disturb training.
+    beside those against the noisy ones. The model is put into evaluation mode, and back into
+    training mode if it was in that. No random numbers are drawn, so evaluating does not disturb
+    training.
 
     Args:
         model: maps images `(B, C, H, W)` to logits `(B, classes)`.

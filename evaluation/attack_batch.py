@@ -24,9 +24,9 @@ Autocast = Callable[[], AbstractContextManager]
 ROWS = 16
 MORE_ROWS = 8
 
-# See `Attack.confident`. Each is more than the error of the logits that the search sees: of those
-# in low precision nearly always (an image that was believed to be broken too early is attacked once
-# more), of those of fused batch norms always.
+# See `Attack.confident`. Each is larger than the error of the logits that a search sees: always for
+# fused batch norms, and nearly always in low precision, where an image that was believed to be
+# broken too early is attacked once more.
 CONFIDENCE_LOW_PRECISION = 0.02
 CONFIDENCE_FUSED = 2 * TOLERANCE
 
@@ -44,9 +44,11 @@ def attack_batch(
 ) -> tuple[Verdicts, Tensor]:
     """Return the verdicts on one batch and the worst images found, `(B, C, H, W)`.
 
-    Only images that the model gets right are attacked. Each search finds adversarial images, and
-    `model`, in its own precision, then says which of them count. A search in low precision is
-    followed by one in full precision, for the images that it wrongly believed to be broken.
+    An image is attacked unless it is broken already: its label is not among the `attack.rank`
+    largest logits. (A single step attacks all images; see `_attack_once`.) Each search finds
+    adversarial images, and `model`, in its own precision, decides which of them count. A search in
+    low precision is followed by one in full precision, for the images that the first one wrongly
+    believed to be broken.
 
     Args:
         model: a module or a function that maps images in `[0, 1]` to logits.
@@ -95,7 +97,7 @@ def attack_batch(
                 found = search.run(images[remaining], labels[remaining], generators)
                 logits = verify(found)
                 worst.update(remaining, found, logits)
-                # The next search is for the images that this one was wrong about.
+                # The next search attacks the images about which this one was wrong.
                 wrong = search.overestimates(found, logits, labels[remaining])
                 remaining = remaining[wrong]
     perturbation = attack.threat_model.distance(worst.images, images)
@@ -130,8 +132,8 @@ def _attack_once(
 ) -> "_WorstImages":
     """Run an attack of a single step, whose first pass also gives the clean logits.
 
-    All images are attacked, also those that are misclassified: to know them first would take the
-    forward pass that is saved here.
+    All images are attacked, even misclassified ones: finding those first would take the forward
+    pass that is saved here.
     """
     calls: list[tuple[Tensor, Tensor]] = []
 
@@ -183,8 +185,8 @@ class _Search:
             return self.attack(self.classifier, images, labels, generators=generators)
 
     def overestimates(self, found: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return for which images the search believes in more than the `logits` of the verdict
-        confirm, bool `(n,)`."""
+        """Return which images the search believes to be broken further than the `logits` of the
+        verdict confirm, bool `(n,)`."""
         confirmed = wrongness(logits, labels, self.attack.rank)
         wrong = torch.zeros_like(labels, dtype=torch.bool)
         unbroken = (confirmed < DONE).nonzero().squeeze(1)
@@ -219,8 +221,8 @@ class _WorstImages:
         return (self._wrongness < DONE).nonzero().squeeze(1)
 
     def update(self, at: Tensor, found: Tensor, logits: Tensor) -> None:
-        """Keep those images `found` for the positions `at` that are no better for the model than
-        what is kept."""
+        """Keep those images `found` for the positions `at` on which the model does no better than
+        on the images kept so far."""
         reached = wrongness(logits, self._labels[at], self._rank)
         kept = reached >= self._wrongness[at]
         self.images[at[kept]] = found[kept]
@@ -233,8 +235,8 @@ def _verdicts(
 ) -> Verdicts:
     clean_top1 = wrongness(worst.clean, labels) == 0
     stays_first = wrongness(worst.logits, labels) == 0
-    clean_top5 = wrongness(worst.clean, labels, 5) < 2
-    stays_among_five = wrongness(worst.logits, labels, 5) < 2
+    clean_top5 = wrongness(worst.clean, labels, 5) < DONE
+    stays_among_five = wrongness(worst.logits, labels, 5) < DONE
     known = knows_top5(attack, worst.clean.shape[1])
     return Verdicts(
         position=positions.cpu(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.attack import check_batch, frozen
-from attacks.classifier import Model, ask
+from attacks.classifier import Model, checked_logits
 from base.base_data_loader import BaseDataLoader
 from base.distributed import rank, world_size
 
@@ -35,11 +35,11 @@ class Batch:
 
 
 class Batches:
-    """Batches with the positions of their images, which can be iterated once; with several
-    processes those of this process.
+    """Batches of images with their positions, to be iterated once. With several processes these are
+    the images of this process.
 
-    A loader of this project knows its images' positions. Images of other data are numbered in the
-    order of iteration, from 0.
+    A loader of this project knows the positions of its images. Images of other data are numbered
+    from 0, in the order of iteration.
 
     Args:
         data: batches `(images, labels)`, neither shuffled nor augmented.
@@ -75,7 +75,7 @@ class Batches:
             self._rank = rank()
             self._shards = world_size()
         if isinstance(data, BaseDataLoader):
-            data = self._part(data, batch_size, limit)
+            data = self._own_shard(data, batch_size, limit)
         self._data = data
         self._model = model
         if device is None:
@@ -86,7 +86,7 @@ class Batches:
         self._limit = limit
         self._iterator: Iterator[Batch] | None = None
 
-    def _part(
+    def _own_shard(
         self, loader: BaseDataLoader, batch_size: int | None, limit: int | None
     ) -> BaseDataLoader:
         """Return a loader of this process's images."""
@@ -94,12 +94,12 @@ class Batches:
         if limit is not None:
             last = min(limit, last)
         if last == 0:
-            raise ValueError("the loader holds no images to attack")
+            raise ValueError("data: contains no images")
         if self._shards == 1 and last == loader.n_samples and batch_size is None:
             return loader
-        part = loader.subset(torch.arange(last)).shard(self._rank, self._shards)
-        part.batch_size = batch_size or loader.batch_size
-        return part
+        shard = loader.subset(torch.arange(last)).shard(self._rank, self._shards)
+        shard.batch_size = batch_size or loader.batch_size
+        return shard
 
     @cached_property
     def first(self) -> Batch:
@@ -112,13 +112,13 @@ class Batches:
         try:
             return next(self._iterator)
         except StopIteration:
-            raise ValueError("data: holds no images to attack") from None
+            raise ValueError("data: contains no images") from None
 
     @cached_property
     def num_classes(self) -> int:
         """The number of the model's classes, counted in its logits for one image."""
         with torch.inference_mode(False), torch.no_grad(), frozen(self._model, training=False):
-            return ask(self._model, self.first.images[:1]).shape[1]
+            return checked_logits(self._model, self.first.images[:1]).shape[1]
 
     def __iter__(self) -> Iterator[Batch]:
         return self.without(torch.empty(0, dtype=torch.int64))
@@ -126,7 +126,7 @@ class Batches:
     def without(self, known: Tensor) -> Iterator[Batch]:
         """Yield the batches without the images at `known` positions `(n,)`.
 
-        Of a loader of this project these must be its first images, which are not even read.
+        For a loader of this project these must be its first images; they are not read again.
         """
         if isinstance(self._data, BaseDataLoader):
             skip = self._batches_of(self._data, len(known))
@@ -145,10 +145,10 @@ class Batches:
                 yield Batch(batch.images[on_device], batch.labels[on_device], batch.positions[new])
 
     def count(self, known: int = 0) -> int | None:
-        """Return how many batches follow the `known` images; None if the data does not tell."""
+        """Return how many batches follow the `known` images; None if that cannot be known."""
         if isinstance(self._data, BaseDataLoader):
             return len(self._data) - self._batches_of(self._data, known)
-        # Other numbers of images at a time, or fewer images, make another number of batches.
+        # Known images, another batch size or a limit change the number of batches.
         changed = known > 0 or self._batch_size is not None or self._limit is not None
         if changed or not isinstance(self._data, Sized):
             return None

@@ -1,7 +1,7 @@
 """Predictions of a model, and how well it recognizes each class."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from attacks.attack import frozen
 from attacks.classifier import Model
+from evaluation.attack_batch import Autocast
 from evaluation.batches import device_of
 from evaluation.verdicts import NONE
 
@@ -114,7 +115,7 @@ def predict(
     model: Model,
     data: Iterable[tuple[Tensor, Tensor]],
     *,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    autocast: Autocast = nullcontext,
 ) -> Predictions:
     """Return the predictions of a model, in evaluation mode, for every image.
 
@@ -154,7 +155,7 @@ def class_scores(
             is wrong.
         class_names: in label order.
     """
-    # imported here as it takes a second, which other commands would pay, too
+    # imported here: it takes a second, which other commands need not wait for
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     labels = np.asarray(labels)

@@ -3,6 +3,7 @@
 from collections import Counter
 from copy import deepcopy
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.autograd.graph import Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from attacks.attack import frozen
-from attacks.classifier import Model, ask
+from attacks.classifier import Model, checked_logits
 
 TOLERANCE = 1e-4
 """The largest difference between the logits of the two networks, as a share of the largest logit;
@@ -21,21 +22,21 @@ def fuse_conv_bn(model: Model, images: Tensor) -> Model:
     """Return a copy of `model` for evaluation, without the batch norms that directly follow a
     convolution; or `model` itself.
 
-    With running statistics `bn(w * x + b) = (s w) * x + s (b - mean) + beta` per output channel, `s
-    = gamma / sqrt(var + eps)`: another convolution, which saves two passes over the layer's output
-    in each direction. Logits and gradients differ from the model's by rounding, so the model itself
-    has to give the verdicts.
+    With running statistics a batch norm scales each output channel by
+    `s = gamma / sqrt(var + eps)`, and `bn(w * x + b) = (s w) * x + s (b - mean) + beta` is another
+    convolution. That saves two passes over the layer's output in each direction. Logits and
+    gradients differ from the model's by rounding, so the model itself has to give the verdicts.
 
     A pair is fused if, in the autograd graph of one forward pass, only the batch norm takes the
-    output of the convolution. These stay: modules that are called twice or have hooks, and
-    convolutions that compute their weights in every pass (subclasses, parametrizations). The result
-    is `model` itself if there is nothing to fuse, if it cannot be copied, if the logits of the copy
-    differ or are not finite, and if it is compiled, which a copy would not be.
+    output of the convolution. Modules that are called twice or have hooks are left alone, and so
+    are convolutions that compute their weights in every pass (subclasses, parametrizations). The
+    result is `model` itself if there is nothing to fuse, if it cannot be copied, if the logits of
+    the copy differ or are not finite, or if it is compiled, which a copy would not be.
 
     Args:
         model: any module, whose weights and modes are not changed, or a function, which is
             returned.
-        images: `(B, C, H, W)`, a few on which the two are compared.
+        images: `(B, C, H, W)`, a few images on which the two are compared.
     """
     if not isinstance(model, nn.Module) or _compiled(model):
         return model
@@ -46,15 +47,15 @@ def fuse_conv_bn(model: Model, images: Tensor) -> Model:
             return model
         try:
             copy = deepcopy(model).eval()
-        # It holds something that cannot be copied: a lock, a tensor of a graph.
+        # The model holds something that cannot be copied: a lock, a tensor of a graph.
         except (RuntimeError, TypeError):
             return model
         with torch.no_grad():
             for convolution, norm in pairs:
                 _fuse(copy.get_submodule(convolution), copy.get_submodule(norm))
                 copy.set_submodule(norm, nn.Identity())
-            expected = ask(model, images)
-            found = ask(copy, images)
+            expected = checked_logits(model, images)
+            found = checked_logits(copy, images)
         largest = float(expected.abs().max())
         if isfinite(largest) and torch.allclose(found, expected, rtol=0, atol=TOLERANCE * largest):
             return copy
@@ -70,8 +71,8 @@ def _compiled(model: nn.Module) -> bool:
 
 
 def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
-    """Return the names of a convolution and of the batch norm that alone takes its output, for each
-    pair that can be fused."""
+    """Return the pairs that can be fused: the name of a convolution, and that of the batch norm
+    which alone takes its output."""
     # Name of a module -> the nodes of the graph that its calls end in.
     convolutions: dict[str, list[Node | None]] = {}
     norms: dict[str, list[Node | None]] = {}
@@ -88,12 +89,14 @@ def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
             norms[name] = nodes
         else:
             continue
-        hooks.append(
-            module.register_forward_hook(lambda *call, nodes=nodes: nodes.append(call[2].grad_fn))
-        )
+
+        def record(_: nn.Module, __: Any, output: Tensor, nodes: list[Node | None] = nodes) -> None:
+            nodes.append(output.grad_fn)
+
+        hooks.append(module.register_forward_hook(record))
     try:
         with torch.enable_grad():
-            logits = ask(model, images.clone().requires_grad_())
+            logits = checked_logits(model, images.clone().requires_grad_())
     finally:
         for hook in hooks:
             hook.remove()

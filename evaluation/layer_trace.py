@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from attacks.attack import frozen
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -46,17 +48,13 @@ def linear_calls(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCa
             handles.append(module.register_forward_hook(trace.leave_linear))
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_hook(trace.leave_batch_norm))
-    modes = {module: module.training for module in model.modules()}
     like = next(model.parameters(), torch.empty(0))
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype))
+        with torch.no_grad(), frozen(model, training=False):
+            model(torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype))
     finally:
         for handle in handles:
             handle.remove()
-        # not `model.train()`: parts of it may have been in another mode
-        for module, training in modes.items():
-            module.training = training
     names = {module: name for name, module in model.named_modules()}
     calls = []
     for layer, shape, scale in zip(trace.layers, trace.input_shapes, trace.scales, strict=True):

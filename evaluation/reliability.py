@@ -1,5 +1,5 @@
-"""Can a robustness number be believed? Signs that an attack failed for reasons of its own, not
-because the model is robust.
+"""The doctor: checks that show whether an attack failed because the model is robust, or for
+reasons of its own.
 
 The checks follow Athalye et al., "Obfuscated gradients give a false sense of security"
 (arXiv:1802.00420, section 3.1), Carlini et al., "On evaluating adversarial robustness"
@@ -45,7 +45,7 @@ from evaluation.report import DoctorReport
 
 # Enough for a black-box search to break the images that hidden gradients protect.
 SQUARE_QUERIES = 500
-# An attack of fewer steps need not break everything at a large epsilon (FGSM does not), so PGD with
+# An attack of fewer steps may leave robust images at a large epsilon (FGSM does), so PGD with
 # `ENOUGH_STEPS` is run beside it.
 FEW_STEPS = 10
 # The epsilons of the curve, as multiples of the attack's own.
@@ -73,7 +73,7 @@ def doctor(
         report.reliable     # True, False, or None if more images are needed
         print(report)
 
-    All verdicts on images are top-1, by copies of the attack that stop there. On robust images it
+    All verdicts are top-1, by variants of the attack that stop at misclassification. A robust image
     costs up to 15 attacks and `SQUARE_QUERIES` forward passes. Most checks ask how many images only
     seem robust: the attack does not break them, and another attack does. They pass if the share of
     such images is at most `HIDDEN` or `FOUND`, by its 95 % interval; see `judge_rate`.
@@ -81,9 +81,9 @@ def doctor(
     Args:
         model, data, device, limit, batch_size, progress: see `robust_accuracy`. 200 images are
             enough for most models; fewer than 73 never are. All of them are held in memory.
-        attack: untargeted. In place of an attack of another kind PGD with `ENOUGH_STEPS` on the
-            same loss is examined. PGD of fewer than `FEW_STEPS` steps, and FGSM, are checked beside
-            PGD with `ENOUGH_STEPS`.
+        attack: untargeted. An attack of another kind than PGD is replaced by PGD with
+            `ENOUGH_STEPS` on the same loss. PGD of fewer than `FEW_STEPS` steps, and FGSM, are
+            checked beside PGD with `ENOUGH_STEPS`.
         seed: the seed of all draws.
         autocast: the context of the attack's forward passes.
 
@@ -94,29 +94,24 @@ def doctor(
     if attack.targeted or attack.epsilon == 0:
         raise ValueError("only an untargeted attack with an epsilon above 0 can be checked")
     batches = Batches(data, model, device=device, batch_size=batch_size, limit=limit)
-    examination = _Examination(model, batches, as_pgd(attack), seed, autocast)
-    disable = hide_progress_bar()
-    if not progress:
-        disable = True
+    exam = _Exam(model, batches, as_pgd(attack), seed, autocast)
     results: list[Check] = []
+    disable = hide_progress_bar() if progress else True
     with tqdm(CHECKS, disable=disable, leave=False) as bar:
         for check in bar:
             bar.set_description_str(f"checking {check.__name__.replace('_', ' ')}")
-            results += check(examination)
-    examined = attack
-    if not isinstance(attack, PGD):
-        examined = as_pgd(attack)
+            results += check(exam)
     return DoctorReport(
         checks=tuple(results),
-        examined=examined,
-        curve=tuple(examination.curve),
-        n=examination.n,
-        num_classes=examination.num_classes,
+        examined=attack if isinstance(attack, PGD) else as_pgd(attack),
+        curve=tuple(exam.curve),
+        n=exam.n,
+        num_classes=exam.num_classes,
     )
 
 
-class _Examination:
-    """A model, the images that it is examined on, and the results that several checks share.
+class _Exam:
+    """A model, the images on which it is examined, and the results that several checks share.
 
     Verdicts are bool `(N,)` on the CPU: whether an image is still classified correctly.
 
@@ -155,12 +150,12 @@ class _Examination:
 
     @cached_property
     def robust(self) -> Tensor:
-        """The verdicts of the attack."""
+        """The verdicts under the attack."""
         return self.verdicts(self.attack)
 
     @cached_property
     def robust_to_search(self) -> Tensor:
-        """The verdicts of the search."""
+        """The verdicts under the search."""
         if self.search is self.attack:
             return self.robust
         return self.verdicts(self.search)
@@ -199,55 +194,55 @@ class _Examination:
         to the first."""
         before = _percent(_share(robust))
         after = _percent(_share(other))
-        detail = f"{before} of images stand, {after} under the other attack; only the other breaks"
+        detail = f"accuracy {before}, {after} under the other attack; only the other breaks"
         only_other = int((robust & ~other).sum())
         return judge_rate(name, only_other, self.n, limit, detail)
 
 
-def gradients(this: _Examination) -> list[Check]:
+def gradients(exam: _Exam) -> list[Check]:
     """Do gradients of the loss, the logits and the forward pass give an attack a chance?
 
     Limit: `HIDDEN` for images that zero gradients hide; none may have numbers that are not finite.
     Source: Carlini et al.; Croce and Hein, for cross entropy that saturates with large logits.
     """
-    # under autocast, as the attack: float16 has zeros that float32 has not
-    with this.autocast():
-        return quick_checks(this.model, this.images, this.labels, this.attack, this.size)
+    # under autocast, like the attack: float16 rounds gradients to zero that float32 holds
+    with exam.autocast():
+        return quick_checks(exam.model, exam.images, exam.labels, exam.attack, exam.size)
 
 
-def epsilon_zero(this: _Examination) -> list[Check]:
+def epsilon_zero(exam: _Exam) -> list[Check]:
     """Is the accuracy at epsilon 0 the clean accuracy? Otherwise the evaluation is wrong.
 
     Limit: every verdict is the same. Source: no paper; it tests the evaluation itself.
     """
-    clean = (wrongness(this.logits(this.size), this.labels) == 0).cpu()
-    zero = this.verdicts(_scaled(replace(this.attack, steps=1, restarts=1), 0.0))
-    this.curve = [(0.0, _share(zero))]
+    clean = (wrongness(exam.logits(exam.size), exam.labels) == 0).cpu()
+    zero = exam.verdicts(_scaled(replace(exam.attack, steps=1, restarts=1), 0.0))
+    exam.curve = [(0.0, _share(zero))]
     same = bool((clean == zero).all())
     detail = f"{_percent(_share(zero))} and {_percent(_share(clean))}"
     return [Check("epsilon 0 equals clean", same, detail)]
 
 
-def batch_size(this: _Examination) -> list[Check]:
+def batch_size(exam: _Exam) -> list[Check]:
     """Does an image's verdict depend on the images beside it, as with batch statistics?
 
     Limit: `SAME_BATCH` of the spread of logits, and `HIDDEN` of the verdicts. Source: no paper;
     a network that is evaluated in training mode is a common mistake.
     """
     name = "batch size changes nothing"
-    other = max(1, this.size // 3)
-    if this.size == 1:
-        other = min(this.n, 16)
-    changed = int((this.verdicts(this.attack, other) != this.robust).sum())
-    change = relative_difference(this.logits(this.size), this.logits(other))
+    other = max(1, exam.size // 3)
+    if exam.size == 1:
+        other = min(exam.n, 16)
+    changed = int((exam.verdicts(exam.attack, other) != exam.robust).sum())
+    change = relative_difference(exam.logits(exam.size), exam.logits(other))
     by = f"by {change:.1e} of their spread (at most {SAME_BATCH:g})"
-    detail = f"in batches of {other}, not {this.size}, logits change {by}"
+    detail = f"in batches of {other}, not {exam.size}, logits change {by}"
     if change > SAME_BATCH:
-        return [Check(name, False, f"{detail}, and {changed} of {this.n} verdicts")]
-    return [judge_rate(name, changed, this.n, HIDDEN, f"{detail}, and verdicts")]
+        return [Check(name, False, f"{detail}, and {changed} of {exam.n} verdicts")]
+    return [judge_rate(name, changed, exam.n, HIDDEN, f"{detail}, and verdicts")]
 
 
-def larger_epsilons(this: _Examination) -> list[Check]:
+def larger_epsilons(exam: _Exam) -> list[Check]:
     """Does accuracy fall as epsilon grows, and reach chance at an epsilon that allows everything?
 
     Limit: `HIDDEN` for images that an epsilon breaks and the next larger one does not; chance plus
@@ -256,98 +251,96 @@ def larger_epsilons(this: _Examination) -> list[Check]:
     # Within 0.5 of every pixel each image can become flat gray, the same for all images. In the
     # Euclidean norm that is 0.5 times the root of the number of pixels away.
     largest = 0.5
-    if this.norm == "l2":
-        largest = 0.5 * sqrt(prod(this.images.shape[1:]))
+    if exam.norm == "l2":
+        largest = 0.5 * sqrt(prod(exam.images.shape[1:]))
     sizes = {largest}
     for factor in FACTORS:
-        size = factor * this.epsilon
+        size = factor * exam.epsilon
         if factor <= 1 or size < largest:
             sizes.add(size)
     verdicts = []
     for size in sorted(sizes):
-        if size == this.epsilon:
-            robust = this.robust_to_search
+        if size == exam.epsilon:
+            robust = exam.robust_to_search
         else:
-            robust = this.verdicts(_scaled(this.search, size / this.epsilon))
+            robust = exam.verdicts(_scaled(exam.search, size / exam.epsilon))
         verdicts.append(robust)
-        this.curve.append((size, _share(robust)))
+        exam.curve.append((size, _share(robust)))
     missed = max(int((larger & ~smaller).sum()) for smaller, larger in pairwise(verdicts))
-    points = [f"{_percent(share)} at {format_size(size, this.norm)}" for size, share in this.curve]
-    chance = 1 / this.num_classes
-    falls = f"{', '.join(points)}; a larger epsilon misses what a smaller breaks"
+    points = [f"{_percent(share)} at {format_size(size, exam.norm)}" for size, share in exam.curve]
+    chance = 1 / exam.num_classes
+    falls = f"{', '.join(points)}; a larger epsilon misses, and a smaller one breaks"
     at_end = f"{points[-1]}, chance is {_percent(chance)}"
     robust = int(verdicts[-1].sum())
     return [
-        judge_rate("accuracy falls as epsilon grows", missed, this.n, HIDDEN, falls),
-        judge_rate("a huge epsilon leaves chance", robust, this.n, chance + HIDDEN, at_end),
+        judge_rate("accuracy falls as epsilon grows", missed, exam.n, HIDDEN, falls),
+        judge_rate("a huge epsilon leaves chance", robust, exam.n, chance + HIDDEN, at_end),
     ]
 
 
-def random_noise(this: _Examination) -> list[Check]:
+def random_noise(exam: _Exam) -> list[Check]:
     """Does random noise break images that the attack does not?
 
     Limit: `HIDDEN`. Source: Athalye et al., "random sampling finds adversarial examples".
     """
     # A search with steps of 0 tries its random starts, and nothing else.
-    noise = replace(this.attack, steps=1, step_size=0.0, restarts=NOISE_DRAWS, random_start=True)
-    return [this.compare("not weaker than random noise", this.robust, this.verdicts(noise))]
+    noise = replace(exam.attack, steps=1, step_size=0.0, restarts=NOISE_DRAWS, random_start=True)
+    return [exam.compare("not weaker than random noise", exam.robust, exam.verdicts(noise))]
 
 
-def single_step(this: _Examination) -> list[Check]:
+def single_step(exam: _Exam) -> list[Check]:
     """Does FGSM break images that the attack of several steps does not?
 
     Limit: `HIDDEN`. Source: Athalye et al., "one-step attacks perform better than iterative
     attacks".
     """
-    if this.attack.steps == 1:
+    if exam.attack.steps == 1:
         return []
-    fgsm = replace(this.attack, steps=1, step_size=this.epsilon, restarts=1, random_start=False)
-    return [this.compare("not weaker than FGSM", this.robust, this.verdicts(fgsm))]
+    fgsm = replace(exam.attack, steps=1, step_size=exam.epsilon, restarts=1, random_start=False)
+    return [exam.compare("not weaker than FGSM", exam.robust, exam.verdicts(fgsm))]
 
 
-def more_steps(this: _Examination) -> list[Check]:
+def more_steps(exam: _Exam) -> list[Check]:
     """Do more steps break many images that the attack does not?
 
     Limit: `FOUND`, or `FOUND_BESIDE_FGSM` for an attack of one step. Source: Carlini et al., an
     attack has to have converged.
     """
-    if this.search is this.attack:
-        steps = MORE_STEPS * this.attack.steps
-        longer = this.verdicts(replace(this.attack, steps=steps))
+    if exam.search is exam.attack:
+        steps = MORE_STEPS * exam.attack.steps
+        longer = exam.verdicts(replace(exam.attack, steps=steps))
     else:
-        steps = this.search.steps
-        longer = this.robust_to_search
+        steps = exam.search.steps
+        longer = exam.robust_to_search
     limit = FOUND
-    if this.attack.steps == 1:
+    if exam.attack.steps == 1:
         limit = FOUND_BESIDE_FGSM
-    name = f"{steps} steps, not {this.attack.steps}, find little more"
-    return [this.compare(name, this.robust, longer, limit)]
+    name = f"{steps} steps, not {exam.attack.steps}, find little more"
+    return [exam.compare(name, exam.robust, longer, limit)]
 
 
-def more_starts(this: _Examination) -> list[Check]:
+def more_starts(exam: _Exam) -> list[Check]:
     """Do more random starts break many images that the search does not?
 
     Limit: `FOUND`. Source: Carlini et al.
     """
-    starts = MORE_RESTARTS * this.search.restarts
-    restarted = this.verdicts(replace(this.search, restarts=starts, random_start=True))
-    name = f"{starts} starts, not {this.search.restarts}, find little more"
-    return [this.compare(name, this.robust_to_search, restarted, FOUND)]
+    starts = MORE_RESTARTS * exam.search.restarts
+    restarted = exam.verdicts(replace(exam.search, restarts=starts, random_start=True))
+    name = f"{starts} starts, not {exam.search.restarts}, find little more"
+    return [exam.compare(name, exam.robust_to_search, restarted, FOUND)]
 
 
-def black_box(this: _Examination) -> list[Check]:
+def black_box(exam: _Exam) -> list[Check]:
     """Does an attack that uses no gradients break many images that the search does not?
 
     Limit: `FOUND`. Source: Athalye et al.; Carlini et al.; Square, as Croce and Hein use it.
     """
-    robust = this.robust & this.robust_to_search
-    square = Square(this.epsilon, SQUARE_QUERIES, this.norm, seed=this.seed)
-    still_robust = this.verdicts(square, among=robust)
+    robust = exam.robust & exam.robust_to_search
+    square = Square(exam.epsilon, SQUARE_QUERIES, exam.norm, seed=exam.seed)
+    still_robust = exam.verdicts(square, among=robust)
     broken = int(robust.sum() - still_robust.sum())
-    detail = (
-        f"of {int(robust.sum())} images that stand Square breaks, with {SQUARE_QUERIES} queries"
-    )
-    return [judge_rate("no black-box search finds more", broken, this.n, FOUND, detail)]
+    detail = f"of {int(robust.sum())} robust images, Square with {SQUARE_QUERIES} queries breaks"
+    return [judge_rate("no black-box search finds more", broken, exam.n, FOUND, detail)]
 
 
 # In the order of their cost, about; `larger_epsilons` continues the curve of `epsilon_zero`.

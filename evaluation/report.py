@@ -1,5 +1,4 @@
-"""Reports of an evaluation: accuracies with their uncertainty, the attack, and whether to believe
-them."""
+"""Reports: accuracies under attack with their uncertainty, the attack, and their reliability."""
 
 import csv
 import hashlib
@@ -18,9 +17,9 @@ from attacks.threat_model import format_size
 from base.output import as_json, is_stream, write_output
 from base.text import csv_text
 from evaluation.checks import Check, all_passed, failures, images_needed
-from evaluation.verdicts import NONE, Verdicts
+from evaluation.verdicts import NONE, Verdicts, wilson_interval
 
-# Fields of an attack that a title has words of its own for, or leaves out.
+# Fields of an attack that a title words in its own way, or leaves out.
 IN_TITLES = ("epsilon", "norm", "step_size", "steps", "restarts", "loss", "early_stop", "seed")
 
 
@@ -81,17 +80,12 @@ class RobustnessReport:
     Attributes:
         attack: the attack.
         seed: the seed of its random starts.
-        n: the number of images attacked.
-        clean_top1: the share of them that the model classifies correctly.
-        robust_top1: the share that it classifies correctly also under attack.
-        robust_top5: the share whose label is among the five largest logits also under attack; None
-            if the attack did not try to prevent that (see `Verdicts`).
-        interval: the 95 % Wilson score interval of `robust_top1`.
+        verdicts: one for every image.
+        robust_top5: the share of images whose label is among the five largest logits also under
+            attack; None if the attack did not try to prevent that (see `Verdicts`).
         seconds: the duration of the attack.
         images_per_second: its speed.
-        max_perturbation: the largest change, in the attack's norm and units of the pixel range.
         precision: the precision of the search and of the verdicts.
-        verdicts: one for every image.
         quick_checks: the results of the checks on the first batch of every process.
         attack_warnings: what the attack itself noticed against its result, a line each.
         checkpoint: the name of the model.
@@ -102,22 +96,42 @@ class RobustnessReport:
 
     attack: Attack
     seed: int
-    n: int
-    clean_top1: float
-    robust_top1: float
+    verdicts: Verdicts
     robust_top5: float | None
-    interval: tuple[float, float]
     seconds: float
     images_per_second: float
-    max_perturbation: float
     precision: str
-    verdicts: Verdicts
     quick_checks: tuple[Check, ...] = ()
     attack_warnings: tuple[str, ...] = ()
     checkpoint: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     doctor: DoctorReport | None = None
+
+    @property
+    def n(self) -> int:
+        """The number of images attacked."""
+        return len(self.verdicts)
+
+    @property
+    def clean_top1(self) -> float:
+        """The share of images that the model classifies correctly."""
+        return self.verdicts.accuracy("clean_top1")
+
+    @property
+    def robust_top1(self) -> float:
+        """The share of images that the model classifies correctly also under attack."""
+        return self.verdicts.accuracy("robust_top1")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval of `robust_top1`."""
+        return wilson_interval(int(self.verdicts.robust_top1.sum()), self.n)
+
+    @property
+    def max_perturbation(self) -> float:
+        """The largest change, in the attack's norm and units of the pixel range."""
+        return float(self.verdicts.perturbation.max())
 
     @property
     def title(self) -> str:
@@ -144,7 +158,7 @@ class RobustnessReport:
             return False
         if self.doctor is None:
             return None
-        # not reliable, or not known to be
+        # False, or None
         if not self.doctor.reliable:
             return self.doctor.reliable
         if self.attack_warnings or title(self.doctor.examined) != self.title:
@@ -164,7 +178,7 @@ class RobustnessReport:
         lines = [*failures(self.quick_checks), *self.attack_warnings]
         if self.doctor is not None:
             lines += self.doctor.warnings
-        # dict.fromkeys: each line once, in order; the doctor repeats the quick checks
+        # each line once, in order: processes and the doctor repeat the quick checks
         return tuple(dict.fromkeys(lines))
 
     def with_doctor(self, doctor: DoctorReport) -> "RobustnessReport":
@@ -201,8 +215,8 @@ class RobustnessReport:
         return values
 
     def save(self, path: str | Path) -> None:
-        """Write `as_dict()` to `path` and the verdicts beside it, to `<name>.verdicts.npz`; to a
-        stream write `as_dict()` alone.
+        """Write `as_dict()` to `path`, and the verdicts to `<name>.verdicts.npz` beside it unless
+        `path` is a stream.
 
         Raises:
             OSError: a file cannot be written.
@@ -284,10 +298,8 @@ def describe_attack(attack: Attack) -> dict[str, Any]:
         described["description"] = attack.description
     described["norm"] = attack.norm
     described["epsilon"] = attack.epsilon
-    described["loss"] = plain(attack.loss)
     # An attack with a description, such as AutoAttack, has several losses.
-    if attack.description:
-        described["loss"] = None
+    described["loss"] = None if attack.description else plain(attack.loss)
     # Every report has these keys, so that reports of different attacks have the same columns.
     for name in ("step_size", "steps", "restarts", "random_start"):
         described[name] = plain(getattr(attack, name, None))
@@ -324,8 +336,8 @@ def title(attack: Attack) -> str:
 
 
 def file_stem(attack: Attack) -> str:
-    """Return the name of a report's file, such as `pgd-20_linf_8_step_2_1_start`: different attacks
-    have different names."""
+    """Return the stem of a report's file name, such as `pgd-20_linf_8_step_2_1_start`. Different
+    attacks have different stems."""
     words = ", ".join([_name(attack), *_numbers(attack)])
     words = words.lower().replace("/255", "").replace(",", "").replace(" ", "_")
     # Fields of a user's own attack may hold characters that a file name cannot.
@@ -333,7 +345,7 @@ def file_stem(attack: Attack) -> str:
 
 
 def _name(attack: Attack) -> str:
-    """Return the class and its steps, if they are an argument."""
+    """Return the name of the class, and the number of steps if that is an argument."""
     name = type(attack).__name__
     if "steps" in arguments(type(attack)):
         return f"{name}-{plain(getattr(attack, 'steps', None))}"
@@ -341,7 +353,7 @@ def _name(attack: Attack) -> str:
 
 
 def _numbers(attack: Attack) -> Iterator[str]:
-    """Yield what a title says of an attack beside its name; of its own arguments those that are not
+    """Yield the parts of a title behind the name: the sizes, then all other arguments that are not
     at their defaults."""
     taken = arguments(type(attack))
     yield f"{attack.norm} {format_size(attack.epsilon, attack.norm)}"

@@ -1,8 +1,8 @@
 """Robust accuracy of any model on any images, with a verdict for every image."""
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,7 +26,7 @@ from evaluation.batches import Batches, Data
 from evaluation.checks import quick_checks
 from evaluation.fuse_conv_bn import fuse_conv_bn
 from evaluation.report import RobustnessReport
-from evaluation.verdicts import Verdicts, known_verdicts, knows_top5, wilson_interval
+from evaluation.verdicts import Verdicts, known_verdicts, knows_top5
 
 
 def robust_accuracy(
@@ -92,24 +92,22 @@ def robust_accuracy(
     check_attack(attack)
     if save_images is not None:
         check_images_file("save_images", save_images)
-    batches = Batches(data, model, device=device, batch_size=batch_size, limit=limit, sharded=True)
     # An attack that is used again still holds the warnings about the model before.
     if isinstance(attack.warnings, list):
         attack.warnings.clear()
+
+    # Checks: a model or data that cannot be measured is an error before the work.
+    batches = Batches(data, model, device=device, batch_size=batch_size, limit=limit, sharded=True)
     first = batches.first
     checks = quick_checks(model, first.images, first.labels, attack)
+
+    # Search: this process attacks its shard, except for images that have verdicts already.
     known = known_verdicts(partial)
-    images = None
-    if save_images is not None:
-        images = _open_images(Path(save_images), partial, first.images, known)
+    with _open_images(save_images, partial, first.images, known) as images:
         # Verdicts without their images would leave gaps in the file of images.
-        if not images.complete:
-            known = None
-    known_count = 0
-    if known is not None:
-        known_count = len(known)
-    begin = perf_counter()
-    try:
+        if images is not None and not images.complete:
+            known = Verdicts.empty()
+        begin = perf_counter()
         own = _attack_batches(
             model,
             batches,
@@ -122,82 +120,30 @@ def robust_accuracy(
             description=description,
             progress=progress,
         )
+        # Verdicts: those of all processes, in the order of the images.
         verdicts = Verdicts.joined(all_gather_object(own))
         seconds = perf_counter() - begin
         if images is not None:
             images.save(Path(save_images), verdicts, _class_names(data))
-    finally:
-        # Without `partial` no later call can continue from the rows.
-        if images is not None and partial is None:
-            images.rows.unlink(missing_ok=True)
-    attacked = len(verdicts) - sum(all_gather_object(known_count))
-    robust_top5 = None
-    if knows_top5(attack, batches.num_classes):
-        robust_top5 = verdicts.accuracy("robust_top5")
-    precision = "fp32"
-    if uses_low_precision(autocast, attack):
-        precision = "bf16, verdicts in fp32"
+
+    # Report: every process gets it.
+    attacked = len(verdicts) - sum(all_gather_object(len(known)))
+    top5_known = knows_top5(attack, batches.num_classes)
+    low_precision = uses_low_precision(autocast, attack)
     return RobustnessReport(
         attack=attack,
         seed=seed,
-        n=len(verdicts),
-        clean_top1=verdicts.accuracy("clean_top1"),
-        robust_top1=verdicts.accuracy("robust_top1"),
-        robust_top5=robust_top5,
-        interval=wilson_interval(int(verdicts.robust_top1.sum()), len(verdicts)),
+        verdicts=verdicts,
+        robust_top5=verdicts.accuracy("robust_top5") if top5_known else None,
         seconds=seconds,
         images_per_second=attacked / seconds,
-        max_perturbation=float(verdicts.perturbation.max()),
-        precision=precision,
-        verdicts=verdicts,
+        precision="bf16, verdicts in fp32" if low_precision else "fp32",
         quick_checks=_gathered(checks),
         attack_warnings=_gathered(attack.warnings),
         checkpoint=checkpoint,
         provenance=dict(provenance or {}),
         versions=package_versions(),
     )
-
-
-def _gathered(values: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the values of all processes, in the order of their ranks."""
-    parts = all_gather_object(list(values))
-    return tuple(value for part in parts for value in part)
-
-
-def _open_images(
-    path: Path, partial: Path | None, images: Tensor, known: Verdicts | None
-) -> AdversarialImages:
-    """Open the file that holds the adversarial images until all of them are found."""
-    if partial is None:
-        # Of this process alone; `base.atomic.sweep` removes it after a crash.
-        rows = path.with_name(f".{path.stem}.images.{os.getpid()}.incomplete")
-    else:
-        rows = partial.with_suffix(".images")
-    return AdversarialImages(rows, images, _positions(known))
-
-
-def _positions(known: Verdicts | None) -> Tensor:
-    if known is None:
-        return torch.empty(0, dtype=torch.int64)
-    return known.position
-
-
-def check_images_file(flag: str, path: str | Path) -> None:
-    """Check that a file for adversarial images can be written.
-
-    Raises:
-        ConfigError: it cannot; the message names `flag`.
-    """
-    check_outputs({flag: path}, {flag: ARRAYS})
-    if is_stream(path):
-        raise ConfigError(f"{flag} {path}: expected a file, as images are put into it at the end")
-
-
-def _class_names(data: Data) -> dict[str, np.ndarray]:
-    """Return the names of the classes, for a file; only loaders of this project know them."""
-    if not isinstance(data, BaseDataLoader):
-        return {}
-    return {"class_names": np.array(data.class_names, dtype=np.str_)}
 
 
 def attack_loader(
@@ -245,6 +191,39 @@ def attack_loader(
     )
 
 
+def check_images_file(flag: str, path: str | Path) -> None:
+    """Check that a file for adversarial images can be written.
+
+    Raises:
+        ConfigError: it cannot; the message names `flag`.
+    """
+    check_outputs({flag: path}, {flag: ARRAYS})
+    if is_stream(path):
+        raise ConfigError(f"{flag} {path}: expected a file, as images are put into it at the end")
+
+
+@contextmanager
+def _open_images(
+    path: str | Path | None, partial: Path | None, images: Tensor, known: Verdicts
+) -> Iterator[AdversarialImages | None]:
+    """Open the file that holds the adversarial images until all of them are found; None if they
+    are not to be saved."""
+    if path is None:
+        yield None
+        return
+    if partial is not None:
+        yield AdversarialImages(partial.with_suffix(".images"), images, known.position)
+        return
+    # Of this process alone; `base.atomic.sweep` removes it after a crash.
+    rows = Path(path).with_name(f".{Path(path).stem}.images.{os.getpid()}.incomplete")
+    found = AdversarialImages(rows, images, known.position)
+    try:
+        yield found
+    finally:
+        # Without `partial` no later call can continue from the rows.
+        rows.unlink(missing_ok=True)
+
+
 def _attack_batches(
     model: Model,
     batches: Batches,
@@ -253,32 +232,26 @@ def _attack_batches(
     seed: int,
     autocast: Autocast,
     partial: Path | None,
-    known: Verdicts | None,
+    known: Verdicts,
     images: AdversarialImages | None = None,
     description: str = "attacking",
     progress: bool = True,
 ) -> Verdicts:
     """Return the verdicts on all batches; `known` are those of an interrupted evaluation."""
-    parts = []
-    if known is not None:
-        parts.append(known)
-    skip = _positions(known)
+    verdicts = known
     fused = None
-    disable = hide_progress_bar()
-    if not progress:
-        disable = True
     bar = tqdm(
-        batches.without(skip),
+        batches.without(known.position),
         desc=description,
-        total=batches.count(len(skip)),
-        disable=disable,
+        total=batches.count(len(known)),
+        disable=hide_progress_bar() if progress else True,
         leave=False,
     )
     for batch in bar:
         # The copy costs a few passes, which an attack of a single step would not win back.
         if fused is None and not attack.single_step:
             fused = fuse_conv_bn(model, batch.images[:ROWS])
-        verdicts, worst = attack_batch(
+        found, worst = attack_batch(
             model,
             batch.images,
             batch.labels,
@@ -288,17 +261,29 @@ def _attack_batches(
             autocast=autocast,
             fused=fused,
         )
-        parts.append(verdicts)
+        verdicts = Verdicts.joined([verdicts, found])
         # Images go first: verdicts on the disk whose images are missing would be useless.
         if images is not None:
             images.append(batch.positions, worst)
         if partial is not None:
             # An error here ends the work: a disk that is full now would not take the report either.
             with writing(partial.parent), replacing(partial) as file:
-                np.savez(file, **Verdicts.joined(parts).arrays())
+                np.savez(file, **verdicts.arrays())
         if not bar.disable:
-            so_far = Verdicts.joined(parts)
-            clean = so_far.accuracy("clean_top1")
-            robust = so_far.accuracy("robust_top1")
+            clean = verdicts.accuracy("clean_top1")
+            robust = verdicts.accuracy("robust_top1")
             bar.set_postfix_str(f"clean {clean:.1%}, robust {robust:.1%}")
-    return Verdicts.joined(parts)
+    return verdicts
+
+
+def _gathered(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the values of all processes, in the order of their ranks."""
+    parts = all_gather_object(list(values))
+    return tuple(value for part in parts for value in part)
+
+
+def _class_names(data: Data) -> dict[str, np.ndarray]:
+    """Return the names of the classes, for a file; only loaders of this project know them."""
+    if not isinstance(data, BaseDataLoader):
+        return {}
+    return {"class_names": np.array(data.class_names, dtype=np.str_)}

@@ -1,11 +1,11 @@
 """Singular values of layers as the linear maps that they are in a network: at their input's size,
 with their zero padding and stride.
 
-Let `A` be the matrix of a layer's linear part, M outputs by N inputs (`M = C_out H' W'`, `N = C_in
-H W` for a convolution), with singular values `s_1 >= ... >= s_K`, `K = min(M, N)`. Inputs that
-reach no output do not count in N: a 1x1 kernel at stride 2 skips three of four. `A` is never built:
-`A x` is the layer's forward pass without its bias, `A^T y` its vector-Jacobian product. (Sedghi,
-Gupta, Long, arXiv:1805.10408, have a closed form for circular padding and stride 1.)
+Let `A` be the matrix of a layer's linear part, M outputs by N inputs, with singular values
+`s_1 >= ... >= s_K`, `K = min(M, N)`. For a convolution `M = C_out H' W'` and `N = C_in H W`. Inputs
+that reach no output do not count in N: a 1x1 kernel at stride 2 skips three of four. `A` is never
+built: `A x` is the layer's forward pass without its bias, `A^T y` its vector-Jacobian product.
+(Sedghi, Gupta, Long, arXiv:1805.10408, have a closed form for circular padding and stride 1.)
 """
 
 from collections.abc import Callable, Iterable
@@ -235,20 +235,21 @@ def operator_spectrum(
 ) -> Spectrum:
     """Return the spectrum of a linear operator that can only be applied.
 
-    The norm comes from a power iteration on `A^T A`: each step takes the best vector in the span of
-    the present one, its image and the last step (locally optimal, Knyazev 2001,
-    doi:10.1137/S1064827500366124), where the plain iteration takes the image. The singular values
-    of a convolution lie close together, and the plain iteration would take many more steps.
+    The norm comes from a power iteration on `A^T A`. The plain iteration continues with the image
+    of the current vector; this one takes the best vector in the span of the current vector, its
+    image and the last step (locally optimal, Knyazev 2001, doi:10.1137/S1064827500366124). The
+    singular values of a convolution lie close together, and the plain iteration would take many
+    more steps.
 
-    The moments `sum s_i^2 = tr G` and `sum s_i^4 = |G|_F^2` come from Hutchinson's estimator, `z^T
-    G z` and `|G z|^2` averaged over `PROBES` vectors of random signs; exactly, from unit vectors,
-    where K is at most `4 * PROBES`.
+    The moments `sum s_i^2 = tr G` and `sum s_i^4 = |G|_F^2` come from Hutchinson's estimator: the
+    averages of `z^T G z` and `|G z|^2` over `PROBES` vectors of random signs. If K is at most
+    `4 * PROBES`, they are computed exactly, from unit vectors.
 
     Args:
         operator: linear; its vector-Jacobian product is its adjoint.
         input_shape: the shape of one input, without the batch.
-        tolerance: the tolerance of `Spectrum.residual`; that of `norm` is of second order, 1e-3
-            usually gives four digits. At least `LEAST_ITERATIONS` are made.
+        tolerance: the tolerance of `Spectrum.residual`. The error of `norm` is of second order:
+            1e-3 usually gives four digits. At least `LEAST_ITERATIONS` are made.
         max_iterations: at least 1.
         seed: the seed of the first vector and the probes.
         dtype: float64 or float32, which the operator must take.
@@ -262,7 +263,7 @@ def operator_spectrum(
     output_shape = operator(zeros).shape[1:]
 
     def draw(count: int, size: int) -> Tensor:
-        # drawn in float64 on the CPU, so that every dtype and device gets the same vectors
+        # in float64 on the CPU, so that every dtype and device gets the same vectors
         return torch.randn(count, size, generator=generator, dtype=torch.float64).to(device, dtype)
 
     def forward(vectors: Tensor) -> Tensor:

@@ -55,6 +55,13 @@ class Verdicts:
         return {field.name: getattr(self, field.name).numpy() for field in fields(self)}
 
     @classmethod
+    def empty(cls) -> "Verdicts":
+        """Return the verdicts on no images."""
+        numbers = torch.empty(0, dtype=torch.int64)
+        truths = torch.empty(0, dtype=torch.bool)
+        return cls(numbers, numbers, numbers, numbers, truths, truths, truths, torch.empty(0))
+
+    @classmethod
     def joined(cls, parts: Sequence["Verdicts"]) -> "Verdicts":
         """Join the verdicts of several parts, in the order of the images' positions."""
         columns = {
@@ -65,22 +72,22 @@ class Verdicts:
         return cls(**{name: column[order] for name, column in columns.items()})
 
 
-def known_verdicts(partial: Path | None) -> Verdicts | None:
-    """Return the verdicts of an interrupted evaluation; None if there are none, or if their file is
+def known_verdicts(partial: Path | None) -> Verdicts:
+    """Return the verdicts of an interrupted evaluation: no verdicts if their file is missing or
     damaged."""
     if partial is None:
-        return None
+        return Verdicts.empty()
     try:
         with np.load(partial) as file:
             return Verdicts(**{name: torch.from_numpy(file[name]) for name in file.files})
     # The errors of a missing file, and of the ways in which a damaged one can fail to load.
     except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile):
-        return None
+        return Verdicts.empty()
 
 
 def attack_rank(num_classes: int) -> int:
-    """The rank that an attack has to push the label out of, so that its verdicts decide top-1 and,
-    with more than five classes, top-5 accuracy: 5 or 1."""
+    """Return the `early_stop` with which the verdicts of an attack decide both top-1 and top-5
+    accuracy: 5, or 1 if there are at most five classes."""
     # With five classes or fewer, every label is among the five largest logits whatever is found.
     if num_classes > 5:
         return 5
@@ -94,7 +101,7 @@ def knows_top5(attack: Attack, num_classes: int) -> bool:
 
 def wilson_interval(count: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of the share `count / n` of independent images."""
-    # imported here as scipy.stats takes most of a second, which other commands would pay, too
+    # imported here: it takes most of a second, which other commands need not wait for
     from scipy.stats import binomtest
 
     low, high = binomtest(count, n).proportion_ci(confidence_level=0.95, method="wilson")

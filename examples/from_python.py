@@ -1,6 +1,6 @@
 """Train, load and attack from Python.
 
-The import of tiny_digits.py enters its data set into the table.
+Importing tiny_digits.py registers its data set.
 """
 
 from tiny_digits import TinyDigits

@@ -26,12 +26,13 @@ from base.registry import lookup
 from base.run_folder.names import EVALUATIONS
 from base.text import say
 from data_loader.splits import some_of_every_class
+from evaluation.attack_batch import Autocast, attack_batch
 from evaluation.batches import device_of
 from evaluation.figures import draw_epsilon_curve, draw_examples
 from evaluation.partial import partial_file, remove_partials
 from evaluation.reliability import DoctorReport, doctor
 from evaluation.report import RobustnessReport, file_stem, title
-from evaluation.robust_accuracy import Autocast, attack_batch, check_images_file, robust_accuracy
+from evaluation.robust_accuracy import check_images_file, robust_accuracy
 from evaluation.verdicts import attack_rank
 from experiment import build_attacks
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attacks.classifier import ask
+from attacks.classifier import checked_logits
 from base.config.imports import import_own_code, requests_of
 from base.device import determinism_explained
 from base.errors import ConfigError, DataError, ProjectError
@@ -176,7 +176,7 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
 
     try:
         with torch.no_grad():
-            return ask(answer, image).shape[1]
+            return checked_logits(answer, image).shape[1]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{kind}: {error}") from error
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from attacks import PGD
 from base.checkpoint import save_checkpoint
-from evaluation import DoctorReport, RobustnessReport
+from evaluation import DoctorReport, RobustnessReport, Verdicts
 from evaluation.checks import Check
 from experiment.attack_command import _verdict_on_reliability
 from tiny_runs import script
@@ -101,7 +101,8 @@ def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
         folder / "eval" / f".{name}.{'0f' * 8}.partial.npz"
         for name in ("fgsm_linf_8_ema_n30_seed0", "pgd")
     )
-    stale.touch()  # as an attempt with another number of processes leaves it
+    # an attempt with another number of processes leaves such a file
+    stale.touch()
     other.touch()
     done = run("fgsm.py", "-s", folder, "--limit", 30, "--ema", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
@@ -114,7 +115,7 @@ def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
     other.unlink()
 
 
-def test_same_verdicts_for_two_processes_and_other_batches(robust_run, tmp_path):
+def test_verdicts_are_the_same_for_two_processes_and_other_batches(robust_run, tmp_path):
     folder, _ = robust_run
     words = ["-s", folder, "--limit", 40, "--seed", 5, "--restarts", 2, "--json"]
     first = script(
@@ -166,7 +167,7 @@ def test_doctor_figure_and_l2(robust_run, tmp_path):
     if "failed" not in verdicts:
         assert f"UNDECIDED: about {report['images_needed']} images would decide\n" in done.stdout
     assert report["checked_attack"] == "PGD-3, l2 0.5, step 0.4167, 1 start"
-    assert not list(tmp_path.glob(".*")), "nothing is left of what was kept for an interruption"
+    assert not list(tmp_path.glob(".*")), "no partial files remain"
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert (tmp_path / "a_epsilon.png").stat().st_size > 1000
 
@@ -199,7 +200,7 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
     assert "PGD-2, linf 8/255, step 2/255" in done.stdout
 
 
-def test_the_doctor_examines_as_many_images_as_it_is_told(robust_run, tmp_path):
+def test_the_doctor_examines_as_many_images_as_its_flag_says(robust_run, tmp_path):
     folder, _ = robust_run
     words = ["-s", folder, "--steps", 2, "--limit", 100, "--json", tmp_path / "a.json"]
     done = script("validate_pgd.py", *words, "--doctor", 12, cwd=tmp_path)
@@ -238,16 +239,11 @@ def test_the_doctors_last_line(check, attack_warnings, reliable, line):
     report = RobustnessReport(
         attack,
         seed=0,
-        n=300,
-        clean_top1=1.0,
-        robust_top1=0.5,
+        verdicts=Verdicts(*[torch.zeros(300)] * 8),
         robust_top5=None,
-        interval=(0.4, 0.6),
         seconds=1.0,
         images_per_second=300.0,
-        max_perturbation=8 / 255,
         precision="fp32",
-        verdicts=None,
         attack_warnings=attack_warnings,
         doctor=DoctorReport((check,), attack, (), 200, 10),
     )
@@ -289,14 +285,14 @@ def test_a_model_with_a_nan_weight_gets_a_report_that_is_not_reliable(
     report = json.loads(text)
     assert (report["n"], report["clean_top1"], report["robust_top1"]) == (21, 0, 0)
     assert report["reliable"] is False
-    assert report["warnings"] == ["gradients and logits are finite: not for 21 of 21 images"]
-    assert "warning: gradients and logits are finite: not for 21" in done.stdout
+    assert report["warnings"] == ["gradients and logits are finite: not finite for 21 of 21 images"]
+    assert "warning: gradients and logits are finite: not finite for 21" in done.stdout
     verdicts = np.load(tmp_path / "a.verdicts.npz")
     assert (verdicts["prediction"] == -1).all()
     assert not verdicts["robust_top1"].any()
 
 
-def test_images_that_the_network_cannot_take_are_one_line(robust_run, tmp_path):
+def test_images_that_do_not_fit_the_network_are_an_error_of_one_line(robust_run, tmp_path):
     for part in ("train", "test"):
         for digit in range(10):
             (tmp_path / "few" / part / str(digit)).mkdir(parents=True)
@@ -410,7 +406,7 @@ def bad_inputs(folder, tmp_path):
         "nothing to examine": (
             ["-s", folder, "--epsilon", "0", "--doctor"],
             2,
-            "--doctor: with an epsilon of 0",
+            "--doctor: needs an epsilon above 0",
         ),
         "a setting it does not have": (
             ["-s", folder, "--autoattack", "--steps", "3"],

@@ -252,7 +252,7 @@ def tiny(tmp_path_factory):
     )
 
 
-def test_doctor_and_pictures_as_for_our_own(tiny):
+def test_a_users_network_gets_doctor_and_pictures(tiny):
     _, _, _, words, folder = tiny
     words = [*words, "--limit", 8, "--steps", 2, "--json", "a.json", "--figure", "a.png"]
     done = script("validate_pgd.py", *words, "--doctor", 4, cwd=folder)
@@ -289,7 +289,7 @@ def test_class_report_writes_predictions_with_file_names(tiny):
     assert [Path(row["file"]).parent.name for row in rows] == [row["label"] for row in rows]
 
 
-def test_spectra_of_an_own_network(tiny):
+def test_spectra_of_a_users_own_network(tiny):
     network, _, _, words, folder = tiny
     done = script("spectrum.py", *words, "--json", "a.json", "--figure", "a.svg", cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
@@ -399,7 +399,7 @@ def test_bad_input_is_one_line(tiny, name):
     assert message in done.stderr
 
 
-def test_flags_of_own_networks_need_one(tmp_path):
+def test_flags_for_a_users_own_network_need_one(tmp_path):
     done = script("fgsm.py", "-s", "m.pth", "--data", "images", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,

@@ -8,7 +8,8 @@ from torch import nn
 from attacks.attack import Attack
 from base.base_data_loader import BaseDataLoader
 from base.distributed import all_gather_object
-from evaluation.robust_accuracy import Autocast, attack_loader
+from evaluation.attack_batch import Autocast
+from evaluation.robust_accuracy import attack_loader
 from evaluation.verdicts import Verdicts
 
 ABOVE_CHANCE = 0.1

@@ -1,5 +1,5 @@
-"""What every attack promises for every model and all images: functions, models that write into
-their input or answer NaN, answers that are not logits, labels that are not classes, tensors of
+"""Attacks keep their promises for every model and all images: functions, models that write into
+their input or answer NaN, answers that are not logits, labels that are not classes, tensors from
 inference mode."""
 
 from functools import partial
@@ -10,8 +10,8 @@ from torch import nn
 
 from attacks import APGD, FGSM, PGD, Square
 from attacks.losses import wrongness
+from evaluation.attack_batch import attack_batch
 from evaluation.checks import quick_checks
-from evaluation.robust_accuracy import attack_batch
 from evaluation.verdicts import NONE
 
 CLASSES = 6
@@ -81,7 +81,7 @@ def test_a_model_that_writes_into_its_input_is_attacked_as_one_that_does_not(nam
     assert attack.threat_model.distance(found, images).max() <= EPSILON[norm] * (1 + 1e-6)
 
 
-def test_the_attack_of_a_training_step_passes_copies_too():
+def test_an_attack_in_a_training_step_passes_copies_too():
     inner, attack = network(), PGD(0.04, 0.02, 3)
     images, labels = batch(OutOfPlace(inner))
     before = images.clone()
@@ -161,7 +161,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("name", ATTACKS)
-def test_answers_that_are_no_logits_are_one_clear_line(name, answer):
+def test_an_answer_that_is_not_logits_is_an_error_of_one_line(name, answer):
     change, error, message = ANSWERS[answer]
     model, attack = network(), ATTACKS[name](0.04, "linf")
     images, labels = batch(model)
@@ -172,7 +172,7 @@ def test_answers_that_are_no_logits_are_one_clear_line(name, answer):
 
 @pytest.mark.parametrize("wrong", [-1, CLASSES, 255])
 @pytest.mark.parametrize("name", ATTACKS)
-def test_labels_that_are_no_classes_are_refused_in_the_same_words(name, wrong):
+def test_a_label_that_is_not_a_class_is_the_same_error_everywhere(name, wrong):
     model, attack = network(), ATTACKS[name](0.04, "linf")
     images, labels = batch(model)
     labels[4] = wrong
@@ -240,14 +240,14 @@ def test_labels_that_are_no_classes_are_refused_in_the_same_words(name, wrong):
         (torch.zeros(2, 1, 4, 4), [0, 1], "labels: expected a tensor, not list"),
     ],
 )
-def test_what_is_no_batch_is_named_by_what_is_wrong(images, labels, message):
+def test_an_error_about_a_batch_says_what_is_wrong(images, labels, message):
     with pytest.raises(ValueError, match=message):
         FGSM(0.1)(network(), images, labels)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_tensors_of_inference_mode_are_taken_in_and_outside_of_it(name, dtype):
+def test_tensors_from_inference_mode_work_inside_and_outside_of_it(name, dtype):
     model, attack = network(), ATTACKS[name](0.04, "linf")
     images, labels = batch(model)
     expected = attack(model, images, labels)
@@ -297,7 +297,7 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_nan_counts_as_wrong_also_in_the_label_itself(name):
+def test_nan_counts_as_wrong_even_for_the_label_itself(name):
     images, labels = batch(network())
     images[:, 0, 0, 0] = torch.tensor([0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.9])
     attack = ATTACKS[name](0.001, "linf")
@@ -335,7 +335,7 @@ def test_l2_balls_of_large_images_are_kept(attack, epsilon):
     assert longest <= epsilon * (1 + 1e-6)
 
 
-def test_what_a_subclass_returns_is_brought_back_into_the_ball():
+def test_points_that_a_subclass_returns_are_projected_into_the_ball():
     class Careless(PGD):
         def perturb(self, model, images, labels, generators):
             model(images)

@@ -62,12 +62,13 @@ def test_variants_keep_the_class_and_everything_else():
     assert (half.epsilon, half.step_size) == (0.05, 0.025)
     assert half.scaled(2) == attack
     assert attack.confident(0.1).confidence == 0.1
+    assert attack.confident(0.1).confident(0.02).confidence == 0.1
     assert FGSM(0.1, "l2", loss="margin").scaled(0.5) == FGSM(0.05, "l2", loss="margin")
     square = Square(0.1)
     assert square.confident(0.1) is square, "it has no confidence"
 
 
-def test_fgsm_is_a_pgd_of_which_every_number_can_be_replaced():
+def test_fgsm_becomes_a_pgd_of_which_every_argument_can_be_replaced():
     attack = FGSM(0.1, "l2", early_stop=5, loss="margin")
     plain = PGD(0.1, 0.1, 1, "l2", random_start=False, early_stop=5, loss="margin")
     assert attack.as_pgd() == plain
@@ -180,7 +181,7 @@ def test_promises_are_kept_for_every_subclass(problem, attack):
         ),
     ],
 )
-def test_what_perturb_returns_is_checked(problem, result, error, message):
+def test_the_result_of_perturb_is_checked(problem, result, error, message):
     class Returns(Attack):
         def perturb(self, model, images, labels, generators):
             return result(images)

@@ -55,7 +55,7 @@ def broken(model, points, labels):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("n_classes", [4, 10])
-def test_verdict_is_the_packages(norm, n_classes):
+def test_the_verdict_is_that_of_the_package(norm, n_classes):
     model = make_model(n_classes)
     images, labels = make_images(model, 24)
     attack = Short(EPSILON[norm], norm)
@@ -218,7 +218,7 @@ def test_all_misclassified_come_back_unchanged():
         assert torch.equal(Short(0.1)(model, images[:n], labels[:n]), images[:n])
 
 
-def test_a_model_that_says_nothing():
+def test_a_constant_model_is_attacked_without_an_empty_batch():
     class Constant(nn.Module):
         def forward(self, images):
             # reshape refuses a batch without images
@@ -241,7 +241,7 @@ def test_seed_comes_from_the_generators():
     assert not torch.equal(attacked(1), attacked(2))
 
 
-def test_too_few_classes_are_refused():
+def test_too_few_classes_are_an_error():
     images = torch.rand(2, 3, 8, 8)
     with pytest.raises(ValueError, match="at least 4 classes.*the model has 3"):
         AutoAttack(0.1)(make_model(3), images, torch.tensor([0, 1]))

@@ -117,7 +117,7 @@ def test_trajectory_of_the_authors_code(model, norm, loss, monkeypatch):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
-def test_verdicts_of_the_authors_code_unchanged(model, norm, loss, monkeypatch):
+def test_verdicts_are_those_of_the_authors_unchanged_code(model, norm, loss, monkeypatch):
     images, labels = make_images(48, 2)
     attack = APGD(EPSILON[norm], 50, norm, loss=loss)
     start = attack.start(images, torch_generator(1, "start"))
@@ -240,7 +240,7 @@ def test_early_stop_saves_passes_and_changes_no_verdict(model, loss):
     assert torch.equal(early[clean_errors], images[clean_errors])
 
 
-def test_restarts_only_for_images_not_broken(model):
+def test_restarts_attack_only_images_that_are_not_broken(model):
     images, labels = make_images(32, 7)
     shown = Recorded(model)
     once = APGD(0.05, 5, early_stop=False)(model, images, labels)
@@ -277,6 +277,6 @@ def test_a_model_that_gives_nan_is_broken_and_does_not_stop_the_others():
 @pytest.mark.parametrize(
     "wrong", [{"steps": 0}, {"restarts": 0}, {"rho": 1.5}, {"loss": "mse"}, {"norm": "l1"}]
 )
-def test_arguments_out_of_range_are_refused(wrong):
+def test_arguments_out_of_range_are_errors(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         APGD(0.1, **wrong)

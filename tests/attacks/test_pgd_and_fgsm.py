@@ -9,7 +9,7 @@ from torch import nn
 from attacks import FGSM, PGD, ThreatModel
 from attacks.losses import ATTACK_LOSSES, wrongness
 from base.seeding import torch_generator
-from evaluation.robust_accuracy import attack_batch
+from evaluation.attack_batch import attack_batch
 from models import build_model
 
 

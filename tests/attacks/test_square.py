@@ -166,7 +166,7 @@ def test_images_do_not_depend_on_the_batch(norm):
     assert 0 < broken(model, together, labels).sum() < 8
 
 
-def test_same_seed_same_points():
+def test_the_same_seed_gives_the_same_points():
     model = Linear()
     images, labels = make_images(model, 4)
     first, again, other = (Square(0.02, 20, seed=seed)(model, images, labels) for seed in (1, 1, 2))
@@ -237,6 +237,6 @@ def test_as_strong_as_the_authors_code(norm):
 @pytest.mark.parametrize(
     "wrong", [{"queries": 0}, {"p_init": 0.0}, {"p_init": 1.5}, {"loss": "mse"}]
 )
-def test_arguments_out_of_range_are_refused(wrong):
+def test_arguments_out_of_range_are_errors(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         Square(0.1, **wrong)

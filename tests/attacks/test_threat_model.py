@@ -1,4 +1,4 @@
-"""The laws of projection, on whatever hypothesis comes up with."""
+"""Laws of projection and steps, on cases that hypothesis generates."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def situations(draw):
 
 @settings(max_examples=120, deadline=None)
 @given(situations())
-def test_projection_is_into_the_allowed_set_once_and_for_all(situation):
+def test_projection_is_into_the_allowed_set_and_idempotent(situation):
     threat, images, points = situation
     projected = threat.project(points, images)
     assert projected.min() >= 0
@@ -61,7 +61,8 @@ def test_no_change_in_the_ball_is_nearer_than_the_projected_one(situation, seed)
 @given(situations(), st.floats(0, 1))
 def test_a_step_moves_by_its_size_or_not_at_all(situation, size):
     threat, images, gradient = situation
-    gradient = gradient - images  # anything, also zero
+    # any numbers, zeros among them
+    gradient = gradient - images
     moved = threat.distance(threat.step(images, gradient, size), images)
     still = (gradient == 0).flatten(1).all(1)
     assert (moved[still] == 0).all()

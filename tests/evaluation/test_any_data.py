@@ -149,7 +149,7 @@ def test_plain_pgd_is_examined_beside_an_attack_of_another_kind(problem, hasty):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (lambda images, labels: [], "^data: holds no images to attack$"),
+        (lambda images, labels: [], "^data: contains no images$"),
         (
             lambda images, labels: [((255 * images).byte(), labels)],
             "torch.uint8; divide the pixels by 255$",
@@ -170,21 +170,21 @@ def test_plain_pgd_is_examined_beside_an_attack_of_another_kind(problem, hasty):
         ),
         (
             lambda images, labels: project_loader(images[:0], labels[:0]),
-            "^the loader holds no images to attack$",
+            "^data: contains no images$",
         ),
     ],
 )
-def test_data_that_cannot_be_used_is_one_line(problem, data, message):
+def test_unusable_data_is_an_error_of_one_line(problem, data, message):
     model, images, labels = problem
     with pytest.raises(ValueError, match=message):
         robust_accuracy(model, data(images, labels), ATTACK)
 
 
-def test_classes_for_objects_are_named(problem):
+def test_a_class_in_place_of_an_object_is_named(problem):
     model, images, labels = problem
     for measure in (robust_accuracy, doctor):
         with pytest.raises(
-            TypeError, match="^attack: expected one, such as .*, not the class PGD$"
+            TypeError, match="^attack: expected an attack, such as .*, not the class PGD$"
         ):
             measure(model, [(images, labels)], PGD)
     with pytest.raises(
@@ -265,7 +265,7 @@ def test_files_that_cannot_be_written_are_rejected_before_the_work(problem, tmp_
             robust_accuracy(model, [(images, labels)], ATTACK, save_images=tmp_path / name)
 
 
-def test_a_table_holds_a_line_for_each_image(problem, tmp_path):
+def test_a_table_has_a_line_for_each_image(problem, tmp_path):
     model, images, labels = problem
     report = robust_accuracy(model, [(images, labels)], ATTACK, seed=3)
     prediction = report.verdicts.prediction.clone()
@@ -293,7 +293,7 @@ def test_a_table_holds_a_line_for_each_image(problem, tmp_path):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_every_field_stands_in_the_report_and_in_the_key_of_verdicts(problem, tmp_path, name):
+def test_every_argument_of_an_attack_changes_the_name_of_its_partial_file(problem, tmp_path, name):
     model, images, labels = problem
     given = {"epsilon": 0.03, "steps": 2, "step_size": 0.01}
     attack = ATTACKS[name](
@@ -319,7 +319,7 @@ def test_every_field_stands_in_the_report_and_in_the_key_of_verdicts(problem, tm
     assert len(files) == 1 + len(arguments(ATTACKS[name]))
 
 
-def test_a_users_own_fields_stand_in_the_report(problem):
+def test_fields_of_a_users_own_attack_are_in_the_report(problem):
     model, images, labels = problem
     attack = MomentumFGSM(0.03, steps=3, momentum=0.5)
     report = robust_accuracy(model, [(images, labels)], attack, seed=3)

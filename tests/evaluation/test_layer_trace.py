@@ -90,7 +90,7 @@ def test_conv_norm_without_the_depthwise_convolution_is_followed_by_its_own_batc
     assert scales(nn.Sequential(conv_norm)) == {"0": largest(inner)}
 
 
-def test_nothing_may_stand_between_but_the_identity():
+def test_only_the_identity_may_stand_between_layer_and_batch_norm():
     norm = nn.BatchNorm2d(4)
     factors = uneven(norm)
     conv = nn.Conv2d(3, 4, 3)

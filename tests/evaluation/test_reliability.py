@@ -324,7 +324,7 @@ def test_gradients_that_vanish_and_hide_nothing_pass(healthy):
     assert less.passed, less
 
 
-def test_a_rate_passes_or_fails_where_its_interval_leaves_out_the_limit():
+def test_a_rate_passes_or_fails_if_its_interval_excludes_the_limit():
     limit = 0.05
     for found, n in ((0, 72), (0, 73), (3, 200), (4, 200), (16, 200), (17, 200)):
         low, high = binomtest(found, n).proportion_ci(method="wilson")

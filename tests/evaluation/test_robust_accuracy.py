@@ -232,11 +232,11 @@ def test_batches_are_filled_up_and_hold_only_images_that_are_not_broken(digits):
     )
 
 
-def test_a_targeted_attack_and_an_empty_loader_get_no_verdict(digits):
+def test_a_targeted_attack_and_an_empty_loader_are_errors(digits):
     model, loader = digits
     with pytest.raises(ValueError, match="verdicts need an untargeted attack"):
         attack_loader(model, loader, PGD(4 / 255, 2 / 255, 1, targeted=True), seed=0)
-    with pytest.raises(ValueError, match="the loader holds no images to attack"):
+    with pytest.raises(ValueError, match="data: contains no images"):
         robust_accuracy(model, loader.subset(torch.arange(0)), ATTACK, seed=0)
 
 
@@ -252,7 +252,7 @@ def test_a_model_that_leaves_torch_is_not_reliable(digits):
     assert any("gradients are not zero" in warning for warning in report.warnings)
 
 
-def test_few_classes_are_always_among_the_top_five(digits):
+def test_with_few_classes_every_label_is_among_the_top_five(digits):
     model, loader = digits
 
     class Four(nn.Module):
@@ -310,7 +310,7 @@ def test_the_interval_of_a_share_is_wilsons(count, n):
     assert wilson_interval(count, n) == pytest.approx(expected, abs=1e-6)
 
 
-def test_report_holds_what_a_paper_needs(digits, tmp_path):
+def test_the_report_has_the_numbers_that_a_paper_needs(digits, tmp_path):
     model, loader = digits
     report = robust_accuracy(model, loader, ATTACK, seed=3)
     keys = {
@@ -357,7 +357,7 @@ OPEN = [judge_rate("open", found, 20, 0.05, "") for found in (0, 2)]
         ([BAD, OPEN[0]], False, OPEN[0].images_needed),
     ],
 )
-def test_a_report_is_reliable_where_every_check_has_passed(digits, checks, reliable, needed):
+def test_a_report_is_reliable_if_every_check_passed(digits, checks, reliable, needed):
     model, loader = digits
     report = robust_accuracy(model, loader, ATTACK)
     examined = report.with_doctor(DoctorReport(tuple(checks), ATTACK, (), 20, 10))
