@@ -1,4 +1,4 @@
-"""Class scores as text: a table, one line, warnings."""
+"""Class scores as text: a table, a summary of one line, and warnings."""
 
 from collections.abc import Mapping
 from typing import Any, TypedDict
