@@ -1,8 +1,8 @@
 """Images by position: in memory, in files, or from a user's own loader.
 
-In the path read -> split -> subset -> noise -> batch -> augment, an `Images` value is what reading
-returns, what split and subset `select` from, and what `image_data_loader` takes its `batches` from.
-Pixels are uint8 `(N, C, H, W)`, or float32 in `[0, 1]`.
+In the path read -> split -> subset -> noise -> batch -> augment, reading returns `Images`. Split
+and subset `select` from them, and `image_data_loader` iterates over their `batches`. Pixels are
+uint8 `(N, C, H, W)`, or float32 in `[0, 1]`.
 """
 
 import hashlib

@@ -245,13 +245,13 @@ def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> 
     if noise.kind not in ("sym", "asym") or near:
         return None
     difference = (
-        f"trainer.percent asks for {noise.percent:.4g}, "
-        f"{rate:.4g} of the training labels have changed"
+        f"trainer.percent asks for {noise.percent:.4g},"
+        f" but {rate:.4g} of the training labels have changed"
     )
     if noise.kind == "sym" and noise.law == "inclusive":
         return (
-            f"{difference}: a new label may be the true one (trainer.noise_law: inclusive); "
-            "with trainer.noise_law: exclusive it never is"
+            f"{difference}: a new label may be the true one (trainer.noise_law: inclusive);"
+            " with trainer.noise_law: exclusive it never is"
         )
     if noise.kind == "asym":
         flips = len(_flips(class_names))

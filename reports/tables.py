@@ -252,11 +252,11 @@ def last_beside_best(metrics: Sequence[str]) -> list[str]:
 def best_rows(table: Table, column: int) -> set[int]:
     """Return the indices of the rows that are printed in bold in a column.
 
-    A row is the best of its block if it has the highest accuracy or the lowest loss, and leads
-    every other row by more than a standard error of the difference of the means. Rows with equal
-    values are bold together. A column that is neither an accuracy nor a loss has no best row.
-    Neither has a block in which the best row and another one have a single seed each, because the
-    standard error of their difference is unknown.
+    The best row of a block has the highest accuracy or the lowest loss, and leads every other row
+    by more than a standard error of the difference of the means. Rows with equal values are bold
+    together. A column that is neither an accuracy nor a loss has no best row. Neither has a block
+    in which the best row and another one have a single seed each, because the standard error of
+    their difference is unknown.
     """
     metric = table.metrics[column]
     found: set[int] = set()

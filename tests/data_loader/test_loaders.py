@@ -393,7 +393,7 @@ def test_noise_reaches_training_and_validation_but_not_test(session_folder):
         (LabelNoise("sym", 0.6, "exclusive"), None),
         (
             LabelNoise("sym", 0.001, "exclusive"),
-            "0.001, 0.02083 of the training labels have changed: there",
+            "0.001, but 0.02083 of the training labels have changed: there",
         ),
     ],
 )
@@ -407,7 +407,7 @@ def test_a_rate_that_differs_from_percent_is_explained(session_folder, noise, wo
 def test_rates_of_asymmetric_laws_are_explained():
     few = explain_rate(LabelNoise("asym", 0.4), CIFAR10_CLASSES, 0.2)
     assert few == (
-        "trainer.percent asks for 0.4, 0.2 of the training labels have changed: "
+        "trainer.percent asks for 0.4, but 0.2 of the training labels have changed: "
         "the law changes labels of 5 of the 10 classes only"
     )
     assert explain_rate(LabelNoise("asym", 0.4), sorted(CIFAR100_FLIPS), 0.402) is None
@@ -501,8 +501,8 @@ def test_labels_follow_their_images():
 
 
 def repaint(file):
-    """Another color in one corner, in a file that is as long as before where nothing is
-    compressed."""
+    """Change the color of one corner. The size of the file stays the same if its format does not
+    compress."""
     image = Image.open(file)
     image.putpixel((0, 0), tuple(255 - value for value in image.getpixel((0, 0))))
     image.save(file)
