@@ -194,7 +194,8 @@ def check_a_run_ends_with_its_worker(folder, preparation):
         assert process.returncode == 4, errors
         assert errors.count("\n") == 1
         assert re.match(
-            r"data_loader\.args\.num_workers: worker [01] \(pid \d+\) died of SIGKILL ", errors
+            r"error: data_loader\.args\.num_workers: worker [01] \(pid \d+\) died of SIGKILL ",
+            errors,
         )
         assert any(f"(pid {pid})" in errors for pid in killed)
         with pytest.raises(ProcessLookupError):
