@@ -24,15 +24,15 @@ def random_crop(
     shard: Shard | None = None,
     mode: str = "zeros",
 ) -> Tensor:
-    """Pad every side, and cut a window of the original size at a uniformly drawn place per image.
+    """Pad every side of each image, and cut out a window of the original size at a random place.
 
     Args:
         images: `(B, C, H, W)`.
         padding: pixels added on each side, at least 0.
         generator: a CPU generator.
         shard: the shard of the minibatch that `images` are; None for the whole minibatch.
-        mode: what is added: `zeros`, or `reflect` for the image mirrored at its border pixels,
-            which are not repeated. Padding may be larger than the image.
+        mode: `zeros`, or `reflect` to mirror the image at its border pixels, which are not
+            repeated. Padding may be larger than the image.
     """
     batch, _, height, width = images.shape
     shard = shard or Shard(batch)
@@ -51,7 +51,7 @@ def random_crop(
 
 
 def _mirrored(length: int, padding: int) -> Tensor:
-    """Return the positions in a row of `length` pixels that mirroring puts at each padded place."""
+    """Return the position of the pixel that mirroring puts at each place of a padded row."""
     places = torch.arange(-padding, length + padding)
     if length == 1:
         return torch.zeros_like(places)
@@ -84,13 +84,13 @@ def cutout(
         images: `(B, C, H, W)`.
         size: the square's side in pixels. An odd side is kept; the paper's code rounds it down to
             an even one.
-        fill: one value per channel, in the unit of `images`. The paper writes 0 after
-            normalization, which is the data mean before it.
+        fill: one value per channel, in the unit of `images`. The paper writes 0 into normalized
+            images, which is the mean of the data here.
         generator: a CPU generator.
         shard: the shard of the minibatch that `images` are; None for the whole minibatch.
         inside: True draws the place uniformly among those wholly inside the image; a square larger
-            than the image covers it. False draws the square's center uniformly over the image, so
-            that near a border only a part of the square falls inside, as in the paper.
+            than the image covers it. False draws the center of the square uniformly over the image,
+            as in the paper, so that a part of it may lie outside.
     """
     batch, _, height, width = images.shape
     drawn_for = shard or Shard(batch)

@@ -1,8 +1,8 @@
 """Checks of the contract that `base.base_data_loader` describes: images, pixel range, labels.
 
-In the path read -> split -> subset -> noise -> batch -> augment, these checks follow the reading:
-of the parts of a data set (`training_data_loader`), of images of a user's own loader (`images`),
-and of the first batch (`own_images`).
+In the path read -> split -> subset -> noise -> batch -> augment, these checks follow the reading.
+They are applied to the parts of a data set (`training_data_loader`), to the images of a user's own
+loader (`images`), and to the first batch (`own_images`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from base.distributed.session import is_connection_error
 from base.errors import DataError, ProjectError
+from base.text import first_line
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def loader_errors(where: str) -> Iterator[None]:
     """Turn any exception of a user's loader into a `DataError` of one line.
 
     Args:
-        where: what the line begins with.
+        where: the beginning of the line.
 
     Raises:
         DataError: names the exception, which is its cause.
@@ -35,8 +36,7 @@ def loader_errors(where: str) -> Iterator[None]:
         # A lost connection between processes is not the loader's fault, and is handled elsewhere.
         if is_connection_error(error):
             raise
-        lines = str(error).splitlines() or [""]
-        raise DataError(f"{where}: {type(error).__name__}: {lines[0]}") from error
+        raise DataError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def check_images(images: Tensor, expected: Mapping[int, int], where: str) -> None:
@@ -45,7 +45,7 @@ def check_images(images: Tensor, expected: Mapping[int, int], where: str) -> Non
     Args:
         images: what a loader returned.
         expected: dimension -> size, for the known sizes; `{}` allows any `(B, C, H, W)`.
-        where: what an error begins with.
+        where: the beginning of an error message.
 
     Raises:
         DataError: names what was found and what was expected.
@@ -89,7 +89,7 @@ def check_labels(labels: Any, n_images: int, class_names: Any, where: str) -> np
         labels: a tensor, an array or a list of integers.
         n_images: N.
         class_names: the names of the classes, in label order.
-        where: what an error begins with.
+        where: the beginning of an error message.
 
     Raises:
         DataError: the labels are not N integers in `[0, number of classes)`, or the class names are

@@ -15,7 +15,7 @@ from data_loader.datasets import LabeledImages, read_cifar, read_digits, read_im
 from data_loader.training_data_loader import TrainingDataLoader
 
 MEMORY_LIMIT = 2 * 1024**3
-"""With `in_memory` None, images of a folder are kept in memory up to this number of bytes."""
+"""If `in_memory` is None, images of a folder are kept in memory up to this number of bytes."""
 
 # ConvNorm and pytorch-cifar normalize by these. The standard deviation is the mean of those of
 # single images; that of all pixels is (0.2470, 0.2435, 0.2616).

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from base.errors import DataError
 from base.run_folder.locks import lock_descriptor
+from base.text import one_line
 from data_loader.decoding import image_size
 from data_loader.folder_scan import KEY, FolderScan, check_link, class_folders
 from data_loader.images import FileImages, Images, MemoryImages
@@ -164,7 +165,7 @@ def read_image_folder(
     There are four layouts (`val` may also be called `valid` or `validation`):
 
     - `train/<class>/` and `test/<class>/`;
-    - `train/`, `val/` and `test/`: `val` is the validation set, and nothing of `train` is held out;
+    - `train/`, `val/` and `test/`: `val` is the validation set, and no training image is held out;
     - `train/` and `val/`: `val` is the test set, as in ImageNet;
     - `<class>/`: a part of every class is the test set, the same for every seed of a run.
 
@@ -185,8 +186,8 @@ def read_image_folder(
         The training part, which may hold a validation part, and the test part.
 
     Raises:
-        DataError: a folder is missing or cannot be read, a class has no image, a part and train
-            have different classes, a link is broken, or one file is in two classes or parts.
+        DataError: a folder is missing or cannot be read, a class has no image, two parts have
+            different classes, a link is broken, or one file is in two classes or parts.
     """
     folder = Path(data_dir).expanduser()
     expected = (
@@ -199,8 +200,7 @@ def read_image_folder(
     classes, train_files, _ = found["train"]
     for part, (others, _, _) in found.items():
         if others != classes:
-            # `repr` escapes control characters, which a folder's name may hold
-            different = ", ".join(repr(name)[1:-1] for name in sorted(set(classes) ^ set(others)))
+            different = ", ".join(one_line(name) for name in sorted(set(classes) ^ set(others)))
             raise DataError(
                 f"{KEY}: {str(places[part])!r} must have the classes of train: "
                 f"only one of them has {different}"
@@ -230,7 +230,7 @@ def read_image_folder(
 
 
 def _parts_of(folder: Path, expected: str) -> tuple[dict[str, Path], str | None]:
-    """Return part -> folder for `train`, and for `test` and `val` if they exist, and a remark."""
+    """Return part -> folder, for `train` and those of `test` and `val` that exist, and a remark."""
     for name in ("train", "test", *VALIDATION_FOLDERS):
         check_link(folder / name)
     held_out = [folder / name for name in VALIDATION_FOLDERS if (folder / name).is_dir()]

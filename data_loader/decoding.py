@@ -20,8 +20,8 @@ def decode_image(path: str, shape: tuple[int, int, int], resize: bool) -> Tensor
     16-bit gray is divided by 257 and rounded, so that 65,535 becomes 255. 16-bit color keeps its
     high byte, as PIL reads it. 32-bit floats and integers are refused, because their range is
     unknown. An alpha channel is dropped, so transparent pixels show their stored color. The EXIF
-    orientation is ignored, except in TIFF, where PIL applies it. Of several frames, the first is
-    read. Alpha, orientation and frames are as in torchvision's `ImageFolder`.
+    orientation is ignored, except in TIFF, where PIL applies it. Only the first of several frames
+    is read. Alpha, orientation and frames are treated as in torchvision's `ImageFolder`.
 
     Args:
         path: the file.
@@ -87,8 +87,8 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _bits(image: Image.Image) -> int:
-    """The number of bits that a gray pixel uses, of the 16 or more that it is stored in."""
-    # PIL scales every depth to 16 bits except for the 12 bits of a TIFF.
+    """Return how many of the 16 or more bits of a gray pixel are used."""
+    # PIL scales every depth to 16 bits, except for the 12 bits of a TIFF.
     tags = getattr(image, "tag_v2", {})
     return tags.get(BITS_PER_SAMPLE, (16,))[0]
 
@@ -108,6 +108,6 @@ def _undecodable(path: str, error: Exception) -> DataError:
     if isinstance(error, OSError) and Path(path).is_symlink() and not Path(path).exists():
         target = str(Path(path).readlink())
         return DataError(f"{path}: is a broken link to {target!r}")
-    # the message starts with the path already
+    # The message below starts with the path.
     reason = first_line(error).replace(f" {path!r}", "")
     return DataError(f"{path}: cannot be decoded as an image ({reason})")

@@ -19,7 +19,7 @@ IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
 """Those of torchvision, whose import takes seconds because it loads torch's compiler."""
 
 FOREIGN = ("__MACOSX", "@eaDir", "lost+found")
-"""Folders that operating systems create; they count as hidden."""
+"""Folders that operating systems create. They count as hidden."""
 
 MOST_TYPES = 5
 """How many types of skipped files a message lists."""
@@ -133,7 +133,7 @@ class FolderScan:
             self._types[Path(entry.name).suffix.lower()] += 1
             return False
         if kind == "nothing":
-            # The error is raised when the file is decoded: a subset may not need it.
+            # A subset may not need the file, so the error is raised when it is decoded.
             return True
         if kind != "file":
             self._skipped["neither file nor folder"] += 1

@@ -39,7 +39,8 @@ def read_test_images(folder: str | Path, size: int | None = None) -> LabeledImag
 
     Args:
         folder: the data set's folder.
-        size: side that every image is resized and cropped to; None if all have the same size.
+        size: side that every image is resized and cropped to; None if all images have the same
+            size.
 
     Raises:
         DataError: no layout exists, or the images cannot be read.

@@ -36,14 +36,14 @@ class ImageDataLoader(BaseDataLoader):
         batch_size: images per batch.
         shuffle: a new order every epoch; False keeps the order of `images`.
         num_batches: above 0 ends every epoch after that many batches.
-        seed: of order and augmentation.
+        seed: the seed of order and augmentation.
         crop_padding: pixels of padding for random crops; 0 for none.
         padding_mode: `zeros` or `reflect`; see `augment.random_crop`.
         flip: mirror each image with probability 1/2.
         cutout: side in pixels of the square that is overwritten; 0 for none.
         cutout_inside: whether the square is wholly inside the image.
         cutout_fill: the color of the square: `mean` or `black`.
-        clean_labels: int64 `(N,)` labels before the noise, if `labels` are noisy.
+        clean_labels: int64 `(N,)` labels before the noise; None if `labels` are clean.
         in_memory: decode files once, at the first iteration, and keep the pixels.
         device: the device of the batches.
         test: returns the test loader; None if this is the test loader.
@@ -179,7 +179,7 @@ class ImageDataLoader(BaseDataLoader):
         return part
 
     def image_digest(self) -> str:
-        # It reads every file, and is asked for by checkpoints and by the other processes.
+        # It reads every file, and both checkpoints and the comparison between processes need it.
         if self._image_digest is None:
             self._image_digest = self.images.digest()
         return self._image_digest

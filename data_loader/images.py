@@ -1,8 +1,8 @@
 """Images by position: in memory, in files, or from a user's own loader.
 
-In the path read -> split -> subset -> noise -> batch -> augment, an `Images` value is what reading
-returns, what split and subset `select` from, and what `image_data_loader` takes its `batches` from.
-Pixels are uint8 `(N, C, H, W)`, or float32 in `[0, 1]`.
+In the path read -> split -> subset -> noise -> batch -> augment, reading returns `Images`. Split
+and subset `select` from them, and `image_data_loader` iterates over their `batches`. Pixels are
+uint8 `(N, C, H, W)`, or float32 in `[0, 1]`.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from data_loader.decoding import decode_image
 from data_loader.workers import decode_in_processes
 
 DECODE_BATCH = 250
-"""The number of images in a batch, where no batch size is given."""
+"""Images in a batch if no batch size is given."""
 
 FINGERPRINT_BYTES = 2 * 1024**3
-"""About how many bytes a digest reads: of larger data sets, only every second, third or n-th
-image."""
+"""About how many bytes a digest reads at most. For a larger data set it takes only every second,
+third or n-th image."""
 
 CHECKED = 64
 """Images of a user's own loader that are checked before training."""
@@ -44,7 +44,7 @@ class MemoryImages:
 
     Attributes:
         pixels: uint8 `(N, C, H, W)`, or float32 in `[0, 1]`.
-        names: of the images in tables; None if they have no names.
+        names: the names of the images in tables; None if they have no names.
     """
 
     pixels: Tensor
@@ -161,8 +161,8 @@ class LoadedImages:
                 yield images
 
     def digest(self) -> str:
-        """Return the hexadecimal SHA-256 of shape and pixels; of more than `FINGERPRINT_BYTES`,
-        only of every n-th image."""
+        """Return the hexadecimal SHA-256 of shape and pixels. Above `FINGERPRINT_BYTES`, only every
+        n-th image is loaded."""
         digest = hashlib.sha256(f"loaded {len(self)} {self.shape}".encode())
         # the size of uint8 pixels, although floats take four times as many bytes
         step = -(-len(self) * prod(self.shape) // FINGERPRINT_BYTES) or 1
@@ -256,7 +256,7 @@ class FileImages:
             decoded = map(self._decode, positions)
         else:
             decoded = decode_in_processes(self.paths, self.shape, self.resize, positions, workers)
-        # Both copy the batch out of the memory that workers write to.
+        # `pin_memory` and `clone` both copy the batch out of the memory that workers write to.
         if self.pin_memory:
             return map(Tensor.pin_memory, decoded)
         if workers > 0:
@@ -266,9 +266,8 @@ class FileImages:
     def digest(self) -> str:
         """Return the hexadecimal SHA-256 of the sizes and bytes of all files.
 
-        Folders and names do not matter, so data may be moved. Of more than `FINGERPRINT_BYTES`,
-        only every n-th file is read: a changed image in one of the others is noticed by the size of
-        its file.
+        Folders and names do not matter, so data may be moved. Above `FINGERPRINT_BYTES`, only every
+        n-th file is read, and a change in one of the others is noticed if its size changes.
 
         Raises:
             DataError: a file cannot be read.

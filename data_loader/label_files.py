@@ -1,7 +1,7 @@
-"""Read label files from any source: `.npy`, `.npz`, `.pt`, `.json` and `.csv`.
+"""Read label files: `.npy`, `.npz`, `.pt`, `.json` and `.csv`.
 
 `noise_file` uses this for the noise step. A file may come from a stranger, so nothing in it is
-executed: pickles are read by unpicklers that know arrays and plain values only.
+executed: pickles are read by unpicklers that know only arrays and plain values.
 """
 
 import csv
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from base.errors import DataError
+from base.text import first_line
 
 
 def load_label_file(path: Path, where: str) -> Any:
@@ -29,7 +30,7 @@ def load_label_file(path: Path, where: str) -> Any:
 
     Args:
         path: the file.
-        where: what messages call it.
+        where: the beginning of an error message.
 
     Raises:
         DataError: the file is missing, of another type, or cannot be read.
@@ -44,11 +45,9 @@ def load_label_file(path: Path, where: str) -> Any:
     except pickle.UnpicklingError:
         reason = "holds something other than arrays of labels, or is damaged; nothing in it was run"
         raise DataError(f"{where}: {reason}") from None
-    # readers raise nearly every exception on damaged and on hostile files
+    # The readers raise nearly every exception on damaged and on hostile files.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        # The message may quote the file. `repr` escapes its control characters.
-        raise DataError(f"{where}: cannot be read ({repr(reason)[1:-1]})") from None
+        raise DataError(f"{where}: cannot be read ({first_line(error)})") from None
     if isinstance(content, dict):
         return {str(name): values for name, values in content.items()}
     return content

@@ -1,8 +1,8 @@
-"""Label noise: wrong training labels on purpose, and how many of them there are.
+"""Label noise: labels that are made wrong on purpose, and how many of them changed.
 
-The path of a data set is read -> split -> subset -> noise -> batch -> augment. This is the noise,
-which `training_data_loader` applies to the labels of one split: the subset that is trained on, or
-the validation part. `noise_file` reads labels from a file instead.
+In the path read -> split -> subset -> noise -> batch -> augment, this is the noise.
+`training_data_loader` applies it to the labels of one split: the subset that is trained on, or the
+validation part. `noise_file` reads labels from a file instead.
 
 Let y be the clean label of an image, K the number of classes and p the rate, `percent`. The laws
 are those of ConvNorm (Liu et al., "Convolutional Normalization", NeurIPS 2021), which follow
@@ -33,14 +33,14 @@ class LabelNoise:
 
     Attributes:
         kind: `"none"`, `"sym"`, `"asym"` or `"file"`.
-        percent: the rate p: the fraction of labels that the law picks, in `[0, 1]` despite its
-            name, which is ConvNorm's. A picked label need not change, see `law`. Without effect for
-            a file.
-        law: for symmetric noise. `"inclusive"` draws the new label from all K classes, the clean
-            one included, as the published numbers do: (K - 1) / K of the picked labels change.
-            `"exclusive"` draws from the other K - 1 classes, so that all of them change.
+        percent: the rate p, the fraction of labels that the law picks. It is in `[0, 1]` despite
+            its name, which is ConvNorm's. A picked label need not change, see `law`. Without effect
+            for a file.
+        law: for symmetric noise. `"inclusive"` draws the new label from all K classes, including
+            the clean one, as for the published numbers: (K - 1) / K of the picked labels change.
+            `"exclusive"` draws from the other K - 1 classes, so that all picked labels change.
         file: path of a label file, for the kind `"file"`.
-        key: which entry of the file to take, if it holds several.
+        key: the entry of the file to take, if it holds several.
         on_validation: whether validation labels get the same noise, drawn independently.
     """
 
@@ -224,7 +224,7 @@ def describe_transitions(matrix: np.ndarray, class_names: Sequence[str]) -> list
 
 
 def realized_rate(clean: np.ndarray, noisy: np.ndarray) -> float:
-    """The fraction of labels that differ, in `[0, 1]`; 0 without labels."""
+    """Return the fraction of labels that differ, in `[0, 1]`; 0 without labels."""
     if len(clean) == 0:
         return 0.0
     return float(np.mean(clean != noisy))
@@ -245,20 +245,20 @@ def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> 
     if noise.kind not in ("sym", "asym") or near:
         return None
     difference = (
-        f"trainer.percent asks for {noise.percent:.4g}, "
-        f"{rate:.4g} of the training labels have changed"
+        f"trainer.percent asks for {noise.percent:.4g},"
+        f" but {rate:.4g} of the training labels have changed"
     )
     if noise.kind == "sym" and noise.law == "inclusive":
         return (
-            f"{difference}: a new label may be the true one (trainer.noise_law: inclusive); "
-            "with trainer.noise_law: exclusive it never is"
+            f"{difference}: a new label may be the true one (trainer.noise_law: inclusive);"
+            " with trainer.noise_law: exclusive it never is"
         )
     if noise.kind == "asym":
         flips = len(_flips(class_names))
         classes = len(class_names)
         if flips < classes:
             return f"{difference}: the law changes labels of {flips} of the {classes} classes only"
-    return f"{difference}: there are too few of them"
+    return f"{difference}: there are too few labels to meet it"
 
 
 def _flips(class_names: Sequence[str]) -> dict[str, str]:
@@ -271,8 +271,8 @@ def _flips(class_names: Sequence[str]) -> dict[str, str]:
     if len(class_names) > 5:
         shown += ", ..."
     raise DataError(
-        f"trainer.asym: no asymmetric law for classes {shown};"
-        " there is one for the classes of CIFAR-10 and of CIFAR-100"
+        f"trainer.asym: asymmetric noise is not defined for the classes {shown};"
+        " it is for those of CIFAR-10 and of CIFAR-100"
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from base.errors import DataError
 from base.registry import did_you_mean
 from base.seeding import numpy_generator
+from base.text import one_line
 from data_loader.label_files import load_label_file
 
 # CIFAR-N's names
@@ -33,13 +34,11 @@ NO_LABEL = -1
 """Stands for the label of an image that a run's `labels.npz` does not contain."""
 
 DEVIATIONS = 3.0
-"""By how many standard deviations an agreement must exceed chance.
-
-Labels in a random order exceed it in one of 700 files.
-"""
+"""An agreement must exceed chance by this many standard deviations. Labels in a random order do so
+in one of 700 files."""
 
 MOST_LISTED = 20
-"""How many entries of a file a message lists."""
+"""The largest number of entries of a file that a message lists."""
 
 MOST_NAMED = 2000
 """The largest number of classes for which another naming is searched; the time grows with its
@@ -62,7 +61,8 @@ def read_noise_file(
 
     Args:
         file: the path.
-        key: which of several sets of labels to take; a plain array and a `labels.npz` need none.
+        key: the set of labels to take, if there are several; None for a plain array and for a
+            `labels.npz`.
         clean_labels: int64 `(N,)` labels of the data set, to recognize a file in another order or
             of another data set.
         num_classes: number of classes.
@@ -72,9 +72,9 @@ def read_noise_file(
         contain.
 
     Raises:
-        DataError: the file is missing, cannot be read, or does not fit the data set. Clean labels
-            in the file must equal `clean_labels`, and the noisy ones must agree with them, see
-            `check_agreement`.
+        DataError: the file is missing, cannot be read, or does not fit the data set: clean labels
+            in the file differ from `clean_labels`, or the noisy ones disagree with them (see
+            `check_agreement`).
     """
     path = Path(file).expanduser()
     where = f"trainer.noise_file: {file!r}"
@@ -101,17 +101,17 @@ def read_noise_file(
 def check_agreement(noisy: np.ndarray, clean: np.ndarray, num_classes: int, where: str) -> None:
     """Check that labels belong to these images, and number the classes in the same way.
 
-    Two conditions must hold. The labels agree with the clean ones more often than they would in a
-    random order: by `DEVIATIONS` standard deviations, given the class frequencies of both (see
-    `chance_agreement`). And no other numbering of the classes agrees far better, that is
-    significantly, and by more than twice as much beyond its own chance. Such a numbering is fitted
-    to one half of the images and tested on the other, so that it cannot fit the noise.
+    Two conditions must hold. First, the labels agree with the clean ones more often than they would
+    in a random order, by `DEVIATIONS` standard deviations, given the class frequencies of both (see
+    `chance_agreement`). Second, no other numbering of the classes agrees far better: significantly,
+    and more than twice as far beyond its own chance. Such a numbering is fitted to one half of the
+    images and tested on the other, so that it cannot fit the noise.
 
     Args:
         noisy: int64 `(N,)` labels of the file, in `[0, num_classes)`.
         clean: int64 `(N,)` labels of the data set.
         num_classes: number of classes.
-        where: what messages call the file.
+        where: the beginning of an error message.
 
     Raises:
         DataError: the labels do not agree, or another numbering agrees far better.
@@ -164,12 +164,7 @@ def _check_naming(
 ) -> None:
     """Check that no other numbering of the classes agrees far better.
 
-    Args:
-        noisy: int64 `(N,)` labels of the file.
-        clean: int64 `(N,)` labels of the data set.
-        num_classes: number of classes.
-        gain: by how much `noisy` agrees with `clean` beyond chance.
-        where: what messages call the file.
+    `gain` is the agreement of `noisy` with `clean` beyond chance.
     """
     names, tested = _best_naming(noisy, clean, num_classes)
     renamed = names[noisy[tested]]
@@ -201,7 +196,7 @@ def _best_naming(
     fitted, tested = np.array_split(order, 2)
     names = np.arange(num_classes)
     if num_classes <= MOST_NAMED:
-        # imported here, because no other run needs scipy
+        # imported here, because it takes a moment, and only noise files need it
         from scipy.optimize import linear_sum_assignment
 
         pairs = np.bincount(noisy[fitted] * num_classes + clean[fitted], minlength=num_classes**2)
@@ -231,8 +226,8 @@ def _labels_of_a_run(
         inside = index < len(clean_labels)
         if part == "train" and not inside.all():
             raise DataError(
-                f"{where}: its run had more than the {len(clean_labels)} training images "
-                "that there are"
+                f"{where}: its run had more training images than this data set, which has"
+                f" {len(clean_labels)}"
             )
         index = index[inside]
         own = own[inside]
@@ -250,14 +245,10 @@ def _labels_of_a_run(
 def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: str) -> np.ndarray:
     """Return the position in the file of every training image.
 
-    Args:
-        declared: int64 `(N,)` clean labels in the file.
-        clean_labels: int64 `(N,)` labels of the data set.
-        path: the file.
-        where: what messages call it.
+    `declared` are the clean labels in the file, and `clean_labels` those of the data set.
 
     Raises:
-        DataError: the clean labels differ, also after sorting by `image_order_*.npy`.
+        DataError: they differ, even after sorting by `image_order_*.npy`.
     """
     if np.array_equal(declared, clean_labels):
         return np.arange(len(declared))
@@ -307,8 +298,7 @@ def _entry(content: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _listed(content: Mapping[str, Any]) -> str:
     """List the first names in a file."""
-    # `repr` escapes line breaks and control characters
-    listed = ", ".join(repr(name)[1:-1] for name in list(content)[:MOST_LISTED])
+    listed = ", ".join(one_line(name) for name in list(content)[:MOST_LISTED])
     if len(content) > MOST_LISTED:
         listed += f", ... ({len(content)} in all)"
     return listed

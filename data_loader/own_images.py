@@ -1,7 +1,7 @@
 """Build the training loader from any class of DATA_LOADERS.
 
-In the path read -> split -> subset -> noise -> batch -> augment, classes differ in what they leave
-to this project:
+Classes differ in which steps of the path read -> split -> subset -> noise -> batch -> augment they
+leave to this project:
 
 - a subclass of `TrainingDataLoader` only reads its data set, and inherits all other steps;
 - a `BaseDataLoader` that returns images by position is wrapped in `OwnImages`, a
@@ -35,8 +35,8 @@ BATCHING = ("__iter__", "__len__", "set_epoch", "order")
 AUGMENTATION = ("crop_padding", "padding_mode", "flip", "cutout", "cutout_inside", "cutout_fill")
 WORKERS = ("num_workers", "pin_memory")
 WITHOUT_EFFECT = (*AUGMENTATION, *WORKERS, "shuffle", "seed")
-"""If a loader that makes its batches itself does not take one of these arguments, that is a warning
-and not an error."""
+"""Arguments that are ignored with a warning, and not refused, if a loader that makes its batches
+itself does not take them."""
 
 KEYS = {
     "seed": "seed",
@@ -134,7 +134,7 @@ def check_first_batch(loader: BaseDataLoader) -> None:
     """Check before training that a loader's batches keep the contract of `BaseDataLoader`.
 
     Raises:
-        DataError: they do not; the message says in what.
+        DataError: they do not; the message names the difference.
     """
     own = loader
     if isinstance(loader, OwnImages):

@@ -18,7 +18,7 @@ def stratified_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a fraction of every class.
 
-    Of a class of n images, round(fraction * n) are held out (halves round up), and at least one if
+    In a class of n images, round(fraction * n) are held out (halves round up), and at least one if
     `fraction` is above 0.
 
     Args:
@@ -31,7 +31,7 @@ def stratified_split(
         `(train_index, held_out_index)`, int64, sorted and disjoint; together all of `range(N)`.
 
     Raises:
-        DataError: a class would be held out entirely.
+        DataError: no image of a class would be left for training.
     """
     if fraction == 0:
         return np.arange(len(labels)), np.empty(0, np.int64)
@@ -66,7 +66,8 @@ def stratified_subset(
         seed: the subset is a pure function of the arguments.
 
     Returns:
-        int64 sorted positions: of a class of n images min(round(fraction * n), those in `index`).
+        int64 sorted positions; from a class of n images, round(fraction * n) or all in `index`,
+        if these are fewer.
 
     Raises:
         DataError: a class would get no image.
@@ -82,7 +83,7 @@ def stratified_subset(
         if count < 1:
             raise DataError(
                 f"trainer.subset_percent: {fraction} of the {len(members)} images of class {label}"
-                f" is none; expected at least {0.5 / len(members):.2g}"
+                f" rounds to none; expected at least {0.5 / len(members):.2g}"
             )
         kept.append(members[usable[members]][:count])
     return np.sort(np.concatenate(kept))

@@ -1,7 +1,7 @@
 """TrainingDataLoader: the training part of a data set, and its validation and test loaders.
 
-Its constructor is the path read -> split -> subset -> noise, in this order; batch and augment
-are those of its base class, `ImageDataLoader`. A subclass writes only `read`.
+Its constructor takes the steps read -> split -> subset -> noise, in this order. The base class,
+`ImageDataLoader`, does the last two, batch and augment. A subclass writes only `read`.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ from data_loader.noise_file import NO_LABEL, read_noise_file
 from data_loader.splits import stratified_split, stratified_subset
 
 STATISTICS_SAMPLE = 5000
-"""How many images mean and standard deviation are computed from if images are not in memory."""
+"""The number of images that mean and standard deviation are computed from, if the images are not in
+memory."""
 
 EVALUATION_BATCH = 256
 """The smallest validation and test batch: without gradients, larger ones fit and are faster."""
@@ -53,7 +54,7 @@ class TrainingDataLoader(ImageDataLoader):
             def read(self, train: bool) -> LabeledImages:
                 ...
 
-    The names up to `std` are those of ConvNorm's loaders.
+    The arguments up to `std` have the names of those of ConvNorm's loaders.
 
     Args:
         batch_size: images per training batch; validation and test use max(batch_size, 256).
@@ -62,14 +63,15 @@ class TrainingDataLoader(ImageDataLoader):
             `splits.stratified_split`. Without effect if the data set names its validation images
             itself.
         num_workers: processes that decode image files; data in memory needs none.
-        pin_memory: page-locked batches for image files on the way to a CUDA device.
+        pin_memory: put decoded image files into page-locked memory, which copies faster to a CUDA
+            device.
         num_batches: above 0 ends the training epoch after that many batches; validation and test
             are never shortened.
         mean: per-channel mean in `[0, 1]`; None for the data set's own: published constants for
-            CIFAR, otherwise computed from the training images that are used (from all in memory, or
-            from a seeded sample of 5,000 files).
+            CIFAR, otherwise computed from the training images that are used (all of them in memory,
+            or a seeded sample of 5,000 files).
         std: per-channel standard deviation in `[0, 1]`; None for the data set's own.
-        seed: of split, subset, noise, order and augmentation, each drawn independently.
+        seed: the seed of split, subset, noise, order and augmentation, each drawn independently.
         subset_percent: fraction of the whole training set to train on, in `(0, 1]`; see
             `splits.stratified_subset`.
         noise: noise of training and validation labels; test labels are always clean. It is applied
@@ -195,8 +197,8 @@ class TrainingDataLoader(ImageDataLoader):
 
         Args:
             part: the part.
-            shape: `(C, H, W)` of the training images; None for the training part itself.
-            class_names: those of the training images; None likewise.
+            shape: `(C, H, W)` of the training images; None if this is the training part.
+            class_names: those of the training images; None if this is the training part.
 
         Returns:
             The part with labels as int64 arrays.
@@ -330,8 +332,8 @@ class TrainingDataLoader(ImageDataLoader):
         if self._test_loader is None:
             test = self._checked(self.read(train=False), self.image_shape, self.class_names)
             n_images = len(self._train_index) + len(self._val_index) + len(test.labels)
-            # Only the test images are decided on here. Whether training images are in memory must
-            # not depend on the test set, because their mean and std depend on it.
+            # The test set must not decide whether training images are kept in memory, because mean
+            # and std depend on that: they are computed from all images, or from a sample.
             self._test_loader = self._evaluation_loader(
                 test, in_memory=self._in_memory and self._fits_in_memory(n_images)
             )
@@ -401,8 +403,8 @@ class TrainingDataLoader(ImageDataLoader):
         return explain_rate(self._noise, self.class_names, rate)
 
     def fingerprint(self) -> str:
-        """Return a hexadecimal digest of split and labels; two runs with the same one trained and
-        validated on the same labels."""
+        """Return a hexadecimal digest of split and labels. Two runs with the same digest trained
+        and validated on the same labels."""
         return _digest(self._label_arrays)
 
     def image_fingerprints(self) -> dict[str, str]:

@@ -1,12 +1,12 @@
-"""Processes that decode image files ahead of training, and the error when one dies or hangs.
+"""Worker processes that decode image files ahead of time, and the error if one dies or hangs.
 
-`images.FileImages.batches` decodes through this module where `num_workers` is above 0. Worker w
-decodes the batches w, w + workers, w + 2 workers and so on into memory that it shares with the main
-process. A pipe carries the number of a batch to its worker, and None or an exception back.
+`images.FileImages.batches` calls this module if `num_workers` is above 0. Worker w decodes the
+batches w, w + workers, w + 2 workers and so on into memory that it shares with the main process. A
+pipe carries the number of a batch to its worker, and None or an exception back.
 
 `torch.utils.data.DataLoader` is not used here. Its SIGCHLD handler raises wherever the main process
-is when a worker dies, which may be in the middle of an update, and it has no public way to ask
-which process died of what. `multiprocessing.connection.wait` does both jobs.
+is when a worker dies, which may be in the middle of an update. It also has no public way to ask
+which process died, and of what. `multiprocessing.connection.wait` does both jobs.
 """
 
 import atexit
@@ -14,6 +14,7 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pipe, Process
 from multiprocessing.connection import Connection, wait
@@ -33,7 +34,7 @@ CHECK_INTERVAL = 1.0
 """Seconds between two checks for hanging workers while the main process waits for a batch."""
 
 END_TIMEOUT = 5.0
-"""Seconds to wait until a killed worker ends. One that waits for a dead disk ends only when the
+"""Seconds to wait for a killed worker to end. One that is blocked by a dead disk ends only when the
 disk answers."""
 
 AHEAD = 2
@@ -52,20 +53,21 @@ def decode_in_processes(
 ) -> Iterator[Tensor]:
     """Yield one uint8 `(B, C, H, W)` for each list of positions in `paths`, in order.
 
-    A yielded tensor is overwritten when the next one is asked for. No process outlives the
-    iterator, or keeps the main process from ending.
+    A yielded tensor may be overwritten once the next one is requested. The workers are killed when
+    the iterator ends or is dropped, and at the latest when Python exits.
 
     Raises:
         DataError: a file cannot be decoded or has another size, or a worker died or hangs; the
             message names the worker and its file.
     """
     decoder = _Decoder(paths, resize, batches, *_shared_memory(num_workers, batches, shape))
-    workers = _start(decoder, num_workers)
+    workers: list[_Worker] = []
     end = partial(_kill, workers)
     # A traceback may keep this frame alive until Python exits. multiprocessing would then wait for
     # the workers forever, because they ignore its SIGTERM.
     atexit.register(end)
     try:
+        _start(decoder, workers, num_workers)
         for number in range(min(AHEAD * num_workers, len(batches))):
             workers[number % num_workers].request(number)
         for number, batch in enumerate(batches):
@@ -81,6 +83,7 @@ def decode_in_processes(
         atexit.unregister(end)
 
 
+@dataclass(frozen=True)
 class _Decoder:
     """Decodes batch b into slot b modulo the number of slots.
 
@@ -90,19 +93,11 @@ class _Decoder:
             decoding, or `IDLE`.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        resize: bool,
-        batches: list[list[int]],
-        slots: Tensor,
-        current: Tensor,
-    ) -> None:
-        self.paths = paths
-        self.resize = resize
-        self.batches = batches
-        self.slots = slots
-        self.current = current
+    paths: Sequence[str]
+    resize: bool
+    batches: list[list[int]]
+    slots: Tensor
+    current: Tensor
 
     def slot(self, number: int) -> Tensor:
         return self.slots[number % len(self.slots)]
@@ -192,26 +187,27 @@ def _shared_memory(
         ) from None
 
 
-def _start(decoder: _Decoder, num_workers: int) -> list[_Worker]:
-    workers: list[_Worker] = []
+def _start(decoder: _Decoder, workers: list[_Worker], num_workers: int) -> None:
+    """Start processes one by one, and append each to `workers`.
+
+    The list belongs to the caller, who has to kill them if a signal interrupts this function.
+    """
     try:
         with _signals_blocked():
             for number in range(num_workers):
                 workers.append(_Worker(number, decoder))
     except OSError as error:
-        _kill(workers)
         raise DataError(
             f"{KEY}: {num_workers} processes cannot be started"
             f" ({first_line(error).rstrip('. ')}): try fewer"
         ) from None
-    return workers
 
 
 def _receive(worker: _Worker, workers: list[_Worker], decoder: _Decoder) -> Exception | None:
     """Wait for the next batch of `worker`.
 
     Returns:
-        None once the batch is decoded, otherwise why there is none.
+        None once the batch is decoded, otherwise the reason why it is not.
     """
     quiet = 0.0
     before = decoder.current.clone()
@@ -254,8 +250,8 @@ def _kill(workers: list[_Worker]) -> None:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Start processes with SIGINT and SIGTERM blocked, so that neither can end one before it
-    ignores them; this process gets them afterwards."""
+    """Block SIGINT and SIGTERM. A process inherits this, so that neither can end it before it
+    ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield

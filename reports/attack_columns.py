@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
     """Return the columns of top-1 accuracy under attack that the names select.
 
-    A warning names each unreliable report, and columns in which the attack changes from row to row.
+    A warning names each unreliable report, and each column in which the attack changes from row to
+    row.
 
     Args:
         groups: rows of the table.
-        names: kinds of reports, such as `pgd-20_linf_8_step_2_1_start`; the words that they begin
-            with, such as `pgd-20` or `pgd`; or patterns with `*` and `?`. Every kind that matches
-            is selected.
+        names: kinds of reports, such as `pgd-20_linf_8_step_2_1_start`; their first words, such as
+            `pgd-20` or `pgd`; or patterns with `*` and `?`. Every kind that matches is selected.
 
     Returns:
         Names as `Run.outcome` takes them.
@@ -49,7 +49,7 @@ def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
 
 
 def _fits(kind: str, name: str) -> bool:
-    # whole words only: `pgd-2` does not stand for `pgd-20`
+    # whole words only: `pgd-2` does not select `pgd-20`
     begins = kind.startswith(name) and not kind[len(name) :][:1].isalnum()
     return begins or fnmatchcase(kind, name)
 

@@ -1,4 +1,4 @@
-"""Class scores as text: a table, one line, warnings."""
+"""Class scores as text: a table, a summary of one line, and warnings."""
 
 from collections.abc import Mapping
 from typing import Any, TypedDict
@@ -18,7 +18,7 @@ class ClassRow(TypedDict):
     f1: float | None
 
 
-class Confusion(TypedDict):
+class ConfusionRow(TypedDict):
     """How often images of one class were predicted as another."""
 
     label: str
@@ -37,7 +37,7 @@ def class_table(scores: Mapping[str, Any]) -> str:
         scores: as `evaluation.ClassScores.as_dict()` returns them.
     """
     classes: list[ClassRow] = scores["classes"]
-    confused: list[Confusion] = scores["confused"]
+    confused: list[ConfusionRow] = scores["confused"]
     rows = [
         [
             row["name"],

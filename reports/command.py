@@ -29,7 +29,7 @@ def write_reports(arguments: argparse.Namespace) -> None:
     """
     _check(arguments)
     runs = find_runs(arguments.paths)
-    # checked first, so that a path that cannot be written costs no time
+    # before the work, so that a path that cannot be written costs no time
     check_outputs(
         {"--out": arguments.out, "--table": arguments.table},
         {"--out": PICTURES, "--table": tables.FORMATS},

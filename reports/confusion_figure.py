@@ -61,7 +61,8 @@ def confusion_figure(
         font_size = min(9.0, 55 * side / classes)
     figure = Figure(figsize=(side + 2.6, side + 2.0), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    # The square root of the share: a confusion of a few percent must be seen beside the diagonal.
+    # The color shows the square root of the share, so that a confusion of a few percent can be seen
+    # beside the diagonal.
     norm = PowerNorm(0.5, 0, 100)
     image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
     names = {

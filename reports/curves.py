@@ -30,17 +30,15 @@ logger = logging.getLogger(__name__)
 
 LOGGED = ("val_top1", "val_robust_top1")
 MEASURED = ("test_top1", "test_robust_top1")
-"""The default metrics of curves and of final values. Those that no run has are left out."""
+"""The default metrics of curves and of final values. Metrics that no run has are left out."""
 
 AXIS_LABELS = {
     "trainer.percent": "rate of label noise (trainer.percent)",
     "trainer.subset_percent": "fraction of the training set (trainer.subset_percent)",
     "seed": "seed",
 }
-NOISE_KEY = "trainer.percent"
-REALIZED_LABEL = "realized rate of label noise (requested by trainer.percent)"
 
-# more than that overlap to one gray area
+# more bands would overlap to one gray area
 MOST_BANDS = 6
 EPSILON_UNITS = {"linf": "1/255 of the pixel range, l-inf", "l2": "units of the pixel range, l2"}
 
@@ -83,9 +81,9 @@ def against_figure(
 
     A point is the mean over the seeds of a group, its bar one sample standard deviation to either
     side. A line joins the groups that have equal values of all other keys. If their configs differ
-    in more than the key, a warning says in what. Points against `trainer.percent` stand at the
-    realized rate of label noise, averaged over a group's runs, if all runs have recorded it; the
-    label of the axis says which of the two is shown.
+    in more than the key, a warning names the difference. Against `trainer.percent`, points stand at
+    the realized rate of label noise, averaged over a group's runs, if all runs have recorded it;
+    the label of the axis says which rate is shown.
 
     Args:
         groups: groups of finished runs; the last of their keys is `key`.
@@ -111,10 +109,10 @@ def against_figure(
     for name, members in series.items():
         _warn_of_other_differences(name, members, key)
     # Symmetric noise changes fewer labels than requested: a new label may be the true one.
-    realized = key == NOISE_KEY and all(run.noise_rate is not None for run in runs)
+    realized = key == "trainer.percent" and all(run.noise_rate is not None for run in runs)
     label = one_line(_axis_label(key, runs))
     if realized:
-        label = REALIZED_LABEL
+        label = "realized rate of label noise (requested by trainer.percent)"
     lines = {
         metric: [_against_key(members, metric, realized) for members in series.values()]
         for metric in clean_first(metrics)
@@ -219,7 +217,7 @@ def _curve(x: Sequence[float], values: Sequence[Sequence[float]], metric: str) -
 
 
 def _warn_of_other_differences(name: str, groups: Sequence[Group], key: str) -> None:
-    # A line through points that differ in two things shows the effect of neither.
+    # A line through points that differ in two settings shows the effect of neither.
     first = groups[0].runs[0]
     differing = {
         other: group.runs[0]

@@ -24,7 +24,7 @@ from reports.runs import Run, only_finished
 logger = logging.getLogger(__name__)
 
 MOVED = (DATA_DIR, NOISE_FILE)
-"""Config keys that name a place. Runs whose places differ are averaged only if their labels are
+"""Config keys that name a place. Runs with different places are averaged only if their labels are
 equal."""
 
 # A run's settings hold digests of the user's code under `imports`, and these have to be equal.
@@ -63,13 +63,12 @@ class Group:
 def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
     """Group runs that have equal values of some config keys.
 
-    Groups are sorted by the first key, then by the next one. Numbers ascend; words keep the order
-    in which they first appear.
+    Groups are sorted by the first key, then by the next one. Numbers are sorted in ascending order;
+    words keep the order in which they first appear.
 
     Args:
         runs: at least one.
-        keys: dotted config keys, `variant`, or axes of a study; without any, all runs are one
-            group.
+        keys: dotted config keys, `variant`, or axes of a study; if empty, all runs are one group.
 
     Raises:
         ConfigError: a key is unknown, runs of one group differ in more than `MAY_DIFFER` (the
@@ -115,7 +114,7 @@ def finished_groups(groups: Sequence[Group]) -> list[Group]:
 
 
 def differing_keys(first: Run, second: Run) -> list[str]:
-    """Return the dotted config keys in which two runs differ and that matter for results."""
+    """Return the dotted config keys that matter for results and in which two runs differ."""
     keys = dict.fromkeys([*first.settings, *second.settings])
     relevant = [key for key in keys if not lies_in(key, MAY_DIFFER)]
     return [key for key in relevant if first.settings.get(key) != second.settings.get(key)]
@@ -238,7 +237,7 @@ def _same_labels(first: Run, second: Run) -> bool:
 
 
 def _order(value: Any, words: Sequence[str]) -> tuple[bool, float]:
-    """The sort key of a value: numbers come first and ascend, words keep the order of `words`."""
+    """Return the sort key of a value: numbers come first, then words in the order of `words`."""
     if isinstance(value, int | float):
         return False, value
     return True, words.index(format_setting(value))
@@ -247,8 +246,8 @@ def _order(value: Any, words: Sequence[str]) -> tuple[bool, float]:
 def _name(keys: Sequence[str], values: Sequence[Any], run: Run) -> str:
     """Name a group by its values.
 
-    A single value stands alone. Of several, a study's labels stand alone, and values of config keys
-    are written as `last part of the key=value`.
+    A single value stands alone. Otherwise, a study's labels stand alone, and the values of config
+    keys follow the end of their key, as in `norm_layer_type=bn`.
     """
     if len(keys) == 1:
         return format_setting(values[0])
@@ -262,7 +261,7 @@ def _name(keys: Sequence[str], values: Sequence[Any], run: Run) -> str:
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
-    """The shortest end of a dotted key that no other key ends with."""
+    """Return the shortest end of a dotted key that no other key ends with."""
     parts = key.split(".")
     for length in range(1, len(parts)):
         if sum(other.split(".")[-length:] == parts[-length:] for other in keys) == 1:

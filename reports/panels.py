@@ -1,4 +1,4 @@
-"""Panels side by side, whose lines differ in color, in gray and for color-blind readers."""
+"""Panels side by side. Their lines can be told apart in color, in gray and by the color-blind."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4
 LEGEND_LINE = 0.22
 LETTER = 0.09
-"""A generous width of a letter in the legend."""
+"""A generous estimate of the width of a letter in the legend."""
 
 COLORS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00")
 """The palette of Okabe and Ito (2008), which color-blind readers can tell apart. It is sorted so
@@ -63,9 +63,9 @@ def panels_figure(
     """Draw a panel for every metric, side by side, over one legend.
 
     Args:
-        names: of the groups, at least one.
+        names: the names of the groups, at least one.
         lines: metric -> a curve for every group; None for a group without one.
-        spread: what shows the standard deviation, for the caption; None if nothing does.
+        spread: the mark of the standard deviation, for the caption; None if it is not shown.
         draw: draws one line: `(axes, curve, index of the group)`.
     """
     from matplotlib.figure import Figure
@@ -177,7 +177,7 @@ def _style(index: int) -> dict[str, object]:
 
 
 def _seeds(curves: Sequence[Curve | None]) -> str:
-    """The number of seeds behind the lines of a group."""
+    """Format the number of seeds behind the lines of a group."""
     counts = sorted({n for curve in curves if curve is not None for n in curve.n})
     if not counts:
         return "n = 0"

@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 
 LAST_EPOCH = "last_epoch."
 REPORT = "eval."
-"""Prefixes of names in `metrics.jsonl` and in reports, which tell them from names in
-`result.json`."""
+"""Prefixes that distinguish names in `metrics.jsonl` and in reports from those in `result.json`."""
 
 ATTACK = ("attack", "description", "norm", "epsilon", "loss", "step_size", "steps", "restarts", "n")
 """The keys of a report that say which attack was run, and on how many images."""
@@ -41,8 +40,8 @@ class Run:
         labels: `variant` and the axes of the run's study, with their values for this run; empty if
             no study made it.
         settings: dotted config key -> value, for every key. A null that stands for the value of
-            another key is replaced by it (`adversarial.method` is `"free"` if only
-            `trainer.do_adv` says so).
+            another key is replaced by that value (`adversarial.method` is `"free"` if only
+            `trainer.do_adv` asks for it).
         log: the lines of `metrics.jsonl`, one per epoch.
         result: the content of `result.json`; None for an unfinished run.
     """
@@ -164,8 +163,8 @@ class AttackReport:
 
     @property
     def attack(self) -> dict[str, Any]:
-        """What must be equal in reports whose numbers are compared: the attack, the model's name
-        and the number of images."""
+        """The values that comparable reports have in common: the attack, the name of the model's
+        file and the number of images."""
         attack = {key: self.values.get(key) for key in ATTACK}
         # the folder may have been moved since
         attack["checkpoint"] = Path(str(self.values.get("checkpoint"))).name
@@ -212,7 +211,7 @@ def read_run(folder: Path) -> Run:
         ConfigError: one of its files is broken, or it has logged no epoch.
     """
     files = RunFolder(folder)
-    # A report runs no code of a user, so it does not know the names that such code would register.
+    # Reports do not import a user's code, so they do not know the names that it would register.
     settings = resolved_settings(files.config(check_names=False))
     log = files.metrics()
     if not log:
@@ -274,10 +273,10 @@ def check_known(flag: str, names: Iterable[str], known: Iterable[str], what: str
     """Check that all names are known.
 
     Args:
-        flag: what the message starts with.
+        flag: the beginning of the message.
         names: names that a user gave.
         known: the valid ones, which the message lists.
-        what: says why a name is wrong, such as `"no run logs it"`.
+        what: why a name is wrong, such as `"no run logs it"`.
 
     Raises:
         ConfigError: a name is unknown.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PER_LAYER = 0.2
 LEAST_WIDTH = 6.5
 MOST_NAMES = 150
-"""Of more layers, only every second, third or n-th is named."""
+"""The largest number of layers that are all named. With more, only every n-th is."""
 
 # far apart in gray, too
 BLUE = "#0b4f8a"
@@ -104,7 +104,7 @@ def _series(
 
 
 def _short(name: str) -> str:
-    # It stands after the layer that it belongs to, so the rest of its name says nothing new.
+    # A `bpconv` stands after the layer that it belongs to, so the rest of its name adds nothing.
     if name.endswith(".bpconv"):
         return "bpconv"
     return name

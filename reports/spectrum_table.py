@@ -1,4 +1,4 @@
-"""Spectra of a network's layers as text: a table, one line."""
+"""Spectra of a network's layers as text: a table, and a summary of one line."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median

@@ -24,16 +24,12 @@ from reports.runs import LAST_EPOCH, REPORT, Run, check_known
 
 FORMATS = ("md", "tex", "csv")
 RESULTS = ("test_top1", "last_test_top1", "test_robust_top1", "last_test_robust_top1")
-"""The default columns: test accuracies of the best and of the last model. Those that no run has are
-left out."""
-
-P_HEAD = "p (Holm)"
-P_COLUMN = "p_holm"
+"""The default columns: test accuracies of the best and of the last model. Columns that no run has
+are left out."""
 
 # Rounding alone can make a difference of 1e-16 between equal accuracies.
 NO_SPREAD = 1e-12
-"""Values that lie closer together count as equal, which leaves nothing to estimate a spread
-from."""
+"""Values that lie closer together count as equal, so that they have no spread."""
 
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
@@ -202,7 +198,7 @@ def _known_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> Sequen
         if not metric.startswith((LAST_EPOCH, REPORT)):
             check_known("--result", [metric], known, "no result.json has it")
         elif all(run.outcome(metric) is None for run in runs):
-            raise ConfigError(f"--result {metric}: no run has it")
+            raise ConfigError(f"--table: no run has {metric}")
     return metrics
 
 
@@ -256,11 +252,11 @@ def last_beside_best(metrics: Sequence[str]) -> list[str]:
 def best_rows(table: Table, column: int) -> set[int]:
     """Return the indices of the rows that are printed in bold in a column.
 
-    A row is the best of its block if it has the highest accuracy or the lowest loss, and leads
-    every other row by more than a standard error of the difference of the means. Rows with equal
-    values are bold together. Columns that are neither accuracies nor losses have no best row, and
-    neither has a block in which the best two rows have a single seed each, because their lead
-    cannot be judged.
+    The best row of a block has the highest accuracy or the lowest loss, and leads every other row
+    by more than a standard error of the difference of the means. Rows with equal values are bold
+    together. A column that is neither an accuracy nor a loss has no best row. Neither has a block
+    in which the best row and another one have a single seed each, because the standard error of
+    their difference is unknown.
     """
     metric = table.metrics[column]
     found: set[int] = set()
@@ -287,7 +283,7 @@ def best_rows(table: Table, column: int) -> set[int]:
 
 
 def _error_of_difference(first: Cell, second: Cell) -> float:
-    """The standard error of the difference of two means; infinite if neither cell has a spread.
+    """Return the standard error of the difference of two means; infinite if both are unknown.
 
     The error of a single seed is unknown and counts as zero beside a known one.
     """
@@ -369,7 +365,7 @@ def _csv(table: Table) -> str:
     """Write plain numbers, as in the runs' files, one per column; a missing one is left empty."""
     parts = ["mean", "std", "n"]
     if table.baseline:
-        parts.append(P_COLUMN)
+        parts.append("p_holm")
     columns = [f"{name}_{part}" for name in table.metrics for part in parts]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -396,7 +392,7 @@ def _header(table: Table) -> list[str]:
         else:
             heads.append(metric)
         if table.baseline:
-            heads.append(P_HEAD)
+            heads.append("p (Holm)")
     return heads
 
 
@@ -405,8 +401,8 @@ def _body(table: Table, bold: Callable[[str], str], text: Callable[[str], str]) 
 
     Args:
         table: from `compare`.
-        bold: writes bold text in the table's format.
-        text: writes plain text in it.
+        bold: formats bold text.
+        text: escapes plain text.
     """
     best = [best_rows(table, column) for column in range(len(table.metrics))]
     lines = []

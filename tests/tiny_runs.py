@@ -173,9 +173,9 @@ def impatient_workers(monkeypatch, position):
     the image at `position`."""
     patience, start = Patience(0.5, position), workers._start
 
-    def noted(decoder, num_workers):
+    def noted(decoder, *arguments):
         patience.decoders.append(decoder)
-        return start(decoder, num_workers)
+        start(decoder, *arguments)
 
     monkeypatch.setattr(workers, "CHECK_INTERVAL", 0.1)
     monkeypatch.setattr(workers, "WORKER_TIMEOUT", patience)

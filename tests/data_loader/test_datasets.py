@@ -85,10 +85,10 @@ def test_damaged_cifar_files_are_named(fake_cifar, no_network):
 def test_processes_that_start_together_unpack_one_after_the_other(
     fake_cifar, no_network, monkeypatch, can_lock
 ):
-    unpack, begun = torchvision.datasets.cifar.download_and_extract_archive, []
+    unpack, calls = torchvision.datasets.cifar.download_and_extract_archive, []
 
     def slowly(*arguments, **named):
-        begun.append(arguments)
+        calls.append(arguments)
         time.sleep(0.2)
         unpack(*arguments, **named)
 
@@ -100,7 +100,7 @@ def test_processes_that_start_together_unpack_one_after_the_other(
         monkeypatch.setattr(fcntl, "flock", refuse)
     with ThreadPoolExecutor(3 if can_lock else 1) as pool:
         parts = list(pool.map(lambda _: read_cifar(10, fake_cifar, train=True), range(3)))
-    assert len(begun) == 1, "the others find the files"
+    assert len(calls) == 1, "the others find the files"
     assert [len(part.images) for part in parts] == [100] * 3
 
 

@@ -108,10 +108,10 @@ def test_asymmetric_cifar100_flips_within_the_superclass():
     )
 
 
-def test_no_asymmetric_law_for_other_classes():
+def test_asymmetric_noise_of_other_classes_is_an_error():
     message = (
-        r"trainer\.asym: no asymmetric law for classes a, b;"
-        " there is one for the classes of CIFAR-10 and of CIFAR-100"
+        r"trainer\.asym: asymmetric noise is not defined for the classes a, b;"
+        " it is for those of CIFAR-10 and of CIFAR-100"
     )
     with pytest.raises(DataError, match=message):
         asymmetric_noise(np.zeros(3, np.int64), ["a", "b"], 0.1, rng())

@@ -45,8 +45,8 @@ def folder_loader(folder, **options):
 
 
 def opened(name, folders):
-    """The loader of this name, of the first folder that has its layout; of none where it needs no
-    folder."""
+    """Open the loader of this name on the first folder that has its layout, or without a folder if
+    it needs none."""
     argument = arguments_of(DATA_LOADERS[name]).get("data_dir")
     for folder in folders if argument and argument.field.is_required() else [None]:
         with suppress(DataError):
@@ -114,7 +114,7 @@ def test_a_subset_holds_the_chosen_images_in_order(session_folder):
     assert torch.equal(part.clean_labels, whole.clean_labels[index])
     assert part.positions.tolist() == [7, 2, 9, 0]
     assert part.subset(torch.tensor([2])).positions.tolist() == [9], (
-        "places in the whole part, however often it is cut"
+        "positions in the whole part, after any number of subsets"
     )
     assert (part.mean, part.class_names, part.n_samples) == (whole.mean, whole.class_names, 4)
 
@@ -288,7 +288,7 @@ def test_streamed_statistics_come_from_a_seeded_sample(session_folder, monkeypat
 
 
 def test_large_folders_are_streamed(session_folder, monkeypatch):
-    """Training and validation images decide for themselves, the test images stay in memory where
+    """Training and validation images decide for themselves, the test images stay in memory if
     all of them fit."""
     own, image = 48 + 12, 3 * 8 * 8
     for limit, kept, test_kept in (
@@ -328,7 +328,7 @@ def test_a_truncated_image_is_one_line(folder, in_memory):
 
 
 def read_all(loader):
-    """As a run does."""
+    """Prepare all parts, as a run does."""
     for part in (loader, loader.split_validation(), loader.test_loader()):
         part.prepare()
     list(loader)
@@ -393,7 +393,7 @@ def test_noise_reaches_training_and_validation_but_not_test(session_folder):
         (LabelNoise("sym", 0.6, "exclusive"), None),
         (
             LabelNoise("sym", 0.001, "exclusive"),
-            "0.001, 0.02083 of the training labels have changed: there",
+            "0.001, but 0.02083 of the training labels have changed: there",
         ),
     ],
 )
@@ -407,7 +407,7 @@ def test_a_rate_that_differs_from_percent_is_explained(session_folder, noise, wo
 def test_rates_of_asymmetric_laws_are_explained():
     few = explain_rate(LabelNoise("asym", 0.4), CIFAR10_CLASSES, 0.2)
     assert few == (
-        "trainer.percent asks for 0.4, 0.2 of the training labels have changed: "
+        "trainer.percent asks for 0.4, but 0.2 of the training labels have changed: "
         "the law changes labels of 5 of the 10 classes only"
     )
     assert explain_rate(LabelNoise("asym", 0.4), sorted(CIFAR100_FLIPS), 0.402) is None
@@ -501,8 +501,8 @@ def test_labels_follow_their_images():
 
 
 def repaint(file):
-    """Another color in one corner, in a file that is as long as before where nothing is
-    compressed."""
+    """Change the color of one corner. The size of the file stays the same if its format does not
+    compress."""
     image = Image.open(file)
     image.putpixel((0, 0), tuple(255 - value for value in image.getpixel((0, 0))))
     image.save(file)

@@ -272,7 +272,7 @@ def test_the_labels_of_a_run_are_read_by_their_positions(tmp_path):
         DataError, match="'val_clean_label' differs from the data set's labels in 1 of 500 images"
     ):
         read(tmp_path / "labels.npz", None, other)
-    with pytest.raises(DataError, match="more than the 1000 training images"):
+    with pytest.raises(DataError, match="more training images than this data set, which has 1000"):
         read(tmp_path / "labels.npz", None, CLEAN[:1000])
 
 

@@ -60,7 +60,8 @@ def test_ninety_five_percent_and_all_mean_the_remaining_images():
 
 def test_a_class_without_images_is_an_error():
     with pytest.raises(
-        DataError, match=r"trainer\.subset_percent: 0\.01 of the 40 images of class 0 is none"
+        DataError,
+        match=r"trainer\.subset_percent: 0\.01 of the 40 images of class 0 rounds to none",
     ):
         stratified_subset(np.arange(len(LABELS)), LABELS, 0.01, 0)
 

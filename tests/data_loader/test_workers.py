@@ -99,7 +99,7 @@ def die_of(number):
 
 
 def wait_until_idle(patience, log, decoded):
-    """Wait until the workers have decoded all images that they have been asked for."""
+    """Wait until the workers have decoded all requested images."""
     current = patience.decoders[-1].current
     while len(log.read_bytes()) < decoded or set(current.tolist()) != {workers.IDLE}:
         time.sleep(0.01)
@@ -111,13 +111,13 @@ def log(tmp_path, monkeypatch):
     file, decode = tmp_path / "decoded", workers.decode_image
     file.touch()
 
-    def decode_and_tell(*arguments):
+    def decode_and_log(*arguments):
         image = decode(*arguments)
         with file.open("ab") as opened:
             opened.write(b".")
         return image
 
-    monkeypatch.setattr(workers, "decode_image", decode_and_tell)
+    monkeypatch.setattr(workers, "decode_image", decode_and_log)
     return file
 
 
@@ -141,7 +141,7 @@ def test_a_dead_worker_is_named_with_its_image(images, at_bad, action, end):
     )
 
 
-def loop_for_ever():
+def loop_forever():
     while True:
         pass
 
@@ -150,20 +150,20 @@ SLEEP = partial(time.sleep, 1000)
 
 
 @pytest.mark.parametrize(
-    "action", [loop_for_ever, SLEEP, die_of(signal.SIGSTOP)], ids=["loop", "sleep", "stop"]
+    "action", [loop_forever, SLEEP, die_of(signal.SIGSTOP)], ids=["loop", "sleep", "stop"]
 )
 def test_a_hanging_worker_is_named_with_its_image_and_killed(images, at_bad, action, monkeypatch):
     impatient_workers(monkeypatch, BAD)
     at_bad(action)
     message = message_of(images)
-    told = (
+    hangs = (
         rf"data_loader\.args\.num_workers: worker [01] \(pid \d+\) hangs at '{images.paths[BAD]}'"
     )
-    assert re.fullmatch(rf"{told}: nothing was decoded in 0\.5 s; does the disk answer\?", message)
+    assert re.fullmatch(rf"{hangs}: nothing was decoded in 0\.5 s; does the disk answer\?", message)
 
 
-@pytest.mark.parametrize(("looks", "hangs"), [(5, False), (8, True)])
-def test_slow_is_not_hanging(monkeypatch, looks, hangs):
+@pytest.mark.parametrize(("checks_per_image", "hangs"), [(5, False), (8, True)])
+def test_slow_is_not_hanging(monkeypatch, checks_per_image, hangs):
     """A batch takes longer than WORKER_TIMEOUT, but a worker hangs only if it is at one image for
     that long."""
     monkeypatch.setattr(workers, "CHECK_INTERVAL", 0.25)
@@ -174,7 +174,7 @@ def test_slow_is_not_hanging(monkeypatch, looks, hangs):
     process = SimpleNamespace(sentinel=0, pid=1)
     worker = SimpleNamespace(number=0, pipe=None, process=process)
     worker.describe = partial(workers._Worker.describe, worker)
-    checks = iter([position for position in range(7) for _ in range(looks)])
+    checks = iter([position for position in range(7) for _ in range(checks_per_image)])
 
     def wait(*_):
         position = next(checks, None)
@@ -231,11 +231,23 @@ def test_a_programming_error_keeps_its_traceback(images, at_bad):
 
 
 def test_leaving_early_ends_the_workers(images, at_bad):
-    at_bad(loop_for_ever)
+    at_bad(loop_forever)
     batches = images.batches(torch.arange(N).split(3))
     next(batches)
     assert len(multiprocessing.active_children()) == 2
     del batches
+
+
+def test_an_interrupt_while_workers_start_ends_them(images, monkeypatch):
+    start = workers._Worker.__init__
+
+    def start_and_interrupt(*arguments):
+        start(*arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(workers._Worker, "__init__", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(images.batches(torch.arange(N).split(3)))
 
 
 def test_processes_that_cannot_be_started_are_one_line(images, monkeypatch):

@@ -55,7 +55,7 @@ def at_most(seconds):
 
 
 HANG = 200
-"""Seconds after which a test has failed: far more than it takes on a busy machine."""
+"""Seconds after which a test has failed: far more than it needs on a busy machine."""
 
 # replaced by a test that breaks it
 give_up = impatient_workers
@@ -122,7 +122,7 @@ def test_dead_and_hanging_workers_are_named_with_their_image(tmp_path, monkeypat
             patch.setitem(globals(), "at_most", briefly),
         ),
     ],
-    ids=["image unknown", "nobody looks", "patience without end"],
+    ids=["image not named", "workers not watched", "no timeout"],
 )
 def test_the_check_can_fail_for_workers(tmp_path, monkeypatch, impatient, broken):
     broken(monkeypatch)
@@ -194,7 +194,8 @@ def check_a_run_ends_with_its_worker(folder, preparation):
         assert process.returncode == 4, errors
         assert errors.count("\n") == 1
         assert re.match(
-            r"data_loader\.args\.num_workers: worker [01] \(pid \d+\) died of SIGKILL ", errors
+            r"error: data_loader\.args\.num_workers: worker [01] \(pid \d+\) died of SIGKILL ",
+            errors,
         )
         assert any(f"(pid {pid})" in errors for pid in killed)
         with pytest.raises(ProcessLookupError):

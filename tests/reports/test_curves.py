@@ -202,8 +202,8 @@ def test_lines_differ_in_gray_and_without_color():
     gray = [float(np.dot(to_rgb(color), (0.299, 0.587, 0.114))) for color in COLORS]
     assert min(abs(a - b) for a, b in zip(gray, [*gray[1:], gray[0]], strict=True)) > 0.1
     assert max(gray) < 0.75, "seen on white"
-    looks = {(COLORS[index % len(COLORS)], LINES[index % len(LINES)]) for index in range(28)}
-    assert len(looks) == 28
+    styles = {(COLORS[index % len(COLORS)], LINES[index % len(LINES)]) for index in range(28)}
+    assert len(styles) == 28
     assert (
         len({(LINES[index % len(LINES)], MARKERS[index % len(MARKERS)]) for index in range(8)}) == 8
     )

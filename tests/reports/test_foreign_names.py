@@ -80,4 +80,4 @@ def test_printed_tables():
 @pytest.mark.filterwarnings("error")
 def test_letters_that_the_font_lacks_are_reported_in_one_line(tmp_path, caplog, name, lines):
     draw_confusion(tmp_path / "confusion.png", [[3, 1], [0, 4]], (name, name[::-1]), name)
-    assert caplog.text.count("its font lacks letters") == len(caplog.records) == lines
+    assert caplog.text.count("the font lacks letters") == len(caplog.records) == lines
