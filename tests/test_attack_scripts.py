@@ -410,7 +410,7 @@ def bad_inputs(folder, tmp_path):
         "nothing to examine": (
             ["-s", folder, "--epsilon", "0", "--doctor"],
             2,
-            "--doctor: with an epsilon of 0",
+            "--doctor: needs an epsilon above 0",
         ),
         "a setting it does not have": (
             ["-s", folder, "--autoattack", "--steps", "3"],
@@ -531,7 +531,7 @@ def test_a_read_only_run_folder_asks_for_a_file(robust_run, tmp_path):
     words = ["-s", folder, "--limit", 10]
     done = script("fgsm.py", *words, cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"error: {folder / 'eval'}: may not be written (")
+    assert done.stderr.startswith(f"error: {folder / 'eval'}: cannot be written (")
     assert done.stderr.endswith("; name a file for the report with --json FILE\n")
     done = script("fgsm.py", *words, "--json", "a.json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

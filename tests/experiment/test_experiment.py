@@ -245,11 +245,11 @@ def test_validation_images_are_held_out_if_the_config_needs_them(tmp_path, caplo
     )
 
 
-def test_processes_of_torchrun_must_have_met(monkeypatch):
+def test_processes_of_torchrun_must_be_connected(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ConfigError,
-        match=r"torchrun: the processes have not met: train inside `with base.distributed.",
+        match=r"torchrun: the processes are not connected: train inside `with base.distributed.",
     ):
         Experiment.from_config(config_of())
 
@@ -364,9 +364,10 @@ def test_other_threads_and_processes_warn(tmp_path, caplog):
     file.write_text(json.dumps({**before, "resumed": [{"cpu_threads": 5, "processes": 3}]}))
     Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "3")])
     warned = [record.message for record in caplog.records if "resumed with" in record.message]
+    reason = "from here on results may differ by rounding"
     assert warned == [
-        "resumed with 1 CPU threads, the run had 5: from here on results may differ by rounding",
-        "resumed with 1 processes, the run had 3: from here on results may differ by rounding",
+        f"resumed with 1 CPU threads, but the run had 5: {reason}",
+        f"resumed with 1 processes, but the run had 3: {reason}",
     ]
 
 
