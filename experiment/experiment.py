@@ -75,7 +75,7 @@ class RunResult(Mapping[str, Any]):
 
     Attributes:
         folder: the run folder.
-        values: by name, such as `test_top1`.
+        values: the contents, by name, such as `test_top1`.
     """
 
     folder: Path
@@ -160,8 +160,8 @@ def resume(
 
     Args:
         path: a checkpoint, or a run folder, whose last undamaged checkpoint is used.
-        overrides: values that replace those of the run's config; see `train`. Only keys that do not
-            make it another experiment may be replaced, such as `trainer.epochs`.
+        overrides: values that replace those of the run's config; see `train`. They must not make it
+            another experiment: `trainer.epochs` may change, `optimizer.args.lr` may not.
         config_file: a config file with such values. `overrides` take precedence.
         imports: files and modules of your own that the run needs. The code that its folder names is
             not run unless it is listed here.
@@ -171,7 +171,7 @@ def resume(
         The contents of `result.json`, and the run folder.
 
     Raises:
-        CheckpointError: there is no undamaged checkpoint, or it belongs to other data or another
+        CheckpointError: no undamaged checkpoint was found, or it belongs to other data or another
             model.
         ConfigError: a replaced value would make it another experiment, or another process trains in
             the folder.
@@ -205,7 +205,7 @@ def _resolve(
 
 
 def _as_text(overrides: Overrides) -> list[Override]:
-    """Return overrides in the form of the command line, whose values are JSON."""
+    """Return overrides as pairs of a key and JSON text, as `--set` gives them."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
     settings: list[Override] = []
@@ -241,8 +241,8 @@ def _check_processes(config: Config, relaunch: bool) -> None:
         return
     if not relaunch:
         raise ConfigError(
-            f"n_gpu: {config.n_gpu} processes are asked for, and this is one: train with train.py,"
-            " or under torchrun, or set n_gpu to 1"
+            f"n_gpu: asks for {config.n_gpu} processes, but there is only one: train with"
+            " train.py or under torchrun, or set n_gpu to 1"
         )
     launch(config)
 
@@ -296,7 +296,7 @@ class Experiment:
         """
         if started_processes() != world_size():
             raise ConfigError(
-                "torchrun: the processes have not met: train inside"
+                "torchrun: the processes are not connected: train inside"
                 " `with base.distributed.distributed_session(training=True):`"
             )
 
@@ -310,7 +310,9 @@ class Experiment:
         )
         # From here on the config is enough to build the model without the data.
         config = build.completed_config(config, train_loader)
-        model = build.build_experiment_model(config, train_loader, device)
+        model = build.build_completed_model(
+            config, mean=train_loader.mean, std=train_loader.std, device=device
+        )
         build.check_images_fit(model, train_loader, config.arch.type)
         optimizer = build_optimizer(config.optimizer, model)
         return cls(
@@ -405,12 +407,12 @@ class Experiment:
             normalization, saved, rtol=0, atol=1e-6
         ):
             different.append("mean or std of the pixels")
-        # Old checkpoints have no digests of images; mean and std have to do for them.
-        saved_digests = checkpoint.get("image_fingerprints")
-        if saved_digests is not None:
-            digests = loader.image_fingerprints()
-            for part in sorted(digests | saved_digests):
-                if digests.get(part) != saved_digests.get(part):
+        # Old checkpoints have no checksums of images, only their mean and std.
+        saved_checksums = checkpoint.get("image_fingerprints")
+        if saved_checksums is not None:
+            checksums = loader.image_fingerprints()
+            for part in sorted(checksums | saved_checksums):
+                if checksums.get(part) != saved_checksums.get(part):
                     different.append(part)
         pairs = zip_longest(checkpoint["class_names"], loader.class_names)
         for number, (before, now) in enumerate(pairs):
@@ -431,10 +433,7 @@ class Experiment:
     def _recorded(
         self, trainer: BaseTrainer, *, resumed: bool, warnings: list[str | None]
     ) -> Iterator[None]:
-        """Open the log and the trackers of a run, and catch signals, inside the context.
-
-        `warnings` are those of a resume.
-        """
+        """Open the log and the trackers of a run and catch signals; `warnings` are of a resume."""
         config, folder, state = self.config, trainer.folder, trainer.state
         with logging_to(folder / INFO_LOG, config.trainer.verbosity):
             labels = self.train_loader.label_arrays()
@@ -505,7 +504,7 @@ class Experiment:
 
         def validate(model: BaseModel, epoch: int) -> dict[str, float]:
             values = evaluator(model, loader=shard, description="validating")
-            # Attacking a model that has diverged would take time and tell nothing.
+            # The robust accuracy of a model that has diverged means nothing.
             if robust is None or not_finite(values):
                 return values
             return {**values, **robust(model, epoch)}

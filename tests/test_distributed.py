@@ -38,7 +38,7 @@ TINY = {
     **CPU,
     "seed": 3,
     "arch": {"type": "simpleCNN", "args": {"norm_layer_type": "gn"}},
-    # minibatches of 37, 37 and 1: uneven shares, and one with fewer images than processes
+    # minibatches of 37, 37 and 1: uneven shards, and one with fewer images than processes
     "data_loader": {
         "type": "DigitsDataLoader",
         "args": {"batch_size": 37, "validation_split": 0.1},
@@ -46,7 +46,7 @@ TINY = {
     "optimizer": {"type": "SGD", "args": {"lr": 0.02, "momentum": 0.9}},
     "trainer": {"epochs": 2, "verbosity": 0, "subset_percent": 0.052},
 }
-SYNCHRONISED = {
+SYNCHRONIZED = {
     "arch": {"args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
     "system": {"sync_bn": True},
 }
@@ -55,7 +55,7 @@ METHODS = {
     "standard": {"augmentation": {"cutout": 4}},
     "mixup": {"augmentation": {"mixup_alpha": 0.5}, "trainer": {"OCNN": True, "ema_decay": 0.9}},
     "pgd": merge(
-        SYNCHRONISED,
+        SYNCHRONIZED,
         {
             "adversarial": {"method": "pgd", "restarts": 2, **ATTACKED},
             "trainer": {"ema_decay": 0.9},
@@ -88,14 +88,14 @@ class OwnDigits(BaseDataLoader):
 
 @contextmanager
 def double_precision():
-    """In single precision one rounding error may turn a maximum or the sign of a gradient to the
-    other side, and two runs of the same algorithm part."""
-    original = build.build_experiment_model
-    build.build_experiment_model = lambda *arguments: original(*arguments).double()
+    """In single precision one rounding error may change a maximum or the sign of a gradient, and
+    two runs of the same algorithm diverge."""
+    original = build.build_completed_model
+    build.build_completed_model = lambda *words, **named: original(*words, **named).double()
     try:
         yield
     finally:
-        build.build_experiment_model = original
+        build.build_completed_model = original
 
 
 def train_all(folder):

@@ -88,7 +88,7 @@ def test_a_new_folder_is_made_where_none_is_named(tmp_path):
         ),
         (
             {"n_gpu": 2},
-            r"n_gpu: 2 processes are asked for, and this is one: train with train\.py, or under",
+            r"n_gpu: asks for 2 processes, but there is only one: train with train\.py or under",
         ),
     ],
 )

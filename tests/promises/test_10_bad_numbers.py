@@ -255,7 +255,7 @@ def test_a_run_that_has_diverged_is_not_continued(tmp_path, small):
 def test_a_result_that_is_not_finite_is_null_and_exit_code_5(tmp_path, small, monkeypatch):
     """The answers to the validation set are finite, those to the test set are not."""
     monkeypatch.setattr(
-        "experiment.final_test._Test.of", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0}
+        "experiment.final_test._Tester.test", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0}
     )
     with pytest.raises(NonFiniteError, match=r"result.json: test_loss is not finite, null there"):
         run(tmp_path, small())
