@@ -46,6 +46,7 @@ def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
     """
     settings = config.trainer
     args = config.data_loader.args.model_dump(exclude_none=True)
+    # A schedule may watch a value, too, as ReduceLROnPlateau does.
     monitors = settings.monitor + (config.lr_scheduler.monitor or "")
     if ("val_" in monitors or config.adversarial.validate_every) and args["validation_split"] == 0:
         args["validation_split"] = 0.1
@@ -119,7 +120,7 @@ def build_completed_model(
 ) -> BaseModel:
     """Return the model of a completed config, with weights drawn from the config's seed."""
     arch = config.arch.model_dump(exclude_none=True)
-    # Drawn on the CPU, the weights are the same whatever the device.
+    # The weights are drawn on the CPU, so that they are the same on every device.
     seed_global_generators(config.seed, "weights")
     model = build_model(arch, mean=mean, std=std).to(device)
     if config.system.sync_bn and world_size() > 1:
@@ -196,8 +197,7 @@ def build_trainer(
     folder: Path,
     metadata: Mapping[str, Any],
 ) -> BaseTrainer:
-    """Return the trainer of the config's training method; the arguments are those of
-    `TrainerParts`.
+    """Return the trainer of the config's training method; see `TrainerParts` for the arguments.
 
     Raises:
         ConfigError: the method does not accept the config's arguments for it.
@@ -264,6 +264,7 @@ def method_arguments(config: Config) -> dict[str, Any]:
 
 def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Return the config's metrics, and always top-1 and top-5, which results are reported in."""
+    # `dict.fromkeys` keeps each name once, in this order.
     return {name: METRICS[name] for name in dict.fromkeys([*ALWAYS, *config.metrics])}
 
 

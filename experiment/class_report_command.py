@@ -47,6 +47,7 @@ def report_classes(arguments: argparse.Namespace) -> None:
         "ema": arguments.ema,
         "data": evaluation.data,
         **scores,
+        # Nothing checks that scores can be trusted; it is only known if they cannot.
         "reliable": False if scores["without_answer"] else None,
         "warnings": class_warnings(scores),
         "versions": package_versions(),

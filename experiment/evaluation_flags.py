@@ -26,6 +26,7 @@ def evaluation_parser(
 
     `json` and `figure` are the help texts of these flags.
     """
+    # An abbreviation could mean another flag once more flags are added.
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument(
         "-s",

@@ -139,6 +139,7 @@ def train(
             file = str(config) if isinstance(config, str | Path) else None
             return resume(run_dir, overrides, config_file=file, imports=imports, relaunch=relaunch)
         resolved = _resolve(config, overrides, imports)
+        # An error of this run then names the file or the flag that the value came from.
         with origins_named(resolved):
             if check is not None:
                 check(resolved)
@@ -181,6 +182,7 @@ def resume(
         saved = saved_run(str(path), config_file and str(config_file), _as_text(overrides), imports)
         stack.enter_context(origins_named(saved.config))
         _check_processes(saved.config, relaunch)
+        # The folder stays locked until the run ends.
         stack.enter_context(run_folder.open(saved.file.parent))
         return Experiment.from_config(saved.config, resumed=True).run(saved=saved)
 
@@ -291,8 +293,7 @@ class Experiment:
             resumed: whether it belongs to a resumed run; see `check_optimization`.
 
         Raises:
-            ConfigError, DataError: one line that names the key or the file, or what differs between
-                processes.
+            ConfigError, DataError: naming the key or the file, or what differs between processes.
         """
         if started_processes() != world_size():
             raise ConfigError(
@@ -520,6 +521,7 @@ class Experiment:
         # The same images in every epoch, so that the epochs can be compared.
         images = some_of_every_class(loader, config.adversarial.validate_images)
         fgsm = None
+        # A network trained with FGSM may withstand FGSM alone: catastrophic overfitting.
         if config.of_method("validated_by_fgsm", False):
             fgsm = build_attacks.fgsm(config)
         return RobustValidation(

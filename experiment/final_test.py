@@ -63,10 +63,12 @@ def run_final_test(
         Stopped: a signal stopped the test. A resume continues it from the verdicts so far.
     """
     try:
+        # A signal interrupts this at once, because an attack may take hours and changes nothing.
         with trainer.signals.caught(), trainer.signals.interrupting():
             return _test_and_write(trainer, test_loader, counts)
     except Interrupted:
         number = trainer.signals.asked
+        # Rank 0 reports for all processes; the others exit with the same code.
         exit_unless_primary(128 + number)
         what = "test"
         if trainer.config.reports_robustness:

@@ -57,8 +57,8 @@ EVALUATED = (
     "pgd_attack",
     "system",
 )
-"""The sections of a config that an evaluation needs. Others, such as label noise and schedules,
-are not checked."""
+"""The keys and sections of a config that an evaluation needs. Others, such as `optimizer`, are not
+checked."""
 
 
 def load_evaluation(
@@ -70,7 +70,7 @@ def load_evaluation(
 ) -> Evaluation:
     """Load the checkpoint, or the user's own network, that a command line names, and test images.
 
-    Assumptions are printed. Determinism and the number of threads are set as the config says.
+    It prints assumptions, and sets determinism and the number of threads as the config says.
 
     Args:
         arguments: parsed by an `evaluation_parser` and checked by `check_evaluation_outputs`.
@@ -235,7 +235,7 @@ def _config_beside(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config beside a checkpoint of the original ConvNorm, which holds none itself.
 
     Raises:
-        CheckpointError: the file is not the original's, or there is no config beside it.
+        CheckpointError: the file is not the original's, or has no config beside it.
     """
     beside = file.with_name(CONFIG)
     if "monitor_best" not in checkpoint or not beside.is_file():
@@ -351,6 +351,7 @@ def _test_images(
     if "mean" in checkpoint:
         args |= {"mean": checkpoint["mean"], "std": checkpoint["std"]}
     make = lookup(DATA_LOADERS, name, "data_loader.type")
+    # The test set takes its classes, mean and std from the loader of the training images.
     training = build_loader(name, make, {**args, "device": device})
     if not known:
         channels = training.image_shape[0]
@@ -403,8 +404,10 @@ def _assumed_normalization(
     if original:
         sentence += f", as the original's {follows}"
     if twice:
-        sentence += "; its adversarial training on CIFAR-100 normalizes twice, which no mean and"
-        sentence += " std can stand for"
+        sentence += (
+            "; its adversarial training on CIFAR-100 normalizes twice,"
+            " which no mean and std can stand for"
+        )
     choice = "--set data_loader.args.mean=[R,G,B] --set data_loader.args.std=[R,G,B]"
     return {"mean": mean, "std": std}, f"{sentence}; {choice} for others"
 

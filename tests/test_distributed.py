@@ -282,7 +282,7 @@ def test_a_dead_process_ends_all(tmp_path):
 
 
 def machine(folder, job, port):
-    """The command of one of two machines, which are told apart by nothing."""
+    """The command of either of two machines."""
     where = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
     several = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 1, "--rdzv_id", job, *where]
     return [
@@ -320,9 +320,7 @@ def test_two_machines_restart_after_a_failure_and_leave_other_jobs_alone(tmp_pat
     ]
     errors = "".join(process.communicate(timeout=500)[1] for process in machines)
     assert all(process.returncode for process in machines), "rank 0 fails alone, and all end"
-    assert errors.count("already holds a run; continue it with -r") == 2, (
-        "at both attempts, said once"
-    )
+    assert errors.count("already holds a run; continue it with -r") == 2, "once for each attempt"
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
 
 

@@ -208,7 +208,7 @@ def test_a_signal_ends_validation_at_once_and_loses_nothing(tmp_path, monkeypatc
         values = validate(self)
         if self.state.epochs_done == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-            pytest.fail("validation went on")
+            pytest.fail("validation continued after the signal")
         return values
 
     with monkeypatch.context() as patched:

@@ -34,7 +34,7 @@ def stripes(train, channels, size=28):
 
 
 class Given(BaseDataLoader):
-    """The shortest there is: two methods, and two attributes."""
+    """The shortest loader: two methods and two attributes."""
 
     class_names = CLASSES
 
@@ -98,7 +98,7 @@ ROBUST = {
     [("Given", 1, NOISY), ("Read", 1, NOISY), ("Given", 5, ROBUST)],
     ids=["given", "read", "robust"],
 )
-def test_own_data_trains_and_goes_on_bit_for_bit(tmp_path, monkeypatch, loader, channels, sections):
+def test_own_data_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch, loader, channels, sections):
     config = config_of(loader, channels, **sections)
     result = tiny_runs.run(tmp_path / "whole", config)
     assert (result["n_val"], result["n_test"]) == (12, 30)
