@@ -443,7 +443,7 @@ def test_a_run_logs_which_images_of_a_folder_it_uses(tmp_path, caplog):
     assert "WARNING" not in log
     run(tmp_path / "split", folder_config(tmp_path / "set", 0.25))
     assert (
-        "validation_split has no effect: the data set names its validation images itself"
+        "validation_split: 0.25 has no effect, because the data set names its validation images"
         in caplog.text
     )
 
