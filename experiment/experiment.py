@@ -384,13 +384,6 @@ class Experiment:
                 trainer.trackers.log_result(result)
         return RunResult(trainer.folder, result)
 
-    @classmethod
-    def resume(
-        cls, path: str, config_file: str | None = None, overrides: Overrides = ()
-    ) -> RunResult:
-        """Continue a run; see `experiment.resume`."""
-        return resume(path, overrides, config_file=config_file)
-
     def check_same_data(self, run: SavedRun) -> None:
         """Check that a run to continue was trained on the same images, labels and classes.
 

@@ -26,7 +26,7 @@ from data_loader import DATA_LOADERS
 from data_loader.datasets import read_digits
 from experiment import build
 from experiment.evaluation_flags import evaluation_parser
-from experiment.experiment import Experiment
+from experiment.experiment import Experiment, resume
 from experiment.loading import load_evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +202,7 @@ def test_a_run_stopped_in_two_processes_continues_in_one(runs):
     progress = load_checkpoint(runs / "two" / "stopped" / "model_last.pth")["progress"]
     assert (progress["epochs_done"], progress["batches_done"]) == (1, 1)
     with double_precision():
-        Experiment.resume(str(runs / "two" / "stopped"))
+        resume(str(runs / "two" / "stopped"))
     for ours, theirs in zip(
         logs(runs / "two" / "stopped"), logs(runs / "one" / "free"), strict=True
     ):

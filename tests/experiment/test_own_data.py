@@ -13,7 +13,7 @@ from base.base_data_loader import BaseDataLoader
 from base.checkpoint import load_checkpoint
 from base.config import validate
 from data_loader import DATA_LOADERS, LabeledImages, MemoryImages, TrainingDataLoader
-from experiment.experiment import Experiment
+from experiment.experiment import resume
 from models import build_model
 from tiny_runs import difference, script
 
@@ -119,7 +119,7 @@ def test_own_data_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch, loader, 
             > 0.2
         )
     tiny_runs.interrupt(monkeypatch, tmp_path / "parts", config, after=2)
-    Experiment.resume(str(tmp_path / "parts"))
+    resume(str(tmp_path / "parts"))
     assert (
         difference(tmp_path / "whole" / "model_last.pth", tmp_path / "parts" / "model_last.pth")
         == []
