@@ -513,8 +513,8 @@ class Experiment:
             return None
         # The same images in every epoch, so that the epochs can be compared.
         images = some_of_every_class(loader, config.adversarial.validate_images)
-        fgsm = None
         # A network trained with FGSM may withstand FGSM alone: catastrophic overfitting.
+        fgsm = None
         if config.of_method("validated_by_fgsm", False):
             fgsm = build_attacks.fgsm(config)
         return RobustValidation(

@@ -199,7 +199,7 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
     assert "PGD-2, linf 8/255, step 2/255" in done.stdout
 
 
-def test_the_doctor_examines_the_given_number_of_images(robust_run, tmp_path):
+def test_the_doctor_examines_as_many_images_as_its_flag_says(robust_run, tmp_path):
     folder, _ = robust_run
     words = ["-s", folder, "--steps", 2, "--limit", 100, "--json", tmp_path / "a.json"]
     done = script("validate_pgd.py", *words, "--doctor", 12, cwd=tmp_path)
