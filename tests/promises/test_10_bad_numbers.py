@@ -257,7 +257,9 @@ def test_a_result_that_is_not_finite_is_null_and_exit_code_5(tmp_path, small, mo
     monkeypatch.setattr(
         "experiment.final_test._Tester.test", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0}
     )
-    with pytest.raises(NonFiniteError, match=r"result.json: test_loss is not finite, null there"):
+    with pytest.raises(
+        NonFiniteError, match=r"result.json: test_loss is not finite, and null there"
+    ):
         run(tmp_path, small())
     text = (tmp_path / "result.json").read_text()
     assert json.loads(text)["test_loss"] is None
