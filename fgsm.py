@@ -5,7 +5,7 @@ python fgsm.py -c config.json -s model_best.pth --epsilon 4 --limit 1000 --json 
 """
 
 from base.command_line import run_script, select_device_to_evaluate
-from experiment.attack_command import attack_parser, evaluate_checkpoint
+from experiment.attack_command import attack_network, attack_parser
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # CUDA reads the choice once, so it is made before anything else uses a device.
     select_device_to_evaluate(arguments.device)
-    evaluate_checkpoint(arguments, "fgsm")
+    attack_network(arguments, "fgsm")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ torchrun --nproc_per_node 2 validate_pgd.py -s saved/cifar10_pgd/20260101-120000
 """
 
 from base.command_line import run_script, select_device_to_evaluate
-from experiment.attack_command import ATTACKS, SIZES, attack_parser, evaluate_checkpoint
+from base.registry import ATTACKS
+from experiment.attack_command import SIZES, attack_network, attack_parser
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # CUDA reads the choice once, so it is made before anything else uses a device.
     select_device_to_evaluate(arguments.device)
-    evaluate_checkpoint(arguments, arguments.attack)
+    attack_network(arguments, arguments.attack)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from base.rooms import ROOT
 from benchmarks.attackers import Attacker, attackers
 from benchmarks.rows import BenchmarkRow, Goal, Settings, speed_row
 from benchmarks.timing import Paired, compare
+from experiment.evaluation import Evaluation
 from experiment.evaluation_flags import evaluation_parser
 from experiment.experiment import Experiment
-from experiment.loading import Evaluation, load_evaluation
+from experiment.loading import load_evaluation
 
 
 @dataclass(frozen=True)

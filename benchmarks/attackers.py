@@ -19,7 +19,7 @@ from attacks.threat_model import in_pixel_range
 from base.device import autocast, choose_precision
 from base.seeding import torch_generator
 from evaluation.robust_accuracy import attack_loader
-from experiment.loading import Evaluation
+from experiment.evaluation import Evaluation
 
 Survives = Callable[[Tensor, Tensor, int], Tensor]
 """`(images, labels, seed) -> whether each prediction survived the attack (B,)`. The libraries draw

@@ -1,8 +1,9 @@
 """Config -> parts -> run, and checkpoint -> model: the room that knows every other one.
 
-Importing it imports the rooms that fill the tables of `base.registry`, which a config is checked
-against."""
+Importing it fills the tables of `base.registry`, which a config is checked against.
+"""
 
+# These rooms enter their names into the tables.
 import attacks as attacks
 import data_loader as data_loader
 import models as models

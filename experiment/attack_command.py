@@ -35,14 +35,15 @@ from evaluation.report import RobustnessReport, file_stem, title
 from evaluation.robust_accuracy import check_images_file, robust_accuracy
 from evaluation.verdicts import attack_rank
 from experiment import build_attacks
+from experiment.evaluation import Evaluation
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
-from experiment.loading import Evaluation, load_evaluation
+from experiment.loading import load_evaluation
 
 DOCTOR_IMAGES = 200
-"""Images that `--doctor` examines by default."""
+"""How many images `--doctor` examines by default."""
 
 EXAMPLES = 8
-"""Images in the figure of examples."""
+"""How many images the figure of examples shows."""
 
 SIZES = (
     ("--norm", "adversarial.norm", "linf or l2"),
@@ -64,14 +65,14 @@ ATTACK_ARGUMENTS = {
     "--restarts": "restarts",
     "--loss": "loss",
 }
-"""Those of the flags that not every attack has -> the argument of the attack's constructor."""
+"""Flags that some attacks do not have -> the argument of the attack's constructor."""
 
 
 @dataclass(frozen=True)
 class AttackOptions:
     """How an attack command measures and where it writes.
 
-    The fields are the values of the flags of the same names. `flags` are those of `SIZES` that were
+    Each field is the value of the flag of the same name; `flags` are those of `SIZES` that were
     given.
     """
 
@@ -90,7 +91,7 @@ class AttackOptions:
 
 
 def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
-    """Return the parser of an attack command; `sizes` are the flags of `SIZES` of its attack."""
+    """Return the parser of an attack command, which has those flags of `SIZES` that are named."""
     parser = evaluation_parser(
         description,
         json="write the report here, and a verdict per image beside it",
@@ -140,8 +141,8 @@ def attack_parser(description: str, sizes: tuple[str, ...]) -> Parser:
     return parser
 
 
-def evaluate_checkpoint(arguments: argparse.Namespace, attack: str | None = None) -> None:
-    """Attack the network that the command line names; the last printed line has the accuracies.
+def attack_network(arguments: argparse.Namespace, attack: str | None = None) -> None:
+    """Attack the network that the command line names, write the report and print it.
 
     Args:
         arguments: parsed by an `attack_parser`.
@@ -162,7 +163,7 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack: str | None = None
     if attack is not None:
         overrides.insert(0, Flag(("pgd_attack.type", attack), f"--attack {attack}"))
     if "system.precision" not in dict(set_overrides(arguments.set)):
-        # In bf16 an attack finds a little less, whatever the precision of the training was.
+        # Even for a network that was trained in bf16, a search in bf16 finds a little less.
         overrides.append(("system.precision", "fp32"))
     limits = {"limit": options.limit, "batch_size": options.batch_size}
     attack_evaluation(partial(load_evaluation, arguments, overrides, **limits), options)
@@ -171,12 +172,13 @@ def evaluate_checkpoint(arguments: argparse.Namespace, attack: str | None = None
 def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) -> None:
     """Attack the model that `load` returns, write the report and print it.
 
-    Under torchrun the images are divided among the processes; rank 0 writes and prints.
+    Under torchrun the images are divided among the processes; rank 0 writes and prints. The last
+    line has the accuracies.
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything is attacked.
     """
-    # Loading is inside the session, so that a process that fails does not leave others waiting.
+    # Inside the session, a process that fails to load does not leave the others waiting.
     with distributed_session():
         evaluation = prepare_on_all_ranks(load, lambda evaluation: _facts(evaluation, options))
         config, loader, model = evaluation.config, evaluation.loader, evaluation.model
@@ -189,7 +191,7 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
         context: dict[str, Any] = {"seed": options.seed, "autocast": evaluation.autocast}
         target = options.json or _default_target(evaluation.run_folder, attack, options)
         from_primary(lambda: _check_target(target, options))
-        # Verdicts are kept beside the report, so that an interrupted attack can continue.
+        # An interrupted attack continues from the verdicts that are kept beside the report.
         kept = None
         if target is not None and not is_stream(target):
             settings = (config.dump(), evaluation.provenance, options.seed, options.batch_size)
@@ -211,7 +213,7 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
             from_primary(lambda: _save_csv(report, loader, options.csv))
         if target is not None and not is_stream(target):
             from_primary(lambda: _save(report, target))
-            # Only now is the report on the disk.
+            # The report is on the disk now; removed earlier, the verdicts could be lost.
             remove_partials(target)
     if was_primary:
         _finish(report, evaluation, attack, target, options, context)
@@ -249,7 +251,7 @@ def _check_options(options: AttackOptions) -> None:
 
 
 def _check_target(target: Path | None, options: AttackOptions) -> None:
-    """Check that report and verdicts can be written, for example not into a read-only folder."""
+    """Check that report and verdicts can be written; a run folder may be read-only."""
     if target is None or is_stream(target):
         return
     try:
@@ -259,7 +261,7 @@ def _check_target(target: Path | None, options: AttackOptions) -> None:
         if options.json is None:
             instead = "; name a file for the report with --json FILE"
         raise ConfigError(
-            f"{target.parent}: may not be written ({error.strerror}){instead}"
+            f"{target.parent}: cannot be written ({error.strerror}){instead}"
         ) from None
 
 
@@ -348,7 +350,7 @@ def _verdict_on_reliability(report: RobustnessReport, found: DoctorReport) -> st
 
 
 def _build_attack(config: Config, num_classes: int, options: AttackOptions) -> Attack:
-    """Return the config's attack, after checking the flags that it was given."""
+    """Return the config's attack, after checking that it has the arguments of all given flags."""
     name = config.pgd_attack.type
     kind = lookup(ATTACKS, name, "pgd_attack.type")
     for flag in options.flags:
@@ -361,9 +363,9 @@ def _build_attack(config: Config, num_classes: int, options: AttackOptions) -> A
 
 
 def _default_target(run_folder: Path | None, attack: Attack, options: AttackOptions) -> Path | None:
-    """Return the file of the report if `--json` does not name one.
+    """Return the report's file if `--json` names none: in `--result_dir`, or in the run folder.
 
-    It is in `--result_dir`, or in the run folder. For a single checkpoint there is no report.
+    It is None for a single checkpoint, which has no folder of its own.
     """
     if options.result_dir is not None:
         folder = options.result_dir
@@ -414,8 +416,8 @@ def _draw_examples(
 ) -> None:
     """Draw images that the attack broke, or any if it broke none.
 
-    The images are attacked again. PGD finds the same points, because its starts depend on the image
-    only. AutoAttack draws for a batch as a whole, and may find others.
+    The images are attacked again. PGD finds the same points, because its starts depend only on the
+    image. AutoAttack draws for a batch as a whole, and may find others.
     """
     verdicts = report.verdicts
     broken = (verdicts.clean_top1 & ~verdicts.robust_top1).nonzero().squeeze(1)

@@ -37,8 +37,6 @@ from models.losses import LOSSES
 from models.metrics import METRICS
 from models.ocnn import penalty
 
-HELD_OUT_BY_DEFAULT = 0.1
-
 
 def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
     """Return the training loader of a config.
@@ -48,9 +46,10 @@ def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
     """
     settings = config.trainer
     args = config.data_loader.args.model_dump(exclude_none=True)
+    # A schedule may watch a value, too, as ReduceLROnPlateau does.
     monitors = settings.monitor + (config.lr_scheduler.monitor or "")
     if ("val_" in monitors or config.adversarial.validate_every) and args["validation_split"] == 0:
-        args["validation_split"] = HELD_OUT_BY_DEFAULT
+        args["validation_split"] = 0.1
     noise = LabelNoise(
         kind=_noise_kind(settings),
         percent=settings.percent,
@@ -116,20 +115,12 @@ def with_shape(config: Config, num_classes: int, channels: int) -> Config:
     return config.model_copy(update={"arch": config.arch.model_copy(update={"args": args})})
 
 
-def build_experiment_model(
-    config: Config, loader: BaseDataLoader, device: torch.device
-) -> BaseModel:
-    """Return the config's model for the loader's classes, channels, mean and std."""
-    config = completed_config(config, loader)
-    return build_completed_model(config, mean=loader.mean, std=loader.std, device=device)
-
-
 def build_completed_model(
     config: Config, *, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> BaseModel:
     """Return the model of a completed config, with weights drawn from the config's seed."""
     arch = config.arch.model_dump(exclude_none=True)
-    # Drawn on the CPU, the weights are the same whatever the device.
+    # The weights are drawn on the CPU, so that they are the same on every device.
     seed_global_generators(config.seed, "weights")
     model = build_model(arch, mean=mean, std=std).to(device)
     if config.system.sync_bn and world_size() > 1:
@@ -171,10 +162,10 @@ def check_image_counts(
     validation: BaseDataLoader | None,
     test: BaseDataLoader,
 ) -> None:
-    """Check that there is an image for each process in everything that they share.
+    """Check that every set of images that is sharded has at least one for each process.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: naming the set.
     """
     counts: dict[str, int | None] = {
         "data_loader.args.batch_size": training.batch_size,
@@ -206,8 +197,7 @@ def build_trainer(
     folder: Path,
     metadata: Mapping[str, Any],
 ) -> BaseTrainer:
-    """Return the trainer of the config's training method; the arguments are those of
-    `TrainerParts`.
+    """Return the trainer of the config's training method; see `TrainerParts` for the arguments.
 
     Raises:
         ConfigError: the method does not accept the config's arguments for it.
@@ -230,8 +220,8 @@ def build_trainer(
         metadata=metadata,
     )
     method = check_method(config)
-    # A trainer's constructor raises ValueError for arguments out of range.
     try:
+        # The constructor raises ValueError for arguments out of range.
         return method(parts, **method_arguments(config))
     except ValueError as error:
         raise ConfigError(f"adversarial: {method.__name__}: {one_line(error)}") from error
@@ -274,6 +264,7 @@ def method_arguments(config: Config) -> dict[str, Any]:
 
 def metrics(config: Config) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Return the config's metrics, and always top-1 and top-5, which results are reported in."""
+    # `dict.fromkeys` keeps each name once, in this order.
     return {name: METRICS[name] for name in dict.fromkeys([*ALWAYS, *config.metrics])}
 
 

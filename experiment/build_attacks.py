@@ -28,8 +28,8 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
     """Return the attack of `pgd_attack`, for robust validation and reports.
 
     Its constructor gets those of the following arguments that it has: epsilon, norm, steps,
-    step_size, restarts, loss, early_stop and seed. It also gets the arguments of its own that stand
-    in the section.
+    step_size, restarts, loss, early_stop and seed. It also gets its own arguments, which the
+    section gives.
 
     Args:
         config: the resolved config.
@@ -121,13 +121,12 @@ def _step_size(settings: PGDAttackConfig, threat: ThreatModel) -> float:
     if threat.norm == "linf":
         # The step of Madry et al. on CIFAR-10.
         return in_pixel_range(2, "linf")
-    # As in Madry et al. for l2: all steps together can cross the ball, whatever the start.
+    # As in Madry et al. for l2: all steps together can cross the ball from any start.
     return 2.5 * threat.epsilon / settings.K
 
 
 def fgsm(config: Config) -> FGSM:
-    """Return FGSM with the config's norm, radius and loss, which detects overfitting of FGSM
-    training."""
+    """Return FGSM with the config's norm, radius and loss; it detects catastrophic overfitting."""
     threat = threat_model(config)
     loss = config.pgd_attack.loss
     if loss not in ATTACK_LOSSES:

@@ -18,8 +18,6 @@ from experiment.loading import load_evaluation
 from reports.class_table import class_summary, class_table, class_warnings
 from reports.confusion_figure import draw_confusion
 
-COLUMNS = ("position", "file", "label", "prediction", "confidence")
-
 
 def class_report_parser() -> Parser:
     """Return the parser of class_report.py."""
@@ -49,6 +47,7 @@ def report_classes(arguments: argparse.Namespace) -> None:
         "ema": arguments.ema,
         "data": evaluation.data,
         **scores,
+        # Nothing checks that scores can be trusted; it is only known if they cannot.
         "reliable": False if scores["without_answer"] else None,
         "warnings": class_warnings(scores),
         "versions": package_versions(),
@@ -61,7 +60,7 @@ def report_classes(arguments: argparse.Namespace) -> None:
         say(f"report {arguments.json}")
     if arguments.csv:
         with writing(arguments.csv):
-            write_output(arguments.csv, predictions_csv(predictions, loader).encode())
+            write_output(arguments.csv, _predictions_csv(predictions, loader).encode())
         say(f"predictions {arguments.csv}")
     if arguments.figure:
         title = f"{evaluation.described} on {scores['n']} test images: top-1 {scores['top1']:.2%}"
@@ -70,17 +69,16 @@ def report_classes(arguments: argparse.Namespace) -> None:
     print(class_summary(scores))
 
 
-def predictions_csv(predictions: Predictions, loader: BaseDataLoader) -> str:
+def _predictions_csv(predictions: Predictions, loader: BaseDataLoader) -> str:
     """Return a CSV table with a line for each image.
 
-    Its columns are the image's position in the test set, its file, the names of its class and of
-    the predicted class, and the probability of the latter. If the model returns NaN, the last two
-    are empty.
+    `label` and `prediction` are names of classes, and `confidence` is the probability of the
+    prediction. If the model returns NaN, the last two are empty.
     """
     names: Sequence[str] = loader.class_names
     text = StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    table.writerow(["position", "file", "label", "prediction", "confidence"])
     rows = zip(
         loader.positions.tolist(),
         loader.sample_names() or [""] * loader.n_samples,

@@ -57,18 +57,17 @@ def _log_data(experiment: "Experiment") -> None:
         logger.warning(warning)
     for remark in loader.remarks:
         logger.info("data set: %s", remark)
-    validation_split = experiment.config.data_loader.args.validation_split
-    if loader.names_validation and validation_split > 0:
+    key = "data_loader.args.validation_split"
+    split = experiment.config.data_loader.args.validation_split
+    if loader.names_validation:
+        if split > 0:
+            logger.warning(
+                "%s: %g has no effect, because the data set names its validation images", key, split
+            )
+    elif split == 0 and experiment.validation_loader is not None:
+        # See `build_data_loader`.
         logger.warning(
-            "validation_split has no effect: the data set names its validation images itself"
-        )
-    elif (
-        experiment.image_counts()["n_val"] > 0
-        and not loader.names_validation
-        and validation_split == 0
-    ):
-        logger.warning(
-            "validation_split is 0, but validation is asked for: 10 % of every class is held out"
+            "%s: 0, but the config asks for validation: 10 %% of every class is held out", key
         )
     if loader.n_samples < loader.batch_size:
         logger.warning(

@@ -49,7 +49,7 @@ class Evaluation:
 
     @property
     def assumed(self) -> dict[str, str]:
-        """Assumptions about what no file says: subject -> a sentence."""
+        """What had to be assumed, because no file says it: subject -> a sentence."""
         return self.provenance["assumed"]
 
     def autocast(self) -> AbstractContextManager:

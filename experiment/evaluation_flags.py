@@ -26,6 +26,7 @@ def evaluation_parser(
 
     `json` and `figure` are the help texts of these flags.
     """
+    # An abbreviation could mean another flag once more flags are added.
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument(
         "-s",
@@ -65,7 +66,7 @@ def evaluation_parser(
 
 
 def _checkpoint_word(word: str) -> str:
-    """Return `path_word(word)`; a folder that contains a single run becomes the run's folder."""
+    """Return `path_word(word)`, or for a folder that contains a single run the run's folder."""
     return str(find_run(path_word(word)))
 
 
@@ -149,48 +150,19 @@ def _numbers(text: str) -> tuple[float, ...]:
     return numbers
 
 
-def check_network_flags(arguments: argparse.Namespace) -> None:
-    """Check that a network is named, and that no flags contradict each other.
-
-    Raises:
-        ConfigError: naming the flags.
-    """
-    if arguments.model is None:
-        if arguments.checkpoint is None:
-            raise ConfigError("-s/--checkpoint or --model: required (see --help)")
-        for name in NETWORK_FLAGS:
-            if getattr(arguments, name):
-                raise ConfigError(f"--{name}: belongs to a network of --model, which is not given")
-        return
-    if arguments.data is None:
-        raise ConfigError("--data: required with --model: the folder of the test images")
-    if arguments.config is not None:
-        raise ConfigError("-c and --model: the network is that of a config, or that of --model")
-    if arguments.ema:
-        raise ConfigError("--ema and --model: name the weights with -s, and --weights if needed")
-    if arguments.weights is not None and arguments.checkpoint is None:
-        raise ConfigError("--weights: needs a file, -s FILE")
-    mean, std = arguments.mean, arguments.std
-    if (mean is None) != (std is None):
-        given, missing = ("--std", "--mean") if mean is None else ("--mean", "--std")
-        raise ConfigError(f"{given}: needs {missing}, too")
-    if mean is not None and len(mean) != len(std):
-        raise ConfigError(f"--mean and --std: {len(mean)} and {len(std)} numbers; expected as many")
-
-
 def check_evaluation_outputs(arguments: argparse.Namespace, **outputs: str | Path | None) -> None:
-    """Check the flags, before the work: that they fit each other, and that outputs can be written.
+    """Check, before the work, that the flags fit each other and that the outputs can be written.
 
     An output must not be a file that is being read.
 
     Args:
         arguments: parsed by an `evaluation_parser`.
-        outputs: other flags that name a file to write, without their dashes.
+        outputs: the files of other flags, by the flag's name without dashes.
 
     Raises:
         ConfigError: naming the flag.
     """
-    check_network_flags(arguments)
+    _check_network_flags(arguments)
     # A config's parents are input, too.
     read = list(config_chain(arguments.config)) if arguments.config else []
     folders = []
@@ -210,3 +182,30 @@ def check_evaluation_outputs(arguments: argparse.Namespace, **outputs: str | Pat
         files=read,
         folders=[folder for folder in folders if (folder / METRICS).exists()],
     )
+
+
+def _check_network_flags(arguments: argparse.Namespace) -> None:
+    """Check that a network is named, and that no flags contradict each other."""
+    if arguments.model is None:
+        if arguments.checkpoint is None:
+            raise ConfigError("-s/--checkpoint or --model: required (see --help)")
+        for name in NETWORK_FLAGS:
+            if getattr(arguments, name):
+                raise ConfigError(f"--{name}: belongs to a network of --model, which is not given")
+        return
+    if arguments.data is None:
+        raise ConfigError("--data: required with --model: the folder of the test images")
+    if arguments.config is not None:
+        raise ConfigError("-c and --model: both name a network; give one of them")
+    if arguments.ema:
+        raise ConfigError("--ema and --model: name the weights with -s, and --weights if needed")
+    if arguments.weights is not None and arguments.checkpoint is None:
+        raise ConfigError("--weights: needs a file, -s FILE")
+    mean, std = arguments.mean, arguments.std
+    if (mean is None) != (std is None):
+        given, missing = ("--std", "--mean") if mean is None else ("--mean", "--std")
+        raise ConfigError(f"{given}: needs {missing}, too")
+    if mean is not None and len(mean) != len(std):
+        raise ConfigError(
+            f"--mean and --std: {len(mean)} and {len(std)} numbers; expected the same number"
+        )

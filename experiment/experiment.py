@@ -75,7 +75,7 @@ class RunResult(Mapping[str, Any]):
 
     Attributes:
         folder: the run folder.
-        values: by name, such as `test_top1`.
+        values: the contents, by name, such as `test_top1`.
     """
 
     folder: Path
@@ -139,6 +139,7 @@ def train(
             file = str(config) if isinstance(config, str | Path) else None
             return resume(run_dir, overrides, config_file=file, imports=imports, relaunch=relaunch)
         resolved = _resolve(config, overrides, imports)
+        # An error of this run then names the file or the flag that the value came from.
         with origins_named(resolved):
             if check is not None:
                 check(resolved)
@@ -160,8 +161,8 @@ def resume(
 
     Args:
         path: a checkpoint, or a run folder, whose last undamaged checkpoint is used.
-        overrides: values that replace those of the run's config; see `train`. Only keys that do not
-            make it another experiment may be replaced, such as `trainer.epochs`.
+        overrides: values that replace those of the run's config; see `train`. They must not make it
+            another experiment: `trainer.epochs` may change, `optimizer.args.lr` may not.
         config_file: a config file with such values. `overrides` take precedence.
         imports: files and modules of your own that the run needs. The code that its folder names is
             not run unless it is listed here.
@@ -171,7 +172,7 @@ def resume(
         The contents of `result.json`, and the run folder.
 
     Raises:
-        CheckpointError: there is no undamaged checkpoint, or it belongs to other data or another
+        CheckpointError: no undamaged checkpoint was found, or it belongs to other data or another
             model.
         ConfigError: a replaced value would make it another experiment, or another process trains in
             the folder.
@@ -181,6 +182,7 @@ def resume(
         saved = saved_run(str(path), config_file and str(config_file), _as_text(overrides), imports)
         stack.enter_context(origins_named(saved.config))
         _check_processes(saved.config, relaunch)
+        # The folder stays locked until the run ends.
         stack.enter_context(run_folder.open(saved.file.parent))
         return Experiment.from_config(saved.config, resumed=True).run(saved=saved)
 
@@ -205,7 +207,7 @@ def _resolve(
 
 
 def _as_text(overrides: Overrides) -> list[Override]:
-    """Return overrides in the form of the command line, whose values are JSON."""
+    """Return overrides as pairs of a key and JSON text, as `--set` gives them."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
     settings: list[Override] = []
@@ -241,8 +243,8 @@ def _check_processes(config: Config, relaunch: bool) -> None:
         return
     if not relaunch:
         raise ConfigError(
-            f"n_gpu: {config.n_gpu} processes are asked for, and this is one: train with train.py,"
-            " or under torchrun, or set n_gpu to 1"
+            f"n_gpu: asks for {config.n_gpu} processes, but there is only one: train with"
+            " train.py or under torchrun, or set n_gpu to 1"
         )
     launch(config)
 
@@ -291,12 +293,11 @@ class Experiment:
             resumed: whether it belongs to a resumed run; see `check_optimization`.
 
         Raises:
-            ConfigError, DataError: one line that names the key or the file, or what differs between
-                processes.
+            ConfigError, DataError: naming the key or the file, or what differs between processes.
         """
         if started_processes() != world_size():
             raise ConfigError(
-                "torchrun: the processes have not met: train inside"
+                "torchrun: the processes are not connected: train inside"
                 " `with base.distributed.distributed_session(training=True):`"
             )
 
@@ -310,7 +311,9 @@ class Experiment:
         )
         # From here on the config is enough to build the model without the data.
         config = build.completed_config(config, train_loader)
-        model = build.build_experiment_model(config, train_loader, device)
+        model = build.build_completed_model(
+            config, mean=train_loader.mean, std=train_loader.std, device=device
+        )
         build.check_images_fit(model, train_loader, config.arch.type)
         optimizer = build_optimizer(config.optimizer, model)
         return cls(
@@ -381,13 +384,6 @@ class Experiment:
                 trainer.trackers.log_result(result)
         return RunResult(trainer.folder, result)
 
-    @classmethod
-    def resume(
-        cls, path: str, config_file: str | None = None, overrides: Overrides = ()
-    ) -> RunResult:
-        """Continue a run; see `experiment.resume`."""
-        return resume(path, overrides, config_file=config_file)
-
     def check_same_data(self, run: SavedRun) -> None:
         """Check that a run to continue was trained on the same images, labels and classes.
 
@@ -405,12 +401,12 @@ class Experiment:
             normalization, saved, rtol=0, atol=1e-6
         ):
             different.append("mean or std of the pixels")
-        # Old checkpoints have no digests of images; mean and std have to do for them.
-        saved_digests = checkpoint.get("image_fingerprints")
-        if saved_digests is not None:
-            digests = loader.image_fingerprints()
-            for part in sorted(digests | saved_digests):
-                if digests.get(part) != saved_digests.get(part):
+        # Old checkpoints have no checksums of images, only their mean and std.
+        saved_checksums = checkpoint.get("image_fingerprints")
+        if saved_checksums is not None:
+            checksums = loader.image_fingerprints()
+            for part in sorted(checksums | saved_checksums):
+                if checksums.get(part) != saved_checksums.get(part):
                     different.append(part)
         pairs = zip_longest(checkpoint["class_names"], loader.class_names)
         for number, (before, now) in enumerate(pairs):
@@ -431,10 +427,7 @@ class Experiment:
     def _recorded(
         self, trainer: BaseTrainer, *, resumed: bool, warnings: list[str | None]
     ) -> Iterator[None]:
-        """Open the log and the trackers of a run, and catch signals, inside the context.
-
-        `warnings` are those of a resume.
-        """
+        """Open the log and the trackers of a run and catch signals; `warnings` are of a resume."""
         config, folder, state = self.config, trainer.folder, trainer.state
         with logging_to(folder / INFO_LOG, config.trainer.verbosity):
             labels = self.train_loader.label_arrays()
@@ -505,7 +498,7 @@ class Experiment:
 
         def validate(model: BaseModel, epoch: int) -> dict[str, float]:
             values = evaluator(model, loader=shard, description="validating")
-            # Attacking a model that has diverged would take time and tell nothing.
+            # The robust accuracy of a model that has diverged means nothing.
             if robust is None or not_finite(values):
                 return values
             return {**values, **robust(model, epoch)}
@@ -520,6 +513,7 @@ class Experiment:
             return None
         # The same images in every epoch, so that the epochs can be compared.
         images = some_of_every_class(loader, config.adversarial.validate_images)
+        # A network trained with FGSM may withstand FGSM alone: catastrophic overfitting.
         fgsm = None
         if config.method_attribute("validated_by_fgsm", False):
             fgsm = build_attacks.fgsm(config)

@@ -1,5 +1,4 @@
-"""The final test of a run: its last and its best model, and their averages, on the test set, clean
-and under attack."""
+"""The final test of a run: its last and best models, and their averages, clean and under attack."""
 
 import logging
 import signal
@@ -43,30 +42,33 @@ logger = logging.getLogger(__name__)
 def run_final_test(
     trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Test the models of a finished run, attack them if the config asks for it, and write
-    `result.json` and `eval/`.
+    """Test the models of a finished run, and write `result.json`.
+
+    If the config asks for it, they are also attacked, and the reports are written to `eval/`.
 
     Args:
         trainer: after training. Its model has the weights of the best epoch afterwards.
         test_loader: the test set.
-        counts: the numbers of training, validation and test images and the rate of label noise, by
+        counts: the numbers of training, validation and test images, and the rate of label noise, by
             name.
 
     Returns:
         The contents of `result.json`: values of the best model (`test_top1`, `test_robust_top1`),
         of the last model with the prefix `last_`, of averaged weights with `ema_`, and the
-        provenance. `best_since_epoch` is there only if the best model of the epochs before it was
-        lost.
+        provenance. If the best model of earlier epochs was lost, `best_since_epoch` is the epoch
+        from which on the best was chosen.
 
     Raises:
-        NonFiniteError: a value is infinite or NaN. All are written, that one as null.
+        NonFiniteError: a value is infinite or NaN. It is written as null, the others as they are.
         Stopped: a signal stopped the test. A resume continues it from the verdicts so far.
     """
     try:
+        # A signal interrupts this at once, because an attack may take hours and changes nothing.
         with trainer.signals.caught(), trainer.signals.interrupting():
             return _test_and_write(trainer, test_loader, counts)
     except Interrupted:
         number = trainer.signals.asked
+        # Rank 0 reports for all processes; the others exit with the same code.
         exit_unless_primary(128 + number)
         what = "test"
         if trainer.config.reports_robustness:
@@ -82,16 +84,18 @@ def _test_and_write(
     trainer: BaseTrainer, test_loader: BaseDataLoader, counts: Mapping[str, float]
 ) -> dict[str, Any]:
     config, state, folder = trainer.config, trainer.state, trainer.folder
-    test = _Test(config, test_loader, test_loader.shard(rank(), world_size()), trainer.autocast)
+    shard = test_loader.shard(rank(), world_size())
+    tester = _Tester(config, test_loader, shard, trainer.autocast)
     # Without a monitor there is no best epoch, and the last model counts as the best.
     last_is_best = state.best_epoch in (None, state.epochs_done) and state.batches_done == 0
     averaged = trainer.ema.model if trainer.ema else None
     if last_is_best:
-        best = last = test.with_average(trainer.model, averaged, [folder / LAST, folder / BEST])
+        files = [folder / LAST, folder / BEST]
+        best = last = tester.test_with_average(trainer.model, averaged, files)
     else:
-        last = test.with_average(trainer.model, averaged, [folder / LAST])
+        last = tester.test_with_average(trainer.model, averaged, [folder / LAST])
         averaged = _load_best(trainer)
-        best = test.with_average(trainer.model, averaged, [folder / BEST])
+        best = tester.test_with_average(trainer.model, averaged, [folder / BEST])
     # Validation values are those of the epoch whose weights are reported.
     log = state.history[(state.best_epoch or state.epochs_done) - 1]
     result = {
@@ -128,8 +132,7 @@ def _test_and_write(
 
 
 def _load_best(trainer: BaseTrainer) -> BaseModel | None:
-    """Load the weights of the best epoch into the trainer's model; return their average, if the
-    run keeps one."""
+    """Load the best epoch's weights into the trainer's model; return the averaged model, if any."""
     file = trainer.folder / BEST
     # Other machines may not see the run folder, so rank 0 reads the file for all.
     saved = from_primary(lambda: load_checkpoint(file))
@@ -146,13 +149,13 @@ def _load_best(trainer: BaseTrainer) -> BaseModel | None:
 
 
 @dataclass(frozen=True)
-class _Test:
-    """The test of one model, by all processes together.
+class _Tester:
+    """Tests models on the test set, all processes together.
 
     Attributes:
         config: of the run.
         loader: the test set.
-        shard: the images of this process.
+        shard: this process's shard of it.
         autocast: the context of forward passes on clean images.
     """
 
@@ -161,23 +164,24 @@ class _Test:
     shard: BaseDataLoader
     autocast: Callable[[], AbstractContextManager]
 
-    def with_average(
+    def test_with_average(
         self, model: BaseModel, averaged: BaseModel | None, files: list[Path]
     ) -> dict[str, float]:
         """Return the values of a model, and those of its average with the prefix `ema_`.
 
         `files` are the checkpoints that hold both.
         """
-        values = self.of(model, files, "")
+        values = self.test(model, files, "")
         if averaged is not None:
-            for key, value in self.of(averaged, files, "_ema").items():
+            for key, value in self.test(averaged, files, "_ema").items():
                 values[f"ema_{key}"] = value
         return values
 
-    def of(self, model: BaseModel, files: list[Path], suffix: str) -> dict[str, float]:
+    def test(self, model: BaseModel, files: list[Path], suffix: str) -> dict[str, float]:
         """Return the values of one model, with the prefix `test_`.
 
-        A report on its robustness is written to `eval/` for each of the checkpoints `files`.
+        For each of the checkpoints `files`, a report on its robustness is written to `eval/`, if
+        the config asks for it.
         """
         evaluate = build.evaluator(self.config, self.autocast)
         clean = evaluate(model, self.shard, description="testing")
@@ -214,7 +218,7 @@ class _Test:
             for file, target in zip(files, targets, strict=True):
                 checkpoint = f"{file} (averaged weights)" if suffix else str(file)
                 replace(report, checkpoint=checkpoint).save(target)
-        # Partial verdicts may be removed only when the report is on the disk.
+        # Another process's verdicts are removed, too, so the report must be on the disk.
         barrier()
         remove_partials(targets[0])
         logger.info("%s model: %s", " and ".join(names), report)

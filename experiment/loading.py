@@ -40,7 +40,6 @@ from data_loader.own_images import build_loader
 from data_loader.splits import some_of_every_class
 from experiment import build, build_attacks
 from experiment.evaluation import Evaluation, check_class_names, prepare_machine
-from experiment.evaluation_flags import check_network_flags
 from experiment.own_evaluation import evaluation_of_network, flags_named
 
 logger = logging.getLogger(__name__)
@@ -58,8 +57,8 @@ EVALUATED = (
     "pgd_attack",
     "system",
 )
-"""The sections of a config that an evaluation needs. Others, such as label noise and schedules,
-are not checked."""
+"""The keys and sections of a config that an evaluation needs. Others, such as `optimizer`, are not
+checked."""
 
 
 def load_evaluation(
@@ -71,10 +70,10 @@ def load_evaluation(
 ) -> Evaluation:
     """Load the checkpoint, or the user's own network, that a command line names, and test images.
 
-    Assumptions are printed. Determinism and the number of threads are set as the config says.
+    It prints assumptions, and sets determinism and the number of threads as the config says.
 
     Args:
-        arguments: parsed by an `evaluation_parser`.
+        arguments: parsed by an `evaluation_parser` and checked by `check_evaluation_outputs`.
         overrides: config values of the command's other flags, which take precedence over `--set`.
         limit: the number of test images, the first of every class; None for all.
         batch_size: of the loader.
@@ -83,7 +82,6 @@ def load_evaluation(
         ConfigError, CheckpointError, DataError: network, weights or images cannot be read, or
             they do not fit each other.
     """
-    check_network_flags(arguments)
     options: dict[str, Any] = {
         "overrides": [*set_overrides(arguments.set), *overrides],
         "imports": arguments.imports,
@@ -108,7 +106,7 @@ def load_evaluation(
     loader.batch_size = batch_size
     evaluation = replace(evaluation, loader=loader)
     if arguments.model is not None:
-        # A broken file among the user's images is found before the work begins.
+        # A broken file among the user's images has to be found before the work begins.
         with flags_named():
             loader.prepare()
     if is_primary():
@@ -222,9 +220,10 @@ def load_model(
     if not classes:
         raise CheckpointError(f"{file}: does not say how many classes its network has")
     config = build.with_shape(config, classes, len(normalization["mean"]))
-    # Drawing the first weights would change the caller's global generator, for weights that are
-    # replaced at once.
-    with torch.random.fork_rng(devices=[]):
+    # The weights that are drawn here are replaced at once. Drawing them must not change the
+    # caller's generators: `torch.manual_seed` seeds those of the CPU and of all CUDA devices.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         model = build.build_completed_model(
             config, **normalization, device=torch.device(device or "cpu")
         )
@@ -236,7 +235,7 @@ def _config_beside(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config beside a checkpoint of the original ConvNorm, which holds none itself.
 
     Raises:
-        CheckpointError: the file is not the original's, or there is no config beside it.
+        CheckpointError: the file is not the original's, or has no config beside it.
     """
     beside = file.with_name(CONFIG)
     if "monitor_best" not in checkpoint or not beside.is_file():
@@ -245,7 +244,7 @@ def _config_beside(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             " build it with models.build_model and load the weights with"
             " base.checkpoint.load_weights"
         )
-    # The data is not read, but a config with a folder that does not exist would be refused.
+    # The data is not read, but the placeholder in the published configs would be refused.
     return merge(read_tree(beside), {"data_loader": {"args": {"data_dir": str(file.parent)}}})
 
 
@@ -272,7 +271,7 @@ def _evaluation_config(
 ) -> Config:
     """Return the sections of the config that an evaluation needs, with the command line's values.
 
-    The code that `config_file` and `imports` name is imported.
+    It imports the code that `config_file` and `imports` name.
     """
     layers = read_layers(config_file) if config_file else []
     recorded, own = run_imports(layers, imports)
@@ -281,7 +280,7 @@ def _evaluation_config(
     elif "config" in checkpoint:
         source = str(file)
         layers = [Layer(source, checkpoint["config"])]
-        # Code that only the checkpoint names is not run: `imports` has to name it, too.
+        # Reading a checkpoint must not run code, so `imports` has to name what it asks for.
         recorded = recorded_imports(checkpoint["config"], file)
         needed = {code.name: code for code in [*imported_for(recorded, source), *own]}
         own = list(needed.values())
@@ -352,6 +351,7 @@ def _test_images(
     if "mean" in checkpoint:
         args |= {"mean": checkpoint["mean"], "std": checkpoint["std"]}
     make = lookup(DATA_LOADERS, name, "data_loader.type")
+    # The test set takes its classes, mean and std from the loader of the training images.
     training = build_loader(name, make, {**args, "device": device})
     if not known:
         channels = training.image_shape[0]
@@ -372,17 +372,17 @@ def _assumed_normalization(
 ) -> tuple[dict[str, tuple[float, ...]], str]:
     """Return mean and std for a checkpoint and a config that hold none, and a sentence about them.
 
-    They are those of the data set, as in the original's standard training, or CIFAR-10's for a data
-    set without published ones. For images that do not have three channels, they are those of the
+    They are the data set's published ones, as in the original's standard training, or CIFAR-10's if
+    the data set has none. For images that do not have three channels, they are computed from the
     training images. The original's adversarial training always normalizes by CIFAR-10's. On
-    CIFAR-100 it does so a second time, after its loader has normalized by CIFAR-100's and a clamp
-    to [0, 1].
+    CIFAR-100 it normalizes twice: its loader by CIFAR-100's, and after a clamp to [0, 1] its
+    trainer by CIFAR-10's.
 
     Args:
         training: the loader of the training images, or its class if they have three channels.
         channels: of the images.
         config: of the evaluation.
-        checkpoint: its contents.
+        checkpoint: the contents of the checkpoint.
     """
     original = "monitor_best" in checkpoint
     # Published values exist for color images only.
@@ -404,8 +404,10 @@ def _assumed_normalization(
     if original:
         sentence += f", as the original's {follows}"
     if twice:
-        sentence += "; its adversarial training on CIFAR-100 normalizes twice, which no mean and"
-        sentence += " std can stand for"
+        sentence += (
+            "; its adversarial training on CIFAR-100 normalizes twice,"
+            " which no mean and std can stand for"
+        )
     choice = "--set data_loader.args.mean=[R,G,B] --set data_loader.args.std=[R,G,B]"
     return {"mean": mean, "std": std}, f"{sentence}; {choice} for others"
 
@@ -420,14 +422,15 @@ def _model(
     ema: bool,
 ) -> tuple[BaseModel, dict[str, str]]:
     """Return the model with the checkpoint's weights, and the assumptions of loading them."""
-    model = build.build_experiment_model(config, loader, device)
+    config = build.completed_config(config, loader)
+    model = build.build_completed_model(config, mean=loader.mean, std=loader.std, device=device)
     assumed = load_weights(model, _weights_of(checkpoint, file, ema), file)
     # Without this, images that do not fit would fail inside the first attack.
-    _check_images_fit(model.eval(), config, loader, device)
+    _check_test_images_fit(model.eval(), config, loader, device)
     return model, assumed
 
 
-def _check_images_fit(
+def _check_test_images_fit(
     model: BaseModel, config: Config, loader: BaseDataLoader, device: torch.device
 ) -> None:
     """Check that the network accepts an image of the test set's shape.

@@ -72,7 +72,7 @@ def evaluation_of_network(
     device = prepare_machine(config)
     with flags_named():
         part = read_test_images(data, image_size)
-    # A function that loads no weights draws them, and they should be the same in every process.
+    # A function that loads no weights draws them. They have to be the same in every process.
     seed_global_generators(config.seed, "weights")
     network = build_network(model, model_args or {})
     file = None if checkpoint is None else find_checkpoint(checkpoint)
@@ -157,7 +157,7 @@ def _fitting_images(
 
 
 def _config_of_flags(data: str | Path, overrides: Iterable[Override]) -> Config:
-    """Return the settings that a network of the user's own is measured with."""
+    """Return the config that a network of the user's own is measured with."""
     given = list(overrides)
     for override in given:
         if not lies_in(override[0], OWN_SETTINGS):
@@ -173,7 +173,7 @@ def _config_of_flags(data: str | Path, overrides: Iterable[Override]) -> Config:
 
 @contextmanager
 def flags_named() -> Iterator[None]:
-    """Let errors about the images name the flag that sets them, instead of a config key."""
+    """Make errors about the images name the flag that sets them, instead of a config key."""
     try:
         yield
     except DataError as error:

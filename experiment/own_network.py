@@ -62,14 +62,15 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         ConfigError: one line that names `place` and says what is wrong with it.
     """
-    source, colon, name = place.rpartition(":")
-    if not colon or not source or not name:
+    flag = f"--model {one_line(place)}"
+    source, _, name = place.rpartition(":")
+    if not source or not name:
         raise ConfigError(
-            f"--model {one_line(place)}: expected FILE.py:FUNCTION or MODULE:FUNCTION,"
+            f"{flag}: expected FILE.py:FUNCTION or MODULE:FUNCTION,"
             " such as my_model.py:build or torchvision.models:resnet18"
         )
-    flag = f"--model {one_line(place)}"
-    module = _import_module(source)
+    (code,) = import_own_code(requests_of([source], "--model", Path.cwd()))
+    module = sys.modules[code.name]
     if not hasattr(module, name):
         raise ConfigError(f"{flag}: {one_line(source)} has no {name}{_names_in(module, name)}")
     build = getattr(module, name)
@@ -92,12 +93,6 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _import_module(source: str) -> ModuleType:
-    """Import a module by its file or its dotted name."""
-    (code,) = import_own_code(requests_of([source], "--model", Path.cwd()))
-    return sys.modules[code.name]
-
-
 def _names_in(module: ModuleType, name: str) -> str:
     """Return a hint with the functions and classes of a module, for a name that it lacks."""
     offered = [
@@ -110,7 +105,7 @@ def _names_in(module: ModuleType, name: str) -> str:
         for other in offered
         if getattr(vars(module)[other], "__module__", None) == module.__name__
     ]
-    # Names that it has imported from elsewhere only matter if it defines none.
+    # Packages such as torchvision.models only import their functions from other modules.
     names = own or offered
     hint = did_you_mean(name, offered)
     if names:
@@ -133,8 +128,8 @@ def _check_arguments(
         parameter.name: parameter for parameter in parameters if parameter.kind not in variadic
     }
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    # A TypeError from inside the function would look the same as one for a wrong argument.
     for given in arguments:
-        # Checked here, because a TypeError from inside the function would look the same.
         if given not in named and not takes_any:
             takes = f" (it takes: {', '.join(named)})" if named else ""
             raise ConfigError(
@@ -152,7 +147,9 @@ def _check_arguments(
 
 
 def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.device) -> int:
-    """Return how many logits a network in evaluation mode gives for an image of a shape.
+    """Return the number of logits that a network in evaluation mode gives for one image.
+
+    `image_shape` is `(C, H, W)`.
 
     Raises:
         ConfigError: it does not return logits of at least two classes.

@@ -527,7 +527,7 @@ def test_a_read_only_run_folder_asks_for_a_file(robust_run, tmp_path):
     words = ["-s", folder, "--limit", 10]
     done = script("fgsm.py", *words, cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"error: {folder / 'eval'}: may not be written (")
+    assert done.stderr.startswith(f"error: {folder / 'eval'}: cannot be written (")
     assert done.stderr.endswith("; name a file for the report with --json FILE\n")
     done = script("fgsm.py", *words, "--json", "a.json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

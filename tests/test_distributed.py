@@ -26,7 +26,7 @@ from data_loader import DATA_LOADERS
 from data_loader.datasets import read_digits
 from experiment import build
 from experiment.evaluation_flags import evaluation_parser
-from experiment.experiment import Experiment
+from experiment.experiment import Experiment, resume
 from experiment.loading import load_evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ TINY = {
     **CPU,
     "seed": 3,
     "arch": {"type": "simpleCNN", "args": {"norm_layer_type": "gn"}},
-    # minibatches of 37, 37 and 1: uneven shares, and one with fewer images than processes
+    # minibatches of 37, 37 and 1: uneven shards, and one with fewer images than processes
     "data_loader": {
         "type": "DigitsDataLoader",
         "args": {"batch_size": 37, "validation_split": 0.1},
@@ -46,7 +46,7 @@ TINY = {
     "optimizer": {"type": "SGD", "args": {"lr": 0.02, "momentum": 0.9}},
     "trainer": {"epochs": 2, "verbosity": 0, "subset_percent": 0.052},
 }
-SYNCHRONISED = {
+SYNCHRONIZED = {
     "arch": {"args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
     "system": {"sync_bn": True},
 }
@@ -55,7 +55,7 @@ METHODS = {
     "standard": {"augmentation": {"cutout": 4}},
     "mixup": {"augmentation": {"mixup_alpha": 0.5}, "trainer": {"OCNN": True, "ema_decay": 0.9}},
     "pgd": merge(
-        SYNCHRONISED,
+        SYNCHRONIZED,
         {
             "adversarial": {"method": "pgd", "restarts": 2, **ATTACKED},
             "trainer": {"ema_decay": 0.9},
@@ -88,14 +88,14 @@ class OwnDigits(BaseDataLoader):
 
 @contextmanager
 def double_precision():
-    """In single precision one rounding error may turn a maximum or the sign of a gradient to the
-    other side, and two runs of the same algorithm part."""
-    original = build.build_experiment_model
-    build.build_experiment_model = lambda *arguments: original(*arguments).double()
+    """In single precision one rounding error may change a maximum or the sign of a gradient, and
+    two runs of the same algorithm diverge."""
+    original = build.build_completed_model
+    build.build_completed_model = lambda *words, **named: original(*words, **named).double()
     try:
         yield
     finally:
-        build.build_experiment_model = original
+        build.build_completed_model = original
 
 
 def train_all(folder):
@@ -202,7 +202,7 @@ def test_a_run_stopped_in_two_processes_continues_in_one(runs):
     progress = load_checkpoint(runs / "two" / "stopped" / "model_last.pth")["progress"]
     assert (progress["epochs_done"], progress["batches_done"]) == (1, 1)
     with double_precision():
-        Experiment.resume(str(runs / "two" / "stopped"))
+        resume(str(runs / "two" / "stopped"))
     for ours, theirs in zip(
         logs(runs / "two" / "stopped"), logs(runs / "one" / "free"), strict=True
     ):
@@ -282,7 +282,7 @@ def test_a_dead_process_ends_all(tmp_path):
 
 
 def machine(folder, job, port):
-    """The command of one of two machines, which are told apart by nothing."""
+    """The command of either of two machines."""
     where = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
     several = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 1, "--rdzv_id", job, *where]
     return [
@@ -320,9 +320,7 @@ def test_two_machines_restart_after_a_failure_and_leave_other_jobs_alone(tmp_pat
     ]
     errors = "".join(process.communicate(timeout=500)[1] for process in machines)
     assert all(process.returncode for process in machines), "rank 0 fails alone, and all end"
-    assert errors.count("already holds a run; continue it with -r") == 2, (
-        "at both attempts, said once"
-    )
+    assert errors.count("already holds a run; continue it with -r") == 2, "once for each attempt"
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
 
 

@@ -20,7 +20,7 @@ MEAN, STD = torch.tensor([0.5, 0.25, 0.125]), torch.tensor([0.25, 0.5, 0.2])
 
 
 def table():
-    """The rows of docs/checkpoints.md's formats: who writes it -> what the report tells."""
+    """The rows of docs/checkpoints.md's formats: who writes it -> what the report names."""
     section = (
         (ROOT / "docs" / "checkpoints.md").read_text().split("## Formats")[1].split("\n## ")[0]
     )
@@ -84,7 +84,7 @@ def files(own):
 @pytest.mark.parametrize("name", table())
 def test_every_row_of_the_table_loads(name, tmp_path):
     torch.manual_seed(3)
-    told, model, normalizing = (
+    reported, model, normalizing = (
         table()[name],
         build_model(WIDE).eval(),
         build_model(WIDE, MEAN.tolist(), STD.tolist()).eval(),
@@ -103,9 +103,9 @@ def test_every_row_of_the_table_loads(name, tmp_path):
     checkpoint = load_checkpoint(path, chosen)
     assumed = checkpoint["assumed"] | load_weights(other, checkpoint["state_dict"], path)
     images = torch.rand(5, 3, 16, 16)
-    expected = normalizing if "normalization" in told else model
+    expected = normalizing if "normalization" in reported else model
     assert torch.equal(other(images), expected(images))
-    assert assumed.keys() == told
+    assert assumed.keys() == reported
 
 
 def test_a_resnets_norms_may_have_pytorch_cifars_names(tmp_path):
@@ -115,8 +115,8 @@ def test_a_resnets_norms_may_have_pytorch_cifars_names(tmp_path):
     torch.save(
         {key.replace("norm", "bn"): value for key, value in state.items()}, tmp_path / "m.pth"
     )
-    told = load_weights(other, load_checkpoint(tmp_path / "m.pth")["state_dict"], "m.pth")
-    assert told == {
+    reported = load_weights(other, load_checkpoint(tmp_path / "m.pth")["state_dict"], "m.pth")
+    assert reported == {
         "names": "bn1 as norm1, bn2 as norm2",
         "keys": "the prefix 'module.model.' is dropped",
     }
@@ -155,9 +155,9 @@ def test_onis_rule_depends_on_who_wrote_the_checkpoint(tmp_path):
     torch.save(
         {"arch": "CNN", "epoch": 3, "state_dict": state, "optimizer": {}, "monitor_best": 0.3}, path
     )
-    found, told = rule()
+    found, reported = rule()
     assert found == "original"
-    assert told.startswith(
+    assert reported.startswith(
         "original, as the original ConvNorm's code has it; --set arch.args.oni_rule=paper"
     )
     assert rule("--set", "arch.args.oni_rule=paper") == ("paper", None)
@@ -198,7 +198,7 @@ CIFAR10, CIFAR100 = (
 
 
 @pytest.mark.parametrize(
-    ("classes", "adversarial", "expected", "told"),
+    ("classes", "adversarial", "expected", "reported"),
     [
         (10, False, CIFAR10, "normalizing by those of CIFAR-10, as the original's training does;"),
         (10, True, CIFAR10, "normalizing by those of CIFAR-10, as the original's training does;"),
@@ -218,7 +218,7 @@ CIFAR10, CIFAR100 = (
     ],
 )
 def test_the_originals_checkpoints_get_the_mean_and_std_of_their_training(
-    tmp_path, fake_cifar, no_network, classes, adversarial, expected, told
+    tmp_path, fake_cifar, no_network, classes, adversarial, expected, reported
 ):
     arch = {"type": "simpleCNN2", "args": {"num_classes": classes}}
     path = tmp_path / "model.pth"
@@ -236,7 +236,7 @@ def test_the_originals_checkpoints_get_the_mean_and_std_of_their_training(
     evaluation = evaluate(path, config)
     normalization = evaluation.provenance["normalization"]
     assert (normalization["mean"], normalization["std"]) == expected
-    assert told in evaluation.assumed["normalization"]
+    assert reported in evaluation.assumed["normalization"]
     given = evaluate(
         path,
         config,

@@ -186,7 +186,7 @@ def test_two_studies_share_the_work(grid, tmp_path):
         assert "4 of 4 runs are finished" in output
     logs = list((tmp_path / "out").glob("*/output.log"))
     assert len(logs) == 4
-    assert all(log.read_text().count("run folder ") == 1 for log in logs), "no run is begun twice"
+    assert all(log.read_text().count("run folder ") == 1 for log in logs), "no run is started twice"
     curves = [
         sys.executable,
         str(ROOT / "plot_training_logs.py"),

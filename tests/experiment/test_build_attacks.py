@@ -17,7 +17,7 @@ from tiny_runs import config_of
 
 @dataclass(frozen=True)
 class Windowed(MomentumFGSM):
-    """With a size of its own."""
+    """An attack with a size of its own."""
 
     window: Size = 0.5
 

@@ -15,7 +15,7 @@ from base.config.same_experiment import config_hash
 from base.config.tree import merge
 from base.errors import CheckpointError, ConfigError, DataError, Stopped
 from base.run_folder.environment import project_version
-from experiment.experiment import Experiment
+from experiment.experiment import Experiment, resume
 from tiny_runs import config_of, difference, interrupt, run, write_images
 
 
@@ -29,7 +29,7 @@ def test_a_crash_in_the_first_epoch_can_be_resumed(tmp_path, monkeypatch):
         patched.setattr(BaseTrainer, "update", crash)
         with pytest.raises(ZeroDivisionError):
             run(tmp_path / "crashed", config_of())
-    Experiment.resume(str(tmp_path / "crashed"))
+    resume(str(tmp_path / "crashed"))
     assert (
         difference(tmp_path / "whole" / "model_last.pth", tmp_path / "crashed" / "model_last.pth")
         == []
@@ -39,7 +39,7 @@ def test_a_crash_in_the_first_epoch_can_be_resumed(tmp_path, monkeypatch):
 def test_fewer_epochs_in_the_middle_of_one_report_the_best_finished_one(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", config_of(trainer={"epochs": 1}))
     interrupt(monkeypatch, tmp_path / "stopped", config_of(), after=5)
-    result = Experiment.resume(str(tmp_path / "stopped"), overrides=[("trainer.epochs", "1")])
+    result = resume(str(tmp_path / "stopped"), overrides=[("trainer.epochs", "1")])
     assert result["best_epoch"] == whole["best_epoch"] == 1
     assert result["test_loss"] == whole["test_loss"]
     assert result["last_test_loss"] != whole["test_loss"]
@@ -68,7 +68,7 @@ def test_the_log_names_the_layer_types_and_warns_once(tmp_path):
         trainer={"epochs": 1, "verbosity": 1, "lamb_ocnn": 0.5},
     )
     run(tmp_path / "run", config)
-    Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "2")])
+    resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "2")])
     log = (tmp_path / "run" / "info.log").read_text()
     assert log.count("simpleCNN (convolutions own_conv, norm gn) with ") == 2
     assert log.count("without effect in this run: trainer.lamb_ocnn 0.5") == 1
@@ -208,14 +208,14 @@ def test_a_signal_ends_validation_at_once_and_loses_nothing(tmp_path, monkeypatc
         values = validate(self)
         if self.state.epochs_done == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-            pytest.fail("validation went on")
+            pytest.fail("validation continued after the signal")
         return values
 
     with monkeypatch.context() as patched:
         patched.setattr(BaseTrainer, "validate", interrupted)
         with pytest.raises(Stopped, match="stopped by SIGTERM after 1 epochs and 3 batches"):
             run(tmp_path / "stopped", config)
-    Experiment.resume(str(tmp_path / "stopped"))
+    resume(str(tmp_path / "stopped"))
     assert not difference(
         tmp_path / "stopped" / "model_last.pth", tmp_path / "whole" / "model_last.pth"
     )
@@ -245,11 +245,11 @@ def test_validation_images_are_held_out_if_the_config_needs_them(tmp_path, caplo
     )
 
 
-def test_processes_of_torchrun_must_have_met(monkeypatch):
+def test_processes_of_torchrun_must_be_connected(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ConfigError,
-        match=r"torchrun: the processes have not met: train inside `with base.distributed.",
+        match=r"torchrun: the processes are not connected: train inside `with base.distributed.",
     ):
         Experiment.from_config(config_of())
 
@@ -296,22 +296,22 @@ def test_resume_refuses_another_experiment_and_takes_more_epochs(tmp_path):
     with pytest.raises(
         ConfigError, match=r"optimizer.args.lr: the run was started with 0.05; 0.1 would make it"
     ):
-        Experiment.resume(str(tmp_path / "run"), overrides=[("optimizer.args.lr", "0.1")])
+        resume(str(tmp_path / "run"), overrides=[("optimizer.args.lr", "0.1")])
     with pytest.raises(
         CheckpointError,
         match="another architecture: arch.type is 'simpleCNN' there and 'simpleCNN2' in this",
     ):
-        Experiment.resume(str(tmp_path / "run"), overrides=[("arch.type", "simpleCNN2")])
+        resume(str(tmp_path / "run"), overrides=[("arch.type", "simpleCNN2")])
     run(tmp_path / "cosine", config_of(lr_scheduler={"type": "CosineAnnealingLR"}))
     with pytest.raises(
         ConfigError,
         match=r"trainer.epochs: .* another experiment; CosineAnnealingLR spans the whole run",
     ):
-        Experiment.resume(str(tmp_path / "cosine"), overrides=[("trainer.epochs", "4")])
+        resume(str(tmp_path / "cosine"), overrides=[("trainer.epochs", "4")])
     with pytest.raises(ConfigError, match=r"system.precision: the run was started with 'fp32'"):
-        Experiment.resume(str(tmp_path / "run"), overrides=[("system.precision", "bf16")])
+        resume(str(tmp_path / "run"), overrides=[("system.precision", "bf16")])
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    result = Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "4")])
+    result = resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "4")])
     assert result["epochs"] == 4
     after = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert after.startswith(before)
@@ -326,7 +326,7 @@ def test_a_run_cannot_have_done_fewer_epochs_than_it_has(tmp_path):
     with pytest.raises(
         ConfigError, match="trainer.epochs: 1, but .*model_last.pth has done 2 epochs already"
     ):
-        Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "1")])
+        resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "1")])
     assert {
         path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()
     } == before
@@ -344,7 +344,7 @@ def test_a_noise_file_may_move_but_not_change(tmp_path, caplog):
     run(tmp_path / "run", config)
     (tmp_path / "noise.npy").rename(tmp_path / "moved.npy")
     overrides = [("trainer.noise_file", str(tmp_path / "moved.npy")), ("trainer.epochs", "2")]
-    assert Experiment.resume(str(tmp_path / "run"), overrides=overrides)["epochs"] == 2
+    assert resume(str(tmp_path / "run"), overrides=overrides)["epochs"] == 2
     noisy[::7] = clean[::7]
     noisy[1::7] = (clean[1::7] + 1) % 10
     np.save(tmp_path / "moved.npy", noisy)
@@ -352,21 +352,22 @@ def test_a_noise_file_may_move_but_not_change(tmp_path, caplog):
         CheckpointError,
         match=r"data_loader.args.data_dir \(or trainer.noise_file\) now holds: labels$",
     ):
-        Experiment.resume(str(tmp_path / "run"), overrides=[overrides[0]])
+        resume(str(tmp_path / "run"), overrides=[overrides[0]])
 
 
 def test_other_threads_and_processes_warn(tmp_path, caplog):
     run(tmp_path / "run", config_of(trainer={"epochs": 1}, system={"num_threads": 1}))
-    Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "2")])
+    resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "2")])
     assert "resumed with" not in caplog.text
     file = tmp_path / "run" / "environment.json"
     before = json.loads(file.read_text())
     file.write_text(json.dumps({**before, "resumed": [{"cpu_threads": 5, "processes": 3}]}))
-    Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "3")])
+    resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "3")])
     warned = [record.message for record in caplog.records if "resumed with" in record.message]
+    reason = "from here on results may differ by rounding"
     assert warned == [
-        "resumed with 1 CPU threads, the run had 5: from here on results may differ by rounding",
-        "resumed with 1 processes, the run had 3: from here on results may differ by rounding",
+        f"resumed with 1 CPU threads, but the run had 5: {reason}",
+        f"resumed with 1 processes, but the run had 3: {reason}",
     ]
 
 
@@ -376,15 +377,15 @@ def test_resume_refuses_other_data_and_the_originals_checkpoints(tmp_path, monke
     contents = load_checkpoint(path)
     save_checkpoint(path, {**contents, "fingerprint": "other"})
     with pytest.raises(CheckpointError, match="was trained on other images or labels"):
-        Experiment.resume(str(path))
+        resume(str(path))
     save_checkpoint(path, {**contents, "mean": [0.5, 0.5, 0.5]})
     with pytest.raises(CheckpointError, match="was trained on other images or labels"):
-        Experiment.resume(str(path))
+        resume(str(path))
     torch.save(
         {"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3}, path
     )
     with pytest.raises(CheckpointError, match="holds no config"):
-        Experiment.resume(str(path))
+        resume(str(path))
 
 
 def test_class_counts_must_agree():
@@ -442,7 +443,7 @@ def test_a_run_logs_which_images_of_a_folder_it_uses(tmp_path, caplog):
     assert "WARNING" not in log
     run(tmp_path / "split", folder_config(tmp_path / "set", 0.25))
     assert (
-        "validation_split has no effect: the data set names its validation images itself"
+        "validation_split: 0.25 has no effect, because the data set names its validation images"
         in caplog.text
     )
 

@@ -26,7 +26,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """The quickstart's little brother, trained for an epoch."""
+    """The quickstart's run, shortened to two minibatches."""
     folder = tmp_path_factory.mktemp("python") / "run"
     constant = {"lr_scheduler.type": "none", "lr_scheduler.args": None}
     settings = {**SMALL, **constant, "seed": np.int64(5)}
@@ -41,7 +41,7 @@ def test_a_config_file_overrides_and_a_result(quick):
     assert (config["seed"], config["data_loader"]["args"]["batch_size"]) == (5, 8)
 
 
-def test_a_finished_run_goes_on_with_more_epochs(quick):
+def test_a_finished_run_continues_with_more_epochs(quick):
     more = experiment.resume(quick.folder, {"trainer.epochs": 2})
     assert (more["epochs"], more.folder) == (2, quick.folder)
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_a_new_folder_is_made_where_none_is_named(tmp_path):
         ),
         (
             {"n_gpu": 2},
-            r"n_gpu: 2 processes are asked for, and this is one: train with train\.py, or under",
+            r"n_gpu: asks for 2 processes, but there is only one: train with train\.py or under",
         ),
     ],
 )

@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on image files that are gone by now, its model, and what that says to some images."""
+    """A run on image files that have been deleted, some images, and the model's logits of them."""
     folder = tmp_path_factory.mktemp("trained")
     for part in ("train", "test"):
         write_images(folder / "data" / part, {"cat": 9, "dog": 9, "owl": 9}, (32, 32))
@@ -44,7 +44,9 @@ def test_the_logits_are_those_of_the_trainers_model_bit_for_bit(trained):
         with torch.no_grad():
             assert torch.equal(model(images), expected)
         assert not any(module.training for module in model.modules())
-    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are not ours"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "load_model draws nothing from the caller's generator"
+    )
 
 
 def test_averaged_weights(trained):
@@ -88,7 +90,7 @@ def test_one_channel(tmp_path):
 
 
 def test_code_that_a_checkpoint_asks_for_runs_only_if_it_is_named(tmp_path):
-    """The layer and the file that it is run by are told; nothing of it runs without that."""
+    """Without `imports` an error names the file, and its code is not run."""
     own = tmp_path / "own_norm_of_load_model.py"
     own.write_text(
         "from torch import nn\nfrom base.registry import NORM_LAYERS\n"

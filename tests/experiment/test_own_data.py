@@ -13,7 +13,7 @@ from base.base_data_loader import BaseDataLoader
 from base.checkpoint import load_checkpoint
 from base.config import validate
 from data_loader import DATA_LOADERS, LabeledImages, MemoryImages, TrainingDataLoader
-from experiment.experiment import Experiment
+from experiment.experiment import resume
 from models import build_model
 from tiny_runs import difference, script
 
@@ -34,7 +34,7 @@ def stripes(train, channels, size=28):
 
 
 class Given(BaseDataLoader):
-    """The shortest there is: two methods, and two attributes."""
+    """The shortest loader: two methods and two attributes."""
 
     class_names = CLASSES
 
@@ -98,7 +98,7 @@ ROBUST = {
     [("Given", 1, NOISY), ("Read", 1, NOISY), ("Given", 5, ROBUST)],
     ids=["given", "read", "robust"],
 )
-def test_own_data_trains_and_goes_on_bit_for_bit(tmp_path, monkeypatch, loader, channels, sections):
+def test_own_data_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch, loader, channels, sections):
     config = config_of(loader, channels, **sections)
     result = tiny_runs.run(tmp_path / "whole", config)
     assert (result["n_val"], result["n_test"]) == (12, 30)
@@ -119,7 +119,7 @@ def test_own_data_trains_and_goes_on_bit_for_bit(tmp_path, monkeypatch, loader, 
             > 0.2
         )
     tiny_runs.interrupt(monkeypatch, tmp_path / "parts", config, after=2)
-    Experiment.resume(str(tmp_path / "parts"))
+    resume(str(tmp_path / "parts"))
     assert (
         difference(tmp_path / "whole" / "model_last.pth", tmp_path / "parts" / "model_last.pth")
         == []

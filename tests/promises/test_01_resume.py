@@ -14,7 +14,7 @@ from base.checkpoint import save_checkpoint
 from base.config import validate
 from base.config.tree import merge
 from base.optim import state as optimization_state
-from experiment.experiment import Experiment
+from experiment.experiment import resume
 from tiny_runs import difference, run
 
 ALL_STEPS, SOME = range(1, 9), (2, 3, 4)
@@ -109,7 +109,7 @@ def check_steps(folder, monkeypatch, config, steps):
         (place / "model_last.pth").write_bytes((folder / f"{step}.pth").read_bytes())
         # a new process does not have this one's generators
         torch.manual_seed(step)
-        Experiment.resume(str(place))
+        resume(str(place))
         for name in ("model_last.pth", "model_best.pth"):
             assert difference(whole / name, place / name) == [], f"step {step}: {name}"
         assert (whole / "metrics.jsonl").read_bytes() == (place / "metrics.jsonl").read_bytes(), (

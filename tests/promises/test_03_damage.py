@@ -13,7 +13,7 @@ import base.checkpoint.checkpoint as checkpoint_module
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.checkpoint.resume import load_to_resume
 from base.errors import CheckpointError, ConfigError
-from experiment.experiment import Experiment
+from experiment.experiment import resume
 from tiny_runs import difference, interrupt, run
 
 CONTENTS = {"state_dict": {"weight": torch.arange(40.0)}, "epoch": 2, "config": {"name": "x"}}
@@ -97,7 +97,7 @@ def check_resumes(folder, monkeypatch, config):
         broken = folder / name
         interrupt(monkeypatch, broken, config, after)
         damage(broken)
-        Experiment.resume(str(broken))
+        resume(str(broken))
         assert "resuming from model_epoch_" in (broken / "info.log").read_text(), name
         for file in ("model_last.pth", "model_best.pth"):
             assert difference(folder / "whole" / file, broken / file) == [], name
@@ -119,12 +119,12 @@ def test_a_damaged_last_checkpoint_is_kept_aside(tmp_path, monkeypatch, small):
     for name in ("model_last.pth.damaged", "model_last.pth.damaged-2"):
         flip(last)
         remains.append((folder / name, last.read_bytes()))
-        Experiment.resume(str(folder))
+        resume(str(folder))
         assert f"(kept as {name}): resuming from model_epoch_" in (folder / "info.log").read_text()
         load_checkpoint(last)
     assert all(file.read_bytes() == data for file, data in remains)
     last.unlink()
-    Experiment.resume(str(folder))
+    resume(str(folder))
     assert len(list(folder.glob("*.damaged*"))) == 2, "a missing file is not set aside"
 
 
@@ -143,7 +143,7 @@ def test_a_run_resumes_without_its_best_model_and_reports_it(tmp_path, monkeypat
     save_checkpoint(folder / "model_last.pth", contents)
     flip(folder / "model_best.pth")
     (folder / "model_epoch_1.pth").unlink()
-    assert Experiment.resume(str(folder))["best_since_epoch"] == 3
+    assert resume(str(folder))["best_since_epoch"] == 3
     assert (
         "it is lost, and the best model is chosen among the epochs from 3 on"
         in (folder / "info.log").read_text()
@@ -151,7 +151,7 @@ def test_a_run_resumes_without_its_best_model_and_reports_it(tmp_path, monkeypat
     assert load_checkpoint(folder / "model_best.pth")["epoch"] == 3
     (folder / "model_best.pth").unlink()
     (folder / "model_epoch_3.pth").unlink()
-    assert Experiment.resume(str(folder))["best_since_epoch"] == 3, (
+    assert resume(str(folder))["best_since_epoch"] == 3, (
         "its last epoch is its best, and the final test is run again"
     )
 
@@ -162,7 +162,7 @@ def test_a_named_damaged_file_is_refused_and_no_run_starts_over(tmp_path, monkey
     flip(folder / "model_last.pth")
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(CheckpointError, match="model_last.pth: is damaged"):
-        Experiment.resume(str(folder / "model_last.pth"))
+        resume(str(folder / "model_last.pth"))
     with pytest.raises(ConfigError, match="already holds a run"):
         run(folder, small())
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
@@ -172,7 +172,7 @@ def test_a_named_damaged_file_is_refused_and_no_run_starts_over(tmp_path, monkey
         CheckpointError,
         match=r"model_last.pth: is damaged.*nothing better lies beside it \(2 numbered",
     ):
-        Experiment.resume(str(folder))
+        resume(str(folder))
     for name in ("model_last.pth", "model_best.pth", "model_epoch_1.pth"):
         (folder / name).unlink()
     # one damaged file remains, which a new run must not overwrite

@@ -17,7 +17,7 @@ import base.checkpoint.manager as manager_module
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.errors import CheckpointError
-from experiment.experiment import Experiment
+from experiment.experiment import resume
 from tiny_runs import TINY, difference, exit_code, forked, run
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def check_fills_up(folder, monkeypatch, config):
             assert exit_code(forked(lambda name=name: run(folder / name, config))) == 3, name
         assert load_checkpoint(folder / name / "model_last.pth")["epoch"] == 1, name
         assert not list((folder / name).rglob("*.incomplete")), name
-        Experiment.resume(str(folder / name))
+        resume(str(folder / name))
         assert (
             difference(folder / "whole" / "model_last.pth", folder / name / "model_last.pth") == []
         ), name

@@ -15,7 +15,7 @@ from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
 from base.errors import Stopped
 from base.signals import Interrupted, StopSignals
-from experiment.experiment import Experiment
+from experiment.experiment import resume
 from tiny_runs import difference, run
 
 robustness_module = import_module("evaluation.robust_accuracy")
@@ -57,7 +57,7 @@ def check_signals(folder, monkeypatch, config):
         assert caught.value.exit_code == code
         progress = load_checkpoint(folder / str(after) / "model_last.pth")["progress"]
         assert progress["epochs_done"] * 3 + progress["batches_done"] == after
-        Experiment.resume(str(folder / str(after)))
+        resume(str(folder / str(after)))
         assert (
             difference(folder / "whole" / "model_last.pth", folder / str(after) / "model_last.pth")
             == []
@@ -134,7 +134,7 @@ def check_final_attack(folder, monkeypatch, config, number, code):
         (partial,) = (folder / "run" / "eval").iterdir()
         assert np.load(partial)["position"].tolist() == [0, 1, 2, 3]
         assert not (folder / "run" / "result.json").exists()
-        Experiment.resume(str(folder / "run"))
+        resume(str(folder / "run"))
     assert attacked[2:] == [[4, 5, 6, 7], [8]]
     names = [
         sorted(path.name for path in (folder / name / "eval").iterdir())

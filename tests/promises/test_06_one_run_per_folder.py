@@ -8,7 +8,7 @@ import pytest
 
 from base.errors import ConfigError
 from base.run_folder import folder as run_folder
-from experiment.experiment import Experiment
+from experiment.experiment import resume
 from tiny_runs import exit_code, forked, run
 
 PROCESSES, ROUNDS = 6, 8
@@ -78,7 +78,7 @@ def test_a_running_run_is_left_alone_and_a_killed_one_can_be_continued_at_once(t
 
 def test_a_folder_is_free_again_after_a_run_in_the_same_process(tmp_path, small):
     run(tmp_path / "run", small(trainer={"epochs": 1}))
-    Experiment.resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "2")])
+    resume(str(tmp_path / "run"), overrides=[("trainer.epochs", "2")])
     assert (tmp_path / "run" / ".lock").exists()
 
 

@@ -21,7 +21,7 @@ from base.checkpoint import save_checkpoint
 from base.config import Config, imports, load_config, validate
 from base.errors import CheckpointError, ConfigError
 from base.optim import check_optimization
-from experiment.experiment import Experiment
+from experiment.experiment import resume
 from reports.runs import read_run
 from tiny_runs import run
 
@@ -265,4 +265,4 @@ def test_a_checkpoints_config_is_as_little_trusted(tmp_path, small):
         {"state_dict": {}, "config": {**small().dump(), "name": "../up"}},
     )
     with pytest.raises(CheckpointError, match="name: .*the checkpoint's own config cannot be used"):
-        Experiment.resume(str(tmp_path))
+        resume(str(tmp_path))

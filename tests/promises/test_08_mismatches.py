@@ -11,7 +11,7 @@ import base.checkpoint.resume as resume_module
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.checkpoint.checkpoint import SCHEMA_VERSION
 from base.errors import CheckpointError, ConfigError
-from experiment.experiment import Experiment
+from experiment.experiment import resume
 from tiny_runs import difference, interrupt, run
 
 RESNET = {
@@ -215,7 +215,7 @@ def check_refused(folder, copy, changes, overrides, message):
         torch.save(contents, file)
     before = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
     with pytest.raises((CheckpointError, ConfigError), match=message) as refused:
-        Experiment.resume(str(file), overrides=overrides)
+        resume(str(file), overrides=overrides)
     assert "\n" not in str(refused.value)
     after = {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()}
     assert before == after, "a refused resume has written something"
@@ -248,7 +248,7 @@ def check_handled(folder, copy, apply, tag=None):
             # as if the tensors had been on that device
             patch.setattr(torch.serialization, "location_tag", lambda storage: tag)
         save_checkpoint(copy / "model_last.pth", contents)
-    Experiment.resume(str(copy / "model_last.pth"))
+    resume(str(copy / "model_last.pth"))
     assert difference(folder / "whole" / "model_last.pth", copy / "model_last.pth") == []
 
 

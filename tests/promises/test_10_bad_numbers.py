@@ -14,7 +14,7 @@ from base.checkpoint import load_checkpoint, save_checkpoint
 from base.config.tree import merge
 from base.errors import NonFiniteError, Stopped
 from base.registry import TRAINERS
-from experiment.experiment import Experiment
+from experiment.experiment import Experiment, resume
 from tiny_runs import difference, run
 
 WIDE = {
@@ -96,7 +96,7 @@ def test_the_first_bad_layer_is_named_and_the_last_good_epoch_kept(tmp_path, sma
     for layer in layers_of(config):
         check_stops(tmp_path / layer, config, layer)
         # the poison is gone: a resumed run comes to the same end
-        Experiment.resume(str(tmp_path / layer))
+        resume(str(tmp_path / layer))
         assert (
             difference(tmp_path / "whole" / "model_last.pth", tmp_path / layer / "model_last.pth")
             == []
@@ -236,7 +236,7 @@ def test_the_message_says_what_the_last_checkpoint_holds(
         stopped = load_checkpoint(tmp_path / "model_last.pth")
         assert (stopped["epoch"], stopped["batch"]) == divmod(stop_after, 3)
     with pytest.raises(NonFiniteError) as raised:
-        run(tmp_path, config) if stop_after is None else Experiment.resume(str(tmp_path))
+        run(tmp_path, config) if stop_after is None else resume(str(tmp_path))
     assert str(raised.value).endswith(f"; {tmp_path / 'model_last.pth'} {kept}")
 
 
@@ -249,15 +249,17 @@ def test_a_run_that_has_diverged_is_not_continued(tmp_path, small):
     with pytest.raises(
         NonFiniteError, match=f"model_last.pth: {name} is not finite: the run has diverged"
     ):
-        Experiment.resume(str(tmp_path))
+        resume(str(tmp_path))
 
 
 def test_a_result_that_is_not_finite_is_null_and_exit_code_5(tmp_path, small, monkeypatch):
     """The answers to the validation set are finite, those to the test set are not."""
     monkeypatch.setattr(
-        "experiment.final_test._Test.of", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0}
+        "experiment.final_test._Tester.test", lambda *_: {"test_loss": torch.nan, "test_top1": 0.0}
     )
-    with pytest.raises(NonFiniteError, match=r"result.json: test_loss is not finite, null there"):
+    with pytest.raises(
+        NonFiniteError, match=r"result.json: test_loss is not finite, and null there"
+    ):
         run(tmp_path, small())
     text = (tmp_path / "result.json").read_text()
     assert json.loads(text)["test_loss"] is None

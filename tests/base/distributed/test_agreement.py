@@ -19,7 +19,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import base.distributed.agreement
-from experiment.attack_command import attack_parser, evaluate_checkpoint
+from experiment.attack_command import attack_network, attack_parser
 from base.command_line import run_script
 from base.config.files import validate
 from base.config.tree import merge
@@ -45,7 +45,7 @@ def main():
         (folder / f"reported {rank()}.json").write_text(json.dumps(reported))
         words = ["-s", str(folder / f"{rank()}.pth"), "-c", str(folder / "config.json")]
         words += ["--limit", "10"]
-        evaluate_checkpoint(attack_parser("", ()).parse_args(words), "fgsm")
+        attack_network(attack_parser("", ()).parse_args(words), "fgsm")
 
 run_script(main)
 """
