@@ -304,7 +304,9 @@ def _file_of(module: ModuleType) -> Path | None:
 
 def _hidden_by(name: str, file: Path) -> str | None:
     """The module that a file of this name would hide; None if there is no other one."""
-    if name in ROOMS or (ROOT / f"{name}.py").is_file():
+    command = ROOT / f"{name}.py"
+    # a user's own file may lie in the clone, beside the commands
+    if name in ROOMS or (command.is_file() and command.resolve() != file.resolve()):
         return f"{name} of this project"
     loaded = sys.modules.get(name)
     if loaded is not None:

@@ -105,7 +105,7 @@ def test_code_that_a_checkpoint_asks_for_runs_only_if_it_is_named(tmp_path):
     config = {"arch": arch, "data_loader": {"type": "DigitsDataLoader"}, "imports": code}
     contents = {"state_dict": {}, "mean": [0.5] * 3, "std": [0.5] * 3, "config": config}
     save_checkpoint(tmp_path / "m.pth", contents)
-    with pytest.raises(CheckpointError, match=rf"needs code .* --imports {own}"):
+    with pytest.raises(CheckpointError, match=rf"needs a user's own code, .* --imports {own}"):
         load_model(tmp_path / "m.pth")
     with pytest.raises(CheckpointError, match=r"lacks \d+ of the model's keys"):
         load_model(tmp_path / "m.pth", imports=[own])

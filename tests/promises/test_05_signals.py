@@ -159,6 +159,8 @@ def test_a_signal_in_the_final_attack_loses_no_verdicts(tmp_path, monkeypatch, s
 
 
 def test_the_check_of_the_final_attack_can_fail(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(robustness_module, "known_verdicts", lambda partial: None)
+    monkeypatch.setattr(
+        robustness_module, "known_verdicts", lambda partial: robustness_module.Verdicts.empty()
+    )
     with pytest.raises(AssertionError):
         check_final_attack(tmp_path, monkeypatch, reported(small), signal.SIGTERM, 143)

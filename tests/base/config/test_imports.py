@@ -51,6 +51,14 @@ def test_a_file_runs_once_however_it_is_named(tmp_path, monkeypatch):
     assert sys.path[-1] == str(tmp_path), "after the clone, which it must not hide"
 
 
+def test_a_file_in_the_clone_itself_can_be_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(imports, "ROOT", tmp_path)
+    (tmp_path / "beside_commands.py").write_text(REGISTERS)
+    (code,) = own(tmp_path / "beside_commands.py")
+    assert code.name == "beside_commands"
+    assert "frn" in NORM_LAYERS
+
+
 def test_files_of_parents_come_first_and_null_deletes_them(tmp_path):
     for name in ("first_one", "second_one", "third_one"):
         (tmp_path / name).mkdir()
