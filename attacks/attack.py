@@ -83,13 +83,13 @@ class Attack(ABC):
         self.targeted = targeted
         self.loss = loss
         self.seed = seed
-        # not self.__post_init__, which a subclass may have written for its own fields
+        # Not self.__post_init__, which a subclass may have written for its own fields
         Attack.__post_init__(self)
 
     def __post_init__(self) -> None:
         """Check the fields that attacks share, and turn numbers of other kinds, such as numpy's,
         into Python's."""
-        # a subclass with losses of its own may name them as it likes
+        # A subclass with losses of its own may name them as it likes
         if type(self).losses is Attack.losses and self.loss not in ATTACK_LOSSES:
             raise ValueError(f"loss {self.loss!r} is not one of: {', '.join(ATTACK_LOSSES)}")
         checked: dict[str, float] = {"epsilon": self.threat_model.epsilon}
@@ -101,11 +101,11 @@ class Attack(ABC):
             elif name == "seed":
                 checked[name] = check_count(name, value, 0)
         for name, value in checked.items():
-            # a frozen dataclass forbids plain assignment
+            # A frozen dataclass forbids plain assignment
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        # for subclasses that are not dataclasses
+        # For subclasses that are not dataclasses
         values = ", ".join(f"{name}={value!r}" for name, value in settings(self).items())
         return f"{type(self).__qualname__}({values})"
 
@@ -124,7 +124,7 @@ class Attack(ABC):
         """
         if "confidence" not in arguments(type(self)):
             return self
-        # an attack that was made more confident stays so
+        # An attack that was made more confident stays so
         return replace(self, confidence=max(confidence, self.confidence))
 
     @property
@@ -177,9 +177,9 @@ class Attack(ABC):
             raise ValueError(
                 f"generators: expected one, or {len(images)}, one per image, not {len(generators)}"
             )
-        # a search may call backward itself, so gradients are on; the caller's setting comes back
+        # A search may call backward itself, so gradients are on; the caller's setting comes back
         with torch.inference_mode(False), torch.enable_grad(), frozen(model, training=False):
-            # clones are ordinary tensors, even of tensors that were made in inference mode
+            # Clones are ordinary tensors, even of tensors that were made in inference mode
             images = images.detach().clone()
             labels = labels.detach().clone().long()
             if len(images) == 0:
@@ -187,7 +187,7 @@ class Attack(ABC):
             if generators is None:
                 generators = torch_generator(self.seed, "attack")
             classifier = Classifier(model, labels)
-            # another clone, as perturb may write into it
+            # Another clone, as perturb may write into it
             points = self.perturb(classifier, images.clone(), labels, generators)
             points = self._check_points(points, images)
             points = torch.where(points.isfinite(), points, images)
@@ -253,7 +253,7 @@ class Attack(ABC):
             losses = self.losses(logits, labels)
             gradient = None
             if losses.requires_grad:
-                # the sum, not the mean: an image's gradient must not depend on its batch
+                # The sum, not the mean: an image's gradient must not depend on its batch
                 (gradient,) = torch.autograd.grad(losses.sum(), points, allow_unused=True)
         if gradient is None:
             gradient = torch.zeros_like(points)
@@ -307,7 +307,7 @@ def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        # not model.train(mode): modules may have been in different modes
+        # Not model.train(mode): modules may have been in different modes
         for module, mode in modes:
             module.training = mode
 
@@ -337,7 +337,7 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
             raise ValueError(f"{name}: expected a tensor, not {type(value).__name__}")
     if images.ndim != 4 or 0 in images.shape[1:]:
         raise ValueError(f"images: expected the shape (B, C, H, W), not {tuple(images.shape)}")
-    # half precision cannot hold 1/255 near 1
+    # Half precision cannot hold 1/255 near 1
     if images.dtype not in (torch.float32, torch.float64):
         hint = ""
         if not images.dtype.is_floating_point:
@@ -353,7 +353,7 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         return
     low = float(images.amin())
     high = float(images.amax())
-    # false for NaN, too
+    # False for NaN, too
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"images: expected pixels in [0, 1], found {_format_pixel(low)} to"

@@ -55,7 +55,7 @@ class AutoAttack(Attack):
     norm: str = "linf"
     _: KW_ONLY
     seed: int = 0
-    # large logits flatten the gradient of cross entropy, not that of this loss
+    # Large logits flatten the gradient of cross entropy, not that of this loss
     loss: str = field(default="dlr", init=False, repr=False, compare=False)
     warnings: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -95,7 +95,7 @@ class AutoAttack(Attack):
                 f"the model has {n_classes} classes: {n_classes - 1} targets instead of the"
                 f" standard {STANDARD_TARGETS} in apgd-t and fab-t"
             )
-        # decided here, as the package would take NaN for a class
+        # Decided here, as the package would take NaN for a class
         remaining = (wrongness(logits, labels) == 0).nonzero().flatten()
         if len(remaining) == 0:
             return images
@@ -103,7 +103,7 @@ class AutoAttack(Attack):
         if not isinstance(generator, torch.Generator):
             generator = generator[0]
         seed = int(torch.randint(2**31, (), generator=generator))
-        # the package seeds the global generators of all CUDA devices, wherever the images are;
+        # The package seeds the global generators of all CUDA devices, wherever the images are;
         # asking for their states would start CUDA in a process that does not use it
         devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
         with torch.random.fork_rng(devices=devices), _keep_tracer(), _collect(self._warn):
@@ -153,7 +153,7 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(f"pyautoattack.{module}")
     except ModuleNotFoundError as error:
-        # a package that pyautoattack itself misses is another error
+        # A package that pyautoattack itself misses is another error
         if error.name is None or not error.name.startswith("pyautoattack"):
             raise
         raise ConfigError(
@@ -165,7 +165,7 @@ def _import(module: str) -> Any:
 def _keep_tracer() -> Iterator[None]:
     """Within the context the package may trace the model's forward pass, which it does to count
     calls; afterwards the tracer of a debugger or a coverage tool is back."""
-    # the package's counters are global: without a reset, one suspicious model taints all later ones
+    # The package's counters are global: without a reset, one suspicious model taints all later ones
     counters = _import("checks").funcs
     counters.update(dict.fromkeys(counters, 0))
     tracer = sys.gettrace()

@@ -131,7 +131,7 @@ class APGD(Attack):
                 state.keep(reached < DONE)
                 if len(state.index) == 0:
                     return
-            # before the first step there is no change to repeat
+            # Before the first step there is no change to repeat
             momentum = MOMENTUM if step > 0 else 1.0
             state.step(self.threat_model, momentum)
         self._judge(model, worst, state.index, state.points, state.labels)
@@ -184,7 +184,7 @@ class _State:
         self.best_gradient = self.gradient
         self.best_loss = start.new_full((n,), float("-inf"), dtype=torch.float32)
         self.best_loss_at_checkpoint = self.best_loss
-        # infinite, so that the start does not count as a rise
+        # Infinite, so that the start does not count as a rise
         self.loss = -self.best_loss
         self.rises = torch.zeros_like(self.loss)
         # True, so that condition 2 does not hold at the first checkpoint

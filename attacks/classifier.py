@@ -36,7 +36,7 @@ class Classifier:
         self.smallest = 0
         self.largest = 0
         if len(labels):
-            # read now, so that no forward pass has to wait for the device
+            # Read now, so that no forward pass has to wait for the device
             self.smallest = int(labels.min())
             self.largest = int(labels.max())
 
@@ -59,7 +59,7 @@ def checked_logits(model: Model, images: Tensor) -> Tensor:
         TypeError: the answer is not a tensor of numbers.
         ValueError: the answer has another shape, or only one class.
     """
-    # a copy, as the model may write into its input
+    # A copy, as the model may write into its input
     answer = model(images.clone())
     expected = "the model must return logits (B, classes)"
     if not isinstance(answer, Tensor):

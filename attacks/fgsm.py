@@ -29,7 +29,7 @@ class FGSM(PGD):
     restarts: int = field(default=1, init=False, repr=False)
     random_start: bool = field(default=False, init=False, repr=False)
     seed: int = field(default=0, init=False, repr=False)
-    # the others keep PGD's meaning, but only by keyword
+    # The others keep PGD's meaning, but only by keyword
     early_stop: bool | int = field(default=False, kw_only=True)
     targeted: bool = field(default=False, kw_only=True)
     loss: str = field(default="ce", kw_only=True)

@@ -41,7 +41,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[1] < 3:
         raise ValueError(f"the DLR loss needs at least 3 classes, the model has {logits.shape[1]}")
     largest = logits.topk(3, dim=1).values
-    # the authors' code adds the same 1e-12
+    # The authors' code adds the same 1e-12
     return margin(logits, labels) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 

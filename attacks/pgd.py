@@ -142,7 +142,7 @@ class PGD(Attack):
             reached = self.reached(logits, labels[remaining])
             worst.update(remaining, points, losses, reached)
             if self.early_stop:
-                # an image that is done leaves the batch, so later passes are cheaper
+                # An image that is done leaves the batch, so later passes are cheaper
                 unfinished = reached < DONE
                 remaining = remaining[unfinished]
                 points = points[unfinished]
@@ -150,7 +150,7 @@ class PGD(Attack):
                 if len(remaining) == 0:
                     return
             points = self.step(points, gradient, images[remaining])
-        # a step evaluates the point before it, so the last point needs a pass of its own
+        # A step evaluates the point before it, so the last point needs a pass of its own
         with torch.no_grad():
             logits = model(points)
         losses = self.losses(logits, labels[remaining])

@@ -95,7 +95,7 @@ class Square(Attack):
     def start(self, images: Tensor, generators: Generators) -> Tensor:
         """Return the first points to try for `images` `(n, C, H, W)`."""
         if self.threat_model.norm == "linf":
-            # one sign per channel and column: vertical stripes
+            # One sign per channel and column: vertical stripes
             signs = _signs(draw(torch.rand, images[:, :, :1], generators))
             return self.threat_model.project(images + self.threat_model.epsilon * signs, images)
         return self._at_full_length(_bump_grid(images, generators), images)
@@ -113,7 +113,7 @@ class Square(Attack):
         share = self.p_init / 2**halvings
         side = max(round((share * height * width) ** 0.5), 1)
         if self.threat_model.norm == "l2":
-            # a pair of bumps needs an odd side of at least 3, where the image has the room
+            # A pair of bumps needs an odd side of at least 3, where the image has the room
             side = max(side, 3) | 1
         return min(side, height, width)
 
@@ -141,7 +141,7 @@ class Square(Attack):
         emptied = _Window(draws[:, 2], draws[:, 3], height, width, side).mask & ~filled.mask
         transposed = (draws[:, 4] < 0.5).long()[:, None, None]
         signs = _signs(draws[:, 5:, None, None])
-        # every pixel looks up its place in the window; those outside look up place 0 and are masked
+        # Every pixel looks up its place in the window; those outside look up place 0 and are masked
         # below
         bumps = _bumps(side).to(images)
         bumps = bumps[transposed, filled.row[:, :, None], filled.column[:, None, :]].unsqueeze(1)
@@ -203,7 +203,7 @@ def _inside(draws: Tensor, size: int, side: int) -> tuple[Tensor, Tensor]:
 
 def _uniform(n: int, count: int, images: Tensor, generators: Generators) -> Tensor:
     """Draw `count` numbers in [0, 1) for each of `n` images, `(n, count)`."""
-    # always float32: a draw that is rounded up to 1 would choose a place outside of the image
+    # Always float32: a draw that is rounded up to 1 would choose a place outside of the image
     return draw(torch.rand, images.new_empty((n, count), dtype=torch.float32), generators)
 
 
@@ -230,7 +230,7 @@ def _bump(height: int, width: int) -> Tensor:
     columns = (torch.arange(width) - width // 2).abs()
     distance = torch.maximum(rows[:, None], columns[None, :])
     terms = 1 / torch.arange(1, max(height, width) // 2 + 2).square()
-    # reversed twice, as the sums begin at d and not at 0
+    # Reversed twice, as the sums begin at d and not at 0
     sums = terms.flip(0).cumsum(0).flip(0)
     bump = sums[distance]
     return bump / torch.linalg.vector_norm(bump)
@@ -259,7 +259,7 @@ def _bump_grid(images: Tensor, generators: Generators) -> Tensor:
     # (n, C, down, across, side, side): a pair of bumps for every tile
     tiles = _bumps(side).to(images)[transposed].unsqueeze(1) * signs
     grid = tiles.permute(0, 1, 2, 4, 3, 5).reshape(n, channels, down * side, across * side)
-    # the tiles seldom fill the image: the border around them stays as it is
+    # The tiles seldom fill the image: the border around them stays as it is
     change = torch.zeros_like(images)
     top = (height - down * side) // 2
     left = (width - across * side) // 2

@@ -68,7 +68,7 @@ class ThreatModel:
             points = torch.minimum(torch.maximum(points, lower), upper)
         else:
             points = images + self.bound(points - images)
-        # images lie in [0, 1], so clamping moves every pixel towards its image's, never out of the
+        # Images lie in [0, 1], so clamping moves every pixel towards its image's, never out of the
         # ball
         return points.clamp(0, 1)
 
@@ -76,7 +76,7 @@ class ThreatModel:
         """Project `change` `(B, C, H, W)` into the ball around zero."""
         if self.norm == "linf":
             return change.clamp(-self.epsilon, self.epsilon)
-        # a little shorter than the radius, so that rounding in images + change stays in the ball
+        # A little shorter than the radius, so that rounding in images + change stays in the ball
         radius = self.epsilon * (1 - ROUNDING)
         return change * (radius / lengths(change).clamp_min(1e-30)).clamp(max=1)
 
@@ -94,9 +94,9 @@ class ThreatModel:
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         if self.norm == "linf":
             return gradient.sign()
-        # squares of tiny gradients underflow: the largest entry becomes 1 before they are taken
+        # Squares of tiny gradients underflow: the largest entry becomes 1 before they are taken
         gradient = gradient / _largest_entry(gradient)
-        # that makes every length at least 1, except where the gradient is zero and stays zero
+        # That makes every length at least 1, except where the gradient is zero and stays zero
         return gradient / lengths(gradient).clamp_min(0.5)
 
     def random_start(self, images: Tensor, generators: Generators) -> Tensor:
@@ -108,7 +108,7 @@ class ThreatModel:
         if self.norm == "linf":
             change = 2 * draw(torch.rand, images, generators) - 1
         else:
-            # nearly all of a ball of many dimensions lies at its surface, and an attack of few
+            # Nearly all of a ball of many dimensions lies at its surface, and an attack of few
             # steps does not get rid of a random change of full length: it finds less
             direction = draw(torch.randn, images, generators)
             radius = draw(torch.rand, images[:, :1, :1, :1], generators)
@@ -126,7 +126,7 @@ class ThreatModel:
 def lengths(change: Tensor) -> Tensor:
     """Return the Euclidean length of every image, `(B, 1, 1, 1)`, exact to rounding for any
     size."""
-    # the largest entry is divided out, so that no square vanishes or becomes infinite
+    # The largest entry is divided out, so that no square vanishes or becomes infinite
     largest = _largest_entry(change)
     # torch.linalg.vector_norm adds squares one after another, which in float32 is off by 2e-5 for
     # 224 x 224 pixels; sum adds them pairwise
@@ -154,7 +154,7 @@ def draw(distribution: Callable[..., Tensor], like: Tensor, generators: Generato
         like: the tensor to imitate.
         generators: where the numbers come from.
     """
-    # on the CPU, so that the numbers are the same for every device
+    # On the CPU, so that the numbers are the same for every device
     if isinstance(generators, torch.Generator):
         drawn = distribution(like.shape, generator=generators)
     elif isinstance(generators, Sequence):

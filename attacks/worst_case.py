@@ -36,7 +36,7 @@ class WorstCase:
             losses: `(n,)`.
             reached: int64 `(n,)`.
         """
-        # a comparison with NaN is always false: as -inf it loses against every number
+        # A comparison with NaN is always false: as -inf it loses against every number
         losses = losses.nan_to_num(nan=float("-inf"))
         before = self.reached[index]
         farther = reached > before

@@ -119,14 +119,14 @@ class BaseDataLoader(ABC):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of the current epoch, from `first_batch` on."""
-        # the generator gets its own copy: set_epoch does not change an iteration that has begun
+        # The generator gets its own copy: set_epoch does not change an iteration that has begun
         return self._batches(self._epoch, self._first_batch)
 
     def _batches(self, epoch: int, first_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         device = torch.device(self.device)
         order = self.order(epoch).to(device)
         labels = self.labels.to(device)
-        # a loader may yield fewer batches than there are images for (num_batches)
+        # A loader may yield fewer batches than there are images for (num_batches)
         whole_batches = order.split(self.batch_size)[first_batch : len(self)]
         shards = [self._shard(len(batch)) for batch in whole_batches]
         batches = [batch[shard.part] for batch, shard in zip(whole_batches, shards, strict=True)]
@@ -154,7 +154,7 @@ class BaseDataLoader(ABC):
         """
         if not batches:
             return iter(())
-        # one copy to the CPU for all batches, as every copy makes the host wait for the device
+        # One copy to the CPU for all batches, as every copy makes the host wait for the device
         on_host = torch.cat(tuple(batches)).cpu().split([len(batch) for batch in batches])
         return (self.images_at(positions) for positions in on_host)
 
@@ -195,7 +195,7 @@ class BaseDataLoader(ABC):
 
     def fingerprint(self) -> str:
         """Return a hexadecimal digest of the labels: a run is resumed only with the same ones."""
-        # of one byte order, so that the digest is the same on every machine
+        # Of one byte order, so that the digest is the same on every machine
         labels = self.labels.cpu().numpy().astype("<i8")
         return hashlib.sha256(labels.tobytes()).hexdigest()
 
@@ -292,7 +292,7 @@ class Subset(BaseDataLoader):
 def to_float(images: Tensor) -> Tensor:
     """Return pixels as float32 in `[0, 1]`: uint8 is divided by 255, floats stay as they are."""
     if images.dtype == torch.uint8:
-        # copy, as the division is in place and the caller's images must stay
+        # Copy, as the division is in place and the caller's images must stay
         return images.to(torch.float32, copy=True).div_(255)
     return images
 

@@ -58,7 +58,7 @@ class BaseModel(nn.Module, ABC):
         **layer_arguments: Any,
     ) -> None:
         super().__init__()
-        # in the order of LAYER_CHOICES
+        # In the order of LAYER_CHOICES
         names = (norm_layer_type, conv_layer_type, linear_layer_type, activation_layer_type)
         self.norm_layer, self.conv_layer, self.linear_layer, self.activation_layer = (
             _layer(choice, name, layer_arguments)
@@ -71,7 +71,7 @@ class BaseModel(nn.Module, ABC):
                     f"arch.args.{key}: not an argument of any layer{did_you_mean(key, known)}"
                 )
         self.in_channels = in_channels
-        # not persistent: the keys of the state dict stay those of the original ConvNorm models
+        # Not persistent: the keys of the state dict stay those of the original ConvNorm models
         self.register_buffer("mean", _per_channel("mean", mean, 0.0, in_channels), persistent=False)
         self.register_buffer("std", _per_channel("std", std, 1.0, in_channels), persistent=False)
 

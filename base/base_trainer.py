@@ -132,7 +132,7 @@ class BaseTrainer(ABC):
     def __init__(self, parts: TrainerParts) -> None:
         self.config = parts.config
         self.model = parts.model
-        # for training passes: several processes wrap the model in DistributedDataParallel
+        # For training passes: several processes wrap the model in DistributedDataParallel
         self.network: nn.Module = parts.model
         self.optimizer = parts.optimizer
         self.schedule = parts.schedule
@@ -154,7 +154,7 @@ class BaseTrainer(ABC):
         self.checkpoints = CheckpointManager(parts.folder, parts.config.trainer)
         self.trackers: Tracker = Trackers()
         self.signals = StopSignals()
-        # the current minibatch as it was loaded, for the nan guard's message
+        # The current minibatch as it was loaded, for the nan guard's message
         self.images: Tensor | None = None
 
     # What a training method writes
@@ -208,10 +208,10 @@ class BaseTrainer(ABC):
             loss = loss + self.penalty(self.model)
         self.optimizer.zero_grad()
         loss.backward()
-        # before the step: a bad gradient must not reach weights and momentum
+        # Before the step: a bad gradient must not reach weights and momentum
         self.nan_guard.check(self.model, loss, self.state, self.images)
         self.optimizer.step()
-        # each process has normalized other images
+        # Each process has normalized other images
         distribute_bn(self.model)
         if self.ema is not None:
             self.ema.update()
@@ -238,7 +238,7 @@ class BaseTrainer(ABC):
         if world_size() == 1:
             return Shard(len(images))
         batch_size = self.train_loader.batch_size
-        # the last minibatch of an epoch may be smaller
+        # The last minibatch of an epoch may be smaller
         remaining = self.train_loader.n_samples - self.state.batches_done * batch_size
         return shard_of(min(batch_size, remaining))
 
@@ -274,7 +274,7 @@ class BaseTrainer(ABC):
         """
         self.network = wrap_ddp(self.model)
         with self.signals.caught():
-            # now, so that a kill in the first epoch loses nothing, a full disk is found before an
+            # Now, so that a kill in the first epoch loses nothing, a full disk is found before an
             # epoch is spent, and a damaged file is replaced
             self.checkpoints.save_last(self.checkpoint())
             self.checkpoints.check_disk_space()
@@ -317,7 +317,7 @@ class BaseTrainer(ABC):
             self.images = images
             result = self.train_batch(*self.mixup(images, labels))
             _check_result(result, type(self).__name__)
-            # where every process computes the whole minibatch, one of them counts it
+            # Where every process computes the whole minibatch, one of them counts it
             if shard.counts:
                 self.meters.add(result)
             self.schedule.step_batch()
@@ -329,7 +329,7 @@ class BaseTrainer(ABC):
                 state.train_seconds += perf_counter() - begin
                 self._stop()
         self.nan_guard.check_pending()
-        # before the clock is read, as this waits for the device to finish
+        # Before the clock is read, as this waits for the device to finish
         means = self.meters.all_reduce().means()
         state.train_seconds += perf_counter() - begin
         broadcast_buffers(self.model)
@@ -392,12 +392,12 @@ class BaseTrainer(ABC):
         """Count the epoch, save it and log it."""
         self.schedule.step_epoch(log)
         self.meters = Meters()
-        # before the epoch joins the history that it is compared with
+        # Before the epoch joins the history that it is compared with
         for warning in self.epoch_warnings(log):
             logger.warning(warning)
         improved = self.state.finish_epoch(log, self.config.trainer.monitor)
         self.checkpoints.save_epoch(self.checkpoint(), self.state.epochs_done, improved)
-        # after the checkpoint: a run that is killed before it is saved trains the epoch again, and
+        # After the checkpoint: a run that is killed before it is saved trains the epoch again, and
         # would log it twice
         self.trackers.log_epoch(log)
         logger.info("%s%s", describe(log), "  (best)" if improved else "")
@@ -422,7 +422,7 @@ class BaseTrainer(ABC):
 
         The state after the epoch's last minibatch is saved then, and a resumed run validates again.
         """
-        # a process that left alone would leave the others waiting
+        # A process that left alone would leave the others waiting
         if world_size() > 1:
             return self.validate()
         try:
@@ -437,7 +437,7 @@ class BaseTrainer(ABC):
         """Return whether a signal has reached any process: all stop after the same minibatch."""
         asked = all_reduce_max(self.signals.asked or 0)
         if asked == 0:
-            # a signal may have come since: signals.asked stays as it is for the next call
+            # A signal may have come since: signals.asked stays as it is for the next call
             return False
         self.signals.asked = asked
         return True
@@ -451,7 +451,7 @@ class BaseTrainer(ABC):
         """
         self.nan_guard.check_pending()
         if self.state.batches_done:
-            # an epoch that is not finished has not been checked yet
+            # An epoch that is not finished has not been checked yet
             self.nan_guard.check_weights(self.model, self.state)
             self.nan_guard.check_outputs(self.model, self.state, self.images)
         self.checkpoints.save_last(self.checkpoint())
@@ -511,7 +511,7 @@ class BaseTrainer(ABC):
         self._check_types(checkpoint, source)
         self.state = TrainState(**checkpoint["progress"])
         self._restore_weights_and_optimizer(checkpoint, source)
-        # the saved sums are those of all processes
+        # The saved sums are those of all processes
         if is_primary():
             self.meters.load_state_dict(checkpoint["totals"], self.device)
         try:
@@ -593,7 +593,7 @@ class BaseTrainer(ABC):
 
         from_primary(restore)
         if not is_primary():
-            # copies of a model must not drop the same units
+            # Copies of a model must not drop the same units
             state = self.state
             seed_global_generators(
                 self.config.seed, f"training {rank()} {state.epochs_done} {state.batches_done}"

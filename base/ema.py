@@ -36,7 +36,7 @@ class ModelEma:
     def update(self) -> None:
         """Follow one update of the source."""
         self.updates += 1
-        # small at first, so that the random initial weights are soon forgotten
+        # Small at first, so that the random initial weights are soon forgotten
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = list(_averaged_tensors(self._model))
         torch._foreach_lerp_(averages, list(_averaged_tensors(self.source)), 1 - decay)
@@ -49,7 +49,7 @@ class ModelEma:
         with torch.no_grad():
             for buffer, of_source in buffers:
                 if id(buffer) not in averaged:
-                    # data, not copy_: the source's first step may change a buffer's size, as that
+                    # Data, not copy_: the source's first step may change a buffer's size, as that
                     # of ConvNorm's spectrum
                     buffer.data = of_source.data.clone()
             for module in self._model.modules():

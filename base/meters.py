@@ -88,7 +88,7 @@ class Meters:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue from saved sums."""
-        # the type first: a run from a CPU may go on on a device without float64
+        # The type first: a run from a CPU may go on on a device without float64
         self.sums = {
             name: value.to(_sum_dtype(device)).to(device) for name, value in state["sums"].items()
         }

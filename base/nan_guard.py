@@ -46,9 +46,9 @@ class NanGuard:
         self.folder = folder
         # int64 on the device: the first bad batch of the epoch, counted from 1; 0 for none
         self._first_bad: Tensor | None = None
-        # model, loss, epoch and images of the last update
+        # Model, loss, epoch and images of the last update
         self._last: tuple[nn.Module, Tensor, int, Tensor | None]
-        # updates that the host has not asked about yet
+        # Updates that the host has not asked about yet
         self._pending = 0
         self._saved = OF_LAST_EPOCH
 
@@ -69,10 +69,10 @@ class NanGuard:
         gradients = [
             parameter.grad for parameter in model.parameters() if parameter.grad is not None
         ]
-        # one number for all gradients: a single bad one makes their norm infinite or NaN
+        # One number for all gradients: a single bad one makes their norm infinite or NaN
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
-        # gradients are averages over all processes, but each process knows only its own loss, and
+        # Gradients are averages over all processes, but each process knows only its own loss, and
         # all have to stop at the same update
         finite = all_reduce_min(finite.long()) > 0
         if self._first_bad is None:
@@ -91,9 +91,9 @@ class NanGuard:
 
     def deferred(self, device: torch.device) -> bool:
         """Return whether the optimizer skips bad updates by itself."""
-        # this attribute is how torch's GradScaler recognizes such an optimizer
+        # This attribute is how torch's GradScaler recognizes such an optimizer
         skips = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        # the groups are asked, too, as a resumed run brings its own
+        # The groups are asked, too, as a resumed run brings its own
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         return device.type in self.deferred_on and skips and fused
 
@@ -248,7 +248,7 @@ def first_bad_output(model: nn.Module, images: Tensor) -> str | None:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     rng_state = get_rng_state()
     try:
-        # not model(images), which may be compiled and then calls no hooks
+        # Not model(images), which may be compiled and then calls no hooks
         model.forward(images)
     finally:
         for handle in handles:

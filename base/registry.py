@@ -130,7 +130,7 @@ def lookup(table: Mapping[str, T], name: str, key: str) -> T:
     """
     try:
         return table[name]
-    # a TypeError: JSON may hold a list or an object in place of the name, which cannot be hashed
+    # A TypeError: JSON may hold a list or an object in place of the name, which cannot be hashed
     except (KeyError, TypeError):
         raise ConfigError(f"{key}: {not_one_of(name, table)}") from None
 
@@ -165,12 +165,12 @@ def nearest_name(name: str, known: Iterable[str]) -> str | None:
     misspelt = {}
     for candidate in names:
         other = _plain(candidate)
-        # the cheap test first: each letter by which one name is longer takes an edit
+        # The cheap test first: each letter by which one name is longer takes an edit
         if abs(len(plain) - len(other)) > max_edits:
             continue
         edits = _edit_distance(plain, other)
         similarity = SequenceMatcher(None, plain, other).ratio()
-        # most letters of a short name must agree: gm is one letter from gn, but not similar
+        # Most letters of a short name must agree: gm is one letter from gn, but not similar
         if edits <= max_edits and similarity >= MIN_SIMILARITY:
             misspelt[candidate] = (edits, -similarity)
     if misspelt:

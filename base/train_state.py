@@ -72,7 +72,7 @@ class TrainState:
             self.epochs_without_improvement = 0
         else:
             self.epochs_without_improvement += 1
-        # of equally good epochs the newest is the best, as in ConvNorm, but only a better one
+        # Of equally good epochs the newest is the best, as in ConvNorm, but only a better one
         # counts as an improvement; after the best model was lost, any epoch is the best
         if better or value == self.best_value or self.best_epoch is None:
             self.best_epoch = self.epochs_done

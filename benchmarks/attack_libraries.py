@@ -85,7 +85,7 @@ LARGE = Network(
 CIFAR_SIZES = {"linf": (8.0, 2.0), "l2": (0.5, 0.125)}
 """Epsilon and step size for the network of `--checkpoint`."""
 
-# setting -> PGD's steps (0 for FGSM), norm, goal
+# Setting -> PGD's steps (0 for FGSM), norm, goal
 ATTACKS = {
     "PGD-10, l-inf": (10, "linf", 2.5),
     "PGD-10, l2": (10, "l2", 2.5),

@@ -45,7 +45,7 @@ def random_crop(
         padded = images[:, :, rows][:, :, :, columns]
     else:
         padded = F.pad(images, (padding,) * 4)
-    # a view of every possible window, which copies nothing
+    # A view of every possible window, which copies nothing
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(batch, device=images.device), :, top, left]
 
@@ -55,7 +55,7 @@ def _mirrored(length: int, padding: int) -> Tensor:
     places = torch.arange(-padding, length + padding)
     if length == 1:
         return torch.zeros_like(places)
-    # a period goes to the end and back: 0, 1, ..., length - 1, length - 2, ..., 1
+    # A period goes to the end and back: 0, 1, ..., length - 1, length - 2, ..., 1
     period = 2 * length - 2
     place = places % period
     return torch.minimum(place, period - place)
@@ -108,7 +108,7 @@ def cutout(
         place = torch.arange(length, device=images.device)
         return (place >= first) & (place < first + size)
 
-    # rows before columns: their order decides which random numbers they get
+    # Rows before columns: their order decides which random numbers they get
     rows = covered(height)
     columns = covered(width)
     mask = (rows[:, :, None] & columns[:, None, :])[:, None]

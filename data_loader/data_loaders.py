@@ -78,7 +78,7 @@ class ImageFolderDataLoader(TrainingDataLoader):
         channels: Literal[1, 3] = 3,
         **options: Any,
     ) -> None:
-        # before the base class's constructor, which calls `read`
+        # Before the base class's constructor, which calls `read`
         self.data_dir = data_dir
         self._image_size = image_size
         self._keep_in_memory = in_memory
@@ -89,7 +89,7 @@ class ImageFolderDataLoader(TrainingDataLoader):
     def read(self, train: bool) -> LabeledImages:
         if not train:
             return self._test_part
-        # one scan of both parts, to find files that are in both
+        # One scan of both parts, to find files that are in both
         part, self._test_part = read_image_folder(
             self.data_dir,
             self._image_size,

@@ -25,7 +25,7 @@ from data_loader.folder_scan import KEY, FolderScan, check_link, class_folders
 from data_loader.images import FileImages, Images, MemoryImages
 from data_loader.splits import stratified_split
 
-# fixed, so that runs with different seeds are tested on the same images
+# Fixed, so that runs with different seeds are tested on the same images
 TEST_SPLIT_SEED = 0
 TEST_SPLIT = 0.2
 """The default fraction of every class for the test set, if the data set does not have one."""
@@ -98,7 +98,7 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabeledIm
                     data = source(root=folder, train=train, download=True)
     except (OSError, RuntimeError, HTTPException) as error:
         if not existed:
-            # leave no empty folder, which the download creates first
+            # Leave no empty folder, which the download creates first
             with suppress(OSError):
                 (folder / LOCK).unlink(missing_ok=True)
                 folder.rmdir()
@@ -113,7 +113,7 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabeledIm
 def _locked(folder: Path) -> Iterator[None]:
     """Wait until no other process downloads to `folder`, and keep the others waiting."""
     with ExitStack() as stack:
-        # a folder that cannot be written is reported by the download itself
+        # A folder that cannot be written is reported by the download itself
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((folder / LOCK).open("w"))

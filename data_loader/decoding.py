@@ -10,7 +10,7 @@ from torch import Tensor
 from base.errors import DataError
 from base.text import first_line
 
-# the number of the tag in TIFF files
+# The number of the tag in TIFF files
 BITS_PER_SAMPLE = 258
 
 
@@ -96,7 +96,7 @@ def _bits(image: Image.Image) -> int:
 def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
     width, height = image.size
     shorter = min(width, height)
-    # truncated and rounded as in torchvision's Resize and CenterCrop
+    # Truncated and rounded as in torchvision's Resize and CenterCrop
     size = (int(side * width / shorter), int(side * height / shorter))
     image = image.resize(size, Image.Resampling.BILINEAR)
     left = round((image.width - side) / 2)

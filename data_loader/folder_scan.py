@@ -109,7 +109,7 @@ class FolderScan:
         while waiting:
             folder = waiting.pop()
             status = os.stat(folder)  # noqa: PTH116 - in a loop over many folders
-            # a link may lead to a folder above, which would be searched forever
+            # A link may lead to a folder above, which would be searched forever
             if (status.st_dev, status.st_ino) in visited:
                 self._skipped["repeated through links"] += 1
                 continue
@@ -122,7 +122,7 @@ class FolderScan:
                     below.append(entry.path)
                 elif self._is_new_image(entry, Place(str(part), label, entry.path)):
                     found.append((folder, entry.name))
-            # the last one is searched next, so the first one goes to the end
+            # The last one is searched next, so the first one goes to the end
             waiting += reversed(below)
         return [os.path.join(folder, name) for folder, name in sorted(found)]  # noqa: PTH118
 
@@ -178,12 +178,12 @@ def leads_to(entry: os.DirEntry) -> str:
             return "folder"
         if entry.is_file():
             return "file"
-    # links that lead to each other
+    # Links that lead to each other
     except OSError:
         return "nothing"
     if entry.is_symlink():
         return "nothing"
-    # a device, a socket or a pipe
+    # A device, a socket or a pipe
     return "else"
 
 
@@ -210,7 +210,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry]:
 def _identity(entry: os.DirEntry) -> tuple[int, int] | str:
     """Return a value that is equal for all names of one file."""
     status = entry.stat()
-    # some file systems do not number their files
+    # Some file systems do not number their files
     if status.st_ino == 0:
         return os.path.realpath(entry.path)
     return status.st_dev, status.st_ino

@@ -61,7 +61,7 @@ def read_test_images(folder: str | Path, size: int | None = None) -> LabeledImag
 
 def with_channels(part: LabeledImages, channels: int) -> LabeledImages:
     """Return the same images; files are decoded to this number of channels."""
-    # pixels in memory keep their channels
+    # Pixels in memory keep their channels
     if not isinstance(part.images, FileImages) or part.images.shape[0] == channels:
         return part
     shape = (channels, *part.images.shape[1:])
@@ -71,7 +71,7 @@ def with_channels(part: LabeledImages, channels: int) -> LabeledImages:
 def unshuffled_loader(part: LabeledImages, device: torch.device) -> ImageDataLoader:
     """Return a loader of all images, in order, with pixels in `[0, 1]`."""
     channels = part.images.shape[0]
-    # mean and std belong to the checkpoint here, so the loader has none of its own
+    # Mean and std belong to the checkpoint here, so the loader has none of its own
     return ImageDataLoader(
         part.images,
         part.labels,

@@ -85,7 +85,7 @@ class ImageDataLoader(BaseDataLoader):
             self.std = tuple(map(float, std))
         self.device = torch.device(device)
         self.clean_labels = None
-        # in the order of iteration, which is fixed only for an unshuffled loader
+        # In the order of iteration, which is fixed only for an unshuffled loader
         if clean_labels is not None and not shuffle:
             self.clean_labels = torch.from_numpy(clean_labels[: self.n_samples]).to(self.device)
         self.positions = torch.arange(self.n_samples)

@@ -149,7 +149,7 @@ class LoadedImages:
             return
         index = torch.from_numpy(self.index)
         sizes = [len(batch) for batch in batches]
-        # one copy from the device for all batches: each copy makes the host wait
+        # One copy from the device for all batches: each copy makes the host wait
         chosen = index[torch.cat(tuple(batches)).cpu()].split(sizes)
         with loader_errors(self._where):
             for number, images in enumerate(self.loader.image_batches(chosen)):
@@ -164,7 +164,7 @@ class LoadedImages:
         """Return the hexadecimal SHA-256 of shape and pixels. Above `FINGERPRINT_BYTES`, only every
         n-th image is loaded."""
         digest = hashlib.sha256(f"loaded {len(self)} {self.shape}".encode())
-        # the size of uint8 pixels, although floats take four times as many bytes
+        # The size of uint8 pixels, although floats take four times as many bytes
         step = -(-len(self) * prod(self.shape) // FINGERPRINT_BYTES) or 1
         for images in self.batches(torch.arange(0, len(self), step).split(DECODE_BATCH)):
             digest.update(images.cpu().contiguous().numpy())
@@ -335,7 +335,7 @@ def pixel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ..
 def _power_sums(images: Tensor) -> Tensor:
     """Return number, sum and sum of squares of each channel's pixels: float64 `(3, C)`, on the
     CPU."""
-    # on the CPU, because MPS has no double precision
+    # On the CPU, because MPS has no double precision
     pixels = images.cpu().double()
     count = torch.full((pixels.shape[1],), pixels.numel() / pixels.shape[1], dtype=torch.float64)
     return torch.stack([count, pixels.sum(dim=(0, 2, 3)), (pixels**2).sum(dim=(0, 2, 3))])

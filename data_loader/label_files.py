@@ -189,7 +189,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     NAMES: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): _PickledArray,
         ("numpy", "dtype"): _PickledDtype,
-        # protocol 2, which Python 2 can read, writes bytes as encoded text
+        # Protocol 2, which Python 2 can read, writes bytes as encoded text
         ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
         **{
             (module, name): stand_in

@@ -109,7 +109,7 @@ CIFAR100_SUPERCLASSES = (
 """The 20 superclasses of CIFAR-100, each with its five classes in the order of their numbers, which
 is alphabetical."""
 
-# as Patrini et al.: each class flips to the next one of its superclass, the last to the first
+# As Patrini et al.: each class flips to the next one of its superclass, the last to the first
 CIFAR100_FLIPS = {
     name: superclass[(place + 1) % len(superclass)]
     for superclass in CIFAR100_SUPERCLASSES
@@ -138,7 +138,7 @@ def symmetric_noise(
     if law == "inclusive":
         noisy[picked] = generator.integers(0, num_classes, len(picked))
     else:
-        # a shift by 1 ... K - 1 reaches every class but the clean one
+        # A shift by 1 ... K - 1 reaches every class but the clean one
         shift = generator.integers(1, num_classes, len(picked))
         noisy[picked] = (labels[picked] + shift) % num_classes
     return noisy

@@ -191,12 +191,12 @@ def _best_naming(
     Returns:
         int64 `(K,)` classes, and the positions of the other half of the images.
     """
-    # not a generator that noise is drawn from: the halves must not depend on the noise
+    # Not a generator that noise is drawn from: the halves must not depend on the noise
     order = numpy_generator(0, "halves of a noise file").permutation(len(clean))
     fitted, tested = np.array_split(order, 2)
     names = np.arange(num_classes)
     if num_classes <= MOST_NAMED:
-        # imported here, because it takes a moment, and only noise files need it
+        # Imported here, because it takes a moment, and only noise files need it
         from scipy.optimize import linear_sum_assignment
 
         pairs = np.bincount(noisy[fitted] * num_classes + clean[fitted], minlength=num_classes**2)
@@ -222,7 +222,7 @@ def _labels_of_a_run(
             _as_labels(content[name], f"{where}, entry {name!r}", len(index), num_classes)
             for name in (f"{part}_clean_label", f"{part}_label")
         )
-        # positions beyond the training set are those of a `val` folder
+        # Positions beyond the training set are those of a `val` folder
         inside = index < len(clean_labels)
         if part == "train" and not inside.all():
             raise DataError(
@@ -260,7 +260,7 @@ def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: st
     for found in beside:
         # A file that cannot be read does not bring the labels into order.
         with suppress(Exception):
-            # its n-th number is the position in the training set of the file's n-th image
+            # Its n-th number is the position in the training set of the file's n-th image
             places = np.load(found, allow_pickle=False).ravel()
             if np.array_equal(np.sort(places), np.arange(len(declared))) and np.array_equal(
                 declared, clean_labels[places]
@@ -307,7 +307,7 @@ def _listed(content: Mapping[str, Any]) -> str:
 def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.ndarray:
     """Check labels and return them as int64 `(length,)`."""
     array = _as_array(values, where)
-    # a matrix of one column
+    # A matrix of one column
     if array.shape == (length, 1):
         array = array[:, 0]
     if array.shape != (length,):

@@ -120,7 +120,7 @@ class OwnImages(TrainingDataLoader):
         return _labeled(test)
 
     def augmented(self, images: Tensor, epoch: int, number: int, shard: Shard) -> Tensor:
-        # its own augmentation first, on the pixels that it returned
+        # Its own augmentation first, on the pixels that it returned
         if type(self.own).augmented is not BaseDataLoader.augmented:
             images = self.own.augmented(images, epoch, number, shard)
         return super().augmented(images, epoch, number, shard)
@@ -177,7 +177,7 @@ def _labeled(loader: BaseDataLoader, validation: BaseDataLoader | None = None) -
         raise DataError(f"{where}: labels: empty")
     if names is not None and len(names) != last + 1:
         raise DataError(f"{where}.sample_names returns {len(names)} names for {last + 1} labels")
-    # the first and the last image find a wrong shape and labels that outnumber the images
+    # The first and the last image find a wrong shape and labels that outnumber the images
     with loader_errors(f"{where}.images_at, asked for positions 0 and {last}"):
         first_and_last = loader.images_at(torch.tensor([0, last]))
     check_images(first_and_last, {0: 2}, f"{where}.images_at")

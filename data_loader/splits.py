@@ -102,7 +102,7 @@ def first_of_every_class(labels: np.ndarray, count: int) -> np.ndarray:
     Returns:
         int64 sorted positions.
     """
-    # the n-th image of its class
+    # The n-th image of its class
     nth = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

@@ -111,7 +111,7 @@ class TrainingDataLoader(ImageDataLoader):
         cutout_fill: str = "mean",
         device: str | torch.device = "cpu",
     ) -> None:
-        # set before `read`, which may need them
+        # Set before `read`, which may need them
         self.num_workers = num_workers
         self.pin_memory = pin_memory and torch.device(device).type == "cuda"
         # read
@@ -128,9 +128,9 @@ class TrainingDataLoader(ImageDataLoader):
             validation = self._checked(train.validation, train.images.shape, train.class_names)
             self._val_images = validation.images
             val_labels = validation.labels
-            # numbered on from the end of the training set
+            # Numbered on from the end of the training set
             self._val_index = len(train.labels) + np.arange(len(val_labels))
-        # subset, then noise: its rate holds for the labels that are trained on
+        # Subset, then noise: its rate holds for the labels that are trained on
         self._train_index = stratified_subset(remaining, train.labels, subset_percent, seed)
         self._noise = noise
         self._label_arrays = self._draw_labels(train, val_labels, seed)
@@ -145,7 +145,7 @@ class TrainingDataLoader(ImageDataLoader):
         clean_labels = None
         if noise.active:
             clean_labels = self._label_arrays["train_clean_label"]
-        # batch and augment
+        # Batch and augment
         super().__init__(
             train.images.select(self._train_index),
             self._label_arrays["train_label"],
@@ -216,7 +216,7 @@ class TrainingDataLoader(ImageDataLoader):
                 f" have {shape}"
             )
         names = tuple(part.class_names)
-        # in another order, labels would stand for other classes
+        # In another order, labels would stand for other classes
         if class_names not in (None, names):
             raise DataError(
                 f"{where}: class_names {one_line(names, 80)} of its other images, but those that"
@@ -266,7 +266,7 @@ class TrainingDataLoader(ImageDataLoader):
                     clean, train.class_names, noise, numpy_generator(seed, f"label noise {part}")
                 )
             elif part == "val" and self.names_validation:
-                # the file holds labels of the training set only
+                # The file holds labels of the training set only
                 noisy = clean
             else:
                 noisy = self._labels_of_file(from_file, index, part)

@@ -174,7 +174,7 @@ def _shared_memory(
     num_workers: int, batches: list[list[int]], shape: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
     """Return `slots` and `current` of a `_Decoder`."""
-    # one slot more than batches are decoded ahead: the yielded batch must not be overwritten
+    # One slot more than batches are decoded ahead: the yielded batch must not be overwritten
     n_slots = min(AHEAD * num_workers + 1, len(batches))
     slots = torch.empty((n_slots, max(map(len, batches)), *shape), dtype=torch.uint8)
     try:

@@ -54,7 +54,7 @@ def evaluate(
                 logits = model(images)
             meters.add(batch_result(loss(logits, labels), logits, labels, metrics))
             if loader.clean_labels is not None:
-                # loaders to evaluate keep the order of `clean_labels`
+                # Loaders to evaluate keep the order of `clean_labels`
                 clean = loader.clean_labels[seen : seen + len(labels)].to(device)
                 clean_meters.add(batch_result(loss(logits, clean), logits, clean, metrics))
             seen += len(labels)

@@ -54,7 +54,7 @@ class AdversarialImages:
 
     def _read(self) -> np.ndarray:
         count = self.rows.stat().st_size // self._row.itemsize
-        # an empty file cannot be mapped
+        # An empty file cannot be mapped
         if count == 0:
             return np.empty(0, self._row)
         return np.memmap(self.rows, self._row, mode="r", shape=(count,))

@@ -75,7 +75,7 @@ def attack_batch(
     labels = labels.detach().long()
     verify = _PaddedClassifier(model, labels)
     with (
-        # tensors made in inference mode cannot take part in a gradient
+        # Tensors made in inference mode cannot take part in a gradient
         torch.inference_mode(False),
         frozen(model, training=False),
         frozen(fused, training=False),
@@ -163,7 +163,7 @@ class _PaddedClassifier:
     def __call__(self, images: Tensor) -> Tensor:
         n = len(images)
         missing = 0
-        # a batch without images has no last one
+        # A batch without images has no last one
         if n > 0:
             missing = max(ROWS - n, -n % MORE_ROWS)
         if missing > 0:

@@ -156,7 +156,7 @@ class Batches:
 
     @staticmethod
     def _batches_of(loader: BaseDataLoader, images: int) -> int:
-        # division that rounds up
+        # Division that rounds up
         return -(-images // loader.batch_size)
 
     def _of_loader(self, loader: BaseDataLoader, skip: int) -> Iterator[Batch]:

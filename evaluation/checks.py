@@ -78,7 +78,7 @@ class Check:
     def __post_init__(self) -> None:
         if not self.verdict:
             verdict = PASSED if self.passed else FAILED
-            # a frozen dataclass forbids plain assignment
+            # A frozen dataclass forbids plain assignment
             object.__setattr__(self, "verdict", verdict)
 
     def __str__(self) -> str:

@@ -155,7 +155,7 @@ def class_scores(
             is wrong.
         class_names: in label order.
     """
-    # imported here: it takes a second, which other commands need not wait for
+    # Imported here: it takes a second, which other commands need not wait for
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     labels = np.asarray(labels)
@@ -199,10 +199,10 @@ def _number(value: np.generic) -> float | int | None:
 def _most_confused(
     confusion: np.ndarray, images: np.ndarray, class_names: Sequence[str]
 ) -> tuple[Confusion, ...]:
-    # a class without images has no mistakes: any divisor will do
+    # A class without images has no mistakes: any divisor will do
     shares = confusion / np.maximum(images[:, np.newaxis], 1)
     np.fill_diagonal(shares, 0)
-    # stable: equal shares keep the order of the classes on every platform
+    # Stable: equal shares keep the order of the classes on every platform
     largest = np.argsort(-shares, axis=None, kind="stable")[:CONFUSED]
     pairs = [divmod(int(index), len(class_names)) for index in largest]
     return tuple(

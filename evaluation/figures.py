@@ -214,7 +214,7 @@ def _epsilon_axis(axes: "Axes", sizes: Sequence[float], norm: str) -> None:
     """Draw the axis of epsilons: sizes that double from point to point lie at equal distances, and
     so does 0 before the first of them."""
     smallest = min((size for size in sizes if size > 0), default=1.0)
-    # a logarithmic axis has no 0; this one is linear up to the smallest size
+    # A logarithmic axis has no 0; this one is linear up to the smallest size
     axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=0.5)
     axes.set_xticks(sizes, [f"{size:.4g}" for size in sizes])
     axes.set_xticks([], minor=True)
@@ -229,7 +229,7 @@ def _epsilon_axis(axes: "Axes", sizes: Sequence[float], norm: str) -> None:
 
 def _figure(width: float, height: float, title: str) -> "Figure":
     """Return a figure of a size in inches that holds its title only."""
-    # not by pyplot, whose global state would keep it in memory
+    # Not by pyplot, whose global state would keep it in memory
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), facecolor="white")
@@ -254,7 +254,7 @@ def _write(
         text,
         **{"ha": "center", "va": "center", **style},
         size=size,
-        # the name of a class may hold a dollar sign, which would begin a formula
+        # The name of a class may hold a dollar sign, which would begin a formula
         parse_math=False,
     )
     width = written.get_window_extent().width / figure.dpi
@@ -268,7 +268,7 @@ def _show(figure: "Figure", x: float, y: float, pixels: Tensor) -> None:
     height = figure.get_figheight()
     axes = figure.add_axes((x / width, y / height, SIDE / width, SIDE / height))
     shown = pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels.mean(dim=0)
-    # nearest: a blurred pixel would hide the change of an adversarial image
+    # Nearest: a blurred pixel would hide the change of an adversarial image
     axes.imshow(
         torch.clamp(shown, 0, 1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
     )

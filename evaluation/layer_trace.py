@@ -78,7 +78,7 @@ class _Trace:
         self.layers: list[nn.Module] = []
         self.input_shapes: list[tuple[int, ...]] = []
         self.scales: list[Tensor | None] = []
-        # id of an output -> the output, its version, and the call that made it. The tensor is held
+        # Id of an output -> the output, its version, and the call that made it. The tensor is held
         # so that no other tensor can get its id.
         self._outputs: dict[int, tuple[Tensor, int, int]] = {}
 
@@ -96,7 +96,7 @@ class _Trace:
         self, norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor
     ) -> None:
         call = self._call_before(norm, inputs[0])
-        # without running statistics the scale depends on the batch
+        # Without running statistics the scale depends on the batch
         if call is None or norm.running_var is None:
             return
         scale = (norm.running_var + norm.eps).rsqrt()

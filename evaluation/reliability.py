@@ -205,7 +205,7 @@ def gradients(exam: _Exam) -> list[Check]:
     Limit: `HIDDEN` for images that zero gradients hide; none may have numbers that are not finite.
     Source: Carlini et al.; Croce and Hein, for cross entropy that saturates with large logits.
     """
-    # under autocast, like the attack: float16 rounds gradients to zero that float32 holds
+    # Under autocast, like the attack: float16 rounds gradients to zero that float32 holds
     with exam.autocast():
         return quick_checks(exam.model, exam.images, exam.labels, exam.attack, exam.size)
 

@@ -178,7 +178,7 @@ class RobustnessReport:
         lines = [*failures(self.quick_checks), *self.attack_warnings]
         if self.doctor is not None:
             lines += self.doctor.warnings
-        # each line once, in order: processes and the doctor repeat the quick checks
+        # Each line once, in order: processes and the doctor repeat the quick checks
         return tuple(dict.fromkeys(lines))
 
     def with_doctor(self, doctor: DoctorReport) -> "RobustnessReport":

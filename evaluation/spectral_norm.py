@@ -263,7 +263,7 @@ def operator_spectrum(
     output_shape = operator(zeros).shape[1:]
 
     def draw(count: int, size: int) -> Tensor:
-        # in float64 on the CPU, so that every dtype and device gets the same vectors
+        # In float64 on the CPU, so that every dtype and device gets the same vectors
         return torch.randn(count, size, generator=generator, dtype=torch.float64).to(device, dtype)
 
     def forward(vectors: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def product_of_norms(norms: Iterable[float]) -> float | None:
     norms = list(norms)
     if 0 in norms:
         return None
-    # a sum of logarithms: the product of many norms overflows
+    # A sum of logarithms: the product of many norms overflows
     return sum(map(log10, norms))
 
 
@@ -320,7 +320,7 @@ def _power_iteration(
         square = float(image.square().sum())
         if not isfinite(square):
             raise NonFiniteError("the operator gives infinite values or NaN")
-        # the gradient of the Rayleigh quotient, up to a factor
+        # The gradient of the Rayleigh quotient, up to a factor
         gradient = adjoint(image) - square * vector
         residual = 0.0
         if square > 0:
@@ -376,7 +376,7 @@ def _moments(
         # All unit vectors, scaled so that the mean of z z^T is the identity: exact.
         probes = sqrt(size) * torch.diag(counted.to(signs.dtype))[counted]
     sums = torch.zeros(3, dtype=torch.float64)
-    # a few probes at a time: each is as large as the layer's output
+    # A few probes at a time: each is as large as the layer's output
     for some in probes.split(4):
         product = forward(adjoint(some)) if by_rows else adjoint(forward(some))
         trace = (some * product).sum()

@@ -101,7 +101,7 @@ def knows_top5(attack: Attack, num_classes: int) -> bool:
 
 def wilson_interval(count: int, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of the share `count / n` of independent images."""
-    # imported here: it takes most of a second, which other commands need not wait for
+    # Imported here: it takes most of a second, which other commands need not wait for
     from scipy.stats import binomtest
 
     low, high = binomtest(count, n).proportion_ci(confidence_level=0.95, method="wilson")

@@ -41,7 +41,7 @@ class ConvMixer(BaseModel):
         super().__init__(**options)
 
         def activated(conv: nn.Module) -> nn.Sequential:
-            # in this order, as in the paper
+            # In this order, as in the paper
             return nn.Sequential(conv, self.activation_layer(width), self.norm_layer(width))
 
         self.patches = activated(

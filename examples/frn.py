@@ -39,7 +39,7 @@ class ThresholdedLinearUnit(nn.Module):
         inplace: without effect, as x is never overwritten.
     """
 
-    # weight decay would pull a threshold to zero
+    # Weight decay would pull a threshold to zero
     no_weight_decay: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def __init__(self, channels: int, inplace: bool = True) -> None:

@@ -14,6 +14,6 @@ print(f"clean: {result['test_top1']:.1%}")
 
 model = load_model("my_run")
 attack = PGD(epsilon=8 / 255, step_size=2 / 255, steps=5)
-# any module or function, and any iterable of (images, labels), such as a torch DataLoader
+# Any module or function, and any iterable of (images, labels), such as a torch DataLoader
 report = robust_accuracy(model, TinyDigits(part="test"), attack)
 print(f"under attack: {report.robust_top1:.1%}")

@@ -20,7 +20,7 @@ def generalized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     log_probabilities = F.log_softmax(logits.float(), dim=1)
     if labels.ndim == 1:
         labels = F.one_hot(labels, logits.shape[1])
-    # exp of a logarithm, as the gradient of 0^Q is infinite
+    # The exponential of a logarithm, as the gradient of 0^Q is infinite
     losses = (1 - (Q * log_probabilities).exp()) / Q
     return (labels * losses).sum(dim=1)
 

@@ -41,7 +41,7 @@ class Lion(Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                # empty before the first step
+                # Empty before the first step
                 state = self.state[weight]
                 if not state:
                     state["average"] = torch.zeros_like(weight)

@@ -46,7 +46,7 @@ class MARTTrainer(AdversarialTrainer):
     """
 
     default_bn_mode = "eval"
-    # the loss needs one label per image
+    # The loss needs one label per image
     takes_mixup = False
 
     def __init__(

@@ -37,7 +37,7 @@ class MomentumFGSM(Attack):
         momentum = torch.zeros_like(images)
         for _ in range(self.steps):
             _, _, gradient = self.value_and_grad(model, points, labels)
-            # not 0 / 0: an image without a gradient does not move
+            # Not 0 / 0: an image without a gradient does not move
             size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
             momentum = self.decay * momentum + gradient / size
             points = self.threat_model.project(points + self.step_size * momentum.sign(), images)

@@ -49,7 +49,7 @@ def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
 
 
 def _fits(kind: str, name: str) -> bool:
-    # whole words only: `pgd-2` does not select `pgd-20`
+    # Whole words only: `pgd-2` does not select `pgd-20`
     begins = kind.startswith(name) and not kind[len(name) :][:1].isalnum()
     return begins or fnmatchcase(kind, name)
 

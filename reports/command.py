@@ -29,7 +29,7 @@ def write_reports(arguments: argparse.Namespace) -> None:
     """
     _check(arguments)
     runs = find_runs(arguments.paths)
-    # before the work, so that a path that cannot be written costs no time
+    # Before the work, so that a path that cannot be written costs no time
     check_outputs(
         {"--out": arguments.out, "--table": arguments.table},
         {"--out": PICTURES, "--table": tables.FORMATS},
@@ -38,7 +38,7 @@ def write_reports(arguments: argparse.Namespace) -> None:
     key = arguments.against
     keys = [name for name in arguments.group_by if name != key]
     if key:
-        # the last key is the one whose values are the points of a line
+        # The last key is the one whose values are the points of a line
         keys.append(key)
     elif not keys and all(run.labels for run in runs):
         keys = ["variant"]

@@ -13,7 +13,7 @@ from base.text import one_line
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# in inches
+# In inches
 LEAST_SIDE = 3.5
 LETTER = 0.085
 """The width of a letter of the title."""
@@ -47,7 +47,7 @@ def confusion_figure(
     from matplotlib.figure import Figure
 
     counts = np.asarray(confusion)
-    # a class without images has a row of zeros
+    # A class without images has a row of zeros
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     classes = len(class_names)
     numbered = classes <= NUMBERED
@@ -86,12 +86,12 @@ def confusion_figure(
         for row, column in np.argwhere(counts > 0):
             share = shares[row, column]
             text = f"{share:.0f}"
-            # a rounded 0 would look like a cell without images
+            # A rounded 0 would look like a cell without images
             if share < 0.95:
                 text = "<1"
             color = "black"
             if share > 40:
-                # black cannot be read on dark blue
+                # Black cannot be read on dark blue
                 color = "white"
             axes.text(column, row, text, ha="center", va="center", size=8, color=color)
     bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=25, ticks=TICKS)

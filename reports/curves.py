@@ -38,7 +38,7 @@ AXIS_LABELS = {
     "seed": "seed",
 }
 
-# more bands would overlap to one gray area
+# More bands would overlap to one gray area
 MOST_BANDS = 6
 EPSILON_UNITS = {"linf": "1/255 of the pixel range, l-inf", "l2": "units of the pixel range, l2"}
 
@@ -194,7 +194,7 @@ def _against_key(groups: Sequence[Group], metric: str, realized: bool) -> Curve 
             points.append((x, values))
     if not points:
         return None
-    # the realized rates need not have the order of the keys
+    # The realized rates need not have the order of the keys
     points.sort(key=lambda point: point[0])
     return _curve(*zip(*points, strict=True), metric)
 

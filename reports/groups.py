@@ -84,7 +84,7 @@ def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
             )
     members: dict[str, list[Run]] = {}
     for run in runs:
-        # as JSON, because values may be lists and dicts, which cannot be keys
+        # As JSON, because values may be lists and dicts, which cannot be keys
         values = json.dumps([run.value(key) for key in keys])
         members.setdefault(values, []).append(run)
     groups = [_group(runs, keys) for runs in members.values()]
@@ -127,7 +127,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     """
     mean = np.nan
     std = np.nan
-    # a loss may be infinite, and its standard deviation is then NaN
+    # A loss may be infinite, and its standard deviation is then NaN
     with np.errstate(invalid="ignore"):
         if len(values) > 0:
             mean = float(np.mean(values))
@@ -165,7 +165,7 @@ def _group(runs: Sequence[Run], keys: Sequence[str]) -> Group:
             raise ConfigError(
                 f"seed: {run.seed} in both {other.folder} and {run.folder} of {name}; leave one out"
             )
-        # a copied run folder must not count as a second seed
+        # A copied run folder must not count as a second seed
         logger.warning(
             "%s: has the same numbers as the run in %s: counted once", run.folder, other.folder
         )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# in inches
+# In inches
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.4
 LEGEND_LINE = 0.22
 LETTER = 0.09
@@ -80,7 +80,7 @@ def panels_figure(
     fitting = width // (0.8 + LETTER * max(map(len, labels)))
     columns = int(min(len(labels), max(1, fitting)))
     legend_lines = -(-len(labels) // columns)
-    # one line more for the caption
+    # One line more for the caption
     height = PANEL_HEIGHT + LEGEND_LINE * (1 + legend_lines)
     # Figure instead of pyplot, which would keep the figure in its global state.
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
@@ -106,14 +106,14 @@ def panels_figure(
         ncols=columns,
         frameon=False,
         fontsize=9,
-        # long enough to show a whole period of each line style
+        # Long enough to show a whole period of each line style
         handlelength=4.5,
         title=caption,
         title_fontsize=8,
         borderaxespad=0.2,
     )
     for text in legend.get_texts():
-        # a dollar sign in a name does not start a formula
+        # A dollar sign in a name does not start a formula
         text.set_parse_math(False)
     return figure
 
@@ -131,7 +131,7 @@ def _finish_panel(axes: "Axes", metric: str) -> None:
 
 
 def line_with_markers(axes: "Axes", curve: Curve, index: int) -> None:
-    # about eight markers a line, at other epochs than those of the next line
+    # About eight markers a line, at other epochs than those of the next line
     step = max(1, len(curve.x) // 8)
     axes.plot(curve.x, curve.mean, **_style(index), markevery=(index % step, step))
 
@@ -143,14 +143,14 @@ def line_and_band(axes: "Axes", curve: Curve, index: int) -> None:
         high = curve.mean + curve.std
         color = COLORS[index % len(COLORS)]
         line = LINES[index % len(LINES)]
-        # the edge distinguishes overlapping bands in gray
+        # The edge distinguishes overlapping bands in gray
         edge = {"edgecolor": (color, 0.45), "linewidth": 0.6, "linestyle": line}
         axes.fill_between(curve.x, low, high, facecolor=(color, 0.15), **edge)
 
 
 def points_and_bars(axes: "Axes", curve: Curve, index: int) -> None:
     axes.plot(curve.x, curve.mean, **_style(index))
-    # a single seed has no bar, and NaN would still draw its caps
+    # A single seed has no bar, and NaN would still draw its caps
     bars = ~np.isnan(curve.std)
     color = COLORS[index % len(COLORS)]
     axes.errorbar(

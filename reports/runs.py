@@ -122,7 +122,7 @@ class Run:
         if not files.has_labels():
             return {}
         names = ["clean_label"]
-        # drawn noise depends on the seed, so only labels from a file can be compared between runs
+        # Drawn noise depends on the seed, so only labels from a file can be compared between runs
         if self.settings.get("trainer.noise_file"):
             names.append("label")
         columns = [
@@ -166,7 +166,7 @@ class AttackReport:
         """The values that comparable reports have in common: the attack, the name of the model's
         file and the number of images."""
         attack = {key: self.values.get(key) for key in ATTACK}
-        # the folder may have been moved since
+        # The folder may have been moved since
         attack["checkpoint"] = Path(str(self.values.get("checkpoint"))).name
         return attack
 
@@ -226,7 +226,7 @@ def resolved_settings(config: Config) -> dict[str, Any]:
     given = leaves(config.model_dump(mode="json"))
     return {
         **given,
-        # so that a run that gives an argument differs from one that leaves it out
+        # So that a run that gives an argument differs from one that leaves it out
         **{key: None for key in _open_keys(config) if key not in given},
         IMPORTS: digests(config.dump()[IMPORTS]),
         "adversarial.method": config.adversarial_method,

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# in inches
+# In inches
 PER_LAYER = 0.2
 LEAST_WIDTH = 6.5
 MOST_NAMES = 150
 """The largest number of layers that are all named. With more, only every n-th is."""
 
-# far apart in gray, too
+# Far apart in gray, too
 BLUE = "#0b4f8a"
 ORANGE = "#d55e00"
 
@@ -59,13 +59,13 @@ def spectrum_figure(layers: Sequence[LayerRow], title: str) -> "Figure":
     spreads = {place: layer["spread"] for place, layer in enumerate(layers)}
     _series(upper, layers, norms, BLUE, "o", "-", "spectral norm")
     _series(upper, layers, scaled, ORANGE, "^", "", "times the scale of its batch norm")
-    # a layer on this line neither expands nor shrinks any input
+    # A layer on this line neither expands nor shrinks any input
     upper.axhline(1, color="black", linestyle=":", linewidth=1)
     upper.set_yscale("log", base=2)
     upper.set_ylabel("spectral norm")
     _series(lower, layers, errors, BLUE, "s", "-", "distance from orthogonal")
     _series(lower, layers, spreads, ORANGE, "D", "", "from a multiple of orthogonal")
-    # logarithmic, but linear near 0, which an orthogonal layer has exactly
+    # Logarithmic, but linear near 0, which an orthogonal layer has exactly
     lower.set_yscale("symlog", base=2, linthresh=0.25, linscale=0.7)
     lower.set_ylim(bottom=0)
     lower.set_ylabel("orthogonality error")

@@ -35,7 +35,7 @@ LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    # at the start of a row, LaTeX would take these for arguments of the line break before it
+    # At the start of a row, LaTeX would take these for arguments of the line break before it
     "[": "{[}", "*": "{*}",
     "±": r"$\pm$",
 }  # fmt: skip
@@ -312,10 +312,10 @@ def _welch_test(own: dict[int, float], other: dict[int, float]) -> tuple[float |
         return None, len(first)
     if max(np.ptp(first), np.ptp(second)) < NO_SPREAD:
         return None, len(first)
-    # importing scipy.stats takes about a second, and most tables need no test
+    # Importing scipy.stats takes about a second, and most tables need no test
     from scipy.stats import ttest_ind_from_stats
 
-    # from moments, because `ttest_ind` warns if one side has no spread
+    # From moments, because `ttest_ind` warns if one side has no spread
     moments = [
         number for side in (first, second) for number in (side.mean(), side.std(ddof=1), len(side))
     ]
@@ -371,7 +371,7 @@ def _csv(table: Table) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["runs", "n", *map(csv_text, columns)])
     for row in table.rows:
-        # csv writes None as an empty field, and a float with all its digits
+        # The csv module writes None as an empty field, and a float with all its digits
         line: list[Any] = [csv_text(row.name), row.n]
         for cell in row.cells:
             if cell.values:
@@ -482,7 +482,7 @@ def _note(table: Table, text: Callable[[str], str]) -> str:
 
 def _in_markdown(text: str) -> str:
     """Escape what Markdown would read as markup."""
-    # underscores inside a word are not markup
+    # Underscores inside a word are not markup
     return re.sub(r"([\\`*|<\[\]~]|(?<!\w)_|_(?!\w))", r"\\\1", one_line(text))
 
 

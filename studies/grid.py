@@ -83,7 +83,7 @@ def read_grid(path: Path) -> Grid:
         grid = Grid.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError(f"{path}: {_describe_problem(error)}") from None
-    # every other reader takes this key for a comment, so it is not a field of Grid
+    # Every other reader takes this key for a comment, so it is not a field of Grid
     grid._unused_ok = whole.get(UNUSED_OK)
     if not grid.axes and not grid.variants:
         raise ConfigError(f"{path}: neither axes nor variants: there is nothing to run")
@@ -163,7 +163,7 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
 
 def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant]]:
     """Return name and variant of every combination of one label from each axis."""
-    # without axes, product() would yield one combination of no labels
+    # Without axes, product() would yield one combination of no labels
     if not grid.axes:
         return []
     combinations = []
@@ -183,14 +183,14 @@ def _combinations(grid: Grid, path: Path, base: Path) -> list[tuple[str, Variant
 
 
 def _check_variant(name: str, settings: Settings, path: Path) -> None:
-    # the name becomes a part of the run folder's name
+    # The name becomes a part of the run folder's name
     if not re.fullmatch(r"[\w .+=%-]+", name) or name.strip(". ") != name:
         raise ConfigError(
             f"{path}: {name!r}: a variant's name may hold letters, digits, spaces and _ . + = % -"
         )
     if "seed" in settings:
         raise ConfigError(f"{path}: {name}: seed: belongs in the grid's seeds")
-    # code is imported before the variants are read
+    # Code is imported before the variants are read
     if any(lies_in(key, ["imports"]) for key in settings):
         raise ConfigError(f"{path}: {name}: imports: belongs in the base config, or after {FLAG}")
     if _holds_key(settings):
@@ -210,7 +210,7 @@ def _holds_key(settings: Settings) -> bool:
     return not isinstance(comet, dict) or "api" in comet
 
 
-# compared by identity: Config cannot be hashed, and studies use runs as keys of dictionaries
+# Compared by identity: Config cannot be hashed, and studies use runs as keys of dictionaries
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StudyRun:
     """One run of a study.
@@ -428,7 +428,7 @@ def _varied_keys(variants: Mapping[str, Variant], path: Path) -> dict[str, str]:
     set_by_grid = {key for variant in variants.values() for key in variant.settings}
     varied = {}
     for leaf in dict.fromkeys(leaf for tree in trees.values() for leaf in tree):
-        # config files of variants may name different places, which the grid does not compare
+        # Config files of variants may name different places, which the grid does not compare
         if is_place(leaf) and not any(lies_in(leaf, [key]) for key in set_by_grid):
             continue
         first_with: dict[str, str] = {}
@@ -472,7 +472,7 @@ def _check_distinct(runs: Sequence[StudyRun], path: Path) -> None:
 def _of_variant(error: ConfigError, path: Path, variant: str) -> ConfigError:
     """Return a variant's error with the names of the grid file and of the variant."""
     text = str(error)
-    # an error of the grid file or of a flag names its origin already
+    # An error of the grid file or of a flag names its origin already
     if text.startswith(f"{path}: "):
         return error
     if text.startswith("--"):
@@ -529,5 +529,5 @@ def describe(runs: Sequence[StudyRun]) -> list[str]:
 def _own_keys(file: Path, resolved: Mapping[str, Any]) -> Settings:
     """Return what a config file sets itself, without its parents and without secrets."""
     own = leaves(without_comments(read_json_object(file)))
-    # the leaves of the resolved config hold no secrets
+    # The leaves of the resolved config hold no secrets
     return {key: value for key, value in own.items() if key in resolved or value is None}

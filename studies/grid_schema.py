@@ -49,7 +49,7 @@ def _settings() -> dict[str, Any]:
     """Return the schema of settings: dotted config key -> value."""
     whole = json_schema.schema()
     keys = {}
-    # keys that begin with an underscore are comments
+    # Keys that begin with an underscore are comments
     open_sections = {"^_": {}}
     for key, pointer, node in _keys(whole, whole, "", "#"):
         if key not in NOT_IN_GRIDS and key not in json_schema.FILE_KEYS:
@@ -73,7 +73,7 @@ def _keys(
     """Yield dotted key, JSON pointer and schema of everything below a section."""
     for name, node in section.get("properties", {}).items():
         here = f"{pointer}/properties/{name}"
-        # an optional section has a schema for its values and one for null
+        # An optional section has a schema for its values and one for null
         value = next((kind for kind in node.get("anyOf", []) if kind.get("type") != "null"), node)
         below = here
         if "$ref" in value:
@@ -96,6 +96,6 @@ def _is_open(node: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    # fills the registry, whose names and arguments the schema lists
+    # Fills the registry, whose names and arguments the schema lists
     import_module("experiment")
     FILE.write_text(json.dumps(schema(), indent=2) + "\n")

@@ -44,7 +44,7 @@ def identity(config: Config, settings: Collection[str] = ()) -> str:
         settings: dotted keys that the grid itself sets.
     """
     tree = config.dump()
-    # without places, so that a study can be continued with other devices and folders
+    # Without places, so that a study can be continued with other devices and folders
     for place in WHERE_AND_HOW:
         if not any(lies_in(key, [place]) for key in settings):
             remove_place(tree, place)
@@ -65,7 +65,7 @@ def _remove_new_defaults(tree: dict[str, Any], path: tuple[str, ...]) -> None:
         if section_at((*path, name)) is not None:
             _remove_new_defaults(tree[name], (*path, name))
             known = any(other.startswith(f"{key}.") for other in HASHED_AT_DEFAULT)
-            # an empty section that is as old as the list was hashed as an empty section
+            # An empty section that is as old as the list was hashed as an empty section
             if not tree[name] and not known:
                 del tree[name]
             continue

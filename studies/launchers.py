@@ -82,7 +82,7 @@ class LocalJob(Job):
         try:
             if not lock_descriptor(self.output, wait=False):
                 raise BusyError(f"{run.folder}: another process works on {run.name}")
-            # read only now, because another launcher may have finished the run before the lock
+            # Read only now, because another launcher may have finished the run before the lock
             if read_progress(run).state is not State.FINISHED:
                 self.process = self._start(run, slot)
         except BaseException:
@@ -91,7 +91,7 @@ class LocalJob(Job):
 
     def _start(self, run: StudyRun, slot: int) -> subprocess.Popen[bytes]:
         if not has_checkpoint(run.folder):
-            # the run was killed before its first checkpoint; train.py refuses a folder with a
+            # The run was killed before its first checkpoint; train.py refuses a folder with a
             # config but no checkpoint
             (run.folder / CONFIG).unlink(missing_ok=True)
         return subprocess.Popen(  # noqa: S603 - this project's own scripts
@@ -123,7 +123,7 @@ class LocalJob(Job):
     def wait(self) -> None:
         if self.process is not None:
             self.process.wait()
-        # closes the file and so releases the lock
+        # Closes the file and so releases the lock
         self.exit_code()
 
 
@@ -227,7 +227,7 @@ def _quoted(word: str) -> str:
     """Quote a word for a shell."""
     if word.isprintable():
         return shlex.quote(word)
-    # bash and zsh read escapes such as \x1b in $'...', so that nothing unprintable is printed
+    # Bash and zsh read escapes such as \x1b in $'...', so that nothing unprintable is printed
     return "$'" + one_line(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 

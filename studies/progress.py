@@ -77,7 +77,7 @@ def read_progress(run: StudyRun) -> Progress:
         state = State.INTERRUPTED
     else:
         state = State.NEW
-    # a run without a checkpoint begins again, so its config does not matter
+    # A run without a checkpoint begins again, so its config does not matter
     if state is not State.NEW:
         _check_same_run(run)
     return Progress(state, len(epochs), _best_value(run, epochs))

@@ -72,7 +72,7 @@ class Study:
         def is_elsewhere(run: StudyRun) -> bool:
             return self.progress[run].state is State.ELSEWHERE
 
-        # runs that another process works on come last: there is nothing to do for them yet
+        # Runs that another process works on come last: there is nothing to do for them yet
         for run in sorted(self.waiting, key=is_elsewhere):
             if len(self.active) >= self.jobs or self.signals.asked:
                 return
@@ -120,7 +120,7 @@ class Study:
             return None
         active = self.active[run]
         epoch = self.progress[run].epoch
-        # epochs before a resume took their time in another process
+        # Epochs before a resume took their time in another process
         epochs_done = epoch - active.first_epoch
         if epochs_done <= 0:
             return None
@@ -128,7 +128,7 @@ class Study:
         return seconds_per_epoch * (run.config.trainer.epochs - epoch)
 
     def _stop(self) -> None:
-        # all are asked before any is waited for, so that they save at the same time
+        # All are asked before any is waited for, so that they save at the same time
         for active in self.active.values():
             active.job.stop()
         for active in self.active.values():
@@ -187,12 +187,12 @@ class _Display:
     def _redraw(self, rows: Sequence[StatusRow]) -> None:
         lines = format_table(rows)
         size = get_terminal_size()
-        # what has scrolled out of the terminal cannot be drawn over, so a long table is cut
+        # What has scrolled out of the terminal cannot be drawn over, so a long table is cut
         if len(lines) >= size.lines:
             lines = _shorten(lines, rows, size.lines - 2)
         lines = [line[: size.columns - 1] for line in lines]
         if self.lines_drawn:
-            # cursor up, then clear to the end of the screen
+            # Cursor up, then clear to the end of the screen
             print(f"\x1b[{self.lines_drawn}A\x1b[J", end="")
         print("\n".join(lines), flush=True)
         self.lines_drawn = len(lines)

@@ -101,7 +101,7 @@ def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
         folder / "eval" / f".{name}.{'0f' * 8}.partial.npz"
         for name in ("fgsm_linf_8_ema_n30_seed0", "pgd")
     )
-    # an attempt with another number of processes leaves such a file
+    # An attempt with another number of processes leaves such a file
     stale.touch()
     other.touch()
     done = run("fgsm.py", "-s", folder, "--limit", 30, "--ema", cwd=folder.parent)
@@ -493,7 +493,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_incomplete_file(robust_run, tmp_p
     (tmp_path / "a.json").write_text("old")
 
     def full():
-        # what is printed goes into a file in these tests
+        # What is printed goes into a file in these tests
         sys.stdout = sys.stderr
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, 1000))
 
@@ -522,7 +522,7 @@ def test_a_read_only_run_folder_asks_for_a_file(robust_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(robust_run[0], folder)
     shutil.rmtree(folder / "eval")
-    # not even root can write there
+    # Not even root can write there
     (folder / "eval").symlink_to("/proc")
     words = ["-s", folder, "--limit", 10]
     done = script("fgsm.py", *words, cwd=tmp_path)
@@ -590,7 +590,7 @@ def test_an_attack_that_returns_another_shape_is_one_line(robust_run, tmp_path):
     words = ["-s", robust_run[0], "--imports", file, "--attack", "momentum", "--limit", 4]
     done = script("validate_pgd.py", *words, cwd=tmp_path)
     assert done.returncode == 2
-    # only images that are classified correctly are attacked
+    # Only images that are classified correctly are attacked
     line = (
         r"error: MomentumFGSM.perturb: must return images of the shape \((\d), 3, 32, 32\),"
         r" not \(\1, 3, 31, 32\)\n"

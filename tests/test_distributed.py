@@ -38,7 +38,7 @@ TINY = {
     **CPU,
     "seed": 3,
     "arch": {"type": "simpleCNN", "args": {"norm_layer_type": "gn"}},
-    # minibatches of 37, 37 and 1: uneven shards, and one with fewer images than processes
+    # Minibatches of 37, 37 and 1: uneven shards, and one with fewer images than processes
     "data_loader": {
         "type": "DigitsDataLoader",
         "args": {"batch_size": 37, "validation_split": 0.1},

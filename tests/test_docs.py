@@ -44,9 +44,9 @@ TEXT = {name: without_the_past(page.read_text()) for name, page in zip(NAMES, PA
 CONFIG_COMMANDS = ("train.py", "train_robust.py")
 FOLDERS = "attacks base benchmarks configs data_loader docs evaluation examples experiment models"
 FOLDERS += " reports results studies tests trainer"
-# what the letters in commands of results/README.md stand for, as examples
+# What the letters in commands of results/README.md stand for, as examples
 VALUES = {"S": "0", "M": "pgd", "E": "2"}
-# what a command of the pages writes
+# What a command of the pages writes
 WRITTEN_LATER = {"results/soak.json"}
 
 
@@ -83,7 +83,7 @@ def flags_of(command):
     module = command.removeprefix("-m ")
     file = ROOT / command if module == command else module_file(module)
     with tempfile.TemporaryDirectory() as folder:
-        # streams of the process are written beside its working directory
+        # Streams of the process are written beside its working directory
         inner = Path(folder, "inner")
         inner.mkdir()
         done = script(file, "--help", cwd=inner)
@@ -172,7 +172,7 @@ def test_every_grid_of_a_command_can_be_listed(arguments, tmp_path):
     folder = tmp_path / "clone"
     folder.mkdir()
     (folder / "configs").symlink_to(ROOT / "configs")
-    # without the flag of a choice, all variants are listed
+    # Without the flag of a choice, all variants are listed
     show = "--dry-run" if "--config" in arguments else "--list"
     done = script("run_ablations.py", *arguments, show, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -216,7 +216,7 @@ def test_every_name_that_an_example_imports_exists(name):
     for block in blocks(TEXT[name], "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
-                # an installation knows the layers as conv_norm, the clone by their folder
+                # An installation knows the layers as conv_norm, the clone by their folder
                 package = node.module.replace("conv_norm", "models.layers.conv_norm")
                 module = importlib.import_module(package)
                 for alias in node.names:

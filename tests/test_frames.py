@@ -28,7 +28,7 @@ def test_the_path_from_a_script_to_an_optimizer_step_is_short(tmp_path, name, me
         def step(self, closure=None):
             stack = traceback.extract_stack()[:-1]
             if not any(frame.name == "update" for frame in stack):
-                # a config's optimizer is tried on a number first
+                # A config's optimizer is tried on a number first
                 return unwatched(self, closure)
             files = [Path(frame.filename) for frame in stack]
             own = [str(file.relative_to(ROOT)) for file in files if file.is_relative_to(ROOT)]

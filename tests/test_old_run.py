@@ -50,7 +50,7 @@ def test_an_old_run_is_validated(old_run):
     done = script("validate_pgd.py", *words, cwd=old_run.parent)
     assert done.returncode == 0, done.stderr
     report = json.loads((old_run.parent / "report.json").read_text())
-    # what the older version measured with the same command
+    # What the older version measured with the same command
     assert (report["n"], report["steps"]) == (40, 5)
     assert report["clean_top1"] == pytest.approx(0.225, abs=ROUNDING)
     assert report["robust_top1"] == pytest.approx(0.1, abs=ROUNDING)

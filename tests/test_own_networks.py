@@ -118,7 +118,7 @@ def torchvisions(folder):
         return (images - mean) / std
 
     network = train_on_digits(code["build"](), 3, 1, normalize)
-    # as saved by training with DataParallel
+    # As saved by training with DataParallel
     state = {f"module.{key}": value for key, value in network.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 1}, folder / "weights.pth")
     numbers = ["--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD))]

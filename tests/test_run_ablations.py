@@ -129,7 +129,7 @@ def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
     assert killed.returncode == -signal.SIGKILL
     before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*/result.json")}
     assert len(before) < 2
-    # which waits for runs of the killed study that are still saving
+    # Which waits for runs of the killed study that are still saving
     done = study(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 runs are finished" in done.stdout
@@ -279,7 +279,7 @@ def test_a_cluster_takes_the_same_path(grid, tmp_path):
     assert json.loads((result.parent / "config.json").read_text())["trainer"]["epochs"] == 1
     [log] = (tmp_path / "out" / "jobs").glob("*_log.out")
     assert "run_ablations.py" in log.read_text()
-    # a command: a job needs no room of the clone to read what it is to do
+    # A command: a job needs no room of the clone to read what it is to do
     [work] = (tmp_path / "out" / "jobs").glob("*_submitted.pkl")
     assert b"CommandFunction" in work.read_bytes()
     assert b"studies" not in work.read_bytes()

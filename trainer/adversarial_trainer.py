@@ -57,7 +57,7 @@ class TrainerWithAdversary(BaseTrainer):
         """
         if self.warmup_epochs == 0:
             return 1.0
-        # at the beginning the features of a deep network with GroupNorm hardly tell images apart.
+        # At the beginning the features of a deep network with GroupNorm hardly tell images apart.
         # An adversary with the whole radius hides all of the difference, and the network learns to
         # give one answer to every image
         done = self.state.epochs_done + self.state.batches_done / len(self.train_loader)
@@ -126,7 +126,7 @@ class FreeTrainer(TrainerWithAdversary):
             moved = threat_model.step(perturbation.detach(), perturbation.grad, step_size)
             perturbation = threat_model.bound(moved)
         if self.carry:
-            # where every process computes the whole minibatch, each keeps its own images only
+            # Where every process computes the whole minibatch, each keeps its own images only
             self._keep(perturbation[shard.own] if shard.copied else perturbation)
         sums = {
             name: torch.stack([result.sums[name] for result in results]).sum()
@@ -141,7 +141,7 @@ class FreeTrainer(TrainerWithAdversary):
             kept = self._gather_perturbation()
         if kept is None:
             return torch.zeros_like(images)
-        # fewer are kept than needed where a resumed run's first minibatch was an epoch's short last
+        # Fewer are kept than needed where a resumed run's first minibatch was an epoch's short last
         # one: the others begin at zero
         missing = max(0, len(images) - len(kept))
         return F.pad(kept[: len(images)], (0, 0, 0, 0, 0, 0, 0, missing))
@@ -149,7 +149,7 @@ class FreeTrainer(TrainerWithAdversary):
     def _keep(self, perturbation: Tensor) -> None:
         """Keep a perturbation for the next minibatch."""
         kept = self._perturbation
-        # a short last minibatch replaces only as many perturbations as it has images
+        # A short last minibatch replaces only as many perturbations as it has images
         if kept is not None and len(perturbation) < len(kept):
             perturbation = torch.cat([perturbation, kept[len(perturbation) :]])
         self._perturbation = perturbation.detach()
@@ -184,7 +184,7 @@ class FreeTrainer(TrainerWithAdversary):
             return
         kept = state.get("perturbation")
         if kept is None:
-            # nothing is carried before the first minibatch
+            # Nothing is carried before the first minibatch
             if self.state.epochs_done or self.state.batches_done:
                 raise ValueError("'perturbation' is missing, but adversarial.noise carries it on")
             return
@@ -256,7 +256,7 @@ class AdversarialTrainer(TrainerWithAdversary):
         attack = self.attack.scaled(self.radius_scale)
         generator = self.generator("training attack", images)
         with self.attacking():
-            # perturb, not attack(...), which would put the model into evaluation mode
+            # `perturb`, not attack(...), which would put the model into evaluation mode
             return attack.perturb(self.model, images, labels, generator)
 
     def epoch_warnings(self, log: Mapping[str, Any]) -> list[str]:
@@ -352,7 +352,7 @@ class TradesTrainer(AdversarialTrainer):
         """Attack the minibatch, then take one update on the clean and the attacked images."""
         attacked = self.attacked(images, labels)
         with self.autocast():
-            # in this order, as every pass moves running statistics
+            # In this order, as every pass moves running statistics
             logits = self.network(images)
             attacked_logits = self.network(attacked)
             clean_logits = logits
@@ -379,7 +379,7 @@ class TradesTrainer(AdversarialTrainer):
         with self.attacking():
             with torch.no_grad():
                 predictions = self.model(images).float().softmax(dim=1)
-            # the divergence and the cross entropy with the predictions as class probabilities have
+            # The divergence and the cross entropy with the predictions as class probabilities have
             # the same gradient for x', as they differ by the predictions' entropy
             return attack.run(self.model, images, predictions, start)
 

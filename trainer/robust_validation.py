@@ -121,10 +121,10 @@ def has_collapsed(fgsm: float, pgd: float, pgd_before: float, num_classes: int) 
         num_classes: in the data set.
     """
     chance = 1 / num_classes
-    # a network that gives one answer to all images is at chance under every attack, and one that
+    # A network that gives one answer to all images is at chance under every attack, and one that
     # has learned little may resist FGSM better than PGD: neither is a collapse. Twice chance is too
     # much to ask with few classes
     well_above_chance = min(2 * chance, (1 + chance) / 2)
     has_learned = fgsm > well_above_chance and pgd_before > chance + ABOVE_CHANCE
-    # in healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy, after a collapse near 0
+    # In healthy fast training PGD accuracy is 80 to 95 % of FGSM accuracy, after a collapse near 0
     return has_learned and pgd < 0.5 * min(fgsm, pgd_before)

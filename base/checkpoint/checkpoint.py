@@ -60,7 +60,7 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, A
             version; or it holds several sets of weights, and `weights` names none of them.
     """
     file = find_checkpoint(path)
-    # opened only once, because a running process may replace the file between two reads
+    # Opened only once, because a running process may replace the file between two reads
     with _open(file) as opened:
         has_checksum = verify_checksum(opened, file)
         opened.seek(0)
@@ -69,7 +69,7 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, A
             with warnings.catch_warnings(action="ignore"):
                 contents = torch.load(opened, map_location="cpu", weights_only=True)
         except Exception as error:
-            # a file of another kind can make torch's reader raise any exception
+            # A file of another kind can make torch's reader raise any exception
             reason = explain(opened, error)
             raise CheckpointError(f"{file}: is not a readable checkpoint: {reason}") from None
     if not isinstance(contents, dict) or "schema_version" not in contents:
@@ -107,9 +107,9 @@ def _foreign(contents: Any, file: Path, weights: str | None) -> dict[str, Any]:
     beside = {}
     if isinstance(contents, dict) and contents is not state_dict:
         beside = contents
-    # other entries are kept if they mean the same here
+    # Other entries are kept if they mean the same here
     kept = without_unreadable(beside)
-    # many code bases store a "config", but with other keys than this project
+    # Many code bases store a "config", but with other keys than this project
     if not {"arch", "data_loader"} <= kept.get("config", {}).keys():
         kept.pop("config", None)
     # normalization_beside puts them among the weights, from where load_weights takes them
@@ -136,7 +136,7 @@ def plain(value: Any) -> Any:
         return value.detach()
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
-    # by type and not by isinstance above, because NumPy's float64 is a subclass of float
+    # By type and not by isinstance above, because NumPy's float64 is a subclass of float
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"a checkpoint holds tensors and plain values only, not {type(value).__name__}")

@@ -24,7 +24,7 @@ CHUNK = 1 << 20
 def write_checksum(file: BinaryIO) -> None:
     """Add the checksum to a zip archive without a comment that is open for reading and writing."""
     file.seek(-2, 2)
-    # the comment's length is covered by the digest
+    # The comment's length is covered by the digest
     file.write(COMMENT_LENGTH.to_bytes(2, "little"))
     digest = _digest(file, file.tell())
     file.write(LABEL + digest)
@@ -43,7 +43,7 @@ def verify_checksum(file: BinaryIO, path: Path) -> bool:
     tail = _read(file, max(0, size - COMMENT_LENGTH))
     match = COMMENT.fullmatch(tail)
     if match is None:
-        # a zip archive without this comment is whole only if it ends in an end record without one
+        # A zip archive without this comment is whole only if it ends in an end record without one
         is_zip = _read(file, 0, 2) == b"PK"
         is_whole = tail[-22:-18] == END_RECORD and tail[-2:] == b"\0\0"
         if is_zip and not is_whole:

@@ -82,7 +82,7 @@ def _runs_below(folder: Path) -> list[Path]:
     ages: dict[Path, tuple[float, Path]] = {}
     for run in _folders_with_checkpoints(folder, LEVELS_TO_RUNS):
         times = [file.stat().st_mtime for file in run.glob("*.pth") if file.exists()]
-        # resolved, so that a run and a link to it count as one
+        # Resolved, so that a run and a link to it count as one
         ages.setdefault(run.resolve(), (max(times, default=0.0), run))
     return [run for _, run in sorted(ages.values())]
 
@@ -95,8 +95,8 @@ def _folders_with_checkpoints(folder: Path, levels: int) -> list[Path]:
             return []
         children = [child for child in folder.iterdir() if child.is_dir()]
     except OSError:
-        # a run below a folder that cannot be listed could not be read either
+        # A run below a folder that cannot be listed could not be read either
         return []
-    # links come last, so that a run which lies here gets its own name and not a link's
+    # Links come last, so that a run which lies here gets its own name and not a link's
     children.sort(key=lambda child: (child.is_symlink(), child.name))
     return [run for child in children for run in _folders_with_checkpoints(child, levels - 1)]

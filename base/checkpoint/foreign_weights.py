@@ -65,7 +65,7 @@ def find_weights(
             f" choose with --weights {one_line(chosen, 60)} (in Python: weights={chosen!r})"
         )
     if not chosen:
-        # the file is the state dict itself
+        # The file is the state dict itself
         return sets[chosen], {}
     return sets[chosen], {"weights": f"{_quoted([chosen])} of the file"}
 
@@ -75,7 +75,7 @@ def _weight_sets(contents: Any) -> dict[str, dict[str, Tensor]]:
     level = {}
     if isinstance(contents, dict):
         level = {"": contents}
-    # a dictionary may contain itself, or be reached by several names
+    # A dictionary may contain itself, or be reached by several names
     searched: set[int] = set()
     while level:
         sets = {name: part for name, part in level.items() if _are_weights(part, name)}
@@ -100,7 +100,7 @@ def _are_weights(part: dict[Any, Any], name: str) -> bool:
     A state dict maps names to tensors, at least one of which is floating-point and not a scalar.
     """
     values = part.values()
-    # a broken "state_dict" is still one: comparing it with the model's keys gives the better error
+    # A broken "state_dict" is still one: comparing it with the model's keys gives the better error
     if name == "state_dict":
         return not any(isinstance(value, dict) for value in values)
     if not all(isinstance(key, str) for key in part):
@@ -113,7 +113,7 @@ def _are_weights(part: dict[Any, Any], name: str) -> bool:
 def _named(sets: Mapping[str, dict[str, Tensor]], source: str, name: str) -> dict[str, Tensor]:
     if name in sets:
         return sets[name]
-    # one state dict may also hold several networks, each under a prefix
+    # One state dict may also hold several networks, each under a prefix
     prefix = f"{name.rstrip('.')}."
     parts = [below(weights, prefix) for weights in sets.values()]
     parts = [part for part in parts if part]
@@ -169,7 +169,7 @@ def rename(model: nn.Module, state: Mapping[str, T]) -> tuple[Mapping[str, T], d
     names = getattr(model, "other_names", {})
     parts = {part for key in state for part in key.split(".")}
     found = {other: name for other, name in names.items() if other in parts}
-    # a file that has both kinds of names is of a network with other modules
+    # A file that has both kinds of names is of a network with other modules
     if not found or parts & set(names.values()):
         return state, {}
     renamed = {
@@ -284,7 +284,7 @@ def explain_rest(
     for unused, twin in getattr(model, "unused_modules", {}).items():
         start = f"{prefix}{unused}."
         keys = [key for key in rest if key.startswith(start)]
-        # with other shapes it is another module that happens to have this name
+        # With other shapes it is another module that happens to have this name
         if _shapes(below(rest, start)) == _shapes(below(own, f"{twin}.")):
             why = "which no forward pass of its code calls"
             leave_out(keys, f"{len(keys)} keys of {unused!r}, {why}")
@@ -299,7 +299,7 @@ def explain_rest(
 def _memory_of(value: Any) -> Any:
     """Return a key that is equal for tensors with the same numbers in the same memory."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() == 0:
-        # equal to no other key
+        # Equal to no other key
         return object()
     return value.data_ptr(), value.dtype, value.shape, value.stride()
 
@@ -324,12 +324,12 @@ def _take_normalization(model: nn.Module, rest: dict[str, Any], source: str) -> 
     if not found:
         return {}
     new_mean, new_std = found[0]
-    # with several different pairs it is unknown which one its code uses
+    # With several different pairs it is unknown which one its code uses
     if not all(torch.equal(m, new_mean) and torch.equal(s, new_std) for m, s in found[1:]):
         return {}
     shown = f"mean {_numbers(new_mean)} and std {_numbers(new_std)}"
     names = " and ".join(_quoted([key]) for key in pairs[0])
-    # some code bases normalize pixels in [0, 255]
+    # Some code bases normalize pixels in [0, 255]
     is_fraction = (new_mean >= 0) & (new_mean <= 1) & (new_std > 0) & (new_std <= 1)
     if not bool(is_fraction.all()):
         raise CheckpointError(

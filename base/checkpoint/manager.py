@@ -45,7 +45,7 @@ class CheckpointManager:
         from_primary(self._check_disk_space)
 
     def _check_disk_space(self) -> None:
-        # the old file stays until the new one is complete, so both need room
+        # The old file stays until the new one is complete, so both need room
         needed = (self.folder / LAST).stat().st_size
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -122,7 +122,7 @@ class CheckpointManager:
             return _Best.PRESENT
         source_is_best = state.best_epoch == state.epochs_done and state.batches_done == 0
         if source_is_best:
-            # a run that is killed between saving the last and the best checkpoint lacks the latter
+            # A run that is killed between saving the last and the best checkpoint lacks the latter
             if source.resolve() != best.resolve():
                 publish_copy(source, best)
             return _Best.PRESENT
@@ -149,7 +149,7 @@ class CheckpointManager:
         for epoch, file in numbered_checkpoints(self.folder).items():
             if epoch > state.epochs_done:
                 later.append(file)
-        # the names of one checkpoint are links to one file, so they are damaged together
+        # The names of one checkpoint are links to one file, so they are damaged together
         return any(file.is_file() and best.samefile(file) for file in later)
 
 
@@ -174,7 +174,7 @@ def publish_copy(source: Path, target: Path) -> None:
 
 def keep_newest(folder: Path, count: int, epoch: int) -> None:
     """Delete all but the `count` newest numbered checkpoints up to `epoch` from a run folder."""
-    # those of later epochs, which a resumed run does again, stay until it overwrites them
+    # Those of later epochs, which a resumed run does again, stay until it overwrites them
     by_age = sorted(numbered_checkpoints(folder).items(), reverse=True)
     old = [path for number, path in by_age if number <= epoch]
     for path in old[count:]:

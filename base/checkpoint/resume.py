@@ -85,7 +85,7 @@ def saved_run(
         ConfigError: a replaced value would make it another experiment.
     """
     files = read_layers(config_file) if config_file else []
-    # before the checkpoint is read, because its config may hold names that the code registers
+    # Before the checkpoint is read, because its config may hold names that the code registers
     _, given = run_imports(files, imports)
     file, checkpoint, problem, own_config = from_primary(lambda: _read(path))
     own_code = imported_for(own_config.imports, str(file))
@@ -140,7 +140,7 @@ def load_to_resume(path: str | Path) -> tuple[Path, dict[str, Any], str | None]:
         problem = str(error)
     by_age = sorted(numbered_checkpoints(folder).items(), reverse=True)
     numbered = [file for _, file in by_age]
-    # the best checkpoint may be newer than the newest numbered one
+    # The best checkpoint may be newer than the newest numbered one
     candidates = [*_first_undamaged(numbered), *_first_undamaged([folder / BEST])]
     if not candidates:
         others = ""

@@ -49,7 +49,7 @@ missing."""
 def _plain_tensor(tensor: Tensor) -> Tensor:
     """Validate that a tensor is of a kind that runs save: dense, of real numbers, in memory."""
     is_dense = tensor.layout == torch.strided and not tensor.is_quantized
-    # meta tensors stay on the meta device although torch.load maps all others to the CPU
+    # Meta tensors stay on the meta device although torch.load maps all others to the CPU
     is_in_memory = tensor.device.type == "cpu"
     if not is_dense or not is_in_memory or tensor.is_complex():
         raise ValueError("expected a dense tensor of real numbers")
@@ -70,7 +70,7 @@ def _one_number(tensor: Tensor) -> Tensor:
 
 def _json_tree(value: Any, level: int = 0) -> Any:
     """Validate that a JSON file could hold the value."""
-    # a pickled list or dictionary may contain itself
+    # A pickled list or dictionary may contain itself
     if level > MAX_DEPTH:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
@@ -89,7 +89,7 @@ def _json_tree(value: Any, level: int = 0) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    # a checkpoint may hold either, but strict validation does not take a tuple for a list
+    # A checkpoint may hold either, but strict validation does not take a tuple for a list
     if isinstance(value, tuple):
         return list(value)
     return value
@@ -150,7 +150,7 @@ def _progress_schema() -> type[BaseModel]:
     for field in fields(TrainState):
         is_required = field.name in OLDEST_FIELDS or field.default is MISSING
         described[field.name] = (field.type, ... if is_required else field.default)
-    # unlike in other sections, an unknown key is an error: the next save would lose it
+    # Unlike in other sections, an unknown key is an error: the next save would lose it
     return create_model(
         "ProgressSchema", __config__=ConfigDict(strict=True, extra="forbid"), **described
     )
@@ -278,7 +278,7 @@ def _contradiction(contents: Mapping[str, Any]) -> str | None:
         return f"'progress.train_seconds' is 0 after {done} epochs"
     if batches > 0 and progress["learning_rate"] is None:
         return f"'progress.learning_rate' is None after {batches} batches of an epoch"
-    # the meters are emptied after every epoch
+    # The meters are emptied after every epoch
     if (totals["count"] > 0) != (batches > 0) or bool(totals["sums"]) != (batches > 0):
         return f"'totals' are of {totals['count']} samples after {batches} batches of an epoch"
     if len(contents["mean"]) != len(contents["std"]):

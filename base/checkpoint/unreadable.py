@@ -42,10 +42,10 @@ def explain(file: BinaryIO, error: Exception) -> str:
     for signature, what in SIGNATURES.items():
         if head.startswith(signature):
             return f"it is {what}"
-    # the first member's header has the signature of a tar archive
+    # The first member's header has the signature of a tar archive
     if head[257:262] == b"ustar":
         return "it is a tar archive; unpack it"
-    # safetensors begins with the length of its JSON header
+    # Safetensors begins with the length of its JSON header
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30:
         return (
             "it is a safetensors file; write it as"
@@ -74,7 +74,7 @@ def explain(file: BinaryIO, error: Exception) -> str:
             f" save it again without the argument pickle_protocol: {SAVE_WEIGHTS}"
         )
     reason = ""
-    # messages of other exceptions are about the internals of pickle
+    # Messages of other exceptions are about the internals of pickle
     is_torchs = isinstance(error, RuntimeError | MemoryError)
     if is_torchs and str(error) and "weights_only" not in str(error):
         reason = f" ({one_line(first_line(error), 200)})"
@@ -94,7 +94,7 @@ def _as_text(head: bytes) -> str | None:
     try:
         text = head.decode()
     except UnicodeDecodeError as error:
-        # the last character may have been cut in the middle
+        # The last character may have been cut in the middle
         if len(head) < HEAD_BYTES or error.start < HEAD_BYTES - 3:
             return None
         text = head[: error.start].decode()
@@ -120,7 +120,7 @@ def _names_in_zip(file: BinaryIO) -> list[str]:
         with zipfile.ZipFile(file) as archive:
             return archive.namelist()
     except Exception:
-        # a damaged archive can make the reader raise any exception
+        # A damaged archive can make the reader raise any exception
         return []
 
 
@@ -130,19 +130,19 @@ def _unsafe_classes(file: BinaryIO, error: Exception) -> list[str]:
     try:
         names = get_unsafe_globals_in_checkpoint(file)
     except Exception:
-        # the file is damaged, or a bare pickle, whose first class torch's error names
+        # The file is damaged, or a bare pickle, whose first class torch's error names
         names = re.findall(r"GLOBAL (\S+)", str(error))[:1]
         file.seek(0)
         if not _holds_whole_names(file, names):
             names = []
-    # half a name is a sign of damage
+    # Half a name is a sign of damage
     return sorted({one_line(name, 80) for name in names if re.fullmatch(r"\w+(\.\w+)+", name)})
 
 
 def _holds_whole_names(file: BinaryIO, names: list[str]) -> bool:
     """Return whether a pickle holds these names to their ends, and was not cut within one."""
     contents = file.read()
-    # pickle ends the name of a class with a line break
+    # Pickle ends the name of a class with a line break
     return all(f"{name.rpartition('.')[2]}\n".encode() in contents for name in names)
 
 
@@ -177,9 +177,9 @@ def _pickle_protocol(file: BinaryIO, head: bytes) -> int:
                 with archive.open(name) as pickled:
                     head = pickled.read(2)
         except Exception:
-            # a damaged archive can make the reader raise any exception
+            # A damaged archive can make the reader raise any exception
             return 0
-    # since protocol 2 a pickle begins with the opcode PROTO and the number
+    # Since protocol 2 a pickle begins with the opcode PROTO and the number
     if len(head) > 1 and head[:1] == b"\x80":
         return head[1]
     return 0

@@ -56,7 +56,7 @@ def load_weights(
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        # the last line is about a tensor's shape; those before it name the class
+        # The last line is about a tensor's shape; those before it name the class
         difference = str(error).splitlines()[-1].strip().rstrip(".")
         raise CheckpointError(
             f"{source}: does not fit {type(model).__name__}: {difference}; give the network that"

@@ -166,7 +166,7 @@ class PGDAttackConfig(OpenSection):
     @classmethod
     def _use_defaults_of_attack(cls, values: Any) -> Any:
         """Use the attack's own defaults in place of this section's."""
-        # this runs before pydantic has checked that the section is an object
+        # This runs before pydantic has checked that the section is an object
         if not isinstance(values, Mapping):
             return values
         kind = ATTACKS.get(str(values.get("type")))
@@ -226,7 +226,7 @@ def _read_fraction(text: str, unit: int) -> float | str:
     found = FRACTION_OF_RANGE.fullmatch(text)
     if found is None or float(found[2]) == 0:
         return text
-    # the product first: 63.9 / 255 * 255 is not exactly 63.9
+    # The product first: 63.9 / 255 * 255 is not exactly 63.9
     return float(found[1]) * unit / float(found[2])
 
 

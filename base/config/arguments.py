@@ -103,7 +103,7 @@ def parameters_of(entry: Constructor) -> list[inspect.Parameter]:
     for function in _functions(entry):
         for parameter in inspect.signature(function).parameters.values():
             if parameter.kind in NAMED and parameter.name != "self":
-                # the first one wins: a class overrides the parameters of its base classes
+                # The first one wins: a class overrides the parameters of its base classes
                 found.setdefault(parameter.name, parameter)
     return [*found.values()]
 
@@ -122,14 +122,14 @@ def accepts_any_keyword(entry: Constructor) -> bool:
 def _functions(entry: Constructor) -> Iterator[Callable[..., Any]]:
     """Yield the functions that the arguments of a constructor reach: the constructor, and
     `__init__` of its base classes while the one before passes `**others` on."""
-    # a partial has the signature of its function without the arguments that it gives by position
+    # A partial has the signature of its function without the arguments that it gives by position
     whole = entry
     while isinstance(entry, partial):
         entry = entry.func
     yield whole
     if not inspect.isclass(entry) or not _has_var_keyword(whole):
         return
-    # the last class of every __mro__ is `object`, which takes no arguments
+    # The last class of every __mro__ is `object`, which takes no arguments
     initialized = [base for base in entry.__mro__[:-1] if "__init__" in vars(base)]
     for base in initialized[1:]:
         yield base.__init__
@@ -154,7 +154,7 @@ def _hints(entry: Constructor) -> dict[str, Any]:
             function = function.__init__
         try:
             resolved = get_type_hints(function, include_extras=True)
-        # hints may name types that are imported for type checkers only; any value passes then
+        # Hints may name types that are imported for type checkers only; any value passes then
         except (NameError, TypeError, AttributeError):
             resolved = {}
         hints = resolved | hints
@@ -168,7 +168,7 @@ def _descriptions(entry: Constructor) -> dict[str, str]:
     documented = reversed(entry.__mro__) if inspect.isclass(entry) else [entry]
     found: dict[str, str] = {}
     for source in documented:
-        # not inspect.getdoc, which gives a class without a docstring that of a base class
+        # Not inspect.getdoc, which gives a class without a docstring that of a base class
         for text in (source.__doc__, getattr(vars(source).get("__init__"), "__doc__", None)):
             if isinstance(text, str):
                 found |= _args_section(inspect.cleandoc(text))
@@ -185,7 +185,7 @@ def _args_section(text: str) -> dict[str, str]:
             break
         indent = len(line) - len(line.lstrip())
         start = ARGUMENT_LINE.fullmatch(line.strip())
-        # lines that continue a description are indented further, and may hold a colon, too
+        # Lines that continue a description are indented further, and may hold a colon, too
         if start and indent <= 4:
             names = [name.strip().lstrip("*") for name in start[1].split(",")]
             found |= dict.fromkeys(names, start[2])
@@ -201,7 +201,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
     try:
         try:
             return TypeAdapter(hint, config=STRICT)
-        # a dataclass or a pydantic model has its own config and accepts no other one
+        # A dataclass or a pydantic model has its own config and accepts no other one
         except PydanticUserError:
             return TypeAdapter(hint)
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
@@ -347,7 +347,7 @@ class OpenSection(Section):
 
     def fill_defaults(self, chosen: Mapping[str, str]) -> None:
         """Set arguments that are not given to their defaults; see `defaults`."""
-        # sections are frozen, but pydantic keeps extra keys in a plain dictionary
+        # Sections are frozen, but pydantic keeps extra keys in a plain dictionary
         extra = self.model_extra
         if extra is not None:
             for key, value in self.defaults(chosen).items():
@@ -408,12 +408,12 @@ class OpenSection(Section):
             if chosen.get(choice.key) in owners[choice]
         ]
         if takers:
-            # all chosen entries that take the key must accept the value
+            # All chosen entries that take the key must accept the value
             values = [argument.adapter.validate_json(json.dumps(value)) for argument in takers]
             return values[0]
         knowing = [choice for choice in self.choices if owners[choice]]
         for choice in knowing:
-            # it is an error only if no table can still accept or ignore the key
+            # It is an error only if no table can still accept or ignore the key
             if choice.others == "ignored" or choice.key not in chosen:
                 adapters = [argument.adapter for argument in owners[choice].values()]
                 return _first_fit(adapters, value)
@@ -444,7 +444,7 @@ class OpenSection(Section):
             if any(chosen.get(choice.key) in takers for choice, takers in owners.items()):
                 continue
             arguments = [argument for takers in owners.values() for argument in takers.values()]
-            # a default is not a mistake: resolved configs hold the defaults of all entries
+            # A default is not a mistake: resolved configs hold the defaults of all entries
             if arguments and all(argument.field.default != value for argument in arguments):
                 names = [f"{choice.key} {' or '.join(takers)}" for choice, takers in owners.items()]
                 yield key, value, " or ".join(names)
@@ -502,7 +502,7 @@ def _property(owners: Mapping[str, Argument]) -> dict[str, Any]:
         kind = argument.adapter.json_schema()
         if kind not in kinds:
             kinds.append(kind)
-    # entries may take the same key with different types
+    # Entries may take the same key with different types
     schema = dict(kinds[0]) if len(kinds) == 1 else {"anyOf": kinds}
     schema["description"] = describe_argument(owners)
     return schema
@@ -540,13 +540,13 @@ class NameIn:
         if not checks_names(info.context):
             return name
         if not self.table:
-            # a mistake in a program, not in a config: with empty tables every name would be wrong
+            # A mistake in a program, not in a config: with empty tables every name would be wrong
             raise RuntimeError(
                 "the tables are empty: import experiment, which fills them, before a check"
             )
         if name not in self.table:
             raise ValueError(not_one_of(name, self.table))
-        # a user's entry that the project cannot call is reported here, not when the model is built
+        # A user's entry that the project cannot call is reported here, not when the model is built
         try:
             signature = inspect.signature(self.table[name])
             signature.bind_partial(*self.positional, **dict.fromkeys(self.keywords))

@@ -56,7 +56,7 @@ def _check_device(text: str) -> str:
 
 
 def _check_folder_name(text: str) -> str:
-    # a run folder may be copied to Windows, where a backslash separates folders
+    # A run folder may be copied to Windows, where a backslash separates folders
     has_separator = "/" in text or "\\" in text
     has_control = any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text)
     is_too_long = len(text.encode()) > MAX_NAME_BYTES
@@ -385,7 +385,7 @@ class Config(Section):
     def _check_method_arguments(self, info: ValidationInfo) -> Self:
         if not checks_names(info.context):
             return self
-        # not in the section's own validator, because trainer.do_adv may choose the method
+        # Not in the section's own validator, because trainer.do_adv may choose the method
         adversarial = self.adversarial
         adversarial.check(adversarial.chosen(self), ("adversarial",))
         adversarial.fill_defaults(adversarial.chosen(self))
@@ -405,7 +405,7 @@ class Config(Section):
         epsilon = self.attack_epsilon
         check_step_units("trainer.fgsm_step", trainer.fgsm_step, "linf", trainer.adv_clip_eps)
         check_step_units("pgd_attack.step", self.pgd_attack.step, adversarial.norm, epsilon)
-        # the method's own sizes may have any type where names are not checked
+        # The method's own sizes may have any type where names are not checked
         if checks_names(info.context):
             for key, field in adversarial.known_fields().items():
                 if is_size(field) and key != "epsilon":
@@ -437,7 +437,7 @@ class Config(Section):
     @property
     def attacks_while_training(self) -> bool:
         """Whether the training method attacks images, so that train_robust.py is its command."""
-        # reports read configs of methods that are not registered, and most methods attack
+        # Reports read configs of methods that are not registered, and most methods attack
         return self.method_attribute(
             "attacks_while_training", self.adversarial_method not in TRAINERS
         )
@@ -468,7 +468,7 @@ class Config(Section):
         """Whether the test set is attacked after training."""
         if self.adversarial.report is not None:
             return self.adversarial.report
-        # the method `none` counts, too: it is the baseline of a comparison of methods
+        # The method `none` counts, too: it is the baseline of a comparison of methods
         return self.adversarial.method is not None or self.trainer.do_adv
 
     @property

@@ -120,7 +120,7 @@ def read_layers(path: str | Path) -> list[Layer]:
             tree = read_json_object(file)
         except ConfigError as error:
             raise ConfigError(f"{context}{error}") from None
-        # the key begins like a comment, so the parent would be ignored without a message
+        # The key begins like a comment, so the parent would be ignored without a message
         if MMENGINE_PARENT in tree:
             raise ConfigError(
                 f"{context}{one_line(file)}: {MMENGINE_PARENT}: name the parent in extends instead"
@@ -197,7 +197,7 @@ def merge_layers(layers: Sequence[Layer], root: type[Section] = Config) -> tuple
     origins: Origins = {}
     for number, layer in enumerate(layers):
         if number == 0:
-            # its nulls have nothing to delete; `validate` reports those for unknown keys
+            # Its nulls have nothing to delete; `validate` reports those for unknown keys
             tree = dict(layer.tree)
         else:
             try:
@@ -223,7 +223,7 @@ def validate_layers(layers: Sequence[Layer], own: Sequence[OwnCode], source: str
     tree.pop(IMPORTS, None)
     if own:
         tree[IMPORTS] = [code.model_dump(exclude_none=True) for code in own]
-        # lists of imports are added up, whereas other values replace each other, so several layers
+        # Lists of imports are added up, whereas other values replace each other, so several layers
         # may have given this one
         naming = _layers_with_imports(layers)
         named = sum(len(layer.tree[IMPORTS]) for layer in naming)
@@ -264,7 +264,7 @@ def validate(
     _check_text(tree, source, origins)
     try:
         context = None if check_names else UNCHECKED
-        # as JSON, because pydantic's strict mode accepts a list for a tuple only there
+        # As JSON, because pydantic's strict mode accepts a list for a tuple only there
         config = Config.model_validate_json(json.dumps(read_sizes(tree)), context=context)
     except ValidationError as error:
         problems = problems_of(error, origins)
@@ -277,7 +277,7 @@ def validate(
     files = [layer for layer in layers if not layer.is_flag]
     flags = [layer for layer in layers if layer.is_flag]
     tree_of_files = merge_layers(files)[0] if layers else tree
-    # the empty layer below makes a null in a flag delete its key instead of being kept
+    # The empty layer below makes a null in a flag delete its key instead of being kept
     tree_of_flags = merge_layers([Layer("", {}), *flags])[0]
     config._warnings = warnings_of(config, tree_of_files, tree_of_flags, silenced, origins)
     return config
@@ -340,7 +340,7 @@ def check_optimization_of(config: Config) -> None:
     Raises:
         ConfigError: naming the file or flag that the value came from.
     """
-    # imported here because it brings torch
+    # Imported here because it brings torch
     from base.optim import check_optimization
 
     with origins_named(config):
@@ -377,7 +377,7 @@ def _problems_of_optimization(
 @lru_cache(maxsize=64)
 def _problem_of_optimization(key: str, section: str) -> str | None:
     """Return what is wrong with one of the two sections, given as JSON; None if it is valid."""
-    # imported here because it brings torch, which a config without mistakes does not need
+    # Imported here because it brings torch, which a config without mistakes does not need
     from base.optim import check_optimization
 
     optimizer = OptimizerConfig()
@@ -396,7 +396,7 @@ def _problem_of_optimization(key: str, section: str) -> str | None:
 def _resolve(file: Path) -> Path:
     try:
         return file.resolve()
-    # a ValueError for a null byte, a RuntimeError for links that form a loop
+    # A ValueError for a null byte, a RuntimeError for links that form a loop
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{one_line(file)}: cannot be read: {one_line(error)}") from None
 
@@ -404,7 +404,7 @@ def _resolve(file: Path) -> Path:
 def _check_text(value: Any, source: str, origins: Origins, path: tuple[str, ...] = ()) -> None:
     """Check that no text holds a null byte or a lone surrogate."""
     if isinstance(value, str):
-        # paths and command lines cannot hold null bytes
+        # Paths and command lines cannot hold null bytes
         if "\0" in value:
             reason = "contains a null byte"
         # Python reads a byte of the command line that is not UTF-8 as a lone surrogate
@@ -459,6 +459,6 @@ def _handle_placeholders(tree: Tree, source: str) -> Tree:
         )
     comet_key = value_at(tree, "comet.api")
     if isinstance(comet_key, str) and PLACEHOLDER.fullmatch(comet_key):
-        # without a key the run is logged offline, or with COMET_API_KEY
+        # Without a key the run is logged offline, or with COMET_API_KEY
         return merge(tree, {"comet": {"api": None}})
     return tree

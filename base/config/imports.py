@@ -167,7 +167,7 @@ def imported_for(recorded: Iterable[OwnCode], source: str) -> list[OwnCode]:
             f"{source}: needs a user's own code, which only a flag or -c can run:"
             f" add {one_line(flags, 400)}{moved}"
         )
-    # a program may have imported a module itself, without this function
+    # A program may have imported a module itself, without this function
     return [_imported.get(code.name) or _with_digest(code) for code in recorded]
 
 
@@ -194,7 +194,7 @@ def own_class(name: str, kind: type, key: str) -> type:
     """
     module, _, short = name.rpartition(".")
     shown = repr(one_line(name, 80))
-    # a config must not reach classes of other modules: constructing one could run any code
+    # A config must not reach classes of other modules: constructing one could run any code
     if module not in sys.modules or not _is_imported(module):
         raise ConfigError(
             f"{key}: {shown}: the module {one_line(module, 80)} is not among the imports"
@@ -220,7 +220,7 @@ def _import(request: Request) -> OwnCode:
     code = request.code
     if code.file is None:
         return _import_module(request)
-    # not Path.resolve(), which follows links: the module is named after the link
+    # Not Path.resolve(), which follows links: the module is named after the link
     path = request.folder / os.path.expanduser(code.file)  # noqa: PTH111
     file = Path(os.path.abspath(path))  # noqa: PTH100
     known = _imported.get(file.stem)
@@ -248,12 +248,12 @@ def _import_file(request: Request, file: Path) -> OwnCode:
     code = OwnCode(file=str(file), sha256=digest)
     loaded = sys.modules.get(name)
     if loaded is not None and _file_of(loaded) == file.resolve():
-        # the user's program has imported the file itself
+        # The user's program has imported the file itself
         return _remember(code)
     hidden = _hidden_by(name, file)
     if hidden is not None:
         raise _error(request, f"would hide {hidden}: rename the file")
-    # so that the file can import its neighbors. At the end of the path they hide no other module
+    # So that the file can import its neighbors. At the end of the path they hide no other module
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
 
@@ -261,7 +261,7 @@ def _import_file(request: Request, file: Path) -> OwnCode:
         loader = _Source(file, source)
         spec = spec_from_file_location(name, file, loader=loader)
         assert spec is not None, "a loader was given"  # noqa: S101
-        # registered before it runs, because dataclasses and pickle look up the module by name
+        # Registered before it runs, because dataclasses and pickle look up the module by name
         sys.modules[name] = module_from_spec(spec)
         loader.exec_module(sys.modules[name])
 
@@ -305,7 +305,7 @@ def _file_of(module: ModuleType) -> Path | None:
 def _hidden_by(name: str, file: Path) -> str | None:
     """The module that a file of this name would hide; None if there is no other one."""
     command = ROOT / f"{name}.py"
-    # a user's own file may lie in the clone, beside the commands
+    # A user's own file may lie in the clone, beside the commands
     if name in ROOMS or (command.is_file() and command.resolve() != file.resolve()):
         return f"{name} of this project"
     loaded = sys.modules.get(name)
@@ -343,7 +343,7 @@ def _run(request: Request, code: OwnCode, file: Path | None, run: Callable[[], o
         problem = _problem_with_tables(before)
         if problem is not None:
             raise _error(request, problem)
-    # also SystemExit and KeyboardInterrupt: the tables must be restored in any case
+    # Also SystemExit and KeyboardInterrupt: the tables must be restored in any case
     except BaseException as error:
         for name, table in tables().items():
             table.clear()
@@ -390,7 +390,7 @@ def _problem_with_tables(before: Mapping[str, Mapping[Any, Any]]) -> str | None:
 
 def _source_file(entry: Any) -> str:
     """The file that defines an entry of a table."""
-    # a functools.partial has no file
+    # A functools.partial has no file
     entry = getattr(entry, "func", entry)
     try:
         file = Path(inspect.getsourcefile(entry) or "")
@@ -412,19 +412,19 @@ def _reason(error: BaseException, code: OwnCode, file: Path | None) -> str:
     """Return the line, type and message of an error that the code has raised."""
     if isinstance(error, SyntaxError):
         where = f"line {error.lineno}"
-        # the error may be in another file that the code imports
+        # The error may be in another file that the code imports
         if error.filename not in (None, str(file)):
             where = f"{error.filename}, {where}"
         return f"{where}: {type(error).__name__}: {error.msg}"
     missing = ""
     if isinstance(error, ModuleNotFoundError):
         missing = error.name or ""
-    # here the module itself is missing, or a package that holds it, not one that it imports
+    # Here the module itself is missing, or a package that holds it, not one that it imports
     if file is None and missing and f"{code.name}.".startswith(f"{missing}."):
         return "no such module; a folder of modules is searched if PYTHONPATH names it"
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
-        # the innermost line of the user's file, not one of a library that it calls
+        # The innermost line of the user's file, not one of a library that it calls
         if file is not None and frame.filename == str(file):
             place = f"line {frame.lineno}: "
     hint = ""

@@ -62,7 +62,7 @@ def reference() -> str:
         lines += ["", f"## {title}", "", (section.__doc__ or "").strip(), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in section.known_fields().items():
-            # sections have their own tables
+            # Sections have their own tables
             if section_at([*path, name]) is None:
                 lines.append(_row(section, name, field))
     lines += ["", "## Choices", ""]
@@ -87,7 +87,7 @@ def readme_with_choices(text: str) -> str:
 
 def choices() -> list[tuple[list[str], Mapping[str, Any]]]:
     """Return every table with the dotted keys that name its entries."""
-    # by id, because tables are dictionaries, which cannot be keys
+    # By id, because tables are dictionaries, which cannot be keys
     found: dict[int, tuple[list[str], Mapping[str, Any]]] = {}
     for path, section in _sections(Config, []):
         for name, field in section.model_fields.items():
@@ -105,7 +105,7 @@ def _row(section: type[Section], name: str, field: FieldInfo) -> str:
 
 def _tables(annotation: Any, metadata: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the tables in which the values of a type are names."""
-    # a subclass of NameIn knows names that are in no table of the registry
+    # A subclass of NameIn knows names that are in no table of the registry
     yield from (item.table for item in metadata if type(item) is NameIn)
     arguments = get_args(annotation)
     if get_origin(annotation) is Annotated:
@@ -162,7 +162,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     if origin is Annotated:
         return _describe(arguments[0], list(arguments[1:]))
     if origin in (Union, types.UnionType):
-        # every union of the tree is an optional type
+        # Every union of the tree is an optional type
         kind = next(argument for argument in arguments if argument is not type(None))
         return f"{_describe(kind, metadata)} or null"
     for item in metadata:
@@ -172,7 +172,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(map(str, arguments))
     if origin is list:
         return f"list of {_describe(arguments[0], [])}"
-    # a resolved config holds an object for each file or module, but people write its name
+    # A resolved config holds an object for each file or module, but people write its name
     names = {int: "integer", float: "number", str: "text", bool: "true, false", OwnCode: "text"}
     kind = names.get(annotation, "object")
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -182,7 +182,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         for constraint in getattr(item, "metadata", [item]):
             for name, sign in signs.items():
                 limit = getattr(constraint, name, LARGEST)
-                # the reference mentions the common upper bound once, at its start
+                # The reference mentions the common upper bound once, at its start
                 if limit != LARGEST:
                     bounds.append(f"{sign} {limit}")
     return f"{kind} {', '.join(bounds)}".strip()
@@ -196,7 +196,7 @@ def _allow_comments_and_nulls(node: Any) -> None:
         if is_closed:
             node["patternProperties"] = {"^_": {}}
         if is_closed or is_open_section:
-            # a parent may give what a child leaves out
+            # A parent may give what a child leaves out
             node.pop("required", None)
             for name, value in node["properties"].items():
                 node["properties"][name] = _with_null(value)
@@ -214,15 +214,15 @@ def _with_null(value: dict[str, Any]) -> dict[str, Any]:
             value["anyOf"].append(null)
         return value
     if not {"type", "$ref", "enum"} & value.keys():
-        # a schema without a type accepts null already
+        # A schema without a type accepts null already
         return value
-    # editors show description and default only at the top of a schema
+    # Editors show description and default only at the top of a schema
     shown = {key: value.pop(key) for key in ("description", "default") if key in value}
     return {"anyOf": [value, null], **shown}
 
 
 if __name__ == "__main__":
-    # importing the rooms fills the tables; `base` itself must not import them
+    # Importing the rooms fills the tables; `base` itself must not import them
     importlib.import_module("experiment")
     (FOLDER / "schema.json").write_text(json.dumps(schema(), indent=2) + "\n")
     (FOLDER / "README.md").write_text(reference())

@@ -23,7 +23,7 @@ def logged_value(name: str) -> str | None:
     prefix, rest = _split(name)
     if rest == "loss":
         return name
-    # robust accuracy is measured in validation only, and not a second time against clean labels
+    # Robust accuracy is measured in validation only, and not a second time against clean labels
     if rest == "robust_top1" and prefix in ("val_", "val_ema_"):
         return name
     if rest in METRICS:

@@ -64,7 +64,7 @@ OTHER_PROJECTS: dict[str, str | None] = {
     "amp": "system.precision",
     "fp16": "system.precision",
     "gpus": "n_gpu",
-    # this project has no such feature, and a key with a similar name means something else
+    # This project has no such feature, and a key with a similar name means something else
     "grad_clip": None,
     "clip_grad": None,
     "clip_grad_norm": None,
@@ -100,7 +100,7 @@ def nearest_key(path: Sequence[str], known: Sequence[str]) -> str | None:
     other = OTHER_PROJECTS.get(f"{place}.{name}", OTHER_PROJECTS.get(name))
     if name in _torch_arguments(place):
         meant: str | None = f"{place}.args.{name}"
-    # in the attack sections eps and steps are the names of keys that exist there
+    # In the attack sections eps and steps are the names of keys that exist there
     elif f"{place}.{name}" in OTHER_PROJECTS or (
         name in OTHER_PROJECTS and place not in ATTACK_SECTIONS
     ):
@@ -125,7 +125,7 @@ def dotted_keys(section: type[Section] = Config, path: str = "") -> Iterator[str
 
 def _key_elsewhere(place: str, name: str) -> str | None:
     """The only key of this name in other sections, or the only one below this section."""
-    # somebody who writes about an attack in one attack section may well mean the other one
+    # Somebody who writes about an attack in one attack section may well mean the other one
     excluded = ("arch",) if place in ATTACK_SECTIONS else LOCAL_SECTIONS
     keys = []
     for key in dotted_keys():
@@ -140,7 +140,7 @@ def _torch_arguments(place: str) -> Collection[str]:
     """The arguments of all optimizers or of all schedules, where `place` is their section."""
     if place not in ("optimizer", "lr_scheduler"):
         return ()
-    # imported here because it brings torch, which a config without mistakes does not need
+    # Imported here because it brings torch, which a config without mistakes does not need
     from base.optim import OPTIMIZERS, SCHEDULERS
 
     classes = OPTIMIZERS if place == "optimizer" else SCHEDULERS

@@ -39,7 +39,7 @@ class Layer:
 class Provenance:
     """The origins of a config's values."""
 
-    # not compared: configs with the same values are equal, wherever the values come from
+    # Not compared: configs with the same values are equal, wherever the values come from
     origins: Origins = field(default_factory=dict, compare=False)
 
 
@@ -58,7 +58,7 @@ def origin_of_override(override: tuple[str, str]) -> str:
     """Return an override as it is written on the command line."""
     key, text = override
     written = getattr(override, "written", "") or f"--set {key}={text}"
-    # the value may be Comet's key
+    # The value may be Comet's key
     if key.partition(".")[0] == "comet":
         separator = "=" if written.startswith("--set ") else " "
         written = written.partition(separator)[0]
@@ -70,12 +70,12 @@ def record(origins: Origins, layer: Layer) -> None:
     sections = {known[:depth] for known in origins for depth in range(len(known))}
     for path, value in leaves(layer.tree):
         if path in sections:
-            # an empty object is merged with the section, and replaces nothing
+            # An empty object is merged with the section, and replaces nothing
             if value == {}:
                 continue
             for below in [known for known in origins if _is_below(known, path)]:
                 del origins[below]
-        # also removes the path itself, so that it is inserted again as the latest
+        # Also removes the path itself, so that it is inserted again as the latest
         for depth in range(len(path)):
             origins.pop(path[: depth + 1], None)
         if value is not None:
@@ -102,7 +102,7 @@ def origin_of(origins: Origins, path: Sequence[str]) -> str | None:
 def origin_of_keys(origins: Origins, paths: Iterable[Sequence[str]]) -> str | None:
     """Return the file or flag that gave the latest of the values at some paths."""
     keys = [tuple(path) for path in paths]
-    # later layers are inserted later
+    # Later layers are inserted later
     for known in reversed(origins):
         if any(_is_below(known, path) or _is_below(path, known) for path in keys):
             return origins[known]

@@ -34,7 +34,7 @@ def format_problems(problems: Sequence[Problem], source: str) -> str:
     last = None
     for origin, text in problems:
         blamed = origin or source
-        # the same file is not named again for each of its problems
+        # The same file is not named again for each of its problems
         parts.append(one_line(text) if blamed == last else f"{blamed}: {one_line(text)}")
         last = blamed
     return all_of(parts)
@@ -80,7 +80,7 @@ def is_secret(path: Sequence[str]) -> bool:
 def format_for_message(value: Any) -> str:
     """Return a config value as JSON, cut to 80 characters and without secrets."""
     text = json.dumps(value)
-    # an object in the wrong place may be the section that holds the Comet key
+    # An object in the wrong place may be the section that holds the Comet key
     if isinstance(value, dict | list) and "{" in text:
         return TYPE_NAMES[type(value)]
     return one_line(text, 80)
@@ -140,7 +140,7 @@ def _message(problem: Any) -> str:
 def _message_of_validator(key: str, message: str) -> str:
     if not key:
         return message
-    # validators of a section begin with one of its keys, those of a value with the value in quotes
+    # Validators of a section begin with one of its keys, those of a value with the value in quotes
     if message[0] in ("'", '"'):
         return f"{key}: {message}"
     return f"{key}.{message}"

@@ -79,7 +79,7 @@ def check_same_experiment(before: Mapping[str, Any], config: Config, source: Pat
                 f"{source}: is of another architecture: {key} is {old!r} there"
                 f" and {new!r} in this config"
             )
-        # with such a schedule, another number of epochs changes every learning rate
+        # With such a schedule, another number of epochs changes every learning rate
         spans_run = key == "trainer.epochs" and spans_whole_run(config.lr_scheduler)
         if spans_run or not lies_in(key, MAY_CHANGE_ON_RESUME):
             why = f"; {config.lr_scheduler.type} spans the whole run" if spans_run else ""
@@ -96,7 +96,7 @@ def config_hash(config: Config) -> str:
     `WHERE_AND_HOW` and the values that the data set decides, which a run may have filled in.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-    # each adversarial method has its own defaults, which pydantic does not know
+    # Each adversarial method has its own defaults, which pydantic does not know
     defaults = config.adversarial.defaults(config.adversarial.chosen(config))
     for key, default in defaults.items():
         if tree.get("adversarial", {}).get(key) == default:
@@ -113,10 +113,10 @@ def remove_place(tree: dict[str, Any], key: str) -> None:
     for section in sections:
         tree = tree.get(section, {})
     if key == IMPORTS and tree.get(name):
-        # the code itself matters, and its place does not
+        # The code itself matters, and its place does not
         tree[name] = digests(tree[name])
     elif key == NOISE_FILE and tree.get(name) is not None:
-        # it matters that there is one
+        # It matters that there is one
         tree[name] = ""
     else:
         tree.pop(name, None)

@@ -17,7 +17,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def _number(value: object) -> object:
-    # even strict pydantic accepts objects that float() can convert, such as tensors
+    # Even strict pydantic accepts objects that float() can convert, such as tensors
     if type(value) not in (int, float):
         raise ValueError("expected a number")
     if type(value) is int and abs(value) > LARGEST:

@@ -92,7 +92,7 @@ def parse_json(text: str) -> Any:
             reason = "empty: expected a JSON object"
         raise JSONError(reason, place, is_syntax_error=True) from None
     except RecursionError:
-        # the depth at which json itself gives up depends on the version of Python
+        # The depth at which json itself gives up depends on the version of Python
         raise JSONError(TOO_DEEP) from None
     _check_text_and_depth(value, 0)
     return value
@@ -118,7 +118,7 @@ def _replace_non_finite(value: Any) -> Any:
 
 def _decode(data: bytes) -> str:
     try:
-        # editors on Windows put a byte order mark at the start, which utf-8-sig drops
+        # Editors on Windows put a byte order mark at the start, which utf-8-sig drops
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         lines = error.object[: error.start].split(b"\n")
@@ -131,7 +131,7 @@ def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
         for key, count in Counter(key for key, _ in pairs).items():
-            # comments may share a key: a file may hold several keys called "_"
+            # Comments may share a key: a file may hold several keys called "_"
             if count > 1 and not key.startswith("_"):
                 raise JSONError(f"key {key[:80]!r} is given twice in one object")
     return tree

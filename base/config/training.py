@@ -81,7 +81,7 @@ class SchedulerConfig(Section):
 
     @model_validator(mode="after")
     def _check_type_is_given(self) -> Self:
-        # the default type is none, so a forgotten type would silently drop the arguments
+        # The default type is none, so a forgotten type would silently drop the arguments
         given = [name for name in ("args", "interval", "monitor") if getattr(self, name)]
         if given and "type" not in self.model_fields_set:
             raise ValueError(

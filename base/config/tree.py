@@ -29,7 +29,7 @@ def merge(
     merged = dict(parent)
     for key, value in child.items():
         if value is None:
-            # a misspelt null would silently keep the value that it should delete
+            # A misspelt null would silently keep the value that it should delete
             _check_known(key, merged, root, path)
             merged.pop(key, None)
         elif isinstance(value, dict):
@@ -56,7 +56,7 @@ def without_nulls(tree: Tree, path: tuple[str, ...] = ()) -> Tree:
     for key, value in tree.items():
         if isinstance(value, dict):
             kept[key] = without_nulls(value, (*path, key))
-        # a null for an unknown key stays, so that validation reports it with all other problems
+        # A null for an unknown key stays, so that validation reports it with all other problems
         elif value is not None or (section is not None and key not in section.known_fields()):
             kept[key] = value
     return kept
@@ -114,7 +114,7 @@ def describe_unknown_key(path: Sequence[str], root: type[Section] = Config) -> s
     """Return one line for an unknown key: its dotted path, the nearest key, and the known ones."""
     section = section_at(path[:-1], root)
     known = list(section.known_fields()) if section else []
-    # grids have keys of their own, which other projects do not know
+    # Grids have keys of their own, which other projects do not know
     nearest = nearest_key(path, known) if root is Config else nearest_name(path[-1], known)
     return _unknown_key(path, nearest, known)
 

@@ -44,7 +44,7 @@ def _warn_of_normalization(
     config: Config, files: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> str | None:
     args = config.arch.args
-    # files that name both layers intend the pair, and so do flags that name both. Who gives a flag
+    # Files that name both layers intend the pair, and so do flags that name both. Who gives a flag
     # for only one of them may have forgotten the other
     if _layers_in(files) == [args.conv_layer_type, args.norm_layer_type]:
         return None
@@ -98,7 +98,7 @@ def _unmet(config: Config, section: Section, path: str = "") -> Iterator[tuple[s
         value = getattr(section, name)
         if isinstance(value, Section):
             yield from _unmet(config, value, f"{path}{name}.")
-        # a resolved config sets every key, so a default says nothing about what its author wants
+        # A resolved config sets every key, so a default says nothing about what its author wants
         elif name in section.model_fields_set and value != field.default:
             for needs in field.metadata:
                 if isinstance(needs, Needs) and not needs.met(config):

@@ -83,14 +83,14 @@ def check_arguments(
         if name not in names:
             hint = _hint_for_inherited(name, key, others) or did_you_mean(name, names)
             problem = f"{key}.{one_line(name, 80)}: {cls.__name__} takes no such argument{hint}"
-            # the list is long, so it follows only the first of several problems
+            # The list is long, so it follows only the first of several problems
             problems.append(problem if problems else f"{problem} (it takes: {', '.join(names)})")
     for parameter in parameters:
         if parameter.default is parameter.empty and parameter.name not in args:
             problems.append(f"{key}.{parameter.name}: required by {cls.__name__}, but not given")
     types = _argument_types(cls)
     for name, value in args.items():
-        # the schedules inside a SequentialLR are checked when they are built
+        # The schedules inside a SequentialLR are checked when they are built
         if name in names and name != "schedulers":
             problem = _problem_with_value(name, value, types.get(name, Any))
             if problem:
@@ -162,7 +162,7 @@ def _has_type(value: Any, annotation: Any) -> bool:
     if adapter is None:
         return True
     try:
-        # as JSON, so that a list is accepted for a tuple although types are strict
+        # As JSON, so that a list is accepted for a tuple although types are strict
         adapter.validate_json(json.dumps(value))
     except ValidationError:
         return False
@@ -171,7 +171,7 @@ def _has_type(value: Any, annotation: Any) -> bool:
 
 @lru_cache(maxsize=256)
 def _type_adapter(annotation: Any) -> TypeAdapter[Any] | None:
-    # annotations may name tensors, which no JSON value is
+    # Annotations may name tensors, which no JSON value is
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
     try:
         return TypeAdapter(annotation, config=config)

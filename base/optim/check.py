@@ -39,7 +39,7 @@ def check_optimization(
     _try_step("optimizer.args", optimizer.args, layer, built, None)
     if scheduler.type == "none":
         return
-    # a new layer: the schedule may change the first learning rate, and must not be blamed for
+    # A new layer: the schedule may change the first learning rate, and must not be blamed for
     # weights that the step before has made large
     layer = nn.Conv2d(2, 2, 1)
     built = build_optimizer(optimizer, layer)

@@ -47,7 +47,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     decaying = [parameter for parameter in model.parameters() if parameter not in exempt]
     groups: list[dict[str, Any]] = [{"params": decaying}]
     if exempt:
-        # in the order of the model, not of the set, so that checkpoints agree on it
+        # In the order of the model, not of the set, so that checkpoints agree on it
         listed = [parameter for parameter in model.parameters() if parameter in exempt]
         groups.append({"params": listed, "weight_decay": 0.0})
     args = dict(config.args)
@@ -64,7 +64,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            # fused kernels read tensors in the order of their memory, and do not notice that a
+            # Fused kernels read tensors in the order of their memory, and do not notice that a
             # saved one has another order (channels last) than its parameter
             if isinstance(value, Tensor) and value.ndim > 1 and value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -100,7 +100,7 @@ def construct(cls: type, key: str, first: Any, args: Mapping[str, Any]) -> Any:
         return cls(first, **args)
     # torch's classes raise errors of any type for values that they did not expect
     except Exception as error:
-        # the schedules in a SequentialLR are objects by now, which JSON cannot show
+        # The schedules in a SequentialLR are objects by now, which JSON cannot show
         values = {name: value for name, value in args.items() if name != "schedulers"}
         name = argument_in_message(str(error), values)
         value = values.get(name.removeprefix("."), values)
@@ -133,7 +133,7 @@ def _can_fuse(cls: Callable[..., Optimizer], args: Mapping[str, Any], device: to
     number.grad = torch.zeros_like(number)
     try:
         cls([number], **args, fused=True).step()
-    # wrong arguments fail here, too, and are reported when they fail again without fused
+    # Wrong arguments fail here, too, and are reported when they fail again without fused
     except Exception:
         return False
     return True

@@ -148,12 +148,12 @@ class Schedule:
             log: the values that the epoch logged.
         """
         if self.on_plateau:
-            # robust accuracy is measured every few epochs only; the others do not count
+            # Robust accuracy is measured every few epochs only; the others do not count
             if self.monitor in log:
                 self.scheduler.step(log[self.monitor])
         elif self.scheduler is not None and not self.steps_by_batch:
             with warnings.catch_warnings():
-                # after a resume at the end of an epoch torch has not seen an optimizer step: the
+                # After a resume at the end of an epoch torch has not seen an optimizer step: the
                 # process that was interrupted took it
                 warnings.filterwarnings(
                     "ignore", message="Detected call of `lr_scheduler.step", category=UserWarning
@@ -209,9 +209,9 @@ def _build(name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int,
         if name == "SequentialLR":
             parts, args["milestones"] = _flatten(parts, args["milestones"])
             spans = _spans(args["milestones"], steps)
-            # with too few milestones torch raises an error once all parts are built
+            # With too few milestones torch raises an error once all parts are built
             spans += [steps] * (len(parts) - len(spans))
-        # a part that begins after the run's last step is built as well, and needs a length
+        # A part that begins after the run's last step is built as well, and needs a length
         args["schedulers"] = [
             _build(part["type"], part.get("args", {}), optimizer, max(1, span), part_key)
             for (part_key, part), span in zip(parts, spans, strict=False)
@@ -257,7 +257,7 @@ def _flatten(parts: Sequence[Part], milestones: Sequence[int]) -> tuple[list[Par
                 )
             inner_starts = [begin, *(begin + milestone for milestone in inner_milestones)]
         for inner_part, start in zip(inner, inner_starts, strict=True):
-            # the next outer milestone may come before the inner schedule has used all its parts
+            # The next outer milestone may come before the inner schedule has used all its parts
             if end is None or start < end:
                 flat.append(inner_part)
                 starts.append(start)

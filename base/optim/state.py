@@ -59,7 +59,7 @@ def named_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, A
         listed = [names[id(parameter)] for parameter in group["params"]]
         for name, parameter in zip(listed, group["params"], strict=True):
             entry = dict(optimizer.state.get(parameter, {}))
-            # a parameter without a state gets an entry as well, so that a lost one is noticed
+            # A parameter without a state gets an entry as well, so that a lost one is noticed
             state[name] = {**entry, CHECKSUM: _checksum(name, entry)}
         groups.append({**group, "params": listed})
     return {"state": state, "param_groups": groups}
@@ -98,7 +98,7 @@ def checked_optimizer_state(
         listed = [names[id(parameter)] for parameter in group["params"]]
         numbers = list(range(number, number + len(listed)))
         by_name = saved_group.get("params") == listed
-        # older files list torch's numbers
+        # Older files list torch's numbers
         if not by_name and saved_group.get("params") != numbers:
             raise CheckpointError(
                 f"{group_place}.params: is not the list of this model's parameters"
@@ -106,13 +106,13 @@ def checked_optimizer_state(
         settings.append({**_settings(saved_group, group, group_place), "params": numbers})
         expected: dict[torch.Size, dict[str, Any]] = {}
         for name, parameter in zip(listed, group["params"], strict=True):
-            # parameters of one shape share a trial step, as a network has many of them
+            # Parameters of one shape share a trial step, as a network has many of them
             if parameter.shape not in expected:
                 expected[parameter.shape] = _after_a_step(type(optimizer), group, parameter.shape)
             key = name if by_name else number
             if by_name and key not in entries:
                 raise CheckpointError(f"{where}.state: {name!r} is missing")
-            # in older files a parameter without a state had no entry
+            # In older files a parameter without a state had no entry
             entry = entries.pop(key, {})
             values = _values(entry, expected[parameter.shape], f"{where}.state.{name}")
             if by_name and entry.get(CHECKSUM) != _checksum(name, values):
@@ -147,7 +147,7 @@ def checked_schedule_state(
     where = f"{source}: scheduler"
     state = _check_value(saved, new, where, "")
     _check_last_epoch(state, steps_done, where)
-    # epochs without the watched value do not step ReduceLROnPlateau, which has num_bad_epochs
+    # Epochs without the watched value do not step ReduceLROnPlateau, which has num_bad_epochs
     if "num_bad_epochs" not in new and state.get("last_epoch", steps_done) != steps_done:
         raise CheckpointError(
             f"{where}.last_epoch: is {state['last_epoch']} after {steps_done} steps of the run"
@@ -172,10 +172,10 @@ def _after_a_step(
     kind: Callable[..., Optimizer], group: Mapping[str, Any], shape: torch.Size
 ) -> dict[str, Any]:
     """Return the state that an optimizer keeps for a parameter of this shape."""
-    # only a step creates the state
+    # Only a step creates the state
     parameter = torch.zeros(shape, requires_grad=True)
     parameter.grad = torch.zeros_like(parameter)
-    # a user's own class may not accept 0
+    # A user's own class may not accept 0
     trial = kind([parameter], lr=group["lr"])
     trial.param_groups[0].update(
         {key: value for key, value in group.items() if key not in ("params", *KERNELS)}
@@ -204,7 +204,7 @@ def _values(entry: Mapping[str, Any], expected: Mapping[str, Any], where: str) -
                 f"{where}.{key}: is of shape {tuple(value.shape)},"
                 f" but {tuple(own.shape)} was expected for this parameter"
             )
-        # kernels read the memory of a tensor, which sparse and meta tensors do not have
+        # Kernels read the memory of a tensor, which sparse and meta tensors do not have
         is_plain = value.layout == torch.strided and not value.is_meta
         if not is_plain or value.is_floating_point() != own.is_floating_point():
             raise CheckpointError(
@@ -224,14 +224,14 @@ def _settings(saved: Mapping[str, Any], group: Mapping[str, Any], where: str) ->
             continue
         if key not in saved and key in (*RATES, *FRACTIONS):
             raise CheckpointError(f"{where}: {key!r} is missing")
-        # a file from an older version of torch may lack a setting, which is then the config's
+        # A file from an older version of torch may lack a setting, which is then the config's
         value = saved.get(key, own)
         if key not in KERNELS:
             settings[key] = _check_value(value, own, f"{where}.{key}", key)
         elif value is None or value is False:
             settings[key] = value
         elif value is True:
-            # this device may lack the kernels with which the run started
+            # This device may lack the kernels with which the run started
             settings[key] = own
         else:
             raise CheckpointError(

@@ -115,7 +115,7 @@ def project_version() -> str | None:
         if project["name"] == PROJECT:
             return project["version"]
     except (OSError, ValueError, KeyError):
-        # this code does not run from a clone
+        # This code does not run from a clone
         pass
     try:
         return version(PROJECT)

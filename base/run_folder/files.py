@@ -49,7 +49,7 @@ class RunFolder:
         if not file.exists():
             return []
         *lines, rest = _read_text(file).split("\n")
-        # without its closing brace the last line is still being written
+        # Without its closing brace the last line is still being written
         if rest.endswith("}"):
             lines.append(rest)
         epochs = []

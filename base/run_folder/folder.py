@@ -77,12 +77,12 @@ def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
     folder = Path(run_dir or save_dir)
     given = f"--run_dir {folder}" if run_dir else f"trainer.save_dir: {folder}"
     try:
-        # before `name` is added, in which a tilde is an ordinary character
+        # Before `name` is added, in which a tilde is an ordinary character
         folder = folder.expanduser()
         if not run_dir:
             folder = folder / name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
         folder.mkdir(parents=True, exist_ok=bool(run_dir))
-        # an existing folder may be read-only
+        # An existing folder may be read-only
         with NamedTemporaryFile(dir=folder):
             pass
     except (OSError, ValueError, RuntimeError) as error:
@@ -100,7 +100,7 @@ def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
             )
         job = torchrun_job()
         if job:
-            # written first, because the next attempt finds out here whether the folder is its own
+            # Written first, because the next attempt finds out here whether the folder is its own
             write_json(folder / ENVIRONMENT, {"job": job})
         yield folder
 

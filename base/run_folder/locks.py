@@ -35,7 +35,7 @@ def process_lock(file: Path) -> Iterator[bool]:
     if fcntl is None:
         yield True
         return
-    # closing the file releases the lock
+    # Closing the file releases the lock
     with file.open("a+b") as opened:
         has_lock = True
         try:
@@ -45,7 +45,7 @@ def process_lock(file: Path) -> Iterator[bool]:
             # POSIX allows either error for a file that another process has locked
             has_lock = False
         except OSError:
-            # this file system has no locks
+            # This file system has no locks
             pass
         yield has_lock
 
@@ -66,6 +66,6 @@ def lock_descriptor(descriptor: int, *, wait: bool) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        # this file system has no locks
+        # This file system has no locks
         pass
     return True

@@ -45,7 +45,7 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
     try:
         yield
     except ProjectError as error:
-        # to the file only: on the terminal the command prints the error as its last line
+        # To the file only: on the terminal the command prints the error as its last line
         handlers[-1].handle(
             logging.makeLogRecord(
                 {"levelname": "ERROR", "levelno": logging.ERROR, "msg": str(error)}

@@ -36,7 +36,7 @@ def write_study_index(folder: Path, entries: Mapping[str, StudyEntry]) -> None:
 
 def read_study_index(folder: Path) -> dict[str, StudyEntry]:
     """Return run folder's name -> entry; empty if `folder` has no readable study index."""
-    # reports work without an index, so a damaged one is not worth an error
+    # Reports work without an index, so a damaged one is not worth an error
     try:
         entries = json.loads((folder / STUDY_INDEX).read_text())
         return {name: StudyEntry(**entry) for name, entry in entries.items()}

@@ -35,7 +35,7 @@ COMET_DEFAULTS = {
 }
 """Settings of the package comet_ml; those in the environment win."""
 
-# the run folder records code, environment and output itself
+# The run folder records code, environment and output itself
 EXPERIMENT_OPTIONS = {
     "auto_param_logging": False,
     "auto_metric_logging": False,
@@ -72,7 +72,7 @@ class Comet(Tracker):
     """
 
     def __init__(self, folder: Path, settings: CometConfig, config: Config) -> None:
-        # before the import, which reads them
+        # Before the import, which reads them
         os.environ.update(COMET_DEFAULTS | os.environ)
         import comet_ml
 
@@ -124,10 +124,10 @@ class Comet(Tracker):
             experiment.flush(round(PATIENCE / 8))
             experiment.end()
             self.messages.report("Comet may not have got the whole run (%s)")
-        # any exception: a logging service must never end a training run
+        # Any exception: a logging service must never end a training run
         except Exception as error:
             self.messages.add(str(error))
-            # where the log cannot be written, the run itself reports that
+            # Where the log cannot be written, the run itself reports that
             with suppress(OSError):
                 self.messages.report("Comet failed (%s): training goes on without it")
 

@@ -34,7 +34,7 @@ def start_trackers(config: Config, folder: Path, history: Sequence[EpochLog] = (
             logger.warning(
                 "%s is asked for but not installed (%s): training goes on without it", name, error
             )
-        # any exception: a logging service must never end a training run
+        # Any exception: a logging service must never end a training run
         except Exception as error:
             logger.warning("%s could not start (%s): training goes on without it", name, error)
     return Trackers(trackers)

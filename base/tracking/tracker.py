@@ -60,7 +60,7 @@ class Trackers(Tracker):
     def _dropped_if_it_fails(self, tracker: Tracker) -> Iterator[None]:
         try:
             yield
-        # any exception: a logging service must never end a training run
+        # Any exception: a logging service must never end a training run
         except Exception as error:
             if isinstance(tracker, RunLog):
                 raise
@@ -103,7 +103,7 @@ class TensorBoard(Tracker):
     def __init__(self, folder: Path, epochs_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # hides what an interrupted run wrote of epochs that are trained again
+        # Hides what an interrupted run wrote of epochs that are trained again
         purge_step = epochs_done + 1 if epochs_done else None
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 

@@ -51,7 +51,7 @@ def draw_attacks(axes: Axes) -> None:
             axes.bar(x, 100 * result["last_test_top1"], 0.36, color=color, alpha=0.3)
             axes.bar(x, 100 * result["last_test_robust_top1"], 0.36, color=color)
     axes.set_xticks(range(len(methods)), list(methods.values()))
-    # leave room for the legend above the bars
+    # Leave room for the legend above the bars
     axes.set_ylim(0, 80)
     axes.legend(
         [Patch(color="0.5", alpha=0.3), Patch(color="0.5")],

@@ -92,7 +92,7 @@ def test_an_attack_in_a_training_step_passes_copies_too():
 
 def test_verdicts_and_checks_on_a_model_that_writes_into_its_input():
     inner = network()
-    # a whole number of rows: filling up would make a copy
+    # A whole number of rows: filling up would make a copy
     images, labels = batch(OutOfPlace(inner), n=16)
     before = images.clone()
     attack = PGD(0.04, 0.01, 3, early_stop=True)

@@ -221,7 +221,7 @@ def test_all_misclassified_come_back_unchanged():
 def test_a_constant_model_is_attacked_without_an_empty_batch():
     class Constant(nn.Module):
         def forward(self, images):
-            # reshape refuses a batch without images
+            # `reshape` refuses a batch without images
             return 0 * images.reshape(len(images), -1)[:, :5]
 
     images = torch.rand(3, 3, 8, 8)

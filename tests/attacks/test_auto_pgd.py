@@ -102,7 +102,7 @@ def test_trajectory_of_the_authors_code(model, norm, loss, monkeypatch):
     assert len(ours.seen) == 1 + len(theirs.seen) == 1 + 51  # ours looks at the images first
     apart = (torch.stack(ours.seen[1:]) - torch.stack(theirs.seen)).abs().amax(dim=(2, 3, 4))
     assert apart[:10].max() < 1e-5
-    # later a difference in the last digit may decide whether a loss has grown, and so whether a
+    # Later a difference in the last digit may decide whether a loss has grown, and so whether a
     # step size is halved
     same = apart.amax(dim=0) < 1e-5
     assert same.float().mean() > 0.8
@@ -121,7 +121,7 @@ def test_verdicts_are_those_of_the_authors_unchanged_code(model, norm, loss, mon
     images, labels = make_images(48, 2)
     attack = APGD(EPSILON[norm], 50, norm, loss=loss)
     start = attack.start(images, torch_generator(1, "start"))
-    # one restart, for those that are not misclassified already
+    # One restart, for those that are not misclassified already
     monkeypatch.setattr(
         APGD, "start", lambda attack, left, generators: start[~verdicts(model, images, labels)]
     )
@@ -158,7 +158,7 @@ def test_checkpoints_of_the_paper():
 def test_both_conditions_halve_the_step_size():
     start = torch.zeros(3, 1, 1, 1)
     state = _State(torch.arange(3), start, torch.zeros(3), start, 1.0)
-    # rises: 2 of 2; 1 of 2; none. Then all rise 2 of 2 times, but only the first image goes beyond
+    # Rises: 2 of 2; 1 of 2; none. Then all rise 2 of 2 times, but only the first image goes beyond
     # its largest loss
     for losses in ([0, 0, 0], [1, 9, -1], [2, 8, -2]):
         state.points = torch.tensor(losses).float().reshape(3, 1, 1, 1)

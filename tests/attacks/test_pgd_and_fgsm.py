@@ -61,7 +61,7 @@ def images_and_labels(n=5, classes=3, size=2):
 @pytest.mark.parametrize("targeted", [False, True])
 def test_on_a_linear_model_of_two_classes_both_reach_the_exact_worst_point(targeted):
     model, (images, labels) = Linear(2).eval(), images_and_labels(classes=2)
-    # raises class 1 against class 0
+    # Raises class 1 against class 0
     towards = (model.weight[1] - model.weight[0]).detach().reshape(3, 2, 2)
     sign = torch.where((labels == 0) != targeted, 1.0, -1.0).reshape(-1, 1, 1, 1)
     direction = sign * towards
@@ -102,7 +102,7 @@ def test_robust_accuracy_equals_foolboxs(trained, norm, epsilon):
     theirs = [int(broken.sum()) for broken in theirs]
     assert 20 < theirs[0] < 190, "an attack worth comparing"
     assert abs(ours[0] - theirs[0]) <= 1
-    # its l2 starts lie at the ball's surface: it finds less
+    # Its l2 starts lie at the ball's surface: it finds less
     assert -2 <= ours[1] - theirs[1] <= (2 if norm == "linf" else 6)
 
 
@@ -171,7 +171,7 @@ def test_restarts_keep_the_worst_point_of_every_image(trained):
     ).detach()
     broken = wrongness(model(many(model, images, labels, generators=generators)), labels) > 0
     generators = [torch_generator(0, "test", index) for index in range(32)]
-    # a generator continues where the last restart left it
+    # A generator continues where the last restart left it
     for _ in range(4):
         logits = model(one(model, images, labels, generators=generators)).detach()
         losses = F.cross_entropy(logits, labels, reduction="none")

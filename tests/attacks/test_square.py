@@ -123,10 +123,10 @@ def test_loss_of_the_kept_points_only_grows(norm, loss):
     images, labels = make_images(model, 64)
     attack = Observed(EPSILON[norm] / 20, 60, norm, loss=loss)
     with torch.no_grad():
-        # the model is too sure of these to be misled, so that none of them leaves the batch
+        # The model is too sure of these to be misled, so that none of them leaves the batch
         surest = attack.losses(model(images), labels).argsort()[:8]
     images, labels = images[surest], labels[surest]
-    # perturb, as a call projects its points once more, which rounds
+    # `perturb`, as a call projects its points once more, which rounds
     points = attack.perturb(model, images, labels, torch_generator(0, "attack"))
     with torch.no_grad():
         kept.append(attack.losses(model(points), labels))

@@ -61,7 +61,7 @@ def test_no_change_in_the_ball_is_nearer_than_the_projected_one(situation, seed)
 @given(situations(), st.floats(0, 1))
 def test_a_step_moves_by_its_size_or_not_at_all(situation, size):
     threat, images, gradient = situation
-    # any numbers, zeros among them
+    # Any numbers, zeros among them
     gradient = gradient - images
     moved = threat.distance(threat.step(images, gradient, size), images)
     still = (gradient == 0).flatten(1).all(1)

@@ -19,7 +19,7 @@ def test_generators_are_pure_functions_of_their_arguments():
     assert numpy_generator(1, "order").random() == numpy_generator(1, "order").random()
     keys = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 0), (0, "a", 1), (0, "a", 0, 1), (0, "a", 1, 0)]
     assert len({derived_seed(*key) for key in keys}) == len(keys)
-    # written down once, so that a change that would silently change every published run fails here
+    # Written down once, so that a change that would silently change every published run fails here
     assert derived_seed(0, "order", 1) == 4672741961019256271
 
 

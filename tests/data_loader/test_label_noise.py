@@ -79,7 +79,7 @@ def test_asymmetric_cifar10_starts_from_clean_labels_in_any_class_order(order, p
         expected[i] = 1
         if source in CIFAR10_FLIPS:
             expected[i] = 1 - share
-            # cat and dog change places, none goes back
+            # Cat and dog change places, none goes back
             expected[order.index(CIFAR10_FLIPS[source])] = share
         assert matrix[i] == pytest.approx(expected)
 

@@ -329,7 +329,7 @@ def test_code_in_pickles_of_npy_files_is_not_run(tmp_path):
             read(tmp_path / "evil.npy", "worse_label")
         assert "\n" not in str(caught.value), name
         assert not canary.exists(), name
-        # the code in the file, which must not have run
+        # The code in the file, which must not have run
         with pytest.raises(FileNotFoundError):
             os.rmdir(canary)  # noqa: PTH106
     np.load(tmp_path / "evil.npy", allow_pickle=True)

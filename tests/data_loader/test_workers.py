@@ -213,7 +213,7 @@ def test_a_death_is_reported_when_the_next_batch_is_requested(images, log, monke
     wait_until_idle(patience, log, 1 + 2 * workers.AHEAD)
     victim = min(worker.pid for worker in multiprocessing.active_children())
     os.kill(victim, signal.SIGKILL)
-    # here the main process would do its update
+    # Here the main process would do its update
     os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)
     with pytest.raises(
         DataError, match=rf"worker 0 \(pid {victim}\) died of SIGKILL between two batches"

@@ -40,7 +40,7 @@ def norms(model):
         ("simpleCNN", {}, 0),
         ("resnet18", {}, 0),
         ("resnet18", {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}, 0),
-        # those behind a sum of branches, whose output the shortcut may take, too
+        # Those behind a sum of branches, whose output the shortcut may take, too
         ("preact_resnet18", {}, 9),
         ("simpleCNN", {"conv_layer_type": "sn_conv"}, 6),  # weights that are computed in every pass
         ("resnet18", {"norm_layer_type": "gn"}, 0),

@@ -84,7 +84,7 @@ def loader(n=N, batch_size=30):
 def healthy():
     """A small network, trained with PGD on digits of 8 x 8 pixels."""
     threads = torch.get_num_threads()
-    # threads cost more than they save on so little work
+    # Threads cost more than they save on so little work
     torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -168,7 +168,7 @@ def test_the_curve_holds_the_attack_itself(healthy):
     assert again == curve
     stronger = PGD(EPSILON, EPSILON / 4, 10, early_stop=True)(healthy, images, labels[:32])
     share = float((healthy(stronger).argmax(1) == labels[:32]).float().mean())
-    # one image of 32 more or less, as the random starts differ
+    # One image of 32 more or less, as the random starts differ
     assert abs(share - accuracy[EPSILON]) <= 1 / 32
 
 
@@ -228,7 +228,7 @@ def test_broken_networks_are_found(healthy, name):
         found = failed(doctor(breaking(healthy), loader(), ATTACK, seed=0).checks)
     assert expected <= found
     if others is not None:
-        # an attack without gradients is noise of one draw, and ten draws may find more
+        # An attack without gradients is noise of one draw, and ten draws may find more
         assert found <= expected | others | {"not weaker than random noise"}
 
 
@@ -298,7 +298,7 @@ def test_zero_gradients_are_judged_by_the_images_they_hide(marked, verdict, atta
     images[:marked, 0, 0, 0] = images[100 : 100 + marked, 0, 0, 0] = 1
     model = Marked().train()
     labels = model(images).argmax(1)
-    # misclassified images do not count
+    # Misclassified images do not count
     labels[100:] = (labels[100:] + 1) % 3
     checks = quick_checks(model, images, labels, attack)
     assert checks[0].verdict == verdict

@@ -97,7 +97,7 @@ def test_attacks_of_several_steps_search_the_fused_copy_and_the_model_gives_the_
         assert original is model
         copy = fuse_conv_bn(original, images)
         assert copy is not model
-        # the hook of the model, which was copied, too
+        # The hook of the model, which was copied, too
         copy._forward_hooks.clear()
         copy.register_forward_hook(lambda *call: calls.append("copy"))
         return copy

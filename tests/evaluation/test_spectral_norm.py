@@ -33,7 +33,7 @@ def singular_values(layer, shape):
     units = torch.eye(torch.Size(shape).numel(), dtype=torch.float64).unflatten(1, shape)
     with torch.no_grad():
         matrix = (layer(units) - layer(torch.zeros_like(units))).flatten(1).T
-    # inputs that a stride skips do not count
+    # Inputs that a stride skips do not count
     matrix = matrix[:, matrix.abs().sum(0) > 0]
     return np.linalg.svd(matrix.numpy(), compute_uv=False)
 
@@ -66,7 +66,7 @@ def test_agrees_with_svd(conv, geometry):
         found, exact = spectrum(layer, shape), singular_values(bare, shape)
         assert found.converged
         assert found.norm == pytest.approx(exact[0], rel=1e-5)
-        # at most 64 singular values here, so nothing is estimated
+        # At most 64 singular values here, so nothing is estimated
         assert len(exact) <= 64
         assert found.mean_square == pytest.approx((exact**2).mean(), rel=1e-5)
         assert found.orthogonality_error == pytest.approx(

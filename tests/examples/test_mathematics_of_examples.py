@@ -97,7 +97,7 @@ def test_lion_and_its_schedule(example):
         optimizer.step()
         schedule.step()
     rates = [0.1, 0.1 / sqrt(2)]
-    # averages after the first step are 0.1 and -0.2, directions of the second -1 and -1
+    # Averages after the first step are 0.1 and -0.2, directions of the second -1 and -1
     first = [1 * (1 - 0.2 * rates[0]) - rates[0], -1 * (1 - 0.2 * rates[0]) + rates[0]]
     second = [value * (1 - 0.2 * rates[1]) + rates[1] for value in first]
     torch.testing.assert_close(weight.detach(), torch.tensor(second))

@@ -102,7 +102,7 @@ def test_run_folder_holds_everything(tmp_path):
         ".lock",
     }
     read = {path.name: json.loads(path.read_text()) for path in (tmp_path / "run").glob("*.json")}
-    # complete: a checkpoint can be loaded without the data
+    # Complete: a checkpoint can be loaded without the data
     filled = {"arch": {"args": {"num_classes": 10, "in_channels": 3}}}
     assert read["config.json"] == merge(config.dump(), filled)
     assert load_checkpoint(tmp_path / "run" / "model_best.pth")["config"] == read["config.json"]

@@ -205,7 +205,7 @@ def test_string_padding():
     odd = ConvNorm2d(2, 3, 2, padding="same", affine=False, bn=False).double()
     padded = ConvNorm2d(2, 3, 2, padding=1, affine=False, bn=False).double()
     padded.load_state_dict(odd.state_dict())
-    # the odd pixel goes to the end, as in nn.Conv2d
+    # The odd pixel goes to the end, as in nn.Conv2d
     torch.testing.assert_close(odd(x), padded(x)[:, :, 1:, 1:])
 
 

@@ -60,7 +60,7 @@ def test_agrees_with_convolution_and_filter(name):
 
 
 def test_an_unsupported_geometry_has_no_plan():
-    # more padding than the kernel reaches
+    # More padding than the kernel reaches
     assert layer_and_plan((8, 8), kernel_size=3, padding=3)[1] is None
     # 9 is not a multiple of 2
     assert layer_and_plan((7, 8), kernel_size=3, padding=1, stride=2)[1] is None
@@ -152,7 +152,7 @@ def test_second_derivatives(monkeypatch):
 def test_bfloat16_is_off_by_less_than_a_hundredth(smooth, monkeypatch):
     torch.manual_seed(0)
     layer = ConvNorm2d(32, 32, 3, padding=1, affine=False, bn=False)
-    # nearly equal taps, as trained kernels have them: small energies at high frequencies
+    # Nearly equal taps, as trained kernels have them: small energies at high frequencies
     if smooth:
         layer.weight.data = 0.2 * layer.weight.data + 0.05 * torch.randn(32, 32, 1, 1)
     images = torch.rand(FOURIER_BATCH, 32, 8, 8)

@@ -66,7 +66,7 @@ def test_oni_is_newtons_recurrence_on_singular_values(
         for _ in range(iterations):
             root = 1.5 * root - 0.5 * root**3 * eigenvalues / norm
         np.testing.assert_allclose(got, left * (root * sigma / norm**0.5) @ right, atol=1e-10)
-        # the polar factor, up to the 1e-5 on the diagonal and the direction that centering removed
+        # The polar factor, up to the 1e-5 on the diagonal and the direction that centering removed
         if iterations == 40:
             kept = sigma > 1e-8
             np.testing.assert_allclose(got, left[:, kept] @ right[kept], atol=1e-3)
@@ -160,7 +160,7 @@ def test_own_chooses_large_groups_that_can_be_orthogonal():
 @pytest.mark.parametrize("out_channels", [3, 10])
 def test_gradcheck(make, out_channels):
     torch.manual_seed(0)
-    # spectral norm: without iterating between the evaluations
+    # Spectral norm: without iterating between the evaluations
     layer = make(2, out_channels, 2, bias=True).double().eval()
     x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     parameters = dict(layer.named_parameters())
@@ -217,7 +217,7 @@ def test_spectral_norm_is_the_largest_singular_value():
     torch.manual_seed(0)
     layer = SpectralNormConv2d(3, 5, 3, padding=1, groups=1, padding_mode="reflect")
     first = layer.weight_u.clone()
-    # two passes before one backward
+    # Two passes before one backward
     (layer(torch.rand(1, 3, 6, 6)) + layer(torch.rand(1, 3, 6, 6))).sum().backward()
     for _ in range(60):
         layer(torch.rand(1, 3, 6, 6))
@@ -359,7 +359,7 @@ def test_ocnn_penalty_sums_every_convolution():
     expected = (
         conv_orthogonality(model[0].weight, 2)
         + conv_orthogonality(model[1].weight)
-        # dilation 2: a stride of 2 passes over no overlap
+        # Dilation 2: a stride of 2 passes over no overlap
         + sum(conv_orthogonality(half, 1) for half in halves)
         + matrix_orthogonality(model[4].weight)
     )

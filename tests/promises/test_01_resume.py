@@ -89,7 +89,7 @@ def check_steps(folder, monkeypatch, config, steps):
 
     def save_every_step(self):
         path = folder / f"{3 * self.state.epochs_done + self.state.batches_done}.pth"
-        # the method is called again when the epoch is finished
+        # The method is called again when the epoch is finished
         if not path.exists():
             save_checkpoint(path, self.checkpoint())
         return asked(self)
@@ -107,7 +107,7 @@ def check_steps(folder, monkeypatch, config, steps):
         for name in (*(f"model_epoch_{epoch}.pth" for epoch in (1, 2, 3)), "model_best.pth"):
             (place / name).write_bytes((whole / name).read_bytes())
         (place / "model_last.pth").write_bytes((folder / f"{step}.pth").read_bytes())
-        # a new process does not have this one's generators
+        # A new process does not have this one's generators
         torch.manual_seed(step)
         resume(str(place))
         for name in ("model_last.pth", "model_best.pth"):
@@ -215,7 +215,7 @@ def test_the_check_of_evaluation_can_fail(tmp_path, monkeypatch, small):
     validate = BaseTrainer.validate
 
     def disturbing(self):
-        # the generator that dropout draws from
+        # The generator that dropout draws from
         torch.rand(1)
         return validate(self)
 

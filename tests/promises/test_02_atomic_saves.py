@@ -73,7 +73,7 @@ def check_every_line(folder):
     save_checkpoint(path, contents(1))
     lines = lines_of_a_save(path)
     random_lines = random.Random(0).sample(range(lines), LINES - 20)
-    # the last ones flush and rename
+    # The last ones flush and rename
     for line in sorted([*random_lines, *range(lines - 20, lines)]):
         save_checkpoint(path, contents(1))
         killed_at_line(line, path)
@@ -101,7 +101,7 @@ def check_every_moment(folder):
         finished = draw.randrange(3)
         for _ in range(finished + 1):
             assert os.read(started, 1) == b"."
-        # some point within a save
+        # Some point within a save
         time.sleep(draw.uniform(0, 0.005))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)

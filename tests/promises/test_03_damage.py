@@ -74,7 +74,7 @@ def flip(path):
     largest = max(load_checkpoint(path)["state_dict"].values(), key=torch.numel)
     place = data.index(largest.numpy().tobytes()[:64])
     data[place + 3] ^= 1
-    # in place, so that all links to the file see it
+    # In place, so that all links to the file see it
     path.write_bytes(data)
 
 
@@ -138,7 +138,7 @@ def test_a_run_resumes_without_its_best_model_and_reports_it(tmp_path, monkeypat
     config, folder = small(trainer={"monitor": "max val_loss"}), tmp_path / "run"
     interrupt(monkeypatch, folder, config, 7)
     contents = load_checkpoint(folder / "model_last.pth")
-    # the best epoch by far
+    # The best epoch by far
     contents["progress"] |= {"best_epoch": 1, "best_value": 99.0}
     save_checkpoint(folder / "model_last.pth", contents)
     flip(folder / "model_best.pth")
@@ -175,7 +175,7 @@ def test_a_named_damaged_file_is_refused_and_no_run_starts_over(tmp_path, monkey
         resume(str(folder))
     for name in ("model_last.pth", "model_best.pth", "model_epoch_1.pth"):
         (folder / name).unlink()
-    # one damaged file remains, which a new run must not overwrite
+    # One damaged file remains, which a new run must not overwrite
     with pytest.raises(ConfigError, match="already holds a run"):
         run(folder, small())
 

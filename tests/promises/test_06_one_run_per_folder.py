@@ -22,11 +22,11 @@ def check_race(folder):
 
         def race(number=number, start=start, go=go, others=others, asking=asking):
             os.close(go)
-            # the pipe ends when all processes have started
+            # The pipe ends when all processes have started
             os.read(start, 1)
             with run_folder.create("unused", "name", str(folder / str(number))) as created:
                 os.close(asking)
-                # it ends when all others have asked for the folder
+                # It ends when all others have asked for the folder
                 os.read(others, 1)
                 (created / "config.json").touch()
 

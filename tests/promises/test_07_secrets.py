@@ -50,7 +50,7 @@ WAYS = {
 }
 ENDS = {
     "offline": ([], 0),
-    # to a server that does not know the key; comet_ml prints such a key in full
+    # To a server that does not know the key; comet_ml prints such a key in full
     "online": (["--offline", "False"], 0),
     "wrong value": (["--set", "trainer.epochs=many"], 2),
     "wrong value of comet": (["--set", "comet.offline=perhaps"], 2),
@@ -138,7 +138,7 @@ def train_here(tmp_path, monkeypatch, capfd, way, words):
     folder = tmp_path / f"{way} {len(list(tmp_path.iterdir()))}"
     folder.mkdir()
     comet = {"project": "test"} | ({"api": KEY} if way == "config file" else {})
-    # the only file that may hold the key, outside the folder that is searched
+    # The only file that may hold the key, outside the folder that is searched
     config = tmp_path.parent / f"{tmp_path.name} config.json"
     config.write_text(json.dumps({**TINY, "comet": comet}))
     monkeypatch.chdir(folder)

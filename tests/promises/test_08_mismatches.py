@@ -245,7 +245,7 @@ def check_handled(folder, copy, apply, tag=None):
     apply(contents)
     with pytest.MonkeyPatch.context() as patch:
         if tag:
-            # as if the tensors had been on that device
+            # As if the tensors had been on that device
             patch.setattr(torch.serialization, "location_tag", lambda storage: tag)
         save_checkpoint(copy / "model_last.pth", contents)
     resume(str(copy / "model_last.pth"))

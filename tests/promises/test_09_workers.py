@@ -57,7 +57,7 @@ def at_most(seconds):
 HANG = 200
 """Seconds after which a test has failed: far more than it needs on a busy machine."""
 
-# replaced by a test that breaks it
+# Replaced by a test that breaks it
 give_up = impatient_workers
 
 

@@ -95,7 +95,7 @@ def test_the_first_bad_layer_is_named_and_the_last_good_epoch_kept(tmp_path, sma
     run(tmp_path / "whole", config)
     for layer in layers_of(config):
         check_stops(tmp_path / layer, config, layer)
-        # the poison is gone: a resumed run comes to the same end
+        # The poison is gone: a resumed run comes to the same end
         resume(str(tmp_path / layer))
         assert (
             difference(tmp_path / "whole" / "model_last.pth", tmp_path / layer / "model_last.pth")

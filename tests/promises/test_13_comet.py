@@ -85,7 +85,7 @@ class CometServer:
             block_on_close = False
 
             def handle_error(self, *_):
-                # clients that have left
+                # Clients that have left
                 pass
 
         self.server = Server(("127.0.0.1", 0), Handler)

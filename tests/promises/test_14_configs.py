@@ -71,7 +71,7 @@ def check_deleted(load):
             if section in ("optimizer.args", "lr_scheduler.args"):
                 check_default_of_torch(config, section, name)
             for row in ROWS:
-                # comet is null without its section, so its keys have no defaults
+                # Comet is null without its section, so its keys have no defaults
                 if row == key or (row.startswith(f"{key}.") and key != "comet"):
                     check_default(row, value_at(config.model_dump(), row))
 

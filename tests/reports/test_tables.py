@@ -77,7 +77,7 @@ def of_norms(make_run, folder, baseline="bn", paired=False, **values):
 
 
 def test_welch_is_the_default(make_run, tmp_path):
-    # one side without a spread: Welch's degrees of freedom are then those of the other side alone
+    # One side without a spread: Welch's degrees of freedom are then those of the other side alone
     cells = of_norms(make_run, tmp_path, bn=(0.5, 0.5, 0.5, 0.5), gn=(0.55, 0.54, 0.60))
     t = (cells["gn"].mean - 0.5) / (cells["gn"].std / sqrt(3))
     assert cells["gn"].p == pytest.approx(student_2(t), rel=1e-6)
@@ -95,7 +95,7 @@ def test_paired_tests_are_over_common_seeds(make_run, tmp_path):
     cells = of_norms(make_run, tmp_path, paired=True, bn=(0.50, 0.52, 0.54), **values)
     differences = np.array([0.05, 0.02, 0.06])
     t = differences.mean() / (differences.std(ddof=1) / sqrt(3))
-    # two tests: the smaller p counts twice, the larger once
+    # Two tests: the smaller p counts twice, the larger once
     assert cells["gn"].p == pytest.approx(2 * student_2(t), rel=1e-6)
     assert cells["in"].p == pytest.approx(student_1(0.035 / (0.03 / sqrt(2) / sqrt(2))), rel=1e-6)
     assert cells["no"].p is None
@@ -141,7 +141,7 @@ def test_a_lead_within_one_standard_error_is_not_bold(make_run, tmp_path):
             for index in best_rows(compare(group_runs(find_runs([tmp_path / folder]), [KEY])), 0)
         ]
 
-    # means 0.52 and x + 0.02, both with a standard error of 0.02 / sqrt(3), of the difference
+    # Means 0.52 and x + 0.02, both with a standard error of 0.02 / sqrt(3), of the difference
     # 0.0163
     low = (0.50, 0.52, 0.54)
     assert best("near", bn=low, gn=(0.516, 0.536, 0.556)) == []
@@ -310,7 +310,7 @@ def test_rows_of_different_rates_are_neither_tested_nor_compared(make_run, tmp_p
         paired=True,
     )
     ps = [row.cells[0].p for row in paired.rows[2:]]
-    # differences 0.05 and 0.1 at one rate, -0.1 and -0.3 at the other: two tests in one table
+    # Differences 0.05 and 0.1 at one rate, -0.1 and -0.3 at the other: two tests in one table
     assert ps == pytest.approx(
         [2 * student_1(0.075 / 0.025), 2 * student_1(0.075 / 0.025)], rel=1e-6
     )

@@ -70,7 +70,7 @@ def attempt(
     # SIGINT is blocked until the new process runs the script
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     with warnings.catch_warnings():
-        # since 3.12 Python warns that forking a process with threads may deadlock
+        # Since 3.12 Python warns that forking a process with threads may deadlock
         warnings.simplefilter("ignore")
         process = os.fork()
     if process == 0:
@@ -100,7 +100,7 @@ def _become_script(words: list[str], log: Path, limit: int | None) -> None:
     try:
         code = _run_script(words, log, limit)
     except KeyboardInterrupt:
-        # a second signal within the handler of the first one
+        # A second signal within the handler of the first one
         code = 130
     finally:
         os._exit(code)
@@ -123,12 +123,12 @@ def _run_script(words: list[str], log: Path, limit: int | None) -> int:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except KeyboardInterrupt:
-        # after the script's last line
+        # After the script's last line
         code = 130
     except BaseException:
         traceback.print_exc()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # ends the data loader's workers
+    # Ends the data loader's workers
     _exit_function()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -136,14 +136,14 @@ class Endurance:
             self._fail(f"{done.ending}: exit {done.code}: {done.output[-1000:]}")
         if limit and done.code in (3, 4) and not any(word in done.output for word in FULL):
             self._fail(f"full disk: {done.output[-500:]}")
-        # a KeyboardInterrupt within the imports, before any work, is not an error
+        # A KeyboardInterrupt within the imports, before any work, is not an error
         if "Traceback" in done.output and "KeyboardInterrupt" not in done.output:
             place = done.output.index("Traceback")
             shown = done.output[max(0, place - 300) : place + 2000]
             self._fail(f"{done.ending}: exit {done.code}: {shown}")
         if after < before:
             self._fail(f"{done.ending}: went back from {before} to {after}")
-        # a run that resumes from an older checkpoint cuts its log
+        # A run that resumes from an older checkpoint cuts its log
         if after[0] < logged and not self.damaged:
             self._fail(f"{done.ending}: {logged} epochs are logged, {after[0]} saved")
         if "instead" in done.output:

@@ -43,7 +43,7 @@ def mutated(data: bytes, random: Random) -> bytes:
     """Change, remove or double a few bytes, half of the time near the beginning."""
     changed = bytearray(data)
     for _ in range(random.randrange(1, 4)):
-        # a checkpoint's structure is near its beginning
+        # A checkpoint's structure is near its beginning
         near = min(len(changed), 20_000) if random.random() < 0.5 else len(changed)
         place = random.randrange(near)
         match random.randrange(3):

@@ -69,7 +69,7 @@ def read_checkpoint(file: Path) -> None:
         update(trainer, losses)
         raise _StepDone
 
-    # without launch, a changed n_gpu would start processes
+    # Without launch, a changed n_gpu would start processes
     with (
         patch.object(BaseTrainer, "update", update_once),
         patch("experiment.experiment.launch"),

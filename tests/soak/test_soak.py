@@ -43,7 +43,7 @@ def test_a_run_survives(endure):
 
 
 def test_a_lost_state_is_found(endure, monkeypatch):
-    # the momentum is lost at every resume
+    # The momentum is lost at every resume
     monkeypatch.setattr(Optimizer, "load_state_dict", lambda self, state: None)
     tally = endure(lambda tally: tally.failures or tally.counts["runs"] > 8)
     assert any("differs from the undisturbed run" in failure for failure in tally.failures)

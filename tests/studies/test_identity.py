@@ -71,7 +71,7 @@ def test_every_hashed_key_is_a_config_key():
 def test_a_new_key_changes_a_name_only_if_it_is_not_at_its_default(monkeypatch):
     tree = {"data_loader": {"type": "DigitsDataLoader"}, "augmentation": {"crop_padding": 3}}
     usual = identity(validate(tree))
-    # as if a key, and then a whole section, had been added later
+    # As if a key, and then a whole section, had been added later
     monkeypatch.setattr(
         "studies.identity.HASHED_AT_DEFAULT", tuple(set(HASHED_AT_DEFAULT) - {"augmentation.flip"})
     )

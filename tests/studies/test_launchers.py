@@ -47,7 +47,7 @@ def run(tmp_path):
     (tmp_path / "own_of_a_job.py").write_text("")
     given = {"overrides": [("name", "a b")], "imports": [str(tmp_path / "own_of_a_job.py")]}
     yield plan(tmp_path / "grid.json", save_dir=tmp_path / "out", **given)[1]
-    # each test has another file of this name
+    # Each test has another file of this name
     sys.modules.pop("own_of_a_job", None)
     sys.path.remove(str(tmp_path))
     imports._imported.pop("own_of_a_job", None)
@@ -92,7 +92,7 @@ def test_a_jobs_command_plans_its_run_alone(run, tmp_path):
     assert (python, file) == (sys.executable, str(ROOT / "run_ablations.py"))
     done = script("run_ablations.py", *words, "--dry-run", cwd=tmp_path)
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
-    # own code is part of what a run is known by, so here the folder is another one
+    # Own code is part of what a run is known by, so here the folder is another one
     assert f"--run_dir {run.folder.parent}/plain-bn_seed4_" in done.stdout
     assert done.stdout.endswith(" --imports own.py --set 'name=a b' --seed 4\n")
 

@@ -128,7 +128,7 @@ def test_carried_noise_continues_where_it_ended_and_reset_begins_at_zero(tmp_pat
     assert torch.equal(first["reset"][2], images[:4])
     assert not torch.equal(first["carry"][2], images[:4])
     assert (first["carry"][2] - images[:4]).abs().max() <= 8 / 255 + 1e-6
-    # images that the short minibatch did not have keep the perturbation of the first one
+    # Images that the short minibatch did not have keep the perturbation of the first one
     kept = first["carry"][4][4:] - images[4:]
     assert kept.abs().amax() > 0
 
@@ -251,7 +251,7 @@ def test_every_forward_pass_is_in_the_runs_precision_and_on_pixels(tmp_path, met
     )
     trainer.train_batch(*batch())
     if method == "trades":
-        # the start of its attack, to which the paper adds unclamped noise
+        # The start of its attack, to which the paper adds unclamped noise
         seen.pop(1)
     assert all(all(values) for values in seen)
 

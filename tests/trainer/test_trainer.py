@@ -308,7 +308,7 @@ def test_a_best_model_whose_names_share_a_damaged_file_is_chosen_again(tmp_path,
 def test_a_lost_best_model_is_chosen_among_the_epochs_that_follow(tmp_path, damage):
     trainer, checkpoint, path = rewound(tmp_path)
     best = tmp_path / "model_best.pth"
-    # its own file, not the one that it shares with model_last.pth
+    # Its own file, not the one that it shares with model_last.pth
     best.unlink()
     best.touch()
     damage(best)
@@ -357,7 +357,7 @@ def test_non_finite_numbers_stop_before_the_update(tmp_path, what, deferred):
     if what == "loss":
         trainer.loss = lambda logits, labels: logits.sum(1) * math.inf
     else:
-        # the square root's slope at zero: a finite loss with an infinite gradient
+        # The square root's slope at zero: a finite loss with an infinite gradient
         trainer.loss = lambda logits, labels: (logits - logits.detach()).square().sum(1).sqrt()
     message = (
         f"epoch 2, batch 1: the {what} is not finite, first in the gradient of linear.bias: "
@@ -380,7 +380,7 @@ def test_penalty_is_added_to_the_loss_but_not_to_its_log(tmp_path):
     results = [trainer.train_batch(images, labels) for trainer in (plain, penalized)]
     assert torch.equal(results[0].sums["loss"], results[1].sums["loss"])
     difference = plain.model.linear.bias - penalized.model.linear.bias
-    # one SGD step of lr 0.5 on a gradient of 3
+    # One SGD step of lr 0.5 on a gradient of 3
     torch.testing.assert_close(difference, torch.full((7,), 0.5 * 3))
 
 
@@ -396,7 +396,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
     trainer.model = trainer.network = Recorder()
     images, labels = next(iter(TinyLoader()))
     result = trainer.train_batch(*trainer.mixup(images, labels))
-    # find weight and partners from what the model saw: x' = w x + (1 - w) x[p]
+    # Find weight and partners from what the model saw: x' = w x + (1 - w) x[p]
     candidates = []
     for i in range(4):
         for j in range(4):
@@ -405,7 +405,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
             weight = float(direction @ moved / direction.square().sum()) if i != j else 1.0
             if torch.allclose(moved, weight * direction, atol=1e-6):
                 candidates.append((i, j, weight))
-    # an image may be its own partner
+    # An image may be its own partner
     weights = {round(weight, 4) for _, _, weight in candidates} - {1.0}
     assert len(weights) == 1
     mixed = {i: (j, weight) for i, j, weight in candidates if round(weight, 4) != 1}

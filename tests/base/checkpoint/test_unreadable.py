@@ -158,7 +158,7 @@ def test_the_way_out_for_a_namespace_works_and_stays_safe(tmp_path, monkeypatch,
     assert "weights_only=False" not in message
     with_block = message.split("`")[1]
     then = message.split(", then ")[1].split(" or ")[0]
-    # the code that the message gives
+    # The code that the message gives
     exec(f"{with_block}\n{then}", {"torch": torch, "argparse": argparse})  # noqa: S102
     assert torch.equal(
         load_checkpoint("weights.pth")["state_dict"]["fc.weight"], WEIGHTS["fc.weight"]

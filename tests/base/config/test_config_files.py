@@ -251,7 +251,7 @@ def test_child_wins_null_deletes_and_comments_vanish(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        # a string field keeps the text
+        # A string field keeps the text
         (("name", "12"), "12"),
         (("seed", "12"), 12),
         (("trainer.sym", "True"), True),

@@ -35,7 +35,7 @@ def test_every_misspelling_of_every_key_finds_it():
         section, _, name = key.rpartition(".")
         known = list(section_at(section.split(".") if section else []).known_fields())
         for wrong in set(misspellings(name)) - set(known):
-            # one letter of two is not enough evidence; and a misspelling that is another project's
+            # One letter of two is not enough evidence; and a misspelling that is another project's
             # name has a meaning of its own
             if len(name) > 2 and wrong not in OTHER_PROJECTS:
                 # ipn_memory is one letter from in_memory and from pin_memory

@@ -91,7 +91,7 @@ PARENT, CHILD = "{folder}/parent.json (extended by child.json)", "{folder}/child
 def test_an_error_names_the_file_or_flag_that_the_value_came_from(
     tmp_path, parent, child, words, message
 ):
-    # some errors are found in loading, others in the check after it
+    # Some errors are found in loading, others in the check after it
     with pytest.raises(ConfigError) as caught:  # noqa: PT012
         config = load(tmp_path, *words, parent=parent, child=child)
         with origins_named(config):

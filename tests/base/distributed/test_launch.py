@@ -57,5 +57,5 @@ def test_cpus_that_this_process_may_not_use_do_not_count(monkeypatch):
         finally:
             os.sched_setaffinity(0, before)
         monkeypatch.delattr(os, "sched_getaffinity")
-    # a system that cannot say which CPUs a process may use
+    # A system that cannot say which CPUs a process may use
     assert available_cpus() == os.cpu_count()

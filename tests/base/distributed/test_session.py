@@ -70,7 +70,7 @@ def test_a_fresh_store_has_no_values_of_dead_processes():
     store.set("asks 1", "token of a dead process")
     store.set("asks 2", "token of another")
     with ThreadPoolExecutor(3) as pool:
-        # rank 0 comes first and finds only the tokens of dead processes
+        # Rank 0 comes first and finds only the tokens of dead processes
         met = [pool.submit(_fresh_store, store, number, 3) for number in range(3)]
         parts = [part.result(timeout=200) for part in met]
     parts[0].set("key", "new")

@@ -101,7 +101,7 @@ def test_rates_by_hand():
     one_cycle = train(*start("OneCycleLR"), range(5))
     assert max(one_cycle) == pytest.approx(0.3)
     assert one_cycle.index(max(one_cycle)) == 2
-    # the loss of this run rises from the second epoch on, so without patience every epoch divides
+    # The loss of this run rises from the second epoch on, so without patience every epoch divides
     # the rate by ten
     assert train(*start("ReduceLROnPlateau"), range(4))[::2] == pytest.approx(
         [0.1, 0.1, 0.01, 0.001]
@@ -203,7 +203,7 @@ def test_a_sequence_in_a_sequence_runs_its_parts_one_after_another():
     ]
     inner = sequence([2, 3], *parts[1:])
     assert list(rates(sequence([2], parts[0], inner))) == list(rates(sequence([2, 4, 5], *parts)))
-    # the outer milestone comes before the inner's last one
+    # The outer milestone comes before the inner's last one
     assert list(rates(sequence([2, 5], parts[0], inner, WARM_UP))) == list(
         rates(sequence([2, 4, 5], *parts[:3], WARM_UP))
     )
@@ -660,7 +660,7 @@ class Thresholds(nn.Module):
 
 def test_parameters_that_a_layers_class_exempts_do_not_decay():
     model = nn.Sequential(nn.Identity(), Thresholds())
-    # a parameter of this name decays where the class does not say so
+    # A parameter of this name decays where the class does not say so
     model.threshold = nn.Parameter(torch.ones(2))
     optimizer = build_optimizer(
         OptimizerConfig(type="SGD", args={"lr": 1.0, "weight_decay": 0.5}), model

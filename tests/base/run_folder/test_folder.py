@@ -30,12 +30,12 @@ def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
     folder = create_run_folder("unused", "name", str(tmp_path / "run"))
     (folder / "config.json").touch()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    # made without torchrun
+    # Made without torchrun
     assert not belongs_to_this_job(folder)
     folder = create_run_folder("unused", "name", str(tmp_path / "given"))
     (folder / "config.json").touch()
     assert belongs_to_this_job(folder)
-    # died before its first checkpoint
+    # Died before its first checkpoint
     assert create_run_folder("unused", "name", str(folder)) == folder
     record_environment(folder, resumed=False)
     record_environment(folder, resumed=True)
