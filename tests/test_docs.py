@@ -92,7 +92,7 @@ def flags_of(command):
 
 
 def module_file(module):
-    """The file that `python -m module` runs; None where there is no such module here."""
+    """The file that `python -m module` runs; None if it is not a module of the clone."""
     path = ROOT.joinpath(*module.split("."))
     candidates = [path.with_suffix(".py"), path / "__main__.py", path / "__init__.py"]
     return next((file for file in candidates if file.is_file()), None)
