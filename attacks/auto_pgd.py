@@ -131,7 +131,7 @@ class APGD(Attack):
                 state.keep(reached < DONE)
                 if len(state.index) == 0:
                     return
-            # Before the first step there is no change to repeat
+            # The first step has no previous change to repeat
             momentum = MOMENTUM if step > 0 else 1.0
             state.step(self.threat_model, momentum)
         self._judge(model, worst, state.index, state.points, state.labels)

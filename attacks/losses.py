@@ -59,8 +59,8 @@ def wrongness(logits: Tensor, labels: Tensor, rank: int = 1) -> Tensor:
     0: the label is the prediction. 1: it is not. 2: it is not among the `rank` largest logits
     either. With `rank` 1, a misclassified image is at 2 at once.
 
-    Of equal logits the first counts as the larger one. NaN logits count as wrong. Of class
-    probabilities `(B, classes)` the largest is the label.
+    If logits are equal, the first one counts as larger. NaN logits count as wrong. If `labels` are
+    class probabilities `(B, classes)`, the most probable class is the label.
     """
     if labels.ndim == 2:
         labels = labels.argmax(dim=1)

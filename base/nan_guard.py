@@ -197,10 +197,10 @@ class NanGuard:
 
 def first_bad_layer(model: nn.Module, images: Tensor | None) -> str | None:
     """Return where numbers first became infinite or NaN on the way from the pixels to the logits
-    and back, such as `the output of layer1.0.bn1 (BatchNorm2d)`; None where all are finite.
+    and back, such as `the output of layer1.0.bn1 (BatchNorm2d)`; None if all are finite.
 
-    The images go through the network once more, which leaves no trace in it. Where all outputs are
-    finite, or there are no images, the gradients are searched, from the last layer to the first.
+    The images go through the network once more, which leaves no trace in it. If all outputs are
+    finite, or `images` is None, the gradients are searched, from the last layer to the first.
 
     Args:
         model: after the backward pass.
@@ -219,7 +219,7 @@ def first_bad_layer(model: nn.Module, images: Tensor | None) -> str | None:
 
 def first_bad_weight(model: nn.Module) -> str | None:
     """Return the name of the first parameter, or else buffer, that holds an infinite number or a
-    NaN; None where all are finite."""
+    NaN; None if all are finite."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not torch.isfinite(tensor).all():
             return name
@@ -229,7 +229,7 @@ def first_bad_weight(model: nn.Module) -> str | None:
 @torch.no_grad()
 def first_bad_output(model: nn.Module, images: Tensor) -> str | None:
     """Return the first layer whose output for these images `(B, C, H, W)` is not finite, such as
-    `the output of conv1 (Conv2d)`; None where all are finite.
+    `the output of conv1 (Conv2d)`; None if all are finite.
 
     Layers that contain others are left out. The pass leaves no trace in the model, whose mode it
     keeps, nor in torch's generators.

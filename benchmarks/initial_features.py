@@ -8,7 +8,7 @@ Prints two numbers for each seed (of weights, data split and order), from the po
 the mean square distance by which the config's training attack moves them, over that variance.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -29,10 +29,15 @@ NETWORKS = {
 
 
 def main() -> None:
-    file = sys.argv[1]
-    seeds = sys.argv[2:] or ["0"]
+    parser = argparse.ArgumentParser(description="Compare the features of untrained networks.")
+    parser.add_argument("config", help="config file whose network, data and attack are used")
+    parser.add_argument("seeds", nargs="*", default=["0"], help="seeds, 0 by default")
+    arguments = parser.parse_args()
     for name, overrides in NETWORKS.items():
-        pairs = [share_and_movement(file, [*overrides, ("seed", seed)]) for seed in seeds]
+        pairs = [
+            share_and_movement(arguments.config, [*overrides, ("seed", seed)])
+            for seed in arguments.seeds
+        ]
         shares = ", ".join(f"{share:.1%}" for share, _ in pairs)
         movements = ", ".join(f"{movement:.2f}" for _, movement in pairs)
         print(

@@ -164,7 +164,7 @@ def asymmetric_noise(
         int64 `(n,)`, a copy.
 
     Raises:
-        DataError: there are no flips for these classes.
+        DataError: the law does not cover these classes.
     """
     # ConvNorm's code rewrites labels in place, so that some cats become dogs and then cats again,
     # and cycles through blocks of five class numbers, which are not CIFAR-100's superclasses.

@@ -52,7 +52,7 @@ class Batches:
             this process's shard already.
 
     Raises:
-        ValueError: there are no images, or a batch is not `(images, labels)` with one label for
+        ValueError: the data has no images, or a batch is not `(images, labels)` with one label for
             each image and float pixels in `[0, 1]`.
     """
 

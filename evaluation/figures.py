@@ -70,7 +70,7 @@ def draw_examples(
         ValueError: no images.
     """
     if len(images) == 0:
-        raise ValueError("there are no images to draw")
+        raise ValueError("images: expected at least one")
     images = images[:MAX_ROWS].detach().float().cpu().nan_to_num()
     adversarial = adversarial[:MAX_ROWS].detach().float().cpu().nan_to_num()
     true_names = _names_of(labels[:MAX_ROWS], class_names)

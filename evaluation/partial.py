@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attacks.attack import Attack
 from base.base_data_loader import BaseDataLoader
@@ -32,18 +32,26 @@ def partial_file(
     Its name is a digest of everything that the verdicts depend on: weights, images, attack, and the
     plain values `settings`. So a file with other verdicts is never continued.
     """
-    digest = hashlib.sha256()
     # The first batch stands for the pixels of all: a change of preprocessing changes it, too.
     images, _ = next(iter(loader))
-    for value in (*model.parameters(), *model.buffers(), loader.positions, loader.labels, images):
-        digest.update(
-            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+    digest = hash_tensors(
+        [*model.parameters(), *model.buffers(), loader.positions, loader.labels, images]
+    )
     kind = f"{type(attack).__module__}.{type(attack).__qualname__}"
     values = (*settings, kind, describe_attack(attack), rank(), world_size())
     digest.update(json.dumps(values, sort_keys=True).encode())
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.stem}.{digest.hexdigest()[:DIGITS]}.partial.npz")
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> "hashlib._Hash":
+    """Return the SHA-256 of the tensors' bytes, to which more can be added."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        # NumPy has no bfloat16, so the bytes are hashed.
+        content = tensor.detach().cpu().contiguous().flatten()
+        digest.update(content.view(torch.uint8).numpy().tobytes())
+    return digest
 
 
 def remove_partials(target: Path) -> None:

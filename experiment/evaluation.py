@@ -1,6 +1,5 @@
 """A network together with the images that it is measured on."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from base.config import Config
 from base.device import autocast, choose_precision, set_determinism
 from base.distributed.launch import local_device
 from base.errors import DataError
+from evaluation.partial import hash_tensors
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,7 @@ class Evaluation:
 
     def weights_digest(self) -> str:
         """Return the SHA-256 of the model's parameters and buffers, hexadecimal."""
-        digest = hashlib.sha256()
-        for value in (*self.model.parameters(), *self.model.buffers()):
-            # NumPy has no bfloat16, so the bytes are hashed.
-            content = value.detach().cpu().contiguous().flatten()
-            digest.update(content.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_tensors([*self.model.parameters(), *self.model.buffers()]).hexdigest()
 
 
 def prepare_machine(config: Config) -> torch.device:

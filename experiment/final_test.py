@@ -86,7 +86,7 @@ def _test_and_write(
     config, state, folder = trainer.config, trainer.state, trainer.folder
     shard = test_loader.shard(rank(), world_size())
     tester = _Tester(config, test_loader, shard, trainer.autocast)
-    # Without a monitor there is no best epoch, and the last model counts as the best.
+    # A run without a monitor has no best epoch. Its last model then counts as the best.
     last_is_best = state.best_epoch in (None, state.epochs_done) and state.batches_done == 0
     averaged = trainer.ema.model if trainer.ema else None
     if last_is_best:

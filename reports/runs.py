@@ -178,8 +178,8 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     a study are in the order of its grid.
 
     Raises:
-        ConfigError: there is no run at or below a path, a run folder has no logs, or a file in it
-            is broken.
+        ConfigError: a path is neither a run folder nor above one, a run folder has no logs, or a
+            file in it is broken.
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):

@@ -140,8 +140,8 @@ def compare(
     t test (`ttest_rel`) over common seeds. Two runs of one seed start with equal weights and data
     but diverge within a few epochs, so pairing gains nothing unless the runs are short or nearly
     alike. All p values are two-sided. `holm` corrects them over the rows of the table, separately
-    for each metric. There is no p value with fewer than two seeds on either side, or if neither
-    side has a spread.
+    for each metric. A p value needs at least two seeds on either side, and a spread on at least
+    one of them.
 
     Args:
         groups: groups of finished runs.

@@ -69,7 +69,7 @@ class FreeTrainer(TrainerWithAdversary):
 
     Each minibatch is trained on `trainer.adv_repeats` times (m in the paper). The backward pass of
     every update also gives the gradient for the images, by which the perturbation takes one step.
-    The cost is that of these updates; there is no other pass.
+    These updates are the whole cost: no other pass is made.
 
     In the paper the perturbation is carried from minibatch to minibatch; ConvNorm begins at zero
     for each. The sum of perturbation and image is clamped to `[0, 1]`, the perturbation itself is

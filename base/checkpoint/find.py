@@ -37,7 +37,7 @@ def find_checkpoint(path: str | Path) -> Path:
             checkpoint; or a folder above a single run, for that run.
 
     Raises:
-        CheckpointError: there is no checkpoint, or `path` is a folder above several runs.
+        CheckpointError: `path` holds no checkpoint, or `path` is a folder above several runs.
     """
     path = find_run(path)
     if path.is_dir():

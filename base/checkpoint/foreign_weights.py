@@ -1,9 +1,10 @@
 """Weights that other code bases have saved: find them in a file, and map their keys to a model's.
 
-A file may hold its weights bare or under any key, or several sets of them; with a wrapper's prefix
-before each key (`module.`, `model.`, `1.`, `module.model.` ...), and with other entries beside
-them. There is no list of known projects: the prefix is the one under which most of the model's keys
-are found, and every remaining key needs an explanation. A file with an unexplained key is refused.
+A file may hold its weights bare or under any key, or several sets of them, with a wrapper's prefix
+before each key (`module.`, `model.`, `1.`, `module.model.` ...) and other entries beside them. The
+code does not rely on a list of known projects: it takes the prefix under which it finds most of the
+model's keys, and every remaining key needs an explanation. A file with an unexplained key is
+refused.
 """
 
 import re
@@ -41,7 +42,8 @@ def find_weights(
         if there was one.
 
     Raises:
-        CheckpointError: there are no weights, or several sets of which `name` names none.
+        CheckpointError: the file contains no weights, or several sets and `name` is not one of
+            them.
     """
     sets = _weight_sets(contents)
     if not sets:

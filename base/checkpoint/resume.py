@@ -80,7 +80,7 @@ def saved_run(
             is not imported, only what `config_file` names.
 
     Raises:
-        CheckpointError: there is no undamaged checkpoint, or the checkpoint has another
+        CheckpointError: `path` holds no undamaged checkpoint, or the checkpoint has another
             architecture or needs code that was not imported.
         ConfigError: a replaced value would make it another experiment.
     """

@@ -303,7 +303,7 @@ def _file_of(module: ModuleType) -> Path | None:
 
 
 def _hidden_by(name: str, file: Path) -> str | None:
-    """The module that a file of this name would hide; None if there is no other one."""
+    """Return the other module that a file of this name would hide, or None."""
     command = ROOT / f"{name}.py"
     # A user's own file may lie in the clone, beside the commands
     if name in ROOMS or (command.is_file() and command.resolve() != file.resolve()):

@@ -68,7 +68,7 @@ def origin_of_override(override: tuple[str, str]) -> str:
 def record(origins: Origins, layer: Layer) -> None:
     """Record the origin of every leaf of a layer that is put on top of the others."""
     sections = {known[:depth] for known in origins for depth in range(len(known))}
-    for path, value in leaves(layer.tree):
+    for path, value in _leaves(layer.tree):
         if path in sections:
             # An empty object is merged with the section, and replaces nothing
             if value == {}:
@@ -82,11 +82,11 @@ def record(origins: Origins, layer: Layer) -> None:
             origins[path] = layer.origin
 
 
-def leaves(tree: Mapping[str, Any], path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+def _leaves(tree: Mapping[str, Any], path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """Yield the path and value of everything in a tree that is not an object with keys."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from leaves(value, (*path, key))
+            yield from _leaves(value, (*path, key))
         else:
             yield (*path, key), value
 

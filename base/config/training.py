@@ -86,7 +86,7 @@ class SchedulerConfig(Section):
         if given and "type" not in self.model_fields_set:
             raise ValueError(
                 f"type: required where lr_scheduler.{given[0]} is given:"
-                " without it there is no schedule"
+                " without it the learning rate stays constant"
             )
         return self
 

@@ -102,7 +102,7 @@ def section_at(path: Sequence[str], root: type[Section] = Config) -> type[Sectio
 
 
 def annotation_at(path: Sequence[str]) -> Any:
-    """Return the type annotation of the field at a dotted path, or None if there is no field."""
+    """Return the type annotation of the field at a dotted path; None for an unknown field."""
     section = section_at(path[:-1])
     if section is None or not path:
         return None

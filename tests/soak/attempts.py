@@ -138,7 +138,7 @@ def _run_script(words: list[str], log: Path, limit: int | None) -> int:
 def position(folder: Path) -> tuple[int, int] | None:
     """Return the epochs and batches done by the checkpoint that a resume would take.
 
-    None if there is no good one.
+    None if it would find none.
     """
     try:
         _, checkpoint, _ = load_to_resume(folder)

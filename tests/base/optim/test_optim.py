@@ -487,48 +487,22 @@ def test_cycles_are_as_long_as_the_run_or_longer():
     sequence = SchedulerConfig(type="SequentialLR", args={"schedulers": parts, "milestones": [2]})
     chain = SchedulerConfig(type="ChainedScheduler", args={"schedulers": parts})
     check_optimization(SGD, sequence)
-    Schedule(
-        sequence,
-        build_optimizer(SGD, nn.Linear(2, 2)),
-        epochs=5,
-        batches_per_epoch=7,
-        has_validation=True,
-    )
-    Schedule(
-        chain,
-        build_optimizer(SGD, nn.Linear(2, 2)),
-        epochs=3,
-        batches_per_epoch=7,
-        has_validation=True,
-    )
-    for schedule, epochs, steps in ((sequence, 6, 4), (chain, 4, 4)):
-        with pytest.raises(
-            ConfigError, match=f"lr_scheduler.args: the cycle has 3 steps, the run takes {steps}"
-        ):
-            Schedule(
-                schedule,
-                build_optimizer(SGD, nn.Linear(2, 2)),
-                epochs,
-                batches_per_epoch=7,
-                has_validation=True,
-            )
-    Schedule(
-        config,
-        build_optimizer(SGD, nn.Linear(2, 2)),
-        epochs=3,
-        batches_per_epoch=3,
-        has_validation=True,
-    )
-    with pytest.raises(
-        ConfigError, match="lr_scheduler.args: the cycle has 9 steps, the run takes 12"
+
+    def schedule(config, epochs, batches):
+        optimizer = build_optimizer(SGD, nn.Linear(2, 2))
+        return Schedule(config, optimizer, epochs, batches, has_validation=True)
+
+    schedule(sequence, 5, 7)
+    schedule(chain, 3, 7)
+    schedule(config, 3, 3)
+    for shorter, epochs, batches, cycle, steps in (
+        (sequence, 6, 7, 3, 4),
+        (chain, 4, 7, 3, 4),
+        (config, 4, 3, 9, 12),
     ):
-        Schedule(
-            config,
-            build_optimizer(SGD, nn.Linear(2, 2)),
-            epochs=4,
-            batches_per_epoch=3,
-            has_validation=True,
-        )
+        message = f"lr_scheduler.args: the cycle has {cycle} steps, the run takes {steps}"
+        with pytest.raises(ConfigError, match=message):
+            schedule(shorter, epochs, batches)
 
 
 @pytest.mark.parametrize("name", sorted((set(OPTIMIZERS) | set(SCHEDULERS)) - set(UNUSABLE)))
