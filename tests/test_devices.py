@@ -1,113 +1,276 @@
-# ruff: noqa: E501
-"""Whole runs on a GPU that is not there (see `fake_device`): nothing mixes devices, and no training step waits for the device."""
+"""Runs on a GPU that is not there (see `fake_device`): nothing mixes devices, and no training step
+waits for the device or copies from memory that is not pinned. Then nine faults, each of which fails
+one of these checks."""
+
+from collections import Counter
 
 import pytest
 import torch
-import torch._dynamo  # imports itself in the first backward pass otherwise, in the middle of the modes
+
+# The first backward pass would import it, in the middle of the modes
+import torch._dynamo
 from fake_device import fake_device
 
+import base.base_trainer
 from attacks import APGD, PGD
+from base import meters
 from base.base_trainer import BaseTrainer
+from base.errors import ConfigError
+from base.nan_guard import NanGuard
+from data_loader import augment
 from experiment import Experiment
 from models import build_model
+from models.layers.conv_norm import ConvNorm2d, kernel_energy
 from tiny_runs import config_of, run
 
+CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}
+BATCH_NORM = {"conv_layer_type": "conv", "norm_layer_type": "bn"}
+FEW = {"validate_images": 8, "report_images": 8}
+AUGMENTATION = {"crop_padding": 1, "flip": True, "cutout": 2}
 METHODS = {
-    "standard": {},
-    "mixup, OCNN": {
-        "augmentation": {"mixup_alpha": 0.5, "cutout": 4},
-        "trainer": {"OCNN": True, "epochs": 1, "ema_decay": 0.9},
+    "standard": {"arch": {"args": CONV_NORM}, "augmentation": AUGMENTATION},
+    "mixup and OCNN": {
+        "arch": {"args": BATCH_NORM},
+        "augmentation": {"mixup_alpha": 0.5},
+        "trainer": {"OCNN": True, "ema_decay": 0.9},
     },
-    "free": {
-        "adversarial": {
-            "method": "free",
-            "noise": "carry",
-            "validate_images": 20,
-            "report_images": 20,
-        }
-    },
-    "fgsm": {"adversarial": {"method": "fgsm", "validate_images": 20, "report_images": 20}},
-    "pgd": {
-        "adversarial": {"method": "pgd", "steps": 2, "validate_images": 20, "report_images": 20}
-    },
-    "trades": {
-        "adversarial": {"method": "trades", "steps": 2, "validate_images": 20, "report_images": 20}
-    },
+    "free": {"arch": {"args": BATCH_NORM}, "adversarial": {"method": "free", "noise": "carry"}},
+    "fgsm": {"arch": {"args": BATCH_NORM}, "adversarial": {"method": "fgsm"}},
+    "pgd": {"arch": {"args": CONV_NORM}, "adversarial": {"method": "pgd", "steps": 2}},
+    "trades": {"arch": {"args": BATCH_NORM}, "adversarial": {"method": "trades", "steps": 2}},
 }
-QUICK = {"trainer": {"epochs": 1, "ema_decay": 0.9}, "pgd_attack": {"K": 2}}
+KERNELS_PER_STEP = {"bn": 95, "prec_conv": 320}
+"""The most operators of a training step of simpleCNN, forward, backward and optimizer."""
+
+
+def config_on(kind, **sections):
+    if "adversarial" in sections:
+        sections["adversarial"] = {**FEW, **sections["adversarial"]}
+    precision = "fp32" if kind == "mps" else "bf16"
+    sections["trainer"] = {"epochs": 1, **sections.get("trainer", {})}
+    return config_of(
+        pgd_attack={"K": 2},
+        system={"device": kind, "precision": precision, "channels_last": True},
+        **sections,
+    )
+
+
+def subclasses(cls):
+    return {cls}.union(*map(subclasses, cls.__subclasses__()))
+
+
+def run_on(fake, monkeypatch, folder, config):
+    """Run, and return what its `mixup` and `train_batch` waited for and copied."""
+    seen = Counter()
+    calls = Counter()
+
+    def watch(cls, name):
+        plain = getattr(cls, name)
+
+        def watched(self, *batch):
+            before = fake.waits + fake.copies
+            result = plain(self, *batch)
+            seen.update((fake.waits + fake.copies) - before)
+            calls[name] += 1
+            return result
+
+        monkeypatch.setattr(cls, name, watched)
+
+    watch(BaseTrainer, "mixup")
+    for cls in subclasses(BaseTrainer):
+        if "train_batch" in vars(cls):
+            watch(cls, "train_batch")
+    run(folder, config)
+    assert calls["mixup"] == calls["train_batch"] == 3
+    return seen
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_stays_on_its_device_and_a_step_never_waits(method, kind, monkeypatch, tmp_path):
-    seen = []
     with fake_device(monkeypatch, kind) as fake:
-        for cls in {cls for cls in _subclasses(BaseTrainer) if "train_batch" in vars(cls)}:
-
-            def train_batch(self, *batch, plain=cls.train_batch):
-                before = fake.waits + fake.copies
-                result = plain(self, *batch)
-                seen.append((fake.waits + fake.copies) - before)
-                return result
-
-            monkeypatch.setattr(cls, "train_batch", train_batch)
-        system = {
-            "system": {
-                "device": kind,
-                "precision": "fp32" if kind == "mps" else "bf16",
-                "channels_last": True,
-            }
-        }
-        run(tmp_path / "run", config_of(**{**QUICK, **METHODS[method], **system}))
-    assert seen
+        seen = run_on(fake, monkeypatch, tmp_path / "run", config_on(kind, **METHODS[method]))
+    # MPS has no pinned memory
     if kind == "cuda":
-        assert not sum(seen, start=type(seen[0])()), sum(seen, start=type(seen[0])())
-
-
-@pytest.mark.parametrize("conv", ["conv", "prec_conv", "sn_conv", "oni_conv", "own_conv"])
-def test_layers_do_not_wait(conv, monkeypatch):
-    with fake_device(monkeypatch) as fake:
-        model = build_model({"type": "simpleCNN", "args": {"conv_layer_type": conv}}).to("cuda")
-        images = torch.rand(4, 3, 32, 32, device="cuda")
-        model(images)  # tables are made once
-        fake.forget()
-        model(images).sum().backward()
-    assert sum(fake.waits.values()) == (6 if conv == "own_conv" else 0), (
-        fake.waits
-    )  # eigh, once in a layer
+        assert not seen
 
 
 @pytest.mark.parametrize(
-    ("attack", "most"),
+    ("conv", "waits"),
+    [("conv", 0), ("prec_conv", 0), ("sn_conv", 0), ("oni_conv", 0), ("own_conv", 6)],
+)
+def test_layers_wait_for_nothing_but_own_for_its_eigenvalues(conv, waits, monkeypatch):
+    with fake_device(monkeypatch) as fake:
+        model = build_model({"type": "simpleCNN", "args": {"conv_layer_type": conv}}).to("cuda")
+        images = torch.rand(4, 3, 32, 32, device="cuda")
+        # Tables of constants are made once
+        model(images)
+        fake.forget()
+        model(images).sum().backward()
+    assert sum(fake.waits.values()) == waits, fake.waits
+
+
+@pytest.mark.parametrize(
+    ("attack", "waits_per_step"),
     [
         (PGD(8 / 255, 2 / 255, 4), 0),
         (PGD(8 / 255, 2 / 255, 4, early_stop=True), 8),
         (APGD(8 / 255, 8), 6),
     ],
 )
-def test_an_attack_waits_only_so_often_in_a_step(attack, most, monkeypatch):
+def test_an_attack_waits_only_so_often_in_a_step(attack, waits_per_step, monkeypatch):
     with fake_device(monkeypatch) as fake:
         model = build_model({"type": "simpleCNN", "args": {}}).to("cuda").eval()
         images = torch.rand(8, 3, 32, 32, device="cuda")
         labels = model(images).argmax(dim=1)
         fake.forget()
         attack(model, images, labels)
-    assert sum(fake.waits.values()) <= most * (attack.steps + 2) + 2, fake.waits
+    assert sum(fake.waits.values()) <= waits_per_step * (attack.steps + 2) + 4, fake.waits
+
+
+def next_batch(fake, **sections):
+    """Load an epoch's second batch, and return what that waited for and copied."""
+    config = config_of(augmentation=AUGMENTATION, system={"device": "cuda"}, **sections)
+    batches = iter(Experiment.from_config(config).train_loader)
+    # The epoch's order comes with the first
+    next(batches)
+    fake.forget()
+    images, labels = next(batches)
+    assert images.device.type == labels.device.type == "cuda"
+    return fake.waits + fake.copies
 
 
 def test_batches_come_without_waiting(monkeypatch):
-    augmentation = {"crop_padding": 3, "flip": True, "cutout": 4}
     with fake_device(monkeypatch) as fake:
-        loader = Experiment.from_config(
-            config_of(augmentation=augmentation, system={"device": "cuda"})
-        ).train_loader
-        batches = iter(loader)
-        next(batches)  # with which an epoch's order comes
+        assert not next_batch(fake)
+
+
+@pytest.mark.parametrize(("layers", "most"), KERNELS_PER_STEP.items())
+def test_a_training_step_has_few_kernels(layers, most, monkeypatch, tmp_path):
+    args = CONV_NORM if layers == "prec_conv" else BATCH_NORM
+    with fake_device(monkeypatch) as fake:
+        config = config_of(arch={"args": args}, system={"device": "cuda", "precision": "fp32"})
+        trainer = Experiment.from_config(config).build_trainer(tmp_path)
+        images, labels = next(iter(trainer.train_loader))
+        trainer.train_batch(images, labels)
         fake.forget()
-        images, labels = next(batches)
-        assert images.device.type == labels.device.type == "cuda"
-    assert not fake.waits + fake.copies, fake.waits + fake.copies
+        trainer.train_batch(images, labels)
+    assert 0.8 * most < sum(fake.kernels.values()) <= most, fake.kernels
 
 
-def _subclasses(cls):
-    return {cls}.union(*map(_subclasses, cls.__subclasses__()))
+# Each fault is one that torch would show on a card only
+
+
+def left_on_the_cpu(monkeypatch, name):
+    """Leave the random numbers of a function of `augment` where they are drawn."""
+    plain = getattr(augment, name)
+
+    def faulty(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(augment, "to_device", lambda tensor, device: tensor)
+            return plain(*arguments)
+
+    monkeypatch.setattr(augment, name, faulty)
+
+
+def pageable_copies(monkeypatch):
+    monkeypatch.setattr(augment, "to_device", lambda tensor, device: tensor.to(device))
+
+
+def guard_read_after_every_step(monkeypatch):
+    check = NanGuard.check
+
+    def faulty(self, *args):
+        check(self, *args)
+        self.check_pending()
+
+    monkeypatch.setattr(NanGuard, "check", faulty)
+
+
+def rampdown_that_reads_its_counter(monkeypatch):
+    rampdown = ConvNorm2d._rampdown
+    monkeypatch.setattr(ConvNorm2d, "_rampdown", lambda self: float(rampdown(self)))
+
+
+def energy_tables_on_the_cpu(monkeypatch):
+    make = kernel_energy._make_tables
+    monkeypatch.setattr(
+        kernel_energy, "_cached_tables", lambda *arguments: make(*arguments[:-1], "cpu")
+    )
+
+
+def float64_tables(monkeypatch):
+    make = kernel_energy._make_tables
+    monkeypatch.setattr(
+        kernel_energy,
+        "_cached_tables",
+        lambda kernel, size, dilation, dtype, device: make(
+            kernel, size, dilation, torch.float64, device
+        ),
+    )
+
+
+def float64_sums(monkeypatch):
+    monkeypatch.setattr(meters, "_sum_dtype", lambda device: torch.float64)
+
+
+def mixup_weight_read_from_the_device(monkeypatch):
+    lerp = torch.lerp
+
+    def faulty(start, end, weight):
+        return lerp(start, end, float(torch.full((), weight, device=start.device)))
+
+    monkeypatch.setattr(base.base_trainer.torch, "lerp", faulty)
+
+
+TWO_DEVICES = "tensors on two devices"
+
+
+def test_crop_places_left_on_the_cpu_are_found(monkeypatch):
+    with fake_device(monkeypatch) as fake:
+        left_on_the_cpu(monkeypatch, "random_crop")
+        assert "positions on the CPU" in str(next_batch(fake))
+
+
+def test_a_flip_mask_left_on_the_cpu_is_found(monkeypatch):
+    with fake_device(monkeypatch) as fake:
+        left_on_the_cpu(monkeypatch, "random_flip")
+        with pytest.raises(RuntimeError, match=TWO_DEVICES):
+            next_batch(fake)
+
+
+def test_pageable_copies_are_found(monkeypatch):
+    with fake_device(monkeypatch) as fake:
+        pageable_copies(monkeypatch)
+        assert "from ordinary memory" in str(next_batch(fake))
+
+
+@pytest.mark.parametrize(
+    ("fault", "method"),
+    [
+        (guard_read_after_every_step, "standard"),
+        (rampdown_that_reads_its_counter, "standard"),
+        (mixup_weight_read_from_the_device, "mixup and OCNN"),
+    ],
+)
+def test_a_wait_in_a_step_is_found(fault, method, monkeypatch, tmp_path):
+    with fake_device(monkeypatch) as fake:
+        fault(monkeypatch)
+        seen = run_on(fake, monkeypatch, tmp_path / "run", config_on("cuda", **METHODS[method]))
+    assert "_local_scalar_dense" in str(seen)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        (energy_tables_on_the_cpu, "cuda", TWO_DEVICES),
+        (float64_tables, "mps", "MPS has no float64"),
+        (float64_sums, "mps", "MPS has no float64"),
+    ],
+)
+def test_a_tensor_of_the_wrong_kind_is_found(fault, kind, message, monkeypatch, tmp_path):
+    with fake_device(monkeypatch, kind):
+        fault(monkeypatch)
+        # Before training a network is tried, and what goes wrong there is a ConfigError
+        with pytest.raises((ConfigError, TypeError), match=message):
+            run(tmp_path / "run", config_on(kind, **METHODS["standard"]))
