@@ -5,7 +5,7 @@ import logging
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +22,7 @@ from base.base_model import BaseModel
 from base.checkpoint import load_weights
 from base.checkpoint.manager import CheckpointManager
 from base.config import Config
-from base.device import autocast, to_device
+from base.device import autocast, tf32, to_device
 from base.distributed import (
     Shard,
     ShardedGenerator,
@@ -78,7 +78,7 @@ class TrainerParts:
             OCNN's weighted orthogonality penalty.
         norm: of perturbations, `"linf"` or `"l2"`.
         epsilon: radius of perturbations in units of the pixel range `[0, 1]`.
-        precision: of forward passes, `"fp32"` or `"bf16"`.
+        precision: of forward passes, `"fp32"`, `"tf32"` or `"bf16"`.
         folder: the run folder, which exists.
         metadata: further plain values for every checkpoint (config, mean, std, fingerprints,
             versions).
@@ -315,7 +315,9 @@ class BaseTrainer(ABC):
             labels = labels.to(self.device)
             shard = self.shard(images)
             self.images = images
-            result = self.train_batch(*self.mixup(images, labels))
+            # Unlike autocast, TF32 has to be on in the backward pass, too
+            with tf32() if self.precision == "tf32" else nullcontext():
+                result = self.train_batch(*self.mixup(images, labels))
             _check_result(result, type(self).__name__)
             # Where every process computes the whole minibatch, one of them counts it
             if shard.counts:

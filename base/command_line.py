@@ -203,16 +203,21 @@ def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -
             print(f"warning: {warning}", file=sys.stderr)
 
 
+VISIBLE = "CONVNORM_VISIBLE_DEVICES"
+"""The environment variable that holds `CUDA_VISIBLE_DEVICES` as it was before `select_device`."""
+
+
 def select_device(devices: str | None) -> int:
     """Show only these CUDA devices to torch, such as `"0"` or `"0,1"`.
 
-    It must be called before anything uses CUDA.
+    They are indices into `CUDA_VISIBLE_DEVICES`, where a cluster or a container has set it. It must
+    be called before anything uses CUDA.
 
     Returns:
         The number of devices; 0 for None.
 
     Raises:
-        ConfigError: `devices` are not indices, or this machine does not have them.
+        ConfigError: `devices` are not indices, or this process does not see as many devices.
     """
     if devices is None:
         return 0
@@ -221,6 +226,16 @@ def select_device(devices: str | None) -> int:
         raise ConfigError(
             f"-d {devices}: expected the index of a CUDA device, such as 0, or several, such as 0,1"
         )
+    # A process that this one starts has the same flag, and must not choose among the chosen ones.
+    visible = os.environ.setdefault(VISIBLE, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if visible:
+        names = visible.split(",")
+        if int(max(indices, key=int)) >= len(names):
+            raise ConfigError(
+                f"-d {devices}: CUDA_VISIBLE_DEVICES is {visible}: expected indices below"
+                f" {len(names)}"
+            )
+        indices = [names[int(index)].strip() for index in indices]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(indices)
     # CUDA reads the variable once, when torch first asks for its devices.
     import torch

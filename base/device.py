@@ -4,6 +4,8 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,9 +13,16 @@ from base.errors import ConfigError
 from base.text import first_line, one_line
 
 NO_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE
+    r"out of memory|can't allocate memory|not enough memory|std::bad_alloc|_ALLOC_FAILED",
+    re.IGNORECASE,
 )
-"""torch's messages, for any device, when an allocation fails."""
+"""Messages of torch, cuBLAS and cuDNN, for any device, when an allocation fails."""
+
+AMPERE = (8, 0)
+"""The compute capability from which on CUDA devices multiply bfloat16 and TF32 natively."""
+
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Where NVIDIA's driver on Linux says its version."""
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -62,78 +71,204 @@ def choose_device(device: str, n_gpu: int = 1) -> torch.device:
     return chosen
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """Return `"fp32"` or `"bf16"` for the config's `system.precision`.
+def cuda_unavailable() -> str | None:
+    """Return why torch finds no CUDA device on this machine; None if it finds one."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every CUDA device"
+    try:
+        # It raises what `is_available` keeps to itself, such as a driver that is too old.
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error).split(". ")[0].rstrip(".")
+    return "torch finds no CUDA device"
 
-    `"auto"` is bf16 if the hardware multiplies it natively.
+
+def nvidia_driver() -> str | None:
+    """Return the version of NVIDIA's driver; None if Linux has loaded none."""
+    try:
+        first = DRIVER.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    match = re.search(r"\d+\.\d+(\.\d+)?", first)
+    return match and match[0]
+
+
+def explain_device(device: torch.device, n_gpu: int = 1) -> tuple[str, bool] | None:
+    """Return why `system.device` `"auto"` became the CPU, and whether that is worth a warning;
+    None if it became another device.
+
+    It is worth a warning if a driver is loaded, because this machine then has a card that torch
+    cannot use.
     """
-    if precision != "auto":
-        return precision
+    if device.type != "cpu":
+        return None
+    if n_gpu == 0:
+        return "n_gpu is 0", False
+    reason = cuda_unavailable()
+    if reason is None:
+        return None
+    return reason, nvidia_driver() is not None
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Return `"fp32"`, `"tf32"` or `"bf16"` for the config's `system.precision`.
+
+    `"auto"` is bf16 if the hardware multiplies it natively. `"tf32"` is fp32 on a device without
+    TF32; see `precision_warning`.
+    """
+    if precision == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    if precision == "tf32" and not has_tf32(device):
+        return "fp32"
+    return precision
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 natively."""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
-    return "bf16" if native else "fp32"
+        return torch.cuda.get_device_capability(device) >= AMPERE
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Return whether a device multiplies in TF32."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
+
+
+def precision_warning(precision: str, device: torch.device) -> str | None:
+    """Return a warning that a device has no hardware for the config's `system.precision`."""
+    if precision == "bf16" and not has_bf16(device):
+        return (
+            f"system.precision: {device} has no hardware for bf16 and emulates it, which is slow:"
+            ' "auto" takes fp32 there'
+        )
+    if precision == "tf32" and not has_tf32(device):
+        return f"system.precision: {device} has no TF32: it computes in fp32"
+    return None
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Return the context in which forward passes run: bf16 autocast, or nothing for fp32."""
+    """Return the context in which forward passes run: bf16 autocast, TF32, or nothing for fp32."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
+    if precision == "tf32":
+        return tf32()
     return nullcontext()
 
 
+def precision_of(context: AbstractContextManager) -> str:
+    """Return the precision of a context as `autocast` returns it, such as `"bf16"`."""
+    if isinstance(context, nullcontext):
+        return "fp32"
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return names.get(getattr(context, "fast_dtype", None), "tf32")
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Multiply and convolve float32 in TF32 on CUDA, inside the context.
+
+    TF32 keeps 10 of the 23 bits of a factor; sums are float32.
+    """
+    before = [operation.fp32_precision for operation in _float32_operations()]
+    try:
+        for operation in _float32_operations():
+            operation.fp32_precision = "tf32"
+        yield
+    finally:
+        for operation, value in zip(_float32_operations(), before, strict=True):
+            operation.fp32_precision = value
+
+
+def set_full_precision() -> None:
+    """Compute float32 in float32: by default torch convolves in TF32 on CUDA."""
+    for operation in _float32_operations():
+        operation.fp32_precision = "ieee"
+
+
+def _float32_operations() -> tuple[Any, ...]:
+    backends = torch.backends
+    # torch requires that both kinds of cuDNN's layers agree
+    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+
+
 def set_determinism(deterministic: bool, num_threads: int | None) -> None:
-    """Apply `system.deterministic` and `system.num_threads`, and switch off TF32."""
-    # By default torch convolves float32 in TF32, which keeps 10 of its 23 bits.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """Apply `system.deterministic` and `system.num_threads`."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if deterministic:
         # Without it cuBLAS has no deterministic algorithms.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    # torch would fill every new tensor with NaN, to show what reads it before it is written
+    torch.utils.deterministic.fill_uninitialized_memory = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
 
 
 @contextmanager
-def determinism_explained() -> Iterator[None]:
-    """Turn torch's error about an operation without a deterministic algorithm into one line.
+def kernels_explained(device: torch.device) -> Iterator[None]:
+    """Turn torch's errors about an operation that the device cannot run into one line.
 
     Raises:
-        ConfigError: naming the operation.
+        ConfigError: naming the operation without a deterministic algorithm, or the card that torch
+            is not built for.
     """
     try:
         yield
     except RuntimeError as error:
         match = re.match(r"(\S+) does not have a deterministic implementation", str(error))
-        if match is None:
+        if match is not None:
+            raise ConfigError(
+                f"system.deterministic: {match[1]} has no deterministic algorithm on this device;"
+                " set it to false"
+            ) from None
+        if "no kernel image is available" not in str(error):
             raise
+        major, minor = torch.cuda.get_device_capability(device)
         raise ConfigError(
-            f"system.deterministic: {match[1]} has no deterministic algorithm on this device;"
-            " set it to false"
+            f"system.device: {device} is a {torch.cuda.get_device_name(device)} of compute"
+            f" capability {major}.{minor}, and torch {torch.__version__} is built for"
+            f" {', '.join(torch.cuda.get_arch_list())} only: install another build of torch, or"
+            " take the CPU with system.device=cpu"
         ) from None
 
 
 @contextmanager
-def memory_explained(key: str, batch_size: int) -> Iterator[None]:
+def memory_explained(key: str, batch_size: int, device: torch.device) -> Iterator[None]:
     """Turn a failed allocation, on any device, into one line.
 
     Args:
         key: the config key or flag of the batch size.
         batch_size: its value.
+        device: where the batches are.
 
     Raises:
-        ConfigError: naming `key`.
+        ConfigError: naming `key` and `device`, and on CUDA its free memory.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and NO_MEMORY.search(str(error)) is None:
+        if not is_out_of_memory(error):
             raise
         reason = one_line(first_line(error), 200)
         raise ConfigError(
-            f"{key}: batches of {batch_size} images do not fit into memory: {reason}"
+            f"{key}: batches of {batch_size} images do not fit into the memory of"
+            f" {_with_free_memory(device)}: {reason}"
         ) from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that an allocation failed, on any device."""
+    return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
+
+
+def _with_free_memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{device} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are free)"

@@ -16,6 +16,7 @@ from attacks.attack import Attack, check_attack
 from attacks.classifier import Model
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
+from base.device import precision_of
 from base.distributed import all_gather_object, hide_progress_bar
 from base.errors import ConfigError
 from base.output import ARRAYS, check_outputs, is_stream, writing
@@ -137,7 +138,7 @@ def robust_accuracy(
         robust_top5=verdicts.accuracy("robust_top5") if top5_known else None,
         seconds=seconds,
         images_per_second=attacked / seconds,
-        precision="bf16, verdicts in fp32" if low_precision else "fp32",
+        precision=f"{precision_of(autocast())}, verdicts in fp32" if low_precision else "fp32",
         quick_checks=_gathered(checks),
         attack_warnings=_gathered(attack.warnings),
         checkpoint=checkpoint,

@@ -17,7 +17,7 @@ from base.command_line import KeyFlag, Parser, key_flags, set_overrides
 from base.config import Config
 from base.config.arguments import takes
 from base.config.origins import Flag
-from base.device import memory_explained
+from base.device import kernels_explained, memory_explained
 from base.distributed import distributed_session, from_primary, is_primary, world_size
 from base.distributed.agreement import Facts, config_facts, data_facts, prepare_on_all_ranks
 from base.errors import CheckpointError, ConfigError
@@ -196,7 +196,8 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
         if target is not None and not is_stream(target):
             settings = (config.dump(), evaluation.provenance, options.seed, options.batch_size)
             kept = partial_file(target, model, loader, attack, settings)
-        with memory_explained("--batch_size", options.batch_size), _contract_explained():
+        fitting = memory_explained("--batch_size", options.batch_size, evaluation.device)
+        with fitting, kernels_explained(evaluation.device), _contract_explained():
             report = robust_accuracy(
                 model,
                 loader,

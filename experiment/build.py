@@ -18,7 +18,7 @@ from base.base_trainer import BaseTrainer, TrainerParts, Validate
 from base.config import Config
 from base.config.names import ALWAYS
 from base.config.training import TrainerConfig
-from base.device import determinism_explained
+from base.device import kernels_explained
 from base.distributed import Shard, world_size
 from base.distributed.session import is_connection_error
 from base.distributed.sync_batch_norm import convert_sync_batchnorm
@@ -142,7 +142,7 @@ def check_images_fit(model: BaseModel, loader: BaseDataLoader, name: str) -> Non
     count = min(2, len(range(smallest)[shard.part]))
     images = torch.zeros(count, *loader.image_shape, device=next(model.parameters()).device)
     try:
-        with torch.no_grad(), determinism_explained():
+        with torch.no_grad(), kernels_explained(images.device):
             # A copy, because training mode changes running statistics.
             deepcopy(model).train()(images)
     except (RuntimeError, ValueError, TypeError) as error:

@@ -4,8 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from attacks.threat_model import format_size
-from base.distributed import world_size
+from base.config import Config
+from base.device import explain_device, precision_warning
+from base.distributed import is_primary, world_size
 from data_loader.label_noise import describe_transitions
 from evaluation.report import title
 from experiment import build_attacks
@@ -25,6 +29,7 @@ def log_description(experiment: "Experiment", labels: Mapping[str, Any], resumed
         resumed: whether the run is continued. It then does not repeat the config's warnings.
     """
     _log_model(experiment)
+    log_device(experiment.config, next(experiment.model.parameters()).device)
     if world_size() > 1:
         logger.info("%d processes, each with its shard of every minibatch", world_size())
     if not resumed:
@@ -33,6 +38,25 @@ def log_description(experiment: "Experiment", labels: Mapping[str, Any], resumed
     _log_data(experiment)
     _log_attacks(experiment)
     _log_label_noise(experiment, labels)
+
+
+def log_device(config: Config, device: torch.device) -> None:
+    """Log why `system.device` `"auto"` is the CPU, and what its hardware lacks for the precision.
+
+    It is a warning where this machine has a GPU that torch cannot use.
+    """
+    if not is_primary():
+        return
+    explained = None
+    if config.system.device == "auto":
+        explained = explain_device(device, config.n_gpu)
+    if explained is not None:
+        reason, has_gpu = explained
+        level = logging.WARNING if has_gpu else logging.INFO
+        logger.log(level, "system.device: auto takes the CPU: %s", reason)
+    warning = precision_warning(config.system.precision, device)
+    if warning is not None:
+        logger.warning(warning)
 
 
 def _log_model(experiment: "Experiment") -> None:

@@ -11,10 +11,11 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.config import Config
-from base.device import autocast, choose_precision, set_determinism
+from base.device import autocast, choose_precision, set_determinism, set_full_precision
 from base.distributed.launch import local_device
 from base.errors import DataError
 from evaluation.partial import hash_tensors
+from experiment.description import log_device
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,15 @@ class Evaluation:
 
 
 def prepare_machine(config: Config) -> torch.device:
-    """Set up this process as the config says, and return its device."""
+    """Set up this process as the config says, and return its device.
+
+    Rank 0 logs a warning if the device is not what the config suggests.
+    """
+    set_full_precision()
     set_determinism(config.system.deterministic, config.system.num_threads)
-    return local_device(config)
+    device = local_device(config)
+    log_device(config, device)
+    return device
 
 
 def check_class_names(checkpoint: Mapping[str, Any], found: Sequence[str], data: str) -> None:

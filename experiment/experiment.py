@@ -31,9 +31,10 @@ from base.config.origins import Flag, Layer
 from base.device import (
     autocast,
     choose_precision,
-    determinism_explained,
+    kernels_explained,
     memory_explained,
     set_determinism,
+    set_full_precision,
 )
 from base.distributed import (
     distributed_session,
@@ -269,7 +270,7 @@ class Experiment:
         model: on its device, weights drawn from the config's seed.
         optimizer: over the model's parameters.
         schedule: of its learning rate.
-        precision: `"fp32"` or `"bf16"`.
+        precision: `"fp32"`, `"tf32"` or `"bf16"`.
     """
 
     config: Config
@@ -341,6 +342,7 @@ class Experiment:
         # Everything that needs no images is checked first, because reading them may take minutes.
         check_optimization(config.optimizer, config.lr_scheduler, resumed)
         build.check_method(config)
+        set_full_precision()
         set_determinism(config.system.deterministic, config.system.num_threads)
         device = local_device(config)
         train_loader = build.build_data_loader(config, device)
@@ -453,10 +455,11 @@ class Experiment:
                     # beyond 8 versions torch would run the model without compiling it.
                     torch._dynamo.config.recompile_limit = 64
                     self.model.compile()
+                device = trainer.device
                 fitting = memory_explained(
-                    "data_loader.args.batch_size", config.data_loader.args.batch_size
+                    "data_loader.args.batch_size", config.data_loader.args.batch_size, device
                 )
-                with trainer.signals.caught(), determinism_explained(), fitting:
+                with trainer.signals.caught(), kernels_explained(device), fitting:
                     yield
             finally:
                 trainer.trackers.close()

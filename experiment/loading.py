@@ -28,7 +28,7 @@ from base.config.files import (
 from base.config.imports import changes, imported_for
 from base.config.origins import Layer
 from base.config.tree import merge
-from base.device import determinism_explained
+from base.device import kernels_explained
 from base.distributed import is_primary
 from base.errors import CheckpointError, ConfigError, DataError
 from base.registry import attribute_of, lookup
@@ -440,7 +440,7 @@ def _check_test_images_fit(
     """
     channels, height, width = loader.image_shape
     try:
-        with torch.no_grad(), determinism_explained():
+        with torch.no_grad(), kernels_explained(device):
             model(torch.zeros(1, channels, height, width, device=device))
     except (RuntimeError, ValueError, TypeError) as error:
         place = config.data_loader.args.data_dir or config.data_loader.type

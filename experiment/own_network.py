@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attacks.classifier import checked_logits
 from base.config.imports import import_own_code, requests_of
-from base.device import determinism_explained
+from base.device import kernels_explained
 from base.errors import ConfigError, DataError, ProjectError
 from base.registry import did_you_mean
 from base.text import one_line
@@ -161,7 +161,7 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
 
     def answer(images: Tensor) -> Any:
         try:
-            with determinism_explained():
+            with kernels_explained(image.device):
                 return network(images)
         except ProjectError:
             raise

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -335,6 +336,10 @@ def fake_device(monkeypatch, kind: str = "cuda", count: int = 1) -> Iterator[Fak
         "current_device": 0,
         "get_device_capability": (9, 0),
         "get_device_name": "fake",
+        "get_device_properties": SimpleNamespace(
+            name="fake", major=9, minor=0, total_memory=8 << 30
+        ),
+        "get_arch_list": ["sm_90"],
         "set_device": None,
         "set_rng_state": None,
         "is_bf16_supported": True,

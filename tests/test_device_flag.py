@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from base.command_line import select_device_to_evaluate
+from base.command_line import VISIBLE, select_device, select_device_to_evaluate
 from base.errors import ConfigError
 from experiment import experiment as experiment_module
 
@@ -15,7 +15,10 @@ from experiment import experiment as experiment_module
 @pytest.fixture(autouse=True)
 def _two_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-a,6,7")
+    # Restored after the test, as the product sets it
+    monkeypatch.setenv(VISIBLE, "")
+    monkeypatch.delenv(VISIBLE)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
 
@@ -35,7 +38,8 @@ def test_training_starts_a_process_for_each(monkeypatch, words, processes):
     with pytest.raises(SystemExit):
         train.main()
     assert [config.n_gpu for config in started] == [processes]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("3,1" if "-d" in words else "0")
+    seen = "7,GPU-a" if "-d" in words else "4,GPU-a,6,7"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 def test_an_evaluation_has_a_process_for_each_only_under_torchrun(monkeypatch):
@@ -46,9 +50,20 @@ def test_an_evaluation_has_a_process_for_each_only_under_torchrun(monkeypatch):
         select_device_to_evaluate("0,1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     select_device_to_evaluate("0,1")
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,GPU-a"
+
+
+def test_a_process_that_a_process_starts_chooses_the_same_devices():
+    for _ in range(2):
+        select_device("3,1")
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,GPU-a"
 
 
 def test_missing_devices(monkeypatch):
+    message = "^-d 0,4: CUDA_VISIBLE_DEVICES is 4,GPU-a,6,7: expected indices below 4$"
+    with pytest.raises(ConfigError, match=message):
+        select_device_to_evaluate("0,4")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv(VISIBLE)
     with pytest.raises(ConfigError, match=r"^-d 0,1,2: asks for 3 CUDA devices, of which 2 exist$"):
         select_device_to_evaluate("0,1,2")

@@ -271,8 +271,9 @@ class SystemConfig(Section):
 
     device: Annotated[str, AfterValidator(_check_device)] = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """auto uses bf16 autocast if the hardware supports it."""
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
+    """tf32: multiply and convolve float32 in TF32 on CUDA; bf16: autocast; auto: bf16 if the
+    hardware multiplies it natively, otherwise fp32."""
     channels_last: bool = False
     """Store tensors in the channels-last memory format."""
     compile: bool = False

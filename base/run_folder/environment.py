@@ -14,6 +14,7 @@ import torch
 
 from base.config import Config
 from base.config.same_experiment import config_hash
+from base.device import cuda_unavailable, nvidia_driver
 from base.distributed import world_size
 from base.rooms import ROOT
 from base.run_folder.files import RunFolder, write_json
@@ -69,7 +70,22 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "processes": world_size(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "cuda": {
+            "driver": nvidia_driver(),
+            "version": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+            "unavailable": cuda_unavailable(),
+        },
+    }
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
     }
 
 

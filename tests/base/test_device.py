@@ -1,16 +1,38 @@
 """Generators, devices, precision and memory."""
 
+import json
+import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch._dynamo
+from fake_device import fake_device
 
-from base.device import choose_device, choose_precision, memory_explained
+from base import device
+from base.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    explain_device,
+    kernels_explained,
+    memory_explained,
+    nvidia_driver,
+    precision_of,
+    precision_warning,
+    set_determinism,
+    set_full_precision,
+)
 from base.errors import ConfigError
+from base.run_folder.environment import environment
 from base.seeding import derived_seed, numpy_generator, torch_generator
+from experiment.description import log_device
+from models.simple_cnn import SimpleCNN
+from tiny_runs import config_of, run
 
 
 def test_generators_are_pure_functions_of_their_arguments():
@@ -69,6 +91,145 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert (int(done.stdout) < 100) == kept
 
 
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+
+def test_tf32_is_on_inside_its_context_only():
+    operations = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    set_full_precision()
+    for _ in range(2):
+        assert [operation.fp32_precision for operation in operations] == ["ieee", "ieee"]
+        with autocast(CUDA, "tf32"):
+            assert [operation.fp32_precision for operation in operations] == ["tf32", "tf32"]
+
+
+def test_training_in_tf32_includes_the_backward_pass_but_not_the_verdicts(monkeypatch, tmp_path):
+    seen = []
+
+    def backward(self, *arguments, **options):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return plain(self, *arguments, **options)
+
+    plain = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with fake_device(monkeypatch):
+        config = config_of(
+            system={"device": "cuda", "precision": "tf32"},
+            trainer={"epochs": 1},
+            adversarial={"method": "fgsm", "report_images": 8},
+        )
+        run(tmp_path / "run", config)
+    assert set(seen) == {"tf32"}
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    reports = [json.loads(file.read_text()) for file in tmp_path.glob("run/eval/*.json")]
+    assert {report["precision"] for report in reports} == {"tf32, verdicts in fp32"}
+
+
+def test_contexts_say_their_precision():
+    for precision in ("fp32", "tf32", "bf16"):
+        assert precision_of(autocast(CPU, precision)) == precision
+    assert precision_of(torch.autocast("cpu", dtype=torch.float16)) == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "chosen", "warning"),
+    [
+        ((9, 0), "tf32", "tf32", None),
+        ((9, 0), "bf16", "bf16", None),
+        ((9, 0), "auto", "bf16", None),
+        ((7, 5), "tf32", "fp32", "^system.precision: cuda:0 has no TF32: it computes in fp32$"),
+        ((7, 5), "bf16", "bf16", "^system.precision: cuda:0 has no hardware for bf16 and emulates"),
+        ((7, 5), "auto", "fp32", None),
+        (None, "tf32", "fp32", "^system.precision: cpu has no TF32: it computes in fp32$"),
+        (None, "bf16", "bf16", "^system.precision: cpu has no hardware for bf16 and emulates it"),
+    ],
+)
+def test_a_precision_that_the_hardware_lacks_warns(
+    capability, precision, chosen, warning, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    place = CUDA if capability else CPU
+    assert choose_precision(precision, place) == chosen
+    found = precision_warning(precision, place)
+    assert found == warning if warning is None else re.search(warning, found)
+
+
+def without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    return "torch is built without CUDA"
+
+
+def with_hidden_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return "CUDA_VISIBLE_DEVICES hides every CUDA device"
+
+
+def with_an_old_driver(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). See")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    return "The NVIDIA driver on your system is too old (found version 11040)"
+
+
+@pytest.mark.parametrize("machine", [without_cuda, with_hidden_devices, with_an_old_driver])
+@pytest.mark.parametrize("has_driver", [False, True])
+def test_auto_says_why_it_takes_the_cpu(machine, has_driver, monkeypatch, tmp_path, caplog):
+    reason = machine(monkeypatch)
+    file = tmp_path / "version"
+    if has_driver:
+        file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed Aug 27\n")
+    monkeypatch.setattr(device, "DRIVER", file)
+    assert explain_device(CPU) == (reason, has_driver)
+    assert nvidia_driver() == ("580.82.07" if has_driver else None)
+    assert explain_device(CPU, n_gpu=0) == ("n_gpu is 0", False)
+    assert explain_device(CUDA) is None
+    with caplog.at_level(logging.INFO):
+        log_device(config_of(), CPU)
+        log_device(config_of(system={"device": "cpu"}), CPU)
+    (record,) = caplog.records
+    assert record.getMessage() == f"system.device: auto takes the CPU: {reason}"
+    assert record.levelno == (logging.WARNING if has_driver else logging.INFO)
+
+
+def test_the_environment_names_driver_cuda_and_card(monkeypatch):
+    with fake_device(monkeypatch):
+        found = environment()
+    assert found["gpus"] == [{"name": "fake", "compute_capability": "9.0", "memory_gib": 8.0}]
+    assert found["cuda"].keys() == {"driver", "version", "cudnn", "unavailable"}
+    assert found["cuda"]["unavailable"] is None
+
+
+def test_determinism_fills_no_new_tensors():
+    set_determinism(True, None)
+    try:
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        set_determinism(False, None)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_card_that_torch_is_not_built_for_is_named(monkeypatch):
+    message = (
+        "^system.device: cuda:0 is a fake of compute capability 9.0, and torch .* is built for"
+        " sm_90 only: install another build of torch, or take the CPU with system.device=cpu$"
+    )
+    with (
+        fake_device(monkeypatch),
+        pytest.raises(ConfigError, match=message),
+        kernels_explained(CUDA),
+    ):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -78,27 +239,47 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         ),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore"),
         RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         MemoryError(),
     ],
 )
 def test_a_batch_that_does_not_fit_into_memory_names_its_key(error):
-    message = "data_loader.args.batch_size: batches of 7 images do not fit into memory: "
+    message = (
+        "^data_loader.args.batch_size: batches of 7 images do not fit into the memory of cpu: "
+    )
     with (
         pytest.raises(ConfigError, match=message) as caught,
-        memory_explained("data_loader.args.batch_size", 7),
+        memory_explained("data_loader.args.batch_size", 7, CPU),
     ):
         raise error
     assert "\n" not in str(caught.value)
 
 
+def test_a_training_step_without_memory_names_the_free_memory(monkeypatch, tmp_path):
+    def forward(self, images):
+        if self.training and len(images) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore")
+        return plain(self, images)
+
+    plain = SimpleCNN.forward
+    monkeypatch.setattr(SimpleCNN, "forward", forward)
+    message = (
+        r"^data_loader.args.batch_size: batches of 8 images do not fit into the memory of cuda:0"
+        r" \(1.0 of 8.0 GiB are free\): CUDA out of memory"
+    )
+    with fake_device(monkeypatch), pytest.raises(ConfigError, match=message):
+        run(tmp_path / "run", config_of(system={"device": "cuda"}))
+
+
 def test_a_failed_allocation_is_recognized_and_other_errors_are_not():
     with (
         pytest.raises(ConfigError, match="--batch_size: batches of 3"),
-        memory_explained("--batch_size", 3),
+        memory_explained("--batch_size", 3, CPU),
     ):
         torch.empty(2**58, dtype=torch.uint8)
     with (
         pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
-        memory_explained("--batch_size", 3),
+        memory_explained("--batch_size", 3, CPU),
     ):
         torch.ones(2, 3) @ torch.ones(2, 3)
