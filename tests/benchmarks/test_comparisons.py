@@ -13,7 +13,7 @@ import torch
 from base.config import load_config
 from base.device import choose_precision
 from base.errors import ConfigError
-from benchmarks import attack_libraries, growth, memory, studies_hours
+from benchmarks import attack_libraries, growth, memory, studies_hours, two_at_once
 from benchmarks.attackers import attackers
 from benchmarks.processes import python
 from benchmarks.rows import BenchmarkRow, Settings
@@ -278,3 +278,41 @@ def test_every_pass_of_our_sides_has_its_own_random_starts(tmp_path):
         first, seen[:] = list(seen), []
         sides[name]()
         assert any(not torch.equal(a, b) for a, b in zip(first, seen, strict=False))
+
+
+def test_two_processes_train_at_the_same_time_and_each_counts_its_own_images():
+    (row,) = two_at_once.measure(SMOKE)
+    assert row.result.n == 1
+    assert row.result.median == pytest.approx(row.ours_value.median / row.other_value.median)
+    assert row.other_value.median > 0
+    assert row.goal.value == 0.45
+
+
+def test_the_slower_of_two_processes_is_what_a_row_shows(monkeypatch):
+    started = []
+
+    class Scripted:
+        def __init__(self, *_):
+            started.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    def rates(processes, _):
+        return [100.0] if len(processes) == 1 else [60.0, 40.0]
+
+    monkeypatch.setattr(two_at_once, "Training", Scripted)
+    monkeypatch.setattr(two_at_once, "_rates", rates)
+    first, _ = two_at_once.measure(FULL)
+    assert len(started) == 4
+    assert (first.result.median, first.result.n, first.met) == (0.4, 5, False)
+
+
+def test_a_process_that_cannot_train_is_an_error():
+    with two_at_once.Training(SMOKE, "no network", 4) as process:
+        process.begin(0.0)
+        with pytest.raises(ConfigError, match="two_at_once: a process ended with exit code 1"):
+            process.rate()
