@@ -82,6 +82,11 @@ def main() -> None:
         machine.describe(hardware),
         f"{summary(results)}, in {sum(seconds.values()) / 60:.1f} minutes",
     ]
+    if not hardware["native_bf16"]:
+        lines.append(
+            "no rows in bf16: this device does not multiply bf16 natively, so such times would say"
+            " nothing"
+        )
     if settings.smoke:
         lines.append(
             "--smoke: tiny networks and images, one repeat; these numbers say nothing about speed"

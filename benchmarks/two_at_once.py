@@ -16,11 +16,13 @@ from benchmarks.rows import BenchmarkRow, Goal, Settings
 from benchmarks.steps import BATCH_NORM, LAYERS, build_trainer, step_config, step_of
 from benchmarks.timing import Paired
 
-NETWORKS = {"simpleCNN": 128, "resnet18": 32}
+NETWORKS = {"simpleCNN": 128, "resnet18": 8}
 """Network -> batch: a narrow one, whose operations are short, and a wide one."""
 
-SECONDS = 2.0
+SECONDS = 1.5
 """How long a process trains in each turn, at least."""
+
+REPEATS = 3
 
 SHARE = 0.45
 ALONE, TOGETHER = "one alone", "each of two at once"
@@ -41,7 +43,7 @@ def _row(settings: Settings, network: str) -> BenchmarkRow:
     seconds = SECONDS if not settings.smoke else 0.0
     rates: dict[str, list[float]] = {ALONE: [], TOGETHER: []}
     with Training(settings, network, batch) as first, Training(settings, network, batch) as second:
-        for number in range(settings.warmup + settings.repeats):
+        for number in range(settings.warmup + min(REPEATS, settings.repeats)):
             alone = _rates([first], seconds)
             together = _rates([first, second], seconds)
             if number >= settings.warmup:
