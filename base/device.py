@@ -93,7 +93,10 @@ def set_determinism(deterministic: bool, num_threads: int | None) -> None:
     if deterministic:
         # Without it cuBLAS has no deterministic algorithms.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    # 0: not asked for; 1: warnings; 2: errors.
+    if torch.get_deterministic_debug_mode() != (2 if deterministic else 0):
+        # Only where it changes something: torch imports its compiler for this, in seconds.
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
 
