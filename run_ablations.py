@@ -10,6 +10,8 @@ python run_ablations.py --grid configs/ablations/label_noise.json --all --launch
 
 from pathlib import Path
 
+import base.openmp  # noqa: F401 - before torch is imported
+
 # It fills the tables that configs are checked against.
 import experiment  # noqa: F401
 from base.command_line import Parser, add_imports_flag, run_script, set_overrides
@@ -99,9 +101,11 @@ def main() -> None:
         say(*map(format_command, runs))
         return
     folder = runs[0].folder.parent
-    launch = launcher(arguments.launcher, folder / "jobs", arguments.parameter)
+    # A study of two runs has no use for more, and each of them gets half of the cores.
+    jobs = min(arguments.jobs, len(runs))
+    launch = launcher(arguments.launcher, folder / "jobs", arguments.parameter, jobs)
     record(runs)
-    failures = Study(runs, launch, arguments.jobs).work()
+    failures = Study(runs, launch, jobs).work()
     say(f"{len(runs) - len(failures)} of {len(runs)} runs are finished, in {folder}")
     if failures:
         reasons = "; ".join(f"{run.name} ({reason})" for run, reason in failures.items())

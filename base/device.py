@@ -203,7 +203,10 @@ def set_determinism(deterministic: bool, num_threads: int | None) -> None:
     if deterministic:
         # Without it cuBLAS has no deterministic algorithms.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    # 0: not asked for; 1: warnings; 2: errors.
+    if torch.get_deterministic_debug_mode() != (2 if deterministic else 0):
+        # Only where it changes something: torch imports its compiler for this, in seconds.
+        torch.use_deterministic_algorithms(deterministic)
     # torch would fill every new tensor with NaN, to show what reads it before it is written
     torch.utils.deterministic.fill_uninitialized_memory = not deterministic
     torch.backends.cudnn.deterministic = deterministic

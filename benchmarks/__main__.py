@@ -34,6 +34,7 @@ from benchmarks import (
     startup,
     studies_hours,
     training_step,
+    two_at_once,
 )
 from benchmarks.rows import BenchmarkRow, BenchmarkTable, Settings
 from benchmarks.table import format_markdown, format_text, summary
@@ -42,6 +43,7 @@ COMPARISONS: dict[str, Callable[[Settings], Sequence[BenchmarkRow | BenchmarkTab
     "conv_norm_step": conv_norm_step.measure,
     "memory": memory.measure,
     "training_step": training_step.measure,
+    "two_at_once": two_at_once.measure,
     "loading": loading.measure,
     "adversarial_step": adversarial_step.measure,
     "attack_libraries": attack_libraries.measure,
@@ -80,6 +82,11 @@ def main() -> None:
         machine.describe(hardware),
         f"{summary(results)}, in {sum(seconds.values()) / 60:.1f} minutes",
     ]
+    if not hardware["native_bf16"]:
+        lines.append(
+            "no rows in bf16: this device does not multiply bf16 natively, so such times would say"
+            " nothing"
+        )
     if settings.smoke:
         lines.append(
             "--smoke: tiny networks and images, one repeat; these numbers say nothing about speed"

@@ -15,9 +15,12 @@ def python(arguments: Sequence[str], threads: int) -> str:
     Raises:
         ConfigError: it failed; the message holds the last line of its stderr.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(  # noqa: S603 - this interpreter, arguments of this package
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment(threads),
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         reason = (done.stderr.strip() or "it printed no reason").splitlines()[-1]
@@ -26,3 +29,10 @@ def python(arguments: Sequence[str], threads: int) -> str:
             f"{' '.join(arguments[:2])}: ended with exit code {done.returncode}: {reason}"
         )
     return done.stdout
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The environment of such a process: this one's, with so many threads and with this project's
+    packages.
+    """
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}

@@ -17,7 +17,7 @@ from models.layers.conv_norm.fourier_plan import FOURIER_BATCH
 from models.layers.conv_norm.layer import ConvNorm2d
 from studies.grid import plan
 
-FEW_IMAGES = 4
+FEW_IMAGES = 2
 MEASURED_SECONDS = 0.5
 """On a CPU a step is measured on as many images as take this long."""
 

@@ -7,6 +7,13 @@ from time import perf_counter
 import numpy as np
 import torch
 
+FEWEST = 2
+"""Rounds of a comparison that count even where they take long."""
+
+ENOUGH_SECONDS = 20.0
+"""After so many seconds of rounds that count, `FEWEST` are enough: long rounds vary by a few
+percent only, as the sides take turns, and the whole table has to be ready within 20 minutes."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -66,8 +73,13 @@ def compare(
     warmup: int = 1,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = perf_counter,
+    at_least: int = FEWEST,
+    enough: float = ENOUGH_SECONDS,
 ) -> Paired:
     """Seconds that every side takes, `repeats` times, after `warmup` rounds that do not count.
+
+    Rounds that take long end the comparison early: after `at_least` of them none begins once those
+    that count have taken `enough` seconds.
 
     Sides take turns (a b c a b c ...), so that a machine that becomes slower or faster does so for
     all of them. On a CUDA device a time ends when the device has finished.
@@ -78,9 +90,14 @@ def compare(
         warmup: rounds before them.
         device: where the sides compute.
         clock: a function that returns seconds.
+        at_least: rounds that count whatever they take.
+        enough: seconds; see above.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warmup + repeats):
+        taken_so_far = sum(map(sum, seconds.values()))
+        if number >= warmup + at_least and taken_so_far >= enough:
+            break
         for name, side in sides.items():
             synchronize(device)
             start = clock()
@@ -93,10 +110,19 @@ def compare(
 
 
 def seconds_of(
-    side: Callable[[], object], repeats: int, *, warmup: int = 1, device: torch.device | str = "cpu"
+    side: Callable[[], object],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    at_least: int = FEWEST,
+    enough: float = ENOUGH_SECONDS,
 ) -> Spread:
     """The seconds that one side takes alone; see `compare`."""
-    return compare({"": side}, repeats, warmup=warmup, device=device).spread("")
+    times = compare(
+        {"": side}, repeats, warmup=warmup, device=device, at_least=at_least, enough=enough
+    )
+    return times.spread("")
 
 
 def synchronize(device: torch.device | str) -> None:

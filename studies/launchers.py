@@ -16,6 +16,7 @@ import torch
 
 from base.checkpoint import has_checkpoint
 from base.command_line import set_overrides
+from base.distributed.launch import available_cpus
 from base.errors import ConfigError
 from base.output import writing
 from base.rooms import ROOT
@@ -67,13 +68,14 @@ class LocalJob(Job):
     Args:
         run: the run to start or to continue.
         slot: its number among those that run at once, from 0. It decides which GPU the run gets.
+        jobs: how many run at once. They share the cores of this machine.
 
     Raises:
         BusyError: another process works on the run.
         ConfigError: the folder holds another run, or cannot be written.
     """
 
-    def __init__(self, run: StudyRun, slot: int) -> None:
+    def __init__(self, run: StudyRun, slot: int, jobs: int = 1) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         with writing(run.folder):
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +86,12 @@ class LocalJob(Job):
                 raise BusyError(f"{run.folder}: another process works on {run.name}")
             # Read only now, because another launcher may have finished the run before the lock
             if read_progress(run).state is not State.FINISHED:
-                self.process = self._start(run, slot)
+                self.process = self._start(run, slot, jobs)
         except BaseException:
             os.close(self.output)
             raise
 
-    def _start(self, run: StudyRun, slot: int) -> subprocess.Popen[bytes]:
+    def _start(self, run: StudyRun, slot: int, jobs: int) -> subprocess.Popen[bytes]:
         if not has_checkpoint(run.folder):
             # The run was killed before its first checkpoint; train.py refuses a folder with a
             # config but no checkpoint
@@ -103,7 +105,7 @@ class LocalJob(Job):
             # process keeps it, too: a network file system may give it to this process alone.
             pass_fds=(self.output,),
             preexec_fn=_terminate_with_parent if sys.platform == "linux" else None,
-            env=_environment(run, slot),
+            env=_environment(run, slot, jobs),
         )
 
     def exit_code(self) -> int | None:
@@ -167,7 +169,7 @@ Launch = Callable[[StudyRun, int], Job]
 """Launches a run in a slot, which is its number among those that run at once, from 0."""
 
 
-def launcher(name: str, folder: Path, settings: Sequence[str]) -> Launch:
+def launcher(name: str, folder: Path, settings: Sequence[str], jobs: int = 1) -> Launch:
     """Return the function that launches a run.
 
     Args:
@@ -176,6 +178,7 @@ def launcher(name: str, folder: Path, settings: Sequence[str]) -> Launch:
         folder: where submitit writes its own files.
         settings: parameters of submitit's executor, such as `["slurm_partition=gpu",
             "timeout_min=600"]`.
+        jobs: how many runs of this machine run at once; a cluster's jobs have their own cores.
 
     Raises:
         ConfigError: submitit is not installed or does not know a parameter, or there are parameters
@@ -187,7 +190,7 @@ def launcher(name: str, folder: Path, settings: Sequence[str]) -> Launch:
     if name == "process":
         if parameters:
             raise ConfigError(f"--parameter {settings[0]}: has no effect without --launcher slurm")
-        return LocalJob
+        return partial(LocalJob, jobs=jobs)
     try:
         import submitit
     except ModuleNotFoundError:
@@ -266,12 +269,18 @@ def _reason(error: str, name: str) -> str:
     return line or "its job printed nothing"
 
 
-def _environment(run: StudyRun, slot: int) -> dict[str, str]:
-    """Return this process's environment, in which a run sees only the GPU of its slot.
+def _environment(run: StudyRun, slot: int, jobs: int) -> dict[str, str]:
+    """Return this process's environment, in which a run has its GPU and its share of the cores.
 
     A run on several GPUs sees all of them. If there are more slots than GPUs, runs share GPUs.
+    Where several runs share the cores, each process of each run computes with as many threads as it
+    has cores, at least one. `OMP_NUM_THREADS` and `system.num_threads` come first.
     """
     environment = dict(os.environ)
+    if jobs > 1 and run.config.system.num_threads is None:
+        processes = jobs * max(1, run.config.n_gpu)
+        threads = max(1, available_cpus() // processes)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     asked = environment.get("CUDA_VISIBLE_DEVICES")
     if asked is None:
         visible = [str(index) for index in range(torch.cuda.device_count())]

@@ -99,3 +99,14 @@ def test_a_command_with_a_wrong_flag_imports_nothing_slow():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_an_evaluation_without_determinism_does_not_import_the_compiler():
+    code = (
+        "import sys\n"
+        "from base.device import set_determinism\n"
+        "set_determinism(False, None)\n"
+        "print('torch._inductor' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr

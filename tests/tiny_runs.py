@@ -5,6 +5,7 @@ import runpy
 import signal
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -125,11 +126,25 @@ def exit_code(process):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+SLOW_IMPORTS = (
+    "matplotlib.figure",
+    "scipy.stats",
+    "sklearn.datasets",
+    "sklearn.metrics",
+    # By torch itself, for its optimizers and for determinism.
+    "torch._dynamo",
+    "torch._inductor",
+)
+"""What commands import when they first need it, which takes seconds in every process."""
+
+
 def script(name, *words, cwd, before=None):
     """Run a command with these words in a forked process, which saves the time for imports.
 
     `before` is called in the process first.
     """
+    for module in SLOW_IMPORTS:
+        import_module(module)
     streams = {
         1: Path(cwd).parent / f"{os.getpid()}.out",
         2: Path(cwd).parent / f"{os.getpid()}.err",

@@ -1,7 +1,9 @@
 """Starting several processes for one command, and the device of each process."""
 
+import math
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -10,6 +12,9 @@ from base.config import Config
 from base.device import choose_device
 from base.distributed.process_group import world_size
 from base.errors import ConfigError
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Linux, control groups of version 2: the quota of this container."""
 
 
 def launch(config: Config) -> NoReturn:
@@ -47,11 +52,26 @@ def launch(config: Config) -> NoReturn:
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use. SLURM and taskset may allow fewer than there
-    are."""
+    """Return how many CPUs this process may use, at least 1.
+
+    SLURM and taskset may allow fewer than there are. A container's quota of time on them counts
+    as that many CPUs, rounded up.
+    """
+    cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cpus = len(os.sched_getaffinity(0))
+    return min(cpus, _cpu_quota() or cpus)
+
+
+def _cpu_quota() -> int | None:
+    """Return the container's quota of CPUs, rounded up; None without one, and elsewhere."""
+    try:
+        # Microseconds of CPU time in a period and the period, such as "150000 100000"; no limit
+        # is "max 100000".
+        quota, period = CPU_QUOTA.read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return None
 
 
 def check_device_count(config: Config, processes: int, key: str) -> None:

@@ -66,6 +66,7 @@ def test_hardware_is_described_without_names_of_machines_and_folders(smoke):
     _, done, numbers, table = smoke
     hardware = numbers["hardware"]
     assert hardware["threads"] == 1
+    assert ("no rows in bf16" in done.stdout) == (not hardware["native_bf16"])
     assert {
         "cpu",
         "cores",

@@ -13,7 +13,7 @@ import torch
 from base.config import load_config
 from base.device import choose_precision
 from base.errors import ConfigError
-from benchmarks import attack_libraries, growth, memory, studies_hours
+from benchmarks import attack_libraries, growth, memory, studies_hours, two_at_once
 from benchmarks.attackers import attackers
 from benchmarks.processes import python
 from benchmarks.rows import BenchmarkRow, Settings
@@ -89,12 +89,12 @@ def test_a_step_too_large_to_measure_is_a_line_through_two_smaller_ones(monkeypa
         return studies_hours._measure_step(FULL, config, batch, 32), asked
 
     config = load_config(ROOT / "configs" / "cifar10.json")
-    for fixed, each, largest in ((0.0, 0.001, 128), (0.01, 0.05, 9), (9.0, 0.1, 4)):
+    for fixed, each, largest in ((0.0, 0.001, 128), (0.01, 0.05, 9), (9.0, 0.1, 2)):
         seconds, asked = measured(fixed, each)
         assert seconds == pytest.approx(fixed + 128 * each)
         assert max(asked) == largest
     seconds, asked = measured(0.01, 1.0, batch=3)
-    assert (seconds, max(asked)) == (pytest.approx(3.01), 3)
+    assert (seconds, max(asked)) == (pytest.approx(3.01), 2)
     config = load_config(ROOT / "configs" / "cifar10_conv_norm.json")
     assert sorted(set(measured(9.0, 1.0)[1])) == [FOURIER_BATCH, 2 * FOURIER_BATCH], (
         "computed in the way of a whole minibatch"
@@ -278,3 +278,41 @@ def test_every_pass_of_our_sides_has_its_own_random_starts(tmp_path):
         first, seen[:] = list(seen), []
         sides[name]()
         assert any(not torch.equal(a, b) for a, b in zip(first, seen, strict=False))
+
+
+def test_two_processes_train_at_the_same_time_and_each_counts_its_own_images():
+    (row,) = two_at_once.measure(SMOKE)
+    assert row.result.n == 1
+    assert row.result.median == pytest.approx(row.ours_value.median / row.other_value.median)
+    assert row.other_value.median > 0
+    assert row.goal.value == 0.45
+
+
+def test_the_slower_of_two_processes_is_what_a_row_shows(monkeypatch):
+    started = []
+
+    class Scripted:
+        def __init__(self, *_):
+            started.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    def rates(processes, _):
+        return [100.0] if len(processes) == 1 else [60.0, 40.0]
+
+    monkeypatch.setattr(two_at_once, "Training", Scripted)
+    monkeypatch.setattr(two_at_once, "_rates", rates)
+    first, _ = two_at_once.measure(FULL)
+    assert len(started) == 4
+    assert (first.result.median, first.result.n, first.met) == (0.4, 3, False)
+
+
+def test_a_process_that_cannot_train_is_an_error():
+    with two_at_once.Training(SMOKE, "no network", 4) as process:
+        process.begin(0.0)
+        with pytest.raises(ConfigError, match="two_at_once: a process ended with exit code 1"):
+            process.rate()

@@ -25,6 +25,20 @@ def test_sides_take_turns_and_only_rounds_after_the_warmup_count():
     assert times.values == {"a": [1.0, 3.0, 2.0], "b": [4.0, 6.0, 8.0]}
 
 
+@pytest.mark.parametrize(("each", "rounds"), [(0.1, 5), (1.9, 5), (2.5, 4), (4.0, 3), (100.0, 3)])
+def test_long_rounds_are_fewer(each, rounds):
+    now = 0.0
+
+    def side():
+        nonlocal now
+        now += each
+
+    times = compare(
+        {"a": side, "b": side}, repeats=5, warmup=2, clock=lambda: now, at_least=3, enough=20.0
+    )
+    assert [len(values) for values in times.values.values()] == [rounds, rounds]
+
+
 def test_what_happens_between_two_sides_is_not_timed():
     # Ten seconds pass between two calls of the clock.
     clock = itertools.count(0, 10)

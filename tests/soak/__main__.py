@@ -13,6 +13,7 @@ from time import monotonic
 
 from tqdm import tqdm
 
+import base.openmp  # noqa: F401 - before torch is imported
 from base.output import save_json
 from base.run_folder.environment import environment
 from tests.soak.endurance import Endurance, Tally

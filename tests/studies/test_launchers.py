@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from base.config import imports
+from base.config import imports, validate
+from base.config.tree import merge
 from base.rooms import ROOT
+from studies import launchers
 from studies.grid import plan
-from studies.launchers import ClusterJob, _quoted, command_of_job, work_of_job
+from studies.launchers import ClusterJob, _environment, _quoted, command_of_job, work_of_job
 from tiny_runs import script
 
 RULE = "-" * 22
@@ -112,3 +114,24 @@ def test_a_shell_reads_quoted_words_as_they_were():
             ["bash", "-c", f"printf %s {_quoted(word)}"], capture_output=True, timeout=20
         )
         assert done.stdout.decode() == word
+
+
+@pytest.mark.parametrize(
+    ("jobs", "config", "asked", "threads"),
+    [
+        (1, {}, None, None),
+        (2, {}, None, "4"),
+        (3, {}, None, "2"),
+        (9, {}, None, "1"),
+        (2, {"n_gpu": 2}, None, "2"),
+        (2, {}, "7", "7"),
+        (2, {"system": {"num_threads": 3}}, None, None),
+    ],
+)
+def test_runs_at_once_share_the_cores(run, monkeypatch, jobs, config, asked, threads):
+    monkeypatch.setattr(launchers, "available_cpus", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    own = replace(run, config=validate(merge(run.config.dump(), config)))
+    assert _environment(own, 0, jobs).get("OMP_NUM_THREADS") == threads

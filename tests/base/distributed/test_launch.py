@@ -8,6 +8,7 @@ import torch
 from base.config import validate
 from base.config.tree import merge
 from base.device import choose_device
+from base.distributed import launch
 from base.distributed.launch import available_cpus, check_device_count
 from base.errors import ConfigError
 
@@ -48,7 +49,8 @@ def test_every_process_takes_its_own_device(monkeypatch):
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
 
 
-def test_cpus_that_this_process_may_not_use_do_not_count(monkeypatch):
+def test_cpus_that_this_process_may_not_use_do_not_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "CPU_QUOTA", tmp_path / "no quota")
     if hasattr(os, "sched_getaffinity"):
         before = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {min(before)})
@@ -59,3 +61,15 @@ def test_cpus_that_this_process_may_not_use_do_not_count(monkeypatch):
         monkeypatch.delattr(os, "sched_getaffinity")
     # A system that cannot say which CPUs a process may use
     assert available_cpus() == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"),
+    [("150000 100000", 2), ("50000 100000", 1), ("6400000 100000", 8), ("max 100000", 8), ("", 8)],
+)
+def test_a_containers_quota_of_cpus_counts(monkeypatch, tmp_path, quota, cpus):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(launch, "CPU_QUOTA", tmp_path / "cpu.max")
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert available_cpus() == cpus
