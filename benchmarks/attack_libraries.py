@@ -2,7 +2,7 @@
 torchattacks and foolbox.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +11,18 @@ from tempfile import TemporaryDirectory
 
 from base.config import Override, load_config
 from base.rooms import ROOT
-from benchmarks.attackers import Attacker, attackers
+from benchmarks.attackers import (
+    DIRECT,
+    LIBRARIES,
+    LOADER,
+    LOADER_BF16,
+    Attacker,
+    attackers,
+    direct_flops,
+)
+from benchmarks.machine import PRODUCT, PRODUCT_FLOPS, matrix_products
 from benchmarks.rows import BenchmarkRow, Goal, Settings, speed_row
-from benchmarks.timing import Paired, compare
+from benchmarks.timing import Paired, Spread, compare
 from experiment.evaluation import Evaluation
 from experiment.evaluation_flags import evaluation_parser
 from experiment.experiment import Experiment
@@ -33,7 +42,7 @@ class Network:
             half as accurate as without an attack.
         passes: PGD's passes over the images for the comparison of robust accuracies. From one pass
             to the next, random starts alone change the verdicts of one to three images.
-        direct: whether a direct call of the attack is timed, too.
+        peak: whether the rate of PGD's direct call is compared with that of a matrix product.
     """
 
     name: str
@@ -42,7 +51,7 @@ class Network:
     images: int | None
     sizes: Mapping[str, tuple[float, float]]
     passes: int = 0
-    direct: bool = False
+    peak: bool = False
 
 
 ROBUST: list[Override] = [
@@ -67,7 +76,6 @@ SMALL = Network(
     images=None,
     sizes={"linf": (40, 10), "l2": (2.0, 0.5)},
     passes=12,
-    direct=True,
 )
 LARGE = Network(
     "ResNet-18 on digits",
@@ -81,27 +89,39 @@ LARGE = Network(
     epochs=2,
     images=64,
     sizes={"linf": (24, 6), "l2": (1.0, 0.25)},
+    peak=True,
 )
 CIFAR_SIZES = {"linf": (8.0, 2.0), "l2": (0.5, 0.125)}
 """Epsilon and step size for the network of `--checkpoint`."""
 
-# Setting -> PGD's steps (0 for FGSM), norm, goal
+# Setting -> PGD's steps (0 for FGSM), norm
 ATTACKS = {
-    "PGD-10, l-inf": (10, "linf", 2.5),
-    "PGD-10, l2": (10, "l2", 2.5),
-    "FGSM, l-inf": (0, "linf", 1.0),
-    "FGSM, l2": (0, "l2", 1.0),
+    "PGD-10, l-inf": (10, "linf"),
+    "PGD-10, l2": (10, "l2"),
+    "FGSM, l-inf": (0, "linf"),
+    "FGSM, l2": (0, "l2"),
 }
+FASTER = 1.0
+"""How many times as fast as the faster library every side of ours shall be at least."""
+FASTER_BF16 = 1.9
+"""The same for a search in bf16 where the hardware multiplies bf16 natively."""
+SHARE = 85
+"""The least percentage of the rate of a matrix product at which PGD's passes shall compute."""
 POINTS = 0.2
 """Percentage points by which our attack may be weaker than theirs."""
 
-WITH_GOAL = "attack_loader"
-LIBRARIES = ("torchattacks", "foolbox")
+PRODUCT_RATE = "matrix product, fp32"
 NOTE = (
     "attack_loader: PGD(..., early_stop=True) or FGSM, with a verdict for every image; direct call:"
-    " the attack alone; all in fp32, except that the search is in bf16 where the row says so; every"
-    " side includes the verdict; the library that was slower in a first pass is not timed again"
+    " PGD(...) or FGSM(...)(model, images, labels); all in fp32, except that the search is in bf16"
+    " where the row says so; every side includes the verdict; the library that was slower in a"
+    " first pass is not timed again"
 )
+NOTE_PEAK = (
+    "FLOPs of the convolutions and products of a direct call over its whole time; matrix product:"
+    f" {PRODUCT} x {PRODUCT}, in each round the faster of torch.mm and a 1x1 convolution"
+)
+NO_BF16 = "this hardware does not multiply bf16 natively"
 
 
 def measure(settings: Settings) -> list[BenchmarkRow]:
@@ -109,7 +129,7 @@ def measure(settings: Settings) -> list[BenchmarkRow]:
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         reason = f"{' and '.join(missing)} not installed: pip install -e '.[benchmarks]'"
-        return [BenchmarkRow("attacks on a robust network", WITH_GOAL, skipped=reason)]
+        return [BenchmarkRow("attacks on a robust network", LOADER, skipped=reason)]
     rows = []
     large = replace(LARGE, overrides=(*LARGE.overrides, ("arch.type", settings.network)))
     for network in (SMALL, large):
@@ -153,36 +173,79 @@ def _evaluation(run: str, settings: Settings, images: int | None) -> Evaluation:
 
 def _rows(settings: Settings, evaluation: Evaluation, network: Network) -> list[BenchmarkRow]:
     rows = []
-    for attack, (steps, norm, goal) in ATTACKS.items():
+    images = evaluation.loader.n_samples
+    for attack, (steps, norm) in ATTACKS.items():
         epsilon, step = network.sizes[norm]
         # FGSM is one step of epsilon.
         step_size = step if steps else epsilon
-        fewer_steps = min(steps, settings.size(steps, 2))
-        sides = attackers(evaluation, fewer_steps, norm, epsilon, step_size)
-        if not network.direct:
-            del sides["direct call"]
+        arguments = (min(steps, settings.size(steps, 2)), norm, epsilon, step_size)
+        sides = attackers(evaluation, *arguments)
         libraries = {name: sides[name] for name in LIBRARIES}
         first_pass = compare(libraries, 1, warmup=0, device=settings.device)
         faster = first_pass.smallest(LIBRARIES)
-        timed = {
+        timed: dict[str, Callable[[], object]] = {
             name: side for name, side in sides.items() if name not in LIBRARIES or name == faster
         }
-        times = compare(timed, settings.repeats, warmup=settings.warmup, device=settings.device)
-        setting = f"{attack}, {network.name}, {evaluation.loader.n_samples} images"
-        images = evaluation.loader.n_samples
+        products = {}
+        if network.peak and steps:
+            products = matrix_products(settings.device)
+        times = compare(
+            {**timed, **products},
+            settings.repeats,
+            warmup=settings.warmup,
+            device=settings.device,
+        )
+        setting = f"{attack}, {network.name}, {images} images"
         for name in _ours(sides):
-            at_least = goal if name.startswith(WITH_GOAL) else None
-            rows.append(speed_row(setting, times, name, faster, at_least, images=images, note=NOTE))
+            goal = FASTER_BF16 if name == LOADER_BF16 else FASTER
+            rows.append(speed_row(setting, times, name, faster, goal, images=images, note=NOTE))
+        if steps and LOADER_BF16 not in sides:
+            rows.append(BenchmarkRow(setting, LOADER_BF16, skipped=NO_BF16))
+        if products:
+            flops = direct_flops(evaluation, *arguments)
+            rows.append(_share_row(setting, times, flops, list(products)))
         # If both are equally strong, the faster one: it has made more passes.
         lowest = min(LIBRARIES, key=lambda name: (median(sides[name].accuracies), name != faster))
         if steps:
             for name, side in sides.items():
-                if not name.startswith(WITH_GOAL) and name != lowest:
+                if name == DIRECT or (name in LIBRARIES and name != lowest):
                     continue
                 while len(side.accuracies) < settings.size(network.passes, 0):
                     side()
         rows += _accuracy_rows(setting, sides, lowest)
     return rows
+
+
+def _share_row(setting: str, times: Paired, flops: int, products: Sequence[str]) -> BenchmarkRow:
+    """The rate of the direct call in percent of that of a matrix product, round by round.
+
+    Args:
+        setting: what is measured, in a few words.
+        times: seconds of the direct call and of `products`.
+        flops: of one direct call.
+        products: the sides of `matrix_products`, of which the faster one counts in each round.
+    """
+    of_products = [times.values[name] for name in products]
+    fastest = [min(seconds) for seconds in zip(*of_products, strict=True)]
+    rates = Paired(
+        {
+            DIRECT: [flops / seconds / 1e9 for seconds in times.values[DIRECT]],
+            PRODUCT_RATE: [PRODUCT_FLOPS / seconds / 1e9 for seconds in fastest],
+        }
+    )
+    rounds = zip(rates.values[DIRECT], rates.values[PRODUCT_RATE], strict=True)
+    return BenchmarkRow(
+        f"{setting}: share of the peak",
+        DIRECT,
+        Spread.of([100 * ours / peak for ours, peak in rounds]),
+        "% of the rate",
+        PRODUCT_RATE,
+        "GFLOP/s",
+        ours_value=rates.spread(DIRECT),
+        other_value=rates.spread(PRODUCT_RATE),
+        goal=Goal(SHARE, at_least=True),
+        note=NOTE_PEAK,
+    )
 
 
 def _ours(sides: dict[str, Attacker]) -> list[str]:

@@ -6,12 +6,13 @@ starts every time, all our passes would be a single draw.
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from attacks import FGSM, PGD
 from attacks.attack import Attack
@@ -20,6 +21,9 @@ from base.device import autocast, choose_precision
 from base.seeding import torch_generator
 from evaluation.robust_accuracy import attack_loader
 from experiment.evaluation import Evaluation
+
+LOADER, LOADER_BF16, DIRECT = "attack_loader", "attack_loader, bf16", "direct call"
+LIBRARIES = ("torchattacks", "foolbox")
 
 Survives = Callable[[Tensor, Tensor, int], Tensor]
 """`(images, labels, seed) -> whether each prediction survived the attack (B,)`. The libraries draw
@@ -48,7 +52,9 @@ def attackers(
 ) -> dict[str, Attacker]:
     """Our sides and the libraries, with the same norm, epsilon, step size and steps.
 
-    One more side of PGD searches in the precision that `auto` picks, where that is not fp32.
+    `attack_loader` stops for an image once it is misclassified. `direct call` takes all steps for
+    every image, as the libraries do. One more side of PGD searches in bf16, where `auto` picks
+    that.
 
     Args:
         evaluation: model and images.
@@ -59,11 +65,8 @@ def attackers(
     """
     model = evaluation.model
     sizes = (in_pixel_range(epsilon, norm), in_pixel_range(step_size, norm))
-    if steps:
-        attack: Attack = PGD(*sizes, steps, norm, early_stop=True)
-    else:
-        attack = FGSM(sizes[0], norm)
-    lower = choose_precision("auto", evaluation.device)
+    all_steps = _attack(steps, norm, *sizes)
+    attack = replace(all_steps, early_stop=steps > 0)
     # The libraries attack the network in NCHW, as their users have it: torchattacks' l2 attack
     # fails on gradients that are channels last.
     nchw = deepcopy(model).to(memory_format=torch.contiguous_format)
@@ -72,13 +75,32 @@ def attackers(
     def survives_torchattacks(images: Tensor, labels: Tensor, seed: int) -> Tensor:
         return _is_right(nchw, library(images, labels), labels)
 
-    passes = {"attack_loader": _attack_loader(evaluation, attack)}
-    if steps and lower != "fp32":
-        passes[f"attack_loader, {lower}"] = _attack_loader(evaluation, attack, lower)
-    passes["direct call"] = _over_batches(evaluation, _direct(model, attack))
+    passes = {LOADER: _attack_loader(evaluation, attack)}
+    if steps and choose_precision("auto", evaluation.device) == "bf16":
+        passes[LOADER_BF16] = _attack_loader(evaluation, attack, "bf16")
+    passes[DIRECT] = _over_batches(evaluation, _direct(model, all_steps))
     passes["torchattacks"] = _over_batches(evaluation, survives_torchattacks)
     passes["foolbox"] = _over_batches(evaluation, _foolbox(nchw, steps, norm, *sizes))
     return {name: Attacker(accuracy) for name, accuracy in passes.items()}
+
+
+def direct_flops(
+    evaluation: Evaluation, steps: int, norm: str, epsilon: float, step_size: float
+) -> int:
+    """Multiplications and additions of products and convolutions in one call of `direct call`,
+    for the same arguments as those of `attackers`."""
+    sizes = (in_pixel_range(epsilon, norm), in_pixel_range(step_size, norm))
+    survives = _direct(evaluation.model, _attack(steps, norm, *sizes))
+    images, labels = next(iter(evaluation.loader))
+    with FlopCounterMode(display=False) as counter:
+        survives(images[:1], labels[:1], 0)
+    return counter.get_total_flops() * evaluation.loader.n_samples
+
+
+def _attack(steps: int, norm: str, epsilon: float, step_size: float) -> PGD:
+    if steps:
+        return PGD(epsilon, step_size, steps, norm)
+    return FGSM(epsilon, norm)
 
 
 def _direct(model: nn.Module, attack: Attack) -> Survives:

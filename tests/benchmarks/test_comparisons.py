@@ -6,19 +6,23 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from base.config import load_config
 from base.device import choose_precision
 from base.errors import ConfigError
-from benchmarks import attack_libraries, growth, memory, studies_hours, two_at_once
-from benchmarks.attackers import attackers
+from benchmarks import attack_libraries, growth, machine, memory, studies_hours, two_at_once
+from benchmarks.attackers import attackers, direct_flops
+from benchmarks.machine import PRODUCT, PRODUCT_FLOPS
 from benchmarks.processes import python
 from benchmarks.rows import BenchmarkRow, Settings
 from benchmarks.steps import build_trainer, precisions, step_config, step_of
-from benchmarks.timing import Spread
+from benchmarks.timing import Paired, Spread
 from models.layers.conv_norm.fourier_plan import FOURIER_BATCH
 
 ROOT = Path(__file__).parents[2]
@@ -226,23 +230,65 @@ def test_attacks_are_compared_with_both_libraries(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "a.json").read_text())["results"]["attack_libraries"]
-    lower = (
-        {"attack_loader, bf16"}
-        if choose_precision("auto", torch.device("cpu")) == "bf16"
-        else set()
-    )
+    native = choose_precision("auto", torch.device("cpu")) == "bf16"
     for attack in ("PGD-10, l-inf", "PGD-10, l2", "FGSM, l-inf", "FGSM, l2"):
-        judged = {"attack_loader", *(lower if attack.startswith("PGD") else ())}
-        for network, ours in {"simpleCNN": {*judged, "direct call"}, "ResNet-18": judged}.items():
+        for network in ("simpleCNN", "ResNet-18"):
             own = [
                 row
                 for row in rows
                 if row["setting"].startswith(f"{attack}, {network} on digits, 16 images")
             ]
-            assert {row["ours"] for row in own} == ours
-            assert {row["measure"] for row in own} == {"x as fast", "points above"}
             rows = [row for row in rows if row not in own]
+            bf16 = {"attack_loader, bf16"} if attack.startswith("PGD") else set()
+            assert {row["ours"] for row in own} == {"attack_loader", "direct call", *bf16}
+            unmeasured = [row for row in own if row["result"] is None]
+            if not native:
+                assert {row["ours"] for row in unmeasured} == bf16
+                assert all("bf16 natively" in row["skipped"] for row in unmeasured)
+            shares = {"% of the rate"} if bf16 and network == "ResNet-18" else set()
+            measures = {row["measure"] for row in own if row["result"] is not None}
+            assert measures == {"x as fast", "points above", *shares}
     assert rows == []
+
+
+def test_flops_of_a_direct_call_are_those_of_its_passes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 9 * 7, 6))
+    batches = [(torch.rand(4, 1, 11, 9), torch.zeros(4, dtype=torch.int64))]
+
+    class Loader(list):
+        n_samples = 7
+
+    evaluation = SimpleNamespace(model=model.eval(), loader=Loader(batches))
+    forward = 2 * (5 * 9 * 7 * 9 + 5 * 9 * 7 * 6)
+    # Three steps forward and back to the pixels, and the verdict; seven images
+    assert direct_flops(evaluation, 3, "linf", 8, 2) == 7 * (2 * 3 + 1) * forward
+    assert direct_flops(evaluation, 0, "l2", 1.0, 1.0) == 7 * (2 + 1) * forward
+
+
+def test_the_share_of_the_peak_is_the_rate_over_that_of_the_faster_product_of_each_round():
+    seconds = {
+        "direct call": [2.0, 2.0, 4.0],
+        "matrix product": [0.5, 1.0, 1.0],
+        "1x1 convolution": [1.0, 0.5, 2.0],
+    }
+    products = ["matrix product", "1x1 convolution"]
+    row = attack_libraries._share_row("PGD", Paired(seconds), 3 * PRODUCT_FLOPS, products)
+    assert (row.result.low, row.result.median, row.result.high) == pytest.approx((75, 75, 75))
+    assert row.ours_value.median == pytest.approx(1.5 * PRODUCT_FLOPS / 1e9)
+    assert row.other_value.median == pytest.approx(2 * PRODUCT_FLOPS / 1e9)
+    assert (str(row.goal), row.met) == (">= 85", False)
+    faster = attack_libraries._share_row("PGD", Paired(seconds), 4 * PRODUCT_FLOPS, products)
+    assert (faster.result.median, faster.met) == (pytest.approx(100), True)
+
+
+@pytest.mark.parametrize("name", ["matrix product", "1x1 convolution"])
+def test_the_flops_of_the_large_product_are_counted_by_torch_too(monkeypatch, name):
+    monkeypatch.setattr(machine, "PRODUCT", 8)
+    side = machine.matrix_products(torch.device("cpu"))[name]
+    with FlopCounterMode(display=False) as counter:
+        side()
+    assert counter.get_total_flops() == PRODUCT_FLOPS * 8**3 // PRODUCT**3
 
 
 def test_robust_accuracy_is_compared_with_the_lowest_of_the_libraries():
