@@ -12,6 +12,7 @@ from attacks.classifier import Model
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose forward pass uses weight and bias for one product only, which autocast computes in
 low precision."""
+METHODS = ("forward", "_conv_forward")
 
 
 @contextmanager
@@ -25,13 +26,14 @@ def cast_once(model: Model) -> Iterator[None]:
     reads a weight outside of its layer's own product gets the weight itself.
 
     Left to autocast are layers that compute their weights in each pass (subclasses with a forward
-    method of their own, parametrizations), functions, and models with a part that is compiled.
+    method of their own, parametrizations), functions, models with a part that is compiled, and
+    `nn.DataParallel`.
 
     Args:
         model: a module, frozen (see `attacks.attack.frozen`), or a function.
     """
     layers: list[nn.Module] = []
-    if isinstance(model, nn.Module) and not _compiled(model):
+    if isinstance(model, nn.Module) and not any(map(_keeps_its_forward, model.modules())):
         layers = [module for module in model.modules() if _uses_its_weight_once(module)]
     try:
         for layer in layers:
@@ -43,28 +45,26 @@ def cast_once(model: Model) -> Iterator[None]:
             del layer.forward
 
 
-def _compiled(model: nn.Module) -> bool:
-    """Return whether `torch.compile` was called on the model or a part of it, which would be
-    compiled again for another forward method."""
-    return any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
+def _keeps_its_forward(module: nn.Module) -> bool:
+    """Return whether a module must not get other forward methods inside."""
+    # A compiled module would be compiled again, and the copies of DataParallel on other devices
+    # would use the layers of the first
+    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return compiled or isinstance(module, nn.DataParallel)
 
 
 def _uses_its_weight_once(module: nn.Module) -> bool:
-    # In a context within another one, the layers have their forward methods already
-    if "forward" in vars(module) or not isinstance(module._parameters.get("weight"), Tensor):
-        return False
-    kind = type(module)
-    return any(
-        isinstance(module, plain)
-        and all(
-            getattr(kind, name, None) is getattr(plain, name, None)
-            for name in ("forward", "_conv_forward")
-        )
-        for plain in LAYERS
-    )
+    """Return whether the module is one of `LAYERS`, with their forward method and a weight that is
+    a parameter."""
+    for plain in LAYERS:
+        if not isinstance(module, plain):
+            continue
+        own = (getattr(type(module), name, None) for name in METHODS)
+        usual = (getattr(plain, name, None) for name in METHODS)
+        # In a context within another one, the layers have their forward methods already
+        changed = "forward" in vars(module) or tuple(own) != tuple(usual)
+        return not changed and module._parameters.get("weight") is not None
+    return False
 
 
 class _CastingForward:

@@ -77,7 +77,7 @@ class FilledClassifier(Classifier):
         missing = self.filled_size(n, images.device) - n
         if missing <= 0:
             return super().__call__(images)
-        # Detached: the copies must not add to the gradient of the last image
+        # Detached, as nobody asks for the copies' answers
         copies = images[-1:].detach().expand(missing, *images.shape[1:])
         return super().__call__(torch.cat([images, copies]))[:n]
 

@@ -135,14 +135,20 @@ def test_weights_that_change_are_cast_again():
         assert torch.equal(copy(images), first)
         other = {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
         third = torch.func.functional_call(layer, other, images)
+
+        def total(weights):
+            return torch.func.functional_call(layer, weights, images).sum()
+
+        gradient = torch.func.grad(total)(other)
     with bf16():
         assert torch.equal(layer(images), second)
         assert not torch.equal(first, second)
     assert third.dtype == torch.bfloat16
     assert not third.any()
+    assert torch.equal(gradient["bias"], torch.full((3,), 2.0))
 
 
-def test_contexts_within_each_other_and_a_compiled_part_are_left_alone():
+def test_contexts_within_each_other_and_parts_that_are_compiled_or_replicated_are_left_alone():
     layer = nn.Linear(4, 3)
     with cast_once(layer):
         outer = layer.forward
@@ -152,5 +158,6 @@ def test_contexts_within_each_other_and_a_compiled_part_are_left_alone():
     assert "forward" not in vars(layer)
     whole = nn.Sequential(nn.Linear(4, 4), layer)
     layer.compile()
-    with cast_once(whole):
-        assert not any("forward" in vars(module) for module in whole.modules())
+    for model in (whole, nn.Sequential(nn.DataParallel(nn.Linear(4, 3)))):
+        with cast_once(model):
+            assert not any("forward" in vars(module) for module in model.modules())
