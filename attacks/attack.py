@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks.arguments import check_count, check_size
-from attacks.classifier import Classifier, Model, checked_logits
+from attacks.cast_once import cast_once
+from attacks.classifier import FilledClassifier, Model, checked_logits, without_benchmark
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.threat_model import Generators, ThreatModel
 from attacks.worst_case import DONE, MISSED
@@ -178,7 +179,13 @@ class Attack(ABC):
                 f"generators: expected one, or {len(images)}, one per image, not {len(generators)}"
             )
         # A search may call backward itself, so gradients are on; the caller's setting comes back
-        with torch.inference_mode(False), torch.enable_grad(), frozen(model, training=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            frozen(model, training=False),
+            cast_once(model),
+            without_benchmark(),
+        ):
             # Clones are ordinary tensors, even of tensors that were made in inference mode
             images = images.detach().clone()
             labels = labels.detach().clone().long()
@@ -186,7 +193,7 @@ class Attack(ABC):
                 return images
             if generators is None:
                 generators = torch_generator(self.seed, "attack")
-            classifier = Classifier(model, labels)
+            classifier = FilledClassifier(model, labels)
             # Another clone, as perturb may write into it
             points = self.perturb(classifier, images.clone(), labels, generators)
             points = self._check_points(points, images)
@@ -351,8 +358,8 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels: expected integers, not {labels.dtype}")
     if len(images) == 0:
         return
-    low = float(images.amin())
-    high = float(images.amax())
+    # Read at once, as the host waits for each reading
+    low, high = torch.stack([images.amin(), images.amax()]).tolist()
     # False for NaN, too
     if not (low >= 0 and high <= 1):
         raise ValueError(

@@ -225,9 +225,10 @@ class _State:
 
     def keep(self, chosen: Tensor) -> None:
         """Go on with the chosen images only; `chosen` is bool `(n,)`."""
-        if not chosen.all():
+        positions = chosen.nonzero().squeeze(1)
+        if len(positions) < len(chosen):
             for name, value in vars(self).items():
-                setattr(self, name, value[chosen])
+                setattr(self, name, value[positions])
 
 
 def _per_pixel(values: Tensor) -> Tensor:

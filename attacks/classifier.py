@@ -1,6 +1,7 @@
 """Classifier: the model under attack, with its answers checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,11 @@ from torch import Tensor, nn
 Model = nn.Module | Callable[[Tensor], Tensor]
 """What can be attacked: a module, or any function of images `(B, C, H, W)` in `[0, 1]` that returns
 logits `(B, classes)`."""
+
+SMALLEST_BATCH = 32
+"""On an accelerator, fewer images than these take about as long."""
+SMALLER_BATCHES = 3
+"""How many batch sizes below that of the whole batch an accelerator gets."""
 
 
 class Classifier:
@@ -36,9 +42,8 @@ class Classifier:
         self.smallest = 0
         self.largest = 0
         if len(labels):
-            # Read now, so that no forward pass has to wait for the device
-            self.smallest = int(labels.min())
-            self.largest = int(labels.max())
+            # Read now, so that no forward pass has to wait for the device; at once, to wait once
+            self.smallest, self.largest = torch.stack([labels.min(), labels.max()]).tolist()
 
     def __call__(self, images: Tensor) -> Tensor:
         logits = checked_logits(self.model, images)
@@ -50,6 +55,64 @@ class Classifier:
                     f" 0 to {classes - 1}"
                 )
         return logits
+
+
+class FilledClassifier(Classifier):
+    """A classifier that fills batches up with copies of their last image.
+
+    An attack that stops early goes on with fewer images in every step. An accelerator would prepare
+    its algorithms anew for each number of images, so there the model gets the few `batch_sizes`
+    only. The CPU gets the images as they are.
+
+    Args:
+        model, labels: see `Classifier`; the whole batch has as many images as labels.
+    """
+
+    def __init__(self, model: Model, labels: Tensor) -> None:
+        super().__init__(model, labels)
+        self.sizes = batch_sizes(len(labels))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        n = len(images)
+        missing = self.filled_size(n, images.device) - n
+        if missing <= 0:
+            return super().__call__(images)
+        # Detached, as nobody asks for the copies' answers
+        copies = images[-1:].detach().expand(missing, *images.shape[1:])
+        return super().__call__(torch.cat([images, copies]))[:n]
+
+    def filled_size(self, n: int, device: torch.device) -> int:
+        """Return the size to which a batch of `n` images is filled up; `n` or less for no
+        copies."""
+        # A batch without images has no last one
+        if n == 0 or device.type == "cpu":
+            return n
+        return next((size for size in self.sizes if size >= n), n)
+
+
+def batch_sizes(whole: int) -> list[int]:
+    """Return the batch sizes, the smallest first, that an accelerator gets in an attack on `whole`
+    images: the largest powers of two below, down to `SMALLEST_BATCH`, and `whole` itself.
+
+    For 128 images these are 32, 64 and 128, for 512 they are 64, 128, 256 and 512.
+    """
+    powers = [2**power for power in range((whole - 1).bit_length())] if whole > 1 else []
+    large = [power for power in powers if power >= SMALLEST_BATCH]
+    return [*large[-SMALLER_BATCHES:], whole]
+
+
+@contextmanager
+def without_benchmark() -> Iterator[None]:
+    """Within the context cuDNN chooses its algorithms without timing them.
+
+    Timing them for each of an attack's batch sizes takes longer than the attack wins by it.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def checked_logits(model: Model, images: Tensor) -> Tensor:

@@ -142,13 +142,14 @@ class PGD(Attack):
             reached = self.reached(logits, labels[remaining])
             worst.update(remaining, points, losses, reached)
             if self.early_stop:
-                # An image that is done leaves the batch, so later passes are cheaper
-                unfinished = reached < DONE
+                # An image that is done leaves the batch, so later passes are cheaper. In a step the
+                # host waits here alone, for the number of the others
+                unfinished = (reached < DONE).nonzero().squeeze(1)
+                if len(unfinished) == 0:
+                    return
                 remaining = remaining[unfinished]
                 points = points[unfinished]
                 gradient = gradient[unfinished]
-                if len(remaining) == 0:
-                    return
             points = self.step(points, gradient, images[remaining])
         # A step evaluates the point before it, so the last point needs a pass of its own
         with torch.no_grad():

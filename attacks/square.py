@@ -10,6 +10,7 @@ from attacks.attack import Attack
 from attacks.classifier import Model
 from attacks.losses import wrongness
 from attacks.threat_model import Generators, draw, generators_of, lengths
+from base.device import to_device
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Of 10,000 queries, those after which the share of changed pixels is halved."""
@@ -85,11 +86,13 @@ class Square(Attack):
             logits = model(tried)
             losses = self.losses(logits, labels[remaining])
             broken = wrongness(logits, labels[remaining]) > 0
-            better = broken | (losses > best[remaining])
-            improved = remaining[better]
-            points[improved] = tried[better]
-            best[improved] = losses[better]
-            remaining = remaining[~broken]
+            best_here = best[remaining]
+            better = broken | (losses > best_here)
+            # `where` in place of a selection by `better`, for whose size the host would wait
+            per_pixel = better.reshape(-1, 1, 1, 1)
+            points[remaining] = torch.where(per_pixel, tried, points[remaining])
+            best[remaining] = torch.where(better, losses, best_here)
+            remaining = remaining[(~broken).nonzero().squeeze(1)]
         return points
 
     def start(self, images: Tensor, generators: Generators) -> Tensor:
@@ -143,7 +146,7 @@ class Square(Attack):
         signs = _signs(draws[:, 5:, None, None])
         # Every pixel looks up its place in the window; those outside look up place 0 and are masked
         # below
-        bumps = _bumps(side).to(images)
+        bumps = _bumps_like(images, side)
         bumps = bumps[transposed, filled.row[:, :, None], filled.column[:, None, :]].unsqueeze(1)
 
         change = points - images
@@ -243,6 +246,11 @@ def _bumps(side: int) -> Tensor:
     return torch.stack([pair, pair.T])
 
 
+def _bumps_like(images: Tensor, side: int) -> Tensor:
+    """Return `_bumps` with the images' type and device."""
+    return to_device(_bumps(side).to(images.dtype), images.device)
+
+
 def _bump_grid(images: Tensor, generators: Generators) -> Tensor:
     """Tile the images with pairs of bumps of a fifth of their side, `(n, C, H, W)`.
 
@@ -257,7 +265,7 @@ def _bump_grid(images: Tensor, generators: Generators) -> Tensor:
     transposed = (draws[:, 0] < 0.5).long()
     signs = _signs(draws[:, 1:, :, :, None, None])
     # (n, C, down, across, side, side): a pair of bumps for every tile
-    tiles = _bumps(side).to(images)[transposed].unsqueeze(1) * signs
+    tiles = _bumps_like(images, side)[transposed].unsqueeze(1) * signs
     grid = tiles.permute(0, 1, 2, 4, 3, 5).reshape(n, channels, down * side, across * side)
     # The tiles seldom fill the image: the border around them stays as it is
     change = torch.zeros_like(images)

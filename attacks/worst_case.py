@@ -42,10 +42,11 @@ class WorstCase:
         farther = reached > before
         larger = (reached == before) & (losses > self.losses[index])
         worse = farther | larger
-        kept = index[worse]
-        self.points[kept] = points[worse]
-        self.reached[kept] = reached[worse]
-        self.losses[kept] = losses[worse]
+        # `where` in place of a selection by `worse`, for whose size the host would wait
+        per_pixel = worse.reshape(-1, 1, 1, 1)
+        self.points[index] = torch.where(per_pixel, points, self.points[index])
+        self.reached[index] = torch.where(worse, reached, before)
+        self.losses[index] = torch.where(worse, losses, self.losses[index])
 
     def remaining(self) -> Tensor:
         """Return the positions, int64 `(n,)`, of the images that are not `DONE`."""

@@ -160,14 +160,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def precision_of(context: AbstractContextManager) -> str:
-    """Return the precision of a context as `autocast` returns it, such as `"bf16"`."""
-    if isinstance(context, nullcontext):
-        return "fp32"
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return names.get(getattr(context, "fast_dtype", None), "tf32")
-
-
 @contextmanager
 def tf32() -> Iterator[None]:
     """Multiply and convolve float32 in TF32 on CUDA, inside the context.
@@ -242,13 +234,15 @@ def kernels_explained(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def memory_explained(key: str, batch_size: int, device: torch.device) -> Iterator[None]:
+def memory_explained(
+    key: str, batch_size: int, device: torch.device | None = None
+) -> Iterator[None]:
     """Turn a failed allocation, on any device, into one line.
 
     Args:
         key: the config key or flag of the batch size.
         batch_size: its value.
-        device: where the batches are.
+        device: where the batches are; None for the current CUDA device, if CUDA is in use.
 
     Raises:
         ConfigError: naming `key` and `device`, and on CUDA its free memory.
@@ -260,8 +254,7 @@ def memory_explained(key: str, batch_size: int, device: torch.device) -> Iterato
             raise
         reason = one_line(first_line(error), 200)
         raise ConfigError(
-            f"{key}: batches of {batch_size} images do not fit into the memory of"
-            f" {_with_free_memory(device)}: {reason}"
+            f"{key}: batches of {batch_size} images do not fit into {_memory_of(device)}: {reason}"
         ) from None
 
 
@@ -270,8 +263,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
 
 
-def _with_free_memory(device: torch.device) -> str:
-    if device.type != "cuda":
-        return str(device)
+def _memory_of(device: torch.device | None) -> str:
+    if device is None and torch.cuda.is_initialized():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device is None or device.type != "cuda":
+        return f"the memory of {device or 'the CPU'}"
     free, total = torch.cuda.mem_get_info(device)
-    return f"{device} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are free)"
+    return f"the memory of {device} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are free)"

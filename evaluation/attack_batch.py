@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from attacks.attack import Attack, check_batch, frozen
-from attacks.classifier import Classifier, Model
+from attacks.cast_once import cast_once
+from attacks.classifier import FilledClassifier, Model, without_benchmark
 from attacks.losses import wrongness
 from attacks.worst_case import DONE
 from base.seeding import torch_generator
@@ -16,17 +17,19 @@ from evaluation.fuse_conv_bn import TOLERANCE
 from evaluation.verdicts import NONE, Verdicts, knows_top5
 
 Autocast = Callable[[], AbstractContextManager]
-"""Makes the context of an attack's forward passes, such as `torch.autocast`."""
+"""Makes the context of an attack's forward and backward passes, such as `torch.autocast`. Every
+context but `nullcontext` lowers their precision."""
 
 # Libraries choose other kernels for odd batch sizes, and these round differently. Where an attack
-# follows the sign of a gradient, rounding can change a verdict. So batches are filled up to at
-# least ROWS images, and to a multiple of MORE_ROWS.
+# follows the sign of a gradient, rounding can change a verdict. So on the CPU batches are filled up
+# to at least ROWS images, and to a multiple of MORE_ROWS. Elsewhere see `FilledClassifier`.
 ROWS = 16
 MORE_ROWS = 8
 
 # See `Attack.confident`. Each is larger than the error of the logits that a search sees: always for
 # fused batch norms, and nearly always in low precision, where an image that was believed to be
-# broken too early is attacked once more.
+# broken too early is attacked once more. The one for low precision is that of bfloat16. TF32 keeps
+# 3 bits more, and loses little by it: a search goes on for a step or two, and verdicts stay.
 CONFIDENCE_LOW_PRECISION = 0.02
 CONFIDENCE_FUSED = 2 * TOLERANCE
 
@@ -79,6 +82,8 @@ def attack_batch(
         torch.inference_mode(False),
         frozen(model, training=False),
         frozen(fused, training=False),
+        cast_once(fused),
+        without_benchmark(),
         torch.no_grad(),
     ):
         if attack.single_step:
@@ -108,6 +113,19 @@ def uses_low_precision(autocast: Autocast, attack: Attack) -> bool:
     """Return whether the attack searches in a lower precision than that of the verdicts."""
     # The pass of a single step also gives the clean logits, which have to be in full precision.
     return not attack.single_step and not isinstance(autocast(), nullcontext)
+
+
+def search_precision(autocast: Autocast, attack: Attack) -> str:
+    """Return the precision in which an attack searches, for reports: `"fp32"`, `"bf16"`, `"fp16"`,
+    `"tf32"`, or `"low precision"` for a context of another kind."""
+    if not uses_low_precision(autocast, attack):
+        return "fp32"
+    with autocast() as context:
+        if isinstance(context, torch.amp.autocast_mode.autocast):
+            return {torch.bfloat16: "bf16", torch.float16: "fp16"}[context.fast_dtype]
+        if torch.backends.cuda.matmul.fp32_precision == "tf32":
+            return "tf32"
+    return "low precision"
 
 
 def _searches(
@@ -153,23 +171,13 @@ def _attack_once(
     return worst
 
 
-class _PaddedClassifier:
-    """A model on batches that are filled up with copies of their last image; see `ROWS`."""
+class _PaddedClassifier(FilledClassifier):
+    """A model on batches that are filled up, on the CPU as well; see `ROWS`."""
 
-    def __init__(self, model: Model, labels: Tensor) -> None:
-        self.model = model
-        self.classifier = Classifier(model, labels)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        n = len(images)
-        missing = 0
-        # A batch without images has no last one
-        if n > 0:
-            missing = max(ROWS - n, -n % MORE_ROWS)
-        if missing > 0:
-            # Detached: the copies must not add to the gradient of the last image.
-            images = torch.cat([images, images[-1:].detach().expand(missing, -1, -1, -1)])
-        return self.classifier(images)[:n]
+    def filled_size(self, n: int, device: torch.device) -> int:
+        if n == 0 or device.type != "cpu":
+            return super().filled_size(n, device)
+        return max(ROWS, n + -n % MORE_ROWS)
 
 
 @dataclass(frozen=True)
@@ -224,10 +232,12 @@ class _WorstImages:
         """Keep those images `found` for the positions `at` on which the model does no better than
         on the images kept so far."""
         reached = wrongness(logits, self._labels[at], self._rank)
-        kept = reached >= self._wrongness[at]
-        self.images[at[kept]] = found[kept]
-        self.logits[at[kept]] = logits[kept]
-        self._wrongness[at[kept]] = reached[kept]
+        before = self._wrongness[at]
+        kept = reached >= before
+        # `where` in place of a selection by `kept`, for whose size the host would wait
+        self.images[at] = torch.where(kept.reshape(-1, 1, 1, 1), found, self.images[at])
+        self.logits[at] = torch.where(kept.unsqueeze(1), logits, self.logits[at])
+        self._wrongness[at] = torch.where(kept, reached, before)
 
 
 def _verdicts(

@@ -1,10 +1,12 @@
 """The images that a model is evaluated on, from any source of data."""
 
-from collections.abc import Iterable, Iterator, Sized
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,11 @@ from torch import Tensor, nn
 from attacks.attack import check_batch, frozen
 from attacks.classifier import Model, checked_logits
 from base.base_data_loader import BaseDataLoader
+from base.device import is_out_of_memory, memory_explained
 from base.distributed import rank, world_size
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 Data = BaseDataLoader | Iterable[tuple[Tensor, Tensor]]
 """A source of images and labels: a loader of this project, a `torch.utils.data.DataLoader`, a list
@@ -32,6 +38,55 @@ class Batch:
     images: Tensor
     labels: Tensor
     positions: Tensor
+
+    def split(self, size: int) -> "list[Batch]":
+        """Return the batch in parts of `size` images, the last with what is left."""
+        columns = (self.images, self.labels, self.positions)
+        parts = (column.split(size) for column in columns)
+        return [Batch(*part) for part in zip(*parts, strict=True)]
+
+
+class FittingSize:
+    """How many images at a time fit into memory: as many as asked for, and half as many from each
+    time on that memory runs out.
+
+    Attributes:
+        largest: the size to which memory has limited the work; None before it ran out.
+    """
+
+    def __init__(self) -> None:
+        self.largest: int | None = None
+
+    def run(self, work: Callable[[int], Result], size: int) -> Result:
+        """Return `work(size)`, or the same with as many images at a time as fit.
+
+        Work that ran out of memory begins anew. A warning names the size with which it went on.
+
+        Raises:
+            ConfigError: a single image does not fit.
+        """
+        ran_out = False
+        while True:
+            if self.largest is not None:
+                size = min(size, self.largest)
+            explained: AbstractContextManager[None] = nullcontext()
+            if size == 1:
+                explained = memory_explained("batch_size", 1)
+            try:
+                with explained:
+                    result = work(size)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                if ran_out:
+                    logger.warning("out of memory: going on with batches of %d images", size)
+                return result
+            # After `except`, as the error holds the tensors of the work
+            ran_out = True
+            self.largest = max(1, size // 2)
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
 
 class Batches:

@@ -27,7 +27,7 @@ from attacks.square import Square
 from attacks.threat_model import format_size
 from base.distributed import hide_progress_bar
 from evaluation.attack_batch import Autocast, attack_batch
-from evaluation.batches import Batches, Data
+from evaluation.batches import Batches, Data, FittingSize
 from evaluation.checks import (
     ENOUGH_STEPS,
     FOUND,
@@ -128,6 +128,7 @@ class _Exam:
         self.model = model
         self.seed = seed
         self.autocast = autocast
+        self.fitting = FittingSize()
         every = list(batches)
         self.images = torch.cat([batch.images for batch in every])
         self.labels = torch.cat([batch.labels for batch in every])
@@ -165,10 +166,13 @@ class _Exam:
     ) -> Tensor:
         """Attack all images, or those `among` them, in batches of `size`; the others count as
         broken."""
-        robust = torch.zeros(self.n, dtype=torch.bool)
         if among is None:
-            among = torch.ones_like(robust)
-        for part in parts_of(among, size or self.size):
+            among = torch.ones(self.n, dtype=torch.bool)
+        return self.fitting.run(lambda fits: self._verdicts(attack, fits, among), size or self.size)
+
+    def _verdicts(self, attack: Attack, size: int, among: Tensor) -> Tensor:
+        robust = torch.zeros(self.n, dtype=torch.bool)
+        for part in parts_of(among, size):
             on_device = part.to(self.images.device)
             verdicts, _ = attack_batch(
                 self.model,
@@ -187,7 +191,12 @@ class _Exam:
         """Return the logits of all images, in batches of `size`, float32 `(N, classes)`."""
         with frozen(self.model, training=False):
             classifier = Classifier(self.model, self.labels)
-            return torch.cat([classifier(part).float() for part in self.images.split(size)])
+            return self.fitting.run(
+                lambda fits: torch.cat(
+                    [classifier(part).float() for part in self.images.split(fits)]
+                ),
+                size,
+            )
 
     def compare(self, name: str, robust: Tensor, other: Tensor, limit: float = HIDDEN) -> Check:
         """Check that another attack breaks at most a share of `limit` of all images that are robust
@@ -207,7 +216,10 @@ def gradients(exam: _Exam) -> list[Check]:
     """
     # Under autocast, like the attack: float16 rounds gradients to zero that float32 holds
     with exam.autocast():
-        return quick_checks(exam.model, exam.images, exam.labels, exam.attack, exam.size)
+        return exam.fitting.run(
+            lambda size: quick_checks(exam.model, exam.images, exam.labels, exam.attack, size),
+            exam.size,
+        )
 
 
 def epsilon_zero(exam: _Exam) -> list[Check]:

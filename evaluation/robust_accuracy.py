@@ -1,5 +1,6 @@
 """Robust accuracy of any model on any images, with a verdict for every image."""
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,14 +17,13 @@ from attacks.attack import Attack, check_attack
 from attacks.classifier import Model
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
-from base.device import precision_of
 from base.distributed import all_gather_object, hide_progress_bar
 from base.errors import ConfigError
 from base.output import ARRAYS, check_outputs, is_stream, writing
 from base.run_folder.environment import package_versions
 from evaluation.adversarial_images import AdversarialImages
-from evaluation.attack_batch import ROWS, Autocast, attack_batch, uses_low_precision
-from evaluation.batches import Batches, Data
+from evaluation.attack_batch import ROWS, Autocast, attack_batch, search_precision
+from evaluation.batches import Batch, Batches, Data, FittingSize
 from evaluation.checks import quick_checks
 from evaluation.fuse_conv_bn import fuse_conv_bn
 from evaluation.report import RobustnessReport
@@ -58,7 +58,9 @@ def robust_accuracy(
     The model takes pixels in `[0, 1]` and normalizes them itself, as above. It is evaluated in
     evaluation mode and gets its modes back. An image's random starts are a function of `seed` and
     its position alone, so batch size and number of processes do not change a verdict. With several
-    processes, each attacks its shard of the images, and all of them get the report.
+    processes, each attacks its shard of the images, and all of them get the report. Where a batch
+    does not fit into memory, the attack goes on with batches of half the size, and a warning says
+    so.
 
     `report.reliable` says whether the number can be believed; see `RobustnessReport.reliable`.
 
@@ -85,7 +87,8 @@ def robust_accuracy(
         provenance: more about model and data for the report's JSON.
 
     Raises:
-        ConfigError: a file cannot be written; `save_images` is checked before the work.
+        ConfigError: a file cannot be written (`save_images` is checked before the work), or a
+            single image does not fit into memory.
         TypeError: the model does not return a tensor of logits, or `attack` is not an attack.
         ValueError: no images, or batches that are not as above (uint8, out of range, not a pair), a
             label that is not one of the model's classes, or a targeted attack.
@@ -100,7 +103,11 @@ def robust_accuracy(
     # Checks: a model or data that cannot be measured is an error before the work.
     batches = Batches(data, model, device=device, batch_size=batch_size, limit=limit, sharded=True)
     first = batches.first
-    checks = quick_checks(model, first.images, first.labels, attack)
+    fitting = FittingSize()
+    checks = fitting.run(
+        lambda size: quick_checks(model, first.images, first.labels, attack, size),
+        len(first.labels),
+    )
 
     # Search: this process attacks its shard, except for images that have verdicts already.
     known = known_verdicts(partial)
@@ -118,6 +125,7 @@ def robust_accuracy(
             partial=partial,
             known=known,
             images=images,
+            fitting=fitting,
             description=description,
             progress=progress,
         )
@@ -130,7 +138,9 @@ def robust_accuracy(
     # Report: every process gets it.
     attacked = len(verdicts) - sum(all_gather_object(len(known)))
     top5_known = knows_top5(attack, batches.num_classes)
-    low_precision = uses_low_precision(autocast, attack)
+    precision = search_precision(autocast, attack)
+    if precision != "fp32":
+        precision = f"{precision}, verdicts in fp32"
     return RobustnessReport(
         attack=attack,
         seed=seed,
@@ -138,7 +148,7 @@ def robust_accuracy(
         robust_top5=verdicts.accuracy("robust_top5") if top5_known else None,
         seconds=seconds,
         images_per_second=attacked / seconds,
-        precision=f"{precision_of(autocast())}, verdicts in fp32" if low_precision else "fp32",
+        precision=precision,
         quick_checks=_gathered(checks),
         attack_warnings=_gathered(attack.warnings),
         checkpoint=checkpoint,
@@ -178,7 +188,8 @@ def attack_loader(
         description: the text before the progress bar.
 
     Raises:
-        ConfigError: `partial` cannot be written; it still holds the verdicts written before.
+        ConfigError: `partial` cannot be written (it still holds the verdicts written before), or a
+            single image does not fit into memory.
     """
     return _attack_batches(
         model,
@@ -188,6 +199,7 @@ def attack_loader(
         autocast=autocast,
         partial=partial,
         known=known_verdicts(partial),
+        fitting=FittingSize(),
         description=description,
     )
 
@@ -234,6 +246,7 @@ def _attack_batches(
     autocast: Autocast,
     partial: Path | None,
     known: Verdicts,
+    fitting: FittingSize,
     images: AdversarialImages | None = None,
     description: str = "attacking",
     progress: bool = True,
@@ -241,6 +254,24 @@ def _attack_batches(
     """Return the verdicts on all batches; `known` are those of an interrupted evaluation."""
     verdicts = known
     fused = None
+
+    def attack_parts(batch: Batch, size: int) -> tuple[Verdicts, Tensor]:
+        parts = [
+            attack_batch(
+                model,
+                part.images,
+                part.labels,
+                attack,
+                positions=part.positions,
+                seed=seed,
+                autocast=autocast,
+                fused=fused,
+            )
+            for part in batch.split(size)
+        ]
+        found, worst = zip(*parts, strict=True)
+        return Verdicts.joined(found), torch.cat(worst)
+
     bar = tqdm(
         batches.without(known.position),
         desc=description,
@@ -252,16 +283,8 @@ def _attack_batches(
         # The copy costs a few passes, which an attack of a single step would not win back.
         if fused is None and not attack.single_step:
             fused = fuse_conv_bn(model, batch.images[:ROWS])
-        found, worst = attack_batch(
-            model,
-            batch.images,
-            batch.labels,
-            attack,
-            positions=batch.positions,
-            seed=seed,
-            autocast=autocast,
-            fused=fused,
-        )
+        # Nothing in here waits for other processes: one may halve its batches alone
+        found, worst = fitting.run(functools.partial(attack_parts, batch), len(batch.labels))
         verdicts = Verdicts.joined([verdicts, found])
         # Images go first: verdicts on the disk whose images are missing would be useless.
         if images is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attacks.arguments import LARGEST_LINF
 from attacks.attack import frozen
+from attacks.cast_once import cast_once
 from attacks.pgd import PGD
 from attacks.threat_model import ThreatModel, draw, in_pixel_range
 from base.base_trainer import BaseTrainer, TrainerParts
@@ -272,7 +273,7 @@ class AdversarialTrainer(TrainerWithAdversary):
         training = None
         if self.bn_mode == "eval":
             training = False
-        with frozen(self.model, training), self.autocast():
+        with frozen(self.model, training), cast_once(self.model), self.autocast():
             yield
 
 

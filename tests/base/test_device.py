@@ -22,7 +22,6 @@ from base.device import (
     kernels_explained,
     memory_explained,
     nvidia_driver,
-    precision_of,
     precision_warning,
     set_determinism,
     set_full_precision,
@@ -127,12 +126,6 @@ def test_training_in_tf32_includes_the_backward_pass_but_not_the_verdicts(monkey
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     reports = [json.loads(file.read_text()) for file in tmp_path.glob("run/eval/*.json")]
     assert {report["precision"] for report in reports} == {"tf32, verdicts in fp32"}
-
-
-def test_contexts_say_their_precision():
-    for precision in ("fp32", "tf32", "bf16"):
-        assert precision_of(autocast(CPU, precision)) == precision
-    assert precision_of(torch.autocast("cpu", dtype=torch.float16)) == "fp16"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Verdicts are the same for every batch size and number of shards, are confirmed in full precision
 and survive an interruption."""
 
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from io import StringIO
 from math import sqrt
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import nn
 from attacks import FGSM, PGD, Attack, AutoAttack
 from data_loader import DATA_LOADERS
 from evaluation import DoctorReport, Verdicts, robust_accuracy
-from evaluation.attack_batch import attack_batch
+from evaluation.attack_batch import attack_batch, search_precision
 from evaluation.checks import Check, judge_rate
 from evaluation.fuse_conv_bn import fuse_conv_bn
 from evaluation.report import file_stem, title
@@ -176,6 +178,55 @@ def test_a_success_in_low_precision_counts_only_if_full_precision_confirms_it(di
     assert torch.equal(low.robust_top1, run(model)[0].robust_top1), (
         "the images that it wrongly believed to be broken are attacked again"
     )
+
+
+@contextmanager
+def tf32():
+    """As `base.device.autocast` for `"tf32"`."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_a_search_in_tf32_is_followed_by_verdicts_in_float32(digits):
+    model, loader = digits
+    seen = []
+
+    class Coarse(nn.Module):
+        """Wrong on every image in TF32."""
+
+        def forward(self, inputs):
+            low = torch.backends.cuda.matmul.fp32_precision == "tf32"
+            seen.append(low)
+            logits = model(inputs)
+            return -logits if low else logits
+
+    attack = PGD(4 / 255, 1 / 255, 5, early_stop=True)
+    plain = robust_accuracy(model, loader, attack)
+    report = robust_accuracy(Coarse(), loader, attack, autocast=tf32)
+    assert set(seen) == {True, False}
+    assert torch.equal(report.verdicts.robust_top1, plain.verdicts.robust_top1)
+    assert plain.robust_top1 > 0
+    assert (plain.precision, report.precision) == ("fp32", "tf32, verdicts in fp32")
+
+
+@pytest.mark.parametrize(
+    ("autocast", "precision"),
+    [
+        (nullcontext, "fp32"),
+        (lambda: torch.autocast("cpu", dtype=torch.bfloat16), "bf16"),
+        (lambda: torch.autocast("cpu", dtype=torch.float16), "fp16"),
+        (tf32, "tf32"),
+        (lambda: closing(StringIO()), "low precision"),
+    ],
+)
+def test_precisions_have_names(autocast, precision):
+    assert search_precision(autocast, ATTACK) == precision
+    assert search_precision(autocast, FGSM(0.1)) == "fp32"
 
 
 def test_a_success_that_full_precision_confirms_in_part_is_kept():
