@@ -133,6 +133,18 @@ def test_an_attack_waits_only_so_often_in_a_step(attack, waits_per_step, monkeyp
     assert not fake.copies, fake.copies
 
 
+def next_batch(fake, **sections):
+    """Load an epoch's second batch, and return what that waited for and copied."""
+    config = config_of(augmentation=AUGMENTATION, system={"device": "cuda"}, **sections)
+    batches = iter(Experiment.from_config(config).train_loader)
+    # The epoch's order comes with the first
+    next(batches)
+    fake.forget()
+    images, labels = next(batches)
+    assert images.device.type == labels.device.type == "cuda"
+    return fake.waits + fake.copies
+
+
 def test_batches_come_without_waiting(monkeypatch):
     with fake_device(monkeypatch) as fake:
         assert not next_batch(fake)

@@ -1,5 +1,5 @@
-"""The Fourier engine of ConvNorm2d against its plain steps, which float64 always takes and float32
-takes in small batches.
+"""The Fourier engine of ConvNorm2d against its plain steps, which float64 always takes, and the
+choice between the engine and a direct convolution.
 """
 
 import copy
@@ -34,6 +34,18 @@ GEOMETRIES = {
     },
     "all the padding there is": {"size": (4, 4), "kernel_size": (3, 3), "padding": (2, 2)},
 }
+
+
+@pytest.fixture(autouse=True)
+def fourier_domain_for_any_channels(request, monkeypatch):
+    """Layers of these tests have few channels, to be quick."""
+    if "by_cost" not in request.fixturenames:
+        monkeypatch.setattr(fourier_plan, "direct_cost", lambda *_: float("inf"))
+
+
+@pytest.fixture
+def by_cost():
+    """A test that asks for this sees the real choice."""
 
 
 def layer_and_plan(size, dtype=torch.float64, **arguments):
@@ -191,3 +203,23 @@ def test_gradients_of_kernels_add_up_in_float32_under_bfloat16(monkeypatch):
         return float((gradient.double() - exact).norm() / exact.norm())
 
     assert error(2) < 1.2 * error(1000)
+
+
+CHOICES = {
+    # in_channels, out_channels, image size, stride -> whether the Fourier domain is cheaper
+    "WRN-16-1, first layer": (3, 16, 32, 1, False),
+    "WRN-16-1, block 1": (16, 16, 32, 1, False),
+    "simpleCNN, second stage": (8, 16, 16, 1, False),
+    "WRN-16-1, stride": (16, 32, 32, 2, True),
+    "WRN-16-2, block 1": (32, 32, 32, 1, True),
+    "ResNet-18, first stage": (64, 64, 32, 1, True),
+    "ResNet-18, last stage": (512, 512, 4, 1, True),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_choice_follows_the_cost_of_a_geometry(name, by_cost):
+    in_channels, out_channels, size, stride, in_fourier_domain = CHOICES[name]
+    layer = ConvNorm2d(in_channels, out_channels, 3, stride=stride, padding=1)
+    images = torch.empty(FOURIER_BATCH, in_channels, size, size)
+    assert (plan_for_layer(layer, images) is not None) == in_fourier_domain

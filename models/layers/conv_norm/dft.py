@@ -1,4 +1,4 @@
-"""Cosines and sines of a discrete Fourier transform."""
+"""Cosines and sines of a discrete Fourier transform, and matrices made of them."""
 
 from math import pi
 
@@ -24,3 +24,22 @@ def dft(
     turns = torch.outer(frequencies, positions) % size
     angles = turns.to(dtype) * (2 * pi / size)
     return angles.cos(), angles.sin()
+
+
+def complex_product(real: Tensor, imaginary: Tensor) -> Tensor:
+    """The matrix of the product with a complex `(m, n)` matrix, on pairs of real numbers: `(2, 2,
+    m, n)`, the part of the result first, the part of the operand second.
+    """
+    to_real = torch.stack([real, -imaginary])
+    to_imaginary = torch.stack([imaginary, real])
+    return torch.stack([to_real, to_imaginary])
+
+
+def half_spectrum_weights(size: int) -> Tensor:
+    """The weights of a half spectrum's frequencies in an inverse DFT to real numbers, `(size // 2 +
+    1,)`.
+    """
+    frequencies = torch.arange(size // 2 + 1)
+    # A frequency stands for its conjugate in the other half, too, unless it is its own opposite.
+    is_own_opposite = (frequencies == 0) | (2 * frequencies == size)
+    return torch.where(is_own_opposite, 1.0, 2.0).double() / size

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dft_filter import dft_filter, dft_filter_is_faster
 from .fourier_convolution import fourier_convolution
 from .fourier_plan import plan_for_layer
 from .kernel_energy import inverse_root_energy
@@ -137,17 +138,19 @@ class ConvNorm2d(nn.Conv2d):
             # V is the same number at every frequency: it scales the kernel instead of the output.
             z = self._scaled_pointwise(input)
         elif plan is not None:
-            # On a CPU, products with small DFT matrices give steps 1 to 3 in less time.
+            # On a CPU, products with small DFT matrices give steps 1 to 3 in less time, where
+            # there are enough channels.
             inverse_root = self._inverse_root(plan.size)
             z = fourier_convolution(input, self.weight, self.bias, inverse_root, plan)
         else:
             # 1. full convolution, z = w * x + bias
-            z, crop = self._full_convolution(input)
-            dtype = z.dtype
-            # 2. filter, z <- IDFT(V . DFT(z))
-            z = spectral_filter(z, self._inverse_root(z.shape[-2:]))
-            # 3. crop and stride
-            z = z[crop].to(dtype)
+            z, (rows, columns) = self._full_convolution(input)
+            inverse_root = self._inverse_root(z.shape[-2:])
+            # 2. and 3. filter, z <- IDFT(V . DFT(z)), crop and stride
+            if dft_filter_is_faster(z):
+                z = dft_filter(z, inverse_root, rows, columns)
+            else:
+                z = spectral_filter(z, inverse_root)[..., rows, columns].to(z.dtype)
         # 4. affine map, a depthwise convolution
         if self.affine:
             z = self._pad_for_even_kernel(z)
@@ -190,9 +193,9 @@ class ConvNorm2d(nn.Conv2d):
             bias = self.bias * scale.flatten()
         return self._conv_forward(input, weight, bias)
 
-    def _full_convolution(self, input: Tensor) -> tuple[Tensor, tuple[Any, slice, slice]]:
-        """`w * x + bias` at stride 1, `(B, C_out, S_h, S_w)`, and the index of the rows and columns
-        that the layer keeps of it.
+    def _full_convolution(self, input: Tensor) -> tuple[Tensor, tuple[slice, slice]]:
+        """`w * x + bias` at stride 1, `(B, C_out, S_h, S_w)`, and which rows and columns of it the
+        layer keeps.
         """
         input_size = tuple(input.shape[-2:])
         extent = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
@@ -213,7 +216,7 @@ class ConvNorm2d(nn.Conv2d):
                 f"input {input_size} with its padding is smaller than the kernel {self.kernel_size}"
             )
         rows, columns = (slice(*ends) for ends in zip(first, last, self.stride, strict=True))
-        return full, (..., rows, columns)
+        return full, (rows, columns)
 
     def _pad_for_even_kernel(self, input: Tensor) -> Tensor:
         # At half padding, `bpconv` with an even kernel would lose the last row or column.
