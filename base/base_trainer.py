@@ -273,7 +273,7 @@ class BaseTrainer(ABC):
             NonFiniteError: see `update` and `_check_epoch`; the last saved checkpoint is intact.
         """
         self.network = wrap_ddp(self.model)
-        with self.signals.caught():
+        with self.signals.caught(), self.checkpoints.completed():
             # Now, so that a kill in the first epoch loses nothing, a full disk is found before an
             # epoch is spent, and a damaged file is replaced
             self.checkpoints.save_last(self.checkpoint())
@@ -327,6 +327,8 @@ class BaseTrainer(ABC):
             state.images_seen += shard.total
             if not bar.disable and state.batches_done % 10 == 0:
                 bar.set_postfix_str(describe(self.meters.means()))
+            # The last save goes on beside the first minibatches
+            self.checkpoints.poll()
             if self._asked_to_stop():
                 state.train_seconds += perf_counter() - begin
                 self._stop()
@@ -398,11 +400,14 @@ class BaseTrainer(ABC):
         for warning in self.epoch_warnings(log):
             logger.warning(warning)
         improved = self.state.finish_epoch(log, self.config.trainer.monitor)
-        self.checkpoints.save_epoch(self.checkpoint(), self.state.epochs_done, improved)
-        # After the checkpoint: a run that is killed before it is saved trains the epoch again, and
-        # would log it twice
-        self.trackers.log_epoch(log)
-        logger.info("%s%s", describe(log), "  (best)" if improved else "")
+
+        def log_it() -> None:
+            self.trackers.log_epoch(log)
+            logger.info("%s%s", describe(log), "  (best)" if improved else "")
+
+        # Logged after the checkpoint: a run that is killed before it is saved trains the epoch
+        # again, and would log it twice
+        self.checkpoints.save_epoch(self.checkpoint(), self.state.epochs_done, improved, log_it)
 
     # Validation
 
@@ -457,6 +462,7 @@ class BaseTrainer(ABC):
             self.nan_guard.check_weights(self.model, self.state)
             self.nan_guard.check_outputs(self.model, self.state, self.images)
         self.checkpoints.save_last(self.checkpoint())
+        self.checkpoints.join()
         exit_unless_primary(128 + self.signals.asked)
         done = f"{self.state.epochs_done} epochs and {self.state.batches_done} batches"
         name = signal.Signals(self.signals.asked).name

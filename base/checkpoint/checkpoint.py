@@ -7,7 +7,7 @@ they hold enough to evaluate a model, but not to resume a run.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -118,22 +118,26 @@ def _foreign(contents: Any, file: Path, weights: str | None) -> dict[str, Any]:
     return {**kept, "state_dict": state_dict | normalization_beside(beside), "assumed": assumed}
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, convert: Callable[[Tensor], Tensor] = Tensor.detach) -> Any:
     """Return `value` in the plain types that `weights_only=True` reads.
 
     Mappings become dictionaries, sequences lists (tuples remain), and NumPy's numbers Python's.
+
+    Args:
+        value: nested values.
+        convert: what each tensor becomes.
 
     Raises:
         TypeError: it contains something other than tensors and plain values.
     """
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(item, convert) for key, item in value.items()}
     if type(value) is tuple:
-        return tuple(map(plain, value))
+        return tuple(plain(item, convert) for item in value)
     if isinstance(value, list | tuple):
-        return list(map(plain, value))
+        return [plain(item, convert) for item in value]
     if isinstance(value, Tensor):
-        return value.detach()
+        return convert(value)
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     # By type and not by isinstance above, because NumPy's float64 is a subclass of float

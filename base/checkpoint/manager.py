@@ -1,14 +1,17 @@
 """Write and delete the checkpoints of a run folder, and restore its best one on resume."""
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
 from base.atomic import link_or_copy
-from base.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint.checkpoint import load_checkpoint
 from base.checkpoint.find import numbered_checkpoints
+from base.checkpoint.writer import CheckpointWriter
 from base.config.training import TrainerConfig
 from base.distributed import from_primary, is_primary
 from base.errors import CheckpointError
@@ -16,11 +19,14 @@ from base.run_folder.names import BEST, LAST, NUMBERED
 from base.text import first_line
 from base.train_state import TrainState
 
+logger = logging.getLogger(__name__)
+
 
 class CheckpointManager:
     """Writes `model_last.pth`, `model_best.pth` and numbered checkpoints into a run folder.
 
-    Every rank calls its methods; only rank 0 writes.
+    Every rank calls its methods; only rank 0 writes, in a thread (see `CheckpointWriter`). Each
+    save waits for the one before, and `join` for the last.
 
     Args:
         folder: the run folder.
@@ -30,11 +36,48 @@ class CheckpointManager:
     def __init__(self, folder: Path, settings: TrainerConfig) -> None:
         self.folder = folder
         self.settings = settings
+        self.writer = CheckpointWriter()
 
     def save_last(self, contents: Mapping[str, Any]) -> None:
-        """Write `model_last.pth`."""
+        """Begin to write `model_last.pth`."""
         if is_primary():
-            save_checkpoint(self.folder / LAST, contents)
+            self.writer.write(self.folder / LAST, contents)
+
+    def poll(self) -> None:
+        """Raise what the last save raised, or log its epoch, if it has ended; never wait.
+
+        Raises:
+            CheckpointError: a file could not be written.
+        """
+        self.writer.poll()
+
+    def join(self) -> None:
+        """Wait until the last save is complete.
+
+        Raises:
+            CheckpointError: a file could not be written.
+        """
+        self.writer.join()
+
+    @contextmanager
+    def completed(self) -> Iterator[None]:
+        """Complete the last save when the context ends, also with an exception.
+
+        Raises:
+            CheckpointError: a file could not be written. If the context has raised another
+                exception, this is logged instead.
+        """
+        try:
+            yield
+        except BaseException:
+            try:
+                self.join()
+            except Exception as error:
+                # The log may lie on the disk that is full
+                with suppress(OSError):
+                    logger.warning("%s", first_line(error))
+            raise
+        self.join()
 
     def check_disk_space(self) -> None:
         """Check that the disk has room for another checkpoint beside `model_last.pth`.
@@ -45,6 +88,7 @@ class CheckpointManager:
         from_primary(self._check_disk_space)
 
     def _check_disk_space(self) -> None:
+        self.join()
         # The old file stays until the new one is complete, so both need room
         needed = (self.folder / LAST).stat().st_size
         free = shutil.disk_usage(self.folder).free
@@ -54,16 +98,28 @@ class CheckpointManager:
                 f" the last one, {free / 1e6:.1f} MB are free"
             )
 
-    def save_epoch(self, contents: Mapping[str, Any], epoch: int, improved: bool) -> None:
-        """Write the checkpoints of a finished epoch.
+    def save_epoch(
+        self,
+        contents: Mapping[str, Any],
+        epoch: int,
+        improved: bool,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Begin to write the checkpoints of a finished epoch.
 
         These are the last one, the best one if the epoch `improved` on it, and a numbered one every
-        `save_period` epochs. Numbered ones beyond `keep_checkpoints` are deleted.
+        `save_period` epochs. Numbered ones beyond `keep_checkpoints` are deleted. `then` is called
+        when all of this is done, by the next `poll`, `join` or save.
         """
         if not is_primary():
             return
+        self.writer.write(
+            self.folder / LAST, contents, lambda: self._publish(epoch, improved), then
+        )
+
+    def _publish(self, epoch: int, improved: bool) -> None:
+        """Give `model_last.pth` its further names, and delete old numbered checkpoints."""
         last = self.folder / LAST
-        save_checkpoint(last, contents)
         if improved:
             publish_copy(last, self.folder / BEST)
         if epoch % self.settings.save_period == 0:

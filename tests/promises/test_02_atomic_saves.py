@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 import signal
-import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ import base.atomic as atomic_module
 import base.checkpoint.checkpoint as checkpoint_module
 from base.atomic import sweep
 from base.checkpoint import load_checkpoint, save_checkpoint
+from base.checkpoint.writer import CheckpointWriter
 from base.errors import CheckpointError
 from tiny_runs import forked
 
@@ -32,7 +33,7 @@ def contents(number):
 def killed_at_line(count, path):
     """Save in another process, which kills itself after `count` lines; return whether it did.
 
-    Lines of this project's code and of torch's writer count.
+    Lines of this project's code and of torch's writer count, in the writing thread.
     """
 
     def trace(frame, event, argument):
@@ -46,8 +47,10 @@ def killed_at_line(count, path):
         return trace
 
     def save():
-        sys.settrace(trace)
-        save_checkpoint(path, contents(2))
+        threading.settrace(trace)
+        writer = CheckpointWriter()
+        writer.write(path, contents(2))
+        writer.join()
 
     _, status = os.waitpid(forked(save), 0)
     return os.WIFSIGNALED(status)
@@ -92,9 +95,11 @@ def check_every_moment(folder):
         started, report = os.pipe()
 
         def save_on(first=newest, report=report):
+            writer = CheckpointWriter()
             for number in itertools.count(first + 1):
+                # It returns when the one before is complete
+                writer.write(path, contents(number))
                 os.write(report, b".")
-                save_checkpoint(path, contents(number))
 
         process = forked(save_on)
         os.close(report)
