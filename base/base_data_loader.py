@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.device import to_device
 from base.distributed import Shard, shard_of
 
 
@@ -124,7 +125,7 @@ class BaseDataLoader(ABC):
 
     def _batches(self, epoch: int, first_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         device = torch.device(self.device)
-        order = self.order(epoch).to(device)
+        order = self.order(epoch).cpu()
         labels = self.labels.to(device)
         # A loader may yield fewer batches than there are images for (num_batches)
         whole_batches = order.split(self.batch_size)[first_batch : len(self)]
@@ -132,8 +133,8 @@ class BaseDataLoader(ABC):
         batches = [batch[shard.part] for batch, shard in zip(whole_batches, shards, strict=True)]
         loaded = zip(batches, shards, self.image_batches(batches), strict=True)
         for number, (positions, shard, images) in enumerate(loaded, start=first_batch):
-            images = images.to(device, non_blocking=True)
-            yield self.augmented(images, epoch, number, shard), labels[positions]
+            images = self.augmented(to_device(images, device), epoch, number, shard)
+            yield images, labels[to_device(positions, device)]
 
     def _shard(self, total: int) -> Shard:
         if self.shard_batches:
@@ -150,13 +151,9 @@ class BaseDataLoader(ABC):
         A class that can load images ahead does it here.
 
         Args:
-            batches: int64 positions of the images of each batch, on `device`.
+            batches: int64 positions of the images of each batch, on the CPU.
         """
-        if not batches:
-            return iter(())
-        # One copy to the CPU for all batches, as every copy makes the host wait for the device
-        on_host = torch.cat(tuple(batches)).cpu().split([len(batch) for batch in batches])
-        return (self.images_at(positions) for positions in on_host)
+        return (self.images_at(positions) for positions in batches)
 
     def augmented(self, images: Tensor, epoch: int, number: int, shard: Shard) -> Tensor:
         """Return the images on `device` as they are trained on, float32 in `[0, 1]`.

@@ -311,8 +311,8 @@ class BaseTrainer(ABC):
         )
         begin = perf_counter()
         for images, labels in bar:
-            images = images.to(self.device)
-            labels = labels.to(self.device)
+            images = to_device(images, self.device)
+            labels = to_device(labels, self.device)
             shard = self.shard(images)
             self.images = images
             # Unlike autocast, TF32 has to be on in the backward pass, too

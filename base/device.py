@@ -26,8 +26,8 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a CPU tensor on `device`, without waiting for the copy."""
-    if device.type != "cuda":
+    """Return a tensor on `device`, without waiting for the copy."""
+    if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     # A copy from memory that is not pinned would wait for all work that the device still has.
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -129,7 +129,7 @@ class ImageDataLoader(BaseDataLoader):
             images.check()
 
     def images_at(self, positions: Tensor) -> Tensor:
-        return next(iter(self.images.batches([positions.to(self.device)])))
+        return next(iter(self.images.batches([positions])))
 
     def order(self, epoch: int) -> Tensor:
         if not self._shuffle:

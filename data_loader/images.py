@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from base.base_data_loader import BaseDataLoader
+from base.device import to_device
 from base.distributed import hide_progress_bar
 from base.errors import DataError
 from data_loader.contract import check_images, check_range, loader_errors
@@ -79,8 +80,9 @@ class MemoryImages:
         check_range(self.pixels, where)
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield `(B, C, H, W)` for each int64 `(B,)` of positions on the images' device."""
-        return (self.pixels[positions] for positions in batches)
+        """Yield `(B, C, H, W)` on the images' device for each int64 `(B,)` of positions."""
+        device = self.pixels.device
+        return (self.pixels[to_device(positions, device)] for positions in batches)
 
     def digest(self) -> str:
         """Return the hexadecimal SHA-256 of the shape and all pixels."""
@@ -145,15 +147,11 @@ class LoadedImages:
             DataError: the images have a wrong shape or type, or those of the first batch have
                 values outside `[0, 1]`.
         """
-        if not batches:
-            return
         index = torch.from_numpy(self.index)
-        sizes = [len(batch) for batch in batches]
-        # One copy from the device for all batches: each copy makes the host wait
-        chosen = index[torch.cat(tuple(batches)).cpu()].split(sizes)
+        chosen = [index[batch] for batch in batches]
         with loader_errors(self._where):
             for number, images in enumerate(self.loader.image_batches(chosen)):
-                expected = {0: sizes[number], **dict(enumerate(self.shape, start=1))}
+                expected = {0: len(chosen[number]), **dict(enumerate(self.shape, start=1))}
                 check_images(images, expected, self._where)
                 # Finding the range of every batch would take longer than loading it.
                 if number == 0:
@@ -311,10 +309,7 @@ def pixel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ..
     # A histogram of the 256 pixel values is exact. Floats are summed in double precision.
     counts = torch.zeros(images.shape[0], 256, dtype=torch.int64)
     sums = torch.zeros(3, images.shape[0], dtype=torch.float64)
-    device = torch.device("cpu")
-    if isinstance(images, MemoryImages):
-        device = images.pixels.device
-    for batch in images.batches(torch.arange(len(images), device=device).split(DECODE_BATCH)):
+    for batch in images.batches(torch.arange(len(images)).split(DECODE_BATCH)):
         if batch.dtype != torch.uint8:
             sums += _power_sums(batch)
             continue

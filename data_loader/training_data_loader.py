@@ -63,8 +63,8 @@ class TrainingDataLoader(ImageDataLoader):
             `splits.stratified_split`. Without effect if the data set names its validation images
             itself.
         num_workers: processes that decode image files; data in memory needs none.
-        pin_memory: put decoded image files into page-locked memory, which copies faster to a CUDA
-            device.
+        pin_memory: copy batches of decoding processes straight into page-locked memory. Batches are
+            copied to a CUDA device from such memory in any case.
         num_batches: above 0 ends the training epoch after that many batches; validation and test
             are never shortened.
         mean: per-channel mean in `[0, 1]`; None for the data set's own: published constants for

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attacks.attack import check_batch, frozen
 from attacks.classifier import Model, checked_logits
 from base.base_data_loader import BaseDataLoader
-from base.device import is_out_of_memory, memory_explained
+from base.device import is_out_of_memory, memory_explained, to_device
 from base.distributed import rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -246,8 +246,8 @@ class Batches:
 
     def _on_device(self, images: Tensor, labels: Tensor, positions: Tensor) -> Batch:
         if self._device is not None:
-            images = images.to(self._device)
-            labels = labels.to(self._device)
+            images = to_device(images, self._device)
+            labels = to_device(labels, self._device)
         return Batch(images, labels.long(), positions)
 
 

@@ -18,10 +18,11 @@ from base.base_trainer import BaseTrainer
 from base.errors import ConfigError
 from base.nan_guard import NanGuard
 from data_loader import augment
+from evaluation.batches import Batches
 from experiment import Experiment
 from models import build_model
 from models.layers.conv_norm import ConvNorm2d, kernel_energy
-from tiny_runs import config_of, run
+from tiny_runs import config_of, run, write_images
 
 CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}
 BATCH_NORM = {"conv_layer_type": "conv", "norm_layer_type": "bn"}
@@ -148,6 +149,27 @@ def next_batch(fake, **sections):
 def test_batches_come_without_waiting(monkeypatch):
     with fake_device(monkeypatch) as fake:
         assert not next_batch(fake)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_image_files_come_without_waiting(workers, monkeypatch, tmp_path):
+    write_images(tmp_path / "train", {"a": 12, "b": 12})
+    write_images(tmp_path / "test", {"a": 2, "b": 2})
+    args = {"data_dir": str(tmp_path), "in_memory": False, "num_workers": workers}
+    with fake_device(monkeypatch) as fake:
+        assert not next_batch(
+            fake, data_loader={"type": "ImageFolderDataLoader", "args": {**args, "batch_size": 4}}
+        )
+
+
+def test_an_evaluation_copies_from_pinned_memory(monkeypatch):
+    batches = [(torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
+    with fake_device(monkeypatch) as fake:
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2)).to("cuda")
+        fake.forget()
+        found = list(Batches(batches, model))
+    assert [batch.images.shape for batch in found] == [(4, 3, 8, 8)] * 2
+    assert not fake.copies, fake.copies
 
 
 @pytest.mark.parametrize(("layers", "most"), KERNELS_PER_STEP.items())
