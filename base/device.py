@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -166,26 +165,30 @@ def tf32() -> Iterator[None]:
 
     TF32 keeps 10 of the 23 bits of a factor; sums are float32.
     """
-    before = [operation.fp32_precision for operation in _float32_operations()]
+    backends = torch.backends
+    before = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
     try:
-        for operation in _float32_operations():
-            operation.fp32_precision = "tf32"
+        _set_float32("tf32", "tf32")
         yield
     finally:
-        for operation, value in zip(_float32_operations(), before, strict=True):
-            operation.fp32_precision = value
+        _set_float32(*before)
 
 
 def set_full_precision() -> None:
     """Compute float32 in float32: by default torch convolves in TF32 on CUDA."""
-    for operation in _float32_operations():
-        operation.fp32_precision = "ieee"
+    _set_float32("ieee", "ieee")
 
 
-def _float32_operations() -> tuple[Any, ...]:
-    backends = torch.backends
-    # torch requires that both kinds of cuDNN's layers agree
-    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+def _set_float32(products: str, convolutions: str) -> None:
+    """Set the precision of float32 on CUDA, as torch's `fp32_precision` names it."""
+    matmul = torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
+    # The older flags, too, and first: torch raises an error where they disagree with the keys.
+    matmul.allow_tf32 = products == "tf32"
+    cudnn.allow_tf32 = convolutions == "tf32"
+    matmul.fp32_precision = products
+    cudnn.conv.fp32_precision = convolutions
+    cudnn.rnn.fp32_precision = convolutions
 
 
 def set_determinism(deterministic: bool, num_threads: int | None) -> None:

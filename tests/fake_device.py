@@ -344,7 +344,6 @@ def fake_device(monkeypatch, kind: str = "cuda", count: int = 1) -> Iterator[Fak
         "set_rng_state": None,
         "is_bf16_supported": True,
         "synchronize": None,
-        "empty_cache": None,
         "mem_get_info": (1 << 30, 8 << 30),
     }
     with monkeypatch.context() as patch:

@@ -1,6 +1,5 @@
 """Generators, devices, precision and memory."""
 
-import json
 import logging
 import os
 import platform
@@ -101,9 +100,12 @@ def test_tf32_is_on_inside_its_context_only():
         assert [operation.fp32_precision for operation in operations] == ["ieee", "ieee"]
         with autocast(CUDA, "tf32"):
             assert [operation.fp32_precision for operation in operations] == ["tf32", "tf32"]
+            # torch raises an error where the older flags disagree
+            assert torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
 
 
-def test_training_in_tf32_includes_the_backward_pass_but_not_the_verdicts(monkeypatch, tmp_path):
+def test_training_in_tf32_includes_the_backward_pass(monkeypatch, tmp_path):
     seen = []
 
     def backward(self, *arguments, **options):
@@ -119,13 +121,10 @@ def test_training_in_tf32_includes_the_backward_pass_but_not_the_verdicts(monkey
             system={"device": "cuda", "precision": "tf32"},
             trainer={"epochs": 1},
             adversarial={"method": "fgsm", "report_images": 8},
-            pgd_attack={"K": 2},
         )
         run(tmp_path / "run", config)
     assert set(seen) == {"tf32"}
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-    reports = [json.loads(file.read_text()) for file in tmp_path.glob("run/eval/*.json")]
-    assert {report["precision"] for report in reports} == {"tf32, verdicts in fp32"}
 
 
 @pytest.mark.parametrize(

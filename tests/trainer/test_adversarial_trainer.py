@@ -440,6 +440,8 @@ def test_a_collapse_is_noticed_after_a_resume(tmp_path, caplog, resumed):
     for number in range(3):
         if resumed and number == 2:
             last = tmp_path / "model_last.pth"
+            # A thread writes it
+            trainer.checkpoints.join()
             trainer = build(tmp_path, settings)
             trainer.validate_model = scripted
             trainer.resume(load_checkpoint(last), last)
