@@ -150,7 +150,7 @@ class ConvNorm2d(nn.Conv2d):
             if dft_filter_is_faster(z):
                 z = dft_filter(z, inverse_root, rows, columns)
             else:
-                z = spectral_filter(z, inverse_root)[..., rows, columns].to(z.dtype)
+                z = spectral_filter(z, inverse_root, rows, columns)
         # 4. affine map, a depthwise convolution
         if self.affine:
             z = self._pad_for_even_kernel(z)
