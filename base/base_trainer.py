@@ -26,7 +26,6 @@ from base.device import autocast, tf32, to_device
 from base.distributed import (
     Shard,
     ShardedGenerator,
-    all_reduce_max,
     exit_unless_primary,
     from_primary,
     hide_progress_bar,
@@ -50,7 +49,7 @@ from base.seeding import (
     set_rng_state,
     torch_generator,
 )
-from base.signals import Interrupted, StopSignals
+from base.signals import Interrupted, StopQuestions, StopSignals
 from base.text import first_line, one_line
 from base.tracking.tracker import Tracker, Trackers
 from base.train_state import TrainState
@@ -154,6 +153,7 @@ class BaseTrainer(ABC):
         self.checkpoints = CheckpointManager(parts.folder, parts.config.trainer)
         self.trackers: Tracker = Trackers()
         self.signals = StopSignals()
+        self.stop_questions = StopQuestions()
         # The current minibatch as it was loaded, for the nan guard's message
         self.images: Tensor | None = None
 
@@ -272,7 +272,7 @@ class BaseTrainer(ABC):
             Stopped: a signal asked for it; the state is saved.
             NonFiniteError: see `update` and `_check_epoch`; the last saved checkpoint is intact.
         """
-        self.network = wrap_ddp(self.model)
+        self.network = wrap_ddp(self.model, self.config.system.gradient_compression)
         with self.signals.caught(), self.checkpoints.completed():
             # Now, so that a kill in the first epoch loses nothing, a full disk is found before an
             # epoch is spent, and a damaged file is replaced
@@ -441,8 +441,15 @@ class BaseTrainer(ABC):
     # Signals
 
     def _asked_to_stop(self) -> bool:
-        """Return whether a signal has reached any process: all stop after the same minibatch."""
-        asked = all_reduce_max(self.signals.asked or 0)
+        """Return whether a signal has reached any process: all stop after the same minibatch.
+
+        Several processes find out after every 8th minibatch, sooner where minibatches take long,
+        and at the end of an epoch, before and after its validation; see `StopQuestions`.
+        """
+        at_end = self.state.batches_done in (0, len(self.train_loader))
+        if not self.stop_questions.due(at_end):
+            return False
+        asked = self.stop_questions.ask(self.signals.asked)
         if asked == 0:
             # A signal may have come since: signals.asked stays as it is for the next call
             return False

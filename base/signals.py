@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from base.distributed import rank, world_size
-from base.distributed.collectives import SIGNAL_INTERVAL
+from base.distributed.collectives import SIGNAL_INTERVAL, all_reduce_max
 from base.distributed.session import (
     activity,
     announce_failure,
@@ -38,6 +38,13 @@ LAST_PATIENCE = 120.0
 BUSY = 0.05
 """A process computes, rather than waits, if it uses more than this share of the time. CUDA may use
 all of it to wait for a GPU; torchrun then ends such a process."""
+
+
+QUESTION_BATCHES = 8
+"""The largest number of minibatches between two questions; see `StopQuestions`."""
+
+QUESTION_SECONDS = 1.0
+"""About the longest time between two questions, where minibatches take less."""
 
 
 class Interrupted(BaseException):
@@ -98,6 +105,43 @@ class StopSignals:
             yield
         finally:
             self._may_interrupt = False
+
+
+class StopQuestions:
+    """When the processes that train together ask one another whether a signal has come.
+
+    A question waits for the slowest process, so it is asked after every 8th minibatch only, and
+    after as many minibatches as take a second, where these are fewer, as torchrun and SLURM wait
+    for 30 s only. All processes count the same minibatches and take the time of the slowest of
+    them, so all ask after the same minibatch. One process, which waits for nobody, always asks.
+    """
+
+    def __init__(self) -> None:
+        self._interval = 1
+        self._count = 0
+        self._begin = time.perf_counter()
+
+    def due(self, at_end: bool) -> bool:
+        """Count a minibatch, and return whether to ask after it.
+
+        Args:
+            at_end: ask in any case, as something longer than a minibatch follows.
+        """
+        self._count += 1
+        return world_size() == 1 or at_end or self._count >= self._interval
+
+    def ask(self, own: int | None) -> int:
+        """Return the number of the signal that any process has received, or 0; `own` is the one
+        that this process has received."""
+        if world_size() == 1:
+            return own or 0
+        milliseconds = int(1000 * (time.perf_counter() - self._begin) / self._count)
+        fit = int(1000 * QUESTION_SECONDS) // max(1, all_reduce_max(milliseconds))
+        self._interval = max(1, min(QUESTION_BATCHES, fit))
+        answer = all_reduce_max(own or 0)
+        self._count = 0
+        self._begin = time.perf_counter()
+        return answer
 
 
 class _Watch:

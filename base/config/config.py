@@ -285,6 +285,9 @@ class SystemConfig(Section):
     sync_bn: Annotated[bool, BATCH_STATISTICS] = False
     """With several processes, batch normalization uses the statistics of the images of all of them;
     false: each process uses those of its own images."""
+    gradient_compression: Literal["bf16"] | None = None
+    """With several processes, the precision in which gradients are sent: bf16 halves the traffic
+    and rounds every gradient; null: that of the weights. One process sends none."""
 
 
 class CometConfig(Section):

@@ -127,5 +127,6 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
         else:
             dist.broadcast(flat, 0)
         sizes = [tensor.numel() for tensor in of_type]
-        for tensor, values in zip(of_type, flat.split(sizes), strict=True):
-            tensor.copy_(values.view_as(tensor))
+        parts = zip(of_type, flat.split(sizes), strict=True)
+        # One kernel on a GPU, instead of one for each tensor.
+        torch._foreach_copy_(of_type, [values.view_as(tensor) for tensor, values in parts])

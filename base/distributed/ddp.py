@@ -10,12 +10,17 @@ from base.distributed.collectives import broadcast
 from base.distributed.process_group import world_size
 
 
-def wrap_ddp(model: nn.Module) -> nn.Module:
+def wrap_ddp(model: nn.Module, compression: str | None = None) -> nn.Module:
     """Return `model` in DistributedDataParallel, which averages gradients over all processes in
     every backward pass, or `model` itself in a single process.
 
     All copies start with the weights of rank 0. Buffers are left to `distribute_bn` and
     `broadcast_buffers`.
+
+    Args:
+        model: the model, on its device.
+        compression: `"bf16"` sends gradients in bfloat16, which is half the traffic; the weights
+            and the optimizer keep their precision. None sends them as they are.
     """
     if world_size() == 1:
         return model
@@ -31,7 +36,16 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
         no_buffers = {"broadcast_buffers": False}
     # With one input channel, two memory formats of a kernel are the same, but torch warns.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return DistributedDataParallel(model, device_ids=device_ids, **no_buffers)
+    # Gradients lie in the buffers that are sent, instead of being copied there and back.
+    network = DistributedDataParallel(
+        model, device_ids=device_ids, gradient_as_bucket_view=True, **no_buffers
+    )
+    if compression == "bf16":
+        # Only this needs torch's hooks, which are slow to import.
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        network.register_comm_hook(None, bf16_compress_hook)
+    return network
 
 
 def distribute_bn(model: nn.Module) -> None:

@@ -20,6 +20,10 @@ from base.distributed.collectives import barrier
 from base.distributed.process_group import started_processes, world_size
 from base.errors import ProjectError
 
+NCCL_TIMEOUT = timedelta(minutes=30)
+"""How long a collective on CUDA may take before NCCL ends the process. Nobody waits on CUDA for
+another process's validation or attack, but only for its next gradient."""
+
 _store: dist.Store | None = None
 """A key-value store that all processes of the job read and write; None before a session."""
 
@@ -45,9 +49,9 @@ def distributed_session(training: bool = False) -> Iterator[None]:
     global _store
     rendezvous, number, size = next(dist.rendezvous("env://"))
     _store = _fresh_store(rendezvous, number, size)
-    # The first process to finish its shard waits for the last, which may take hours. torchrun ends
-    # all when a process dies; the timeout is only for a machine that vanishes without closing its
-    # connections.
+    # The first process to finish its shard waits for the last, which may take hours: it does so in
+    # gloo. torchrun ends all when a process dies; the timeout is only for a machine that vanishes
+    # without closing its connections.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if with_cuda else "gloo",
         store=_store,
@@ -55,6 +59,8 @@ def distributed_session(training: bool = False) -> Iterator[None]:
         world_size=size,
         timeout=timedelta(days=7),
     )
+    if with_cuda:
+        _limit_nccl(dist.group.WORLD)
     try:
         # After an error the group is not destroyed before the process ends: the others take a
         # closed connection for the sign that the message has been printed.
@@ -83,6 +89,16 @@ def distributed_session(training: bool = False) -> Iterator[None]:
     # Models in reference cycles hold on to the group, which would then never close.
     gc.collect()
     dist.destroy_process_group()
+
+
+def _limit_nccl(group: dist.ProcessGroup) -> None:
+    """Let collectives on CUDA fail after `NCCL_TIMEOUT`; those of gloo keep the group's."""
+    backend = group._get_backend(torch.device("cuda"))
+    if hasattr(backend, "set_timeout"):
+        backend.set_timeout(NCCL_TIMEOUT)
+    else:
+        # The name before torch 2.14.
+        backend._set_default_timeout(NCCL_TIMEOUT)
 
 
 def end_process(code: int) -> NoReturn:

@@ -82,9 +82,11 @@ class OWNConv2d(nn.Conv2d):
     """Convolution with the weight `WNScale * whiten_rows(weight)`, in groups of output channels.
 
     The weight is a `(C_out, C_in / groups * k_h * k_w)` matrix. Each group of `C_out / norm_groups`
-    neighboring rows is made orthonormal. Training and eval do the same. On a GPU the host waits once
-    in every forward pass, because torch checks there that the eigendecomposition has converged; ONI
-    (`ONIConv2d`), which iterates, does not wait, and is not exact.
+    neighboring rows is made orthonormal. Training and eval do the same.
+
+    On a GPU the host waits once in every forward pass, because torch checks that the
+    eigendecomposition has converged. ONI (`ONIConv2d`) iterates instead: it does not wait, and is
+    not exact.
 
     State: `weight`, `bias`, `WNScale` `(C_out, 1, 1, 1)`, a buffer.
 

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from base import base_trainer
+from base.config.same_experiment import check_same_experiment
 from base.distributed.ddp import running_statistics
+from base.errors import ConfigError
 from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, LINEAR_LAYERS, NORM_LAYERS
+from tiny_runs import config_of, run
 
 KINDS = {
     "conv": (CONV_LAYERS, (4, 8, 3), (5, 4, 8, 8)),
@@ -53,3 +57,21 @@ def test_statistics_of_an_own_layer_are_exchanged_as_those_of_batch_normalizatio
         "2.batch_norm.running_mean",
         "2.batch_norm.running_var",
     ]
+
+
+def test_training_compresses_gradients_as_the_config_asks(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        base_trainer, "wrap_ddp", lambda model, compression: asked.append(compression) or model
+    )
+    for compression in ("bf16", None):
+        system = {"device": "cpu", "gradient_compression": compression}
+        run(None, config_of(trainer={"epochs": 1}, system=system))
+    assert asked == ["bf16", None]
+
+
+def test_a_run_goes_on_with_the_compression_it_began_with():
+    before = config_of(system={"gradient_compression": "bf16"})
+    check_same_experiment(before.dump(), before, "model_last.pth")
+    with pytest.raises(ConfigError, match=r"system\.gradient_compression.*another experiment"):
+        check_same_experiment(before.dump(), config_of(), "model_last.pth")

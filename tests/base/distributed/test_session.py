@@ -15,9 +15,25 @@ from base.distributed import (
     from_primary,
     shard_of,
 )
-from base.distributed.session import _explain, _fresh_store
+from base.distributed.session import NCCL_TIMEOUT, _explain, _fresh_store, _limit_nccl
 from base.errors import ProjectError
 from tests.base.distributed.two_processes import ended, start_two
+
+
+@pytest.mark.parametrize("name", ["set_timeout", "_set_default_timeout"])
+def test_only_collectives_on_cuda_end_after_half_an_hour(name):
+    limits = {}
+
+    class Backend:
+        def __init__(self, device):
+            setattr(self, name, lambda timeout: limits.update({device.type: timeout}))
+
+    class Group:
+        _get_backend = staticmethod(Backend)
+
+    _limit_nccl(Group())
+    assert limits == {"cuda": NCCL_TIMEOUT}
+    assert NCCL_TIMEOUT.total_seconds() == 1800
 
 
 def shards_of(total, processes):
