@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from inspect import Parameter, signature
 from typing import Any, ClassVar, Self
@@ -293,7 +293,9 @@ def settings(attack: Attack) -> dict[str, Any]:
 def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
     """Within the context, no parameter of the model requires gradients.
 
-    Afterwards every module and parameter has its own flags again. A function has none.
+    Afterwards every module and parameter has its own flags again. A function has none. Layers with
+    a context manager `fixed_weights` are in it, as ConvNorm, which then computes what follows from
+    its weights once.
 
     Args:
         model: a module or a function.
@@ -310,7 +312,11 @@ def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
             model.train(training)
         for parameter in trained:
             parameter.requires_grad_(False)
-        yield
+        with ExitStack() as stack:
+            for module in model.modules():
+                if hasattr(type(module), "fixed_weights"):
+                    stack.enter_context(module.fixed_weights())
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

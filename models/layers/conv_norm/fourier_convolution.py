@@ -106,7 +106,7 @@ def _by_convolution(images: Tensor, weight: Tensor, inverse_root: Tensor, plan: 
     rows, columns = plan.rows, plan.columns
     padding = (rows.extent, columns.extent)
     full = F.conv2d(images, weight, None, 1, padding, (rows.dilation, columns.dilation))
-    return spectral_filter(full, inverse_root)[..., rows.crop, columns.crop].to(full.dtype)
+    return spectral_filter(full, inverse_root, rows.crop, columns.crop)
 
 
 def _output(images: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:

@@ -5,6 +5,8 @@ Sheng Liu, Xiao Li, Yuexiang Zhai, Chong You, Zhihui Zhu, Carlos Fernandez-Grand
 2021, arXiv:2103.00673, section 3.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from math import pi
 from typing import Any, ClassVar
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from .dft_filter import dft_filter, dft_filter_is_faster
 from .fourier_convolution import fourier_convolution
 from .fourier_plan import plan_for_layer
+from .kept_inverse_root import KeptInverseRoot
 from .kernel_energy import inverse_root_energy
 from .recomputation import recomputed_batch_norm
 from .spectral_filter import spectral_filter
@@ -129,6 +132,7 @@ class ConvNorm2d(nn.Conv2d):
             )
         if bn:
             self.batch_norm = nn.BatchNorm2d(out_channels, affine=affine)
+        self._kept: KeptInverseRoot | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
@@ -150,7 +154,7 @@ class ConvNorm2d(nn.Conv2d):
             if dft_filter_is_faster(z):
                 z = dft_filter(z, inverse_root, rows, columns)
             else:
-                z = spectral_filter(z, inverse_root)[..., rows, columns].to(z.dtype)
+                z = spectral_filter(z, inverse_root, rows, columns)
         # 4. affine map, a depthwise convolution
         if self.affine:
             z = self._pad_for_even_kernel(z)
@@ -176,6 +180,24 @@ class ConvNorm2d(nn.Conv2d):
         layer.bn = False
         layer.bias = None
         return layer
+
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Within the context V is computed from the weights once, and kept from one forward pass to
+        the next; `running_V` follows it in every training pass as before.
+
+        For passes between which the weights stay the same, such as those of an attack: weights that
+        require gradients have their V computed in every pass. Changes in place are noticed, except
+        those through `weight.data` and by fused optimizers. A compiled network keeps nothing.
+        """
+        outermost = self._kept is None
+        if outermost:
+            self._kept = KeptInverseRoot(self.weight)
+        try:
+            yield
+        finally:
+            if outermost:
+                self._kept = None
 
     @torch.no_grad()
     def buffers_from_weights(self) -> None:
@@ -243,7 +265,10 @@ class ConvNorm2d(nn.Conv2d):
         shape = (self.out_channels, size[0], size[1] // 2 + 1)
         if self.track_running_stats and not self.training and self.running_V.shape == shape:
             return self.running_V
-        inverse_root = inverse_root_energy(self.weight, size, self.dilation)
+        if torch.compiler.is_compiling() or self._kept is None:
+            inverse_root = inverse_root_energy(self.weight, size, self.dilation)
+        else:
+            inverse_root = self._kept.inverse_root(self.weight, size, self.dilation)
         if self.track_running_stats and self.training:
             self._update_running_v(inverse_root.to(self.running_V.dtype))
         return inverse_root

@@ -1,4 +1,4 @@
-"""The filter of ConvNorm, which multiplies every frequency of a signal by a real number."""
+"""The filter of ConvNorm with its crop, by FFT."""
 
 from typing import Any
 
@@ -6,39 +6,78 @@ import torch
 from torch import Tensor
 
 
-def spectral_filter(signal: Tensor, inverse_root: Tensor) -> Tensor:
-    """`IDFT(V . DFT(signal))`, where V is real and takes no gradient.
+def spectral_filter(signal: Tensor, inverse_root: Tensor, rows: slice, columns: slice) -> Tensor:
+    """`IDFT(V . DFT(signal))[..., rows, columns]`, where V is real and takes no gradient.
 
     Args:
-        signal: `(..., S_h, S_w)`.
+        signal: `(..., S_h, S_w)`. The transforms run in float32 at least.
         inverse_root: V on the half spectrum, `(..., S_h, S_w // 2 + 1)`.
+        rows, columns: what is kept of the result.
 
     Returns:
-        The shape of `signal`, in float32 (float64 for a float64 signal).
+        `(..., H', W')`, in the dtype of `signal`.
     """
+    height, width = signal.shape[-2:]
     # torch has no FFT for bfloat16.
-    if signal.dtype != torch.float64:
-        signal = signal.float()
-    return _SpectralFilter.apply(signal, inverse_root.to(signal.dtype))
+    dtype = torch.promote_types(signal.dtype, torch.float32)
+    # V is small: dividing it by the number of points spares the inverse transform a pass over its
+    # whole output.
+    factors = (inverse_root / (height * width)).to(dtype)
+    return _FilterAndCrop.apply(signal, factors, rows, columns)
 
 
-class _SpectralFilter(torch.autograd.Function):
-    # A filter with a real spectrum is its own adjoint, so the backward pass is the forward pass on
-    # the gradient. PyTorch's own gradient of a half-spectrum transform would run a complex
-    # transform of the whole spectrum instead.
-
-    @staticmethod
-    def forward(signal: Tensor, inverse_root: Tensor) -> Tensor:
-        # V is real: scaling real and imaginary parts takes half the work of a complex product.
-        spectrum = torch.view_as_real(torch.fft.rfft2(signal)) * inverse_root.unsqueeze(-1)
-        return torch.fft.irfft2(torch.view_as_complex(spectrum), s=signal.shape[-2:])
+class _FilterAndCrop(torch.autograd.Function):
+    # A filter with a real spectrum is its own adjoint. PyTorch's own gradient of a half-spectrum
+    # transform would run a complex transform of the whole spectrum instead.
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        _, inverse_root = inputs
-        ctx.save_for_backward(inverse_root)
+    def forward(signal: Tensor, factors: Tensor, rows: slice, columns: slice) -> Tensor:
+        filtered = _filter(signal.to(factors.dtype), factors)
+        return filtered[..., rows, columns].to(signal.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (inverse_root,) = ctx.saved_tensors
-        return _SpectralFilter.apply(grad, inverse_root), None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        signal, factors, rows, columns = inputs
+        ctx.save_for_backward(factors)
+        ctx.size = signal.shape[-2:]
+        ctx.crop = (rows, columns)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (factors,) = ctx.saved_tensors
+        return _EmbedAndFilter.apply(grad, factors, ctx.size, *ctx.crop), None, None, None
+
+
+class _EmbedAndFilter(torch.autograd.Function):
+    """The adjoint of `_FilterAndCrop`: zeros where the crop has left something out, then the
+    filter.
+    """
+
+    @staticmethod
+    def forward(
+        kept: Tensor, factors: Tensor, size: tuple[int, int], rows: slice, columns: slice
+    ) -> Tensor:
+        signal = factors.new_zeros((*kept.shape[:-2], *size))
+        signal[..., rows, columns] = kept
+        return _filter(signal, factors).to(kept.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, factors, _, rows, columns = inputs
+        ctx.save_for_backward(factors)
+        ctx.crop = (rows, columns)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (factors,) = ctx.saved_tensors
+        return _FilterAndCrop.apply(grad, factors, *ctx.crop), None, None, None, None
+
+
+def _filter(signal: Tensor, factors: Tensor) -> Tensor:
+    """`IDFT(factors . DFT(signal))` without the inverse transform's division by the number of
+    points.
+    """
+    # The factors are real: scaling real and imaginary parts takes half the work of a complex
+    # product.
+    spectrum = torch.view_as_real(torch.fft.rfft2(signal)) * factors.unsqueeze(-1)
+    return torch.fft.irfft2(torch.view_as_complex(spectrum), s=signal.shape[-2:], norm="forward")
