@@ -206,6 +206,9 @@ def print_config(arguments: argparse.Namespace, overrides: Iterable[Override]) -
 VISIBLE = "CONVNORM_VISIBLE_DEVICES"
 """The environment variable that holds `CUDA_VISIBLE_DEVICES` as it was before `select_device`."""
 
+ALL = "all"
+"""The value of `VISIBLE` where `CUDA_VISIBLE_DEVICES` was not set."""
+
 
 def select_device(devices: str | None) -> int:
     """Show only these CUDA devices to torch, such as `"0"` or `"0,1"`.
@@ -227,12 +230,12 @@ def select_device(devices: str | None) -> int:
             f"-d {devices}: expected the index of a CUDA device, such as 0, or several, such as 0,1"
         )
     # A process that this one starts has the same flag, and must not choose among the chosen ones.
-    visible = os.environ.setdefault(VISIBLE, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    if visible:
-        names = visible.split(",")
+    visible = os.environ.setdefault(VISIBLE, os.environ.get("CUDA_VISIBLE_DEVICES", ALL))
+    if visible != ALL:
+        names = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
         if int(max(indices, key=int)) >= len(names):
             raise ConfigError(
-                f"-d {devices}: CUDA_VISIBLE_DEVICES is {visible}: expected indices below"
+                f"-d {devices}: CUDA_VISIBLE_DEVICES is {visible!r}: expected indices below"
                 f" {len(names)}"
             )
         indices = [names[int(index)].strip() for index in indices]

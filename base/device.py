@@ -271,5 +271,9 @@ def _memory_of(device: torch.device | None) -> str:
         device = torch.device("cuda", torch.cuda.current_device())
     if device is None or device.type != "cuda":
         return f"the memory of {device or 'the CPU'}"
-    free, total = torch.cuda.mem_get_info(device)
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:
+        # A broken CUDA context answers no question
+        return f"the memory of {device}"
     return f"the memory of {device} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB are free)"

@@ -53,16 +53,22 @@ def test_an_evaluation_has_a_process_for_each_only_under_torchrun(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,GPU-a"
 
 
-def test_a_process_that_a_process_starts_chooses_the_same_devices():
+@pytest.mark.parametrize(("visible", "chosen"), [("4,GPU-a,6,7", "7,GPU-a"), (None, "3,1")])
+def test_a_process_that_a_process_starts_chooses_the_same_devices(visible, chosen, monkeypatch):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     for _ in range(2):
         select_device("3,1")
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,GPU-a"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
 
 
 def test_missing_devices(monkeypatch):
-    message = "^-d 0,4: CUDA_VISIBLE_DEVICES is 4,GPU-a,6,7: expected indices below 4$"
+    message = "^-d 0,4: CUDA_VISIBLE_DEVICES is '4,GPU-a,6,7': expected indices below 4$"
     with pytest.raises(ConfigError, match=message):
         select_device_to_evaluate("0,4")
+    monkeypatch.setenv(VISIBLE, "")
+    with pytest.raises(ConfigError, match="^-d 0: CUDA_VISIBLE_DEVICES is '': expected indices"):
+        select_device_to_evaluate("0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.delenv(VISIBLE)
     with pytest.raises(ConfigError, match=r"^-d 0,1,2: asks for 3 CUDA devices, of which 2 exist$"):
