@@ -60,9 +60,9 @@ class Classifier:
 class FilledClassifier(Classifier):
     """A classifier that fills batches up with copies of their last image.
 
-    An attack that stops early goes on with fewer images in every step. An accelerator would prepare
-    its algorithms anew for each number of images, so there the model gets the few `batch_sizes`
-    only. The CPU gets the images as they are.
+    An attack that stops early has fewer images left in every step. A GPU prepares its algorithms
+    for each batch size separately, so the model sees only a few sizes there; see `batch_sizes`. On
+    the CPU it gets the images as they are.
 
     Args:
         model, labels: see `Classifier`; the whole batch has as many images as labels.

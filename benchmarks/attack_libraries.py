@@ -102,11 +102,11 @@ ATTACKS = {
     "FGSM, l2": (0, "l2"),
 }
 FASTER = 1.0
-"""How many times as fast as the faster library every side of ours shall be at least."""
+"""The goal for every side of ours: at least this many times as fast as the faster library."""
 FASTER_BF16 = 1.9
 """The same for a search in bf16 where the hardware multiplies bf16 natively."""
 SHARE = 85
-"""The least percentage of the rate of a matrix product at which PGD's passes shall compute."""
+"""The goal for PGD: at least this percentage of the rate of a matrix product."""
 POINTS = 0.2
 """Percentage points by which our attack may be weaker than theirs."""
 

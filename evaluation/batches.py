@@ -58,9 +58,10 @@ class FittingSize:
         self.largest: int | None = None
 
     def run(self, work: Callable[[int], Result], size: int) -> Result:
-        """Return `work(size)`, or the same with as many images at a time as fit.
+        """Return `work(size)`, with a smaller size if that does not fit into memory.
 
-        Work that ran out of memory begins anew. A warning names the size with which it went on.
+        If the work runs out of memory, it is done again with half the size. A warning names the
+        size that fits.
 
         Raises:
             ConfigError: a single image does not fit.
