@@ -293,9 +293,8 @@ def settings(attack: Attack) -> dict[str, Any]:
 def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
     """Within the context, no parameter of the model requires gradients.
 
-    Afterwards every module and parameter has its own flags again. A function has none. Layers with
-    a context manager `fixed_weights` are in it, as ConvNorm, which then computes what follows from
-    its weights once.
+    Afterwards every module and parameter has its own flags again. A function has none. If a layer
+    has a context manager `fixed_weights`, it is entered, too: ConvNorm then computes V only once.
 
     Args:
         model: a module or a function.
@@ -364,7 +363,7 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels: expected integers, not {labels.dtype}")
     if len(images) == 0:
         return
-    # Read at once, as the host waits for each reading
+    # Both in one read, because the host waits for every read
     low, high = torch.stack([images.amin(), images.amax()]).tolist()
     # False for NaN, too
     if not (low >= 0 and high <= 1):

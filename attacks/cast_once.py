@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from attacks.classifier import Model
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-"""Layers whose forward pass uses weight and bias for one product only, which autocast computes in
-low precision."""
+"""Layers that use weight and bias for a single product, which autocast computes in low
+precision."""
 METHODS = ("forward", "_conv_forward")
 
 
@@ -20,10 +20,10 @@ def cast_once(model: Model) -> Iterator[None]:
     """Within the context, convolutions and linear layers of a frozen model keep the low-precision
     copies of their weights from one forward pass to the next.
 
-    Autocast keeps the copies of weights that require gradients only, so in an attack every pass
-    would make them again. The copies are those that autocast makes: logits and gradients are the
-    same, bit by bit. Parameters, their gradients and modes are not touched, and everything that
-    reads a weight outside of its layer's own product gets the weight itself.
+    Autocast keeps copies only of weights that require gradients, so it would make them again in
+    every pass of an attack. The copies here are the same, and so are logits and gradients, bit by
+    bit. Parameters, their gradients and modes are not touched, and whoever reads a weight gets the
+    weight itself.
 
     Left to autocast are layers that compute their weights in each pass (subclasses with a forward
     method of their own, parametrizations), functions, models with a part that is compiled, and
@@ -70,7 +70,7 @@ def _uses_its_weight_once(module: nn.Module) -> bool:
 class _CastingForward:
     """The forward method of one of `LAYERS` that keeps the copies of weight and bias.
 
-    An object, and not a function, so that a copy of the model gets a copy with its own layer.
+    It is an object, not a function, so that a copy of the model has one for its own layer.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -91,7 +91,7 @@ class _CastingForward:
         return layer._conv_forward(input, weight, bias)
 
     def _cast(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        """Return the copy of a parameter, or the parameter itself where autocast has to do it."""
+        """Return the copy of a parameter, or the parameter if autocast has to cast it."""
         values = getattr(self.layer, name)
         # Another tensor comes from torch.func.functional_call, for example
         if values is None or values is not self.frozen[name]:

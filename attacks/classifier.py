@@ -11,9 +11,9 @@ Model = nn.Module | Callable[[Tensor], Tensor]
 logits `(B, classes)`."""
 
 SMALLEST_BATCH = 32
-"""On an accelerator, fewer images than these take about as long."""
+"""The smallest batch on a GPU: fewer images take about as long."""
 SMALLER_BATCHES = 3
-"""How many batch sizes below that of the whole batch an accelerator gets."""
+"""The number of sizes below that of the whole batch."""
 
 
 class Classifier:
@@ -42,7 +42,7 @@ class Classifier:
         self.smallest = 0
         self.largest = 0
         if len(labels):
-            # Read now, so that no forward pass has to wait for the device; at once, to wait once
+            # Read now, so that no forward pass has to wait for the device; both in one read
             self.smallest, self.largest = torch.stack([labels.min(), labels.max()]).tolist()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -77,13 +77,12 @@ class FilledClassifier(Classifier):
         missing = self.filled_size(n, images.device) - n
         if missing <= 0:
             return super().__call__(images)
-        # Detached, as nobody asks for the copies' answers
+        # Detached, because the answers for the copies are dropped
         copies = images[-1:].detach().expand(missing, *images.shape[1:])
         return super().__call__(torch.cat([images, copies]))[:n]
 
     def filled_size(self, n: int, device: torch.device) -> int:
-        """Return the size to which a batch of `n` images is filled up; `n` or less for no
-        copies."""
+        """Return the size to which a batch of `n` images is filled up, or `n` if it is not."""
         # A batch without images has no last one
         if n == 0 or device.type == "cpu":
             return n
@@ -91,10 +90,10 @@ class FilledClassifier(Classifier):
 
 
 def batch_sizes(whole: int) -> list[int]:
-    """Return the batch sizes, the smallest first, that an accelerator gets in an attack on `whole`
-    images: the largest powers of two below, down to `SMALLEST_BATCH`, and `whole` itself.
+    """Return the batch sizes of an attack on `whole` images on a GPU, the smallest first.
 
-    For 128 images these are 32, 64 and 128, for 512 they are 64, 128, 256 and 512.
+    These are `whole` itself and the largest powers of two below it, from `SMALLEST_BATCH` on: 32,
+    64 and 128 for 128 images, and 64, 128, 256 and 512 for 512.
     """
     powers = [2**power for power in range((whole - 1).bit_length())] if whole > 1 else []
     large = [power for power in powers if power >= SMALLEST_BATCH]
@@ -103,9 +102,9 @@ def batch_sizes(whole: int) -> list[int]:
 
 @contextmanager
 def without_benchmark() -> Iterator[None]:
-    """Within the context cuDNN chooses its algorithms without timing them.
+    """Within the context, cuDNN chooses its algorithms without timing them.
 
-    Timing them for each of an attack's batch sizes takes longer than the attack wins by it.
+    Timing them for every batch size of an attack would cost more time than it saves.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False

@@ -142,8 +142,8 @@ class PGD(Attack):
             reached = self.reached(logits, labels[remaining])
             worst.update(remaining, points, losses, reached)
             if self.early_stop:
-                # An image that is done leaves the batch, so later passes are cheaper. In a step the
-                # host waits here alone, for the number of the others
+                # An image that is done leaves the batch, so later passes are cheaper. This is the
+                # only place in a step where the host waits: it needs the number of images left
                 unfinished = (reached < DONE).nonzero().squeeze(1)
                 if len(unfinished) == 0:
                     return

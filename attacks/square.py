@@ -88,7 +88,7 @@ class Square(Attack):
             broken = wrongness(logits, labels[remaining]) > 0
             best_here = best[remaining]
             better = broken | (losses > best_here)
-            # `where` in place of a selection by `better`, for whose size the host would wait
+            # Not a selection by `better`: the host would wait for its size
             per_pixel = better.reshape(-1, 1, 1, 1)
             points[remaining] = torch.where(per_pixel, tried, points[remaining])
             best[remaining] = torch.where(better, losses, best_here)

@@ -42,7 +42,7 @@ class WorstCase:
         farther = reached > before
         larger = (reached == before) & (losses > self.losses[index])
         worse = farther | larger
-        # `where` in place of a selection by `worse`, for whose size the host would wait
+        # Not a selection by `worse`: the host would wait for its size
         per_pixel = worse.reshape(-1, 1, 1, 1)
         self.points[index] = torch.where(per_pixel, points, self.points[index])
         self.reached[index] = torch.where(worse, reached, before)

@@ -327,7 +327,7 @@ class BaseTrainer(ABC):
             state.images_seen += shard.total
             if not bar.disable and state.batches_done % 10 == 0:
                 bar.set_postfix_str(describe(self.meters.means()))
-            # The last save goes on beside the first minibatches
+            # A thread may still be writing the last checkpoint
             self.checkpoints.poll()
             if self._asked_to_stop():
                 state.train_seconds += perf_counter() - begin

@@ -183,7 +183,7 @@ def _set_float32(products: str, convolutions: str) -> None:
     """Set the precision of float32 on CUDA, as torch's `fp32_precision` names it."""
     matmul = torch.backends.cuda.matmul
     cudnn = torch.backends.cudnn
-    # The older flags, too, and first: torch raises an error where they disagree with the keys.
+    # The older flags first: torch raises an error if they disagree with the newer keys.
     matmul.allow_tf32 = products == "tf32"
     cudnn.allow_tf32 = convolutions == "tf32"
     matmul.fp32_precision = products
@@ -200,9 +200,9 @@ def set_determinism(deterministic: bool, num_threads: int | None) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # 0: not asked for; 1: warnings; 2: errors.
     if torch.get_deterministic_debug_mode() != (2 if deterministic else 0):
-        # Only where it changes something: torch imports its compiler for this, in seconds.
+        # Only if the mode changes: torch imports its compiler for this, which takes seconds.
         torch.use_deterministic_algorithms(deterministic)
-    # torch would fill every new tensor with NaN, to show what reads it before it is written
+    # torch would fill every new tensor with NaN, to expose reads of memory that was never written
     torch.utils.deterministic.fill_uninitialized_memory = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
@@ -245,10 +245,11 @@ def memory_explained(
     Args:
         key: the config key or flag of the batch size.
         batch_size: its value.
-        device: where the batches are; None for the current CUDA device, if CUDA is in use.
+        device: where the batches are; None for the current CUDA device, or another device if CUDA
+            is not in use.
 
     Raises:
-        ConfigError: naming `key` and `device`, and on CUDA its free memory.
+        ConfigError: naming `key`, and `device` and its free memory as far as they are known.
     """
     try:
         yield
@@ -269,8 +270,10 @@ def is_out_of_memory(error: Exception) -> bool:
 def _memory_of(device: torch.device | None) -> str:
     if device is None and torch.cuda.is_initialized():
         device = torch.device("cuda", torch.cuda.current_device())
-    if device is None or device.type != "cuda":
-        return f"the memory of {device or 'the CPU'}"
+    if device is None:
+        return "memory"
+    if device.type != "cuda":
+        return f"the memory of {device}"
     try:
         free, total = torch.cuda.mem_get_info(device)
     except RuntimeError:

@@ -44,7 +44,7 @@ QUESTION_BATCHES = 8
 """The largest number of minibatches between two questions; see `StopQuestions`."""
 
 QUESTION_SECONDS = 1.0
-"""About the longest time between two questions, where minibatches take less."""
+"""The time between two questions is at most about this long, or one minibatch."""
 
 
 class Interrupted(BaseException):
@@ -110,10 +110,10 @@ class StopSignals:
 class StopQuestions:
     """When the processes that train together ask one another whether a signal has come.
 
-    A question waits for the slowest process, so it is asked after every 8th minibatch only, and
-    after as many minibatches as take a second, where these are fewer, as torchrun and SLURM wait
-    for 30 s only. All processes count the same minibatches and take the time of the slowest of
-    them, so all ask after the same minibatch. One process, which waits for nobody, always asks.
+    A question waits for the slowest process, so it is asked only after every 8th minibatch. Slow
+    minibatches are asked after sooner, about once a second, because torchrun and SLURM wait for
+    30 s only. All processes count the same minibatches and use the time of the slowest process, so
+    they all ask after the same minibatch. A single process waits for nobody and always asks.
     """
 
     def __init__(self) -> None:

@@ -29,7 +29,7 @@ MORE_ROWS = 8
 # See `Attack.confident`. Each is larger than the error of the logits that a search sees: always for
 # fused batch norms, and nearly always in low precision, where an image that was believed to be
 # broken too early is attacked once more. The one for low precision is that of bfloat16. TF32 keeps
-# 3 bits more, and loses little by it: a search goes on for a step or two, and verdicts stay.
+# 3 bits more, so its searches could stop a step or two sooner; the verdicts are the same.
 CONFIDENCE_LOW_PRECISION = 0.02
 CONFIDENCE_FUSED = 2 * TOLERANCE
 
@@ -234,7 +234,7 @@ class _WorstImages:
         reached = wrongness(logits, self._labels[at], self._rank)
         before = self._wrongness[at]
         kept = reached >= before
-        # `where` in place of a selection by `kept`, for whose size the host would wait
+        # Not a selection by `kept`: the host would wait for its size
         self.images[at] = torch.where(kept.reshape(-1, 1, 1, 1), found, self.images[at])
         self.logits[at] = torch.where(kept.unsqueeze(1), logits, self.logits[at])
         self._wrongness[at] = torch.where(kept, reached, before)

@@ -47,11 +47,10 @@ class Batch:
 
 
 class FittingSize:
-    """How many images at a time fit into memory: as many as asked for, and half as many from each
-    time on that memory runs out.
+    """The number of images at a time that fit into memory. It is halved whenever memory runs out.
 
     Attributes:
-        largest: the size to which memory has limited the work; None before it ran out.
+        largest: the largest size that is still tried; None before memory has run out.
     """
 
     def __init__(self) -> None:
@@ -83,7 +82,7 @@ class FittingSize:
                 if ran_out:
                     logger.warning("out of memory: going on with batches of %d images", size)
                 return result
-            # After `except`, as the error holds the tensors of the work
+            # Not inside `except`, where the error still holds the work's tensors
             ran_out = True
             self.largest = max(1, size // 2)
             if torch.cuda.is_initialized():

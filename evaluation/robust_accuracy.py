@@ -283,7 +283,7 @@ def _attack_batches(
         # The copy costs a few passes, which an attack of a single step would not win back.
         if fused is None and not attack.single_step:
             fused = fuse_conv_bn(model, batch.images[:ROWS])
-        # Nothing in here waits for other processes: one may halve its batches alone
+        # A process may halve its batches alone, because this waits for no other process
         found, worst = fitting.run(functools.partial(attack_parts, batch), len(batch.labels))
         verdicts = Verdicts.joined([verdicts, found])
         # Images go first: verdicts on the disk whose images are missing would be useless.

@@ -65,7 +65,7 @@ class Evaluation:
 def prepare_machine(config: Config) -> torch.device:
     """Set up this process as the config says, and return its device.
 
-    Rank 0 logs a warning if the device is not what the config suggests.
+    Rank 0 logs why `auto` is the CPU, and a warning if the hardware lacks the precision.
     """
     set_full_precision()
     set_determinism(config.system.deterministic, config.system.num_threads)

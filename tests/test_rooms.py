@@ -89,6 +89,12 @@ def test_the_installed_package_needs_torch_alone(file):
         assert top == "torch" or top in sys.stdlib_module_names, f"{file.name} imports {name}"
 
 
+def printed_by(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_command_with_a_wrong_flag_imports_nothing_slow():
     code = (
         "import runpy, sys; sys.argv = ['train.py', '--debug', '--set', 'x']\n"
@@ -97,8 +103,7 @@ def test_a_command_with_a_wrong_flag_imports_nothing_slow():
         "slow = {'torchvision', 'scipy', 'sklearn', 'matplotlib', 'torch._dynamo'}\n"
         "print(sorted(slow & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+    assert printed_by(code) == "[]\n"
 
 
 def test_an_evaluation_without_determinism_does_not_import_the_compiler():
@@ -108,5 +113,4 @@ def test_an_evaluation_without_determinism_does_not_import_the_compiler():
         "set_determinism(False, None)\n"
         "print('torch._inductor' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
+    assert printed_by(code) == "False\n"

@@ -1,5 +1,4 @@
-"""CheckpointWriter: it copies a training state at once, and writes the copy while training goes
-on."""
+"""CheckpointWriter: copies a training state, and writes the copy while training goes on."""
 
 import os
 import weakref
@@ -17,9 +16,9 @@ class CheckpointWriter:
     """Writes one checkpoint at a time in a thread of its own.
 
     `write` returns as soon as every tensor is copied to the host's memory; the copy stays there
-    until it is on the disk. Whatever the thread raises is raised by the next `join`, and so is
-    never lost. Before this process forks (as it does to start image workers), it waits for the
-    thread, so that no child process inherits a lock that the thread holds.
+    until it is on the disk. The next `join` raises whatever the thread has raised. Before this
+    process forks (as it does to start image workers), it waits for the thread, so that no child
+    process inherits a lock that the thread holds.
     """
 
     def __init__(self) -> None:

@@ -220,7 +220,7 @@ class DataLoaderArgs(OpenSection):
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Worker processes that decode streamed images."""
     pin_memory: bool = False
-    """Page-locked memory for streamed images."""
+    """Copy batches of decoding processes straight into page-locked memory."""
     num_batches: Count = 0
     """If above 0, a training epoch ends after that many batches."""
     mean: Channels | None = None

@@ -75,9 +75,16 @@ def environment() -> dict[str, Any]:
             "driver": nvidia_driver(),
             "version": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+            "nccl": _nccl(),
             "unavailable": cuda_unavailable(),
         },
     }
+
+
+def _nccl() -> str | None:
+    if not torch.distributed.is_nccl_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def test_the_environment_names_driver_cuda_and_card(monkeypatch):
     with fake_device(monkeypatch):
         found = environment()
     assert found["gpus"] == [{"name": "fake", "compute_capability": "9.0", "memory_gib": 8.0}]
-    assert found["cuda"].keys() == {"driver", "version", "cudnn", "unavailable"}
+    assert found["cuda"].keys() == {"driver", "version", "cudnn", "nccl", "unavailable"}
     assert found["cuda"]["unavailable"] is None
 
 

@@ -11,10 +11,10 @@ from .kernel_energy import inverse_root_energy
 class KeptInverseRoot:
     """V of one parameter for the input size it was asked for last.
 
-    V is computed again in every pass while the parameter requires gradients, and where it has been
-    changed in place, got other memory or dtype, or where another tensor takes its place
-    (`torch.func.functional_call`, a parametrization). torch counts neither writes through
-    `parameter.data` nor those of fused optimizers, so these are not seen between two passes without
+    V is computed again if the parameter requires gradients, has been changed in place, or has got
+    other memory or another dtype, and if another tensor takes its place
+    (`torch.func.functional_call`, a parametrization). torch does not count writes through
+    `parameter.data` and those of fused optimizers, so they go unnoticed between two passes without
     gradients. A copy of this object, also by pickle, is None.
     """
 
