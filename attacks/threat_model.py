@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attacks.arguments import check_size
+from base import draws_ahead
 from base.device import to_device
 
 NORMS = ("linf", "l2")
@@ -156,7 +157,7 @@ def draw(distribution: Callable[..., Tensor], like: Tensor, generators: Generato
     """
     # On the CPU, so that the numbers are the same for every device
     if isinstance(generators, torch.Generator):
-        drawn = distribution(like.shape, generator=generators)
+        drawn = draws_ahead.draw(distribution, like.shape, generators)
     elif isinstance(generators, Sequence):
         of_images = [distribution(like.shape[1:], generator=one) for one in generators]
         drawn = torch.stack(of_images)

@@ -35,6 +35,7 @@ from base.distributed import (
     world_size,
 )
 from base.distributed.ddp import broadcast_buffers, distribute_bn, wrap_ddp
+from base.draws_ahead import DrawsAhead
 from base.ema import ModelEma
 from base.errors import CheckpointError, ConfigError, NonFiniteError, Stopped
 from base.meters import BatchResult, Loss, Meters, Metric, batch_result
@@ -154,6 +155,7 @@ class BaseTrainer(ABC):
         self.trackers: Tracker = Trackers()
         self.signals = StopSignals()
         self.stop_questions = StopQuestions()
+        self.draws_ahead = DrawsAhead()
         # The current minibatch as it was loaded, for the nan guard's message
         self.images: Tensor | None = None
 
@@ -251,9 +253,12 @@ class BaseTrainer(ABC):
         """Return the source of the current minibatch's random numbers for `purpose`.
 
         With several processes it is a function (see `attacks.threat_model.Draw`), so that the
-        numbers do not depend on how many processes there are.
+        numbers do not depend on how many processes there are. Within `train` on CUDA, a thread
+        draws ahead for the next minibatch (see `DrawsAhead`), which changes no number.
         """
-        generator = torch_generator(self.config.seed, purpose, *self.minibatch)
+        is_last = self.state.batches_done + 1 >= len(self.train_loader)
+        key = (self.config.seed, purpose, *self.minibatch)
+        generator = self.draws_ahead.generator(key, is_last)
         shard = self.shard(images)
         if shard.processes == 1:
             return generator
@@ -272,6 +277,7 @@ class BaseTrainer(ABC):
             Stopped: a signal asked for it; the state is saved.
             NonFiniteError: see `update` and `_check_epoch`; the last saved checkpoint is intact.
         """
+        on_cuda = self.device.type == "cuda"
         self.network = wrap_ddp(self.model, self.config.system.gradient_compression)
         with self.signals.caught(), self.checkpoints.completed():
             # Now, so that a kill in the first epoch loses nothing, a full disk is found before an
@@ -279,7 +285,11 @@ class BaseTrainer(ABC):
             self.checkpoints.save_last(self.checkpoint())
             self.checkpoints.check_disk_space()
             while not self.finished:
-                log = {**self._train_epoch(), **self._validate_epoch()}
+                # Around the minibatches only: image workers are forked before an epoch's first draw
+                # and in validation, and no thread may be alive then
+                with self.draws_ahead.thread() if on_cuda else nullcontext():
+                    log = self._train_epoch()
+                log |= self._validate_epoch()
                 self._check_epoch(log)
                 self._finish_epoch(log)
                 if self._asked_to_stop():

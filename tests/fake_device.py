@@ -102,6 +102,14 @@ class FakeDevice:
         _label(self.pinned, tensor)
         return tensor
 
+    def pinned_copy(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in pinned memory, which is the same one if it lies there."""
+        if self.is_pinned(tensor):
+            return tensor
+        # torch keeps all strides, also those of a part of a tensor, which `clone` does not
+        strided = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return self.pin(strided.copy_(tensor))
+
     def take(self, tensor: Tensor) -> Tensor:
         """Label a tensor as the CPU's."""
         with torch._C.DisableTorchFunction():
@@ -234,10 +242,6 @@ class _Calls(TorchFunctionMode):
         fake = self.fake
         tensor = args[0] if args and isinstance(args[0], Tensor) else None
         if tensor is not None:
-            if name == "pin_memory":
-                return fake.pin(tensor.clone())
-            if name == "is_pinned":
-                return fake.is_pinned(tensor)
             if name in ("to", "cuda", "cpu"):
                 return self._to(name, *args, **kwargs)
             if fake.has(tensor):
@@ -354,6 +358,9 @@ def fake_device(monkeypatch, kind: str = "cuda", count: int = 1) -> Iterator[Fak
         else:
             patch.setattr(torch.backends.mps, "is_available", lambda: True)
         patch.setattr(torch, "autocast", Autocast)
+        # Not in `_Calls`: torch's modes are those of one thread, and other threads pin, too
+        patch.setattr(Tensor, "pin_memory", lambda tensor: fake.pinned_copy(tensor))
+        patch.setattr(Tensor, "is_pinned", lambda tensor: fake.is_pinned(tensor))
         patch.setattr(
             torch.optim.Optimizer,
             "_group_tensors_by_device_and_dtype",

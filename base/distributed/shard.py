@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from base.distributed.process_group import rank, world_size
+from base.draws_ahead import draw
 
 
 @dataclass(frozen=True)
@@ -80,4 +81,5 @@ class ShardedGenerator:
 
     def draw(self, distribution: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
         """Return the shard's part of `distribution((total, *shape), generator=...)`."""
-        return distribution((self.shard.total, *shape), generator=self.generator)[self.shard.part]
+        whole = (self.shard.total, *shape)
+        return draw(distribution, whole, self.generator, self.shard.part)
