@@ -20,7 +20,7 @@ from base.checkpoint import save_checkpoint
 from evaluation import DoctorReport, RobustnessReport, Verdicts
 from evaluation.checks import Check
 from experiment.attack_command import _verdict_on_reliability
-from tiny_runs import script
+from tiny_runs import read_arrays, script
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -126,9 +126,9 @@ def test_verdicts_are_the_same_for_two_processes_and_other_batches(robust_run, t
     second = run("validate_pgd.py", *words, tmp_path / "two.json", cwd=tmp_path, launcher=launcher)
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("PGD-2") == 1, "only one process reports"
-    verdicts = [np.load(tmp_path / f"{name}.verdicts.npz") for name in ("one", "two")]
+    verdicts = [read_arrays(tmp_path / f"{name}.verdicts.npz") for name in ("one", "two")]
     assert len(set(verdicts[1]["position"].tolist())) == 40, "every image exactly once"
-    assert all(np.array_equal(verdicts[0][name], verdicts[1][name]) for name in verdicts[0].files)
+    assert all(np.array_equal(verdicts[0][name], verdicts[1][name]) for name in verdicts[0])
 
 
 def test_doctor_figure_and_l2(robust_run, tmp_path):
@@ -287,7 +287,7 @@ def test_a_model_with_a_nan_weight_gets_a_report_that_is_not_reliable(
     assert report["reliable"] is False
     assert report["warnings"] == ["gradients and logits are finite: not finite for 21 of 21 images"]
     assert "warning: gradients and logits are finite: not finite for 21" in done.stdout
-    verdicts = np.load(tmp_path / "a.verdicts.npz")
+    verdicts = read_arrays(tmp_path / "a.verdicts.npz")
     assert (verdicts["prediction"] == -1).all()
     assert not verdicts["robust_top1"].any()
 
@@ -483,7 +483,7 @@ def test_a_link_gets_the_report_and_its_verdicts_beside_it(robust_run, tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "latest.json").is_symlink()
     assert json.loads((tmp_path / "reports" / "first.json").read_text())["n"] == 10
-    assert len(np.load(tmp_path / "latest.verdicts.npz")["label"]) == 10
+    assert len(read_arrays(tmp_path / "latest.verdicts.npz")["label"]) == 10
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -574,7 +574,7 @@ def test_a_users_own_attack_with_its_arguments_images_and_table(robust_run, tmp_
     )
     report = json.loads((tmp_path / "a.json").read_text())
     assert (report["momentum"], report["steps"], report["step_size"]) == (0.5, 3, None)
-    images, verdicts = np.load(tmp_path / "a.npz"), np.load(tmp_path / "a.verdicts.npz")
+    images, verdicts = read_arrays(tmp_path / "a.npz"), read_arrays(tmp_path / "a.verdicts.npz")
     assert images["images"].shape == (12, 3, 32, 32)
     assert np.array_equal(images["prediction"], verdicts["prediction"])
     with (tmp_path / "a.csv").open(newline="") as file:

@@ -68,6 +68,12 @@ def interrupt(monkeypatch, folder, config, after):
     assert count == after
 
 
+def read_arrays(file):
+    """Return the arrays of a `.npz` file by name; the file is closed."""
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
 def difference(first, second):
     """Return the names of all values that differ between two checkpoints, wall-clock time aside."""
     different = []
