@@ -14,12 +14,18 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 import torchvision.datasets
 import torchvision.datasets.utils
 
 # It fills the tables that configs are checked against.
 import experiment as experiment
 from base.config import imports
+
+# With the first backward pass torch decides whether autograd needs threads of its own, with which
+# a forked process cannot compute gradients. While torch.compile traces, it would decide that it
+# does, although there is no GPU.
+torch.ones(1, requires_grad=True).sum().backward()
 
 # If the tests run in the background or with nohup, signals are ignored, and processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
