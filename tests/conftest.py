@@ -47,6 +47,33 @@ CIFAR10_NAMES = [
 ]
 
 
+LONG = (
+    "tests/test_distributed.py",
+    "tests/promises/test_13_comet.py",
+    "tests/promises/test_01_resume.py",
+    "tests/experiment/test_experiment.py",
+    "tests/test_attack_scripts.py",
+    "tests/evaluation/test_reliability.py",
+    "tests/test_run_ablations.py",
+    "tests/benchmarks/test_comparisons.py",
+    "tests/examples/test_examples.py",
+    "tests/promises/test_07_secrets.py",
+    "tests/promises/test_14_configs.py",
+    "tests/test_train.py",
+)
+"""Files of 20 seconds and more. They come first, so that no process ends the suite alone."""
+
+
+def pytest_configure(config):
+    # pytest-xdist would begin with the files of many tests, which are not the long ones.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    places = {file: place for place, file in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def ctrl_c_ends_the_tests():
     """Restore the handler of Ctrl-C, which `run_script` replaces when a command has ended."""
