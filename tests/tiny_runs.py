@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import os
 import runpy
 import signal
@@ -179,6 +180,9 @@ class Fork(subprocess.Popen):
                     preexec_fn()
                 _leave_open_files(pass_fds)
                 _forget_signal_handlers()
+                # Those of pytest, which take the log of this process
+                logging.getLogger().handlers.clear()
+                logging.getLogger().setLevel(logging.WARNING)
                 # Popen switches it off while it forks.
                 gc.enable()
                 # The threads of the parent do not exist in this process.
