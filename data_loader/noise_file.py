@@ -261,7 +261,8 @@ def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: st
         # A file that cannot be read does not bring the labels into order.
         with suppress(Exception):
             # Its n-th number is the position in the training set of the file's n-th image
-            places = np.load(found, allow_pickle=False).ravel()
+            with found.open("rb") as opened:
+                places = np.load(opened, allow_pickle=False).ravel()
             if np.array_equal(np.sort(places), np.arange(len(declared))) and np.array_equal(
                 declared, clean_labels[places]
             ):

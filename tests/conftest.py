@@ -14,12 +14,18 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 import torchvision.datasets
 import torchvision.datasets.utils
 
 # It fills the tables that configs are checked against.
 import experiment as experiment
 from base.config import imports
+
+# With the first backward pass torch decides whether autograd needs threads of its own, with which
+# a forked process cannot compute gradients. While torch.compile traces, it would decide that it
+# does, although there is no GPU.
+torch.ones(1, requires_grad=True).sum().backward()
 
 # If the tests run in the background or with nohup, signals are ignored, and processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,6 +45,33 @@ CIFAR10_NAMES = [
     "ship",
     "truck",
 ]
+
+
+LONG = (
+    "tests/test_distributed.py",
+    "tests/promises/test_13_comet.py",
+    "tests/promises/test_01_resume.py",
+    "tests/experiment/test_experiment.py",
+    "tests/test_attack_scripts.py",
+    "tests/evaluation/test_reliability.py",
+    "tests/test_run_ablations.py",
+    "tests/benchmarks/test_comparisons.py",
+    "tests/examples/test_examples.py",
+    "tests/promises/test_07_secrets.py",
+    "tests/promises/test_14_configs.py",
+    "tests/test_train.py",
+)
+"""Files of 20 seconds and more. They come first, so that no process ends the suite alone."""
+
+
+def pytest_configure(config):
+    # pytest-xdist would begin with the files of many tests, which are not the long ones.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    places = {file: place for place, file in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,9 @@
 
 import csv
 import json
-import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +18,8 @@ from base.checkpoint import save_checkpoint
 from evaluation import DoctorReport, RobustnessReport, Verdicts
 from evaluation.checks import Check
 from experiment.attack_command import _verdict_on_reliability
-from tiny_runs import script
+from tests.base.distributed.two_processes import start_two
+from tiny_runs import read_arrays, script
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -41,21 +40,13 @@ SHORT = [
 ]
 
 
-def run(script, *words, cwd, launcher=()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(ROOT / script), *map(str, words)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
-    )
-
-
 @pytest.fixture(scope="module")
 def robust_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("robust") / "run"
     options = ["--set", "adversarial.method=fgsm", "--set", "trainer.ema_decay=0.5"]
     config = ROOT / "configs" / "quickstart.json"
     monitor = ["--set", "trainer.monitor=max val_robust_top1"]
-    done = run(
+    done = script(
         "train_robust.py",
         "-c",
         config,
@@ -104,7 +95,7 @@ def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
     # An attempt with another number of processes leaves such a file
     stale.touch()
     other.touch()
-    done = run("fgsm.py", "-s", folder, "--limit", 30, "--ema", cwd=folder.parent)
+    done = script("fgsm.py", "-s", folder, "--limit", 30, "--ema", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("FGSM, linf 8/255 on 30 images: clean ")
     report = json.loads((folder / "eval" / "fgsm_linf_8_ema_n30_seed0.json").read_text())
@@ -122,13 +113,13 @@ def test_verdicts_are_the_same_for_two_processes_and_other_batches(robust_run, t
         "validate_pgd.py", *words, tmp_path / "one.json", "--batch_size", 16, cwd=tmp_path
     )
     assert first.returncode == 0, first.stderr
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    second = run("validate_pgd.py", *words, tmp_path / "two.json", cwd=tmp_path, launcher=launcher)
-    assert second.returncode == 0, second.stderr
-    assert second.stdout.count("PGD-2") == 1, "only one process reports"
-    verdicts = [np.load(tmp_path / f"{name}.verdicts.npz") for name in ("one", "two")]
+    processes = start_two(ROOT / "validate_pgd.py", *words, tmp_path / "two.json")
+    output = "".join(process.communicate(timeout=300)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert output.count("PGD-2") == 1, "only one process reports"
+    verdicts = [read_arrays(tmp_path / f"{name}.verdicts.npz") for name in ("one", "two")]
     assert len(set(verdicts[1]["position"].tolist())) == 40, "every image exactly once"
-    assert all(np.array_equal(verdicts[0][name], verdicts[1][name]) for name in verdicts[0].files)
+    assert all(np.array_equal(verdicts[0][name], verdicts[1][name]) for name in verdicts[0])
 
 
 def test_doctor_figure_and_l2(robust_run, tmp_path):
@@ -202,11 +193,11 @@ def test_an_original_checkpoint_with_its_original_config(tmp_path):
 
 def test_the_doctor_examines_as_many_images_as_its_flag_says(robust_run, tmp_path):
     folder, _ = robust_run
-    words = ["-s", folder, "--steps", 2, "--limit", 100, "--json", tmp_path / "a.json"]
-    done = script("validate_pgd.py", *words, "--doctor", 12, cwd=tmp_path)
+    words = ["-s", folder, "--steps", 2, "--limit", 10, "--json", tmp_path / "a.json"]
+    done = script("validate_pgd.py", *words, "--doctor", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "a.json").read_text())
-    assert "of 12 images, " in next(check["detail"] for check in report["checks"])
+    assert "of 3 images, " in next(check["detail"] for check in report["checks"])
     none = script("validate_pgd.py", *words, "--doctor", 0, cwd=tmp_path)
     assert (none.returncode, none.stderr) == (2, "error: --doctor: expected at least 1, not 0\n")
 
@@ -287,7 +278,7 @@ def test_a_model_with_a_nan_weight_gets_a_report_that_is_not_reliable(
     assert report["reliable"] is False
     assert report["warnings"] == ["gradients and logits are finite: not finite for 21 of 21 images"]
     assert "warning: gradients and logits are finite: not finite for 21" in done.stdout
-    verdicts = np.load(tmp_path / "a.verdicts.npz")
+    verdicts = read_arrays(tmp_path / "a.verdicts.npz")
     assert (verdicts["prediction"] == -1).all()
     assert not verdicts["robust_top1"].any()
 
@@ -483,7 +474,7 @@ def test_a_link_gets_the_report_and_its_verdicts_beside_it(robust_run, tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "latest.json").is_symlink()
     assert json.loads((tmp_path / "reports" / "first.json").read_text())["n"] == 10
-    assert len(np.load(tmp_path / "latest.verdicts.npz")["label"]) == 10
+    assert len(read_arrays(tmp_path / "latest.verdicts.npz")["label"]) == 10
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -574,7 +565,7 @@ def test_a_users_own_attack_with_its_arguments_images_and_table(robust_run, tmp_
     )
     report = json.loads((tmp_path / "a.json").read_text())
     assert (report["momentum"], report["steps"], report["step_size"]) == (0.5, 3, None)
-    images, verdicts = np.load(tmp_path / "a.npz"), np.load(tmp_path / "a.verdicts.npz")
+    images, verdicts = read_arrays(tmp_path / "a.npz"), read_arrays(tmp_path / "a.verdicts.npz")
     assert images["images"].shape == (12, 3, 32, 32)
     assert np.array_equal(images["prediction"], verdicts["prediction"])
     with (tmp_path / "a.csv").open(newline="") as file:

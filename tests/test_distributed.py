@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from socket import socket
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import base.signals
 from base.base_data_loader import BaseDataLoader
 from base.base_trainer import BaseTrainer
 from base.checkpoint import load_checkpoint
@@ -22,18 +24,19 @@ from base.config.tree import merge
 from base.distributed import is_primary, rank, world_size
 from base.errors import ConfigError, Stopped
 from base.run_folder.environment import PROVENANCE
-from data_loader import DATA_LOADERS
-from data_loader.datasets import read_digits
+from data_loader import DATA_LOADERS, data_loaders
+from data_loader.datasets import LabeledImages, MemoryImages, read_digits
 from experiment import build
 from experiment.evaluation_flags import evaluation_parser
 from experiment.experiment import Experiment, resume
 from experiment.loading import load_evaluation
+from tests.base.distributed.two_processes import ended, start_two
+from tiny_runs import Fork
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 CPU = {"system": {"device": "cpu", "num_threads": 1}}
-NETWORK = {"type": "wide_resnet", "args": {"norm_layer_type": "gn", "depth": 10, "widen_factor": 1}}
 TINY = {
     **CPU,
     "seed": 3,
@@ -44,7 +47,7 @@ TINY = {
         "args": {"batch_size": 37, "validation_split": 0.1},
     },
     "optimizer": {"type": "SGD", "args": {"lr": 0.02, "momentum": 0.9}},
-    "trainer": {"epochs": 2, "verbosity": 0, "subset_percent": 0.052},
+    "trainer": {"epochs": 2, "verbosity": 0, "subset_percent": 0.185},
 }
 SYNCHRONIZED = {
     "arch": {"args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
@@ -71,11 +74,19 @@ METHODS = {
 }
 
 
+def few_digits(train):
+    """Digits of 16 x 16: 405 for training, of which 40 are held out, and 61 for the test."""
+    digits = read_digits(train)
+    few = slice(405 if train else 61)
+    pixels = digits.images.pixels[few, :, ::2, ::2].contiguous()
+    return LabeledImages(MemoryImages(pixels), digits.labels[few], digits.class_names)
+
+
 class OwnDigits(BaseDataLoader):
     """A user's data set, which gives images by position."""
 
     def __init__(self, train: bool = True) -> None:
-        digits = read_digits(train)
+        digits = few_digits(train)
         self.pixels, self.labels = digits.images.pixels, torch.from_numpy(digits.labels)
         self.class_names = digits.class_names
 
@@ -87,21 +98,26 @@ class OwnDigits(BaseDataLoader):
 
 
 @contextmanager
-def double_precision():
+def few_digits_in_double_precision():
     """In single precision one rounding error may change a maximum or the sign of a gradient, and
     two runs of the same algorithm diverge."""
     original = build.build_completed_model
-    build.build_completed_model = lambda *words, **named: original(*words, **named).double()
-    try:
+
+    def in_double(*words, **named):
+        return original(*words, **named).double()
+
+    with (
+        patch.object(build, "build_completed_model", in_double),
+        patch.object(data_loaders, "read_digits", few_digits),
+        patch.dict(DATA_LOADERS, OwnDigits=OwnDigits),
+    ):
         yield
-    finally:
-        build.build_completed_model = original
 
 
 def train_all(folder):
     """Every method; where there are two processes, one more run is stopped in the middle of its
     second epoch."""
-    with double_precision(), patch.dict(DATA_LOADERS, OwnDigits=OwnDigits):
+    with few_digits_in_double_precision():
         for name, settings in METHODS.items():
             Experiment.from_config(validate(merge(TINY, settings))).run(str(folder / name))
         if world_size() == 2:
@@ -119,12 +135,13 @@ def stop_in_the_middle(config, folder):
         if count == 8 and rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    BaseTrainer.update = counted
-    try:
-        with pytest.raises(Stopped if is_primary() else SystemExit):
-            Experiment.from_config(config).run(str(folder))
-    finally:
-        BaseTrainer.update = update
+    with (
+        patch.object(BaseTrainer, "update", counted),
+        # However fast the machine is, the processes ask each other after every minibatch.
+        patch.object(base.signals, "QUESTION_BATCHES", 1),
+        pytest.raises(Stopped if is_primary() else SystemExit),
+    ):
+        Experiment.from_config(config).run(str(folder))
     assert count == 8, "both stop after the same minibatch"
 
 
@@ -138,11 +155,8 @@ def runs(tmp_path_factory):
         "with distributed_session(training=True): train_all(pathlib.Path(sys.argv[1]))\n"
     )
     (folder / "train_all.py").write_text(script)
-    words = [*TORCHRUN, str(folder / "train_all.py"), str(folder / "two")]
-    done = subprocess.run(
-        words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    codes, errors = ended(start_two(folder / "train_all.py", folder / "two"))
+    assert codes == [0, 0], errors
     train_all(folder / "one")
     return folder
 
@@ -201,7 +215,7 @@ def test_checkpoints_do_not_depend_on_the_number_of_processes(runs):
 def test_a_run_stopped_in_two_processes_continues_in_one(runs):
     progress = load_checkpoint(runs / "two" / "stopped" / "model_last.pth")["progress"]
     assert (progress["epochs_done"], progress["batches_done"]) == (1, 1)
-    with double_precision():
+    with few_digits_in_double_precision():
         resume(str(runs / "two" / "stopped"))
     for ours, theirs in zip(
         logs(runs / "two" / "stopped"), logs(runs / "one" / "free"), strict=True
@@ -219,24 +233,49 @@ MANY = 100_000
 """Epochs that no test waits for."""
 
 
-def config_file(folder, epochs=6):
-    tree = merge(TINY, {"arch": NETWORK, "trainer": {"epochs": epochs, "verbosity": 1}})
+def config_file(folder, epochs=3):
+    tree = merge(TINY, {"trainer": {"epochs": epochs, "verbosity": 1}})
     (folder / "config.json").write_text(json.dumps(tree))
     return folder / "config.json"
 
 
-def start(words, run, epochs):
-    """Start a job and wait until `epochs` epochs are logged."""
-    words = [*map(str, words), "--run_dir", str(run)]
-    process = subprocess.Popen(
-        words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def begin(words, start=subprocess.Popen, **named):
+    """Start a command with pipes for stdout and stderr."""
+    words = list(map(str, words))
+    return start(words, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True, **named)
+
+
+def wait_for_an_epoch(process, run):
+    """Wait until a job has logged an epoch."""
     deadline = time.monotonic() + 500
-    while not ((run / "metrics.jsonl").exists() and len(logs(run)) >= epochs):
+    while not ((run / "metrics.jsonl").exists() and logs(run)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the job hangs"
         time.sleep(0.02)
-    return process
+
+
+def kill_rank_1():
+    """Let rank 1 of a job's first attempt kill itself in its third epoch, when the first has
+    certainly been saved."""
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) != ("1", "0"):
+        return
+    update = BaseTrainer.update
+
+    def die_in_the_third_epoch(self, losses):
+        if self.state.epochs_done == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(self, losses)
+
+    BaseTrainer.update = die_in_the_third_epoch
+
+
+def begin_torchrun(words):
+    """Start torchrun as a fork, which forks its processes; see `kill_rank_1`."""
+
+    def before():
+        subprocess.Popen = partial(Fork, before=kill_rank_1)
+
+    return begin(words, Fork, before=before)
 
 
 def processes_of(launcher):
@@ -258,7 +297,8 @@ def test_n_gpu_starts_processes_that_stop_together(tmp_path):
         "--set",
         "n_gpu=2",
     ]
-    process = start(words, tmp_path / "run", epochs=1)
+    process = begin([*words, "--run_dir", tmp_path / "run"])
+    wait_for_an_epoch(process, tmp_path / "run")
     assert sorted(processes_of(process.pid)) == [0, 1]
     os.kill(processes_of(process.pid)[1], signal.SIGTERM)  # not to the one that writes
     output, errors = process.communicate(timeout=500)
@@ -269,31 +309,21 @@ def test_n_gpu_starts_processes_that_stop_together(tmp_path):
 
 
 def test_a_dead_process_ends_all(tmp_path):
-    process = start(
-        [*TORCHRUN, ROOT / "train.py", "-c", config_file(tmp_path, MANY)],
-        tmp_path / "run",
-        epochs=1,
-    )
-    os.kill(processes_of(process.pid)[1], signal.SIGKILL)
+    words = [*TORCHRUN, ROOT / "train.py", "-c", config_file(tmp_path, MANY)]
+    process = begin_torchrun([*words, "--run_dir", tmp_path / "run"])
     _, errors = process.communicate(timeout=500)
     assert process.returncode != 0
     assert "exitcode: -9" in errors.replace("  : ", ": ")
     assert len(logs(tmp_path / "run")) < MANY
 
 
-def machine(folder, job, port):
-    """The command of either of two machines."""
+def two_machines(folder, job, port):
+    """Start a job on two machines."""
     where = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
     several = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 1, "--rdzv_id", job, *where]
-    return [
-        *TORCHRUN[:3],
-        *several,
-        ROOT / "train.py",
-        "-c",
-        config_file(folder),
-        "--run_dir",
-        folder / "run",
-    ]
+    train = [ROOT / "train.py", "-c", config_file(folder), "--run_dir", folder / "run"]
+    words = [*TORCHRUN[:3], *several, *train]
+    return [begin_torchrun(words) for _ in range(2)]
 
 
 def test_two_machines_restart_after_a_failure_and_leave_other_jobs_alone(tmp_path):
@@ -301,23 +331,15 @@ def test_two_machines_restart_after_a_failure_and_leave_other_jobs_alone(tmp_pat
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     run = tmp_path / "run"
-    with subprocess.Popen(
-        list(map(str, machine(tmp_path, 1, port))), env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
-    ) as second:
-        first = start(machine(tmp_path, 1, port)[:-2], run, epochs=1)
-        workers = processes_of(first.pid) | processes_of(second.pid)
-        os.kill(workers[1], signal.SIGKILL)
-        output = "".join(process.communicate(timeout=500)[0] for process in (first, second))
-    assert (first.returncode, second.returncode) == (0, 0)
+    machines = two_machines(tmp_path, 1, port)
+    output = "".join(process.communicate(timeout=500)[0] for process in machines)
+    assert [process.returncode for process in machines] == [0, 0]
     assert "resumed after" in output
-    assert [log["epoch"] for log in logs(run)] == [1, 2, 3, 4, 5, 6]
-    assert json.loads((run / "result.json").read_text())["epochs"] == 6
+    assert [log["epoch"] for log in logs(run)] == [1, 2, 3]
+    assert json.loads((run / "result.json").read_text())["epochs"] == 3
 
     before = {file: file.stat().st_mtime_ns for file in run.iterdir()}
-    words = list(map(str, machine(tmp_path, 2, port)))
-    machines = [
-        subprocess.Popen(words, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True) for _ in range(2)
-    ]
+    machines = two_machines(tmp_path, 2, port)
     errors = "".join(process.communicate(timeout=500)[1] for process in machines)
     assert all(process.returncode for process in machines), "rank 0 fails alone, and all end"
     assert errors.count("already holds a run; continue it with -r") == 2, "once for each attempt"
@@ -334,10 +356,10 @@ def test_an_error_of_all_processes_is_printed_once(tmp_path):
         "run_script(main)\n"
     )
     (tmp_path / "script.py").write_text(script)
-    words = [*TORCHRUN, str(tmp_path / "script.py")]
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert done.stderr.splitlines().count("error: no such images") == 1
+    process = begin_torchrun([*TORCHRUN, tmp_path / "script.py"])
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert errors.splitlines().count("error: no such images") == 1
 
 
 def test_fewer_images_than_processes_are_refused(monkeypatch):

@@ -4,9 +4,6 @@ tests/test_attack_scripts.py tests the flags that they share with the attack com
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +15,6 @@ from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
 ORIGINAL = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv" / "model_best.pth"
-
-
-def run(name, *words, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / name), *map(str, words)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
-    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +53,7 @@ def test_spectrum_of_a_run(digits_run, tmp_path):
         "--tolerance",
         "1e-6",
     ]
-    done = run("spectrum.py", *words, cwd=tmp_path)
+    done = script("spectrum.py", *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads((tmp_path / "new" / "a.json").read_text())
     layers = {layer["name"]: layer for layer in report["layers"]}
@@ -86,7 +75,7 @@ def test_spectrum_of_a_run(digits_run, tmp_path):
 
 
 def test_classes_of_a_run(digits_run, tmp_path):
-    done = run(
+    done = script(
         "class_report.py",
         "-s",
         digits_run,

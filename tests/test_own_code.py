@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from base.checkpoint import load_checkpoint
-from tiny_runs import ROOT, script
+from tiny_runs import ROOT, python, script
 
 PARTS = """
 from torch import nn, optim
@@ -201,13 +201,7 @@ def test_it_is_resumed_with_code_that_has_moved_and_changed(trained):
 def test_two_processes_import_too(trained):
     quick = ["--set", "adversarial.report=false", "--set", "adversarial.validate_every=0"]
     words = ["-c", "parts/my_config.json", "--set", "n_gpu=2", *quick, "--run_dir", "two"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "train_robust.py", *words],
-        cwd=trained,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = python(ROOT / "train_robust.py", *words, cwd=trained)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("runs my_parts") == 3, "the command, and each of its processes"
     assert json.loads((trained / "two" / "result.json").read_text())["test_pairs"] > 0

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import foolbox
@@ -174,15 +171,6 @@ def foolboxs(network, images, labels, random_start):
     return broken, (of_label - others).abs()
 
 
-def run(*words, cwd):
-    """validate_pgd.py in a process of its own, as a user runs it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "validate_pgd.py"), *words]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
-    )
-
-
 def verdicts_of(folder):
     with np.load(folder / "report.verdicts.npz") as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
@@ -191,7 +179,7 @@ def verdicts_of(folder):
 def test_verdicts_at_the_last_iterate_from_the_image_equal_foolboxs(measured):
     network, images, labels, words, folder = measured
     same = ["--set", "pgd_attack.random_start=false", "--set", "pgd_attack.early_stop=0"]
-    done = run(*words, *attack_words(), *same, cwd=folder)
+    done = script("validate_pgd.py", *words, *attack_words(), *same, cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
     verdicts = verdicts_of(folder)
     with torch.no_grad():

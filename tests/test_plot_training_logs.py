@@ -1,10 +1,7 @@
-"""plot_training_logs.py as a user runs it, in a new process and from another folder."""
+"""plot_training_logs.py as a user runs it, from another folder."""
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +10,6 @@ from base.config import validate
 from tiny_runs import script
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(*words, cwd):
-    command = [sys.executable, str(ROOT / "plot_training_logs.py"), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment
-    )
 
 
 def write_run(folder, seed, norm, shift, rate=0.0, finished=True):
@@ -57,7 +46,8 @@ def saved(tmp_path_factory):
 
 def test_curves_and_table(saved, tmp_path):
     by_norm = ["--group-by", "arch.args.norm_layer_type"]
-    done = run(
+    done = script(
+        "plot_training_logs.py",
         saved / "norms",
         *by_norm,
         "--metric",
@@ -82,14 +72,15 @@ def test_curves_and_table(saved, tmp_path):
     ]
     # scipy's Welch test of (0.50, 0.52, 0.54) and (0.55, 0.54, 0.60)
     assert rows[1]["test_top1_p_holm"].startswith("0.13216")
-    only = run(saved / "norms" / "bn_0", "--table", tmp_path / "new" / "a.tex", cwd=tmp_path)
+    one = [saved / "norms" / "bn_0", "--table", tmp_path / "new" / "a.tex"]
+    only = script("plot_training_logs.py", *one, cwd=tmp_path)
     assert (only.returncode, only.stderr) == (0, "")
     assert r"Experiment & 1 & 50.00 & 49.00 \\" in (tmp_path / "new" / "a.tex").read_text()
 
 
 def test_final_values_against_noise(saved, tmp_path):
     words = ["--against", "trainer.percent", "--out", "noise.svg", "--table", "noise.md"]
-    done = run(saved / "noise", *words, cwd=tmp_path)
+    done = script("plot_training_logs.py", saved / "noise", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     unfinished = saved / "noise" / "unfinished"
     warning = f"warning: {unfinished}: not finished after epoch 3: its results are left out\n"

@@ -14,7 +14,7 @@ import pytest
 
 from studies.progress import Progress, State, StatusRow
 from studies.work import _Display
-from tiny_runs import script
+from tiny_runs import Fork, fork_programs, python, script
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -31,7 +31,7 @@ def command(*words):
 
 
 def study(*words, cwd):
-    return script("run_ablations.py", *words, cwd=cwd)
+    return script("run_ablations.py", *words, cwd=cwd, before=fork_programs)
 
 
 @pytest.fixture
@@ -119,13 +119,7 @@ def test_a_killed_study_is_finished_by_the_same_command(grid, tmp_path):
         "--set",
         "augmentation.flip=false",
     ]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_ITS_FIRST_RUN, *map(str, words)],
-        cwd=tmp_path,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-    )
+    killed = python("-c", KILLED_AT_ITS_FIRST_RUN, *words, cwd=tmp_path, before=fork_programs)
     assert killed.returncode == -signal.SIGKILL
     before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*/result.json")}
     assert len(before) < 2
@@ -158,8 +152,13 @@ def test_ctrl_c_saves_and_the_exit_code_says_so(grid, tmp_path):
     tree["axes"]["norm"]["bn"]["trainer.epochs"] = 500
     grid.write_text(json.dumps(tree))
     words = ["--grid", grid, "--config", "bn", "--seed", 0, "--save_dir", tmp_path / "out"]
-    process = subprocess.Popen(
-        command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    process = Fork(
+        command(*words),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        before=fork_programs,
     )
     while not list((tmp_path / "out").glob("*/model_last.pth")):
         assert process.poll() is None
@@ -175,9 +174,7 @@ def test_ctrl_c_saves_and_the_exit_code_says_so(grid, tmp_path):
 def test_two_studies_share_the_work(grid, tmp_path):
     words = command("--grid", grid, "--all", "--save_dir", tmp_path / "out")
     both = [
-        subprocess.Popen(
-            words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        Fork(words, cwd=tmp_path, stdout=-1, stderr=-1, text=True, before=fork_programs)
         for _ in range(2)
     ]
     for process in both:
@@ -187,14 +184,9 @@ def test_two_studies_share_the_work(grid, tmp_path):
     logs = list((tmp_path / "out").glob("*/output.log"))
     assert len(logs) == 4
     assert all(log.read_text().count("run folder ") == 1 for log in logs), "no run is started twice"
-    curves = [
-        sys.executable,
-        str(ROOT / "plot_training_logs.py"),
-        str(tmp_path / "out"),
-        "--table",
-        str(tmp_path / "t.md"),
-    ]
-    subprocess.run(curves, check=True, cwd=tmp_path)
+    table = ["--table", tmp_path / "t.md"]
+    done = script("plot_training_logs.py", tmp_path / "out", *table, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     rows = (tmp_path / "t.md").read_text().splitlines()[2:4]
     assert [row.split(" | ")[:2] for row in rows] == [["| bn", "2"], ["| gn", "2"]], (
         "the variants, in the grid's order"
@@ -272,7 +264,8 @@ def test_a_cluster_takes_the_same_path(grid, tmp_path):
         "local",
     ]
     settings = ["--set", "trainer.epochs=1", "--parameter", "timeout_min=5"]
-    done = study(*words, *settings, cwd=tmp_path)
+    # submitit's processes are not forked
+    done = script("run_ablations.py", *words, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 of 1 runs are finished" in done.stdout
     [result] = (tmp_path / "out").glob("bn_seed1_*/result.json")

@@ -14,7 +14,7 @@ import torch
 from base.command_line import config_parser
 from base.errors import ConfigError
 from experiment.evaluation_flags import evaluation_parser
-from tiny_runs import script, write_images
+from tiny_runs import Fork, script, write_images
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -27,25 +27,17 @@ SHORT = [
 ]
 
 
-def command(*words):
-    return [
-        sys.executable,
-        "-W",
-        "error::DeprecationWarning",
-        str(ROOT / "train.py"),
-        *map(str, words),
-    ]
-
-
-def train(*words, cwd):
-    return subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs with spaces") / "прогон 🙂"
-    done = train(
-        "-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *SHORT, cwd=folder.parent
+    strict = [sys.executable, "-W", "error::DeprecationWarning", ROOT / "train.py"]
+    words = ["-c", ROOT / "configs" / "quickstart.json", "--run_dir", folder, *SHORT]
+    done = subprocess.run(
+        list(map(str, [*strict, *words])),
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -267,7 +259,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole_run, tmp_path, numb
     """SIGKILL repeats the broken epoch; SIGINT saves in its middle."""
     there = tmp_path / "in the second epoch"
     program = WAITING_FOR_A_SIGNAL.format(script=str(ROOT / "train.py"), there=str(there))
-    process = subprocess.Popen(
+    process = Fork(
         [
             sys.executable,
             "-c",
@@ -276,7 +268,6 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole_run, tmp_path, numb
             "--run_dir",
             str(tmp_path / "killed"),
         ],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -317,8 +308,9 @@ def test_sigterm_to_the_whole_process_group_saves_although_workers_get_it_too(tm
         "system": {"num_threads": 1},
     }
     (tmp_path / "config.json").write_text(json.dumps(tree))
-    process = subprocess.Popen(
-        command("-c", tmp_path / "config.json", "--run_dir", tmp_path / "run"),
+    words = [ROOT / "train.py", "-c", tmp_path / "config.json", "--run_dir", tmp_path / "run"]
+    process = Fork(
+        [sys.executable, *map(str, words)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,9 +1,14 @@
 """Runs of about a second, for tests of everything around training."""
 
+import contextlib
+import gc
+import logging
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import traceback
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -68,6 +73,12 @@ def interrupt(monkeypatch, folder, config, after):
     assert count == after
 
 
+def read_arrays(file):
+    """Return the arrays of a `.npz` file by name; the file is closed."""
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
 def difference(first, second):
     """Return the names of all values that differ between two checkpoints, wall-clock time aside."""
     different = []
@@ -117,6 +128,8 @@ def forked(function):
         code = error.exit_code
     except SystemExit as end:
         code = end.code
+    except Exception:
+        traceback.print_exc(file=sys.__stderr__)
     finally:
         os._exit(code)
 
@@ -138,35 +151,144 @@ SLOW_IMPORTS = (
 """What commands import when they first need it, which takes seconds in every process."""
 
 
+class Fork(subprocess.Popen):
+    """`subprocess.Popen`, which forks this process where it is asked for another Python process.
+
+    That saves the seconds for imports. The new process has the modules of this one and its filters
+    of warnings. A test of what Python does before the first line of a program cannot use it.
+
+    Args:
+        args: the command; after `sys.executable` come a file, `-c` and a program, or `-m` and the
+            name of a module, and then words.
+        before: is called in the new process first.
+        env, pass_fds, preexec_fn, named: those of `subprocess.Popen`.
+    """
+
+    def __init__(
+        self, args, *, before=None, env=None, pass_fds=(), preexec_fn=None, **named
+    ) -> None:
+        if args[0] != sys.executable:
+            super().__init__(args, env=env, pass_fds=pass_fds, preexec_fn=preexec_fn, **named)
+            return
+        for module in SLOW_IMPORTS:
+            import_module(module)
+
+        def become():
+            code = 99
+            try:
+                if preexec_fn:
+                    preexec_fn()
+                _leave_open_files(pass_fds)
+                _forget_signal_handlers()
+                # Those of pytest, which take the log of this process
+                logging.getLogger().handlers.clear()
+                logging.getLogger().setLevel(logging.WARNING)
+                # Popen switches it off while it forks.
+                gc.enable()
+                # The threads of the parent do not exist in this process.
+                torch.set_num_threads(1)
+                if env is not None:
+                    os.environ.clear()
+                    os.environ.update(env)
+                    sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(":") if path]
+                sys.stdin, sys.stdout, sys.stderr = (
+                    os.fdopen(number, mode) for number, mode in enumerate(("r", "w", "w"))
+                )
+                if before:
+                    before()
+                # torchrun asks for output without a buffer.
+                words = args[2:] if args[1] == "-u" else args[1:]
+                code = _run_program([str(word) for word in words])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+        with warnings.catch_warnings():
+            # Python warns that forking a process with threads may deadlock.
+            warnings.simplefilter("ignore")
+            # It is called between fork and exec, and does not return.
+            named = {"pass_fds": pass_fds, "restore_signals": False, **named}
+            super().__init__(args, preexec_fn=become, **named)
+
+
+def fork_programs():
+    """Let this process fork the Python programs that it starts: `before` of a `Fork`."""
+    subprocess.Popen = Fork
+
+
+def _leave_open_files(kept):
+    """Let the descriptors of files that this process has from its parent lead nowhere.
+
+    They are not closed: objects of the parent would later close other files of the same number.
+    Among them is the pipe whose end `Popen` takes for the beginning of the program.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for file in list(Path("/dev/fd").iterdir()):
+        number = int(file.name)
+        if number > 2 and number not in (nowhere, *kept):
+            with contextlib.suppress(OSError):
+                # The folder itself has been read, and is closed.
+                os.fstat(number)
+                os.dup2(nowhere, number, inheritable=False)
+
+
+def _forget_signal_handlers():
+    """As in a new program: the parent's functions are not called, what it ignores is ignored."""
+    for number in signal.valid_signals():
+        if number == signal.SIGINT and callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler)
+        elif callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _run_program(words):
+    """Run what Python runs by these words; return the exit code."""
+    try:
+        if words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            exec(words[1], {"__name__": "__main__"})  # noqa: S102 - the test's own program
+        elif words[0] == "-m":
+            sys.argv = words[1:]
+            # As in a new process, in which nothing has imported it yet
+            sys.modules.pop(words[1], None)
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path.insert(0, str(Path(words[0]).resolve().parent))
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def python(*words, timeout=300, **named):
+    """Return the exit code and the output of a forked Python process with these words."""
+    command = [sys.executable, *map(str, words)]
+    process = Fork(command, stdout=-1, stderr=-1, text=True, **named)
+    stdout, stderr = process.communicate(timeout=timeout)
+    return CompletedProcess(command, process.returncode, stdout, stderr)
+
+
 def script(name, *words, cwd, before=None):
     """Run a command with these words in a forked process, which saves the time for imports.
 
     `before` is called in the process first.
     """
-    for module in SLOW_IMPORTS:
-        import_module(module)
-    streams = {
-        1: Path(cwd).parent / f"{os.getpid()}.out",
-        2: Path(cwd).parent / f"{os.getpid()}.err",
-    }
-
-    def become():
-        os.chdir(cwd)
-        for number, file in streams.items():
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in streams)
-        sys.argv = [str(ROOT / name), *map(str, words)]
-        if before:
-            before()
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-
-    code = exit_code(forked(become))
-    stdout, stderr = (file.read_text() for file in streams.values())
-    return CompletedProcess([name, *words], code, stdout, stderr)
+    # Not pipes, which processes that outlive the command would keep open
+    streams = [Path(cwd).parent / f"{os.getpid()}.{which}" for which in ("out", "err")]
+    with streams[0].open("w") as stdout, streams[1].open("w") as stderr:
+        command = [sys.executable, str(ROOT / name), *map(str, words)]
+        code = Fork(command, before=before, cwd=cwd, stdout=stdout, stderr=stderr).wait()
+    return CompletedProcess(command, code, *(file.read_text() for file in streams))
 
 
 class Patience(float):

@@ -1,11 +1,7 @@
 """Updates on finite gradients only, whether the host waits for the device before each or seldom."""
 
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from math import inf, nan
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +12,8 @@ import base.nan_guard
 from base.errors import NonFiniteError
 from base.nan_guard import NanGuard
 from base.train_state import TrainState
+from tests.base.distributed.two_processes import ended, start_two
 
-ROOT = Path(__file__).parents[2]
 FUSED = [
     (torch.optim.SGD, {"lr": 0.1}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
@@ -190,16 +186,8 @@ with distributed_session(training=True):
 
 def test_all_processes_stop_at_a_loss_that_only_one_has_computed(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*words, str(tmp_path / "script.py"), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    codes, errors = ended(start_two(tmp_path / "script.py", tmp_path))
+    assert codes == [0, 0], errors
     printed = {
         path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "script.py"
     }

@@ -2,22 +2,18 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tiny_runs import python
+
 ROOT = Path(__file__).parents[2]
 
 
 def benchmarks(*words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks", *map(str, words)]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
-    )
+    return python("-m", "benchmarks", *words, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

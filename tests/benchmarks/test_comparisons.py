@@ -24,6 +24,7 @@ from benchmarks.rows import BenchmarkRow, Settings
 from benchmarks.steps import build_trainer, precisions, step_config, step_of
 from benchmarks.timing import Paired, Spread
 from models.layers.conv_norm.fourier_plan import FOURIER_BATCH
+from tiny_runs import Fork
 
 ROOT = Path(__file__).parents[2]
 SMOKE = Settings(torch.device("cpu"), 1, smoke=True)
@@ -326,7 +327,8 @@ def test_every_pass_of_our_sides_has_its_own_random_starts(tmp_path):
         assert any(not torch.equal(a, b) for a, b in zip(first, seen, strict=False))
 
 
-def test_two_processes_train_at_the_same_time_and_each_counts_its_own_images():
+def test_two_processes_train_at_the_same_time_and_each_counts_its_own_images(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", Fork)
     (row,) = two_at_once.measure(SMOKE)
     assert row.result.n == 1
     assert row.result.median == pytest.approx(row.ours_value.median / row.other_value.median)
@@ -357,7 +359,8 @@ def test_the_slower_of_two_processes_is_what_a_row_shows(monkeypatch):
     assert (first.result.median, first.result.n, first.met) == (0.4, 3, False)
 
 
-def test_a_process_that_cannot_train_is_an_error():
+def test_a_process_that_cannot_train_is_an_error(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", Fork)
     with two_at_once.Training(SMOKE, "no network", 4) as process:
         process.begin(0.0)
         with pytest.raises(ConfigError, match="two_at_once: a process ended with exit code 1"):

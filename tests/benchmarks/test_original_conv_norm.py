@@ -6,13 +6,13 @@ import json
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.original_conv_norm import OriginalConvNorm, use_original_conv_norm
 from models import build_model
 from models.layers import ConvNorm2d
+from tiny_runs import read_arrays
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_CASES = json.loads((GOLDEN / "conv_norm_layer.json").read_text())
@@ -26,17 +26,13 @@ LAYERS = [
 
 @pytest.mark.parametrize("case", range(len(GOLDEN_CASES)))
 def test_gives_the_numbers_of_the_original(case):
-    golden = np.load(GOLDEN / "conv_norm_layer.npz")
+    golden = read_arrays(GOLDEN / "conv_norm_layer.npz")
     layer = ConvNorm2d(
         **{key: value for key, value in GOLDEN_CASES[case].items() if key not in ("size", "batch")}
     )
     init = f"case{case}/init/"
     layer.load_state_dict(
-        {
-            k.removeprefix(init): torch.from_numpy(golden[k])
-            for k in golden.files
-            if k.startswith(init)
-        }
+        {k.removeprefix(init): torch.from_numpy(golden[k]) for k in golden if k.startswith(init)}
     )
     plain = OriginalConvNorm(layer)
 

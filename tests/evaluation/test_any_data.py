@@ -20,6 +20,7 @@ from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import MemoryImages
 from evaluation import DoctorReport, RobustnessReport, doctor, robust_accuracy
 from evaluation.partial import partial_file, remove_partials
+from tiny_runs import read_arrays
 
 N = 23
 ATTACK = PGD(0.03, 0.01, 3, early_stop=True)
@@ -206,7 +207,7 @@ def test_adversarial_images_are_saved_as_they_were_attacked(problem, tmp_path):
     report = robust_accuracy(
         model, project_loader(images, labels), ATTACK, seed=3, save_images=file
     )
-    saved = np.load(file)
+    saved = read_arrays(file)
     assert saved["images"].dtype == np.float32
     with torch.no_grad():
         predictions = model.eval()(torch.from_numpy(saved["images"])).argmax(1)
@@ -242,8 +243,8 @@ def test_an_interrupted_evaluation_keeps_its_adversarial_images(problem, tmp_pat
     assert not (tmp_path / "a.npz").exists()
     assert same(robust_accuracy(model, loader, ATTACK, **go_on), whole)
     assert len(calls) == 4, "one batch before, two after"
-    first, second = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "a"))
-    assert all(np.array_equal(first[name], second[name]) for name in first.files)
+    first, second = (read_arrays(tmp_path / f"{name}.npz") for name in ("whole", "a"))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
     kept.with_suffix(".images").write_bytes(b"damaged")
     robust_accuracy(model, loader, ATTACK, **go_on)
     assert len(calls) == 7, "verdicts without their images are not continued"

@@ -15,6 +15,7 @@ from base.errors import ConfigError
 from evaluation.batches import FittingSize
 from evaluation.reliability import doctor
 from evaluation.robust_accuracy import attack_loader, robust_accuracy
+from tiny_runs import read_arrays
 
 ATTACK = PGD(0.02, 0.006, 3, early_stop=True)
 
@@ -82,8 +83,8 @@ def test_the_attack_goes_on_with_half_the_images(kind, monkeypatch, caplog, tmp_
     assert [record.message for record in caplog.records] == [
         "out of memory: going on with batches of 20 images"
     ]
-    with np.load(tmp_path / "small.npz") as small, np.load(tmp_path / "halved.npz") as halved:
-        assert all(np.array_equal(small[name], halved[name]) for name in small.files)
+    small, halved = (read_arrays(tmp_path / f"{name}.npz") for name in ("small", "halved"))
+    assert all(np.array_equal(small[name], halved[name]) for name in small)
 
 
 def test_memory_that_runs_out_later_halves_what_follows(caplog):

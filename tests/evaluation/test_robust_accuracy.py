@@ -23,6 +23,7 @@ from evaluation.report import file_stem, title
 from evaluation.robust_accuracy import attack_loader
 from evaluation.verdicts import wilson_interval
 from models import build_model
+from tiny_runs import read_arrays
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +377,7 @@ def test_the_report_has_the_numbers_that_a_paper_needs(digits, tmp_path):
     low, high = report.interval
     assert low < report.robust_top1 < high
     report.save(str(tmp_path / "deep" / "report.json"))
-    saved = np.load(tmp_path / "deep" / "report.verdicts.npz")
+    saved = read_arrays(tmp_path / "deep" / "report.verdicts.npz")
     assert saved["robust_top1"].mean() == report.robust_top1
 
 

@@ -5,13 +5,11 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tiny_runs import script
+from tiny_runs import python
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -40,24 +38,14 @@ def files_of_the_clone():
 def run(command, folder):
     """Return what a command of the page prints.
 
-    Python with PYTHONPATH runs in a process of its own, everything else in a fork, which has the
-    imports done.
+    It runs in a fork of this process, which has the imports done.
     """
     words = shlex.split(command.replace("$CLONE", str(ROOT)))
+    environment = dict(os.environ)
     if words[0].startswith("PYTHONPATH="):
-        key, _, value = words.pop(0).partition("=")
-        done = subprocess.run(
-            [sys.executable, *words[1:]],
-            cwd=folder,
-            env={**os.environ, key: value},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    else:
-        python, file, *arguments = words
-        assert python == "python"
-        done = script(folder / file, *arguments, cwd=folder)
+        key, _, environment[key] = words.pop(0).partition("=")
+    assert words[0] == "python"
+    done = python(*words[1:], cwd=folder, env=environment)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout + done.stderr
 

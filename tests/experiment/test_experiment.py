@@ -16,7 +16,7 @@ from base.config.tree import merge
 from base.errors import CheckpointError, ConfigError, DataError, Stopped
 from base.run_folder.environment import project_version
 from experiment.experiment import Experiment, resume
-from tiny_runs import config_of, difference, interrupt, run, write_images
+from tiny_runs import config_of, difference, interrupt, read_arrays, run, write_images
 
 
 def test_a_crash_in_the_first_epoch_can_be_resumed(tmp_path, monkeypatch):
@@ -124,8 +124,8 @@ def test_run_folder_holds_everything(tmp_path):
     assert (result["commit"] or "").startswith(environment["commit"] or "")
     assert result["config_hash"] == config_hash(validate(read["config.json"]))
     assert "config_hash" not in (tmp_path / "run" / "info.log").read_text()
-    assert result["n_train"] == len(np.load(tmp_path / "run" / "labels.npz")["train_index"]) > 3 * 8
-    labels = np.load(tmp_path / "run" / "labels.npz")
+    labels = read_arrays(tmp_path / "run" / "labels.npz")
+    assert result["n_train"] == len(labels["train_index"]) > 3 * 8
     names = {
         f"{part}_{what}" for part in ("train", "val") for what in ("index", "label", "clean_label")
     }
@@ -264,7 +264,7 @@ def test_noise_changes_training_and_only_through_labels(tmp_path):
     }
     assert first["clean"]["loss"] != first["noisy"]["loss"]
     indices = [
-        np.load(tmp_path / name / "labels.npz")["train_index"] for name in ("clean", "noisy")
+        read_arrays(tmp_path / name / "labels.npz")["train_index"] for name in ("clean", "noisy")
     ]
     assert np.array_equal(*indices)
 
@@ -274,7 +274,7 @@ def test_two_runs_of_one_seed_write_the_same_bytes(tmp_path):
         run(tmp_path / name, config_of())
     for file in ("metrics.jsonl", "labels.npz", "config.json"):
         if file == "labels.npz":
-            a, b = (dict(np.load(tmp_path / name / file)) for name in "ab")
+            a, b = (read_arrays(tmp_path / name / file) for name in "ab")
             assert all(np.array_equal(a[key], b[key]) for key in a)
         else:
             assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -424,7 +424,7 @@ def test_the_realized_noise_rate_is_recorded_and_a_surprising_one_warned_of_once
         caplog.clear()
         noise = {"sym": True, "percent": 0.5, "noise_law": law, "verbosity": 0}
         result = run(tmp_path / law, folder_config(tmp_path / "set", 0.2, trainer=noise))
-        labels = np.load(tmp_path / law / "labels.npz")
+        labels = read_arrays(tmp_path / law / "labels.npz")
         assert result["noise_rate"] == np.mean(labels["train_label"] != labels["train_clean_label"])
         assert caplog.text.count("noise_law: exclusive") == warned
         assert caplog.text.count("label noise") == warned

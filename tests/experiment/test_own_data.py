@@ -15,7 +15,7 @@ from base.config import validate
 from data_loader import DATA_LOADERS, LabeledImages, MemoryImages, TrainingDataLoader
 from experiment.experiment import resume
 from models import build_model
-from tiny_runs import difference, script
+from tiny_runs import difference, read_arrays, script
 
 CLASSES = ("left", "middle", "right")
 
@@ -112,7 +112,7 @@ def test_own_data_trains_and_resumes_bit_for_bit(tmp_path, monkeypatch, loader, 
         assert result["n_train"] == 36, (
             "the subset counts the whole training set, and 12 of 60 are held out"
         )
-        labels = np.load(tmp_path / "whole" / "labels.npz")
+        labels = read_arrays(tmp_path / "whole" / "labels.npz")
         assert (
             result["noise_rate"]
             == np.mean(labels["train_label"] != labels["train_clean_label"])

@@ -12,6 +12,7 @@ from torch import nn
 
 from models.layers.conv_norm.kernel_energy import inverse_root_energy, kernel_energy
 from models.layers.conv_norm.layer import ConvNorm2d
+from tiny_runs import read_arrays
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_CASES = json.loads((GOLDEN / "conv_norm_layer.json").read_text())
@@ -64,18 +65,14 @@ def dense_filter(
 
 @pytest.mark.parametrize("case", range(len(GOLDEN_CASES)))
 def test_agrees_with_the_original(case):
-    golden = np.load(GOLDEN / "conv_norm_layer.npz")
+    golden = read_arrays(GOLDEN / "conv_norm_layer.npz")
     arguments = {
         key: value for key, value in GOLDEN_CASES[case].items() if key not in ("size", "batch")
     }
     layer = ConvNorm2d(**arguments)
     init = f"case{case}/init/"
     layer.load_state_dict(
-        {
-            k.removeprefix(init): torch.from_numpy(golden[k])
-            for k in golden.files
-            if k.startswith(init)
-        }
+        {k.removeprefix(init): torch.from_numpy(golden[k]) for k in golden if k.startswith(init)}
     )
 
     def assert_close(actual, name, atol=0.0):

@@ -3,6 +3,7 @@
 import copy
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from models.layers import ConvNorm2d, ONIConv2d, SpectralNormConv2d, replace_with_conv_norm
 from models.layers.conv_norm import layer as layer_module
+from tiny_runs import exit_code, forked
 
 
 def trained_layer(size=6):
@@ -138,7 +140,8 @@ def _ddp_worker(rank: int, folder: str) -> None:
 
 
 def test_distributed_data_parallel(tmp_path: Path):
-    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+    processes = [forked(partial(_ddp_worker, rank, str(tmp_path))) for rank in range(2)]
+    assert [exit_code(process) for process in processes] == [0, 0]
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert states[0]["counter"] == 2
     for key, value in states[0].items():

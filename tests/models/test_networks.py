@@ -5,7 +5,6 @@ error messages.
 import itertools
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from models import MODELS, build_model
 from models.layers import ONIConv2d
 from models.losses import LOSSES
 from models.resnet import PreActBlock
+from tiny_runs import read_arrays
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -293,10 +293,10 @@ def test_other_models_have_the_originals_keys():
 
 @pytest.mark.parametrize(("conv", "norm"), [("conv", "bn"), ("prec_conv", "no"), ("sn_conv", "bn")])
 def test_training_follows_the_original(conv, norm):
-    golden = np.load(GOLDEN / f"trajectory_standard_{conv}_{norm}.npz")
+    golden = read_arrays(GOLDEN / f"trajectory_standard_{conv}_{norm}.npz")
     model = build_model({"type": "simpleCNN", "args": layers(conv, norm)}, MEAN, STD)
     model.load_state_dict(
-        {k[5:]: torch.from_numpy(golden[k]) for k in golden.files if k.startswith("init/")}
+        {k[5:]: torch.from_numpy(golden[k]) for k in golden if k.startswith("init/")}
     )
     images = torch.from_numpy(golden["images_uint8"]).permute(0, 3, 1, 2) / 255
     labels = torch.from_numpy(golden["labels"])

@@ -14,8 +14,9 @@ from torch import nn
 from models.layers import ConvNorm2d, ONIConv2d, OWNConv2d, SpectralNormConv2d
 from models.layers.oni import EPSILON
 from models.ocnn import conv_orthogonality, matrix_orthogonality, penalty
+from tiny_runs import read_arrays
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "orthogonal_layers.npz")
+GOLDEN = read_arrays(Path(__file__).parents[1] / "golden" / "orthogonal_layers.npz")
 
 
 def golden(name):
@@ -73,7 +74,7 @@ def test_oni_is_newtons_recurrence_on_singular_values(
 
 
 def test_oni_has_the_originals_rule_for_more_rows_than_columns():
-    golden = np.load(Path(__file__).parents[1] / "golden" / "oni_more_rows_than_columns.npz")
+    golden = read_arrays(Path(__file__).parents[1] / "golden" / "oni_more_rows_than_columns.npz")
     for case in ("case0", "case1"):
         weight, expected = (
             torch.from_numpy(golden[f"{case}/{name}"]).double() for name in ("weight", "effective")

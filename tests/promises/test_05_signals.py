@@ -16,7 +16,7 @@ from base.checkpoint import load_checkpoint
 from base.errors import Stopped
 from base.signals import Interrupted, StopSignals
 from experiment.experiment import resume
-from tiny_runs import difference, run
+from tiny_runs import difference, read_arrays, run
 
 robustness_module = import_module("evaluation.robust_accuracy")
 
@@ -132,7 +132,7 @@ def check_final_attack(folder, monkeypatch, config, number, code):
         assert caught.value.exit_code == code
         assert attacked == [[0, 1, 2, 3], [4, 5, 6, 7]]
         (partial,) = (folder / "run" / "eval").iterdir()
-        assert np.load(partial)["position"].tolist() == [0, 1, 2, 3]
+        assert read_arrays(partial)["position"].tolist() == [0, 1, 2, 3]
         assert not (folder / "run" / "result.json").exists()
         resume(str(folder / "run"))
     assert attacked[2:] == [[4, 5, 6, 7], [8]]
@@ -146,9 +146,9 @@ def check_final_attack(folder, monkeypatch, config, number, code):
         == ["pgd_best.json", "pgd_best.verdicts.npz", "pgd_last.json", "pgd_last.verdicts.npz"]
     )
     verdicts = [
-        np.load(folder / name / "eval" / "pgd_last.verdicts.npz") for name in ("whole", "run")
+        read_arrays(folder / name / "eval" / "pgd_last.verdicts.npz") for name in ("whole", "run")
     ]
-    assert all(np.array_equal(verdicts[0][key], verdicts[1][key]) for key in verdicts[0].files)
+    assert all(np.array_equal(verdicts[0][key], verdicts[1][key]) for key in verdicts[0])
     results = [json.loads((folder / name / "result.json").read_text()) for name in ("whole", "run")]
     assert results[0]["test_robust_top1"] == results[1]["test_robust_top1"]
 

@@ -18,7 +18,7 @@ from base.errors import DataError
 from data_loader import workers
 from data_loader.decoding import decode_image
 from data_loader.images import FileImages
-from tiny_runs import impatient_workers, write_images
+from tiny_runs import Fork, impatient_workers, write_images
 
 ROOT = Path(__file__).parents[2]
 PROC = pytest.mark.skipif(
@@ -164,13 +164,12 @@ def check_a_run_ends_with_its_worker(folder, preparation):
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     words += ["-c", "configs/quickstart.json", "--run_dir", str(folder / "run")]
-    process = subprocess.Popen(
+    process = Fork(
         [sys.executable, "-c", program, *words],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     try:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

@@ -36,7 +36,7 @@ ONLINE = {**TINY, "comet": {"offline": False, "api": KEY}}
 ENDLESS = ("later", "stalls")
 """Ways to fail that only the end of patience ends. The others end by themselves, later on a busy
 machine."""
-SHORT, LONG = 6.0, 60.0
+SHORT, LONG = 4.0, 60.0
 """The patience in seconds where it has to run out, and where it must not."""
 
 # comet_ml's imports and its threads, which a dead server leaves hanging
@@ -226,7 +226,7 @@ def test_a_comet_server_that_fails_costs_a_warning(tmp_path, monkeypatch, impati
 
 
 def _waits_too_long(monkeypatch):
-    monkeypatch.setitem(globals(), "patience_for", lambda way: SHORT + 5)
+    monkeypatch.setitem(globals(), "patience_for", lambda way: SHORT + 1)
     return "later"
 
 

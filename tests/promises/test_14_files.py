@@ -7,14 +7,13 @@ with exit code 2 and one line before it has written anything.
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 from shipped_configs import CONFIGS, FILES, GRIDS, ROOT, Loading
 
 from base.config import problems, strict_json
 from studies import grid
+from tiny_runs import python
 
 
 def check_grids(load):
@@ -173,13 +172,7 @@ def check_script(folder, text, words, message, before="pass"):
         f" sys.path.insert(0, {str(ROOT)!r}); {before};"
         " runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-c", "config.json", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = python("-c", code, "-c", "config.json", *words, cwd=folder)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

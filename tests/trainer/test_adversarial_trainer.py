@@ -3,7 +3,6 @@ original's trajectory."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from base.registry import TRAINERS
 from experiment.build import build_trainer
 from models import build_model
 from models.ocnn import penalty
+from tiny_runs import read_arrays
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -72,13 +72,13 @@ def same_weights(first, second):
 
 @pytest.mark.parametrize(("conv", "norm"), [("conv", "bn"), ("prec_conv", "no"), ("sn_conv", "bn")])
 def test_free_training_follows_the_original(tmp_path, conv, norm):
-    golden = np.load(GOLDEN / f"trajectory_free_{conv}_{norm}.npz")
+    golden = read_arrays(GOLDEN / f"trajectory_free_{conv}_{norm}.npz")
     layers = {"arch": {"args": {"conv_layer_type": conv, "norm_layer_type": norm}}}
     trainer = build(tmp_path, merge(layers, {"trainer": {"do_adv": True}}))
-    start = np.load(GOLDEN / f"trajectory_standard_{conv}_{norm}.npz")
-    source = golden if any(key.startswith("init/") for key in golden.files) else start
+    start = read_arrays(GOLDEN / f"trajectory_standard_{conv}_{norm}.npz")
+    source = golden if any(key.startswith("init/") for key in golden) else start
     trainer.model.load_state_dict(
-        {k[5:]: torch.from_numpy(source[k]) for k in source.files if k.startswith("init/")}
+        {k[5:]: torch.from_numpy(source[k]) for k in source if k.startswith("init/")}
     )
     losses = []
     update = trainer.update

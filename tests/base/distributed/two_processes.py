@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from socket import socket
 
+from tiny_runs import Fork
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -20,11 +22,10 @@ def start_two(script, *words):
         "WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
     }
-    environment = {**os.environ, **shared, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     return [
-        subprocess.Popen(
+        Fork(
             [sys.executable, str(script), *map(str, words)],
-            env={**environment, "RANK": str(number)},
+            env={**os.environ, **shared, "RANK": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
