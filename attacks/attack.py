@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.arguments import check_count, check_size
+from attacks.batch_norm import cheap_batch_norm
 from attacks.cast_once import cast_once
 from attacks.classifier import FilledClassifier, Model, checked_logits, without_benchmark
 from attacks.losses import ATTACK_LOSSES, wrongness
@@ -184,6 +185,7 @@ class Attack(ABC):
             torch.enable_grad(),
             frozen(model, training=False),
             cast_once(model),
+            cheap_batch_norm(model),
             without_benchmark(),
         ):
             images = images.detach()
