@@ -33,7 +33,7 @@ def cast_once(model: Model) -> Iterator[None]:
         model: a module, frozen (see `attacks.attack.frozen`), or a function.
     """
     layers: list[nn.Module] = []
-    if isinstance(model, nn.Module) and not any(map(_keeps_its_forward, model.modules())):
+    if isinstance(model, nn.Module) and not any(map(keeps_its_forward, model.modules())):
         layers = [module for module in model.modules() if _uses_its_weight_once(module)]
     try:
         for layer in layers:
@@ -45,7 +45,7 @@ def cast_once(model: Model) -> Iterator[None]:
             del layer.forward
 
 
-def _keeps_its_forward(module: nn.Module) -> bool:
+def keeps_its_forward(module: nn.Module) -> bool:
     """Return whether a module must not get other forward methods inside."""
     # A compiled module would be compiled again, and the copies of DataParallel on other devices
     # would use the layers of the first

@@ -63,15 +63,14 @@ class ThreatModel:
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
         """Project `points` `(B, C, H, W)` into the ball around `images`, then into `[0, 1]`."""
+        # Both branches make a new tensor, into which the last line writes
         if self.norm == "linf":
-            lower = images - self.epsilon
-            upper = images + self.epsilon
-            points = torch.minimum(torch.maximum(points, lower), upper)
+            projected = torch.clamp(points, images - self.epsilon, images + self.epsilon)
         else:
-            points = images + self.bound(points - images)
+            projected = self.bound(points - images).add_(images)
         # Images lie in [0, 1], so clamping moves every pixel towards its image's, never out of the
         # ball
-        return points.clamp(0, 1)
+        return projected.clamp_(0, 1)
 
     def bound(self, change: Tensor) -> Tensor:
         """Project `change` `(B, C, H, W)` into the ball around zero."""
@@ -84,21 +83,22 @@ class ThreatModel:
     def step(self, points: Tensor, gradient: Tensor, size: float) -> Tensor:
         """Move `points` by `size` in the direction of steepest ascent, without projection; see
         `direction`."""
-        return points + size * self.direction(gradient)
+        return points + self.direction(gradient).mul_(size)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Return the direction of steepest ascent, of size 1 in this norm.
+        """Return the direction of steepest ascent, of size 1 in this norm, as a new tensor.
 
         It is the gradient's sign (l-inf), or the gradient at length 1 (l2). It is zero where the
         gradient is zero or NaN.
         """
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         if self.norm == "linf":
-            return gradient.sign()
+            # nan_to_num has made a new tensor
+            return gradient.sign_()
         # Squares of tiny gradients underflow: the largest entry becomes 1 before they are taken
         gradient = gradient / _largest_entry(gradient)
         # That makes every length at least 1, except where the gradient is zero and stays zero
-        return gradient / lengths(gradient).clamp_min(0.5)
+        return gradient / _root_of_squares(gradient.square()).clamp_min(0.5)
 
     def random_start(self, images: Tensor, generators: Generators) -> Tensor:
         """Return random allowed points around `images` `(B, C, H, W)`.
@@ -107,14 +107,14 @@ class ThreatModel:
         uniformly.
         """
         if self.norm == "linf":
-            change = 2 * draw(torch.rand, images, generators) - 1
+            change = (2 * draw(torch.rand, images, generators)).sub_(1)
         else:
             # Nearly all of a ball of many dimensions lies at its surface, and an attack of few
             # steps does not get rid of a random change of full length: it finds less
             direction = draw(torch.randn, images, generators)
             radius = draw(torch.rand, images[:, :1, :1, :1], generators)
-            change = direction / lengths(direction).clamp_min(1e-30) * radius
-        return self.project(images + self.epsilon * change, images)
+            change = (direction / lengths(direction).clamp_min(1e-30)).mul_(radius)
+        return self.project(change.mul_(self.epsilon).add_(images), images)
 
     def distance(self, points: Tensor, images: Tensor) -> Tensor:
         """Return the size `(B,)` of the change from `images` to `points` in this norm."""
@@ -129,9 +129,14 @@ def lengths(change: Tensor) -> Tensor:
     size."""
     # The largest entry is divided out, so that no square vanishes or becomes infinite
     largest = _largest_entry(change)
+    return largest * _root_of_squares((change / largest).square_())
+
+
+def _root_of_squares(squares: Tensor) -> Tensor:
+    """Return the root of every image's sum, `(B, 1, 1, 1)`."""
     # torch.linalg.vector_norm adds squares one after another, which in float32 is off by 2e-5 for
     # 224 x 224 pixels; sum adds them pairwise
-    return largest * (change / largest).square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+    return squares.sum(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 def _largest_entry(change: Tensor) -> Tensor:

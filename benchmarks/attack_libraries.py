@@ -13,6 +13,7 @@ from base.config import Override, load_config
 from base.rooms import ROOT
 from benchmarks.attackers import (
     DIRECT,
+    DIRECT_NCHW,
     LIBRARIES,
     LOADER,
     LOADER_BF16,
@@ -43,6 +44,7 @@ class Network:
         passes: PGD's passes over the images for the comparison of robust accuracies. From one pass
             to the next, random starts alone change the verdicts of one to three images.
         peak: whether the rate of PGD's direct call is compared with that of a matrix product.
+        nchw: whether direct calls are also timed on the network in NCHW.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Network:
     sizes: Mapping[str, tuple[float, float]]
     passes: int = 0
     peak: bool = False
+    nchw: bool = False
 
 
 ROBUST: list[Override] = [
@@ -76,6 +79,7 @@ SMALL = Network(
     images=None,
     sizes={"linf": (40, 10), "l2": (2.0, 0.5)},
     passes=12,
+    nchw=True,
 )
 LARGE = Network(
     "ResNet-18 on digits",
@@ -113,9 +117,10 @@ POINTS = 0.2
 PRODUCT_RATE = "matrix product, fp32"
 NOTE = (
     "attack_loader: PGD(..., early_stop=True) or FGSM, with a verdict for every image; direct call:"
-    " PGD(...) or FGSM(...)(model, images, labels); all in fp32, except that the search is in bf16"
-    " where the row says so; every side includes the verdict; the library that was slower in a"
-    " first pass is not timed again"
+    " PGD(...) or FGSM(...)(model, images, labels); NCHW: on the network in the memory format in"
+    " which the libraries attack it, elsewhere channels last; all in fp32, except that the search"
+    " is in bf16 where the row says so; every side includes the verdict; the library that was"
+    " slower in a first pass is not timed again"
 )
 NOTE_PEAK = (
     "FLOPs of the convolutions and products of a direct call over its whole time; matrix product:"
@@ -179,7 +184,7 @@ def _rows(settings: Settings, evaluation: Evaluation, network: Network) -> list[
         # FGSM is one step of epsilon.
         step_size = step if steps else epsilon
         arguments = (min(steps, settings.size(steps, 2)), norm, epsilon, step_size)
-        sides = attackers(evaluation, *arguments)
+        sides = attackers(evaluation, *arguments, nchw_too=network.nchw)
         libraries = {name: sides[name] for name in LIBRARIES}
         first_pass = compare(libraries, 1, warmup=0, device=settings.device)
         faster = first_pass.smallest(LIBRARIES)
@@ -208,10 +213,12 @@ def _rows(settings: Settings, evaluation: Evaluation, network: Network) -> list[
         lowest = min(LIBRARIES, key=lambda name: (median(sides[name].accuracies), name != faster))
         if steps:
             for name, side in sides.items():
-                if name == DIRECT or (name in LIBRARIES and name != lowest):
+                if name in (DIRECT, DIRECT_NCHW) or (name in LIBRARIES and name != lowest):
                     continue
                 while len(side.accuracies) < settings.size(network.passes, 0):
                     side()
+        # The memory format does not change what an attack finds
+        sides.pop(DIRECT_NCHW, None)
         rows += _accuracy_rows(setting, sides, lowest)
     return rows
 

@@ -23,6 +23,7 @@ from evaluation.robust_accuracy import attack_loader
 from experiment.evaluation import Evaluation
 
 LOADER, LOADER_BF16, DIRECT = "attack_loader", "attack_loader, bf16", "direct call"
+DIRECT_NCHW = "direct call, NCHW"
 LIBRARIES = ("torchattacks", "foolbox")
 
 Survives = Callable[[Tensor, Tensor, int], Tensor]
@@ -48,7 +49,12 @@ class Attacker:
 
 
 def attackers(
-    evaluation: Evaluation, steps: int, norm: str, epsilon: float, step_size: float
+    evaluation: Evaluation,
+    steps: int,
+    norm: str,
+    epsilon: float,
+    step_size: float,
+    nchw_too: bool = False,
 ) -> dict[str, Attacker]:
     """Our sides and the libraries, with the same norm, epsilon, step size and steps.
 
@@ -62,6 +68,7 @@ def attackers(
         norm: `"linf"` or `"l2"`.
         epsilon: in 1/255 for l-inf, in units of the pixel range for l2.
         step_size: in the same units.
+        nchw_too: one more side is the direct call on the network in the libraries' memory format.
     """
     model = evaluation.model
     sizes = (in_pixel_range(epsilon, norm), in_pixel_range(step_size, norm))
@@ -79,6 +86,8 @@ def attackers(
     if steps and choose_precision("auto", evaluation.device) == "bf16":
         passes[LOADER_BF16] = _attack_loader(evaluation, attack, "bf16")
     passes[DIRECT] = _over_batches(evaluation, _direct(model, all_steps))
+    if nchw_too:
+        passes[DIRECT_NCHW] = _over_batches(evaluation, _direct(nchw, all_steps))
     passes["torchattacks"] = _over_batches(evaluation, survives_torchattacks)
     passes["foolbox"] = _over_batches(evaluation, _foolbox(nchw, steps, norm, *sizes))
     return {name: Attacker(accuracy) for name, accuracy in passes.items()}

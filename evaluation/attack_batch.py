@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attacks.attack import Attack, check_batch, frozen
+from attacks.batch_norm import cheap_batch_norm
 from attacks.cast_once import cast_once
 from attacks.classifier import FilledClassifier, Model, without_benchmark
 from attacks.losses import wrongness
@@ -83,6 +84,7 @@ def attack_batch(
         frozen(model, training=False),
         frozen(fused, training=False),
         cast_once(fused),
+        cheap_batch_norm(fused),
         without_benchmark(),
         torch.no_grad(),
     ):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attacks.arguments import LARGEST_LINF
 from attacks.attack import frozen
+from attacks.batch_norm import cheap_batch_norm
 from attacks.cast_once import cast_once
 from attacks.pgd import PGD
 from attacks.threat_model import ThreatModel, draw, in_pixel_range
@@ -273,7 +274,12 @@ class AdversarialTrainer(TrainerWithAdversary):
         training = None
         if self.bn_mode == "eval":
             training = False
-        with frozen(self.model, training), cast_once(self.model), self.autocast():
+        with (
+            frozen(self.model, training),
+            cast_once(self.model),
+            cheap_batch_norm(self.model),
+            self.autocast(),
+        ):
             yield
 
 

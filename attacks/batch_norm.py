@@ -1,0 +1,129 @@
+"""A cheaper backward pass for batch norms of a frozen network on the CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attacks.cast_once import keeps_its_forward
+from attacks.classifier import Model
+
+LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+DTYPES = (torch.float32, torch.float64)
+
+
+@contextmanager
+def cheap_batch_norm(model: Model) -> Iterator[None]:
+    """Within the context, batch norms of a frozen model compute no gradients of their parameters.
+
+    In evaluation mode a batch norm scales each channel by `gamma / sqrt(var + eps)`, and so its
+    backward pass needs no more than one product. On the CPU torch also computes the gradients of
+    gamma and beta, even if nobody asks for them, which takes most of the time. Outputs and
+    gradients are the same, bit by bit, if the gradient of the output has its memory format.
+
+    Left to torch are training mode, other devices, low precision, subclasses, layers that do not
+    have the weights with which the context began, functions, and models with a part that is
+    compiled or `nn.DataParallel`.
+
+    Args:
+        model: a module, frozen (see `attacks.attack.frozen`), or a function.
+    """
+    layers: list[nn.Module] = []
+    if isinstance(model, nn.Module) and not any(map(keeps_its_forward, model.modules())):
+        layers = [
+            module
+            for module in model.modules()
+            # In a context within another one, the layers have their forward methods already
+            if type(module) in LAYERS and "forward" not in vars(module)
+        ]
+    try:
+        for layer in layers:
+            # An attribute of the object is found before the method of its class
+            layer.forward = _CheapForward(layer)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class _CheapForward:
+    """The forward method of a batch norm.
+
+    It is an object, not a function, so that a copy of the model has one for its own layer.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.frozen = self._values()
+
+    def __call__(self, input: Tensor) -> Tensor:
+        layer = self.layer
+        if not self._scales(input):
+            return type(layer).forward(layer, input)
+        return _BatchNorm.apply(
+            input, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
+        )
+
+    def _values(self) -> dict[str, Tensor | None]:
+        layer = self.layer
+        return {
+            name: getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")
+        }
+
+    def _scales(self, input: Tensor) -> bool:
+        """Return whether the layer only scales and shifts, with weights that need no gradients."""
+        if self.layer.training or input.device.type != "cpu" or input.dtype not in DTYPES:
+            return False
+        values = self._values()
+        # Other tensors come from torch.func.functional_call, for example
+        if values["running_var"] is None or any(
+            value is not self.frozen[name] for name, value in values.items()
+        ):
+            return False
+        given = [value for value in values.values() if value is not None]
+        return all(value.dtype == input.dtype and not value.requires_grad for value in given)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm with running statistics, differentiable in its input only."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        return torch.nn.functional.batch_norm(input, mean, variance, weight, bias, eps=eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, variance, weight, _, eps = inputs
+        ctx.save_for_backward(variance, weight)
+        ctx.save_for_forward(variance, weight)
+        ctx.eps = eps
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled(gradient, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _scaled(tangent, *ctx.saved_tensors, ctx.eps)
+
+
+def _scaled(values: Tensor, variance: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Return `values` `(B, C, ...)` times the factors of a batch norm's channels."""
+    per_channel = (-1, *[1] * (values.ndim - 2))
+    # As torch does: 1 / sqrt in float64, rounded, and then two products
+    deviation = 1 / (variance.double() + eps).sqrt()
+    scaled = values * deviation.to(values.dtype).reshape(per_channel)
+    if weight is not None:
+        scaled *= weight.reshape(per_channel)
+    return scaled
