@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .dft_filter import dft_filter, dft_filter_is_faster
 from .fourier_convolution import fourier_convolution
 from .fourier_plan import plan_for_layer
+from .full_convolution import full_convolution
 from .kept_inverse_root import KeptInverseRoot
 from .kernel_energy import inverse_root_energy
 from .recomputation import recomputed_batch_norm
@@ -230,7 +231,7 @@ class ConvNorm2d(nn.Conv2d):
         # With `extent` zeros on each side the convolution is full: it holds every nonzero output. A
         # larger padding adds the zeros that the user asked for.
         padding = [max(sides) for sides in zip(before, after, extent, strict=True)]
-        full = F.conv2d(input, self.weight, self.bias, 1, padding, self.dilation, self.groups)
+        full = full_convolution(input, self.weight, self.bias, padding, self.dilation, self.groups)
         first = [p - b for p, b in zip(padding, before, strict=True)]
         last = [s - p + a for s, p, a in zip(full.shape[-2:], padding, after, strict=True)]
         if first[0] >= last[0] or first[1] >= last[1]:
