@@ -7,7 +7,13 @@ import copy
 import pytest
 import torch
 
+from models.layers.conv_norm import fourier_convolution as fourier_module
 from models.layers.conv_norm import fourier_plan
+from models.layers.conv_norm.complex_products import (
+    JoinedProducts,
+    SplitProducts,
+    choose_products,
+)
 from models.layers.conv_norm.fourier_convolution import fourier_convolution
 from models.layers.conv_norm.fourier_plan import FOURIER_BATCH, Axis, plan_for, plan_for_layer
 from models.layers.conv_norm.kernel_energy import inverse_root_energy
@@ -54,8 +60,10 @@ def layer_and_plan(size, dtype=torch.float64, **arguments):
     return layer, plan_for(*(Axis(*axis) for axis in axes), dtype, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("products", [JoinedProducts, SplitProducts])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_agrees_with_convolution_and_filter(name):
+def test_agrees_with_convolution_and_filter(name, products, monkeypatch):
+    monkeypatch.setattr(fourier_module, "choose_products", lambda *_: products())
     torch.manual_seed(0)
     layer, plan = layer_and_plan(**GEOMETRIES[name])
     images = torch.randn(4, 3, *GEOMETRIES[name]["size"], dtype=torch.float64, requires_grad=True)
@@ -206,20 +214,28 @@ def test_gradients_of_kernels_add_up_in_float32_under_bfloat16(monkeypatch):
 
 
 CHOICES = {
-    # in_channels, out_channels, image size, stride -> whether the Fourier domain is cheaper
-    "WRN-16-1, first layer": (3, 16, 32, 1, False),
-    "WRN-16-1, block 1": (16, 16, 32, 1, False),
-    "simpleCNN, second stage": (8, 16, 16, 1, False),
-    "WRN-16-1, stride": (16, 32, 32, 2, True),
-    "WRN-16-2, block 1": (32, 32, 32, 1, True),
-    "ResNet-18, first stage": (64, 64, 32, 1, True),
-    "ResNet-18, last stage": (512, 512, 4, 1, True),
+    # in_channels, out_channels, image size, stride -> whether the Fourier domain is cheaper in
+    # float32 and in bfloat16
+    "WRN-16-1, first layer": (3, 16, 32, 1, False, False),
+    "WRN-16-1, block 1": (16, 16, 32, 1, False, False),
+    "simpleCNN, second stage": (8, 16, 16, 1, False, False),
+    "WRN-16-1, stride": (16, 32, 32, 2, True, True),
+    "WRN-16-2, block 1": (32, 32, 32, 1, False, True),
+    "ResNet-18, first stage": (64, 64, 32, 1, True, True),
+    "ResNet-18, last stage": (512, 512, 4, 1, True, True),
 }
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_choice_follows_the_cost_of_a_geometry(name, by_cost):
-    in_channels, out_channels, size, stride, in_fourier_domain = CHOICES[name]
+    in_channels, out_channels, size, stride, in_float32, in_bfloat16 = CHOICES[name]
     layer = ConvNorm2d(in_channels, out_channels, 3, stride=stride, padding=1)
     images = torch.empty(FOURIER_BATCH, in_channels, size, size)
-    assert (plan_for_layer(layer, images) is not None) == in_fourier_domain
+    assert (plan_for_layer(layer, images) is not None) == in_float32
+    assert (plan_for_layer(layer, images.bfloat16()) is not None) == in_bfloat16
+
+
+def test_kernels_are_joined_in_bfloat16_where_images_outnumber_channels():
+    assert isinstance(choose_products(64, 64, 32, torch.bfloat16), JoinedProducts)
+    assert isinstance(choose_products(63, 32, 64, torch.bfloat16), SplitProducts)
+    assert isinstance(choose_products(64, 64, 64, torch.float32), SplitProducts)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .complex_products import ComplexProducts, choose_products
 from .fourier_plan import Plan
 from .precision import without_autocast
 from .spectral_filter import spectral_filter
@@ -111,27 +112,11 @@ def _by_convolution(images: Tensor, weight: Tensor, inverse_root: Tensor, plan: 
 
 def _output(images: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
     spectrum = plan.spectrum(images)
-    batch, aliases = len(images), plan.rows.stride
-    result = spectrum.new_empty(batch, 2, plan.frequencies, len(weight))
-    for block in plan.blocks(batch, images.shape[1], len(weight)):
+    products = _choose_products(len(images), weight, plan)
+    result = spectrum.new_empty(len(images), 2, plan.frequencies, len(weight))
+    for block in plan.blocks(len(images), weight.shape[1], len(weight)):
         kernels = plan.kernel_spectrum(weight, factors, block)
-        image_matrices = [
-            _matrix_per_frequency(spectrum[:, :, alias, block].flatten(0, 1))
-            for alias in range(aliases)
-        ]
-        # For z = x k with complex x and k, the rows of an image matrix are real and imaginary parts
-        # of x. Products with the real and with the imaginary part of k give all four terms of z.
-        products = []
-        for part in (0, 1):
-            product = torch.bmm(image_matrices[0], _matrix_per_frequency(kernels[:, part, 0]).mT)
-            for alias in range(1, aliases):
-                kernel_matrices = _matrix_per_frequency(kernels[:, part, alias])
-                product.baddbmm_(image_matrices[alias], kernel_matrices.mT)
-            products.append(product.unflatten(1, (batch, 2)).permute(2, 1, 0, 3))
-        # The first index is the part of the image, and each of them is (B, g, C_out).
-        by_real_kernel, by_imaginary_kernel = products
-        torch.sub(by_real_kernel[0], by_imaginary_kernel[1], out=result[:, 0, block])
-        torch.add(by_real_kernel[1], by_imaginary_kernel[0], out=result[:, 1, block])
+        products.output(spectrum[:, :, :, block], kernels, result[:, :, block])
     return plan.output(result)
 
 
@@ -140,50 +125,27 @@ def _weight_gradient(
 ) -> Tensor:
     """The gradient of the weight, from the gradient `(B, 2, g, C_out)` of the output's spectrum."""
     spectrum = plan.spectrum(images)
+    products = _choose_products(len(images), weight, plan)
     # In the weight's precision, whatever the plan's is: the sum runs over many frequencies.
     total = weight.new_zeros(len(weight), weight[0, 0].numel(), weight.shape[1])
-    for block in plan.blocks(len(images), images.shape[1], len(weight)):
-        both = _matrix_per_frequency(grads[:, :, block].flatten(0, 1)).mT
-        real, imaginary = (_matrix_per_frequency(grads[:, part, block]).mT for part in (0, 1))
-        kernel_grads = grads.new_empty(2, plan.rows.stride, *both.shape[:2], spectrum.shape[-1])
-        for alias, (grad_real, grad_imaginary) in enumerate(zip(*kernel_grads, strict=True)):
-            image_spectrum = spectrum[:, :, alias, block]
-            # For z = x k with the gradient G, k gets conj(x) G. Its real part is
-            # Re x Re G + Im x Im G, one product over both parts, and its imaginary part is
-            # Re x Im G - Im x Re G.
-            torch.bmm(both, _matrix_per_frequency(image_spectrum.flatten(0, 1)), out=grad_real)
-            torch.bmm(imaginary, _matrix_per_frequency(image_spectrum[:, 0]), out=grad_imaginary)
-            grad_imaginary.baddbmm_(real, _matrix_per_frequency(image_spectrum[:, 1]), alpha=-1)
+    for block in plan.blocks(len(images), weight.shape[1], len(weight)):
+        kernel_grads = products.kernel_gradient(grads[:, :, block], spectrum[:, :, :, block])
         plan.add_kernel_spectrum_adjoint(total, kernel_grads, factors, block)
     return total.mT.unflatten(2, weight.shape[2:])
 
 
 def _image_gradient(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
     """The gradient of the images, from the gradient `(B, 2, g, C_out)` of the output's spectrum."""
-    batch, aliases, channels = len(grads), plan.rows.stride, weight.shape[1]
-    spectrum = grads.new_empty(batch, 2, aliases, plan.frequencies, plan.columns.stride * channels)
+    batch, channels = len(grads), weight.shape[1]
+    aliases_h, aliases_w = plan.rows.stride, plan.columns.stride
+    products = _choose_products(batch, weight, plan)
+    spectrum = grads.new_empty(batch, 2, aliases_h, plan.frequencies, aliases_w * channels)
     for block in plan.blocks(batch, channels, len(weight)):
         kernels = plan.kernel_spectrum(weight, factors, block)
-        grad_matrices = _matrix_per_frequency(grads[:, :, block].flatten(0, 1))
-        for alias in range(aliases):
-            # For z = x k with the gradient G, x gets conj(k) G.
-            by_real_kernel, by_imaginary_kernel = (
-                torch.bmm(grad_matrices, _matrix_per_frequency(kernels[:, part, alias]))
-                .unflatten(1, (batch, 2))
-                .permute(2, 1, 0, 3)
-                for part in (0, 1)
-            )
-            real, imaginary = spectrum[:, 0, alias, block], spectrum[:, 1, alias, block]
-            torch.add(by_real_kernel[0], by_imaginary_kernel[1], out=real)
-            torch.sub(by_real_kernel[1], by_imaginary_kernel[0], out=imaginary)
+        products.image_gradient(grads[:, :, block], kernels, spectrum[:, :, :, block])
     return plan.spectrum_adjoint(spectrum)
 
 
-def _matrix_per_frequency(rows: Tensor) -> Tensor:
-    """`(m, g, n)` -> `(g, m, n)`."""
-    matrices = rows.transpose(0, 1)
-    # Products in float32 read rows that are far apart where they are. oneDNN's in bfloat16 would
-    # copy them anyway, and transpose them on the way.
-    if rows.dtype == torch.bfloat16:
-        return matrices.contiguous()
-    return matrices
+def _choose_products(batch: int, weight: Tensor, plan: Plan) -> ComplexProducts:
+    out_channels, in_channels = weight.shape[:2]
+    return choose_products(batch, in_channels, out_channels, plan.dtype)
