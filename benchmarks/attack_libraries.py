@@ -91,7 +91,7 @@ LARGE = Network(
         ("adversarial.step_size", "30"),
     ),
     epochs=2,
-    images=64,
+    images=48,
     sizes={"linf": (24, 6), "l2": (1.0, 0.25)},
     peak=True,
 )

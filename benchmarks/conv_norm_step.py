@@ -27,6 +27,39 @@ BATCHES = (128, 32)
 """The shipped configs' minibatch, and a small one, in which costs that do not grow with it weigh
 more.
 """
+
+COST = {
+    (128, "fp32"): 1.2,
+    (32, "fp32"): 1.5,
+    (128, "bf16"): 1.3,
+    (32, "bf16"): 1.6,
+}
+"""The most that a ResNet-18's training step on the CPU may cost, next to BatchNorm's."""
+
+NARROW: dict[str, list[Override]] = {
+    "WRN-16-2": [
+        ("arch.type", "wide_resnet"),
+        ("arch.args.depth", "16"),
+        ("arch.args.widen_factor", "2"),
+    ],
+    "WRN-16-1": [
+        ("arch.type", "wide_resnet"),
+        ("arch.args.depth", "16"),
+        ("arch.args.widen_factor", "1"),
+    ],
+    "simpleCNN": [("arch.type", "simpleCNN")],
+}
+"""Networks of few channels, in which the transforms of ConvNorm weigh more than its products."""
+
+NARROW_COST = {
+    ("WRN-16-2", "fp32"): 1.6,
+    ("WRN-16-2", "bf16"): 1.7,
+    ("WRN-16-1", "fp32"): 1.9,
+    ("WRN-16-1", "bf16"): 2.2,
+    ("simpleCNN", "fp32"): 2.5,
+}
+"""The most that a training step on the CPU may cost, next to BatchNorm's."""
+
 EVALUATED = 64
 ATTACKED = 32
 ATTACK_STEPS = 2
@@ -44,13 +77,6 @@ def measure(settings: Settings) -> list[BenchmarkRow]:
 
 
 def _rows(settings: Settings, precision: str, system: list[Override]) -> list[BenchmarkRow]:
-    cost = None
-    speed = None
-    if settings.device.type == "cuda":
-        cost = 1.5
-    elif precision == "fp32":
-        cost = 1.6
-        speed = 2.3
     evaluated = settings.size(EVALUATED, 4)
     attacked = settings.size(ATTACKED, 4)
     rows = []
@@ -62,9 +88,21 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Be
             name: build_trainer(step_config(settings, [*LAYERS[name], *size, *system]), name)
             for name in names
         }
+        cost = None
+        speed = None
+        if settings.device.type == "cuda":
+            cost = 1.5
+        else:
+            cost = COST.get((batch, precision))
+            # The original is among the trainers in fp32 only.
+            speed = 2.3
         rows += _compared(
             settings, f"training step, batch {batch}, {precision}", trainers, step_of, cost, speed
         )
+
+    narrow = list(NARROW)[: settings.size(len(NARROW), 1)]
+    for network in narrow:
+        rows.append(_narrow_row(settings, network, precision, system))
 
     def evaluation(trainer: BaseTrainer) -> Callable[[], object]:
         return _evaluation(trainer, evaluated)
@@ -82,6 +120,24 @@ def _rows(settings: Settings, precision: str, system: list[Override]) -> list[Be
         _attack,
     )
     return rows
+
+
+def _narrow_row(
+    settings: Settings, network: str, precision: str, system: list[Override]
+) -> BenchmarkRow:
+    """A training step of a narrow network against BatchNorm, with the shipped configs' batch."""
+    batch = settings.size(BATCHES[0], 4)
+    common = [*NARROW[network], ("data_loader.args.batch_size", str(batch)), *system]
+    trainers = {
+        name: build_trainer(step_config(settings, [*common, *LAYERS[name]]), name)
+        for name in (CONV_NORM, BATCH_NORM)
+    }
+    cost = None
+    if settings.device.type == "cpu":
+        cost = NARROW_COST.get((network, precision))
+    setting = f"training step, {network}, batch {batch}, {precision}"
+    (row,) = _compared(settings, setting, trainers, step_of, cost)
+    return row
 
 
 def _compared(
