@@ -1,4 +1,5 @@
-"""Products of complex matrices, one for each frequency, in two forms: see `choose_products`.
+"""Products of complex matrices, one for each frequency, in two forms. `choose_products` says which
+form is for which layer.
 
 A spectrum of images is `(B, 2, a, g, n)`, one of kernels `(C_out, 2, a, g, n)`, one of outputs `(B,
 2, g, C_out)`. The dimension of size 2 holds real and imaginary parts, g is the frequency, a the
