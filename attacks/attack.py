@@ -270,13 +270,10 @@ class Attack(ABC):
 
 def _finite(points: Tensor, images: Tensor) -> Tensor:
     """Return `points` with the pixels of `images` where they are infinite or NaN."""
-    # One look at the sum saves the rest on the CPU. Elsewhere the host would wait for it
+    # On the CPU a finite sum shows that all points are finite. Elsewhere the host would wait for it
     if points.device.type == "cpu" and bool(points.sum().isfinite()):
         return points
-    # 1 where a point is infinite or NaN, and 0 elsewhere. Sums and products with these are exact;
-    # on the CPU they take less than half the time of torch.where and isfinite
-    unusable = (points - points).nan_to_num_(nan=1.0)
-    return torch.nan_to_num(points, nan=0.0, posinf=0.0, neginf=0.0).addcmul_(unusable, images)
+    return torch.where(points.isfinite(), points, images)
 
 
 def arguments(kind: type[Attack]) -> dict[str, Parameter]:

@@ -18,14 +18,14 @@ DTYPES = (torch.float32, torch.float64)
 def cheap_batch_norm(model: Model) -> Iterator[None]:
     """Within the context, batch norms of a frozen model compute no gradients of their parameters.
 
-    In evaluation mode a batch norm scales each channel by `gamma / sqrt(var + eps)`, and so its
-    backward pass needs no more than one product. On the CPU torch also computes the gradients of
-    gamma and beta, even if nobody asks for them, which takes most of the time. Outputs and
-    gradients are the same, bit by bit, if the gradient of the output has its memory format.
+    In evaluation mode a batch norm scales each channel by `gamma / sqrt(var + eps)`, so its
+    backward pass only has to scale the gradient in the same way. On the CPU torch also computes the
+    gradients of gamma and beta, even if nobody asks for them, which takes most of the time. Outputs
+    are the same bits, and so are gradients if the output's gradient has the output's memory format.
 
-    Left to torch are training mode, other devices, low precision, subclasses, layers that do not
-    have the weights with which the context began, functions, and models with a part that is
-    compiled or `nn.DataParallel`.
+    Torch's own method is used in training mode, on other devices and in low precision; for
+    subclasses and for layers whose weights are no longer those with which the context began; for
+    functions; and for models with a part that is compiled or `nn.DataParallel`.
 
     Args:
         model: a module, frozen (see `attacks.attack.frozen`), or a function.
@@ -62,6 +62,7 @@ class _CheapForward:
         layer = self.layer
         if not self._scales(input):
             return type(layer).forward(layer, input)
+        layer._check_input_dim(input)
         return _BatchNorm.apply(
             input, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
         )

@@ -133,7 +133,7 @@ def lengths(change: Tensor) -> Tensor:
 
 
 def _root_of_squares(squares: Tensor) -> Tensor:
-    """Return the root of every image's sum, `(B, 1, 1, 1)`."""
+    """Return the square root of each image's sum of `squares`, `(B, C, H, W)` -> `(B, 1, 1, 1)`."""
     # torch.linalg.vector_norm adds squares one after another, which in float32 is off by 2e-5 for
     # 224 x 224 pixels; sum adds them pairwise
     return squares.sum(dim=(1, 2, 3), keepdim=True).sqrt()

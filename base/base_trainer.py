@@ -285,9 +285,9 @@ class BaseTrainer(ABC):
             self.checkpoints.save_last(self.checkpoint())
             self.checkpoints.check_disk_space()
             while not self.finished:
-                # Around the minibatches only: image workers are forked before an epoch's first draw
-                # and in validation, and no thread may be alive then
-                with self.draws_ahead.thread() if on_cuda else nullcontext():
+                # Only around the minibatches: image workers are forked before an epoch's first draw
+                # and during validation, and forking is unsafe while a thread is alive
+                with self.draws_ahead.thread(self.device) if on_cuda else nullcontext():
                     log = self._train_epoch()
                 log |= self._validate_epoch()
                 self._check_epoch(log)

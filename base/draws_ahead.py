@@ -2,8 +2,8 @@
 
 Drawing a minibatch's random starts on the host takes milliseconds, in which the training thread
 starts no kernels. The next minibatch nearly always asks for the same draws, so a thread makes them
-meanwhile, in pinned memory. No number depends on it: a draw is taken only if it began in the very
-state in which the generator is.
+meanwhile, in pinned memory. This changes no numbers: a draw is used only if it started from exactly
+the generator's current state.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from base.seeding import derived_seed, torch_generator
 
 Distribution = Callable[..., Tensor]
 Key = tuple[int, str, int, int]
-"""What a generator is derived from: seed, purpose, epoch, number of the minibatch."""
+"""What seeds a generator: the run's seed, the purpose, the epoch and the minibatch's number."""
 WHOLE = slice(None)
 THREAD = "draws ahead"
 
@@ -51,10 +51,17 @@ class DrawsAhead:
         self._next: dict[str, _GeneratorAhead] = {}
 
     @contextmanager
-    def thread(self) -> Iterator[None]:
-        """Inside the context, let a thread draw ahead. It starts with the first draw and has ended
-        when the context ends, however it does."""
-        with ThreadPoolExecutor(1, THREAD) as thread:
+    def thread(self, device: torch.device) -> Iterator[None]:
+        """Let a thread draw ahead for a CUDA device within the context.
+
+        It starts with the first draw that it is asked for, and has ended when the context exits,
+        even after an error.
+        """
+        index = device.index
+        if index is None:
+            index = torch.cuda.current_device()
+        # A new thread's own device is the first one, on which it must not take memory
+        with ThreadPoolExecutor(1, THREAD, torch.cuda.set_device, (index,)) as thread:
             self._thread = thread
             try:
                 yield
@@ -67,7 +74,7 @@ class DrawsAhead:
 
         Args:
             key: see `Key`.
-            is_last: of the epoch, so that nothing is drawn for the minibatch after it.
+            is_last: whether it is the epoch's last minibatch; then nothing is drawn ahead.
         """
         if self._thread is None:
             return torch_generator(*key)

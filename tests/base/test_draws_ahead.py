@@ -80,7 +80,7 @@ def differences(monkeypatch, folder, method="pgd"):
     """Return where the run in `folder` differs from one on the fake device that draws in place."""
     in_place = folder.parent / "in_place"
     with fake_device(monkeypatch), monkeypatch.context() as patch:
-        patch.setattr(DrawsAhead, "thread", lambda self: nullcontext())
+        patch.setattr(DrawsAhead, "thread", lambda self, device: nullcontext())
         run(in_place, config_on("cuda", method))
     different = difference(in_place / "model_last.pth", folder / "model_last.pth")
     metrics = [(run_folder / "metrics.jsonl").read_bytes() for run_folder in (in_place, folder)]
@@ -203,7 +203,7 @@ def test_an_error_reaches_the_caller_and_ends_the_thread(
 
 
 def test_on_the_cpu_there_is_no_thread(monkeypatch, tmp_path):
-    def forbidden(self):
+    def forbidden(*_):
         raise AssertionError
 
     monkeypatch.setattr(DrawsAhead, "thread", forbidden)
@@ -229,7 +229,7 @@ def test_whatever_is_drawn_the_numbers_are_those_of_a_plain_generator(seed, monk
     choices = random.Random(seed)
     wanted, taken = draws_of(choices), 0
     ahead = DrawsAhead()
-    with fake_device(monkeypatch), ahead.thread():
+    with fake_device(monkeypatch), ahead.thread(torch.device("cuda")):
         for batch in range(40):
             # Now and then a minibatch asks for other draws than the one before it
             if choices.random() < 0.3:
@@ -253,7 +253,7 @@ def test_whatever_is_drawn_the_numbers_are_those_of_a_plain_generator(seed, monk
 def test_two_purposes_and_a_shard_are_drawn_ahead(monkeypatch):
     ahead = DrawsAhead()
     shard = Shard(8, rank=1, processes=2)
-    with fake_device(monkeypatch), ahead.thread():
+    with fake_device(monkeypatch), ahead.thread(torch.device("cuda")):
         for batch in range(3):
             for purpose in ("attack", "noise"):
                 key = (1, purpose, 1, batch)

@@ -47,6 +47,24 @@ def test_agrees_with_ffts(name, memory_format):
     torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (3, 2), (1, 4)])
+def test_small_maps_and_empty_batches(size):
+    signal, inverse_root = signal_and_factors(size)
+    for images in (signal, signal[:1]):
+        expected = spectral_filter(images, inverse_root, WHOLE, WHOLE)
+        output = dft_filter(images, inverse_root, WHOLE, WHOLE)
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    assert dft_filter(signal[:0], inverse_root, WHOLE, WHOLE).shape == (0, *signal.shape[1:])
+
+
+def test_a_default_device_does_not_get_into_the_caches():
+    layer = ConvNorm2d(4, 4, 3, padding=1, bn=False)
+    images = torch.randn(16, 4, 13, 11)
+    with torch.device("meta"):
+        first = layer(images)
+    torch.testing.assert_close(layer(images), first, rtol=0, atol=0)
+
+
 def test_first_and_second_derivatives():
     signal, inverse_root = signal_and_factors((6, 5))
     signal.requires_grad_()

@@ -236,6 +236,8 @@ def test_the_choice_follows_the_cost_of_a_geometry(name, by_cost):
 
 
 def test_kernels_are_joined_in_bfloat16_where_images_outnumber_channels():
-    assert isinstance(choose_products(64, 64, 32, torch.bfloat16), JoinedProducts)
-    assert isinstance(choose_products(63, 32, 64, torch.bfloat16), SplitProducts)
-    assert isinstance(choose_products(64, 64, 64, torch.float32), SplitProducts)
+    weight = torch.empty(64, 32, 3, 3)
+    for other in (weight, weight.transpose(0, 1)):
+        assert isinstance(choose_products(64, other, torch.bfloat16), JoinedProducts)
+        assert isinstance(choose_products(63, other, torch.bfloat16), SplitProducts)
+        assert isinstance(choose_products(64, other, torch.float32), SplitProducts)

@@ -29,13 +29,13 @@ class ComplexProducts(ABC):
         """The sum of `conj(x) G` over images, `(2, a, g, C_out, n)`."""
 
 
-def choose_products(
-    batch: int, in_channels: int, out_channels: int, dtype: torch.dtype
-) -> ComplexProducts:
-    """The faster form on a CPU."""
+def choose_products(batch: int, weight: Tensor, dtype: torch.dtype) -> ComplexProducts:
+    """The faster form on a CPU, for a layer's weight `(C_out, C_in, k_h, k_w)` and the dtype of the
+    products.
+    """
     # In bfloat16 every product copies its operands. Joined kernels are twice as large, which costs
     # little where there are more images than channels.
-    if dtype == torch.bfloat16 and batch >= max(in_channels, out_channels):
+    if dtype == torch.bfloat16 and batch >= max(weight.shape[:2]):
         return JoinedProducts()
     return SplitProducts()
 
@@ -43,7 +43,7 @@ def choose_products(
 class JoinedProducts(ComplexProducts):
     """One real product with the matrices `[[Re k, -Im k], [Im k, Re k]]`.
 
-    It is for kernels that are small next to the images, as it copies both of them.
+    Both operands are copied, so this pays where the kernels are small next to the images.
     """
 
     def output(self, images: Tensor, kernels: Tensor, result: Tensor) -> None:
@@ -61,14 +61,11 @@ class JoinedProducts(ComplexProducts):
         frequencies, aliases, channels = product.shape[0], images.shape[2], images.shape[-1]
         out_channels = grads.shape[-1]
         product = product.view(frequencies, 2, out_channels, 2, aliases, channels)
-        # (g, C_out, a, n) of each part of G and of x -> (a, g, C_out, n)
-        (real_real, real_imaginary), (imaginary_real, imaginary_imaginary) = (
-            [product[:, of_grad, :, of_image].permute(2, 0, 1, 3) for of_image in (0, 1)]
-            for of_grad in (0, 1)
-        )
+        # (2, 2, a, g, C_out, n), the part of G first, the part of x second
+        parts = product.permute(1, 3, 4, 0, 2, 5)
         result = grads.new_empty(2, aliases, frequencies, out_channels, channels)
-        torch.add(real_real, imaginary_imaginary, out=result[0])
-        torch.sub(imaginary_real, real_imaginary, out=result[1])
+        torch.add(parts[0, 0], parts[1, 1], out=result[0])
+        torch.sub(parts[1, 0], parts[0, 1], out=result[1])
         return result
 
 

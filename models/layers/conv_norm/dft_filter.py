@@ -1,10 +1,10 @@
-"""The filter of ConvNorm with its crop, as products with matrices of cosines and sines, for the
-maps of a CPU.
+"""ConvNorm's filter and crop on a CPU, as products with matrices of cosines and sines.
 
 Sizes such as 34 = 2 x 17 are slow for an FFT and small for a matrix. An axis of S points has an
-orthonormal basis of S real waves, `cos(2 pi k n / S)` and `sin(2 pi k n / S)`, which takes a third
-less work than complex numbers on a half spectrum. A product of two waves, one along each axis, is
-no eigenvector of the filter, because V differs at the frequencies (k, l) and (-k, l). But
+orthonormal basis of S cosines and sines, `cos(2 pi k n / S)` and `sin(2 pi k n / S)`. Products with
+it take a third less work than those with complex numbers on a half spectrum. A basis image, which
+is a product of one function along each axis, is no eigenvector of the filter, because V differs at
+the frequencies (k, l) and (-k, l). But
 
     cos a cos b = (cos(a + b) + cos(a - b)) / 2,    sin a sin b = (cos(a - b) - cos(a + b)) / 2,
 
@@ -32,13 +32,15 @@ FFT's with the second.
 """
 
 
-class Waves(NamedTuple):
-    """The waves of one axis, in the order: those that have no partner, which are the constant one
-    and, of an even size, the one of frequency S / 2; all other cosines; their sines.
+class RealDft(NamedTuple):
+    """The real DFT of one axis of S points and its inverse.
+
+    The coefficients come in this order: those of the cosines without a sine, which are the constant
+    one and, for an even S, that of frequency S / 2; those of the other cosines; those of the sines.
 
     Attributes:
-        analysis: `(S, S)`, from points to coefficients.
-        synthesis: `(points, S)`, from coefficients to the points that are kept.
+        analysis: `(S, points of the input)`.
+        synthesis: `(points of the output, S)`.
     """
 
     analysis: Tensor
@@ -67,17 +69,11 @@ def dft_filter(signal: Tensor, inverse_root: Tensor, rows: slice, columns: slice
         `(B, C, H', W')`, in the dtype and the memory format of `signal`.
     """
     height, width = signal.shape[-2:]
-    waves_h = _make_waves(height, rows.indices(height), signal.dtype)
-    waves_w = _make_waves(width, columns.indices(width), signal.dtype)
-    mean, difference = _factors(inverse_root, width)
+    dft_h = _make_real_dft(height, rows.indices(height), signal.dtype)
+    dft_w = _make_real_dft(width, columns.indices(width), signal.dtype)
+    mean, difference = (factors.to(signal.dtype) for factors in _factors(inverse_root, width))
     with without_autocast(signal):
-        output = _DftFilter.apply(
-            signal.permute(0, 2, 3, 1),
-            mean.to(signal.dtype),
-            difference.to(signal.dtype),
-            waves_h,
-            waves_w,
-        )
+        output = _DftFilter.apply(signal.permute(0, 2, 3, 1), mean, difference, dft_h, dft_w)
     output = output.permute(0, 3, 1, 2)
     if not signal.is_contiguous(memory_format=torch.channels_last):
         output = output.contiguous()
@@ -92,25 +88,28 @@ class _DftFilter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, signal: Tensor, mean: Tensor, difference: Tensor, waves_h: Waves, waves_w: Waves
+        ctx: Any, signal: Tensor, mean: Tensor, difference: Tensor, dft_h: RealDft, dft_w: RealDft
     ) -> Tensor:
         ctx.save_for_backward(mean, difference)
-        ctx.waves = (waves_h, waves_w)
+        ctx.dfts = (dft_h, dft_w)
         batch, _, width, channels = signal.shape
-        # Along H with H innermost in the result, along W, and back: nothing is ever rearranged.
-        spectrum = torch.bmm(signal.flatten(2).mT, _for_each(batch, waves_h.analysis.mT))
-        spectrum = torch.bmm(_for_each(batch, waves_w.analysis), spectrum.view(batch, width, -1))
-        spectrum = spectrum.view(batch, len(waves_w.analysis), channels, -1)
-        spectrum = _filter(spectrum, mean, difference).flatten(2)
-        columns = torch.bmm(_for_each(batch, waves_w.synthesis), spectrum)
-        columns = columns.view(batch, -1, len(waves_h.analysis))
-        output = torch.bmm(_for_each(batch, waves_h.synthesis), columns.mT)
-        return output.view(batch, len(waves_h.synthesis), -1, channels)
+        size_h, size_w = len(dft_h.analysis), len(dft_w.analysis)
+        height_out, width_out = len(dft_h.synthesis), len(dft_w.synthesis)
+        # Along H, which makes H the innermost axis, along W, and back: no step has to rearrange its
+        # input.
+        spectrum = torch.bmm(signal.flatten(2).mT, _for_each(batch, dft_h.analysis.mT))
+        spectrum = spectrum.view(batch, width, channels * size_h)
+        spectrum = torch.bmm(_for_each(batch, dft_w.analysis), spectrum)
+        spectrum = _filter(spectrum.view(batch, size_w, channels, size_h), mean, difference)
+        output = torch.bmm(_for_each(batch, dft_w.synthesis), spectrum.flatten(2))
+        output = output.view(batch, width_out * channels, size_h)
+        output = torch.bmm(_for_each(batch, dft_h.synthesis), output.mT)
+        return output.view(batch, height_out, width_out, channels)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mean, difference = ctx.saved_tensors
-        adjoint = (Waves(waves.synthesis.mT, waves.analysis.mT) for waves in ctx.waves)
+        adjoint = (RealDft(dft.synthesis.mT, dft.analysis.mT) for dft in ctx.dfts)
         with without_autocast(grad):
             grad = _DftFilter.apply(grad, mean, difference, *adjoint)
         return grad, None, None, None, None
@@ -138,14 +137,16 @@ def _filter(spectrum: Tensor, mean: Tensor, difference: Tensor) -> Tensor:
 
 
 def _part(size: int, part: int) -> slice:
-    """Where the cosines (part 0) or sines (part 1) that have a partner are among the waves."""
+    """Where the cosines with a sine (part 0) or the sines (part 1) are among the coefficients."""
     pairs = (size - 1) // 2
     start = size - (2 - part) * pairs
     return slice(start, start + pairs)
 
 
 def _factors(inverse_root: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """m of all waves, `(S_w, C, S_h)`, and d of those that have a partner along both axes."""
+    """m of all coefficients, `(S_w, C, S_h)`, and d of those with a cosine and a sine on each
+    axis.
+    """
     height = inverse_root.shape[1]
     by_frequency = inverse_root.flatten(1).mT.contiguous()
     here, mirrored = (by_frequency[index].mT for index in _half_spectrum_indices(height, width))
@@ -157,7 +158,7 @@ def _factors(inverse_root: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=128)
 def _half_spectrum_indices(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """For each pair of waves, where V has its frequencies `(k, l)` and `(-k, l)`: two int64 `(S_w,
+    """For each coefficient, where V has its frequencies `(k, l)` and `(-k, l)`: two int64 `(S_w,
     S_h)`, as indices of the flattened half spectrum.
     """
     frequencies_h = _frequencies(height)
@@ -168,26 +169,28 @@ def _half_spectrum_indices(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _frequencies(size: int) -> Tensor:
-    """The frequencies of the waves of an axis, int64 `(S,)`."""
-    pairs = torch.arange(1, (size + 1) // 2)
-    alone = torch.tensor([0])
-    if size % 2 == 0:
-        alone = torch.tensor([0, size // 2])
+    """The frequency of each coefficient of an axis, int64 `(S,)`."""
+    # A default device of the caller's must not get into the caches.
+    with torch.device("cpu"):
+        pairs = torch.arange(1, (size + 1) // 2)
+        # 0 and, for an even size, S / 2
+        alone = torch.arange(0, size // 2 + 1, size // 2 or 1)[: 2 - size % 2]
     return torch.cat([alone, pairs, pairs])
 
 
 @lru_cache(maxsize=128)
 @torch.no_grad()
-def _make_waves(size: int, kept: tuple[int, int, int], dtype: torch.dtype) -> Waves:
-    """The waves of an axis and the first, the end and the step of the points that are kept."""
+def _make_real_dft(size: int, kept: tuple[int, int, int], dtype: torch.dtype) -> RealDft:
+    """The real DFT of an axis; `kept` is start, stop and step of the points that are kept."""
     frequencies = _frequencies(size)
-    cosines, sines = dft(frequencies, torch.arange(size), size)
-    cosine_part = _part(size, 0)
-    sine_part = _part(size, 1)
-    waves = cosines.clone()
-    waves[sine_part] = sines[sine_part]
-    # Each wave gets the length 1. The squares of one without a partner add up to S, else to S / 2.
-    waves[: cosine_part.start] /= sqrt(size)
-    waves[cosine_part.start :] /= sqrt(size / 2)
-    synthesis = waves[:, slice(*kept)].mT
-    return Waves(waves.to(dtype), synthesis.to(dtype).contiguous())
+    cosines, sines = dft(frequencies, torch.arange(size, device="cpu"), size)
+    with_sine = _part(size, 0)
+    of_sines = _part(size, 1)
+    basis = cosines.clone()
+    basis[of_sines] = sines[of_sines]
+    # Each function gets the length 1. The squares of a cosine without a sine add up to S, those of
+    # the others to S / 2.
+    basis[: with_sine.start] /= sqrt(size)
+    basis[with_sine.start :] /= sqrt(size / 2)
+    synthesis = basis[:, slice(*kept)].mT
+    return RealDft(basis.to(dtype), synthesis.to(dtype).contiguous())

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .complex_products import ComplexProducts, choose_products
+from .complex_products import choose_products
 from .fourier_plan import Plan
 from .precision import without_autocast
 from .spectral_filter import spectral_filter
@@ -112,7 +112,7 @@ def _by_convolution(images: Tensor, weight: Tensor, inverse_root: Tensor, plan: 
 
 def _output(images: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
     spectrum = plan.spectrum(images)
-    products = _choose_products(len(images), weight, plan)
+    products = choose_products(len(images), weight, plan.dtype)
     result = spectrum.new_empty(len(images), 2, plan.frequencies, len(weight))
     for block in plan.blocks(len(images), weight.shape[1], len(weight)):
         kernels = plan.kernel_spectrum(weight, factors, block)
@@ -125,7 +125,7 @@ def _weight_gradient(
 ) -> Tensor:
     """The gradient of the weight, from the gradient `(B, 2, g, C_out)` of the output's spectrum."""
     spectrum = plan.spectrum(images)
-    products = _choose_products(len(images), weight, plan)
+    products = choose_products(len(images), weight, plan.dtype)
     # In the weight's precision, whatever the plan's is: the sum runs over many frequencies.
     total = weight.new_zeros(len(weight), weight[0, 0].numel(), weight.shape[1])
     for block in plan.blocks(len(images), weight.shape[1], len(weight)):
@@ -138,14 +138,9 @@ def _image_gradient(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) 
     """The gradient of the images, from the gradient `(B, 2, g, C_out)` of the output's spectrum."""
     batch, channels = len(grads), weight.shape[1]
     aliases_h, aliases_w = plan.rows.stride, plan.columns.stride
-    products = _choose_products(batch, weight, plan)
+    products = choose_products(batch, weight, plan.dtype)
     spectrum = grads.new_empty(batch, 2, aliases_h, plan.frequencies, aliases_w * channels)
     for block in plan.blocks(batch, channels, len(weight)):
         kernels = plan.kernel_spectrum(weight, factors, block)
         products.image_gradient(grads[:, :, block], kernels, spectrum[:, :, :, block])
     return plan.spectrum_adjoint(spectrum)
-
-
-def _choose_products(batch: int, weight: Tensor, plan: Plan) -> ComplexProducts:
-    out_channels, in_channels = weight.shape[:2]
-    return choose_products(batch, in_channels, out_channels, plan.dtype)

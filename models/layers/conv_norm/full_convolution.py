@@ -1,4 +1,4 @@
-"""The full convolution of ConvNorm, in the form that is fast on the device."""
+"""The full convolution of ConvNorm, in the form that is fastest on the input's device."""
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +36,11 @@ def full_convolution(
     if weight.shape[1] * groups < FEW_CHANNELS:
         margins = (padding[1], padding[1], padding[0], padding[0])
         return F.conv2d(F.pad(input, margins), weight, bias, 1, 0, dilation, groups)
-    # A full convolution is the adjoint of one without padding whose kernel is turned around. For
-    # the gradient of a kernel that reaches beyond the image oneDNN takes up to five times as long.
+    # A full convolution is the adjoint of an unpadded one with the flipped kernel. oneDNN takes up
+    # to five times as long for the weight gradient of a padded convolution.
     extent = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     rows, columns = (p - e for p, e in zip(padding, extent, strict=True))
     if rows or columns:
         input = F.pad(input, (columns, columns, rows, rows))
-    turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-    return F.conv_transpose2d(input, turned, bias, groups=groups, dilation=dilation)
+    flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+    return F.conv_transpose2d(input, flipped, bias, groups=groups, dilation=dilation)

@@ -59,7 +59,7 @@ class ConvNorm2d(nn.Conv2d):
 
     Precision: also under autocast, V is computed in float64 (float32 on MPS), and the FFT runs in
     float32 at least. Where a CPU replaces the FFT by products with DFT matrices, these run in the
-    convolution's own precision (see `fourier_convolution`).
+    convolution's own precision (see `fourier_convolution` and `dft_filter`).
 
     State: `weight, bias, running_V, num_batches_tracked, bpconv.*, batch_norm.*`. `running_V`
     begins as one zero and takes its real size in the first training step. The buffer object stays
