@@ -1,21 +1,19 @@
 """A cheaper backward pass for batch norms of a frozen network on the CPU."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attacks.cast_once import keeps_its_forward
 from attacks.classifier import Model
+from attacks.replaced_forward import replaced_forward
 
 LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DTYPES = (torch.float32, torch.float64)
 
 
-@contextmanager
-def cheap_batch_norm(model: Model) -> Iterator[None]:
+def cheap_batch_norm(model: Model) -> AbstractContextManager[None]:
     """Within the context, batch norms of a frozen model compute no gradients of their parameters.
 
     In evaluation mode a batch norm scales each channel by `gamma / sqrt(var + eps)`, so its
@@ -30,29 +28,11 @@ def cheap_batch_norm(model: Model) -> Iterator[None]:
     Args:
         model: a module, frozen (see `attacks.attack.frozen`), or a function.
     """
-    layers: list[nn.Module] = []
-    if isinstance(model, nn.Module) and not any(map(keeps_its_forward, model.modules())):
-        layers = [
-            module
-            for module in model.modules()
-            # In a context within another one, the layers have their forward methods already
-            if type(module) in LAYERS and "forward" not in vars(module)
-        ]
-    try:
-        for layer in layers:
-            # An attribute of the object is found before the method of its class
-            layer.forward = _CheapForward(layer)
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    return replaced_forward(model, lambda module: type(module) in LAYERS, _CheapForward)
 
 
 class _CheapForward:
-    """The forward method of a batch norm.
-
-    It is an object, not a function, so that a copy of the model has one for its own layer.
-    """
+    """The forward method of a batch norm."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer

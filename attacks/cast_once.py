@@ -1,13 +1,13 @@
 """Cast frozen weights once per attack, instead of in every forward pass under autocast."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.classifier import Model
+from attacks.replaced_forward import replaced_forward
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers that use weight and bias for a single product, which autocast computes in low
@@ -15,8 +15,7 @@ precision."""
 METHODS = ("forward", "_conv_forward")
 
 
-@contextmanager
-def cast_once(model: Model) -> Iterator[None]:
+def cast_once(model: Model) -> AbstractContextManager[None]:
     """Within the context, convolutions and linear layers of a frozen model keep the low-precision
     copies of their weights from one forward pass to the next.
 
@@ -32,25 +31,7 @@ def cast_once(model: Model) -> Iterator[None]:
     Args:
         model: a module, frozen (see `attacks.attack.frozen`), or a function.
     """
-    layers: list[nn.Module] = []
-    if isinstance(model, nn.Module) and not any(map(keeps_its_forward, model.modules())):
-        layers = [module for module in model.modules() if _uses_its_weight_once(module)]
-    try:
-        for layer in layers:
-            # An attribute of the object is found before the method of its class
-            layer.forward = _CastingForward(layer)
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def keeps_its_forward(module: nn.Module) -> bool:
-    """Return whether a module must not get other forward methods inside."""
-    # A compiled module would be compiled again, and the copies of DataParallel on other devices
-    # would use the layers of the first
-    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-    return compiled or isinstance(module, nn.DataParallel)
+    return replaced_forward(model, _uses_its_weight_once, _CastingForward)
 
 
 def _uses_its_weight_once(module: nn.Module) -> bool:
@@ -61,17 +42,13 @@ def _uses_its_weight_once(module: nn.Module) -> bool:
             continue
         own = (getattr(type(module), name, None) for name in METHODS)
         usual = (getattr(plain, name, None) for name in METHODS)
-        # In a context within another one, the layers have their forward methods already
-        changed = "forward" in vars(module) or tuple(own) != tuple(usual)
+        changed = tuple(own) != tuple(usual)
         return not changed and module._parameters.get("weight") is not None
     return False
 
 
 class _CastingForward:
-    """The forward method of one of `LAYERS` that keeps the copies of weight and bias.
-
-    It is an object, not a function, so that a copy of the model has one for its own layer.
-    """
+    """The forward method of one of `LAYERS` that keeps the copies of weight and bias."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer

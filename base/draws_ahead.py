@@ -2,8 +2,8 @@
 
 Drawing a minibatch's random starts on the host takes milliseconds, in which the training thread
 starts no kernels. The next minibatch nearly always asks for the same draws, so a thread makes them
-meanwhile, in pinned memory. This changes no numbers: a draw is used only if it started from exactly
-the generator's current state.
+in the meantime and puts them into pinned memory. The numbers stay the same, because a draw is used
+only if the generator's state is the one from which it was made.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""Cosines and sines of a discrete Fourier transform, and matrices made of them."""
+"""Cosines and sines of a discrete Fourier transform, their matrices, and products with these."""
 
 from math import pi
 
@@ -43,3 +43,9 @@ def half_spectrum_weights(size: int) -> Tensor:
     # A frequency stands for its conjugate in the other half, too, unless it is its own opposite.
     is_own_opposite = (frequencies == 0) | (2 * frequencies == size)
     return torch.where(is_own_opposite, 1.0, 2.0).double() / size
+
+
+def left_multiply(matrix: Tensor, batch: Tensor) -> Tensor:
+    """`matrix @ batch[i]` for every i."""
+    # torch.matmul would copy the batch into another order first.
+    return torch.bmm(matrix.expand(len(batch), -1, -1), batch)

@@ -2,9 +2,9 @@
 
 Sizes such as 34 = 2 x 17 are slow for an FFT and small for a matrix. An axis of S points has an
 orthonormal basis of S cosines and sines, `cos(2 pi k n / S)` and `sin(2 pi k n / S)`. Products with
-it take a third less work than those with complex numbers on a half spectrum. A basis image, which
-is a product of one function along each axis, is no eigenvector of the filter, because V differs at
-the frequencies (k, l) and (-k, l). But
+it take a third less work than those with complex numbers on a half spectrum. The product of a
+function of the row and a function of the column is not an eigenvector of the filter, because V has
+different values at the frequencies (k, l) and (-k, l). But
 
     cos a cos b = (cos(a + b) + cos(a - b)) / 2,    sin a sin b = (cos(a - b) - cos(a + b)) / 2,
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dft import dft
+from .dft import dft, left_multiply
 from .precision import without_autocast
 
 FILTER_SIZE = 64
@@ -97,13 +97,12 @@ class _DftFilter(torch.autograd.Function):
         height_out, width_out = len(dft_h.synthesis), len(dft_w.synthesis)
         # Along H, which makes H the innermost axis, along W, and back: no step has to rearrange its
         # input.
-        spectrum = torch.bmm(signal.flatten(2).mT, _for_each(batch, dft_h.analysis.mT))
-        spectrum = spectrum.view(batch, width, channels * size_h)
-        spectrum = torch.bmm(_for_each(batch, dft_w.analysis), spectrum)
+        spectrum = torch.bmm(signal.flatten(2).mT, dft_h.analysis.mT.expand(batch, -1, -1))
+        spectrum = left_multiply(dft_w.analysis, spectrum.view(batch, width, channels * size_h))
         spectrum = _filter(spectrum.view(batch, size_w, channels, size_h), mean, difference)
-        output = torch.bmm(_for_each(batch, dft_w.synthesis), spectrum.flatten(2))
+        output = left_multiply(dft_w.synthesis, spectrum.flatten(2))
         output = output.view(batch, width_out * channels, size_h)
-        output = torch.bmm(_for_each(batch, dft_h.synthesis), output.mT)
+        output = left_multiply(dft_h.synthesis, output.mT)
         return output.view(batch, height_out, width_out, channels)
 
     @staticmethod
@@ -113,11 +112,6 @@ class _DftFilter(torch.autograd.Function):
         with without_autocast(grad):
             grad = _DftFilter.apply(grad, mean, difference, *adjoint)
         return grad, None, None, None, None
-
-
-def _for_each(batch: int, matrix: Tensor) -> Tensor:
-    """The same matrix for each image; torch.matmul would copy the images into another order."""
-    return matrix.expand(batch, -1, -1)
 
 
 def _filter(spectrum: Tensor, mean: Tensor, difference: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .dft import complex_product, dft, half_spectrum_weights
+from .dft import complex_product, dft, half_spectrum_weights, left_multiply
 
 FOURIER_BATCH = 16
 """The smallest batch for which the Fourier domain is faster on a CPU: the spectra of the kernels
@@ -157,16 +157,16 @@ class Plan:
         """The DFT of images, `(B, C, H, W)` -> `(B, 2, a_h, g, a_w * C)`."""
         batch, channels, height, width = images.shape
         pixels = images.permute(0, 2, 3, 1).reshape(-1, width, channels)
-        half = _left_multiply(self.dft_w, pixels)
-        full = _left_multiply(self.dft_h, half.view(batch, 2 * height, -1))
+        half = left_multiply(self.dft_w, pixels)
+        full = left_multiply(self.dft_h, half.view(batch, 2 * height, -1))
         return self._drop_redundant(full, self.rows.stride)
 
     def spectrum_adjoint(self, spectrum: Tensor) -> Tensor:
         """The adjoint of `spectrum`, `(B, 2, a_h, g, a_w * C)` -> `(B, C, H, W)`, channels last."""
         batch = len(spectrum)
         channels = spectrum.shape[-1] // self.columns.stride
-        half = _left_multiply(self.dft_h.mT, self._restore_redundant(spectrum))
-        pixels = _left_multiply(self.dft_w.mT, half.view(-1, len(self.dft_w), channels))
+        half = left_multiply(self.dft_h.mT, self._restore_redundant(spectrum))
+        pixels = left_multiply(self.dft_w.mT, half.view(-1, len(self.dft_w), channels))
         return _as_images(pixels, batch)
 
     def output(self, spectrum: Tensor) -> Tensor:
@@ -174,16 +174,16 @@ class Plan:
         last.
         """
         batch, channels = len(spectrum), spectrum.shape[-1]
-        half = _left_multiply(self.inverse_dft_h, self._restore_redundant(spectrum.unsqueeze(2)))
+        half = left_multiply(self.inverse_dft_h, self._restore_redundant(spectrum.unsqueeze(2)))
         half = half.view(-1, self.inverse_dft_w.shape[1], channels)
-        return _as_images(_left_multiply(self.inverse_dft_w, half), batch)
+        return _as_images(left_multiply(self.inverse_dft_w, half), batch)
 
     def output_adjoint(self, grad: Tensor) -> Tensor:
         """The adjoint of `output`, `(B, C, H', W')` -> `(B, 2, g, C)`."""
         batch, channels, height, width = grad.shape
         pixels = grad.permute(0, 2, 3, 1).reshape(-1, width, channels)
-        half = _left_multiply(self.inverse_dft_w.mT, pixels)
-        full = _left_multiply(self.inverse_dft_h.mT, half.view(batch, 2 * height, -1))
+        half = left_multiply(self.inverse_dft_w.mT, pixels)
+        full = left_multiply(self.inverse_dft_h.mT, half.view(batch, 2 * height, -1))
         return self._drop_redundant(full, 1).squeeze(2)
 
     def filter_factors(self, inverse_root: Tensor) -> Tensor:
@@ -469,12 +469,6 @@ def _outer(of_rows: Tensor, of_columns: Tensor) -> Tensor:
 def _filtered(kernel_dft: Tensor, factors: Tensor) -> Tensor:
     """A kernel DFT `(k_h * k_w, 2, ...)` times factors `(C_out, ...)`: `(C_out, k_h * k_w, n)`."""
     return (kernel_dft * factors[:, None, None]).flatten(2)
-
-
-def _left_multiply(matrix: Tensor, batch: Tensor) -> Tensor:
-    """`matrix @ batch[i]` for every i."""
-    # torch.matmul would copy the batch into another order first.
-    return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
 
 
 def _as_images(pixels: Tensor, batch: int) -> Tensor:
