@@ -14,6 +14,7 @@ from torch import nn
 
 from models.layers import ConvNorm2d, ONIConv2d, SpectralNormConv2d, replace_with_conv_norm
 from models.layers.conv_norm import layer as layer_module
+from models.layers.conv_norm.recomputation import NARROW
 from tiny_runs import exit_code, forked
 
 
@@ -229,9 +230,9 @@ def test_only_plain_convolutions_are_replaced():
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_the_input_of_batch_norm_is_recomputed_instead_of_kept(low, monkeypatch):
+def test_a_wide_layer_computes_the_input_of_batch_norm_again(low, monkeypatch):
     torch.manual_seed(0)
-    layer = ConvNorm2d(3, 6, 3, padding=1)
+    layer = ConvNorm2d(3, NARROW, 3, padding=1)
     twin = copy.deepcopy(layer)
     alive = []
     layer.bpconv.register_forward_hook(
@@ -252,4 +253,16 @@ def test_the_input_of_batch_norm_is_recomputed_instead_of_kept(low, monkeypatch)
         kept = one_step(twin)
     for actual, expected in zip(one_step(layer), kept, strict=True):
         assert torch.equal(actual, expected)
+    assert len(alive) == 1
+
+
+def test_a_narrow_layer_keeps_the_input_of_batch_norm():
+    layer = ConvNorm2d(3, NARROW - 1, 3, padding=1)
+    alive = []
+    layer.bpconv.register_forward_hook(
+        lambda module, inputs, output: alive.append(weakref.ref(output))
+    )
+    output = layer(torch.randn(4, 3, 8, 8))
+    assert alive[0]() is not None
+    output.sum().backward()
     assert len(alive) == 1

@@ -15,9 +15,16 @@ from models.layers.conv_norm.complex_products import (
     choose_products,
 )
 from models.layers.conv_norm.fourier_convolution import fourier_convolution
-from models.layers.conv_norm.fourier_plan import FOURIER_BATCH, Axis, plan_for, plan_for_layer
+from models.layers.conv_norm.fourier_plan import (
+    FOURIER_BATCH,
+    Axis,
+    Plan,
+    plan_for,
+    plan_for_layer,
+)
 from models.layers.conv_norm.kernel_energy import inverse_root_energy
 from models.layers.conv_norm.layer import ConvNorm2d
+from models.layers.conv_norm.recomputation import NARROW
 
 GEOMETRIES = {
     "plain": {"size": (9, 9), "kernel_size": (3, 3), "padding": (1, 1)},
@@ -60,10 +67,12 @@ def layer_and_plan(size, dtype=torch.float64, **arguments):
     return layer, plan_for(*(Axis(*axis) for axis in axes), dtype, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("products", [JoinedProducts, SplitProducts])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_agrees_with_convolution_and_filter(name, products, monkeypatch):
+def test_agrees_with_convolution_and_filter(name, products, narrow, monkeypatch):
     monkeypatch.setattr(fourier_module, "choose_products", lambda *_: products())
+    monkeypatch.setattr(fourier_module, "NARROW", 4 if narrow else 3)
     torch.manual_seed(0)
     layer, plan = layer_and_plan(**GEOMETRIES[name])
     images = torch.randn(4, 3, *GEOMETRIES[name]["size"], dtype=torch.float64, requires_grad=True)
@@ -77,6 +86,22 @@ def test_agrees_with_convolution_and_filter(name, products, monkeypatch):
         torch.autograd.grad(output, (images, layer.weight), seen), gradients, strict=True
     ):
         torch.testing.assert_close(actual, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("channels", "transforms"), [(NARROW - 1, 1), (NARROW, 2)])
+def test_a_narrow_layer_keeps_the_spectrum_of_its_images(channels, transforms, monkeypatch):
+    made = []
+    spectrum = Plan.spectrum
+    monkeypatch.setattr(Plan, "spectrum", lambda *args: made.append(spectrum(*args)) or made[-1])
+    layer = ConvNorm2d(channels, 4, 3, padding=1, affine=False, bn=False)
+    images = torch.rand(FOURIER_BATCH, channels, 6, 6)
+    layer(images).sum().backward()
+    assert len(made) == transforms
+    # A frozen network has no use for it.
+    made.clear()
+    layer.weight.requires_grad_(False)
+    layer(images.requires_grad_()).sum().backward()
+    assert len(made) == 1
 
 
 def test_an_unsupported_geometry_has_no_plan():
@@ -220,7 +245,7 @@ CHOICES = {
     "WRN-16-1, block 1": (16, 16, 32, 1, False, False),
     "simpleCNN, second stage": (8, 16, 16, 1, False, False),
     "WRN-16-1, stride": (16, 32, 32, 2, True, True),
-    "WRN-16-2, block 1": (32, 32, 32, 1, False, True),
+    "WRN-16-2, block 1": (32, 32, 32, 1, True, True),
     "ResNet-18, first stage": (64, 64, 32, 1, True, True),
     "ResNet-18, last stage": (512, 512, 4, 1, True, True),
 }
@@ -235,9 +260,10 @@ def test_the_choice_follows_the_cost_of_a_geometry(name, by_cost):
     assert (plan_for_layer(layer, images.bfloat16()) is not None) == in_bfloat16
 
 
-def test_kernels_are_joined_in_bfloat16_where_images_outnumber_channels():
+def test_kernels_are_joined_where_there_are_more_images_than_channels():
     weight = torch.empty(64, 32, 3, 3)
     for other in (weight, weight.transpose(0, 1)):
         assert isinstance(choose_products(64, other, torch.bfloat16), JoinedProducts)
         assert isinstance(choose_products(63, other, torch.bfloat16), SplitProducts)
-        assert isinstance(choose_products(64, other, torch.float32), SplitProducts)
+        assert isinstance(choose_products(128, other, torch.float32), JoinedProducts)
+        assert isinstance(choose_products(127, other, torch.float32), SplitProducts)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .dft import complex_product, dft, half_spectrum_weights, left_multiply
+from .recomputation import NARROW
 
 FOURIER_BATCH = 16
 """The smallest batch for which the Fourier domain is faster on a CPU: the spectra of the kernels
@@ -38,11 +39,6 @@ matters less.
 
 BLOCK_FREQUENCIES = 12
 """The smallest number of frequencies in a block: every block reads all weights again."""
-
-SMALL_GRID = 10
-"""The largest number of rows of a grid whose redundant frequencies are left out. They are a sixth
-of a 6 x 6 grid. On larger grids they are too few to pay for the rearrangement.
-"""
 
 BFLOAT16_SHARE = 0.85
 """The factor by which bfloat16 makes the Fourier domain cheaper relative to a direct convolution,
@@ -103,18 +99,17 @@ class Axis(NamedTuple):
 class Plan:
     """The matrices of one geometry, in one dtype on one device.
 
-    A spectrum is `(B, 2, a_h, g, a_w * C)`. The dimension of size 2 holds real and imaginary parts,
-    and g runs over the half spectrum of the strided grid, flattened. Channels are the innermost
-    dimension from the images to the output, so nothing is ever rearranged. A transform along W is a
-    matrix product for each row of each image, and one along H a matrix product for each image. For
-    each frequency the spectrum holds a matrix of `(B * 2) x (a_w * C)`, with rows far apart in
-    memory.
+    A spectrum is `(g, B, 2, a_h * a_w * C)`: for each frequency g a matrix with a row for each
+    image. The dimension of size 2 holds real and imaginary parts, and g runs over the half spectrum
+    of the strided grid. The last dimension holds the channels of all aliases, so one product adds
+    up both. Channels are the innermost dimension from the images to the output: a transform along W
+    is a matrix product for each row of each image, and one along H a matrix product for each image.
 
     The spectrum of a real image has `Z[-f] = conj(Z[f])`, so half of the columns is enough. The
     columns 0 and, of an even grid, `strided_size / 2` are their own opposites, so in them one half
-    of the rows is the conjugate of the other. Small grids compute only one of these halves with
-    multiplicity 2 and put zeros in place of the other. The result is the same, because the inverse
-    DFT along W takes the real part of these columns, where the two halves add up.
+    of the rows is the conjugate of the other. Only one of these halves is computed, with
+    multiplicity 2, and zeros take the place of the other. The result is the same, because the
+    inverse DFT along W takes the real part of these columns, where the two halves add up.
 
     Attributes:
         rows, columns: the axes H and W.
@@ -122,8 +117,8 @@ class Plan:
         dft_h: `(2 * a_h * g_h, H * 2)`, the DFT of images along H.
         inverse_dft_h: `(H' * 2, 2 * g_h)`, the inverse DFT of outputs along H.
         inverse_dft_w: `(W', 2 * g_w)`, the inverse DFT of outputs along W, to real numbers.
-        kernel_dft: `(k_h * k_w, 2, a_h, g, a_w)`, the DFT of kernels along both axes.
-        filter_index: int64 `(a_h, g, a_w)`, where V has the frequencies, as indices of the
+        kernel_dft: `(k_h * k_w, 2, g, a_h * a_w)`, the DFT of kernels along both axes.
+        filter_index: int64 `(g, a_h * a_w)`, where V has the frequencies, as indices of the
             flattened half spectrum of the full grid.
         multiplicity: `(g, 1)`, how often a frequency counts.
     """
@@ -154,40 +149,42 @@ class Plan:
         return len(self.multiplicity)
 
     def spectrum(self, images: Tensor) -> Tensor:
-        """The DFT of images, `(B, C, H, W)` -> `(B, 2, a_h, g, a_w * C)`."""
+        """The DFT of images, `(B, C, H, W)` -> `(g, B, 2, a_h * a_w * C)`."""
         batch, channels, height, width = images.shape
         pixels = images.permute(0, 2, 3, 1).reshape(-1, width, channels)
         half = left_multiply(self.dft_w, pixels)
-        full = left_multiply(self.dft_h, half.view(batch, 2 * height, -1))
-        return self._drop_redundant(full, self.rows.stride)
+        grid = left_multiply(self.dft_h, half.view(batch, 2 * height, -1))
+        return self._rows_of(grid, self.rows.stride)
 
     def spectrum_adjoint(self, spectrum: Tensor) -> Tensor:
-        """The adjoint of `spectrum`, `(B, 2, a_h, g, a_w * C)` -> `(B, C, H, W)`, channels last."""
-        batch = len(spectrum)
-        channels = spectrum.shape[-1] // self.columns.stride
-        half = left_multiply(self.dft_h.mT, self._restore_redundant(spectrum))
-        pixels = left_multiply(self.dft_w.mT, half.view(-1, len(self.dft_w), channels))
-        return _as_images(pixels, batch)
-
-    def output(self, spectrum: Tensor) -> Tensor:
-        """The cropped inverse DFT on the strided grid, `(B, 2, g, C)` -> `(B, C, H', W')`, channels
+        """The adjoint of `spectrum`, `(g, B, 2, a_h * a_w * C)` -> `(B, C, H, W)`, channels
         last.
         """
-        batch, channels = len(spectrum), spectrum.shape[-1]
-        half = left_multiply(self.inverse_dft_h, self._restore_redundant(spectrum.unsqueeze(2)))
-        half = half.view(-1, self.inverse_dft_w.shape[1], channels)
+        batch = spectrum.shape[1]
+        grid = self._grid_of(spectrum, self.rows.stride)
+        half = left_multiply(self.dft_h.mT, grid)
+        half = half.view(batch * self.rows.length, len(self.dft_w), -1)
+        return _as_images(left_multiply(self.dft_w.mT, half), batch)
+
+    def output(self, spectrum: Tensor) -> Tensor:
+        """The cropped inverse DFT on the strided grid, `(g, B, 2, C)` -> `(B, C, H', W')`, channels
+        last.
+        """
+        batch = spectrum.shape[1]
+        half = left_multiply(self.inverse_dft_h, self._grid_of(spectrum, 1))
+        half = half.view(batch * self.rows.output, self.inverse_dft_w.shape[1], -1)
         return _as_images(left_multiply(self.inverse_dft_w, half), batch)
 
     def output_adjoint(self, grad: Tensor) -> Tensor:
-        """The adjoint of `output`, `(B, C, H', W')` -> `(B, 2, g, C)`."""
+        """The adjoint of `output`, `(B, C, H', W')` -> `(g, B, 2, C)`."""
         batch, channels, height, width = grad.shape
         pixels = grad.permute(0, 2, 3, 1).reshape(-1, width, channels)
         half = left_multiply(self.inverse_dft_w.mT, pixels)
-        full = left_multiply(self.inverse_dft_h.mT, half.view(batch, 2 * height, -1))
-        return self._drop_redundant(full, 1).squeeze(2)
+        grid = left_multiply(self.inverse_dft_h.mT, half.view(batch, 2 * height, -1))
+        return self._rows_of(grid, 1)
 
     def filter_factors(self, inverse_root: Tensor) -> Tensor:
-        """V times the multiplicity, `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, a_h, g, a_w)`."""
+        """V times the multiplicity, `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, g, a_h * a_w)`."""
         return (inverse_root.flatten(1)[:, self.filter_index] * self.multiplicity).to(self.dtype)
 
     def kernel_spectrum(self, weight: Tensor, factors: Tensor, block: slice) -> Tensor:
@@ -199,13 +196,11 @@ class Plan:
             block: frequencies g.
 
         Returns:
-            `(C_out, 2, a_h, g, a_w * C_in)`.
+            `(C_out, 2, g, a_h * a_w * C_in)`.
         """
-        # The factors go into the DFT matrix, which is small, and so the filter costs nothing.
-        matrix = _filtered(self.kernel_dft[:, :, :, block], factors[:, :, block])
+        matrix = self._filtered_dft(factors, block)
         spectrum = torch.bmm(matrix.mT, weight.flatten(2).mT)
-        channels = self.columns.stride * weight.shape[1]
-        return spectrum.view(len(weight), 2, self.rows.stride, -1, channels)
+        return spectrum.view(len(weight), 2, factors[0, block].shape[0], -1)
 
     def add_kernel_spectrum_adjoint(
         self, total: Tensor, grads: Tensor, factors: Tensor, block: slice
@@ -214,20 +209,26 @@ class Plan:
 
         Args:
             total: float32 or float64 `(C_out, k_h * k_w, C_in)`.
-            grads: `(2, a_h, g, C_out, a_w * C_in)`.
+            grads: `(2, g, C_out, a_h * a_w * C_in)`.
             factors: from `filter_factors`.
             block: frequencies g.
         """
-        # The shape becomes (C_out, 2 * a_h * g, a_w, C_in).
-        grads = grads.unflatten(-1, (self.columns.stride, -1)).flatten(0, 2).transpose(0, 1)
-        for alias in range(self.columns.stride):
-            dft_of_alias = self.kernel_dft[:, :, :, block, alias]
-            matrix = _filtered(dft_of_alias, factors[:, :, block, alias])
-            if total.dtype == self.dtype:
-                total.baddbmm_(matrix, grads[:, :, alias])
-            else:
-                # bfloat16 is too coarse for a sum over many blocks.
-                total += torch.bmm(matrix, grads[:, :, alias])
+        matrix = self._filtered_dft(factors, block)
+        out_channels, _, in_channels = total.shape
+        grads = grads.unflatten(3, (-1, in_channels)).permute(2, 0, 1, 3, 4)
+        grads = grads.reshape(out_channels, -1, in_channels)
+        if total.dtype == self.dtype:
+            total.baddbmm_(matrix, grads)
+        else:
+            # bfloat16 is too coarse for a sum over many blocks.
+            total += torch.bmm(matrix, grads)
+
+    def _filtered_dft(self, factors: Tensor, block: slice) -> Tensor:
+        """`kernel_dft` times V for a block of frequencies, `(C_out, k_h * k_w, 2 * g * a_h * a_w)`.
+
+        This matrix is small, so the filter costs nothing.
+        """
+        return (self.kernel_dft[:, :, block] * factors[:, None, None, block]).flatten(2)
 
     def blocks(self, batch: int, in_channels: int, out_channels: int) -> list[slice]:
         """The frequencies g in blocks whose spectra fit into the cache."""
@@ -242,40 +243,47 @@ class Plan:
         size += size % 2
         return [slice(start, start + size) for start in range(0, self.frequencies, size)]
 
-    def _drop_redundant(self, full: Tensor, aliases_h: int) -> Tensor:
-        """`(B, 2 * a_h * g_h, g_w * a_w * C)` -> `(B, 2, a_h, g, a_w * C)`."""
-        grid = (self.rows.strided_size, self.columns.strided_size // 2 + 1)
-        full = full.view(len(full), 2, aliases_h, *grid, -1)
-        if self.frequencies == grid[0] * grid[1]:
-            return full.flatten(3, 4)
-        spectrum = full.new_empty(*full.shape[:3], self.frequencies, full.shape[5])
-        for part, part_of_full in self._matching_parts(spectrum, full):
-            part.copy_(part_of_full)
-        return spectrum
-
-    def _restore_redundant(self, spectrum: Tensor) -> Tensor:
-        """`(B, 2, a_h, g, n)` -> `(B, 2 * a_h * g_h, g_w * n)`, the adjoint of `_drop_redundant`:
-        zeros in place of the frequencies that were left out.
+    def _rows_of(self, grid: Tensor, aliases_h: int) -> Tensor:
+        """The spectrum `(g, B, 2, a_h * n)` of a grid `(B, 2 * a_h * g_h, g_w * n)`, without the
+        redundant frequencies.
         """
-        grid = (self.rows.strided_size, self.columns.strided_size // 2 + 1)
-        if self.frequencies == grid[0] * grid[1]:
-            return spectrum.view(len(spectrum), -1, grid[1] * spectrum.shape[-1])
-        full = spectrum.new_zeros(*spectrum.shape[:3], *grid, spectrum.shape[-1])
-        for part, part_of_full in self._matching_parts(spectrum, full):
-            part_of_full.copy_(part)
-        return full.flatten(4).flatten(1, 3)
+        grid = grid.view(len(grid), 2, aliases_h, *self._half_grid, -1)
+        spectrum = grid.new_empty(self.frequencies, len(grid), 2, aliases_h, grid.shape[-1])
+        for part, part_of_grid in self._matching_parts(spectrum, grid):
+            part.copy_(part_of_grid)
+        return spectrum.flatten(3)
 
-    def _matching_parts(self, spectrum: Tensor, full: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Views of a `spectrum` `(B, 2, a_h, g, n)`, each with the view of a `full` one `(B, 2,
-        a_h, g_h, g_w, n)` that holds the same frequencies.
+    def _grid_of(self, spectrum: Tensor, aliases_h: int) -> Tensor:
+        """The grid `(B, 2 * a_h * g_h, g_w * n)` of a spectrum `(g, B, 2, a_h * n)`, with zeros in
+        place of the redundant frequencies.
         """
-        whole_rows, columns = _computed_region(self.rows, self.columns)
-        of_full = [full[:, :, :, :whole_rows], full[:, :, :, whole_rows:, columns]]
-        sizes = [part.shape[3] * part.shape[4] for part in of_full]
-        of_spectrum = spectrum.split(sizes, dim=3)
+        spectrum = spectrum.unflatten(3, (aliases_h, -1))
+        batch, channels = spectrum.shape[1], spectrum.shape[-1]
+        grid = spectrum.new_empty(batch, 2, aliases_h, *self._half_grid, channels)
+        whole_rows, between = _computed_region(self.rows, self.columns)
+        grid[:, :, :, whole_rows:, : between.start] = 0
+        grid[:, :, :, whole_rows:, between.stop :] = 0
+        for part, part_of_grid in self._matching_parts(spectrum, grid):
+            part_of_grid.copy_(part)
+        return grid.flatten(4).flatten(1, 3)
+
+    @property
+    def _half_grid(self) -> tuple[int, int]:
+        """Rows and columns of the strided grid's half spectrum."""
+        return self.rows.strided_size, self.columns.strided_size // 2 + 1
+
+    def _matching_parts(self, spectrum: Tensor, grid: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Views of a `spectrum` `(g, B, 2, a_h, n)`, each with the view of a `grid` `(B, 2, a_h,
+        g_h, g_w, n)` that holds the same frequencies, both as `(g_h, g_w, B, 2, a_h, n)`.
+        """
+        whole_rows, between = _computed_region(self.rows, self.columns)
+        grid = grid.permute(3, 4, 0, 1, 2, 5)
+        of_grid = [grid[:whole_rows], grid[whole_rows:, between]]
+        sizes = [part.shape[0] * part.shape[1] for part in of_grid]
+        of_spectrum = spectrum.split(sizes)
         return [
-            (part.unflatten(3, part_of_full.shape[3:5]), part_of_full)
-            for part, part_of_full in zip(of_spectrum, of_full, strict=True)
+            (part.unflatten(0, part_of_grid.shape[:2]), part_of_grid)
+            for part, part_of_grid in zip(of_spectrum, of_grid, strict=True)
         ]
 
 
@@ -340,11 +348,13 @@ def fourier_cost(rows: Axis, columns: Axis, layer: nn.Conv2d) -> float:
     aliases = rows.stride * columns.stride
     of_image = 2 * rows.length * half * (columns.length + 2 * rows.size)
     of_output = 2 * rows.output * strided_half * (columns.output + 2 * rows.strided_size)
-    # The images are transformed in both passes, and their gradient once.
-    transforms = 3 * in_channels * of_image + 2 * out_channels * of_output
+    # The images are transformed in the forward pass and, where their spectrum is not kept, in the
+    # backward pass, and their gradient once.
+    of_images = 2 if layer.in_channels < NARROW else 3
+    transforms = of_images * in_channels * of_image + 2 * out_channels * of_output
     products = 3 * 4 * frequencies * aliases * in_channels * out_channels
     values = 3 * 2 * frequencies * (aliases * in_channels + out_channels)
-    return transforms / 22 + products / 20 + values
+    return transforms / 22 + products / 24 + values
 
 
 def plan_for(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> Plan | None:
@@ -369,6 +379,10 @@ def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.devi
     frequencies_w = (strided_w[:, None] + aliases_w).flatten()
     computed, multiplicity = _computed_frequencies(rows, columns)
     grid = (rows.stride, rows.strided_size * len(strided_w), columns.stride)
+
+    def by_frequency(table: Tensor) -> Tensor:
+        """`(..., f_h * f_w)` -> `(..., g, a_h * a_w)`."""
+        return table.unflatten(-1, grid).transpose(-3, -2).flatten(-2)[..., computed, :]
 
     def convert(matrix: Tensor) -> Tensor:
         return matrix.to(device, dtype).contiguous()
@@ -398,8 +412,8 @@ def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.devi
         dft_h=convert(dft_h.flatten(2).flatten(0, 1)),
         inverse_dft_h=convert(inverse_dft_h.flatten(2).flatten(0, 1)),
         inverse_dft_w=convert(torch.cat([inverse_cos_w, -inverse_sin_w], dim=1)),
-        kernel_dft=convert(kernel_dft.unflatten(2, grid)[:, :, :, computed]),
-        filter_index=filter_index.unflatten(0, grid)[:, computed].to(device),
+        kernel_dft=convert(by_frequency(kernel_dft)),
+        filter_index=by_frequency(filter_index).to(device),
         multiplicity=multiplicity.to(device),
     )
 
@@ -408,8 +422,6 @@ def _computed_region(rows: Axis, columns: Axis) -> tuple[int, slice]:
     """The number of rows of the strided grid's half spectrum in which all columns are computed, and
     the columns that are computed in the rows after them.
     """
-    if rows.strided_size > SMALL_GRID:
-        return rows.strided_size, slice(None)
     # Row -g is the conjugate of row g in the columns that are their own opposites: the first one
     # and, of an even grid, the last one. The opposites of all other columns are in the other half.
     return rows.strided_size // 2 + 1, slice(1, (columns.strided_size + 1) // 2)
@@ -423,10 +435,9 @@ def _computed_frequencies(rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
     indices = torch.arange(rows.strided_size * (columns.strided_size // 2 + 1))
     indices = indices.view(rows.strided_size, -1)
     multiplicity = torch.ones(indices.shape)
-    if whole_rows < rows.strided_size:
-        # Each of these rows stands for its opposite, too, but only in the columns at the edges.
-        multiplicity[1 : (rows.strided_size + 1) // 2] = 2
-        multiplicity[:, between] = 1
+    # Each of these rows stands for its opposite, too, but only in the columns at the edges.
+    multiplicity[1 : (rows.strided_size + 1) // 2] = 2
+    multiplicity[:, between] = 1
     computed = torch.cat([indices[:whole_rows].flatten(), indices[whole_rows:, between].flatten()])
     return computed, multiplicity.flatten()[computed].unsqueeze(1)
 
@@ -464,11 +475,6 @@ def _half_spectrum_index(
 def _outer(of_rows: Tensor, of_columns: Tensor) -> Tensor:
     """All products of `(f_h, k_h)` and `(f_w, k_w)`, `(f_h * f_w, k_h * k_w)`."""
     return (of_rows[:, None, :, None] * of_columns[None, :, None, :]).flatten(2).flatten(0, 1)
-
-
-def _filtered(kernel_dft: Tensor, factors: Tensor) -> Tensor:
-    """A kernel DFT `(k_h * k_w, 2, ...)` times factors `(C_out, ...)`: `(C_out, k_h * k_w, n)`."""
-    return (kernel_dft * factors[:, None, None]).flatten(2)
 
 
 def _as_images(pixels: Tensor, batch: int) -> Tensor:

@@ -21,7 +21,7 @@ from .fourier_plan import plan_for_layer
 from .full_convolution import full_convolution
 from .kept_inverse_root import KeptInverseRoot
 from .kernel_energy import inverse_root_energy
-from .recomputation import recomputed_batch_norm
+from .recomputation import NARROW, recomputed_batch_norm
 from .spectral_filter import spectral_filter
 
 RAMPDOWN_STEPS = 40000
@@ -161,7 +161,8 @@ class ConvNorm2d(nn.Conv2d):
             z = self._pad_for_even_kernel(z)
             # Training keeps less memory where step 5 recomputes its input. A compiler decides
             # itself what it recomputes, and it cannot trace the hooks that this takes.
-            if self.bn and self.training and not torch.compiler.is_compiling():
+            recomputes = self.training and self.out_channels >= NARROW
+            if self.bn and recomputes and not torch.compiler.is_compiling():
                 return recomputed_batch_norm(z, self.bpconv, self.batch_norm)
             z = self.bpconv(z)
         # 5. batch norm
