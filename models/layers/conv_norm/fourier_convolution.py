@@ -63,12 +63,12 @@ class _FourierConvolution(torch.autograd.Function):
         ctx.inverse_root = inverse_root
         with without_autocast(images):
             spectrum = plan.spectrum(images.to(plan.dtype))
-            output = _output(spectrum, weight.to(plan.dtype), factors, plan)
-        kept = None
-        if ctx.needs_input_grad[1] and weight.shape[1] < NARROW:
-            kept = spectrum
-        ctx.save_for_backward(images, weight, factors, kept)
-        return output
+            result = _products(spectrum, weight.to(plan.dtype), factors, plan)
+            # A spectrum takes more memory than its images: it is freed as soon as it can be.
+            if weight.shape[1] >= NARROW or not ctx.needs_input_grad[1]:
+                spectrum = None
+            ctx.save_for_backward(images, weight, factors, spectrum)
+            return plan.output(result)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,9 +86,11 @@ class _FourierConvolution(torch.autograd.Function):
                 if spectrum is None:
                     spectrum = plan.spectrum(images.to(plan.dtype))
                 grad_weight = _weight_gradient(grads, spectrum, weight, factors, plan)
+                del spectrum
             if needs_images:
-                grad_images = _image_gradient(grads, weight.to(plan.dtype), factors, plan)
-                grad_images = grad_images.to(images.dtype)
+                result = _image_gradient(grads, weight.to(plan.dtype), factors, plan)
+                del grads
+                grad_images = plan.spectrum_adjoint(result).to(images.dtype)
         return grad_images, grad_weight, None, None
 
 
@@ -116,14 +118,15 @@ def _by_convolution(images: Tensor, weight: Tensor, inverse_root: Tensor, plan: 
     return spectral_filter(full, inverse_root, rows.crop, columns.crop)
 
 
-def _output(spectrum: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
+def _products(spectrum: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
+    """The output's spectrum `(g, B, 2, C_out)`, from the images'."""
     batch = spectrum.shape[1]
     products = choose_products(batch, weight, plan.dtype)
     result = spectrum.new_empty(plan.frequencies, batch, 2, len(weight))
     for block in plan.blocks(batch, weight.shape[1], len(weight)):
         kernels = plan.kernel_spectrum(weight, factors, block)
         products.output(spectrum[block], kernels, result[block])
-    return plan.output(result)
+    return result
 
 
 def _weight_gradient(
@@ -143,7 +146,9 @@ def _weight_gradient(
 
 
 def _image_gradient(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
-    """The gradient of the images, from the gradient `(g, B, 2, C_out)` of the output's spectrum."""
+    """The gradient of the images' spectrum, from the gradient `(g, B, 2, C_out)` of the
+    output's.
+    """
     batch, channels = grads.shape[1], weight.shape[1]
     aliases = plan.rows.stride * plan.columns.stride
     products = choose_products(batch, weight, plan.dtype)
@@ -151,4 +156,4 @@ def _image_gradient(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) 
     for block in plan.blocks(batch, channels, len(weight)):
         kernels = plan.kernel_spectrum(weight, factors, block)
         products.image_gradient(grads[block], kernels, spectrum[block])
-    return plan.spectrum_adjoint(spectrum)
+    return spectrum

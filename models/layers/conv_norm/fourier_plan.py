@@ -150,38 +150,23 @@ class Plan:
 
     def spectrum(self, images: Tensor) -> Tensor:
         """The DFT of images, `(B, C, H, W)` -> `(g, B, 2, a_h * a_w * C)`."""
-        batch, channels, height, width = images.shape
-        pixels = images.permute(0, 2, 3, 1).reshape(-1, width, channels)
-        half = left_multiply(self.dft_w, pixels)
-        grid = left_multiply(self.dft_h, half.view(batch, 2 * height, -1))
-        return self._rows_of(grid, self.rows.stride)
+        return self._transform(images, self.dft_w, self.dft_h, self.rows.stride)
 
     def spectrum_adjoint(self, spectrum: Tensor) -> Tensor:
         """The adjoint of `spectrum`, `(g, B, 2, a_h * a_w * C)` -> `(B, C, H, W)`, channels
         last.
         """
-        batch = spectrum.shape[1]
-        grid = self._grid_of(spectrum, self.rows.stride)
-        half = left_multiply(self.dft_h.mT, grid)
-        half = half.view(batch * self.rows.length, len(self.dft_w), -1)
-        return _as_images(left_multiply(self.dft_w.mT, half), batch)
+        return self._transform_back(spectrum, self.rows.stride, self.dft_h.mT, self.dft_w.mT)
 
     def output(self, spectrum: Tensor) -> Tensor:
         """The cropped inverse DFT on the strided grid, `(g, B, 2, C)` -> `(B, C, H', W')`, channels
         last.
         """
-        batch = spectrum.shape[1]
-        half = left_multiply(self.inverse_dft_h, self._grid_of(spectrum, 1))
-        half = half.view(batch * self.rows.output, self.inverse_dft_w.shape[1], -1)
-        return _as_images(left_multiply(self.inverse_dft_w, half), batch)
+        return self._transform_back(spectrum, 1, self.inverse_dft_h, self.inverse_dft_w)
 
     def output_adjoint(self, grad: Tensor) -> Tensor:
         """The adjoint of `output`, `(B, C, H', W')` -> `(g, B, 2, C)`."""
-        batch, channels, height, width = grad.shape
-        pixels = grad.permute(0, 2, 3, 1).reshape(-1, width, channels)
-        half = left_multiply(self.inverse_dft_w.mT, pixels)
-        grid = left_multiply(self.inverse_dft_h.mT, half.view(batch, 2 * height, -1))
-        return self._rows_of(grid, 1)
+        return self._transform(grad, self.inverse_dft_w.mT, self.inverse_dft_h.mT, 1)
 
     def filter_factors(self, inverse_root: Tensor) -> Tensor:
         """V times the multiplicity, `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, g, a_h * a_w)`."""
@@ -242,6 +227,28 @@ class Plan:
         # Two threads share an even number of products equally.
         size += size % 2
         return [slice(start, start + size) for start in range(0, self.frequencies, size)]
+
+    def _transform(
+        self, images: Tensor, along_w: Tensor, along_h: Tensor, aliases_h: int
+    ) -> Tensor:
+        """Multiply both axes of images `(B, C, H, W)` by a matrix, `(g, B, 2, a_h * n)`."""
+        batch, channels, height, width = images.shape
+        pixels = images.permute(0, 2, 3, 1).reshape(-1, width, channels)
+        grid = left_multiply(along_h, left_multiply(along_w, pixels).view(batch, 2 * height, -1))
+        return self._rows_of(grid, aliases_h)
+
+    def _transform_back(
+        self, spectrum: Tensor, aliases_h: int, along_h: Tensor, along_w: Tensor
+    ) -> Tensor:
+        """Multiply both axes of a spectrum `(g, B, 2, a_h * n)` by a matrix, `(B, C, H, W)`,
+        channels last.
+        """
+        half = left_multiply(along_h, self._grid_of(spectrum, aliases_h))
+        batch, rows, _ = half.shape
+        # Each row of the images is made of two rows of `half`, real and imaginary part.
+        half = half.view(batch * rows // 2, along_w.shape[1], -1)
+        pixels = left_multiply(along_w, half)
+        return pixels.view(batch, rows // 2, *pixels.shape[1:]).permute(0, 3, 1, 2)
 
     def _rows_of(self, grid: Tensor, aliases_h: int) -> Tensor:
         """The spectrum `(g, B, 2, a_h * n)` of a grid `(B, 2 * a_h * g_h, g_w * n)`, without the
@@ -475,8 +482,3 @@ def _half_spectrum_index(
 def _outer(of_rows: Tensor, of_columns: Tensor) -> Tensor:
     """All products of `(f_h, k_h)` and `(f_w, k_w)`, `(f_h * f_w, k_h * k_w)`."""
     return (of_rows[:, None, :, None] * of_columns[None, :, None, :]).flatten(2).flatten(0, 1)
-
-
-def _as_images(pixels: Tensor, batch: int) -> Tensor:
-    """`(B * H, W, C)` -> `(B, C, H, W)`, channels last."""
-    return pixels.view(batch, -1, *pixels.shape[1:]).permute(0, 3, 1, 2)

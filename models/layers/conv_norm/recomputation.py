@@ -9,7 +9,7 @@ from .precision import without_autocast
 NARROW = 64
 """A layer of fewer channels keeps what others compute again: the spectrum of its images (see
 `fourier_convolution`) and the input of its batch norm. On a CPU, steps of a WRN-16-1 and a WRN-16-2
-then take 5 to 10 % less time, but 1.9 and 2.15 times the memory of the same network with batch
+then take 5 to 10 % less time, but 1.8 and 1.9 times the memory of the same network with batch
 norms, where it would be 1.2 times. That is 0.5 GB for 128 images. A ResNet-18 would gain 6 % and
 take twice its memory.
 """
