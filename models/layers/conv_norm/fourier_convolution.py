@@ -5,9 +5,9 @@ of images and kernels. There are half as many frequencies as pixels, a complex p
 ones, and a 3x3 kernel has nine taps: the products are a quarter of a convolution's. The filter is a
 factor of the kernels' spectra and costs nothing. On a CPU the transforms are matrix products, too:
 sizes such as 34 = 2 x 17 are slow for an FFT and small for a matrix, and products along either axis
-leave the channels innermost, so nothing has to be rearranged in between. A strided layer adds up
-frequencies that are aliases of one another before the inverse transform. See `fourier_plan` for the
-notation.
+leave the channels innermost, so nothing has to be rearranged in between. One copy then collects the
+matrix of each frequency. A strided layer adds up frequencies that are aliases of one another before
+the inverse transform. See `fourier_plan` for the notation.
 """
 
 from typing import Any
@@ -64,7 +64,8 @@ class _FourierConvolution(torch.autograd.Function):
         with without_autocast(images):
             spectrum = plan.spectrum(images.to(plan.dtype))
             result = _products(spectrum, weight.to(plan.dtype), factors, plan)
-            # A spectrum takes more memory than its images: it is freed as soon as it can be.
+            # Only narrow layers keep it for the backward pass, as it takes more memory than the
+            # images. Others free it before they make the output.
             if weight.shape[1] >= NARROW or not ctx.needs_input_grad[1]:
                 spectrum = None
             ctx.save_for_backward(images, weight, factors, spectrum)

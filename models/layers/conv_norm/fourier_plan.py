@@ -107,9 +107,9 @@ class Plan:
 
     The spectrum of a real image has `Z[-f] = conj(Z[f])`, so half of the columns is enough. The
     columns 0 and, of an even grid, `strided_size / 2` are their own opposites, so in them one half
-    of the rows is the conjugate of the other. Only one of these halves is computed, with
-    multiplicity 2, and zeros take the place of the other. The result is the same, because the
-    inverse DFT along W takes the real part of these columns, where the two halves add up.
+    of the rows is the conjugate of the other. There only one half is computed, with multiplicity 2,
+    and zeros take the place of the other. The result is the same, because the inverse DFT along W
+    takes the real part of these columns, where the two halves add up.
 
     Attributes:
         rows, columns: the axes H and W.
