@@ -263,6 +263,5 @@ def test_a_narrow_layer_keeps_the_input_of_batch_norm():
         lambda module, inputs, output: alive.append(weakref.ref(output))
     )
     output = layer(torch.randn(4, 3, 8, 8))
+    assert output.requires_grad
     assert alive[0]() is not None
-    output.sum().backward()
-    assert len(alive) == 1

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .complex_products import ComplexProducts, choose_products
 from .dft import complex_product, dft, half_spectrum_weights, left_multiply
 from .recomputation import NARROW
 
@@ -40,9 +41,9 @@ matters less.
 BLOCK_FREQUENCIES = 12
 """The smallest number of frequencies in a block: every block reads all weights again."""
 
-BFLOAT16_SHARE = 0.85
-"""The factor by which bfloat16 makes the Fourier domain cheaper relative to a direct convolution,
-measured with 128 images: see `complex_products.JoinedProducts`.
+BFLOAT16_SHARE = 0.88
+"""The factor by which bfloat16 makes the Fourier domain cheaper relative to a direct convolution.
+It was measured in steps of narrow networks on 128 images, before these kept their spectra.
 """
 
 
@@ -102,8 +103,9 @@ class Plan:
     A spectrum is `(g, B, 2, a_h * a_w * C)`: for each frequency g a matrix with a row for each
     image. The dimension of size 2 holds real and imaginary parts, and g runs over the half spectrum
     of the strided grid. The last dimension holds the channels of all aliases, so one product adds
-    up both. Channels are the innermost dimension from the images to the output: a transform along W
-    is a matrix product for each row of each image, and one along H a matrix product for each image.
+    up channels and aliases. Channels are the innermost dimension from the images to the output: a
+    transform along W is a matrix product for each row of each image, and one along H a matrix
+    product for each image.
 
     The spectrum of a real image has `Z[-f] = conj(Z[f])`, so half of the columns is enough. The
     columns 0 and, of an even grid, `strided_size / 2` are their own opposites, so in them one half
@@ -318,7 +320,7 @@ def plan_for_layer(layer: nn.Conv2d, input: Tensor) -> Plan | None:
     size = input.shape[-2:]
     axes = zip(size, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
     rows, columns = (Axis(*axis) for axis in axes)
-    cost = fourier_cost(rows, columns, layer)
+    cost = fourier_cost(rows, columns, layer, choose_products(len(input), layer.weight, dtype))
     if dtype == torch.bfloat16:
         cost *= BFLOAT16_SHARE
     if direct_cost(rows, columns, layer) < cost:
@@ -344,7 +346,9 @@ def direct_cost(rows: Axis, columns: Axis, layer: nn.Conv2d) -> float:
     return 3 * convolution / 40 + layer.out_channels * of_map
 
 
-def fourier_cost(rows: Axis, columns: Axis, layer: nn.Conv2d) -> float:
+def fourier_cost(
+    rows: Axis, columns: Axis, layer: nn.Conv2d, complex_products: ComplexProducts
+) -> float:
     """Nanoseconds of a training step per image, for `fourier_convolution`."""
     # Products over fewer than 16 channels take as long as over 16.
     in_channels = max(layer.in_channels, 16)
@@ -361,7 +365,7 @@ def fourier_cost(rows: Axis, columns: Axis, layer: nn.Conv2d) -> float:
     transforms = of_images * in_channels * of_image + 2 * out_channels * of_output
     products = 3 * 4 * frequencies * aliases * in_channels * out_channels
     values = 3 * 2 * frequencies * (aliases * in_channels + out_channels)
-    return transforms / 22 + products / 24 + values
+    return transforms / 22 + products / complex_products.rate + values
 
 
 def plan_for(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> Plan | None:
@@ -381,7 +385,7 @@ def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.devi
     aliases_h = torch.arange(rows.stride) * rows.strided_size
     aliases_w = torch.arange(columns.stride) * columns.strided_size
     # The order is (a_h, g_h) along H and (g_w, a_w) along W, so that aliases of one g along W are
-    # neighbors of the channels: one matrix product then adds them up together with the channels.
+    # neighbors of the channels, and the copy that makes the spectrum moves them together.
     frequencies_h = (aliases_h[:, None] + strided_h).flatten()
     frequencies_w = (strided_w[:, None] + aliases_w).flatten()
     computed, multiplicity = _computed_frequencies(rows, columns)
