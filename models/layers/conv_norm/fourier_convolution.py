@@ -64,8 +64,8 @@ class _FourierConvolution(torch.autograd.Function):
         with without_autocast(images):
             spectrum = plan.spectrum(images.to(plan.dtype))
             result = _products(spectrum, weight.to(plan.dtype), factors, plan)
-            # Only narrow layers keep it for the backward pass, as it takes more memory than the
-            # images. Others free it before they make the output.
+            # Only narrow layers keep the spectrum for the backward pass: it takes more memory than
+            # the images. Others free it before they make the output.
             if weight.shape[1] >= NARROW or not ctx.needs_input_grad[1]:
                 spectrum = None
             ctx.save_for_backward(images, weight, factors, spectrum)
