@@ -265,3 +265,11 @@ def test_a_narrow_layer_keeps_the_input_of_batch_norm():
     output = layer(torch.randn(4, 3, 8, 8))
     assert output.requires_grad
     assert alive[0]() is not None
+
+
+def test_off_the_cpu_a_narrow_layer_computes_the_input_of_batch_norm_again(monkeypatch):
+    calls = []
+    monkeypatch.setattr(layer_module, "recomputed_batch_norm", lambda *args: calls.append(args))
+    layer = ConvNorm2d(3, NARROW - 1, 3, padding=1).to("meta")
+    layer(torch.empty(4, 3, 8, 8, device="meta"))
+    assert len(calls) == 1

@@ -15,12 +15,7 @@ from models.layers.conv_norm.complex_products import (
     choose_products,
 )
 from models.layers.conv_norm.fourier_convolution import fourier_convolution
-from models.layers.conv_norm.fourier_plan import (
-    FOURIER_BATCH,
-    Axis,
-    plan_for,
-    plan_for_layer,
-)
+from models.layers.conv_norm.fourier_plan import FOURIER_BATCH, Axis, plan_for, plan_for_layer
 from models.layers.conv_norm.kernel_energy import inverse_root_energy
 from models.layers.conv_norm.layer import ConvNorm2d
 from models.layers.conv_norm.recomputation import NARROW

@@ -187,7 +187,7 @@ class Plan:
         """
         matrix = self._filtered_dft(factors, block)
         spectrum = torch.bmm(matrix.mT, weight.flatten(2).mT)
-        return spectrum.view(len(weight), 2, factors[0, block].shape[0], -1)
+        return spectrum.view(len(weight), 2, -1, factors.shape[2] * weight.shape[1])
 
     def add_kernel_spectrum_adjoint(
         self, total: Tensor, grads: Tensor, factors: Tensor, block: slice
