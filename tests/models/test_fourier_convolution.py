@@ -10,8 +10,8 @@ import torch
 from models.layers.conv_norm import fourier_convolution as fourier_module
 from models.layers.conv_norm import fourier_plan
 from models.layers.conv_norm.complex_products import (
-    JoinedProducts,
-    SplitProducts,
+    JOINED,
+    SPLIT,
     choose_products,
 )
 from models.layers.conv_norm.fourier_convolution import fourier_convolution
@@ -55,20 +55,20 @@ def by_cost():
     """A test that asks for this sees the real choice."""
 
 
-def layer_and_plan(size, dtype=torch.float64, **arguments):
-    layer = ConvNorm2d(3, 5, affine=False, bn=False, **arguments).to(dtype)
+def layer_and_plan(size, products=JOINED, **arguments):
+    layer = ConvNorm2d(3, 5, affine=False, bn=False, **arguments).double()
     axes = zip(size, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
-    return layer, plan_for(*(Axis(*axis) for axis in axes), dtype, torch.device("cpu"))
+    axes = (Axis(*axis) for axis in axes)
+    return layer, plan_for(*axes, products, torch.float64, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("narrow", [True, False])
-@pytest.mark.parametrize("products", [JoinedProducts, SplitProducts])
+@pytest.mark.parametrize("products", [JOINED, SPLIT])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_agrees_with_convolution_and_filter(name, products, narrow, monkeypatch):
-    monkeypatch.setattr(fourier_module, "choose_products", lambda *_: products())
     monkeypatch.setattr(fourier_module, "NARROW", 4 if narrow else 3)
     torch.manual_seed(0)
-    layer, plan = layer_and_plan(**GEOMETRIES[name])
+    layer, plan = layer_and_plan(**GEOMETRIES[name], products=products)
     images = torch.randn(4, 3, *GEOMETRIES[name]["size"], dtype=torch.float64, requires_grad=True)
     expected = layer(images)
     seen = torch.randn_like(expected)
@@ -260,7 +260,7 @@ def test_with_few_images_products_weigh_more(by_cost):
 def test_kernels_are_joined_where_there_are_enough_images():
     weight = torch.empty(64, 32, 3, 3)
     for other in (weight, weight.transpose(0, 1)):
-        assert isinstance(choose_products(64, other, torch.bfloat16), JoinedProducts)
-        assert isinstance(choose_products(63, other, torch.bfloat16), SplitProducts)
-        assert isinstance(choose_products(128, other, torch.float32), JoinedProducts)
-        assert isinstance(choose_products(127, other, torch.float32), SplitProducts)
+        assert choose_products(64, other, torch.bfloat16) is JOINED
+        assert choose_products(63, other, torch.bfloat16) is SPLIT
+        assert choose_products(128, other, torch.float32) is JOINED
+        assert choose_products(127, other, torch.float32) is SPLIT

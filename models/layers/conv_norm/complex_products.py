@@ -23,11 +23,15 @@ class ComplexProducts(ABC):
     rate: ClassVar[float]
 
     @abstractmethod
-    def output(self, images: Tensor, kernels: Tensor, result: Tensor) -> None:
+    def matrices(self, kernels: Tensor) -> Tensor:
+        """A spectrum of kernels as the matrices that the products take."""
+
+    @abstractmethod
+    def output(self, images: Tensor, matrices: Tensor, result: Tensor) -> None:
         """Write `x k`, summed over n, into `result`, a spectrum of outputs."""
 
     @abstractmethod
-    def image_gradient(self, grads: Tensor, kernels: Tensor, result: Tensor) -> None:
+    def image_gradient(self, grads: Tensor, matrices: Tensor, result: Tensor) -> None:
         """Write `G conj(k)` into `result`, a spectrum of images, where G is one of outputs."""
 
     @abstractmethod
@@ -35,31 +39,30 @@ class ComplexProducts(ABC):
         """The sum of `conj(x) G` over images, `(2, g, C_out, n)`."""
 
 
-def choose_products(batch: int, weight: Tensor, dtype: torch.dtype) -> ComplexProducts:
-    """The faster form on a CPU, for a layer's weight `(C_out, C_in, k_h, k_w)` and the dtype of the
-    products.
-    """
-    # Joined kernels are copies, which cost little where the images are many. In bfloat16 every
-    # product copies its operands anyway.
-    images_per_channel = 1 if dtype == torch.bfloat16 else 2
-    if batch >= images_per_channel * max(weight.shape[:2]):
-        return JoinedProducts()
-    return SplitProducts()
-
-
 class JoinedProducts(ComplexProducts):
     """One real product with the matrices `[[Re k, -Im k], [Im k, Re k]]`.
 
-    These are copies of the kernels, so this pays where the kernels are small next to the images.
+    These are copies of the kernels and twice as large, so this pays where the images are many.
     """
 
     rate = 24
 
-    def output(self, images: Tensor, kernels: Tensor, result: Tensor) -> None:
-        torch.bmm(images.flatten(2), _joined(kernels).mT, out=result.flatten(2))
+    def matrices(self, kernels: Tensor) -> Tensor:
+        """`(g, 2 * C_out, 2 * n)`."""
+        out_channels, _, frequencies, channels = kernels.shape
+        real, imaginary = kernels.permute(1, 2, 0, 3)
+        matrices = kernels.new_empty(frequencies, 2, out_channels, 2, channels)
+        matrices[:, 0, :, 0] = real
+        torch.neg(imaginary, out=matrices[:, 0, :, 1])
+        matrices[:, 1, :, 0] = imaginary
+        matrices[:, 1, :, 1] = real
+        return matrices.view(frequencies, 2 * out_channels, 2 * channels)
 
-    def image_gradient(self, grads: Tensor, kernels: Tensor, result: Tensor) -> None:
-        torch.bmm(grads.flatten(2), _joined(kernels), out=result.flatten(2))
+    def output(self, images: Tensor, matrices: Tensor, result: Tensor) -> None:
+        torch.bmm(images.flatten(2), matrices.mT, out=result.flatten(2))
+
+    def image_gradient(self, grads: Tensor, matrices: Tensor, result: Tensor) -> None:
+        torch.bmm(grads.flatten(2), matrices, out=result.flatten(2))
 
     def kernel_gradient(self, grads: Tensor, images: Tensor) -> Tensor:
         product = torch.bmm(grads.flatten(2).mT, images.flatten(2))
@@ -72,37 +75,32 @@ class JoinedProducts(ComplexProducts):
         return result
 
 
-def _joined(kernels: Tensor) -> Tensor:
-    """`(C_out, 2, g, n)` -> `(g, 2 * C_out, 2 * n)`."""
-    out_channels, _, frequencies, channels = kernels.shape
-    real, imaginary = kernels.permute(1, 2, 0, 3)
-    matrices = kernels.new_empty(frequencies, 2, out_channels, 2, channels)
-    matrices[:, 0, :, 0] = real
-    torch.neg(imaginary, out=matrices[:, 0, :, 1])
-    matrices[:, 1, :, 0] = imaginary
-    matrices[:, 1, :, 1] = real
-    return matrices.view(frequencies, 2 * out_channels, 2 * channels)
-
-
 class SplitProducts(ComplexProducts):
-    """Products with the real and with the imaginary part of the kernels, which are not copied."""
+    """Products with the real and with the imaginary part of the kernels."""
 
     rate = 20
 
-    def output(self, images: Tensor, kernels: Tensor, result: Tensor) -> None:
+    def matrices(self, kernels: Tensor) -> Tensor:
+        """`(2, g, C_out, n)`."""
+        matrices = kernels.permute(1, 2, 0, 3)
+        # Products in float32 read rows that are far apart where they are. oneDNN's in bfloat16
+        # would copy them anyway, and transpose them on the way.
+        if kernels.dtype == torch.bfloat16:
+            return matrices.contiguous()
+        return matrices
+
+    def output(self, images: Tensor, matrices: Tensor, result: Tensor) -> None:
         # For z = x k with complex x and k, the rows of an image matrix are real and imaginary parts
         # of x. Products with the real and with the imaginary part of k give all four terms of z.
         by_real, by_imaginary = (
-            torch.bmm(images.flatten(1, 2), matrices.mT).unflatten(1, (-1, 2))
-            for matrices in _matrix_per_frequency(kernels)
+            torch.bmm(images.flatten(1, 2), part.mT).unflatten(1, (-1, 2)) for part in matrices
         )
         torch.sub(by_real[:, :, 0], by_imaginary[:, :, 1], out=result[:, :, 0])
         torch.add(by_real[:, :, 1], by_imaginary[:, :, 0], out=result[:, :, 1])
 
-    def image_gradient(self, grads: Tensor, kernels: Tensor, result: Tensor) -> None:
+    def image_gradient(self, grads: Tensor, matrices: Tensor, result: Tensor) -> None:
         by_real, by_imaginary = (
-            torch.bmm(grads.flatten(1, 2), matrices).unflatten(1, (-1, 2))
-            for matrices in _matrix_per_frequency(kernels)
+            torch.bmm(grads.flatten(1, 2), part).unflatten(1, (-1, 2)) for part in matrices
         )
         torch.add(by_real[:, :, 0], by_imaginary[:, :, 1], out=result[:, :, 0])
         torch.sub(by_real[:, :, 1], by_imaginary[:, :, 0], out=result[:, :, 1])
@@ -117,11 +115,17 @@ class SplitProducts(ComplexProducts):
         return result
 
 
-def _matrix_per_frequency(kernels: Tensor) -> Tensor:
-    """`(C_out, 2, g, n)` -> `(2, g, C_out, n)`."""
-    matrices = kernels.permute(1, 2, 0, 3)
-    # Products in float32 read rows that are far apart where they are. oneDNN's in bfloat16 would
-    # copy them anyway, and transpose them on the way.
-    if kernels.dtype == torch.bfloat16:
-        return matrices.contiguous()
-    return matrices
+JOINED = JoinedProducts()
+SPLIT = SplitProducts()
+
+
+def choose_products(batch: int, weight: Tensor, dtype: torch.dtype) -> ComplexProducts:
+    """The faster form on a CPU, for a layer's weight `(C_out, C_in, k_h, k_w)` and the dtype of the
+    products.
+    """
+    # Joined matrices are larger, which costs little where the images are many. In bfloat16 every
+    # product copies its operands anyway.
+    images_per_channel = 1 if dtype == torch.bfloat16 else 2
+    if batch >= images_per_channel * max(weight.shape[:2]):
+        return JOINED
+    return SPLIT

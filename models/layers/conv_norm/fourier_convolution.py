@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .complex_products import choose_products
 from .fourier_plan import Plan
 from .precision import without_autocast
 from .recomputation import NARROW
@@ -122,11 +121,10 @@ def _by_convolution(images: Tensor, weight: Tensor, inverse_root: Tensor, plan: 
 def _products(spectrum: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
     """The output's spectrum `(g, B, 2, C_out)`, from the images'."""
     batch = spectrum.shape[1]
-    products = choose_products(batch, weight, plan.dtype)
     result = spectrum.new_empty(plan.frequencies, batch, 2, len(weight))
     for block in plan.blocks(batch, weight.shape[1], len(weight)):
-        kernels = plan.kernel_spectrum(weight, factors, block)
-        products.output(spectrum[block], kernels, result[block])
+        matrices = plan.kernel_matrices(weight, factors, block)
+        plan.products.output(spectrum[block], matrices, result[block])
     return result
 
 
@@ -136,13 +134,11 @@ def _weight_gradient(
     """The gradient of the weight, from the gradient `(g, B, 2, C_out)` of the output's spectrum and
     the images' spectrum.
     """
-    batch = spectrum.shape[1]
-    products = choose_products(batch, weight, plan.dtype)
     # In the weight's precision, whatever the plan's is: the sum runs over many frequencies.
     total = weight.new_zeros(len(weight), weight[0, 0].numel(), weight.shape[1])
-    for block in plan.blocks(batch, weight.shape[1], len(weight)):
-        kernel_grads = products.kernel_gradient(grads[block], spectrum[block])
-        plan.add_kernel_spectrum_adjoint(total, kernel_grads, factors, block)
+    for block in plan.blocks(spectrum.shape[1], weight.shape[1], len(weight)):
+        kernel_grads = plan.products.kernel_gradient(grads[block], spectrum[block])
+        plan.add_kernel_gradient(total, kernel_grads, factors, block)
     return total.mT.unflatten(2, weight.shape[2:])
 
 
@@ -152,9 +148,8 @@ def _image_gradient(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) 
     """
     batch, channels = grads.shape[1], weight.shape[1]
     aliases = plan.rows.stride * plan.columns.stride
-    products = choose_products(batch, weight, plan.dtype)
     spectrum = grads.new_empty(plan.frequencies, batch, 2, aliases * channels)
     for block in plan.blocks(batch, channels, len(weight)):
-        kernels = plan.kernel_spectrum(weight, factors, block)
-        products.image_gradient(grads[block], kernels, spectrum[block])
+        matrices = plan.kernel_matrices(weight, factors, block)
+        plan.products.image_gradient(grads[block], matrices, spectrum[block])
     return spectrum

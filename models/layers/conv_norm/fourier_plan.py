@@ -98,7 +98,7 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The matrices of one geometry, in one dtype on one device.
+    """The matrices of one geometry, for one form of products, in one dtype on one device.
 
     A spectrum is `(g, B, 2, a_h * a_w * C)`: for each frequency g a matrix with a row for each
     image. The dimension of size 2 holds real and imaginary parts, and g runs over the half spectrum
@@ -115,25 +115,26 @@ class Plan:
 
     Attributes:
         rows, columns: the axes H and W.
+        products: the form of the products with the kernels.
         dft_w: `(2 * g_w * a_w, W)`, the DFT of images along W.
         dft_h: `(2 * a_h * g_h, H * 2)`, the DFT of images along H.
         inverse_dft_h: `(H' * 2, 2 * g_h)`, the inverse DFT of outputs along H.
         inverse_dft_w: `(W', 2 * g_w)`, the inverse DFT of outputs along W, to real numbers.
-        kernel_dft: `(k_h * k_w, 2, g, a_h * a_w)`, the DFT of kernels along both axes.
+        kernel_dft: `(k_h * k_w, 2, g, a_h * a_w)`, the DFT of kernels along both axes, times how
+            often a frequency counts.
         filter_index: int64 `(g, a_h * a_w)`, where V has the frequencies, as indices of the
             flattened half spectrum of the full grid.
-        multiplicity: `(g, 1)`, how often a frequency counts.
     """
 
     rows: Axis
     columns: Axis
+    products: ComplexProducts
     dft_w: Tensor
     dft_h: Tensor
     inverse_dft_h: Tensor
     inverse_dft_w: Tensor
     kernel_dft: Tensor
     filter_index: Tensor
-    multiplicity: Tensor
 
     @property
     def size(self) -> tuple[int, int]:
@@ -148,7 +149,7 @@ class Plan:
     @property
     def frequencies(self) -> int:
         """How many frequencies g are computed."""
-        return len(self.multiplicity)
+        return len(self.filter_index)
 
     def spectrum(self, images: Tensor) -> Tensor:
         """The DFT of images, `(B, C, H, W)` -> `(g, B, 2, a_h * a_w * C)`."""
@@ -171,32 +172,30 @@ class Plan:
         return self._transform(grad, self.inverse_dft_w.mT, self.inverse_dft_h.mT, 1)
 
     def filter_factors(self, inverse_root: Tensor) -> Tensor:
-        """V times the multiplicity, `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, g, a_h * a_w)`."""
-        return (inverse_root.flatten(1)[:, self.filter_index] * self.multiplicity).to(self.dtype)
+        """V at the frequencies, `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, g, a_h * a_w)`."""
+        return inverse_root.to(self.dtype).flatten(1)[:, self.filter_index]
 
-    def kernel_spectrum(self, weight: Tensor, factors: Tensor, block: slice) -> Tensor:
-        """The filtered DFT of kernels for a block of frequencies.
+    def kernel_matrices(self, weight: Tensor, factors: Tensor, block: slice) -> Tensor:
+        """The filtered DFT of kernels for a block of frequencies, as `products` takes it.
 
         Args:
             weight: `(C_out, C_in, k_h, k_w)`, in the plan's dtype.
             factors: from `filter_factors`.
             block: frequencies g.
-
-        Returns:
-            `(C_out, 2, g, a_h * a_w * C_in)`.
         """
         matrix = self._filtered_dft(factors, block)
         spectrum = torch.bmm(matrix.mT, weight.flatten(2).mT)
-        return spectrum.view(len(weight), 2, -1, factors.shape[2] * weight.shape[1])
+        spectrum = spectrum.view(len(weight), 2, -1, factors.shape[2] * weight.shape[1])
+        return self.products.matrices(spectrum)
 
-    def add_kernel_spectrum_adjoint(
+    def add_kernel_gradient(
         self, total: Tensor, grads: Tensor, factors: Tensor, block: slice
     ) -> None:
-        """Add the adjoint of `kernel_spectrum` to `total`.
+        """Add the adjoint of the filtered DFT of kernels to `total`.
 
         Args:
             total: float32 or float64 `(C_out, k_h * k_w, C_in)`.
-            grads: `(2, g, C_out, a_h * a_w * C_in)`.
+            grads: `(2, g, C_out, a_h * a_w * C_in)`, from `products`.
             factors: from `filter_factors`.
             block: frequencies g.
         """
@@ -256,8 +255,9 @@ class Plan:
         """The spectrum `(g, B, 2, a_h * n)` of a grid `(B, 2 * a_h * g_h, g_w * n)`, without the
         redundant frequencies.
         """
-        grid = grid.view(len(grid), 2, aliases_h, *self._half_grid, -1)
-        spectrum = grid.new_empty(self.frequencies, len(grid), 2, aliases_h, grid.shape[-1])
+        batch = len(grid)
+        grid = grid.view(batch, 2, aliases_h, *self._half_grid, -1)
+        spectrum = grid.new_empty(self.frequencies, batch, 2, aliases_h, grid.shape[5])
         for part, part_of_grid in self._matching_parts(spectrum, grid):
             part.copy_(part_of_grid)
         return spectrum.flatten(3)
@@ -267,8 +267,7 @@ class Plan:
         place of the redundant frequencies.
         """
         spectrum = spectrum.unflatten(3, (aliases_h, -1))
-        batch, channels = spectrum.shape[1], spectrum.shape[-1]
-        grid = spectrum.new_empty(batch, 2, aliases_h, *self._half_grid, channels)
+        grid = spectrum.new_empty(*spectrum.shape[1:4], *self._half_grid, spectrum.shape[4])
         whole_rows, between = _computed_region(self.rows, self.columns)
         grid[:, :, :, whole_rows:, : between.start] = 0
         grid[:, :, :, whole_rows:, between.stop :] = 0
@@ -288,10 +287,10 @@ class Plan:
         whole_rows, between = _computed_region(self.rows, self.columns)
         grid = grid.permute(3, 4, 0, 1, 2, 5)
         of_grid = [grid[:whole_rows], grid[whole_rows:, between]]
-        sizes = [part.shape[0] * part.shape[1] for part in of_grid]
-        of_spectrum = spectrum.split(sizes)
+        first = whole_rows * grid.shape[1]
+        of_spectrum = [spectrum[:first], spectrum[first:]]
         return [
-            (part.unflatten(0, part_of_grid.shape[:2]), part_of_grid)
+            (part.view(part_of_grid.shape), part_of_grid)
             for part, part_of_grid in zip(of_spectrum, of_grid, strict=True)
         ]
 
@@ -320,12 +319,13 @@ def plan_for_layer(layer: nn.Conv2d, input: Tensor) -> Plan | None:
     size = input.shape[-2:]
     axes = zip(size, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
     rows, columns = (Axis(*axis) for axis in axes)
-    cost = fourier_cost(rows, columns, layer, choose_products(len(input), layer.weight, dtype))
+    products = choose_products(len(input), layer.weight, dtype)
+    cost = fourier_cost(rows, columns, layer, products)
     if dtype == torch.bfloat16:
         cost *= BFLOAT16_SHARE
     if direct_cost(rows, columns, layer) < cost:
         return None
-    return plan_for(rows, columns, dtype, input.device)
+    return plan_for(rows, columns, products, dtype, input.device)
 
 
 def direct_cost(rows: Axis, columns: Axis, layer: nn.Conv2d) -> float:
@@ -368,18 +368,30 @@ def fourier_cost(
     return transforms / 22 + products / complex_products.rate + values
 
 
-def plan_for(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> Plan | None:
+def plan_for(
+    rows: Axis,
+    columns: Axis,
+    products: ComplexProducts,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan | None:
     """The plan of a geometry; None for an unsupported one."""
     if not (rows.supported and columns.supported):
         return None
     # A default device of the caller's must not get into the cache.
     with torch.device("cpu"):
-        return _make_plan(rows, columns, dtype, device)
+        return _make_plan(rows, columns, products, dtype, device)
 
 
 @lru_cache(maxsize=128)
 @torch.no_grad()
-def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.device) -> Plan:
+def _make_plan(
+    rows: Axis,
+    columns: Axis,
+    products: ComplexProducts,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
     strided_h = torch.arange(rows.strided_size)
     strided_w = torch.arange(columns.strided_size // 2 + 1)
     aliases_h = torch.arange(rows.stride) * rows.strided_size
@@ -419,13 +431,13 @@ def _make_plan(rows: Axis, columns: Axis, dtype: torch.dtype, device: torch.devi
     return Plan(
         rows,
         columns,
+        products,
         dft_w=convert(torch.cat([cos_w, -sin_w])),
         dft_h=convert(dft_h.flatten(2).flatten(0, 1)),
         inverse_dft_h=convert(inverse_dft_h.flatten(2).flatten(0, 1)),
         inverse_dft_w=convert(torch.cat([inverse_cos_w, -inverse_sin_w], dim=1)),
-        kernel_dft=convert(by_frequency(kernel_dft)),
+        kernel_dft=convert(by_frequency(kernel_dft) * multiplicity),
         filter_index=by_frequency(filter_index).to(device),
-        multiplicity=multiplicity.to(device),
     )
 
 
@@ -440,7 +452,7 @@ def _computed_region(rows: Axis, columns: Axis) -> tuple[int, slice]:
 
 def _computed_frequencies(rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
     """The frequencies g that are computed, as indices of the flattened half spectrum of the strided
-    grid, and `Plan.multiplicity`.
+    grid, and how often each of them counts, `(g, 1)`.
     """
     whole_rows, between = _computed_region(rows, columns)
     indices = torch.arange(rows.strided_size * (columns.strided_size // 2 + 1))
@@ -454,7 +466,7 @@ def _computed_frequencies(rows: Axis, columns: Axis) -> tuple[Tensor, Tensor]:
 
 
 def _kernel_dft(rows: Axis, columns: Axis, frequencies_h: Tensor, frequencies_w: Tensor) -> Tensor:
-    """`Plan.kernel_dft` for all frequencies, `(k_h * k_w, 2, f_h * f_w)`."""
+    """The DFT of kernels at all frequencies, `(k_h * k_w, 2, f_h * f_w)`."""
 
     def of_axis(axis: Axis, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         # A shift of the taps by the padding moves the output to where the crop begins, so the

@@ -7,13 +7,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .dft import dft
+from .dft import dft, left_multiply
 from .precision import without_autocast
 
 RELATIVE_FLOOR = 1e-6
 ABSOLUTE_FLOOR = 1e-12
 
-CosSin = tuple[Tensor, Tensor]
+Tables = tuple[Tensor, Tensor, Tensor]
 
 
 def kernel_energy(
@@ -62,7 +62,7 @@ def _energy_and_mean(
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     height, width = weight.shape[-2:]
     tables = _tables((height, width), size, dilation, dtype, weight.device)
-    lag_index, (cos_h, sin_h), (cos_w, sin_w) = tables
+    lag_index, lag_dft_h, lag_dft_w = tables
     with without_autocast(weight):
         taps = weight.detach().flatten(2).to(dtype)
         gram = torch.bmm(taps.mT, taps).flatten(1)
@@ -71,9 +71,12 @@ def _energy_and_mean(
         lags = gram.new_zeros(gram.shape[0], (2 * height - 1) * (2 * width - 1))
         lags = lags.index_add_(1, lag_index, gram)
         lags = lags.unflatten(1, (2 * height - 1, 2 * width - 1))
-        # An autocorrelation is symmetric, so its DFT is real. The cosine of a sum of two angles is
-        # the difference of two products.
-        energy = cos_h @ lags @ cos_w.mT - sin_h @ lags @ sin_w.mT
+        # An autocorrelation is symmetric, so its DFT is real, a sum of cosines of two angles, and
+        # cos(a + b) = cos a cos b - sin a sin b. Each product takes both terms at once, because on
+        # tensors so small an operation costs more than its arithmetic.
+        half = lags.flatten(0, 1) @ lag_dft_w
+        half = half.view(len(lags), lag_dft_h.shape[1], -1)
+        energy = left_multiply(lag_dft_h, half)
         # By Parseval the autocorrelation at lag 0 is the mean energy, on a grid no smaller than the
         # kernel. On a smaller one it is still a good scale.
         return energy, lags[:, height - 1 : height, width - 1 : width]
@@ -85,8 +88,10 @@ def _tables(
     dilation: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Tensor, CosSin, CosSin]:
-    """The lag of each entry of a Gram matrix, as an index, and the DFT of the lags along each axis.
+) -> Tables:
+    """The lag of each entry of a Gram matrix, as an index, and the DFT of the lags along each axis:
+    `(S_h, lags_h * 2)` with cosines and minus sines of each lag side by side, and `(lags_w, 2 *
+    f_w)` with all cosines before all sines.
 
     They depend on the geometry alone.
     """
@@ -104,7 +109,7 @@ def _make_tables(
     dilation: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Tensor, CosSin, CosSin]:
+) -> Tables:
     height, width = kernel
     # Row and column of each tap; lags are shifted so that the smallest, 1 - height, has index 0.
     rows = torch.arange(height, device=device).repeat_interleave(width)
@@ -113,9 +118,11 @@ def _make_tables(
     lag_w = columns[None] - columns[:, None] + width - 1
     lag_index = (lag_h * (2 * width - 1) + lag_w).flatten()
     # Along W the half spectrum is enough, because the energy of real kernels is symmetric.
-    dft_h = _lag_dft(height, size[0], size[0], dilation[0], dtype, device)
-    dft_w = _lag_dft(width, size[1], size[1] // 2 + 1, dilation[1], dtype, device)
-    return lag_index, dft_h, dft_w
+    cos_h, sin_h = _lag_dft(height, size[0], size[0], dilation[0], dtype, device)
+    cos_w, sin_w = _lag_dft(width, size[1], size[1] // 2 + 1, dilation[1], dtype, device)
+    lag_dft_h = torch.stack([cos_h, -sin_h], dim=2).flatten(1)
+    lag_dft_w = torch.cat([cos_w, sin_w]).mT.contiguous()
+    return lag_index, lag_dft_h, lag_dft_w
 
 
 _cached_tables = lru_cache(maxsize=256)(_make_tables)
@@ -123,7 +130,7 @@ _cached_tables = lru_cache(maxsize=256)(_make_tables)
 
 def _lag_dft(
     taps: int, size: int, frequencies: int, dilation: int, dtype: torch.dtype, device: torch.device
-) -> CosSin:
+) -> tuple[Tensor, Tensor]:
     """The DFT of all lags of `taps` taps at the first `frequencies`, `(frequencies, 2 * taps -
     1)`.
     """
