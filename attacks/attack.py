@@ -1,19 +1,17 @@
 """Attack: what every attack does around its own search."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from inspect import Parameter, signature
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attacks.arguments import check_count, check_size
-from attacks.batch_norm import cheap_batch_norm
-from attacks.cast_once import cast_once
 from attacks.classifier import FilledClassifier, Model, checked_logits, without_benchmark
+from attacks.frozen import under_attack
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.threat_model import Generators, ThreatModel
 from attacks.worst_case import DONE, MISSED
@@ -183,9 +181,7 @@ class Attack(ABC):
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            frozen(model, training=False),
-            cast_once(model),
-            cheap_batch_norm(model),
+            under_attack(model, training=False),
             without_benchmark(),
         ):
             images = images.detach()
@@ -296,41 +292,6 @@ def settings(attack: Attack) -> dict[str, Any]:
             values[name] = value
     values.pop("warnings", None)
     return values
-
-
-@contextmanager
-def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
-    """Within the context, no parameter of the model requires gradients.
-
-    Afterwards every module and parameter has its own flags again. A function has none. If a layer
-    has a context manager `fixed_weights`, it is entered, too: ConvNorm then computes V only once.
-
-    Args:
-        model: a module or a function.
-        training: put all modules into training mode (True) or evaluation mode (False) within the
-            context; None leaves their modes alone.
-    """
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        if training is not None:
-            model.train(training)
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with ExitStack() as stack:
-            for module in model.modules():
-                if hasattr(type(module), "fixed_weights"):
-                    stack.enter_context(module.fixed_weights())
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        # Not model.train(mode): modules may have been in different modes
-        for module, mode in modes:
-            module.training = mode
 
 
 def check_attack(attack: Any) -> None:

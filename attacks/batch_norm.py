@@ -26,7 +26,7 @@ def cheap_batch_norm(model: Model) -> AbstractContextManager[None]:
     functions; and for models with a part that is compiled or `nn.DataParallel`.
 
     Args:
-        model: a module, frozen (see `attacks.attack.frozen`), or a function.
+        model: a module, frozen (see `attacks.frozen.frozen`), or a function.
     """
     return replaced_forward(model, lambda module: type(module) in LAYERS, _CheapForward)
 

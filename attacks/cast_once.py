@@ -29,7 +29,7 @@ def cast_once(model: Model) -> AbstractContextManager[None]:
     `nn.DataParallel`.
 
     Args:
-        model: a module, frozen (see `attacks.attack.frozen`), or a function.
+        model: a module, frozen (see `attacks.frozen.frozen`), or a function.
     """
     return replaced_forward(model, _uses_its_weight_once, _CastingForward)
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attacks.attack import Attack, check_batch, frozen
-from attacks.batch_norm import cheap_batch_norm
-from attacks.cast_once import cast_once
+from attacks.attack import Attack, check_batch
 from attacks.classifier import FilledClassifier, Model, without_benchmark
+from attacks.frozen import frozen, under_attack
 from attacks.losses import wrongness
 from attacks.worst_case import DONE
 from base.seeding import torch_generator
@@ -82,9 +81,7 @@ def attack_batch(
         # Tensors made in inference mode cannot take part in a gradient
         torch.inference_mode(False),
         frozen(model, training=False),
-        frozen(fused, training=False),
-        cast_once(fused),
-        cheap_batch_norm(fused),
+        under_attack(fused, training=False),
         without_benchmark(),
         torch.no_grad(),
     ):

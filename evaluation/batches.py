@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attacks.attack import check_batch, frozen
+from attacks.attack import check_batch
 from attacks.classifier import Model, checked_logits
+from attacks.frozen import frozen
 from base.base_data_loader import BaseDataLoader
 from base.device import is_out_of_memory, memory_explained, to_device
 from base.distributed import rank, world_size

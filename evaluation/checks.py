@@ -7,8 +7,9 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from attacks.attack import Attack, frozen
+from attacks.attack import Attack
 from attacks.classifier import Classifier, Model
+from attacks.frozen import frozen
 from attacks.losses import ATTACK_LOSSES, wrongness
 from attacks.pgd import PGD
 from attacks.worst_case import DONE

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attacks.attack import frozen
 from attacks.classifier import Model
+from attacks.frozen import frozen
 from evaluation.attack_batch import Autocast
 from evaluation.batches import device_of
 from evaluation.verdicts import NONE

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from attacks.attack import frozen
 from attacks.classifier import Model, checked_logits
+from attacks.frozen import frozen
 
 TOLERANCE = 1e-4
 """The largest difference between the logits of the two networks, as a share of the largest logit;

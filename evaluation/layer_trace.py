@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from attacks.attack import frozen
+from attacks.frozen import frozen
 
 
 @dataclass(frozen=True)

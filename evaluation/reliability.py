@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attacks.arguments import LARGEST_LINF
-from attacks.attack import Attack, check_attack, frozen
+from attacks.attack import Attack, check_attack
 from attacks.classifier import Classifier, Model
+from attacks.frozen import frozen
 from attacks.losses import wrongness
 from attacks.pgd import PGD
 from attacks.square import Square

@@ -12,9 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.arguments import LARGEST_LINF
-from attacks.attack import frozen
-from attacks.batch_norm import cheap_batch_norm
-from attacks.cast_once import cast_once
+from attacks.frozen import under_attack
 from attacks.pgd import PGD
 from attacks.threat_model import ThreatModel, draw, in_pixel_range
 from base.base_trainer import BaseTrainer, TrainerParts
@@ -274,12 +272,7 @@ class AdversarialTrainer(TrainerWithAdversary):
         training = None
         if self.bn_mode == "eval":
             training = False
-        with (
-            frozen(self.model, training),
-            cast_once(self.model),
-            cheap_batch_norm(self.model),
-            self.autocast(),
-        ):
+        with under_attack(self.model, training), self.autocast():
             yield
 
 

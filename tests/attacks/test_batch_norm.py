@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attacks import PGD
-from attacks.attack import frozen
 from attacks.batch_norm import cheap_batch_norm
+from attacks.frozen import frozen
 from evaluation.attack_batch import attack_batch
 from trainer.adversarial_trainer import AdversarialTrainer
 

@@ -12,8 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attacks import PGD
-from attacks.attack import frozen
 from attacks.cast_once import cast_once
+from attacks.frozen import frozen
 from evaluation.attack_batch import attack_batch
 from models import build_model
 from trainer.adversarial_trainer import AdversarialTrainer
@@ -86,7 +86,7 @@ def test_an_attack_casts_each_weight_once_and_finds_the_same(model, monkeypatch)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    monkeypatch.setattr(import_module("attacks.attack"), "cast_once", nullcontext)
+    monkeypatch.setattr(import_module("attacks.frozen"), "cast_once", nullcontext)
     with bf16(), WeightCasts(model) as casts_without:
         expected = ATTACK(model, images, labels)
     assert torch.equal(found, expected)

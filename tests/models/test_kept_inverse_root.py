@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attacks import PGD
-from attacks.attack import frozen
+from attacks.frozen import frozen
 from models import build_model
 from models.layers import ConvNorm2d
 from models.layers.conv_norm import kept_inverse_root
