@@ -58,13 +58,16 @@ def choose_device(device: str, n_gpu: int = 1) -> torch.device:
         raise ConfigError(
             f"system.device: {device!r} is not supported; expected auto, cpu, cuda, cuda:N or mps"
         )
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"system.device: {device!r} is asked for, but {torch.cuda.device_count()} CUDA devices"
-            " are visible"
-        )
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("system.device: 'mps' is asked for, but this machine has none")
+    reason = None
+    if chosen.type == "cuda":
+        # The number of devices does not tell whether their driver works.
+        reason = cuda_unavailable()
+        if reason is None and (chosen.index or 0) >= torch.cuda.device_count():
+            reason = f"torch sees {torch.cuda.device_count()} CUDA devices, counted from 0"
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
+        reason = "torch finds no such device"
+    if reason is not None:
+        raise ConfigError(f"system.device: {device!r} cannot be used: {reason}")
     if device == "cuda" and local_rank:
         return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
     return chosen

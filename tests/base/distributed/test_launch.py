@@ -32,6 +32,7 @@ def test_more_processes_than_devices_are_refused(monkeypatch, device, visible):
 
 def test_one_device_is_not_enough_for_two(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = validate(merge(MINIMAL, {"n_gpu": 2, "system": {"device": "cuda:1"}}))
     with pytest.raises(
         ConfigError,
