@@ -78,7 +78,7 @@ def test_result_and_gradient_have_the_dtype_of_the_signal(dtype):
 def test_no_pass_over_the_whole_output_but_the_transforms():
     """One pass each for crop and cast, and none for the division by the number of points."""
     signal, *others = case("crop")
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         spectral_filter(signal.detach().bfloat16(), *others)
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["aten::div"] == 1, "of V only"

@@ -33,7 +33,7 @@ class _FilterAndCrop(torch.autograd.Function):
     @staticmethod
     def forward(signal: Tensor, factors: Tensor, rows: slice, columns: slice) -> Tensor:
         filtered = _filter(signal.to(factors.dtype), factors)
-        return filtered[..., rows, columns].to(signal.dtype)
+        return _cast(filtered[..., rows, columns], signal.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -59,7 +59,7 @@ class _EmbedAndFilter(torch.autograd.Function):
     ) -> Tensor:
         signal = factors.new_zeros((*kept.shape[:-2], *size))
         signal[..., rows, columns] = kept
-        return _filter(signal, factors).to(kept.dtype)
+        return _cast(_filter(signal, factors), kept.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -84,3 +84,11 @@ def _filter(signal: Tensor, factors: Tensor) -> Tensor:
     # product.
     spectrum = torch.view_as_real(torch.fft.rfft2(signal)) * factors.unsqueeze(-1)
     return torch.fft.irfft2(torch.view_as_complex(spectrum), s=signal.shape[-2:], norm="forward")
+
+
+def _cast(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """`result.to(dtype)`, for the last line of an autograd function."""
+    # torch 2.11 compiles a function that ends in a cast to the same dtype without its gradient.
+    if result.dtype == dtype:
+        return result
+    return result.to(dtype)
