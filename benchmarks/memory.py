@@ -122,7 +122,9 @@ def _tensors_at_peak(trainer: BaseTrainer, step: Callable[[], object]) -> int:
         if isinstance(value, torch.Tensor)
     ]
     alive = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         step()
     all_events = profiled.profiler.kineto_results.events()
     events = [event for event in all_events if event.name() == "[memory]"]
