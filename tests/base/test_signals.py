@@ -57,7 +57,8 @@ def test_a_process_that_waits_in_a_collective_ends_with_its_exit_code(
     (tmp_path / "script.py").write_text(SCRIPT)
     processes = start_two(tmp_path / "script.py", place)
     try:
-        assert processes[0].stdout.readline() == "waiting\n"
+        # The gloo of torch 2.10 writes lines of its own before.
+        assert "waiting\n" in processes[0].stdout
         processes[0].send_signal(number)
         codes, errors = ended(processes[:1])
         assert codes == [code]
