@@ -63,7 +63,7 @@ def choose_device(device: str, n_gpu: int = 1) -> torch.device:
         # The number of devices does not tell whether their driver works.
         reason = cuda_unavailable()
         if reason is None and (chosen.index or 0) >= torch.cuda.device_count():
-            reason = f"torch sees {torch.cuda.device_count()} CUDA devices, counted from 0"
+            reason = f"the last CUDA device is cuda:{torch.cuda.device_count() - 1}"
     elif chosen.type == "mps" and not torch.backends.mps.is_available():
         reason = "torch finds no such device"
     if reason is not None:

@@ -176,7 +176,7 @@ def with_an_old_driver(monkeypatch):
 def with_two_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    return "torch sees 2 CUDA devices, counted from 0"
+    return "the last CUDA device is cuda:1"
 
 
 @pytest.mark.parametrize(

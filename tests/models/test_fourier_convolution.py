@@ -264,3 +264,7 @@ def test_kernels_are_joined_where_there_are_enough_images():
         assert choose_products(63, other, torch.bfloat16) is SPLIT
         assert choose_products(128, other, torch.float32) is JOINED
         assert choose_products(127, other, torch.float32) is SPLIT
+    layer = ConvNorm2d(32, 64, 3, padding=1)
+    images = torch.empty(1).expand(128, 32, 8, 8)
+    assert plan_for_layer(layer, images).products is JOINED
+    assert plan_for_layer(layer, images[1:]).products is SPLIT

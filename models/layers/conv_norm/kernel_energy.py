@@ -71,9 +71,9 @@ def _energy_and_mean(
         lags = gram.new_zeros(gram.shape[0], (2 * height - 1) * (2 * width - 1))
         lags = lags.index_add_(1, lag_index, gram)
         lags = lags.unflatten(1, (2 * height - 1, 2 * width - 1))
-        # An autocorrelation is symmetric, so its DFT is real, a sum of cosines of two angles, and
-        # cos(a + b) = cos a cos b - sin a sin b. Each product takes both terms at once, because on
-        # tensors so small an operation costs more than its arithmetic.
+        # An autocorrelation is symmetric, so its DFT is real: it sums cos(a + b), with an angle for
+        # each axis, and cos(a + b) = cos a cos b - sin a sin b. Each product takes both terms at
+        # once, because on tensors so small an operation costs more than its arithmetic.
         half = lags.flatten(0, 1) @ lag_dft_w
         half = half.view(len(lags), lag_dft_h.shape[1], -1)
         energy = left_multiply(lag_dft_h, half)
