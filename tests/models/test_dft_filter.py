@@ -57,6 +57,24 @@ def test_small_maps_and_empty_batches(size):
     assert dft_filter(signal[:0], inverse_root, WHOLE, WHOLE).shape == (0, *signal.shape[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_filtered_in_blocks_have_the_same_bits(dtype, monkeypatch):
+    signal, inverse_root = signal_and_factors((7, 8))
+    signal = signal.to(dtype).requires_grad_()
+    seen = torch.randn(3, 4, 5, 8).to(dtype)
+
+    def one_step():
+        output = dft_filter(signal, inverse_root, slice(1, 6), WHOLE)
+        return output, *torch.autograd.grad(output, signal, seen)
+
+    at_once = one_step()
+    for images_per_block in (1, 2):
+        limit = images_per_block * signal[0].nbytes // torch.get_num_threads()
+        monkeypatch.setattr(module, "BLOCK_BYTES", limit)
+        for in_blocks, expected in zip(one_step(), at_once, strict=True):
+            assert torch.equal(in_blocks, expected)
+
+
 def test_a_default_device_does_not_get_into_the_caches():
     layer = ConvNorm2d(4, 4, 3, padding=1, bn=False)
     images = torch.randn(16, 4, 13, 11)

@@ -31,6 +31,11 @@ FILTER_SIZE = 64
 FFT's with the second.
 """
 
+BLOCK_BYTES = 2**20
+"""Bytes of the maps that are filtered at a time, for each thread: the cache still holds what one
+step has left to the next.
+"""
+
 
 class RealDft(NamedTuple):
     """The real DFT of one axis of S points and its inverse.
@@ -92,18 +97,13 @@ class _DftFilter(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(mean, difference)
         ctx.dfts = (dft_h, dft_w)
-        batch, _, width, channels = signal.shape
-        size_h, size_w = len(dft_h.analysis), len(dft_w.analysis)
-        height_out, width_out = len(dft_h.synthesis), len(dft_w.synthesis)
-        # Along H, which makes H the innermost axis, along W, and back: no step has to rearrange its
-        # input.
-        spectrum = torch.bmm(signal.flatten(2).mT, dft_h.analysis.mT.expand(batch, -1, -1))
-        spectrum = left_multiply(dft_w.analysis, spectrum.view(batch, width, channels * size_h))
-        spectrum = _filter(spectrum.view(batch, size_w, channels, size_h), mean, difference)
-        output = left_multiply(dft_w.synthesis, spectrum.flatten(2))
-        output = output.view(batch, width_out * channels, size_h)
-        output = left_multiply(dft_h.synthesis, output.mT)
-        return output.view(batch, height_out, width_out, channels)
+        batch, _, _, channels = signal.shape
+        output = signal.new_empty(batch, len(dft_h.synthesis), len(dft_w.synthesis), channels)
+        # As few blocks as the limit allows. -(-a // b) rounds up.
+        blocks = max(1, -(-signal.nbytes // (BLOCK_BYTES * torch.get_num_threads())))
+        for maps, result in zip(signal.chunk(blocks), output.chunk(blocks), strict=True):
+            _filter_maps(maps, mean, difference, dft_h, dft_w, result)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,6 +112,22 @@ class _DftFilter(torch.autograd.Function):
         with without_autocast(grad):
             grad = _DftFilter.apply(grad, mean, difference, *adjoint)
         return grad, None, None, None, None
+
+
+def _filter_maps(
+    maps: Tensor, mean: Tensor, difference: Tensor, dft_h: RealDft, dft_w: RealDft, result: Tensor
+) -> None:
+    """Write the filtered maps, `(B, S_h, S_w, C)`, into `result`, `(B, H', W', C)`."""
+    batch, _, width, channels = maps.shape
+    size_h, size_w = len(dft_h.analysis), len(dft_w.analysis)
+    # Along H, which makes H the innermost axis, along W, and back: no step has to rearrange its
+    # input.
+    spectrum = torch.bmm(maps.flatten(2).mT, dft_h.analysis.mT.expand(batch, -1, -1))
+    spectrum = left_multiply(dft_w.analysis, spectrum.view(batch, width, channels * size_h))
+    spectrum = _filter(spectrum.view(batch, size_w, channels, size_h), mean, difference)
+    half = left_multiply(dft_w.synthesis, spectrum.flatten(2))
+    half = half.view(batch, result.shape[2] * channels, size_h)
+    torch.bmm(dft_h.synthesis.expand(batch, -1, -1), half.mT, out=result.flatten(2))
 
 
 def _filter(spectrum: Tensor, mean: Tensor, difference: Tensor) -> Tensor:

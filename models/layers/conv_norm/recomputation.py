@@ -18,8 +18,7 @@ def recomputed_batch_norm(input: Tensor, depthwise: nn.Conv2d, batch_norm: nn.Mo
     """`batch_norm(depthwise(input))`, which keeps `input` for the backward pass, but not the output
     of the depthwise convolution.
 
-    A depthwise convolution takes little time, but its output takes as much memory as the
-    layer's own.
+    A depthwise convolution takes little time, but its output takes as much memory as the layer's.
     Values and gradients are the same bits as without this function.
     """
     output = depthwise(input)
