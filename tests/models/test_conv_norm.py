@@ -292,6 +292,18 @@ def test_the_next_update_does_not_change_the_v_of_an_earlier_pass():
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_training_does_not_change_the_v_of_a_pass_in_evaluation(kernel):
+    torch.manual_seed(0)
+    layer = ConvNorm2d(2, 3, kernel, affine=False, bn=False)
+    images = torch.rand(1, 2, 5, 5)
+    layer(images)
+    loss = layer.eval()(images).square().sum()
+    (expected,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+    layer.train()(images)
+    assert torch.equal(torch.autograd.grad(loss, layer.weight)[0], expected)
+
+
 @pytest.mark.parametrize("zero", ["all-zero", "spectral zero"])
 def test_vanishing_energy_stays_finite(zero):
     layer = ConvNorm2d(1, 2, (1, 2))

@@ -230,6 +230,24 @@ def test_only_plain_convolutions_are_replaced():
 
 
 @pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize(("way", "batch"), [("fft", 4), ("dft", 4), ("fourier", 32)])
+def test_the_output_is_memory_of_its_own_and_may_be_changed_in_place(way, batch, low, monkeypatch):
+    torch.manual_seed(0)
+    layer = ConvNorm2d(64, 64, 3, stride=2, padding=1, affine=False, bn=False)
+    images = torch.randn(batch, 64, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        assert (layer_module.plan_for_layer(layer, images) is not None) == (way == "fourier")
+        if way == "fft":
+            monkeypatch.setattr(layer_module, "dft_filter_is_faster", lambda _: False)
+        output = layer(images)
+        (expected,) = torch.autograd.grad(output.relu().square().sum(), images)
+        # A view of the whole map would keep it alive for the backward pass of what follows.
+        assert output.untyped_storage().nbytes() == output.nbytes
+        (gradient,) = torch.autograd.grad(layer(images).relu_().square().sum(), images)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("low", [False, True])
 def test_a_wide_layer_computes_the_input_of_batch_norm_again(low, monkeypatch):
     torch.manual_seed(0)
     layer = ConvNorm2d(3, NARROW, 3, padding=1)

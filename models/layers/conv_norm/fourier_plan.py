@@ -248,8 +248,15 @@ class Plan:
         batch, rows, _ = half.shape
         # Each row of the images is made of two rows of `half`, real and imaginary part.
         half = half.view(batch * rows // 2, along_w.shape[1], -1)
-        pixels = left_multiply(along_w, half)
-        return pixels.view(batch, rows // 2, *pixels.shape[1:]).permute(0, 3, 1, 2)
+        shape = (batch, half.shape[2], rows // 2, len(along_w))
+        # Not a view of the product: what an autograd function returns must not be one, as the
+        # caller may change it in place.
+        images = torch.empty(
+            shape, dtype=half.dtype, device=half.device, memory_format=torch.channels_last
+        )
+        pixels = images.permute(0, 2, 3, 1).flatten(0, 1)
+        torch.bmm(along_w.expand(len(half), -1, -1), half, out=pixels)
+        return images
 
     def _rows_of(self, grid: Tensor, aliases_h: int) -> Tensor:
         """The spectrum `(g, B, 2, a_h * n)` of a grid `(B, 2 * a_h * g_h, g_w * n)`, without the

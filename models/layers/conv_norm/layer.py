@@ -212,7 +212,8 @@ class ConvNorm2d(nn.Conv2d):
         self.running_V.data = torch.zeros_like(self.running_V.flatten()[:1])
 
     def _scaled_pointwise(self, input: Tensor) -> Tensor:
-        scale = self._inverse_root((1, 1)).to(self.weight.dtype)
+        # A copy, because in evaluation V is a buffer that a later training step changes in place.
+        scale = self._inverse_root((1, 1)).to(self.weight.dtype, copy=True)
         weight = self.weight * scale.unsqueeze(-1)
         bias = None
         if self.bias is not None:

@@ -33,7 +33,8 @@ class _FilterAndCrop(torch.autograd.Function):
     @staticmethod
     def forward(signal: Tensor, factors: Tensor, rows: slice, columns: slice) -> Tensor:
         filtered = _filter(signal.to(factors.dtype), factors)
-        return _cast(filtered[..., rows, columns], signal.dtype)
+        # A copy: a view would keep the whole map alive, and could not be changed in place.
+        return filtered[..., rows, columns].to(signal.dtype, copy=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
