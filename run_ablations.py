@@ -55,7 +55,12 @@ def arguments_parser() -> Parser:
     )
     add_imports_flag(parser)
     add("--dry-run", action="store_true", help="print the commands and run nothing")
-    add("--jobs", type=int, default=1, metavar="N", help="how many runs at once")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="how many runs at once (default: 1; with --launcher slurm all)",
+    )
     add(
         "--save_dir",
         type=Path,
@@ -95,14 +100,16 @@ def main() -> None:
         return
     if arguments.all == bool(arguments.config):
         raise ConfigError("one of --config NAME ... and --all is required (--list shows the names)")
-    if arguments.jobs < 1:
+    if arguments.jobs is not None and arguments.jobs < 1:
         raise ConfigError(f"--jobs: expected at least 1, not {arguments.jobs}")
     if arguments.dry_run:
         say(*map(format_command, runs))
         return
     folder = runs[0].folder.parent
+    # A cluster queues what it has no room for.
+    at_once = arguments.jobs or (len(runs) if arguments.launcher == "slurm" else 1)
     # A study of two runs has no use for more, and each of them gets half of the cores.
-    jobs = min(arguments.jobs, len(runs))
+    jobs = min(at_once, len(runs))
     launch = launcher(arguments.launcher, folder / "jobs", arguments.parameter, jobs)
     record(runs)
     failures = Study(runs, launch, jobs).work()

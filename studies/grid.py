@@ -484,7 +484,7 @@ def record(runs: Sequence[StudyRun]) -> None:
     """Write the variant of each run into the study index beside its folder, for the reports.
 
     Raises:
-        ConfigError: the folder of the study cannot be written.
+        ConfigError: the folder of the study cannot be written, or its index is damaged.
     """
     by_parent: dict[Path, dict[str, StudyEntry]] = {}
     for run in runs:

@@ -202,7 +202,15 @@ def launcher(name: str, folder: Path, settings: Sequence[str], jobs: int = 1) ->
         executor.update_parameters(name="study", **parameters)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise ConfigError(f"--launcher {name}: {first_line(error)}") from None
-    return lambda run, slot: ClusterJob(executor.submit(work_of_job(run)), run)
+
+    def submit(run: StudyRun, slot: int) -> Job:
+        try:
+            return ClusterJob(executor.submit(work_of_job(run)), run)
+        # The queue refuses the job: a wrong partition, a quota, no `sbatch`
+        except (submitit.core.utils.FailedJobError, OSError) as error:
+            raise ConfigError(f"--launcher {name}: {first_line(error)}") from None
+
+    return submit
 
 
 def command(run: StudyRun) -> list[str]:
@@ -272,7 +280,8 @@ def _reason(error: str, name: str) -> str:
 def _environment(run: StudyRun, slot: int, jobs: int) -> dict[str, str]:
     """Return this process's environment, in which a run has its GPU and its share of the cores.
 
-    A run on several GPUs sees all of them. If there are more slots than GPUs, runs share GPUs.
+    A run on several GPUs sees all of them, and so does one whose config names its GPU, such as
+    `cuda:1`. If there are more slots than GPUs, runs share GPUs.
     Where several runs share the cores, each process of each run computes with as many threads as it
     has cores, at least one. `OMP_NUM_THREADS` and `system.num_threads` come first.
     """
@@ -286,7 +295,8 @@ def _environment(run: StudyRun, slot: int, jobs: int) -> dict[str, str]:
         visible = [str(index) for index in range(torch.cuda.device_count())]
     else:
         visible = asked.split(",")
-    if len(visible) > 1 and run.config.n_gpu <= 1:
+    names_gpu = ":" in run.config.system.device
+    if len(visible) > 1 and run.config.n_gpu <= 1 and not names_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
     return environment
 

@@ -107,6 +107,10 @@ class Study:
         try:
             progress = read_progress(run)
         except ConfigError as error:
+            # A run writes while it works, perhaps on a network's disk: what counts is whether its
+            # files can be read at its end.
+            if state in (State.RUNNING, State.ELSEWHERE) and run in self.progress:
+                return
             self.failures.setdefault(run, str(error))
             self.progress[run] = Progress(State.FAILED, 0, None)
             return
@@ -131,8 +135,11 @@ class Study:
         # All are asked before any is waited for, so that they save at the same time
         for active in self.active.values():
             active.job.stop()
-        for active in self.active.values():
+        for run, active in self.active.items():
             active.job.wait()
+            if not active.job.outlives:
+                # It may have finished while it was asked to stop.
+                self._update(run)
         over = (State.FINISHED, State.ELSEWHERE)
         left = sum(progress.state not in over for progress in self.progress.values())
         detached = sum(active.job.outlives for active in self.active.values())
@@ -211,7 +218,9 @@ def _shorten(lines: Sequence[str], rows: Sequence[StatusRow], count: int) -> lis
 
 def _describe_exit(code: int) -> str:
     if code < 0:
-        return f"killed by {Signals(-code).name}"
+        # Real-time signals have no names in `Signals`.
+        names = {number.value: number.name for number in Signals}
+        return f"killed by {names.get(-code, f'signal {-code}')}"
     return f"exit code {code}"
 
 

@@ -1,6 +1,7 @@
 """Jobs of a cluster, their commands and the reasons of their failures."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from base.config import imports, validate
 from base.config.tree import merge
+from base.errors import ConfigError
 from base.rooms import ROOT
 from studies import launchers
 from studies.grid import plan
@@ -135,3 +137,34 @@ def test_runs_at_once_share_the_cores(run, monkeypatch, jobs, config, asked, thr
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     own = replace(run, config=validate(merge(run.config.dump(), config)))
     assert _environment(own, 0, jobs).get("OMP_NUM_THREADS") == threads
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "slot", "visible"),
+    [
+        ({}, None, 0, "0"),
+        ({}, None, 3, "1"),
+        ({}, "5,7", 1, "7"),
+        ({"n_gpu": 2}, None, 1, None),
+        ({"system": {"device": "cuda:1"}}, None, 0, None),
+    ],
+)
+def test_runs_take_one_gpu_each_unless_they_name_it(run, monkeypatch, config, asked, slot, visible):
+    monkeypatch.setattr(launchers.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if asked:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+    own = replace(run, config=validate(merge(run.config.dump(), config)))
+    assert _environment(own, slot, 1).get("CUDA_VISIBLE_DEVICES") == visible
+
+
+def test_a_job_that_the_queue_refuses_is_one_line(run, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    for name, line in (("sbatch", "echo 'error: invalid partition' >&2; exit 1"), ("srun", "")):
+        script = tmp_path / "bin" / name
+        script.write_text(f"#!/bin/sh\n{line}\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    launch = launchers.launcher("slurm", tmp_path / "jobs", ["slurm_partition=none"])
+    with pytest.raises(ConfigError, match="^--launcher slurm: .*invalid partition"):
+        launch(run, 0)
