@@ -1,5 +1,6 @@
 """Files that are replaced atomically: a reader, or a crash, finds the old or the new one."""
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = re.compile(r"\..+\.(?P<process>\d+)\.incomplete")
-"""Names of files that are not complete yet, with the id of the process that writes them."""
+"""Names of files that are not complete yet, with the id of the process that writes them. The id is
+unique on one machine only, so files that several machines write need a lock.
+"""
 
 
 @contextmanager
@@ -71,12 +74,18 @@ def sweep(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in `folder` to the disk, so that they survive a power failure."""
+    """Flush the names in `folder` to the disk, so that they survive a power failure.
+
+    Some network file systems cannot do that for a folder; they are left alone.
+    """
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -18,7 +18,7 @@ NO_MEMORY = re.compile(
 """Messages of torch, cuBLAS and cuDNN, for any device, when an allocation fails."""
 
 AMPERE = (8, 0)
-"""The compute capability from which on CUDA devices multiply bfloat16 and TF32 natively."""
+"""The lowest compute capability of CUDA devices that multiply bfloat16 and TF32 natively."""
 
 DRIVER = Path("/proc/driver/nvidia/version")
 """Where NVIDIA's driver on Linux says its version."""

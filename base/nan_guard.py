@@ -254,7 +254,8 @@ def first_bad_output(model: nn.Module, images: Tensor) -> str | None:
         for handle in handles:
             handle.remove()
         for buffer, before in buffers:
-            buffer.copy_(before)
+            # Not `copy_`: the pass may have given the buffer another size.
+            buffer.data = before
         set_rng_state(rng_state)
     return next(iter(bad), None)
 

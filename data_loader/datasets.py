@@ -85,7 +85,6 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabeledIm
 
     source = {10: CIFAR10, 100: CIFAR100}[num_classes]
     folder = Path(data_dir).expanduser()
-    existed = folder.exists()
     try:
         with _bounded_network(), warnings.catch_warnings():
             # numpy deprecates the data types in these old pickles
@@ -97,11 +96,6 @@ def read_cifar(num_classes: int, data_dir: str | Path, train: bool) -> LabeledIm
                 with _locked(folder):
                     data = source(root=folder, train=train, download=True)
     except (OSError, RuntimeError, HTTPException) as error:
-        if not existed:
-            # Leave no empty folder, which the download creates first
-            with suppress(OSError):
-                (folder / LOCK).unlink(missing_ok=True)
-                folder.rmdir()
         raise DataError(_cifar_error(source, num_classes, folder, error)) from None
     pixels = torch.from_numpy(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)))
     return LabeledImages(

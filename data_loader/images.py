@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 
@@ -69,13 +70,15 @@ class MemoryImages:
         """Return the same images on `device`."""
         return replace(self, pixels=self.pixels.to(device))
 
-    def check(self) -> None:
+    def check(self, where: str = "data_loader.type") -> None:
         """Check shape, type and range of the pixels.
+
+        Args:
+            where: the beginning of an error's line.
 
         Raises:
             DataError: they are not images as `BaseDataLoader` describes them.
         """
-        where = "data_loader.type: MemoryImages"
         check_images(self.pixels, {}, where)
         check_range(self.pixels, where)
 
@@ -144,14 +147,20 @@ class LoadedImages:
         """Yield `(B, C, H, W)` for each int64 `(B,)` of positions, on the loader's device.
 
         Raises:
-            DataError: the images have a wrong shape or type, or those of the first batch have
-                values outside `[0, 1]`.
+            DataError: the images have a wrong shape or type, those of the first batch have values
+                outside `[0, 1]`, or there are more or fewer batches than were asked for.
         """
         index = torch.from_numpy(self.index)
         chosen = [index[batch] for batch in batches]
         with loader_errors(self._where):
-            for number, images in enumerate(self.loader.image_batches(chosen)):
-                expected = {0: len(chosen[number]), **dict(enumerate(self.shape, start=1))}
+            loaded = zip_longest(chosen, self.loader.image_batches(chosen))
+            for number, (positions, images) in enumerate(loaded):
+                if positions is None or images is None:
+                    raise DataError(
+                        f"{self._where}: `image_batches` does not yield one batch of images for"
+                        " each batch of positions"
+                    )
+                expected = {0: len(positions), **dict(enumerate(self.shape, start=1))}
                 check_images(images, expected, self._where)
                 # Finding the range of every batch would take longer than loading it.
                 if number == 0:

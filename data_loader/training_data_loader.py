@@ -208,7 +208,7 @@ class TrainingDataLoader(ImageDataLoader):
             found = type(part.images).__name__
             raise DataError(f"{where}: read: images: {found}; expected MemoryImages or FileImages")
         if isinstance(part.images, MemoryImages):
-            part.images.check()
+            part.images.check(where)
         labels = check_labels(part.labels, len(part.images), part.class_names, where)
         if shape not in (None, part.images.shape):
             raise DataError(

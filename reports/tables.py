@@ -276,7 +276,8 @@ def best_rows(table: Table, column: int) -> set[int]:
         best = max(cells.values(), key=lambda cell: sign * cell.mean)
         others = [cell for cell in cells.values() if cell.values != best.values]
         if others and all(
-            sign * (best.mean - cell.mean) > _error_of_difference(best, cell) for cell in others
+            sign * (best.mean - cell.mean) > max(NO_SPREAD, _error_of_difference(best, cell))
+            for cell in others
         ):
             found |= {index for index, cell in cells.items() if cell.values == best.values}
     return found

@@ -262,7 +262,7 @@ class _Calls(TorchFunctionMode):
         fake = self.fake
         target = torch.device(kwargs.pop("device"))
         on_device = target.type == fake.kind
-        pin = on_device is False and kwargs.pop("pin_memory", False)
+        pin = not on_device and kwargs.pop("pin_memory", False)
         out = func(*args, **kwargs, device=CPU if on_device else target)
         if not isinstance(out, Tensor):
             return out

@@ -99,11 +99,12 @@ def from_primary(function: Callable[[], T]) -> T:
     if not is_primary():
         data = torch.empty(int(size), dtype=torch.uint8)
     _wait(dist.broadcast(data, 0, async_op=True))
-    exit_code, value = _unpickled(data)
-    if exit_code:
-        exit_unless_primary(exit_code)
     if failure is not None:
         raise failure
+    if not is_primary():
+        exit_code, value = _unpickled(data)
+        if exit_code:
+            exit_unless_primary(exit_code)
     return value
 
 

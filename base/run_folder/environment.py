@@ -58,6 +58,9 @@ def record_environment(folder: Path, resumed: bool) -> list[str]:
 
 def environment() -> dict[str, Any]:
     """Return the versions, command, commit and hardware of this process, without secrets."""
+    unavailable = cuda_unavailable()
+    # Cards whose driver does not work are counted, too, but tell nothing of themselves.
+    cards = torch.cuda.device_count() if unavailable is None else 0
     return {
         "version": project_version(),
         "python": platform.python_version(),
@@ -70,13 +73,13 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "processes": world_size(),
-        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "gpus": [_gpu(index) for index in range(cards)],
         "cuda": {
             "driver": nvidia_driver(),
             "version": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
             "nccl": _nccl(),
-            "unavailable": cuda_unavailable(),
+            "unavailable": unavailable,
         },
     }
 

@@ -223,6 +223,15 @@ def test_the_environment_names_driver_cuda_and_card(monkeypatch):
     assert found["cuda"]["unavailable"] is None
 
 
+def test_cards_with_a_driver_that_does_not_work_are_not_described(monkeypatch):
+    reason = with_an_old_driver(monkeypatch)
+    # NVML counts them without the driver of CUDA.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = environment()
+    assert found["gpus"] == []
+    assert found["cuda"]["unavailable"] == reason
+
+
 def test_determinism_fills_no_new_tensors():
     set_determinism(True, None)
     try:

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import base.nan_guard
 from base.errors import NonFiniteError
-from base.nan_guard import NanGuard
+from base.nan_guard import NanGuard, first_bad_output
 from base.train_state import TrainState
+from models.layers import ConvNorm2d
 from tests.base.distributed.two_processes import ended, start_two
 
 FUSED = [
@@ -199,3 +200,17 @@ def test_all_processes_stop_at_a_loss_that_only_one_has_computed(tmp_path):
     assert all("kept True" in line for line in printed.values())
     assert printed["True 1"].startswith("True rank 1: exit 5;")
     assert printed["False 1"].startswith("False rank 1: exit 5;")
+
+
+def test_looking_for_a_bad_output_leaves_no_trace():
+    """The first pass in training gives ConvNorm's `running_V` another size."""
+    model = nn.Sequential(ConvNorm2d(2, 3, 3), nn.Dropout())
+    before = deepcopy(model.state_dict())
+    images = torch.rand(2, 2, 6, 6)
+    rng_state = torch.get_rng_state()
+    assert first_bad_output(model, images) is None
+    found = first_bad_output(model, torch.full((2, 2, 6, 6), nan))
+    assert found == "the output of 0.bpconv (Conv2d)"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert torch.equal(torch.get_rng_state(), rng_state)

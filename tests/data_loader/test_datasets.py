@@ -11,7 +11,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from base.errors import DataError
-from data_loader.datasets import read_cifar, read_digits, read_image_folder
+from data_loader.datasets import LOCK, read_cifar, read_digits, read_image_folder
 from data_loader.decoding import decode_image
 from data_loader.images import MemoryImages, pixel_statistics
 from tiny_runs import write_images
@@ -55,7 +55,7 @@ def test_missing_cifar_without_a_network_is_an_error(tmp_path, no_network):
         match=r"CIFAR-100.*cifar-100-python\.tar\.gz \(md5 eb9058c3a382ffc7106e4002c42a8d85\)",
     ):
         read_cifar(100, tmp_path / "nothing", train=True)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in (tmp_path / "nothing").iterdir()] == [LOCK]
 
 
 def test_damaged_cifar_files_are_named(fake_cifar, no_network):

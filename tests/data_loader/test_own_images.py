@@ -295,6 +295,16 @@ def broken(name, method):
             r"images_at: AttributeError: .*'gone'$",
         ),
         (
+            "image_batches",
+            lambda self, batches: map(self.images_at, batches[:1]),
+            r"`image_batches` does not yield one batch of images for each batch of positions$",
+        ),
+        (
+            "image_batches",
+            lambda self, batches: map(self.images_at, [*batches, batches[0]]),
+            r"`image_batches` does not yield one batch of images for each batch of positions$",
+        ),
+        (
             "sample_names",
             lambda self: ["a.png"],
             r"Broken\.sample_names returns 1 names for 1438 labels",
@@ -375,7 +385,7 @@ def test_the_result_of_read_is_checked():
     digits = DIGITS[True]
     pixels, labels, names = digits.images.pixels, digits.labels, digits.class_names
     for images, classes, message in [
-        (pixels / 254, labels, r"MemoryImages returns pixels from 0 to 1\.004; expected \[0, 1\]"),
+        (pixels / 254, labels, r"type: Own returns pixels from 0 to 1\.004; expected \[0, 1\]"),
         (pixels[0], labels, r"the shape \(3, 32, 32\); expected \(B, C, H, W\)"),
         (pixels, labels[1:], r"Own: labels: 1437 of them for 1438 images"),
         (pixels, labels - 1, r"labels: -1 is not in \[0, 10\)"),

@@ -150,6 +150,8 @@ def test_a_lead_within_one_standard_error_is_not_bold(make_run, tmp_path):
     assert best("single", bn=(0.5,), gn=(0.9,)) == [], "no spread is known"
     assert best("half known", bn=(0.5,), gn=(0.9, 0.8, 0.85)) == ["gn"]
     assert best("equal", bn=(0.5, 0.5), gn=(0.5, 0.5)) == []
+    rounded = (0.5 + 1e-16, 0.5, 0.5 + 2e-16)
+    assert best("rounding", bn=(0.5, 0.5, 0.5), gn=rounded) == []
 
 
 def test_numbers_that_are_not_finite_are_not_tested(make_run, tmp_path):

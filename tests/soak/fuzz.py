@@ -29,6 +29,7 @@ def main() -> None:
         "--findings", type=Path, default=Path(), help="folder for inputs that break something"
     )
     arguments = parser.parse_args()
+    arguments.findings.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp())
     if arguments.target == "values":
         sys.exit(fuzz_values(folder, arguments))

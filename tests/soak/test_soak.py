@@ -37,8 +37,10 @@ def endure(tmp_path, monkeypatch):
 
 
 def test_a_run_survives(endure):
-    tally = endure(lambda tally: tally.counts["saved at the step of the signal"])
+    saved = "saved at the step of the signal"
+    tally = endure(lambda tally: tally.counts[saved] or tally.failures or tally.counts["runs"] >= 8)
     assert tally.failures == []
+    assert tally.counts[saved] > 0
     assert tally.counts["minibatches"] == 36 * tally.counts["runs"]
 
 
