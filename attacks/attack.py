@@ -114,15 +114,20 @@ class Attack(ABC):
         """The images that the attack may return."""
         return ThreatModel(self.norm, self.epsilon)
 
+    @property
+    def can_be_confident(self) -> bool:
+        """Whether the attack has an argument `confidence`; see `confident`."""
+        return "confidence" in arguments(type(self))
+
     def confident(self, confidence: float) -> Self:
         """Return a variant for a network whose answers are nearly, not exactly, those of the model
         that is measured.
 
         An image counts as misclassified only once the label's logit falls short by `confidence`
         times the image's largest logit, so that the model that is measured confirms nearly every
-        success. An attack without a field `confidence` returns itself.
+        success. An attack that cannot be confident returns itself.
         """
-        if "confidence" not in arguments(type(self)):
+        if not self.can_be_confident:
             return self
         # An attack that was made more confident stays so
         return replace(self, confidence=max(confidence, self.confidence))
@@ -185,7 +190,7 @@ class Attack(ABC):
             without_benchmark(),
         ):
             images = images.detach()
-            labels = labels.detach().clone().long()
+            labels = labels.detach().to(images.device, torch.int64, copy=True)
             if len(images) == 0:
                 return images.clone()
             if generators is None:

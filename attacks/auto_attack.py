@@ -17,7 +17,7 @@ from torch import Tensor
 from attacks.attack import Attack
 from attacks.classifier import Model
 from attacks.losses import wrongness
-from attacks.threat_model import Generators
+from attacks.threat_model import Generators, draw
 from base.errors import ConfigError
 
 NORMS_OF_PACKAGE = {"linf": "Linf", "l2": "L2"}
@@ -99,10 +99,7 @@ class AutoAttack(Attack):
         remaining = (wrongness(logits, labels) == 0).nonzero().flatten()
         if len(remaining) == 0:
             return images
-        generator = generators
-        if not isinstance(generator, torch.Generator):
-            generator = generator[0]
-        seed = int(torch.randint(2**31, (), generator=generator))
+        seed = _seed(images, generators)
         # The package seeds the global generators of all CUDA devices, wherever the images are;
         # asking for their states would start CUDA in a process that does not use it
         devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
@@ -159,6 +156,15 @@ def _import(module: str) -> Any:
         raise ConfigError(
             'AutoAttack needs the package pyautoattack: pip install -e ".[autoattack]"'
         ) from None
+
+
+def _seed(images: Tensor, generators: Generators) -> int:
+    """Draw the seed of the package's own generators."""
+    if callable(generators):
+        return int(2**31 * draw(torch.rand, images[:, 0, 0, 0], generators)[0])
+    if not isinstance(generators, torch.Generator):
+        generators = generators[0]
+    return int(torch.randint(2**31, (), generator=generators))
 
 
 @contextmanager

@@ -46,5 +46,9 @@ def _keeps_its_forward(module: nn.Module) -> bool:
     """Return whether a module must not get other forward methods inside."""
     # A compiled module would be compiled again, and the copies of DataParallel on other devices
     # would use the layers of the first
-    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-    return compiled or isinstance(module, nn.DataParallel)
+    return is_compiled(module) or isinstance(module, nn.DataParallel)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `torch.compile` was called on this module."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

@@ -204,7 +204,7 @@ class BaseTrainer(ABC):
                 guard last waited for it (see `NanGuard`). No parameter was updated from there on;
                 running statistics, which the forward pass moves, were.
         """
-        _check_losses(losses, type(self).__name__)
+        _check_losses(losses, self.images, type(self).__name__)
         loss = self.shard(losses).mean(losses)
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)
@@ -625,15 +625,17 @@ class BaseTrainer(ABC):
             )
 
 
-def _check_losses(losses: Tensor, method: str) -> None:
-    """Check that there is one loss per sample; a mean could not be averaged over processes.
+def _check_losses(losses: Tensor, images: Tensor | None, method: str) -> None:
+    """Check that there is one loss per sample of the minibatch, if that is known; others could not
+    be averaged over processes.
 
     Raises:
         ConfigError: naming the training method.
     """
-    if losses.dim() != 1:
+    if losses.dim() != 1 or (images is not None and len(losses) != len(images)):
+        samples = "B" if images is None else len(images)
         raise ConfigError(
-            f"{method}.train_batch: update takes one loss per sample, of shape (B,), not"
+            f"{method}.train_batch: update takes one loss per sample, of shape ({samples},), not"
             f" {tuple(losses.shape)}"
         )
 

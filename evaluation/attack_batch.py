@@ -27,9 +27,10 @@ ROWS = 16
 MORE_ROWS = 8
 
 # See `Attack.confident`. Each is larger than the error of the logits that a search sees: always for
-# fused batch norms, and nearly always in low precision, where an image that was believed to be
-# broken too early is attacked once more. The one for low precision is that of bfloat16. TF32 keeps
-# 3 bits more, so its searches could stop a step or two sooner; the verdicts are the same.
+# fused batch norms, so that attacks without confidence search the model itself, and nearly always
+# in low precision, where an image that was believed to be broken too early is attacked once more.
+# The one for low precision is that of bfloat16. TF32 keeps 3 bits more, so its searches could stop
+# a step or two sooner; the verdicts are the same.
 CONFIDENCE_LOW_PRECISION = 0.02
 CONFIDENCE_FUSED = 2 * TOLERANCE
 
@@ -61,8 +62,9 @@ def attack_batch(
         positions: int64 `(B,)`, on the CPU; an image's random starts depend on its position.
         seed: the seed of the random starts.
         autocast: the context of the search's forward passes.
-        fused: a copy of `model` that is searched in its place, whose logits are those of `model` to
-            within `fuse_conv_bn.TOLERANCE`.
+        fused: a copy of `model`, whose logits are those of `model` to within
+            `fuse_conv_bn.TOLERANCE`. Attacks that can allow for that (see `Attack.confident`), and
+            those in low precision, search it in place of `model`.
 
     Raises:
         TypeError: the model does not return a tensor of logits.
@@ -75,7 +77,7 @@ def attack_batch(
     if fused is None:
         fused = model
     images = images.detach()
-    labels = labels.detach().long()
+    labels = labels.detach().to(images.device).long()
     verify = _PaddedClassifier(model, labels)
     with (
         # Tensors made in inference mode cannot take part in a gradient
@@ -119,12 +121,15 @@ def search_precision(autocast: Autocast, attack: Attack) -> str:
     `"tf32"`, or `"low precision"` for a context of another kind."""
     if not uses_low_precision(autocast, attack):
         return "fp32"
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     with autocast() as context:
-        if isinstance(context, torch.amp.autocast_mode.autocast):
-            return {torch.bfloat16: "bf16", torch.float16: "fp16"}[context.fast_dtype]
+        is_autocast = isinstance(context, torch.amp.autocast_mode.autocast)
+        # torch switches autocast off where it does not have the dtype.
+        if is_autocast and torch.is_autocast_enabled(context.device):
+            return names.get(context.fast_dtype, "low precision")
         if torch.backends.cuda.matmul.fp32_precision == "tf32":
             return "tf32"
-    return "low precision"
+    return "fp32" if is_autocast else "low precision"
 
 
 def _searches(
@@ -139,7 +144,7 @@ def _searches(
     if uses_low_precision(autocast, attack):
         classifier = _PaddedClassifier(fused, labels)
         return [_Search(attack.confident(CONFIDENCE_LOW_PRECISION), classifier, autocast), exact]
-    if fused is not verify.model:
+    if fused is not verify.model and attack.can_be_confident:
         return [_Search(attack.confident(CONFIDENCE_FUSED), _PaddedClassifier(fused, labels))]
     return [exact]
 

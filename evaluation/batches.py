@@ -162,11 +162,12 @@ class Batches:
         """The first batch; iterating yields it, too."""
         if isinstance(self._data, BaseDataLoader):
             self._data.set_epoch(1)
-            return next(self._of_loader(self._data, 0))
-        # A generator cannot be iterated again: `without` goes on with the same iterator.
-        self._iterator = self._of_iterable(self._data)
+            batches = self._of_loader(self._data, 0)
+        else:
+            # A generator cannot be iterated again: `without` goes on with the same iterator.
+            batches = self._iterator = self._of_iterable(self._data)
         try:
-            return next(self._iterator)
+            return next(batches)
         except StopIteration:
             raise ValueError("data: contains no images") from None
 
@@ -248,7 +249,7 @@ class Batches:
     def _on_device(self, images: Tensor, labels: Tensor, positions: Tensor) -> Batch:
         if self._device is not None:
             images = to_device(images, self._device)
-            labels = to_device(labels, self._device)
+        labels = to_device(labels, images.device)
         return Batch(images, labels.long(), positions)
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from attacks.classifier import Model, checked_logits
 from attacks.frozen import frozen
+from attacks.replaced_forward import is_compiled
 
 TOLERANCE = 1e-4
 """The largest difference between the logits of the two networks, as a share of the largest logit;
@@ -38,7 +39,7 @@ def fuse_conv_bn(model: Model, images: Tensor) -> Model:
             returned.
         images: `(B, C, H, W)`, a few images on which the two are compared.
     """
-    if not isinstance(model, nn.Module) or _compiled(model):
+    if not isinstance(model, nn.Module) or any(map(is_compiled, model.modules())):
         return model
     with torch.inference_mode(False), frozen(model, training=False):
         images = images.detach().clone()
@@ -60,14 +61,6 @@ def fuse_conv_bn(model: Model, images: Tensor) -> Model:
         if isfinite(largest) and torch.allclose(found, expected, rtol=0, atol=TOLERANCE * largest):
             return copy
         return model
-
-
-def _compiled(model: nn.Module) -> bool:
-    """Return whether `torch.compile` was called on the model or a part of it."""
-    return any(
-        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
 
 
 def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:

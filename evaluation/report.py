@@ -336,8 +336,8 @@ def title(attack: Attack) -> str:
 
 
 def file_stem(attack: Attack) -> str:
-    """Return the stem of a report's file name, such as `pgd-20_linf_8_step_2_1_start`. Different
-    attacks have different stems."""
+    """Return the stem of a report's file name, such as `pgd-20_linf_8_step_2_1_start`. Attacks that
+    differ in more than `early_stop` have different stems."""
     words = ", ".join([_name(attack), *_numbers(attack)])
     words = words.lower().replace("/255", "").replace(",", "").replace(" ", "_")
     # Fields of a user's own attack may hold characters that a file name cannot.

@@ -1,7 +1,4 @@
-"""The attacks that a config describes.
-
-Only this module converts a config's sizes to the pixel range `[0, 1]`.
-"""
+"""The attacks that a config describes, with its sizes in the pixel range `[0, 1]`."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -451,8 +451,8 @@ class Experiment:
                 trainer.trackers = start_trackers(config, folder, state.history)
             try:
                 if config.system.compile:
-                    # Training, validation, attacks and averaged weights are compiled separately;
-                    # beyond 8 versions torch would run the model without compiling it.
+                    # Training, validation and attacks are compiled separately; beyond 8 versions
+                    # torch would run the model without compiling it.
                     torch._dynamo.config.recompile_limit = 64
                     self.model.compile()
                 device = trainer.device

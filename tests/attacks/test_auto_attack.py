@@ -229,12 +229,21 @@ def test_a_constant_model_is_attacked_without_an_empty_batch():
     assert torch.equal(points, images)
 
 
-def test_seed_comes_from_the_generators():
+@pytest.mark.parametrize("kind", ["one", "one per image", "function"])
+def test_seed_comes_from_the_generators(kind):
     model = make_model()
     images, labels = make_images(model, 6)
 
     def attacked(seed):
-        generators = [torch_generator(seed, "attack", index) for index in range(6)]
+        generators = torch_generator(seed, "attack")
+        if kind == "one per image":
+            generators = [torch_generator(seed, "attack", index) for index in range(6)]
+        if kind == "function":
+            one = generators
+
+            def generators(distribution, shape):
+                return distribution((6, *shape), generator=one)
+
         return Short(0.02)(model, images, labels, generators=generators)
 
     assert torch.equal(attacked(1), attacked(1))

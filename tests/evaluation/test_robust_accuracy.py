@@ -2,7 +2,7 @@
 and survive an interruption."""
 
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from io import StringIO
@@ -11,12 +11,14 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
+from fake_device import fake_device
 from torch import nn
 
 from attacks import FGSM, PGD, Attack, AutoAttack
 from data_loader import DATA_LOADERS
 from evaluation import DoctorReport, Verdicts, robust_accuracy
 from evaluation.attack_batch import attack_batch, search_precision
+from evaluation.batches import Batches
 from evaluation.checks import Check, judge_rate
 from evaluation.fuse_conv_bn import fuse_conv_bn
 from evaluation.report import file_stem, title
@@ -222,12 +224,55 @@ def test_a_search_in_tf32_is_followed_by_verdicts_in_float32(digits):
         (lambda: torch.autocast("cpu", dtype=torch.bfloat16), "bf16"),
         (lambda: torch.autocast("cpu", dtype=torch.float16), "fp16"),
         (tf32, "tf32"),
+        (lambda: torch.autocast("cpu", enabled=False), "fp32"),
+        (lambda: torch.autocast("cpu", dtype=torch.float32), "fp32"),
         (lambda: closing(StringIO()), "low precision"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
 def test_precisions_have_names(autocast, precision):
     assert search_precision(autocast, ATTACK) == precision
     assert search_precision(autocast, FGSM(0.1)) == "fp32"
+
+
+@dataclass(frozen=True)
+class ToTheBoundary(Attack):
+    """Goes back from what PGD finds to where the network just begins to be wrong."""
+
+    epsilon: float
+    norm: str = "linf"
+
+    def perturb(self, model, images, labels, generators):
+        right, wrong = images, PGD(self.epsilon, self.epsilon, 5)(model, images, labels)
+        for _ in range(30):
+            between = (right + wrong) / 2
+            broken = (model(between).argmax(1) != labels).reshape(-1, 1, 1, 1)
+            right, wrong = between.where(~broken, right), between.where(broken, wrong)
+        return wrong
+
+
+@pytest.mark.parametrize("autocast", [nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_an_attack_that_just_breaks_an_image_is_confirmed(autocast):
+    """Fused batch norms round differently, so it must not stop at the boundary of a fused copy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)
+    ).eval()
+    images = torch.rand(64, 3, 8, 8)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    report = robust_accuracy(model, [(images, labels)], ToTheBoundary(0.5), autocast=autocast)
+    assert (report.clean_top1, report.robust_top1) == (1, 0)
+
+
+def test_labels_may_be_on_another_device_than_the_images(monkeypatch):
+    with fake_device(monkeypatch):
+        images = torch.rand(4, 3, 8, 8, device="cuda")
+        labels = torch.tensor([0, 1, 2, 3])
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).to("cuda")
+        assert PGD(0.1, 0.1, 2)(model, images, labels).device.type == "cuda"
+        report = robust_accuracy(lambda x: model(x), [(images, labels)], PGD(0.1, 0.1, 2))
+        assert report.n == 4
 
 
 def test_a_success_that_full_precision_confirms_in_part_is_kept():
@@ -290,6 +335,15 @@ def test_a_targeted_attack_and_an_empty_loader_are_errors(digits):
         attack_loader(model, loader, PGD(4 / 255, 2 / 255, 1, targeted=True), seed=0)
     with pytest.raises(ValueError, match="data: contains no images"):
         robust_accuracy(model, loader.subset(torch.arange(0)), ATTACK, seed=0)
+
+
+def test_a_process_without_images_says_so(digits, monkeypatch):
+    model, loader = digits
+    monkeypatch.setattr("evaluation.batches.rank", lambda: 1)
+    monkeypatch.setattr("evaluation.batches.world_size", lambda: 2)
+    for data in (loader, list(loader)):
+        with pytest.raises(ValueError, match="data: contains no images"):
+            _ = Batches(data, model, limit=1, sharded=True).first
 
 
 def test_a_model_that_leaves_torch_is_not_reliable(digits):

@@ -146,6 +146,11 @@ class OfMeans(MARTTrainer):
         super().update(losses.mean())
 
 
+class OfCleanAndAttacked(MARTTrainer):
+    def update(self, losses):
+        super().update(torch.cat([losses, losses]))
+
+
 class Silent(MARTTrainer):
     def train_batch(self, images, labels):
         super().train_batch(images, labels)
@@ -164,7 +169,11 @@ class Silent(MARTTrainer):
         (Picky, r"adversarial: Picky: beta 5\.0: only even numbers$"),
         (
             OfMeans,
-            r"OfMeans\.train_batch: update takes one loss per sample, of shape \(B,\), not \(\)$",
+            r"OfMeans\.train_batch: update takes one loss per sample, of shape \(8,\), not \(\)$",
+        ),
+        (
+            OfCleanAndAttacked,
+            r"OfCleanAndAttacked\.train_batch: update takes .*, of shape \(8,\), not \(16,\)$",
         ),
         (
             Silent,
