@@ -6,11 +6,25 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from attacks.arguments import check_count
+from attacks.arguments import LARGEST_LINF, check_count
 from attacks.attack import Attack
 from attacks.classifier import Model
 from attacks.threat_model import Generators, generators_of
 from attacks.worst_case import DONE, WorstCase
+
+
+def step_within_range(step_size: float, norm: str) -> float:
+    """Bound a computed step size: under l-inf a step of 1 crosses the whole pixel range, and longer
+    ones are rejected as given in 1/255."""
+    if norm == "linf":
+        return min(step_size, LARGEST_LINF)
+    return step_size
+
+
+def crossing_step(epsilon: float, steps: int, norm: str) -> float:
+    """Return the step size with which all steps together can cross the ball from any start: they
+    add up to 2.5 epsilon (Madry et al., for l2)."""
+    return step_within_range(2.5 * epsilon / steps, norm)
 
 
 @dataclass(frozen=True)
@@ -74,8 +88,10 @@ class PGD(Attack):
         object.__setattr__(self, "early_stop", int(self.early_stop))
 
     def scaled(self, factor: float) -> Self:
-        """Return the same attack with `factor` times the radius and the step size."""
-        return replace(self, epsilon=factor * self.epsilon, step_size=factor * self.step_size)
+        """Return the same attack with `factor` times the radius and the step size, the latter
+        within range."""
+        step_size = step_within_range(factor * self.step_size, self.norm)
+        return replace(self, epsilon=factor * self.epsilon, step_size=step_size)
 
     def as_pgd(self) -> "PGD":
         """Return an equal attack of which every argument can be replaced."""

@@ -158,6 +158,8 @@ class BaseTrainer(ABC):
         self.draws_ahead = DrawsAhead()
         # The current minibatch as it was loaded, for the nan guard's message
         self.images: Tensor | None = None
+        # How many images of the minibatch this process trains on; None outside of `train`
+        self._samples: int | None = None
 
     # What a training method writes
 
@@ -204,7 +206,7 @@ class BaseTrainer(ABC):
                 guard last waited for it (see `NanGuard`). No parameter was updated from there on;
                 running statistics, which the forward pass moves, were.
         """
-        _check_losses(losses, self.images, type(self).__name__)
+        _check_losses(losses, self._samples, type(self).__name__)
         loss = self.shard(losses).mean(losses)
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)
@@ -327,7 +329,9 @@ class BaseTrainer(ABC):
             self.images = images
             # Unlike autocast, TF32 has to be on in the backward pass, too
             with tf32() if self.precision == "tf32" else nullcontext():
-                result = self.train_batch(*self.mixup(images, labels))
+                images, labels = self.mixup(images, labels)
+                self._samples = len(images)
+                result = self.train_batch(images, labels)
             _check_result(result, type(self).__name__)
             # Where every process computes the whole minibatch, one of them counts it
             if shard.counts:
@@ -625,18 +629,17 @@ class BaseTrainer(ABC):
             )
 
 
-def _check_losses(losses: Tensor, images: Tensor | None, method: str) -> None:
+def _check_losses(losses: Tensor, samples: int | None, method: str) -> None:
     """Check that there is one loss per sample of the minibatch, if that is known; others could not
     be averaged over processes.
 
     Raises:
         ConfigError: naming the training method.
     """
-    if losses.dim() != 1 or (images is not None and len(losses) != len(images)):
-        samples = "B" if images is None else len(images)
+    if losses.dim() != 1 or samples not in (None, len(losses)):
         raise ConfigError(
-            f"{method}.train_batch: update takes one loss per sample, of shape ({samples},), not"
-            f" {tuple(losses.shape)}"
+            f"{method}.train_batch: update takes one loss per sample, of shape"
+            f" ({samples or 'B'},), not {tuple(losses.shape)}"
         )
 
 

@@ -11,7 +11,7 @@ from attacks.attack import Attack
 from attacks.classifier import Classifier, Model
 from attacks.frozen import frozen
 from attacks.losses import ATTACK_LOSSES, wrongness
-from attacks.pgd import PGD
+from attacks.pgd import PGD, crossing_step
 from attacks.worst_case import DONE
 from evaluation.verdicts import wilson_interval
 
@@ -256,8 +256,7 @@ def plain_pgd(attack: Attack) -> PGD:
         loss = attack.loss
     return PGD(
         attack.epsilon,
-        # 2.5 epsilon in total: enough to cross the ball from any start (Madry et al.)
-        step_size=2.5 * attack.epsilon / ENOUGH_STEPS,
+        step_size=crossing_step(attack.epsilon, ENOUGH_STEPS, attack.norm),
         steps=ENOUGH_STEPS,
         norm=attack.norm,
         early_stop=True,

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attacks.arguments import LARGEST_LINF
 from attacks.attack import Attack, check_attack
 from attacks.classifier import Classifier, Model
 from attacks.frozen import frozen
 from attacks.losses import wrongness
-from attacks.pgd import PGD
+from attacks.pgd import PGD, crossing_step
 from attacks.square import Square
 from attacks.threat_model import format_size
 from base.distributed import hide_progress_bar
@@ -145,7 +144,7 @@ class _Exam:
             self.search = replace(
                 self.attack,
                 steps=ENOUGH_STEPS,
-                step_size=2.5 * self.epsilon / ENOUGH_STEPS,
+                step_size=crossing_step(self.epsilon, ENOUGH_STEPS, self.norm),
                 random_start=True,
             )
         self.curve: list[tuple[float, float]] = []
@@ -229,7 +228,7 @@ def epsilon_zero(exam: _Exam) -> list[Check]:
     Limit: every verdict is the same. Source: no paper; it tests the evaluation itself.
     """
     clean = (wrongness(exam.logits(exam.size), exam.labels) == 0).cpu()
-    zero = exam.verdicts(_scaled(replace(exam.attack, steps=1, restarts=1), 0.0))
+    zero = exam.verdicts(replace(exam.attack, steps=1, restarts=1).scaled(0.0))
     exam.curve = [(0.0, _share(zero))]
     same = bool((clean == zero).all())
     detail = f"{_percent(_share(zero))} and {_percent(_share(clean))}"
@@ -276,7 +275,7 @@ def larger_epsilons(exam: _Exam) -> list[Check]:
         if size == exam.epsilon:
             robust = exam.robust_to_search
         else:
-            robust = exam.verdicts(_scaled(exam.search, size / exam.epsilon))
+            robust = exam.verdicts(exam.search.scaled(size / exam.epsilon))
         verdicts.append(robust)
         exam.curve.append((size, _share(robust)))
     missed = max(int((larger & ~smaller).sum()) for smaller, larger in pairwise(verdicts))
@@ -368,15 +367,6 @@ CHECKS = (
     more_starts,
     black_box,
 )
-
-
-def _scaled(attack: PGD, factor: float) -> PGD:
-    """Return the attack with epsilon and step size multiplied by `factor`."""
-    step_size = factor * attack.step_size
-    # A step of 1 crosses the whole pixel range; PGD rejects longer ones as given in 1/255.
-    if attack.norm == "linf":
-        step_size = min(step_size, LARGEST_LINF)
-    return replace(attack, epsilon=factor * attack.epsilon, step_size=step_size)
 
 
 def _share(verdicts: Tensor) -> float:

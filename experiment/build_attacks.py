@@ -6,6 +6,7 @@ from typing import Any
 from attacks.attack import Attack
 from attacks.fgsm import FGSM
 from attacks.losses import ATTACK_LOSSES
+from attacks.pgd import crossing_step
 from attacks.threat_model import ThreatModel, in_pixel_range
 from base.config import Config
 from base.config.adversarial import PGDAttackConfig, is_size
@@ -118,8 +119,7 @@ def _step_size(settings: PGDAttackConfig, threat: ThreatModel) -> float:
     if threat.norm == "linf":
         # The step of Madry et al. on CIFAR-10.
         return in_pixel_range(2, "linf")
-    # As in Madry et al. for l2: all steps together can cross the ball from any start.
-    return 2.5 * threat.epsilon / settings.K
+    return crossing_step(threat.epsilon, settings.K, threat.norm)
 
 
 def fgsm(config: Config) -> FGSM:

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from attacks.arguments import LARGEST_LINF
 from attacks.frozen import under_attack
-from attacks.pgd import PGD
+from attacks.pgd import PGD, crossing_step, step_within_range
 from attacks.threat_model import ThreatModel, draw, in_pixel_range
 from base.base_trainer import BaseTrainer, TrainerParts
 from base.config.adversarial import Size
@@ -231,7 +230,7 @@ class AdversarialTrainer(TrainerWithAdversary):
     ) -> None:
         super().__init__(parts, warmup_epochs=warmup_epochs)
         if step_size is None:
-            step_size = _within_range(2.5 * parts.epsilon / steps, parts.norm)
+            step_size = crossing_step(parts.epsilon, steps, parts.norm)
         self.attack = PGD(
             parts.epsilon,
             step_size,
@@ -296,7 +295,7 @@ class FGSMTrainer(AdversarialTrainer):
         bn_mode: Literal["train", "eval"] | None = None,
     ) -> None:
         if step_size is None:
-            step_size = _within_range(1.25 * parts.epsilon, parts.norm)
+            step_size = step_within_range(1.25 * parts.epsilon, parts.norm)
         super().__init__(
             parts,
             step_size=step_size,
@@ -382,10 +381,3 @@ class TradesTrainer(AdversarialTrainer):
             # The divergence and the cross entropy with the predictions as class probabilities have
             # the same gradient for x', as they differ by the predictions' entropy
             return attack.run(self.model, images, predictions, start)
-
-
-def _within_range(step_size: float, norm: str) -> float:
-    """Bound a default step size: under l-inf a step of 1 crosses the whole pixel range."""
-    if norm == "linf":
-        return min(step_size, LARGEST_LINF)
-    return step_size

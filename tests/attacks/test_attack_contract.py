@@ -64,6 +64,9 @@ def test_variants_keep_the_class_and_everything_else():
     assert attack.confident(0.1).confidence == 0.1
     assert attack.confident(0.1).confident(0.02).confidence == 0.1
     assert FGSM(0.1, "l2", loss="margin").scaled(0.5) == FGSM(0.05, "l2", loss="margin")
+    # Longer steps than the pixel range would be rejected as given in 1/255.
+    steps = [PGD(0.2, 0.8, 5, norm).scaled(2).step_size for norm in ("linf", "l2")]
+    assert steps == [1, 1.6]
     square = Square(0.1)
     assert square.confident(0.1) is square, "it has no confidence"
 
