@@ -158,7 +158,7 @@ class BaseTrainer(ABC):
         self.draws_ahead = DrawsAhead()
         # The current minibatch as it was loaded, for the nan guard's message
         self.images: Tensor | None = None
-        # How many images of the minibatch this process trains on; None outside of `train`
+        # How many images of the minibatch this process trains on; None before the first one
         self._samples: int | None = None
 
     # What a training method writes
