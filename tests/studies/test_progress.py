@@ -1,13 +1,10 @@
 """The progress of a run, read from its folder, and the table that shows it."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from base.config import validate
 from base.errors import ConfigError
-from studies.grid import StudyRun
 from studies.launchers import command
 from studies.progress import (
     Progress,
@@ -18,21 +15,6 @@ from studies.progress import (
     format_table,
     read_progress,
 )
-
-
-@pytest.fixture
-def run(tmp_path):
-    config = validate({"data_loader": {"type": "DigitsDataLoader"}, "trainer": {"epochs": 4}})
-    return StudyRun(
-        variant="plain",
-        labels={},
-        position=0,
-        seed=1,
-        config_file=Path("config.json"),
-        settings={},
-        config=config,
-        folder=tmp_path,
-    )
 
 
 def test_the_state_of_a_run_folder(run):

@@ -2,32 +2,14 @@
 
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from base.config import validate
 from base.errors import ConfigError, Stopped
 from studies import work
-from studies.grid import StudyRun
 from studies.launchers import Job
 from studies.progress import Progress, State
 from studies.work import Study, _describe_exit
-
-
-@pytest.fixture
-def run(tmp_path):
-    config = validate({"data_loader": {"type": "DigitsDataLoader"}, "trainer": {"epochs": 4}})
-    return StudyRun(
-        variant="plain",
-        labels={},
-        position=0,
-        seed=1,
-        config_file=Path("config.json"),
-        settings={},
-        config=config,
-        folder=tmp_path,
-    )
 
 
 @dataclass
