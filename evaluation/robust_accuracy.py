@@ -170,8 +170,8 @@ def attack_loader(
     """Attack every image of `loader` in this process, batch by batch, with a progress bar.
 
     An image's random starts are a function of `seed` and its position alone; on the CPU verdicts do
-    not depend on the batch size (see `attack_batch.ROWS`). An attack of several steps searches a
-    copy with fused batch norms (see `fuse_conv_bn`); verdicts are the model's own.
+    not depend on the batch size (see `attack_batch.ROWS`). PGD and APGD search a copy with fused
+    batch norms (see `fuse_conv_bn`), other attacks the model itself; verdicts are the model's own.
 
     Args:
         model: a module or a function that maps images in `[0, 1]` to logits; a module is evaluated
