@@ -12,10 +12,14 @@ from base.errors import ConfigError
 from base.text import first_line, one_line
 
 NO_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|std::bad_alloc|_ALLOC_FAILED",
+    r"out of memory|can't allocate memory|not enough memory|std::bad_alloc|_ALLOC(ATION)?_FAILED",
     re.IGNORECASE,
 )
 """Messages of torch, cuBLAS and cuDNN, for any device, when an allocation fails."""
+
+NO_ENGINE = "unable to find an engine to execute this computation"
+"""A message of torch when cuDNN can run none of its convolutions. Often there is too little memory
+for any of them; it can also have no kernel for the card or the dtype."""
 
 AMPERE = (8, 0)
 """The lowest compute capability of CUDA devices that multiply bfloat16 and TF32 natively."""
@@ -28,6 +32,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor on `device`, without waiting for the copy."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
+    # torch copies tensors with gaps, such as every second row, by way of memory that is not pinned.
+    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        tensor = tensor.contiguous()
     # A copy from memory that is not pinned would wait for all work that the device still has.
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -168,18 +175,34 @@ def tf32() -> Iterator[None]:
 
     TF32 keeps 10 of the 23 bits of a factor; sums are float32.
     """
-    backends = torch.backends
-    before = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
-    try:
-        _set_float32("tf32", "tf32")
+    with _float32("tf32"):
         yield
-    finally:
-        _set_float32(*before)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 in float32, inside the context: by default torch convolves in TF32 on
+    CUDA."""
+    with _float32("ieee"):
+        yield
 
 
 def set_full_precision() -> None:
-    """Compute float32 in float32: by default torch convolves in TF32 on CUDA."""
+    """Compute float32 in float32 in this process, on every device."""
+    # A user's own code may have asked for less: this resets oneDNN, too.
+    torch.set_float32_matmul_precision("highest")
     _set_float32("ieee", "ieee")
+
+
+@contextmanager
+def _float32(precision: str) -> Iterator[None]:
+    backends = torch.backends
+    before = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+    try:
+        _set_float32(precision, precision)
+        yield
+    finally:
+        _set_float32(*before)
 
 
 def _set_float32(products: str, convolutions: str) -> None:

@@ -15,7 +15,7 @@ from attacks.attack import check_batch
 from attacks.classifier import Model, checked_logits
 from attacks.frozen import frozen
 from base.base_data_loader import BaseDataLoader
-from base.device import is_out_of_memory, memory_explained, to_device
+from base.device import NO_ENGINE, is_out_of_memory, memory_explained, to_device
 from base.distributed import rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -60,11 +60,12 @@ class FittingSize:
     def run(self, work: Callable[[int], Result], size: int) -> Result:
         """Return `work(size)`, with a smaller size if that does not fit into memory.
 
-        If the work runs out of memory, it is done again with half the size. A warning names the
-        size that fits.
+        If the work runs out of memory, or if cuDNN has no convolution that runs, it is done again
+        with half the size. A warning names the size that fits.
 
         Raises:
             ConfigError: a single image does not fit.
+            RuntimeError: cuDNN has no convolution for a single image.
         """
         ran_out = False
         while True:
@@ -77,7 +78,8 @@ class FittingSize:
                 with explained:
                     result = work(size)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                may_fit = size > 1 and NO_ENGINE in str(error)
+                if not (may_fit or is_out_of_memory(error)):
                     raise
             else:
                 if ran_out:

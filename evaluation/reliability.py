@@ -25,6 +25,7 @@ from attacks.losses import wrongness
 from attacks.pgd import PGD, crossing_step
 from attacks.square import Square
 from attacks.threat_model import format_size
+from base.device import full_precision
 from base.distributed import hide_progress_bar
 from evaluation.attack_batch import Autocast, attack_batch
 from evaluation.batches import Batches, Data, FittingSize
@@ -55,6 +56,7 @@ MORE_STEPS = 4
 MORE_RESTARTS = 3
 
 
+@full_precision()
 def doctor(
     model: Model,
     data: Data,

@@ -17,6 +17,7 @@ from attacks.attack import Attack, check_attack
 from attacks.classifier import Model
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
+from base.device import full_precision
 from base.distributed import all_gather_object, hide_progress_bar
 from base.errors import ConfigError
 from base.output import ARRAYS, check_outputs, is_stream, writing
@@ -30,6 +31,7 @@ from evaluation.report import RobustnessReport
 from evaluation.verdicts import Verdicts, known_verdicts, knows_top5
 
 
+@full_precision()
 def robust_accuracy(
     model: Model,
     data: Data,
@@ -157,6 +159,7 @@ def robust_accuracy(
     )
 
 
+@full_precision()
 def attack_loader(
     model: Model,
     loader: Data,

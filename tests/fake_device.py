@@ -97,6 +97,11 @@ class FakeDevice:
         _label(self.on_device, tensor)
         return tensor
 
+    def is_copied_at_once(self, tensor: Tensor) -> bool:
+        """Whether torch copies a tensor of the CPU straight from pinned memory: those with gaps go
+        by way of other memory."""
+        return self.is_pinned(tensor) and torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
     def pin(self, tensor: Tensor) -> Tensor:
         """Label a tensor as pinned."""
         _label(self.pinned, tensor)
@@ -308,7 +313,7 @@ class _Calls(TorchFunctionMode):
         if not after:
             fake.waits["to the CPU", _where()] += 1
             return fake.take(out)
-        if not (non_blocking and fake.is_pinned(tensor)):
+        if not (non_blocking and fake.is_copied_at_once(tensor)):
             fake.copies["from ordinary memory", _where()] += 1
         return fake.put(out)
 

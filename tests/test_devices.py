@@ -134,10 +134,12 @@ def test_an_attack_waits_only_so_often_in_a_step(attack, waits_per_step, monkeyp
     assert not fake.copies, fake.copies
 
 
-def next_batch(fake, **sections):
-    """Load an epoch's second batch, and return what that waited for and copied."""
+def next_batch(fake, processes=1, **sections):
+    """Load the last of `processes`' share of an epoch's second batch, and return what that waited
+    for and copied."""
     config = config_of(augmentation=AUGMENTATION, system={"device": "cuda"}, **sections)
-    batches = iter(Experiment.from_config(config).train_loader)
+    loader = Experiment.from_config(config).train_loader
+    batches = iter(loader.shard(processes - 1, processes))
     # The epoch's order comes with the first
     next(batches)
     fake.forget()
@@ -146,9 +148,10 @@ def next_batch(fake, **sections):
     return fake.waits + fake.copies
 
 
-def test_batches_come_without_waiting(monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_come_without_waiting(processes, monkeypatch):
     with fake_device(monkeypatch) as fake:
-        assert not next_batch(fake)
+        assert not next_batch(fake, processes)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

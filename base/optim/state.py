@@ -58,11 +58,22 @@ def named_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, A
     for group in optimizer.param_groups:
         listed = [names[id(parameter)] for parameter in group["params"]]
         for name, parameter in zip(listed, group["params"], strict=True):
-            entry = dict(optimizer.state.get(parameter, {}))
             # A parameter without a state gets an entry as well, so that a lost one is noticed
-            state[name] = {**entry, CHECKSUM: _checksum(name, entry)}
+            state[name] = dict(optimizer.state.get(parameter, {}))
         groups.append({**group, "params": listed})
     return {"state": state, "param_groups": groups}
+
+
+def with_checksums(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `named_optimizer_state` returned, with a checksum in the entry of each parameter.
+
+    It reads every tensor. Training does not wait for it: the thread that writes a checkpoint calls
+    it, on a copy in the host's memory.
+    """
+    state = {
+        name: {**entry, CHECKSUM: _checksum(name, entry)} for name, entry in saved["state"].items()
+    }
+    return {**saved, "state": state}
 
 
 def checked_optimizer_state(
@@ -73,7 +84,7 @@ def checked_optimizer_state(
     Args:
         optimizer: a new one, built from the run's config.
         model: the model whose parameters it has.
-        saved: what `named_optimizer_state` returned, or, in older checkpoints, the optimizer's own
+        saved: what `with_checksums` returned, or, in older checkpoints, the optimizer's own
             `state_dict()`.
         source: the checkpoint, for messages.
 

@@ -103,6 +103,16 @@ def test_tf32_is_on_inside_its_context_only():
         assert not torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.parametrize("asked", ["high", "medium"])
+def test_float32_is_float32_whatever_was_asked_before(asked):
+    torch.set_float32_matmul_precision(asked)
+    set_full_precision()
+    for operation in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        assert operation.fp32_precision == "ieee"
+    # torch raises an error if older and newer settings disagree
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_training_in_tf32_includes_the_backward_pass(monkeypatch, tmp_path):
     seen = []
 
@@ -265,6 +275,7 @@ def test_a_card_that_torch_is_not_built_for_is_named(monkeypatch):
         RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         MemoryError(),
     ],
 )

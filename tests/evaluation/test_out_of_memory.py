@@ -110,6 +110,23 @@ def test_a_single_image_that_does_not_fit_is_an_error_of_one_line(caplog):
     assert not caplog.records
 
 
+NO_CONVOLUTION = "GET was unable to find an engine to execute this computation"
+
+
+def test_images_are_halved_where_cudnn_has_no_convolution(caplog):
+    """It says so, and nothing of memory, if none of its convolutions has enough of it."""
+
+    def fits(size, largest):
+        if size > largest:
+            raise RuntimeError(NO_CONVOLUTION)
+        return size
+
+    assert FittingSize().run(lambda size: fits(size, 3), 8) == 2
+    assert [record.message[-8:] for record in caplog.records] == ["2 images"]
+    with pytest.raises(RuntimeError, match=f"^{NO_CONVOLUTION}$"):
+        FittingSize().run(lambda size: fits(size, 0), 8)
+
+
 def test_other_errors_are_not_tried_again():
     calls = []
 

@@ -217,6 +217,27 @@ def test_a_search_in_tf32_is_followed_by_verdicts_in_float32(digits):
     assert (plain.precision, report.precision) == ("fp32", "tf32, verdicts in fp32")
 
 
+def test_float32_is_float32_in_a_process_that_convolves_in_tf32(digits):
+    """As every process does on CUDA that has not asked torch for more."""
+    model, loader = digits
+    convolutions = torch.backends.cudnn.conv
+    seen = set()
+
+    class Watched(nn.Module):
+        def forward(self, inputs):
+            seen.add(convolutions.fp32_precision)
+            return model(inputs)
+
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "tf32"
+    try:
+        report = robust_accuracy(Watched(), loader, PGD(4 / 255, 1 / 255, 2), limit=8)
+        after = convolutions.fp32_precision
+    finally:
+        convolutions.fp32_precision = before
+    assert (report.precision, seen, after) == ("fp32", {"ieee"}, "tf32")
+
+
 @pytest.mark.parametrize(
     ("autocast", "precision"),
     [

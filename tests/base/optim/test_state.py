@@ -13,7 +13,12 @@ from base.config.training import OptimizerConfig, SchedulerConfig
 from base.errors import CheckpointError
 from base.optim import OPTIMIZERS, SCHEDULERS, Schedule, build_optimizer, load_optimizer
 from base.optim.optimizers import UNUSABLE
-from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
+from base.optim.state import (
+    checked_optimizer_state,
+    checked_schedule_state,
+    named_optimizer_state,
+    with_checksums,
+)
 
 SOURCE = Path("file.pth")
 ARGS = {
@@ -56,6 +61,10 @@ def step(model, optimizer, steps):
         optimizer.step()
 
 
+def state_with_checksums(optimizer, model):
+    return with_checksums(named_optimizer_state(optimizer, model))
+
+
 def stored(folder, state):
     save_checkpoint(folder / "c.pth", {"state_dict": {}, "optimizer": state})
     return load_checkpoint(folder / "c.pth")["optimizer"]
@@ -66,7 +75,7 @@ def stored(folder, state):
 def test_every_optimizer_resumes_exactly(tmp_path, name, old):
     model, optimizer = trained(name)
     saved = stored(
-        tmp_path, optimizer.state_dict() if old else named_optimizer_state(optimizer, model)
+        tmp_path, optimizer.state_dict() if old else state_with_checksums(optimizer, model)
     )
     other = deepcopy(model)
     again = build_optimizer(OptimizerConfig(type=name, args=ARGS.get(name, {})), other)
@@ -150,7 +159,7 @@ SPOILED = {
 def test_the_state_of_another_parameter_is_an_error_that_names_it(tmp_path, what):
     spoil, message = SPOILED[what]
     model, optimizer = trained("AdamW", steps=3)
-    saved = stored(tmp_path, named_optimizer_state(optimizer, model))
+    saved = stored(tmp_path, state_with_checksums(optimizer, model))
     checked_optimizer_state(optimizer, model, saved, SOURCE)
     spoil(saved["state"])
     with pytest.raises(CheckpointError, match=f"^file.pth: .*{message}") as caught:
@@ -204,7 +213,7 @@ GROUPS = {
 def test_odd_settings_are_an_error(what):
     spoil, message = GROUPS[what]
     model, optimizer = trained("SGD")
-    saved = deepcopy(named_optimizer_state(optimizer, model))
+    saved = deepcopy(state_with_checksums(optimizer, model))
     spoil(saved["param_groups"])
     with pytest.raises(CheckpointError, match=message):
         checked_optimizer_state(optimizer, model, saved, SOURCE)
@@ -212,7 +221,7 @@ def test_odd_settings_are_an_error(what):
 
 def test_settings_that_schedules_have_changed_are_restored():
     model, optimizer = trained("SGD")
-    saved = deepcopy(named_optimizer_state(optimizer, model))
+    saved = deepcopy(state_with_checksums(optimizer, model))
     saved["param_groups"][0] |= {"lr": 0.025, "momentum": 0.85, "fused": None}
     groups = checked_optimizer_state(optimizer, model, saved, SOURCE)["param_groups"]
     assert (groups[0]["lr"], groups[0]["momentum"], groups[0]["fused"]) == (0.025, 0.85, None)
