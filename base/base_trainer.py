@@ -549,7 +549,7 @@ class BaseTrainer(ABC):
             raise CheckpointError(f"{source}: method: {error}") from None
         self._restore_ema(checkpoint, source)
         self._restore_generators(checkpoint["rng"], source)
-        return self.checkpoints.restore_best(self.state, source, finished=self.finished)
+        return self.checkpoints.restore_names(self.state, source, finished=self.finished)
 
     def _check_types(self, checkpoint: Mapping[str, Any], source: Path) -> None:
         """Check that the checkpoint holds a training state of this kind of optimizer and
