@@ -25,6 +25,7 @@ OTHER_PROJECTS = {
     "drop_rate": "arch.args.dropout",
     "model_ema": "trainer.ema_decay",
     "eps": "adversarial.epsilon",
+    "epsilon": "adversarial.epsilon",
     "pgd_attack.steps": "pgd_attack.K",
     "amp": "system.precision",
 }
