@@ -77,8 +77,9 @@ are int64 `(B,)` or, with mixup, class probabilities `(B, C)`."""
 
 METRICS: dict[str, "Callable[[Tensor, Tensor], Tensor]"] = {}
 """`metrics`: `(logits (B, C), labels) -> a tensor without dimensions`, the number of correct
-samples, which is then divided by the number of samples; `labels` as for `LOSSES`. If a function has
-two names, the first one is logged."""
+samples, from 0 to B, which is then divided by the number of samples; `labels` as for `LOSSES`. It
+may be a sum of fractions over the samples, but no mean. If a function has two names, the first one
+is logged."""
 
 TRAINERS: dict[str, Constructor] = {}
 """`adversarial.method`: subclasses of `base.base_trainer.BaseTrainer`, called as `(parts,

@@ -353,8 +353,9 @@ class Experiment:
         for loader in (train_loader, validation_loader, test_loader):
             if loader is not None:
                 loader.prepare()
-        # A user's loader that breaks its contract should not fail in the middle of an epoch.
+        # A user's part that breaks its contract should not fail in the middle of an epoch.
         check_first_batch(train_loader)
+        build.check_losses_and_metrics(config, train_loader.num_classes, device)
         build.check_image_counts(config, train_loader, validation_loader, test_loader)
         return device, train_loader, validation_loader, test_loader
 

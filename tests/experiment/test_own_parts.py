@@ -14,6 +14,7 @@ from base.config import load_config, validate
 from base.config.json_schema import readme_with_choices, reference, schema
 from base.errors import ConfigError
 from base.registry import DATA_LOADERS, LOSSES, METRICS, MODELS, NORM_LAYERS
+from experiment.experiment import Experiment
 from models import build_model
 from reports.runs import read_run
 from tiny_runs import config_of, run
@@ -248,3 +249,60 @@ def test_a_norm_that_makes_no_layer_is_one_line(monkeypatch):
         match=r"arch.type: \w+ cannot be trained on .* 'NoneType' object is not callable",
     ):
         run(None, config_of(arch={"args": {"norm_layer_type": "nothing"}}))
+
+
+def mean_loss(logits, labels):
+    return nn.functional.cross_entropy(logits, labels)
+
+
+def fraction(logits, labels):
+    return (logits.argmax(1) == labels).float().mean()
+
+
+def confidences(logits, labels):
+    """The sum of the probabilities of the labels: no integer, but a sum over samples."""
+    targets = labels if labels.ndim == 2 else nn.functional.one_hot(labels, logits.shape[1])
+    return (logits.softmax(1) * targets).sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"val_loss": "own"},
+            r"val_loss: 'own' must return one loss per sample, of shape \(20,\), not \(\)$",
+        ),
+        ({"train_loss": "own"}, r"train_loss: 'own' must return one loss per sample"),
+        (
+            {"metrics": ["fraction"]},
+            r"metrics: 'fraction' must return a tensor without dimensions, the number of correct"
+            r" samples of the batch, not 1 for 20 samples and 1 for the same samples twice$",
+        ),
+        ({"metrics": ["percent"]}, r"metrics: 'percent' must return .*, not 100 for 20 samples$"),
+        ({"metrics": ["all"]}, r"metrics: 'all' must return .*, not 1 for 20 samples and 1 for"),
+        ({"metrics": ["vector"]}, r"metrics: 'vector' must return .*, not one of shape \(20,\)$"),
+        ({"metrics": ["int"]}, r"metrics: 'int' must return .*, not a value of type int$"),
+    ],
+)
+def test_a_loss_or_metric_that_is_no_sum_over_samples_is_refused_before_training(
+    monkeypatch, settings, message
+):
+    monkeypatch.setitem(LOSSES, "own", mean_loss)
+    for name, metric in {
+        "fraction": fraction,
+        "percent": lambda logits, labels: 100 * fraction(logits, labels),
+        "all": lambda logits, labels: (logits.argmax(1) == labels).all(),
+        "vector": lambda logits, labels: logits.argmax(1) == labels,
+        "int": lambda logits, labels: int((logits.argmax(1) == labels).sum()),
+    }.items():
+        monkeypatch.setitem(METRICS, name, metric)
+    with pytest.raises(ConfigError, match=rf"^{message}"):
+        Experiment.from_config(config_of(**settings))
+
+
+def test_a_metric_may_be_a_sum_of_fractions(monkeypatch, tmp_path):
+    monkeypatch.setitem(METRICS, "confidences", confidences)
+    mixed = {"mixup_alpha": 0.5}
+    config = config_of(metrics=["confidences"], augmentation=mixed, trainer={"epochs": 1})
+    result = run(tmp_path / "run", config)
+    assert 0 < result["test_confidences"] < 1
