@@ -242,6 +242,14 @@ def test_a_network_without_layers_to_choose_trains_and_refuses_layer_types(tmp_p
         )
 
 
+def test_a_network_that_is_no_base_model_is_one_line(monkeypatch):
+    monkeypatch.setitem(MODELS, "plain", lambda num_classes: nn.Linear(3, num_classes))
+    with pytest.raises(
+        ConfigError, match=r"^arch\.type: plain makes a Linear, which is not a base\.base_model\."
+    ):
+        build_model({"type": "plain", "args": {"num_classes": 10}})
+
+
 def test_a_norm_that_makes_no_layer_is_one_line(monkeypatch):
     monkeypatch.setitem(NORM_LAYERS, "nothing", lambda channels: None)
     with pytest.raises(
