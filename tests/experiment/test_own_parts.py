@@ -13,7 +13,7 @@ from base.base_model import BaseModel
 from base.config import load_config, validate
 from base.config.json_schema import readme_with_choices, reference, schema
 from base.errors import ConfigError
-from base.registry import DATA_LOADERS, LOSSES, METRICS, MODELS, NORM_LAYERS
+from base.registry import CONV_LAYERS, DATA_LOADERS, LOSSES, METRICS, MODELS, NORM_LAYERS
 from experiment.experiment import Experiment
 from models import build_model
 from reports.runs import read_run
@@ -120,7 +120,10 @@ def test_a_run_of_own_parts_trains_and_is_reported_without_their_code(own, monke
     [
         ({"arch": {"args": {"eps": 0}}}, r"arch.args.eps: Input should be greater than 0, not 0"),
         ({"arch": {"args": {"esp": 0.1}}}, r"arch.args.esp: unknown key; did you mean 'eps'\?"),
-        ({"arch": {"args": {"width": None}}}, r"arch.args.width: required, but not given"),
+        (
+            {"arch": {"args": {"width": None}}},
+            r"arch.args.width: required by arch.type thin, but not given",
+        ),
         (
             {"arch": {"args": {"depth": 16}}},
             r"arch.args.depth: only wide_resnet takes it, not thin$",
@@ -213,7 +216,10 @@ def test_a_data_loader_with_a_default_for_its_folder_needs_none(monkeypatch):
         ConfigError, match=r"data_loader.args.hand: only Folderless takes it, not DigitsDataLoader$"
     ):
         validate({"data_loader": {"type": "DigitsDataLoader", "args": {"hand": "right"}}})
-    with pytest.raises(ConfigError, match=r"data_loader.args.data_dir: required, but not given"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data_loader.args.data_dir: required by data_loader.type CIFAR10DataLoader, but not",
+    ):
         validate({"data_loader": {"type": "CIFAR10DataLoader"}})
 
 
@@ -240,6 +246,23 @@ def test_a_network_without_layers_to_choose_trains_and_refuses_layer_types(tmp_p
         build_model(
             config_of(arch={"type": "average", "args": {"norm_layer_type": "gn"}}).arch.model_dump()
         )
+
+
+def test_a_convolution_names_its_channels_as_it_likes(monkeypatch, tmp_path):
+    def convolution(planes, filters, power: float, **others):
+        return nn.Conv2d(planes, filters, **others)
+
+    monkeypatch.setitem(CONV_LAYERS, "own", convolution)
+    layers = {"conv_layer_type": "own", "power": 2.0}
+    assert config_of(arch={"args": layers}).arch.args.get("power") == 2
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_of().dump()))
+    with pytest.raises(
+        ConfigError,
+        match=r"^--set arch.args.conv_layer_type=own: arch.args.power: required by"
+        r" arch.args.conv_layer_type own, but not given$",
+    ):
+        load_config(file, [("arch.args.conv_layer_type", "own")])
 
 
 def test_a_network_that_is_no_base_model_is_one_line(monkeypatch):
