@@ -295,7 +295,13 @@ class Experiment:
 
         Raises:
             ConfigError, DataError: naming the key or the file, or what differs between processes.
+            TypeError: the config is not resolved, such as a dictionary.
         """
+        if not isinstance(config, Config):
+            raise TypeError(
+                "config: expected a resolved config, as base.config.load_config(file) or"
+                f" base.config.validate(tree) returns it, not a {type(config).__name__}"
+            )
         if started_processes() != world_size():
             raise ConfigError(
                 "torchrun: the processes are not connected: train inside"
