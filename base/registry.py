@@ -43,8 +43,8 @@ weights: config key -> the value in a checkpoint of another project, and why. La
 too."""
 
 CONV_LAYERS: dict[str, Constructor] = {}
-"""`arch.args.conv_layer_type`: called as `torch.nn.Conv2d`, and with its own keywords from
-`arch.args`.
+"""`arch.args.conv_layer_type`: called as `torch.nn.Conv2d`, the numbers of channels by
+position, and with its own keywords from `arch.args`.
 
 `normalizes` (False): it normalizes its output, so that it needs no norm layer after it.
 `normalizes_weights` (False): it normalizes its weights; such a layer is used both with and without
