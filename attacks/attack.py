@@ -39,8 +39,9 @@ class Attack(ABC):
                 ...
 
     Fields named epsilon, norm, step_size, steps, restarts, loss and seed mean the same as here and
-    in `PGD`, and are checked. A field that a subclass does not declare has the value it has here. A
-    subclass that is not a dataclass may keep this constructor, or write one.
+    in `PGD`, and are checked. Every dataclass declares `epsilon`; another field that a subclass
+    does not declare has the value it has here. A subclass that is not a dataclass may keep this
+    constructor, or write one.
 
     Args:
         epsilon: radius of the threat model.
@@ -55,6 +56,7 @@ class Attack(ABC):
         description: how reports name the attack, where class and numbers do not say everything.
 
     Raises:
+        TypeError: a subclass does not declare `epsilon`.
         ValueError: an argument is out of its range.
     """
 
@@ -89,6 +91,11 @@ class Attack(ABC):
     def __post_init__(self) -> None:
         """Check the fields that attacks share, and turn numbers of other kinds, such as numpy's,
         into Python's."""
+        # The only shared field without a value here
+        if not hasattr(self, "epsilon"):
+            raise TypeError(
+                f"{type(self).__name__} has no epsilon: declare it as a field, `epsilon: float`"
+            )
         # A subclass with losses of its own may name them as it likes
         if type(self).losses is Attack.losses and self.loss not in ATTACK_LOSSES:
             raise ValueError(f"loss {self.loss!r} is not one of: {', '.join(ATTACK_LOSSES)}")

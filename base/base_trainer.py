@@ -38,7 +38,7 @@ from base.distributed.ddp import broadcast_buffers, distribute_bn, wrap_ddp
 from base.draws_ahead import DrawsAhead
 from base.ema import ModelEma
 from base.errors import CheckpointError, ConfigError, NonFiniteError, Stopped
-from base.meters import BatchResult, Loss, Meters, Metric, batch_result
+from base.meters import BatchResult, Loss, Meters, Metric, batch_result, check_losses
 from base.nan_guard import NanGuard, first_bad_weight
 from base.optim import Schedule, load_optimizer
 from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
@@ -206,7 +206,7 @@ class BaseTrainer(ABC):
                 guard last waited for it (see `NanGuard`). No parameter was updated from there on;
                 running statistics, which the forward pass moves, were.
         """
-        _check_losses(losses, self._samples, type(self).__name__)
+        check_losses(losses, self._samples, f"{type(self).__name__}.train_batch: update takes")
         loss = self.shard(losses).mean(losses)
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)
@@ -234,7 +234,8 @@ class BaseTrainer(ABC):
             logits: `(B, num_classes)`.
             labels: as `train_batch` takes them.
         """
-        return batch_result(losses, logits, labels, self.metrics)
+        claim = f"{type(self).__name__}.train_batch: result takes"
+        return batch_result(losses, logits, labels, self.metrics, claim=claim)
 
     def shard(self, images: Tensor) -> Shard:
         """Return this process's shard of the current minibatch; with one process that is all of
@@ -621,20 +622,6 @@ class BaseTrainer(ABC):
             seed_global_generators(
                 self.config.seed, f"training {rank()} {state.epochs_done} {state.batches_done}"
             )
-
-
-def _check_losses(losses: Tensor, samples: int | None, method: str) -> None:
-    """Check that there is one loss per sample of the minibatch, if that is known; others could not
-    be averaged over processes.
-
-    Raises:
-        ConfigError: naming the training method.
-    """
-    if losses.dim() != 1 or samples not in (None, len(losses)):
-        raise ConfigError(
-            f"{method}.train_batch: update takes one loss per sample, of shape"
-            f" ({samples or 'B'},), not {tuple(losses.shape)}"
-        )
 
 
 def _check_result(result: object, method: str) -> None:

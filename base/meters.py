@@ -3,17 +3,20 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from base.distributed import all_gather_object, world_size
+from base.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`(logits (B, num_classes), labels (B,)) -> losses (B,)`, one per sample."""
 Metric = Callable[[Tensor, Tensor], Tensor]
-"""`(logits (B, num_classes), labels (B,)) -> number of correct samples`, 0-dim."""
+"""`(logits (B, num_classes), labels (B,)) -> number of correct samples`, 0-dim; see
+`check_metric`."""
 
 
 def is_accuracy(name: str) -> bool:
@@ -49,10 +52,71 @@ class BatchResult:
     count: int
 
 
+def check_losses(losses: Any, samples: int | None, claim: str) -> None:
+    """Check that there is one loss per sample: others could not be summed over batches.
+
+    Args:
+        losses: what a loss or a training method has given.
+        samples: in the batch; None if that is not known.
+        claim: the beginning of the message, such as `val_loss: 'mine' must return`.
+
+    Raises:
+        ConfigError: the message says what was given instead.
+    """
+    if isinstance(losses, Tensor):
+        if losses.dim() == 1 and samples in (None, len(losses)):
+            return
+        found = str(tuple(losses.shape))
+    else:
+        found = f"a value of type {type(losses).__name__}"
+    raise ConfigError(f"{claim} one loss per sample, of shape ({samples or 'B'},), not {found}")
+
+
+def check_metric(name: str, metric: Metric, logits: Tensor, labels: Tensor) -> None:
+    """Check that a metric counts the samples of a batch.
+
+    A count is twice as large for a batch in which every sample stands twice; a mean is not. A count
+    need not be an integer: with mixup, or of confidences, it is a sum of fractions.
+
+    Raises:
+        ConfigError: naming the metric and what it returned.
+    """
+    count = metric(logits, labels)
+    samples = len(labels)
+    if not isinstance(count, Tensor):
+        found = f"a value of type {type(count).__name__}"
+    elif count.dim() > 0:
+        found = f"one of shape {tuple(count.shape)}"
+    elif not 0 <= float(count) <= samples:
+        found = f"{float(count):.6g} for {samples} samples"
+    else:
+        twice = metric(torch.cat([logits, logits]), torch.cat([labels, labels]))
+        if isclose(float(twice), 2 * float(count), rel_tol=1e-3):
+            return
+        found = (
+            f"{float(count):.6g} for {samples} samples and {float(twice):.6g} for the same samples"
+            " twice"
+        )
+    raise ConfigError(
+        f"metrics: {name!r} must return a tensor without dimensions, the number of correct samples"
+        f" of the batch, not {found}"
+    )
+
+
 def batch_result(
-    losses: Tensor, logits: Tensor, labels: Tensor, metrics: Mapping[str, Metric]
+    losses: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    metrics: Mapping[str, Metric],
+    *,
+    claim: str = "losses: expected",
 ) -> BatchResult:
-    """Return the sums of one batch: `loss` and every metric."""
+    """Return the sums of one batch: `loss` and every metric.
+
+    Raises:
+        ConfigError: there is not one loss per sample; see `check_losses` for `claim`.
+    """
+    check_losses(losses, len(labels), claim)
     logits = logits.detach()
     sums = {"loss": losses.detach().sum()}
     for name, metric in metrics.items():

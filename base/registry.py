@@ -43,8 +43,8 @@ weights: config key -> the value in a checkpoint of another project, and why. La
 too."""
 
 CONV_LAYERS: dict[str, Constructor] = {}
-"""`arch.args.conv_layer_type`: called as `torch.nn.Conv2d`, and with its own keywords from
-`arch.args`.
+"""`arch.args.conv_layer_type`: called as `torch.nn.Conv2d`, the numbers of channels by
+position, and with its own keywords from `arch.args`.
 
 `normalizes` (False): it normalizes its output, so that it needs no norm layer after it.
 `normalizes_weights` (False): it normalizes its weights; such a layer is used both with and without
@@ -77,8 +77,9 @@ are int64 `(B,)` or, with mixup, class probabilities `(B, C)`."""
 
 METRICS: dict[str, "Callable[[Tensor, Tensor], Tensor]"] = {}
 """`metrics`: `(logits (B, C), labels) -> a tensor without dimensions`, the number of correct
-samples, which is then divided by the number of samples; `labels` as for `LOSSES`. If a function has
-two names, the first one is logged."""
+samples, from 0 to B, which is then divided by the number of samples; `labels` as for `LOSSES`. It
+may be a sum of fractions over the samples, but no mean. If a function has two names, the first one
+is logged."""
 
 TRAINERS: dict[str, Constructor] = {}
 """`adversarial.method`: subclasses of `base.base_trainer.BaseTrainer`, called as `(parts,

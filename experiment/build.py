@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ from base.distributed import Shard, world_size
 from base.distributed.session import is_connection_error
 from base.distributed.sync_batch_norm import convert_sync_batchnorm
 from base.errors import ConfigError
+from base.meters import check_losses, check_metric
 from base.optim import Schedule
 from base.registry import TRAINERS, lookup
 from base.seeding import seed_global_generators
@@ -36,6 +38,9 @@ from models import MODELS, build_model, model_arguments
 from models.losses import LOSSES
 from models.metrics import METRICS
 from models.ocnn import penalty
+
+MOST_CLASSES = 64
+"""How many classes the made-up labels of `check_losses_and_metrics` have at most."""
 
 
 def build_data_loader(config: Config, device: torch.device) -> BaseDataLoader:
@@ -154,6 +159,33 @@ def check_images_fit(model: BaseModel, loader: BaseDataLoader, name: str) -> Non
         raise ConfigError(
             f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}"
         ) from None
+
+
+@torch.no_grad()
+def check_losses_and_metrics(config: Config, num_classes: int, device: torch.device) -> None:
+    """Call the config's losses and metrics with made-up logits: those that break the contract of
+    their table must not fail, or give wrong numbers, at the end of an epoch.
+
+    Raises:
+        ConfigError: naming the key, the entry and what it returned.
+    """
+    labels = torch.arange(min(num_classes, MOST_CLASSES), device=device).repeat(2)
+    right = F.one_hot(labels, num_classes).float()
+    # Half of the answers are hesitant, half are sure: a metric may count only some of them
+    right[len(labels) // 2 :] *= 20
+    wrong = right.roll(1, dims=1)
+    # What training and what evaluation give as labels
+    kinds = [labels, labels]
+    if config.augmentation.mixup_alpha > 0:
+        kinds[0] = F.one_hot(labels, num_classes).float()
+    names = {"train_loss": config.train_loss, "val_loss": config.val_loss}
+    for (key, name), targets in zip(names.items(), kinds, strict=True):
+        losses = LOSSES[name](wrong, targets)
+        check_losses(losses, len(labels), f"{key}: {name!r} must return")
+    for name, metric in metrics(config).items():
+        for targets in kinds:
+            check_metric(name, metric, right, targets)
+            check_metric(name, metric, torch.cat([right, wrong]), torch.cat([targets, targets]))
 
 
 def check_image_counts(

@@ -70,6 +70,12 @@ def build_attack(config: Config, num_classes: int, stop_at_rank: int = 1) -> Att
             f"pgd_attack.type: {settings.type}: expected a subclass of attacks.Attack, not"
             f" {type(attack).__name__}"
         )
+    # An attack without a field for one of them would search another ball than the report names
+    if attack.threat_model != threat:
+        raise ConfigError(
+            f"pgd_attack.type: {settings.type}: attacks within {attack.norm} {attack.epsilon:.6g},"
+            f" not {threat.norm} {threat.epsilon:.6g}: declare the fields norm and epsilon"
+        )
     if num_classes < attack.min_classes:
         # Where an attack has a choice of losses, the loss is what needs more classes.
         choice = f"loss: {attack.loss}" if "loss" in taken else f"type: {settings.type}"

@@ -295,7 +295,13 @@ class Experiment:
 
         Raises:
             ConfigError, DataError: naming the key or the file, or what differs between processes.
+            TypeError: the config is not resolved, such as a dictionary.
         """
+        if not isinstance(config, Config):
+            raise TypeError(
+                "config: expected a resolved config, as base.config.load_config(file) or"
+                f" base.config.validate(tree) returns it, not a {type(config).__name__}"
+            )
         if started_processes() != world_size():
             raise ConfigError(
                 "torchrun: the processes are not connected: train inside"
@@ -353,8 +359,9 @@ class Experiment:
         for loader in (train_loader, validation_loader, test_loader):
             if loader is not None:
                 loader.prepare()
-        # A user's loader that breaks its contract should not fail in the middle of an epoch.
+        # A user's part that breaks its contract should not fail in the middle of an epoch.
         check_first_batch(train_loader)
+        build.check_losses_and_metrics(config, train_loader.num_classes, device)
         build.check_image_counts(config, train_loader, validation_loader, test_loader)
         return device, train_loader, validation_loader, test_loader
 

@@ -58,7 +58,8 @@ def build_model(
         std: per-channel standard deviation of the data set's pixels, in `[0, 1]`; None for 1.
 
     Raises:
-        ConfigError: the model, one of its layers or one of its arguments is unknown.
+        ConfigError: the model, one of its layers or one of its arguments is unknown, or the network
+            is not a `BaseModel`.
     """
     name = arch.get("type")
     model = lookup(MODELS, name, "arch.type")
@@ -67,12 +68,17 @@ def build_model(
     zero_init_residual = args.pop("zero_init_residual", None)
     args = _check_arguments(model, name, args)
     own = arguments_of(model)
+    # A network gets those of the project's arguments that it takes (see `base.registry.MODELS`).
     for key, value in (("mean", mean), ("std", std)):
-        # A network that is not a BaseModel may not take them.
         if key in own or accepts_any_keyword(model):
             args[key] = value
     # A config may use other names than the constructor, as for layers (`config_names`).
     network = model(**{own[key].name if key in own else key: args[key] for key in args})
+    if not isinstance(network, BaseModel):
+        raise ConfigError(
+            f"arch.type: {name} makes a {type(network).__name__}, which is not a"
+            " base.base_model.BaseModel; see docs/extending.md"
+        )
     if init == "he":
         initialize_he(network)
     if init == "he_zero_gn":

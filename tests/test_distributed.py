@@ -171,23 +171,29 @@ def largest_difference(first, second, key="state_dict"):
     return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
 
 
+ROUNDING = 1e-10
+"""How far runs in double precision may be apart after two epochs."""
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_equal_one(runs, method):
     one, two = runs / "one" / method, runs / "two" / method
+    # Mixup's class probabilities, and so the accuracies of training, are in single precision
+    rounding = 1e-7 if method == "mixup" else ROUNDING
     for ours, theirs in zip(logs(one), logs(two), strict=True):
-        assert theirs == pytest.approx(ours, abs=1e-5)
-    assert largest_difference(one / "model_last.pth", two / "model_last.pth") < 1e-5
+        assert theirs == pytest.approx(ours, abs=rounding)
+    assert largest_difference(one / "model_last.pth", two / "model_last.pth") < ROUNDING
     if "ema_decay" in METHODS[method].get("trainer", {}):
         assert (
             largest_difference(one / "model_last.pth", two / "model_last.pth", "ema_state_dict")
-            < 1e-5
+            < ROUNDING
         )
     results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
     for name in ("train_seconds", "images_per_second"):
         assert all(result.pop(name) > 0 for result in results)
     for name in PROVENANCE:
         assert results[1].pop(name) == results[0].pop(name)
-    assert results[1] == pytest.approx(results[0], abs=1e-5)
+    assert results[1] == pytest.approx(results[0], abs=ROUNDING)
 
 
 @pytest.mark.parametrize("processes", ["one", "two"])
@@ -220,12 +226,12 @@ def test_a_run_stopped_in_two_processes_continues_in_one(runs):
     for ours, theirs in zip(
         logs(runs / "two" / "stopped"), logs(runs / "one" / "free"), strict=True
     ):
-        assert ours == pytest.approx(theirs, abs=1e-5)
+        assert ours == pytest.approx(theirs, abs=ROUNDING)
     assert (
         largest_difference(
             runs / "two" / "stopped" / "model_last.pth", runs / "one" / "free" / "model_last.pth"
         )
-        < 1e-5
+        < ROUNDING
     )
 
 

@@ -19,6 +19,7 @@ from base.config.adversarial import Size
 from base.config.section import Count, Positive
 from base.distributed import Shard, all_gather_object, rank, world_size
 from base.meters import BatchResult
+from base.precision import widened
 from trainer.robust_validation import overfitting_warnings
 
 
@@ -359,8 +360,8 @@ class TradesTrainer(AdversarialTrainer):
             clean_logits = logits
             if self.clean_passes == 2:
                 clean_logits = self.network(images)
-        log_clean = F.log_softmax(clean_logits.float(), dim=1)
-        log_attacked = F.log_softmax(attacked_logits.float(), dim=1)
+        log_clean = F.log_softmax(widened(clean_logits), dim=1)
+        log_attacked = F.log_softmax(widened(attacked_logits), dim=1)
         divergence = F.kl_div(log_attacked, log_clean, reduction="none", log_target=True).sum(dim=1)
         losses = self.loss(logits, labels) + self.beta * divergence
         self.update(losses)
@@ -379,7 +380,7 @@ class TradesTrainer(AdversarialTrainer):
         start = images + self.START_STD * draw(torch.randn, images, generator)
         with self.attacking():
             with torch.no_grad():
-                predictions = self.model(images).float().softmax(dim=1)
+                predictions = widened(self.model(images)).softmax(dim=1)
             # The divergence and the cross entropy with the predictions as class probabilities have
             # the same gradient for x', as they differ by the predictions' entropy
             return attack.run(self.model, images, predictions, start)

@@ -42,6 +42,8 @@ from base.registry import Constructor, attribute_of, not_one_of
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 ARGUMENT_OF_OTHERS = "argument_of_others"
 """The type of the error for an argument that only other entries of a table take."""
+MISSING_ARGUMENT = "missing_argument"
+"""The type of the error for an argument that a chosen entry needs; its context has the `choice`."""
 ARGUMENT_LINE = re.compile(r"(\*{0,2}\w+(?:, *\*{0,2}\w+)*)(?: *\(.*?\))?: *(.*)")
 """A line of `Args:` that begins the description of one or several arguments."""
 
@@ -396,8 +398,8 @@ class OpenSection(Section):
             except PydanticCustomError as error:
                 problems.append(InitErrorDetails(type=error, loc=(*place, key), input=value))
         problems += [
-            InitErrorDetails(type="missing", loc=(*place, key), input=None)
-            for key in self._missing(chosen)
+            InitErrorDetails(type=error, loc=(*place, key), input=None)
+            for key, error in self._missing(chosen)
         ]
         if problems:
             raise ValidationError.from_exception_data(type(self).__name__, problems)
@@ -427,13 +429,15 @@ class OpenSection(Section):
         # pydantic replaces braces in a message, and an entry's name may contain some
         raise PydanticCustomError(ARGUMENT_OF_OTHERS, "{text}", {"text": text})
 
-    def _missing(self, chosen: Mapping[str, str]) -> Iterator[str]:
-        """Yield the required arguments of the chosen entries that are not given."""
+    def _missing(self, chosen: Mapping[str, str]) -> Iterator[tuple[str, PydanticCustomError]]:
+        """Yield the required arguments of the chosen entries that are not given, and the error."""
         for choice in self.choices:
-            if choice.key in chosen:
-                for key, argument in choice.arguments(chosen[choice.key]).items():
-                    if argument.field.is_required() and self.get(key) is None:
-                        yield key
+            name = chosen.get(choice.key, "")
+            for key, argument in choice.arguments(name).items():
+                if argument.field.is_required() and self.get(key) is None:
+                    text = f"required by {choice.key} {name}, but not given"
+                    context = {"text": text, "choice": choice.key}
+                    yield key, PydanticCustomError(MISSING_ARGUMENT, "{text}", context)
 
     def unused(self, chosen: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
         """Yield the given arguments that no chosen entry takes.

@@ -103,7 +103,13 @@ LAYER_CHOICES = (
         positional=1,
         others="ignored",
     ),
-    Choice("arch.args.conv_layer_type", CONV_LAYERS, CONVOLUTION_CONTRACT, others="ignored"),
+    Choice(
+        "arch.args.conv_layer_type",
+        CONV_LAYERS,
+        CONVOLUTION_CONTRACT,
+        positional=2,
+        others="ignored",
+    ),
     Choice(
         "arch.args.linear_layer_type",
         LINEAR_LAYERS,

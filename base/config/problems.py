@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from base.config.adversarial import size_keys
-from base.config.arguments import ARGUMENT_OF_OTHERS, OpenSection
+from base.config.arguments import ARGUMENT_OF_OTHERS, MISSING_ARGUMENT, OpenSection
 from base.config.origins import Origins, origin_of, origin_of_keys
 from base.config.strict_json import TYPE_NAMES
 from base.config.tree import describe_unknown_key, section_at
@@ -98,6 +98,8 @@ def _blamed_origin(problem: Any, text: str, origins: Origins) -> str | None:
     path = tuple(str(part) for part in problem["loc"])
     if problem["type"] == "missing":
         return None
+    if problem["type"] == MISSING_ARGUMENT:
+        return origin_of(origins, problem["ctx"]["choice"].split("."))
     if problem["type"] != "value_error" or path in origins:
         return origin_of(origins, path)
     # Several values contradict each other. The message names their keys, some of them relative to
@@ -122,7 +124,7 @@ def _message(problem: Any) -> str:
         case "value_error":
             return _message_of_validator(key, str(problem["ctx"]["error"]))
     value = problem["input"]
-    if problem["type"] == ARGUMENT_OF_OTHERS:
+    if problem["type"] in (ARGUMENT_OF_OTHERS, MISSING_ARGUMENT):
         return f"{key}: {problem['msg']}"
     if is_secret(path):
         return f"{key}: {problem['msg']} (the value is not shown)"

@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from base.precision import widened
+
 
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Let the batch normalization of `model` use the statistics of the whole minibatch.
@@ -35,7 +37,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        values = input if input.dtype == torch.float64 else input.float()
+        values = widened(input)
         # Shards differ in size, so the count is summed together with the values.
         count = values.new_tensor([values.numel() / values.shape[1]])
         sums = _SumOverProcesses.apply(torch.cat([values.sum(dim=(0, 2, 3)), count]))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from base.config.section import Positive
+from base.precision import widened
 from models.layers.conv_norm.precision import without_autocast
 
 MAX_GROUP_SIZE = 64
@@ -36,18 +37,26 @@ class _InverseSquareRoot(torch.autograd.Function):
         dL/dS = U (K . (U^T (G + G^T) / 2 U)) U^T
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, matrices: Tensor) -> Tensor:
+    def forward(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `S^(-1/2)`, and U and `a^(1/2)`, which only `backward` reads."""
         values, vectors = torch.linalg.eigh(matrices)
         # Ascending order: the last eigenvalue is the largest.
         floor = values[..., -1:] * (values.shape[-1] * torch.finfo(values.dtype).eps)
         roots = values.maximum(floor).clamp_min(1e-12).sqrt()
+        return (vectors / roots.unsqueeze(-2)) @ vectors.mT, vectors, roots
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        _, vectors, roots = output
+        ctx.mark_non_differentiable(vectors, roots)
         ctx.save_for_backward(vectors, roots)
-        return (vectors / roots.unsqueeze(-2)) @ vectors.mT
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
         vectors, roots = ctx.saved_tensors
         left, right = roots.unsqueeze(-1), roots.unsqueeze(-2)
         # Finite for equal eigenvalues, where the gradient of an eigendecomposition is 0 / 0.
@@ -69,13 +78,14 @@ def whiten_rows(matrices: Tensor) -> Tensor:
         matrices: `(groups, rows, columns)`.
 
     Returns:
-        `(groups, rows, columns)`.
+        `(groups, rows, columns)`, of the same type; it is computed in float32 at least.
     """
-    z = matrices
+    z = widened(matrices)
     # A single column minus its mean would be zero.
     if matrices.shape[-1] > 1:
-        z = matrices - matrices.mean(dim=-1, keepdim=True)
-    return _InverseSquareRoot.apply(torch.bmm(z, z.mT)) @ z
+        z = z - z.mean(dim=-1, keepdim=True)
+    root, _, _ = _InverseSquareRoot.apply(torch.bmm(z, z.mT))
+    return (root @ z).to(matrices.dtype)
 
 
 class OWNConv2d(nn.Conv2d):

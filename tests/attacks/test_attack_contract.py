@@ -204,6 +204,13 @@ def test_shared_fields_are_checked_in_a_users_attacks_too():
         BaseConstructor(0.1, loss="cw")
 
     @dataclasses.dataclass(frozen=True)
+    class NoEpsilon(BaseConstructor):
+        steps: int = 10
+
+    with pytest.raises(TypeError, match="^NoEpsilon has no epsilon: declare it as a field, `eps"):
+        NoEpsilon()
+
+    @dataclasses.dataclass(frozen=True)
     class OwnLoss(MomentumFGSM):
         loss: str = "mine"
 

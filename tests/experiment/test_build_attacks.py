@@ -121,6 +121,15 @@ def test_an_entry_that_builds_something_else_is_one_line(monkeypatch):
         attack_of(type="none")
 
 
+def test_an_attack_of_another_norm_is_one_line(monkeypatch):
+    monkeypatch.setitem(ATTACKS, "linf_only", lambda epsilon: FGSM(epsilon))
+    with pytest.raises(
+        ConfigError,
+        match="^pgd_attack.type: linf_only: attacks within linf 0.5, not l2 0.5: declare the",
+    ):
+        attack_of(norm="l2", type="linf_only")
+
+
 def test_another_attack_keeps_chosen_values_and_drops_defaults():
     written = config_of(pgd_attack={"K": 20, "random_start": False}).dump()["pgd_attack"]
     assert (

@@ -33,6 +33,11 @@ def quick(tmp_path_factory):
     return experiment.train(ROOT / "configs" / "quickstart.json", settings, run_dir=folder)
 
 
+def test_parts_are_made_of_a_resolved_config_only():
+    with pytest.raises(TypeError, match=r"^config: .* base\.config\.validate\(tree\) .* a dict$"):
+        experiment.Experiment.from_config(TINY)
+
+
 def test_a_config_file_overrides_and_a_result(quick):
     written = json.loads((quick.folder / "result.json").read_text())
     assert quick == quick.as_dict() == written

@@ -13,7 +13,8 @@ from base.base_model import BaseModel
 from base.config import load_config, validate
 from base.config.json_schema import readme_with_choices, reference, schema
 from base.errors import ConfigError
-from base.registry import DATA_LOADERS, LOSSES, METRICS, MODELS, NORM_LAYERS
+from base.registry import CONV_LAYERS, DATA_LOADERS, LOSSES, METRICS, MODELS, NORM_LAYERS
+from experiment.experiment import Experiment
 from models import build_model
 from reports.runs import read_run
 from tiny_runs import config_of, run
@@ -119,7 +120,10 @@ def test_a_run_of_own_parts_trains_and_is_reported_without_their_code(own, monke
     [
         ({"arch": {"args": {"eps": 0}}}, r"arch.args.eps: Input should be greater than 0, not 0"),
         ({"arch": {"args": {"esp": 0.1}}}, r"arch.args.esp: unknown key; did you mean 'eps'\?"),
-        ({"arch": {"args": {"width": None}}}, r"arch.args.width: required, but not given"),
+        (
+            {"arch": {"args": {"width": None}}},
+            r"arch.args.width: required by arch.type thin, but not given",
+        ),
         (
             {"arch": {"args": {"depth": 16}}},
             r"arch.args.depth: only wide_resnet takes it, not thin$",
@@ -212,7 +216,10 @@ def test_a_data_loader_with_a_default_for_its_folder_needs_none(monkeypatch):
         ConfigError, match=r"data_loader.args.hand: only Folderless takes it, not DigitsDataLoader$"
     ):
         validate({"data_loader": {"type": "DigitsDataLoader", "args": {"hand": "right"}}})
-    with pytest.raises(ConfigError, match=r"data_loader.args.data_dir: required, but not given"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data_loader.args.data_dir: required by data_loader.type CIFAR10DataLoader, but not",
+    ):
         validate({"data_loader": {"type": "CIFAR10DataLoader"}})
 
 
@@ -241,6 +248,31 @@ def test_a_network_without_layers_to_choose_trains_and_refuses_layer_types(tmp_p
         )
 
 
+def test_a_convolution_names_its_channels_as_it_likes(monkeypatch, tmp_path):
+    def convolution(planes, filters, power: float, **others):
+        return nn.Conv2d(planes, filters, **others)
+
+    monkeypatch.setitem(CONV_LAYERS, "own", convolution)
+    layers = {"conv_layer_type": "own", "power": 2.0}
+    assert config_of(arch={"args": layers}).arch.args.get("power") == 2
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_of().dump()))
+    with pytest.raises(
+        ConfigError,
+        match=r"^--set arch.args.conv_layer_type=own: arch.args.power: required by"
+        r" arch.args.conv_layer_type own, but not given$",
+    ):
+        load_config(file, [("arch.args.conv_layer_type", "own")])
+
+
+def test_a_network_that_is_no_base_model_is_one_line(monkeypatch):
+    monkeypatch.setitem(MODELS, "plain", lambda num_classes: nn.Linear(3, num_classes))
+    with pytest.raises(
+        ConfigError, match=r"^arch\.type: plain makes a Linear, which is not a base\.base_model\."
+    ):
+        build_model({"type": "plain", "args": {"num_classes": 10}})
+
+
 def test_a_norm_that_makes_no_layer_is_one_line(monkeypatch):
     monkeypatch.setitem(NORM_LAYERS, "nothing", lambda channels: None)
     with pytest.raises(
@@ -248,3 +280,60 @@ def test_a_norm_that_makes_no_layer_is_one_line(monkeypatch):
         match=r"arch.type: \w+ cannot be trained on .* 'NoneType' object is not callable",
     ):
         run(None, config_of(arch={"args": {"norm_layer_type": "nothing"}}))
+
+
+def mean_loss(logits, labels):
+    return nn.functional.cross_entropy(logits, labels)
+
+
+def fraction(logits, labels):
+    return (logits.argmax(1) == labels).float().mean()
+
+
+def confidences(logits, labels):
+    """The sum of the probabilities of the labels: no integer, but a sum over samples."""
+    targets = labels if labels.ndim == 2 else nn.functional.one_hot(labels, logits.shape[1])
+    return (logits.softmax(1) * targets).sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"val_loss": "own"},
+            r"val_loss: 'own' must return one loss per sample, of shape \(20,\), not \(\)$",
+        ),
+        ({"train_loss": "own"}, r"train_loss: 'own' must return one loss per sample"),
+        (
+            {"metrics": ["fraction"]},
+            r"metrics: 'fraction' must return a tensor without dimensions, the number of correct"
+            r" samples of the batch, not 1 for 20 samples and 1 for the same samples twice$",
+        ),
+        ({"metrics": ["percent"]}, r"metrics: 'percent' must return .*, not 100 for 20 samples$"),
+        ({"metrics": ["all"]}, r"metrics: 'all' must return .*, not 1 for 20 samples and 1 for"),
+        ({"metrics": ["vector"]}, r"metrics: 'vector' must return .*, not one of shape \(20,\)$"),
+        ({"metrics": ["int"]}, r"metrics: 'int' must return .*, not a value of type int$"),
+    ],
+)
+def test_a_loss_or_metric_that_is_no_sum_over_samples_is_refused_before_training(
+    monkeypatch, settings, message
+):
+    monkeypatch.setitem(LOSSES, "own", mean_loss)
+    for name, metric in {
+        "fraction": fraction,
+        "percent": lambda logits, labels: 100 * fraction(logits, labels),
+        "all": lambda logits, labels: (logits.argmax(1) == labels).all(),
+        "vector": lambda logits, labels: logits.argmax(1) == labels,
+        "int": lambda logits, labels: int((logits.argmax(1) == labels).sum()),
+    }.items():
+        monkeypatch.setitem(METRICS, name, metric)
+    with pytest.raises(ConfigError, match=rf"^{message}"):
+        Experiment.from_config(config_of(**settings))
+
+
+def test_a_metric_may_be_a_sum_of_fractions(monkeypatch, tmp_path):
+    monkeypatch.setitem(METRICS, "confidences", confidences)
+    mixed = {"mixup_alpha": 0.5}
+    config = config_of(metrics=["confidences"], augmentation=mixed, trainer={"epochs": 1})
+    result = run(tmp_path / "run", config)
+    assert 0 < result["test_confidences"] < 1

@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from models.layers import ConvNorm2d, ONIConv2d, SpectralNormConv2d, replace_with_conv_norm
 from models.layers.conv_norm import layer as layer_module
@@ -148,6 +149,30 @@ def test_distributed_data_parallel(tmp_path: Path):
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
     assert states[0]["running_V"].shape == (3, 10, 6)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_network_is_averaged_from_its_first_step_on(use_buffers: bool):
+    """As docs/conv_norm.md says."""
+    layer = ConvNorm2d(3, 8, 3, padding=1)
+    images = torch.randn(4, 3, 8, 8)
+    early = AveragedModel(layer, use_buffers=use_buffers)
+    layer(images)
+    average = AveragedModel(layer, use_buffers=use_buffers)
+    with torch.no_grad():
+        layer.weight.mul_(2).add_(0.1)
+    layer(images)
+    with pytest.raises(RuntimeError, match="shape"):
+        early.update_parameters(layer)
+    for _ in range(2):
+        average.update_parameters(layer)
+    update_bn([images], average)
+    average.module.buffers_from_weights()
+    average.eval()
+    twin = ConvNorm2d(3, 8, 3, padding=1, track_running_stats=False).eval()
+    weights = {**average.module.state_dict(), "running_V": torch.zeros(1)}
+    twin.load_state_dict(weights)
+    torch.testing.assert_close(average(images), twin(images))
 
 
 def test_replace_in_a_torchvision_resnet():

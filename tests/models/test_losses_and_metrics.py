@@ -1,14 +1,18 @@
 """Losses and metrics against numpy."""
 
 import numpy as np
+import pytest
 import torch
 
 from models.losses import LOSSES
 from models.metrics import METRICS
 
 
-def test_cross_entropy_is_per_sample_and_in_float32():
-    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16() * 30
+@pytest.mark.parametrize(
+    ("given", "returned"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_cross_entropy_is_per_sample_and_in_float32_at_least(given, returned):
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(given) * 30
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     losses = LOSSES["cross_entropy"](logits, labels)
     exact = logits.double().numpy()
@@ -17,8 +21,9 @@ def test_cross_entropy_is_per_sample_and_in_float32():
         + exact.max(1)
         - exact[range(6), labels]
     )
-    assert losses.dtype == torch.float32
-    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    assert losses.dtype == returned
+    tolerance = 20 * torch.finfo(returned).eps
+    np.testing.assert_allclose(losses, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_metrics_count_samples():

@@ -13,6 +13,7 @@ from torch import nn
 
 from models.layers import ConvNorm2d, ONIConv2d, OWNConv2d, SpectralNormConv2d
 from models.layers.oni import EPSILON
+from models.layers.own import whiten_rows
 from models.ocnn import conv_orthogonality, matrix_orthogonality, penalty
 from tiny_runs import read_arrays
 
@@ -292,6 +293,32 @@ def test_compiles_as_one_graph(make):
         output.square().sum().backward()
         expected.square().sum().backward()
     torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_own_in_half_precision_rounds_the_exact_weight_once(dtype):
+    layer = OWNConv2d(4, 12, 3).to(dtype)
+    exact = copy.deepcopy(layer).float()
+    images = torch.rand(2, 4, 5, 5)
+    assert torch.equal(
+        whiten_rows(layer.weight.flatten(1)[None]),
+        whiten_rows(exact.weight.flatten(1)[None]).to(dtype),
+    )
+    torch.testing.assert_close(layer(images.to(dtype)).float(), exact(images), rtol=0, atol=0.05)
+    layer(images.to(dtype)).square().sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_own_works_with_vmap():
+    weights = torch.randn(3, 1, 5, 8)
+
+    def energy(weight):
+        return (whiten_rows(weight) * weight.exp()).sum()
+
+    vectorized = torch.func.vmap(torch.func.grad(energy))(weights)
+    weights.requires_grad_()
+    sum(energy(weight) for weight in weights).backward()
+    torch.testing.assert_close(vectorized, weights.grad)
 
 
 def test_ocnn_agrees_with_the_original():

@@ -151,6 +151,11 @@ class OfCleanAndAttacked(MARTTrainer):
         super().update(torch.cat([losses, losses]))
 
 
+class ResultOfMeans(MARTTrainer):
+    def result(self, losses, logits, labels):
+        return super().result(losses.mean(), logits, labels)
+
+
 class Silent(MARTTrainer):
     def train_batch(self, images, labels):
         super().train_batch(images, labels)
@@ -174,6 +179,10 @@ class Silent(MARTTrainer):
         (
             OfCleanAndAttacked,
             r"OfCleanAndAttacked\.train_batch: update takes .*, of shape \(8,\), not \(16,\)$",
+        ),
+        (
+            ResultOfMeans,
+            r"ResultOfMeans\.train_batch: result takes .*, of shape \(8,\), not \(\)$",
         ),
         (
             Silent,

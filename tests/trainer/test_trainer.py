@@ -19,7 +19,7 @@ from base.base_trainer import BaseTrainer, TrainerParts
 from base.checkpoint import load_checkpoint
 from base.config import validate
 from base.config.tree import merge
-from base.errors import CheckpointError, NonFiniteError
+from base.errors import CheckpointError, ConfigError, NonFiniteError
 from base.optim import Schedule, build_optimizer
 from base.tracking.tracker import RunLog, Trackers
 from evaluation.accuracy import evaluate
@@ -83,6 +83,12 @@ def evaluate_tiny(model, loader):
     return evaluate(
         model, loader, loss=LOSSES["cross_entropy"], metrics=METRICS_USED, autocast=nullcontext
     )
+
+
+def test_an_evaluation_sums_no_means():
+    loss = F.cross_entropy
+    with pytest.raises(ConfigError, match=r"^losses: expected one loss per sample.*, not \(\)$"):
+        evaluate(TinyModel(), TinyLoader(), loss=loss, metrics={}, autocast=nullcontext)
 
 
 class Elsewhere:
