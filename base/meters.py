@@ -1,5 +1,6 @@
 """Sums and counts over samples: every metric is divided once, never averaged over batch means."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,21 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 
 
 def is_accuracy(name: str) -> bool:
-    """Return whether a logged value of this name is an accuracy, such as `top1` and
-    `val_robust_top5`: a fraction that is shown in per cent, and better when larger."""
-    return "top" in name
+    """Return whether a value of this name is an accuracy, such as `top1`, `val_robust_top5` and
+    `eval.pgd.robust_top1`: a fraction that is shown in per cent, and better when larger."""
+    return _has_word(name, r"top\d+")
+
+
+def is_loss(name: str) -> bool:
+    """Return whether a value of this name is a loss, such as `loss` and `last_epoch.val_loss`:
+    better when smaller."""
+    return _has_word(name, "loss")
+
+
+def _has_word(name: str, word: str) -> bool:
+    # What stands before the last dot says where the value comes from, not what it is
+    words = re.split(r"[^a-zA-Z0-9]", name.rpartition(".")[2])
+    return any(re.fullmatch(word, one) for one in words)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from base.errors import ConfigError
-from base.meters import is_accuracy
+from base.meters import is_accuracy, is_loss
 from base.output import format_of, write_output, writing
 from base.run_folder.environment import PROVENANCE
 from base.text import csv_text, one_line
@@ -262,7 +262,7 @@ def best_rows(table: Table, column: int) -> set[int]:
     found: set[int] = set()
     if is_accuracy(metric):
         sign = 1
-    elif "loss" in metric:
+    elif is_loss(metric):
         sign = -1
     else:
         return found
@@ -459,7 +459,7 @@ def _format_count(count: int, n: int) -> str:
 
 def _note(table: Table, text: Callable[[str], str]) -> str:
     """Explain the numbers of a table."""
-    best = "the best of its column"
+    best = "the best accuracy or loss of its column"
     if len({row.block for row in table.rows}) > 1:
         best += " among rows of the same value"
     parts = [
@@ -470,8 +470,11 @@ def _note(table: Table, text: Callable[[str], str]) -> str:
         parts.append("`last_`: the last model, otherwise the best by validation.")
     if any(name.startswith(LAST_EPOCH) for name in table.metrics):
         parts.append(f"`{LAST_EPOCH}`: as logged in the last epoch.")
-    if any(name.startswith(REPORT) for name in table.metrics):
-        parts.append(f"`{REPORT}`: top-1 accuracy under attack in that report of `eval/`.")
+    reported = [name for name in table.metrics if name.startswith(REPORT)]
+    if reported:
+        parts.append(f"`{REPORT}`: from that report of `eval/`.")
+    if any(name.rpartition(".")[2] == "robust_top1" for name in reported):
+        parts.append("`robust_top1`: top-1 accuracy under attack.")
     if table.baseline:
         test = "paired t test over common seeds" if table.paired else "Welch's t test"
         parts.append(
