@@ -5,6 +5,7 @@ Lines are means over seeds, bands and bars standard deviations.
 
 import logging
 from collections.abc import Sequence
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +49,8 @@ def curves_figure(groups: Sequence[Group], metrics: Sequence[str] | None = None)
 
     The line is the mean over the group's seeds, the band one sample standard deviation to either
     side. A single seed has no band, and with more than `MOST_BANDS` groups there are only lines.
-    A line skips the epochs that a seed of its group did not measure.
+    A line skips the epochs that a seed of its group did not measure, and has a gap where the value
+    of one was not finite.
 
     Args:
         groups: groups of runs, at least one.
@@ -170,9 +172,13 @@ def _against_epochs(group: Group, metric: str) -> Curve | None:
     if len(epochs) < len(longest):
         shortest = min(group.runs, key=lambda run: len(run.measured(metric)))
         logger.warning(
-            "%s: %s is drawn for %d of %d epochs, because %s did not measure the others",
+            "%s: %s is drawn for %d of %d epochs, because %s has no value for the others",
             group.name, metric, len(epochs), len(longest), shortest.folder,
         )  # fmt: skip
+    for run, values in zip(group.runs, measured, strict=True):
+        bad = [epoch for epoch in epochs if not isfinite(values[epoch])]
+        if bad:
+            _warn_of_divergence(run, metric, f"first in epoch {bad[0]}")
     if not epochs:
         return None
     return _curve(epochs, [[values[epoch] for values in measured] for epoch in epochs], metric)
@@ -189,6 +195,9 @@ def _against_key(groups: Sequence[Group], metric: str, realized: bool) -> Curve 
         if realized:
             x = float(np.mean([run.noise_rate for run in group.runs]))
         finals = [final_value(run, metric) for run in group.runs]
+        for run, value in zip(group.runs, finals, strict=True):
+            if value is not None and not isfinite(value):
+                _warn_of_divergence(run, metric, "at the end")
         values = [value for value in finals if value is not None]
         if values:
             points.append((x, values))
@@ -206,6 +215,13 @@ def final_value(run: Run, metric: str) -> float | None:
     if measured:
         return measured[max(measured)]
     return run.outcome(metric)
+
+
+def _warn_of_divergence(run: Run, metric: str, when: str) -> None:
+    logger.warning(
+        "%s: %s is not finite (%s): the run has diverged; its group has no point there",
+        run.folder, metric, when,
+    )  # fmt: skip
 
 
 def _curve(x: Sequence[float], values: Sequence[Sequence[float]], metric: str) -> Curve:

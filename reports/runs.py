@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 LAST_EPOCH = "last_epoch."
 REPORT = "eval."
 """Prefixes that distinguish names in `metrics.jsonl` and in reports from those in `result.json`."""
+
+NULL_IF_NOT_MEASURED = ("val_top1", "best_epoch")
+"""The names that `result.json` always has. Any other null in it, and in `metrics.jsonl`, was
+infinite or NaN; what was not measured has no name there."""
 
 ATTACK = ("attack", "description", "norm", "epsilon", "loss", "step_size", "steps", "restarts", "n")
 """The keys of a report that say which attack was run, and on how many images."""
@@ -63,16 +68,15 @@ class Run:
 
     def measured(self, metric: str) -> dict[int, float]:
         """Return epoch -> value of a name in `metrics.jsonl`, without epochs that did not measure
-        it."""
+        it; NaN for a value that was not finite."""
         file = self.folder / METRICS
         return {
-            log["epoch"]: _number(log[metric], metric, file)
-            for log in self.log
-            if log.get(metric) is not None
+            log["epoch"]: _number(log[metric], metric, file) for log in self.log if metric in log
         }
 
     def outcome(self, metric: str) -> float | None:
-        """Return a final value of the run; None if it is unfinished or did not measure it.
+        """Return a final value of the run; None if it is unfinished or did not measure it, NaN if
+        the value was not finite.
 
         Args:
             metric: a name in `result.json`; `last_epoch.NAME`, a name in the last line of
@@ -80,18 +84,22 @@ class Run:
                 over the seeds of the attack.
         """
         if metric.startswith(REPORT):
-            kind, _, name = metric.removeprefix(REPORT).rpartition(".")
-            sources = [(report.values, report.file) for report in self.reports.get(kind, [])]
-        elif metric.startswith(LAST_EPOCH):
+            return self._reported(*metric.removeprefix(REPORT).rpartition(".")[::2])
+        if metric.startswith(LAST_EPOCH):
             name = metric.removeprefix(LAST_EPOCH)
-            sources = [(self.log[-1], self.folder / METRICS)]
-        else:
-            name = metric
-            sources = [(self.result or {}, self.folder / RESULT)]
+            return self.measured(name).get(self.log[-1]["epoch"])
+        result = self.result or {}
+        if metric not in result or (metric in NULL_IF_NOT_MEASURED and result[metric] is None):
+            return None
+        return _number(result[metric], metric, self.folder / RESULT)
+
+    def _reported(self, kind: str, name: str) -> float | None:
+        """Return the mean of a value over the reports of a kind; None if none of them has it."""
+        # Null here: not measured, such as the top 5 by an attack on the top 1
         values = [
-            _number(values[name], name, file)
-            for values, file in sources
-            if values.get(name) is not None
+            _number(report.values[name], name, report.file)
+            for report in self.reports.get(kind, [])
+            if report.values.get(name) is not None
         ]
         if not values:
             return None
@@ -315,6 +323,9 @@ def _run_folders(path: Path) -> list[Path]:
 
 
 def _number(value: Any, name: str, file: Path) -> float:
+    """Return a value of a file of the run; its writer turns what is not finite into null."""
+    if value is None:
+        return nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{file}: {name}: {value!r} is not a number")
     return float(value)

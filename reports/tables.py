@@ -5,10 +5,11 @@
 
 import csv
 import io
+import logging
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, sqrt
+from math import inf, isfinite, isnan, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from base.run_folder.environment import PROVENANCE
 from base.text import csv_text, one_line
 from reports.groups import Group, mean_and_std
 from reports.runs import LAST_EPOCH, REPORT, Run, check_known
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("md", "tex", "csv")
 RESULTS = ("test_top1", "last_test_top1", "test_robust_top1", "last_test_robust_top1")
@@ -46,7 +49,8 @@ class Cell:
     """One metric of one group.
 
     Attributes:
-        values: seed -> value, as it stands in the run's files.
+        values: seed -> value, as it stands in the run's files; NaN if it was not finite. Without
+            the seeds that have none.
         p: two-sided p value of the test against the baseline row, corrected for the other rows of
             the table (see `holm`); None without a test.
         compared: the number of this cell's seeds that the test uses.
@@ -140,8 +144,9 @@ def compare(
     t test (`ttest_rel`) over common seeds. Two runs of one seed start with equal weights and data
     but diverge within a few epochs, so pairing gains nothing unless the runs are short or nearly
     alike. All p values are two-sided. `holm` corrects them over the rows of the table, separately
-    for each metric. A p value needs at least two seeds on either side, and a spread on at least
-    one of them.
+    for each metric. A p value needs at least two seeds on either side, none of them without a
+    value, and a spread on at least one side. A warning names the runs without a value, and those
+    whose value is not finite.
 
     Args:
         groups: groups of finished runs.
@@ -174,6 +179,9 @@ def compare(
         None if name == baseline else baselines.get(block)
         for name, block in zip(names, blocks, strict=True)
     ]
+    for metric in metrics:
+        for group in groups:
+            _warn_of_missing(group, metric)
     columns = [_column(groups, opponents, metric, paired) for metric in metrics]
     rows = [
         Row(group.name, len(group.runs), cells, block)
@@ -202,6 +210,20 @@ def _known_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> Sequen
     return metrics
 
 
+def _warn_of_missing(group: Group, metric: str) -> None:
+    outcomes = [(run.folder, run.outcome(metric)) for run in group.runs]
+    missing = [str(folder) for folder, value in outcomes if value is None]
+    # A row without any value says so by itself
+    if 0 < len(missing) < len(outcomes):
+        logger.warning(
+            "%s: only %d of %d runs have %s, so it is neither bold nor tested; without it: %s",
+            group.name, len(outcomes) - len(missing), len(outcomes), metric, ", ".join(missing),
+        )  # fmt: skip
+    for folder, value in outcomes:
+        if value is not None and not isfinite(value):
+            logger.warning("%s: %s is not finite: the run has diverged", folder, metric)
+
+
 def _column(
     groups: Sequence[Group], opponents: Sequence[Group | None], metric: str, paired: bool
 ) -> list[Cell]:
@@ -212,14 +234,19 @@ def _column(
     for group, opponent in zip(groups, opponents, strict=True):
         own = _values(group, metric)
         other = _values(opponent, metric)
-        cells.append(Cell(own, *test(own, other)))
+        p, compared = test(own, other)
+        # The seeds without a value may be those that went wrong
+        if not (_is_complete(own, group) and _is_complete(other, opponent)):
+            p = None
+        cells.append(Cell(own, p, compared))
         comparisons.append((_as_key(own), _as_key(other)))
     # A run may stand in two rows. Equal comparisons are one test, so they count once.
     corrected = holm(
         {key: cell.p for key, cell in zip(comparisons, cells, strict=True) if cell.p is not None}
     )
     return [
-        replace(cell, p=corrected.get(key)) for key, cell in zip(comparisons, cells, strict=True)
+        cell if cell.p is None else replace(cell, p=corrected[key])
+        for key, cell in zip(comparisons, cells, strict=True)
     ]
 
 
@@ -255,8 +282,8 @@ def best_rows(table: Table, column: int) -> set[int]:
     The best row of a block has the highest accuracy or the lowest loss, and leads every other row
     by more than a standard error of the difference of the means. Rows with equal values are bold
     together. A column that is neither an accuracy nor a loss has no best row. Neither has a block
-    in which the best row and another one have a single seed each, because the standard error of
-    their difference is unknown.
+    whose best row lacks the value of a seed, or in which the best row and another one have a single
+    seed each, because the standard error of their difference is unknown.
     """
     metric = table.metrics[column]
     found: set[int] = set()
@@ -279,7 +306,11 @@ def best_rows(table: Table, column: int) -> set[int]:
             sign * (best.mean - cell.mean) > max(NO_SPREAD, _error_of_difference(best, cell))
             for cell in others
         ):
-            found |= {index for index, cell in cells.items() if cell.values == best.values}
+            found |= {
+                index
+                for index, cell in cells.items()
+                if cell.values == best.values and len(cell.values) == table.rows[index].n
+            }
     return found
 
 
@@ -300,6 +331,10 @@ def _values(group: Group | None, metric: str) -> dict[int, float]:
         return {}
     outcomes = {run.seed: run.outcome(metric) for run in group.runs}
     return {seed: value for seed, value in outcomes.items() if value is not None}
+
+
+def _is_complete(values: dict[int, float], group: Group | None) -> bool:
+    return group is None or len(values) == len(group.runs)
 
 
 def _as_key(values: dict[int, float]) -> Hashable:
@@ -425,7 +460,7 @@ def _format_cell(cell: Cell, metric: str, n: int) -> str:
     if not cell.values:
         return "–"
     shown = _format_number(cell.mean, metric)
-    if cell.std is not None:
+    if cell.std is not None and not isnan(cell.std):
         shown += f" ± {_format_number(cell.std, metric)}"
     return shown + _format_count(len(cell.values), n)
 
