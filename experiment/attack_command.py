@@ -1,6 +1,7 @@
 """The function of validate_pgd.py and fgsm.py: model, test images, attack -> report."""
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -21,17 +22,17 @@ from base.device import kernels_explained, memory_explained
 from base.distributed import distributed_session, from_primary, is_primary, world_size
 from base.distributed.agreement import Facts, config_facts, data_facts, prepare_on_all_ranks
 from base.errors import CheckpointError, ConfigError
-from base.output import PICTURES, check_folder, format_of, is_stream, writing
+from base.output import PICTURES, as_json, check_folder, format_of, is_stream, writing
 from base.registry import lookup
 from base.run_folder.names import EVALUATIONS
 from base.text import say
 from data_loader.splits import some_of_every_class
-from evaluation.attack_batch import Autocast, attack_batch
+from evaluation.attack_batch import Autocast, attack_batch, report_precision
 from evaluation.batches import device_of
 from evaluation.figures import draw_epsilon_curve, draw_examples
 from evaluation.partial import partial_file, remove_partials
 from evaluation.reliability import DoctorReport, doctor
-from evaluation.report import RobustnessReport, file_stem, title
+from evaluation.report import RobustnessReport, describe_attack, file_stem, title
 from evaluation.robust_accuracy import check_images_file, robust_accuracy
 from evaluation.verdicts import attack_rank
 from experiment import build_attacks
@@ -58,6 +59,9 @@ SIZES = (
     ("--loss", "pgd_attack.loss", "ce, margin or dlr"),
 )
 """Flags of attacks, the config keys that they set, and their help texts."""
+
+DIGESTS = {"data_digest": "of other images", "weights_digest": "of other weights"}
+"""Digests in reports -> how a message says that two of them differ."""
 
 ATTACK_ARGUMENTS = {
     "--steps": "steps",
@@ -191,6 +195,14 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
         context: dict[str, Any] = {"seed": options.seed, "autocast": evaluation.autocast}
         target = options.json or _default_target(evaluation.run_folder, attack, options)
         from_primary(lambda: _check_target(target, options))
+        digests = {
+            "data_digest": loader.data_digest(),
+            "weights_digest": evaluation.weights_digest(),
+        }
+        if target is not None and options.json is None:
+            precision = report_precision(evaluation.autocast, attack)
+            measured = {**digests, "precision": precision, **describe_attack(attack)}
+            from_primary(lambda: _check_not_another(target, measured))
         # An interrupted attack continues from the verdicts that are kept beside the report.
         kept = None
         if target is not None and not is_stream(target):
@@ -205,7 +217,7 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
                 partial=kept,
                 save_images=options.save_images,
                 checkpoint=evaluation.source,
-                provenance={**evaluation.provenance, "data": evaluation.data},
+                provenance={**evaluation.provenance, "data": evaluation.data, **digests},
                 **context,
             )
         # Outside the session every process is the primary one.
@@ -264,6 +276,25 @@ def _check_target(target: Path | None, options: AttackOptions) -> None:
         raise ConfigError(
             f"{target.parent}: cannot be written ({error.strerror}){instead}"
         ) from None
+
+
+def _check_not_another(target: Path, measured: Mapping[str, Any]) -> None:
+    """Check that a report at the default place, which the new one will replace, is one of the same
+    evaluation: the name of the file says neither what was attacked nor in which precision."""
+    try:
+        held = json.loads(target.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not isinstance(held, dict):
+        return
+    # As JSON holds them. Reports of older versions lack some of the keys.
+    for key, value in json.loads(as_json(measured)).items():
+        if held.get(key, value) != value:
+            what = DIGESTS.get(key, f"with {key} {json.dumps(held[key])}, not {json.dumps(value)}")
+            raise ConfigError(
+                f"{target}: holds the report {what}; write another file with --json FILE, or begin"
+                " its name with --name NAME"
+            )
 
 
 def _save(report: RobustnessReport, target: Path) -> None:

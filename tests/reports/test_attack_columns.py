@@ -102,6 +102,18 @@ def test_different_attacks_do_not_share_a_column(methods, tmp_path, caplog):
         match=r"^--eval pgd_best: n is 50 in .*conv6.*, but 40 in .*conv8.*: one column holds one",
     ):
         attack_columns(methods(), ["pgd_best"])
+    report(tmp_path / "conv8", "pgd_best", 0.5)
+    for key, value, other in (
+        ("precision", "fp32", "bf16, verdicts in fp32"),
+        ("data_digest", "0a", "0b"),
+        ("decay", 0.5, 0.9),
+    ):
+        report(tmp_path / "conv6", "pgd_best", 0.5, **{key: value})
+        attack_columns(methods(), ["pgd_best"])
+        report(tmp_path / "conv8", "pgd_best", 0.5, **{key: other})
+        with pytest.raises(ConfigError, match=f"pgd_best: {key} is {value} in .*, but {other} in"):
+            attack_columns(methods(), ["pgd_best"])
+        report(tmp_path / "conv8", "pgd_best", 0.5, seconds=2.0, seed=3, warnings=["a"])
 
 
 def test_a_column_is_read_by_the_value_and_not_by_the_reports_name(methods, tmp_path):
