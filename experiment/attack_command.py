@@ -347,7 +347,7 @@ def _finish(
         report = report.with_doctor(found)
         say(*found.checks)
         with _report_printed_on_failure(report):
-            _draw_curve(found, report, options.figure or target)
+            _draw_curve(found, evaluation, options.figure or target)
     if target is not None:
         # A file was written before the reliability was known, a stream was not.
         if options.doctor or is_stream(target):
@@ -416,14 +416,18 @@ def _default_target(run_folder: Path | None, attack: Attack, options: AttackOpti
     return folder / f"{'_'.join(words)}.json"
 
 
-def _draw_curve(found: DoctorReport, report: RobustnessReport, beside: Path | None) -> None:
+def _draw_curve(found: DoctorReport, evaluation: Evaluation, beside: Path | None) -> None:
     if beside is None or is_stream(beside):
         return
     suffix = ".png"
     if beside.suffix.removeprefix(".") in PICTURES:
         suffix = beside.suffix
     path = beside.with_name(f"{beside.stem}_epsilon{suffix}")
-    attack = found.examined
+    # The name of a checkpoint is that of every other run's, too
+    named = Path(evaluation.source)
+    if evaluation.run_folder is not None:
+        named = evaluation.run_folder.resolve()
+    attack = found.curve_attack
     draw_epsilon_curve(
         path,
         found.curve,
@@ -431,7 +435,7 @@ def _draw_curve(found: DoctorReport, report: RobustnessReport, beside: Path | No
         clean=found.curve[0][1],
         chance=1 / found.num_classes,
         epsilon=attack.epsilon,
-        title=f"{Path(report.checkpoint).name} under PGD on {found.n} images",
+        title=f"{named.name}: {title(attack)}, scaled to each epsilon, on {found.n} images",
     )
     say(f"accuracy against epsilon {path}")
 

@@ -35,8 +35,8 @@ infinite or NaN; what was not measured has no name there."""
 NOT_THE_ATTACK = (
     "seed", "clean_top1", "robust_top1", "robust_top5", "interval", "seconds", "images_per_second",
     "max_perturbation", "reliable", "images_needed", "warnings", "versions", "checks",
-    "checked_attack", "checkpoint", "weights_digest", "normalization", "assumed", "data", "model",
-    "model_args",
+    "checked_attack", "curve", "curve_attack", "checkpoint", "weights_digest", "normalization",
+    "assumed", "data", "model", "model_args",
 )  # fmt: skip
 """The keys of a report that may differ in a column: results, and the model. All others say which
 attack was run, in which precision and on which images."""

@@ -7,17 +7,19 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from attacks import PGD
+from attacks import FGSM, PGD
 from base.checkpoint import load_checkpoint, save_checkpoint
 from base.errors import ConfigError
 from evaluation import DoctorReport, RobustnessReport, Verdicts
 from evaluation.checks import Check
+from experiment import attack_command
 from experiment.attack_command import _verdict_on_reliability, attack_network, attack_parser
 from tests.base.distributed.two_processes import start_two
 from tiny_runs import read_arrays, script
@@ -206,6 +208,8 @@ def test_doctor_figure_and_l2(robust_run, tmp_path):
     if "failed" not in verdicts:
         assert f"UNDECIDED: about {report['images_needed']} images would decide\n" in done.stdout
     assert report["checked_attack"] == "PGD-3, l2 0.5, step 0.4167, 1 start"
+    assert report["curve_attack"].startswith("PGD-20, l2 0.5, step ")
+    assert [epsilon for epsilon, _ in report["curve"]][:4] == [0, 0.125, 0.25, 0.5]
     assert not list(tmp_path.glob(".*")), "no partial files remain"
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert (tmp_path / "a_epsilon.png").stat().st_size > 1000
@@ -284,10 +288,30 @@ def test_the_doctors_last_line(check, attack_warnings, reliable, line):
         images_per_second=300.0,
         precision="fp32",
         attack_warnings=attack_warnings,
-        doctor=DoctorReport((check,), attack, (), 200, 10),
+        doctor=DoctorReport((check,), attack, (), attack, 200, 10),
     )
     assert report.reliable is reliable
     assert _verdict_on_reliability(report, report.doctor) == line
+
+
+@pytest.mark.parametrize(("folder", "name"), [(None, "model_best.pth"), (Path(), "the run")])
+def test_the_picture_of_epsilons_names_its_own_attack_and_the_run(
+    tmp_path, monkeypatch, folder, name
+):
+    """A report on FGSM or PGD of few steps has a curve under another attack."""
+    drawn = {}
+    monkeypatch.setattr(
+        attack_command, "draw_epsilon_curve", lambda *_, **given: drawn.update(given)
+    )
+    (tmp_path / "the run").mkdir()
+    monkeypatch.chdir(tmp_path / "the run")
+    search = PGD(8 / 255, 2 / 255, 20, early_stop=1)
+    found = DoctorReport((PASSED,), FGSM(8 / 255), ((0.0, 0.9),), search, 200, 10)
+    evaluation = SimpleNamespace(source="other/model_best.pth", run_folder=folder)
+    attack_command._draw_curve(found, evaluation, tmp_path / "a.json")
+    assert drawn["title"] == (
+        f"{name}: PGD-20, linf 8/255, step 2/255, 1 start, scaled to each epsilon, on 200 images"
+    )
 
 
 @pytest.mark.parametrize(
