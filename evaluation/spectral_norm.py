@@ -119,9 +119,11 @@ class NetworkSpectra:
     @property
     def log10_product_with_batch_norms(self) -> float | None:
         """See `product_of_norms`; each norm times the scale of the batch norm behind the layer."""
-        return product_of_norms(
-            layer.spectrum.norm * (layer.batch_norm_scale or 1.0) for layer in self.layers
-        )
+        norms = []
+        for layer in self.layers:
+            scale = layer.batch_norm_scale
+            norms.append(layer.spectrum.norm * (1.0 if scale is None else scale))
+        return product_of_norms(norms)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from base.errors import NonFiniteError
 from evaluation.layer_trace import LayerCall
-from evaluation.spectral_norm import measure, operator_spectrum, product_of_norms
+from evaluation.spectral_norm import layer_spectra, measure, operator_spectrum, product_of_norms
 from models.layers import ConvNorm2d, ONIConv2d, OWNConv2d, SpectralNormConv2d
 
 CONV_TYPES = (nn.Conv2d, ConvNorm2d, SpectralNormConv2d, ONIConv2d, OWNConv2d)
@@ -203,3 +203,13 @@ def test_one_singular_value_above_a_great_many_equal_ones_is_found():
 def test_product_of_norms():
     assert product_of_norms([10, 0.1, 100]) == pytest.approx(2)
     assert product_of_norms([10, 0]) is None
+
+
+def test_a_batch_norm_that_scales_by_zero_ends_the_product():
+    """As one that starts at zero at the end of a residual branch does."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    assert layer_spectra(network, (3, 6, 6)).log10_product_with_batch_norms is not None
+    nn.init.zeros_(network[1].weight)
+    found = layer_spectra(network, (3, 6, 6))
+    assert [layer.batch_norm_scale for layer in found.layers] == [0, None]
+    assert found.log10_product_with_batch_norms is None
