@@ -102,10 +102,19 @@ def test_many_singular_values_are_estimated():
     layer, shape = nn.Conv2d(4, 6, 3, padding=1), (4, 9, 9)
     found, exact = spectrum(layer, shape), singular_values(layer, shape)
     assert len(exact) > 300
+    assert spectrum(nn.Conv2d(2, 2, 3), (2, 4, 4)).standard_errors is None, "exact"
     assert found.norm == pytest.approx(exact[0], rel=1e-6)
     assert found.mean_square == pytest.approx((exact**2).mean(), rel=0.05)
     assert found.orthogonality_error == pytest.approx(sqrt(((exact**2 - 1) ** 2).mean()), rel=0.05)
     assert found.spread == pytest.approx((exact**2).std() / (exact**2).mean(), rel=0.1)
+    # The standard errors are as large as the spread of the estimates over seeds
+    call = LayerCall("layer", layer, shape, None)
+    estimates = [measure(call, max_iterations=1, seed=seed) for seed in range(40)]
+    for name, error in found.standard_errors.items():
+        spread = np.std([getattr(one, name) for one in estimates])
+        mean = np.mean([one.standard_errors[name] for one in estimates])
+        assert mean == pytest.approx(spread, rel=0.4)
+        assert 0.4 < error / spread < 2.5
 
 
 @pytest.mark.parametrize("stride", [1, 2])

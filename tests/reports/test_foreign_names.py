@@ -28,6 +28,7 @@ LAYER = {
     "mean_square": 1.0,
     "orthogonality_error": 0.1,
     "spread": 0.1,
+    "standard_errors": None,
     "batch_norm_scale": None,
 }
 
