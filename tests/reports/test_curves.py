@@ -5,10 +5,10 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from base.errors import ConfigError
-from base.output import PICTURES, check_outputs
+from base.output import PICTURES, check_outputs, save_figure
 from reports.curves import against_figure, curves_figure
 from reports.groups import group_runs
-from reports.panels import COLORS, LINES, MARKERS, save_figure
+from reports.panels import COLORS, LINES, MARKERS
 from reports.runs import find_runs
 
 
