@@ -549,16 +549,10 @@ class BaseTrainer(ABC):
             raise CheckpointError(f"{source}: method: {error}") from None
         self._restore_ema(checkpoint, source)
         self._restore_generators(checkpoint["rng"], source)
-        return self.checkpoints.restore_best(self.state, source, finished=self.finished)
+        return self.checkpoints.restore_names(self.state, source, finished=self.finished)
 
     def _check_types(self, checkpoint: Mapping[str, Any], source: Path) -> None:
-        """Check that the checkpoint holds a training state of this kind of optimizer and
-        schedule."""
-        if "progress" not in checkpoint:
-            raise CheckpointError(
-                f"{source}: holds no training state (ConvNorm's format): it can be evaluated, not"
-                " resumed"
-            )
+        """Check that the checkpoint is of this kind of optimizer and schedule."""
         types = {
             "optimizer_type": type(self.optimizer).__name__,
             "scheduler_type": self.config.lr_scheduler.type,

@@ -5,6 +5,7 @@ name can then not move a cursor, break a row or reverse the text behind it.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 FORMULA_SIGNS = ("=", "+", "-", "@")
@@ -42,6 +43,18 @@ def csv_text(value: Any) -> str:
         # The apostrophe tells spreadsheets that the cell is text; they do not show it.
         return f"'{text}"
     return text
+
+
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align columns, two blanks apart: the first one to the left, all others to the right."""
+    lines = [[one_line(cell) for cell in line] for line in (heads, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    aligned = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        cells[0] = line[0].ljust(widths[0])
+        aligned.append("  ".join(cells).rstrip())
+    return "\n".join(aligned)
 
 
 def say(*values: Any) -> None:

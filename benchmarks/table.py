@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from base.text import text_table
 from benchmarks.rows import BenchmarkRow, BenchmarkTable
 from benchmarks.timing import Spread
-from reports.text_table import text_table
 
 HEADS = ("what", "ours", "median", "other", "median", "result (quartiles)", "goal", "met", "n")
 Results = Mapping[str, Sequence[BenchmarkRow | BenchmarkTable]]

@@ -8,6 +8,7 @@ image is then augmented in the same way for any number of processes.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,25 +41,15 @@ def random_crop(
     top, left = to_device(places[:, shard.part], images.device)
     if mode == "reflect":
         # torch's own `reflect` padding must be smaller than the image
-        rows = to_device(_mirrored(height, padding), images.device)
-        columns = to_device(_mirrored(width, padding), images.device)
-        padded = images[:, :, rows][:, :, :, columns]
+        padded = images
+        for dim, length in ((2, height), (3, width)):
+            kept = torch.from_numpy(np.pad(np.arange(length), padding, mode="reflect"))
+            padded = padded.index_select(dim, to_device(kept, images.device))
     else:
         padded = F.pad(images, (padding,) * 4)
     # A view of every possible window, which copies nothing
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(batch, device=images.device), :, top, left]
-
-
-def _mirrored(length: int, padding: int) -> Tensor:
-    """Return the position of the pixel that mirroring puts at each place of a padded row."""
-    places = torch.arange(-padding, length + padding)
-    if length == 1:
-        return torch.zeros_like(places)
-    # A period goes to the end and back: 0, 1, ..., length - 1, length - 2, ..., 1
-    period = 2 * length - 2
-    place = places % period
-    return torch.minimum(place, period - place)
 
 
 def random_flip(images: Tensor, generator: torch.Generator, shard: Shard | None = None) -> Tensor:

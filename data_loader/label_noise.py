@@ -4,17 +4,18 @@ In the path read -> split -> subset -> noise -> batch -> augment, this is the no
 `training_data_loader` applies it to the labels of one split: the subset that is trained on, or the
 validation part. `noise_file` reads labels from a file instead.
 
-Let y be the clean label of an image, K the number of classes and p the rate, `percent`. The laws
-are those of ConvNorm (Liu et al., "Convolutional Normalization", NeurIPS 2021), which follow
-Patrini et al., "Making Deep Neural Networks Robust to Label Noise" (CVPR 2017):
+Let y be the clean label of an image, K the number of classes and p the rate, `percent`. The
+asymmetric and the exclusive law are those of Patrini et al., "Making Deep Neural Networks Robust to
+Label Noise" (CVPR 2017). The inclusive law, the default, is that of ConvNorm (Liu et al.,
+"Convolutional Normalization", NeurIPS 2021):
 
     symmetric, inclusive:   P(j | y) = (1 - p) [j = y] + p / K
     symmetric, exclusive:   P(j | y) = (1 - p) [j = y] + p / (K - 1) [j != y]
     asymmetric:             P(j | y) = (1 - p) [j = y] + p [j = flip(y)]
 
-The number of labels that are picked is not random: ceil(p n) of the n labels of a split for
-symmetric noise, and ceil(p n_y) of every class that is flipped for asymmetric noise. Every law is
-computed from the clean labels, never from labels that are already noisy.
+As in ConvNorm for CIFAR-10, the number of labels that are picked is not random: ceil(p n) of the n
+labels of a split for symmetric noise, and ceil(p n_y) of every class that is flipped for asymmetric
+noise. Every law is computed from the clean labels, never from labels that are already noisy.
 """
 
 import math
@@ -109,7 +110,7 @@ CIFAR100_SUPERCLASSES = (
 """The 20 superclasses of CIFAR-100, each with its five classes in the order of their numbers, which
 is alphabetical."""
 
-# As Patrini et al.: each class flips to the next one of its superclass, the last to the first
+# As in Patrini et al.'s paper: to the next class of the superclass, and from the last to the first
 CIFAR100_FLIPS = {
     name: superclass[(place + 1) % len(superclass)]
     for superclass in CIFAR100_SUPERCLASSES

@@ -59,10 +59,10 @@ def robust_accuracy(
 
     The model takes pixels in `[0, 1]` and normalizes them itself, as above. It is evaluated in
     evaluation mode and gets its modes back. An image's random starts are a function of `seed` and
-    its position alone, so batch size and number of processes do not change a verdict. With several
-    processes, each attacks its shard of the images, and all of them get the report. Where a batch
-    does not fit into memory, the attack goes on with batches of half the size, and a warning says
-    so.
+    its position alone, so batch size and number of processes do not change a verdict. (AutoAttack
+    draws for a batch as a whole.) With several processes, each attacks its shard of the images, and
+    all of them get the report. Where a batch does not fit into memory, the attack goes on with
+    batches of half the size, and a warning says so.
 
     `report.reliable` says whether the number can be believed; see `RobustnessReport.reliable`.
 

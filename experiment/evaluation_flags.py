@@ -6,7 +6,7 @@ from typing import Any
 
 from base.checkpoint.find import find_run
 from base.command_line import Parser, add_imports_flag, path_word
-from base.config.files import config_chain
+from base.config.files import read_layers
 from base.config.strict_json import JSONError, parse_json
 from base.errors import ConfigError
 from base.output import PICTURES, check_outputs
@@ -164,7 +164,8 @@ def check_evaluation_outputs(arguments: argparse.Namespace, **outputs: str | Pat
     """
     _check_network_flags(arguments)
     # A config's parents are input, too.
-    read = list(config_chain(arguments.config)) if arguments.config else []
+    layers = read_layers(arguments.config) if arguments.config else []
+    read = [layer.file for layer in layers]
     folders = []
     if arguments.checkpoint is not None:
         source = Path(arguments.checkpoint)

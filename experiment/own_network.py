@@ -10,7 +10,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,10 +20,7 @@ from base.config.imports import import_own_code, requests_of
 from base.device import kernels_explained
 from base.errors import ConfigError, DataError, ProjectError
 from base.registry import did_you_mean
-from base.text import one_line
-
-MOST_NAMES = 8
-"""How many of a module's names a message lists at most."""
+from base.text import first_line, one_line
 
 
 class Normalized(nn.Module):
@@ -72,7 +68,8 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     (code,) = import_own_code(requests_of([source], "--model", Path.cwd()))
     module = sys.modules[code.name]
     if not hasattr(module, name):
-        raise ConfigError(f"{flag}: {one_line(source)} has no {name}{_names_in(module, name)}")
+        hint = did_you_mean(name, vars(module))
+        raise ConfigError(f"{flag}: {one_line(source)} has no {name}{hint}")
     build = getattr(module, name)
     if isinstance(build, nn.Module) and not arguments:
         return build
@@ -81,11 +78,12 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"{flag}: {name} is a {type(build).__name__}; expected a function that returns a"
             " torch.nn.Module"
         )
-    _check_arguments(build, name, arguments, flag)
+    _check_arguments(build, arguments, f"{name} of {flag}")
     try:
         network = build(**arguments)
     except Exception as error:
-        raise ConfigError(f"{flag}: {name}() failed: {_describe(error)}") from error
+        kind = type(error).__name__
+        raise ConfigError(f"{flag}: {name}() failed: {kind}: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"{flag}: {name}() returned a {type(network).__name__}; expected a torch.nn.Module"
@@ -93,57 +91,18 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def _names_in(module: ModuleType, name: str) -> str:
-    """Return a hint with the functions and classes of a module, for a name that it lacks."""
-    offered = [
-        other
-        for other, value in vars(module).items()
-        if callable(value) and not other.startswith("_")
-    ]
-    own = [
-        other
-        for other in offered
-        if getattr(vars(module)[other], "__module__", None) == module.__name__
-    ]
-    # Packages such as torchvision.models only import their functions from other modules.
-    names = own or offered
-    hint = did_you_mean(name, offered)
-    if names:
-        more = ", ..." if len(names) > MOST_NAMES else ""
-        hint += f" (it has: {', '.join(names[:MOST_NAMES])}{more})"
-    return hint
-
-
-def _check_arguments(
-    build: Callable[..., Any], name: str, arguments: Mapping[str, Any], flag: str
-) -> None:
-    """Check that the function takes all arguments, and that none is missing."""
+def _check_arguments(build: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> None:
     try:
-        parameters = inspect.signature(build).parameters.values()
-    except (TypeError, ValueError):
+        signature = inspect.signature(build)
+    except ValueError:
         # A function written in C may have no signature. Calling it will report the error.
         return
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = {
-        parameter.name: parameter for parameter in parameters if parameter.kind not in variadic
-    }
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     # A TypeError from inside the function would look the same as one for a wrong argument.
-    for given in arguments:
-        if given not in named and not takes_any:
-            takes = f" (it takes: {', '.join(named)})" if named else ""
-            raise ConfigError(
-                f"--model_args {given}: {name}() of {flag} takes no such argument"
-                f"{did_you_mean(given, named)}{takes}"
-            )
-    missing = [
-        parameter.name
-        for parameter in named.values()
-        if parameter.default is parameter.empty and parameter.name not in arguments
-    ]
-    if missing:
-        words = " ".join(f"{argument}=VALUE" for argument in missing)
-        raise ConfigError(f"{flag}: {name}() needs arguments: give --model_args {words}")
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        takes = one_line(signature, 200)
+        raise ConfigError(f"--model_args: {error}; {what} takes {takes}") from None
 
 
 def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.device) -> int:
@@ -168,7 +127,7 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
         except Exception as error:
             raise DataError(
                 f"images of {width}x{height} pixels with {channels} channels, which {kind} cannot"
-                f" take: {_describe(error)}"
+                f" take: {type(error).__name__}: {first_line(error)}"
             ) from error
 
     try:
@@ -176,12 +135,3 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
             return checked_logits(answer, image).shape[1]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{kind}: {error}") from error
-
-
-def _describe(error: Exception) -> str:
-    """Return an exception's class and the first line of its message."""
-    name = type(error).__name__
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return name
-    return f"{name}: {one_line(lines[0], 200)}"

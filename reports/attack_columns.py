@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from base.errors import ConfigError
-from base.registry import did_you_mean
 from reports.groups import Group, format_setting
-from reports.runs import REPORT, AttackReport
+from reports.runs import REPORT, AttackReport, check_known
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +32,12 @@ def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
     kinds = list(
         dict.fromkeys(kind for group in groups for run in group.runs for kind in run.reports)
     )
-    chosen: list[str] = []
-    for name in names:
-        fitting = [kind for kind in kinds if _fits(kind, name)]
-        if not fitting:
-            known = ", ".join(kinds) or "none"
-            hint = did_you_mean(name, kinds)
-            raise ConfigError(
-                f"--eval {name}: no run has such a report in eval/; there are: {known}{hint}"
-            )
-        chosen += fitting
-    for kind in dict.fromkeys(chosen):
+    fitting_none = [name for name in names if not any(_fits(kind, name) for kind in kinds)]
+    check_known("--eval", fitting_none, kinds, "no run has such a report in eval/")
+    chosen = dict.fromkeys(kind for name in names for kind in kinds if _fits(kind, name))
+    for kind in chosen:
         _check_attacks(groups, kind)
-    return [f"{REPORT}{kind}.robust_top1" for kind in dict.fromkeys(chosen)]
+    return [f"{REPORT}{kind}.robust_top1" for kind in chosen]
 
 
 def _fits(kind: str, name: str) -> bool:

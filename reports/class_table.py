@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from base.text import one_line
-from reports.text_table import text_table
+from base.text import one_line, text_table
 
 
 class ClassRow(TypedDict):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, TypedDict
 
-from reports.text_table import text_table
+from base.text import text_table
 
 
 class LayerRow(TypedDict):

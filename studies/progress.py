@@ -13,7 +13,7 @@ from base.errors import ConfigError, ProjectError
 from base.meters import is_accuracy
 from base.run_folder.files import RunFolder
 from base.run_folder.names import CONFIG, LAST
-from base.text import one_line
+from base.text import text_table
 from studies.grid import StudyRun, format_value
 
 
@@ -124,18 +124,12 @@ def changed_places(run: StudyRun) -> list[Override]:
 
 def format_table(rows: Sequence[StatusRow]) -> list[str]:
     """Format the header and one line per row, with aligned columns."""
-    table = [("run", "state", "epoch", "best", "left")]
+    cells = []
     for row in rows:
         epochs = f"{row.progress.epoch}/{row.run.config.trainer.epochs}"
         left = "" if row.seconds_left is None else format_duration(row.seconds_left)
-        table.append((row.run.name, row.progress.state, epochs, _format_best(row), left))
-    table = [tuple(map(one_line, cells)) for cells in table]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for cells in table:
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    return lines
+        cells.append((row.run.name, row.progress.state, epochs, _format_best(row), left))
+    return text_table(("run", "state", "epoch", "best", "left"), cells).splitlines()
 
 
 def _format_best(row: StatusRow) -> str:

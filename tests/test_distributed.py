@@ -346,13 +346,19 @@ def test_two_machines_restart_after_a_failure_and_leave_other_jobs_alone(tmp_pat
     assert {file: file.stat().st_mtime_ns for file in run.iterdir()} == before
 
 
-def test_an_error_of_all_processes_is_printed_once(tmp_path):
+@pytest.mark.parametrize("fails", ["all", "the first one, after the other is done"])
+def test_an_error_is_printed_once_and_ends_all_processes(tmp_path, fails):
     script = (
+        "from time import sleep\n"
         "from base.command_line import run_script; from base.errors import DataError\n"
-        "from base.distributed import distributed_session\n"
+        "from base.distributed import distributed_session, is_primary\n"
         "def main():\n"
         "    with distributed_session():\n"
-        "        raise DataError('no such images')\n"
+        f"        if {fails == 'all'}:\n"
+        "            raise DataError('no such images')\n"
+        "        if is_primary():\n"
+        "            sleep(1)\n"
+        "            raise DataError('no such images')\n"
         "run_script(main)\n"
     )
     (tmp_path / "script.py").write_text(script)
@@ -360,6 +366,8 @@ def test_an_error_of_all_processes_is_printed_once(tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     assert errors.splitlines().count("error: no such images") == 1
+    # That of torchrun itself says which process it saw end
+    assert "session.py" not in errors
 
 
 def test_fewer_images_than_processes_are_refused(monkeypatch):

@@ -314,12 +314,12 @@ BAD_INPUT = {
     "arguments missing": (
         ["--model", "tiny_network.py:needs"],
         2,
-        "needs() needs arguments: give --model_args depth=VALUE",
+        "--model_args: missing a required argument: 'depth'; needs of --model",
     ),
     "unknown argument": (
         ["--model_args", "wdth=3"],
         2,
-        "takes no such argument; did you mean 'width'?",
+        "--model_args: got an unexpected keyword argument 'wdth'; build of --model",
     ),
     "a failing function": (
         ["--model", "tiny_network.py:fails"],

@@ -215,7 +215,7 @@ def test_the_table_is_cut_to_a_narrow_and_low_terminal(monkeypatch, capsys):
     drawn = capsys.readouterr().out.removesuffix("\n").split("\x1b[3A\x1b[J")
     assert len(drawn) == 2
     assert drawn[1].splitlines() == [
-        "run    state    epo",
+        "run      state     ",
         "run 0  running  7/1",
         "9 runs, 0 finished,",
     ]

@@ -8,7 +8,7 @@ import torch
 
 from base.base_data_loader import BaseDataLoader
 from base.config import load_config
-from base.config.files import config_chain
+from base.config.files import read_layers
 from base.optim import Schedule, build_optimizer, check_optimization
 from experiment.build import build_trainer
 from models import build_model
@@ -65,7 +65,7 @@ def test_every_config_names_the_schema_and_trains(file, tmp_path):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_no_config_inherits_through_more_than_two_parents(file):
-    assert len(config_chain(file)) <= 3
+    assert len(read_layers(file)) <= 3
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))

@@ -29,7 +29,7 @@ class TrainerWithAdversary(BaseTrainer):
         parts: see `TrainerParts`.
         warmup_epochs: Epochs over which radius and step of training grow evenly from 0; validation
             and reports attack with the whole radius. Pang et al. (arXiv:2010.00467) begin at 1/N of
-            the radius, end one epoch earlier, and keep the whole step.
+            the radius, and keep the whole step.
     """
 
     attacks_while_training = True
@@ -50,9 +50,9 @@ class TrainerWithAdversary(BaseTrainer):
         one after them.
 
         The idea is that of Pang et al. ("Bag of Tricks for Adversarial Training", arXiv:2010.00467,
-        section 3.1), the schedule is not. In their code, with N epochs, the factor of the radius
-        after t epochs is `min(1, (t + 1) / N)`, where t counts the current minibatch: it begins at
-        1 / N and reaches 1 one epoch earlier. Their step size does not grow.
+        section 3.1), the schedule is not. In their code the factor of the radius is `(t + 1) / N`
+        after t of the N epochs, where t counts the current minibatch: it begins at 1 / N, passes 1
+        in the last of them, and is 1 from then on. Their step size does not grow.
         """
         if self.warmup_epochs == 0:
             return 1.0
@@ -68,7 +68,9 @@ class FreeTrainer(TrainerWithAdversary):
 
     Each minibatch is trained on `trainer.adv_repeats` times (m in the paper). The backward pass of
     every update also gives the gradient for the images, by which the perturbation takes one step.
-    These updates are the whole cost: no other pass is made.
+    These updates are the whole cost: no other pass is made. An epoch is a pass over the images with
+    m updates each, as in ConvNorm, and schedules count minibatches. The paper counts updates, so
+    its epochs and the steps of its schedules have to be divided by m.
 
     In the paper the perturbation is carried from minibatch to minibatch; ConvNorm begins at zero
     for each. The sum of perturbation and image is clamped to `[0, 1]`, the perturbation itself is

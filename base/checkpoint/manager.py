@@ -119,20 +119,27 @@ class CheckpointManager:
 
     def _publish(self, epoch: int, improved: bool) -> None:
         """Give `model_last.pth` its further names, and delete old numbered checkpoints."""
-        last = self.folder / LAST
-        if improved:
-            publish_copy(last, self.folder / BEST)
-        if epoch % self.settings.save_period == 0:
-            publish_copy(last, self.folder / NUMBERED.format(epoch))
+        for name in self._names(epoch, improved):
+            publish_copy(self.folder / LAST, self.folder / name)
         if self.settings.keep_checkpoints:
             keep_newest(self.folder, self.settings.keep_checkpoints, epoch)
 
-    def restore_best(self, state: TrainState, source: Path, *, finished: bool) -> str | None:
-        """Make sure that `model_best.pth` is the best model of the epochs done up to `source`.
+    def _names(self, epoch: int, improved: bool) -> list[str]:
+        """Return the names that the checkpoint of a finished epoch gets beside `model_last.pth`."""
+        names = []
+        if improved:
+            names.append(BEST)
+        if epoch % self.settings.save_period == 0:
+            names.append(NUMBERED.format(epoch))
+        return names
 
-        The file may be lost, or be of an epoch after `source`, which the run will do again. In both
-        cases `state` forgets its best model, and the best is chosen among the epochs that follow.
-        If it is lost, `state.best_since` records the first of them.
+    def restore_names(self, state: TrainState, source: Path, *, finished: bool) -> str | None:
+        """Give `source` the names that a killed run did not get to, and make sure that
+        `model_best.pth` is the best model of the epochs done up to `source`.
+
+        That file may be lost, or be of an epoch after `source`, which the run will do again. In
+        both cases `state` forgets its best model, and the best is chosen among the epochs that
+        follow. If it is lost, `state.best_since` records the first of them.
 
         Args:
             state: of the checkpoint `source`.
@@ -145,7 +152,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: the best model of a finished run is lost.
         """
-        found = from_primary(lambda: self._find_best(state, source))
+        found = from_primary(lambda: self._restore_names(state, source))
         if found is _Best.PRESENT:
             return None
         best_epoch = state.best_epoch
@@ -171,16 +178,19 @@ class CheckpointManager:
         state.best_epoch = None
         return warning
 
-    def _find_best(self, state: TrainState, source: Path) -> "_Best":
+    def _restore_names(self, state: TrainState, source: Path) -> "_Best":
+        epoch = state.epochs_done
+        if epoch > 0 and state.batches_done == 0:
+            for name in self._names(epoch, improved=state.best_epoch == epoch):
+                target = self.folder / name
+                if source.resolve() != target.resolve():
+                    publish_copy(source, target)
+        return self._find_best(state)
+
+    def _find_best(self, state: TrainState) -> "_Best":
         """Find the best model of `state`; restore `model_best.pth` if a copy of it remains."""
         best = self.folder / BEST
         if state.best_epoch is None:
-            return _Best.PRESENT
-        source_is_best = state.best_epoch == state.epochs_done and state.batches_done == 0
-        if source_is_best:
-            # A run that is killed between saving the last and the best checkpoint lacks the latter
-            if source.resolve() != best.resolve():
-                publish_copy(source, best)
             return _Best.PRESENT
         epoch_of_best = _epoch_of(best)
         if epoch_of_best == state.best_epoch:

@@ -219,11 +219,10 @@ def check_training_state(contents: Mapping[str, Any], file: Path) -> None:
         CheckpointError: a key is missing, of another type, out of its range, or contradicts another
             key.
     """
-    for key, what in (("config", "config"), ("progress", "training state")):
-        if key not in contents:
-            raise CheckpointError(
-                f"{file}: holds no {what} of this project: it can be evaluated, not resumed"
-            )
+    if "progress" not in contents:
+        raise CheckpointError(
+            f"{file}: holds no training state of this project: it can be evaluated, not resumed"
+        )
     _check(TrainingState, contents, file)
     contradiction = _contradiction(contents)
     if contradiction:

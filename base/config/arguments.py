@@ -39,7 +39,6 @@ from pydantic_core import (
 from base.config.section import Section
 from base.registry import Constructor, attribute_of, not_one_of
 
-STRICT = ConfigDict(strict=True)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 ARGUMENT_OF_OTHERS = "argument_of_others"
 """The type of the error for an argument that only other entries of a table take."""
@@ -84,7 +83,7 @@ def arguments_of(entry: Constructor) -> Mapping[str, Argument]:
     arguments = {}
     for parameter in parameters_of(entry):
         key = names.get(parameter.name, parameter.name)
-        adapter = _adapter(hints.get(parameter.name, Any))
+        adapter = adapter_of(hints.get(parameter.name, Any))
         if key is None or adapter is None:
             continue
         field = FieldInfo.from_annotation(hints.get(parameter.name, Any))
@@ -196,11 +195,15 @@ def _args_section(text: str) -> dict[str, str]:
 
 
 @lru_cache(maxsize=1024)
-def _adapter(hint: Any) -> TypeAdapter[Any] | None:
-    """An adapter that checks values of a type; None for a type that JSON cannot hold."""
+def adapter_of(hint: Any, *, any_classes: bool = False) -> TypeAdapter[Any] | None:
+    """Return an adapter that checks values of a type.
+
+    None for a type that JSON cannot hold, or cannot hold in part, unless `any_classes` is set.
+    """
+    config = ConfigDict(strict=True, arbitrary_types_allowed=any_classes)
     try:
         try:
-            return TypeAdapter(hint, config=STRICT)
+            return TypeAdapter(hint, config=config)
         # A dataclass or a pydantic model has its own config and accepts no other one
         except PydanticUserError:
             return TypeAdapter(hint)

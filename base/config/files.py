@@ -127,7 +127,7 @@ def read_layers(path: str | Path) -> list[Layer]:
             )
         parent = tree.pop("extends", None)
         folder = target.parent if file.is_symlink() else file.parent
-        layers.append(Layer(f"{one_line(file)}{child}", tree, folder))
+        layers.append(Layer(f"{one_line(file)}{child}", tree, file, folder))
         if parent is None:
             return layers[::-1]
         context = f"{one_line(file)}: extends: "
@@ -303,23 +303,6 @@ def override(tree: Tree, overrides: Iterable[Override]) -> Tree:
         ConfigError: a key does not exist, or a value cannot be read; the message names the flag.
     """
     return merge_layers([Layer("config", tree), *override_layers(overrides)])[0]
-
-
-def config_chain(path: str | Path) -> list[Path]:
-    """Return a config file and the parents that it `extends`, up to one that cannot be read."""
-    files: list[Path] = []
-    file = Path(path)
-    while file not in files:
-        files.append(file)
-        try:
-            parent = read_json_object(file).get("extends")
-            target = file.resolve() if file.is_symlink() else file
-        except (ConfigError, OSError):
-            break
-        if not isinstance(parent, str):
-            break
-        file = target.parent / parent
-    return files
 
 
 @contextmanager

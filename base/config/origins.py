@@ -25,12 +25,14 @@ class Layer:
         origin: its name in messages, such as `configs/base.json (extended by my.json)` or
             `--set trainer.epochs=-1`.
         tree: its values.
+        file: the file; an empty path for other layers.
         folder: the folder to which the paths of its `imports` are relative.
         is_flag: whether it is on the command line.
     """
 
     origin: str
     tree: dict[str, Any]
+    file: Path = Path()
     folder: Path = Path()
     is_flag: bool = False
 

@@ -65,6 +65,8 @@ def distributed_session(training: bool = False) -> Iterator[None]:
         # After an error the group is not destroyed before the process ends: the others take a
         # closed connection for the sign that the message has been printed.
         yield
+        # A process that has finished meets those that fail in the end here.
+        barrier()
     except RuntimeError as error:
         if not is_connection_error(error):
             raise
@@ -85,7 +87,6 @@ def distributed_session(training: bool = False) -> Iterator[None]:
             _wait_until_reported(reporter)
             end_process(error.exit_code)
         raise
-    barrier()
     # Models in reference cycles hold on to the group, which would then never close.
     gc.collect()
     dist.destroy_process_group()

@@ -7,13 +7,12 @@ values out of range; `RANGES` holds those that it accepts silently.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from base.config.arguments import parameters_of, takes
+from base.config.arguments import adapter_of, parameters_of, takes
 from base.errors import ConfigError, all_of
 from base.registry import did_you_mean
 from base.text import one_line
@@ -158,7 +157,8 @@ def _argument_types(cls: type) -> dict[str, Any]:
 
 
 def _has_type(value: Any, annotation: Any) -> bool:
-    adapter = _type_adapter(annotation)
+    # Annotations may name tensors, which no JSON value is
+    adapter = adapter_of(annotation, any_classes=True)
     if adapter is None:
         return True
     try:
@@ -167,16 +167,6 @@ def _has_type(value: Any, annotation: Any) -> bool:
     except ValidationError:
         return False
     return True
-
-
-@lru_cache(maxsize=256)
-def _type_adapter(annotation: Any) -> TypeAdapter[Any] | None:
-    # Annotations may name tensors, which no JSON value is
-    config = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    try:
-        return TypeAdapter(annotation, config=config)
-    except PydanticUserError:
-        return None
 
 
 def _describe_type(annotation: Any) -> str:

@@ -94,18 +94,20 @@ class TensorBoard(Tracker):
 
     Args:
         folder: of the event files.
-        epochs_done: of the run that is resumed; 0 for a new one.
+        history: the epochs of the run that is resumed.
 
     Raises:
         ImportError: the `tensorboard` package is not installed.
     """
 
-    def __init__(self, folder: Path, epochs_done: int) -> None:
+    def __init__(self, folder: Path, history: Sequence[EpochLog] = ()) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Hides what an interrupted run wrote of epochs that are trained again
-        purge_step = epochs_done + 1 if epochs_done else None
-        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+        # Hides what an interrupted run wrote of its last epoch and of epochs that are trained again
+        self.writer = SummaryWriter(str(folder), purge_step=len(history) or None)
+        # A killed run may have saved its last epoch without having logged it
+        for log in history[-1:]:
+            self.log_epoch(log)
 
     def log_epoch(self, log: EpochLog) -> None:
         for key, value in log.items():

@@ -182,16 +182,22 @@ def test_run_log_is_cut_back_to_the_resumed_history(tmp_path):
     ]
 
 
-def test_tensorboard_holds_what_was_logged(tmp_path):
+@pytest.mark.parametrize("logged", [1, 2, 3])
+def test_tensorboard_holds_every_epoch_once_also_after_a_kill(tmp_path, logged):
+    """A killed run has saved two epochs, and logged one to three."""
     config = validate({**DIGITS, "trainer": {"tensorboard": True}})
-    trackers = start_trackers(config, tmp_path)
-    trackers.log_epoch({"epoch": 3, "val_top1": 0.5})
-    trackers.close()
+    epochs = [{"epoch": epoch, "val_top1": epoch / 4} for epoch in (1, 2, 3)]
+    for history, new in (([], epochs[:logged]), (epochs[:2], epochs[2:])):
+        trackers = start_trackers(config, tmp_path, history)
+        for log in new:
+            trackers.log_epoch(log)
+        trackers.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("val_top1")] == [(3, 0.5)]
+    found = [(event.step, event.value) for event in events.Scalars("val_top1")]
+    assert found == [(1, 0.25), (2, 0.5), (3, 0.75)]
 
 
 @pytest.mark.filterwarnings("ignore")  # comet-ml's own imports warn

@@ -147,7 +147,7 @@ def test_the_check_can_fail_for_packages(tmp_path, monkeypatch, capfd, careless)
     monkeypatch.setattr(
         experiment,
         "start_trackers",
-        lambda config, folder, history: Trackers([TensorBoard(folder, 0)]),
+        lambda config, folder, history: Trackers([TensorBoard(folder)]),
     )
     with pytest.raises(ImportError, match="tensorboard"):
         check_bare(tmp_path, here)

@@ -431,7 +431,7 @@ def test_mixup_trains_on_averages_of_pairs_with_one_weight(tmp_path):
     assert torch.equal(seen[0], seen[1]), "the draw is a function of seed, epoch and batch"
 
 
-def test_other_optimizers_and_foreign_checkpoints_are_refused(tmp_path):
+def test_checkpoints_of_another_optimizer_or_schedule_are_refused(tmp_path):
     trainer = build(tmp_path)
     trainer.train()
     checkpoint = load_checkpoint(tmp_path / "model_last.pth")
@@ -445,11 +445,6 @@ def test_other_optimizers_and_foreign_checkpoints_are_refused(tmp_path):
         CheckpointError, match="was trained with scheduler_type none, this config has StepLR"
     ):
         other.resume(checkpoint, tmp_path)
-    with pytest.raises(CheckpointError, match="holds no training state"):
-        trainer.resume(
-            {"arch": "CNN", "epoch": 4, "state_dict": {}, "optimizer": {}, "monitor_best": 0.3},
-            tmp_path,
-        )
 
 
 def test_base_trainer_is_abstract():

@@ -43,9 +43,14 @@ def main():
                 reported[name] = [end.code, ""]
             base.distributed.agreement.code_digest = digest
         (folder / f"reported {rank()}.json").write_text(json.dumps(reported))
-        words = ["-s", str(folder / f"{rank()}.pth"), "-c", str(folder / "config.json")]
-        words += ["--limit", "10"]
-        attack_network(attack_parser("", ()).parse_args(words), "fgsm")
+        words = ["-c", str(folder / "config.json"), "--limit", "10"]
+        files = ["--csv", str(folder / "v.csv"), "--json", str(folder / "r.json")]
+        if rank() == 1:
+            files = []
+        attack = attack_parser("", ()).parse_args(["-s", str(folder / "0.pth"), *words, *files])
+        attack_network(attack, "fgsm")
+        attack = attack_parser("", ()).parse_args(["-s", str(folder / f"{rank()}.pth"), *words])
+        attack_network(attack, "fgsm")
 
 run_script(main)
 """
@@ -154,6 +159,8 @@ def test_any_difference_is_one_line_and_the_exit_code_of_all(tmp_path):
     for name, (_, message) in expected.items():
         assert message in reported[0][name][1], name
         assert "\n" not in reported[0][name][1]
+    assert len((tmp_path / "v.csv").read_text().splitlines()) == 11, "rank 0 alone asks for files"
+    assert json.loads((tmp_path / "r.json").read_text())["n"] == 10
     assert codes == [3, 3], errors
     assert errors[0].splitlines()[-1] == "error: rank 1 and rank 0 have different checkpoints"
     assert "different" not in errors[1]
