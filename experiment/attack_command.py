@@ -199,10 +199,9 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
             "data_digest": loader.data_digest(),
             "weights_digest": evaluation.weights_digest(),
         }
-        if target is not None and options.json is None:
-            precision = report_precision(evaluation.autocast, attack)
-            measured = {**digests, "precision": precision, **describe_attack(attack)}
-            from_primary(lambda: _check_not_another(target, measured))
+        precision = report_precision(evaluation.autocast, attack)
+        measured = {**digests, "precision": precision, **describe_attack(attack)}
+        from_primary(lambda: _check_same_evaluation(target, options, measured))
         # An interrupted attack continues from the verdicts that are kept beside the report.
         kept = None
         if target is not None and not is_stream(target):
@@ -278,9 +277,13 @@ def _check_target(target: Path | None, options: AttackOptions) -> None:
         ) from None
 
 
-def _check_not_another(target: Path, measured: Mapping[str, Any]) -> None:
+def _check_same_evaluation(
+    target: Path | None, options: AttackOptions, measured: Mapping[str, Any]
+) -> None:
     """Check that a report at the default place, which the new one will replace, is one of the same
     evaluation: the name of the file says neither what was attacked nor in which precision."""
+    if target is None or options.json is not None:
+        return
     try:
         held = json.loads(target.read_text(encoding="utf-8"))
     except (OSError, ValueError):
