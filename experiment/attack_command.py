@@ -221,10 +221,9 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
             )
         # Outside the session every process is the primary one.
         was_primary = is_primary()
-        if options.csv is not None:
-            from_primary(lambda: _save_csv(report, loader, options.csv))
+        # Rank 0 alone decides what is written: each machine has a command line of its own.
+        from_primary(lambda: _save_files(report, loader, target, options))
         if target is not None and not is_stream(target):
-            from_primary(lambda: _save(report, target))
             # The report is on the disk now; removed earlier, the verdicts could be lost.
             remove_partials(target)
     if was_primary:
@@ -238,6 +237,7 @@ def _facts(evaluation: Evaluation, options: AttackOptions) -> Facts:
         "seed": options.seed,
         "batch_size": options.batch_size,
         "ema": options.ema,
+        "save_images": options.save_images is not None,
     }
     return {
         "command lines": (ConfigError, command),
@@ -298,6 +298,16 @@ def _check_same_evaluation(
                 f"{target}: holds the report {what}; write another file with --json FILE, or begin"
                 " its name with --name NAME"
             )
+
+
+def _save_files(
+    report: RobustnessReport, loader: BaseDataLoader, target: Path | None, options: AttackOptions
+) -> None:
+    """Write the verdicts and the report, wherever the command line asks for them."""
+    if options.csv is not None:
+        _save_csv(report, loader, options.csv)
+    if target is not None and not is_stream(target):
+        _save(report, target)
 
 
 def _save(report: RobustnessReport, target: Path) -> None:
