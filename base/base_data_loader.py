@@ -201,6 +201,12 @@ class BaseDataLoader(ABC):
         same ones; empty where a loader does not know it."""
         return ""
 
+    def data_digest(self) -> str:
+        """Return 16 hexadecimal digits for labels and images, by which reports tell whether they
+        are about the same data."""
+        both = f"{self.fingerprint()} {self.image_digest()}"
+        return hashlib.sha256(both.encode()).hexdigest()[:16]
+
     def image_fingerprints(self) -> dict[str, str]:
         """Return digests of the images that a run is trained and tested on, by a name in words;
         empty where they are not known.

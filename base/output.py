@@ -175,8 +175,12 @@ def save_figure(figure: Picture, path: str | Path) -> None:
     Raises:
         ConfigError: the suffix is not that of a picture, or the path cannot be written.
     """
+    # Only a figure is saved here, so matplotlib has been imported already
+    from matplotlib import rc_context
+
     picture = BytesIO()
-    with warnings.catch_warnings(record=True) as caught:
+    # 42 is TrueType; publishers do not accept matplotlib's default, Type 3
+    with warnings.catch_warnings(record=True) as caught, rc_context({"pdf.fonttype": 42}):
         warnings.filterwarnings("always", message="Glyph .* missing")
         figure.savefig(picture, format=format_of(path, PICTURES), dpi=DPI)
     # matplotlib warns about each missing letter; one line for all of them is enough.

@@ -117,7 +117,7 @@ def uses_low_precision(autocast: Autocast, attack: Attack) -> bool:
 
 
 def search_precision(autocast: Autocast, attack: Attack) -> str:
-    """Return the precision in which an attack searches, for reports: `"fp32"`, `"bf16"`, `"fp16"`,
+    """Return the precision in which an attack searches: `"fp32"`, `"bf16"`, `"fp16"`,
     `"tf32"`, or `"low precision"` for a context of another kind."""
     if not uses_low_precision(autocast, attack):
         return "fp32"
@@ -130,6 +130,14 @@ def search_precision(autocast: Autocast, attack: Attack) -> str:
         if torch.backends.cuda.matmul.fp32_precision == "tf32":
             return "tf32"
     return "fp32" if is_autocast else "low precision"
+
+
+def report_precision(autocast: Autocast, attack: Attack) -> str:
+    """Return the precision of search and verdicts, as reports name it."""
+    precision = search_precision(autocast, attack)
+    if precision == "fp32":
+        return precision
+    return f"{precision}, verdicts in fp32"
 
 
 def _searches(

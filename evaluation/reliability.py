@@ -107,6 +107,7 @@ def doctor(
         checks=tuple(results),
         examined=attack if isinstance(attack, PGD) else as_pgd(attack),
         curve=tuple(exam.curve),
+        curve_attack=exam.search,
         n=exam.n,
         num_classes=exam.num_classes,
     )
@@ -121,7 +122,7 @@ class _Exam:
         attack: the attack examined, stopping at top-1.
         search: the same, or PGD with `ENOUGH_STEPS` if the attack has fewer than `FEW_STEPS`.
         size: images per batch.
-        curve: pairs (epsilon, accuracy); the checks of epsilons fill it.
+        curve: pairs (epsilon, accuracy under the search); the checks of epsilons fill it.
     """
 
     def __init__(

@@ -31,7 +31,9 @@ class DoctorReport:
         checks: the results of all checks.
         examined: the attack that was examined; plain PGD in place of one of another kind.
         curve: pairs (epsilon in units of the pixel range, accuracy in `[0, 1]`), from epsilon 0 to
-            one at which every image can become gray: `examined` with its step size scaled along.
+            one at which every image can become gray.
+        curve_attack: the attack of the curve, whose step size is scaled along with epsilon. It
+            differs from `examined` if that has few steps.
         n: the number of images examined.
         num_classes: the number of the model's classes.
     """
@@ -39,6 +41,7 @@ class DoctorReport:
     checks: tuple[Check, ...]
     examined: Attack
     curve: tuple[tuple[float, float], ...]
+    curve_attack: Attack
     n: int
     num_classes: int
 
@@ -66,6 +69,7 @@ class DoctorReport:
             "images_needed": self.images_needed,
             "warnings": list(self.warnings),
             "curve": [list(point) for point in self.curve],
+            "curve_attack": title(self.curve_attack),
             "n": self.n,
         }
 
@@ -210,8 +214,8 @@ class RobustnessReport:
         }
         if self.doctor is not None:
             findings = self.doctor.as_dict()
-            values["checks"] = findings["checks"]
-            values["checked_attack"] = findings["checked_attack"]
+            for name in ("checks", "checked_attack", "curve", "curve_attack"):
+                values[name] = findings[name]
         return values
 
     def save(self, path: str | Path) -> None:

@@ -23,7 +23,7 @@ from base.errors import ConfigError
 from base.output import ARRAYS, check_outputs, is_stream, writing
 from base.run_folder.environment import package_versions
 from evaluation.adversarial_images import AdversarialImages
-from evaluation.attack_batch import ROWS, Autocast, attack_batch, search_precision
+from evaluation.attack_batch import ROWS, Autocast, attack_batch, report_precision
 from evaluation.batches import Batch, Batches, Data, FittingSize
 from evaluation.checks import quick_checks
 from evaluation.fuse_conv_bn import fuse_conv_bn
@@ -140,9 +140,6 @@ def robust_accuracy(
     # Report: every process gets it.
     attacked = len(verdicts) - sum(all_gather_object(len(known)))
     top5_known = knows_top5(attack, batches.num_classes)
-    precision = search_precision(autocast, attack)
-    if precision != "fp32":
-        precision = f"{precision}, verdicts in fp32"
     return RobustnessReport(
         attack=attack,
         seed=seed,
@@ -150,7 +147,7 @@ def robust_accuracy(
         robust_top5=verdicts.accuracy("robust_top5") if top5_known else None,
         seconds=seconds,
         images_per_second=attacked / seconds,
-        precision=precision,
+        precision=report_precision(autocast, attack),
         quick_checks=_gathered(checks),
         attack_warnings=_gathered(attack.warnings),
         checkpoint=checkpoint,

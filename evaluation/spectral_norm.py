@@ -8,11 +8,12 @@ built: `A x` is the layer's forward pass without its bias, `A^T y` its vector-Ja
 (Sedghi, Gupta, Long, arXiv:1805.10408, have a closed form for circular padding and stride 1.)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite, log10, sqrt
+from statistics import pvariance
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class Spectrum:
         spread: the orthogonality error of `A / sqrt(mean_square)`, which is the relative standard
             deviation of `s_i^2`: 0 for every multiple of an orthogonal operator, so a scale that a
             batch norm takes away does not count.
+        standard_errors: those of `mean_square`, `orthogonality_error` and `spread`, by name, where
+            these are estimates; None where they are exact.
     """
 
     norm: float
@@ -66,6 +69,7 @@ class Spectrum:
     mean_square: float
     orthogonality_error: float
     spread: float
+    standard_errors: Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,11 @@ class NetworkSpectra:
     @property
     def log10_product_with_batch_norms(self) -> float | None:
         """See `product_of_norms`; each norm times the scale of the batch norm behind the layer."""
-        return product_of_norms(
-            layer.spectrum.norm * (layer.batch_norm_scale or 1.0) for layer in self.layers
-        )
+        norms = []
+        for layer in self.layers:
+            scale = layer.batch_norm_scale
+            norms.append(layer.spectrum.norm * (1.0 if scale is None else scale))
+        return product_of_norms(norms)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -243,7 +249,8 @@ def operator_spectrum(
 
     The moments `sum s_i^2 = tr G` and `sum s_i^4 = |G|_F^2` come from Hutchinson's estimator: the
     averages of `z^T G z` and `|G z|^2` over `PROBES` vectors of random signs. If K is at most
-    `4 * PROBES`, they are computed exactly, from unit vectors.
+    `4 * PROBES`, they are computed exactly, from unit vectors. The standard errors of what is made
+    of the averages are the jackknife's: they come from its values without each of the vectors.
 
     Args:
         operator: linear; its vector-Jacobian product is its adjoint.
@@ -278,19 +285,18 @@ def operator_spectrum(
     norm, residual, iterations = _power_iteration(
         forward, adjoint, draw(1, zeros.numel()), tolerance, max_iterations
     )
-    mean_square, mean_fourth, error = _moments(forward, adjoint, output_shape.numel(), draw)
-    spread = 0.0
-    if mean_square > 0:
-        # Rounding can make the variance of equal singular values negative.
-        spread = sqrt(max(0.0, mean_fourth / mean_square**2 - 1))
+    moments, exact = _moments(forward, adjoint, output_shape.numel(), draw)
+    statistics = _statistics(moments.mean(0))
+    standard_errors = None
+    if not exact:
+        standard_errors = _standard_errors(moments)
     return Spectrum(
         norm=norm,
         residual=residual,
         iterations=iterations,
         converged=residual <= tolerance,
-        mean_square=mean_square,
-        orthogonality_error=error,
-        spread=spread,
+        **statistics,
+        standard_errors=standard_errors,
     )
 
 
@@ -358,10 +364,11 @@ def _extended(basis: Tensor, direction: Tensor) -> Tensor:
 
 def _moments(
     forward: Operator, adjoint: Operator, outputs: int, draw: Callable[[int, int], Tensor]
-) -> tuple[float, float, float]:
-    """Return `tr G / K`, `|G|_F^2 / K` and `|G - I|_F / sqrt(K)` of the smaller Gram matrix.
+) -> tuple[Tensor, bool]:
+    """Return values `(probes, 3)` whose means over the probes are `tr G / K`, `|G|_F^2 / K` and
+    `|G - I|_F^2 / K` of the smaller Gram matrix, and whether these means are exact.
 
-    They are means over probes z of the dimensions that count; the mean of `z z^T` is the identity.
+    The probes z have the dimensions that count; the mean of `z z^T` is the identity.
     """
     # Inputs that reach an output have a gradient. Those that do not are not counted in N.
     reached = adjoint(draw(1, outputs))[0] != 0
@@ -372,16 +379,38 @@ def _moments(
     size = int(counted.sum())
     signs = draw(PROBES, len(counted)).sign()
     probes = signs * counted
-    if size <= 4 * PROBES:
+    exact = size <= 4 * PROBES
+    if exact:
         # All unit vectors, scaled so that the mean of z z^T is the identity: exact.
         probes = sqrt(size) * torch.diag(counted.to(signs.dtype))[counted]
-    sums = torch.zeros(3, dtype=torch.float64)
+    values = []
     # A few probes at a time: each is as large as the layer's output
     for some in probes.split(4):
         product = forward(adjoint(some)) if by_rows else adjoint(forward(some))
-        trace = (some * product).sum()
-        square = product.square().sum()
-        error = (product - some).square().sum()
-        sums += torch.stack([trace, square, error]).cpu()
-    mean_square, mean_fourth, squared_error = (sums / (len(probes) * size)).tolist()
-    return mean_square, mean_fourth, sqrt(squared_error)
+        trace = (some * product).sum(1)
+        square = product.square().sum(1)
+        error = (product - some).square().sum(1)
+        values.append(torch.stack([trace, square, error], dim=1).cpu().double())
+    return torch.cat(values) / size, exact
+
+
+def _statistics(moments: Tensor) -> dict[str, float]:
+    """Return the fields of `Spectrum` that the three means of `_moments` decide."""
+    mean_square, mean_fourth, squared_error = moments.tolist()
+    spread = 0.0
+    if mean_square > 0:
+        # Rounding can make the variance of equal singular values negative.
+        spread = sqrt(max(0.0, mean_fourth / mean_square**2 - 1))
+    error = sqrt(squared_error)
+    return {"mean_square": mean_square, "orthogonality_error": error, "spread": spread}
+
+
+def _standard_errors(moments: Tensor) -> dict[str, float]:
+    """Return the jackknife's standard error of each of the `_statistics`; `moments` as `_moments`
+    returns them."""
+    count = len(moments)
+    without_one = [_statistics(row) for row in (moments.sum(0) - moments) / (count - 1)]
+    return {
+        name: sqrt((count - 1) * pvariance(each[name] for each in without_one))
+        for name in without_one[0]
+    }

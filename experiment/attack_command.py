@@ -1,6 +1,7 @@
 """The function of validate_pgd.py and fgsm.py: model, test images, attack -> report."""
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -21,17 +22,17 @@ from base.device import kernels_explained, memory_explained
 from base.distributed import distributed_session, from_primary, is_primary, world_size
 from base.distributed.agreement import Facts, config_facts, data_facts, prepare_on_all_ranks
 from base.errors import CheckpointError, ConfigError
-from base.output import PICTURES, check_folder, format_of, is_stream, writing
+from base.output import PICTURES, as_json, check_folder, format_of, is_stream, writing
 from base.registry import lookup
 from base.run_folder.names import EVALUATIONS
 from base.text import say
 from data_loader.splits import some_of_every_class
-from evaluation.attack_batch import Autocast, attack_batch
+from evaluation.attack_batch import Autocast, attack_batch, report_precision
 from evaluation.batches import device_of
 from evaluation.figures import draw_epsilon_curve, draw_examples
 from evaluation.partial import partial_file, remove_partials
 from evaluation.reliability import DoctorReport, doctor
-from evaluation.report import RobustnessReport, file_stem, title
+from evaluation.report import RobustnessReport, describe_attack, file_stem, title
 from evaluation.robust_accuracy import check_images_file, robust_accuracy
 from evaluation.verdicts import attack_rank
 from experiment import build_attacks
@@ -58,6 +59,9 @@ SIZES = (
     ("--loss", "pgd_attack.loss", "ce, margin or dlr"),
 )
 """Flags of attacks, the config keys that they set, and their help texts."""
+
+DIGESTS = {"data_digest": "of other images", "weights_digest": "of other weights"}
+"""Digests in reports -> how a message says that two of them differ."""
 
 ATTACK_ARGUMENTS = {
     "--steps": "steps",
@@ -191,6 +195,13 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
         context: dict[str, Any] = {"seed": options.seed, "autocast": evaluation.autocast}
         target = options.json or _default_target(evaluation.run_folder, attack, options)
         from_primary(lambda: _check_target(target, options))
+        digests = {
+            "data_digest": loader.data_digest(),
+            "weights_digest": evaluation.weights_digest(),
+        }
+        precision = report_precision(evaluation.autocast, attack)
+        measured = {**digests, "precision": precision, **describe_attack(attack)}
+        from_primary(lambda: _check_same_evaluation(target, options, measured))
         # An interrupted attack continues from the verdicts that are kept beside the report.
         kept = None
         if target is not None and not is_stream(target):
@@ -205,15 +216,14 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
                 partial=kept,
                 save_images=options.save_images,
                 checkpoint=evaluation.source,
-                provenance={**evaluation.provenance, "data": evaluation.data},
+                provenance={**evaluation.provenance, "data": evaluation.data, **digests},
                 **context,
             )
         # Outside the session every process is the primary one.
         was_primary = is_primary()
-        if options.csv is not None:
-            from_primary(lambda: _save_csv(report, loader, options.csv))
+        # Rank 0 alone decides what is written: each machine has a command line of its own.
+        from_primary(lambda: _save_files(report, loader, target, options))
         if target is not None and not is_stream(target):
-            from_primary(lambda: _save(report, target))
             # The report is on the disk now; removed earlier, the verdicts could be lost.
             remove_partials(target)
     if was_primary:
@@ -227,6 +237,7 @@ def _facts(evaluation: Evaluation, options: AttackOptions) -> Facts:
         "seed": options.seed,
         "batch_size": options.batch_size,
         "ema": options.ema,
+        "save_images": options.save_images is not None,
     }
     return {
         "command lines": (ConfigError, command),
@@ -264,6 +275,39 @@ def _check_target(target: Path | None, options: AttackOptions) -> None:
         raise ConfigError(
             f"{target.parent}: cannot be written ({error.strerror}){instead}"
         ) from None
+
+
+def _check_same_evaluation(
+    target: Path | None, options: AttackOptions, measured: Mapping[str, Any]
+) -> None:
+    """Check that a report at the default place, which the new one will replace, is one of the same
+    evaluation: the name of the file says neither what was attacked nor in which precision."""
+    if target is None or options.json is not None:
+        return
+    try:
+        held = json.loads(target.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not isinstance(held, dict):
+        return
+    # As JSON holds them. Reports of older versions lack some of the keys.
+    for key, value in json.loads(as_json(measured)).items():
+        if held.get(key, value) != value:
+            what = DIGESTS.get(key, f"with {key} {json.dumps(held[key])}, not {json.dumps(value)}")
+            raise ConfigError(
+                f"{target}: holds the report {what}; write another file with --json FILE, or begin"
+                " its name with --name NAME"
+            )
+
+
+def _save_files(
+    report: RobustnessReport, loader: BaseDataLoader, target: Path | None, options: AttackOptions
+) -> None:
+    """Write the verdicts and the report, wherever the command line asks for them."""
+    if options.csv is not None:
+        _save_csv(report, loader, options.csv)
+    if target is not None and not is_stream(target):
+        _save(report, target)
 
 
 def _save(report: RobustnessReport, target: Path) -> None:
@@ -316,7 +360,7 @@ def _finish(
         report = report.with_doctor(found)
         say(*found.checks)
         with _report_printed_on_failure(report):
-            _draw_curve(found, report, options.figure or target)
+            _draw_curve(found, evaluation, options.figure or target)
     if target is not None:
         # A file was written before the reliability was known, a stream was not.
         if options.doctor or is_stream(target):
@@ -385,14 +429,18 @@ def _default_target(run_folder: Path | None, attack: Attack, options: AttackOpti
     return folder / f"{'_'.join(words)}.json"
 
 
-def _draw_curve(found: DoctorReport, report: RobustnessReport, beside: Path | None) -> None:
+def _draw_curve(found: DoctorReport, evaluation: Evaluation, beside: Path | None) -> None:
     if beside is None or is_stream(beside):
         return
     suffix = ".png"
     if beside.suffix.removeprefix(".") in PICTURES:
         suffix = beside.suffix
     path = beside.with_name(f"{beside.stem}_epsilon{suffix}")
-    attack = found.examined
+    # The name of a checkpoint is that of every other run's, too
+    named = Path(evaluation.source)
+    if evaluation.run_folder is not None:
+        named = evaluation.run_folder.resolve()
+    attack = found.curve_attack
     draw_epsilon_curve(
         path,
         found.curve,
@@ -400,7 +448,7 @@ def _draw_curve(found: DoctorReport, report: RobustnessReport, beside: Path | No
         clean=found.curve[0][1],
         chance=1 / found.num_classes,
         epsilon=attack.epsilon,
-        title=f"{Path(report.checkpoint).name} under PGD on {found.n} images",
+        title=f"{named.name}: {title(attack)}, scaled to each epsilon, on {found.n} images",
     )
     say(f"accuracy against epsilon {path}")
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from base.base_data_loader import BaseDataLoader
 from base.command_line import Parser
-from base.output import save_json, write_output, writing
+from base.output import save_figure, save_json, write_output, writing
 from base.run_folder.environment import package_versions
 from base.text import csv_text, say
 from evaluation.class_scores import Predictions, class_scores, predict
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
 from experiment.loading import load_evaluation
 from reports.class_table import class_summary, class_table, class_warnings
-from reports.confusion_figure import draw_confusion
+from reports.confusion_figure import confusion_figure
 
 
 def class_report_parser() -> Parser:
@@ -64,7 +64,8 @@ def report_classes(arguments: argparse.Namespace) -> None:
         say(f"predictions {arguments.csv}")
     if arguments.figure:
         title = f"{evaluation.described} on {scores['n']} test images: top-1 {scores['top1']:.2%}"
-        draw_confusion(arguments.figure, scores["confusion"], loader.class_names, title)
+        figure = confusion_figure(scores["confusion"], loader.class_names, title)
+        save_figure(figure, arguments.figure)
         say(f"figure {arguments.figure}")
     print(class_summary(scores))
 

@@ -58,8 +58,9 @@ class Evaluation:
         return autocast(self.device, choose_precision(self.config.system.precision, self.device))
 
     def weights_digest(self) -> str:
-        """Return the SHA-256 of the model's parameters and buffers, hexadecimal."""
-        return hash_tensors([*self.model.parameters(), *self.model.buffers()]).hexdigest()
+        """Return 16 hexadecimal digits for the model's parameters and buffers."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return hash_tensors(tensors).hexdigest()[:16]
 
 
 def prepare_machine(config: Config) -> torch.device:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,12 @@ class _Tester:
     shard: BaseDataLoader
     autocast: Callable[[], AbstractContextManager]
 
+    @cached_property
+    def attacked(self) -> BaseDataLoader:
+        """The test images that are attacked, as many as the config asks for."""
+        count = self.config.adversarial.report_images or self.loader.n_samples
+        return some_of_every_class(self.loader, count)
+
     def test_with_average(
         self, model: BaseModel, averaged: BaseModel | None, files: list[Path]
     ) -> dict[str, float]:
@@ -199,8 +206,7 @@ class _Tester:
         folder = files[0].parent / EVALUATIONS
         names = [file.stem.removeprefix("model_") + suffix for file in files]
         targets = [folder / f"{config.pgd_attack.type}_{name}.json" for name in names]
-        count = config.adversarial.report_images or self.loader.n_samples
-        images = some_of_every_class(self.loader, count)
+        images = self.attacked
         classes = self.loader.num_classes
         attack = build_attacks.build_attack(config, classes, attack_rank(classes))
         settings = (config.seed, images.batch_size)
@@ -213,6 +219,7 @@ class _Tester:
             autocast=nullcontext,
             partial=partial_file(targets[0], model, images, attack, settings),
             description=f"attacking the {names[0]} model",
+            provenance={"data_digest": images.data_digest()},
         )
         if is_primary():
             for file, target in zip(files, targets, strict=True):

@@ -6,13 +6,13 @@ import torch
 
 from base.command_line import Parser
 from base.errors import ConfigError
-from base.output import save_json
+from base.output import save_figure, save_json
 from base.run_folder.environment import package_versions
 from base.text import say
 from evaluation.spectral_norm import layer_spectra
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
 from experiment.loading import load_evaluation
-from reports.spectrum_figure import draw_spectrum
+from reports.spectrum_figure import spectrum_figure
 from reports.spectrum_table import spectrum_summary, spectrum_table
 
 
@@ -70,6 +70,7 @@ def report_spectra(arguments: argparse.Namespace) -> None:
         save_json(arguments.json, values)
         say(f"report {arguments.json}")
     if arguments.figure:
-        draw_spectrum(arguments.figure, values["layers"], evaluation.described)
+        figure = spectrum_figure(values["layers"], evaluation.described)
+        save_figure(figure, arguments.figure)
         say(f"figure {arguments.figure}")
     print(spectrum_summary(values))

@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
     """Return the columns of top-1 accuracy under attack that the names select.
 
-    A warning names each unreliable report, and each column in which the attack changes from row to
-    row.
+    A warning names each unreliable report, and each column in which the attack, its precision or
+    the images change from row to row.
 
     Args:
         groups: rows of the table.
@@ -27,7 +27,7 @@ def attack_columns(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
 
     Raises:
         ConfigError: a name matches no report of any run, or one row and column holds reports of
-            different attacks.
+            different attacks, precisions or images.
     """
     kinds = list(
         dict.fromkeys(kind for group in groups for run in group.runs for kind in run.reports)
@@ -71,8 +71,10 @@ def _check_attacks(groups: Sequence[Group], kind: str) -> None:
 
 def _difference(first: AttackReport, second: AttackReport) -> str | None:
     """Describe the first difference between two attacks; None if they are the same."""
+    others = second.attack
     for key, value in first.attack.items():
-        other = second.attack[key]
+        # Reports of older versions lack some keys
+        other = others.get(key, value)
         if value != other:
             return (
                 f"{key} is {format_setting(value)} in {first.file},"

@@ -4,13 +4,12 @@ import argparse
 from collections.abc import Sequence
 
 from base.errors import ConfigError
-from base.output import PICTURES, check_outputs
+from base.output import PICTURES, check_outputs, save_figure
 from base.text import say
 from reports import tables
 from reports.attack_columns import attack_columns
 from reports.curves import against_figure, curves_figure
 from reports.groups import Group, finished_groups, group_runs
-from reports.panels import save_figure
 from reports.runs import LAST_EPOCH, check_known, find_runs
 
 NEEDED = {

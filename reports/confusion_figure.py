@@ -1,13 +1,11 @@
 """A figure of a confusion matrix."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from base.output import save_figure
 from base.text import one_line
 
 if TYPE_CHECKING:
@@ -20,13 +18,6 @@ LETTER = 0.085
 NUMBERED = 20
 """The largest number of classes whose cells hold numbers."""
 TICKS = (0, 1, 5, 10, 25, 50, 75, 100)
-
-
-def draw_confusion(
-    path: str | Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str
-) -> None:
-    """Write `confusion_figure` to a file in the format of its suffix, and make missing folders."""
-    save_figure(confusion_figure(confusion, class_names, title), path)
 
 
 def confusion_figure(

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from base import output
 from base.meters import is_accuracy
 from base.text import one_line
 
@@ -184,16 +182,3 @@ def _seeds(curves: Sequence[Curve | None]) -> str:
     if len(counts) == 1:
         return f"n = {counts[0]}"
     return f"n = {counts[0]} to {counts[-1]}"
-
-
-def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure in the format of the path's suffix.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    from matplotlib import rc_context
-
-    # 42 is TrueType; publishers do not accept matplotlib's default, Type 3
-    with rc_context({"pdf.fonttype": 42}):
-        output.save_figure(figure, path)

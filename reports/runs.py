@@ -32,8 +32,14 @@ NULL_IF_NOT_MEASURED = ("val_top1", "best_epoch")
 """The names that `result.json` always has. Any other null in it, and in `metrics.jsonl`, was
 infinite or NaN; what was not measured has no name there."""
 
-ATTACK = ("attack", "description", "norm", "epsilon", "loss", "step_size", "steps", "restarts", "n")
-"""The keys of a report that say which attack was run, and on how many images."""
+NOT_THE_ATTACK = (
+    "seed", "clean_top1", "robust_top1", "robust_top5", "interval", "seconds", "images_per_second",
+    "max_perturbation", "reliable", "images_needed", "warnings", "versions", "checks",
+    "checked_attack", "curve", "curve_attack", "checkpoint", "weights_digest", "normalization",
+    "assumed", "data", "model", "model_args",
+)  # fmt: skip
+"""The keys of a report that may differ in a column: results, and the model. All others say which
+attack was run, in which precision and on which images."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +177,9 @@ class AttackReport:
 
     @property
     def attack(self) -> dict[str, Any]:
-        """The values that comparable reports have in common: the attack, the name of the model's
-        file and the number of images."""
-        attack = {key: self.values.get(key) for key in ATTACK}
+        """The values that comparable reports have in common: the attack with all its arguments, the
+        precision, the images and the name of the model's file."""
+        attack = {key: value for key, value in self.values.items() if key not in NOT_THE_ATTACK}
         # The folder may have been moved since
         attack["checkpoint"] = Path(str(self.values.get("checkpoint"))).name
         return attack

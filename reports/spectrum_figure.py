@@ -1,10 +1,8 @@
 """A figure of a network's layers as linear operators, in depth order."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from base.output import save_figure
 from base.text import one_line
 from reports.spectrum_table import LayerRow
 
@@ -21,11 +19,6 @@ MOST_NAMES = 150
 # Far apart in gray, too
 BLUE = "#0b4f8a"
 ORANGE = "#d55e00"
-
-
-def draw_spectrum(path: str | Path, layers: Sequence[LayerRow], title: str) -> None:
-    """Write `spectrum_figure` to a file in the format of its suffix, and make missing folders."""
-    save_figure(spectrum_figure(layers, title), path)
 
 
 def spectrum_figure(layers: Sequence[LayerRow], title: str) -> "Figure":

@@ -18,6 +18,7 @@ class LayerRow(TypedDict):
     mean_square: float
     orthogonality_error: float
     spread: float
+    standard_errors: Mapping[str, float] | None
     batch_norm_scale: float | None
 
 
@@ -27,7 +28,8 @@ HEADS = ("layer", "input", "norm", "residual", "mean s^2", "error", "spread", "b
 def spectrum_table(layers: Sequence[LayerRow]) -> str:
     """Write a line per layer, in depth order.
 
-    A `!` behind a residual says that the power iteration stopped before it reached its tolerance.
+    A `!` behind a residual says that the power iteration stopped before it reached its tolerance, a
+    `~` before a number that it is estimated from random vectors.
 
     Args:
         layers: as in `evaluation.NetworkSpectra.as_dict()`.
@@ -48,6 +50,14 @@ def spectrum_summary(values: Mapping[str, Any]) -> str:
         f" product of spectral norms {_power(values['log10_product_of_norms'])},"
         f" with batch norms {_power(values['log10_product_with_batch_norms'])}"
     )
+    standard_errors = [
+        layer["standard_errors"]["orthogonality_error"]
+        for layer in layers
+        if layer["standard_errors"] is not None
+    ]
+    if standard_errors:
+        largest = max(standard_errors)
+        summary += f"; ~ estimated, the error with a standard error of up to {largest:.2g}"
     unfinished = sum(not layer["converged"] for layer in layers)
     if unfinished:
         summary += f"; {unfinished} norms not to the tolerance"
@@ -58,14 +68,15 @@ def _row(layer: LayerRow) -> list[str]:
     residual = f"{layer['residual']:.0e}"
     if not layer["converged"]:
         residual += " !"
+    mark = "" if layer["standard_errors"] is None else "~"
     return [
         layer["name"],
         "x".join(map(str, layer["input_shape"])),
         _number(layer["norm"]),
         residual,
-        _number(layer["mean_square"]),
-        _number(layer["orthogonality_error"]),
-        _number(layer["spread"]),
+        mark + _number(layer["mean_square"]),
+        mark + _number(layer["orthogonality_error"]),
+        mark + _number(layer["spread"]),
         _number(layer["batch_norm_scale"]),
     ]
 

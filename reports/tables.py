@@ -216,8 +216,8 @@ def _warn_of_missing(group: Group, metric: str) -> None:
     # A row without any value says so by itself
     if 0 < len(missing) < len(outcomes):
         logger.warning(
-            "%s: %s is that of %d of %d runs, so it is neither bold nor tested; without it: %s",
-            group.name, metric, len(outcomes) - len(missing), len(outcomes), ", ".join(missing),
+            "%s: only %d of %d runs have %s, so it is neither bold nor tested; without it: %s",
+            group.name, len(outcomes) - len(missing), len(outcomes), metric, ", ".join(missing),
         )  # fmt: skip
     for folder, value in outcomes:
         if value is not None and not isfinite(value):
@@ -245,7 +245,8 @@ def _column(
         {key: cell.p for key, cell in zip(comparisons, cells, strict=True) if cell.p is not None}
     )
     return [
-        replace(cell, p=corrected.get(key)) for key, cell in zip(comparisons, cells, strict=True)
+        cell if cell.p is None else replace(cell, p=corrected[key])
+        for key, cell in zip(comparisons, cells, strict=True)
     ]
 
 

@@ -7,17 +7,20 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from attacks import PGD
-from base.checkpoint import save_checkpoint
+from attacks import FGSM, PGD
+from base.checkpoint import load_checkpoint, save_checkpoint
+from base.errors import ConfigError
 from evaluation import DoctorReport, RobustnessReport, Verdicts
 from evaluation.checks import Check
-from experiment.attack_command import _verdict_on_reliability
+from experiment import attack_command
+from experiment.attack_command import _verdict_on_reliability, attack_network, attack_parser
 from tests.base.distributed.two_processes import start_two
 from tiny_runs import read_arrays, script
 
@@ -106,6 +109,51 @@ def test_a_run_folder_needs_no_config_and_gets_the_report(robust_run):
     other.unlink()
 
 
+def test_a_report_is_replaced_by_that_of_the_same_evaluation_only(robust_run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "model_best.pth"):
+        shutil.copy(robust_run[0] / name, folder)
+
+    def attack(*words):
+        words = ["-s", folder, "--limit", 10, *words]
+        attack_network(attack_parser("", ()).parse_args([*map(str, words)]), "pgd")
+        (path,) = (folder / "eval").glob("pgd*.json")
+        report = json.loads(path.read_text())
+        assert (len(report["data_digest"]), len(report["weights_digest"])) == (16, 16)
+        return path
+
+    path = attack()
+    before = path.read_bytes()
+    assert attack() == path
+    assert path.read_bytes() != before, "the seconds are others"
+
+    def refused(message, *words):
+        before = path.read_bytes()
+        with pytest.raises(
+            ConfigError, match=f"^{re.escape(f'{path}: holds the report {message}')}"
+        ):
+            attack(*words)
+        assert path.read_bytes() == before
+
+    refused(
+        'with precision "fp32", not "bf16, verdicts in fp32"; write another file with --json FILE,'
+        " or begin its name with --name NAME",
+        "--set",
+        "system.precision=bf16",
+    )
+    refused("with early_stop 5, not 1;", "--set", "pgd_attack.early_stop=1")
+    contents = load_checkpoint(folder / "model_best.pth")
+    next(iter(contents["state_dict"].values())).mul_(2)
+    save_checkpoint(folder / "model_best.pth", contents)
+    refused("of other weights;")
+    attack("--name", "doubled")
+    assert (folder / "eval" / f"doubled_{path.name}").exists()
+    attack("--json", path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_digest": "0"}))
+    refused("of other images;")
+
+
 def test_verdicts_are_the_same_for_two_processes_and_other_batches(robust_run, tmp_path):
     folder, _ = robust_run
     words = ["-s", folder, "--limit", 40, "--seed", 5, "--restarts", 2, "--json"]
@@ -117,6 +165,8 @@ def test_verdicts_are_the_same_for_two_processes_and_other_batches(robust_run, t
     output = "".join(process.communicate(timeout=300)[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
     assert output.count("PGD-2") == 1, "only one process reports"
+    paths = [folder / "eval" / "pgd_best.json", tmp_path / "one.json", tmp_path / "two.json"]
+    assert len({json.loads(path.read_text())["data_digest"] for path in paths}) == 1
     verdicts = [read_arrays(tmp_path / f"{name}.verdicts.npz") for name in ("one", "two")]
     assert len(set(verdicts[1]["position"].tolist())) == 40, "every image exactly once"
     assert all(np.array_equal(verdicts[0][name], verdicts[1][name]) for name in verdicts[0])
@@ -158,6 +208,8 @@ def test_doctor_figure_and_l2(robust_run, tmp_path):
     if "failed" not in verdicts:
         assert f"UNDECIDED: about {report['images_needed']} images would decide\n" in done.stdout
     assert report["checked_attack"] == "PGD-3, l2 0.5, step 0.4167, 1 start"
+    assert report["curve_attack"].startswith("PGD-20, l2 0.5, step ")
+    assert [epsilon for epsilon, _ in report["curve"]][:4] == [0, 0.125, 0.25, 0.5]
     assert not list(tmp_path.glob(".*")), "no partial files remain"
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert (tmp_path / "a_epsilon.png").stat().st_size > 1000
@@ -236,10 +288,30 @@ def test_the_doctors_last_line(check, attack_warnings, reliable, line):
         images_per_second=300.0,
         precision="fp32",
         attack_warnings=attack_warnings,
-        doctor=DoctorReport((check,), attack, (), 200, 10),
+        doctor=DoctorReport((check,), attack, (), attack, 200, 10),
     )
     assert report.reliable is reliable
     assert _verdict_on_reliability(report, report.doctor) == line
+
+
+@pytest.mark.parametrize(("folder", "name"), [(None, "model_best.pth"), (Path(), "the run")])
+def test_the_picture_of_epsilons_names_its_own_attack_and_the_run(
+    tmp_path, monkeypatch, folder, name
+):
+    """A report on FGSM or PGD of few steps has a curve under another attack."""
+    drawn = {}
+    monkeypatch.setattr(
+        attack_command, "draw_epsilon_curve", lambda *_, **given: drawn.update(given)
+    )
+    (tmp_path / "the run").mkdir()
+    monkeypatch.chdir(tmp_path / "the run")
+    search = PGD(8 / 255, 2 / 255, 20, early_stop=1)
+    found = DoctorReport((PASSED,), FGSM(8 / 255), ((0.0, 0.9),), search, 200, 10)
+    evaluation = SimpleNamespace(source="other/model_best.pth", run_folder=folder)
+    attack_command._draw_curve(found, evaluation, tmp_path / "a.json")
+    assert drawn["title"] == (
+        f"{name}: PGD-20, linf 8/255, step 2/255, 1 start, scaled to each epsilon, on 200 images"
+    )
 
 
 @pytest.mark.parametrize(

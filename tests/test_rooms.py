@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "script": {"base", "evaluation", "studies", "reports", "experiment"},
 }
 PACKAGES = {
-    "base": {"torch", "pydantic", "pydantic_core", "numpy", "tqdm", "comet_ml"},
+    "base": {"torch", "pydantic", "pydantic_core", "numpy", "tqdm", "comet_ml", "matplotlib"},
     "reports": {"numpy", "scipy", "sklearn", "matplotlib"},
 }
 """Of the rooms that may use only these."""

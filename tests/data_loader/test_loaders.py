@@ -515,12 +515,12 @@ def test_digests_depend_on_images_but_not_on_their_folder(tmp_path, in_memory, s
         write_images(tmp_path / "data" / part, dict.fromkeys("wxyz", count), (10, 7), suffix)
 
     def digests(folder):
-        return ImageFolderDataLoader(
-            folder, 4, validation_split=0.3, in_memory=in_memory
-        ).image_fingerprints()
+        loader = ImageFolderDataLoader(folder, 4, validation_split=0.3, in_memory=in_memory)
+        attacked = loader.test_loader().data_digest()
+        return {**loader.image_fingerprints(), "attacked images": attacked}
 
     first = digests(tmp_path / "data")
-    assert set(first) == {"training images", "test images"}
+    assert set(first) == {"training images", "test images", "attacked images"}
     (tmp_path / "data").rename(tmp_path / "moved")
     assert digests(tmp_path / "moved") == first
     for file in sorted((tmp_path / "moved" / "train" / "x").iterdir()):  # trained on, or held out
@@ -531,7 +531,13 @@ def test_digests_depend_on_images_but_not_on_their_folder(tmp_path, in_memory, s
         file.write_bytes(before)
     repaint(next((tmp_path / "moved" / "test" / "z").iterdir()))
     now = digests(tmp_path / "moved")
-    assert [part for part in first if now[part] != first[part]] == ["test images"]
+    changed = [part for part in first if now[part] != first[part]]
+    assert changed == ["test images", "attacked images"]
+    before = digests(tmp_path / "moved")
+    for part in ("train", "test"):
+        for name, new in ("w_", "xw", "_x"):
+            (tmp_path / "moved" / part / name).rename(tmp_path / "moved" / part / new)
+    assert digests(tmp_path / "moved")["attacked images"] != before["attacked images"], "labels"
 
 
 def test_the_digest_of_many_files_reads_every_nth_and_all_sizes(tmp_path, monkeypatch):

@@ -127,11 +127,15 @@ def test_a_check_is_one_line():
 
 
 @pytest.mark.parametrize(
-    ("attack", "largest"),
-    [(ATTACK, 0.5), (FGSM(EPSILON), 0.5), (PGD(0.5, 0.125, 10, "l2", early_stop=5), 4.0)],
+    ("attack", "largest", "of_curve"),
+    [
+        (ATTACK, 0.5, "PGD-10, linf 25.5/255, step 6.375/255, 1 start"),
+        (FGSM(EPSILON), 0.5, "PGD-20, linf"),
+        (PGD(0.5, 0.125, 10, "l2", early_stop=5), 4.0, "PGD-10, l2 0.5, step 0.125"),
+    ],
     ids=["pgd", "fgsm", "l2"],
 )
-def test_a_healthy_network_passes_everything(healthy, attack, largest, capsys):
+def test_a_healthy_network_passes_everything(healthy, attack, largest, of_curve, capsys):
     parameters = [parameter.clone() for parameter in healthy.state_dict().values()]
     report = doctor(healthy, loader(ENOUGH, 60), attack)
     checks, curve = report.checks, report.curve
@@ -142,6 +146,7 @@ def test_a_healthy_network_passes_everything(healthy, attack, largest, capsys):
     assert len({check.name for check in checks}) == len(checks) >= 12
     assert all("\n" not in str(check) for check in checks)
     json.dumps(report.as_dict())
+    assert report.as_dict()["curve_attack"].startswith(of_curve)
     assert capsys.readouterr().err == "", "no progress bar without a terminal"
 
     sizes, accuracies = zip(*curve, strict=True)

@@ -487,19 +487,19 @@ OPEN = [judge_rate("open", found, 20, 0.05, "") for found in (0, 2)]
 def test_a_report_is_reliable_if_every_check_passed(digits, checks, reliable, needed):
     model, loader = digits
     report = robust_accuracy(model, loader, ATTACK)
-    examined = report.with_doctor(DoctorReport(tuple(checks), ATTACK, (), 20, 10))
+    examined = report.with_doctor(DoctorReport(tuple(checks), ATTACK, (), ATTACK, 20, 10))
     assert examined.reliable is reliable
     assert examined.images_needed == needed
     assert examined.warnings == ("bad: ",) * (BAD in checks)
     verdicts = [check["verdict"] for check in examined.as_dict()["checks"]]
     assert verdicts == [check.verdict for check in checks]
     assert report.reliable is None, "the doctor was not asked"
-    other = DoctorReport((GOOD,), FGSM(4 / 255), (), 20, 10)
+    other = DoctorReport((GOOD,), FGSM(4 / 255), (), ATTACK, 20, 10)
     assert report.with_doctor(other).reliable is None, "another attack was examined"
     warned = replace(report, attack_warnings=("the attack doubts itself",))
-    assert warned.with_doctor(DoctorReport((GOOD,), ATTACK, (), 20, 10)).reliable is None
+    assert warned.with_doctor(DoctorReport((GOOD,), ATTACK, (), ATTACK, 20, 10)).reliable is None
     failed = replace(report, quick_checks=(BAD,))
-    assert failed.with_doctor(DoctorReport((GOOD,), ATTACK, (), 20, 10)).reliable is False
+    assert failed.with_doctor(DoctorReport((GOOD,), ATTACK, (), ATTACK, 20, 10)).reliable is False
 
 
 def test_an_undecided_check_of_one_batch_is_not_a_warning(digits):

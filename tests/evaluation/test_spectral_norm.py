@@ -12,7 +12,7 @@ from torch import nn
 
 from base.errors import NonFiniteError
 from evaluation.layer_trace import LayerCall
-from evaluation.spectral_norm import measure, operator_spectrum, product_of_norms
+from evaluation.spectral_norm import layer_spectra, measure, operator_spectrum, product_of_norms
 from models.layers import ConvNorm2d, ONIConv2d, OWNConv2d, SpectralNormConv2d
 
 CONV_TYPES = (nn.Conv2d, ConvNorm2d, SpectralNormConv2d, ONIConv2d, OWNConv2d)
@@ -102,10 +102,19 @@ def test_many_singular_values_are_estimated():
     layer, shape = nn.Conv2d(4, 6, 3, padding=1), (4, 9, 9)
     found, exact = spectrum(layer, shape), singular_values(layer, shape)
     assert len(exact) > 300
+    assert spectrum(nn.Conv2d(2, 2, 3), (2, 4, 4)).standard_errors is None, "exact"
     assert found.norm == pytest.approx(exact[0], rel=1e-6)
     assert found.mean_square == pytest.approx((exact**2).mean(), rel=0.05)
     assert found.orthogonality_error == pytest.approx(sqrt(((exact**2 - 1) ** 2).mean()), rel=0.05)
     assert found.spread == pytest.approx((exact**2).std() / (exact**2).mean(), rel=0.1)
+    # The standard errors are as large as the spread of the estimates over seeds
+    call = LayerCall("layer", layer, shape, None)
+    estimates = [measure(call, max_iterations=1, seed=seed) for seed in range(40)]
+    for name, error in found.standard_errors.items():
+        spread = np.std([getattr(one, name) for one in estimates])
+        mean = np.mean([one.standard_errors[name] for one in estimates])
+        assert mean == pytest.approx(spread, rel=0.4)
+        assert 0.4 < error / spread < 2.5
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -203,3 +212,13 @@ def test_one_singular_value_above_a_great_many_equal_ones_is_found():
 def test_product_of_norms():
     assert product_of_norms([10, 0.1, 100]) == pytest.approx(2)
     assert product_of_norms([10, 0]) is None
+
+
+def test_a_batch_norm_that_scales_by_zero_ends_the_product():
+    """As one that starts at zero at the end of a residual branch does."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    assert layer_spectra(network, (3, 6, 6)).log10_product_with_batch_norms is not None
+    nn.init.zeros_(network[1].weight)
+    found = layer_spectra(network, (3, 6, 6))
+    assert [layer.batch_norm_scale for layer in found.layers] == [0, None]
+    assert found.log10_product_with_batch_norms is None

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from base.config import validate
+from base.config.strict_json import json_text
 from base.config.tree import merge
 
 CONFIG = {
@@ -18,7 +19,7 @@ CONFIG = {
 @pytest.fixture
 def make_run(tmp_path):
     """Write a run folder and return it: `values` are the metrics of every epoch (None: not measured
-    in it), `result` what result.json holds (None: not finished)."""
+    in it, NaN becomes null), `result` what result.json holds (None: not finished)."""
 
     def make(name, values, result=None, /, **sections):
         folder = tmp_path / name
@@ -31,7 +32,7 @@ def make_run(tmp_path):
         ]
         (folder / "metrics.jsonl").write_text(
             "".join(
-                json.dumps({"epoch": epoch, **line}) + "\n"
+                json_text({"epoch": epoch, **line}) + "\n"
                 for epoch, line in enumerate(lines, start=1)
             )
         )

@@ -8,7 +8,7 @@ from base.errors import ConfigError
 from reports.attack_columns import attack_columns
 from reports.groups import group_runs
 from reports.runs import find_runs
-from reports.tables import compare
+from reports.tables import best_rows, compare, write_table
 
 KEY = "arch.args.conv_layer_type"
 PGD = {
@@ -102,6 +102,36 @@ def test_different_attacks_do_not_share_a_column(methods, tmp_path, caplog):
         match=r"^--eval pgd_best: n is 50 in .*conv6.*, but 40 in .*conv8.*: one column holds one",
     ):
         attack_columns(methods(), ["pgd_best"])
+    report(tmp_path / "conv8", "pgd_best", 0.5)
+    for key, value, other in (
+        ("precision", "fp32", "bf16, verdicts in fp32"),
+        ("data_digest", "0a", "0b"),
+        ("decay", 0.5, 0.9),
+    ):
+        report(tmp_path / "conv6", "pgd_best", 0.5, **{key: value})
+        attack_columns(methods(), ["pgd_best"])
+        report(tmp_path / "conv8", "pgd_best", 0.5, **{key: other})
+        with pytest.raises(ConfigError, match=f"pgd_best: {key} is {value} in .*, but {other} in"):
+            attack_columns(methods(), ["pgd_best"])
+        report(tmp_path / "conv8", "pgd_best", 0.5, seconds=2.0, seed=3, warnings=["a"])
+
+
+def test_a_column_is_read_by_the_value_and_not_by_the_reports_name(methods, tmp_path):
+    """The names of reports hold words such as "early stop" and "margin loss"."""
+    kind = "pgd-2_linf_8_margin_loss_no_early_stop"
+    for method, base in {"conv": 0.4, "sn_conv": 0.3}.items():
+        for seed in (6, 8, 666):
+            report(tmp_path / f"{method}{seed}", kind, base + seed / 1e5, seconds=100 * base)
+    columns = [f"eval.{kind}.{name}" for name in ("seconds", "n", "robust_top1")]
+    table = compare(methods(), columns)
+    assert [best_rows(table, column) for column in range(3)] == [set(), set(), {0}]
+    write_table(tmp_path / "table.md", table)
+    head, _, conv, *_, note = (tmp_path / "table.md").read_text().splitlines()
+    assert [cell.endswith("(%)") for cell in head.split(" | ")[2:]] == [False, False, False]
+    assert conv == "| conv | 3 | 40 ± 0 | 50 ± 0 | **40.23 ± 0.38** |"
+    assert "`eval.`: from that report of `eval/`. `robust_top1`: top-1 accuracy under" in note
+    write_table(tmp_path / "table.md", compare(methods(), columns[:1]))
+    assert "under attack" not in (tmp_path / "table.md").read_text()
 
 
 def test_a_broken_report_is_named(methods, tmp_path):

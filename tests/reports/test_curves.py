@@ -5,10 +5,10 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from base.errors import ConfigError
-from base.output import PICTURES, check_outputs
+from base.output import PICTURES, check_outputs, save_figure
 from reports.curves import against_figure, curves_figure
 from reports.groups import group_runs
-from reports.panels import COLORS, LINES, MARKERS, save_figure
+from reports.panels import COLORS, LINES, MARKERS
 from reports.runs import find_runs
 
 
@@ -90,15 +90,30 @@ def test_a_line_skips_epochs_that_a_seed_did_not_measure(make_run, tmp_path, cap
     assert np.allclose(axes.lines[0].get_xydata(), [(1, 50), (2, 70)])
     assert (
         f"made: val_top1 is drawn for 2 of 3 epochs,"
-        f" because {tmp_path / 'b'} did not measure the others" in caplog.text
+        f" because {tmp_path / 'b'} has no value for the others" in caplog.text
     )
 
 
-def noisy(make_run, seed, rate, values, result=None, **sections):
+def test_a_seed_that_diverged_leaves_a_gap_and_is_named(make_run, tmp_path, caplog):
+    loss = {0: [2.0, 1.0, 1.0], 1: [2.0, 1.0, float("nan")]}
+    for seed, values in loss.items():
+        noisy(make_run, seed, 0.2, [0.5, 0.5, 0.5], {"test_top1": 0.5}, val_loss=values)
+    groups = group_runs(find_runs([tmp_path]), ["trainer.percent"])
+    line = curves_figure(groups, ["val_loss"]).axes[0].lines[0]
+    assert np.array_equal(line.get_xydata(), [(1, 2), (2, 1), (3, np.nan)], equal_nan=True)
+    bad = f"{tmp_path / '1_0.2_0'}: val_loss is not finite"
+    assert f"{bad} (first in epoch 3): the run has diverged" in caplog.text
+    assert "has no value" not in caplog.text
+    point = against_figure(groups, "trainer.percent", ["val_loss"]).axes[0].lines[0]
+    assert np.isnan(point.get_ydata()).all()
+    assert f"{bad} (at the end)" in caplog.text
+
+
+def noisy(make_run, seed, rate, values, result=None, val_loss=None, **sections):
     trainer = {"percent": rate, "sym": True, **sections.pop("trainer", {})}
     return make_run(
         f"{seed}_{rate}_{len(sections)}",
-        {"val_top1": values},
+        {"val_top1": values, "val_loss": val_loss or [None] * len(values)},
         result,
         seed=seed,
         trainer=trainer,

@@ -10,11 +10,11 @@ from base.output import save_figure
 from evaluation.class_scores import class_scores
 from evaluation.figures import draw_epsilon_curve, draw_examples
 from reports.class_table import class_table
-from reports.confusion_figure import draw_confusion
+from reports.confusion_figure import confusion_figure
 from reports.curves import curves_figure
 from reports.groups import group_runs
 from reports.runs import find_runs
-from reports.spectrum_figure import draw_spectrum
+from reports.spectrum_figure import spectrum_figure
 from reports.spectrum_table import spectrum_table
 
 HOSTILE = "a\x00\x1b[2J\n\u202eb\udcff"
@@ -28,6 +28,7 @@ LAYER = {
     "mean_square": 1.0,
     "orthogonality_error": 0.1,
     "spread": 0.1,
+    "standard_errors": None,
     "batch_norm_scale": None,
 }
 
@@ -49,8 +50,9 @@ def _letters_as_texts(monkeypatch):
 def test_pictures(tmp_path, make_run):
     images = torch.rand(2, 3, 8, 8)
     names = (HOSTILE, "dog")
-    draw_confusion(tmp_path / "confusion.svg", [[3, 1], [0, 4]], names, HOSTILE)
-    draw_spectrum(tmp_path / "spectrum.svg", [LAYER], HOSTILE)
+    confusion = confusion_figure([[3, 1], [0, 4]], names, HOSTILE)
+    save_figure(confusion, tmp_path / "confusion.svg")
+    save_figure(spectrum_figure([LAYER], HOSTILE), tmp_path / "spectrum.svg")
     draw_examples(tmp_path / "examples.svg", images, images, [0, 1], [1, 0], [0, 1], names, HOSTILE)
     draw_epsilon_curve(
         tmp_path / "epsilon.svg", [(0.0, 0.9), (0.1, 0.2)], "l2", 0.9, 0.1, 0.1, HOSTILE
@@ -79,5 +81,6 @@ def test_printed_tables():
 @pytest.mark.parametrize(("name", "lines"), [("\u732b\u72ac", 1), ("\U0001f431 $x^2$", 0)])
 @pytest.mark.filterwarnings("error")
 def test_letters_that_the_font_lacks_are_reported_in_one_line(tmp_path, caplog, name, lines):
-    draw_confusion(tmp_path / "confusion.png", [[3, 1], [0, 4]], (name, name[::-1]), name)
+    figure = confusion_figure([[3, 1], [0, 4]], (name, name[::-1]), name)
+    save_figure(figure, tmp_path / "confusion.png")
     assert caplog.text.count("the font lacks letters") == len(caplog.records) == lines

@@ -1,6 +1,7 @@
 """Run folders are found and read, or an error names the broken file in one line."""
 
 import json
+from math import isnan
 
 import pytest
 
@@ -34,14 +35,24 @@ def test_values_are_those_of_the_files(make_run):
     run = read_run(
         make_run(
             "a",
-            {"val_top1": [0.5, 0.6, 0.7], "val_robust_top1": [None, 0.2, None]},
-            {"test_top1": 0.4},
+            {
+                "val_top1": [0.5, 0.6, 0.7],
+                "val_robust_top1": [None, 0.2, None],
+                "val_loss": [1.0, 2.0, float("nan")],
+            },
+            {"test_top1": 0.4, "val_top1": None, "test_loss": None},
         )
     )
     assert run.measured("val_top1") == {1: 0.5, 2: 0.6, 3: 0.7}
     assert run.measured("val_robust_top1") == {2: 0.2}
     assert run.measured("loss") == {}
     assert (run.outcome("test_top1"), run.outcome("test_top5")) == (0.4, None)
+    # Null was not finite, except for what every result.json has
+    assert [*run.measured("val_loss")] == [1, 2, 3]
+    assert isnan(run.measured("val_loss")[3])
+    assert isnan(run.outcome("last_epoch.val_loss"))
+    assert isnan(run.outcome("test_loss"))
+    assert run.outcome("val_top1") is None
 
 
 def test_a_line_that_is_being_written_is_not_read_yet(make_run):

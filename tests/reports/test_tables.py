@@ -168,6 +168,38 @@ def test_numbers_that_are_not_finite_are_not_tested(make_run, tmp_path):
     assert best_rows(table, 0) == set()
 
 
+def test_a_seed_that_diverged_or_has_no_value_takes_bold_and_p_value_from_its_row(
+    make_run, tmp_path, caplog
+):
+    low = dict(enumerate((0.3, 0.31, 0.32)))
+    good = dict(enumerate((0.1, 0.11, 0.12)))
+    results = {
+        "bn": {seed: {"test_loss": loss} for seed, loss in low.items()},
+        "gn": {seed: {"test_loss": loss} for seed, loss in good.items()} | {2: {"test_loss": None}},
+        "in": {seed: {"test_loss": loss} for seed, loss in good.items()} | {2: {"test_top1": 0.1}},
+    }
+    for norm, seeds in results.items():
+        make(make_run, norm, seeds, arch={"args": {"norm_layer_type": norm}})
+    groups = group_runs(find_runs([tmp_path]), [KEY])
+    for paired in (False, True):
+        table = compare(groups, ["test_loss"], baseline="bn", paired=paired)
+        assert [row.cells[0].p for row in table.rows] == [None, None, None]
+        assert best_rows(table, 0) == set()
+    write_table(tmp_path / "table.md", table)
+    assert [
+        line.split(" | ")[2] for line in (tmp_path / "table.md").read_text().splitlines()[2:5]
+    ] == [
+        "0.31 ± 0.01",
+        "nan",
+        "0.105 ± 0.007071 (n = 2)",
+    ]
+    assert f"{tmp_path / 'gn_2'}: test_loss is not finite: the run has diverged" in caplog.text
+    assert (
+        "in: only 2 of 3 runs have test_loss, so it is neither bold nor tested;"
+        f" without it: {tmp_path / 'in_2'}" in caplog.text
+    )
+
+
 def test_equal_differences_have_no_p_value(make_run, tmp_path):
     cells = of_norms(make_run, tmp_path, paired=True, bn=(0.5, 0.6, 0.7), gn=(0.6, 0.7, 0.8))
     assert (cells["gn"].p, cells["gn"].compared) == (None, 3)
