@@ -21,6 +21,8 @@ import torchvision.datasets.utils
 # It fills the tables that configs are checked against.
 import experiment as experiment
 from base.config import imports
+from data_loader import data_loaders
+from tiny_runs import few_digits
 
 # With the first backward pass torch decides whether autograd needs threads of its own, with which
 # a forked process cannot compute gradients. While torch.compile traces, it would decide that it
@@ -80,6 +82,14 @@ def ctrl_c_ends_the_tests():
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def only_few_digits():
+    """Let the digits be few and small, for runs whose images do not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_loaders, "read_digits", few_digits)
+        yield
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ from experiment.description import log_device
 from models.simple_cnn import SimpleCNN
 from tiny_runs import config_of, run
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 
 def test_generators_are_pure_functions_of_their_arguments():
     first, again = (torch.rand(3, generator=torch_generator(1, "order", 2)) for _ in range(2))

@@ -21,6 +21,8 @@ from data_loader import workers
 from experiment.experiment import resume
 from tiny_runs import config_of, difference, interrupt, run, write_images
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 METHODS = {
     "pgd": {"method": "pgd", "steps": 1},
     "two restarts under l2": {
@@ -41,7 +43,7 @@ def config_on(device, method="pgd", **sections):
     few = {"validate_images": 8, "report_images": 8}
     return config_of(
         arch={"args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
-        trainer={"epochs": 2, "subset_percent": 0.0149},
+        trainer={"epochs": 2, "subset_percent": 0.052},
         adversarial={**few, **METHODS[method]},
         pgd_attack={"K": 1},
         system={"device": device, "precision": "fp32"},
