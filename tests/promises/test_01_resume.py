@@ -25,9 +25,11 @@ WIDE = {
     "widen_factor": 1,
     "dropout": 0.3,
 }
+CONV_NORM = {"args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}}
 SPECTRAL = {"args": {"conv_layer_type": "sn_conv", "norm_layer_type": "bn"}}
 METHODS = {
-    "standard, label noise, early stop, plateau": {
+    "standard, ConvNorm, label noise, early stop, plateau": {
+        "arch": CONV_NORM,
         "trainer": {"sym": True, "percent": 0.4, "early_stop": 3, "monitor": "min val_loss"},
         "lr_scheduler": {"type": "ReduceLROnPlateau", "args": {"patience": 0}},
     },
@@ -64,6 +66,7 @@ METHODS = {
         "lr_scheduler": {"type": "CosineAnnealingLR"},
     },
     "PGD, mixup, averaged ConvNorm": {
+        "arch": CONV_NORM,
         "adversarial": {"method": "pgd", "steps": 2},
         "augmentation": {"mixup_alpha": 0.5},
         "trainer": {"monitor": "max val_robust_top1"},
