@@ -66,15 +66,17 @@ def test_devices_and_precision():
     ],
 )
 def test_freed_memory_is_kept(environment, kept):
-    """A tensor of 64 MiB takes 16,384 pages, which the system would clear again."""
+    """64 MiB take 16,384 pages, which the system would clear again."""
     program = """
-import resource, torch
+import resource
 from base.allocator import keep_freed_memory
 keep_freed_memory()
-for _ in range(20):  # the heap grows until an aligned block fits into its free part
-    torch.ones(2**24)
+# As torch does for a tensor, Python asks the C library for so large a block
+one = b"1"
+for _ in range(3):  # the heap grows until a block fits into its free part
+    one * 2**26
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**24)
+one * 2**26
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     inherited = {
