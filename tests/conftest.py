@@ -56,12 +56,18 @@ LONG = (
     "tests/experiment/test_experiment.py",
     "tests/test_attack_scripts.py",
     "tests/evaluation/test_reliability.py",
+    "tests/soak/test_soak.py",
     "tests/test_run_ablations.py",
     "tests/benchmarks/test_comparisons.py",
     "tests/examples/test_examples.py",
     "tests/promises/test_07_secrets.py",
     "tests/promises/test_14_configs.py",
     "tests/test_train.py",
+    "tests/test_devices.py",
+    "tests/models/test_networks.py",
+    "tests/base/test_draws_ahead.py",
+    "tests/promises/test_02_atomic_saves.py",
+    "tests/promises/test_13_surroundings.py",
 )
 """Files of 20 seconds and more. They come first, so that no process ends the suite alone."""
 
