@@ -21,6 +21,8 @@ import torchvision.datasets.utils
 # It fills the tables that configs are checked against.
 import experiment as experiment
 from base.config import imports
+from data_loader import data_loaders
+from tiny_runs import few_digits
 
 # With the first backward pass torch decides whether autograd needs threads of its own, with which
 # a forked process cannot compute gradients. While torch.compile traces, it would decide that it
@@ -54,12 +56,18 @@ LONG = (
     "tests/experiment/test_experiment.py",
     "tests/test_attack_scripts.py",
     "tests/evaluation/test_reliability.py",
+    "tests/soak/test_soak.py",
     "tests/test_run_ablations.py",
     "tests/benchmarks/test_comparisons.py",
     "tests/examples/test_examples.py",
     "tests/promises/test_07_secrets.py",
     "tests/promises/test_14_configs.py",
     "tests/test_train.py",
+    "tests/test_devices.py",
+    "tests/models/test_networks.py",
+    "tests/base/test_draws_ahead.py",
+    "tests/promises/test_02_atomic_saves.py",
+    "tests/promises/test_13_surroundings.py",
 )
 """Files of 20 seconds and more. They come first, so that no process ends the suite alone."""
 
@@ -80,6 +88,14 @@ def ctrl_c_ends_the_tests():
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def only_few_digits():
+    """Let the digits be few and small, for runs whose images do not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_loaders, "read_digits", few_digits)
+        yield
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from experiment.attack_command import _verdict_on_reliability, attack_network, a
 from tests.base.distributed.two_processes import start_two
 from tiny_runs import read_arrays, script
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 ROOT = Path(__file__).parents[1]
 SHORT = [
     "--set",
@@ -638,7 +640,7 @@ def test_a_users_own_attack_with_its_arguments_images_and_table(robust_run, tmp_
     report = json.loads((tmp_path / "a.json").read_text())
     assert (report["momentum"], report["steps"], report["step_size"]) == (0.5, 3, None)
     images, verdicts = read_arrays(tmp_path / "a.npz"), read_arrays(tmp_path / "a.verdicts.npz")
-    assert images["images"].shape == (12, 3, 32, 32)
+    assert images["images"].shape == (12, 3, 16, 16)
     assert np.array_equal(images["prediction"], verdicts["prediction"])
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -655,8 +657,8 @@ def test_an_attack_that_returns_another_shape_is_one_line(robust_run, tmp_path):
     assert done.returncode == 2
     # Only images that are classified correctly are attacked
     line = (
-        r"error: MomentumFGSM.perturb: must return images of the shape \((\d), 3, 32, 32\),"
-        r" not \(\1, 3, 31, 32\)\n"
+        r"error: MomentumFGSM.perturb: must return images of the shape \((\d), 3, 16, 16\),"
+        r" not \(\1, 3, 15, 16\)\n"
     )
     assert re.fullmatch(line, done.stderr)
 

@@ -24,6 +24,8 @@ from models import build_model
 from models.layers.conv_norm import ConvNorm2d, kernel_energy
 from tiny_runs import config_of, run, write_images
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 CONV_NORM = {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}
 BATCH_NORM = {"conv_layer_type": "conv", "norm_layer_type": "bn"}
 FEW = {"validate_images": 8, "report_images": 8}
@@ -40,7 +42,7 @@ METHODS = {
     "pgd": {"arch": {"args": CONV_NORM}, "adversarial": {"method": "pgd", "steps": 2}},
     "trades": {"arch": {"args": BATCH_NORM}, "adversarial": {"method": "trades", "steps": 2}},
 }
-KERNELS_PER_STEP = {"bn": 95, "prec_conv": 320}
+KERNELS_PER_STEP = {"bn": 96, "prec_conv": 320}
 """The most operators of a training step of simpleCNN, forward, backward and optimizer."""
 
 

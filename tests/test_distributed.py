@@ -25,13 +25,12 @@ from base.distributed import is_primary, rank, world_size
 from base.errors import ConfigError, Stopped
 from base.run_folder.environment import PROVENANCE
 from data_loader import DATA_LOADERS, data_loaders
-from data_loader.datasets import LabeledImages, MemoryImages, read_digits
 from experiment import build
 from experiment.evaluation_flags import evaluation_parser
 from experiment.experiment import Experiment, resume
 from experiment.loading import load_evaluation
 from tests.base.distributed.two_processes import ended, start_two
-from tiny_runs import Fork
+from tiny_runs import Fork, few_digits
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -72,14 +71,6 @@ METHODS = {
     "trades": {"adversarial": {"method": "trades", "clean_passes": 2, **ATTACKED}},
     "own data": {"data_loader": {"type": "OwnDigits"}, "augmentation": {"cutout": 4}},
 }
-
-
-def few_digits(train):
-    """Digits of 16 x 16: 405 for training, of which 40 are held out, and 61 for the test."""
-    digits = read_digits(train)
-    few = slice(405 if train else 61)
-    pixels = digits.images.pixels[few, :, ::2, ::2].contiguous()
-    return LabeledImages(MemoryImages(pixels), digits.labels[few], digits.class_names)
 
 
 class OwnDigits(BaseDataLoader):

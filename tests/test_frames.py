@@ -10,6 +10,8 @@ import torch
 from base.config.tree import merge
 from tiny_runs import ROOT, TINY, script
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 MOST_FRAMES, MOST_FILES = 9, 5
 
 

@@ -13,6 +13,8 @@ import torch
 from base.checkpoint import save_checkpoint
 from tiny_runs import script
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 ROOT = Path(__file__).parents[1]
 ORIGINAL = ROOT / "tests" / "golden" / "original_checkpoint_prec_conv" / "model_best.pth"
 

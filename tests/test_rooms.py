@@ -89,28 +89,17 @@ def test_the_installed_package_needs_torch_alone(file):
         assert top == "torch" or top in sys.stdlib_module_names, f"{file.name} imports {name}"
 
 
-def printed_by(code):
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_command_with_a_wrong_flag_imports_nothing_slow():
+def test_a_wrong_flag_imports_nothing_slow_and_an_evaluation_not_the_compiler():
     code = (
         "import runpy, sys; sys.argv = ['train.py', '--debug', '--set', 'x']\n"
         "try: runpy.run_path('train.py', run_name='__main__')\n"
         "except BaseException as error: assert 'expected KEY=VALUE' in str(error), error\n"
         "slow = {'torchvision', 'scipy', 'sklearn', 'matplotlib', 'torch._dynamo'}\n"
-        "print(sorted(slow & sys.modules.keys()))"
-    )
-    assert printed_by(code) == "[]\n"
-
-
-def test_an_evaluation_without_determinism_does_not_import_the_compiler():
-    code = (
-        "import sys\n"
+        "print(sorted(slow & sys.modules.keys()))\n"
         "from base.device import set_determinism\n"
         "set_determinism(False, None)\n"
         "print('torch._inductor' in sys.modules)"
     )
-    assert printed_by(code) == "False\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\nFalse\n"

@@ -82,11 +82,10 @@ def test_the_ablation_studys_own_commands(tmp_path):
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
     reader, writer = os.pipe()
     os.close(reader)
-    cut = subprocess.run(
-        command("--list"), stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, timeout=300
-    )
+    cut = Fork(command("--list"), stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
     os.close(writer)
-    assert (cut.returncode, cut.stderr) == (1, b""), "as in: run_ablations.py --list | head -1"
+    _, errors = cut.communicate(timeout=300)
+    assert (cut.returncode, errors) == (1, b""), "as in: run_ablations.py --list | head -1"
 
 
 KILLED_AT_ITS_FIRST_RUN = f"""if True:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -25,6 +26,7 @@ from base.config import validate
 from base.config.tree import merge
 from base.errors import ProjectError, Stopped
 from data_loader import workers
+from data_loader.datasets import LabeledImages, MemoryImages, read_digits
 from experiment.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,18 @@ TINY = {
 
 def config_of(**sections):
     return validate(merge(TINY, sections))
+
+
+all_digits = cache(read_digits)
+
+
+def few_digits(train):
+    """Digits of 16 x 16: 405 for training and 61 for the test."""
+    digits = all_digits(train)
+    few = slice(405 if train else 61)
+    pixels = digits.images.pixels[few, :, ::2, ::2].contiguous()
+    # A copy, as label noise may change it
+    return LabeledImages(MemoryImages(pixels), digits.labels[few].copy(), digits.class_names)
 
 
 def run(folder, config):

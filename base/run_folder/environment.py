@@ -151,6 +151,13 @@ def project_version() -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Return the installed versions of the packages that results depend on."""
+    return dict(_versions())
+
+
+# The first answers are kept: a package that is installed while a run computes is not the one that
+# it has imported, and a commit made meanwhile is not the code that it runs.
+@cache
+def _versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:
         try:
@@ -160,7 +167,6 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-# The first answer is kept: a commit made while a run computes is not the code that it runs.
 @cache
 def _git(*arguments: str) -> str | None:
     """Return a git command's output in this project's folder; None without a repository."""

@@ -32,6 +32,8 @@ from experiment.description import log_device
 from models.simple_cnn import SimpleCNN
 from tiny_runs import config_of, run
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 
 def test_generators_are_pure_functions_of_their_arguments():
     first, again = (torch.rand(3, generator=torch_generator(1, "order", 2)) for _ in range(2))
@@ -64,15 +66,17 @@ def test_devices_and_precision():
     ],
 )
 def test_freed_memory_is_kept(environment, kept):
-    """A tensor of 64 MiB takes 16,384 pages, which the system would clear again."""
+    """64 MiB take 16,384 pages, which the system would clear again."""
     program = """
-import resource, torch
+import resource
 from base.allocator import keep_freed_memory
 keep_freed_memory()
-for _ in range(20):  # the heap grows until an aligned block fits into its free part
-    torch.ones(2**24)
+# As torch does for a tensor, Python asks the C library for so large a block
+one = b"1"
+for _ in range(3):  # the heap grows until a block fits into its free part
+    one * 2**26
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**24)
+one * 2**26
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     inherited = {

@@ -4,6 +4,7 @@ pinned memory, and never with a thread that outlives the minibatches of an epoch
 import random
 import threading
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from data_loader import workers
 from experiment.experiment import resume
 from tiny_runs import config_of, difference, interrupt, run, write_images
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 METHODS = {
     "pgd": {"method": "pgd", "steps": 1},
     "two restarts under l2": {
@@ -36,12 +39,12 @@ DRAWS = {"pgd": 1, "two restarts under l2": 4, "trades": 1}
 """Draws in a minibatch."""
 
 
-def config_on(device, method="pgd", **sections):
+def config_on(device, method="pgd", subset=0.052, **sections):
     """A run of two epochs of three minibatches, of which the last is short."""
     few = {"validate_images": 8, "report_images": 8}
     return config_of(
         arch={"args": {"conv_layer_type": "conv", "norm_layer_type": "bn"}},
-        trainer={"epochs": 2, "subset_percent": 0.0149},
+        trainer={"epochs": 2, "subset_percent": subset},
         adversarial={**few, **METHODS[method]},
         pgd_attack={"K": 1},
         system={"device": device, "precision": "fp32"},
@@ -76,19 +79,33 @@ def watch(monkeypatch):
     return draws, ahead
 
 
-def differences(monkeypatch, folder, method="pgd"):
-    """Return where the run in `folder` differs from one on the fake device that draws in place."""
-    in_place = folder.parent / "in_place"
-    with fake_device(monkeypatch), monkeypatch.context() as patch:
-        patch.setattr(DrawsAhead, "thread", lambda self, device: nullcontext())
-        run(in_place, config_on("cuda", method))
-    different = difference(in_place / "model_last.pth", folder / "model_last.pth")
-    metrics = [(run_folder / "metrics.jsonl").read_bytes() for run_folder in (in_place, folder)]
-    return different + ["metrics.jsonl"] * (metrics[0] != metrics[1])
+@pytest.fixture(scope="module")
+def in_place(tmp_path_factory):
+    """A function that returns the folder of a method's run on the fake device that draws in place,
+    which is made once."""
+
+    @cache
+    def folder_of(method):
+        folder = tmp_path_factory.mktemp("in_place")
+        with pytest.MonkeyPatch.context() as patch, fake_device(patch):
+            patch.setattr(DrawsAhead, "thread", lambda self, device: nullcontext())
+            run(folder / "run", config_on("cuda", method))
+        return folder / "run"
+
+    return folder_of
+
+
+def differences(*folders):
+    """Return where two runs differ."""
+    different = difference(*(folder / "model_last.pth" for folder in folders))
+    metrics = {(folder / "metrics.jsonl").read_bytes() for folder in folders}
+    return different + ["metrics.jsonl"] * (len(metrics) > 1)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_has_the_same_numbers_and_the_thread_has_drawn_them(method, monkeypatch, tmp_path):
+def test_a_run_has_the_same_numbers_and_the_thread_has_drawn_them(
+    method, monkeypatch, tmp_path, in_place
+):
     with fake_device(monkeypatch), monkeypatch.context() as patch:
         draws, ahead = watch(patch)
         run(tmp_path / "run", config_on("cuda", method))
@@ -99,10 +116,10 @@ def test_a_run_has_the_same_numbers_and_the_thread_has_drawn_them(method, monkey
     epoch = [(8, False), (8, True), (short, False)]
     assert draws == [draw for draw in epoch * 2 for _ in range(DRAWS[method])]
     assert ahead == [batch for batch in (1, 2) * 2 for _ in range(DRAWS[method])]
-    assert differences(monkeypatch, tmp_path / "run", method) == []
+    assert differences(tmp_path / "run", in_place(method)) == []
 
 
-def test_numbers_of_another_minibatch_would_be_found(monkeypatch, tmp_path):
+def test_numbers_of_another_minibatch_would_be_found(monkeypatch, tmp_path, in_place):
     plain = draws_ahead._GeneratorAhead._draw_ahead
 
     def off_by_one(self, distribution, shape, part):
@@ -114,10 +131,10 @@ def test_numbers_of_another_minibatch_would_be_found(monkeypatch, tmp_path):
     with fake_device(monkeypatch), monkeypatch.context() as patch:
         patch.setattr(draws_ahead._GeneratorAhead, "_draw_ahead", off_by_one)
         run(tmp_path / "run", config_on("cuda"))
-    assert differences(monkeypatch, tmp_path / "run")
+    assert differences(tmp_path / "run", in_place("pgd"))
 
 
-def test_a_thread_that_is_at_another_minibatch_is_not_believed(monkeypatch, tmp_path):
+def test_a_thread_that_is_at_another_minibatch_is_not_believed(monkeypatch, tmp_path, in_place):
     def off_by_one(*key_and_batch):
         *key, batch = key_and_batch
         return torch_generator(*key, batch + 1)
@@ -128,7 +145,7 @@ def test_a_thread_that_is_at_another_minibatch_is_not_believed(monkeypatch, tmp_
         run(tmp_path / "run", config_on("cuda"))
     assert draws
     assert not any(by_thread for _, by_thread in draws)
-    assert differences(monkeypatch, tmp_path / "run") == []
+    assert differences(tmp_path / "run", in_place("pgd")) == []
 
 
 def test_the_thread_lives_among_an_epochs_minibatches_only(monkeypatch, tmp_path):
@@ -152,7 +169,7 @@ def test_the_thread_lives_among_an_epochs_minibatches_only(monkeypatch, tmp_path
 
 
 def test_no_thread_is_alive_where_image_workers_are_forked(monkeypatch, tmp_path):
-    write_images(tmp_path / "train", {"a": 840, "b": 840})
+    write_images(tmp_path / "train", {"a": 24, "b": 24})
     write_images(tmp_path / "test", {"a": 8, "b": 8})
     args = {"data_dir": str(tmp_path), "in_memory": False, "num_workers": 2}
     at_forks = []
@@ -166,20 +183,22 @@ def test_no_thread_is_alive_where_image_workers_are_forked(monkeypatch, tmp_path
         patch.setattr(workers, "_start", noted)
         draws, _ = watch(patch)
         loader = {"type": "ImageFolderDataLoader", "args": args}
-        run(tmp_path / "run", config_on("cuda", data_loader=loader))
+        run(tmp_path / "run", config_on("cuda", subset=1.0, data_loader=loader))
     assert any(by_thread for _, by_thread in draws)
     # In both epochs, and in their validations
     assert len(at_forks) >= 4
     assert not any(at_forks)
 
 
-def test_a_stop_ends_the_thread_and_a_resumed_run_has_the_same_numbers(monkeypatch, tmp_path):
+def test_a_stop_ends_the_thread_and_a_resumed_run_has_the_same_numbers(
+    monkeypatch, tmp_path, in_place
+):
     with fake_device(monkeypatch):
         # In the middle of the second epoch
         interrupt(monkeypatch, tmp_path / "run", config_on("cuda"), after=5)
         assert not alive()
         resume(str(tmp_path / "run"))
-    assert differences(monkeypatch, tmp_path / "run") == []
+    assert differences(tmp_path / "run", in_place("pgd")) == []
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def digits():
     return images[~test], labels[~test], images[test], labels[test]
 
 
-def loader(n=N, batch_size=30):
+def loader(n=N, batch_size=60):
     _, _, images, labels = digits()
     pixels = MemoryImages((255 * images[:n]).round().byte())
     names = [str(digit) for digit in range(10)]
@@ -137,7 +137,7 @@ def test_a_check_is_one_line():
 )
 def test_a_healthy_network_passes_everything(healthy, attack, largest, of_curve, capsys):
     parameters = [parameter.clone() for parameter in healthy.state_dict().values()]
-    report = doctor(healthy, loader(ENOUGH, 60), attack)
+    report = doctor(healthy, loader(ENOUGH, 120), attack)
     checks, curve = report.checks, report.curve
     assert report.reliable
     print(*checks, sep="\n")
@@ -166,15 +166,14 @@ def test_a_healthy_network_passes_everything(healthy, attack, largest, of_curve,
 
 
 def test_the_curve_holds_the_attack_itself(healthy):
-    curve, again = (doctor(healthy, loader(32), ATTACK, seed=0).curve for _ in range(2))
+    # In two batches
+    curve = dict(doctor(healthy, loader(32, 16), ATTACK, seed=0).curve)
     _, _, images, labels = digits()
     images = (255 * images[:32]).round() / 255
-    accuracy = dict(curve)
-    assert again == curve
     stronger = PGD(EPSILON, EPSILON / 4, 10, early_stop=True)(healthy, images, labels[:32])
     share = float((healthy(stronger).argmax(1) == labels[:32]).float().mean())
     # One image of 32 more or less, as the random starts differ
-    assert abs(share - accuracy[EPSILON]) <= 1 / 32
+    assert abs(share - curve[EPSILON]) <= 1 / 32
 
 
 BROKEN = {
@@ -267,7 +266,7 @@ def test_fgsm_that_points_the_wrong_way_is_found(healthy):
 
 def test_low_precision_passes(healthy):
     low = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
-    checks = doctor(healthy, loader(ENOUGH, 60), ATTACK, seed=0, **low).checks
+    checks = doctor(healthy, loader(ENOUGH, 120), ATTACK, seed=0, **low).checks
     print(*checks, sep="\n")
     assert all(check.passed for check in checks)
 

@@ -16,6 +16,8 @@ from base.base_trainer import BaseTrainer
 from base.errors import CheckpointError, ConfigError, Stopped
 from tiny_runs import ROOT, TINY, config_of, difference
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 SMALL = {
     "trainer.epochs": 1,
     "data_loader.args.num_batches": 2,

@@ -19,6 +19,8 @@ from models import build_model
 from reports.runs import read_run
 from tiny_runs import config_of, run
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 
 class ResponseNorm(nn.Module):
     """Divides by the root mean square of each channel.

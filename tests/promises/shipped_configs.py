@@ -195,6 +195,37 @@ def keys_of(tree, path=""):
             yield from keys_of(value, f"{path}{key}.")
 
 
+def distinct_keys():
+    """The keys of all trees, each with its tree's name and its tree; one of those that are alike.
+
+    Keys are alike if they have the same value, stand beside the same names, and the same type of
+    part and the same training method decide which arguments are known there.
+    """
+    seen = set()
+    for tree_name, tree in trees().items():
+        for key in keys_of(tree):
+            section, _, rest = key.partition(".")
+            kind = value_at(tree, f"{section}.type") if rest else None
+            alike = json.dumps(
+                [
+                    key,
+                    value_at(tree, key),
+                    sorted(siblings_of(tree, key)),
+                    kind,
+                    value_at(tree, "adversarial.method"),
+                ]
+            )
+            if alike not in seen:
+                seen.add(alike)
+                yield tree_name, tree, key
+
+
+def siblings_of(tree, key):
+    """The section that a key stands in."""
+    section = key.rpartition(".")[0]
+    return value_at(tree, section) if section else tree
+
+
 def changed(tree, key, change):
     """Return a copy of the tree after `change(section, name)` at a dotted key."""
     tree = json.loads(json.dumps(tree))

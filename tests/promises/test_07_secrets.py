@@ -72,7 +72,7 @@ NO_WAY = {
 }
 
 # comet_ml's own imports warn.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("only_few_digits")]
 
 
 @pytest.fixture

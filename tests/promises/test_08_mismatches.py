@@ -74,8 +74,8 @@ REFUSED = {
     ),
     "layers": (
         [],
-        [("arch.args.norm_layer_type", "gn")],
-        r"arch.args.norm_layer_type is 'no' there and 'gn' in this config",
+        [("arch.args.norm_layer_type", "in")],
+        r"arch.args.norm_layer_type is 'gn' there and 'in' in this config",
     ),
     "optimizer": ([], [("optimizer.type", "RMSprop")], r"'SGD'; 'RMSprop' would make it"),
     "optimizer's state": (

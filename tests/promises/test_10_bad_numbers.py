@@ -28,7 +28,10 @@ WIDE = {
         },
     }
 }
-NETWORKS = {"ConvNorm": {}, "wide ResNet": WIDE}
+NETWORKS = {
+    "ConvNorm": {"arch": {"args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}}},
+    "wide ResNet": WIDE,
+}
 
 
 def poison(monkeypatch, layer, step):

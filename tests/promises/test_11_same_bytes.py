@@ -16,6 +16,7 @@ from tiny_runs import exit_code, forked, run
 
 KINDS = {
     "standard": {
+        "arch": {"args": {"conv_layer_type": "prec_conv", "norm_layer_type": "no"}},
         "trainer": {"sym": True, "percent": 0.3},
         "augmentation": {"mixup_alpha": 0.4, "cutout": 4},
     },

@@ -19,9 +19,11 @@ from shipped_configs import (
     Loading,
     beyond,
     changed,
+    distinct_keys,
     keys_of,
     kind_of,
     put,
+    siblings_of,
     trees,
     value_at,
     words_of,
@@ -96,98 +98,91 @@ def check_default_of_torch(config, section, name):
 def check_misspelt(load):
     """A letter lost, doubled, swapped, in another case: the line names the wrong key and, where it
     is near, the right one."""
-    for tree_name, tree in trees().items():
-        for key in keys_of(tree):
-            section, _, name = key.rpartition(".")
-            dot = "." if section else ""
-            siblings = value_at(tree, section) if section else tree
-            near, far = {name[:-1], name + name[-1], name.swapcase()}, {f"x{name[::-1]}"}
-            if tree_name == "every key":
-                near |= {name[0] + name, name.replace("_", "") + "_"}
-                far |= {name[1::-1] + name[2:], "ключ", "a b", "\n", f"{name}."}
-            known = {
-                row.removeprefix(f"{section}{dot}").partition(".")[0]
-                for row in ROWS
-                if row.startswith(section)
-            }
-            for wrong in sorted((near | far) - known - set(siblings) - {""}):
-                if wrong.startswith("_"):  # a comment
-                    continue
-                moved = changed(
-                    tree, key, lambda place, old, new=wrong: place.__setitem__(new, place.pop(old))
-                )
-                shown = wrong.replace("\n", "\\n")
-                hint = (
-                    f"did you mean {name!r}?"
-                    if wrong in near and len(wrong) > 1
-                    else "known here: "
-                    if dot == ""
-                    else ""
-                )
-                load.refuses(moved, f"{section}{dot}{shown}", hint)
-                if wrong in near:
-                    load.refuses_deletion(tree, f"{section}{dot}{wrong}")
+    for tree_name, tree, key in distinct_keys():
+        section, _, name = key.rpartition(".")
+        dot = "." if section else ""
+        siblings = siblings_of(tree, key)
+        near, far = {name[:-1], name + name[-1], name.swapcase()}, {f"x{name[::-1]}"}
+        if tree_name == "every key":
+            near |= {name[0] + name, name.replace("_", "") + "_"}
+            far |= {name[1::-1] + name[2:], "ключ", "a b", "\n", f"{name}."}
+        known = {
+            row.removeprefix(f"{section}{dot}").partition(".")[0]
+            for row in ROWS
+            if row.startswith(section)
+        }
+        for wrong in sorted((near | far) - known - set(siblings) - {""}):
+            if wrong.startswith("_"):  # a comment
+                continue
+            moved = changed(
+                tree, key, lambda place, old, new=wrong: place.__setitem__(new, place.pop(old))
+            )
+            shown = wrong.replace("\n", "\\n")
+            hint = (
+                f"did you mean {name!r}?"
+                if wrong in near and len(wrong) > 1
+                else "known here: "
+                if dot == ""
+                else ""
+            )
+            load.refuses(moved, f"{section}{dot}{shown}", hint)
+            if wrong in near:
+                load.refuses_deletion(tree, f"{section}{dot}{wrong}")
 
 
 def check_wrong_type(load):
     """Values of every other type, at every leaf, at every element of a list, and in place of every
     section."""
-    for tree in trees().values():
-        for key in keys_of(tree):
-            words = words_of(key)
-            for value in OTHERS["object" if words is None else kind_of(words)]:
-                load.refuses(put(tree, key, value), key)
-            if words and kind_of(words) == "list":
-                items = value_at(tree, key)
-                for index in range(len(items)):
-                    for value in OTHERS[kind_of(words.removeprefix("list of "))]:
-                        load.refuses(
-                            put(tree, key, [*items[:index], value, *items[index + 1 :]]), key
-                        )
+    for _, tree, key in distinct_keys():
+        words = words_of(key)
+        for value in OTHERS["object" if words is None else kind_of(words)]:
+            load.refuses(put(tree, key, value), key)
+        if words and kind_of(words) == "list":
+            items = value_at(tree, key)
+            for index in range(len(items)):
+                for value in OTHERS[kind_of(words.removeprefix("list of "))]:
+                    load.refuses(put(tree, key, [*items[:index], value, *items[index + 1 :]]), key)
 
 
 def check_out_of_range(load):
     """Below, above and far beyond every documented range; unknown names; lists too short and too
     long; broken text."""
-    for tree in trees().values():
-        for key in keys_of(tree):
-            words = words_of(key)
-            if words is None or words == "object":
-                continue
-            kind, value = kind_of(words), value_at(tree, key)
-            if kind == "list":
-                items = beyond(key, words)
-                wrong = [
-                    [*value[:index], item, *value[index + 1 :]]
-                    for item in items
-                    for index in range(len(value))
-                ]
-                wrong += {"milestones": [[3, 2], [2, 2]], "metrics": [["top3"], ["top1", ""]]}.get(
-                    key.split(".")[-1], []
-                )
-                wrong += [[]] if key.endswith((".mean", ".std")) else []
-            elif kind == "choice of numbers":
-                wrong = [
-                    number for number in (-1, 0, 2, 10**30) if str(number) not in words.split(", ")
-                ]
-            elif kind == "choice":
-                wrong = ["", value + value[-1], value.upper(), f" {value}", "other", "a\nb"]
-                wrong = [text for text in wrong if text not in words.split(", ")]
-            elif kind == "text":
-                wrong = REFUSED_TEXT.get(key, [])
-            else:
-                wrong = [
-                    number for number in beyond(key, words) if not (key == "seed" and number > 0)
-                ]
-            for item in wrong:
-                load.refuses(put(tree, key, item), key)
+    for _, tree, key in distinct_keys():
+        words = words_of(key)
+        if words is None or words == "object":
+            continue
+        kind, value = kind_of(words), value_at(tree, key)
+        if kind == "list":
+            items = beyond(key, words)
+            wrong = [
+                [*value[:index], item, *value[index + 1 :]]
+                for item in items
+                for index in range(len(value))
+            ]
+            wrong += {"milestones": [[3, 2], [2, 2]], "metrics": [["top3"], ["top1", ""]]}.get(
+                key.split(".")[-1], []
+            )
+            wrong += [[]] if key.endswith((".mean", ".std")) else []
+        elif kind == "choice of numbers":
+            wrong = [
+                number for number in (-1, 0, 2, 10**30) if str(number) not in words.split(", ")
+            ]
+        elif kind == "choice":
+            wrong = ["", value + value[-1], value.upper(), f" {value}", "other", "a\nb"]
+            wrong = [text for text in wrong if text not in words.split(", ")]
+        elif kind == "text":
+            wrong = REFUSED_TEXT.get(key, [])
+        else:
+            wrong = [number for number in beyond(key, words) if not (key == "seed" and number > 0)]
+        for item in wrong:
+            load.refuses(put(tree, key, item), key)
 
 
 CHECKS = {
     check_deleted: 1062,
-    check_misspelt: 7317,
-    check_wrong_type: 5283,
-    check_out_of_range: 3532,
+    check_misspelt: 4662,
+    check_wrong_type: 2943,
+    check_out_of_range: 1840,
 }
 """How many loads each of them tries: more where a config is added, never fewer."""
 

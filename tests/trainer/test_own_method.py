@@ -16,6 +16,8 @@ from base.registry import TRAINERS
 from tiny_runs import TINY, config_of, difference, interrupt
 from trainer import AdversarialTrainer
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 
 class MARTTrainer(AdversarialTrainer):
     """MART (Wang et al., ICLR 2020).

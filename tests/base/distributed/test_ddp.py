@@ -13,6 +13,8 @@ from base.errors import ConfigError
 from base.registry import ACTIVATION_LAYERS, CONV_LAYERS, LINEAR_LAYERS, NORM_LAYERS
 from tiny_runs import config_of, run
 
+pytestmark = pytest.mark.usefixtures("only_few_digits")
+
 KINDS = {
     "conv": (CONV_LAYERS, (4, 8, 3), (5, 4, 8, 8)),
     "norm": (NORM_LAYERS, (4,), (5, 4, 8, 8)),

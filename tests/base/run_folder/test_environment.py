@@ -9,7 +9,12 @@ import base.run_folder.environment as environment_module
 from base.config import validate
 from base.config.same_experiment import config_hash
 from base.config.tree import merge
-from base.run_folder.environment import PROVENANCE, project_version, provenance
+from base.run_folder.environment import (
+    PROVENANCE,
+    package_versions,
+    project_version,
+    provenance,
+)
 
 TREE = {
     "arch": {"type": "simpleCNN"},
@@ -46,6 +51,14 @@ def test_a_commit_made_during_a_run_is_not_the_runs(monkeypatch, tmp_path):
     before = provenance(validate(TREE))["commit"]
     monkeypatch.setattr(environment_module, "ROOT", tmp_path)
     assert provenance(validate(TREE))["commit"] == before
+
+
+def test_versions_of_packages_installed_during_a_run_are_not_the_runs(monkeypatch):
+    before = package_versions()
+    monkeypatch.setattr(environment_module, "version", lambda name: f"installed {name}")
+    # What one caller does to its answer changes no other's
+    package_versions().clear()
+    assert package_versions() == before != {}
 
 
 @pytest.mark.parametrize(
