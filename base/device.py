@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -175,37 +175,51 @@ def tf32() -> Iterator[None]:
 
     TF32 keeps 10 of the 23 bits of a factor; sums are float32.
     """
-    with _float32("tf32"):
+    with _float32_restored():
+        _set_float32("tf32", "tf32", "tf32")
         yield
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 in float32, inside the context: by default torch convolves in TF32 on
-    CUDA."""
-    with _float32("ieee"):
+    """Compute float32 in float32, inside the context."""
+    with _float32_restored():
+        set_full_precision()
         yield
 
 
 def set_full_precision() -> None:
-    """Compute float32 in float32 in this process, on every device."""
-    # A user's own code may have asked for less: this resets oneDNN, too.
+    """Compute float32 in float32 in this process: by default torch convolves in TF32 on CUDA, and a
+    user's own code may have asked for less on the CPU, too."""
     torch.set_float32_matmul_precision("highest")
-    _set_float32("ieee", "ieee")
+    _set_float32("ieee", "ieee", "ieee")
 
 
 @contextmanager
-def _float32(precision: str) -> Iterator[None]:
-    backends = torch.backends
-    before = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+def _float32_restored() -> Iterator[None]:
+    """Give float32 the precision back that it had before the context."""
+    operations = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.cudnn.rnn,
+        torch.backends.mkldnn.matmul,
+    )
+    before = [operation.fp32_precision for operation in operations]
+    asked = None
+    # An error if older and newer settings disagree already
+    with suppress(RuntimeError):
+        asked = torch.get_float32_matmul_precision()
     try:
-        _set_float32(precision, precision)
         yield
     finally:
-        _set_float32(*before)
+        _set_float32(*before[:3])
+        if asked is not None:
+            torch.set_float32_matmul_precision(asked)
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision
 
 
-def _set_float32(products: str, convolutions: str) -> None:
+def _set_float32(products: str, convolutions: str, recurrences: str) -> None:
     """Set the precision of float32 on CUDA, as torch's `fp32_precision` names it."""
     matmul = torch.backends.cuda.matmul
     cudnn = torch.backends.cudnn
@@ -214,7 +228,7 @@ def _set_float32(products: str, convolutions: str) -> None:
     cudnn.allow_tf32 = convolutions == "tf32"
     matmul.fp32_precision = products
     cudnn.conv.fp32_precision = convolutions
-    cudnn.rnn.fp32_precision = convolutions
+    cudnn.rnn.fp32_precision = recurrences
 
 
 def set_determinism(deterministic: bool, num_threads: int | None) -> None:

@@ -19,6 +19,10 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 `check_metric`."""
 
 
+ROUNDING = 1e-3
+"""How far the value of a metric may be from a count, relatively: it may be a sum of float16."""
+
+
 def is_accuracy(name: str) -> bool:
     """Return whether a value of this name is an accuracy, such as `top1`, `val_robust_top5` and
     `eval.pgd.robust_top1`: a fraction that is shown in per cent, and better when larger."""
@@ -87,11 +91,11 @@ def check_metric(name: str, metric: Metric, logits: Tensor, labels: Tensor) -> N
         found = f"a value of type {type(count).__name__}"
     elif count.dim() > 0:
         found = f"one of shape {tuple(count.shape)}"
-    elif not 0 <= float(count) <= samples:
+    elif not 0 <= float(count) <= samples * (1 + ROUNDING):
         found = f"{float(count):.6g} for {samples} samples"
     else:
         twice = metric(torch.cat([logits, logits]), torch.cat([labels, labels]))
-        if isclose(float(twice), 2 * float(count), rel_tol=1e-3):
+        if isclose(float(twice), 2 * float(count), rel_tol=ROUNDING):
             return
         found = (
             f"{float(count):.6g} for {samples} samples and {float(twice):.6g} for the same samples"

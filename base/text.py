@@ -32,8 +32,16 @@ def one_line(value: Any, longest: int | None = None) -> str:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an exception's message, or the name of its class without one."""
-    lines = str(error).splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return one_line(lines[0])
+
+
+def describe_error(error: Exception) -> str:
+    """Return the class of an exception and the first line of its message, if it has one."""
+    kind = type(error).__name__
+    if not str(error).strip():
+        return kind
+    return f"{kind}: {first_line(error)}"
 
 
 def csv_text(value: Any) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from base.distributed.session import is_connection_error
 from base.errors import DataError, ProjectError
-from base.text import first_line
+from base.text import describe_error
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def loader_errors(where: str) -> Iterator[None]:
         # A lost connection between processes is not the loader's fault, and is handled elsewhere.
         if is_connection_error(error):
             raise
-        raise DataError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
+        raise DataError(f"{where}: {describe_error(error)}") from error
 
 
 def check_images(images: Tensor, expected: Mapping[int, int], where: str) -> None:

@@ -20,7 +20,7 @@ from base.config.imports import import_own_code, requests_of
 from base.device import kernels_explained
 from base.errors import ConfigError, DataError, ProjectError
 from base.registry import did_you_mean
-from base.text import first_line, one_line
+from base.text import describe_error, one_line
 
 
 class Normalized(nn.Module):
@@ -82,8 +82,7 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         network = build(**arguments)
     except Exception as error:
-        kind = type(error).__name__
-        raise ConfigError(f"{flag}: {name}() failed: {kind}: {first_line(error)}") from error
+        raise ConfigError(f"{flag}: {name}() failed: {describe_error(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"{flag}: {name}() returned a {type(network).__name__}; expected a torch.nn.Module"
@@ -94,7 +93,7 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
 def _check_arguments(build: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> None:
     try:
         signature = inspect.signature(build)
-    except ValueError:
+    except (TypeError, ValueError):
         # A function written in C may have no signature. Calling it will report the error.
         return
     # A TypeError from inside the function would look the same as one for a wrong argument.
@@ -127,7 +126,7 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
         except Exception as error:
             raise DataError(
                 f"images of {width}x{height} pixels with {channels} channels, which {kind} cannot"
-                f" take: {type(error).__name__}: {first_line(error)}"
+                f" take: {describe_error(error)}"
             ) from error
 
     try:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from base.errors import ConfigError
 from reports.groups import Group, format_setting
@@ -47,37 +48,36 @@ def _fits(kind: str, name: str) -> bool:
 
 
 def _check_attacks(groups: Sequence[Group], kind: str) -> None:
-    firsts: list[AttackReport] = []
+    in_rows: list[AttackReport] = []
     for group in groups:
         reports = [report for run in group.runs for report in run.reports.get(kind, [])]
         for report in reports:
             if report.values.get("reliable") is False:
                 logger.warning("%s: not reliable: a check of the attack failed", report.file)
-            # A mean over seeds of the attack is taken within a row, so these must be one attack.
-            different = _difference(reports[0], report)
-            if different:
-                raise ConfigError(
-                    f"--eval {kind}: {different}: one column holds one attack;"
-                    " move one of them out of eval/"
-                )
-        firsts += reports[:1]
-    # Different attacks in different rows may be what is compared, such as one epsilon per row.
-    for first in firsts[1:]:
-        different = _difference(firsts[0], first)
+        # A mean over seeds of the attack is taken within a row, so these must be one attack.
+        different = _difference(reports)
         if different:
-            logger.warning("%s: the attack changes from row to row: %s", kind, different)
-            return
-
-
-def _difference(first: AttackReport, second: AttackReport) -> str | None:
-    """Describe the first difference between two attacks; None if they are the same."""
-    others = second.attack
-    for key, value in first.attack.items():
-        # Reports of older versions lack some keys
-        other = others.get(key, value)
-        if value != other:
-            return (
-                f"{key} is {format_setting(value)} in {first.file},"
-                f" but {format_setting(other)} in {second.file}"
+            raise ConfigError(
+                f"--eval {kind}: {different}: one column holds one attack;"
+                " move one of them out of eval/"
             )
+        in_rows += reports
+    # Different attacks in different rows may be what is compared, such as one epsilon per row.
+    different = _difference(in_rows)
+    if different:
+        logger.warning("%s: the attack changes from row to row: %s", kind, different)
+
+
+def _difference(reports: Sequence[AttackReport]) -> str | None:
+    """Describe the first difference between the attacks of reports; None if they are the same."""
+    # Reports of older versions lack some keys, so each key has a first report of its own
+    firsts: dict[str, tuple[Any, AttackReport]] = {}
+    for report in reports:
+        for key, value in report.attack.items():
+            expected, first = firsts.setdefault(key, (value, report))
+            if value != expected:
+                return (
+                    f"{key} is {format_setting(expected)} in {first.file},"
+                    f" but {format_setting(value)} in {report.file}"
+                )
     return None

@@ -42,7 +42,10 @@ def explain(file: BinaryIO, error: Exception) -> str:
     is_torchs = isinstance(error, RuntimeError | MemoryError)
     if is_torchs and str(error) and "weights_only" not in str(error):
         reason = f" ({one_line(first_line(error), 200)})"
-    return f"it is damaged, or torch.save did not write it{reason}; copy or fetch it again"
+    return (
+        f"it is damaged, or torch.save did not write it with its defaults{reason};"
+        f" fetch it again, or save its weights: {SAVE_WEIGHTS}"
+    )
 
 
 def _unsafe_classes(file: BinaryIO, error: Exception) -> list[str]:

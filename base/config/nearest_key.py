@@ -15,6 +15,7 @@ OTHER_PROJECTS = {
     "len_epoch": "data_loader.args.num_batches",
     "limit_train_batches": "data_loader.args.num_batches",
     "model": "arch",
+    "train": "trainer",
     "model_name": "arch.type",
     "dataset": "data_loader",
     "lr": "optimizer.args.lr",
@@ -50,12 +51,20 @@ def nearest_key(path: Sequence[str], known: Sequence[str]) -> str | None:
     """
     *section, name = path
     place = ".".join(section)
-    meant = OTHER_PROJECTS.get(".".join(path)) or OTHER_PROJECTS.get(name)
+    meant = OTHER_PROJECTS.get(".".join(path))
     if name in _torch_arguments(place):
         meant = f"{place}.args.{name}"
     if meant is None:
-        meant = nearest_name(name, known) or _key_elsewhere(place, name)
-    if meant is None:
+        guesses = [
+            OTHER_PROJECTS.get(name),
+            nearest_name(name, known) or _key_elsewhere(place, name),
+        ]
+        # There names such as loss and warmup_epochs are those of keys that exist
+        if place in ATTACK_SECTIONS:
+            guesses.reverse()
+        meant = guesses[0] or guesses[1]
+    # Its own section is no answer
+    if meant is None or f"{place}.".startswith(f"{meant}."):
         return None
     sibling = meant.removeprefix(f"{place}.")
     return meant if "." in sibling else sibling

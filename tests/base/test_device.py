@@ -18,12 +18,14 @@ from base.device import (
     choose_device,
     choose_precision,
     explain_device,
+    full_precision,
     kernels_explained,
     memory_explained,
     nvidia_driver,
     precision_warning,
     set_determinism,
     set_full_precision,
+    tf32,
 )
 from base.errors import ConfigError
 from base.run_folder.environment import environment
@@ -115,6 +117,27 @@ def test_float32_is_float32_whatever_was_asked_before(asked):
         assert operation.fp32_precision == "ieee"
     # torch raises an error if older and newer settings disagree
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("context", [tf32, full_precision])
+@pytest.mark.parametrize("asked", ["highest", "high", "medium"])
+def test_a_context_gives_float32_its_precision_back(context, asked):
+    operations = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.cudnn.rnn,
+        torch.backends.mkldnn.matmul,
+    )
+    set_full_precision()
+    torch.set_float32_matmul_precision(asked)
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    before = [operation.fp32_precision for operation in operations]
+    with context():
+        inside = {operation.fp32_precision for operation in operations[:3]}
+    assert inside == {"tf32" if context is tf32 else "ieee"}
+    assert [operation.fp32_precision for operation in operations] == before
+    assert torch.get_float32_matmul_precision() == asked
+    set_full_precision()
 
 
 def test_training_in_tf32_includes_the_backward_pass(monkeypatch, tmp_path):

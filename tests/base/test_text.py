@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from base.text import LineFormatter, csv_text, one_line, say
+from base.text import LineFormatter, csv_text, describe_error, one_line, say
 
 HOSTILE = {
     "a\nb": r"a\nb",
@@ -45,3 +45,14 @@ def test_no_text_of_a_csv_file_is_a_formula():
 
 def test_long_values_are_cut_before_they_are_escaped():
     assert one_line("\n" * 10, 3) == r"\n\n\n..."
+
+
+@pytest.mark.parametrize(
+    ("error", "described"),
+    [
+        (RuntimeError("\n  sizes differ\nat line 3"), "RuntimeError: sizes differ"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_an_error_is_its_class_and_its_first_words(error, described):
+    assert describe_error(error) == described

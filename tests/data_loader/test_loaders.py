@@ -533,6 +533,9 @@ def test_digests_depend_on_images_but_not_on_their_folder(tmp_path, in_memory, s
     now = digests(tmp_path / "moved")
     changed = [part for part in first if now[part] != first[part]]
     assert changed == ["test images", "attacked images"]
+    # Reports compare models whose images were kept in memory with others
+    in_memory = not in_memory
+    assert digests(tmp_path / "moved")["attacked images"] == now["attacked images"]
     before = digests(tmp_path / "moved")
     for part in ("train", "test"):
         for name, new in ("w_", "xw", "_x"):

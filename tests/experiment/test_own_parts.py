@@ -13,6 +13,7 @@ from base.base_model import BaseModel
 from base.config import load_config, validate
 from base.config.json_schema import readme_with_choices, reference, schema
 from base.errors import ConfigError
+from base.meters import check_metric
 from base.registry import CONV_LAYERS, DATA_LOADERS, LOSSES, METRICS, MODELS, NORM_LAYERS
 from experiment.experiment import Experiment
 from models import build_model
@@ -331,6 +332,13 @@ def test_a_loss_or_metric_that_is_no_sum_over_samples_is_refused_before_training
         monkeypatch.setitem(METRICS, name, metric)
     with pytest.raises(ConfigError, match=rf"^{message}"):
         Experiment.from_config(config_of(**settings))
+
+
+@pytest.mark.parametrize("classes", [3, 6, 64])
+def test_a_metric_may_be_one_for_every_sample_up_to_rounding(classes):
+    labels = torch.arange(classes)
+    logits = nn.functional.one_hot(labels).float()
+    check_metric("mass", lambda logits, labels: logits.softmax(1).sum(), logits, labels)
 
 
 def test_a_metric_may_be_a_sum_of_fractions(monkeypatch, tmp_path):

@@ -113,6 +113,12 @@ def test_different_attacks_do_not_share_a_column(methods, tmp_path, caplog):
         report(tmp_path / "conv8", "pgd_best", 0.5, **{key: other})
         with pytest.raises(ConfigError, match=f"pgd_best: {key} is {value} in .*, but {other} in"):
             attack_columns(methods(), ["pgd_best"])
+        # One of an older version, which lacks the key, does not hide the difference
+        report(tmp_path / "conv6", "pgd_best", 0.5)
+        report(tmp_path / "conv666", "pgd_best", 0.5, **{key: value})
+        with pytest.raises(ConfigError, match=f"pgd_best: {key} is {other} in .*, but {value} in"):
+            attack_columns(methods(), ["pgd_best"])
+        report(tmp_path / "conv666", "pgd_best", 0.5)
         report(tmp_path / "conv8", "pgd_best", 0.5, seconds=2.0, seed=3, warnings=["a"])
 
 

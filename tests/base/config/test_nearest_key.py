@@ -74,6 +74,9 @@ def test_every_misspelling_of_every_key_finds_it():
         ("system.amp", "precision"),
         ("augmentation.mixup", "mixup_alpha"), ("augmentation.cutmix_alpha", None),
         ("model_name", "arch.type"), ("arch.name", None), ("adversarial.name", None),
+        ("pgd_attack.warmup_epochs", "adversarial.warmup_epochs"),
+        ("adversarial.loss", "pgd_attack.loss"), ("lr_scheduler.warmup_epochs", None),
+        ("arch.model", None), ("train", "trainer"),
     ],
 )  # fmt: skip
 def test_names_of_other_projects_and_places(wrong, meant):
