@@ -211,6 +211,8 @@ class BaseDataLoader(ABC):
         images = self.images_at(torch.arange(0, self.n_samples, step)).cpu().contiguous()
         digest = hashlib.sha256(f"{self.fingerprint()} {tuple(images.shape)}".encode())
         digest.update(images.numpy())
+        # Random starts of attacks depend on them
+        digest.update(self.positions.numpy())
         return digest.hexdigest()[:16]
 
     def image_fingerprints(self) -> dict[str, str]:

@@ -215,6 +215,7 @@ def _float32_restored() -> Iterator[None]:
         _set_float32(*before[:3])
         if asked is not None:
             torch.set_float32_matmul_precision(asked)
+        # Last, because the older setting changes them
         for operation, precision in zip(operations, before, strict=True):
             operation.fp32_precision = precision
 

@@ -30,6 +30,7 @@ from data_loader.splits import some_of_every_class
 from evaluation.attack_batch import Autocast, attack_batch, report_precision
 from evaluation.batches import device_of
 from evaluation.figures import draw_epsilon_curve, draw_examples
+from evaluation.identity import evaluation_digests, weights_digest
 from evaluation.partial import partial_file, remove_partials
 from evaluation.reliability import DoctorReport, doctor
 from evaluation.report import RobustnessReport, describe_attack, file_stem, title
@@ -195,10 +196,7 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
         context: dict[str, Any] = {"seed": options.seed, "autocast": evaluation.autocast}
         target = options.json or _default_target(evaluation.run_folder, attack, options)
         from_primary(lambda: _check_target(target, options))
-        digests = {
-            "data_digest": loader.data_digest(),
-            "weights_digest": evaluation.weights_digest(),
-        }
+        digests = evaluation_digests(model, loader)
         precision = report_precision(evaluation.autocast, attack)
         measured = {**digests, "precision": precision, **describe_attack(attack)}
         from_primary(lambda: _check_same_evaluation(target, options, measured))
@@ -206,7 +204,7 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
         kept = None
         if target is not None and not is_stream(target):
             settings = (config.dump(), evaluation.provenance, options.seed, options.batch_size)
-            kept = partial_file(target, model, loader, attack, settings)
+            kept = partial_file(target, digests, attack, settings)
         fitting = memory_explained("--batch_size", options.batch_size, evaluation.device)
         with fitting, kernels_explained(evaluation.device), _contract_explained():
             report = robust_accuracy(
@@ -242,7 +240,7 @@ def _facts(evaluation: Evaluation, options: AttackOptions) -> Facts:
     return {
         "command lines": (ConfigError, command),
         **config_facts(evaluation.config),
-        "checkpoints": (CheckpointError, evaluation.weights_digest()),
+        "checkpoints": (CheckpointError, weights_digest(evaluation.model)),
         **data_facts(test=evaluation.loader),
     }
 

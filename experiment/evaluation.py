@@ -14,7 +14,6 @@ from base.config import Config
 from base.device import autocast, choose_precision, set_determinism, set_full_precision
 from base.distributed.launch import local_device
 from base.errors import DataError
-from evaluation.partial import hash_tensors
 from experiment.description import log_device
 
 
@@ -56,11 +55,6 @@ class Evaluation:
     def autocast(self) -> AbstractContextManager:
         """Return the context of forward passes in the config's precision."""
         return autocast(self.device, choose_precision(self.config.system.precision, self.device))
-
-    def weights_digest(self) -> str:
-        """Return 16 hexadecimal digits for the model's parameters and buffers."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return hash_tensors(tensors).hexdigest()[:16]
 
 
 def prepare_machine(config: Config) -> torch.device:

@@ -31,6 +31,7 @@ from base.run_folder.names import BEST, EVALUATIONS, LAST, RESULT
 from base.signals import Interrupted
 from base.train_state import not_finite
 from data_loader.splits import some_of_every_class
+from evaluation.identity import evaluation_digests
 from evaluation.partial import partial_file, remove_partials
 from evaluation.report import RobustnessReport
 from evaluation.robust_accuracy import robust_accuracy
@@ -209,6 +210,7 @@ class _Tester:
         images = self.attacked
         classes = self.loader.num_classes
         attack = build_attacks.build_attack(config, classes, attack_rank(classes))
+        digests = evaluation_digests(model, images)
         settings = (config.seed, images.batch_size)
         report = robust_accuracy(
             model,
@@ -217,9 +219,9 @@ class _Tester:
             seed=config.seed,
             # Always float32: in bf16 an attack finds a little less.
             autocast=nullcontext,
-            partial=partial_file(targets[0], model, images, attack, settings),
+            partial=partial_file(targets[0], digests, attack, settings),
             description=f"attacking the {names[0]} model",
-            provenance={"data_digest": images.data_digest()},
+            provenance=digests,
         )
         if is_primary():
             for file, target in zip(files, targets, strict=True):

@@ -154,8 +154,8 @@ def package_versions() -> dict[str, str]:
     return dict(_versions())
 
 
-# The first answers are kept: a package that is installed while a run computes is not the one that
-# it has imported, and a commit made meanwhile is not the code that it runs.
+# Only the first answers count: a run goes on with the packages and the code that it started with,
+# even if others are installed or committed meanwhile.
 @cache
 def _versions() -> dict[str, str]:
     versions = {}

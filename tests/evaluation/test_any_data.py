@@ -2,6 +2,7 @@
 
 import csv
 import json
+from copy import deepcopy
 from dataclasses import replace
 from importlib import import_module
 
@@ -19,6 +20,7 @@ from base.errors import ConfigError
 from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import MemoryImages
 from evaluation import DoctorReport, RobustnessReport, doctor, robust_accuracy
+from evaluation.identity import evaluation_digests
 from evaluation.partial import partial_file, remove_partials
 from tiny_runs import read_arrays
 
@@ -225,7 +227,7 @@ def test_adversarial_images_are_saved_as_they_were_attacked(problem, tmp_path):
 def test_an_interrupted_evaluation_keeps_its_adversarial_images(problem, tmp_path, monkeypatch):
     model, images, labels = problem
     loader, target = project_loader(images, labels), tmp_path / "report.json"
-    kept = partial_file(target, model, loader, ATTACK, (3,))
+    kept = partial_file(target, evaluation_digests(model, loader), ATTACK, (3,))
     whole = robust_accuracy(model, loader, ATTACK, seed=3, save_images=tmp_path / "whole.npz")
     module, calls = import_module("evaluation.robust_accuracy"), []
     attack_batch = module.attack_batch
@@ -296,6 +298,7 @@ def test_a_table_has_a_line_for_each_image(problem, tmp_path):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_every_argument_of_an_attack_changes_the_name_of_its_partial_file(problem, tmp_path, name):
     model, images, labels = problem
+    digests = evaluation_digests(model, project_loader(images, labels))
     given = {"epsilon": 0.03, "steps": 2, "step_size": 0.01}
     attack = ATTACKS[name](
         **{key: value for key, value in given.items() if key in arguments(ATTACKS[name])}
@@ -307,7 +310,7 @@ def test_every_argument_of_an_attack_changes_the_name_of_its_partial_file(proble
         "p_init": 0.5,
         "rho": 0.5,
     }
-    files = {partial_file(tmp_path / "a", model, project_loader(images, labels), attack, ())}
+    files = {partial_file(tmp_path / "a", digests, attack, ())}
     for key, parameter in arguments(ATTACKS[name]).items():
         value = other.get(
             key, not parameter.default if parameter.default in (True, False) else 0.02
@@ -316,8 +319,24 @@ def test_every_argument_of_an_attack_changes_the_name_of_its_partial_file(proble
         if key == "random_start":
             value = False
         changed = replace(attack, **{key: value})
-        files.add(partial_file(tmp_path / "a", model, project_loader(images, labels), changed, ()))
+        files.add(partial_file(tmp_path / "a", digests, changed, ()))
     assert len(files) == 1 + len(arguments(ATTACKS[name]))
+
+
+def test_weights_pixels_labels_and_positions_change_the_digests(problem):
+    model, images, labels = problem
+    loader = project_loader(images, labels)
+    first = evaluation_digests(model, loader)
+    assert evaluation_digests(deepcopy(model), project_loader(images, labels)) == first
+    other = deepcopy(model)
+    next(other.parameters()).data.flatten()[0] += 1e-3
+    assert evaluation_digests(other, loader)["weights_digest"] != first["weights_digest"]
+    brighter = (images + 0.01).clamp(0, 1)
+    twice = project_loader(images.repeat(2, 1, 1, 1), labels.repeat(2))
+    second_half = twice.subset(torch.arange(len(labels), 2 * len(labels)))
+    others = [project_loader(brighter, labels), project_loader(images, labels.roll(1)), second_half]
+    assert len({each.data_digest() for each in (loader, *others)}) == 4
+    assert twice.subset(torch.arange(len(labels))).data_digest() == first["data_digest"]
 
 
 def test_fields_of_a_users_own_attack_are_in_the_report(problem):
