@@ -1,12 +1,12 @@
-"""Checks of the numbers that attacks are made with."""
+"""Checks of the numeric arguments of attacks."""
 
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
 LARGEST_LINF = 1.0
-"""In units of the pixel range. A larger l-inf size was meant in 1/255, and would allow every
-image."""
+"""In units of the pixel range. A larger l-inf size was meant in 1/255; it would
+allow every image."""
 
 
 def check_size(name: str, value: Any, norm: str) -> float:

@@ -25,7 +25,7 @@ class Attack(ABC):
     Works with any module or function that maps images in `[0, 1]` to logits. All sizes are in units
     of the pixel range (8/255, not 8).
 
-    A subclass writes `perturb`; the base class keeps everything else that an attack promises. The
+    A subclass writes `perturb`; the base class ensures everything else an attack promises. The
     project's attacks are frozen dataclasses, and yours should be one: its fields are its
     arguments, `repr` and reports list them, and `dataclasses.replace` makes variants.
 
@@ -46,14 +46,14 @@ class Attack(ABC):
     Args:
         epsilon: radius of the threat model.
         norm: `"linf"` or `"l2"`.
-        targeted: `labels` are the classes to lead the model to, instead of the true ones.
+        targeted: `labels` are the target classes, instead of the true ones.
         loss: what is maximized: `"ce"`, `"margin"` or `"dlr"`; see `attacks.losses`.
-        seed: of the random starts of calls without generators, each of which draws the same ones.
+        seed: of the random starts if a call passes no generators; every such call draws the same.
 
     Attributes:
         confidence: see `confident`; above 0 only in attacks with a field of this name.
         warnings: reasons to doubt the images found so far, in the order in which they were noticed.
-        description: how reports name the attack, where class and numbers do not say everything.
+        description: how reports name the attack, if its class and numbers do not suffice.
 
     Raises:
         TypeError: a subclass does not declare `epsilon`.
@@ -167,15 +167,15 @@ class Attack(ABC):
         """Return adversarial images for `images` `(B, C, H, W)` in `[0, 1]` and integer `labels`
         `(B,)`, of their type and device.
 
-        A module is attacked in evaluation mode and gets its modes back; its parameters' `.grad`
-        are not touched, and no gradient of a weight is computed. The modes inside a function are
-        the caller's business. Every image returned lies in the threat model, to the rounding of
+        A module is attacked in evaluation mode and then restored; its parameters' `.grad` are not
+        touched, and no gradient of a weight is computed. For a function, the caller
+        sets the modes. Every image returned lies in the threat model, to the rounding of
         float32, and `images` stay as they are, even if the model writes into its input. An image
         for which the model answers NaN counts as misclassified. All of this holds for every
         `perturb`.
 
         Args:
-            generators: where random numbers come from; None for the attack's seed.
+            generators: sources of random numbers; None uses a generator seeded by `seed`.
 
         Raises:
             TypeError: the model does not return a tensor of logits, or `perturb` does not return a
@@ -245,7 +245,7 @@ class Attack(ABC):
         return losses
 
     def reached(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return how far the attack has come with each image, from `MISSED` to `DONE`; int64
+        """Return the progress of the attack on each image, from `MISSED` to `DONE`; int64
         `(B,)`."""
         if self.targeted:
             return torch.where(wrongness(logits, labels) == 0, DONE, MISSED)

@@ -27,9 +27,9 @@ STANDARD_TARGETS = 9
 @dataclass(frozen=True)
 class AutoAttack(Attack):
     """Standard AutoAttack (Croce and Hein, arXiv:2003.01690): APGD on cross entropy, then targeted
-    APGD, targeted FAB and Square, each on the images that those before did not break.
+    APGD, targeted FAB and Square, each on the images that the previous attacks did not break.
 
-    An adapter of the optional package pyautoattack, with the numbers of its version "standard": 100
+    An adapter of the optional package pyautoattack, with the values of its version "standard": 100
     steps, 9 targets, 5000 queries. Each call is one evaluation of the whole batch. Images that no
     attack breaks, and those that are misclassified from the beginning, come back unchanged. The
     seed of an evaluation is drawn from the first generator; the package draws for the batch as a
@@ -38,7 +38,7 @@ class AutoAttack(Attack):
     Args:
         epsilon: radius in units of the pixel range, such as 8/255.
         norm: `"linf"` or `"l2"`.
-        seed: of all draws, where a call brings no generators.
+        seed: of all random draws, if a call passes no generators.
 
     Attributes:
         warnings: reasons to doubt the evaluation (a randomized model, zero gradients, fewer targets

@@ -51,8 +51,8 @@ class APGD(Attack):
         early_stop: stop attacking an image once it is misclassified, which saves passes and changes
             no verdict. False takes the misclassified point of largest loss instead of the first.
         rho: the fraction of condition 1, in [0, 1].
-        targeted: lead to `labels` instead of away from them.
-        seed: of the random starts, where a call brings no generators.
+        targeted: move towards the classes `labels` instead of away from them.
+        seed: of the random starts, if a call passes no generators.
         confidence: see `PGD`.
 
     Raises:

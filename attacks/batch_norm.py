@@ -18,7 +18,7 @@ def cheap_batch_norm(model: Model) -> AbstractContextManager[None]:
 
     In evaluation mode a batch norm scales each channel by `gamma / sqrt(var + eps)`, so its
     backward pass only has to scale the gradient in the same way. On the CPU torch also computes the
-    gradients of gamma and beta, even if nobody asks for them, which takes most of the time. Outputs
+    gradients of gamma and beta, even if they are not needed, which takes most of the time. Outputs
     are the same bits, and so are gradients if the output's gradient has the output's memory format.
 
     Torch's own method is used in training mode, on other devices and in low precision; for

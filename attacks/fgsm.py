@@ -17,8 +17,8 @@ class FGSM(PGD):
     Args:
         epsilon: radius and step size in units of the pixel range.
         norm: `"linf"` or `"l2"`.
-        early_stop: leave images alone that are misclassified already; see `PGD`.
-        targeted: lead to `labels` instead of away from them.
+        early_stop: leave images that are already misclassified unchanged; see `PGD`.
+        targeted: move towards the classes `labels` instead of away from them.
         loss: `"ce"`, `"margin"` or `"dlr"`.
         confidence: see `PGD`.
     """

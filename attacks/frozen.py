@@ -1,4 +1,4 @@
-"""A model as an attack sees it: its weights stay as they are."""
+"""Models with frozen weights, for attacks."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

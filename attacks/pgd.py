@@ -23,7 +23,7 @@ def step_within_range(step_size: float, norm: str) -> float:
 
 def crossing_step(epsilon: float, steps: int, norm: str) -> float:
     """Return the step size with which all steps together can cross the ball from any start: they
-    add up to 2.5 epsilon (Madry et al., for l2)."""
+    add up to 2.5 epsilon (Madry et al., arXiv:1706.06083, for l2)."""
     return step_within_range(2.5 * epsilon / steps, norm)
 
 
@@ -48,10 +48,10 @@ class PGD(Attack):
         restarts: number of independent starts.
         random_start: begin at a random point of the ball instead of the image.
         early_stop: stop attacking an image once it is misclassified (targeted: classified as the
-            target). A number k asks for more: the label is not among the k largest logits.
-        targeted: lead to `labels` instead of away from them.
+            target). A number k continues until the label is not among the k largest logits.
+        targeted: move towards the classes `labels` instead of away from them.
         loss: `"ce"`, `"margin"` or `"dlr"`.
-        seed: of the random starts, where a call brings no generators.
+        seed: of the random starts, if a call passes no generators.
         confidence: an image counts as misclassified once its label's logit falls short by this
             fraction of the largest logit; see `Attack.confident`.
 
@@ -78,7 +78,7 @@ class PGD(Attack):
             check_count("early_stop", self.early_stop, 0)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(
-                f"restarts {self.restarts}: without random_start all of them are the same"
+                f"restarts {self.restarts}: without random_start, all restarts are the same"
             )
         if self.targeted and self.early_stop > 1:
             raise ValueError(

@@ -46,7 +46,7 @@ class Square(Attack):
         norm: `"linf"` or `"l2"`.
         p_init: share of the pixels in the first windows, in (0, 1].
         loss: `"margin"`, `"ce"` or `"dlr"`.
-        seed: of all draws, where a call brings no generators.
+        seed: of all random draws, if a call passes no generators.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -32,7 +32,7 @@ def in_pixel_range(size: float, norm: str) -> float:
 
 
 def format_size(size: float, norm: str) -> str:
-    """Format a size in pixel range as people write it: `8/255` for l-inf, `0.5` for l2."""
+    """Format a size in units of the pixel range for readers: `8/255` for l-inf, `0.5` for l2."""
     if norm == "linf":
         return f"{size * 255:.4g}/255"
     return f"{size:.4g}"

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 MISSED, DONE = 0, 2
-"""How far an attack has come with an image: `MISSED`, the image is classified correctly; 1, it is
-misclassified, but not yet as badly as the attack asks (see `Attack.rank`); `DONE`."""
+"""The progress of an attack on an image: `MISSED`, the image is classified correctly; 1, it is
+misclassified, but not yet as badly as required (see `Attack.rank`); `DONE`, it is."""
 NOT_TRIED = -1
 
 
 class WorstCase:
-    """The worst point found so far for every image: the one that the attack came farthest with, and
-    among equals the one with the largest loss.
+    """The worst point found so far for every image: the one with the most progress (see
+    `DONE`), and among equals the one with the largest loss.
 
     Args:
         images: `(B, C, H, W)`, the points to begin with.

@@ -1,4 +1,4 @@
-"""BaseDataLoader: everything that the project calls on a data set."""
+"""BaseDataLoader: the interface through which the project uses a data set."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from base.device import to_device
 from base.distributed import Shard, shard_of
 
 DIGESTED_IMAGES = 64
-"""How many images `data_digest` reads at most: enough to tell a data set from corruptions of it."""
+"""The largest number of images that `data_digest` reads: enough to notice a corrupted data set."""
 
 
 class BaseDataLoader(ABC):
@@ -38,8 +38,8 @@ class BaseDataLoader(ABC):
         shard_batches: where several processes train, yield only this process's shard of every
             batch (see `base.distributed.shard.Shard`). Order and augmentation are those of the
             whole batch in any case.
-        default_mean, default_std: published statistics of the data set's pixels, where there are
-            any; without them, training computes its own.
+        default_mean, default_std: published statistics of the data set's pixels, per channel in
+            `[0, 1]`; if they are None, training computes its own.
         mean, std: per channel, in `[0, 1]`; a model normalizes these images by them.
         num_classes: number of classes.
         n_samples: images in one epoch.
@@ -47,7 +47,7 @@ class BaseDataLoader(ABC):
         positions: int64 `(n_samples,)`, for each image of an unshuffled loader its position in the
             part of the data set it was taken from.
         clean_labels: where the labels of an unshuffled loader carry noise, int64 `(n_samples,)`
-            labels before the noise in the order of iteration, on `device`; None where they are
+            labels before the noise in the order of iteration, on `device`; None if the labels are
             clean.
         names_validation: whether the data set names its validation images itself.
         remarks: lines about the data set for the log of a run.
@@ -200,13 +200,13 @@ class BaseDataLoader(ABC):
         return hashlib.sha256(labels.tobytes()).hexdigest()
 
     def image_digest(self) -> str:
-        """Return a hexadecimal digest of the images, by which processes check that they have the
-        same ones; empty where a loader does not know it."""
+        """Return a hexadecimal digest of the images, with which processes check that they have the
+        same ones; an empty string if the loader has none."""
         return ""
 
     def data_digest(self) -> str:
-        """Return 16 hexadecimal digits for all labels and some of the images, by which reports tell
-        whether they are about the same data. Whether images are kept in memory does not matter."""
+        """Return 16 hexadecimal digits for all labels and some of the images, which tell reports
+        whether they describe the same data. Whether images are kept in memory does not matter."""
         step = -(-self.n_samples // DIGESTED_IMAGES)
         images = self.images_at(torch.arange(0, self.n_samples, step)).cpu().contiguous()
         digest = hashlib.sha256(f"{self.fingerprint()} {tuple(images.shape)}".encode())
@@ -247,15 +247,15 @@ class BaseDataLoader(ABC):
         }
 
     def noise_report(self) -> dict[str, Any] | None:
-        """Return what the label noise has done, in plain values for JSON; None without noise.
+        """Summarize the effect of the label noise, in plain values for JSON; None without noise.
 
         `train_rate` is the share of training labels that it has changed.
         """
         return None
 
     def noise_warning(self) -> str | None:
-        """Return why the noise is not as the config asks for; None where it is, and without
-        noise."""
+        """Return why the realized noise differs from the config's; None if it does not, or if there
+        is no noise."""
         return None
 
     def sample_names(self) -> Sequence[str] | None:

@@ -37,7 +37,7 @@ class BaseModel(nn.Module, ABC):
             other layers take has no effect.
 
     Raises:
-        ConfigError: a name is not in its table, an argument is not one of any layer, or `mean` or
+        ConfigError: a name is not in its table, no layer takes an argument, or `mean` or
             `std` does not have one value per channel.
     """
 

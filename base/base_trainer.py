@@ -62,7 +62,7 @@ Validate = Callable[[BaseModel, int], dict[str, float]]
 
 @dataclass(frozen=True)
 class TrainerParts:
-    """What every training method is made from; `experiment.build.build_trainer` puts it together.
+    """The parts of a training method; `experiment.build.build_trainer` builds them.
 
     Attributes:
         config: the resolved config.
@@ -121,13 +121,13 @@ class BaseTrainer(ABC):
     """
 
     attacks_while_training: ClassVar[bool] = False
-    """Whether the method attacks images: train_robust.py is its command then, and every validation
-    attacks, too."""
+    """Whether the method attacks images. If so, its command is train_robust.py, and every
+    validation attacks, too."""
     validated_by_fgsm: ClassVar[bool] = False
-    """Whether robust validation measures FGSM accuracy, too; see
+    """Whether robust validation also measures FGSM accuracy; see
     `trainer.robust_validation.overfitting_warnings`."""
     takes_mixup: ClassVar[bool] = False
-    """Whether `train_batch` takes class probabilities for labels, which mixup makes of them."""
+    """Whether `train_batch` accepts class probabilities as labels, which mixup produces."""
 
     def __init__(self, parts: TrainerParts) -> None:
         self.config = parts.config
@@ -182,15 +182,15 @@ class BaseTrainer(ABC):
         return []
 
     def method_state(self) -> dict[str, Any]:
-        """Return what the method carries from minibatch to minibatch, for checkpoints: tensors and
-        plain values."""
+        """Return the state that the method carries from one minibatch to the next, as tensors and
+        plain values, for checkpoints."""
         return {}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional
         """Continue from what `method_state` returned.
 
         Raises:
-            ValueError: saying what is wrong with it.
+            ValueError: the state does not fit; the message says why.
         """
 
     # What a training method calls
@@ -277,7 +277,7 @@ class BaseTrainer(ABC):
         """Train until the last epoch or the early stop.
 
         Raises:
-            Stopped: a signal asked for it; the state is saved.
+            Stopped: a signal stopped the training; the state is saved.
             NonFiniteError: see `update` and `_check_epoch`; the last saved checkpoint is intact.
         """
         on_cuda = self.device.type == "cuda"
@@ -356,7 +356,7 @@ class BaseTrainer(ABC):
 
     def mixup(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Average pairs of images, and of their labels, with one Beta(alpha, alpha) weight per
-        minibatch (mixup, Zhang et al., arXiv:1710.09412), where the config asks for it.
+        minibatch (mixup, Zhang et al., arXiv:1710.09412), if the config enables it.
 
         Cross entropy is linear in the probabilities, so it is the weighted sum of the cross
         entropies with the two labels, in training and inside every attack.
@@ -476,7 +476,7 @@ class BaseTrainer(ABC):
 
         Raises:
             Stopped: the state is saved.
-            NonFiniteError: the model has diverged with the last update; nothing is saved.
+            NonFiniteError: the model diverged in the last update; nothing is saved.
         """
         self.nan_guard.check_pending()
         if self.state.batches_done:
@@ -526,7 +526,7 @@ class BaseTrainer(ABC):
         return contents
 
     def resume(self, checkpoint: Mapping[str, Any], source: Path) -> str | None:
-        """Continue from a checkpoint of this run; return what there is to warn of.
+        """Continue from a checkpoint of this run; return a warning, or None.
 
         No file is written before everything has been checked.
 
@@ -598,7 +598,7 @@ class BaseTrainer(ABC):
         for key in ("ema_state_dict", "ema_updates"):
             if key not in checkpoint:
                 raise CheckpointError(
-                    f"{source}: {key!r} is missing, but trainer.ema_decay asks for averaged weights"
+                    f"{source}: {key!r} is missing, but trainer.ema_decay needs averaged weights"
                 )
         self.ema.load_state_dict(checkpoint["ema_state_dict"], checkpoint["ema_updates"], source)
 
@@ -612,7 +612,7 @@ class BaseTrainer(ABC):
             except (RuntimeError, TypeError) as error:
                 reason = first_line(error)
                 raise CheckpointError(
-                    f"{source}: rng: is not the state of a generator of torch: {reason}"
+                    f"{source}: rng: is not a valid state of a torch generator: {reason}"
                 ) from None
 
         from_primary(restore)

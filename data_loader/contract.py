@@ -40,7 +40,7 @@ def loader_errors(where: str) -> Iterator[None]:
 
 
 def check_images(images: Tensor, expected: Mapping[int, int], where: str) -> None:
-    """Check that a value is images as the contract of `BaseDataLoader` describes them.
+    """Check that a value holds images as the contract of `BaseDataLoader` describes them.
 
     Args:
         images: what a loader returned.

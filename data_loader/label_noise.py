@@ -1,4 +1,4 @@
-"""Label noise: labels that are made wrong on purpose, and how many of them changed.
+"""Label noise: labels that are corrupted on purpose, and how many of them changed.
 
 In the path read -> split -> subset -> noise -> batch -> augment, this is the noise.
 `training_data_loader` applies it to the labels of one split: the subset that is trained on, or the
@@ -30,7 +30,7 @@ from base.errors import DataError
 
 @dataclass(frozen=True)
 class LabelNoise:
-    """The label noise that a config asks for.
+    """The label noise that a config requests.
 
     Attributes:
         kind: `"none"`, `"sym"`, `"asym"` or `"file"`.
@@ -235,7 +235,7 @@ def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> 
     """Explain why the realized rate differs from `percent` by more than `LARGEST_DIFFERENCE`.
 
     Args:
-        noise: the noise that the config asks for.
+        noise: the noise that the config requests.
         class_names: the classes' names in label order.
         rate: the fraction of training labels that changed, in `[0, 1]`.
 
@@ -246,7 +246,7 @@ def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> 
     if noise.kind not in ("sym", "asym") or near:
         return None
     difference = (
-        f"trainer.percent asks for {noise.percent:.4g},"
+        f"trainer.percent is {noise.percent:.4g},"
         f" but {rate:.4g} of the training labels have changed"
     )
     if noise.kind == "sym" and noise.law == "inclusive":
@@ -259,7 +259,7 @@ def explain_rate(noise: LabelNoise, class_names: Sequence[str], rate: float) -> 
         classes = len(class_names)
         if flips < classes:
             return f"{difference}: the law changes labels of {flips} of the {classes} classes only"
-    return f"{difference}: there are too few labels to meet it"
+    return f"{difference}: there are too few labels for this rate"
 
 
 def _flips(class_names: Sequence[str]) -> dict[str, str]:

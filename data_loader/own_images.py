@@ -59,7 +59,7 @@ def build_loader(
             constructor takes; `OwnImages` gets the others, if the entry needs one.
 
     Raises:
-        ConfigError: the config asks for a step that nothing would do, or an argument is missing.
+        ConfigError: the config requests a step that no code would take, or an argument is missing.
         DataError: the data set cannot be read, or breaks the contract of `BaseDataLoader`.
     """
     names = _names(make)
@@ -217,7 +217,7 @@ def _check_left(name: str, loader: BaseDataLoader, left: Mapping[str, Any]) -> N
             ignored.append(dotted)
         else:
             raise ConfigError(
-                f"{dotted}: {name} does not take {key}, so it would not be done: let its"
+                f"{dotted}: {name} does not take {key}, so it would have no effect: let its"
                 " constructor take it, or **options for its base class"
             )
     if ignored:

@@ -146,7 +146,7 @@ class _Worker:
 
 
 def _work(decoder: _Decoder, worker: int, pipe: Connection, pipe_of_main: Connection) -> None:
-    """Decode the batches that the main process asks for, until it closes the pipe or ends."""
+    """Decode the batches that the main process requests, until it closes the pipe or ends."""
     # Ctrl-C and a scheduler's SIGTERM reach every process of the group. The main process then
     # finishes its batch and saves, for which it needs the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

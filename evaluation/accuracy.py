@@ -25,8 +25,8 @@ def evaluate(
     """Return the mean loss and metrics over every sample of `loader`, metrics as fractions.
 
     With several processes `loader` is this process's shard, and the means are over all shards. If
-    the loader's labels carry noise, `clean_` values against the labels before the noise stand
-    beside those against the noisy ones. The model is put into evaluation mode, and back into
+    the loader's labels carry noise, the result also holds `clean_` values, which
+    are against the labels before the noise. The model is put into evaluation mode, and back into
     training mode if it was in that. No random numbers are drawn, so evaluating does not disturb
     training.
 

@@ -220,7 +220,7 @@ class _Search:
 
 
 class _WorstImages:
-    """The worst image verified so far in place of each image of a batch.
+    """The worst adversarial image verified so far for each image of a batch.
 
     Attributes:
         images: `(B, C, H, W)`.

@@ -83,7 +83,7 @@ class FittingSize:
                     raise
             else:
                 if ran_out:
-                    logger.warning("out of memory: going on with batches of %d images", size)
+                    logger.warning("out of memory: continuing with batches of %d images", size)
                 return result
             # Not inside `except`, where the error still holds the work's tensors
             ran_out = True
@@ -105,7 +105,7 @@ class Batches:
         device: the device of the model; None takes that of its parameters, and leaves the images on
             theirs for a function or a module without parameters.
         batch_size: images at a time; None takes the batches as they come.
-        limit: take the first `limit` images only.
+        limit: take only the first `limit` images.
         sharded: whether each of several processes takes its shard of the images; False if `data` is
             this process's shard already.
 

@@ -66,8 +66,8 @@ def draw_examples(
         title: printed above, in as many lines as it needs.
 
     Raises:
-        ConfigError: another suffix.
-        ValueError: no images.
+        ConfigError: the suffix is not one of these.
+        ValueError: there are no images.
     """
     if len(images) == 0:
         raise ValueError("images: expected at least one")
@@ -139,8 +139,8 @@ def draw_epsilon_curve(
         title: printed above, in as many lines as it needs.
 
     Raises:
-        ConfigError: another suffix.
-        ValueError: no points.
+        ConfigError: the suffix is not one of these.
+        ValueError: the curve has no points.
     """
     save_figure(epsilon_figure(curve, norm, clean, chance, epsilon, title), path)
 

@@ -86,7 +86,7 @@ def doctor(
         attack: untargeted. An attack of another kind than PGD is replaced by PGD with
             `ENOUGH_STEPS` on the same loss. PGD of fewer than `FEW_STEPS` steps, and FGSM, are
             checked beside PGD with `ENOUGH_STEPS`.
-        seed: the seed of all draws.
+        seed: the seed of all random draws.
         autocast: the context of the attack's forward passes.
 
     Raises:
@@ -319,7 +319,7 @@ def more_steps(exam: _Exam) -> list[Check]:
     """Do more steps break many images that the attack does not?
 
     Limit: `FOUND`, or `FOUND_BESIDE_FGSM` for an attack of one step. Source: Carlini et al., an
-    attack has to have converged.
+    attack must have converged.
     """
     if exam.search is exam.attack:
         steps = MORE_STEPS * exam.attack.steps

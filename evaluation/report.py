@@ -29,7 +29,7 @@ class DoctorReport:
 
     Attributes:
         checks: the results of all checks.
-        examined: the attack that was examined; plain PGD in place of one of another kind.
+        examined: the attack that was examined; plain PGD if the attack is of another kind.
         curve: pairs (epsilon in units of the pixel range, accuracy in `[0, 1]`), from epsilon 0 to
             one at which every image can become gray.
         curve_attack: the attack of the curve, whose step size is scaled along with epsilon. It
@@ -47,7 +47,7 @@ class DoctorReport:
 
     @property
     def reliable(self) -> bool | None:
-        """True if all checks passed, False if one failed, None if it takes more images to say."""
+        """True if all checks passed, False if one failed, None if it takes more images."""
         return all_passed(self.checks)
 
     @property
@@ -91,11 +91,11 @@ class RobustnessReport:
         images_per_second: its speed.
         precision: the precision of the search and of the verdicts.
         quick_checks: the results of the checks on the first batch of every process.
-        attack_warnings: what the attack itself noticed against its result, a line each.
+        attack_warnings: the attack's own warnings about its result, one line each.
         checkpoint: the name of the model.
         provenance: more about model and data, plain values by name.
         versions: the versions of the packages used.
-        doctor: the findings of the doctor; None if it was not asked.
+        doctor: the findings of the doctor; None if it was not run.
     """
 
     attack: Attack
@@ -150,7 +150,7 @@ class RobustnessReport:
         |---------------------------------------------------------------|----------|
         | a quick check failed                                          | False    |
         | a check of the doctor failed                                  | False    |
-        | the doctor was not asked                                      | None     |
+        | the doctor was not run                                        | None     |
         | a check of the doctor is undecided: it takes more images      | None     |
         | the attack itself warns                                       | None     |
         | the doctor examined another attack, beside the one reported   | None     |
@@ -178,7 +178,7 @@ class RobustnessReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The reasons against believing the robust accuracy, a line each."""
+        """The reasons to doubt the robust accuracy, one line each."""
         lines = [*failures(self.quick_checks), *self.attack_warnings]
         if self.doctor is not None:
             lines += self.doctor.warnings

@@ -58,11 +58,11 @@ def robust_accuracy(
         report.robust_top1, report.interval, report.verdicts.robust_top1
 
     The model takes pixels in `[0, 1]` and normalizes them itself, as above. It is evaluated in
-    evaluation mode and gets its modes back. An image's random starts are a function of `seed` and
+    evaluation mode, then restored. An image's random starts are a function of `seed` and
     its position alone, so batch size and number of processes do not change a verdict. (AutoAttack
     draws for a batch as a whole.) With several processes, each attacks its shard of the images, and
-    all of them get the report. Where a batch does not fit into memory, the attack goes on with
-    batches of half the size, and a warning says so.
+    all of them get the report. If a batch does not fit into memory, the attack continues with
+    batches of half the size, after a warning.
 
     `report.reliable` says whether the number can be believed; see `RobustnessReport.reliable`.
 
@@ -77,7 +77,7 @@ def robust_accuracy(
             does not compute on the device of the images.
         autocast: the context of the attack's forward passes; verdicts are in the model's own
             precision.
-        limit: attack the first `limit` images only.
+        limit: attack only the first `limit` images, in the order of `data`.
         batch_size: images at a time; None takes the batches as they come.
         progress: show a progress bar if there is a terminal.
         description: the text before the progress bar.
@@ -183,8 +183,8 @@ def attack_loader(
             in the model's own precision, and so is the search of an attack of a `single_step`,
             whose pass also gives the clean logits.
         partial: a file that keeps the verdicts so far; if it exists, its images are not attacked
-            again. The caller removes it, and gives it a name that stands for model, images, attack
-            and seed.
+            again. The caller removes it, and its name must identify model, images, attack and
+            seed.
         description: the text before the progress bar.
 
     Raises:

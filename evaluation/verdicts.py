@@ -29,7 +29,7 @@ class Verdicts:
         robust_top1: whether it is classified correctly, also under attack, bool.
         robust_top5: whether its label is among the five largest logits, also under attack, bool. An
             attack whose `rank` is below 5 does not try to prevent that: then the value is False for
-            every image and means nothing (with at most five classes it is always True).
+            every image and means nothing (with at most five classes only NaN gives False).
         perturbation: the size of the change in the attack's norm, in units of the pixel range; 0
             if no change was needed.
     """

@@ -69,7 +69,7 @@ def zero_residual_branches(model: nn.Module, name: str) -> None:
 
 
 def normalizes_weights(layer: nn.Module) -> bool:
-    """Whether a layer normalizes its weights, so that their size has no effect.
+    """Whether a layer normalizes its weights, so that their scale has no effect.
 
     It is a property of the layer's class; see `base.registry.CONV_LAYERS`.
     """

@@ -15,7 +15,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         labels: int64 `(B,)` in [0, C), or class probabilities `(B, C)` (mixup).
 
     Returns:
-        float32 `(B,)`; float64 for such logits.
+        float32 `(B,)`; float64 for float64 logits.
     """
     return F.cross_entropy(widened(logits), labels, reduction="none")
 

@@ -28,8 +28,8 @@ def conv_orthogonality(
         kernel: `(C_out, C_in, k_h, k_w)`.
         stride: of the convolution, per axis.
         padding: None for the paper's `floor((k - 1) / stride) * stride`, which makes the center lag
-            zero. The authors' code always takes 1. With a 3x3 kernel at stride 2 it then asks a
-            filter to match itself shifted by one pixel.
+            zero. The authors' code always takes 1. With a 3x3 kernel at stride 2 it then
+            pulls a filter towards itself shifted by one pixel.
 
     Returns:
         A tensor without dimensions, in the kernel's precision also under autocast. The gradient at

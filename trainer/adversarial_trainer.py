@@ -24,11 +24,11 @@ from trainer.robust_validation import overfitting_warnings
 
 
 class TrainerWithAdversary(BaseTrainer):
-    """What all methods that attack images have in common.
+    """The base class of all methods that attack images.
 
     Args:
         parts: see `TrainerParts`.
-        warmup_epochs: Epochs over which radius and step of training grow evenly from 0; validation
+        warmup_epochs: Epochs over which training radius and step grow linearly from 0; validation
             and reports attack with the whole radius. Pang et al. (arXiv:2010.00467) begin at 1/N of
             the radius, and keep the whole step.
     """
@@ -46,7 +46,7 @@ class TrainerWithAdversary(BaseTrainer):
 
     @property
     def radius_scale(self) -> float:
-        """The factor in [0, 1] of radius and step size for the current minibatch: it grows evenly
+        """The factor in [0, 1] of radius and step size for the current minibatch: it grows linearly
         over the first `adversarial.warmup_epochs`, from 0 in the first minibatch to 1 in the first
         one after them.
 
@@ -89,7 +89,7 @@ class FreeTrainer(TrainerWithAdversary):
     """
 
     reads = ("trainer.adv_repeats", "trainer.fgsm_step")
-    """Keys of other sections of the config that mean something to this method only."""
+    """Keys of other sections of the config that only this method uses."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class FreeTrainer(TrainerWithAdversary):
         if kept is None:
             # Nothing is carried before the first minibatch
             if self.state.epochs_done or self.state.batches_done:
-                raise ValueError("'perturbation' is missing, but adversarial.noise carries it on")
+                raise ValueError("'perturbation' is missing, but adversarial.noise is 'carry'")
             return
         shape = tuple(self.train_loader.image_shape)
         fits = isinstance(kept, Tensor) and kept.dtype == torch.float32
@@ -318,9 +318,9 @@ class TradesTrainer(AdversarialTrainer):
 
     The authors' code passes clean images through the network twice in an update: for the loss,
     before the attacked images, and for the divergence, after them. To an optimizer both passes are
-    the same, but each moves the running statistics of batch normalization: attacked images make
-    33 % of them there (momentum 0.1), and 53 % with one clean pass. One pass is the default here,
-    as it saves a forward and a backward pass; `clean_passes` 2 does as the authors do.
+    the same, but each moves the running statistics of batch normalization: attacked images
+    contribute 33 % there (momentum 0.1), and 53 % with one clean pass. One pass is the default
+    here, as it saves a forward and a backward pass; `clean_passes` 2 follows the authors' code.
 
     Args:
         parts: see `TrainerParts`.

@@ -28,7 +28,7 @@ class RobustValidation:
         loader: the images, neither shuffled nor augmented; with several processes this one's part
             of them.
         attack: PGD; its accuracy is `robust_top1`.
-        fgsm: FGSM, where the training method is fast FGSM training; None otherwise.
+        fgsm: FGSM, if the training method is fast FGSM training; None otherwise.
         period: epochs from one attack to the next.
         epochs: number of the last epoch.
         seed: of the starting points.
@@ -84,7 +84,7 @@ def overfitting_warnings(
     num_classes: int,
 ) -> list[str]:
     """Return warnings of catastrophic overfitting (Wong et al., arXiv:2001.03994, section 5): the
-    network resists the single step that it is trained with, and no longer resists PGD.
+    network resists the single-step attack that it is trained with, but no longer resists PGD.
 
     Args:
         log: the values of an epoch. The network and its averaged weights are judged where both
@@ -106,7 +106,7 @@ def overfitting_warnings(
                 f"catastrophic overfitting: {100 * fgsm:.1f} % of the validation images resist"
                 f" FGSM, {100 * pgd:.1f} % resist PGD, as {100 * best[name]:.1f} % did in epoch"
                 f" {best['epoch']}; try a smaller adversarial.step_size or another method;"
-                " trainer.monitor 'max val_robust_top1' keeps an epoch before"
+                " trainer.monitor 'max val_robust_top1' keeps an earlier epoch"
             )
     return warnings
 

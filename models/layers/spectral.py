@@ -111,7 +111,7 @@ class SpectralNormConv2d(nn.Conv2d):
     def buffers_from_weights(self) -> None:
         """Adapt u and v by 15 power iterations.
 
-        For weights that no training step has made, such as averaged ones.
+        Use this for weights that no training step produced, such as averaged ones.
         """
         for _ in range(POWER_ITERATIONS):
             self._iterate(self.weight.flatten(1))

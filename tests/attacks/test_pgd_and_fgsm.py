@@ -259,7 +259,7 @@ def test_losses_against_their_definitions():
         ),
         (
             lambda: PGD(1, 1, 1, restarts=2, random_start=False),
-            "restarts 2: without random_start all of them are the same",
+            "restarts 2: without random_start, all restarts are the same",
         ),
         (
             lambda: FGSM(1)(

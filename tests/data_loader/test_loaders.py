@@ -407,7 +407,7 @@ def test_a_rate_that_differs_from_percent_is_explained(session_folder, noise, wo
 def test_rates_of_asymmetric_laws_are_explained():
     few = explain_rate(LabelNoise("asym", 0.4), CIFAR10_CLASSES, 0.2)
     assert few == (
-        "trainer.percent asks for 0.4, but 0.2 of the training labels have changed: "
+        "trainer.percent is 0.4, but 0.2 of the training labels have changed: "
         "the law changes labels of 5 of the 10 classes only"
     )
     assert explain_rate(LabelNoise("asym", 0.4), sorted(CIFAR100_FLIPS), 0.402) is None

@@ -189,7 +189,7 @@ def test_arguments_that_a_loader_with_own_batches_does_not_take_are_warnings_or_
         ("mean", [0.5] * 3, "data_loader.args.mean"),
     ]:
         with pytest.raises(
-            ConfigError, match=rf"^{key}: Batched does not take {name}, so it would not be done"
+            ConfigError, match=rf"^{key}: Batched does not take {name}, so it would have no effect"
         ):
             build_loader("Batched", Batched, {"batch_size": 128, name: value})
         assert build_loader("Digits", Digits, {**PLAIN, name: value})

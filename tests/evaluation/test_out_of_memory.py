@@ -81,7 +81,7 @@ def test_the_attack_goes_on_with_half_the_images(kind, monkeypatch, caplog, tmp_
             refused = compare()
     assert refused == [40]
     assert [record.message for record in caplog.records] == [
-        "out of memory: going on with batches of 20 images"
+        "out of memory: continuing with batches of 20 images"
     ]
     small, halved = (read_arrays(tmp_path / f"{name}.npz") for name in ("small", "halved"))
     assert all(np.array_equal(small[name], halved[name]) for name in small)

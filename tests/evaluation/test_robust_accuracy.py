@@ -494,7 +494,7 @@ def test_a_report_is_reliable_if_every_check_passed(digits, checks, reliable, ne
     assert examined.warnings == ("bad: ",) * (BAD in checks)
     verdicts = [check["verdict"] for check in examined.as_dict()["checks"]]
     assert verdicts == [check.verdict for check in checks]
-    assert report.reliable is None, "the doctor was not asked"
+    assert report.reliable is None, "the doctor was not run"
     other = DoctorReport((GOOD,), FGSM(4 / 255), (), ATTACK, 20, 10)
     assert report.with_doctor(other).reliable is None, "another attack was examined"
     warned = replace(report, attack_warnings=("the attack doubts itself",))

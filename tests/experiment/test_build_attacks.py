@@ -82,7 +82,7 @@ def test_a_config_builds_every_attack_and_is_stable(name):
         ({"targeted": True}, "pgd_attack.targeted"),
         (
             {"restarts": 2, "random_start": False},
-            "^pgd_attack: pgd: restarts 2: without random_start all",
+            "^pgd_attack: pgd: restarts 2: without random_start, all",
         ),
     ],
 )

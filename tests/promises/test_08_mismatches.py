@@ -162,7 +162,7 @@ REFUSED = {
     "generator": (
         [change("rng.cpu", torch.zeros(5056, dtype=torch.uint8))],
         [],
-        r"rng: is not the state of a generator",
+        r"rng: is not a valid state of a torch generator",
     ),
     "config": (
         [change("config.trainer.epochs", "many")],

@@ -44,7 +44,7 @@ class ConvNorm2d(nn.Conv2d):
        frequency f, where `w^_c` is the DFT of the kernel for input channel c. V is a constant for
        the gradient (the paper's "stop gradient"). Each channel's operator, as a circular
        convolution on the `S_h x S_w` grid, then has orthonormal rows;
-    3. crop to the size that `padding` asks for, and keep every `stride`-th row and column;
+    3. crop to the size that `padding` gives, and keep every `stride`-th row and column;
     4. affine map `bpconv`, a depthwise convolution with the same kernel size and a bias (if
        `affine`);
     5. `batch_norm` (if `bn`).
