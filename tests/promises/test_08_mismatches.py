@@ -156,7 +156,7 @@ REFUSED = {
     "averaged weights": (
         [without("ema_state_dict")],
         [],
-        r"'ema_state_dict' is missing, but trainer.ema_decay asks for",
+        r"'ema_state_dict' is missing, but trainer.ema_decay needs",
     ),
     "average's updates": ([without("ema_updates")], [], r"'ema_updates' is missing"),
     "generator": (
