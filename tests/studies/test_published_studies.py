@@ -12,10 +12,14 @@ import pytest
 import torch
 
 import run_ablations
+from attacks import PGD
 from base.command_line import config_overrides, config_parser
 from base.config import Override, load_config
+from experiment import Experiment
+from experiment.build_attacks import build_attack
 from models import build_model
 from studies.grid import plan
+from trainer.adversarial_trainer import AdversarialTrainer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -189,18 +193,13 @@ def check_comparison(config):
     )
     assert config.arch.args.get("norm_groups") in (None, 32)
     adversarial, attack = config.adversarial, config.pgd_attack
-    assert (adversarial.norm, config.attack_epsilon, adversarial.steps, adversarial.step_size) == (
-        "linf",
-        8,
-        10,
-        2,
-    )
+    assert (adversarial.norm, config.attack_epsilon, adversarial.steps) == ("linf", 8, 10)
     assert (adversarial.restarts, adversarial.random_start, config.attack_bn_mode or "train") == (
         1,
         True,
         "train",
     )
-    assert (attack.K, attack.step, attack.restarts, attack.loss) == (10, 2, 1, "ce")
+    assert (attack.K, attack.restarts, attack.loss) == (10, 1, "ce")
 
 
 def test_the_comparisons_grid():
@@ -272,6 +271,31 @@ def test_readmes_commands_do_what_the_studies_commands_do():
         values_of(config_of_command(commands["train_cifar.py --no-normalize --lr 0.01"]))
         == BY_PAGE["no_batchnorm"]
     )
+
+
+@pytest.mark.parametrize(
+    ("attack", "epsilon", "training_step", "validation_step"),
+    [
+        ("--attack pgd --epsilon 8", 8, 2, 2),
+        ("--attack fgsm --epsilon 8", 8, 10, 2),
+        ("--attack pgd --norm l_2 --epsilon 128 --pgd-alpha 15", 128, 15, 15),
+    ],
+)
+def test_the_comparisons_attacks_take_the_studys_steps(
+    tmp_path, attack, epsilon, training_step, validation_step
+):
+    """All sizes of the study are in 1/255, also under l2."""
+    words = mapped_commands()[f"train_adv.py --model resnet50 --model-norm groupnorm {attack}"]
+    small = "--set arch.type=simpleCNN --set data_loader.type=DigitsDataLoader"
+    trainer = Experiment.from_config(config_of_command(f"{words} {small}")).build_trainer(tmp_path)
+    assert isinstance(trainer, AdversarialTrainer)
+    sizes = [epsilon / 255, training_step / 255]
+    assert [trainer.attack.epsilon, trainer.attack.step_size] == pytest.approx(sizes, rel=1e-12)
+    measured = build_attack(trainer.config, 10)
+    assert isinstance(measured, PGD)
+    sizes = [epsilon / 255, validation_step / 255]
+    assert [measured.epsilon, measured.step_size] == pytest.approx(sizes, rel=1e-12)
+    assert measured.steps == 10
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn"])
