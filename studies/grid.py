@@ -139,7 +139,8 @@ def variants_of(grid: Grid, path: Path) -> dict[str, Variant]:
 
     Raises:
         ConfigError: two variants have the same name; a name cannot be that of a folder; a seed,
-            imports or a Comet key is among the settings; or two axes set the same key.
+            imports or a Comet key is among the settings; or two settings of a variant set the same
+            value.
     """
     base = path.parent / (grid.base or "")
     all_variants = _combinations(grid, path, base)
@@ -188,6 +189,11 @@ def _check_variant(name: str, settings: Settings, path: Path) -> None:
         raise ConfigError(
             f"{path}: {name!r}: a variant's name may hold letters, digits, spaces and _ . + = % -"
         )
+    for key in settings:
+        # A section given as a whole would replace the value, or be changed by it
+        whole = [other for other in settings if other != key and lies_in(key, [other])]
+        if whole:
+            raise ConfigError(f"{path}: {name}: {key}: is also set by {whole[0]}")
     if "seed" in settings:
         raise ConfigError(f"{path}: {name}: seed: belongs in the grid's seeds")
     # Code is imported before the variants are read

@@ -95,6 +95,10 @@ class Study:
                 self._update(run, State.RUNNING)
                 continue
             del self.active[run]
+            if code != 0 and self.signals.asked:
+                # The terminal has sent the signal to the run, too: it has saved and stopped
+                self._update(run)
+                continue
             if code != 0:
                 reason = f"{_describe_exit(code)}: {_last_line(run)}"
                 self.failures[run] = active.job.error() or reason

@@ -335,6 +335,14 @@ def test_a_formatted_value_means_the_same(value):
             "axes: two of them set arch.args.norm_layer_type",
         ),
         (
+            {"axes": {"a": NORMS, "b": {"x": {"arch.args": {}}}}},
+            "study.json: bn_x: arch.args.norm_layer_type: is also set by arch.args",
+        ),
+        (
+            {"variants": {"a": {"optimizer.args.lr": 0.1, "optimizer": {"args": {"lr": 0.2}}}}},
+            "study.json: a: optimizer.args.lr: is also set by optimizer",
+        ),
+        (
             {"axes": {"norm": NORMS}, "variants": {"bn": {}}},
             "study.json: bn: two variants have this name",
         ),

@@ -168,3 +168,15 @@ def test_a_job_that_the_queue_refuses_is_one_line(run, tmp_path, monkeypatch):
     launch = launchers.launcher("slurm", tmp_path / "jobs", ["slurm_partition=none"])
     with pytest.raises(ConfigError, match="^--launcher slurm: .*invalid partition"):
         launch(run, 0)
+
+
+def test_a_config_without_a_checkpoint_is_gone_before_the_run_starts(run, monkeypatch):
+    """train.py refuses a folder with a config of a run that was killed before it saved."""
+    config, seen = run.folder / "config.json", []
+    config.parent.mkdir(parents=True)
+    config.write_text("{}")
+    monkeypatch.setattr(
+        launchers.subprocess, "Popen", lambda *_, **__: seen.append(config.exists())
+    )
+    launchers.LocalJob(run, 0).wait()
+    assert seen == [False]

@@ -1,9 +1,11 @@
 """The progress of a run, read from its folder, and the table that shows it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from base.config import validate
 from base.errors import ConfigError
 from studies.launchers import command
 from studies.progress import (
@@ -99,3 +101,18 @@ def test_the_table_has_a_line_per_run(run):
         "2 min",
         "1 h 05 min",
     ]
+
+
+@pytest.mark.parametrize(("monitor", "best"), [("max val_top1", 0.7), ("min val_loss", 0.2)])
+def test_the_best_value_is_the_monitored_one_at_its_best(run, monitor, best):
+    config = validate(
+        {"data_loader": {"type": "DigitsDataLoader"}, "trainer": {"monitor": monitor}}
+    )
+    (run.folder / "config.json").write_text(json.dumps(config.dump()))
+    logs = [(0.5, 0.4), (0.7, 0.2), (0.6, 0.3), (None, None)]
+    lines = [
+        json.dumps({"epoch": number, "val_top1": top1, "val_loss": loss})
+        for number, (top1, loss) in enumerate(logs, start=1)
+    ]
+    (run.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_progress(replace(run, config=config)).best == best

@@ -1,13 +1,13 @@
 """What a study makes of runs that end, cannot be read, or are stopped."""
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from base.errors import ConfigError, Stopped
 from studies import work
-from studies.launchers import Job
+from studies.launchers import BusyError, Job
 from studies.progress import Progress, State
 from studies.work import Study, _describe_exit
 
@@ -78,7 +78,63 @@ def test_a_run_that_finishes_while_it_is_stopped_is_not_to_do(run, monkeypatch, 
         study.work()
 
 
+def test_a_run_that_a_signal_stopped_beside_the_study_has_not_failed(run, monkeypatch):
+    """A terminal's Ctrl-C reaches the study and its runs at once."""
+    scripted(monkeypatch, NEW, HALF, HALF)
+
+    class StoppedJob(ScriptedJob):
+        def exit_code(self):
+            study.signals.asked = signal.SIGINT
+            return 128 + signal.SIGINT
+
+    study = Study([run], lambda run, slot: StoppedJob(1), jobs=1)
+    with pytest.raises(Stopped, match="^stopped with 1 of 1 runs to do; the same command"):
+        study.work()
+    assert (study.failures, study.progress[run].state) == ({}, State.INTERRUPTED)
+
+
 def test_the_end_of_a_process_is_named():
     assert _describe_exit(3) == "exit code 3"
     assert _describe_exit(-signal.SIGKILL) == "killed by SIGKILL"
     assert _describe_exit(-(signal.SIGRTMIN + 1)) == f"killed by signal {signal.SIGRTMIN + 1}"
+
+
+def test_epochs_before_a_resume_do_not_count_in_the_time_left(run, monkeypatch):
+    """Two of four epochs were done before; the third has taken 10 s, so the fourth takes 10 s."""
+    scripted(monkeypatch, HALF)
+    study = Study([run], lambda run, slot: ScriptedJob(9), jobs=1)
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(work, "monotonic", lambda: next(clock))
+    study._start_runs()
+    assert study._seconds_left(run) is None
+    study.progress[run] = Progress(State.RUNNING, 3, 0.5)
+    assert study._seconds_left(run) == 10
+
+
+def test_a_run_that_another_process_works_on_is_not_to_do(run, monkeypatch):
+    scripted(monkeypatch, NEW)
+
+    def busy(run, slot):
+        raise BusyError("another process works on it")
+
+    study = Study([run], busy, jobs=1)
+    monkeypatch.setattr(
+        work._Display, "show", lambda self, rows: setattr(study.signals, "asked", signal.SIGINT)
+    )
+    with pytest.raises(Stopped, match="^stopped with 0 of 1 runs to do; the same command"):
+        study.work()
+
+
+def test_a_run_of_another_process_is_tried_again_after_all_others(run, monkeypatch):
+    runs = [replace(run, variant=name) for name in "abc"]
+    scripted(monkeypatch, NEW)
+    tried = []
+
+    def launch(run, slot):
+        tried.append(run.variant)
+        if tried == ["a"]:
+            raise BusyError("another process works on it")
+        return ScriptedJob(1)
+
+    assert Study(runs, launch, jobs=1).work() == {}
+    assert tried == ["a", "b", "c", "a"]
