@@ -59,7 +59,7 @@ class Comet(Tracker):
     for at most `PATIENCE` seconds. A run that the server does not accept is logged offline, after a
     warning. If the server dies during the run, comet_ml writes the rest into `folder`.
 
-    The key comes from the environment (COMET_API_KEY) or from `comet.api`. It is passed to comet_ml
+    The key is `comet.api`, or without it COMET_API_KEY in the environment. It is passed to comet_ml
     and written nowhere.
 
     Args:
@@ -80,11 +80,12 @@ class Comet(Tracker):
         self.folder = folder
         self.settings = settings
         self.config = config
-        self.key = os.environ.get("COMET_API_KEY") or settings.api
+        self.key = settings.api or os.environ.get("COMET_API_KEY")
         self.online = bool(self.key) and not settings.offline
         if not settings.offline and not self.online:
             logger.warning(
-                "comet.offline is false, but no key is set in COMET_API_KEY: logging offline to %s",
+                "comet.offline is false, but there is no key (set COMET_API_KEY):"
+                " logging offline to %s",
                 folder,
             )
         self.messages = _PackageMessages(self.key)

@@ -22,7 +22,7 @@ def start_trackers(config: Config, folder: Path, history: Sequence[EpochLog] = (
     """
     wanted: dict[str, Callable[[], Tracker]] = {}
     if config.trainer.tensorboard:
-        wanted["TensorBoard"] = lambda: TensorBoard(folder / TENSORBOARD, history)
+        wanted["TensorBoard"] = lambda: TensorBoard(folder / TENSORBOARD, config, history)
     comet = config.comet
     if comet is not None:
         wanted["Comet"] = lambda: Comet(folder / COMET, comet, config)

@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from base.atomic import replacing
+from base.config import Config
 from base.config.strict_json import json_text
 
 logger = logging.getLogger(__name__)
@@ -90,21 +92,26 @@ class RunLog(Tracker):
 
 
 class TensorBoard(Tracker):
-    """Event files for TensorBoard.
+    """Event files for TensorBoard: a chart for each value, `loss/train` beside `loss/val`, and the
+    config as text.
 
     Args:
         folder: of the event files.
+        config: the resolved config.
         history: the epochs of the run that is resumed.
 
     Raises:
         ImportError: the `tensorboard` package is not installed.
     """
 
-    def __init__(self, folder: Path, history: Sequence[EpochLog] = ()) -> None:
+    def __init__(self, folder: Path, config: Config, history: Sequence[EpochLog] = ()) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # Hides what an interrupted run wrote of its last epoch and of epochs that are trained again
         self.writer = SummaryWriter(str(folder), purge_step=len(history) or None)
+        if not history:
+            # TensorBoard renders Markdown, in which indented lines are code
+            self.writer.add_text("config", indent(json_text(config.dump(), indent=2), "    "))
         # A killed run may have saved its last epoch without having logged it
         for log in history[-1:]:
             self.log_epoch(log)
@@ -112,8 +119,17 @@ class TensorBoard(Tracker):
     def log_epoch(self, log: EpochLog) -> None:
         for key, value in log.items():
             if key != "epoch":
-                self.writer.add_scalar(key, value, int(log["epoch"]))
+                self.writer.add_scalar(_tag(key), value, int(log["epoch"]))
         self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _tag(name: str) -> str:
+    """Return TensorBoard's name of a logged value: tags with the same beginning share a group of
+    charts, such as `loss/train`, `loss/val` and `loss/val_ema`."""
+    for part in ("val_ema", "val"):
+        if name.startswith(f"{part}_"):
+            return f"{name.removeprefix(f'{part}_')}/{part}"
+    return name if name == "lr" else f"{name}/train"

@@ -33,7 +33,7 @@ from base.run_folder.files import write_json
 from base.secrets import command_without_key
 from base.seeding import torch_generator
 from base.tracking.start import start_trackers
-from base.tracking.tracker import RunLog, Tracker, Trackers
+from base.tracking.tracker import RunLog, Tracker, Trackers, _tag
 from base.train_state import TrainState
 
 DIGITS = {"data_loader": {"type": "DigitsDataLoader"}}
@@ -196,8 +196,24 @@ def test_tensorboard_holds_every_epoch_once_also_after_a_kill(tmp_path, logged):
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    found = [(event.step, event.value) for event in events.Scalars("val_top1")]
+    found = [(event.step, event.value) for event in events.Scalars("top1/val")]
     assert found == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    (text,) = events.Tensors("config/text_summary")
+    (shown,) = text.tensor_proto.string_val
+    assert json.loads(shown) == config.dump()
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("loss", "loss/train"),
+        ("val_loss", "loss/val"),
+        ("val_ema_robust_top1", "robust_top1/val_ema"),
+        ("lr", "lr"),
+    ],
+)
+def test_charts_of_one_value_stand_beside_each_other(name, tag):
+    assert _tag(name) == tag
 
 
 @pytest.mark.filterwarnings("ignore")  # comet-ml's own imports warn
@@ -334,3 +350,10 @@ def test_debug_keeps_the_traceback(monkeypatch):
 
     with pytest.raises(ConfigError):
         run_script(main)
+
+
+def test_sums_do_not_round_as_an_epoch_grows():
+    meters = Meters()
+    for value in (2.0**24, 1.0, 1.0, 1.0):
+        meters.add(BatchResult({"loss": torch.tensor(value)}, 1))
+    assert meters.means()["loss"] == (2**24 + 3) / 4

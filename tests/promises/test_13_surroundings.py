@@ -143,7 +143,7 @@ def test_the_check_can_fail_for_packages(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(
         experiment,
         "start_trackers",
-        lambda config, folder, history: Trackers([TensorBoard(folder)]),
+        lambda config, folder, history: Trackers([TensorBoard(folder, config)]),
     )
     with pytest.raises(ImportError, match="tensorboard"):
         check_bare(tmp_path, here)
