@@ -280,3 +280,25 @@ def test_a_model_that_gives_nan_is_broken_and_does_not_stop_the_others():
 def test_arguments_out_of_range_are_errors(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         APGD(0.1, **wrong)
+
+
+def test_exactly_the_fraction_rho_of_rises_is_too_few():
+    start = torch.zeros(2, 1, 1, 1)
+    state = _State(torch.arange(2), start, torch.zeros(2), start, 1.0)
+    # 3 and 4 rises in 4 steps
+    for losses in ([0, 0], [1, 1], [2, 2], [3, 3], [3, 4]):
+        state.record(torch.tensor(losses).float(), start)
+    state.adapt(0.75 * 4)
+    assert state.step_size.flatten().tolist() == [0.5, 1]
+
+
+def test_a_step_size_is_not_halved_twice_in_a_row_for_the_same_largest_loss():
+    """Whichever condition has halved it at the checkpoint before."""
+    start = torch.zeros(1, 1, 1, 1)
+    state = _State(torch.arange(1), start, torch.zeros(1), start, 1.0)
+    # Every loss is a rise, but none goes beyond the 9 of the beginning
+    for losses, size in (([9, 0, 1], 0.5), ([2, 3], 0.5), ([4, 5], 0.25), ([6, 7], 0.25)):
+        for loss in losses:
+            state.record(torch.tensor([float(loss)]), start)
+        state.adapt(0.75 * 2)
+        assert float(state.step_size) == size

@@ -8,6 +8,7 @@ from torch import nn
 
 from attacks import FGSM, PGD, ThreatModel
 from attacks.losses import ATTACK_LOSSES, wrongness
+from attacks.worst_case import DONE, MISSED, WorstCase
 from base.seeding import torch_generator
 from evaluation.attack_batch import attack_batch
 from models import build_model
@@ -281,3 +282,21 @@ def test_no_images_give_no_images():
     assert PGD(1, 1, 1)(
         Linear(), torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.int64)
     ).shape == (0, 3, 2, 2)
+
+
+def test_confidence_is_a_fraction_of_the_largest_logit_of_either_sign():
+    attack = PGD(4 / 255, 1 / 255, 10, early_stop=True).confident(0.02)
+    # The largest is 9 or 10: the label has to fall short by 0.18 or 0.2
+    logits = torch.tensor([[-5.0, -5.1, -9.0], [-5.0, -5.2, -9.0], [5.0, 4.9, -10.0]])
+    assert attack.reached(logits, torch.tensor([1, 1, 1])).tolist() == [0, 2, 0]
+
+
+def test_a_misclassified_point_is_worse_than_any_that_is_classified_correctly():
+    worst = WorstCase(torch.zeros(1, 1, 1, 1))
+    found = ((1.0, MISSED), (0.5, DONE), (9.0, MISSED), (0.4, DONE), (0.6, DONE))
+    kept = []
+    for loss, reached in found:
+        point = torch.full((1, 1, 1, 1), loss)
+        worst.update(torch.arange(1), point, torch.tensor([loss]), torch.tensor([reached]))
+        kept.append((round(float(worst.points), 3), int(worst.reached)))
+    assert kept == [(1.0, MISSED), (0.5, DONE), (0.5, DONE), (0.5, DONE), (0.6, DONE)]

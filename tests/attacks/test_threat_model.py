@@ -85,3 +85,13 @@ def test_a_gradient_of_any_size_gives_a_step_of_full_length(largest):
     gradient = largest * torch.linspace(-1, 1, 2 * 3 * 5 * 4).reshape(2, 3, 5, 4)
     step = ThreatModel("l2", 1.0).direction(gradient)
     torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.ones(2))
+
+
+def test_a_change_is_shortened_before_pixels_are_clamped():
+    """The other way round, a pixel at its border would leave its length to the other pixels."""
+    images = torch.tensor([0.95, 0.5], dtype=torch.float64).reshape(1, 1, 1, 2)
+    points = images + torch.tensor([3.0, 4.0], dtype=torch.float64)
+    # 0.1 * (3, 4) / 5 is added, and 0.95 + 0.06 is outside of the pixel range
+    expected = torch.tensor([1.0, 0.58], dtype=torch.float64).reshape(1, 1, 1, 2)
+    projected = ThreatModel("l2", 0.1).project(points, images)
+    torch.testing.assert_close(projected, expected, rtol=0, atol=1e-6)

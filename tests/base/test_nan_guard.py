@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import base.nan_guard
 from base.errors import NonFiniteError
-from base.nan_guard import NanGuard, first_bad_output
+from base.nan_guard import NanGuard, first_bad_output, first_bad_weight
 from base.train_state import TrainState
 from models.layers import ConvNorm2d
 from tests.base.distributed.two_processes import ended, start_two
@@ -214,3 +214,11 @@ def test_looking_for_a_bad_output_leaves_no_trace():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert torch.equal(torch.get_rng_state(), rng_state)
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_a_bad_parameter_or_buffer_is_named(name):
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    assert first_bad_weight(model) is None
+    getattr(model[1], name).data[1] = torch.inf
+    assert first_bad_weight(model) == f"1.{name}"

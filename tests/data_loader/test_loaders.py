@@ -1,4 +1,5 @@
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -573,3 +574,28 @@ def test_the_default_fingerprint_depends_on_the_labels(session_folder):
         folder_loader(session_folder)
     )
     assert BaseDataLoader.fingerprint(loader) != BaseDataLoader.fingerprint(other)
+
+
+def test_noise_of_validation_labels_is_drawn_independently():
+    """One generator for both halves would pick the same places of each."""
+    noise = LabelNoise("sym", 0.5, "exclusive")
+    loader = DATA_LOADERS["DigitsDataLoader"](batch_size=32, validation_split=0.5, noise=noise)
+    arrays = loader.label_arrays()
+    train, val = (
+        arrays[f"{part}_label"] != arrays[f"{part}_clean_label"] for part in ("train", "val")
+    )
+    n = min(len(train), len(val))
+    assert np.mean(train[:n] & val[:n]) == pytest.approx(0.25, abs=0.05)
+
+
+def test_every_batch_of_every_epoch_has_an_augmentation_of_its_own():
+    """All images are the same one, so that batches differ by the draws of their augmentation."""
+    pixels = torch.arange(192, dtype=torch.uint8).reshape(1, 3, 8, 8).repeat(24, 1, 1, 1)
+    options = {"mean": (0, 0, 0), "std": (1, 1, 1), "batch_size": 8}
+    for augmentation in ({"crop_padding": 2}, {"flip": True}, {"cutout": 3}):
+        loader = ImageDataLoader(
+            MemoryImages(pixels), np.zeros(24, np.int64), ["a"], **options, **augmentation
+        )
+        batches = [images for epoch in (1, 2) for images, _ in collect(loader, epoch)]
+        assert len(batches) == 6
+        assert not any(torch.equal(*pair) for pair in combinations(batches, 2))

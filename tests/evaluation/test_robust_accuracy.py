@@ -509,3 +509,14 @@ def test_an_undecided_check_of_one_batch_is_not_a_warning(digits):
     assert report.reliable is None
     assert report.images_needed == 73
     assert report.warnings == ()
+
+
+def test_the_speed_after_an_interruption_counts_the_rest_only(digits, tmp_path):
+    model, loader = digits
+    loader = loader.subset(torch.arange(18))
+    loader.batch_size = 5
+    part = tmp_path / "part.npz"
+    attack_loader(model, loader.subset(torch.arange(10)), ATTACK, seed=3, partial=part)
+    report = robust_accuracy(model, loader, ATTACK, seed=3, partial=part)
+    assert report.n == 18
+    assert report.images_per_second * report.seconds == pytest.approx(8)

@@ -92,3 +92,13 @@ def test_the_layers_of_torch_give_the_same_bits_on_a_cpu(name, low):
         assert output.is_contiguous(memory_format=memory_format)
         assert output.dtype == plain.dtype
         assert torch.equal(output, plain)
+
+
+@pytest.mark.parametrize(
+    ("channels", "asked", "groups"),
+    [(64, 32, 32), (32, 32, 32), (8, 32, 8), (48, 32, 24), (7, 3, 1), (1, 32, 1)],
+)
+def test_groups_are_the_largest_number_up_to_the_one_asked_for_that_divides(
+    channels, asked, groups
+):
+    assert NORM_LAYERS["gn"](channels, norm_groups=asked).num_groups == groups

@@ -11,7 +11,7 @@ import torch
 
 import base.checkpoint.checkpoint as checkpoint_module
 from base.checkpoint import load_checkpoint, save_checkpoint
-from base.checkpoint.resume import load_to_resume
+from base.checkpoint.resume import _set_aside, load_to_resume
 from base.errors import CheckpointError, ConfigError
 from experiment.experiment import resume
 from tiny_runs import difference, interrupt, run
@@ -197,3 +197,13 @@ def test_the_newest_good_checkpoint_is_taken(tmp_path):
     shutil.copy(__file__, tmp_path / "model_last.pth")
     with pytest.raises(CheckpointError, match="model_last.pth: is not a readable checkpoint"):
         load_to_resume(tmp_path)
+
+
+def test_no_damaged_checkpoint_replaces_another(tmp_path):
+    last, names = tmp_path / "model_last.pth", []
+    for number in range(4):
+        last.write_bytes(bytes([number]))
+        names.append(_set_aside(last))
+    ends = ("", "-2", "-3", "-4")
+    assert names == [f"model_last.pth.damaged{end}" for end in ends]
+    assert [(tmp_path / name).read_bytes() for name in names] == [bytes([n]) for n in range(4)]

@@ -158,3 +158,10 @@ def test_a_real_run_is_read(tmp_path):
         "gn",
         8,
     )
+
+
+def test_the_last_epoch_has_no_value_of_an_earlier_one(make_run):
+    values = {"val_top1": [0.5, 0.6], "val_robust_top1": [0.2, None]}
+    run = read_run(make_run("a", values, {"test_top1": 0.4}))
+    assert run.outcome("last_epoch.val_top1") == 0.6
+    assert run.outcome("last_epoch.val_robust_top1") is None

@@ -431,3 +431,16 @@ def test_a_negative_number_stays_a_number(make_run, tmp_path):
         tmp_path / "table.csv", compare(group_runs(find_runs([tmp_path]), [KEY]), ["test_loss"])
     )
     assert (tmp_path / "table.csv").read_text().splitlines()[1] == "bn,2,-0.5,0.0,2"
+
+
+def test_a_baseline_without_the_value_of_a_seed_tests_no_row(make_run, tmp_path):
+    results = {
+        "bn": {0: {"test_loss": 0.3}, 1: {"test_loss": 0.31}, 2: {"test_top1": 0.1}},
+        "gn": {seed: {"test_loss": 0.1 + 0.01 * seed**2} for seed in range(3)},
+    }
+    for norm, seeds in results.items():
+        make(make_run, norm, seeds, arch={"args": {"norm_layer_type": norm}})
+    groups = group_runs(find_runs([tmp_path]), [KEY])
+    for paired in (False, True):
+        table = compare(groups, ["test_loss"], baseline="bn", paired=paired)
+        assert [row.cells[0].p for row in table.rows] == [None, None]

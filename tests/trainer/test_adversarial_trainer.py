@@ -204,13 +204,14 @@ def test_the_radius_grows_over_the_warm_up(tmp_path, method):
 
 def test_starts_are_a_function_of_seed_epoch_and_minibatch(tmp_path):
     models = []
-    for batches_done in (0, 0, 1):
+    for done in ((0, 0), (0, 0), (0, 1), (1, 0)):
         trainer = build(tmp_path, {"adversarial": {"method": "fgsm"}})
-        trainer.state.batches_done = batches_done
+        trainer.state.epochs_done, trainer.state.batches_done = done
         trainer.train_batch(*batch())
         models.append(trainer.model)
     assert same_weights(models[0], models[1])
-    assert not same_weights(models[0], models[2])
+    for number in (2, 3):
+        assert not same_weights(models[0], models[number])
 
 
 def test_starts_depend_on_the_seed_and_a_config_says_everything_about_the_attack(tmp_path):

@@ -166,3 +166,10 @@ def test_starts_depend_on_the_seed_and_not_on_the_epoch(images):
         )
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
+
+
+def test_a_collapse_is_measured_from_the_best_epoch_before():
+    now = {"val_fgsm_top1": 0.8, "val_robust_top1": 0.2}
+    before = [{"epoch": 1, "val_robust_top1": 0.6}, {"epoch": 2, "val_robust_top1": 0.3}]
+    (warning,) = overfitting_warnings(now, before, 10)
+    assert "20.0 % resist PGD, as 60.0 % did in epoch 1" in warning

@@ -463,3 +463,35 @@ def test_a_line_per_epoch_names_the_best(tmp_path, caplog):
         build(tmp_path, validate=scripted([0.5, 0.25, 0.75])).train()
     assert [record.message.endswith("(best)") for record in caplog.records] == [True, False, True]
     assert "val_top1 25.00%" in caplog.records[1].message
+
+
+def test_every_epoch_and_minibatch_has_a_mixup_of_its_own(tmp_path):
+    trainer = build(tmp_path, {"augmentation": {"mixup_alpha": 1.0}})
+    images, _ = next(iter(TinyLoader()))
+    weights, partners = set(), set()
+    for done in ((0, 0), (0, 1), (0, 2), (1, 0), (2, 0)):
+        trainer.state.epochs_done, trainer.state.batches_done = done
+        # A label of its own for each image tells which images were averaged, and with what weight
+        _, targets = trainer.mixup(images, torch.arange(4))
+        weights.add(round(float(targets.diagonal().min()), 6))
+        partners.add(tuple(targets[:, :4].fill_diagonal_(0).argmax(dim=1).tolist()))
+    assert len(weights) == 5
+    assert len(partners) > 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_evaluation_restores_either_mode(training):
+    model = TinyModel().train(training)
+    evaluate_tiny(model, TinyLoader())
+    assert all(module.training is training for module in model.modules())
+
+
+def test_averaged_weights_are_validated_beside_the_models_own(tmp_path):
+    trainer = build(tmp_path, {"trainer": {"ema_decay": 0.9}})
+    trainer.train()
+    log = trainer.state.history[-1]
+    own = evaluate_tiny(trainer.model, TinyLoader())
+    averaged = evaluate_tiny(trainer.ema.model, TinyLoader())
+    assert {name: log[f"val_{name}"] for name in own} == own
+    assert {name: log[f"val_ema_{name}"] for name in averaged} == averaged
+    assert own["loss"] != averaged["loss"]

@@ -753,3 +753,16 @@ def test_a_run_may_resume_in_another_memory_format(name, formats):
     load_optimizer(second, first.state_dict())
     take_steps(resumed, second, range(2, 4))
     torch.testing.assert_close(list(resumed.parameters()), list(whole.parameters()))
+
+
+def test_a_part_whose_milestone_is_beyond_the_run_ends_with_the_run():
+    parts = [{"type": "CosineAnnealingLR"}, {"type": "ConstantLR"}]
+    args = {"schedulers": parts, "milestones": [9]}
+    optimizer = build_optimizer(SGD, nn.Linear(2, 2))
+    schedule = Schedule(
+        SchedulerConfig(type="SequentialLR", args=args), optimizer, 6, 3, has_validation=True
+    )
+    for _ in range(6):
+        optimizer.step()
+        schedule.step_epoch({})
+    assert schedule.learning_rate == pytest.approx(0, abs=1e-9)
