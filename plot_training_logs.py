@@ -7,7 +7,7 @@ python plot_training_logs.py saved/conv_norm_robust --table attacks.md --eval pg
 """
 
 import base.openmp  # noqa: F401 - before torch is imported
-from base.command_line import Parser, run_script
+from base.command_line import Parser, path_word, run_script
 from reports.command import write_reports
 
 
@@ -20,6 +20,7 @@ def main() -> None:
     add(
         "paths",
         nargs="+",
+        type=path_word,
         metavar="RUN_OR_FOLDER",
         help="run folders, or folders that contain some",
     )

@@ -5,10 +5,10 @@ executed: pickles are read by unpicklers that know only arrays and plain values.
 """
 
 import csv
-import json
 import pickle
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 import torch
 
+from base.config.strict_json import parse_json
 from base.errors import DataError
 from base.text import first_line
 
@@ -82,7 +83,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _read_json(path: Path) -> Any:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    content = parse_json(path.read_text(encoding="utf-8-sig"))
     if not isinstance(content, list | dict):
         found = type(content).__name__
         raise ValueError(f"it holds {found}, expected a list of labels or an object of such lists")
@@ -105,6 +106,9 @@ def _read_csv(path: Path) -> Any:
     names = list(map(str, range(len(rows[0]))))
     if has_header:
         names = [name.strip() for name in rows.pop(0)]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"two of its columns are named {repeated[0]!r}")
     columns = [_as_integers(column) for column in zip(*rows, strict=True)]
     if not columns:
         raise ValueError("it holds nothing but a header")

@@ -283,7 +283,9 @@ def _order(declared: np.ndarray, clean_labels: np.ndarray, path: Path, where: st
 
 
 def _only_key(content: Mapping[str, Any], where: str) -> str:
-    if len(content) != 1:
+    if not content:
+        raise DataError(f"{where} holds no labels")
+    if len(content) > 1:
         raise DataError(
             f"{where} holds several arrays; choose one with trainer.noise_key: {_listed(content)}"
         )
@@ -316,8 +318,9 @@ def _as_labels(values: Any, where: str, length: int, num_classes: int) -> np.nda
             f"{where}: its shape is {array.shape}, expected ({length},), "
             "one label per training image"
         )
-    if array.dtype.kind not in "iu":
-        raise DataError(f"{where}: its numbers are {array.dtype}, expected integers")
+    if length and array.dtype.kind not in "iu":
+        first = one_line(repr(array[:1].tolist()[0]), 40)
+        raise DataError(f"{where}: expected integers, but it holds {first}")
     if length and (array.min() < 0 or array.max() >= num_classes):
         raise DataError(
             f"{where}: its labels range from {array.min()} to {array.max()}, "

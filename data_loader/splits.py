@@ -41,8 +41,8 @@ def stratified_split(
         count = max(1, _round(fraction * len(members)))
         if count >= len(members):
             raise DataError(
-                f"{key}: {fraction} would hold out all {len(members)} images of class {label}; "
-                "expected a value that leaves some for training"
+                f"{key}: {fraction} would leave no image of class {label} for training: "
+                f"it has {len(members)}"
             )
         held_out.append(members[:count])
     held_out_index = np.sort(np.concatenate(held_out))

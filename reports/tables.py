@@ -199,8 +199,8 @@ def _known_metrics(runs: Sequence[Run], metrics: Sequence[str] | None) -> Sequen
         metrics = [name for name in RESULTS if name in known]
         if not metrics:
             raise ConfigError(
-                f"--result: the runs have none of {', '.join(RESULTS)};"
-                f" name others of: {', '.join(known)}"
+                f"--result: no run has any of {', '.join(RESULTS)};"
+                f" choose from: {', '.join(known) or 'nothing, as every result.json is empty'}"
             )
     for metric in metrics:
         if not metric.startswith((LAST_EPOCH, REPORT)):

@@ -281,7 +281,7 @@ def test_parts_with_other_names_are_not_classes(trees, parts):
 
 def test_folders_without_a_data_set_are_errors_that_name_the_layouts(trees, tmp_path):
     with pytest.raises(
-        DataError, match=r"data_loader.args.test_split: 0.9 would hold out all 5 images of class 0"
+        DataError, match=r"test_split: 0.9 would leave no image of class 0 for training: it has 5"
     ):
         read_image_folder(trees / "train", None, test_split=0.9)
     with pytest.raises(DataError, match=rf"'{tmp_path / 'train'}' is not a folder"):

@@ -390,7 +390,7 @@ def test_results_without_accuracies_are_named(make_run, tmp_path):
     make_run("a", {"val_top1": [0.5]}, {"parameters": 5})
     with pytest.raises(
         ConfigError,
-        match=r"^--result: the runs have none of test_top1, .*; name others of: parameters$",
+        match=r"^--result: no run has any of test_top1, .*; choose from: parameters$",
     ):
         compare(group_runs(find_runs([tmp_path]), []))
 
