@@ -43,7 +43,6 @@ from base.config.files import check_optimization_of, override, read_tree
 from base.config.imports import FLAG
 from base.config.origins import Flag
 from base.config.section import Count, Section, lies_in
-from base.config.strict_json import read_json_object
 from base.config.tree import is_comment, leaves, without_comments
 from base.config.warnings import UNUSED_OK
 from base.errors import ConfigError
@@ -502,10 +501,10 @@ def record(runs: Sequence[StudyRun]) -> None:
 
 
 def describe(runs: Sequence[StudyRun]) -> list[str]:
-    """Return one line per variant: its name, its config file, its settings and seeds.
+    """Return one line per variant: its name, its config file, its settings, epochs and seeds.
 
-    The settings are those of the variant (of its config file itself, if it has none), those of the
-    command line, and the value of every other key in which the variants differ.
+    The settings are those that the grid gives it, those of the command line, and what differs from
+    the first variant. The first shows its value of every key in which the variants differ.
     """
     first_runs: dict[str, StudyRun] = {}
     for run in runs:
@@ -520,20 +519,17 @@ def describe(runs: Sequence[StudyRun]) -> list[str]:
         if not is_place(key) and any(other.get(key) != value for other in values.values())
     }
     lines = []
+    shown_before: dict[str, Any] = {}
     for variant, run in first_runs.items():
+        own = {key: value for key, value in values[variant].items() if key in varied}
         given = {key: value for key, value in run.settings.items() if not is_comment(key)}
-        if not given:
-            given = _own_keys(run.config_file, values[variant])
-        given |= {key: value for key, value in values[variant].items() if key in varied}
+        for key, value in own.items():
+            if key not in shown_before or shown_before[key] != value:
+                given[key] = value
+        shown_before = shown_before or own
         texts = {key: format_value(value) for key, value in given.items()} | dict(run.overrides)
         settings = "".join(f", {key}={text}" for key, text in texts.items())
         seeds = ", ".join(str(other.seed) for other in runs if other.variant == variant)
-        lines.append(f"{variant}: {run.config_file.name}{settings} (seeds {seeds})")
+        length = f"{run.config.trainer.epochs} epochs, seeds {seeds}"
+        lines.append(f"{variant}: {run.config_file.name}{settings} ({length})")
     return lines
-
-
-def _own_keys(file: Path, resolved: Mapping[str, Any]) -> Settings:
-    """Return what a config file sets itself, without its parents and without secrets."""
-    own = leaves(without_comments(read_json_object(file)))
-    # The leaves of the resolved config hold no secrets
-    return {key: value for key, value in own.items() if key in resolved or value is None}

@@ -67,7 +67,7 @@ def test_the_ablation_studys_own_commands(tmp_path):
         "large_batch",
     ]
     assert (
-        "data_loader.args.batch_size=1024, optimizer.args.lr=0.2, "
+        "data_loader.args.batch_size=1024, optimizer.args.lr=0.2 (200 epochs"
         in listed.stdout.splitlines()[-1]
     )
     setting = ["--set", "data_loader.args.data_dir=my data"]

@@ -55,7 +55,9 @@ def test_axes_are_combined_and_named_variants_are_added(grid_file, tmp_path):
         "5",
     ]
     assert len(plan(path, ["one"], seeds=[5, 5])) == 1
-    assert describe(plan(path, seeds=[1]))[2] == "one: base.json, trainer.epochs=1 (seeds 1)"
+    assert describe(plan(path, seeds=[1]))[2] == (
+        "one: base.json, trainer.epochs=1 (1 epochs, seeds 1)"
+    )
 
 
 def test_a_grid_silences_warnings_of_unused_keys_for_all_its_runs(grid_file):
@@ -139,7 +141,7 @@ def test_overrides_are_put_on_top_of_every_variant(grid_file, tmp_path):
     ]
     assert describe([first]) == [
         "a: base.json, trainer.epochs=7, augmentation.flip=true, optimizer.args.lr=0.1,"
-        " optimizer.args.weight_decay=0.3 (seeds 0)"
+        " optimizer.args.weight_decay=0.3 (7 epochs, seeds 0)"
     ]
 
 
@@ -251,7 +253,7 @@ def test_no_comet_key_is_taken_from_the_command_line(grid_file, key, text):
     assert "s3cr3t" not in str(caught.value)
 
 
-def test_the_list_shows_what_files_set_and_what_differs(grid_file, tmp_path):
+def test_the_list_shows_what_differs_from_the_first_variant(grid_file, tmp_path):
     (tmp_path / "first.json").write_text(
         json.dumps({"_about": "x", "extends": "base.json", "trainer": {"epochs": 7}})
     )
@@ -260,8 +262,8 @@ def test_the_list_shows_what_files_set_and_what_differs(grid_file, tmp_path):
     )
     path = grid_file(base=None, variants={"one": "first.json", "two": "second.json"})
     assert describe(plan(path)) == [
-        "one: first.json, trainer.epochs=7, augmentation.flip=true (seeds 0)",
-        "two: second.json, augmentation.flip=false (seeds 0)",
+        "one: first.json, augmentation.flip=true (7 epochs, seeds 0)",
+        "two: second.json, augmentation.flip=false (7 epochs, seeds 0)",
     ]
 
 
