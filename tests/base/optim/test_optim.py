@@ -23,7 +23,7 @@ from base.optim import (
 from base.optim.arguments import NOT_FROM_CONFIG, check_arguments
 from base.optim.optimizers import UNUSABLE
 from base.optim.schedules import spans_whole_run
-from base.optim.state import checked_optimizer_state, named_optimizer_state, with_checksums
+from base.optim.state import checked_optimizer_state, named_optimizer_state
 from base.registry import ACTIVATION_LAYERS
 
 SGD = OptimizerConfig(type="SGD", args={"lr": 0.1, "momentum": 0.9})
@@ -617,7 +617,7 @@ def test_an_optimizer_of_a_user_may_pass_its_arguments_on(monkeypatch):
     check_optimization(config, SchedulerConfig())
     model = nn.Linear(2, 2)
     optimizer = build_optimizer(config, model)
-    saved = with_checksums(named_optimizer_state(optimizer, model))
+    saved = named_optimizer_state(optimizer, model)
     assert checked_optimizer_state(optimizer, model, saved, Path("file.pth"))["state"] == {}
     wrong = OptimizerConfig(type="PickySGD", args={"momentun": 0.9})
     with pytest.raises(ConfigError, match=r"PickySGD takes no such argument; did you mean 'mom"):
