@@ -5,7 +5,7 @@ A resumed run, a study, a table and several processes all compare configs by the
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,21 @@ def check_same_experiment(before: Mapping[str, Any], config: Config, source: Pat
             )
 
 
-def config_hash(config: Config) -> str:
+def is_place(key: str) -> bool:
+    """Return whether a dotted key, or the section that it lies in, is one of `WHERE_AND_HOW`."""
+    return lies_in(key, WHERE_AND_HOW)
+
+
+def config_hash(config: Config, keep: Collection[str] = ()) -> str:
     """Return a SHA-256 hash of all config values that say what a run computes, its seed included.
 
     Values at their default are left out, so that a key that is added later changes no hash. So are
     `WHERE_AND_HOW` and the values that the data set decides, which a run may have filled in.
+
+    Args:
+        config: the resolved config.
+        keep: dotted keys that are hashed although they would be left out, such as those that a
+            grid compares.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     # Each adversarial method has its own defaults, which pydantic does not know
@@ -101,13 +111,14 @@ def config_hash(config: Config) -> str:
     for key, default in defaults.items():
         if tree.get("adversarial", {}).get(key) == default:
             del tree["adversarial"][key]
-    for key in (*WHERE_AND_HOW, *FILLED_FROM_DATA):
-        remove_place(tree, key)
+    for place in (*WHERE_AND_HOW, *FILLED_FROM_DATA):
+        if not any(lies_in(key, [place]) for key in keep):
+            _remove_place(tree, place)
     filled = _without_empty_sections(tree)
     return hashlib.sha256(json.dumps(filled, sort_keys=True).encode()).hexdigest()
 
 
-def remove_place(tree: dict[str, Any], key: str) -> None:
+def _remove_place(tree: dict[str, Any], key: str) -> None:
     """Remove a key of `WHERE_AND_HOW` from a config's tree, but not what decides the results."""
     *sections, name = key.split(".")
     for section in sections:
