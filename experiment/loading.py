@@ -27,7 +27,7 @@ from base.config.files import (
 )
 from base.config.imports import changes, imported_for
 from base.config.origins import Layer
-from base.config.tree import merge
+from base.config.tree import merge, value_at
 from base.device import kernels_explained
 from base.distributed import is_primary
 from base.errors import CheckpointError, ConfigError, DataError
@@ -317,9 +317,7 @@ def _with_assumed_args(
     Returns:
         The config, and a sentence about each argument that is assumed.
     """
-    saved: Any = checkpoint
-    for section in ("config", "arch", "args"):
-        saved = saved.get(section, {}) if isinstance(saved, dict) else {}
+    saved = value_at(checkpoint, "config.arch.args")
     if not isinstance(saved, dict):
         saved = {}
     assumed = {}

@@ -5,13 +5,14 @@ A resumed run, a study, a table and several processes all compare configs by the
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from base.config.config import Config
 from base.config.files import IMPORTS
 from base.config.section import lies_in
+from base.config.tree import leaves
 from base.errors import CheckpointError, ConfigError
 from base.optim.schedules import spans_whole_run
 
@@ -71,7 +72,11 @@ def check_same_experiment(before: Mapping[str, Any], config: Config, source: Pat
         CheckpointError: the architecture differs.
         ConfigError: another value differs that may not change.
     """
-    for key, old, new in _differences(before, config.dump()):
+    earlier, now = leaves(dict(before)), leaves(config.dump())
+    for key in sorted(earlier.keys() | now.keys()):
+        old, new = earlier.get(key), now.get(key)
+        if old == new:
+            continue
         if key in FILLED_FROM_DATA and new is None:
             continue
         if key.startswith("arch."):
@@ -149,15 +154,3 @@ def _without_empty_sections(tree: dict[str, Any]) -> dict[str, Any]:
         if value != {}:
             filled[key] = value
     return filled
-
-
-def _differences(
-    before: Mapping[str, Any], after: Mapping[str, Any], path: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield dotted key, old and new value of every leaf in which two trees differ."""
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{path}{key}.")
-        elif old != new:
-            yield f"{path}{key}", old, new
