@@ -45,22 +45,6 @@ from experiment.own_evaluation import evaluation_of_network, flags_named
 logger = logging.getLogger(__name__)
 
 
-EVALUATED = (
-    "name",
-    "seed",
-    "n_gpu",
-    "num_classes",
-    "imports",
-    "arch",
-    "data_loader",
-    "adversarial",
-    "pgd_attack",
-    "system",
-)
-"""The keys and sections of a config that an evaluation needs. Others, such as `optimizer`, are not
-checked."""
-
-
 def load_evaluation(
     arguments: argparse.Namespace,
     overrides: Iterable[Override] = (),
@@ -269,7 +253,7 @@ def _evaluation_config(
     overrides: list[Override],
     imports: Iterable[str | Path],
 ) -> Config:
-    """Return the sections of the config that an evaluation needs, with the command line's values.
+    """Return the config of an evaluation, with the command line's values.
 
     It imports the code that `config_file` and `imports` name.
     """
@@ -298,12 +282,7 @@ def _evaluation_config(
     if "pgd_attack.type" in dict(overrides) and isinstance(attack, dict):
         dropped = build_attacks.keys_of_other_attack(attack, dict(overrides)["pgd_attack.type"])
         layers = [*layers, Layer(source, {"pgd_attack": dropped})]
-    config = validate_layers([*layers, *override_layers(overrides)], own, source)
-    # Parts of training that are irrelevant here must not be able to fail, such as noise files.
-    kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
-    trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv}
-    # A `val_` monitor would hold out validation images.
-    return validate({**kept, "trainer": {**trainer, "monitor": "off"}}, source)
+    return validate_layers([*layers, *override_layers(overrides)], own, source)
 
 
 def _with_assumed_args(
