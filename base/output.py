@@ -188,6 +188,16 @@ def save_json(path: str | Path, values: Any) -> None:
         write_output(path, as_json(values))
 
 
+def replace_json(path: Path, values: Any) -> None:
+    """Replace a file of a run or a study by plain values as indented JSON, in one step.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(as_json(values))
+
+
 def as_json(values: Any) -> bytes:
     """Return the contents of a JSON file; numbers that are infinite or NaN become null."""
     return f"{json_text(values, indent=2)}\n".encode()

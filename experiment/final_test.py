@@ -24,8 +24,8 @@ from base.distributed import (
     world_size,
 )
 from base.errors import CheckpointError, NonFiniteError, Stopped
+from base.output import replace_json
 from base.run_folder.environment import provenance
-from base.run_folder.files import write_json
 from base.run_folder.logs import describe
 from base.run_folder.names import BEST, EVALUATIONS, LAST, RESULT
 from base.signals import Interrupted
@@ -122,7 +122,7 @@ def _test_and_write(
         "seed": config.seed,
     }
     if is_primary():
-        write_json(folder / RESULT, result | provenance(config))
+        replace_json(folder / RESULT, result | provenance(config))
     bad = not_finite(result)
     if bad:
         exit_unless_primary(NonFiniteError.exit_code)
