@@ -26,7 +26,7 @@ from base.distributed import (
 from base.errors import CheckpointError, NonFiniteError, Stopped
 from base.output import replace_json
 from base.run_folder.environment import provenance
-from base.run_folder.logs import describe
+from base.run_folder.logs import format_values
 from base.run_folder.names import BEST, EVALUATIONS, LAST, RESULT
 from base.signals import Interrupted
 from base.train_state import not_finite
@@ -129,7 +129,7 @@ def _test_and_write(
         raise NonFiniteError(
             f"{folder / RESULT}: {bad[0]} is not finite, and null there: the model has diverged"
         )
-    logger.info("done: %s", describe(result))
+    logger.info("done: %s", format_values(result))
     return result | provenance(config)
 
 

@@ -18,8 +18,8 @@ from base.device import cuda_unavailable, nvidia_driver
 from base.distributed import world_size
 from base.output import replace_json
 from base.rooms import ROOT
-from base.run_folder.files import RunFolder
 from base.run_folder.names import ENVIRONMENT
+from base.run_folder.reader import RunFolder
 from base.secrets import command_without_key
 
 PROJECT = "convnorm-trainer"
