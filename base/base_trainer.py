@@ -42,7 +42,7 @@ from base.meters import BatchResult, Loss, Meters, Metric, batch_result, check_l
 from base.nan_guard import NanGuard, first_bad_weight
 from base.optim import Schedule, load_optimizer
 from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
-from base.run_folder.logs import describe
+from base.run_folder.logs import format_values
 from base.seeding import (
     get_rng_state,
     numpy_generator,
@@ -341,7 +341,7 @@ class BaseTrainer(ABC):
             state.batches_done += 1
             state.images_seen += shard.total
             if not bar.disable and state.batches_done % 10 == 0:
-                bar.set_postfix_str(describe(self.meters.means()))
+                bar.set_postfix_str(format_values(self.meters.means()))
             # A thread may still be writing the last checkpoint
             self.checkpoints.poll()
             if self._asked_to_stop():
@@ -418,7 +418,7 @@ class BaseTrainer(ABC):
 
         def log_it() -> None:
             self.trackers.log_epoch(log)
-            logger.info("%s%s", describe(log), "  (best)" if improved else "")
+            logger.info("%s%s", format_values(log), "  (best)" if improved else "")
 
         # Logged after the checkpoint: a run that is killed before it is saved trains the epoch
         # again, and would log it twice

@@ -22,7 +22,6 @@ from base.atomic import replacing
 from base.config.strict_json import json_text
 from base.errors import ConfigError
 from base.run_folder.names import CONFIG, ENVIRONMENT, LABELS, LOCK, METRICS, RESULT, STUDY_INDEX
-from base.streams import closed_at_start
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,6 @@ KINDS = {PICTURES: "pictures", ARRAYS: "arrays"}
 """Formats -> what their files hold, for messages."""
 DPI = 160
 STDOUT = 1
-DESCRIPTOR = re.compile(r"/dev/fd/(\d+)|/proc/(?:self|thread-self|\d+)/fd/(\d+)")
 OWN_FILES = re.compile(
     "|".join(map(re.escape, (CONFIG, RESULT, ENVIRONMENT, STUDY_INDEX, METRICS, LABELS, LOCK)))
     + r"|.*\.(log|pth)"
@@ -48,26 +46,15 @@ class Picture(Protocol):
         """Write the picture to an open binary file."""
 
 
-def descriptor_of(path: str | Path) -> int | None:
-    """Return the descriptor of this process that a path stands for, such as 1 for `-` and
-    `/dev/stdout`; None for other paths."""
-    if str(path) == "-":
-        return STDOUT
-    place = Path(path)
-    # /dev/stdout is a link to a link. 40 is Linux's own limit for a chain of them.
-    for _ in range(40):
-        match = DESCRIPTOR.fullmatch(str(place))
-        if match:
-            return int(match[1] or match[2])
-        if not place.is_symlink():
-            return None
-        place = Path(os.path.normpath(place.parent / place.readlink()))
-    return None
+def is_stdout(path: str | Path) -> bool:
+    """Whether `path` stands for standard output."""
+    return str(path) in ("-", "/dev/stdout")
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether `path` is a descriptor, a pipe or a device. Nothing can be written beside it then."""
-    if descriptor_of(path) is not None:
+    """Whether `path` is standard output, a pipe or a device. Nothing can be written beside it
+    then."""
+    if is_stdout(path):
         return True
     try:
         mode = Path(path).stat().st_mode
@@ -127,7 +114,7 @@ def check_outputs(
             raise ConfigError(
                 f"{flag} {path}: cannot be written: {error.strerror or error}"
             ) from None
-        place = "-" if descriptor_of(path) == STDOUT else os.path.realpath(path)
+        place = "-" if is_stdout(path) else os.path.realpath(path)
         if place == "-" or not is_stream(path):
             other = places.setdefault(place, flag)
             if other != flag:
@@ -145,8 +132,7 @@ def write_output(path: str | Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    number = descriptor_of(path)
-    if number is None and not is_stream(path):
+    if not is_stream(path):
         place = Path(os.path.realpath(path))
         place.parent.mkdir(parents=True, exist_ok=True)
         with replacing(place) as file:
@@ -155,12 +141,10 @@ def write_output(path: str | Path, data: bytes) -> None:
     # Text that was printed before has to come first.
     sys.stdout.flush()
     try:
-        place: str | Path | int = path
-        if number is not None:
-            # Opening /dev/fd/N would begin at the start of the file; others write to it, too.
-            place = os.dup(number)
+        # Opening /dev/stdout would begin at the start of the file that it is redirected to.
+        target = os.dup(STDOUT) if is_stdout(path) else path
         # Path.open takes no descriptor.
-        with open(place, "wb", buffering=0) as stream:  # noqa: PTH123
+        with open(target, "wb", buffering=0) as stream:  # noqa: PTH123
             remaining = memoryview(data)
             # A raw file may write less than it is given.
             while remaining:
@@ -204,6 +188,16 @@ def save_json(path: str | Path, values: Any) -> None:
         write_output(path, as_json(values))
 
 
+def replace_json(path: Path, values: Any) -> None:
+    """Replace a file of a run or a study by plain values as indented JSON, in one step.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(as_json(values))
+
+
 def as_json(values: Any) -> bytes:
     """Return the contents of a JSON file; numbers that are infinite or NaN become null."""
     return f"{json_text(values, indent=2)}\n".encode()
@@ -234,17 +228,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check(path: str | Path, files: Sequence[Path], folders: Sequence[Path]) -> None:
-    number = descriptor_of(path)
-    if number in closed_at_start:
-        raise OSError("it is closed")
-    if number is not None:
-        try:
-            from fcntl import F_GETFL, fcntl
-        except ImportError:
-            # Windows has no fcntl.
-            return
-        if fcntl(number, F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError("not open for writing")
+    if is_stdout(path):
         return
     place = Path(os.path.realpath(path))
     if place.is_dir():

@@ -10,10 +10,6 @@ from typing import TextIO, TypeAlias
 
 Readable: TypeAlias = bytes | bytearray | memoryview
 
-closed_at_start: set[int] = set()
-"""Those of the descriptors 0 to 2 that were closed when `forgiving_streams` began. Anything written
-there is lost."""
-
 
 class _Forgiving(FileIO):
     """A file that drops everything after the first failed write.
@@ -99,13 +95,11 @@ def _open_if_closed(number: int) -> None:
     """Open a descriptor to the null device if it is closed."""
     try:
         os.fstat(number)
-        return
     except OSError:
-        closed_at_start.add(number)
-    # Otherwise the next file that is opened gets this number, and the output of every library that
-    # prints to it.
-    nothing = os.open(os.devnull, os.O_RDWR)
-    if nothing != number:
-        os.dup2(nothing, number)
-        os.close(nothing)
-    os.set_inheritable(number, True)
+        # Otherwise the next file that is opened gets this number, and the output of every library
+        # that prints to it.
+        nothing = os.open(os.devnull, os.O_RDWR)
+        if nothing != number:
+            os.dup2(nothing, number)
+            os.close(nothing)
+        os.set_inheritable(number, True)

@@ -17,7 +17,7 @@ from base.base_data_loader import BaseDataLoader
 from base.base_model import BaseModel
 from base.base_trainer import BaseTrainer, TrainerParts, Validate
 from base.config import Config
-from base.config.names import ALWAYS
+from base.config.logged_values import ALWAYS
 from base.config.training import TrainerConfig
 from base.device import kernels_explained
 from base.distributed import Shard, world_size

@@ -24,9 +24,9 @@ from base.distributed import (
     world_size,
 )
 from base.errors import CheckpointError, NonFiniteError, Stopped
+from base.output import replace_json
 from base.run_folder.environment import provenance
-from base.run_folder.files import write_json
-from base.run_folder.logs import describe
+from base.run_folder.logs import format_values
 from base.run_folder.names import BEST, EVALUATIONS, LAST, RESULT
 from base.signals import Interrupted
 from base.train_state import not_finite
@@ -122,14 +122,14 @@ def _test_and_write(
         "seed": config.seed,
     }
     if is_primary():
-        write_json(folder / RESULT, result | provenance(config))
+        replace_json(folder / RESULT, result | provenance(config))
     bad = not_finite(result)
     if bad:
         exit_unless_primary(NonFiniteError.exit_code)
         raise NonFiniteError(
             f"{folder / RESULT}: {bad[0]} is not finite, and null there: the model has diverged"
         )
-    logger.info("done: %s", describe(result))
+    logger.info("done: %s", format_values(result))
     return result | provenance(config)
 
 

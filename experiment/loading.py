@@ -27,7 +27,7 @@ from base.config.files import (
 )
 from base.config.imports import changes, imported_for
 from base.config.origins import Layer
-from base.config.tree import merge
+from base.config.tree import merge, value_at
 from base.device import kernels_explained
 from base.distributed import is_primary
 from base.errors import CheckpointError, ConfigError, DataError
@@ -43,22 +43,6 @@ from experiment.evaluation import Evaluation, check_class_names, prepare_machine
 from experiment.own_evaluation import evaluation_of_network, flags_named
 
 logger = logging.getLogger(__name__)
-
-
-EVALUATED = (
-    "name",
-    "seed",
-    "n_gpu",
-    "num_classes",
-    "imports",
-    "arch",
-    "data_loader",
-    "adversarial",
-    "pgd_attack",
-    "system",
-)
-"""The keys and sections of a config that an evaluation needs. Others, such as `optimizer`, are not
-checked."""
 
 
 def load_evaluation(
@@ -269,7 +253,7 @@ def _evaluation_config(
     overrides: list[Override],
     imports: Iterable[str | Path],
 ) -> Config:
-    """Return the sections of the config that an evaluation needs, with the command line's values.
+    """Return the config of an evaluation, with the command line's values.
 
     It imports the code that `config_file` and `imports` name.
     """
@@ -298,12 +282,7 @@ def _evaluation_config(
     if "pgd_attack.type" in dict(overrides) and isinstance(attack, dict):
         dropped = build_attacks.keys_of_other_attack(attack, dict(overrides)["pgd_attack.type"])
         layers = [*layers, Layer(source, {"pgd_attack": dropped})]
-    config = validate_layers([*layers, *override_layers(overrides)], own, source)
-    # Parts of training that are irrelevant here must not be able to fail, such as noise files.
-    kept = {key: value for key, value in config.dump().items() if key in EVALUATED}
-    trainer = {"adv_clip_eps": config.trainer.adv_clip_eps, "do_adv": config.trainer.do_adv}
-    # A `val_` monitor would hold out validation images.
-    return validate({**kept, "trainer": {**trainer, "monitor": "off"}}, source)
+    return validate_layers([*layers, *override_layers(overrides)], own, source)
 
 
 def _with_assumed_args(
@@ -317,9 +296,7 @@ def _with_assumed_args(
     Returns:
         The config, and a sentence about each argument that is assumed.
     """
-    saved: Any = checkpoint
-    for section in ("config", "arch", "args"):
-        saved = saved.get(section, {}) if isinstance(saved, dict) else {}
+    saved = value_at(checkpoint, "config.arch.args")
     if not isinstance(saved, dict):
         saved = {}
     assumed = {}

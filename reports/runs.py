@@ -18,8 +18,8 @@ from base.config.section import Section
 from base.config.tree import leaves
 from base.errors import ConfigError
 from base.registry import did_you_mean
-from base.run_folder.files import RunFolder
 from base.run_folder.names import CONFIG, METRICS, RESULT
+from base.run_folder.reader import RunFolder
 from base.run_folder.study_index import read_study_index
 
 logger = logging.getLogger(__name__)

@@ -42,6 +42,7 @@ from base.config import Config, Override, load_config
 from base.config.files import check_optimization_of, override, read_tree
 from base.config.imports import FLAG
 from base.config.origins import Flag
+from base.config.same_experiment import config_hash, is_place
 from base.config.section import Count, Section, lies_in
 from base.config.tree import is_comment, leaves, without_comments
 from base.config.warnings import UNUSED_OK
@@ -50,7 +51,6 @@ from base.output import writing
 from base.registry import did_you_mean
 from base.run_folder.study_index import StudyEntry, write_study_index
 from base.text import one_line
-from studies.identity import identity, is_place
 
 Settings = dict[str, Any]
 """Dotted config key -> value."""
@@ -228,7 +228,8 @@ class StudyRun:
         config_file: the config that it starts from.
         settings: the values that the grid puts on top of it.
         config: the resolved config.
-        folder: its run folder. The name ends in a hash of the resolved config; see `identity`.
+        folder: its run folder. The name ends in ten digits of the config's hash; see
+            `config_hash`.
         overrides: the values that the command line puts on top of every variant.
         imports: the user's code that the command line names, without what configs name.
         grid: the grid file.
@@ -369,6 +370,7 @@ def _plan_run(
         # run keeps the folder name that it has with the grid's own value.
         named_by = _resolve(file, [*own, *kept], seed, imports)
     parent = save_dir or Path(config.trainer.save_dir) / path.stem
+    digits = config_hash(named_by, keep=settings)[:10]
     return StudyRun(
         variant=name,
         labels=variant.labels,
@@ -377,7 +379,7 @@ def _plan_run(
         config_file=Path(os.path.relpath(file)),
         settings=settings,
         config=config,
-        folder=parent / f"{name.replace(' ', '-')}_seed{seed}_{identity(named_by, settings)}",
+        folder=parent / f"{name.replace(' ', '-')}_seed{seed}_{digits}",
         overrides=tuple(overrides),
         imports=tuple(imports),
         grid=path,

@@ -11,8 +11,8 @@ from base.config.same_experiment import IMPORTS, WHERE_AND_HOW, check_same_exper
 from base.config.tree import value_at
 from base.errors import ConfigError, ProjectError
 from base.meters import is_accuracy
-from base.run_folder.files import RunFolder
 from base.run_folder.names import CONFIG, LAST
+from base.run_folder.reader import RunFolder
 from base.text import text_table
 from studies.grid import StudyRun, format_value
 

@@ -32,16 +32,20 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
     """Write `contents` and their checksum to `path`, atomically.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; the old file is
-            untouched.
+        CheckpointError: the disk is full, the file is too large for it, or the folder cannot be
+            written; the old file is untouched.
     """
     try:
         with replacing(path) as file:
             torch.save(plain({"schema_version": SCHEMA_VERSION, **contents}), file)
             write_checksum(file)
     except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"{path}: cannot be written: {first_line(error)}") from error
+        # torch raises a RuntimeError about its internals while it handles the system's error
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = "torch.save failed (--debug shows where)"
+        if isinstance(cause, OSError):
+            reason = cause.strerror or first_line(cause)
+        raise CheckpointError(f"{path}: cannot be written: {reason}") from error
 
 
 def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Explain why torch cannot read a file as a checkpoint, and what would make it readable.
 
-torch's own messages are not shown if they mention `weights_only`, because they advise reading the
-file in a way that may run code from it.
+torch's own messages are not shown: they are about its internals, or advise reading the file in a
+way that may run code from it.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from base.text import first_line, one_line
+from base.text import one_line
 
 SIGNATURES = (
     (0, b"version https://git-lfs", "a git-lfs pointer; fetch the file itself with `git lfs pull`"),
@@ -30,20 +30,23 @@ MAX_NAMES = 3
 def explain(file: BinaryIO, error: Exception) -> str:
     """Explain why `torch.load` raised `error` for an open file, in one sentence about "it"."""
     file.seek(0)
-    head = file.read(32)
+    head = file.read(256)
+    if not head:
+        return "it is empty"
     for start, signature, what in SIGNATURES:
         if head.startswith(signature, start):
             return f"it is {what}"
+    # The name of an archive's first file stands at its start
+    if head.startswith(b"PK") and b".npy" in head:
+        return "it is an archive of NumPy arrays"
     classes = _unsafe_classes(file, error)
     if classes:
         return _explain_classes(classes)
-    reason = ""
-    # Messages of other exceptions are about the internals of pickle
-    is_torchs = isinstance(error, RuntimeError | MemoryError)
-    if is_torchs and str(error) and "weights_only" not in str(error):
-        reason = f" ({one_line(first_line(error), 200)})"
+    memory = ""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        memory = ", or it needs more memory than there is"
     return (
-        f"it is damaged, or torch.save did not write it with its defaults{reason};"
+        f"it is damaged, or torch.save did not write it with its defaults{memory};"
         f" fetch it again, or save its weights: {SAVE_WEIGHTS}"
     )
 

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from base.checkpoint.checkpoint import plain, save_checkpoint
-from base.optim.state import with_checksums
 
 
 class CheckpointWriter:
@@ -39,7 +38,7 @@ class CheckpointWriter:
 
         Args:
             path: the file.
-            contents: as `save_training_state` takes them. They may change as soon as this returns.
+            contents: as `save_checkpoint` takes them. They may change as soon as this returns.
             publish: called in the thread once the file is complete.
             then: called by the `join` or the `poll` that finds everything complete, in its thread.
 
@@ -86,23 +85,12 @@ class CheckpointWriter:
         self, path: Path, contents: Mapping[str, Any], publish: Callable[[], None] | None
     ) -> None:
         try:
-            save_training_state(path, contents)
+            save_checkpoint(path, contents)
             if publish is not None:
                 publish()
         # Any exception: `join` raises it again
         except BaseException as error:
             self._error = error
-
-
-def save_training_state(path: Path, contents: Mapping[str, Any]) -> None:
-    """`save_checkpoint` for what `BaseTrainer.checkpoint` returns, with checksums of its optimizer.
-
-    Raises:
-        CheckpointError: see `save_checkpoint`.
-    """
-    if "optimizer" in contents:
-        contents = {**contents, "optimizer": with_checksums(contents["optimizer"])}
-    save_checkpoint(path, contents)
 
 
 _writers: weakref.WeakSet[CheckpointWriter] = weakref.WeakSet()

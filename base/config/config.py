@@ -27,7 +27,7 @@ from base.config.adversarial import (
 )
 from base.config.arguments import Choice, NameIn, OpenSection, checks_names
 from base.config.imports import Import
-from base.config.names import ALWAYS, metric_name, metric_of
+from base.config.logged_values import ALWAYS, metric_name, metric_of
 from base.config.origins import Origins, Provenance, format_config
 from base.config.section import Count, Fraction, InputPath, Needs, Positive, Section
 from base.config.training import OptimizerConfig, SchedulerConfig, TrainerConfig

@@ -5,13 +5,14 @@ A resumed run, a study, a table and several processes all compare configs by the
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from base.config.config import Config
 from base.config.files import IMPORTS
 from base.config.section import lies_in
+from base.config.tree import leaves
 from base.errors import CheckpointError, ConfigError
 from base.optim.schedules import spans_whole_run
 
@@ -71,7 +72,11 @@ def check_same_experiment(before: Mapping[str, Any], config: Config, source: Pat
         CheckpointError: the architecture differs.
         ConfigError: another value differs that may not change.
     """
-    for key, old, new in _differences(before, config.dump()):
+    earlier, now = leaves(dict(before)), leaves(config.dump())
+    for key in sorted(earlier.keys() | now.keys()):
+        old, new = earlier.get(key), now.get(key)
+        if old == new:
+            continue
         if key in FILLED_FROM_DATA and new is None:
             continue
         if key.startswith("arch."):
@@ -89,11 +94,21 @@ def check_same_experiment(before: Mapping[str, Any], config: Config, source: Pat
             )
 
 
-def config_hash(config: Config) -> str:
+def is_place(key: str) -> bool:
+    """Return whether a dotted key, or the section that it lies in, is one of `WHERE_AND_HOW`."""
+    return lies_in(key, WHERE_AND_HOW)
+
+
+def config_hash(config: Config, keep: Collection[str] = ()) -> str:
     """Return a SHA-256 hash of all config values that say what a run computes, its seed included.
 
     Values at their default are left out, so that a key that is added later changes no hash. So are
     `WHERE_AND_HOW` and the values that the data set decides, which a run may have filled in.
+
+    Args:
+        config: the resolved config.
+        keep: dotted keys that are hashed although they would be left out, such as those that a
+            grid compares.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     # Each adversarial method has its own defaults, which pydantic does not know
@@ -101,13 +116,14 @@ def config_hash(config: Config) -> str:
     for key, default in defaults.items():
         if tree.get("adversarial", {}).get(key) == default:
             del tree["adversarial"][key]
-    for key in (*WHERE_AND_HOW, *FILLED_FROM_DATA):
-        remove_place(tree, key)
+    for place in (*WHERE_AND_HOW, *FILLED_FROM_DATA):
+        if not any(lies_in(key, [place]) for key in keep):
+            _remove_place(tree, place)
     filled = _without_empty_sections(tree)
     return hashlib.sha256(json.dumps(filled, sort_keys=True).encode()).hexdigest()
 
 
-def remove_place(tree: dict[str, Any], key: str) -> None:
+def _remove_place(tree: dict[str, Any], key: str) -> None:
     """Remove a key of `WHERE_AND_HOW` from a config's tree, but not what decides the results."""
     *sections, name = key.split(".")
     for section in sections:
@@ -138,15 +154,3 @@ def _without_empty_sections(tree: dict[str, Any]) -> dict[str, Any]:
         if value != {}:
             filled[key] = value
     return filled
-
-
-def _differences(
-    before: Mapping[str, Any], after: Mapping[str, Any], path: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield dotted key, old and new value of every leaf in which two trees differ."""
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{path}{key}.")
-        elif old != new:
-            yield f"{path}{key}", old, new

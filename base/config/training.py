@@ -6,7 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from base.config.adversarial import Size
 from base.config.arguments import checks_names
-from base.config.names import describe_logged_values, logged_value
+from base.config.logged_values import describe_logged_values, logged_value
 from base.config.section import Count, FilePath, Fraction, InputPath, Needs, Positive, Section
 
 A_SCHEDULE = Needs("an lr_scheduler.type", lambda config: config.lr_scheduler.type != "none")

@@ -9,12 +9,13 @@ from base.config.arguments import OpenSection
 from base.config.config import Config
 from base.config.origins import Origins, origin_of
 from base.config.section import Needs, Section, lies_in
+from base.config.tree import value_at
 from base.text import one_line
 
 UNUSED_OK = "_unused_ok"
 """The comment key that silences the warning about keys without effect: true, a dotted key or
 section, or a list of them."""
-LAYER_KEYS = ("conv_layer_type", "norm_layer_type")
+LAYER_KEYS = ("arch.args.conv_layer_type", "arch.args.norm_layer_type")
 
 
 def warnings_of(
@@ -66,11 +67,7 @@ def _warn_of_normalization(
 
 def _layers_in(tree: Mapping[str, Any]) -> list[Any]:
     """The types of the convolution and of the norm layer; None for one that is not given."""
-    arch = tree.get("arch")
-    args = arch.get("args") if isinstance(arch, dict) else None
-    if not isinstance(args, dict):
-        args = {}
-    return [args.get(key) for key in LAYER_KEYS]
+    return [value_at(tree, key) for key in LAYER_KEYS]
 
 
 def _warn_of_unused_keys(config: Config, silenced: Any, origins: Origins) -> str | None:

@@ -12,7 +12,7 @@ from base.config.section import lies_in
 from base.config.tree import leaves
 from base.distributed.collectives import all_gather_object, exit_unless_primary
 from base.distributed.process_group import world_size
-from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ProjectError
+from base.errors import ConfigError, DataError, ProjectError
 from base.rooms import ROOT
 from base.run_folder.environment import package_versions, project_version
 from base.text import one_line
@@ -50,17 +50,17 @@ def prepare_on_all_ranks(prepare: Callable[[], T], facts: Callable[[T], Facts]) 
         own_facts = dict(facts(prepared))
     except ProjectError as error:
         failure = error
-        failed = (error.exit_code, str(error))
+        failed = (type(error), str(error))
     # One message for failures and facts: a rank that failed would not reach a second one.
     gathered = all_gather_object((failed, own_facts))
     for number, (failed, _) in enumerate(gathered):
         if failed is None:
             continue
-        exit_code, message = failed
-        exit_unless_primary(exit_code)
+        kind, message = failed
+        exit_unless_primary(kind.exit_code)
         if failure is not None:
             raise failure
-        raise _error_class(exit_code)(f"rank {number}: {message}")
+        raise kind(f"rank {number}: {message}")
     difference = first_difference([facts_of_rank for _, facts_of_rank in gathered])
     if difference is not None:
         exit_unless_primary(difference.exit_code)
@@ -155,10 +155,3 @@ def _describe_difference(name: str, value: Any, expected: Any, number: int) -> s
 
 def _shorten(value: Any) -> str:
     return one_line(repr(value), LONGEST)
-
-
-def _error_class(exit_code: int) -> type[ProjectError]:
-    for error in (ConfigError, CheckpointError, DataError, NonFiniteError):
-        if error.exit_code == exit_code:
-            return error
-    return ProjectError

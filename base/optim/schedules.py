@@ -207,7 +207,7 @@ def _build(name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int,
         parts = _parts(args["schedulers"], f"{key}.args.schedulers")
         spans = [steps] * len(parts)
         if name == "SequentialLR":
-            parts, args["milestones"] = _flatten(parts, args["milestones"])
+            _check_later_parts(parts)
             spans = _spans(args["milestones"], steps)
             # With too few milestones torch raises an error once all parts are built
             spans += [steps] * (len(parts) - len(spans))
@@ -220,48 +220,16 @@ def _build(name: str, args: Mapping[str, Any], optimizer: Optimizer, steps: int,
     return construct(cls, f"{key}.args", first, args)
 
 
-def _flatten(parts: Sequence[Part], milestones: Sequence[int]) -> tuple[list[Part], list[int]]:
-    """Replace each SequentialLR among the parts of another by its own parts.
+def _check_later_parts(parts: Sequence[Part]) -> None:
+    """Check that no later part of a SequentialLR consists of schedules.
 
-    torch's SequentialLR fails when a later part that itself consists of schedules takes over.
-
-    Returns:
-        The parts and the milestones between them.
-
-    Raises:
-        ConfigError: a later part is a ChainedScheduler.
+    torch's SequentialLR fails when such a part takes over.
     """
-    flat: list[Part] = []
-    starts: list[int] = []
-    begins = [0, *milestones]
-    ends = [*milestones, None]
-    if len(begins) != len(parts):
-        # torch raises an error for a wrong number of milestones
-        return list(parts), list(milestones)
-    for (key, part), begin, end in zip(parts, begins, ends, strict=True):
-        if begin > 0 and part["type"] == "ChainedScheduler":
+    for key, part in parts[1:]:
+        if part["type"] in ("ChainedScheduler", "SequentialLR"):
             raise ConfigError(
-                f"{key}.type: in a SequentialLR a ChainedScheduler can only be the first part"
+                f"{key}.type: in a SequentialLR a {part['type']} can only be the first part"
             )
-        inner = [(key, part)]
-        inner_starts = [begin]
-        if begin > 0 and part["type"] == "SequentialLR":
-            args = part.get("args", {})
-            check_arguments(SCHEDULERS["SequentialLR"], args, f"{key}.args", positional=1)
-            inner = _parts(args["schedulers"], f"{key}.args.schedulers")
-            inner, inner_milestones = _flatten(inner, args["milestones"])
-            if len(inner_milestones) != len(inner) - 1:
-                raise ConfigError(
-                    f"{key}.args.milestones: expected {len(inner) - 1},"
-                    " one fewer than there are schedulers"
-                )
-            inner_starts = [begin, *(begin + milestone for milestone in inner_milestones)]
-        for inner_part, start in zip(inner, inner_starts, strict=True):
-            # The next outer milestone may come before the inner schedule has used all its parts
-            if end is None or start < end:
-                flat.append(inner_part)
-                starts.append(start)
-    return flat, starts[1:]
 
 
 def _spans(milestones: Sequence[int], steps: int) -> list[int]:

@@ -2,11 +2,10 @@
 
 torch numbers the parameters of an optimizer, and does not check what a file says about each number.
 Its fused kernels then read as many values as the parameter has, even beyond the end of a shorter
-tensor. Here the state of a parameter is stored under its name, with a checksum of name and values.
-Older checkpoints (numbers, no checksums) are checked by shape.
+tensor. Here the state of a parameter is stored under its name, and its values are checked by key,
+type and shape. Older checkpoints store it under the parameter's number.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
@@ -21,8 +20,9 @@ from torch.optim import Optimizer
 from base.errors import CheckpointError
 from base.text import one_line
 
-CHECKSUM = "checksum"
-"""The key of the checksum in the entry of a parameter."""
+OLD_CHECKSUM = "checksum"
+"""A key in the entry of a parameter in older checkpoints. It is ignored, as the file has a checksum
+of its own."""
 KERNELS = ("fused", "foreach")
 """Settings of an optimizer that choose its kernels. A resumed run keeps them if this device has
 these kernels."""
@@ -64,18 +64,6 @@ def named_optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, A
     return {"state": state, "param_groups": groups}
 
 
-def with_checksums(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `named_optimizer_state` returned, with a checksum in the entry of each parameter.
-
-    It reads every tensor. Training does not wait for it: the thread that writes a checkpoint calls
-    it, on a copy in the host's memory.
-    """
-    state = {
-        name: {**entry, CHECKSUM: _checksum(name, entry)} for name, entry in saved["state"].items()
-    }
-    return {**saved, "state": state}
-
-
 def checked_optimizer_state(
     optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Any], source: Path
 ) -> dict[str, Any]:
@@ -84,13 +72,13 @@ def checked_optimizer_state(
     Args:
         optimizer: a new one, built from the run's config.
         model: the model whose parameters it has.
-        saved: what `with_checksums` returned, or, in older checkpoints, the optimizer's own
+        saved: what `named_optimizer_state` returned, or, in older checkpoints, the optimizer's own
             `state_dict()`.
         source: the checkpoint, for messages.
 
     Raises:
-        CheckpointError: the state of a parameter is missing, has another shape or belongs to
-            another parameter, or a setting differs.
+        CheckpointError: the state of a parameter is missing or has another shape, or a setting
+            differs.
     """
     where = f"{source}: optimizer"
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -126,11 +114,6 @@ def checked_optimizer_state(
             # In older files a parameter without a state had no entry
             entry = entries.pop(key, {})
             values = _values(entry, expected[parameter.shape], f"{where}.state.{name}")
-            if by_name and entry.get(CHECKSUM) != _checksum(name, values):
-                raise CheckpointError(
-                    f"{where}.state.{name}: is not what was saved for this parameter: it has"
-                    " changed, or it has been exchanged with another one"
-                )
             if values:
                 state[number] = values
             number += 1
@@ -166,19 +149,6 @@ def checked_schedule_state(
     return state
 
 
-def _checksum(name: str, entry: Mapping[str, Any]) -> str:
-    """SHA-256 of a parameter's name and of its state in the optimizer."""
-    digest = hashlib.sha256(name.encode())
-    for key, value in sorted(entry.items()):
-        digest.update(f"\0{key}\0".encode())
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()
-
-
 def _after_a_step(
     kind: Callable[..., Optimizer], group: Mapping[str, Any], shape: torch.Size
 ) -> dict[str, Any]:
@@ -197,7 +167,7 @@ def _after_a_step(
 
 def _values(entry: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the state of one parameter in a checkpoint: empty, or everything that is expected."""
-    values = {key: value for key, value in entry.items() if key != CHECKSUM}
+    values = {key: value for key, value in entry.items() if key != OLD_CHECKSUM}
     for key, value in values.items():
         if key not in expected:
             raise CheckpointError(

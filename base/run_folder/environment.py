@@ -16,9 +16,10 @@ from base.config import Config
 from base.config.same_experiment import config_hash
 from base.device import cuda_unavailable, nvidia_driver
 from base.distributed import world_size
+from base.output import replace_json
 from base.rooms import ROOT
-from base.run_folder.files import RunFolder, write_json
 from base.run_folder.names import ENVIRONMENT
+from base.run_folder.reader import RunFolder
 from base.secrets import command_without_key
 
 PROJECT = "convnorm-trainer"
@@ -39,7 +40,7 @@ def record_environment(folder: Path, resumed: bool) -> list[str]:
     now = environment()
     first = RunFolder(folder).environment() if resumed else {}
     if not first:
-        write_json(file, now)
+        replace_json(file, now)
         return []
     resumes = first.get("resumed")
     if not isinstance(resumes, list):
@@ -47,7 +48,7 @@ def record_environment(folder: Path, resumed: bool) -> list[str]:
     before = first
     if resumes and isinstance(resumes[-1], dict):
         before = resumes[-1]
-    write_json(file, {**first, "resumed": [*resumes, now]})
+    replace_json(file, {**first, "resumed": [*resumes, now]})
     return [
         f"resumed with {now[key]} {what}, but the run had {before[key]}:"
         " from here on results may differ by rounding"

@@ -19,8 +19,8 @@ from base.checkpoint import has_checkpoint
 from base.config import Config
 from base.distributed import from_primary, is_primary
 from base.errors import CheckpointError, ConfigError
+from base.output import replace_json
 from base.run_folder.environment import belongs_to_this_job, record_environment, torchrun_job
-from base.run_folder.files import write_json
 from base.run_folder.locks import process_lock
 from base.run_folder.names import CONFIG, ENVIRONMENT, LABELS, LOCK
 
@@ -65,7 +65,7 @@ def write_description(
     """Write `config.json`, `environment.json` and `labels.npz`, which say what the run is."""
     if not is_primary():
         return
-    write_json(folder / CONFIG, config.dump())
+    replace_json(folder / CONFIG, config.dump())
     for warning in record_environment(folder, resumed):
         logger.warning(warning)
     with replacing(folder / LABELS) as file:
@@ -101,7 +101,7 @@ def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
         job = torchrun_job()
         if job:
             # Written first, because the next attempt finds out here whether the folder is its own
-            write_json(folder / ENVIRONMENT, {"job": job})
+            replace_json(folder / ENVIRONMENT, {"job": job})
         yield folder
 
 

@@ -59,7 +59,7 @@ def logging_to(file: Path, verbosity: int) -> Iterator[None]:
             handler.close()
 
 
-def describe(values: Mapping[str, Any]) -> str:
+def format_values(values: Mapping[str, Any]) -> str:
     """Format logged values in one line: accuracies in percent, others with four digits."""
     return "  ".join(f"{key} {_format_number(key, value)}" for key, value in values.items())
 

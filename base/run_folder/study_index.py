@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import ConfigError
-from base.run_folder.files import write_json
+from base.output import replace_json
 from base.run_folder.locks import lock_descriptor
 from base.run_folder.names import STUDY_INDEX, STUDY_LOCK
 from base.text import first_line
@@ -53,7 +53,7 @@ def write_study_index(folder: Path, entries: Mapping[str, StudyEntry]) -> None:
             ) from None
         merged = {**known, **entries}
         if merged != known:
-            write_json(file, {name: asdict(entry) for name, entry in merged.items()})
+            replace_json(file, {name: asdict(entry) for name, entry in merged.items()})
 
 
 def read_study_index(folder: Path) -> dict[str, StudyEntry]:

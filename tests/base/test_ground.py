@@ -28,8 +28,8 @@ from base.config.strict_json import parse_json
 from base.config.tree import annotation_at
 from base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from base.meters import BatchResult, Meters
+from base.output import replace_json
 from base.registry import lookup
-from base.run_folder.files import write_json
 from base.secrets import command_without_key
 from base.seeding import torch_generator
 from base.tracking.start import start_trackers
@@ -100,7 +100,7 @@ def test_an_epoch_that_has_diverged_is_never_the_best(monitor, bad):
 
 
 def test_json_holds_null_where_a_number_is_not_finite(tmp_path):
-    write_json(tmp_path / "a.json", {"a": nan, "b": [1.5, (inf, {"c": -inf})], "d": "NaN"})
+    replace_json(tmp_path / "a.json", {"a": nan, "b": [1.5, (inf, {"c": -inf})], "d": "NaN"})
     assert parse_json((tmp_path / "a.json").read_text()) == {
         "a": None,
         "b": [1.5, [None, {"c": None}]],

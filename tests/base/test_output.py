@@ -12,7 +12,6 @@ from base.errors import ConfigError
 from base.output import (
     PICTURES,
     check_outputs,
-    descriptor_of,
     format_of,
     is_stream,
     write_output,
@@ -88,16 +87,18 @@ def test_devices_are_not_replaced(tmp_path):
         write_output("/dev/full", b"x")
 
 
-def test_a_descriptor_is_written_where_it_stands(tmp_path, pipe):
-    assert [
-        descriptor_of(path) for path in ("-", "/dev/stdout", "/dev/fd/7", "/proc/self/fd/7")
-    ] == [1, 1, 7, 7]
-    file = tmp_path / "log"
+def test_standard_output_is_written_where_it_stands(tmp_path, pipe):
+    file, kept = tmp_path / "log", os.dup(1)
     with file.open("wb", buffering=0) as opened:
-        opened.write(b"before ")
-        write_output(f"/dev/fd/{opened.fileno()}", b"report ")
-        opened.write(b"after")
-    assert file.read_bytes() == b"before report after"
+        try:
+            os.dup2(opened.fileno(), 1)
+            for path in ("-", "/dev/stdout"):
+                opened.write(b"before ")
+                write_output(path, b"report ")
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+    assert file.read_bytes() == b"before report before report "
     write_output(f"/dev/fd/{pipe[1]}", b"report")
     assert os.read(pipe[0], 100) == b"report"
 
@@ -108,29 +109,8 @@ def test_a_reader_that_has_left_is_not_an_error(pipe):
 
 
 def test_a_descriptor_that_is_closed_is_one_line():
-    with pytest.raises(
-        ConfigError, match="^--json /dev/fd/987: cannot be written: Bad file descriptor$"
-    ):
+    with pytest.raises(ConfigError, match="^--json /dev/fd/987: cannot be written: [^\\n]*$"):
         check("/dev/fd/987")
-
-
-def test_standard_output_that_was_closed_takes_no_report(monkeypatch):
-    monkeypatch.setattr("base.output.closed_at_start", {1})
-    with pytest.raises(ConfigError, match="^--json -: cannot be written: it is closed$"):
-        check("-")
-
-
-def test_a_descriptor_that_is_only_read_is_one_line(pipe):
-    with pytest.raises(ConfigError, match="cannot be written: not open for writing$"):
-        check(f"/dev/fd/{pipe[0]}")
-    check(f"/dev/fd/{pipe[1]}")
-
-
-def test_standard_output_is_checked_without_fcntl_too(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "stdout", sys.stdout)
-        check("-")
 
 
 def test_formats_of_streams_are_the_first(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from base.base_trainer import BaseTrainer
-from base.checkpoint.writer import save_training_state
+from base.checkpoint import save_checkpoint
 from base.config import validate
 from base.config.tree import merge
 from experiment.experiment import resume
@@ -102,7 +102,7 @@ def check_steps(folder, monkeypatch, config, steps):
         path = folder / f"{3 * self.state.epochs_done + self.state.batches_done}.pth"
         # The method is called again when the epoch is finished
         if not path.exists():
-            save_training_state(path, self.checkpoint())
+            save_checkpoint(path, self.checkpoint())
         return asked(self)
 
     with monkeypatch.context() as patched:

@@ -97,7 +97,7 @@ def test_a_file_system_without_room_is_reported_before_training(tmp_path):
     done = train(tmp_path, *new, mount, "sh")
     assert done.returncode == 3, done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert "model_last.pth: cannot be written: " in done.stderr
+    assert "model_last.pth: cannot be written: No space left on device" in done.stderr
     assert "epoch 1" not in done.stdout
 
 

@@ -42,15 +42,6 @@ def enlarge(contents):
     contents["state_dict"][name] = torch.zeros(7, *contents["state_dict"][name].shape)
 
 
-def swap(contents):
-    """Exchange the momentum of two parameters of the same shape."""
-    state, by_shape = contents["optimizer"]["state"], {}
-    for name, entry in state.items():
-        by_shape.setdefault(entry["momentum_buffer"].shape, []).append(name)
-    first, second = next(names for names in by_shape.values() if len(names) > 1)[:2]
-    state[first], state[second] = state[second], state[first]
-
-
 def cut(contents):
     entry = next(iter(contents["optimizer"]["state"].values()))
     entry["momentum_buffer"] = entry["momentum_buffer"][:1]
@@ -142,11 +133,6 @@ REFUSED = {
         [cut],
         [],
         r"optimizer.state.*momentum_buffer: is of shape \(1,.* but \(.* was expected",
-    ),
-    "place of momentum": (
-        [swap],
-        [],
-        r"optimizer.state.*: is not what was saved for this parameter",
     ),
     "number of epochs": (
         [change("epoch", 2)],
@@ -256,10 +242,7 @@ def without_names(contents):
     """Number the optimizer's state and drop image fingerprints, as the first of version 2 did."""
     optimizer = contents["optimizer"]
     names = [name for group in optimizer["param_groups"] for name in group["params"]]
-    optimizer["state"] = {
-        number: {key: value for key, value in optimizer["state"][name].items() if key != "checksum"}
-        for number, name in enumerate(names)
-    }
+    optimizer["state"] = {number: optimizer["state"][name] for number, name in enumerate(names)}
     for group in optimizer["param_groups"]:
         group["params"] = [names.index(name) for name in group["params"]]
     del contents["image_fingerprints"]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from base.config import imports
+from base.config import imports, validate
+from base.config.same_experiment import config_hash
 from base.errors import ConfigError
 from base.registry import NORM_LAYERS
 from studies.grid import describe, format_value, plan
-from studies.identity import identity
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NORMS = {"bn": {"arch.args.norm_layer_type": "bn"}, "gn": {"arch.args.norm_layer_type": "gn"}}
@@ -28,6 +28,20 @@ def grid_file(tmp_path):
     return write
 
 
+@pytest.mark.parametrize(
+    "grid", sorted((CONFIGS / "ablations").glob("*.json")), ids=lambda path: path.stem
+)
+def test_every_run_of_a_shipped_grid_has_a_hash_of_its_own(grid):
+    runs = plan(grid)
+    hashes = [config_hash(run.config, run.settings) for run in runs]
+    assert len(set(hashes)) == len(runs)
+    # A run stores its whole config, with the values at their defaults
+    stored = [validate(run.config.dump()) for run in runs]
+    assert [
+        config_hash(config, run.settings) for config, run in zip(stored, runs, strict=True)
+    ] == hashes
+
+
 def test_axes_are_combined_and_named_variants_are_added(grid_file, tmp_path):
     path = grid_file(
         axes={"norm": NORMS, "size": {"8": {"trainer.epochs": 8}, "9": {"trainer.epochs": 9}}},
@@ -41,7 +55,8 @@ def test_axes_are_combined_and_named_variants_are_added(grid_file, tmp_path):
     assert [run.config.seed for run in runs[:2]] == [3, 4]
     last = runs[-1]
     assert (last.config.arch.args.norm_layer_type, last.config.trainer.epochs) == ("gn", 9)
-    assert last.folder == Path("saved/study") / f"gn_9_seed4_{identity(last.config, last.settings)}"
+    digits = config_hash(last.config, last.settings)[:10]
+    assert last.folder == Path("saved/study") / f"gn_9_seed4_{digits}"
     (tmp_path / "other.json").write_text(
         json.dumps({"extends": "base.json", "trainer": {"epochs": 7}})
     )

@@ -44,10 +44,16 @@ def cut_at(word, length):
     return write
 
 
+def arrays(path):
+    with path.open("wb") as file:
+        np.savez(file, train_label=[1])
+
+
 DAMAGED = "it is damaged, or torch.save did not write it"
 HEADER = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
 CASES = {
-    "empty": (bytes_of(b""), DAMAGED),
+    "empty": (bytes_of(b""), "it is empty"),
+    "labels": (arrays, "it is an archive of NumPy arrays"),
     "text": (bytes_of(b"lr: 0.1\nepochs: 3\n"), DAMAGED),
     "pointer": (
         bytes_of(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
@@ -106,6 +112,7 @@ def test_one_line_says_what_it_is(name, tmp_path):
     assert expected in message
     assert message.isprintable()
     assert "False" not in message
+    assert "enforce fail" not in message
     assert "\x1b" not in message
 
 

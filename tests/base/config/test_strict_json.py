@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from base.config.strict_json import json_text, parse_json
-from base.run_folder.files import write_json
+from base.output import replace_json
 from base.run_folder.study_index import StudyEntry, write_study_index
 from base.tracking.tracker import RunLog
 
@@ -32,7 +32,7 @@ def test_non_finite_numbers_become_null(indent):
 
 
 def test_every_file_that_a_run_writes_holds_null(tmp_path):
-    write_json(tmp_path / "result.json", VALUES)
+    replace_json(tmp_path / "result.json", VALUES)
     log = RunLog(tmp_path / "metrics.jsonl", [{"epoch": 1, "loss": float("nan")}])
     log.log_epoch({"epoch": 2, "loss": float("-inf"), "top1": 0.25})
     write_study_index(tmp_path, {"run": StudyEntry("a", 0, {"seed": "1"})})

@@ -1,4 +1,4 @@
-"""The state of optimizer and schedule in a checkpoint: every exchange or change is noticed."""
+"""The state of optimizer and schedule in a checkpoint: what torch would misread is refused."""
 
 from copy import deepcopy
 from math import nan
@@ -17,7 +17,6 @@ from base.optim.state import (
     checked_optimizer_state,
     checked_schedule_state,
     named_optimizer_state,
-    with_checksums,
 )
 
 SOURCE = Path("file.pth")
@@ -61,22 +60,31 @@ def step(model, optimizer, steps):
         optimizer.step()
 
 
-def state_with_checksums(optimizer, model):
-    return with_checksums(named_optimizer_state(optimizer, model))
-
-
 def stored(folder, state):
     save_checkpoint(folder / "c.pth", {"state_dict": {}, "optimizer": state})
     return load_checkpoint(folder / "c.pth")["optimizer"]
 
 
-@pytest.mark.parametrize("old", [False, True])
+def with_checksums(optimizer, model):
+    """The state as earlier versions stored it, with a checksum in each entry."""
+    saved = named_optimizer_state(optimizer, model)
+    for entry in saved["state"].values():
+        entry["checksum"] = "0"
+    return saved
+
+
+FORMS = {
+    "by name": named_optimizer_state,
+    "by name with checksums": with_checksums,
+    "by number": lambda optimizer, model: optimizer.state_dict(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", STATEFUL)
-def test_every_optimizer_resumes_exactly(tmp_path, name, old):
+def test_every_optimizer_resumes_exactly(tmp_path, name, form):
     model, optimizer = trained(name)
-    saved = stored(
-        tmp_path, optimizer.state_dict() if old else state_with_checksums(optimizer, model)
-    )
+    saved = stored(tmp_path, FORMS[form](optimizer, model))
     other = deepcopy(model)
     again = build_optimizer(OptimizerConfig(type=name, args=ARGS.get(name, {})), other)
     load_optimizer(again, checked_optimizer_state(again, other, saved, SOURCE))
@@ -93,20 +101,6 @@ def buffer(entry):
     )
 
 
-def entries_changed_places(state):
-    state["first.weight"], state["second.weight"] = state["second.weight"], state["first.weight"]
-
-
-def buffers_changed_places(state):
-    first, second = state["first.weight"], state["second.weight"]
-    key = buffer(first)
-    first[key], second[key] = second[key], first[key]
-
-
-def biases_changed_places(state):
-    state["srelu_bias"], state["second.bias"] = state["second.bias"], state["srelu_bias"]
-
-
 def another_shape(state):
     entry = state["second.weight"]
     entry[buffer(entry)] = torch.zeros(5, 5, 9)
@@ -118,28 +112,12 @@ def not_a_tensor(state):
 
 
 SPOILED = {
-    "entries": (
-        entries_changed_places,
-        r"optimizer.state.first.weight: is not what was saved for this parameter",
-    ),
-    "buffers": (
-        buffers_changed_places,
-        r"optimizer.state.first.weight: is not what was saved for this parameter",
-    ),
-    "biases": (
-        biases_changed_places,
-        r"optimizer.state.second.bias: is not what was saved for this parameter",
-    ),
     "shape": (
         another_shape,
         r"second.weight.\w+: is of shape \(5, 5, 9\), but \(5, 5, 3, 3\) was expected",
     ),
     "kind": (not_a_tensor, r"second.weight.\w+: is of type float; expected Tensor"),
     "lost": (lambda state: state.pop("unused.bias"), r"optimizer.state: 'unused.bias' is missing"),
-    "lost values": (
-        lambda state: state["first.bias"].clear(),
-        r"first.bias: is not what was saved for this parameter",
-    ),
     "lost value": (
         lambda state: state["first.bias"].pop("exp_avg"),
         r"first.bias: 'exp_avg' is missing",
@@ -156,10 +134,10 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_the_state_of_another_parameter_is_an_error_that_names_it(tmp_path, what):
+def test_a_state_that_does_not_fit_is_an_error_that_names_the_parameter(tmp_path, what):
     spoil, message = SPOILED[what]
     model, optimizer = trained("AdamW", steps=3)
-    saved = stored(tmp_path, state_with_checksums(optimizer, model))
+    saved = stored(tmp_path, named_optimizer_state(optimizer, model))
     checked_optimizer_state(optimizer, model, saved, SOURCE)
     spoil(saved["state"])
     with pytest.raises(CheckpointError, match=f"^file.pth: .*{message}") as caught:
@@ -213,7 +191,7 @@ GROUPS = {
 def test_odd_settings_are_an_error(what):
     spoil, message = GROUPS[what]
     model, optimizer = trained("SGD")
-    saved = deepcopy(state_with_checksums(optimizer, model))
+    saved = deepcopy(named_optimizer_state(optimizer, model))
     spoil(saved["param_groups"])
     with pytest.raises(CheckpointError, match=message):
         checked_optimizer_state(optimizer, model, saved, SOURCE)
@@ -221,7 +199,7 @@ def test_odd_settings_are_an_error(what):
 
 def test_settings_that_schedules_have_changed_are_restored():
     model, optimizer = trained("SGD")
-    saved = deepcopy(state_with_checksums(optimizer, model))
+    saved = deepcopy(named_optimizer_state(optimizer, model))
     saved["param_groups"][0] |= {"lr": 0.025, "momentum": 0.85, "fused": None}
     groups = checked_optimizer_state(optimizer, model, saved, SOURCE)["param_groups"]
     assert (groups[0]["lr"], groups[0]["momentum"], groups[0]["fused"]) == (0.025, 0.85, None)

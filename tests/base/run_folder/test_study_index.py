@@ -31,7 +31,7 @@ def test_processes_that_write_at_the_same_time_lose_no_entry(tmp_path):
 
 def test_an_index_that_has_every_entry_is_left_alone(tmp_path, monkeypatch):
     write_study_index(tmp_path, {"a": ENTRY})
-    monkeypatch.setattr(study_index, "write_json", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(study_index, "replace_json", lambda *_: pytest.fail("written again"))
     write_study_index(tmp_path, {"a": ENTRY})
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from base.atomic import replacing
 from base.config import Config, validate
 from base.config.files import read_tree
+from base.config.strict_json import read_json_object
 from base.errors import ConfigError
-from base.output import as_json
 from base.run_folder.names import CONFIG, ENVIRONMENT, EVALUATIONS, LABELS, METRICS, RESULT
 from base.text import first_line
 
@@ -67,19 +66,19 @@ class RunFolder:
         file = self.path / RESULT
         if not file.exists():
             return None
-        return _read_object(file)
+        return read_json_object(file)
 
     def environment(self) -> dict[str, Any]:
         """Return what `environment.json` holds; an empty dictionary if it is missing or damaged."""
         try:
-            return _read_object(self.path / ENVIRONMENT)
+            return read_json_object(self.path / ENVIRONMENT)
         except ConfigError:
             return {}
 
     def evaluations(self) -> dict[Path, dict[str, Any]]:
         """Return file -> contents of every report in `eval/`."""
         files = sorted((self.path / EVALUATIONS).glob("*.json"))
-        return {file: _read_object(file) for file in files}
+        return {file: read_json_object(file) for file in files}
 
     def has_labels(self) -> bool:
         """Return whether the run has stored its labels; the oldest runs did not."""
@@ -94,19 +93,6 @@ class RunFolder:
         except Exception as error:
             # NumPy's and zip's readers raise almost any exception for a damaged file
             raise ConfigError(f"{file}: cannot be read: {first_line(error)}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` atomically as indented JSON, with null for infinite numbers and NaN."""
-    with replacing(path) as file:
-        file.write(as_json(value))
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    value = _parse(_read_text(file))
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: is not a JSON object")
-    return value
 
 
 def _read_text(file: Path) -> str:
