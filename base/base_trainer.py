@@ -22,7 +22,7 @@ from base.base_model import BaseModel
 from base.checkpoint import load_weights
 from base.checkpoint.manager import CheckpointManager
 from base.config import Config
-from base.device import autocast, tf32, to_device
+from base.device import to_device
 from base.distributed import (
     Shard,
     ShardedGenerator,
@@ -42,6 +42,7 @@ from base.meters import BatchResult, Loss, Meters, Metric, batch_result, check_l
 from base.nan_guard import NanGuard, first_bad_weight
 from base.optim import Schedule, load_optimizer
 from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
+from base.precision import autocast, tf32
 from base.run_folder.logs import describe
 from base.seeding import (
     get_rng_state,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from base.base_trainer import BaseTrainer
 from base.config import Config, Override, load_config
-from base.device import choose_precision
+from base.precision import choose_precision
 from base.rooms import ROOT
 from benchmarks.original_conv_norm import use_original_conv_norm
 from benchmarks.rows import Settings

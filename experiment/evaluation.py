@@ -11,9 +11,10 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.config import Config
-from base.device import autocast, choose_precision, set_determinism, set_full_precision
+from base.device import set_determinism
 from base.distributed.launch import local_device
 from base.errors import DataError
+from base.precision import autocast, choose_precision, set_full_precision
 from experiment.description import log_device
 
 

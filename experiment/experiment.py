@@ -28,14 +28,7 @@ from base.checkpoint.resume import SavedRun, saved_run
 from base.config import Config, Override, load_config
 from base.config.files import origins_named, override_layers, run_imports, validate_layers
 from base.config.origins import Flag, Layer
-from base.device import (
-    autocast,
-    choose_precision,
-    kernels_explained,
-    memory_explained,
-    set_determinism,
-    set_full_precision,
-)
+from base.device import kernels_explained, memory_explained, set_determinism
 from base.distributed import (
     distributed_session,
     from_primary,
@@ -48,6 +41,7 @@ from base.distributed.agreement import Facts, config_facts, data_facts, prepare_
 from base.distributed.launch import launch, local_device
 from base.errors import CheckpointError, ConfigError
 from base.optim import Schedule, build_optimizer, check_optimization
+from base.precision import autocast, choose_precision, set_full_precision
 from base.run_folder import folder as run_folder
 from base.run_folder.environment import belongs_to_this_job, package_versions
 from base.run_folder.logs import logging_to
