@@ -1,4 +1,4 @@
-"""The device that a process computes with, its determinism, and errors that explain them."""
+"""The device that a process computes with, and errors that explain it."""
 
 import os
 import re
@@ -109,23 +109,6 @@ def explain_device(device: torch.device, n_gpu: int = 1) -> tuple[str, bool] | N
     if reason is None:
         return None
     return reason, nvidia_driver() is not None
-
-
-def set_determinism(deterministic: bool, num_threads: int | None) -> None:
-    """Apply `system.deterministic` and `system.num_threads`."""
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    if deterministic:
-        # Without it cuBLAS has no deterministic algorithms.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # 0: not asked for; 1: warnings; 2: errors.
-    if torch.get_deterministic_debug_mode() != (2 if deterministic else 0):
-        # Only if the mode changes: torch imports its compiler for this, which takes seconds.
-        torch.use_deterministic_algorithms(deterministic)
-    # torch would fill every new tensor with NaN, to expose reads of memory that was never written
-    torch.utils.deterministic.fill_uninitialized_memory = not deterministic
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic
 
 
 @contextmanager

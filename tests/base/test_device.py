@@ -1,4 +1,4 @@
-"""Generators, devices, determinism and memory."""
+"""Generators, devices and memory."""
 
 import logging
 import os
@@ -18,7 +18,6 @@ from base.device import (
     kernels_explained,
     memory_explained,
     nvidia_driver,
-    set_determinism,
 )
 from base.errors import ConfigError
 from base.run_folder.environment import environment
@@ -165,15 +164,6 @@ def test_cards_with_a_driver_that_does_not_work_are_not_described(monkeypatch):
     found = environment()
     assert found["gpus"] == []
     assert found["cuda"]["unavailable"] == reason
-
-
-def test_determinism_fills_no_new_tensors():
-    set_determinism(True, None)
-    try:
-        assert not torch.utils.deterministic.fill_uninitialized_memory
-    finally:
-        set_determinism(False, None)
-    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_card_that_torch_is_not_built_for_is_named(monkeypatch):
