@@ -110,9 +110,10 @@ class BaseTrainer(ABC):
     parts and, by keyword, the method's own arguments, which a config gives in its section
     `adversarial`. An entry in `base.registry.TRAINERS` makes it known to configs.
 
-    SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which
-    `resume` continues bit for bit (on the same device and library versions; with three processes or
-    more up to rounding). The values of every epoch go to `trackers`, which the caller sets.
+    SIGINT, SIGTERM and SIGHUP end training after the current minibatch, with a checkpoint from
+    which `resume` continues bit for bit (on the same device and library versions; with three
+    processes or more up to rounding). The values of every epoch go to `trackers`, which the caller
+    sets.
 
     Where several processes train, each trains a copy of the model on its shard of every minibatch
     (see `Shard`), and rank 0 writes.

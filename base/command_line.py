@@ -283,6 +283,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     with forgiving_streams() as streams:
         try:
             try:
+                _interrupt_on_ctrl_c()
                 main()
                 sys.stdout.flush()
             except ProjectError as error:
@@ -316,6 +317,12 @@ def error_line(error: ProjectError) -> str:
         # The run ended as it was asked to.
         return line
     return f"error: {line}"
+
+
+def _interrupt_on_ctrl_c() -> None:
+    # Until now Ctrl-C has ended the process at once (see base.startup).
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _ignore_ctrl_c() -> None:

@@ -102,10 +102,11 @@ def train(
 ) -> RunResult:
     """Train what a config describes, test it, and write a run folder.
 
-    SIGINT (Ctrl-C, or the stop button of a notebook) and SIGTERM end the training after the current
-    minibatch, with everything saved. Only the main thread receives signals. Under torchrun, all
-    processes call this function with the same arguments. If torchrun restarts them after a failure
-    (`--max-restarts`), the run continues from its last checkpoint in `run_dir`.
+    SIGINT (Ctrl-C, or the stop button of a notebook), SIGTERM and SIGHUP (a closed terminal) end
+    the training after the current minibatch, with everything saved. Only the main thread receives
+    signals. Under torchrun, all processes call this function with the same arguments. If torchrun
+    restarts them after a failure (`--max-restarts`), the run continues from its last checkpoint in
+    `run_dir`.
 
     The result does not depend on settings of torch that the caller has made, such as the number of
     threads or `torch.no_grad()`, except the number of threads if `system.num_threads` is null.
