@@ -285,7 +285,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
             try:
                 _interrupt_on_ctrl_c()
                 main()
-                sys.stdout.flush()
+                # A user's own code may have set it to None
+                if sys.stdout is not None:
+                    sys.stdout.flush()
             except ProjectError as error:
                 # A run that has saved and stopped must say so, even if Ctrl-C comes again.
                 _ignore_ctrl_c()
