@@ -52,7 +52,7 @@ from base.seeding import (
     torch_generator,
 )
 from base.signals import Interrupted, StopQuestions, StopSignals
-from base.text import first_line, one_line
+from base.text import counted, first_line, one_line
 from base.tracking.tracker import Tracker, Trackers
 from base.train_state import TrainState
 
@@ -488,10 +488,12 @@ class BaseTrainer(ABC):
         self.checkpoints.save_last(self.checkpoint())
         self.checkpoints.join()
         exit_unless_primary(128 + self.signals.asked)
-        done = f"{self.state.epochs_done} epochs and {self.state.batches_done} batches"
+        epochs = counted(self.state.epochs_done, "epoch")
+        batches = counted(self.state.batches_done, "batch")
         name = signal.Signals(self.signals.asked).name
         raise Stopped(
-            f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked
+            f"stopped by {name} after {epochs} and {batches}; continue with -r {self.folder}",
+            self.signals.asked,
         )
 
     # Checkpoint and resume

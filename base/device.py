@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from base.errors import ConfigError
-from base.text import first_line, one_line
+from base.text import counted, first_line, one_line
 
 NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|std::bad_alloc|_ALLOC(ATION)?_FAILED",
@@ -161,7 +161,8 @@ def memory_explained(
             raise
         reason = one_line(first_line(error), 200)
         raise ConfigError(
-            f"{key}: batches of {batch_size} images do not fit into {_memory_of(device)}: {reason}"
+            f"{key}: batches of {counted(batch_size, 'image')} do not fit into"
+            f" {_memory_of(device)}: {reason}"
         ) from None
 
 

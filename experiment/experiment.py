@@ -48,6 +48,7 @@ from base.run_folder.environment import belongs_to_this_job, package_versions
 from base.run_folder.logs import logging_to
 from base.run_folder.names import INFO_LOG
 from base.seeding import seed_global_generators
+from base.text import counted
 from base.tracking.start import start_trackers
 from base.train_state import not_finite
 from data_loader.own_images import check_first_batch
@@ -467,9 +468,8 @@ class Experiment:
                 if warning is not None:
                     logger.warning(warning)
             if resumed:
-                logger.info(
-                    "resumed after %d epochs and %d batches", state.epochs_done, state.batches_done
-                )
+                epochs = counted(state.epochs_done, "epoch")
+                logger.info("resumed after %s and %s", epochs, counted(state.batches_done, "batch"))
             else:
                 # Dropout must not drop the same units in every process.
                 purpose = f"training {rank()}" if rank() > 0 else "training"

@@ -40,8 +40,9 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
             torch.save(plain({"schema_version": SCHEMA_VERSION, **contents}), file)
             write_checksum(file)
     except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"{path}: cannot be written: {first_line(error)}") from error
+        # torch reports a full disk as a RuntimeError of its own while it handles the system's error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(f"{path}: cannot be written: {first_line(cause)}") from error
 
 
 def load_checkpoint(path: str | Path, weights: str | None = None) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_ctrl_c_saves_and_is_an_exception(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(BaseTrainer, "update", interrupted)
         with pytest.raises(
-            Stopped, match=r"^stopped by SIGINT after 0 epochs and 1 batches; continue with -r "
+            Stopped, match=r"^stopped by SIGINT after 0 epochs and 1 batch; continue with -r "
         ):
             experiment.train(TINY, {"trainer.epochs": 1}, run_dir=tmp_path / "run")
     experiment.train(TINY, {"trainer.epochs": 1}, run_dir=tmp_path / "whole")
