@@ -10,6 +10,9 @@ from base.config.config import SystemConfig
 from base.precision import full_precision, set_full_precision
 from base.seeding import get_rng_state, set_rng_state
 
+DEVICES = ("cpu", "cuda", "mps")
+"""Types of devices, each with an autocast of its own."""
+
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 """The environment variable without which cuBLAS has no deterministic algorithms."""
 
@@ -18,13 +21,14 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 def machine_settings(system: SystemConfig) -> Iterator[None]:
     """Compute as a config says, inside the context, and with gradients.
 
-    What the caller has set does not count inside, such as `torch.no_grad()`. After the context all
-    settings and torch's global generators are as they were before.
+    What the caller has set does not count inside, such as `torch.no_grad()`, an autocast or a
+    default dtype. After the context all settings and torch's global generators are as they were.
     """
     generators = get_rng_state()
     try:
         with (
             _determinism_restored(),
+            _callers_defaults_off(),
             full_precision(),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -80,3 +84,30 @@ def _determinism_restored() -> Iterator[None]:
             os.environ.pop(CUBLAS, None)
         else:
             os.environ[CUBLAS] = workspace
+
+
+@contextmanager
+def _callers_defaults_off() -> Iterator[None]:
+    """Take back the caller's default dtype, default device and autocast, inside the context."""
+    cpu = torch.device("cpu")
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    casting = [kind for kind in DEVICES if torch.is_autocast_enabled(kind)]
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_default_dtype(torch.float32)
+    if device != cpu:
+        torch.set_default_device(None)
+    # A context of the caller's, `with torch.device(...)`, stays.
+    had_default = torch.get_default_device() != device
+    for kind in casting:
+        torch.set_autocast_enabled(kind, False)
+        # Inside the caller's autocast torch would keep the weights that it has cast once.
+        torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(caching)
+        for kind in casting:
+            torch.set_autocast_enabled(kind, True)
+        if had_default:
+            torch.set_default_device(device)
+        torch.set_default_dtype(dtype)

@@ -109,9 +109,9 @@ def train(
     restarts them after a failure (`--max-restarts`), the run continues from its last checkpoint in
     `run_dir`.
 
-    The result does not depend on settings of torch that the caller has made, such as the number of
-    threads or `torch.no_grad()`, except the number of threads if `system.num_threads` is null.
-    Afterwards these settings and torch's global generators are as they were.
+    The result does not depend on what the caller has set in torch, such as `torch.no_grad()`. Only
+    the caller's number of threads counts, if `system.num_threads` is null. Afterwards all settings
+    and torch's global generators are as they were.
 
     Args:
         config: a config file, a tree of JSON values like that of a file, or a resolved config.

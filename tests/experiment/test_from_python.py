@@ -147,7 +147,7 @@ def test_one_run_changes_neither_the_caller_nor_the_next_run(tmp_path):
         torch.use_deterministic_algorithms(False)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), generator)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         again = experiment.train(TINY, one_epoch, run_dir=tmp_path / "again")
     assert not difference(first.folder / "model_last.pth", again.folder / "model_last.pth")
 
