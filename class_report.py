@@ -5,7 +5,7 @@ python class_report.py -c config.json -s model_best.pth --json classes.json --cs
 python class_report.py --model my_model.py:build -s weights.pth --data my/images
 """
 
-import base.openmp  # noqa: F401 - before torch is imported
+import base.startup  # noqa: F401 - before slow imports
 from base.command_line import run_script, select_device_to_evaluate
 from experiment.class_report_command import class_report_parser, report_classes
 

@@ -4,7 +4,7 @@ python fgsm.py -s saved/cifar10_free/20260101-120000-000000
 python fgsm.py -c config.json -s model_best.pth --epsilon 4 --limit 1000 --json fgsm.json
 """
 
-import base.openmp  # noqa: F401 - before torch is imported
+import base.startup  # noqa: F401 - before slow imports
 from base.command_line import run_script, select_device_to_evaluate
 from experiment.attack_command import attack_network, attack_parser
 

@@ -6,7 +6,7 @@ python plot_training_logs.py saved/norms --table results.tex --baseline bn
 python plot_training_logs.py saved/conv_norm_robust --table attacks.md --eval pgd-20 fgsm
 """
 
-import base.openmp  # noqa: F401 - before torch is imported
+import base.startup  # noqa: F401 - before slow imports
 from base.command_line import Parser, path_word, run_script
 from reports.command import write_reports
 

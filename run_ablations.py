@@ -10,7 +10,7 @@ python run_ablations.py --grid configs/ablations/label_noise.json --all --launch
 
 from pathlib import Path
 
-import base.openmp  # noqa: F401 - before torch is imported
+import base.startup  # noqa: F401 - before slow imports
 
 # It fills the tables that configs are checked against.
 import experiment  # noqa: F401

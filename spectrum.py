@@ -5,7 +5,7 @@ python spectrum.py -c config.json -s model_best.pth --tolerance 1e-6 --json spec
 python spectrum.py --model torchvision.models:resnet18 -s weights.pth --data my/images
 """
 
-import base.openmp  # noqa: F401 - before torch is imported
+import base.startup  # noqa: F401 - before slow imports
 from base.command_line import run_script, select_device_to_evaluate
 from experiment.spectrum_command import report_spectra, spectrum_parser
 

@@ -5,7 +5,7 @@ python train.py -c configs/quickstart.json --conv conv --norm bn --seed 1 --set 
 python train.py -r saved/quickstart/20260101-120000-000000
 """
 
-import base.openmp  # noqa: F401 - before torch is imported
+import base.startup  # noqa: F401 - before slow imports
 from base.command_line import config_parser, print_config, run_script, training_overrides
 from base.config import Config
 from base.errors import ConfigError

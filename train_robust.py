@@ -9,7 +9,7 @@ Standard training with the same attack at the end:
 python train_robust.py -c configs/cifar10.json --set adversarial.method=none
 """
 
-import base.openmp  # noqa: F401 - before torch is imported
+import base.startup  # noqa: F401 - before slow imports
 from base.command_line import config_parser, print_config, run_script, training_overrides
 from base.config import Config
 from base.errors import ConfigError

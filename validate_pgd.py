@@ -8,7 +8,7 @@ torchrun --nproc_per_node 2 validate_pgd.py -s saved/cifar10_pgd/20260101-120000
 --json FILE writes the report and --figure FILE draws some of the images.
 """
 
-import base.openmp  # noqa: F401 - before torch is imported
+import base.startup  # noqa: F401 - before slow imports
 from base.command_line import run_script, select_device_to_evaluate
 from base.registry import ATTACKS
 from experiment.attack_command import SIZES, attack_network, attack_parser

@@ -22,7 +22,7 @@ from base.base_model import BaseModel
 from base.checkpoint import load_weights
 from base.checkpoint.manager import CheckpointManager
 from base.config import Config
-from base.device import autocast, tf32, to_device
+from base.device import to_device
 from base.distributed import (
     Shard,
     ShardedGenerator,
@@ -42,6 +42,7 @@ from base.meters import BatchResult, Loss, Meters, Metric, batch_result, check_l
 from base.nan_guard import NanGuard, first_bad_weight
 from base.optim import Schedule, load_optimizer
 from base.optim.state import checked_optimizer_state, checked_schedule_state, named_optimizer_state
+from base.precision import autocast, tf32
 from base.run_folder.logs import format_values
 from base.seeding import (
     get_rng_state,
@@ -51,7 +52,7 @@ from base.seeding import (
     torch_generator,
 )
 from base.signals import Interrupted, StopQuestions, StopSignals
-from base.text import first_line, one_line
+from base.text import counted, first_line, one_line
 from base.tracking.tracker import Tracker, Trackers
 from base.train_state import TrainState
 
@@ -109,9 +110,10 @@ class BaseTrainer(ABC):
     parts and, by keyword, the method's own arguments, which a config gives in its section
     `adversarial`. An entry in `base.registry.TRAINERS` makes it known to configs.
 
-    SIGINT and SIGTERM end training after the current minibatch, with a checkpoint from which
-    `resume` continues bit for bit (on the same device and library versions; with three processes or
-    more up to rounding). The values of every epoch go to `trackers`, which the caller sets.
+    SIGINT, SIGTERM and SIGHUP end training after the current minibatch, with a checkpoint from
+    which `resume` continues bit for bit (on the same device and library versions; with three
+    processes or more up to rounding). The values of every epoch go to `trackers`, which the caller
+    sets.
 
     Where several processes train, each trains a copy of the model on its shard of every minibatch
     (see `Shard`), and rank 0 writes.
@@ -486,10 +488,12 @@ class BaseTrainer(ABC):
         self.checkpoints.save_last(self.checkpoint())
         self.checkpoints.join()
         exit_unless_primary(128 + self.signals.asked)
-        done = f"{self.state.epochs_done} epochs and {self.state.batches_done} batches"
+        epochs = counted(self.state.epochs_done, "epoch")
+        batches = counted(self.state.batches_done, "batch")
         name = signal.Signals(self.signals.asked).name
         raise Stopped(
-            f"stopped by {name} after {done}; continue with -r {self.folder}", self.signals.asked
+            f"stopped by {name} after {epochs} and {batches}; continue with -r {self.folder}",
+            self.signals.asked,
         )
 
     # Checkpoint and resume

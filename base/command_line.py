@@ -283,8 +283,11 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     with forgiving_streams() as streams:
         try:
             try:
+                _interrupt_on_ctrl_c()
                 main()
-                sys.stdout.flush()
+                # A user's own code may have set it to None
+                if sys.stdout is not None:
+                    sys.stdout.flush()
             except ProjectError as error:
                 # A run that has saved and stopped must say so, even if Ctrl-C comes again.
                 _ignore_ctrl_c()
@@ -316,6 +319,12 @@ def error_line(error: ProjectError) -> str:
         # The run ended as it was asked to.
         return line
     return f"error: {line}"
+
+
+def _interrupt_on_ctrl_c() -> None:
+    # Until now Ctrl-C has ended the process at once (see base.startup).
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _ignore_ctrl_c() -> None:

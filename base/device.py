@@ -1,15 +1,15 @@
-"""The device and the precision that a process computes with, and errors that explain them."""
+"""The device that a process computes with, and errors that explain it."""
 
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from base.errors import ConfigError
-from base.text import first_line, one_line
+from base.text import counted, first_line, one_line
 
 NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|std::bad_alloc|_ALLOC(ATION)?_FAILED",
@@ -20,9 +20,6 @@ NO_MEMORY = re.compile(
 NO_ENGINE = "unable to find an engine to execute this computation"
 """A message of torch when cuDNN can run none of its convolutions. Often there is too little memory
 for any of them; it can also have no kernel for the card or the dtype."""
-
-AMPERE = (8, 0)
-"""The lowest compute capability of CUDA devices that multiply bfloat16 and TF32 natively."""
 
 DRIVER = Path("/proc/driver/nvidia/version")
 """Where NVIDIA's driver on Linux says its version."""
@@ -46,7 +43,7 @@ def choose_device(device: str, n_gpu: int = 1) -> torch.device:
     Under torchrun, `"auto"` and `"cuda"` give each process its own CUDA device.
 
     Raises:
-        ConfigError: this machine does not have the device, or it is not supported.
+        ConfigError: this machine does not have the device.
     """
     local_rank = os.environ.get("LOCAL_RANK")
     if device == "auto":
@@ -55,16 +52,7 @@ def choose_device(device: str, n_gpu: int = 1) -> torch.device:
         if n_gpu > 0 and torch.backends.mps.is_available():
             return torch.device("mps")
         return torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(
-            f"system.device: {device!r} is not a device; expected auto, cpu, cuda, cuda:N or mps"
-        ) from None
-    if chosen.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(
-            f"system.device: {device!r} is not supported; expected auto, cpu, cuda, cuda:N or mps"
-        )
+    chosen = torch.device(device)
     reason = None
     if chosen.type == "cuda":
         # The number of devices does not tell whether their driver works.
@@ -123,132 +111,6 @@ def explain_device(device: torch.device, n_gpu: int = 1) -> tuple[str, bool] | N
     return reason, nvidia_driver() is not None
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """Return `"fp32"`, `"tf32"` or `"bf16"` for the config's `system.precision`.
-
-    `"auto"` is bf16 if the hardware multiplies it natively. `"tf32"` is fp32 on a device without
-    TF32; see `precision_warning`.
-    """
-    if precision == "auto":
-        return "bf16" if has_bf16(device) else "fp32"
-    if precision == "tf32" and not has_tf32(device):
-        return "fp32"
-    return precision
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 natively."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= AMPERE
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def has_tf32(device: torch.device) -> bool:
-    """Return whether a device multiplies in TF32."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
-
-
-def precision_warning(precision: str, device: torch.device) -> str | None:
-    """Return a warning that a device has no hardware for the config's `system.precision`."""
-    if precision == "bf16" and not has_bf16(device):
-        return (
-            f"system.precision: {device} has no hardware for bf16 and emulates it, which is slow:"
-            ' "auto" takes fp32 there'
-        )
-    if precision == "tf32" and not has_tf32(device):
-        return f"system.precision: {device} has no TF32: it computes in fp32"
-    return None
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Return the context in which forward passes run: bf16 autocast, TF32, or nothing for fp32."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    if precision == "tf32":
-        return tf32()
-    return nullcontext()
-
-
-@contextmanager
-def tf32() -> Iterator[None]:
-    """Multiply and convolve float32 in TF32 on CUDA, inside the context.
-
-    TF32 keeps 10 of the 23 bits of a factor; sums are float32.
-    """
-    with _float32_restored():
-        _set_float32("tf32", "tf32", "tf32")
-        yield
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 in float32, inside the context."""
-    with _float32_restored():
-        set_full_precision()
-        yield
-
-
-def set_full_precision() -> None:
-    """Compute float32 in float32 in this process: by default torch convolves in TF32 on CUDA, and a
-    user's own code may have asked for less on the CPU, too."""
-    torch.set_float32_matmul_precision("highest")
-    _set_float32("ieee", "ieee", "ieee")
-
-
-@contextmanager
-def _float32_restored() -> Iterator[None]:
-    """Give float32 the precision back that it had before the context."""
-    operations = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.matmul,
-    )
-    before = [operation.fp32_precision for operation in operations]
-    asked = None
-    # An error if older and newer settings disagree already
-    with suppress(RuntimeError):
-        asked = torch.get_float32_matmul_precision()
-    try:
-        yield
-    finally:
-        _set_float32(*before[:3])
-        if asked is not None:
-            torch.set_float32_matmul_precision(asked)
-        # Last, because the older setting changes them
-        for operation, precision in zip(operations, before, strict=True):
-            operation.fp32_precision = precision
-
-
-def _set_float32(products: str, convolutions: str, recurrences: str) -> None:
-    """Set the precision of float32 on CUDA, as torch's `fp32_precision` names it."""
-    matmul = torch.backends.cuda.matmul
-    cudnn = torch.backends.cudnn
-    # The older flags first: torch raises an error if they disagree with the newer keys.
-    matmul.allow_tf32 = products == "tf32"
-    cudnn.allow_tf32 = convolutions == "tf32"
-    matmul.fp32_precision = products
-    cudnn.conv.fp32_precision = convolutions
-    cudnn.rnn.fp32_precision = recurrences
-
-
-def set_determinism(deterministic: bool, num_threads: int | None) -> None:
-    """Apply `system.deterministic` and `system.num_threads`."""
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    if deterministic:
-        # Without it cuBLAS has no deterministic algorithms.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # 0: not asked for; 1: warnings; 2: errors.
-    if torch.get_deterministic_debug_mode() != (2 if deterministic else 0):
-        # Only if the mode changes: torch imports its compiler for this, which takes seconds.
-        torch.use_deterministic_algorithms(deterministic)
-    # torch would fill every new tensor with NaN, to expose reads of memory that was never written
-    torch.utils.deterministic.fill_uninitialized_memory = not deterministic
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic
-
-
 @contextmanager
 def kernels_explained(device: torch.device) -> Iterator[None]:
     """Turn torch's errors about an operation that the device cannot run into one line.
@@ -299,7 +161,8 @@ def memory_explained(
             raise
         reason = one_line(first_line(error), 200)
         raise ConfigError(
-            f"{key}: batches of {batch_size} images do not fit into {_memory_of(device)}: {reason}"
+            f"{key}: batches of {counted(batch_size, 'image')} do not fit into"
+            f" {_memory_of(device)}: {reason}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait; commands import this module before any other import of the project.
+"""How OpenMP's threads wait; commands import this module, through base.startup, before any other.
 
 torch's libraries read the setting when they are loaded, and nearly every module of this project
 loads them. So the import of this module makes the setting. Only commands import it: a program of

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, which ask a long job to save and exit."""
+"""SIGINT, SIGTERM and SIGHUP, which ask a long job to save and exit."""
 
 import _thread
 import select
@@ -22,8 +22,7 @@ from base.distributed.session import (
     request_stop,
     requested_stop,
 )
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+from base.errors import STOPPING
 
 END = 0
 """The byte that ends a watch. Signals are numbered from 1."""
@@ -65,8 +64,9 @@ class StopSignals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Let both signals only set `asked`, inside the context.
+        """Let these signals only set `asked`, inside the context.
 
+        A SIGHUP that this process ignores, because it was started with nohup, stays ignored.
         With several processes, a signal to one of them reaches all. A process that has been asked
         to stop and waits in vain for another ends (see `_Watch`). Threads other than the main
         thread cannot handle signals, so there the context does nothing.
@@ -83,7 +83,9 @@ class StopSignals:
                 raise Interrupted
 
         self._caught = True
-        previous = {number: signal.signal(number, handle) for number in STOPPING}
+        previous = {
+            number: signal.signal(number, handle) for number in STOPPING if not _under_nohup(number)
+        }
         try:
             with _Watch() if world_size() > 1 else nullcontext():
                 yield
@@ -215,6 +217,10 @@ class _Watch:
         """Wait a moment, and return the numbers of the signals that have come."""
         ready, _, _ = select.select([self._receiver], [], [], SIGNAL_INTERVAL)
         return self._receiver.recv(64) if ready else b""
+
+
+def _under_nohup(number: int) -> bool:
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _give_up(number: int, waited: float) -> NoReturn:

@@ -44,6 +44,15 @@ def describe_error(error: Exception) -> str:
     return f"{kind}: {first_line(error)}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things, such as `1 batch` or `2 batches`."""
+    if number == 1:
+        return f"1 {noun}"
+    # Not "ch": epochs
+    ending = "es" if noun.endswith(("s", "x", "tch", "sh")) else "s"
+    return f"{number} {noun}{ending}"
+
+
 def csv_text(value: Any) -> str:
     """Return a text cell of a CSV file: one line that spreadsheets do not take for a formula."""
     text = one_line(value)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attacks import FGSM, PGD
 from attacks.attack import Attack
 from attacks.threat_model import in_pixel_range
-from base.device import autocast, choose_precision
+from base.precision import autocast, choose_precision
 from base.seeding import torch_generator
 from evaluation.robust_accuracy import attack_loader
 from experiment.evaluation import Evaluation

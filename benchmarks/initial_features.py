@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from base.config import Override, load_config
+from base.machine import set_machine
 from experiment import Experiment
 
 IMAGES = 60
@@ -49,6 +50,7 @@ def main() -> None:
 def share_and_movement(file: str, overrides: list[Override]) -> tuple[float, float]:
     """Both numbers, for one config and one seed."""
     config = load_config(file, [*overrides, ("data_loader.args.batch_size", str(IMAGES))])
+    set_machine(config.system)
     experiment = Experiment.from_config(config)
     trainer = experiment.build_trainer(Path())
     loader = experiment.train_loader

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from base.device import choose_precision
 from base.distributed.launch import available_cpus
+from base.precision import choose_precision
 from base.run_folder.environment import environment
 
 PEERS = ("torchvision", "torchattacks", "foolbox")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from base.base_trainer import BaseTrainer
 from base.config import Config, Override, load_config
-from base.device import choose_precision
+from base.machine import set_machine
+from base.precision import choose_precision
 from base.rooms import ROOT
 from benchmarks.original_conv_norm import use_original_conv_norm
 from benchmarks.rows import Settings
@@ -66,6 +67,7 @@ def build_trainer(config: Config, layers: str = "") -> BaseTrainer:
 
     It has no run folder, so methods that write files must not be called.
     """
+    set_machine(config.system)
     experiment = Experiment.from_config(config)
     if layers == ORIGINAL:
         # The parameters stay the same objects, so the optimizer updates them.

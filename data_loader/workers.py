@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 from torch import Tensor
 
-from base.errors import DataError
+from base.errors import STOPPING, DataError
 from base.text import first_line
 from data_loader.decoding import decode_image
 
@@ -147,10 +147,10 @@ class _Worker:
 
 def _work(decoder: _Decoder, worker: int, pipe: Connection, pipe_of_main: Connection) -> None:
     """Decode the batches that the main process requests, until it closes the pipe or ends."""
-    # Ctrl-C and a scheduler's SIGTERM reach every process of the group. The main process then
-    # finishes its batch and saves, for which it needs the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP reach every process of the group.
+    # The main process then finishes its batch and saves, for which it needs the workers.
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     # A forked process holds a copy of the other end, which would keep the pipe open.
     pipe_of_main.close()
     # OpenMP's threads do not survive a fork; torch would wait for them.
@@ -250,9 +250,9 @@ def _kill(workers: list[_Worker]) -> None:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Block SIGINT and SIGTERM. A process inherits this, so that neither can end it before it
-    ignores them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    """Block the signals that stop a run. A process inherits this, so that none of them can end it
+    before it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:

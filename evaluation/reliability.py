@@ -25,8 +25,8 @@ from attacks.losses import wrongness
 from attacks.pgd import PGD, crossing_step
 from attacks.square import Square
 from attacks.threat_model import format_size
-from base.device import full_precision
 from base.distributed import hide_progress_bar
+from base.precision import full_precision
 from evaluation.attack_batch import Autocast, attack_batch
 from evaluation.batches import Batches, Data, FittingSize
 from evaluation.checks import (

@@ -17,10 +17,10 @@ from attacks.attack import Attack, check_attack
 from attacks.classifier import Model
 from base.atomic import replacing
 from base.base_data_loader import BaseDataLoader
-from base.device import full_precision
 from base.distributed import all_gather_object, hide_progress_bar
 from base.errors import ConfigError
 from base.output import ARRAYS, check_outputs, is_stream, writing
+from base.precision import full_precision
 from base.run_folder.environment import package_versions
 from evaluation.adversarial_images import AdversarialImages
 from evaluation.attack_batch import ROWS, Autocast, attack_batch, report_precision

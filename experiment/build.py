@@ -28,7 +28,7 @@ from base.meters import check_losses, check_metric
 from base.optim import Schedule
 from base.registry import TRAINERS, lookup
 from base.seeding import seed_global_generators
-from base.text import first_line, one_line
+from base.text import counted, first_line, one_line
 from data_loader import DATA_LOADERS
 from data_loader.label_noise import LabelNoise
 from data_loader.own_images import build_loader
@@ -97,9 +97,9 @@ def completed_config(config: Config, loader: BaseDataLoader) -> Config:
     """
     asked = config.arch.args.num_classes or config.num_classes
     if asked is not None and asked != loader.num_classes:
+        key = "arch.args.num_classes" if config.arch.args.num_classes else "num_classes"
         raise ConfigError(
-            f"arch.args.num_classes: {asked}, but {config.data_loader.type} has"
-            f" {loader.num_classes} classes"
+            f"{key}: {asked}, but {config.data_loader.type} has {loader.num_classes} classes"
         )
     channels = loader.image_shape[0]
     asked = config.arch.args.in_channels
@@ -157,7 +157,8 @@ def check_images_fit(model: BaseModel, loader: BaseDataLoader, name: str) -> Non
         size = f"{loader.image_shape[2]}x{loader.image_shape[1]}"
         reason = first_line(error)
         raise ConfigError(
-            f"arch.type: {name} cannot be trained on batches of {count} images of {size}: {reason}"
+            f"arch.type: {name} cannot be trained on batches of {counted(count, 'image')} of"
+            f" {size}: {reason}"
         ) from None
 
 
@@ -213,7 +214,8 @@ def check_image_counts(
     for name, number in counts.items():
         if number is not None and number < world_size():
             raise ConfigError(
-                f"{name}: {number} images cannot be divided among {world_size()} processes"
+                f"{name}: {counted(number, 'image')} cannot be divided among {world_size()}"
+                " processes"
             )
 
 

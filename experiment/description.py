@@ -8,8 +8,9 @@ import torch
 
 from attacks.threat_model import format_size
 from base.config import Config
-from base.device import explain_device, precision_warning
+from base.device import explain_device
 from base.distributed import is_primary, world_size
+from base.precision import precision_warning
 from data_loader.label_noise import describe_transitions
 from evaluation.report import title
 from experiment import build_attacks

@@ -11,9 +11,10 @@ from torch import nn
 
 from base.base_data_loader import BaseDataLoader
 from base.config import Config
-from base.device import autocast, choose_precision, set_determinism, set_full_precision
 from base.distributed.launch import local_device
 from base.errors import DataError
+from base.machine import set_machine
+from base.precision import autocast, choose_precision
 from experiment.description import log_device
 
 
@@ -58,12 +59,11 @@ class Evaluation:
 
 
 def prepare_machine(config: Config) -> torch.device:
-    """Set up this process as the config says, and return its device.
+    """Set up this process as the config says, for the rest of the command; return its device.
 
     Rank 0 logs why `auto` is the CPU, and a warning if the hardware lacks the precision.
     """
-    set_full_precision()
-    set_determinism(config.system.deterministic, config.system.num_threads)
+    set_machine(config.system)
     device = local_device(config)
     log_device(config, device)
     return device

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -28,14 +28,7 @@ from base.checkpoint.resume import SavedRun, saved_run
 from base.config import Config, Override, load_config
 from base.config.files import origins_named, override_layers, run_imports, validate_layers
 from base.config.origins import Flag, Layer
-from base.device import (
-    autocast,
-    choose_precision,
-    kernels_explained,
-    memory_explained,
-    set_determinism,
-    set_full_precision,
-)
+from base.device import kernels_explained, memory_explained
 from base.distributed import (
     distributed_session,
     from_primary,
@@ -47,12 +40,15 @@ from base.distributed import (
 from base.distributed.agreement import Facts, config_facts, data_facts, prepare_on_all_ranks
 from base.distributed.launch import launch, local_device
 from base.errors import CheckpointError, ConfigError
+from base.machine import machine_settings
 from base.optim import Schedule, build_optimizer, check_optimization
+from base.precision import autocast, choose_precision
 from base.run_folder import folder as run_folder
 from base.run_folder.environment import belongs_to_this_job, package_versions
 from base.run_folder.logs import logging_to
 from base.run_folder.names import INFO_LOG
 from base.seeding import seed_global_generators
+from base.text import counted
 from base.tracking.start import start_trackers
 from base.train_state import not_finite
 from data_loader.own_images import check_first_batch
@@ -107,10 +103,15 @@ def train(
 ) -> RunResult:
     """Train what a config describes, test it, and write a run folder.
 
-    SIGINT (Ctrl-C, or the stop button of a notebook) and SIGTERM end the training after the current
-    minibatch, with everything saved. Only the main thread receives signals. Under torchrun, all
-    processes call this function with the same arguments. If torchrun restarts them after a failure
-    (`--max-restarts`), the run continues from its last checkpoint in `run_dir`.
+    SIGINT (Ctrl-C, or the stop button of a notebook), SIGTERM and SIGHUP (a closed terminal) end
+    the training after the current minibatch, with everything saved. Only the main thread receives
+    signals. Under torchrun, all processes call this function with the same arguments. If torchrun
+    restarts them after a failure (`--max-restarts`), the run continues from its last checkpoint in
+    `run_dir`.
+
+    The result does not depend on what the caller has set in torch, such as `torch.no_grad()`. Only
+    the caller's number of threads counts, if `system.num_threads` is null. Afterwards all settings
+    and torch's global generators are as they were.
 
     Args:
         config: a config file, a tree of JSON values like that of a file, or a resolved config.
@@ -281,13 +282,17 @@ class Experiment:
     optimizer: Optimizer
     schedule: Schedule
     precision: str
+    _has_run: bool = field(default=False, init=False, repr=False)
 
     @classmethod
     def from_config(cls, config: Config, resumed: bool = False) -> "Experiment":
         """Check the config, read the data, and build the model and its optimizer.
 
-        It writes no file. Several processes check that they have the same config, code and data
-        (see `base.distributed.agreement`) before any of them waits for another.
+        It writes no file, and leaves torch's settings and global generators as they were. A loop of
+        your own over the parts computes as `run` does inside
+        `base.machine.machine_settings(config.system)`. One of several processes makes its CUDA
+        device the current one. Several processes check that they have the same config, code and
+        data (see `base.distributed.agreement`) before any of them waits for another.
 
         Args:
             config: the resolved config.
@@ -308,6 +313,11 @@ class Experiment:
                 " `with base.distributed.distributed_session(training=True):`"
             )
 
+        with machine_settings(config.system):
+            return cls._build(config, resumed)
+
+    @classmethod
+    def _build(cls, config: Config, resumed: bool) -> "Experiment":
         def facts(inputs: tuple[Any, ...]) -> Facts:
             _, training, validation, test = inputs
             data = data_facts(training=training, validation=validation, test=test)
@@ -348,8 +358,6 @@ class Experiment:
         # Everything that needs no images is checked first, because reading them may take minutes.
         check_optimization(config.optimizer, config.lr_scheduler, resumed)
         build.check_method(config)
-        set_full_precision()
-        set_determinism(config.system.deterministic, config.system.num_threads)
         device = local_device(config)
         train_loader = build.build_data_loader(config, device)
         # Mixup mixes an image with any other of the minibatch, so each process needs all of them.
@@ -372,17 +380,30 @@ class Experiment:
             run_dir: the folder of a new run; see `train`.
             saved: the run to continue instead, in its folder, which the caller has locked; see
                 `resume`.
+
+        Raises:
+            RuntimeError: this experiment has run before: its weights are no longer new.
         """
-        with ExitStack() as stack:
+        if self._has_run:
+            raise RuntimeError(
+                "this experiment has run; make a new one with Experiment.from_config(config)"
+            )
+        with machine_settings(self.config.system), ExitStack() as stack:
+            # A method of the user's may draw from the global generators when it is built.
+            seed_global_generators(self.config.seed, "method")
             if saved is None:
-                place = run_folder.create(
-                    self.config.trainer.save_dir, self.config.name, run_dir and str(run_dir)
+                folder = stack.enter_context(
+                    run_folder.create(
+                        self.config.trainer.save_dir, self.config.name, run_dir and str(run_dir)
+                    )
                 )
-                trainer = self.build_trainer(stack.enter_context(place))
-                warnings = []
             else:
                 self.check_same_data(saved)
-                trainer = self.build_trainer(saved.file.parent)
+                folder = saved.file.parent
+            trainer = self.build_trainer(folder)
+            self._has_run = True
+            warnings: list[str | None] = []
+            if saved is not None:
                 # Nothing in the folder may change before this, because it may raise an error.
                 best = trainer.resume(saved.checkpoint, saved.file)
                 warnings = [saved.set_aside_damaged(), *saved.changed_code, best]
@@ -447,9 +468,8 @@ class Experiment:
                 if warning is not None:
                     logger.warning(warning)
             if resumed:
-                logger.info(
-                    "resumed after %d epochs and %d batches", state.epochs_done, state.batches_done
-                )
+                epochs = counted(state.epochs_done, "epoch")
+                logger.info("resumed after %s and %s", epochs, counted(state.batches_done, "batch"))
             else:
                 # Dropout must not drop the same units in every process.
                 purpose = f"training {rank()}" if rank() > 0 else "training"

@@ -96,7 +96,7 @@ def test_a_wrong_flag_imports_nothing_slow_and_an_evaluation_not_the_compiler():
         "except BaseException as error: assert 'expected KEY=VALUE' in str(error), error\n"
         "slow = {'torchvision', 'scipy', 'sklearn', 'matplotlib', 'torch._dynamo'}\n"
         "print(sorted(slow & sys.modules.keys()))\n"
-        "from base.device import set_determinism\n"
+        "from base.machine import set_determinism\n"
         "set_determinism(False, None)\n"
         "print('torch._inductor' in sys.modules)"
     )

@@ -292,7 +292,10 @@ def test_killed_and_resumed_ends_with_the_same_weights(whole_run, tmp_path, numb
     )
 
 
-def test_sigterm_to_the_whole_process_group_saves_although_workers_get_it_too(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_to_the_whole_process_group_saves_although_workers_get_it_too(
+    tmp_path, number, code
+):
     image_folder(tmp_path / "images")
     streamed = {"in_memory": False, "num_workers": 2}
     args = {
@@ -318,9 +321,9 @@ def test_sigterm_to_the_whole_process_group_saves_although_workers_get_it_too(tm
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text(), process)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=HANG)
-    assert process.returncode == 143, errors
-    assert "stopped by SIGTERM" in errors
+    assert process.returncode == code, errors
+    assert f"stopped by {number.name}" in errors
     progress = torch.load(tmp_path / "run" / "model_last.pth", weights_only=True)["progress"]
     assert progress["epochs_done"] >= 1

@@ -267,7 +267,7 @@ def validate(
         # As JSON, because pydantic's strict mode accepts a list for a tuple only there
         config = Config.model_validate_json(json.dumps(read_sizes(tree)), context=context)
     except ValidationError as error:
-        problems = problems_of(error, origins)
+        problems = problems_of(error, origins, layers)
         if check_names:
             problems += _problems_of_optimization(tree, error, origins)
         raise ConfigError(format_problems(problems, source)) from None

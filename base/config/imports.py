@@ -8,6 +8,7 @@ folder never causes an import: the code that it needs must have been imported al
 import hashlib
 import importlib
 import inspect
+import logging
 import os
 import shlex
 import sys
@@ -24,9 +25,12 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from base import registry
 from base.config.section import FilePath, Section
+from base.config.surroundings import surroundings_kept
 from base.errors import CheckpointError, ConfigError, ProjectError
 from base.rooms import ROOMS, ROOT
 from base.text import one_line
+
+logger = logging.getLogger(__name__)
 
 FLAG = "--imports"
 
@@ -241,6 +245,8 @@ def _import_file(request: Request, file: Path) -> OwnCode:
         reason = error.strerror
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
+        elif isinstance(error, IsADirectoryError):
+            reason = "is a folder: expected a Python file, or the name of a module"
         raise _error(request, f"{reason} (looked for {file})") from None
     if "." in name:
         raise _error(request, f"{name!r} cannot be the name of a module: rename the file")
@@ -274,6 +280,8 @@ def _import_module(request: Request) -> OwnCode:
     known = _imported.get(name)
     if known is not None:
         return known
+    if not all(name.split(".")):
+        raise _error(request, "expected a Python file, such as my_layers.py, or a module's name")
     if name.partition(".")[0] in ROOMS:
         raise _error(request, "is a room of this project: expected a module of your own")
     _run(request, request.code, None, lambda: importlib.import_module(name))
@@ -335,27 +343,39 @@ class _Source(SourceLoader):
 
 
 def _run(request: Request, code: OwnCode, file: Path | None, run: Callable[[], object]) -> None:
-    """Run the code, and restore the tables if it fails or replaces an entry."""
+    """Run the code, and restore the tables if it fails or replaces an entry.
+
+    What it changes of the whole process is restored in any case, with a warning.
+    """
     before = {name: dict(table) for name, table in tables().items()}
     modules = set(sys.modules)
     try:
-        run()
+        with surroundings_kept() as changed:
+            run()
         problem = _problem_with_tables(before)
         if problem is not None:
             raise _error(request, problem)
-    # Also SystemExit and KeyboardInterrupt: the tables must be restored in any case
+    # Also KeyboardInterrupt: the tables must be restored in any case
     except BaseException as error:
         for name, table in tables().items():
             table.clear()
             table.update(before[name])
         if code.name not in modules:
             sys.modules.pop(code.name, None)
-        if isinstance(error, ProjectError) or not isinstance(error, Exception | SystemExit):
+        if isinstance(error, ProjectError | KeyboardInterrupt):
             raise
         raise _error(request, _reason(error, code, file)) from error
     for name, table in tables().items():
         for entry in table.keys() - before[name].keys():
             _owners[name, entry] = code.file_or_module
+    # All processes of torchrun run the same code.
+    if changed and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "%s: %s: changed %s; restored, because the whole process shares such settings",
+            request.source,
+            one_line(request.code.file_or_module, 200),
+            ", ".join(changed),
+        )
 
 
 def tables() -> dict[str, dict[Any, Any]]:
@@ -411,11 +431,12 @@ def _error(request: Request, problem: str) -> ConfigError:
 def _reason(error: BaseException, code: OwnCode, file: Path | None) -> str:
     """Return the line, type and message of an error that the code has raised."""
     if isinstance(error, SyntaxError):
-        where = f"line {error.lineno}"
+        # Python names no line of a file that holds null bytes
+        where = "" if error.lineno is None else f"line {error.lineno}: "
         # The error may be in another file that the code imports
         if error.filename not in (None, str(file)):
             where = f"{error.filename}, {where}"
-        return f"{where}: {type(error).__name__}: {error.msg}"
+        return f"{where}{type(error).__name__}: {error.msg}"
     missing = ""
     if isinstance(error, ModuleNotFoundError):
         missing = error.name or ""
@@ -431,4 +452,5 @@ def _reason(error: BaseException, code: OwnCode, file: Path | None) -> str:
     room = missing.partition(".")[0]
     if room in ROOMS:
         hint = f"; {room} is a room of this project, which comes first"
-    return f"{place}{type(error).__name__}: {error}{hint}"
+    message = f": {error}" if str(error) else ""
+    return f"{place}{type(error).__name__}{message}{hint}"

@@ -111,6 +111,22 @@ def origin_of_keys(origins: Origins, paths: Iterable[Sequence[str]]) -> str | No
     return None
 
 
+def origin_of_null(layers: Sequence[Layer], path: Sequence[str]) -> str | None:
+    """Return the latest file or flag that removes a key, or a section above it; None without one.
+
+    It removes what earlier layers give by a null.
+    """
+    for layer in reversed(layers):
+        tree: Any = layer.tree
+        for key in path:
+            if not isinstance(tree, Mapping) or key not in tree:
+                break
+            tree = tree[key]
+            if tree is None:
+                return layer.origin
+    return None
+
+
 def _is_below(path: Keys, other: Keys) -> bool:
     """Whether a path is the other one or continues it."""
     return path[: len(other)] == other

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from base.config.adversarial import size_keys
 from base.config.arguments import ARGUMENT_OF_OTHERS, MISSING_ARGUMENT, OpenSection
-from base.config.origins import Origins, origin_of, origin_of_keys
+from base.config.origins import Layer, Origins, origin_of, origin_of_keys, origin_of_null
 from base.config.strict_json import TYPE_NAMES
 from base.config.tree import describe_unknown_key, section_at
 from base.errors import all_of
@@ -40,8 +40,10 @@ def format_problems(problems: Sequence[Problem], source: str) -> str:
     return all_of(parts)
 
 
-def problems_of(error: ValidationError, origins: Origins) -> list[Problem]:
-    """Return each problem of a tree once, unknown keys first."""
+def problems_of(
+    error: ValidationError, origins: Origins, layers: Sequence[Layer] = ()
+) -> list[Problem]:
+    """Return each problem of a tree once, unknown keys first; `layers` are those of the tree."""
     # A misspelt required key causes two errors, of which "missing" says less, so it comes later.
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     wrong_keys = {".".join(map(str, each["loc"])) for each in errors}
@@ -57,6 +59,13 @@ def problems_of(error: ValidationError, origins: Origins) -> list[Problem]:
             if section in sections_listed:
                 text = text.partition(KNOWN_KEYS)[0]
             sections_listed.add(section)
+        remover = None
+        if each["type"] == "missing":
+            remover = origin_of_null(layers, [str(part) for part in each["loc"]])
+        if remover is not None:
+            key = text.partition(": ")[0]
+            problems.append((remover, f"{key}: required, but null removes it"))
+            continue
         problems.append((_blamed_origin(each, text, origins), text))
     return list(dict.fromkeys(problems))
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -32,6 +33,9 @@ def launch(config: Config) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # Under nohup; torch would handle SIGHUP nevertheless, and pass it on to the processes.
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // config.n_gpu)))
     words = ["--standalone", "--nproc_per_node", str(config.n_gpu), *sys.argv]
     try:

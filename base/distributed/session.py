@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from base.distributed.collectives import barrier
 from base.distributed.process_group import started_processes, world_size
-from base.errors import ProjectError
+from base.errors import STOPPING, ProjectError
 
 NCCL_TIMEOUT = timedelta(minutes=30)
 """How long a collective on CUDA may take before NCCL ends the process. Nobody waits on CUDA for
@@ -141,8 +141,8 @@ def _fresh_store(store: dist.Store, number: int, size: int) -> dist.Store:
 def _wait_until_reported(reporter: int) -> None:
     """Wait until a rank has printed why all processes end."""
     if threading.current_thread() is threading.main_thread():
-        # torchrun sends SIGTERM as soon as one process has failed.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # torchrun sends a signal as soon as one process has failed.
+        for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
     # The rank sends nothing. Waiting ends with an error when its connection closes as it ends.
     with suppress(RuntimeError):

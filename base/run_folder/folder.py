@@ -86,7 +86,11 @@ def _create(save_dir: str, name: str, run_dir: str | None) -> Iterator[Path]:
         with NamedTemporaryFile(dir=folder):
             pass
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{given}: the run folder cannot be made or written: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, FileExistsError) and Path(error.filename).is_symlink():
+            target = Path(error.filename).readlink()
+            reason = f"{error.filename} is a link to {target}, where there is no folder"
+        raise ConfigError(f"{given}: the run folder cannot be made or written: {reason}") from None
     with _locked(folder):
         if has_checkpoint(folder):
             raise ConfigError(

@@ -1,9 +1,8 @@
-"""Generators, devices, precision and memory."""
+"""Generators, devices and memory."""
 
 import logging
 import os
 import platform
-import re
 import subprocess
 import sys
 
@@ -14,18 +13,11 @@ from fake_device import fake_device
 
 from base import device
 from base.device import (
-    autocast,
     choose_device,
-    choose_precision,
     explain_device,
-    full_precision,
     kernels_explained,
     memory_explained,
     nvidia_driver,
-    precision_warning,
-    set_determinism,
-    set_full_precision,
-    tf32,
 )
 from base.errors import ConfigError
 from base.run_folder.environment import environment
@@ -47,15 +39,9 @@ def test_generators_are_pure_functions_of_their_arguments():
     assert derived_seed(0, "order", 1) == 4672741961019256271
 
 
-def test_devices_and_precision():
-    with pytest.raises(ConfigError, match="system.device: 'meta' is not supported"):
-        choose_device("meta")
+def test_the_cpu_can_be_asked_for():
     assert choose_device("auto", n_gpu=0) == torch.device("cpu")
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="system.device: 'gpu' is not a device"):
-        choose_device("gpu")
-    assert choose_precision("fp32", torch.device("cpu")) == "fp32"
-    assert choose_precision("auto", torch.device("cpu")) in ("fp32", "bf16")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
@@ -95,95 +81,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-
-
-def test_tf32_is_on_inside_its_context_only():
-    operations = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    set_full_precision()
-    for _ in range(2):
-        assert [operation.fp32_precision for operation in operations] == ["ieee", "ieee"]
-        with autocast(CUDA, "tf32"):
-            assert [operation.fp32_precision for operation in operations] == ["tf32", "tf32"]
-            # torch raises an error where the older flags disagree
-            assert torch.backends.cudnn.allow_tf32
-        assert not torch.backends.cudnn.allow_tf32
-
-
-@pytest.mark.parametrize("asked", ["high", "medium"])
-def test_float32_is_float32_whatever_was_asked_before(asked):
-    torch.set_float32_matmul_precision(asked)
-    set_full_precision()
-    for operation in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-        assert operation.fp32_precision == "ieee"
-    # torch raises an error if older and newer settings disagree
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
-@pytest.mark.parametrize("context", [tf32, full_precision])
-@pytest.mark.parametrize("asked", ["highest", "high", "medium"])
-def test_a_context_gives_float32_its_precision_back(context, asked):
-    operations = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.matmul,
-    )
-    set_full_precision()
-    torch.set_float32_matmul_precision(asked)
-    torch.backends.cudnn.rnn.fp32_precision = "tf32"
-    before = [operation.fp32_precision for operation in operations]
-    with context():
-        inside = {operation.fp32_precision for operation in operations[:3]}
-    assert inside == {"tf32" if context is tf32 else "ieee"}
-    assert [operation.fp32_precision for operation in operations] == before
-    assert torch.get_float32_matmul_precision() == asked
-    set_full_precision()
-
-
-def test_training_in_tf32_includes_the_backward_pass(monkeypatch, tmp_path):
-    seen = []
-
-    def backward(self, *arguments, **options):
-        # Arguments of the optimizer are tried on the CPU before
-        if self.is_cuda:
-            seen.append(torch.backends.cuda.matmul.fp32_precision)
-        return plain(self, *arguments, **options)
-
-    plain = torch.Tensor.backward
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
-    with fake_device(monkeypatch):
-        config = config_of(
-            system={"device": "cuda", "precision": "tf32"},
-            trainer={"epochs": 1},
-            adversarial={"method": "fgsm", "report_images": 8},
-        )
-        run(tmp_path / "run", config)
-    assert set(seen) == {"tf32"}
-    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-
-
-@pytest.mark.parametrize(
-    ("capability", "precision", "chosen", "warning"),
-    [
-        ((9, 0), "tf32", "tf32", None),
-        ((9, 0), "bf16", "bf16", None),
-        ((9, 0), "auto", "bf16", None),
-        ((7, 5), "tf32", "fp32", "^system.precision: cuda:0 has no TF32: it computes in fp32$"),
-        ((7, 5), "bf16", "bf16", "^system.precision: cuda:0 has no hardware for bf16 and emulates"),
-        ((7, 5), "auto", "fp32", None),
-        (None, "tf32", "fp32", "^system.precision: cpu has no TF32: it computes in fp32$"),
-        (None, "bf16", "bf16", "^system.precision: cpu has no hardware for bf16 and emulates it"),
-    ],
-)
-def test_a_precision_that_the_hardware_lacks_warns(
-    capability, precision, chosen, warning, monkeypatch
-):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    place = CUDA if capability else CPU
-    assert choose_precision(precision, place) == chosen
-    found = precision_warning(precision, place)
-    assert found == warning if warning is None else re.search(warning, found)
 
 
 def without_cuda(monkeypatch):
@@ -267,15 +164,6 @@ def test_cards_with_a_driver_that_does_not_work_are_not_described(monkeypatch):
     found = environment()
     assert found["gpus"] == []
     assert found["cuda"]["unavailable"] == reason
-
-
-def test_determinism_fills_no_new_tensors():
-    set_determinism(True, None)
-    try:
-        assert not torch.utils.deterministic.fill_uninitialized_memory
-    finally:
-        set_determinism(False, None)
-    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_card_that_torch_is_not_built_for_is_named(monkeypatch):

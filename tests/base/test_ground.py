@@ -342,6 +342,12 @@ def test_ctrl_c_while_a_script_says_why_it_stops_changes_nothing(monkeypatch, ca
     assert (caught.value.code, capsys.readouterr().err) == (143, "saved\n")
 
 
+def test_a_command_ends_without_stdout(monkeypatch):
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: setattr(sys, "stdout", None))
+    assert caught.value.code == 0
+
+
 def test_debug_keeps_the_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from base.text import LineFormatter, csv_text, describe_error, one_line, say
+from base.text import LineFormatter, counted, csv_text, describe_error, one_line, say
 
 HOSTILE = {
     "a\nb": r"a\nb",
@@ -56,3 +56,8 @@ def test_long_values_are_cut_before_they_are_escaped():
 )
 def test_an_error_is_its_class_and_its_first_words(error, described):
     assert describe_error(error) == described
+
+
+def test_one_thing_is_not_named_in_the_plural():
+    found = [counted(number, noun) for noun in ("batch", "epoch") for number in (0, 1, 2)]
+    assert ", ".join(found) == "0 batches, 1 batch, 2 batches, 0 epochs, 1 epoch, 2 epochs"

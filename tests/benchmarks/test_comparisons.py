@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from base.config import load_config
-from base.device import choose_precision
 from base.errors import ConfigError
+from base.precision import choose_precision
 from benchmarks import attack_libraries, growth, machine, memory, studies_hours, two_at_once
 from benchmarks.attackers import attackers, direct_flops
 from benchmarks.machine import PRODUCT, PRODUCT_FLOPS

@@ -186,7 +186,7 @@ def test_a_success_in_low_precision_counts_only_if_full_precision_confirms_it(di
 
 @contextmanager
 def tf32():
-    """As `base.device.autocast` for `"tf32"`."""
+    """As `base.precision.autocast` for `"tf32"`."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"

@@ -222,7 +222,7 @@ def test_a_signal_ends_validation_at_once_and_loses_nothing(tmp_path, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(BaseTrainer, "validate", interrupted)
-        with pytest.raises(Stopped, match="stopped by SIGTERM after 1 epochs and 3 batches"):
+        with pytest.raises(Stopped, match="stopped by SIGTERM after 1 epoch and 3 batches"):
             run(tmp_path / "stopped", config)
     resume(str(tmp_path / "stopped"))
     assert not difference(
@@ -402,6 +402,8 @@ def test_class_counts_must_agree():
         ConfigError, match=r"arch.args.num_classes: 7, but DigitsDataLoader has 10 classes"
     ):
         Experiment.from_config(config_of(arch={"args": {"num_classes": 7}}))
+    with pytest.raises(ConfigError, match=r"^num_classes: 7, but DigitsDataLoader has 10 classes"):
+        Experiment.from_config(config_of(num_classes=7))
 
 
 def test_compiled_model_saves_the_same_keys(tmp_path, monkeypatch):

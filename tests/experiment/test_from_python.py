@@ -116,7 +116,7 @@ def test_ctrl_c_saves_and_is_an_exception(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(BaseTrainer, "update", interrupted)
         with pytest.raises(
-            Stopped, match=r"^stopped by SIGINT after 0 epochs and 1 batches; continue with -r "
+            Stopped, match=r"^stopped by SIGINT after 0 epochs and 1 batch; continue with -r "
         ):
             experiment.train(TINY, {"trainer.epochs": 1}, run_dir=tmp_path / "run")
     experiment.train(TINY, {"trainer.epochs": 1}, run_dir=tmp_path / "whole")
@@ -131,3 +131,33 @@ def test_training_from_python_reads_no_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = experiment.train(TINY, {"trainer.epochs": 1}, run_dir="here")
     assert result.folder == Path("here")
+
+
+def test_one_run_changes_neither_the_caller_nor_the_next_run(tmp_path):
+    one_epoch = {"trainer.epochs": 1}
+    threads = torch.get_num_threads()
+    first = experiment.train(TINY, one_epoch, run_dir=tmp_path / "first")
+    generator = torch.get_rng_state()
+    torch.use_deterministic_algorithms(True)
+    try:
+        more_threads = one_epoch | {"system.num_threads": threads + 1}
+        experiment.train(TINY, more_threads, run_dir=tmp_path / "other")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), generator)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        again = experiment.train(TINY, one_epoch, run_dir=tmp_path / "again")
+    assert not difference(first.folder / "model_last.pth", again.folder / "model_last.pth")
+
+
+def test_an_experiment_runs_once(tmp_path):
+    made = experiment.Experiment.from_config(config_of(trainer={"epochs": 1}))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError):
+        made.run(tmp_path / "file")
+    made.run(tmp_path / "run")
+    with pytest.raises(RuntimeError, match=r"^this experiment has run; make a new one with "):
+        made.run(tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import base.checkpoint.checkpoint as checkpoint_module
 import base.checkpoint.manager as manager_module
 from base.base_trainer import BaseTrainer
-from base.checkpoint import load_checkpoint
+from base.checkpoint import load_checkpoint, save_checkpoint
 from base.errors import CheckpointError
 from experiment.experiment import resume
 from tiny_runs import TINY, difference, exit_code, forked, run
@@ -56,6 +57,15 @@ def check_fills_up(folder, monkeypatch, config):
 
 def test_a_disk_that_fills_up_costs_nothing(tmp_path, monkeypatch, small):
     check_fills_up(tmp_path, monkeypatch, small())
+
+
+def test_a_checkpoint_that_cannot_be_written_says_why(tmp_path):
+    def fill_up():
+        limit_file_size(60_000)
+        with pytest.raises(CheckpointError, match="model.pth: cannot be written: .*File too large"):
+            save_checkpoint(tmp_path / "model.pth", {"state_dict": {"weight": torch.ones(10**5)}})
+
+    assert exit_code(forked(fill_up)) == 0
 
 
 def test_the_check_can_fail(tmp_path, monkeypatch, small):

@@ -1,5 +1,5 @@
-"""Promise 5: SIGTERM and SIGINT save at the current step and exit 143 and 130; a second signal
-during the save does no harm; resume is exact."""
+"""Promise 5: SIGTERM, SIGINT and SIGHUP save at the current step and exit 143, 130 and 129; a
+second signal during the save does no harm; resume is exact."""
 
 import json
 import os
@@ -19,6 +19,8 @@ from experiment.experiment import resume
 from tiny_runs import difference, read_arrays, run
 
 robustness_module = import_module("evaluation.robust_accuracy")
+
+CODES = ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129))
 
 STEPS = 9
 """Three epochs of three minibatches."""
@@ -46,7 +48,7 @@ def check_signals(folder, monkeypatch, config):
             os.kill(os.getpid(), signal.SIGINT)
 
     for after in range(1, STEPS):
-        number, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[after % 2]
+        number, code = CODES[after % 3]
         done = 0
 
         with monkeypatch.context() as patched:
@@ -98,6 +100,19 @@ def test_no_exception_is_raised_where_python_would_drop_it():
         assert signals.asked == signal.SIGTERM
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGINT)
+    assert signals.asked == signal.SIGTERM
+
+
+def test_nohup_keeps_a_closed_terminal_from_stopping_a_run():
+    signals = StopSignals()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.caught():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.asked is None
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert signals.asked == signal.SIGTERM
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from base.device import set_determinism
 from base.errors import ConfigError
+from base.machine import set_determinism
 from experiment.experiment import Experiment
 from models.simple_cnn import SimpleCNN
 from tiny_runs import exit_code, forked, run

@@ -22,7 +22,9 @@ ATTEMPTS = 14
 DAMAGED, DISK_FULL = 0.2, 0.05
 """Probability that the last checkpoint is damaged after an attempt, and that the disk is full
 during one."""
-STOPPED = re.compile(r"stopped by SIG\w+ after (\d+) epochs and (\d+) batches; continue with -r ")
+STOPPED = re.compile(
+    r"stopped by SIG\w+ after (\d+) epochs? and (\d+) batch(?:es)?; continue with -r "
+)
 FULL = ("cannot be written", "disk is full", "shared memory")
 """Parts of the messages of a run that has no room for its files."""
 TIMES = ("train_seconds", "images_per_second")

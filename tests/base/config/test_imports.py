@@ -2,10 +2,13 @@
 
 import json
 import multiprocessing
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import experiment  # noqa: F401 - fills the tables
 from base.config import imports, load_config
@@ -98,6 +101,9 @@ BROKEN = {
     "syntax.py": ("x = 1\ndef (:\n", r"line 2: SyntaxError: invalid syntax"),
     "raises.py": ("\n\nraise KeyError('no')\n", r"line 3: KeyError: 'no'"),
     "leaves.py": ("import sys\nsys.exit(3)\n", r"line 2: SystemExit: 3"),
+    "ends.py": ("raise BaseException('x')\n", r"line 1: BaseException: x"),
+    "generates.py": ("raise GeneratorExit\n", r"line 1: GeneratorExit"),
+    "null_bytes.py": ("\0", r"SyntaxError: source code string cannot contain null bytes"),
     "lacks.py": (
         "import no_such_thing\n",
         r"line 1: ModuleNotFoundError: No module named 'no_such_thing'",
@@ -129,7 +135,11 @@ BROKEN = {
     "json.py": ("", r"would hide the module json \(.*json/__init__.py\): rename the file"),
     "a.b.py": ("", "'a.b' cannot be the name of a module: rename the file"),
     "missing.py": (None, r"no such file \(looked for .*/missing.py\)"),
-    "folder.py": ("/", r"Is a directory \(looked for .*/folder.py\)"),
+    "folder.py": (
+        "/",
+        r"is a folder: expected a Python file, or the name of a module"
+        r" \(looked for .*/folder.py\)",
+    ),
 }
 
 
@@ -152,6 +162,35 @@ def test_code_that_cannot_run_is_one_line_and_leaves_nothing(tmp_path, name):
     if name in ("syntax.py", "raises.py", "replaces.py"):
         (tmp_path / name).write_text(REGISTERS)
         assert own(tmp_path / name), "once it is fixed it runs"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "my_package..losses"])
+def test_a_word_that_is_neither_a_file_nor_a_module_is_an_error(name):
+    with pytest.raises(ConfigError, match=rf"^{FLAG}: {re.escape(name)}: expected a Python file, "):
+        own(name)
+
+
+def test_what_code_changes_of_the_process_is_restored_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    text = (
+        f"{OWN}import os, torch\nos.chdir('elsewhere')\ntorch.set_default_dtype(torch.float64)\n"
+        "torch.set_default_device('meta')\ntorch.set_grad_enabled(False)\n"
+    )
+    (tmp_path / "changes_all.py").write_text(text)
+    (tmp_path / "changes_and_fails.py").write_text(f"{text}1 / 0\n")
+    own("changes_all.py")
+    with pytest.raises(ConfigError, match="line 7: ZeroDivisionError"):
+        own("changes_and_fails.py")
+    assert Path.cwd() == tmp_path
+    assert torch.ones(1).dtype == torch.float32
+    assert torch.get_default_device() == torch.device("cpu")
+    assert torch.is_grad_enabled()
+    assert caplog.messages == [
+        f"{FLAG}: changes_all.py: changed the working directory, torch's default dtype, torch's"
+        " default device, torch's grad mode; restored, because the whole process shares such"
+        " settings"
+    ]
 
 
 def test_an_entry_that_two_files_register_names_both(tmp_path):

@@ -52,6 +52,18 @@ PARENT, CHILD = "{folder}/parent.json (extended by child.json)", "{folder}/child
         ({"trainr": {}}, {}, [], f"{PARENT}: trainr: unknown key"),
         ({}, {"trainr": None}, [], f"{CHILD}: trainr: unknown key"),
         ({}, {}, ["--set", "trainr=null"], "--set trainr=null: trainr: unknown key"),
+        (
+            {},
+            {},
+            ["--set", "data_loader=null"],
+            "--set data_loader=null: data_loader: required, but null removes it",
+        ),
+        (
+            {"data_loader": {"type": None}},
+            {},
+            [],
+            f"{PARENT}: data_loader.type: required, but null removes it",
+        ),
         ({}, {}, ["--set", "seed=[1"], "--set seed=[1: seed: Input"),
         ({}, {}, ["--set", "trainer..epochs=1"], "--set trainer..epochs=1: expected a dotted key"),
         (

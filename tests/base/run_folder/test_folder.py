@@ -26,6 +26,14 @@ def test_run_folders_are_new_and_never_shared(tmp_path):
         create_run_folder(str(tmp_path / "file"), "name")
 
 
+@pytest.mark.parametrize("place", [("link", "name"), ("unused", "name", "link")])
+def test_a_link_to_a_missing_folder_is_named(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(ConfigError, match="link is a link to gone, where there is no folder$"):
+        create_run_folder(*place)
+
+
 def test_attempts_of_one_job_share_a_run_folder(tmp_path, monkeypatch):
     folder = create_run_folder("unused", "name", str(tmp_path / "run"))
     (folder / "config.json").touch()

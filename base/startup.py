@@ -1,0 +1,28 @@
+"""What a command sets before its other imports, which take seconds; commands import it first."""
+
+import os
+import signal
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+import base.openmp  # noqa: F401 - before torch is imported
+
+
+def end_on_ctrl_c() -> None:
+    """Let Ctrl-C end this process with one line and exit code 130, until `run_script` begins.
+
+    An exception would come out of the import of some library, with its traceback.
+    """
+    # A shell script starts commands in the background with Ctrl-C ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    with suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+end_on_ctrl_c()
