@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from attacks.classifier import Model
 from attacks.frozen import frozen
+from base.device import full_precision
 from evaluation.attack_batch import Autocast
 from evaluation.batches import device_of
 from evaluation.verdicts import NONE
@@ -110,6 +111,7 @@ class ClassScores:
         return values
 
 
+@full_precision()
 @torch.no_grad()
 def predict(
     model: Model,

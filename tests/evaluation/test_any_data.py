@@ -19,7 +19,7 @@ from attacks.attack import arguments
 from base.errors import ConfigError
 from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import MemoryImages
-from evaluation import DoctorReport, RobustnessReport, doctor, robust_accuracy
+from evaluation import DoctorReport, RobustnessReport, doctor, predict, robust_accuracy
 from evaluation.identity import evaluation_digests
 from evaluation.partial import partial_file, remove_partials
 from tiny_runs import read_arrays
@@ -136,6 +136,23 @@ def test_the_doctor_takes_the_same_data(problem, hasty):
     values = json.loads(json.dumps(report.as_dict()))
     assert values["checks"] == [vars(check) for check in found.checks]
     assert values["checked_attack"] == report.title
+
+
+def test_autocast_of_a_caller_changes_nothing(problem, hasty):
+    model, images, labels = problem
+    data = [(images, labels)]
+    dtypes = set()
+    hook = model.register_forward_hook(lambda *call: dtypes.add(call[2].dtype))
+    expected = robust_accuracy(model, data, ATTACK)
+    examined = doctor(model, data, ATTACK, limit=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = robust_accuracy(model, data, ATTACK)
+        assert doctor(model, data, ATTACK, limit=4) == examined
+        assert predict(model, data).confidence.dtype == torch.float32
+    hook.remove()
+    assert dtypes == {torch.float32}
+    assert report.precision == "fp32"
+    assert same(report, expected)
 
 
 def test_plain_pgd_is_examined_beside_an_attack_of_another_kind(problem, hasty):
