@@ -113,7 +113,7 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
         ConfigError: it does not return logits of at least two classes.
         DataError: it cannot take such an image.
     """
-    image = torch.zeros(1, *image_shape, device=device)
+    image = torch.zeros(1, *image_shape, device=device, dtype=torch.float32)
     channels, height, width = image_shape
     kind = type(network).__name__
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from attacks import APGD, FGSM, PGD, Square
 from attacks.losses import wrongness
+from base.seeding import torch_generator
 from evaluation.attack_batch import attack_batch
 from evaluation.checks import quick_checks
 from evaluation.verdicts import NONE
@@ -67,6 +68,30 @@ def batch(model, n=7, shape=(1, 11, 9)):
     images = torch.rand(n, *shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         return images, model(images.clone()).argmax(1)
+
+
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one generator", "one per image"])
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_the_default_dtype_changes_no_point(name, norm, each, request):
+    model = network()
+    images, labels = batch(model)
+
+    def attacked():
+        generators = torch_generator(3, "attack")
+        if each:
+            generators = [torch_generator(3, "attack", number) for number in range(len(images))]
+        return ATTACKS[name](EPSILON[norm], norm)(model, images, labels, generators=generators)
+
+    expected = attacked()
+    request.getfixturevalue("float64_by_default")
+    assert torch.equal(attacked(), expected)
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)

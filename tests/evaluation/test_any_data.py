@@ -155,6 +155,19 @@ def test_autocast_of_a_caller_changes_nothing(problem, hasty):
     assert same(report, expected)
 
 
+def test_the_default_dtype_changes_nothing(problem, hasty):
+    model, images, labels = problem
+    data = [(images, labels)]
+    expected = robust_accuracy(model, data, ATTACK)
+    examined = doctor(model, data, ATTACK, limit=4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(robust_accuracy(model, data, ATTACK), expected)
+        assert doctor(model, data, ATTACK, limit=4) == examined
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_plain_pgd_is_examined_beside_an_attack_of_another_kind(problem, hasty):
     model, images, labels = problem
     attack = MomentumFGSM(0.03, steps=3)
