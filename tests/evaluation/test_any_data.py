@@ -211,6 +211,32 @@ def test_unusable_data_is_an_error_of_one_line(problem, data, message):
     model, images, labels = problem
     with pytest.raises(ValueError, match=message):
         robust_accuracy(model, data(images, labels), ATTACK)
+    with pytest.raises(ValueError, match=message):
+        predict(model, data(images, labels))
+
+
+def test_predictions_are_checked_as_verdicts_are(problem):
+    model, images, labels = problem
+    data = [(images, labels)]
+    before = images.clone()
+    model.eval()
+    in_place = predict(lambda pixels: model(pixels.mul_(0.5)), data)
+    model.train()
+    assert torch.equal(images, before), "a model may write into its input"
+    halves = predict(model, [(0.5 * images, labels)])
+    assert torch.equal(in_place.prediction, halves.prediction)
+    clean = robust_accuracy(model, data, ATTACK).verdicts.clean_prediction
+    assert torch.equal(predict(model, data).prediction, clean)
+    for answer, error, message in (
+        (lambda logits: (logits, logits), TypeError, "a tensor, not a tuple of 2"),
+        (lambda logits: logits[:, :1], ValueError, "at least 2 classes, not of 1$"),
+        (lambda logits: logits[1:], ValueError, r"here \(23, classes\), not \(22, 7\)$"),
+    ):
+        with pytest.raises(error, match=message):
+            predict(lambda pixels, answer=answer: answer(model(pixels)), data)
+    one_hot = nn.functional.one_hot(labels, 7)
+    with pytest.raises(ValueError, match=r"^labels: expected one per image"):
+        predict(model, [(images, one_hot)])
 
 
 def test_a_class_in_place_of_an_object_is_named(problem):
@@ -226,11 +252,13 @@ def test_a_class_in_place_of_an_object_is_named(problem):
         robust_accuracy(torch.nn.Linear, [(images, labels)], ATTACK)
 
 
-def test_numbers_out_of_range_are_named(problem):
+@pytest.mark.parametrize("value", [0, 9.5])
+def test_numbers_out_of_range_are_named(problem, value):
     model, images, labels = problem
     for name in ("limit", "batch_size"):
-        with pytest.raises(ValueError, match=f"^{name}: expected at least 1, not 0$"):
-            robust_accuracy(model, [(images, labels)], ATTACK, **{name: 0})
+        message = f"^{name}: expected an integer of at least 1, not {value}$"
+        with pytest.raises(ValueError, match=message):
+            robust_accuracy(model, [(images, labels)], ATTACK, **{name: value})
 
 
 def test_adversarial_images_are_saved_as_they_were_attacked(problem, tmp_path):
