@@ -178,17 +178,14 @@ class Attack(ABC):
             generators: sources of random numbers; None uses a generator seeded by `seed`.
 
         Raises:
-            TypeError: the model does not return a tensor of logits, or `perturb` does not return a
-                tensor.
+            TypeError: the model does not return a tensor of logits, `perturb` does not return a
+                tensor, or `generators` are something else.
             ValueError: images are outside of `[0, 1]` or in half precision; images, labels and
                 generators do not match; labels are not classes of the model, or it has fewer than
                 two; `perturb` returns another shape than that of the images.
         """
         check_batch(images, labels)
-        if isinstance(generators, Sequence) and len(generators) != len(images):
-            raise ValueError(
-                f"generators: expected one, or {len(images)}, one per image, not {len(generators)}"
-            )
+        _check_generators(generators, len(images))
         # A search may call backward itself, so gradients are on; the caller's setting comes back
         with (
             torch.inference_mode(False),
@@ -274,6 +271,21 @@ class Attack(ABC):
         if gradient is None:
             gradient = torch.zeros_like(points)
         return logits.detach(), losses.detach(), gradient
+
+
+def _check_generators(generators: Generators | None, n: int) -> None:
+    if isinstance(generators, Sequence):
+        if len(generators) != n:
+            raise ValueError(
+                f"generators: expected one, or {n}, one per image, not {len(generators)}"
+            )
+        return
+    one = generators is None or isinstance(generators, torch.Generator)
+    if not one and not callable(generators):
+        raise TypeError(
+            "generators: expected a torch.Generator, one per image in a list, or a function,"
+            f" not {type(generators).__name__}"
+        )
 
 
 def _finite(points: Tensor, images: Tensor) -> Tensor:

@@ -103,7 +103,12 @@ class AutoAttack(Attack):
         # The package seeds the global generators of all CUDA devices, wherever the images are;
         # asking for their states would start CUDA in a process that does not use it
         devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-        with torch.random.fork_rng(devices=devices), _keep_tracer(), _collect(self._warn):
+        with (
+            torch.random.fork_rng(devices=devices),
+            _float32_by_default(),
+            _keep_tracer(),
+            _collect(self._warn),
+        ):
             attack = self._build(model, n_classes, seed, images.device)
             found, _ = attack.run_standard_evaluation(
                 images[remaining], labels[remaining], batch_size=len(images)
@@ -165,6 +170,17 @@ def _seed(images: Tensor, generators: Generators) -> int:
     if not isinstance(generators, torch.Generator):
         generators = generators[0]
     return int(torch.randint(2**31, (), generator=generators))
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Within the context the default dtype is float32, in which the package makes its numbers."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

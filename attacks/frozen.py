@@ -21,15 +21,24 @@ def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
         model: a module or a function.
         training: put all modules into training mode (True) or evaluation mode (False) within the
             context; None leaves their modes alone.
+
+    Raises:
+        ValueError: the weights were made in `torch.inference_mode()`.
     """
     if not isinstance(model, nn.Module):
         yield
         return
-    modes = [(module, module.training) for module in model.modules()]
+    # A module that was frozen by torch.jit has no modes
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(parameter.is_inference() for parameter in trained):
+        raise ValueError(
+            "model: its weights were made in torch.inference_mode(), and no gradient can pass them;"
+            " build or load it outside of that mode"
+        )
     try:
         if training is not None:
-            model.train(training)
+            _set_training(model, training)
         for parameter in trained:
             parameter.requires_grad_(False)
         with ExitStack() as stack:
@@ -43,6 +52,16 @@ def frozen(model: Model, training: bool | None = None) -> Iterator[None]:
         # Not model.train(mode): modules may have been in different modes
         for module, mode in modes:
             module.training = mode
+
+
+def _set_training(model: nn.Module, training: bool) -> None:
+    try:
+        # A network's own method may leave some layers in another mode
+        model.train(training)
+    except NotImplementedError:
+        # A module of torch.export raises it, perhaps before the modules after it had their turn
+        for module in model.modules():
+            module.training = training
 
 
 @contextmanager

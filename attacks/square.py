@@ -211,7 +211,7 @@ def _uniform(n: int, count: int, images: Tensor, generators: Generators) -> Tens
 
 
 def _signs(draws: Tensor) -> Tensor:
-    return torch.where(draws < 0.5, -1.0, 1.0)
+    return 1 - 2 * (draws < 0.5).to(draws.dtype)
 
 
 def _squares(change: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -232,7 +232,7 @@ def _bump(height: int, width: int) -> Tensor:
     rows = (torch.arange(height) - height // 2).abs()
     columns = (torch.arange(width) - width // 2).abs()
     distance = torch.maximum(rows[:, None], columns[None, :])
-    terms = 1 / torch.arange(1, max(height, width) // 2 + 2).square()
+    terms = 1 / torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float32).square()
     # Reversed twice, as the sums begin at d and not at 0
     sums = terms.flip(0).cumsum(0).flip(0)
     bump = sums[distance]

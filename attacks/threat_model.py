@@ -156,16 +156,28 @@ def draw(distribution: Callable[..., Tensor], like: Tensor, generators: Generato
     """Draw random numbers of the shape, type and device of `like` `(B, ...)`.
 
     Args:
-        distribution: `torch.rand`, `torch.randn`, or another function of a shape and a generator.
+        distribution: `torch.rand`, `torch.randn`, or another function of a shape with the arguments
+            `generator` and `dtype`.
         like: the tensor to imitate.
         generators: where the numbers come from.
+
+    Raises:
+        ValueError: a function does not return a number for every pixel.
     """
     # On the CPU, so that the numbers are the same for every device
     if isinstance(generators, torch.Generator):
         drawn = draws_ahead.draw(distribution, like.shape, generators)
     elif isinstance(generators, Sequence):
-        of_images = [distribution(like.shape[1:], generator=one) for one in generators]
+        # float32 also under another default dtype, which would give other numbers
+        of_images = [
+            distribution(like.shape[1:], generator=one, dtype=torch.float32) for one in generators
+        ]
         drawn = torch.stack(of_images)
     else:
         drawn = generators(distribution, like.shape[1:])
+        if drawn.shape != like.shape:
+            raise ValueError(
+                f"generators: the function must return the shape {tuple(like.shape)},"
+                f" not {tuple(drawn.shape)}"
+            )
     return to_device(drawn.to(like.dtype), like.device)

@@ -30,17 +30,24 @@ def draw(
     generator: torch.Generator,
     part: slice = WHOLE,
 ) -> Tensor:
-    """Return `distribution(shape, generator=generator)[part]`, which may have been drawn ahead.
+    """Return `distribution(shape, generator=generator, dtype=torch.float32)[part]`, which may have
+    been drawn ahead.
 
     Args:
-        distribution: `torch.rand`, `torch.randn`, or another function of a shape and a generator.
+        distribution: `torch.rand`, `torch.randn`, or another function of a shape with the arguments
+            `generator` and `dtype`.
         shape: of the whole draw.
         generator: moves on as if all of it were drawn now.
         part: of the first dimension.
     """
     if isinstance(generator, _GeneratorAhead):
         return generator.draw(distribution, tuple(shape), part)
-    return distribution(shape, generator=generator)[part]
+    return _drawn(distribution, shape, generator)[part]
+
+
+def _drawn(distribution: Distribution, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    # float32 also under another default dtype, which would give other numbers
+    return distribution(shape, generator=generator, dtype=torch.float32)
 
 
 class DrawsAhead:
@@ -128,7 +135,7 @@ class _GeneratorAhead(torch.Generator):
                 if torch.equal(before, self.get_state()):
                     self.set_state(after)
                     return numbers
-        return distribution(shape, generator=self)[part]
+        return _drawn(distribution, shape, self)[part]
 
     def order(self, *wanted: Any) -> None:
         """Have the thread make a draw of this generator's."""
@@ -139,7 +146,7 @@ class _GeneratorAhead(torch.Generator):
     ) -> tuple[Tensor, ...]:
         """Return the state before a draw, the draw in pinned memory, and the state after it."""
         before = self._ahead.get_state()
-        numbers = distribution(shape, generator=self._ahead)[part]
+        numbers = _drawn(distribution, shape, self._ahead)[part]
         # A fresh tensor: its memory is used again only when the copy to the device is complete.
         # Contiguous, as torch copies others by way of memory that is not pinned
         return before, numbers.contiguous().pin_memory(), self._ahead.get_state()

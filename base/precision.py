@@ -4,7 +4,7 @@ Half precisions are too coarse for losses and statistics, which are `widened`.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -50,13 +50,19 @@ def precision_warning(precision: str, device: torch.device) -> str | None:
     return None
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Return the context in which forward passes run: bf16 autocast, TF32, or nothing for fp32."""
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[AbstractContextManager]:
+    """Run forward passes in bf16, in TF32 or in fp32, inside the context.
+
+    Autocast of a caller ends here: a precision that is not bf16 switches it off.
+    """
     if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    if precision == "tf32":
-        return tf32()
-    return nullcontext()
+        lowered = torch.autocast(device.type, dtype=torch.bfloat16)
+    else:
+        lowered = torch.autocast(device.type, enabled=False)
+    products = tf32() if precision == "tf32" else nullcontext()
+    with products, lowered:
+        yield lowered
 
 
 @contextmanager
@@ -72,8 +78,11 @@ def tf32() -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 in float32, inside the context."""
-    with _float32_restored():
+    """Compute float32 in float32, inside the context, also inside autocast of a caller."""
+    without_autocast = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda", "mps"))
+    with _float32_restored(), ExitStack() as stack:
+        for context in without_autocast:
+            stack.enter_context(context)
         set_full_precision()
         yield
 

@@ -30,13 +30,13 @@ def one_line(value: Any, longest: int | None = None) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or the name of its class without one."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return one_line(lines[0])
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the class of an exception and the first line of its message, if it has one."""
     kind = type(error).__name__
     if not str(error).strip():

@@ -17,8 +17,8 @@ from evaluation.fuse_conv_bn import TOLERANCE
 from evaluation.verdicts import NONE, Verdicts, knows_top5
 
 Autocast = Callable[[], AbstractContextManager]
-"""Makes the context of an attack's forward and backward passes, such as `torch.autocast`. Every
-context but `nullcontext` lowers their precision."""
+"""Makes the context of an attack's forward and backward passes, such as `torch.autocast`;
+`search_precision` tells whether it lowers their precision."""
 
 # Libraries choose other kernels for odd batch sizes, and these round differently. Where an attack
 # follows the sign of a gradient, rounding can change a verdict. So on the CPU batches are filled up
@@ -110,16 +110,11 @@ def attack_batch(
     return _verdicts(attack, positions, labels, worst, perturbation), worst.images
 
 
-def uses_low_precision(autocast: Autocast, attack: Attack) -> bool:
-    """Return whether the attack searches in a lower precision than that of the verdicts."""
-    # The pass of a single step also gives the clean logits, which have to be in full precision.
-    return not attack.single_step and not isinstance(autocast(), nullcontext)
-
-
 def search_precision(autocast: Autocast, attack: Attack) -> str:
     """Return the precision in which an attack searches: `"fp32"`, `"bf16"`, `"fp16"`,
     `"tf32"`, or `"low precision"` for a context of another kind."""
-    if not uses_low_precision(autocast, attack):
+    # The pass of a single step also gives the clean logits, which have to be in full precision.
+    if attack.single_step or isinstance(autocast(), nullcontext):
         return "fp32"
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     with autocast() as context:
@@ -149,7 +144,7 @@ def _searches(
 ) -> "list[_Search]":
     """Return the searches of an attack, the cheapest first."""
     exact = _Search(attack, verify)
-    if uses_low_precision(autocast, attack):
+    if search_precision(autocast, attack) != "fp32":
         classifier = _PaddedClassifier(fused, labels)
         return [_Search(attack.confident(CONFIDENCE_LOW_PRECISION), classifier, autocast), exact]
     if fused is not verify.model and attack.can_be_confident:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from attacks.arguments import check_count
 from attacks.attack import check_batch
 from attacks.classifier import Model, checked_logits
 from attacks.frozen import frozen
@@ -110,7 +111,8 @@ class Batches:
             this process's shard already.
 
     Raises:
-        ValueError: the data has no images, or a batch is not `(images, labels)` with one label for
+        ValueError: `limit` or `batch_size` is not an integer of at least 1, the data has no images,
+            or a batch is not `(images, labels)` with one label for
             each image and float pixels in `[0, 1]`.
     """
 
@@ -125,8 +127,8 @@ class Batches:
         sharded: bool = False,
     ) -> None:
         for name, value in (("limit", limit), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, not {value}")
+            if value is not None:
+                check_count(name, value)
         self._rank = 0
         self._shards = 1
         if sharded:

@@ -1,6 +1,6 @@
 """Predictions of a model, and how well it recognizes each class."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attacks.classifier import Model
+from attacks.classifier import Classifier, Model
 from attacks.frozen import frozen
+from base.device import full_precision
 from evaluation.attack_batch import Autocast
-from evaluation.batches import device_of
+from evaluation.batches import Batches, Data
 from evaluation.verdicts import NONE
 
 # The number of mistakes that are listed.
@@ -110,33 +111,35 @@ class ClassScores:
         return values
 
 
+@full_precision()
 @torch.no_grad()
 def predict(
     model: Model,
-    data: Iterable[tuple[Tensor, Tensor]],
+    data: Data,
     *,
     autocast: Autocast = nullcontext,
 ) -> Predictions:
     """Return the predictions of a model, in evaluation mode, for every image.
 
     Args:
-        model: a module or function that maps images in `[0, 1]` to logits.
-        data: at least one batch of images `(B, C, H, W)`, which are moved to the model's device,
-            and labels `(B,)`; for example a `torch.utils.data.DataLoader`.
+        model, data: see `robust_accuracy`.
         autocast: the context of the forward passes.
+
+    Raises:
+        TypeError, ValueError: see `robust_accuracy`.
     """
-    device = device_of(model)
+    batches = Batches(data, model)
     labels, predictions, confidences = [], [], []
     with frozen(model, training=False):
-        for images, truth in tqdm(data, desc="predicting", disable=None, leave=False):
-            if device is not None:
-                images = images.to(device)
+        for batch in tqdm(
+            batches, desc="predicting", total=batches.count(), disable=None, leave=False
+        ):
             with autocast():
-                logits = model(images).float()
+                logits = Classifier(model, batch.labels)(batch.images).float()
             # argmax of NaN is a class like any other
             no_answer = logits.isnan().any(dim=1)
             confidence, prediction = logits.softmax(dim=1).max(dim=1)
-            labels.append(truth.cpu())
+            labels.append(batch.labels.cpu())
             predictions.append(prediction.masked_fill(no_answer, NONE).cpu())
             confidences.append(confidence.masked_fill(no_answer, float("nan")).cpu())
     return Predictions(torch.cat(labels), torch.cat(predictions), torch.cat(confidences))
@@ -154,6 +157,9 @@ def class_scores(
         predictions: integers `(N,)`, the classes predicted; -1 if the model gave no answer, which
             is wrong.
         class_names: in label order.
+
+    Raises:
+        ValueError: labels and predictions are not equally many, or are not classes.
     """
     # Imported here: it takes a second, which other commands need not wait for
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -161,6 +167,17 @@ def class_scores(
     labels = np.asarray(labels)
     predictions = np.asarray(predictions)
     numbers = range(len(class_names))
+    if labels.ndim != 1 or labels.shape != predictions.shape or len(labels) == 0:
+        raise ValueError(
+            "labels and predictions: expected as many of each, at least one, not the shapes"
+            f" {labels.shape} and {predictions.shape}"
+        )
+    for name, values, smallest in (("labels", labels, 0), ("predictions", predictions, NONE)):
+        for value in (values.min(), values.max()):
+            if not smallest <= value < len(class_names):
+                raise ValueError(
+                    f"{name}: {value} is not one of the {len(class_names)} classes of class_names"
+                )
     confusion = confusion_matrix(labels, predictions, labels=numbers)
     scores = precision_recall_fscore_support(
         labels, predictions, labels=numbers, zero_division=np.nan

@@ -48,7 +48,7 @@ def linear_calls(model: nn.Module, image_shape: tuple[int, ...]) -> list[LayerCa
             handles.append(module.register_forward_hook(trace.leave_linear))
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_hook(trace.leave_batch_norm))
-    like = next(model.parameters(), torch.empty(0))
+    like = next(model.parameters(), torch.empty(0, dtype=torch.float32))
     try:
         with torch.no_grad(), frozen(model, training=False):
             model(torch.zeros(1, *image_shape, device=like.device, dtype=like.dtype))

@@ -59,7 +59,8 @@ class Verdicts:
         """Return the verdicts on no images."""
         numbers = torch.empty(0, dtype=torch.int64)
         truths = torch.empty(0, dtype=torch.bool)
-        return cls(numbers, numbers, numbers, numbers, truths, truths, truths, torch.empty(0))
+        sizes = torch.empty(0, dtype=torch.float32)
+        return cls(numbers, numbers, numbers, numbers, truths, truths, truths, sizes)
 
     @classmethod
     def joined(cls, parts: Sequence["Verdicts"]) -> "Verdicts":

@@ -40,6 +40,7 @@ from experiment import build_attacks
 from experiment.evaluation import Evaluation
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
 from experiment.loading import load_evaluation
+from experiment.own_network import network_explained
 
 DOCTOR_IMAGES = 200
 """How many images `--doctor` examines by default."""
@@ -206,7 +207,8 @@ def attack_evaluation(load: Callable[[], Evaluation], options: AttackOptions) ->
             settings = (config.dump(), evaluation.provenance, options.seed, options.batch_size)
             kept = partial_file(target, digests, attack, settings)
         fitting = memory_explained("--batch_size", options.batch_size, evaluation.device)
-        with fitting, kernels_explained(evaluation.device), _contract_explained():
+        kernels = kernels_explained(evaluation.device)
+        with network_explained(evaluation.place), fitting, kernels:
             report = robust_accuracy(
                 model,
                 loader,
@@ -313,15 +315,6 @@ def _save(report: RobustnessReport, target: Path) -> None:
         report.save(target)
 
 
-@contextmanager
-def _contract_explained() -> Iterator[None]:
-    """Report a user's attack or network that breaks its contract in one line."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-
-
 def _save_csv(report: RobustnessReport, loader: BaseDataLoader, path: Path) -> None:
     names = loader.sample_names()
     file_names = None
@@ -354,7 +347,8 @@ def _finish(
     # The checks attack each image many times, so they use few images.
     if options.doctor:
         few = some_of_every_class(loader, options.doctor)
-        found = doctor(model, few, attack, **context)
+        with network_explained(evaluation.place):
+            found = doctor(model, few, attack, **context)
         report = report.with_doctor(found)
         say(*found.checks)
         with _report_printed_on_failure(report):
@@ -372,7 +366,7 @@ def _finish(
     if options.save_images is not None:
         say(f"adversarial images {options.save_images}")
     if options.figure:
-        with _report_printed_on_failure(report):
+        with _report_printed_on_failure(report), network_explained(evaluation.place):
             _draw_examples(options.figure, report, model, loader, attack, **context)
         say(f"figure {options.figure}")
     say(*(f"warning: {warning}" for warning in report.warnings))

@@ -15,6 +15,7 @@ from base.text import csv_text, say
 from evaluation.class_scores import Predictions, class_scores, predict
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
 from experiment.loading import load_evaluation
+from experiment.own_network import network_explained
 from reports.class_table import class_summary, class_table, class_warnings
 from reports.confusion_figure import confusion_figure
 
@@ -40,7 +41,8 @@ def report_classes(arguments: argparse.Namespace) -> None:
     check_evaluation_outputs(arguments, csv=arguments.csv)
     evaluation = load_evaluation(arguments)
     loader = evaluation.loader
-    predictions = predict(evaluation.model, loader, autocast=evaluation.autocast)
+    with network_explained(evaluation.place):
+        predictions = predict(evaluation.model, loader, autocast=evaluation.autocast)
     scores = class_scores(predictions.label, predictions.prediction, loader.class_names).as_dict()
     values = {
         **evaluation.provenance,

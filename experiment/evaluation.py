@@ -36,6 +36,7 @@ class Evaluation:
             pixels, and assumptions.
         run_folder: the run folder that the user named, which reports are written into; otherwise
             None.
+        place: the value of `--model`; None for a network of this project.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Evaluation:
     data: str
     provenance: dict[str, Any]
     run_folder: Path | None = None
+    place: str | None = None
 
     @property
     def assumed(self) -> dict[str, str]:

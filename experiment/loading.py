@@ -41,6 +41,7 @@ from data_loader.splits import some_of_every_class
 from experiment import build, build_attacks
 from experiment.evaluation import Evaluation, check_class_names, prepare_machine
 from experiment.own_evaluation import evaluation_of_network, flags_named
+from experiment.own_network import network_explained
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +77,17 @@ def load_evaluation(
             arguments.checkpoint, config_file=arguments.config, ema=arguments.ema, **options
         )
     else:
-        evaluation = evaluation_of_network(
-            arguments.model,
-            arguments.data,
-            model_args=dict(arguments.model_args),
-            checkpoint=arguments.checkpoint,
-            mean=arguments.mean,
-            std=arguments.std,
-            image_size=arguments.image_size,
-            **options,
-        )
+        with network_explained(arguments.model):
+            evaluation = evaluation_of_network(
+                arguments.model,
+                arguments.data,
+                model_args=dict(arguments.model_args),
+                checkpoint=arguments.checkpoint,
+                mean=arguments.mean,
+                std=arguments.std,
+                image_size=arguments.image_size,
+                **options,
+            )
     loader = some_of_every_class(evaluation.loader, limit or evaluation.loader.n_samples)
     loader.batch_size = batch_size
     evaluation = replace(evaluation, loader=loader)

@@ -1,7 +1,7 @@
 """The evaluation of a network of the user's own on the images of a folder."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ def evaluation_of_network(
     Raises:
         ConfigError, CheckpointError, DataError: network, weights or images cannot be read, or
             they do not fit each other.
+        Exception: whatever the network's own code raises; see `own_network.network_explained`.
     """
     import_own_code(requests_of_flag(imports))
     config = _config_of_flags(data, overrides)
@@ -91,7 +92,11 @@ def evaluation_of_network(
         assumed["normalization"] = (
             "the network gets pixels in [0, 1] as they are; --mean and --std normalize them for it"
         )
-    network = network.to(device).eval()
+    # Not what they return, as a user's own methods may return nothing
+    network.to(device)
+    # A module of torch.export has no modes
+    with suppress(NotImplementedError):
+        network.eval()
     channels = part.images.shape[0]
     part = _fitting_images(network, part, device, None if mean is None else len(mean), str(data))
     if part.images.shape[0] != channels:
@@ -104,6 +109,7 @@ def evaluation_of_network(
         config=config,
         device=device,
         source=model,
+        place=model,
         described=model if file is None else f"{model}, {file.name}",
         data=str(data),
         provenance={
@@ -128,8 +134,8 @@ def _fitting_images(
     Gray images can be given three equal channels.
 
     Raises:
-        ConfigError: the network does not return logits.
         DataError: the network cannot take the images, or has another number of classes.
+        TypeError, ValueError: the network does not return logits.
     """
     found = part.images.shape[0]
     if channels is not None:

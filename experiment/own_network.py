@@ -8,7 +8,8 @@ The code is run, because the user names it on the command line.
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from attacks.classifier import checked_logits
 from base.config.imports import import_own_code, requests_of
 from base.device import kernels_explained
+from base.distributed.session import is_connection_error
 from base.errors import ConfigError, DataError, ProjectError
 from base.registry import did_you_mean
 from base.text import describe_error, one_line
@@ -81,13 +83,40 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
     _check_arguments(build, arguments, f"{name} of {flag}")
     try:
         network = build(**arguments)
-    except Exception as error:
+    # SystemExit, too: the command would end as if it had done its work
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{flag}: {name}() failed: {describe_error(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"{flag}: {name}() returned a {type(network).__name__}; expected a torch.nn.Module"
         )
     return network
+
+
+@contextmanager
+def network_explained(place: str | None) -> Iterator[None]:
+    """Report whatever code of the user's raises while a network is measured, in one line.
+
+    Args:
+        place: the value of `--model`. None is a network of this project: then only a layer or an
+            attack of the user's can break its contract, by a `TypeError` or `ValueError`.
+
+    Raises:
+        ConfigError: naming `--model`, if there is one.
+    """
+    try:
+        yield
+    except ProjectError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, RuntimeError) and is_connection_error(error):
+            raise
+        if place is not None:
+            what = describe_error(error)
+            raise ConfigError(f"--model {one_line(place)}: {what} (--debug shows where)") from error
+        if isinstance(error, TypeError | ValueError):
+            raise ConfigError(str(error)) from error
+        raise
 
 
 def _check_arguments(build: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> None:
@@ -110,10 +139,10 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
     `image_shape` is `(C, H, W)`.
 
     Raises:
-        ConfigError: it does not return logits of at least two classes.
         DataError: it cannot take such an image.
+        TypeError, ValueError: it does not return logits of at least two classes.
     """
-    image = torch.zeros(1, *image_shape, device=device)
+    image = torch.zeros(1, *image_shape, device=device, dtype=torch.float32)
     channels, height, width = image_shape
     kind = type(network).__name__
 
@@ -129,8 +158,5 @@ def count_logits(network: nn.Module, image_shape: Sequence[int], device: torch.d
                 f" take: {describe_error(error)}"
             ) from error
 
-    try:
-        with torch.no_grad():
-            return checked_logits(answer, image).shape[1]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{kind}: {error}") from error
+    with torch.no_grad():
+        return checked_logits(answer, image).shape[1]

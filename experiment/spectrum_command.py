@@ -12,6 +12,7 @@ from base.text import say
 from evaluation.spectral_norm import layer_spectra
 from experiment.evaluation_flags import check_evaluation_outputs, evaluation_parser
 from experiment.loading import load_evaluation
+from experiment.own_network import network_explained
 from reports.spectrum_figure import spectrum_figure
 from reports.spectrum_table import spectrum_summary, spectrum_table
 
@@ -50,13 +51,14 @@ def report_spectra(arguments: argparse.Namespace) -> None:
     if evaluation.device.type == "mps":
         # Apple's devices have no float64.
         dtype = torch.float32
-    spectra = layer_spectra(
-        evaluation.model,
-        evaluation.loader.image_shape,
-        tolerance=arguments.tolerance,
-        seed=arguments.seed,
-        dtype=dtype,
-    )
+    with network_explained(evaluation.place):
+        spectra = layer_spectra(
+            evaluation.model,
+            evaluation.loader.image_shape,
+            tolerance=arguments.tolerance,
+            seed=arguments.seed,
+            dtype=dtype,
+        )
     if not spectra.layers:
         raise ConfigError(f"{evaluation.source}: its network calls no convolution or linear layer")
     values = {

@@ -56,6 +56,61 @@ def fails():
 
 def no_network():
     return {}
+
+
+def exits():
+    raise SystemExit(0)
+
+
+class Late(nn.Module):
+    '''Fails in a late forward pass.'''
+
+    def __init__(self, error, after=3):
+        super().__init__()
+        self.network = build()
+        self.error = error
+        self.after = after
+        self.passes = 0
+
+    def forward(self, images):
+        self.passes += 1
+        if self.passes > self.after:
+            raise eval(self.error)
+        return self.network(images)
+
+
+def late(error):
+    return Late(error)
+
+
+class NoModes(nn.Module):
+    def eval(self):
+        raise RuntimeError("no modes")
+
+
+class NoAnswer(nn.Module):
+    '''Returns nothing from methods that should return the module.'''
+
+    def __init__(self):
+        super().__init__()
+        self.network = build()
+
+    def forward(self, images):
+        return self.network(images)
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def eval(self):
+        super().eval()
+
+
+def sometimes():
+    return Late("RuntimeError('late')", after=1)
+
+
+def on_meta():
+    return build().to("meta")
 """
 
 
@@ -326,6 +381,36 @@ BAD_INPUT = {
         2,
         "fails() failed: RuntimeError: out of luck",
     ),
+    "a function that ends the process": (
+        ["--model", "tiny_network.py:exits"],
+        2,
+        "error: --model tiny_network.py:exits: exits() failed: SystemExit: 0\n",
+    ),
+    "a network that fails late": (
+        ["--model", "tiny_network.py:late", "--model_args", "error=RuntimeError('late')"],
+        2,
+        "error: --model tiny_network.py:late: RuntimeError: late (--debug shows where)\n",
+    ),
+    "a network that fails late as if it broke its contract": (
+        ["--model", "tiny_network.py:late", "--model_args", "error=TypeError('late')"],
+        2,
+        "error: --model tiny_network.py:late: TypeError: late (--debug shows where)\n",
+    ),
+    "a network that ends the process": (
+        ["--model", "tiny_network.py:late", "--model_args", "error=SystemExit(0)"],
+        2,
+        "error: --model tiny_network.py:late: SystemExit: 0 (--debug shows where)\n",
+    ),
+    "weights on the meta device": (
+        ["--model", "tiny_network.py:on_meta"],
+        2,
+        "error: --model tiny_network.py:on_meta: NotImplementedError: ",
+    ),
+    "a network that cannot change its mode": (
+        ["--model", "tiny_network.py:NoModes"],
+        2,
+        "error: --model tiny_network.py:NoModes: RuntimeError: no modes (--debug shows where)\n",
+    ),
     "no network": (
         ["--model", "tiny_network.py:no_network"],
         2,
@@ -385,6 +470,24 @@ def test_bad_input_is_one_line(tiny, name):
     done = script("fgsm.py", *words, cwd=folder)
     assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("command", ["class_report.py", "spectrum.py", "validate_pgd.py"])
+def test_every_command_says_in_one_line_that_a_users_network_failed(tiny, command):
+    folder = tiny[-1]
+    words = ["--model", "tiny_network.py:sometimes", "--data", "images"]
+    done = script(command, *words, cwd=folder)
+    line = "error: --model tiny_network.py:sometimes: RuntimeError: late (--debug shows where)\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    done = script(command, *words, "--debug", cwd=folder)
+    assert done.returncode == 1
+    assert 'tiny_network.py", line' in done.stderr
+
+
+def test_a_users_network_may_return_nothing_from_train_and_eval(tiny):
+    words = ["--model", "tiny_network.py:NoAnswer", "--data", "images", "--limit", 4]
+    done = script("fgsm.py", *words, cwd=tiny[-1])
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_flags_for_a_users_own_network_need_one(tmp_path):

@@ -10,6 +10,8 @@ from torch import nn
 
 from attacks import APGD, FGSM, PGD, Square
 from attacks.losses import wrongness
+from base.seeding import torch_generator
+from evaluation import robust_accuracy
 from evaluation.attack_batch import attack_batch
 from evaluation.checks import quick_checks
 from evaluation.verdicts import NONE
@@ -40,6 +42,16 @@ class InPlace(nn.Module):
         return self.network(images.sub_(0.4).div_(0.3))
 
 
+def exported(model):
+    """The model as a module that has no modes, and raises an error if it is asked for one."""
+    shapes = {0: torch.export.Dim("batch")}
+    return torch.export.export(model, (torch.rand(7, 1, 11, 9),), dynamic_shapes=(shapes,)).module()
+
+
+def compiled_and_frozen(model):
+    return torch.jit.freeze(torch.jit.script(model))
+
+
 class OutOfPlace(InPlace):
     def forward(self, images):
         return self.network((images - 0.4) / 0.3)
@@ -67,6 +79,30 @@ def batch(model, n=7, shape=(1, 11, 9)):
     images = torch.rand(n, *shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         return images, model(images.clone()).argmax(1)
+
+
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one generator", "one per image"])
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_the_default_dtype_changes_no_point(name, norm, each, request):
+    model = network()
+    images, labels = batch(model)
+
+    def attacked():
+        generators = torch_generator(3, "attack")
+        if each:
+            generators = [torch_generator(3, "attack", number) for number in range(len(images))]
+        return ATTACKS[name](EPSILON[norm], norm)(model, images, labels, generators=generators)
+
+    expected = attacked()
+    request.getfixturevalue("float64_by_default")
+    assert torch.equal(attacked(), expected)
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
@@ -243,6 +279,42 @@ def test_a_label_that_is_not_a_class_is_the_same_error_everywhere(name, wrong):
 def test_an_error_about_a_batch_says_what_is_wrong(images, labels, message):
     with pytest.raises(ValueError, match=message):
         FGSM(0.1)(network(), images, labels)
+
+
+@pytest.mark.parametrize("without_modes", [exported, compiled_and_frozen])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_module_without_modes_is_attacked_and_measured(without_modes):
+    model = network()
+    images, labels = batch(model)
+    other = without_modes(model)
+    attack = PGD(0.04, 0.01, 3, early_stop=True)
+    torch.testing.assert_close(attack(other, images, labels), attack(model, images, labels))
+    report = robust_accuracy(other, [(images, labels)], attack)
+    assert report.robust_top1 == robust_accuracy(model, [(images, labels)], attack).robust_top1
+
+
+def test_a_model_made_in_inference_mode_is_an_error_of_one_line():
+    with torch.inference_mode():
+        model = network()
+    with pytest.raises(ValueError, match=r"^model: its weights were made in torch.inference_mode"):
+        PGD(0.1, 0.1, 1)(model, torch.rand(2, 1, 11, 9), torch.zeros(2).long())
+
+
+@pytest.mark.parametrize(
+    ("generators", "error", "message"),
+    [
+        (3, TypeError, "^generators: expected a torch.Generator, .* not int$"),
+        (
+            lambda distribution, shape: distribution(shape),
+            ValueError,
+            r"^generators: the function must return the shape \(7, 1, 11, 9\), not \(1, 11, 9\)$",
+        ),
+    ],
+)
+def test_an_error_about_generators_says_what_is_wrong(generators, error, message):
+    model = network()
+    with pytest.raises(error, match=message):
+        PGD(0.1, 0.1, 1)(model, *batch(model), generators=generators)
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -250,6 +250,18 @@ def test_seed_comes_from_the_generators(kind):
     assert not torch.equal(attacked(1), attacked(2))
 
 
+def test_the_default_dtype_changes_nothing():
+    model = make_model()
+    images, labels = make_images(model, 3)
+    expected = Short(0.02)(model, images, labels)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(Short(0.02)(model, images, labels), expected)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_too_few_classes_are_an_error():
     images = torch.rand(2, 3, 8, 8)
     with pytest.raises(ValueError, match="at least 4 classes.*the model has 3"):

@@ -1,6 +1,7 @@
 """The precision of float32, and what the hardware has."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -37,6 +38,21 @@ def test_tf32_is_on_inside_its_context_only():
             # torch raises an error where the older flags disagree
             assert torch.backends.cudnn.allow_tf32
         assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    "context",
+    [full_precision, partial(autocast, CPU, "fp32"), partial(autocast, CPU, "tf32")],
+    ids=["full precision", "fp32", "tf32"],
+)
+def test_autocast_of_a_caller_ends_where_a_precision_is_chosen(context):
+    numbers = torch.rand(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with context():
+            assert (numbers @ numbers).dtype == torch.float32
+            with autocast(CPU, "bf16"):
+                assert (numbers @ numbers).dtype == torch.bfloat16
+        assert (numbers @ numbers).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("asked", ["high", "medium"])

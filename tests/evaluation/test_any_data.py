@@ -19,7 +19,7 @@ from attacks.attack import arguments
 from base.errors import ConfigError
 from data_loader.image_data_loader import ImageDataLoader
 from data_loader.images import MemoryImages
-from evaluation import DoctorReport, RobustnessReport, doctor, robust_accuracy
+from evaluation import DoctorReport, RobustnessReport, doctor, predict, robust_accuracy
 from evaluation.identity import evaluation_digests
 from evaluation.partial import partial_file, remove_partials
 from tiny_runs import read_arrays
@@ -138,6 +138,36 @@ def test_the_doctor_takes_the_same_data(problem, hasty):
     assert values["checked_attack"] == report.title
 
 
+def test_autocast_of_a_caller_changes_nothing(problem, hasty):
+    model, images, labels = problem
+    data = [(images, labels)]
+    dtypes = set()
+    hook = model.register_forward_hook(lambda *call: dtypes.add(call[2].dtype))
+    expected = robust_accuracy(model, data, ATTACK)
+    examined = doctor(model, data, ATTACK, limit=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = robust_accuracy(model, data, ATTACK)
+        assert doctor(model, data, ATTACK, limit=4) == examined
+        assert predict(model, data).confidence.dtype == torch.float32
+    hook.remove()
+    assert dtypes == {torch.float32}
+    assert report.precision == "fp32"
+    assert same(report, expected)
+
+
+def test_the_default_dtype_changes_nothing(problem, hasty):
+    model, images, labels = problem
+    data = [(images, labels)]
+    expected = robust_accuracy(model, data, ATTACK)
+    examined = doctor(model, data, ATTACK, limit=4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(robust_accuracy(model, data, ATTACK), expected)
+        assert doctor(model, data, ATTACK, limit=4) == examined
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_plain_pgd_is_examined_beside_an_attack_of_another_kind(problem, hasty):
     model, images, labels = problem
     attack = MomentumFGSM(0.03, steps=3)
@@ -181,6 +211,32 @@ def test_unusable_data_is_an_error_of_one_line(problem, data, message):
     model, images, labels = problem
     with pytest.raises(ValueError, match=message):
         robust_accuracy(model, data(images, labels), ATTACK)
+    with pytest.raises(ValueError, match=message):
+        predict(model, data(images, labels))
+
+
+def test_predictions_are_checked_as_verdicts_are(problem):
+    model, images, labels = problem
+    data = [(images, labels)]
+    before = images.clone()
+    model.eval()
+    in_place = predict(lambda pixels: model(pixels.mul_(0.5)), data)
+    model.train()
+    assert torch.equal(images, before), "a model may write into its input"
+    halves = predict(model, [(0.5 * images, labels)])
+    assert torch.equal(in_place.prediction, halves.prediction)
+    clean = robust_accuracy(model, data, ATTACK).verdicts.clean_prediction
+    assert torch.equal(predict(model, data).prediction, clean)
+    for answer, error, message in (
+        (lambda logits: (logits, logits), TypeError, "a tensor, not a tuple of 2"),
+        (lambda logits: logits[:, :1], ValueError, "at least 2 classes, not of 1$"),
+        (lambda logits: logits[1:], ValueError, r"here \(23, classes\), not \(22, 7\)$"),
+    ):
+        with pytest.raises(error, match=message):
+            predict(lambda pixels, answer=answer: answer(model(pixels)), data)
+    one_hot = nn.functional.one_hot(labels, 7)
+    with pytest.raises(ValueError, match=r"^labels: expected one per image"):
+        predict(model, [(images, one_hot)])
 
 
 def test_a_class_in_place_of_an_object_is_named(problem):
@@ -196,11 +252,13 @@ def test_a_class_in_place_of_an_object_is_named(problem):
         robust_accuracy(torch.nn.Linear, [(images, labels)], ATTACK)
 
 
-def test_numbers_out_of_range_are_named(problem):
+@pytest.mark.parametrize("value", [0, 9.5])
+def test_numbers_out_of_range_are_named(problem, value):
     model, images, labels = problem
     for name in ("limit", "batch_size"):
-        with pytest.raises(ValueError, match=f"^{name}: expected at least 1, not 0$"):
-            robust_accuracy(model, [(images, labels)], ATTACK, **{name: 0})
+        message = f"^{name}: expected an integer of at least 1, not {value}$"
+        with pytest.raises(ValueError, match=message):
+            robust_accuracy(model, [(images, labels)], ATTACK, **{name: value})
 
 
 def test_adversarial_images_are_saved_as_they_were_attacked(problem, tmp_path):

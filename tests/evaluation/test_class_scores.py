@@ -73,6 +73,22 @@ def test_a_class_without_images_or_predictions_has_no_scores():
     assert (scores["macro_recall"], scores["macro_f1"], scores["confused"]) == (1, 1, [])
 
 
+@pytest.mark.parametrize(
+    ("labels", "predictions", "message"),
+    [
+        ([0, 4], [0, 0], "^labels: 4 is not one of the 4 classes of class_names$"),
+        ([0, -1], [0, 0], "^labels: -1 is not one of the 4 classes of class_names$"),
+        ([0, 1], [0, 7], "^predictions: 7 is not one of the 4 classes"),
+        ([0, 1], [0, -2], "^predictions: -2 is not one of the 4 classes"),
+        ([0, 1], [0], r"^labels and predictions: .* the shapes \(2,\) and \(1,\)$"),
+        ([], [], "^labels and predictions: expected as many of each, at least one"),
+    ],
+)
+def test_labels_that_are_no_classes_are_an_error_of_one_line(labels, predictions, message):
+    with pytest.raises(ValueError, match=message):
+        class_scores(labels, predictions, NAMES)
+
+
 def test_the_table_is_aligned_and_shows_what_is_missing():
     scores = class_scores(LABELS, PREDICTIONS, NAMES).as_dict()
     lines = class_table(scores).splitlines()

@@ -15,6 +15,7 @@ from fake_device import fake_device
 from torch import nn
 
 from attacks import FGSM, PGD, Attack, AutoAttack
+from base.device import autocast as device_autocast
 from data_loader import DATA_LOADERS
 from evaluation import DoctorReport, Verdicts, robust_accuracy
 from evaluation.attack_batch import attack_batch, search_precision
@@ -247,6 +248,9 @@ def test_float32_is_float32_in_a_process_that_convolves_in_tf32(digits):
         (lambda: torch.autocast("cpu", dtype=torch.float16), "fp16"),
         (tf32, "tf32"),
         (lambda: torch.autocast("cpu", enabled=False), "fp32"),
+        (partial(device_autocast, torch.device("cpu"), "fp32"), "fp32"),
+        (partial(device_autocast, torch.device("cpu"), "bf16"), "bf16"),
+        (partial(device_autocast, torch.device("cpu"), "tf32"), "tf32"),
         (lambda: torch.autocast("cpu", dtype=torch.float32), "fp32"),
         (lambda: closing(StringIO()), "low precision"),
     ],

@@ -323,6 +323,13 @@ def test_vanishing_energy_stays_finite(zero):
     torch.testing.assert_close(layer.running_V.double().pow(-2), energy, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_an_image_without_a_batch_dimension_is_an_error(kernel_size):
+    message = r"^expected images \(B, C, H, W\), not the shape \(3, 8, 8\)$"
+    with pytest.raises(ValueError, match=message):
+        ConvNorm2d(3, 4, kernel_size)(torch.rand(3, 8, 8))
+
+
 def test_an_input_smaller_than_the_kernel_is_an_error():
     with pytest.raises(ValueError, match=r"input \(2, 4\) .* kernel \(3, 3\)"):
         ConvNorm2d(1, 1, 3)(torch.rand(1, 1, 2, 4))

@@ -80,7 +80,8 @@ class ConvNorm2d(nn.Conv2d):
             too.
 
     Raises:
-        ValueError: the padded input is smaller than the kernel.
+        ValueError: the input is not `(B, C_in, H, W)`, or with its padding it is smaller than the
+            kernel.
     """
 
     # Properties that the trainer's layer tables read from a layer's class.
@@ -137,6 +138,9 @@ class ConvNorm2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(B, C_in, H, W)` -> `(B, C_out, H', W')`, with H' and W' as in `nn.Conv2d`."""
+        # nn.Conv2d takes a single image without a batch dimension, batch norm does not
+        if input.dim() != 4:
+            raise ValueError(f"expected images (B, C, H, W), not the shape {tuple(input.shape)}")
         plan = plan_for_layer(self, input)
         # One name for the result of every step, so that each is freed once the next exists.
         if self.kernel_size == (1, 1):
