@@ -125,10 +125,10 @@ def log(tmp_path, monkeypatch):
     ("action", "end"),
     [
         (die_of(signal.SIGKILL), "died of SIGKILL"),
-        (die_of(signal.SIGHUP), "died of SIGHUP"),
+        (die_of(signal.SIGUSR1), "died of SIGUSR1"),
         (lambda: os._exit(3), "ended with exit code 3"),
     ],
-    ids=["SIGKILL", "SIGHUP", "exit"],
+    ids=["SIGKILL", "SIGUSR1", "exit"],
 )
 def test_a_dead_worker_is_named_with_its_image(images, at_bad, action, end):
     at_bad(action)
