@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from attacks.classifier import Classifier, Model
 from attacks.frozen import frozen
-from base.device import full_precision
+from base.precision import full_precision
 from evaluation.attack_batch import Autocast
 from evaluation.batches import Batches, Data
 from evaluation.verdicts import NONE

@@ -15,7 +15,7 @@ from fake_device import fake_device
 from torch import nn
 
 from attacks import FGSM, PGD, Attack, AutoAttack
-from base.device import autocast as device_autocast
+from base.precision import autocast as device_autocast
 from data_loader import DATA_LOADERS
 from evaluation import DoctorReport, Verdicts, robust_accuracy
 from evaluation.attack_batch import attack_batch, search_precision
