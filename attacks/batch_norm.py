@@ -92,11 +92,13 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(gradient, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
+        variance, weight = ctx.saved_tensors
+        return _scaled(gradient, variance, weight, ctx.eps), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _scaled(tangent, *ctx.saved_tensors, ctx.eps)
+        variance, weight = ctx.saved_tensors
+        return _scaled(tangent, variance, weight, ctx.eps)
 
 
 def _scaled(values: Tensor, variance: Tensor, weight: Tensor | None, eps: float) -> Tensor:

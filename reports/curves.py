@@ -205,7 +205,8 @@ def _against_key(groups: Sequence[Group], metric: str, realized: bool) -> Curve 
         return None
     # The realized rates need not have the order of the keys
     points.sort(key=lambda point: point[0])
-    return _curve(*zip(*points, strict=True), metric)
+    x, values = zip(*points, strict=True)
+    return _curve(x, values, metric)
 
 
 def final_value(run: Run, metric: str) -> float | None:
