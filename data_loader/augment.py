@@ -55,7 +55,7 @@ def random_crop(
 def random_flip(images: Tensor, generator: torch.Generator, shard: Shard | None = None) -> Tensor:
     """Mirror each image left to right with probability 1/2."""
     shard = shard or Shard(len(images))
-    flips = torch.rand(shard.total, generator=generator) < 0.5
+    flips = torch.rand(shard.total, generator=generator, dtype=torch.float32) < 0.5
     mirrored = to_device(flips[shard.part], images.device)
     return torch.where(mirrored.reshape(-1, 1, 1, 1), images.flip(-1), images)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from attacks.classifier import checked_logits
 from base.config.imports import import_own_code, requests_of
+from base.config.surroundings import surroundings_kept
 from base.device import kernels_explained
 from base.distributed.session import is_connection_error
 from base.errors import ConfigError, DataError, ProjectError
@@ -82,7 +83,8 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
         )
     _check_arguments(build, arguments, f"{name} of {flag}")
     try:
-        network = build(**arguments)
+        with surroundings_kept():
+            network = build(**arguments)
     # SystemExit, too: the command would end as if it had done its work
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{flag}: {name}() failed: {describe_error(error)}") from error

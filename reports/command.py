@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from base.errors import ConfigError
 from base.output import PICTURES, check_outputs, save_figure
-from base.text import say
+from base.text import counted, say
 from reports import tables
 from reports.attack_columns import attack_columns
 from reports.curves import against_figure, curves_figure
@@ -97,4 +97,5 @@ def _columns(arguments: argparse.Namespace, finished: Sequence[Group]) -> list[s
 
 
 def _say_written(path: str, groups: Sequence[Group]) -> None:
-    say(f"wrote {path}: {sum(len(group.runs) for group in groups)} runs in {len(groups)} groups")
+    runs = counted(sum(len(group.runs) for group in groups), "run")
+    say(f"wrote {path}: {runs} in {counted(len(groups), 'group')}")
