@@ -61,8 +61,13 @@ def autocast(device: torch.device, precision: str) -> Iterator[AbstractContextMa
     else:
         lowered = torch.autocast(device.type, enabled=False)
     products = tf32() if precision == "tf32" else nullcontext()
-    with products, lowered:
-        yield lowered
+    try:
+        with products, lowered:
+            yield lowered
+    finally:
+        # torch keeps the casts of weights until the outermost context ends, which may be one of the
+        # caller's, around updates of these weights
+        torch.clear_autocast_cache()
 
 
 @contextmanager
@@ -79,10 +84,10 @@ def tf32() -> Iterator[None]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute float32 in float32, inside the context, also inside autocast of a caller."""
-    without_autocast = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda", "mps"))
     with _float32_restored(), ExitStack() as stack:
-        for context in without_autocast:
-            stack.enter_context(context)
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         set_full_precision()
         yield
 

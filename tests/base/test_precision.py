@@ -1,6 +1,7 @@
 """The precision of float32, and what the hardware has."""
 
 import re
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -53,6 +54,18 @@ def test_autocast_of_a_caller_ends_where_a_precision_is_chosen(context):
             with autocast(CPU, "bf16"):
                 assert (numbers @ numbers).dtype == torch.bfloat16
         assert (numbers @ numbers).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("around", [nullcontext, full_precision, partial(autocast, CPU, "fp32")])
+@pytest.mark.parametrize("callers", [False, True])
+def test_weights_that_an_update_has_changed_are_cast_anew(callers, around):
+    layer, numbers = torch.nn.Linear(3, 2, bias=False), torch.rand(4, 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=callers), around():
+        with autocast(CPU, "bf16"):
+            before = layer(numbers)
+        layer.weight.data *= 2
+        with autocast(CPU, "bf16"):
+            assert torch.equal(layer(numbers), 2 * before)
 
 
 @pytest.mark.parametrize("asked", ["high", "medium"])

@@ -23,6 +23,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """Runs a command, to which a signal comes while it imports its libraries."""
 
 
+def test_a_program_that_imports_a_command_keeps_its_own_ctrl_c():
+    code = (
+        "import signal, fgsm; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.parametrize("command", sorted(ROOT.glob("*.py")), ids=lambda file: file.stem)
 def test_ctrl_c_during_the_imports_of_a_command_is_one_line(command):
     words = [sys.executable, "-c", INTERRUPTED, str(command), "--help"]

@@ -213,7 +213,7 @@ def test_labels_in_another_order_are_noticed(tmp_path, cifar_n):
     ("labels", "message"),
     [
         (NOISY[:-1], r"shape is \(199,\), expected \(200,\)"),
-        (NOISY.astype(np.float32), "float32, expected integers"),
+        (NOISY.astype(np.float32), "expected integers, but it holds 1.0"),
         (NOISY + 1, "range from 1 to 10, expected 0 to 9"),
         (NOISY - 1, "range from -1 to 8"),
     ],

@@ -19,7 +19,7 @@ CONFIG = {
 @pytest.fixture
 def make_run(tmp_path):
     """Write a run folder and return it: `values` are the metrics of every epoch (None: not measured
-    in it, NaN becomes null), `result` what result.json holds (None: not finished)."""
+    in it), `result` what result.json holds (None: not finished); NaN becomes null."""
 
     def make(name, values, result=None, /, **sections):
         folder = tmp_path / name
@@ -37,7 +37,7 @@ def make_run(tmp_path):
             )
         )
         if result is not None:
-            (folder / "result.json").write_text(json.dumps(result))
+            (folder / "result.json").write_text(json_text(result))
         return folder
 
     return make

@@ -136,7 +136,7 @@ def test_both_grids_are_listed_and_shown(grid, batch, epochs, monkeypatch, capsy
         if words == ["--list"]:
             settings = (
                 f"data_loader.args.batch_size={batch}",
-                f"trainer.epochs={epochs}",
+                f"({epochs} epochs",
                 "optimizer.args.lr=0.1",
             )
             assert all(setting in printed[0] for setting in settings)
