@@ -322,8 +322,8 @@ def error_line(error: ProjectError) -> str:
 
 
 def _interrupt_on_ctrl_c() -> None:
-    # Until now Ctrl-C has ended the process at once (see base.startup).
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # Until now Ctrl-C has ended the process at once.
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == "base.startup":
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

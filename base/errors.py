@@ -4,14 +4,7 @@ A message is one line that names the place (file, dotted config key or flag), th
 expected and the nearest valid name. `run_script` prints `error: ` before it.
 """
 
-import signal
 from collections.abc import Sequence
-
-STOPPING = [signal.SIGINT, signal.SIGTERM]
-"""The signals that ask a long job to save and exit: Ctrl-C, a scheduler, a closed terminal."""
-if hasattr(signal, "SIGHUP"):
-    # Windows has none.
-    STOPPING.append(signal.SIGHUP)
 
 
 def all_of(problems: Sequence[str]) -> str:

@@ -22,7 +22,8 @@ def machine_settings(system: SystemConfig) -> Iterator[None]:
     """Compute as a config says, inside the context, and with gradients.
 
     What the caller has set does not count inside, such as `torch.no_grad()`, an autocast or a
-    default dtype. After the context all settings and torch's global generators are as they were.
+    default dtype; only a `with torch.device(...)` does. After the context all settings are as they
+    were, and so are torch's global generators of the devices that were in use before.
     """
     generators = get_rng_state()
     try:
@@ -100,8 +101,8 @@ def _callers_defaults_off() -> Iterator[None]:
     had_default = torch.get_default_device() != device
     for kind in casting:
         torch.set_autocast_enabled(kind, False)
-        # Inside the caller's autocast torch would keep the weights that it has cast once.
-        torch.set_autocast_cache_enabled(False)
+    # A step that uses its weights twice casts them once, and adds up their gradients in bfloat16.
+    torch.set_autocast_cache_enabled(True)
     try:
         yield
     finally:

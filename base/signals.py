@@ -22,7 +22,7 @@ from base.distributed.session import (
     request_stop,
     requested_stop,
 )
-from base.errors import STOPPING
+from base.stopping import STOPPING
 
 END = 0
 """The byte that ends a watch. Signals are numbered from 1."""

@@ -22,7 +22,8 @@ from multiprocessing.connection import Connection, wait
 import torch
 from torch import Tensor
 
-from base.errors import STOPPING, DataError
+from base.errors import DataError
+from base.stopping import STOPPING
 from base.text import first_line
 from data_loader.decoding import decode_image
 

@@ -7,6 +7,7 @@ The code is run, because the user names it on the command line.
 """
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,13 @@ from attacks.classifier import checked_logits
 from base.config.imports import import_own_code, requests_of
 from base.config.surroundings import surroundings_kept
 from base.device import kernels_explained
+from base.distributed import is_primary
 from base.distributed.session import is_connection_error
 from base.errors import ConfigError, DataError, ProjectError
 from base.registry import did_you_mean
 from base.text import describe_error, one_line
+
+logger = logging.getLogger(__name__)
 
 
 class Normalized(nn.Module):
@@ -83,11 +87,13 @@ def build_network(place: str, arguments: Mapping[str, Any]) -> nn.Module:
         )
     _check_arguments(build, arguments, f"{name} of {flag}")
     try:
-        with surroundings_kept():
+        with surroundings_kept() as changed:
             network = build(**arguments)
     # SystemExit, too: the command would end as if it had done its work
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{flag}: {name}() failed: {describe_error(error)}") from error
+    if changed and is_primary():
+        logger.warning("%s: changed %s, which is restored", flag, ", ".join(changed))
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"{flag}: {name}() returned a {type(network).__name__}; expected a torch.nn.Module"

@@ -14,11 +14,15 @@ from time import monotonic, sleep
 from base.errors import ConfigError, Stopped
 from base.run_folder.names import OUTPUT_LOG
 from base.signals import StopSignals
+from base.stopping import STOPPING
 from studies.grid import StudyRun
 from studies.launchers import BusyError, Job, Launch
 from studies.progress import Progress, State, StatusRow, format_table, read_progress
 
 POLL_SECONDS = 1.0
+
+STOPPED = {code for number in STOPPING for code in (128 + number, -number)}
+"""Exit codes of a run that a signal has stopped."""
 
 
 class Study:
@@ -95,7 +99,7 @@ class Study:
                 self._update(run, State.RUNNING)
                 continue
             del self.active[run]
-            if code != 0 and self.signals.asked:
+            if self.signals.asked and code in STOPPED:
                 # The terminal has sent the signal to the run, too: it has saved and stopped
                 self._update(run)
                 continue

@@ -22,7 +22,7 @@ from base.checkpoint.foreign_weights import find_weights, normalization_beside
 from base.checkpoint.schema import check_readable, without_unreadable
 from base.checkpoint.unreadable import explain
 from base.errors import CheckpointError
-from base.text import first_line, one_line
+from base.text import describe_error, first_line, one_line
 
 SCHEMA_VERSION = 2
 """The version that is written. Since version 2 every checkpoint has a checksum."""
@@ -42,7 +42,7 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         # torch raises a RuntimeError about its internals while it handles the system's error
         cause = error if isinstance(error, OSError) else error.__context__
-        reason = "torch.save failed (--debug shows where)"
+        reason = describe_error(error)
         if isinstance(cause, OSError):
             reason = cause.strerror or first_line(cause)
         raise CheckpointError(f"{path}: cannot be written: {reason}") from error

@@ -44,7 +44,7 @@ from base.registry import (
     attribute_of,
 )
 
-DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,2})?")
+DEVICE = re.compile(r"auto|(cpu|mps)(:0)?|cuda(:[0-9]{1,2})?")
 MAX_NAME_BYTES = 255
 """The longest name of a folder that all common file systems allow."""
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from base.distributed.collectives import barrier
 from base.distributed.process_group import started_processes, world_size
-from base.errors import STOPPING, ProjectError
+from base.errors import ProjectError
+from base.stopping import STOPPING
 
 NCCL_TIMEOUT = timedelta(minutes=30)
 """How long a collective on CUDA may take before NCCL ends the process. Nobody waits on CUDA for

@@ -9,7 +9,6 @@ import numpy as np
 
 from base.config import Config, validate
 from base.config.files import read_tree
-from base.config.strict_json import read_json_object
 from base.errors import ConfigError
 from base.run_folder.names import CONFIG, ENVIRONMENT, EVALUATIONS, LABELS, METRICS, RESULT
 from base.text import first_line
@@ -66,19 +65,19 @@ class RunFolder:
         file = self.path / RESULT
         if not file.exists():
             return None
-        return read_json_object(file)
+        return _read_object(file)
 
     def environment(self) -> dict[str, Any]:
         """Return what `environment.json` holds; an empty dictionary if it is missing or damaged."""
         try:
-            return read_json_object(self.path / ENVIRONMENT)
+            return _read_object(self.path / ENVIRONMENT)
         except ConfigError:
             return {}
 
     def evaluations(self) -> dict[Path, dict[str, Any]]:
         """Return file -> contents of every report in `eval/`."""
         files = sorted((self.path / EVALUATIONS).glob("*.json"))
-        return {file: read_json_object(file) for file in files}
+        return {file: _read_object(file) for file in files}
 
     def has_labels(self) -> bool:
         """Return whether the run has stored its labels; the oldest runs did not."""
@@ -93,6 +92,14 @@ class RunFolder:
         except Exception as error:
             # NumPy's and zip's readers raise almost any exception for a damaged file
             raise ConfigError(f"{file}: cannot be read: {first_line(error)}") from None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    # Not the strict reader of configs: the first versions wrote NaN
+    value = _parse(_read_text(file))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: is not a JSON object")
+    return value
 
 
 def _read_text(file: Path) -> str:

@@ -1,10 +1,14 @@
 """How torch computes in this process."""
 
 import os
+from contextlib import nullcontext
+from functools import partial
 
+import pytest
 import torch
 
 from base.machine import machine_settings, set_determinism
+from base.precision import autocast
 from tiny_runs import config_of
 
 
@@ -57,4 +61,25 @@ def test_machine_settings_end_with_their_context(monkeypatch):
     assert [name for name in before if before[name] == inside[name]] == []
     assert (inside["threads"], inside["mode"], inside["grad"]) == (2, 2, (True, False))
     assert inside["defaults"] == (torch.float32, torch.device("cpu"))
-    assert inside["autocast"] == (False, False)
+    assert inside["autocast"] == (False, True)
+
+
+@pytest.mark.parametrize(
+    "callers",
+    [
+        partial(torch.autocast, "cpu", torch.bfloat16),
+        partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False),
+    ],
+    ids=["with a cache", "without"],
+)
+def test_two_passes_of_one_step_have_the_same_gradients_inside_a_callers_autocast(callers):
+    """The cast of a weight is shared by both passes, which adds up their gradients in bfloat16."""
+    torch.manual_seed(0)
+    layer, numbers = torch.nn.Linear(16, 16), torch.rand(2, 8, 16)
+    gradients = []
+    for context in (nullcontext, callers):
+        with context(), machine_settings(config_of().system):
+            with autocast(torch.device("cpu"), "bf16"):
+                loss = sum(layer(batch).square().mean() for batch in numbers)
+            gradients.append(torch.autograd.grad(loss, layer.weight)[0])
+    assert torch.equal(*gradients)

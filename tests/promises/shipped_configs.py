@@ -45,7 +45,7 @@ REFUSED_TEXT = {
     "trainer.save_dir": ["", "a\0b"],
     "trainer.noise_file": ["", "a\0b"],
     "data_loader.args.data_dir": ["", "a\0b", "**data dir**"],
-    "system.device": ["", "gpu", "CUDA", "cuda:", "cuda:-1", "cuda:999", "meta", "cpu:1", "mps:0"],
+    "system.device": ["", "gpu", "CUDA", "cuda:", "cuda:-1", "cuda:999", "meta", "cpu:1", "mps:1"],
     "optimizer.type": ["", "sgd", "SDG", "torch.optim.SGD", "Optimizer", "LBFGS", "__import__"],
     "lr_scheduler.type": ["", "multisteplr", "MultiStep", "LRScheduler", "LambdaLR", "None"],
     "lr_scheduler.monitor": ["", "val_lss", "test_loss", "max val_loss"],

@@ -93,7 +93,7 @@ def broken(make_run, tmp_path):
         "no epoch": "no epoch: a run folder without logs: its metrics.jsonl holds no epoch yet",
         "line": "metrics.jsonl: line 2: '{\"epoch\": ' is not a JSON object with an epoch",
         "list": "metrics.jsonl: line 2: '{\"val_top1\": 0.5}' is not a JSON object with an epoch",
-        "result": "result.json: expected a JSON object, not a list",
+        "result": "result.json: is not a JSON object",
         "config": "config.json: data_loader: required, but not given",
     }
 
