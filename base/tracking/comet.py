@@ -84,7 +84,7 @@ class Comet(Tracker):
         self.online = bool(self.key) and not settings.offline
         if not settings.offline and not self.online:
             logger.warning(
-                "comet.offline is false, but there is no key (set COMET_API_KEY):"
+                "comet.offline is false, but Comet's key is missing (set COMET_API_KEY):"
                 " logging offline to %s",
                 folder,
             )

@@ -78,19 +78,25 @@ def test_a_run_that_finishes_while_it_is_stopped_is_not_to_do(run, monkeypatch, 
         study.work()
 
 
-def test_a_run_that_a_signal_stopped_beside_the_study_has_not_failed(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "failed"), [(128 + signal.SIGINT, False), (-signal.SIGTERM, False), (5, True)]
+)
+def test_a_run_that_a_signal_stopped_beside_the_study_has_not_failed(
+    run, monkeypatch, code, failed
+):
     """A terminal's Ctrl-C reaches the study and its runs at once."""
     scripted(monkeypatch, NEW, HALF, HALF)
 
     class StoppedJob(ScriptedJob):
         def exit_code(self):
             study.signals.asked = signal.SIGINT
-            return 128 + signal.SIGINT
+            return code
 
     study = Study([run], lambda run, slot: StoppedJob(1), jobs=1)
     with pytest.raises(Stopped, match="^stopped with 1 of 1 runs to do; the same command"):
         study.work()
-    assert (study.failures, study.progress[run].state) == ({}, State.INTERRUPTED)
+    assert bool(study.failures) == failed
+    assert study.progress[run].state is (State.FAILED if failed else State.INTERRUPTED)
 
 
 def test_the_end_of_a_process_is_named():
