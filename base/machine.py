@@ -10,9 +10,6 @@ from base.config.config import SystemConfig
 from base.precision import full_precision, set_full_precision
 from base.seeding import get_rng_state, set_rng_state
 
-DEVICES = ("cpu", "cuda", "mps")
-"""Types of devices, each with an autocast of its own."""
-
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 """The environment variable without which cuBLAS has no deterministic algorithms."""
 
@@ -41,8 +38,8 @@ def machine_settings(system: SystemConfig) -> Iterator[None]:
 
 
 def set_machine(system: SystemConfig) -> None:
-    """Compute as a config says, in this process from here on. This is for commands, and for loops
-    of your own over the parts of an experiment."""
+    """Compute as a config says, in this process from here on. This is for commands; other programs
+    use `machine_settings`."""
     set_full_precision()
     set_determinism(system.deterministic, system.num_threads)
 
@@ -89,26 +86,22 @@ def _determinism_restored() -> Iterator[None]:
 
 @contextmanager
 def _callers_defaults_off() -> Iterator[None]:
-    """Take back the caller's default dtype, default device and autocast, inside the context."""
+    """Take back the caller's default dtype, default device and cache of autocast, inside the
+    context."""
     cpu = torch.device("cpu")
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    casting = [kind for kind in DEVICES if torch.is_autocast_enabled(kind)]
     caching = torch.is_autocast_cache_enabled()
     torch.set_default_dtype(torch.float32)
     if device != cpu:
         torch.set_default_device(None)
     # A context of the caller's, `with torch.device(...)`, stays.
     had_default = torch.get_default_device() != device
-    for kind in casting:
-        torch.set_autocast_enabled(kind, False)
     # A step that uses its weights twice casts them once, and adds up their gradients in bfloat16.
     torch.set_autocast_cache_enabled(True)
     try:
         yield
     finally:
         torch.set_autocast_cache_enabled(caching)
-        for kind in casting:
-            torch.set_autocast_enabled(kind, True)
         if had_default:
             torch.set_default_device(device)
         torch.set_default_dtype(dtype)

@@ -50,7 +50,7 @@ from base.errors import ConfigError
 from base.output import writing
 from base.registry import did_you_mean
 from base.run_folder.study_index import StudyEntry, write_study_index
-from base.text import one_line
+from base.text import counted, one_line
 
 Settings = dict[str, Any]
 """Dotted config key -> value."""
@@ -532,6 +532,6 @@ def describe(runs: Sequence[StudyRun]) -> list[str]:
         texts = {key: format_value(value) for key, value in given.items()} | dict(run.overrides)
         settings = "".join(f", {key}={text}" for key, text in texts.items())
         seeds = ", ".join(str(other.seed) for other in runs if other.variant == variant)
-        length = f"{run.config.trainer.epochs} epochs, seeds {seeds}"
+        length = f"{counted(run.config.trainer.epochs, 'epoch')}, seeds {seeds}"
         lines.append(f"{variant}: {run.config_file.name}{settings} ({length})")
     return lines

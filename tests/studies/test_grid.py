@@ -71,7 +71,7 @@ def test_axes_are_combined_and_named_variants_are_added(grid_file, tmp_path):
     ]
     assert len(plan(path, ["one"], seeds=[5, 5])) == 1
     assert describe(plan(path, seeds=[1]))[2] == (
-        "one: base.json, trainer.epochs=1 (1 epochs, seeds 1)"
+        "one: base.json, trainer.epochs=1 (1 epoch, seeds 1)"
     )
 
 
