@@ -60,6 +60,16 @@ NARROW_COST = {
 }
 """The most that a training step on the CPU may cost, next to BatchNorm's."""
 
+ROUNDS = 25
+WARMUP = 3
+SECONDS = 15.0
+"""Most rounds of a comparison, rounds before them that do not count, and the seconds after which no
+further one begins.
+
+A step of a narrow network takes a quarter of a second, so five rounds would be over within the same
+second of a shared machine. The memory that a process keeps grows during the first three.
+"""
+
 EVALUATED = 64
 ATTACKED = 32
 ATTACK_STEPS = 2
@@ -156,7 +166,13 @@ def _compared(
     # Each pair takes turns by itself, without a slow third side between two turns.
     def times(other: str) -> Paired:
         pair = {CONV_NORM: sides[CONV_NORM], other: sides[other]}
-        return compare(pair, settings.repeats, warmup=settings.warmup, device=settings.device)
+        return compare(
+            pair,
+            settings.size(ROUNDS, 1),
+            warmup=settings.size(WARMUP, 0),
+            device=settings.device,
+            enough=SECONDS,
+        )
 
     rows = [cost_row(name, times(BATCH_NORM), CONV_NORM, BATCH_NORM, at_most)]
     if ORIGINAL in sides:
