@@ -10,7 +10,6 @@ matrix of each frequency. A strided layer adds up frequencies that are aliases o
 the inverse transform. See `fourier_plan` for the notation.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,26 +61,18 @@ class _FourierConvolution(torch.autograd.Function):
         # takes only `factors`.
         ctx.inverse_root = inverse_root
         with without_autocast(images):
-            needs_images, needs_weight, *_ = ctx.needs_input_grad
-            narrow = weight.shape[1] < NARROW
             spectrum = plan.spectrum(images.to(plan.dtype))
-            kernels = _kernels(weight, factors, plan, len(images))
-            if narrow:
-                kernels = list(kernels)
-            result = _products(spectrum, kernels, len(weight), plan)
-            # Only narrow layers keep the spectra for the backward pass, because they take more
-            # memory than images and weight. Others free them before they make the output.
-            if not (narrow and needs_weight):
+            result = _products(spectrum, weight.to(plan.dtype), factors, plan)
+            # Only narrow layers keep the spectrum for the backward pass: it takes more memory than
+            # the images. Others free it before they make the output.
+            if weight.shape[1] >= NARROW or not ctx.needs_input_grad[1]:
                 spectrum = None
-            kept = []
-            if narrow and needs_images:
-                kept = [matrices for _, matrices in kernels]
-            ctx.save_for_backward(images, weight, factors, spectrum, *kept)
+            ctx.save_for_backward(images, weight, factors, spectrum)
             return plan.output(result)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        images, weight, factors, spectrum, *kept = ctx.saved_tensors
+        images, weight, factors, spectrum = ctx.saved_tensors
         plan = ctx.plan
         needs_images, needs_weight, *_ = ctx.needs_input_grad
         # Gradients are enabled here only where the caller asked for create_graph.
@@ -97,8 +88,7 @@ class _FourierConvolution(torch.autograd.Function):
                 grad_weight = _weight_gradient(grads, spectrum, weight, factors, plan)
                 del spectrum
             if needs_images:
-                kernels = _kernels(weight, factors, plan, len(images), kept)
-                result = _image_gradient(grads, kernels, weight.shape[1], plan)
+                result = _image_gradient(grads, weight.to(plan.dtype), factors, plan)
                 del grads
                 grad_images = plan.spectrum_adjoint(result).to(images.dtype)
         return grad_images, grad_weight, None, None
@@ -128,28 +118,12 @@ def _by_convolution(images: Tensor, weight: Tensor, inverse_root: Tensor, plan: 
     return spectral_filter(full, inverse_root, rows.crop, columns.crop)
 
 
-def _kernels(
-    weight: Tensor, factors: Tensor, plan: Plan, batch: int, kept: Sequence[Tensor] = ()
-) -> Iterator[tuple[slice, Tensor]]:
-    """Each block of frequencies with the kernels' spectra there, as `plan.products` takes them:
-    those that were `kept`, or new ones, one at a time.
-    """
-    blocks = plan.blocks(batch, weight.shape[1], len(weight))
-    if kept:
-        yield from zip(blocks, kept, strict=True)
-        return
-    weight = weight.to(plan.dtype)
-    for block in blocks:
-        yield block, plan.kernel_matrices(weight, factors, block)
-
-
-def _products(
-    spectrum: Tensor, kernels: Iterable[tuple[slice, Tensor]], out_channels: int, plan: Plan
-) -> Tensor:
-    """The output's spectrum `(g, B, 2, C_out)`, from the images' and the kernels'."""
+def _products(spectrum: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
+    """The output's spectrum `(g, B, 2, C_out)`, from the images'."""
     batch = spectrum.shape[1]
-    result = spectrum.new_empty(plan.frequencies, batch, 2, out_channels)
-    for block, matrices in kernels:
+    result = spectrum.new_empty(plan.frequencies, batch, 2, len(weight))
+    for block in plan.blocks(batch, weight.shape[1], len(weight)):
+        matrices = plan.kernel_matrices(weight, factors, block)
         plan.products.output(spectrum[block], matrices, result[block])
     return result
 
@@ -168,15 +142,14 @@ def _weight_gradient(
     return total.mT.unflatten(2, weight.shape[2:])
 
 
-def _image_gradient(
-    grads: Tensor, kernels: Iterable[tuple[slice, Tensor]], in_channels: int, plan: Plan
-) -> Tensor:
-    """The gradient of the images' spectrum, from the gradient `(g, B, 2, C_out)` of the output's,
-    and from the kernels' spectra.
+def _image_gradient(grads: Tensor, weight: Tensor, factors: Tensor, plan: Plan) -> Tensor:
+    """The gradient of the images' spectrum, from the gradient `(g, B, 2, C_out)` of the
+    output's.
     """
-    batch = grads.shape[1]
+    batch, channels = grads.shape[1], weight.shape[1]
     aliases = plan.rows.stride * plan.columns.stride
-    spectrum = grads.new_empty(plan.frequencies, batch, 2, aliases * in_channels)
-    for block, matrices in kernels:
+    spectrum = grads.new_empty(plan.frequencies, batch, 2, aliases * channels)
+    for block in plan.blocks(batch, channels, len(weight)):
+        matrices = plan.kernel_matrices(weight, factors, block)
         plan.products.image_gradient(grads[block], matrices, spectrum[block])
     return spectrum

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from .precision import without_autocast
 
 NARROW = 64
-"""On a CPU, a layer of fewer input channels keeps the spectra of its images and kernels for the
-backward pass (see `fourier_convolution`), and one of fewer output channels the input of its batch
-norm. A step of a WRN-16-2 on 128 images then takes 0.5 GB, which is 1.9 times the memory of the
-same network with batch norms instead of 1.2 times, and 5 to 10 % less time.
+"""On a CPU, a layer of fewer input channels keeps the spectrum of its images for the backward pass
+(see `fourier_convolution`), and one of fewer output channels the input of its batch norm. A step of
+a WRN-16-2 on 128 images then takes 0.5 GB, which is 1.9 times the memory of the same network with
+batch norms instead of 1.2 times, and 5 to 10 % less time.
 """
 
 
