@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attacks.threat_model import format_size
+from base.base_trainer import BaseTrainer
 from base.config import Config
 from base.device import explain_device
 from base.distributed import is_primary, world_size
 from base.precision import precision_warning
+from base.text import counted
 from data_loader.label_noise import describe_transitions
 from evaluation.report import title
 from experiment import build_attacks
+from trainer.adversarial_trainer import TrainerWithAdversary
 
 if TYPE_CHECKING:
     from experiment.experiment import Experiment
@@ -21,11 +24,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def log_description(experiment: "Experiment", labels: Mapping[str, Any], resumed: bool) -> None:
+def log_description(
+    experiment: "Experiment", trainer: BaseTrainer, labels: Mapping[str, Any], resumed: bool
+) -> None:
     """Log what an experiment trains, on which images, and what a user should know about it.
 
     Args:
         experiment: before its first step.
+        trainer: its trainer.
         labels: the arrays of `labels.npz`.
         resumed: whether the run is continued. It then does not repeat the config's warnings.
     """
@@ -37,7 +43,7 @@ def log_description(experiment: "Experiment", labels: Mapping[str, Any], resumed
         for warning in experiment.config.warnings:
             logger.warning(warning)
     _log_data(experiment)
-    _log_attacks(experiment)
+    _log_attacks(experiment, trainer)
     _log_label_noise(experiment, labels)
 
 
@@ -103,16 +109,18 @@ def _log_data(experiment: "Experiment") -> None:
         )
 
 
-def _log_attacks(experiment: "Experiment") -> None:
+def _log_attacks(experiment: "Experiment", trainer: BaseTrainer) -> None:
     config = experiment.config
     robust = experiment.robust_validation
     if config.attacks_while_training:
+        # A method of a user's own may attack in another way.
         threat = build_attacks.threat_model(config)
-        radius = f"{threat.norm} {format_size(threat.epsilon, threat.norm)}"
-        epochs = config.adversarial.get("warmup_epochs", 0)
-        if epochs:
-            radius += f", growing over the first {epochs} epochs"
-        logger.info("adversarial training: %s, %s", config.adversarial_method, radius)
+        attack = f"{threat.norm} {format_size(threat.epsilon, threat.norm)}"
+        if isinstance(trainer, TrainerWithAdversary):
+            attack = trainer.describe_training_attack()
+            if trainer.warmup_epochs:
+                attack += f", growing for {counted(trainer.warmup_epochs, 'epoch')}"
+        logger.info("adversarial training: %s, %s", config.adversarial_method, attack)
     if robust is not None:
         logger.info(
             "robust validation: %s, on %d of %d validation images (the first of every class),"

@@ -463,7 +463,7 @@ class Experiment:
             labels = self.train_loader.label_arrays()
             run_folder.write_description(folder, config, labels, resumed=resumed)
             logger.info("run folder %s", folder)
-            log_description(self, labels, resumed)
+            log_description(self, trainer, labels, resumed)
             for warning in warnings:
                 if warning is not None:
                     logger.warning(warning)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from attacks.frozen import under_attack
 from attacks.pgd import PGD, crossing_step, step_within_range
-from attacks.threat_model import ThreatModel, draw, in_pixel_range
+from attacks.threat_model import ThreatModel, draw, format_size, in_pixel_range
 from base.base_trainer import BaseTrainer, TrainerParts
 from base.config.adversarial import Size
 from base.config.section import Count, Positive
 from base.distributed import Shard, all_gather_object, rank, world_size
 from base.meters import BatchResult
 from base.precision import widened
+from base.text import counted
 from trainer.robust_validation import overfitting_warnings
 
 
@@ -43,6 +44,11 @@ class TrainerWithAdversary(BaseTrainer):
         super().__init__(parts)
         self.threat_model = ThreatModel(parts.norm, parts.epsilon)
         self.warmup_epochs = warmup_epochs
+
+    def describe_training_attack(self) -> str:
+        """Return one line for the log about the attack in training, without a growing radius."""
+        threat = self.threat_model
+        return f"{threat.norm} {format_size(threat.epsilon, threat.norm)}"
 
     @property
     def radius_scale(self) -> float:
@@ -110,6 +116,12 @@ class FreeTrainer(TrainerWithAdversary):
         self.repeats = settings.adv_repeats
         self.carry = noise == "carry"
         self._perturbation: Tensor | None = None
+
+    def describe_training_attack(self) -> str:
+        """See the base class."""
+        step = format_size(self.step_size, self.threat_model.norm)
+        radius = super().describe_training_attack()
+        return f"{radius}, a step of {step} in each of {self.repeats} updates per minibatch"
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
         """Take `repeats` updates; each also moves the perturbation by one step."""
@@ -243,6 +255,14 @@ class AdversarialTrainer(TrainerWithAdversary):
             random_start=random_start,
         )
         self.bn_mode = bn_mode or self.default_bn_mode
+
+    def describe_training_attack(self) -> str:
+        """See the base class."""
+        step = format_size(self.attack.step_size, self.attack.norm)
+        steps = f"{counted(self.attack.steps, 'step')} of {step}"
+        if self.attack.restarts > 1:
+            steps += f" from each of {self.attack.restarts} starts"
+        return f"{super().describe_training_attack()}, {steps}"
 
     def train_batch(self, images: Tensor, labels: Tensor) -> BatchResult:
         """Attack the minibatch, then take one update on the attacked images."""

@@ -453,3 +453,25 @@ def test_a_collapse_is_noticed_after_a_resume(tmp_path, caplog, resumed):
         " as 60.0 %"
     )
     assert warning in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"method": "pgd"}, "linf 8/255, 10 steps of 2/255"),
+        (
+            {"method": "pgd", "norm": "l2", "epsilon": 0.5, "steps": 5, "restarts": 2},
+            "l2 0.5, 5 steps of 0.25 from each of 2 starts",
+        ),
+        ({"method": "fgsm"}, "linf 8/255, 1 step of 10/255"),
+        ({"method": "trades"}, "linf 8/255, 10 steps of 2/255"),
+        (
+            {"method": "free"},
+            "linf 8/255, a step of 4/255 in each of 8 updates per minibatch",
+        ),
+    ],
+)
+def test_the_log_names_the_attack_in_training(tmp_path, settings, expected):
+    free = {"fgsm_step": 4, "adv_repeats": 8} if settings["method"] == "free" else {}
+    trainer = build(tmp_path, {"adversarial": {"epsilon": 8, **settings}, "trainer": free})
+    assert trainer.describe_training_attack() == expected
