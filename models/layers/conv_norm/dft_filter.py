@@ -46,24 +46,10 @@ class RealDft(NamedTuple):
     Attributes:
         analysis: `(S, points of the input)`.
         synthesis: `(points of the output, S)`.
-        transposed_analysis, transposed_synthesis: copies of both with rows and columns swapped, as
-            products with contiguous matrices are the fastest.
     """
 
     analysis: Tensor
     synthesis: Tensor
-    transposed_analysis: Tensor
-    transposed_synthesis: Tensor
-
-    @property
-    def adjoint(self) -> "RealDft":
-        """Analysis and synthesis, both transposed, in each other's place."""
-        return RealDft(
-            analysis=self.transposed_synthesis,
-            synthesis=self.transposed_analysis,
-            transposed_analysis=self.synthesis,
-            transposed_synthesis=self.analysis,
-        )
 
 
 def dft_filter_is_faster(signal: Tensor) -> bool:
@@ -102,8 +88,8 @@ def dft_filter(signal: Tensor, inverse_root: Tensor, rows: slice, columns: slice
 class _DftFilter(torch.autograd.Function):
     """`(B, S_h, S_w, C)` -> `(B, H', W', C)`."""
 
-    # The filter is symmetric, so its adjoint is the same steps with the adjoint DFTs: the function
-    # is its own backward pass.
+    # The filter is symmetric, so its adjoint is the same steps with analysis and synthesis, both
+    # transposed, in each other's place: the function is its own backward pass.
 
     @staticmethod
     def forward(
@@ -122,9 +108,9 @@ class _DftFilter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mean, difference = ctx.saved_tensors
-        adjoints = (dft.adjoint for dft in ctx.dfts)
+        adjoint = (RealDft(dft.synthesis.mT, dft.analysis.mT) for dft in ctx.dfts)
         with without_autocast(grad):
-            grad = _DftFilter.apply(grad, mean, difference, *adjoints)
+            grad = _DftFilter.apply(grad, mean, difference, *adjoint)
         return grad, None, None, None, None
 
 
@@ -136,45 +122,34 @@ def _filter_maps(
     size_h, size_w = len(dft_h.analysis), len(dft_w.analysis)
     # Along H, which makes H the innermost axis, along W, and back: no step has to rearrange its
     # input.
-    spectrum = torch.bmm(maps.flatten(2).mT, dft_h.transposed_analysis.expand(batch, -1, -1))
+    spectrum = torch.bmm(maps.flatten(2).mT, dft_h.analysis.mT.expand(batch, -1, -1))
     spectrum = left_multiply(dft_w.analysis, spectrum.view(batch, width, channels * size_h))
     spectrum = _filter(spectrum.view(batch, size_w, channels, size_h), mean, difference)
     half = left_multiply(dft_w.synthesis, spectrum.flatten(2))
     half = half.view(batch, result.shape[2] * channels, size_h)
-    left_multiply(dft_h.synthesis, half.mT, out=result.flatten(2))
+    torch.bmm(dft_h.synthesis.expand(batch, -1, -1), half.mT, out=result.flatten(2))
 
 
 def _filter(spectrum: Tensor, mean: Tensor, difference: Tensor) -> Tensor:
     """The filter on coefficients `(B, S_w, C, S_h)`, with m and d from `_factors`."""
     filtered = spectrum * mean
-    # The first letter is that of the function along W, the second one along H.
-    (cc, cs), (sc, ss) = _quadrants(spectrum)
-    (filtered_cc, filtered_cs), (filtered_sc, filtered_ss) = _quadrants(filtered)
-    filtered_cc.addcmul_(ss, difference, value=-1)
-    filtered_ss.addcmul_(cc, difference, value=-1)
-    filtered_cs.addcmul_(sc, difference)
-    filtered_sc.addcmul_(cs, difference)
+    cos_w, cos_h = (_part(spectrum.shape[axis], 0) for axis in (1, 3))
+    sin_w, sin_h = (_part(spectrum.shape[axis], 1) for axis in (1, 3))
+    for (here_w, here_h), (partner_w, partner_h), sign in (
+        ((cos_w, cos_h), (sin_w, sin_h), -1),
+        ((sin_w, sin_h), (cos_w, cos_h), -1),
+        ((cos_w, sin_h), (sin_w, cos_h), 1),
+        ((sin_w, cos_h), (cos_w, sin_h), 1),
+    ):
+        partners = spectrum[:, partner_w, :, partner_h]
+        filtered[:, here_w, :, here_h].addcmul_(partners, difference, value=sign)
     return filtered
-
-
-def _quadrants(spectrum: Tensor) -> list[list[Tensor]]:
-    """Views of the coefficients with a cosine (0) or a sine (1) along W, and for each of them along
-    H. Cosines without a sine belong to none.
-    """
-    _, *by_w = spectrum.split_with_sizes(_sizes(spectrum.shape[1]), 1)
-    return [part.split_with_sizes(_sizes(spectrum.shape[3]), 3)[1:] for part in by_w]
-
-
-def _sizes(size: int) -> list[int]:
-    """How many coefficients of an axis are cosines without a sine, other cosines, and sines."""
-    pairs = (size - 1) // 2
-    return [size - 2 * pairs, pairs, pairs]
 
 
 def _part(size: int, part: int) -> slice:
     """Where the cosines with a sine (part 0) or the sines (part 1) are among the coefficients."""
-    alone, pairs, _ = _sizes(size)
-    start = alone + part * pairs
+    pairs = (size - 1) // 2
+    start = size - (2 - part) * pairs
     return slice(start, start + pairs)
 
 
@@ -227,11 +202,5 @@ def _make_real_dft(size: int, kept: tuple[int, int, int], dtype: torch.dtype) ->
     # the others to S / 2.
     basis[: with_sine.start] /= sqrt(size)
     basis[with_sine.start :] /= sqrt(size / 2)
-    basis = basis.to(dtype)
-    kept_basis = basis[:, slice(*kept)]
-    return RealDft(
-        analysis=basis,
-        synthesis=kept_basis.mT.contiguous(),
-        transposed_analysis=basis.mT.contiguous(),
-        transposed_synthesis=kept_basis.contiguous(),
-    )
+    synthesis = basis[:, slice(*kept)].mT
+    return RealDft(basis.to(dtype), synthesis.to(dtype).contiguous())

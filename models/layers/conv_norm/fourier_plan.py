@@ -96,17 +96,6 @@ class Axis(NamedTuple):
         return 0 <= self.padding <= self.extent and self.size % self.stride == 0 and self.output > 0
 
 
-class MatrixPair(NamedTuple):
-    """A matrix for each axis, contiguous."""
-
-    along_h: Tensor
-    along_w: Tensor
-
-    def transposed(self) -> "MatrixPair":
-        """Contiguous copies of the transposed matrices."""
-        return MatrixPair(self.along_h.mT.contiguous(), self.along_w.mT.contiguous())
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The matrices of one geometry, for one form of products, in one dtype on one device.
@@ -127,10 +116,10 @@ class Plan:
     Attributes:
         rows, columns: the axes H and W.
         products: the form of the products with the kernels.
-        dft: the DFT of images, `(2 * a_h * g_h, H * 2)` and `(2 * g_w * a_w, W)`.
-        inverse_dft: the inverse DFT of outputs to real numbers, `(H' * 2, 2 * g_h)` and `(W', 2 *
-            g_w)`.
-        dft_adjoint, inverse_dft_adjoint: both transposed.
+        dft_w: `(2 * g_w * a_w, W)`, the DFT of images along W.
+        dft_h: `(2 * a_h * g_h, H * 2)`, the DFT of images along H.
+        inverse_dft_h: `(H' * 2, 2 * g_h)`, the inverse DFT of outputs along H.
+        inverse_dft_w: `(W', 2 * g_w)`, the inverse DFT of outputs along W, to real numbers.
         kernel_dft: `(k_h * k_w, 2, g, a_h * a_w)`, the DFT of kernels along both axes, times how
             often a frequency counts.
         filter_index: int64 `(g, a_h * a_w)`, where V has the frequencies, as indices of the
@@ -140,10 +129,10 @@ class Plan:
     rows: Axis
     columns: Axis
     products: ComplexProducts
-    dft: MatrixPair
-    inverse_dft: MatrixPair
-    dft_adjoint: MatrixPair
-    inverse_dft_adjoint: MatrixPair
+    dft_w: Tensor
+    dft_h: Tensor
+    inverse_dft_h: Tensor
+    inverse_dft_w: Tensor
     kernel_dft: Tensor
     filter_index: Tensor
 
@@ -155,7 +144,7 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all matrices and products."""
-        return self.kernel_dft.dtype
+        return self.dft_w.dtype
 
     @property
     def frequencies(self) -> int:
@@ -164,23 +153,23 @@ class Plan:
 
     def spectrum(self, images: Tensor) -> Tensor:
         """The DFT of images, `(B, C, H, W)` -> `(g, B, 2, a_h * a_w * C)`."""
-        return self._transform(images, self.dft, self.rows.stride)
+        return self._transform(images, self.dft_w, self.dft_h, self.rows.stride)
 
     def spectrum_adjoint(self, spectrum: Tensor) -> Tensor:
         """The adjoint of `spectrum`, `(g, B, 2, a_h * a_w * C)` -> `(B, C, H, W)`, channels
         last.
         """
-        return self._transform_back(spectrum, self.dft_adjoint, self.rows.stride)
+        return self._transform_back(spectrum, self.rows.stride, self.dft_h.mT, self.dft_w.mT)
 
     def output(self, spectrum: Tensor) -> Tensor:
         """The cropped inverse DFT on the strided grid, `(g, B, 2, C)` -> `(B, C, H', W')`, channels
         last.
         """
-        return self._transform_back(spectrum, self.inverse_dft, 1)
+        return self._transform_back(spectrum, 1, self.inverse_dft_h, self.inverse_dft_w)
 
     def output_adjoint(self, grad: Tensor) -> Tensor:
         """The adjoint of `output`, `(B, C, H', W')` -> `(g, B, 2, C)`."""
-        return self._transform(grad, self.inverse_dft_adjoint, 1)
+        return self._transform(grad, self.inverse_dft_w.mT, self.inverse_dft_h.mT, 1)
 
     def filter_factors(self, inverse_root: Tensor) -> Tensor:
         """V at the frequencies, `(C_out, S_h, S_w // 2 + 1)` -> `(C_out, g, a_h * a_w)`."""
@@ -231,7 +220,7 @@ class Plan:
         """The frequencies g in blocks whose spectra fit into the cache."""
         aliases = self.rows.stride * self.columns.stride
         values_per_frequency = 2 * aliases * in_channels * out_channels
-        bytes_per_frequency = values_per_frequency * self.kernel_dft.element_size()
+        bytes_per_frequency = values_per_frequency * self.dft_w.element_size()
         limit = max(BLOCK_FREQUENCIES, BLOCK_BYTES * batch // bytes_per_frequency)
         # As few blocks as the limit allows, all of about the same size. -(-a // b) rounds up.
         number = -(-self.frequencies // limit)
@@ -240,19 +229,21 @@ class Plan:
         size += size % 2
         return [slice(start, start + size) for start in range(0, self.frequencies, size)]
 
-    def _transform(self, images: Tensor, matrices: MatrixPair, aliases_h: int) -> Tensor:
+    def _transform(
+        self, images: Tensor, along_w: Tensor, along_h: Tensor, aliases_h: int
+    ) -> Tensor:
         """Multiply both axes of images `(B, C, H, W)` by a matrix, `(g, B, 2, a_h * n)`."""
         batch, channels, height, width = images.shape
         pixels = images.permute(0, 2, 3, 1).reshape(-1, width, channels)
-        along_h, along_w = matrices
         grid = left_multiply(along_h, left_multiply(along_w, pixels).view(batch, 2 * height, -1))
         return self._rows_of(grid, aliases_h)
 
-    def _transform_back(self, spectrum: Tensor, matrices: MatrixPair, aliases_h: int) -> Tensor:
+    def _transform_back(
+        self, spectrum: Tensor, aliases_h: int, along_h: Tensor, along_w: Tensor
+    ) -> Tensor:
         """Multiply both axes of a spectrum `(g, B, 2, a_h * n)` by a matrix, `(B, C, H, W)`,
         channels last.
         """
-        along_h, along_w = matrices
         half = left_multiply(along_h, self._grid_of(spectrum, aliases_h))
         batch, rows, _ = half.shape
         # Each row of the images is made of two rows of `half`, real and imaginary part.
@@ -264,7 +255,7 @@ class Plan:
             shape, dtype=half.dtype, device=half.device, memory_format=torch.channels_last
         )
         pixels = images.permute(0, 2, 3, 1).flatten(0, 1)
-        left_multiply(along_w, half, out=pixels)
+        torch.bmm(along_w.expand(len(half), -1, -1), half, out=pixels)
         return images
 
     def _rows_of(self, grid: Tensor, aliases_h: int) -> Tensor:
@@ -285,8 +276,8 @@ class Plan:
         spectrum = spectrum.unflatten(3, (aliases_h, -1))
         grid = spectrum.new_empty(*spectrum.shape[1:4], *self._half_grid, spectrum.shape[4])
         whole_rows, between = _computed_region(self.rows, self.columns)
-        # The first column and, of an even grid, the last one.
-        grid[:, :, :, whole_rows:, :: between.stop] = 0
+        grid[:, :, :, whole_rows:, : between.start] = 0
+        grid[:, :, :, whole_rows:, between.stop :] = 0
         for part, part_of_grid in self._matching_parts(spectrum, grid):
             part_of_grid.copy_(part)
         return grid.flatten(4).flatten(1, 3)
@@ -442,24 +433,16 @@ def _make_plan(
     )
     dft_h = complex_product(cos_h, -sin_h).permute(0, 2, 3, 1)
     inverse_dft_h = complex_product(inverse_cos_h, inverse_sin_h).permute(2, 0, 1, 3)
-    dft_of_images = MatrixPair(
-        along_h=convert(dft_h.flatten(2).flatten(0, 1)),
-        along_w=convert(torch.cat([cos_w, -sin_w])),
-    )
-    inverse_dft = MatrixPair(
-        along_h=convert(inverse_dft_h.flatten(2).flatten(0, 1)),
-        along_w=convert(torch.cat([inverse_cos_w, -inverse_sin_w], dim=1)),
-    )
     kernel_dft = _kernel_dft(rows, columns, frequencies_h, frequencies_w)
     filter_index = _half_spectrum_index(rows, columns, frequencies_h, frequencies_w)
     return Plan(
         rows,
         columns,
         products,
-        dft=dft_of_images,
-        inverse_dft=inverse_dft,
-        dft_adjoint=dft_of_images.transposed(),
-        inverse_dft_adjoint=inverse_dft.transposed(),
+        dft_w=convert(torch.cat([cos_w, -sin_w])),
+        dft_h=convert(dft_h.flatten(2).flatten(0, 1)),
+        inverse_dft_h=convert(inverse_dft_h.flatten(2).flatten(0, 1)),
+        inverse_dft_w=convert(torch.cat([inverse_cos_w, -inverse_sin_w], dim=1)),
         kernel_dft=convert(by_frequency(kernel_dft) * multiplicity),
         filter_index=by_frequency(filter_index).to(device),
     )
