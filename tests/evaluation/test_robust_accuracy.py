@@ -45,7 +45,7 @@ def digits(only_few_digits):
     return model.eval(), loader.test_loader().subset(torch.arange(0, 60, 3))
 
 
-ATTACK = PGD(4 / 255, 2 / 255, 3, restarts=2, early_stop=5)
+ATTACK = PGD(8 / 255, 4 / 255, 3, restarts=2, early_stop=5)
 
 
 def verdicts_of(digits, batch_size, index=None):
@@ -452,8 +452,8 @@ def test_the_report_has_the_numbers_that_a_paper_needs(digits, tmp_path):
         "versions",
     }  # fmt: skip
     assert keys <= report.as_dict().keys()
-    assert 2 / 255 < report.max_perturbation <= 4 / 255 + 1e-6
-    assert report.title == "PGD-3, linf 4/255, step 2/255, 2 starts"
+    assert 4 / 255 < report.max_perturbation <= 8 / 255 + 1e-6
+    assert report.title == "PGD-3, linf 8/255, step 4/255, 2 starts"
     low, high = report.interval
     assert low < report.robust_top1 < high
     report.save(str(tmp_path / "deep" / "report.json"))
