@@ -12,7 +12,6 @@ from base.config import Config
 from base.device import explain_device
 from base.distributed import is_primary, world_size
 from base.precision import precision_warning
-from base.text import counted
 from data_loader.label_noise import describe_transitions
 from evaluation.report import title
 from experiment import build_attacks
@@ -118,8 +117,6 @@ def _log_attacks(experiment: "Experiment", trainer: BaseTrainer) -> None:
         attack = f"{threat.norm} {format_size(threat.epsilon, threat.norm)}"
         if isinstance(trainer, TrainerWithAdversary):
             attack = trainer.describe_training_attack()
-            if trainer.warmup_epochs:
-                attack += f", growing for {counted(trainer.warmup_epochs, 'epoch')}"
         logger.info("adversarial training: %s, %s", config.adversarial_method, attack)
     if robust is not None:
         logger.info(

@@ -87,6 +87,7 @@ def test_robust_training_ends_with_attacks_on_last_and_best_and_their_averages(r
     )
     for name in ("best", "last", "best_ema", "last_ema"):
         assert json.loads((folder / "eval" / f"pgd_{name}.json").read_text())["n"] == 40
+    assert "\nadversarial training: fgsm, linf 8/255, 1 step of 10/255\n" in done.stdout
     assert "PGD-2, linf 8/255, step 2/255, 1 start on 40 images" in done.stdout
     assert done.stderr == ""
 

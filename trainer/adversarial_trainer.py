@@ -46,9 +46,12 @@ class TrainerWithAdversary(BaseTrainer):
         self.warmup_epochs = warmup_epochs
 
     def describe_training_attack(self) -> str:
-        """Return one line for the log about the attack in training, without a growing radius."""
+        """Return one line for the log about the attack in training."""
         threat = self.threat_model
-        return f"{threat.norm} {format_size(threat.epsilon, threat.norm)}"
+        radius = f"{threat.norm} {format_size(threat.epsilon, threat.norm)}"
+        if self.warmup_epochs:
+            radius += f" (growing for {counted(self.warmup_epochs, 'epoch')})"
+        return radius
 
     @property
     def radius_scale(self) -> float:

@@ -463,7 +463,10 @@ def test_a_collapse_is_noticed_after_a_resume(tmp_path, caplog, resumed):
             {"method": "pgd", "norm": "l2", "epsilon": 0.5, "steps": 5, "restarts": 2},
             "l2 0.5, 5 steps of 0.25 from each of 2 starts",
         ),
-        ({"method": "fgsm"}, "linf 8/255, 1 step of 10/255"),
+        (
+            {"method": "fgsm", "warmup_epochs": 2},
+            "linf 8/255 (growing for 2 epochs), 1 step of 10/255",
+        ),
         ({"method": "trades"}, "linf 8/255, 10 steps of 2/255"),
         (
             {"method": "free"},
